@@ -119,12 +119,15 @@ def test_the_gate_says_it(cli: Callable[..., Ran], run_config: MakeConfig, sure_
     write_rows(config.with_name("rows.jsonl"), SAME)
     ran = cli("train", config)
     assert ran.code == 0, ran.err
-    held_out = write_rows(tmp_path / "held.jsonl", [*SAME[:20], *ROWS[20:]])
+    others = [row | {"completion": " no"} for row in ROWS[24:]]
+    held_out = write_rows(tmp_path / "held.jsonl", [*SAME[:24], *others])
     options = "--adapter", tmp_path / "out", "--data", held_out
     ran = cli("evaluate", *options, "--json", "--require", "exact_match>=0.2", "--allow-overlap")
     found = json.loads(ran.out)
-    assert found["adapter"]["exact_match"] == 0.5 and found["requirements"][0]["met"] is False
+    assert found["adapter"]["exact_match"] == found["majority"]["exact_match"] == 0.6
+    assert found["requirements"][0]["met"] is False
     assert found["verdict"] == "collapsed" and found["prompt_sensitivity"]["adapter"] < 0.01
     check_refused(ran, 11, (Code.EVALUATE_REQUIREMENT, "", "--require"))
     assert "predicts the same after each of 8 prompts" in ran.err
-    assert "collapsed: the adapter predicts the same" in cli("evaluate", *options).out.replace("\n", " ")
+    shown = cli("evaluate", *options).out
+    assert "collapsed: the adapter predicts the same" in shown.replace("\n", " ") and "adapter - majority" in shown

@@ -140,7 +140,8 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
 
 
 def test_the_scores_say_something(scores: dict[str, Any]) -> None:
-    assert set(scores) == {"base", "adapter", "difference", "metric", "verdict", "prompt_sensitivity", "overlap"}
+    models = {"base", "adapter", "difference", "majority", "difference_from_majority"}
+    assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
@@ -184,11 +185,14 @@ def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path)
     expected = []
     for name, kind in (("loss", ".4f"), ("perplexity", ".2f"), ("exact_match", ".1%"), ("label_accuracy", ".1%")):
         cells = name.split("_")
-        for model in ("base", "adapter"):
+        for model in ("base", "adapter", "majority"):
+            if name not in scores[model]:
+                cells.append("-")
+                continue
             low, high = (f"{end:{kind}}".rstrip("%") for end in scores[model]["intervals"][name])
             cells += [f"{scores[model][name]:{kind}}", f"[{low},", f"{high}]"]
         expected.append(cells)
-    assert lines[1:6] == [["base", "adapter"], *expected]
+    assert lines[1:6] == [["base", "adapter", "majority"], *expected]
     assert max(map(len, ran.out.splitlines())) <= 120
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from loratune.errors import ConfigError, NumericError
 from loratune.evaluation import comparison, metrics, task_comparison, wording
 from loratune.evaluation.metrics import ExpectedTextError
 from loratune.evaluation.results import ADAPTER, BASE, EvaluatedRow, ModelAnswer, TaskResults
+from loratune.evaluation.scoring import Judging, majority_answers
 from loratune.evaluation.task_comparison import PERPLEXITY, WEIGHTED_PERPLEXITY
 
 
@@ -120,6 +122,84 @@ def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
     )
     assert wording.verdict(found) and json.loads(json.dumps(found.as_json(), allow_nan=False))["verdict"] == loss
     assert comparison.compare(found.rows, "exact_match").verdict == match
+
+
+def labelled(*labels: tuple[str | None, int]) -> list[EvaluatedRow]:
+    """Rows that expect answers, each so often; the base gives none of them, and the adapter `a`."""
+    found = []
+    for label in [label for label, count in labels for _ in range(count)]:
+        right = dict.fromkeys(("exact_match", "label_accuracy"), float(label == "a"))
+        losses = {"base": 3.0, "adapter": 1 + 0.01 * (len(found) % 3)}
+        answers = {
+            name: ModelAnswer(nats, "", right if name == "adapter" else dict.fromkeys(right, 0.0))
+            for name, nats in losses.items()
+        }
+        found.append(EvaluatedRow(len(found), "", 1, label and "prompt", label, 2, answers))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("labels", "copies", "text", "share"),
+    [
+        ([("a", 12), ("b", 8)], 1, "a", 0.6),
+        ([("a", 12), ("b", 8)], 9, "b", 16 / 28),  # of which the last row is a copy
+        ([("a", 12), ("b", 8), (None, 5)], 1, "a", 0.6),
+        ([("a", 8)], 1, "a", 1.0),
+        ([("a", 4), ("b", 3)], 1, None, None),
+        ([(f"{number}", 4) for number in range(101)], 1, None, None),
+        ([(None, 9)], 1, None, None),
+    ],
+)
+def test_the_most_frequent_answer(labels: Any, copies: int, text: str | None, share: float | None) -> None:
+    found = labelled(*labels)
+    found[-1] = replace(found[-1], copies=copies)
+    answers = majority_answers(found, Judging(metrics.parse(["contains"])))
+    assert [one.text for one in answers] == ([text if one.expected else None for one in found] if text else [])
+    if share is not None:
+        for figure in ("exact_match", "label_accuracy", "contains"):
+            right = [
+                one.copies * answer.scores[figure] for one, answer in zip(found, answers, strict=True) if answer.text
+            ]
+            assert sum(right) / sum(one.copies for one in found if one.expected) == pytest.approx(share)
+
+
+def test_the_most_frequent_answer_of_which_others_are_the_beginning() -> None:
+    """It has their label, as any answer that begins with them, and does not match them."""
+    answers = majority_answers(labelled(("ab", 6), ("a", 3), ("", 3)), Judging())
+    assert [sum(one.scores[figure] for one in answers) for figure in ("exact_match", "label_accuracy")] == [6, 9]
+
+
+@pytest.mark.parametrize(
+    ("labels", "metric", "is_told"),
+    [
+        ([("a", 30), ("b", 20)], "loss", True),  # always `a`, as the adapter
+        ([("a", 30), ("b", 20)], "exact_match", True),
+        ([("a", 20), ("b", 30)], "loss", True),  # and worse than always `b`
+        ([("a", 50)], "loss", False),
+    ],
+)
+def test_an_adapter_that_is_no_better_than_one_answer(labels: Any, metric: str, is_told: bool) -> None:
+    """Though it is better than its base, by loss and by the share of its answers that are right."""
+    found = labelled(*labels)
+    evaluation = comparison.compare(found, metric, majority=majority_answers(found, Judging()))
+    assert evaluation.verdict == "better"
+    assert ("not significantly above" in wording.majority(evaluation)) == is_told
+    table = wording.scores_table(evaluation)[1]
+    assert [line[3] for line in table[:2]] == ["-", "-"] and table[2][3].startswith(
+        f"{max(n for _, n in labels) / 0.5:.0f}"
+    )
+    values = json.loads(json.dumps(evaluation.as_json(), allow_nan=False))
+    assert values["majority"]["exact_match"] == max(count for _, count in labels) / 50
+    assert [*values["difference_from_majority"]] == ["exact_match", "label_accuracy"]
+    assert not any("majority" in one.answers for one in evaluation.rows)
+
+
+def test_an_adapter_that_is_better_than_one_answer() -> None:
+    found = labelled(("a", 30), ("b", 20))
+    all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
+    found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
+    evaluation = comparison.compare(found, majority=majority_answers(found, Judging()))
+    assert not wording.majority(evaluation) and evaluation.paired()["majority"]["exact_match"].verdict == "better"
 
 
 def test_more_rows_are_asked_for_where_they_would_help() -> None:

@@ -43,6 +43,7 @@ def parsed(text: str, **options: bool) -> Requirement:
         ("exact_match>=0.9", ("exact_match", ">=", 0.9, False)),
         (" label > 5e-1 ", ("label_accuracy", ">", 0.5, False)),
         ("loss<base", ("loss", "<", "base", False)),
+        ("exact_match>majority", ("exact_match", ">", "majority", False)),
         ("perplexity <= against", ("perplexity", "<=", "against", False)),
         ("forgetting<0.05", ("forgetting", "<", 0.05, False)),
         ("difference.loss<-.5", ("loss", "<", -0.5, True)),
@@ -64,6 +65,7 @@ def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
             "", "loss", "<1", "loss<", "loss==1", "loss=1", "loss<1<2", "loss<nan", "loss<inf", "loss<1e999",
             "loss<1_0", "loss<other", "los<1", "x" * 999 + "<1", "difference.forgetting<1", "difference.perplexity<1",
             "difference.loss<base", "base>loss", "loss=>1", "regex:(<1", "difference.<1", "json:<1",
+            "loss<majority", "perplexity<majority", "difference.label>majority",
         )),
         *((text, Code.USAGE_OUT_OF_RANGE) for text in ("exact_match>=90", "label>-0.1", "difference.json>=1.5")),
         *((text, Code.USAGE_NEEDS_OPTION) for text in (
@@ -120,6 +122,22 @@ def test_the_low_end_of_a_share_decides() -> None:
     assert not verdict(found, "exact_match<=0.95")
     (one,) = requirements.judged(found, [parsed("exact_match>=0.9")]).requirements
     assert one.as_json() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
+
+
+def test_the_most_frequent_answer_can_be_the_bound() -> None:
+    """Which is right on the first of the rows."""
+
+    def met(right: int, all_rows: int, frequent: int) -> bool:
+        found = rows(*[(0, 1, 0)] * right, *[(0, 0, 0)] * (all_rows - right))
+        answers = [
+            ModelAnswer(math.nan, "e", dict.fromkeys(("exact_match", "label_accuracy"), float(place < frequent)))
+            for place in range(all_rows)
+        ]
+        return verdict(comparison.compare(found, majority=answers), "exact_match>majority")
+
+    assert met(60, 80, 40) and not met(42, 80, 40) and not met(40, 80, 40) and not met(40, 80, 60)
+    one = requirements.judged(comparison.compare(rows(*[(0, 1, 0)] * 9)), [parsed("label>majority")]).requirements[0]
+    assert not one.met and one.value is None and "not labels" in one.reason
 
 
 def test_differences_are_paired() -> None:

@@ -111,7 +111,7 @@ def evaluate(
     ]
     metric = judging.metrics[0].figure if judging.metrics else LOSS
     remarks += compared.remarks(adapter, against) if compared else ()
-    evaluation = comparison.compare(rows, metric, forgotten, remarks)
+    evaluation = comparison.compare(rows, metric, forgotten, remarks, scoring.majority_answers(rows, judging))
     known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
     known |= {"objective": compared.formula} if compared else {}
     return requirements.judged(replace(evaluation, **known), required)

@@ -259,6 +259,8 @@ def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> Non
     if worst and not rows:
         print(f"no {evaluation.item} got worse")
     lines = [("verdict", wording.verdict(evaluation))]
+    if majority := wording.majority(evaluation):
+        lines.append(("majority", majority))
     if evaluation.forgetting is not None:
         lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
     print_block("result", [*lines, *wording.required(evaluation.requirements)])

@@ -24,10 +24,12 @@ from loratune.evaluation.results import (
     LABEL_ACCURACY,
     LOSS,
     LOWER_IS_BETTER,
+    MAJORITY,
     PERPLEXITY,
     Difference,
     EvaluatedRow,
     Evaluation,
+    ModelAnswer,
     Score,
     Verdict,
     has_direction,
@@ -50,6 +52,7 @@ def compare(
     metric: str = LOSS,
     forgetting: Difference | None = None,
     remarks: Sequence[str] = (),
+    majority: Sequence[ModelAnswer] = (),
 ) -> Evaluation:
     """What follows from the answers to rows.
 
@@ -58,6 +61,7 @@ def compare(
         metric: The figure that the verdict is about.
         forgetting: See `Evaluation`.
         remarks: Lines about the rows.
+        majority: What always to give the most frequent answer comes to on each row; empty where there is no such.
 
     Raises:
         NumericError: The loss of an adapter is not finite.
@@ -75,7 +79,14 @@ def compare(
         for model in models
         if model != ADAPTER
     }
-    differences = paired[other]
+    differences = paired.pop(other)
+    verdict = differences[metric].verdict if metric in differences else None
+    if majority:
+        answered = [
+            replace(row, answers={**row.answers, MAJORITY: one}) for row, one in zip(rows, majority, strict=True)
+        ]
+        scores[MAJORITY] = score(answered, MAJORITY)
+        paired[MAJORITY] = {figure: difference(answered, figure, MAJORITY) for figure in figures if is_bounded(figure)}
     if len(rows) < statistics.LEAST_ROWS:
         count = plural(len(rows), f"distinct {rows[0].item}")
         lines.append(
@@ -83,21 +94,21 @@ def compare(
             f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
         )
     lines += _invalid_json(rows, models)
-    verdict = differences[metric].verdict if metric in differences else None
-    from_base = paired[BASE] if other != BASE else {}
-    return Evaluation(scores, differences, other, metric, verdict, rows, forgetting, lines, from_base)
+    constant = next((one.text for one in majority if one.text is not None), None)
+    return Evaluation(scores, differences, other, metric, verdict, rows, forgetting, lines, paired, constant)
 
 
 def score(rows: Sequence[EvaluatedRow], model: str) -> Score:
     """The figures of one model with their intervals. rows: at least one."""
-    losses, counts = _weights(rows) * _losses(rows, model), _counts(rows)
-    loss = statistics.mean_ratio(losses, counts)
-    interval = statistics.loss_interval(losses, counts)
-    figures: dict[str, float | None] = {LOSS: loss}
-    intervals = {LOSS: interval}
-    if rows[0].unit == "token":
-        figures |= {PERPLEXITY: exp(loss), EXACT_MATCH: None, LABEL_ACCURACY: None}
-        intervals[PERPLEXITY] = interval and Interval(exp(interval.low), exp(interval.high))
+    figures: dict[str, float | None] = {}
+    intervals: dict[str, Interval | None] = {}
+    if model != MAJORITY:  # which has no probabilities
+        losses, counts = _weights(rows) * _losses(rows, model), _counts(rows)
+        loss, interval = statistics.mean_ratio(losses, counts), statistics.loss_interval(losses, counts)
+        figures[LOSS], intervals[LOSS] = loss, interval
+        if rows[0].unit == "token":
+            figures |= {PERPLEXITY: exp(loss), EXACT_MATCH: None, LABEL_ACCURACY: None}
+            intervals[PERPLEXITY] = interval and Interval(exp(interval.low), exp(interval.high))
     for figure in dict.fromkeys(figure for row in rows for figure in row.answers[model].scores):
         figures[figure], intervals[figure] = _figure(rows, figure, model)
     weights = _weights(rows)

@@ -12,6 +12,7 @@ from loratune.evaluation.results import (
     BASE,
     EXACT_MATCH,
     LOSS,
+    MAJORITY,
     Difference,
     EvaluatedRow,
     Evaluation,
@@ -128,7 +129,7 @@ def scores(evaluation: Evaluation, names: Sequence[str]) -> ScoreTables:
         differences=differences,
         rows=wording.rows(evaluation),
         measured=wording.measured(evaluation),
-        remarks=[*evaluation.remarks],
+        remarks=[*evaluation.remarks, *filter(None, [wording.majority(evaluation)])],
     )
 
 
@@ -165,7 +166,7 @@ def _distinct_parts(prompts: Sequence[str], special_tokens: Sequence[str]) -> li
 
 def _titles(names: Sequence[str]) -> dict[str, str]:
     """What each model is called in the page."""
-    return {BASE: "base", **dict(zip((ADAPTER, AGAINST), names, strict=False))}
+    return {BASE: BASE, MAJORITY: MAJORITY, **dict(zip((ADAPTER, AGAINST), names, strict=False))}
 
 
 def _ends(name: str, interval: Interval | None, *, signed: bool = False) -> str:

@@ -26,6 +26,7 @@ from loratune.evaluation.results import (
     EXACT_MATCH,
     LABEL_ACCURACY,
     LOSS,
+    MAJORITY,
     PERPLEXITY,
     Difference,
     Evaluation,
@@ -68,7 +69,7 @@ class Requirement:
         text: As the user wrote it.
         figure: The name of the figure in an evaluation, `forgetting`, or `TASK.METRIC`.
         comparison: `<`, `<=`, `>` or `>=`.
-        bound: A number, or the model whose figure it is.
+        bound: A number, or the model whose figure it is, `majority` among them.
         of_difference: Whether it is about how the adapter differs from what it is compared with, in this figure.
         of_task: Whether the figure is one of a task of the lm-evaluation-harness.
     """
@@ -134,11 +135,14 @@ def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tas
     if not rows:
         what, fix = f"`{shorten(figure)}` is computed on rows", "name them with --data FILE"
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
-    if bound not in (BASE, AGAINST):
+    if bound not in (BASE, AGAINST, MAJORITY):
         return Requirement(text, figure, comparison, _number(bound, figure, text, of_difference), of_difference)
     if of_difference or figure == _FORGETTING:
         what = f"`{shorten(text)}` compares a difference with a model"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "give a number")
+    if bound == MAJORITY and not _is_bounded(figure):
+        what = f"`{shorten(text)}` is about the most frequent answer, of which there is no {figure}"
+        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare {EXACT_MATCH}, label or a metric with it")
     if bound == AGAINST and not against:
         what = f"`{shorten(text)}` is about another adapter"
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, "name it with --against DIR")
@@ -197,7 +201,7 @@ def _finite(bound: str, text: str) -> float:
     """The number of a bound. Raises ConfigError: it is none."""
     if _NUMBER.fullmatch(bound) is None or not math.isfinite(value := float(bound)):
         what = f"the bound of `{shorten(text)}` is not a finite number"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}` or `{AGAINST}`")
+        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}`, `{AGAINST}` or `{MAJORITY}`")
     return value
 
 
@@ -284,6 +288,9 @@ def judged_tasks(results: TaskResults, requirements: Sequence[Requirement]) -> T
 
 
 def _judge_rows(requirement: Requirement, evaluation: Evaluation) -> Judgement:
+    if requirement.bound == MAJORITY and MAJORITY not in evaluation.paired():
+        reason = f"the answers that the {evaluation.item}s expect are not labels, so none is the most frequent"
+        return Judgement(requirement.text, False, None, None, reason)
     value, interval, is_distinguishable = _measured(requirement, evaluation)
     if value is None:
         return Judgement(requirement.text, False, None, None, f"not computed, as no {evaluation.item} gives it")

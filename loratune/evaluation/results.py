@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from loratune.training.collapse import PromptSensitivity
     from loratune.training.objectives import Formula
 
-BASE, ADAPTER, AGAINST = "base", "adapter", "against"
-"""The names of the models: the base, the adapter on it, and the other adapter that it is compared with."""
+BASE, ADAPTER, AGAINST, MAJORITY = "base", "adapter", "against", "majority"
+"""The names of the models: the base, the adapter on it, the other adapter that it is compared with, and one that always
+gives the most frequent of the expected answers, where these are labels."""
 
 LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY = "loss", "perplexity", "exact_match", "label_accuracy"
 """The names of the figures of rows; the last two are None where no row has a prompt."""
@@ -285,7 +286,7 @@ class Evaluation:
     """Everything that an evaluation found.
 
     Attributes:
-        scores: Model → how well it does: `base`, `adapter`, and `against` if there is one.
+        scores: Model → how well it does: `base`, `adapter`, and `against` and `majority` if there are such.
         differences: Figure → how the adapter differs from what it is compared with.
         compared_with: What that is: `base`, or `against` where another adapter is given.
         metric: The figure that the verdict is about.
@@ -293,7 +294,8 @@ class Evaluation:
         rows: The distinct rows, in the order of the split.
         forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
         remarks: Lines for the user: rows that were cut or dropped, too few rows for an interval, rows also in train.
-        differences_from_base: Figure → how the adapter differs from the base, where it is compared with another one.
+        others: Model → figure → how the adapter differs from that model, for those that it is not compared with.
+        majority: The most frequent of the expected answers; None where these are not labels.
         tasks: What tasks of the lm-evaluation-harness came to; None if not asked.
         overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
         requirements: Whether what the user requires is met.
@@ -310,7 +312,8 @@ class Evaluation:
     rows: Sequence[EvaluatedRow]
     forgetting: Difference | None = None
     remarks: Sequence[str] = ()
-    differences_from_base: Mapping[str, Difference] = field(default_factory=dict)
+    others: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    majority: str | None = None
     tasks: TaskResults | None = None
     overlap: Mapping[str, int] | None = None
     requirements: Sequence[Judgement] = ()
@@ -335,14 +338,15 @@ class Evaluation:
 
     def paired(self) -> dict[str, Mapping[str, Difference]]:
         """Model → figure → how the adapter differs from that model; what it is compared with comes first."""
-        others = {BASE: self.differences_from_base} if self.compared_with != BASE else {}
-        return {self.compared_with: self.differences, **others}
+        return {self.compared_with: self.differences, **self.others}
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, without the rows."""
         values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
+        if self.majority is not None:
+            values[MAJORITY]["answer"] = self.majority
         for model, differences in self.paired().items():
-            key = "difference" if model == self.compared_with else "difference_from_base"
+            key = "difference" if model == self.compared_with else f"difference_from_{model}"
             values[key] = {name: difference.as_json() for name, difference in differences.items()}
         if self.forgetting is not None:
             values["forgetting"] = self.forgetting.as_json()

@@ -1,5 +1,7 @@
 """What a model does on rows: its loss on each, and its greedy answer where the row has a prompt."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from loratune.codes import Code
 from loratune.config.patterns import BadPatternError
 from loratune.data import TokenizedDataset
+from loratune.data.holding_out import MAX_LABELS
 from loratune.data.packing import pad
 from loratune.data.rendering import TokenizedRow
 from loratune.errors import ConfigError, DataError, Problem
@@ -26,6 +29,8 @@ _BATCH_TOKENS = 8192
 _TIMES, _MORE = 2, 32
 """A whole answer may have so many times the tokens of the expected one, and so many more."""
 
+_ROWS_PER_LABEL = 4
+"""Expected answers are labels where each stands in so many rows on average, and there are not too many of them."""
 _PLACES = 3
 """How many places of further rows a message names."""
 
@@ -130,6 +135,25 @@ class RowScorer:
         return [
             ModelAnswer(float(total), *found.get(row.number, (None, {}))) for row, total in zip(rows, nats, strict=True)
         ]
+
+
+def majority_answers(rows: Sequence[EvaluatedRow], judging: Judging) -> list[ModelAnswer]:
+    """What always to give the most frequent of the expected answers comes to on each row; empty where these are not
+    labels. Its loss is NaN, as it has no probabilities. Raises as `Judging.scores`."""
+    copies = Counter[str]()
+    for row in rows:
+        if row.expected is not None:
+            copies[row.expected] += row.copies
+    if not copies or len(copies) > MAX_LABELS or copies.total() < _ROWS_PER_LABEL * len(copies):
+        return []
+    ((text, _),) = copies.most_common(1)
+
+    def answer(expected: str) -> ModelAnswer:
+        is_label = text.startswith(expected) if expected else not text
+        scores = {EXACT_MATCH: float(text == expected), LABEL_ACCURACY: float(is_label)}
+        return ModelAnswer(math.nan, text, scores | judging.scores(expected, text))
+
+    return [ModelAnswer(math.nan, None, {}) if row.expected is None else answer(row.expected) for row in rows]
 
 
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[EvaluatedRow]:

@@ -8,7 +8,9 @@ from loratune.evaluation.metrics import MEANS
 from loratune.evaluation.results import (
     ADAPTER,
     BASE,
+    LABEL_ACCURACY,
     LOSS,
+    MAJORITY,
     PERPLEXITY,
     Difference,
     EvaluatedRow,
@@ -22,7 +24,7 @@ from loratune.statistics import Interval
 from loratune.training.preference_figures import LOG_PROBABILITY
 
 _NAME = 24
-"""Characters of an expression that are shown."""
+"""Characters of an expression, or of the most frequent answer, that are shown."""
 _WIDTH = 300
 """Characters of a prompt or an answer that are shown."""
 
@@ -104,13 +106,15 @@ def differences_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]
     paired = evaluation.paired()
     header = [cell for model in paired for cell in (f"{ADAPTER} - {model}", "p (McNemar)")]
     rows = [
-        [name(figure), *(cell for differences in paired.values() for cell in _difference(figure, differences[figure]))]
+        [name(figure), *(cell for one in paired.values() for cell in _difference(figure, one.get(figure)))]
         for figure in evaluation.differences
     ]
     return ["difference", *header], rows
 
 
-def _difference(figure: str, one: Difference) -> tuple[str, str]:
+def _difference(figure: str, one: Difference | None) -> tuple[str, str]:
+    if one is None:
+        return "-", ""
     text = with_interval(figure, one.value, one.interval, signed=True)
     return text, "" if one.p is None else p_value(one.p)
 
@@ -134,6 +138,21 @@ def verdict(evaluation: Evaluation) -> str:
     count = plural(sum(row.copies for row in evaluation.rows), evaluation.item)
     needed = outlook(one, evaluation.item)
     return f"not distinguishable from {against} at {count}: {figures}{'; ' if needed else ''}{needed}"
+
+
+def majority(evaluation: Evaluation) -> str:
+    """That an adapter is better than what it is compared with, but not than always to give the most frequent of the
+    expected answers; else empty."""
+    answers = len({row.expected for row in evaluation.rows if row.expected is not None})
+    if evaluation.majority is None or evaluation.verdict != "better" or answers < 2:
+        return ""
+    differences = evaluation.paired()[MAJORITY]
+    figure = evaluation.metric if evaluation.metric in differences else LABEL_ACCURACY
+    if differences[figure].verdict == "better":
+        return ""
+    mine, its = (number(figure, evaluation.scores[model].figure(figure)) for model in (ADAPTER, MAJORITY))
+    constant = f"`{shorten(evaluation.majority, _NAME)}`, the most frequent of {answers:,}"
+    return f"{name(figure)} {mine}, not significantly above the {its} of always answering {constant}"
 
 
 def outlook(difference: Difference, item: str = "row") -> str:
