@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import ROOT, Ran, tiny_llama
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.kernels import acceleration, attention, fused_ops, gpu, reference, replacements
 from loratune.kernels.attention import Layout
+from loratune.kernels.lora_linear import Adapted, Projection, project
 from loratune.lora import attach, tensors
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -432,11 +433,47 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
             assert slope == pytest.approx(expected, rel=0.05)
 
 
+def test_projections_in_bfloat16_round_less_than_pefts() -> None:
+    """Three layers with one input, beside float32 and beside what PEFT computes, whose A and B are in float32."""
+    shapes, x, dy = (96, 32, 48), normal(300, 128).bfloat16(), normal(300, 176, seed=1).bfloat16()
+    weights = [(normal(out, 128, seed=seed) / 11).bfloat16() for seed, out in enumerate(shapes)]
+    pairs = [
+        (nn.Parameter(normal(4, 128, seed=seed) / 11), nn.Parameter(normal(out, 4, seed=seed) / 16))
+        for seed, out in enumerate(shapes)
+    ]
+
+    def results(dtype: torch.dtype, *, fast: bool) -> list[Tensor]:
+        """The output, and the gradients of the input and of all A and B."""
+        states = x.to(dtype).requires_grad_()
+        layers = [nn.Linear(128, out, bias=False, dtype=dtype).requires_grad_(False) for out in shapes]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.copy_(weight)
+        if fast:
+            parts = [Adapted(layer, *pair, scaling=2.0) for layer, pair in zip(layers, pairs, strict=True)]
+            y = project(states, Projection(parts), training=True)
+        else:
+            changes = [2 * (states.float() @ down.t() @ up.t()) for down, up in pairs]
+            sums = [layer(states) + change for layer, change in zip(layers, changes, strict=True)]
+            y = torch.cat([one.to(dtype) for one in sums], 1)
+        parameters = [one for pair in pairs for one in pair]
+        dx, *gradients = torch.autograd.grad(y, [states, *parameters], dy.to(dtype))
+        return [y.detach(), dx, torch.cat([one.flatten() for one in gradients])]
+
+    exact, stock, fast = (
+        results(dtype, fast=fast)
+        for dtype, fast in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
+    )
+    of_peft, ours = (
+        [float((new - old).norm() / old.norm()) for old, new in zip(exact, one, strict=True)] for one in (stock, fast)
+    )
+    assert ours[0] < 0.85 * of_peft[0] and ours[1] < 0.7 * of_peft[1]  # rounded once, and not twice or four times
+    assert ours[2] < 2.75e-3  # the outputs of A and gradients are rounded, and A and B are not
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [64, 128])
-def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm2: Path) -> None:
-    """On the real model, against float32, pooled over batches of rows that share no words: where rows begin alike,
-    the rounding of what they share decides, as a coin does."""
+def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> None:
+    """On the real model, against float32, over batches of rows that share no words: where rows begin alike, the
+    rounding of what they share decides, as a coin does. A single batch says little: ratios go from 0.1 to 1.8."""
     torch.manual_seed(0)
     model, exact = (
         with_lora(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype))
@@ -445,16 +482,16 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(count: int, smollm
     for parameter, other in zip(exact.parameters(), model.parameters(), strict=True):
         parameter.data.copy_(other.data.float())
     lines = (ROOT / "configs" / "quickstart" / "train.jsonl").read_text().splitlines()
-    texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:count]]
+    texts = [json.loads(line)["prompt"].split("Definition: ")[1].split("Semantic")[0] for line in lines[:128]]
     ids = AutoTokenizer.from_pretrained(smollm2)(texts)["input_ids"]
-    stock = fast = 0.0
-    for first in range(0, count, 16):
+    stock, fast = [], []
+    for first in range(0, 128, 16):
         batch = flatten([{"input_ids": one, "labels": one} for one in ids[first : first + 16]])
         true_gradients = step(exact, batch)[1]
-        stock += distance(true_gradients, step(model, batch)[1])
+        stock.append(distance(true_gradients, step(model, batch)[1]))
         with kernels.accelerated(model, attach.adapted_linear):
-            fast += distance(true_gradients, step(model, batch)[1])
-    assert fast <= stock
+            fast.append(distance(true_gradients, step(model, batch)[1]))
+    assert sum(fast) <= sum(stock) and math.prod(fast) <= math.prod(stock)
 
 
 def curve(seed: int, *, fast: bool) -> Tensor:

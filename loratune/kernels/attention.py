@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from loratune.kernels import whole_rows
-from loratune.kernels.lora_linear import Projection, SavedLora
+from loratune.kernels.lora_linear import Projection
 from loratune.kernels.reference import FusedOps
 
 TILE = 128
@@ -309,7 +309,7 @@ class _SelfAttentionFunction(torch.autograd.Function):
         layer, (x, cosine, sine, query, key, value, result, total, *saved) = ctx.layer, ctx.saved_tensors
         ends = accumulate(ctx.sizes)
         norms_saved, *loras = (saved[end - size : end] for size, end in zip(ctx.sizes, ends, strict=True))
-        joined_lora, out_lora = (SavedLora.of(part) if part else None for part in loras)
+        joined_lora, out_lora = (one.saved(part) for one, part in zip((layer.joined, layer.out), loras, strict=True))
         dresult, out_gradients = layer.out.backward(dy, result, out_lora, needs_dx=True)
         layout = ctx.layout
         around = layout.spans, layout.keys, layout.tiles, layer.scale, layer.cap

@@ -193,13 +193,14 @@ class CompiledOps:
         if dense is not y:
             y.copy_(dense)
 
-    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
         """See `reference.cross_entropy`."""
         (dense,), targets = self._contiguous(logits), _checked(targets, torch.int64)
         if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < logits.shape[1]:
             raise IndexError(f"targets from {int(targets.min())} to {int(targets.max())} of {logits.shape[1]} tokens")
         loss = dense.new_empty(len(targets), dtype=torch.float32)
-        self._call("cross_entropy", [dense, loss], targets, len(targets), logits.shape[1])
+        weights = None if weights is None else _checked(weights, torch.float32)
+        self._call("cross_entropy", [dense, loss], targets, weights, len(targets), logits.shape[1])
         if dense is not logits:
             logits.copy_(dense)
         return loss

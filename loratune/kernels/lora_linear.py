@@ -45,31 +45,26 @@ class SavedLora:
 
     Attributes:
         inner: The output of `down`, (tokens, ranks).
-        down: (ranks, in).
-        up: (out, ranks), multiplied by the scaling.
+        down: Of all adapters, (parts * ranks, in), see `_parts`.
+        ups: Of each adapter, (out, parts * its ranks), multiplied by the scaling.
         masks: What dropout keeps, (tokens, in), bool, one for each adapter; empty without dropout.
     """
 
     inner: Tensor
     down: Tensor
-    up: Tensor
-    masks: list[Tensor]
+    ups: Sequence[Tensor]
+    masks: Sequence[Tensor]
 
     def tensors(self) -> list[Tensor]:
         """All tensors, to be saved for the backward pass."""
-        return [self.inner, self.down, self.up, *self.masks]
-
-    @classmethod
-    def of(cls, saved: Sequence[Tensor]) -> "SavedLora":
-        """From the tensors that `tensors` returned."""
-        inner, down, up, *masks = saved
-        return cls(inner, down, up, masks)
+        return [self.inner, self.down, *self.ups, *self.masks]
 
 
 class Projection:
     """Layers with the same input as one matrix product.
 
-    Their weights become views of one tensor, so that nothing is held twice.
+    Their weights become views of one tensor, so that nothing is held twice. What LoRA gives is computed first: what is
+    added to it is rounded only then, and so the larger of the two once, not twice.
     """
 
     def __init__(self, layers: Sequence[Adapted]):
@@ -99,25 +94,34 @@ class Projection:
 
     def forward(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, SavedLora | None]:
         """x: (tokens, in). Returns (tokens, out), and what `backward` needs, if there is an adapter."""
-        y = functional.linear(x, self.weight, self.bias)
         if not self._adapted:
-            return y, None
+            return functional.linear(x, self.weight, self.bias), None
         saved = self._lora(x, training, parameters)
-        return y.addmm_(saved.inner, saved.up.t()), saved
+        bare = x.new_empty if sum(map(len, saved.ups)) == len(self.weight) else x.new_zeros
+        y = bare(len(x), len(self.weight)) if self.bias is None else self.bias.repeat(len(x), 1)
+        for (_, columns), ranks, up in zip(self._adapted, self._ranks, saved.ups, strict=True):
+            inner = _repeated(saved.inner[:, ranks], up.shape[1])
+            y[:, columns].addmm_(inner, up.t(), beta=int(self.bias is not None))
+        return y.addmm_(x, self.weight.t()), saved
+
+    def saved(self, tensors: Sequence[Tensor]) -> SavedLora | None:
+        """What `forward` returned, from its tensors."""
+        count = len(self._adapted)
+        return SavedLora(*tensors[:2], tensors[2 : 2 + count], tensors[2 + count :]) if count else None
 
     def _lora(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> SavedLora:
-        down = torch.cat(list(parameters[::2])).to(x.dtype)
-        up = x.new_zeros(len(self.weight), len(down))
-        for (part, columns), ranks, tensor in zip(self._adapted, self._ranks, parameters[1::2], strict=True):
-            up[columns, ranks] = (tensor * part.scaling).to(x.dtype)
+        whole = torch.cat(list(parameters[::2]))
+        down, count = _parts(whole, x.dtype, 0), len(whole)
+        scaled = zip(parameters[1::2], self._adapted, strict=True)
+        ups = [_parts(tensor * part.scaling, x.dtype, 1) for tensor, (part, _) in scaled]
         if not (training and any(part.dropout for part, _ in self._adapted)):
-            return SavedLora(x @ down.t(), down, up, [])
+            return SavedLora(_summed(x @ down.t(), count), down, ups, [])
         inner, masks = [], []
         for (part, _), ranks in zip(self._adapted, self._ranks, strict=True):
             dropped, mask = upstream.dropout(x, part.dropout)
-            inner.append(dropped @ down[ranks].t())
+            inner.append(_summed(dropped @ _of_ranks(down, ranks, count).t(), ranks.stop - ranks.start))
             masks.append(mask)
-        return SavedLora(torch.cat(inner, 1), down, up, masks)
+        return SavedLora(torch.cat(inner, 1), down, ups, masks)
 
     def backward(
         self, dy: Tensor, x: Tensor | None, saved: SavedLora | None, *, needs_dx: bool
@@ -130,20 +134,27 @@ class Projection:
             saved: What `forward` returned.
             needs_dx: Whether the gradient of the input is needed; if not, it is None.
         """
-        dx = dy @ self.weight if needs_dx else None
         if saved is None or x is None:
-            return dx, []
-        dinner, dup = dy @ saved.up, dy.t() @ saved.inner
+            return dy @ self.weight if needs_dx else None, []
+        parts = zip(self._adapted, self._ranks, saved.ups, strict=True)
+        dinners = [_summed(dy[:, columns] @ up, ranks.stop - ranks.start) for (_, columns), ranks, up in parts]
+        dinner, dup = torch.cat(dinners, 1), dy.t() @ saved.inner
         ddown = self._down_gradient(dinner, x, saved)
-        if dx is not None and not saved.masks:
-            dx.addmm_(dinner, saved.down)
-        elif dx is not None:
-            for apply_mask, ranks in self._dropouts(saved):
-                dx += apply_mask(dinner[:, ranks] @ saved.down[ranks])
+        dx = self._input_gradient(dy, dinner, saved) if needs_dx else None
         gradients = []
         for (part, columns), ranks in zip(self._adapted, self._ranks, strict=True):
             gradients += [ddown[ranks].float(), dup[columns, ranks].float() * part.scaling]
         return dx, gradients
+
+    def _input_gradient(self, dy: Tensor, dinner: Tensor, saved: SavedLora) -> Tensor:
+        """The gradient of the input. dinner: that of the output of `down`, (tokens, ranks)."""
+        if not saved.masks:
+            return (_repeated(dinner, len(saved.down)) @ saved.down).addmm_(dy, self.weight)
+        dx = dy.new_zeros(len(dy), saved.down.shape[1])
+        for apply_mask, ranks in self._dropouts(saved):
+            down = _of_ranks(saved.down, ranks, dinner.shape[1])
+            dx += apply_mask(_repeated(dinner[:, ranks], len(down)) @ down)
+        return dx.addmm_(dy, self.weight)
 
     def _down_gradient(self, dinner: Tensor, x: Tensor, saved: SavedLora) -> Tensor:
         """The gradient of every `down`: (ranks, in)."""
@@ -155,6 +166,29 @@ class Projection:
         """For each adapter, the dropout that was applied to its input, and its ranks."""
         for (part, _), ranks, mask in zip(self._adapted, self._ranks, saved.masks, strict=True):
             yield partial(_apply_mask, mask, 1 / (1 - part.dropout)), ranks
+
+
+def _parts(weight: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
+    """A float32 weight in a dtype: rounded, and joined along `dim` with what rounding left of it. With A and B rounded
+    and no more, gradients would be further from float32's than PEFT's are; few ranks take hardly longer twice."""
+    rounded = weight.to(dtype)
+    is_whole = dtype.itemsize >= weight.dtype.itemsize
+    return rounded if is_whole else torch.cat([rounded, (weight - rounded.to(weight.dtype)).to(dtype)], dim)
+
+
+def _summed(product: Tensor, ranks: int) -> Tensor:
+    """The product with a weight, from that with its parts: (tokens, parts * ranks)."""
+    return product if product.shape[1] == ranks else product[:, :ranks] + product[:, ranks:]
+
+
+def _repeated(inner: Tensor, columns: int) -> Tensor:
+    """What each part of a weight is multiplied by. inner: (tokens, ranks). Returns (tokens, columns)."""
+    return inner if inner.shape[1] == columns else torch.cat([inner, inner], 1)
+
+
+def _of_ranks(down: Tensor, ranks: slice, count: int) -> Tensor:
+    """The parts of one adapter. down: (parts * count, in)."""
+    return down.view(-1, count, down.shape[1])[:, ranks].flatten(0, 1)
 
 
 def _joined_weight(weights: Sequence[Tensor]) -> Tensor | None:
@@ -194,8 +228,7 @@ class _ProjectionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, *lora = ctx.saved_tensors or (None,)
-        saved = SavedLora.of(lora) if lora else None
-        dx, gradients = ctx.layer.backward(dy, x, saved, needs_dx=ctx.needs_input_grad[0])
+        dx, gradients = ctx.layer.backward(dy, x, ctx.layer.saved(lora), needs_dx=ctx.needs_input_grad[0])
         return dx, None, None, *gradients
 
 
@@ -339,7 +372,7 @@ class _GatedLayerFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         layer, (both, x, gated, *saved) = ctx.layer, ctx.saved_tensors
         parts = saved[: ctx.split], saved[ctx.split :]
-        joined_lora, down_lora = (SavedLora.of(part) if part else None for part in parts)
+        joined_lora, down_lora = (one.saved(part) for one, part in zip((layer.joined, layer.down), parts, strict=True))
         dgated, down_gradients = layer.down.backward(dy, gated, down_lora, needs_dx=True)
         dboth = layer.ops.swiglu_backward(dgated, both, *layer.activation)
         dx, joined_gradients = layer.joined.backward(dboth, x, joined_lora, needs_dx=ctx.needs_input_grad[0])

@@ -252,14 +252,18 @@ class LossHead(nn.Module):
 
 
 def _chunk_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: Tensor | None, scaling: Scaling
-) -> Iterator[tuple[slice, Tensor]]:
-    """The losses of the logits of a few hundred states at a time, and their gradient, written where it is given."""
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: Tensor | None, scaling: Scaling,
+    shares: Tensor | None = None,
+) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+    """The losses of the logits of a few hundred states at a time, and their gradient, written where it is given.
+
+    shares: what the gradient of each state is multiplied by, (states,), float32.
+    """
     ops = fused_ops(hidden)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
         logits, bounded = scaling.forward(functional.linear(hidden[rows], weight, bias))
-        losses = ops.cross_entropy(logits, targets[rows])
+        losses = ops.cross_entropy(logits, targets[rows], None if shares is None else shares[rows])
         yield rows, losses
         if gradient is not None:
             torch.mm(scaling.backward(logits, bounded), weight, out=gradient[rows])
@@ -273,9 +277,14 @@ class _HeadLoss(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for rows, losses in _chunk_losses(hidden, weight, bias, targets, gradient, scaling):
+        ctx.unit, shares = 1.0, None
+        if hidden.dtype == torch.bfloat16:  # That of the mean, so that it is not rounded once more when it is divided.
+            shares = torch.ones(len(hidden), device=hidden.device) if counts is None else counts.float()
+            ctx.unit = 1 / shares.sum().clamp(min=1)
+            shares *= ctx.unit
+        for rows, losses in _chunk_losses(hidden, weight, bias, targets, gradient, scaling, shares):
             total += losses.sum() if counts is None else losses @ counts[rows].float()
-        if gradient is not None and counts is not None:
+        if gradient is not None and counts is not None and shares is None:
             gradient *= counts[:, None]
         ctx.save_for_backward(gradient)
         return total
@@ -283,7 +292,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * doutput, None, None, None, None, None
+        return gradient * (doutput / ctx.unit), None, None, None, None, None
 
 
 def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:

@@ -207,16 +207,16 @@ def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
     y.addmm_(x @ down.t(), up)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """The loss of each row in nats: (rows,), float32. The logits are overwritten with its gradient.
 
-    logits: (rows, vocabulary); targets: (rows,) int64.
+    logits: (rows, vocabulary); targets: (rows,) int64; weights: of the gradients, (rows,) float32.
     """
     scores = logits.float()
     loss = functional.cross_entropy(scores, targets, reduction="none")
     gradient = scores.softmax(-1)
     gradient.scatter_add_(1, targets[:, None], gradient.new_full((len(targets), 1), -1))
-    logits.copy_(gradient)
+    logits.copy_(gradient if weights is None else gradient * weights[:, None])
     return loss
 
 

@@ -113,15 +113,16 @@ void add_lora(real *y, const real *x, const real *down, const real *up, int64_t 
     }
 }
 
-void cross_entropy(real *logits, float *loss, const int64_t *targets, int64_t rows, int64_t size) {
+void cross_entropy(real *logits, float *loss, const int64_t *targets, const float *weights, int64_t rows,
+                   int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {
         real *row = logits + i * size;
         float most = -INFINITY, sum = 0;
         MOST(most) for (int64_t j = 0; j < size; j++) most = get(row[j]) > most ? get(row[j]) : most;
         SUM(sum) for (int64_t j = 0; j < size; j++) sum += power(get(row[j]) - most);
-        float all = most + logf(sum), right = get(row[targets[i]]);
+        float all = most + logf(sum), right = get(row[targets[i]]), weight = weights == NULL ? 1 : weights[i];
         loss[i] = all - right;
-        EACH for (int64_t j = 0; j < size; j++) row[j] = put(power(get(row[j]) - all));
-        row[targets[i]] = put(expf(right - all) - 1);
+        EACH for (int64_t j = 0; j < size; j++) row[j] = put(weight * power(get(row[j]) - all));
+        row[targets[i]] = put(weight * (expf(right - all) - 1));
     }
 }
