@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from running import WEIGHTS
 
 from loratune.codes import Code
 from loratune.commands.sweep import budget, grid
+from loratune.commands.sweep.running import _Sweep
 from loratune.commands.sweep.storage import without_password
 from loratune.commands.sweep.study import SETTINGS, Study
 from loratune.errors import ConfigError, LockedError, ResumeError
@@ -90,6 +92,12 @@ def database(path: Path) -> Path:
     return path
 
 
+def inside(study: Path, parent: str, name: str) -> Path:
+    (study / parent).mkdir()
+    return study / parent / name
+
+
+URLS = {"storage": "sqlite:///{}/storage", "uri": "sqlite:///file:{}/storage?uri=true"}
 NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a link to a directory": ("", lambda study: (study.rmdir(), study.symlink_to(study.parent / "elsewhere"))),
     "a link that leads nowhere": ("", lambda study: (study.rmdir(), study.symlink_to("nowhere"))),
@@ -106,6 +114,7 @@ NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an empty file": ("journal.log", lambda study: (study / "journal.log").touch()),
     "the journal of another study": ("", lambda study: optunas(study, "other", cut=b'{"op')),
     "a journal of another program": ("journal.log", lambda study: optunas(study, "out", trials=1, cut=b'{"op')),
+    "a journal that another program has begun": ("journal.log", lambda study: optunas(study, "out", cut=b"my notes")),
     "a link to a journal": ("journal.log", lambda study: (study / "journal.log").symlink_to("/dev/zero")),
     "a pipe": ("journal.log", lambda study: os.mkfifo(study / "journal.log")),
     "a directory in place of a journal": ("journal.log", lambda study: (study / "journal.log").mkdir()),
@@ -114,6 +123,18 @@ NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a link to results": ("results.json", lambda study: (study / "results.json").symlink_to("../elsewhere/mine")),
     "a link to locks": ("locks", lambda study: (study / "locks").symlink_to("../elsewhere")),
     "a link to trials": ("trials", lambda study: (study / "trials").symlink_to("nowhere")),
+    "a link to a lock": (
+        "locks/choosing",
+        lambda study: inside(study, "locks", "choosing").symlink_to("../../elsewhere/new"),
+    ),
+    "a pipe in place of a lock": ("locks/choosing", lambda study: os.mkfifo(inside(study, "locks", "choosing"))),
+    "a link to the lock of a trial": ("locks/0000", lambda study: inside(study, "locks", "0000").symlink_to("nowhere")),
+    "a directory in place of a journal that is begun": (
+        "locks/journal.log.unfinished",
+        lambda study: inside(study, "locks", "journal.log.unfinished").mkdir(),
+    ),
+    "a link to a trial": ("trials/0000", lambda study: inside(study, "trials", "0000").symlink_to("../../elsewhere")),
+    "another database by its URI": ("uri", lambda study: database(study.parent / "storage")),
     "another database": ("storage", lambda study: database(study.parent / "storage")),
     "a text in place of a database": ("storage", lambda study: (study.parent / "storage").write_text("mine " * 200)),
 }
@@ -127,12 +148,12 @@ def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, tmp_
     (tmp_path / "elsewhere" / "mine").write_text("mine")
     place, make = NOT_OURS[name]
     make(study)
-    url = f"sqlite:///{tmp_path / 'storage'}" if place == "storage" else None
+    url = URLS[place].format(tmp_path) if place in URLS else None
     before = sorted(tmp_path.rglob("*")), tree(tmp_path)
     ran = cli("sweep", file, *RATES, *(("--storage", url) if url else ()))
-    code = Code.SWEEP_OTHER_STUDY if name in ("the journal of another study", "a journal of another program") else None
+    code = Code.SWEEP_OTHER_STUDY if "journal of another" in name or "another program" in name else Code.SWEEP_STORAGE
     where, key = (url, "--storage") if url else (str(study / place), "")
-    check_refused(ran, 2, (code or Code.SWEEP_STORAGE, where, key))
+    check_refused(ran, 2, (code, where, key))
     assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
@@ -144,7 +165,7 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
         (tmp_path / "journal.log").write_bytes(kept + line)
         with pytest.raises(ResumeError) as damaged:
             opened(tmp_path)
-        assert meanings(damaged.value) == [(Code.SWEEP_STORAGE, f"{tmp_path / 'journal.log'}:3", "")]
+        assert meanings(damaged.value) == [(Code.SWEEP_STORAGE, f"{tmp_path / 'journal.log'}:4", "")]
         assert (tmp_path / "journal.log").read_bytes() == kept + line
         (tmp_path / "journal.log").write_bytes(kept)
     assert opened(tmp_path).records() == []
@@ -395,6 +416,21 @@ def test_a_link_leads_out_of_no_study(forked: Cli, copied: Path) -> None:
     assert (copied / "elsewhere" / "out" / WEIGHTS).exists() and not (copied / "out").exists()
 
 
+@pytest.mark.parametrize("level", range(4), ids=["adapter", "trial", "trials", "study"])
+def test_no_link_that_appeared_is_followed_where_a_trial_is_removed(copied: Path, level: int) -> None:
+    found = adapter(copied)
+    place = (found, *found.parents)[level]
+    place.rename(copied / "elsewhere")
+    place.symlink_to(copied / "elsewhere")
+    kept = tree(copied / "elsewhere")
+    begun: Any = object.__new__(_Sweep)
+    begun.request, begun.name, begun.log = SimpleNamespace(directory=copied / "out.study"), "out", print
+    with pytest.raises(ConfigError) as refused:
+        begun._remove(int(found.parent.name))
+    assert meanings(refused.value) == [(Code.SWEEP_STORAGE, str(place), "")]
+    assert tree(copied / "elsewhere") == kept
+
+
 def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) -> None:
     first = "from loratune.commands.sweep.running import _Sweep\nimport os\nend = _Sweep._end\n"
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
@@ -510,7 +546,7 @@ def test_a_living_trial_of_another_directory_is_not_taken(tmp_path: Path) -> Non
     assert taken is not None and [record.place for record in two.records()] == [str((tmp_path / "two").resolve())]
 
 
-@pytest.mark.parametrize("url", ["study.db", "", "nosuch://x", "oracle://host/x"])
+@pytest.mark.parametrize("url", ["study.db", "", "nosuch://x", "oracle://host/x", "mysql://h:a/db", "sqlite:///a\0b"])
 def test_what_is_no_database_is_a_mistake_in_the_command(cli: Cli, tmp_path: Path, tiny_dir: Path, url: str) -> None:
     ran = cli("sweep", config(tmp_path, tiny_dir), *RATES, "--storage", url)
     assert ran.code == 2 and f"[{Code.SWEEP_STORAGE}]" in ran.err and "--storage" in ran.err, ran.err

@@ -164,7 +164,6 @@ class _Sweep:
     def _try(self, claim: Claim, run: RunConfig, estimate: float) -> None:
         """Train a trial and record what it came to."""
         output = self._adapter(claim.number)
-        self._check_place(output.parent)
         self.request.budget.begin()
         reporter = replace(
             self.reporter, progress=Watched(self.reporter.progress, self.study, claim, self.request.halving)
@@ -197,13 +196,15 @@ class _Sweep:
         self.study.finish(claim, {"note": why}, None, outcome)
 
     def _adapter(self, number: int) -> Path:
-        """Where the adapter of a trial is: under the name that its winner will have, which the card mentions."""
-        return self.request.directory / TRIALS / f"{number:04}" / self.name
+        """Where the adapter of a trial is: under the name that its winner will have, which the card mentions.
 
-    def _check_place(self, place: Path) -> None:
-        """Raises ConfigError: adapters would be replaced and removed outside the study."""
-        for path in (self.request.directory / TRIALS, place):
+        Raises:
+            ConfigError: A link leads there, and adapters would be replaced and removed outside the study.
+        """
+        output = self.request.directory / TRIALS / f"{number:04}" / self.name
+        for path in (*reversed(output.parents[:3]), output):
             check_directory(path)
+        return output
 
     def _results(self) -> StudyResults:
         """What the study came to so far. Raises ResumeError: the storage holds what no sweep has written."""
@@ -303,7 +304,6 @@ class _Sweep:
             if found == recorded_digest:
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
-        self._check_place(source.parent)
         try:
             preflight.open_adapter(source)
             if sha256(record) != recorded_digest:

@@ -29,14 +29,20 @@ from loratune.errors import (
     is_disk_full,
 )
 from loratune.evaluation import study_results
-from loratune.system.files import is_incidental_file, kind, open_lock
+from loratune.system.files import is_incidental_file, kind, open_lock, path_problem
 
 JOURNAL, LOCKS, TRIALS = "journal.log", "locks", "trials"
 _KINDS = {JOURNAL: "a file", study_results.FILE: "a file", LOCKS: "a directory", TRIALS: "a directory"}
 """What a study has in its directory."""
-IDENTITY = "identity"
-"""The name under which a study has what it is of."""
-_CREATE_STUDY, _SET_STUDY_ATTRIBUTE, _CREATE_TRIAL = 0, 2, 4
+_UNFINISHED = f"{JOURNAL}.unfinished"
+_INSIDE = (
+    (LOCKS, re.compile(rf"\d{{4,}}|choosing|journal|{re.escape(_UNFINISHED)}"), "a file"),
+    (TRIALS, re.compile(r"\d{4,}"), "a directory"),
+)
+"""What it has in its directories, by name."""
+IDENTITY, _BEGUN = "identity", "begun_by_sweep"
+"""The name under which a study has what it is of, and the one that a journal has from its beginning."""
+_CREATE_STUDY, _SET_STUDY_ATTRIBUTE = 0, 2
 """Codes of operations in a journal of optuna's."""
 _LONGEST = 1 << 16
 """Bytes of the longest first line of a journal, which has the name of the study."""
@@ -77,8 +83,12 @@ def check_directory(path: Path) -> None:
 
     A link would lead out of the study, where files are written, replaced and removed.
     """
-    if (found := kind(path)) not in ("", "a directory"):
-        raise _foreign(f"is {found} in place of a directory of the study", path)
+    _check_kind(path, "a directory")
+
+
+def _check_kind(path: Path, right: str) -> None:
+    if (found := kind(path)) not in ("", right):
+        raise _foreign(f"is {found} in place of {right} of the study", path)
 
 
 def check_place(directory: Path, name: str, url: str | None) -> None:
@@ -101,8 +111,11 @@ def check_place(directory: Path, name: str, url: str | None) -> None:
     if not _KINDS.keys() & {*names} and (others := sorted(name for name in names if not is_incidental_file(name))):
         raise _foreign(f"holds {others[0]}, and no study", directory)
     for own in _KINDS.keys() & {*names}:
-        if (found := kind(directory / own)) != _KINDS[own]:
-            raise _foreign(f"is {found} in place of {_KINDS[own]} of the study", directory / own)
+        _check_kind(directory / own, _KINDS[own])
+    for parent, own_names, right in _INSIDE:
+        for path in sorted((directory / parent).iterdir()) if parent in names else ():
+            if own_names.fullmatch(path.name):
+                _check_kind(path, right)
     if study_results.FILE in names and not study_results.is_ours(directory):
         raise _foreign("is not what a sweep writes", directory / study_results.FILE)
     if JOURNAL in names and url is None:
@@ -115,7 +128,7 @@ def _foreign(what: str, path: Path) -> ConfigError:
 
 
 def _check_journal(path: Path, name: str) -> None:
-    """Check a journal. Its last line may have been cut off, but never its first, see `_begin`.
+    """Check a journal. Its last line may have been cut off, but never its first two, see `_begin`.
 
     Raises:
         ConfigError: It is not that of a study of this name, which a sweep has begun.
@@ -127,20 +140,20 @@ def _check_journal(path: Path, name: str) -> None:
         first = _operation(file.readline(_LONGEST))
         if first.get("op_code") != _CREATE_STUDY or not isinstance(first.get("study_name"), str):
             raise _foreign("is not the journal of a study", path)
-        is_begun, has_trials = False, False
+        is_begun = False
         for number, line in enumerate(file, 2):
             operation = _operation(line)
             code = operation.get("op_code")
             if line.endswith(b"\n") and not isinstance(code, int):
                 what, fix = "the study is damaged", "restore it, or move the study away, and start again"
                 raise ResumeError(Problem(Code.SWEEP_STORAGE, what, f"{path}:{number}", fix=fix))
-            is_begun |= code == _SET_STUDY_ATTRIBUTE and IDENTITY in str(operation.get("user_attr"))
-            has_trials |= code == _CREATE_TRIAL
+            attributes = operation.get("user_attr") if code == _SET_STUDY_ATTRIBUTE else None
+            is_begun |= isinstance(attributes, dict) and not attributes.keys().isdisjoint((_BEGUN, IDENTITY))
     if first["study_name"] != name:
         what = f"is the study of an output_dir called {first['study_name']!r}, and this one is called {name!r}"
         fix = "name it as it was, or move the study away"
         raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(path.parent), fix=fix))
-    if has_trials and not is_begun:
+    if not is_begun:
         raise other_study(name, str(path))
 
 
@@ -181,10 +194,10 @@ def open_study(directory: Path, name: str, url: str | None, pruner: optuna.prune
 
 
 def _begin(directory: Path, name: str) -> None:
-    """Begin a journal, which appears with its first line or not at all."""
-    unfinished = directory / LOCKS / f"{JOURNAL}.unfinished"
+    """Begin a journal, which appears with the lines that show whose it is or not at all."""
+    unfinished = directory / LOCKS / _UNFINISHED
     unfinished.unlink(missing_ok=True)
-    optuna.create_study(study_name=name, storage=_journal(directory, unfinished))
+    optuna.create_study(study_name=name, storage=_journal(directory, unfinished)).set_user_attr(_BEGUN, True)
     unfinished.rename(directory / JOURNAL)
 
 
@@ -197,16 +210,24 @@ def _check_database(url: str) -> None:
     """Raises LoratuneError: the URL is none, or of a file that is no database of studies; or see `explained`."""
     try:
         engine = create_engine(url)
-        path = engine.url.database if engine.name == "sqlite" else None
-        found = inspect(engine).get_table_names() if path and os.path.exists(path) else []
-    except (ImportError, ArgumentError, NoSuchModuleError) as error:
+    except (ImportError, ArgumentError, NoSuchModuleError, ValueError) as error:
         raise _no_database(f"is no URL of a database that can be opened here: {_first_line(error)}", url) from None
+    except Exception as error:
+        raise explained(error, without_password(url, url), url) from error
+    if engine.name != "sqlite" or not (path := engine.url.database):
+        return
+    if path.startswith("file:") or "uri" in engine.url.query:
+        raise _no_database("is a URI of SQLite, and only a path shows which file it is", url)
+    if problem := path_problem(path):
+        raise _no_database(problem, url)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise _no_database("is in a directory that does not exist", url)
+    try:
+        found = inspect(engine).get_table_names() if os.path.exists(path) else []
     except Exception as error:
         raise explained(error, without_password(url, url), url) from error
     if found and not _TABLES & {*found}:
         raise _no_database("is a database of something else", url)
-    if path and not path.startswith("file:") and not os.path.isdir(os.path.dirname(path) or "."):
-        raise _no_database("is in a directory that does not exist", url)
 
 
 def _database(url: str) -> BaseStorage:
