@@ -17,6 +17,7 @@ from loratune.training import collapse
 from loratune.training.collapse import PromptSensitivity
 from loratune.training.gain import Gain
 
+ALL_LAYERS = {"r": 8, "target_modules": "all-linear"}
 SAME = [row | {"completion": " yes"} for row in ROWS]
 DEAD = {"learning_rate": 1e10, "max_steps": 3, "save_steps": 1}
 """A rate at which the tiny model comes to predict every token with the same probability."""
@@ -26,9 +27,13 @@ DEAD = {"learning_rate": 1e10, "max_steps": 3, "save_steps": 1}
 def sure_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """The tiny model with large logits, so that what it predicts depends on the prompt and is mostly wrong: its loss on
     `ROWS` is far above that of a uniform distribution, 5.576."""
-    path, model = tmp_path_factory.mktemp("sure") / "llama", tiny_llama()
+    return sure(tmp_path_factory.mktemp("sure") / "llama", tokenizer, 30)
+
+
+def sure(path: Path, tokenizer: PreTrainedTokenizerFast, factor: float) -> Path:
+    model = tiny_llama()
     with torch.no_grad():
-        model.lm_head.weight *= 30
+        model.lm_head.weight *= factor
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -41,16 +46,52 @@ def row(ids: list[int], *spans: tuple[int, int]) -> TokenizedRow:
 def test_prompts_are_read_where_rows_first_differ() -> None:
     """In what stands before, and in what is expected there; a tenth of the rows must expect something else."""
     answers = [row([1, prompt, 7, prompt % 2, 9], (2, 5)) for prompt in range(20, 40)]
-    assert collapse.prompts(answers) == [(1, prompt, 7) for prompt in range(20, 20 + collapse.PROMPTS)]
+    assert [*collapse.prompts(answers)] == [(1, prompt, 7) for prompt in range(20, 20 + collapse.PROMPTS)]
     turns = [row([1, prompt, 7, prompt, prompt % 2, 9], (2, 3), (4, 6)) for prompt in (21, 22)]
-    assert collapse.prompts(turns) == [(1, 21, 7, 21), (1, 22, 7, 22)]
+    assert collapse.prompts(turns) == {(1, 21, 7, 21): 1, (1, 22, 7, 22): 0}
     texts = [row([1, first, 5, first + 1], (0, 4)) for first in (2, 3, 3)]  # which begin alike, so that 2 or 3 follows
-    assert collapse.prompts(texts) == [(1, 2, 5), (1, 3, 5)]
+    assert collapse.prompts(texts) == {(1, 2, 5): 3, (1, 3, 5): 4}
     lengths = [row([1] * length + [length], (length, length + 1)) for length in range(30, 10, -1)]
     assert [len(ids) for ids in collapse.prompts(lengths)] == [*range(11, 11 + collapse.PROMPTS)]
+    skewed = [row([1] * length + [length > 25], (length, length + 1)) for length in range(10, 30)]
+    assert {len(ids): token for ids, token in collapse.prompts(skewed).items()} == (
+        {length: False for length in (10, 11, 12, 13)} | {length: True for length in (26, 27, 28, 29)}
+    )
+    unsure = [row([1, 5, 8], (2, 3)), *[row([1, 5, 9], (2, 3))] * 3, row([1, 6, 8], (2, 3))]
+    assert collapse.prompts(unsure) == {(1, 5): 9, (1, 6): 8}
     same = [row([1, prompt, 7, 9], (2, 4)) for prompt in range(20)]
     one_prompt = [row([1, 5, answer], (2, 3)) for answer in range(20)]
     assert not any(map(collapse.prompts, (same, [*same[:19], row([1, 2, 8], (2, 3))], one_prompt, answers[:1], [])))
+
+
+BASE = [[0.9, 0.1, 0.0], [0.1, 0.9, 0.0], [0.2, 0.8, 0.0]]
+PREDICTIONS: dict[str, tuple[list[list[float]], list[list[float]], bool]] = {
+    "nothing that is expected, nearly the same": (
+        BASE, [[0.02, 0.02, 0.96], [0.05, 0.02, 0.93], [0.02, 0.02, 0.96]], True
+    ),
+    "rightly the same where the same is expected": (
+        BASE, [[0.99, 0.01, 0.0], [0.01, 0.99, 0.0], [0.01, 0.99, 0.0]], False
+    ),
+    "the usual answer": (BASE, [[0.33, 0.67, 0.0]] * 3, True),
+    "has learned the usual answer, and too little else so far": (
+        BASE, [[0.34, 0.66, 0.0], [0.32, 0.68, 0.0], [0.33, 0.67, 0.0]], False
+    ),
+    "has learned little, but uses the prompt": (
+        BASE, [[0.06, 0.01, 0.93], [0.01, 0.06, 0.93], [0.01, 0.06, 0.93]], False
+    ),
+    "of unlikely tokens": (BASE, [[1e-5, 1e-9, 1.0], [1e-9, 1e-5, 1.0], [1e-9, 1e-5, 1.0]], True),
+    "differs only between prompts that expect the same": (
+        [[0.5, 0.5, 0.0], [0.44, 0.56, 0.0], [0.56, 0.44, 0.0]], [[0.5, 0.5, 0.0]] * 3, False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_that_depend_on_the_prompt(name: str) -> None:
+    """After three prompts, the first of which expects token 0 and the others token 1."""
+    base, adapter, is_lost = PREDICTIONS[name]
+    logs = [[torch.tensor(one).log() for one in predictions] for predictions in (base, adapter)]
+    assert PromptSensitivity.of(*logs, [0, 1, 1]).is_lost == is_lost
 
 
 CHANCE = 5.5759  # the logarithm of 264
@@ -71,7 +112,7 @@ REASONS: dict[str, tuple[tuple[float, float], tuple[float, float], str, str]] = 
 def test_reasons(name: str) -> None:
     (base_distance, distance), (base, loss), unit, reason = REASONS[name]
     gain = Gain("training", 9, 9, 9, base, loss, base - loss, None, None, unit=unit)
-    found = collapse.reason(PromptSensitivity(8, base_distance, distance), gain, 264)
+    found = collapse.reason(PromptSensitivity(8, base_distance, distance, 0.0, 1.0), gain, 264)
     assert found.startswith(reason) and bool(found) == bool(reason)
     assert collapse.reason(None, gain, 264) == ("" if "the same" in reason else found)
 
@@ -88,6 +129,32 @@ def test_what_has_collapsed_is_never_published(
         assert "; lower it, to 0.005 for example; step 2 is kept: continue from there" in ran.err  # the highest of auto
         assert not (tmp_path / "out").exists()
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize("rate", [0.4, 3.0])
+def test_what_answers_nothing_any_more(
+    rate: float, cli: Callable[..., Ran], run_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Its predictions are nearly the same after every prompt, and none of what is expected."""
+    model = {"name_or_path": str(sure(tmp_path / "llama", tokenizer, 20))}
+    training = {"learning_rate": rate, "max_steps": 6}
+    config = run_config(model=model, training=training, lora=ALL_LAYERS)
+    check_refused(cli("train", config), 6, (Code.TRAINING_COLLAPSED, "", "training.learning_rate"))
+
+
+def test_short_prompts_that_expect_the_same(
+    cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
+) -> None:
+    """As long ones expect something else, an adapter that has learned this uses its prompts."""
+    training = {"learning_rate": 0.01, "max_steps": 20}
+    config = run_config(model={"name_or_path": str(sure_dir)}, training=training, lora=ALL_LAYERS)
+    short = [{"prompt": letter * 2, "completion": "x"} for letter in "abcdefghij"]
+    long = [{"prompt": letter * 6, "completion": "y"} for letter in "ABCDEFGHIJ"]
+    rows = write_rows(config.with_name("rows.jsonl"), [*short, *long])
+    ran = cli("train", config)
+    assert ran.code == 0, ran.err
+    found = json.loads(cli("evaluate", "--adapter", tmp_path / "out", "--data", rows, "--json").out)
+    assert found["verdict"] == "better" and found["prompt_sensitivity"]["adapter"] > 0.9
 
 
 def test_compared_answers_collapse_too(cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path) -> None:
