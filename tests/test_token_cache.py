@@ -290,10 +290,20 @@ def test_a_cache_that_is_not_ours_is_not_used(cache: Path, tmp_path: Path) -> No
         os.chown(cache, 0, -1)
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    check_written_anew(cache, f"the rows are tokenized for this run only: {cache}: Not a directory", in_cache=False)
+    check_written_anew(cache, f"the rows are tokenized for this run only: {cache}: Not a directory; .*", in_cache=False)
     cache.unlink()
     (tmp_path / "elsewhere").rename(cache)
     assert tree(tmp_path) == before
+
+
+def test_a_cache_that_cannot_be_written_is_said_with_what_sets_it(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("")
+    check_written_anew(
+        cache,
+        f"the rows are tokenized for this run only: {cache}: Not a directory; set HF_DATASETS_CACHE or HF_HOME to a "
+        "directory that you can write to",
+        in_cache=False,
+    )
 
 
 def test_rows_that_are_not_used_are_reported(cli: Cli, run_config: MakeConfig, cache: Path) -> None:

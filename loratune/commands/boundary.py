@@ -25,6 +25,7 @@ from loratune.errors import (
     is_out_of_memory,
 )
 from loratune.system import launcher, signals
+from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group, SingleProcess
 from loratune.system.signals import Stop, Termination, raise_on_signals
 
@@ -62,6 +63,7 @@ def boundary(
     stop = Stop()
     try:
         with raise_on_signals() as stop:
+            _check_working_directory()
             if join is SingleProcess and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"
                 fix = "start it without a launcher"
@@ -85,6 +87,15 @@ def boundary(
     finally:
         logger.removeHandler(handler)
         logger.setLevel(logging.NOTSET)
+
+
+def _check_working_directory() -> None:
+    """Raises ConfigError: it has been removed, which libraries answer by errors of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what, fix = "the working directory has been removed", "change to another directory"
+        raise ConfigError(Problem(Code.SYSTEM_CALL_FAILED, what, fix=fix)) from None
 
 
 def _close_contexts(error: BaseException | None) -> None:
@@ -165,7 +176,7 @@ def _explain(error: BaseException, memory_fix: str) -> tuple[Sequence[Problem], 
     if isinstance(error, OSError):
         what, where = error.strerror or str(error), str(error.filename or "")
         code, exit_code, fix = _OS_ERRORS.get(error.errno or 0, (Code.SYSTEM_CALL_FAILED, 1, ""))
-        return [Problem(code, what, where, fix=fix)], exit_code
+        return [Problem(code, what, where, fix=cache_fix(error) or fix)], exit_code
     if is_disk_full(error):
         code, exit_code, fix = _DISK_FULL
         return [Problem(code, "no room on the disk", fix=fix)], exit_code

@@ -174,9 +174,10 @@ def _secure(root: Path) -> tuple[bool, str]:
         with open_private_directory(root, repair=True) as directory:
             return True, f"others could write to {root}: now only you can" if directory.repaired else ""
     except UntrustedError as error:
-        return False, f"the rows are tokenized for this run only: {error}"
+        reason = str(error)
     except OSError as error:
-        return False, f"the rows are tokenized for this run only: {root}: {error.strerror}" if root.is_symlink() else ""
+        reason = f"{root}: {error.strerror}; set HF_DATASETS_CACHE or HF_HOME to a directory that you can write to"
+    return False, f"the rows are tokenized for this run only: {reason}"
 
 
 def _remark_on_distrust(entry: Path) -> str:

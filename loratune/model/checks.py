@@ -21,6 +21,7 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
+from loratune.system.environment import cache_fix
 from loratune.system.sandbox import MEMORY, TEMPLATE_ERRORS, LimitExceededError, Sandbox, template_error_reason
 
 _log = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ def unreadable(code: Code, section: ModelSection, error: BaseException) -> Model
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
         return ModelError(Problem(Code.MODEL_NEEDS_CODE, what, section.name_or_path, fix=fix))
     part = _PARTS[code]
-    return ModelError(Problem(code, f"the {part} cannot be loaded: {summary(error)}", section.name_or_path))
+    what = f"the {part} cannot be loaded: {summary(error)}"
+    return ModelError(Problem(code, what, section.name_or_path, fix=cache_fix(error)))
 
 
 _PARTS = {

@@ -9,6 +9,7 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.model import gguf
+from loratune.system.environment import cache_fix
 
 KEY = "model.name_or_path"
 
@@ -54,7 +55,7 @@ def locate(section: ModelSection) -> ModelSource:
         path = Path(hf_hub_download(name, file, revision=revision))
     except Exception as error:  # whatever the network stack raises
         what = f"{file} cannot be downloaded: {summary(error)}"
-        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, name, gguf.KEY)) from None
+        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, name, gguf.KEY, cache_fix(error))) from None
     gguf.check(path)
     return ModelSource(str(path.parent), str(path), from_hub=True)
 
@@ -139,7 +140,7 @@ def check_repository(name: str, revision: str | None, file: str = "config.json",
     except Exception as error:  # whatever the network stack raises
         code = Code.MODEL_HUB_UNREACHABLE
         what = f"{neither}the hub cannot be reached and the model is not cached ({summary(error)})"
-        fix = f"check {'the path, or ' if perhaps_path else ''}the connection"
+        fix = cache_fix(error) or f"check {'the path, or ' if perhaps_path else ''}the connection"
     else:
         return
     raise ModelError(Problem(code, what, name, key, fix))

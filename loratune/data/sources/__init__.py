@@ -37,6 +37,7 @@ from loratune.data.sources.rows import (
     rows_per_batch,
 )
 from loratune.errors import DataError, Problem
+from loratune.system.environment import cache_fix
 
 __all__ = [
     "MAX_PROBLEMS",
@@ -155,7 +156,8 @@ def _load_hub_split(source: Source) -> HubSplit:
     except Exception as error:  # every kind of failure of the hub, its cache and its builders ends up here
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
-        raise DataError(Problem(Code.DATA_HUB_LOADING, what, source.path, fix="check the path or hub id")) from None
+        fix = cache_fix(error) or "check the path or hub id"
+        raise DataError(Problem(Code.DATA_HUB_LOADING, what, source.path, fix=fix)) from None
     return HubSplit(f"{source.path}[{split}]", dataset)
 
 
