@@ -18,6 +18,7 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
+from loratune.system.environment import cache_fix
 from loratune.system.signals import Termination
 from loratune.training import output_dir, run_dir
 
@@ -240,6 +241,57 @@ def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: 
         raise error
     assert caught.value.exit_code == code
     assert capsys.readouterr().err.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variable", "file"), [("HF_HOME", "token"), ("HF_DATASETS_CACHE", "a___b"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["", "behind another error"])
+def test_a_cache_that_cannot_be_used_names_what_sets_it(
+    variable: str, file: str, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "/caches")
+    error: Exception = PermissionError(13, "Permission denied", f"/caches/{file}")
+    if hidden:
+        outer, outer.__cause__ = RuntimeError("it failed"), error
+        error = outer
+    name = "HF_HOME" if variable == "XDG_CACHE_HOME" else variable
+    assert cache_fix(error) == f"set {name} to a directory that you can write to"
+    assert cache_fix(PermissionError(13, "Permission denied", f"/elsewhere/{file}")) == ""
+    if not hidden:
+        assert boundary._explain(error, "")[0][0].fix == cache_fix(error)
+
+
+def test_a_working_directory_that_is_gone(
+    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ran = cli("explain", "lora.r")
+    assert ran.errors == ["the working directory has been removed [system.call_failed]; change to another directory"]
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("x" * 200, "x" * 200),
+        ("x" * 5000, f"{'x' * 100}[...]{'x' * 40}"),
+        ("/a" * 500, "/a" * 500),
+        ("/a" * 2500, f"{'/a' * 250}[...]{'/a' * 100}"),
+        (f"`{'a b ' * 2000}`", f"`{'a b ' * 24}a b[...]{' b a' * 9} b `"),
+        (f"'{'a b ' * 2000}'", f"'{'a b ' * 24}a b[...]{' b a' * 9} b '"),
+        ("it's a b " * 20, "it's a b " * 20),
+        ("a b " * 2000, f"{'a b ' * 250}[...]{'a b ' * 100}"),
+    ],
+    ids=["short", "long", "path", "long path", "in quotes", "text", "apostrophes", "all"],
+)
+def test_the_middle_of_long_values_is_left_out(value: str, shown: str) -> None:
+    assert str(Problem(Code.USAGE_CONFLICT, value, value, value, value)) == (
+        f"{shown}: {shown}: {shown} [usage.conflict]; {shown}"
+    )
 
 
 def test_a_context_that_was_entered_as_a_signal_came_is_left(tmp_path: Path) -> None:

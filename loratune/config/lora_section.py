@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, shorten
+from loratune.config.patterns import BadPatternError, compile_pattern
 from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingError, Section
 
 
@@ -66,7 +66,7 @@ class LoraSection(Section):
                 try:
                     compile_pattern(text)
                 except BadPatternError as error:
-                    message = f"`{shorten(text)}` {error}"
+                    message = f"`{text}` {error}"
                     raise InvalidSettingError(Code.CONFIG_BAD_PATTERN, message, key) from None
         return self
 

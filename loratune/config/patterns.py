@@ -54,11 +54,6 @@ class _OutOfTime(BaseException):
     """Raised by the timer."""
 
 
-def shorten(text: str) -> str:
-    """An expression as an error shows it, in at most 80 characters."""
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def compile_pattern(text: str) -> re.Pattern[str]:
     """Compile an expression. Raises BadPatternError: it is no expression, or too large to be compiled."""
     try:
@@ -293,4 +288,4 @@ def matching(text: str, names: Iterable[str], key: str, example: str) -> list[st
             return [name for name in names if expression.fullmatch(name)]
     except BadPatternError as error:
         fix = f"correct it, or write names as a list: [{example}]"
-        raise ConfigError(Problem(Code.LORA_EXPRESSION, f"`{shorten(text)}` {error}", key=key, fix=fix)) from None
+        raise ConfigError(Problem(Code.LORA_EXPRESSION, f"`{text}` {error}", key=key, fix=fix)) from None

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, shorten
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit
 from loratune.errors import ConfigError, Problem, missing_package
 from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY
 
@@ -65,12 +65,12 @@ def _parse(value: str) -> Metric:
         return Metric(value, _rouge_l())
     name, _, text = value.partition(":")
     if name != "regex" or not text:
-        what, fix = f"`{shorten(value)}` is not a metric", f"take one of {_NAMES}"
+        what, fix = f"`{value}` is not a metric", f"take one of {_NAMES}"
         raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION, fix=fix))
     try:
         return Metric(value, partial(_regex_scores, value, compile_pattern(text)))
     except BadPatternError as error:
-        what = f"`{shorten(text)}` {error}"
+        what = f"`{text}` {error}"
         raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION)) from None
 
 

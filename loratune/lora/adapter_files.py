@@ -296,7 +296,7 @@ def _check_init(files: AdapterFiles) -> None:
         return
     init = str(files.init)
     reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))
-    what = f"what was trained cannot be computed from its files: with {patterns.shorten(init)}, PEFT {reason}"
+    what = f"what was trained cannot be computed from its files: with {init}, PEFT {reason}"
     where, key = str(files.path / CONFIG_FILE), "init_lora_weights"
     raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, where, key, fix))
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, matching, shorten
+from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.survey import EXPERTS, ROLES, STOCK, Survey, unused_part
@@ -338,7 +338,7 @@ def _meanings(survey: Survey, targets: Sequence[str], pattern: Iterable[str], ke
             for entry in pattern:
                 meanings[entry] = _meaning(survey, targets, entry, as_role(survey, entry))
     except BadPatternError as error:
-        what = f"`{shorten(entry)}` {error}"
+        what = f"`{entry}` {error}"
         raise ConfigError(Problem(Code.LORA_EXPRESSION, what, key=key, fix="correct it")) from None
     return meanings
 
