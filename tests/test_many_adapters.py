@@ -304,6 +304,7 @@ ADAPTER = "--adapter"
         ([ADAPTER, "a={raw}", "--mix", "a:x"], (MIX, "", "--mix")),
         ([ADAPTER, "a={raw}", "--mix", "a:nan"], (MIX, "", "--mix")),
         ([ADAPTER, "a={raw}", "--mix", "a:inf"], (MIX, "", "--mix")),
+        ([ADAPTER, "a={raw}", "--mix", "a:\u0660.\u0665"], (MIX, "", "--mix")),
         ([ADAPTER, "a={raw}", "--mix", "a:1,a:2"], (MIX, "", "--mix")),
         ([ADAPTER, "a={raw}", "--mix", "a:1,"], (MIX, "", "--mix")),
     ],

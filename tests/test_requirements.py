@@ -63,7 +63,8 @@ def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
     [
         *((text, Code.USAGE_BAD_REQUIREMENT) for text in (
             "", "loss", "<1", "loss<", "loss==1", "loss=1", "loss<1<2", "loss<nan", "loss<inf", "loss<1e999",
-            "loss<1_0", "loss<other", "los<1", "x" * 999 + "<1", "difference.forgetting<1", "difference.perplexity<1",
+            "loss<1_0", "loss<\u0661", "loss<other", "los<1",
+             "x" * 999 + "<1", "difference.forgetting<1", "difference.perplexity<1",
             "difference.loss<base", "base>loss", "loss=>1", "regex:(<1", "difference.<1", "json:<1",
             "loss<majority", "perplexity<majority", "difference.label>majority",
         )),

@@ -464,6 +464,7 @@ def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
     [
         ("test", Code.DATA_SPLIT, 'split `test`: Unknown split "test"'),
         ("train[", Code.DATA_SPLIT, "split `train[`"),
+        ("train[:\u0663]", Code.DATA_SPLIT, "split `train[:\u0663]`: not ASCII"),
         ("train[:200%]", Code.DATA_SPLIT, "split `train[:200%]`: Percent slice"),
         ("train[:50%](pct1_dropremainder)", Code.DATA_SPLIT, "split `train[:50%](pct1_dropremainder)`: Using"),
         ("train[5:2]", Code.DATA_NO_ROWS, "0 rows in train[5:2]"),

@@ -123,7 +123,7 @@ def test_a_budget_is_a_time_or_minutes(text: str, seconds: float) -> None:
     assert budget.parse(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["0", "", "soon", "-5", "30 monkeys", "1e99h"])
+@pytest.mark.parametrize("text", ["0", "", "soon", "-5", "30 monkeys", "1e99h", "\u0661m", "\u0663", "1_0"])
 def test_what_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):
         budget.parse(text)

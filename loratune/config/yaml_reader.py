@@ -241,6 +241,11 @@ class _Builder:
         return text
 
 
+def number(text: str) -> float | None:
+    """The number that text is by the rules of a config, for options too: in the digits 0 to 9; None if it is none."""
+    return float(text) if _FLOAT.fullmatch(text.strip()) else None
+
+
 def first_problems(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
     """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
     more = (len(problems) if total is None else total) - MAX_PROBLEMS
@@ -258,7 +263,7 @@ def kind_of(value: object) -> str:
     """A value in a user's words: `text 'eight'`, `a number 8.5`, `a list`."""
     kinds = {dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
     shown = f" {value!r}" if isinstance(value, str | int | float) else ""
-    return kinds.get(type(value), "nothing") + (shown if len(shown) < 80 else f"{shown[:76]}...")
+    return kinds.get(type(value), "nothing") + shown
 
 
 _EXPECTED = {

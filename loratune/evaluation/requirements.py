@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from loratune.codes import Code
-from loratune.config.patterns import shorten
+from loratune.config.yaml_reader import number
 from loratune.data import DatasetSplit
 from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import Overlap
@@ -44,7 +44,6 @@ _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt,
 }  # fmt: skip
 _FORM = re.compile(r"(?P<figure>.+)(?P<comparison><=|>=|<|>)(?P<bound>[^<>=]+)", re.DOTALL)
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 _DIFFERENCE = "difference."
 _TASK_FIGURE = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
@@ -124,7 +123,7 @@ def parse(
 
 def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tasks: bool) -> Requirement:
     if (match := _FORM.fullmatch(text.strip())) is None:
-        what = f"`{shorten(text)}` is not a figure, one of < <= > >=, and a bound"
+        what = f"`{text}` is not a figure, one of < <= > >=, and a bound"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "write it like 'exact_match>=0.9', 'loss<base'")
     name, comparison, bound = (match[part].strip() for part in ("figure", "comparison", "bound"))
     of_difference = name.startswith(_DIFFERENCE)
@@ -133,18 +132,18 @@ def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tas
         return _of_task(text, figure, comparison, bound, of_difference=of_difference, tasks=tasks)
     figure = _figure(figure, computed, of_difference=of_difference)
     if not rows:
-        what, fix = f"`{shorten(figure)}` is computed on rows", "name them with --data FILE"
+        what, fix = f"`{figure}` is computed on rows", "name them with --data FILE"
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
     if bound not in (BASE, AGAINST, MAJORITY):
         return Requirement(text, figure, comparison, _number(bound, figure, text, of_difference), of_difference)
     if of_difference or figure == _FORGETTING:
-        what = f"`{shorten(text)}` compares a difference with a model"
+        what = f"`{text}` compares a difference with a model"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "give a number")
     if bound == MAJORITY and not _is_bounded(figure):
-        what = f"`{shorten(text)}` is about the most frequent answer, of which there is no {figure}"
+        what = f"`{text}` is about the most frequent answer, of which there is no {figure}"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare {EXACT_MATCH}, label or a metric with it")
     if bound == AGAINST and not against:
-        what = f"`{shorten(text)}` is about another adapter"
+        what = f"`{text}` is about another adapter"
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, "name it with --against DIR")
     return Requirement(text, figure, comparison, bound)
 
@@ -153,12 +152,12 @@ def _of_task(text: str, figure: str, comparison: str, bound: str, *, of_differen
     """A requirement of a figure of a task, of which nothing is known yet. Raises ConfigError as `_parse` does."""
     if not tasks:
         what, fix = (
-            f"`{shorten(figure)}` is a figure of a task",
-            f"name it with --tasks {shorten(figure.split('.')[0])}",
+            f"`{figure}` is a figure of a task",
+            f"name it with --tasks {figure.split('.')[0]}",
         )
         raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
     if bound == AGAINST or (bound == BASE and of_difference):
-        what = f"`{shorten(text)}` is none of a task, which adapter and base alone are asked"
+        what = f"`{text}` is none of a task, which adapter and base alone are asked"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare the figure with {BASE} or a number")
     limit = bound if bound == BASE else _finite(bound, text)
     return Requirement(text, figure, comparison, limit, of_difference, of_task=True)
@@ -178,13 +177,13 @@ def _figure(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
             what, fix = "`forgetting` is not measured", "name a text with --forgetting FILE"
             raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
         if is_metric:
-            fix = f"add {metrics.OPTION} '{'json' if figure == _INVALID_JSON else shorten(figure)}'"
-            raise _refusal(Code.USAGE_NEEDS_OPTION, f"`{shorten(figure)}` is not computed", fix)
+            fix = f"add {metrics.OPTION} '{'json' if figure == _INVALID_JSON else figure}'"
+            raise _refusal(Code.USAGE_NEEDS_OPTION, f"`{figure}` is not computed", fix)
     near = difflib.get_close_matches(figure, (*computed, _FORGETTING), n=1, cutoff=0.5)
     fix = f"the metrics are {', '.join(one for one in computed if has_direction(one))}"
     fix = f"did you mean `{near[0]}`? {fix}" if near and near[0] != figure else fix
     prefix = _DIFFERENCE if of_difference else ""
-    raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no metric `{prefix}{shorten(name)}`", fix)
+    raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no metric `{prefix}{name}`", fix)
 
 
 def _number(bound: str, figure: str, text: str, of_difference: bool) -> float:
@@ -192,15 +191,15 @@ def _number(bound: str, figure: str, text: str, of_difference: bool) -> float:
     value = _finite(bound, text)
     least = -1 if of_difference else 0
     if _is_bounded(figure) and not least <= value <= 1:
-        what = f"the bound of `{shorten(text)}` is not between {least} and 1, as {figure} is"
+        what = f"the bound of `{text}` is not between {least} and 1, as {figure} is"
         raise _refusal(Code.USAGE_OUT_OF_RANGE, what, "90 % is 0.9")
     return value
 
 
 def _finite(bound: str, text: str) -> float:
     """The number of a bound. Raises ConfigError: it is none."""
-    if _NUMBER.fullmatch(bound) is None or not math.isfinite(value := float(bound)):
-        what = f"the bound of `{shorten(text)}` is not a finite number"
+    if (value := number(bound)) is None or not math.isfinite(value):
+        what = f"the bound of `{text}` is not a finite number"
         raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}`, `{AGAINST}` or `{MAJORITY}`")
     return value
 
@@ -229,7 +228,7 @@ def check_rows(
     fix = f"take one of {', '.join(known or _OF_ROWS)}{'' if known else f', or one that {metrics.OPTION} adds'}"
     if problems := [
         Problem(Code.USAGE_BAD_REQUIREMENT,
-                f"`{shorten(one.text)}`: there is no {one.figure} of {split.kind or 'rows with one answer'}",
+                f"`{one.text}`: there is no {one.figure} of {split.kind or 'rows with one answer'}",
                 split.source, OPTION, fix)
         for one in of_rows
         if (one.figure not in known if known else one.figure in others)
@@ -255,7 +254,7 @@ def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> No
     if problems := [
         Problem(
             Code.USAGE_BAD_REQUIREMENT,
-            f"`{shorten(one.text)}` is about none of the tasks",
+            f"`{one.text}` is about none of the tasks",
             key=OPTION,
             fix=f"take one of {_listed(names)}, and its metric behind a dot",
         )
@@ -359,7 +358,7 @@ def _measured(requirement: Requirement, evaluation: Evaluation) -> tuple[float |
 def check_met(judgements: Sequence[Judgement]) -> None:
     """Raises RequirementError: some are not met."""
     if problems := [
-        Problem(Code.EVALUATE_REQUIREMENT, f"`{shorten(one.text)}` is not met: {one.reason}", key=OPTION)
+        Problem(Code.EVALUATE_REQUIREMENT, f"`{one.text}` is not met: {one.reason}", key=OPTION)
         for one in judgements
         if not one.met
     ]:

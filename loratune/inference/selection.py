@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.codes import Code
+from loratune.config.yaml_reader import number
 from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
@@ -93,11 +94,8 @@ def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, floa
     weights: dict[str, float] = {}
     for entry in [] if mix is None else mix.split(","):
         name, _, text = entry.strip().rpartition(":")
-        try:
-            weight = float(text)
-        except ValueError:
-            weight = math.nan
-        if not name or not math.isfinite(weight):
+        weight = number(text)
+        if not name or weight is None or not math.isfinite(weight):
             what, fix = f"{entry!r} is not NAME:WEIGHT", "write it like sql:0.7,tone:0.3"
             raise ConfigError(Problem(Code.USAGE_BAD_MIX, what, key="--mix", fix=fix))
         _check_known(name, directories, "--mix")

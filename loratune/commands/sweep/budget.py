@@ -5,11 +5,12 @@ import time
 from dataclasses import dataclass, field
 
 from loratune.codes import Code
+from loratune.config.yaml_reader import number
 from loratune.console import format_duration
 from loratune.errors import ConfigError, Problem
 
 OPTION = "--budget"
-_PARTS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?")
+_PARTS = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 _DOUBT = 2.0
 """By this factor an estimate may be off that rests on no trial, see `training.duration`."""
 
@@ -18,8 +19,8 @@ def parse(text: str) -> float:
     """Seconds of `30m`, `1h`, `1h30m`, `45s`, or of a number of minutes. Raises ConfigError: it is none of these."""
     compact = text.replace(" ", "").lower()
     seconds = 0.0
-    if re.fullmatch(r"\d+(\.\d+)?", compact):
-        seconds = 60 * float(compact)
+    if (minutes := number(compact)) is not None:
+        seconds = 60 * minutes
     elif (match := _PARTS.fullmatch(compact)) is not None:
         seconds = sum(unit * float(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True))
     if not 0 < seconds < 1e9:

@@ -37,7 +37,7 @@ _NOT_VARIED = {
 }
 _OBJECTIVE, _NUMBERS = "training.objective", "preferences."
 """What decides what the loss of a trial means: a key, and what keys begin with."""
-_RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*")
+_RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
