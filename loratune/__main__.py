@@ -32,9 +32,8 @@ def _run() -> None:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
         from loratune.cli import app
-        from loratune.console import LossyStream
 
-        sys.stderr = LossyStream(sys.stderr)
+        sys.stderr = streams.LossyStream(sys.stderr)
         try:
             app(prog_name="loratune")
         finally:  # by SystemExit

@@ -2,12 +2,11 @@
 
 import io
 import json
-import os
-import select
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +16,7 @@ from rich.progress import (
     MofNCompleteColumn,
     ProgressColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -24,7 +24,6 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from loratune import escaping
-from loratune.system import signals
 
 
 class EscapedStream(io.TextIOBase):
@@ -111,72 +110,6 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-class LossyStream(io.TextIOBase):
-    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full,
-    and a run that should end does not wait for a reader that does not read.
-
-    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
-    the middle of a write, without a lock being held or anything being written twice.
-    """
-
-    def __init__(self, stream: Any):
-        self._stream, self._pending = stream, ""
-        self._handle: int | None = None
-        with suppress(OSError, ValueError):
-            stream.flush()
-            self._handle = stream.fileno()
-
-    def write(self, text: str) -> int:
-        """Write, or pretend to."""
-        self._pending += text
-        if "\n" in text or "\r" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is pending, or drop it."""
-        text, self._pending = self._pending, ""
-        with suppress(OSError, ValueError):
-            if self._handle is None:
-                self._stream.write(text)
-                self._stream.flush()
-            else:
-                _send(self._handle, text.encode(self.encoding, self._stream.errors))
-
-    def isatty(self) -> bool:
-        """As the stream behind it."""
-        return bool(self._stream.isatty())
-
-    def fileno(self) -> int:
-        """As the stream behind it."""
-        return int(self._stream.fileno())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """As the stream behind it."""
-        return str(self._stream.encoding)
-
-
-_PATIENCE = 10
-"""Tenths of a second that a process which should end waits for room in a full pipe, or for a stopped terminal."""
-
-
-def _send(handle: int, data: bytes) -> None:
-    """Write to a file descriptor; once a signal has come and nothing is read, drop the rest.
-
-    A pipe that has room takes PIPE_BUF bytes without waiting, and no other process's line comes between them.
-    """
-    poll = select.poll()
-    poll.register(handle, select.POLLOUT)
-    while data:
-        waited = 0
-        while not poll.poll(100):
-            waited += signals.stop_requested()
-            if waited > _PATIENCE:
-                return
-        data = data[os.write(handle, data[: select.PIPE_BUF]) :]
-
-
 _NO_REDIRECT: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
 """For progress bars: by default rich prints what others write without escaping it."""
 
@@ -230,57 +163,71 @@ def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> 
         console.print(escaping.text(text), markup=False)
 
 
+PATIENCE, _PAUSE = 2.0, 30.0
+"""Seconds for which work is done without a word, and between the lines on it where there is no terminal."""
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """Show what is done inside, and for how long, where it takes longer than `PATIENCE`: in a terminal by a line that
+    goes away at its end, elsewhere by a line every half minute. It also decorates functions."""
+    with _shown(what, 0, (TimeElapsedColumn(),), lambda _, seconds: format_duration(seconds)):
+        yield
+
+
 def show_progress(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
-    """Show the progress of a pass over data: a bar in a terminal, elsewhere a line every half minute.
+    """As `progress`, for a pass over data. Gives a function that takes the bytes done since its last call.
 
-    A bar appears only once the pass has taken a second. Gives a function that takes the bytes done since its last call.
-
-    Args:
-        what: What is done.
-        size: Bytes of the data; 0 if unknown.
+    size: Bytes of the data; 0 if unknown.
     """
 
     def line(done: int, seconds: float) -> str:
         return f"{done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / seconds:,.1f} MB/s"
 
-    return _shown(what, size, (DownloadColumn(), TransferSpeedColumn()), line)
+    left = (TextColumn("left"), TimeRemainingColumn())
+    return _shown(what, size, (BarColumn(), DownloadColumn(), TransferSpeedColumn(), *left), line)
 
 
 def show_count(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
     """As `show_progress`, with a number of things instead of bytes."""
-    return _shown(what, size, (MofNCompleteColumn(),), lambda done, _: f"{done:,} of {size:,}")
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    return _shown(what, size, columns, lambda done, _: f"{done:,} of {size:,}")
 
 
 @contextmanager
 def _shown(
     what: str, size: int, columns: Sequence[ProgressColumn], line: Callable[[int, float], str]
 ) -> Iterator[Callable[[int], None]]:
-    """A bar with these columns, or lines with a text for what is done in how many seconds."""
-    start = last_report = time.monotonic()
-    done = 0
-    bar: Bar | None = None
+    """These columns, or lines with a text for what is done in how many seconds, by a thread of their own."""
+    start, done, ended = time.monotonic(), 0, threading.Event()
 
     def advance(count: int) -> None:
-        nonlocal done, last_report, bar
+        nonlocal done
         done += count
-        now = time.monotonic()
-        if bar is not None:
-            bar.update(bar.task_ids[0], completed=done)
-        elif err.is_terminal and now > start + 1:
-            label = TextColumn(escaping.line(what), markup=False)
-            left = (TextColumn("left"), TimeRemainingColumn())
-            bar = Bar(label, BarColumn(), *columns, *left, console=err, transient=True, **_NO_REDIRECT)
-            bar.add_task("", total=size or None, completed=done)
-            bar.start()
-        elif now > last_report + 30:
-            last_report = now
-            log(f"{what}: {line(done, now - start)}")
 
+    def show() -> None:
+        if ended.wait(PATIENCE):
+            return
+        if not err.is_interactive:
+            log(f"{what}: {line(done, time.monotonic() - start)}")
+            while not ended.wait(_PAUSE):
+                log(f"{what}: {line(done, time.monotonic() - start)}")
+            return
+        label = TextColumn(escaping.line(what), markup=False)
+        with Bar(label, *columns, console=err, transient=True, refresh_per_second=2, **_NO_REDIRECT) as bar:
+            task = bar.add_task("", total=size or None, completed=done)
+            while not ended.wait(0.5):
+                bar.update(task, completed=done)
+
+    thread = threading.Thread(target=show, daemon=True)
     try:
+        with suppress(RuntimeError):  # where no more threads may be started
+            thread.start()
         yield advance
     finally:
-        if bar is not None:
-            bar.stop()
+        ended.set()
+        if thread.ident is not None:
+            thread.join()
 
 
 def plural(number: int, what: str) -> str:
@@ -309,25 +256,32 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self.bar: Bar | None = None
+        self.first = ExitStack()
         self.steps = self.done = self.first_step = self.tokens = 0
         self.last_values: dict[str, float] = {}
 
     def start(self, steps: int, done: int) -> None:
         """Start the clock. steps: of the whole run; done: those before an interruption."""
-        self.steps, self.first_step, self.done, self.start_time = steps, done, done, time.monotonic()
-        if err.is_terminal:
+        self.steps, self.first_step, self.done = steps, done, done
+        self.start_time = self.last_line = time.monotonic()
+        if err.is_interactive:
             self.bar = Bar(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
                 TextColumn("left"), TimeRemainingColumn(), console=err, **_NO_REDIRECT,
             )  # fmt: skip
             self.task = self.bar.add_task("", total=steps, completed=done, state="")
             self.bar.start()
+        else:
+            self.first.enter_context(progress("taking the first step"))
 
     def step(self, done: int, tokens: int) -> None:
         """Show that `done` steps are done, with `tokens` tokens since the start."""
         self.done, self.tokens = done, tokens
+        self.first.close()
         if self.bar:
             self.bar.update(self.task, completed=done, state=self._state())
+        elif time.monotonic() > self.last_line + _PAUSE:
+            self._log(done)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Show a report of the trainer."""
@@ -337,10 +291,15 @@ class TrainingProgress:
         if "eval_loss" in values and step:
             log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}{_rewards(values, 'eval_')}")
         elif "loss" in values and not self.bar:
-            log(f"step {step:>5}/{self.steps}  {self._state()}{_rewards(values)}  left {self._remaining()}")
+            self._log(step, _rewards(values))
+
+    def _log(self, step: int, figures: str = "") -> None:
+        self.last_line = time.monotonic()
+        log(f"step {step:>5}/{self.steps}  {self._state()}{figures}  left {self._remaining()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""
+        self.first.close()
         if self.bar:
             self.bar.stop()
             self.bar = None

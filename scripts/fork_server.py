@@ -221,8 +221,10 @@ def prepare() -> None:
     import loratune.commands.generate  # noqa: PLC0415
     import loratune.commands.printing  # noqa: PLC0415
     import loratune.commands.train  # noqa: PLC0415
-    import loratune.training.distributed  # noqa: F401, PLC0415
+    import loratune.console  # noqa: PLC0415
+    import loratune.training.distributed  # noqa: PLC0415
 
+    loratune.console.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()

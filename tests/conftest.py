@@ -23,6 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from loratune import console
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
@@ -90,6 +91,12 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         patch.setenv("HF_DATASETS_CACHE", str(path))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", path)  # which was read when `datasets` was imported
         yield
+
+
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine anything may take two seconds; `test_progress.py` is about what is then shown."""
+    monkeypatch.setattr(console, "PATIENCE", 3600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import gc
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from loratune import __version__
 from loratune.codes import Code
-from loratune.console import EscapedStream, escape_output
+from loratune.console import EscapedStream, err, escape_output, progress
 from loratune.errors import ConfigError, Problem
 from loratune.system import waiting
 from loratune.system.files import path_problem
@@ -109,7 +109,7 @@ def importing(*, computes: bool = False) -> Iterator[None]:
     """
     gc.disable()
     try:
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), progress("loading libraries") if err.is_interactive else nullcontext():
             if computes:
                 log_all(waiting.adapt_threads())
             yield

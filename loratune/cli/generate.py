@@ -23,7 +23,7 @@ from loratune.cli.application import (
 )
 from loratune.codes import Code
 from loratune.commands.boundary import boundary
-from loratune.console import log, print_raw
+from loratune.console import log, print_raw, show_count
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def generate(
         stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
         answers = generate(
             opened, selected, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream,
-            log=log,
+            log=log, **({} if output is None and sys.stdout.isatty() else {"count": show_count}),
         )  # fmt: skip
         if output is not None:
             write_rows(map(_as_row, answers), file)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from transformers import TextStreamer
 
 from loratune.codes import Code
-from loratune.data import formats
+from loratune.data import ProgressFactory, formats, no_progress
 from loratune.data.formats import Question
 from loratune.data.sources import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
@@ -45,6 +45,7 @@ def generate(
     temperature: float,
     base: bool,
     stream: bool,
+    count: ProgressFactory = no_progress,
     log: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Answer]:
     """Answer every row, in order. Everything is checked before the iterator is returned.
@@ -59,6 +60,7 @@ def generate(
         temperature: 0 for the likeliest token; above it, tokens are sampled.
         base: Also answer with the base alone.
         stream: Print the completion of a single prompt while it is computed.
+        count: Shows how many rows are answered.
         log: Takes lines about the adapter.
 
     Raises:
@@ -77,17 +79,19 @@ def generate(
     streamer = TextStreamer(answering[0].tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
 
     def answers() -> Iterator[Answer]:
-        for start in range(0, len(requests), completion.BATCH):
-            batch = requests[start : start + completion.BATCH]
-            base_texts: list[str] | list[None] = [None] * len(batch)
-            if base:
-                with loaded.default.without_adapter():
-                    base_texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature))
-            texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature, streamer))
-            for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
-                prompt = questions[number].prompt
-                shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-                yield Answer(names[number] or loaded.label, rows[number], shown, text, base_text)
+        with count("answering", len(requests)) as advance:
+            for start in range(0, len(requests), completion.BATCH):
+                batch = requests[start : start + completion.BATCH]
+                base_texts: list[str] | list[None] = [None] * len(batch)
+                if base:
+                    with loaded.default.without_adapter():
+                        base_texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature))
+                texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature, streamer))
+                for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
+                    prompt = questions[number].prompt
+                    shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+                    yield Answer(names[number] or loaded.label, rows[number], shown, text, base_text)
+                advance(len(batch))
 
     return answers()
 

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune import data, errors, memory
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.errors import AdapterError, LoratuneError, Problem, ResourceError, is_out_of_memory
 from loratune.export import loaded_merge
 from loratune.export.comparison import agreement
@@ -59,6 +60,7 @@ def dtype_that_fits(parameters: int, stored: Sequence[str]) -> str | None:
     return next((name for name, width in widths.items() if parameters * width < free), None)
 
 
+@progress("comparing the merged model")
 def compare(source: AdapterInfo, staging: Path, texts: Texts, dtype: str | None, merged: str | None) -> dict[str, Any]:
     """Compare in a process of its own.
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.data.token_cache import WHOLE, TokenCache, TokenCacheWriter, open_if_whole, read_record, write_record
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Problem, ResourceError
@@ -187,6 +188,7 @@ def _remark_on_distrust(entry: Path) -> str:
     return ""
 
 
+@progress("checking the tokenized rows")
 def _load(entry: Path) -> TokenCache | None:
     """Load a published entry. It is marked as used before it is read, see `_remove`."""
     try:

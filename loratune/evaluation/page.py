@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from loratune import __version__
+from loratune.console import progress
 from loratune.evaluation import module_charts, page_scores, page_tables, page_text
 from loratune.evaluation.charts import NARROW, WIDE, Line, histogram, line_chart
 from loratune.evaluation.results import Evaluation
@@ -56,6 +57,7 @@ class Subject:
     notes: Sequence[str]
 
 
+@progress("drawing the page")
 def render(
     subjects: Sequence[Subject], evaluation: Evaluation | None, data: str | None, commands: Sequence[str]
 ) -> str:

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
 from loratune.export import local_paths
 from loratune.export.hub_errors import LOGIN, explained, without
@@ -196,6 +197,7 @@ def _push(
     )
 
 
+@progress("uploading")
 def _send(api: HfApi, repository: str, additions: Sequence[CommitOperationAdd]) -> None:
     """Send large files to where they are kept, one at a time: for several, the client has threads that Python would
     wait for at the end."""
@@ -275,6 +277,7 @@ def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) ->
     return stale
 
 
+@progress("comparing the upload")
 def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str, scratch: Path) -> None:
     """Download what was uploaded, as others will. Raises AdapterError: a file is missing or differs."""
     problems = []

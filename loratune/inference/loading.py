@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from loratune import kernels
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.console import progress
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
 from loratune.export import output
@@ -170,6 +171,7 @@ def _load_base(
     return base, check
 
 
+@progress("attaching the adapter")
 def _attach_all(
     base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], check: Callable[[], None]
 ) -> list[LoadedAdapter]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from loratune.console import progress
 from loratune.kernels import build
 from loratune.kernels.build import NATIVE, Variant, reason
 from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
@@ -101,6 +102,7 @@ def _processor() -> str:
     return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
 
 
+@progress("compiling the fast CPU code")
 def compiled(define: str, variant: Variant = NATIVE) -> Library:
     """The library that this machine's compiler makes for one dtype, from the cache or now. It does not fail."""
     executable = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.codes import Code
 from loratune.config import patterns
+from loratune.console import progress
 from loratune.errors import AdapterError, Problem
 from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
@@ -170,6 +171,7 @@ def inspect(path: Path) -> AdapterFiles:
     return files
 
 
+@progress("hashing the files")
 def manifest(directory: Path) -> dict[str, str]:
     """Name → SHA-256 of every file at any depth, except the model card, and except where the base is.
 

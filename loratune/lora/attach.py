@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, set_seed
 
 from loratune.codes import Code
 from loratune.config import LoraSection, patterns
+from loratune.console import progress
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.kernels import Adapted
 from loratune.lora import initialize, parameters, targets
@@ -50,6 +51,7 @@ _METADATA = {"format": "pt"}
 """What readers of safetensors files expect."""
 
 
+@progress("attaching LoRA")
 def adapt(
     base: nn.Module,
     section: LoraSection,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.config import TrainingSection
+from loratune.console import progress
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace
@@ -193,6 +194,7 @@ class Estimate:
         return parts | {"total": sum(parts.values())}
 
 
+@progress("estimating the memory")
 def estimate(
     model: Any,
     rows: Sequence[tuple[int, int]],

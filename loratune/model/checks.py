@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
@@ -171,6 +172,7 @@ def check_decoder(config: Any, section: ModelSection) -> None:
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
+@progress("checking the weights of the base")
 def check_finite(model: PreTrainedModel, name: str) -> None:
     """Look at every weight once.
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from loratune.console import progress
 from loratune.model import upstream
 
 _log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ Read = Callable[[str], torch.Tensor]
 """Reads the values of a tensor, by its name in the model."""
 
 
+@progress("hashing the base")
 def fingerprint(base: PreTrainedModel, like: str | None = None, read: Read | None = None) -> str:
     """SHA-256 of the settings of a model that decide what it computes, and of names, shapes and values of its tensors.
 

@@ -25,6 +25,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import checks, fingerprints, quantization, remote_code, upstream
 from loratune.model.base_files import Files, copy_mapped
@@ -79,6 +80,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     return tokenizer
 
 
+@progress("loading the base")
 def load_base(section: ModelSection) -> PreTrainedModel:
     """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is dequantized.
 
@@ -138,6 +140,7 @@ class Base:
     fingerprint: str
     recorded_fingerprint: str
 
+    @progress("checking that the base is unchanged")
     def check_unchanged(self, group: launcher.Group, *, thoroughly: bool = False) -> None:
         """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
         what = "has changed since the run began"
@@ -172,6 +175,7 @@ def load_for_run(section: ModelSection, group: launcher.Group, recorded: str | N
     )
 
 
+@progress("hashing the files of the base")
 def files(section: ModelSection, *, read: bool = True) -> Files:
     """The files that a base is loaded from, in their present state; none if it is on the hub and not in the cache.
 

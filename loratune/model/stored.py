@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.console import progress
 from loratune.errors import ModelError, Problem
 from loratune.model import checks, quantization
 from loratune.model.source import local_or_hub, summary
@@ -121,6 +122,7 @@ class StoredBase:
         return read
 
 
+@progress("reading the files of the base")
 def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> StoredBase:
     """Find the files of a base, downloaded if they are on the hub.
 

@@ -6,11 +6,14 @@ encoding may lack a character that is printed, or it may lie on a full disk. Non
 
 import io
 import os
+import select
 import sys
+from contextlib import suppress
 from typing import Any
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
+from loratune.system import signals
 
 
 def secure() -> None:
@@ -89,3 +92,69 @@ class _StandardOutput(io.FileIO):
                 code, reason, fix = Code.OUTPUT_FULL, "the disk is full", "make room"
             what = f"not everything was printed, because {reason}; all other work is done"
             raise ResourceError(Problem(code, what, "standard output", fix=fix)) from None
+
+
+class LossyStream(io.TextIOBase):
+    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full,
+    and a run that should end does not wait for a reader that does not read.
+
+    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
+    the middle of a write, without a lock being held or anything being written twice.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream, self._pending = stream, ""
+        self._handle: int | None = None
+        with suppress(OSError, ValueError):
+            stream.flush()
+            self._handle = stream.fileno()
+
+    def write(self, text: str) -> int:
+        """Write, or pretend to."""
+        self._pending += text
+        if "\n" in text or "\r" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is pending, or drop it."""
+        text, self._pending = self._pending, ""
+        with suppress(OSError, ValueError):
+            if self._handle is None:
+                self._stream.write(text)
+                self._stream.flush()
+            else:
+                _send(self._handle, text.encode(self.encoding, self._stream.errors))
+
+    def isatty(self) -> bool:
+        """As the stream behind it."""
+        return bool(self._stream.isatty())
+
+    def fileno(self) -> int:
+        """As the stream behind it."""
+        return int(self._stream.fileno())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """As the stream behind it."""
+        return str(self._stream.encoding)
+
+
+_PATIENCE = 10
+"""Tenths of a second that a process which should end waits for room in a full pipe, or for a stopped terminal."""
+
+
+def _send(handle: int, data: bytes) -> None:
+    """Write to a file descriptor; once a signal has come and nothing is read, drop the rest.
+
+    A pipe that has room takes PIPE_BUF bytes without waiting, and no other process's line comes between them.
+    """
+    poll = select.poll()
+    poll.register(handle, select.POLLOUT)
+    while data:
+        waited = 0
+        while not poll.poll(100):
+            waited += signals.stop_requested()
+            if waited > _PATIENCE:
+                return
+        data = data[os.write(handle, data[: select.PIPE_BUF]) :]

@@ -11,6 +11,7 @@ import numpy as np
 from loratune import data, kernels, memory
 from loratune.codes import Code
 from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
+from loratune.console import progress
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper
@@ -264,6 +265,7 @@ class BatchedDatasets:
         return [*memory.savings(model, *self.largest(), training, packed=self.train.flat)]
 
 
+@progress("trying batches on the base")
 def batch(
     model: Any,
     pad_id: int,

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from loratune import kernels
+from loratune.console import show_count
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Items, Packing
 from loratune.data.prefix_tree import PrefixTree, common_prefix
@@ -252,12 +253,14 @@ def read_batches(
     """
     was_training = model.training
     model.eval()
-    for first in range(0, len(batches), group.count):
-        position = first + group.rank
-        # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
-        batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
-        before_batch(batch)
-        yield (position if position < len(batches) else None), *run_batch(objective, model, batch)
+    with show_count("computing losses, in batches", len(batches)) as advance:
+        for first in range(0, len(batches), group.count):
+            position = first + group.rank
+            # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
+            batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
+            before_batch(batch)
+            yield (position if position < len(batches) else None), *run_batch(objective, model, batch)
+            advance(group.count)
     model.train(was_training)
 
 

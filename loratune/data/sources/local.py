@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, cast
 
 from loratune.codes import Code
 from loratune.config import Source
+from loratune.console import progress
 from loratune.data import upstream
 from loratune.data.sources import json_files, readers
 from loratune.data.sources.rows import BLOCK, Advance, Block, RowOrProblem, no_advance
@@ -136,6 +137,7 @@ class DataFile:
     size: int
 
     @cached_property
+    @progress("hashing the rows")
     def content_digest(self) -> str:
         """SHA-256 of its bytes and its ending."""
         with _reading(self.path):

@@ -1,0 +1,141 @@
+"""Work that takes longer than two seconds has a line on stderr, in every command, and quick work has none."""
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Ran, config_in, write_rows
+
+from loratune import console
+
+Cli = Callable[..., Ran]
+ROWS = [{"prompt": f"{number}:", "completion": f" {number}"} for number in range(8)]
+
+
+class Terminal(io.StringIO):
+    """Takes what is printed as a terminal does."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.0)
+
+
+def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.5)
+    with console.progress("waiting"), console.show_progress("reading", 100) as advance:
+        advance(100)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        (lambda: console.progress("wait\x1bing"), "wait\\x1bing: 0 s"),
+        (lambda: console.show_count("counting", 3), "counting: 2 of 3"),
+        (lambda: console.show_progress("reading", 4_000_000), "reading: 0 of 4 MB, 0.0 MB/s"),
+    ],
+    ids=["progress", "count", "bytes"],
+)
+def test_slow_work_has_a_line_and_later_another(
+    work: Callable[[], object], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "PATIENCE", 0.1)
+    monkeypatch.setattr(console, "_PAUSE", 0.2)
+    with work() as advance:  # type: ignore[attr-defined]
+        if advance is not None:
+            advance(2)
+        time.sleep(0.4)
+    ran = capsys.readouterr()
+    assert ran.out == "" and ran.err.splitlines() == [expected] * 2
+
+
+@pytest.mark.parametrize("interactive", [True, False])
+def test_a_terminal_has_one_line_that_goes_away(
+    impatient: None, monkeypatch: pytest.MonkeyPatch, interactive: bool
+) -> None:
+    """Also where work is a part of other work that has a line of its own. What cannot erase a line has plain ones."""
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(console.err, "is_interactive", interactive)  # rich asks when it is imported
+    monkeypatch.setenv("TERM", "xterm" if interactive else "dumb")
+    with console.progress("outside"):
+        time.sleep(0.2)
+        with console.show_count("inside", 2) as advance:
+            time.sleep(0.7)
+            advance(1)
+        console.log("a line beside it")
+    shown = screen.getvalue()
+    if not interactive:
+        assert shown.splitlines() == ["outside: 0 s", "inside: 0 of 2", "a line beside it"]
+    else:
+        assert "outside" in shown and "inside" in shown and "a line beside it" in shown
+        assert shown.endswith("\r\x1b[1A\x1b[2K")  # it is erased
+
+
+def test_an_error_ends_it(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
+    @console.progress("working")
+    def work() -> None:
+        time.sleep(0.1)
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            work()
+    assert capsys.readouterr().err == "working: 0 s\n" * 2
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> Path:
+    """A folder with an adapter and rows."""
+    folder = tmp_path_factory.mktemp("progress")
+    write_rows(folder / "rows.jsonl", ROWS)
+    data = {"train": str(folder / "rows.jsonl"), "validation": 0.5}
+    assert cli("train", config_in(folder, tiny_dir)(data=data, training={"max_steps": 1})).code == 0
+    return folder
+
+
+BASE = ["loading the base", "hashing the base", "attaching the adapter"]
+
+
+@pytest.mark.parametrize(
+    ("command", "stages"),
+    [
+        (
+            "train {place}/run.yaml --set output_dir={out} --json",
+            ["loading the base", "hashing the files of the base", "checking the weights of the base",
+             "hashing the base", "attaching LoRA", "trying batches on the base", "estimating the memory",
+             "taking the first step", "computing losses, in batches", "checking that the base is unchanged"],
+        ),
+        ("params {place}/run.yaml --json", ["attaching LoRA", "estimating the memory"]),
+        (
+            "evaluate --adapter {place}/out --data {place}/rows.jsonl --json",
+            [*BASE, "scoring base", "scoring adapter"],
+        ),
+        ("generate --adapter {place}/out --input {place}/rows.jsonl --max-new-tokens 2", [*BASE, "answering"]),
+        (
+            "merge --adapter {place}/out --output {out} --json",
+            ["hashing the base", "merging", "comparing the merged model"],
+        ),
+        ("report --adapter {place}/out --output {out}", ["drawing the page"]),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_every_command_says_what_takes_long(
+    impatient: None, cli: Cli, place: Path, tmp_path: Path, command: str, stages: list[str]
+) -> None:
+    """Each stage in a line of its own, on stderr: stdout stays what a program reads."""
+    ran = cli(*command.format(place=place, out=tmp_path / "new").split())
+    assert ran.code == 0, ran.err
+    said = {line.rpartition(": ")[0] for line in ran.err.splitlines()}
+    assert [stage for stage in stages if stage not in said] == []
+    if "--json" in command:
+        json.loads(ran.out)
+    assert not any(stage in ran.out for stage in stages)
