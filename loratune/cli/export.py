@@ -9,10 +9,11 @@ import typer
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
 from loratune.inference import selection
 
 _CLIENTS = ("peft", "vllm", "gguf", "ollama")
+_OF_LLAMA_CPP = ("gguf", "ollama")
 _TYPES = ("f32", "f16", "bf16", "q8_0")
 
 
@@ -38,6 +39,10 @@ def export(
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Export the weighted sum of adapters.")
     ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Compare it in its client; where that is installed, if not given."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
     as_json: Json = False,
     force: Force = False,
@@ -47,11 +52,12 @@ def export(
     with boundary(debug):
         check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         _check_client(to, merged, llama_cpp, base_gguf)
+        verifies = _verifies(to, verify)
         selected = selection.parse(adapters, mix=mix)
         if len(selected.directories) > 1 and not selected.mix:
             what, fix = "several adapters are exported as one, their sum", "give weights, like --mix sql:0.7,tone:0.3"
             raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, key="--mix", fix=fix))
-        with importing():
+        with importing(computes=True):
             from loratune.config import Source
             from loratune.console import log, show_progress
             from loratune.data import read_source
@@ -75,7 +81,8 @@ def export(
             from loratune.commands.export_request import ExportRequest
             from loratune.inference import loading
 
-        request = ExportRequest(to, clients.name_of(directory.output.name), merged, llama_cpp, base_gguf, selected.mix)
+        name = clients.name_of(directory.output.name)
+        request = ExportRequest(to, name, merged, llama_cpp, base_gguf, selected.mix, verifies)
         with TemporaryDirectory() as place:
             if selected.mix:
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
@@ -83,6 +90,17 @@ def export(
             result = export(info, directory, request, split, show_progress, log)
         with checked_output():
             printing.print_exported(result, as_json)
+
+
+def _verifies(to: str, wanted: bool | None) -> bool:
+    """Whether the export is compared in its client. Raises ConfigError: that is wanted, and it is not installed."""
+    from loratune.export import llama_cpp
+
+    can = to not in _OF_LLAMA_CPP or llama_cpp.is_installed()
+    if wanted and not can:
+        code = Code.USAGE_MISSING_PACKAGE
+        raise ConfigError(missing_package(code, llama_cpp.PACKAGE, "runs llama.cpp", "llama-cpp", key="--verify"))
+    return can if wanted is None else wanted
 
 
 def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf: Path | None) -> None:
@@ -93,5 +111,5 @@ def _check_client(to: str, merged: str | None, llama_cpp: Path | None, base_gguf
             raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=option, fix=fix))
     given = {"--merged": merged, "--llama-cpp": llama_cpp, "--base-gguf": base_gguf}
     what = "only works with --to gguf and --to ollama"
-    if to in ("peft", "vllm") and (wrong := [option for option, value in given.items() if value is not None]):
+    if to not in _OF_LLAMA_CPP and (wrong := [option for option, value in given.items() if value is not None]):
         raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, what, key=option) for option in wrong])

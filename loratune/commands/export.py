@@ -17,7 +17,7 @@ from loratune import escaping, memory
 from loratune.commands import clients
 from loratune.commands.export_request import Exported, ExportRequest, Log, in_float32, questions
 from loratune.config import patterns
-from loratune.console import format_size
+from loratune.console import format_size, progress
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.errors import AdapterError
 from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
@@ -32,6 +32,7 @@ from loratune.model.source import local_or_hub
 from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
+NOT_WANTED = "--no-verify"
 _LOGITS = 1 << 24
 """Logits that are kept to be compared, of 4 bytes each."""
 
@@ -53,7 +54,7 @@ def export_plain(
     needed, free = 5 * sum(p.numel() for p in meta.parameters()), memory.available(load.device())
     figures: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2}
     expected = []
-    if needed <= free:
+    if request.verify and needed <= free:
         loaded = loading.load(exact, log)
         compared = texts(source, loaded.renderer, meta.config.get_text_config().vocab_size, split, watch)
         ids = _within(compared.ids, meta.config.get_text_config().vocab_size)
@@ -76,7 +77,7 @@ def export_plain(
         else:
             figures["logits"] = None
             need = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
-            lines.append(("in PEFT", f"not compared: {need}"))
+            lines.append(("in PEFT", f"not compared: {need if request.verify else NOT_WANTED}"))
         details = {"comparison": figures, "chat": source.chat, "mix": dict(request.mix)}
         details["fingerprints"] = {"base": fingerprint}
         output.write_record(staging, f"plain LoRA for {plain.CLIENTS[request.to]}", source, details)
@@ -115,6 +116,7 @@ def _within(ids: Sequence[Sequence[int]], vocabulary_size: int) -> list[Sequence
 
 
 @torch.inference_mode()
+@progress("computing logits")
 def _logits(model: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """The logits of each text."""
     rows = (torch.tensor([text], device=model.device) for text in ids)
@@ -140,8 +142,8 @@ def export_adapter(
     adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
     gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
     loaded = loading.load(in_float32(source), log)
-    asked = _questions(loaded, source, split)
-    own_base = llama_cpp.is_installed() and not _base_gguf(source, request)
+    asked = _questions(loaded, source, request, split)
+    own_base = request.verify and not _base_gguf(source, request)
     size = 2 * file_bytes(adapter.tensors) + (8 * _count(meta) if own_base else 0)
     with output.staged(directory, size, "the GGUF file") as staging, _work(staging) as work:
         adapter.write(_made(work / "adapter"))
@@ -173,7 +175,7 @@ def export_merged(
 ) -> Exported:
     """Base and adapter as one GGUF file."""
     loaded = loading.load(in_float32(source), log)
-    asked = _questions(loaded, source, split)
+    asked = _questions(loaded, source, request, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         file, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
         output.write_record(staging, "GGUF model", source, {"comparison": figures, "chat": source.chat})
@@ -192,7 +194,7 @@ def export_ollama(
     """Base and adapter as one GGUF file, with a Modelfile."""
     loaded = loading.load(in_float32(source), log)
     modelfile = ollama.modelfile(loaded.renderer, f"{request.name}.gguf", chat=source.chat)
-    asked = _questions(loaded, source, split)
+    asked = _questions(loaded, source, request, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         _, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
         (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")
@@ -205,9 +207,16 @@ def export_ollama(
     return Exported(directory.output, "Ollama", lines, figures, commands)
 
 
-def _questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[ScoredAnswer]:
-    """What llama.cpp is asked; nothing where it is not installed."""
-    return questions(loaded, source, split) if llama_cpp.is_installed() else []
+def _questions(
+    loaded: LoadedAdapter, source: AdapterInfo, request: ExportRequest, split: DatasetSplit | None
+) -> list[ScoredAnswer]:
+    """What llama.cpp is asked; nothing where it is not run."""
+    return questions(loaded, source, split) if request.verify else []
+
+
+def _why_not_run() -> str:
+    """Why llama.cpp is not run where it is not."""
+    return NOT_WANTED if llama_cpp.is_installed() else llama_cpp.INSTALL
 
 
 def _convert_merged(
@@ -222,16 +231,16 @@ def _convert_merged(
     file, tokenizer = staging / f"{request.name}.gguf", _base_gguf(source, request)
     if tokenizer:
         gguf.check_tokenizer(tokenizer, loaded.model.config.get_text_config().vocab_size)
-    with _work(staging) as work:
+    with _work(staging) as work, progress("merging"):
         merged = tensors.merged(loaded.model, str(source.files.path))
         merged.save_pretrained(work)
         _write_tokenizer(work, loaded.tokenizer, source)
         converter.model(converters, work, file, request.merged or _TYPE, tokenizer)
     figures: dict[str, Any] = {"type": request.merged or _TYPE, "tensors": gguf.check_model(file, _count(merged))}
     compared = None
-    if llama_cpp.is_installed():
+    if request.verify:
         compared = llama_cpp.compare(file, None, None, asked, loaded.renderer.end_ids)
-    text = str(compared) if compared else f"not run: {llama_cpp.INSTALL}"
+    text = str(compared) if compared else f"not run: {_why_not_run()}"
     figures["llama.cpp"] = compared.as_json() if compared else None
     return file, [("weights", request.merged or _TYPE), ("llama.cpp", text)], figures
 
@@ -240,8 +249,8 @@ def _base_for_llama_cpp(
     loaded: LoadedAdapter, source: AdapterInfo, request: ExportRequest, work: Path, converters: Path
 ) -> tuple[str, Path | None]:
     """A GGUF file of the base; or None, and why there is none. The adapter is used up."""
-    if not llama_cpp.is_installed():
-        return llama_cpp.INSTALL, None
+    if not request.verify:
+        return _why_not_run(), None
     if base := _base_gguf(source, request):
         return "", base
     try:
@@ -331,8 +340,8 @@ def export(
         return export_plain(source, directory, request, split, watch, log)
     converters = converter.find(request.llama_cpp)
     gguf.check_package()
-    if not llama_cpp.is_installed():
-        log(f"llama.cpp will not be run: {llama_cpp.INSTALL}")
+    if not request.verify:
+        log(f"llama.cpp will not be run: {_why_not_run()}")
     if request.to == "ollama":
         return export_ollama(source, directory, request, split, log, converters)
     make = export_merged if request.merged else export_adapter

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from loratune.commands import card
+from loratune.console import progress
 from loratune.data import DatasetSplit
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import FIXED, MOST_TEXTS, Asked, prompt_ids, recorded
@@ -30,6 +31,7 @@ class ExportRequest:
         llama_cpp: A checkout of llama.cpp.
         base_gguf: A GGUF file of the base.
         mix: Name → weight of the adapters whose sum is exported; empty for a single adapter.
+        verify: Whether it is compared in the client, or in PEFT where that reads it.
     """
 
     to: str
@@ -38,6 +40,7 @@ class ExportRequest:
     llama_cpp: Path | None = None
     base_gguf: Path | None = None
     mix: Mapping[str, float] = field(default_factory=dict)
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,11 @@ def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | 
         ]
     known += [(row, prompt_ids(row, loaded.renderer)) for row in rows]
     prompts = [prompt for _, prompt in known]
-    answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]
-    adapted = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
-    with loaded.without_adapter():
-        base = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
+    with progress("answering prompts"):
+        answers = [loaded.complete([prompt], _ANSWER)[0] for prompt in prompts]
+        adapted = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
+        with loaded.without_adapter():
+            base = [_log_probabilities(loaded, *pair) for pair in zip(prompts, answers, strict=True)]
     return [
         ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
         for (row, prompt), answer, (first, second), (alone, _) in zip(known, answers, adapted, base, strict=True)

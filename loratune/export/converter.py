@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, Problem, install
 
 LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
@@ -90,6 +91,7 @@ def model(converters: Path, directory: Path, file: Path, outtype: str, tokenizer
     _run(arguments, directory, file)
 
 
+@progress("converting with llama.cpp")
 def _run(arguments: Sequence[str], directory: Path, file: Path) -> None:
     """Run a converter.
 

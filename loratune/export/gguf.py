@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, Problem, missing_package
 from loratune.export.plain import CLOSENESS, PlainAdapter
 
@@ -50,6 +51,7 @@ def check_layers(base: Any, modules: Collection[str], where: str) -> None:
         )
 
 
+@progress("reading the GGUF file")
 def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     """Read an adapter file back, and compare it with the plain adapter that it was made from.
 
@@ -80,6 +82,7 @@ def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     return len(ups)
 
 
+@progress("reading the GGUF file")
 def check_model(file: Path, parameters: int) -> int:
     """Read a model file back. Whether it computes what it should, only llama.cpp can tell.
 

@@ -1,7 +1,7 @@
 """A GGUF file run in llama.cpp, and its answers compared with those of the adapter on its base.
 
 As a program, `python -m loratune.export.llama_cpp` reads a request as JSON from stdin, and writes what llama.cpp
-(the package xllamacpp) said to a file: it runs in a process of its own, as it ends the process where it fails.
+(the package xllamacpp) says to each question in a line. llama.cpp ends the process where it fails.
 """
 
 import json
@@ -11,7 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -19,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from loratune.codes import Code
+from loratune.console import show_count
 from loratune.errors import AdapterError, Problem, install
+from loratune.system.waiting import threads
 
 _ERROR = re.compile(r"\w+(Error|Exception)\b")
 PACKAGE = "xllamacpp"
@@ -171,25 +175,38 @@ def _check_greedy(
 
 def _run(request: Mapping[str, Any], seconds: float) -> list[dict[str, Any]]:
     """Ask llama.cpp in a process of its own. Raises AdapterError: it fails, or takes too long."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "said.json"
-        root = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "loratune.export.llama_cpp", str(file)]
+    root = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command, said, where = [sys.executable, "-m", "loratune.export.llama_cpp"], [], str(request["model"])
+    with (
+        tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as messages,
+        show_count("comparing answers of llama.cpp", len(request["questions"])) as advance,
+    ):  # fmt: skip
+        json.dump(request, asked)
+        asked.seek(0)
+        process = subprocess.Popen(
+            command, stdin=asked, stdout=subprocess.PIPE, stderr=messages, text=True,
+            env=os.environ | {"PYTHONPATH": root},
+        )  # fmt: skip
+        limit, end = threading.Timer(seconds, process.kill), time.monotonic() + seconds
         try:
-            done = subprocess.run(
-                command, input=json.dumps(request), capture_output=True, text=True, errors="replace", timeout=seconds,
-                check=False, env=os.environ | {"PYTHONPATH": root},
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            what = f"llama.cpp took longer than {seconds:.0f} s"
-            raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, what, str(request["model"]))) from None
-        if done.returncode or not file.is_file():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            limit.start()
+            for line in process.stdout or ():
+                said.append(json.loads(line))
+                advance(1)
+            process.wait()
+        finally:
+            limit.cancel()
+            process.kill()
+            process.wait()
+        if time.monotonic() >= end:
+            raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, f"llama.cpp took longer than {seconds:.0f} s", where))
+        if process.returncode or len(said) < len(request["questions"]):
+            messages.seek(0)
+            lines = [line.strip() for line in messages if line.strip()]
             errors = [line for line in lines if _ERROR.match(line)]  # What llama.cpp logs as it ends comes after them.
-            what = f"llama.cpp failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}'}"
-            raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, what, str(request["model"])))
-        said: list[dict[str, Any]] = json.loads(file.read_text())
-        return said
+            what = f"llama.cpp failed: {' | '.join((errors or lines)[-3:]) or f'exit code {process.returncode}'}"
+            raise AdapterError(Problem(Code.EXPORT_LLAMA_FAILED, what, where))
+    return said
 
 
 class _Server:
@@ -203,7 +220,7 @@ class _Server:
         parameters.n_ctx = -(-(longest + 64) // 256) * 256
         parameters.n_parallel, parameters.warmup, parameters.n_gpu_layers = 1, False, 0
         parameters.use_jinja = True
-        parameters.cpuparams.n_threads = len(os.sched_getaffinity(0))
+        parameters.cpuparams.n_threads = threads()
         if request["template"] is not None:
             parameters.chat_template = request["template"]
         if request["adapter"]:
@@ -261,11 +278,11 @@ def _content(choice: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [*((choice.get("logprobs") or {}).get("content") or ())]
 
 
-def _answer(request: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _answers(request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """What llama.cpp says to each question."""
     server = _Server(request)
-    return [
-        {
+    for asked in request["questions"]:
+        yield {
             "logprobs": [
                 server.log_probability([*asked["prompt"], *asked["answer"][:at]], token)
                 for at, token in enumerate(asked["answer"])
@@ -273,9 +290,10 @@ def _answer(request: Mapping[str, Any]) -> list[dict[str, Any]]:
             "greedy": server.greedy(asked["prompt"], len(asked["answer"])),
             "count": server.count(asked["request"]),
         }
-        for asked in request["questions"]
-    ]
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(json.dumps(_answer(json.loads(sys.stdin.read()))))
+    with open(os.dup(1), "w") as out:
+        os.dup2(2, 1)  # whatever llama.cpp prints
+        for answer in _answers(json.load(sys.stdin)):
+            print(json.dumps(answer), file=out, flush=True)

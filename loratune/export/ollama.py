@@ -2,11 +2,13 @@
 
 Ollama has templates of its own, in Go's text/template. This one is read off the chat template: conversations of words
 that occur nowhere else are rendered, and what stands between the words is what the template puts there. It is used only
-if it gives the text of the chat template for each of several conversations. Tools and reasoning are no part of it.
+if it gives the text of the chat template for each of several conversations. Tools and reasoning are no part of it; a
+note says so of tools that the chat template renders.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
@@ -14,6 +16,12 @@ from loratune.errors import AdapterError, DataError, Problem
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
 _RAW = "{{ .Prompt }}"
+_TOOLS = (
+    {"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}},
+)
+_TEMPLATE_ITSELF = (
+    "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
+)
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -100,6 +108,8 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
         lines.append(f"TEMPLATE {_quoted(turns.template())}")
         if turns.system is None:
             notes.append("system messages are left out of prompts: the chat template takes none, or not in one place")
+        if _rendered(renderer, [{"role": "user", "content": _USER}], _TOOLS) is not None:
+            notes.append(f"tools are left out of prompts, which the chat template renders: {_TEMPLATE_ITSELF}")
         if turns.default:
             lines.append(f"SYSTEM {_quoted(turns.default)}")
     else:
@@ -180,10 +190,11 @@ def _text(renderer: Renderer, system: str | None = None) -> str | None:
     return text if text is not None and all(text.count(word) == 1 for _, word in words) else None
 
 
-def _rendered(renderer: Renderer, messages: Messages) -> str | None:
-    """A conversation as text, without the token that the tokenizer puts before every text itself."""
+def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ()) -> str | None:
+    """A conversation as text, without the token that the tokenizer puts before every text itself; None if the chat
+    template refuses it, or omits the tools."""
     try:
-        text = renderer.prompt_text([dict(message) for message in messages])
+        text = renderer.prompt_text([dict(message) for message in messages], tools)
     except DataError:
         return None
     return text.removeprefix(renderer.tokenizer.bos_token) if renderer.starts_with_bos else text
@@ -218,7 +229,5 @@ def _quoted(text: str) -> str:
 
 
 def _refused(where: str, what: str) -> AdapterError:
-    fix = (
-        "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
-    )
-    return AdapterError(Problem(Code.EXPORT_TEMPLATE, f"Ollama cannot render it: {what}", where, fix=fix))
+    what = f"Ollama cannot render it: {what}"
+    return AdapterError(Problem(Code.EXPORT_TEMPLATE, what, where, fix=_TEMPLATE_ITSELF))

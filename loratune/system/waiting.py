@@ -27,6 +27,15 @@ _SECONDS = 0.3
 """The shortest time over which that is measured; the kernel counts in hundredths of a second."""
 
 
+def threads() -> int:
+    """How many threads a program that is started is to have: as many as OMP_NUM_THREADS says, or as it has processors,
+    or the time of processors in a container."""
+    given = os.environ.get(_THREADS, "").partition(",")[0]
+    if given.isascii() and given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), containers.processors())))
+
+
 def adapt_threads() -> list[str]:
     """Have as many threads as the limit of a container allows, which spin briefly if others use the processors too.
 
@@ -46,8 +55,8 @@ def _fit_to_container() -> list[str]:
     seen, allowed = len(os.sched_getaffinity(0)), containers.processors()
     if allowed > seen - 1 or os.environ.get(_THREADS):
         return []
-    os.environ[_THREADS] = threads = str(max(1, math.ceil(allowed)))
-    return [f"a container may use {allowed:g} of {seen} processors, so threads are as few ({_THREADS}={threads})"]
+    os.environ[_THREADS] = str(threads())
+    return [f"a container may use {allowed:g} of {seen} processors, so threads are as few ({_THREADS}={threads()})"]
 
 
 def _fit_to_load() -> list[str]:

@@ -113,9 +113,9 @@ class Renderer:
         self._check_ids([(where, ids)])
         return tuple(ids)
 
-    def prompt_text(self, messages: Sequence[Message]) -> str:
-        """A prompt of messages as the chat template renders it. Raises DataError: the template refuses it."""
-        text: str = self._in_sandbox(_ConversationRenderer.prompt, [TemplateInput(messages, (), "messages")])
+    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+        """A prompt of messages as the chat template renders it. Raises DataError: it refuses it, or omits the tools."""
+        text: str = self._in_sandbox(_ConversationRenderer.prompt, [TemplateInput(messages, tools, "messages")])
         return text
 
     @cached_property
