@@ -91,7 +91,7 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
-    known |= {"sensitivity": _sensitivity(first, dataset, scorer.rows)}
+    known |= {"sensitivity": _sensitivity(first, dataset, scorer.rows), "objective": compared and compared.formula}
     forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
@@ -113,7 +113,6 @@ def evaluate(
     remarks += compared.remarks(adapter, against) if compared else ()
     evaluation = comparison.compare(rows, metric, forgotten, remarks, scoring.majority_answers(rows, judging))
     known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
-    known |= {"objective": compared.formula} if compared else {}
     return requirements.judged(replace(evaluation, **known), required)
 
 
