@@ -90,8 +90,8 @@ PREDICTIONS: dict[str, tuple[list[list[float]], list[list[float]], bool]] = {
 def test_predictions_that_depend_on_the_prompt(name: str) -> None:
     """After three prompts, the first of which expects token 0 and the others token 1."""
     base, adapter, is_lost = PREDICTIONS[name]
-    logs = [[torch.tensor(one).log() for one in predictions] for predictions in (base, adapter)]
-    assert PromptSensitivity.of(*logs, [0, 1, 1]).is_lost == is_lost
+    of_base, of_adapter = ([torch.tensor(one).log() for one in predictions] for predictions in (base, adapter))
+    assert PromptSensitivity.of(of_base, of_adapter, [0, 1, 1]).is_lost == is_lost
 
 
 CHANCE = 5.5759  # the logarithm of 264

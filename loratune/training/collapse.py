@@ -70,14 +70,14 @@ class PromptSensitivity:
         all the same."""
         numbers = range(len(expected))
         pairs = [(one, other) for one, other in permutations(numbers, 2) if expected[one] != expected[other]]
-        distances = [
+        of_base, of_adapter = (
             max(float((found[one].exp() - found[other].exp()).abs().sum()) / 2 for one, other in pairs)
             for found in (base, adapter)
-        ]
+        )
         logs = torch.stack([*adapter])[:, [*expected]].clamp(min=_LEAST)
         advantage = sum(float(logs[one, one] - logs[other, one]) for one, other in pairs) / len(pairs)
         likelihood = float(logs.diagonal().exp().mean()) * len(set(expected))
-        return cls(len(expected), *distances, advantage, likelihood)
+        return cls(len(expected), of_base, of_adapter, advantage, likelihood)
 
     @property
     def is_lost(self) -> bool:
