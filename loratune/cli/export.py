@@ -52,11 +52,9 @@ def export(
     with boundary(debug):
         check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         _check_client(to, merged, llama_cpp, base_gguf)
-        verifies = _verifies(to, verify)
+        verify = _verifies(to, verify)
         selected = selection.parse(adapters, mix=mix)
-        if len(selected.directories) > 1 and not selected.mix:
-            what, fix = "several adapters are exported as one, their sum", "give weights, like --mix sql:0.7,tone:0.3"
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, key="--mix", fix=fix))
+        _check_number(selected)
         with importing(computes=True):
             from loratune.config import Source
             from loratune.console import log, show_progress
@@ -66,7 +64,7 @@ def export(
             from loratune.training import preflight
 
         inputs = {f"--adapter {name}".strip(): path for name, path in selected.directories.items()}
-        options = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": Path(data) if data else None}
+        options = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": data and Path(data)}
         inputs |= {option: path for option, path in options.items() if path}
         opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
         for name, one in opened.items():
@@ -81,8 +79,8 @@ def export(
             from loratune.commands.export_request import ExportRequest
             from loratune.inference import loading
 
-        name = clients.name_of(directory.output.name)
-        request = ExportRequest(to, name, merged, llama_cpp, base_gguf, selected.mix, verifies)
+        called = clients.name_of(directory.output.name)
+        request = ExportRequest(to, called, merged, llama_cpp, base_gguf, selected.mix, verify)
         with TemporaryDirectory() as place:
             if selected.mix:
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
@@ -90,6 +88,13 @@ def export(
             result = export(info, directory, request, split, show_progress, log)
         with checked_output():
             printing.print_exported(result, as_json)
+
+
+def _check_number(selected: selection.Selection) -> None:
+    """Raises ConfigError: there are several adapters, and no weights."""
+    if len(selected.directories) > 1 and not selected.mix:
+        what, fix = "several adapters are exported as one, their sum", "give weights, like --mix sql:0.7,tone:0.3"
+        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, key="--mix", fix=fix))
 
 
 def _verifies(to: str, wanted: bool | None) -> bool:

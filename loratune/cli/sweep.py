@@ -89,8 +89,7 @@ def sweep(
 
         validated = preflight.check(run, directory, show_progress)
         reporter = Reporter(log, printing.log_plan, show_progress, TrainingProgress())
-        request = Request(axes, runs, validated, storage, trials, timer, halving)
-        swept = running.sweep(request, reporter)
+        swept = running.sweep(Request(axes, runs, validated, storage, trials, timer, halving), reporter)
         with checked_output() if swept.stop is None else unread_output():
             printing.print_study(swept, program(), as_json)
         if swept.stop is not None:
