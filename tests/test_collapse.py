@@ -131,7 +131,7 @@ def test_what_has_collapsed_is_never_published(
         assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-2"]
 
 
-@pytest.mark.parametrize("rate", [0.4, 3.0])
+@pytest.mark.parametrize("rate", [0.8, 3.0])
 def test_what_answers_nothing_any_more(
     rate: float, cli: Callable[..., Ran], run_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:

@@ -141,7 +141,8 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
 
 def test_the_scores_say_something(scores: dict[str, Any]) -> None:
     models = {"base", "adapter", "difference", "majority", "difference_from_majority"}
-    assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap"}
+    assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap", "computed_by"}
+    assert scores["computed_by"] == {"dtype": "float32", "layers": "stock, fast LoRA", "batches": "padded"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
@@ -282,7 +283,7 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     assert other == "early" or f"{place / 'pissa'}: was trained with another " in ran.err  # it records no conversations
     found = json.loads(ran.out)
     keys = ["base", "adapter", "against", "difference", "difference_from_base", "metric", "verdict"]
-    keys += ["overlap", "prompt_sensitivity"]
+    keys += ["overlap", "computed_by", "prompt_sensitivity"]
     assert [*found] == keys
     assert [*found["difference_from_base"]] == [*found["difference"]] == [*own["difference"]]
     for figure, one in found["difference_from_base"].items():  # as without the other adapter

@@ -221,7 +221,10 @@ def test_the_figures_are_those_of_stock_peft(
     ran = cli("train", config)
     assert ran.code == 0, ran.err
     expected = gain.compare(*by_hand(biased_dir, tmp_path / "out"), "training").as_json()
-    found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    found, way = metrics["gain"], metrics["computed_by"]["gain"]
+    assert metrics["computed_by"].keys() == {"gain", "unrelated_text"}  # what was measured
+    assert (way["dtype"], way["layers"] in ("accelerated", "stock"), way["batches"][:6]) == ("float32", True, "packed")
     assert (found["verdict"], found["rows"], found["total"], found["split"]) == ("gain", 40, 40, "training")
     for name, value in found.items():
         assert value == (pytest.approx(expected[name], abs=2e-5) if isinstance(value, float) else expected[name]), name

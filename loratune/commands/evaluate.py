@@ -31,6 +31,7 @@ from loratune.model import load
 from loratune.training import collapse
 from loratune.training.batching import check_positions
 from loratune.training.collapse import PromptSensitivity
+from loratune.training.losses import computed_by
 from loratune.training.preflight import AdapterInfo
 
 _MOST_ROWS = 64
@@ -81,7 +82,8 @@ def evaluate(
     check_positions(dataset, first.data, context)
     compared = ComparedScorer(adapter, first, dataset) if split.kind is not None else None
     scorer = compared or RowScorer(first, dataset, judging)
-    known: dict[str, Any] = {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
+    how = computed_by(first.model, "stock, fast LoRA", flat=False, shares=False)
+    known: dict[str, Any] = {"special_tokens": tuple(first.tokenizer.all_special_tokens), "computed_by": how}
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
 
     def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:

@@ -20,7 +20,7 @@ from loratune.training.callbacks import diverged_error
 from loratune.training.final_score import FinalScore
 from loratune.training.forgetting import Forgetting
 from loratune.training.gain import Gain
-from loratune.training.losses import Objective
+from loratune.training.losses import Layers, Objective, computed_by
 from loratune.training.outcome import Outcome
 from loratune.training.preference_figures import PreferenceFigures
 from loratune.training.preferences import Comparing
@@ -42,6 +42,7 @@ class Findings:
         unrelated: What it does on text that no rows are about.
         test: Its loss on the test rows; None without any.
         preferences: What it prefers; None where answers were not compared.
+        computed_by: Metric → how it was computed, see `losses.computed_by`.
     """
 
     outcome: Outcome
@@ -50,6 +51,7 @@ class Findings:
     unrelated: Forgetting
     test: FinalScore | None
     preferences: PreferenceFigures | None
+    computed_by: dict[str, dict[str, str]]
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
@@ -76,7 +78,9 @@ class Findings:
             "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
             "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
-        return metrics | {name: found.as_json() for name, found in named.items() if found is not None}
+        metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
+        ways = {name: way for name, way in self.computed_by.items() if metrics.get(name) is not None}
+        return metrics | {"computed_by": ways}
 
 
 def compare_with_base(
@@ -135,7 +139,20 @@ def measure(
     if unrelated.remark:
         log(unrelated.remark)
     test, preferences = _score_test(plan, context, log), _compare_answers(plan, context, log)
-    return Findings(outcome, comparison, earlier, unrelated, test, preferences)
+    return Findings(outcome, comparison, earlier, unrelated, test, preferences, _computed_by(plan))
+
+
+def _computed_by(plan: Plan) -> dict[str, dict[str, str]]:
+    """How each metric is computed: those of the training loop in its batches, and the others in those of `scoring`."""
+    scoring = plan.batches.scoring
+    in_loop = plan.batches.validation or plan.batches.train
+    layers: Layers = "accelerated" if plan.batches.acceleration.steps else "stock"
+    looped, scored = (
+        computed_by(plan.model, layers, flat=batches.flat, shares=batches.saved is not None)
+        for batches in (in_loop, scoring)
+    )
+    loop = ("held_out_loss", *(["kept_step"] if plan.batches.validation else []), "preferences")
+    return dict.fromkeys(loop, looped) | dict.fromkeys(("gain", "forgetting", "unrelated_text", "test"), scored)
 
 
 def _score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> FinalScore | None:

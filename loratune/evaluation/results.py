@@ -302,6 +302,7 @@ class Evaluation:
         objective: That whose the loss and the rewards of compared answers are; None for other rows.
         sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
         special_tokens: Those that may stand in prompts, as text.
+        computed_by: How losses were computed: dtype, layers and batches; see `losses.computed_by`.
     """
 
     scores: Mapping[str, Score]
@@ -320,6 +321,7 @@ class Evaluation:
     objective: "Formula | None" = None
     sensitivity: "PromptSensitivity | None" = None
     special_tokens: Sequence[str] = ()
+    computed_by: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def collapsed(self) -> str:
@@ -352,6 +354,7 @@ class Evaluation:
             values["forgetting"] = self.forgetting.as_json()
         verdict = "collapsed" if self.collapsed else self.verdict
         values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
+        values |= {"computed_by": dict(self.computed_by)}
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
         required = [one.as_json() for one in self.requirements]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -21,6 +21,10 @@ from loratune.data.packing import BatchLayout, Items, Packing
 from loratune.data.prefix_tree import PrefixTree, common_prefix
 from loratune.kernels import next_token_loss
 from loratune.system.launcher import SINGLE_PROCESS, Group
+
+Layers = Literal["accelerated", "stock", "stock, fast LoRA"]
+"""What computes a model: the kernels, as far as there are any for it, and LoRA in the dtype of the base; the layers of
+transformers and PEFT, and LoRA in that of its own weights; or the same with LoRA in the dtype of the base."""
 
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch that is read; it may raise an error, which ends the pass."""
@@ -116,6 +120,19 @@ class ScoringLayout:
             alone = len(PrefixTree.of(rows[number]).ids)  # type: ignore[arg-type]
             yield number, alone, alone - common_prefix(before, rows[number][0])
             before = rows[number][0]
+
+
+def computed_by(model: Any, layers: Layers, *, flat: bool, shares: bool) -> dict[str, str]:
+    """How a figure is computed, as plain values. The same figure computed in another way differs by rounding.
+
+    Args:
+        model: What computes it.
+        layers: See `Layers`.
+        flat: Whether rows of a batch stand end to end; else they are padded.
+        shares: Whether what they begin with alike is computed once.
+    """
+    batches = ("packed" if flat else "padded") + (", shared prefixes" if shares else "")
+    return {"dtype": str(model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
 
 
 class Objective:
