@@ -17,6 +17,7 @@ from loratune.errors import ConfigError, Problem, missing_package
 if TYPE_CHECKING:
     from loratune.commands.sweep.grid import Grid
     from loratune.config import RunConfig
+    from loratune.training.run_dir import RunDirectory
 
 
 @app.command()
@@ -61,8 +62,6 @@ def sweep(
         from loratune import config
         from loratune.commands.sweep import budget as budgets
         from loratune.commands.sweep import grid as grids
-        from loratune.commands.sweep import storage as storages
-        from loratune.training import output_dir
 
         seconds = budgets.parse(budget) if budget is not None else None
         axes = grids.parse(grid, config_file, assignments)
@@ -74,10 +73,7 @@ def sweep(
         run = axes.run({})
         _check_comparable(axes, run, str(config_file), halving=halving)
         log_all(config.portability(run.lora))
-        with _naming_the_study(run.output_dir):
-            inputs = config.input_paths(config_file, run)
-            directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
-        storages.check_place(storages.study_directory(directory.output), directory.output.name, storage)
+        directory = _directory(run, config_file, storage, overwrite=overwrite)
 
         with importing(computes=True):
             from loratune.commands import printing
@@ -94,6 +90,19 @@ def sweep(
             printing.print_study(swept, program(), as_json)
         if swept.stop is not None:
             raise stop_error(swept.stop, "the same command goes on") from None
+
+
+def _directory(run: "RunConfig", config_file: Path, storage: str | None, *, overwrite: bool) -> "RunDirectory":
+    """That of the adapter, where nothing is in the way of it and of its study. Raises LoratuneError."""
+    from loratune import config
+    from loratune.commands.sweep import storage as storages
+    from loratune.training import output_dir
+
+    inputs = config.input_paths(config_file, run)
+    with _naming_the_study(run.output_dir):
+        directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=inputs)
+    storages.check_place(storages.study_directory(directory.output), directory.output.name, storage)
+    return directory
 
 
 @contextmanager
