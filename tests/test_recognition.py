@@ -11,13 +11,18 @@ import pytest
 import torch
 import transformers
 from families import small
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import masking_utils
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaMLP, LlamaRMSNorm
 
-from loratune.kernels import masks, recognition
+from loratune import kernels
+from loratune.kernels import masks, recognition, rowwise
+from loratune.kernels.attention import VarlenAttention
 from loratune.kernels.recognition import LIST, Layer, form_of, source_digest
+from loratune.kernels.replacements import FastAttention
+from loratune.lora import attach
 
 
 def config(**changes: Any) -> LlamaConfig:
@@ -227,3 +232,48 @@ def test_what_layers_see_is_what_their_model_makes_them_see(
     own = model.config._attn_implementation
     assert {sight.window for sight in masks.survey(model).sights.values()} == windows
     assert model.config._attn_implementation == own
+
+
+# Arguments
+
+
+CACHE = transformers.DynamicCache()
+
+
+def replaced_layer(**arguments: Any) -> Any:
+    base = small("llama").eval().requires_grad_(False)
+    lora: Any = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    with kernels.accelerated(lora, attach.adapted_linear):
+        assert isinstance(base.model.layers[0].self_attn, FastAttention)
+        return lora(input_ids=torch.arange(8)[None], use_cache=False, **arguments).logits
+
+
+def attend_by_rows(**arguments: Any) -> Any:
+    positions = torch.arange(8)
+    heads = torch.zeros(1, 2, 8, 4)
+    return rowwise.attention(nn.Module(), heads, heads, heads, rowwise.RowMask(positions), **arguments)
+
+
+def attend_on_a_gpu(**arguments: Any) -> Any:
+    heads, positions = torch.zeros(1, 2, 8, 4), torch.arange(8)[None]
+    return VarlenAttention()(nn.Module(), heads, heads, heads, None, position_ids=positions, **arguments)
+
+
+@pytest.mark.parametrize("attend", [replaced_layer, attend_by_rows, attend_on_a_gpu])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"cache": CACHE}, {"is_causal": False}, {"position_bias": torch.ones(1)}, {"gate": 0}],
+    ids=str,
+)
+def test_what_no_kernel_of_attention_knows_is_refused(attend: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """And is not passed over, as a cache whose keys would be missing."""
+    with pytest.raises(TypeError, match=next(iter(arguments))):
+        attend(**arguments)
+
+
+@pytest.mark.parametrize("attend", [replaced_layer, attend_by_rows])
+def test_what_changes_nothing_is_taken(attend: Callable[..., Any]) -> None:
+    """What transformers 5.24 hands to layers of attention beyond what they need."""
+    inert = {"cache": None, "is_causal": True, "output_router_logits": True, "encoder_hidden_states": None}
+    found, plain = (next(iter(attend(**given))) for given in (inert, {}))
+    assert torch.equal(found, plain)

@@ -238,6 +238,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], i
     "a hole in the middle": (lambda s, h, q, k: (k <= q) & ((k != 7) | (q == 7)), {"length": 200}, None),
     "rows that differ": (lambda s, h, q, k: (k <= q) & ((k < 200 + s) == (q < 200 + s)), {"batch_size": 2}, None),
     "made one by one": (lambda s, h, q, k: k <= q, {"use_vmap": True}, None),
+    "with an argument that is not known": (lambda s, h, q, k: k <= q, {"blocks": 4}, None),
     "with a cache": (lambda s, h, q, k: k <= q, {"kv_length": 600, "q_offset": 100}, None),
 }
 

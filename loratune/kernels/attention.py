@@ -13,6 +13,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from loratune.kernels import whole_rows
 from loratune.kernels.lora_linear import Projection
+from loratune.kernels.masks import check_known
 from loratune.kernels.reference import FusedOps
 
 TILE = 128
@@ -359,7 +360,7 @@ class VarlenAttention:
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *,
         scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-        position_ids: Tensor, softcap: float | None = None, s_aux: Tensor | None = None, **_: Any,
+        position_ids: Tensor, softcap: float | None = None, s_aux: Tensor | None = None, **others: Any,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """Attend within each row.
 
@@ -373,8 +374,9 @@ class VarlenAttention:
             (rows, length, heads, size), and no weights.
 
         Raises:
-            ValueError: The layer needs something that the kernel does not compute.
+            TypeError, ValueError: The layer needs something that the kernel does not compute.
         """
+        check_known(others)
         if softcap is not None or s_aux is not None or dropout or attention_mask is not None:
             raise ValueError("the kernel has no caps, sinks, dropout or masks")
         self.windowed |= sliding_window is not None

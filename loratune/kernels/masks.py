@@ -6,7 +6,7 @@ mask's function with positions far beyond any window, which costs no more than t
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,14 @@ REACH = 1 << 18
 """How many tokens before a query are examined. A window of as many tokens or more counts as none."""
 QUERIES = (1 << 22, (1 << 20) + 977, 40961, 977, 3)
 """Positions of queries that are tried: what depends on more than the distance, as chunks do, shows at one of them."""
-KNOWN_ARGUMENTS = frozenset({
-    "scaling", "dropout", "sliding_window", "position_ids", "cache_position", "is_causal", "output_attentions",
-    "output_hidden_states", "use_cache", "return_dict", "position_embeddings", "logits_to_keep", "labels",
-    "num_items_in_batch", "input_ids", "inputs_embeds",
+INERT = frozenset({
+    "position_ids", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "use_cache",
+    "return_dict", "position_embeddings", "logits_to_keep", "labels", "num_items_in_batch", "input_ids",
+    "inputs_embeds",
 })  # fmt: skip
-"""Arguments of attention that change no result, or that `Sight` holds, besides `softcap` and `s_aux`."""
+"""Arguments that change nothing of what attention computes, or that the kernels read themselves."""
+HELD = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
+"""Arguments of attention functions that `Sight` holds."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,31 @@ class _Mask:
     padded: bool
 
 
+def check_known(arguments: Mapping[str, Any], *known: str) -> None:
+    """Check what attention is called with. known: names that the caller looks after, besides `INERT`.
+
+    Raises:
+        TypeError: An argument may change what is computed, such as a cache, and no kernel knows it.
+    """
+    if unknown := [*_unknown(arguments, known)]:
+        raise TypeError(f"no kernel of attention knows {', '.join(unknown)}")
+
+
+def _unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> Iterator[str]:
+    for name, value in arguments.items():
+        is_given = value is not None and (value is False) == (name == "is_causal")
+        if is_given and name not in {*INERT, *known}:
+            yield name
+
+
 def _is_known(arguments: dict[str, Any]) -> bool:
     """Whether a layer asks for nothing but what `Sight` describes."""
-    if arguments.get("dropout") or arguments.get("is_causal") is False:
+    if arguments.get("dropout") or any(_unknown(arguments, HELD)):
         return False
     cap, sinks = arguments.get("softcap"), arguments.get("s_aux")
     if not (cap is None or (isinstance(cap, float) and cap > 0)):
         return False
-    if not (sinks is None or (isinstance(sinks, Tensor) and not sinks.requires_grad)):
-        return False
-    others = [value for name, value in arguments.items() if name not in {*KNOWN_ARGUMENTS, "softcap", "s_aux"}]
-    return all(value is None or value is False for value in others)
+    return sinks is None or (isinstance(sinks, Tensor) and not sinks.requires_grad)
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -12,7 +12,7 @@ from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttentio
 from loratune.kernels.experts import ExpertLayers
 from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, project, rms_norm
-from loratune.kernels.masks import Sight
+from loratune.kernels.masks import Sight, check_known
 from loratune.kernels.reference import FusedOps
 
 Reader = Callable[[nn.Module], Adapted | None]
@@ -92,15 +92,13 @@ class FastAttention(Replacement):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
         position_ids: Tensor,
-        past_key_values: None = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Tensor, None]:
-        """hidden_states: (rows, length, size). Returns the same shape, and no weights.
+        """hidden_states: (rows, length, size). Returns the same shape, and no weights. The mask is not read.
 
         Raises TypeError, ValueError: the input is not a batch of rows from their first token on.
         """
-        if past_key_values is not None:
-            raise TypeError("there is a cache")
+        check_known(others, "attention_mask")
         rows, length, size = hidden_states.shape
         layout = self._layouts.get(position_ids, torch.Size((rows, length)), self._window)
         cosine, sine = self._angles(hidden_states, position_embeddings if self._rotary else None)

@@ -20,11 +20,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from loratune.kernels import reference, upstream
 from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.masks import HELD, check_known
 
 PREFIX = "loratune"
 """What the names of all attention implementations begin with that go row by row, also those of other modules."""
 STOCK = {"sdpa": upstream.sdpa_mask, "eager": upstream.eager_mask}
 """The attention implementations that can be replaced, and their masks."""
+MASK_OPTIONS = {"allow_is_causal_skip", "allow_is_bidirectional_skip", "config", "dtype"}
+"""Arguments of mask functions that do not change which keys a query attends to."""
 TILE = 256
 """Queries of a row with a window that are computed at once in torch."""
 FULL_CHECK = 256
@@ -148,7 +151,7 @@ def mask(*, own: str = "sdpa", **arguments: Any) -> Any:
 def _row_mask(
     *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], q_offset: Any = 0,
     kv_offset: Any = 0, attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False,
-    device: Any = "cpu", **_: Any,
+    device: Any = "cpu", **others: Any,
 ) -> RowMask | None:  # fmt: skip
     """The rows that a mask separates; None if it is another kind of mask.
 
@@ -159,6 +162,8 @@ def _row_mask(
         mask_function: Takes the numbers of sequence, head, query and key to whether the query attends to the key.
     """
     if use_vmap or q_length != kv_length or not (isinstance(q_offset, int) and q_offset == kv_offset == 0):
+        return None
+    if not others.keys() <= MASK_OPTIONS:
         return None
     if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
         return None
@@ -207,17 +212,18 @@ def attention(
         (sequences, length, heads, size), and no weights.
 
     Raises:
-        ValueError: The layer needs something that is not computed here.
+        TypeError, ValueError: The layer needs something that is not computed here.
     """
     if not isinstance(attention_mask, RowMask):
         result, *_ = _stock(module, own)(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
         return result, None
-    causal, cap, sinks = others.get("is_causal"), others.get("softcap"), others.get("s_aux")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if others.get("position_bias") is not None or not causal or (sinks is not None and sinks.requires_grad):
-        raise ValueError("attention within rows has no biases and no trained sinks, and is causal")
+    check_known(others, *HELD)
+    cap, sinks = others.get("softcap"), others.get("s_aux")
+    causal = getattr(module, "is_causal", True) if others.get("is_causal") is None else True
+    if not causal or (sinks is not None and sinks.requires_grad):
+        raise ValueError("attention within rows has no trained sinks, and is causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not dropout and _fits(query, key, value, special=cap is not None or sinks is not None):
         return attend_in_tiles(query, key, value, attention_mask.layout, scale, cap, sinks), None
