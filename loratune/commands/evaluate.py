@@ -82,8 +82,7 @@ def evaluate(
     check_positions(dataset, first.data, context)
     compared = ComparedScorer(adapter, first, dataset) if split.kind is not None else None
     scorer = compared or RowScorer(first, dataset, judging)
-    how = computed_by(first.model, "stock, fast LoRA", flat=False, shares=False)
-    known: dict[str, Any] = {"special_tokens": tuple(first.tokenizer.all_special_tokens), "computed_by": how}
+    known = _known(first)
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
 
     def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:
@@ -116,6 +115,12 @@ def evaluate(
     evaluation = comparison.compare(rows, metric, forgotten, remarks, scoring.majority_answers(rows, judging))
     known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
     return requirements.judged(replace(evaluation, **known), required)
+
+
+def _known(loaded: LoadedAdapter) -> dict[str, Any]:
+    """What an evaluation records of the model that it runs."""
+    how = computed_by(loaded.model, "stock, fast LoRA", flat=False, shares=False)
+    return {"special_tokens": tuple(loaded.tokenizer.all_special_tokens), "computed_by": how}
 
 
 def _sensitivity(

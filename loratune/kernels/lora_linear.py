@@ -107,7 +107,7 @@ class Projection:
     def saved(self, tensors: Sequence[Tensor]) -> SavedLora | None:
         """What `forward` returned, from its tensors."""
         count = len(self._adapted)
-        return SavedLora(*tensors[:2], tensors[2 : 2 + count], tensors[2 + count :]) if count else None
+        return SavedLora(tensors[0], tensors[1], tensors[2 : 2 + count], tensors[2 + count :]) if count else None
 
     def _lora(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> SavedLora:
         whole = torch.cat(list(parameters[::2]))
