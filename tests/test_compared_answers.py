@@ -233,7 +233,7 @@ def test_requirements(adapter: str, rows: str, required: str, met: bool, place: 
         ("pairs.jsonl", ["--require", "perplexity<9"], 2, (Code.USAGE_BAD_REQUIREMENT, "pairs.jsonl", OPTION), "loss"),
         ("answers.jsonl", ["--require", "ranking_accuracy>0"], 2,
          (Code.USAGE_BAD_REQUIREMENT, "answers.jsonl", OPTION), "desirable_log_probability"),
-        ("text.jsonl", ["--require", "margin>0"], 2, (Code.USAGE_BAD_REQUIREMENT, "text.jsonl", OPTION), "take one of loss"),
+        ("text.jsonl", ["--require", "margin>0"], 2, (Code.USAGE_BAD_REQUIREMENT, "text.jsonl", OPTION), "one of loss"),
         ("pairs.jsonl", ["--require", "accuracy>=90"], 2, (Code.USAGE_OUT_OF_RANGE, "", OPTION), "0.9"),
         ("compared.jsonl", ["--require", "margin>0"], 4, (Code.EVALUATE_OVERLAP, "compared.jsonl", OPTION), "in train"),
         ("*s.jsonl", [], 4, (Code.DATA_PREFERENCES, "pairs.jsonl:1", ""), "only files of that kind"),

@@ -152,7 +152,7 @@ def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -
 
 def _as_row(answer: "Answer") -> dict[str, Any]:
     """The row with its answer as `completion`, and as `base` that of the base."""
-    from loratune.data.sources.rows import with_own_fields
+    from loratune.system.records import with_own_fields
 
     found = {"completion": answer.completion} | ({"base": answer.base} if answer.base is not None else {})
     return with_own_fields(answer.row.values, found)

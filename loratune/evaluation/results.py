@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from loratune.data.sources.rows import with_own_fields
 from loratune.statistics import Interval, finite
+from loratune.system.records import with_own_fields
 from loratune.training.preference_figures import LOG_PROBABILITY, PREFERRED_LENGTH, REWARD_MARGIN, SIDES
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Versions of the records that one release writes to the disk and another one reads.
+"""Records that are written: their versions, and the fields of a row beside what a command found out about it.
 
 A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
 before there were versions. Keys may be added within a version; whatever an older reader would take for something else
@@ -30,3 +30,21 @@ def newer(kind: str, record: Any) -> str:
     if type(version) is int and 1 <= version <= VERSIONS[kind]:
         return ""
     return f"has {KEY} {version!r}, and this release of loratune reads versions up to {VERSIONS[kind]}"
+
+
+def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row, and behind them what a command found out about it.
+
+    No field is lost. One whose name is among the results is called `row_NAME`; a `completion`, which is the expected
+    answer, is called `reference` if the row has no other field of that name.
+    """
+    kept = {}
+    for name, value in own.items():
+        if name == "completion" and name in found and "reference" not in {*own, *found}:
+            name = "reference"
+        elif name in found:
+            name = f"row_{name}"
+            while name in own or name in found:
+                name = f"row_{name}"
+        kept[name] = value
+    return kept | dict(found)
