@@ -620,11 +620,11 @@ def terminal(processes: ForkServer, *command: Any) -> str:
 def test_a_terminal_gets_escapes_of_ours_only(
     copy: Path, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, forked: Cli
 ) -> None:
-    """In a real terminal: the first row in colours, with the bar; and an answer that a tokenizer makes evil."""
+    """In a real terminal: the first row, and an answer that a tokenizer makes evil. Bars come after two seconds."""
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
     said = terminal(processes, "train", config)
-    assert "\x1b[" in said and "done" in said  # colours and bars
+    assert "done\r\n" in said
     assert "\x1b]" not in said and "\x9b" not in said and "\u202e" not in said and "\x07" not in said
     assert "\\x1b]52;c;aGk=\\x07" in said
     values = json.loads((copy / "tokenizer.json").read_text())
