@@ -419,7 +419,7 @@ def test_a_trial_that_is_worse_than_its_base_is_told_as_such(
         rows.append({"input_ids": ids, "labels": [-100] * prompt.shape[1] + ids[prompt.shape[1] :]})
     held_out = {"validation": str(write_rows(tmp_path / "own.jsonl", rows))}
     path = config(data=held_out, model={"name_or_path": str(tmp_path / "sure")})
-    ran = forked("sweep", path, "--grid", "training.learning_rate=1e-9,1")
+    ran = forked("sweep", path, "--grid", "training.learning_rate=1e-9,2e-3")
     assert ran.code == 0, ran.err
     assert states(tmp_path) == ["done", "worse than base"]
     assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
