@@ -114,7 +114,7 @@ def trace(
         trials of a sweep that differ in their learning rate only take the result of the first.
     """
     key = _key(model, step, quantized, keeps_input=keeps_input)
-    if key not in _TRACED:
+    if any(map(has_hooks, model.modules())) or key not in _TRACED:  # a hook may do anything
         _TRACED[key] = _run_trace(model, step, reader, quantized, keeps_input=keeps_input)
     return _TRACED[key]
 
