@@ -1,6 +1,7 @@
 """An adapter that predicts the same after every prompt is not published, and passes no gate."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROWS, Ran, check_refused, tiny_llama, write_rows
-from running import MakeConfig, checkpoints
+from running import WEIGHTS, MakeConfig, checkpoints
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.data.rendering import TokenizedRow
 from loratune.training import collapse
 from loratune.training.collapse import PromptSensitivity
-from loratune.training.gain import Gain
 
 ALL_LAYERS = {"r": 8, "target_modules": "all-linear"}
 SAME = [row | {"completion": " yes"} for row in ROWS]
@@ -111,10 +112,11 @@ REASONS: dict[str, tuple[tuple[float, float], tuple[float, float], str, str]] = 
 @pytest.mark.parametrize("name", REASONS)
 def test_reasons(name: str) -> None:
     (base_distance, distance), (base, loss), unit, reason = REASONS[name]
-    gain = Gain("training", 9, 9, 9, base, loss, base - loss, None, None, unit=unit)
-    found = collapse.reason(PromptSensitivity(8, base_distance, distance, 0.0, 1.0), gain, 264)
+    loss = loss if unit == "token" else math.nan
+    losses = "9 training rows", loss, base, 264
+    found = collapse.reason(PromptSensitivity(8, base_distance, distance, 0.0, 1.0), *losses)
     assert found.startswith(reason) and bool(found) == bool(reason)
-    assert collapse.reason(None, gain, 264) == ("" if "the same" in reason else found)
+    assert collapse.reason(None, *losses) == ("" if "the same" in reason else found)
 
 
 def test_what_has_collapsed_is_never_published(
@@ -198,3 +200,23 @@ def test_the_gate_says_it(cli: Callable[..., Ran], run_config: MakeConfig, sure_
     assert "predicts the same after each of 8 prompts" in ran.err
     shown = cli("evaluate", *options).out
     assert "collapsed: the adapter predicts the same" in shown.replace("\n", " ") and "adapter - majority" in shown
+
+
+def test_the_gate_knows_what_is_worse_than_at_random(
+    cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
+) -> None:
+    """Of an adapter of another program, whose weights are far too large."""
+    config = run_config(model={"name_or_path": str(sure_dir)}, training={"max_steps": 3})
+    assert cli("train", config).code == 0
+    out = tmp_path / "out"
+    (out / "loratune.json").unlink()
+    weights = load_file(out / WEIGHTS)
+    save_file({name: weight * 1e7 for name, weight in weights.items()}, out / WEIGHTS, {"format": "pt"})
+    rows = config.with_name("rows.jsonl")
+    options = "--json", "--require", "loss<base", "--allow-overlap"
+    ran = cli("evaluate", "--adapter", out, "--data", rows, *options)
+    assert ran.out, ran.err
+    found = json.loads(ran.out)
+    assert found["verdict"] == "collapsed" and found["adapter"]["loss"] == pytest.approx(CHANCE, abs=1e-4)
+    check_refused(ran, 11, (Code.EVALUATE_REQUIREMENT, "", "--require"))
+    assert "predicts at random: its loss on these 40 rows is 5.5759 (base: 9." in ran.err

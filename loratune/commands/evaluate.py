@@ -1,12 +1,14 @@
 """`loratune evaluate`: how well an adapter does on held-out rows, compared with its base or with another adapter."""
 
 import gc
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from loratune import data
 from loratune.codes import Code
+from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
@@ -92,7 +94,8 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: answers(BASE, first)}
     found[ADAPTER] = answers(ADAPTER, first)
-    known |= {"sensitivity": _sensitivity(first, dataset, scorer.rows), "objective": compared and compared.formula}
+    sensitivity, vocabulary = _sensitivity(first, dataset, scorer.rows), _vocabulary_size(first)
+    known |= {"sensitivity": sensitivity, "objective": compared and compared.formula}
     forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
@@ -113,6 +116,10 @@ def evaluate(
     metric = judging.metrics[0].figure if judging.metrics else LOSS
     remarks += compared.remarks(adapter, against) if compared else ()
     evaluation = comparison.compare(rows, metric, forgotten, remarks, scoring.majority_answers(rows, judging))
+    loss, of_base = (evaluation.scores[name].figures[LOSS] or math.nan for name in (ADAPTER, BASE))
+    loss = loss if evaluation.unit == "token" else math.nan
+    scored = f"these {plural(len(rows), evaluation.item)}"
+    known |= {"collapsed": collapse.reason(sensitivity, scored, loss, of_base, vocabulary)}
     known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
     return requirements.judged(replace(evaluation, **known), required)
 

@@ -106,7 +106,9 @@ def compare_with_base(
         rows = [row for number in numbers for row in compared[comparison.split].item(number)]
         sensitivity = collapse.measure(plan.model, base(), rows)
         vocabulary = plan.model.config.get_text_config().vocab_size
-        if why := group.all_gather(collapse.reason(sensitivity, comparison, vocabulary))[0]:
+        loss = comparison.adapter if comparison.unit == "token" else math.nan
+        why = collapse.reason(sensitivity, comparison.sampled_rows(), loss, comparison.base, vocabulary)
+        if why := group.all_gather(why)[0]:
             what, fix = f"the adapter {why}", f"lower it, to {plan.lower_rate:g} for example"
             problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
     if problem is not None:

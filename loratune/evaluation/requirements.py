@@ -275,7 +275,9 @@ def _listed(names: Sequence[str]) -> str:
 def judged(evaluation: Evaluation, requirements: Sequence[Requirement]) -> Evaluation:
     """An evaluation with whether each requirement is met, in their order."""
     found = [
-        _judge_task(one, evaluation.tasks) if one.of_task and evaluation.tasks else _judge_rows(one, evaluation)
+        _judge_task(one, evaluation.tasks, evaluation.collapsed)
+        if one.of_task and evaluation.tasks
+        else _judge_rows(one, evaluation)
         for one in requirements
     ]
     return replace(evaluation, requirements=found)
@@ -298,11 +300,14 @@ def _judge_rows(requirement: Requirement, evaluation: Evaluation) -> Judgement:
     return _judge(requirement, value, interval, is_distinguishable)
 
 
-def _judge_task(requirement: Requirement, results: TaskResults) -> Judgement:
+def _judge_task(requirement: Requirement, results: TaskResults, collapsed: str = "") -> Judgement:
     figures = results.figures()
     if (found := figures.get(requirement.figure)) is None:
         reason = f"no task gives it, but {_listed([*figures]) or 'no figure at all'}"
         return Judgement(requirement.text, False, None, None, reason)
+    if collapsed:
+        value, interval = found.values[ADAPTER], found.intervals[ADAPTER]
+        return Judgement(requirement.text, False, value, interval, f"the adapter {collapsed}")
     if requirement.of_difference or requirement.bound == BASE:
         difference = found.difference
         return _judge(requirement, difference.value, difference.interval, _is_distinguishable(difference))

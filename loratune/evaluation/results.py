@@ -301,6 +301,8 @@ class Evaluation:
         requirements: Whether what the user requires is met.
         objective: That whose the loss and the rewards of compared answers are; None for other rows.
         sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
+        collapsed: Why the adapter is not a result of training, whatever its metrics are, as the rest of a sentence on
+            it; empty if it is one.
         special_tokens: Those that may stand in prompts, as text.
         computed_by: How losses were computed: dtype, layers and batches; see `losses.computed_by`.
     """
@@ -320,13 +322,9 @@ class Evaluation:
     requirements: Sequence[Judgement] = ()
     objective: "Formula | None" = None
     sensitivity: "PromptSensitivity | None" = None
+    collapsed: str = ""
     special_tokens: Sequence[str] = ()
     computed_by: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def collapsed(self) -> str:
-        """Why the adapter is none that any figure speaks for, as the rest of a sentence on it; empty for others."""
-        return str(self.sensitivity) if self.sensitivity is not None and self.sensitivity.is_lost else ""
 
     @property
     def unit(self) -> str:

@@ -17,7 +17,6 @@ import torch
 from loratune import kernels
 from loratune.data.rendering import TokenizedRow
 from loratune.lora.attach import PeftModel
-from loratune.training.gain import Gain
 
 PROMPTS = 8
 """How many prompts are read at most: the shortest ones of each expected token in turn."""
@@ -146,20 +145,22 @@ def _predictions(model: PeftModel, found: Iterable[Sequence[int]]) -> list[torch
     return predictions
 
 
-def reason(sensitivity: PromptSensitivity | None, comparison: Gain, vocabulary: int) -> str:
-    """Why an adapter is no result of training, whatever its base does, as the rest of a sentence on it; else empty.
+def reason(sensitivity: PromptSensitivity | None, rows: str, loss: float, of_base: float, vocabulary: int) -> str:
+    """Why an adapter is not a result of training, whatever its base does, as the rest of a sentence on it; else empty.
 
     Args:
         sensitivity: What `measure` found.
-        comparison: How the adapter compares with its base.
+        rows: The rows of the losses, in words.
+        loss: The loss of the adapter in nats per token; NaN where it is a mean over something else.
+        of_base: That of its base.
         vocabulary: How many tokens the model predicts.
     """
-    chance, loss = math.log(vocabulary), comparison.adapter
-    is_uniform = abs(loss - chance) < _ROUNDING and abs(comparison.base - chance) > _CLEAR
-    if comparison.unit == "token" and (is_uniform or (loss >= chance > comparison.base + _CLEAR)):
+    chance = math.log(vocabulary)
+    is_uniform = abs(loss - chance) < _ROUNDING and abs(of_base - chance) > _CLEAR
+    if is_uniform or loss >= chance > of_base + _CLEAR:
         how = "at random" if is_uniform else "worse than at random"
         return (
-            f"predicts {how}: its loss on {comparison.sampled_rows()} is {loss:.4f} (base: {comparison.base:.4f}), and "
-            f"that of {vocabulary:,} equally likely tokens {chance:.4f}"
+            f"predicts {how}: its loss on {rows} is {loss:.4f} (base: {of_base:.4f}), and that of {vocabulary:,} "
+            f"equally likely tokens {chance:.4f}"
         )
     return str(sensitivity) if sensitivity is not None and sensitivity.is_lost else ""
