@@ -411,6 +411,7 @@ class Code(StrEnum):
     RESUME_FEWER_STEPS = "resume.fewer_steps", "More steps were taken than the config asks for."
     RESUME_NO_STEP_LEFT = "resume.no_step_left", "A changed learning rate has no effect, as all steps were taken."
     TRAINING_SHARED_PREFIXES = "training.shared_prefixes", "Shared prefixes cannot be computed once in this run."
+    TRAINING_PADDING = "training.padding", "The model computes something else for rows that are padded."
     TRAINING_CONTEXT_LENGTH = "training.context_length", "Rows are longer than the context of the model."
     TRAINING_LOSS_NOT_FINITE = "training.loss_not_finite", "The loss of a training step is NaN or inf."
     TRAINING_GRADIENT_NOT_FINITE = "training.gradient_not_finite", "The gradient norm of a step is NaN or inf."

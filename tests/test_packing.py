@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from loratune.data.packing import BatchLayout, best_fit, flatten
-from loratune.data.packing_check import packing_refusal
+from loratune.data.packing_check import packing_refusal, padding_refusal
 from loratune.kernels import next_token_loss
 
 VOCABULARY = 264
@@ -111,7 +111,7 @@ def test_a_model_that_mixes_rows_is_refused(family: str) -> None:
     assert packing_refusal(model, 40) == f"packing: {model.config.model_type} mixes rows: {MIXES}"
 
 
-MIXES = "what it computes for one depends on the others in a flat batch"
+MIXES = "what it computes for one depends on what else is in a batch"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "bloom", "mamba", "lfm2", "qwen3_next"])
@@ -234,6 +234,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     config, state = model.config.to_dict(), torch.get_rng_state()
     packing_refusal(model, 40)
+    padding_refusal(model, 0)
     assert [module.training for module in model.modules()] == modes
     assert [weight.requires_grad for weight in model.parameters()] == trainable
     assert all(bool((weight.grad == 1).all()) for weight in model.parameters())
@@ -248,6 +249,37 @@ def test_a_model_with_an_adapter_is_judged_as_its_base() -> None:
             built((SUPPORTED | MIXING)[family]), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
         )
         assert (packing_refusal(adapted.train(), 40) is None) == (family in SUPPORTED)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", SUPPORTED | MIXING)
+def test_padded_rows_are_as_rows_alone(family: str, dtype: torch.dtype) -> None:
+    assert padding_refusal(built((SUPPORTED | MIXING)[family]).to(dtype), 0) is None
+
+
+class ReadsPadding(transformers.GPT2LMHeadModel):
+    """Adds the mean of the embeddings of a row to all of them, so that padding counts."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        embeddings = self.get_input_embeddings()(input_ids)
+        return super().forward(inputs_embeds=embeddings + 1e-3 * embeddings.mean(1, keepdim=True), **inputs)
+
+
+def test_padding_that_counts_is_seen() -> None:
+    """By the gradient of the padding, also below the rounding of bfloat16, or by the logits, where it has none."""
+    for dtype in (torch.float32, torch.bfloat16):
+        refusal = str(padding_refusal(ReadsPadding(transformers.GPT2Config(**GPT2)).to(dtype), 3))
+        assert refusal == f"gpt2 computes something else for rows that are padded: {MIXES}"
+    refusal = str(padding_refusal(Counting(transformers.GPT2Config(**GPT2)), 3))
+    assert refusal.startswith("gpt2 computes something else for rows that are padded: logits differ by ")
+
+
+def test_what_does_not_run_on_padded_rows_is_no_verdict() -> None:
+    """Training shows it."""
+    model = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS))
+    assert padding_refusal(model, 0) is None
+    with pytest.raises(torch.OutOfMemoryError):
+        padding_refusal(Greedy(transformers.GPT2Config(**GPT2)), 0)
 
 
 # --- packs

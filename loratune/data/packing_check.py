@@ -1,11 +1,12 @@
-"""Whether rows may be packed end to end: a model must not mix them, and it should not take longer than padding does.
+"""Whether a model may be given several rows at once, end to end or padded: it must not mix them. And what costs less.
 
 The first is found out by running the model, not looked up in a list of model families.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.data.packing import flatten
+from loratune.data.packing import flatten, pad
 
 _log = logging.getLogger(__name__)
 
 Row = dict[str, list[int]]
+Layout = Callable[[list[Row], int], tuple[dict[str, Tensor], Tensor]]
+"""Takes rows, and the first position of the last one, to what a model is called with, and to the number of the row that
+each token belongs to, of the shape of `input_ids`; that of padding is -1."""
 
 LONGEST = 384
 """Tokens of the longest row that the model is run on: more than the usual small windows and chunks, and soon done."""
@@ -25,6 +29,8 @@ SHORT = 16
 """Tokens of the shortest row."""
 GRADIENT_LONGEST = 24
 """Tokens of the longest row where activations are kept for the backward pass."""
+PADDED_LONGEST = 12
+"""Tokens of the longest row that is padded, which takes a few per cent of the time of a training step."""
 TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.1}
 """The allowed relative RMS difference by dtype: at least ten times the rounding of dozens of layers."""
 TOLERANCE = 1e-4
@@ -44,8 +50,9 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
 
     The model is run as `flatten` says, in evaluation mode, on random rows. Two things must hold:
 
-    - The gradient of the logits of one row with respect to the embeddings of every other row is exactly zero. A masked
-      token has weight 0 and a gradient of 0 in every dtype, so rounding neither hides a leak nor looks like one.
+    - The gradient of the logits of one row with respect to the embeddings of every other row, and of padding, is
+      exactly zero. A masked token has weight 0 and a gradient of 0 in every dtype, so rounding neither hides a leak nor
+      looks like one.
     - The logits of each row equal those of the row alone, by root mean square relative to the standard deviation of all
       logits. This finds what has no gradient: positions that count on, rotary angles that follow the longest row of a
       batch, a choice of the best keys among those of all rows, a position table too short for the batch. Rounding
@@ -67,23 +74,52 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
         torch.OutOfMemoryError: There is not enough memory.
     """
     name = model.config.model_type
+    try:
+        mixing = _mixing(model, _flat, longest, total)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may raise anything on input that it does not understand
+        _log.debug("%s does not run on flat rows", name, exc_info=True)
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
+    return f"packing: {name} mixes rows: {mixing}" if mixing else None
+
+
+def padding_refusal(model: Any, pad_id: int) -> str | None:
+    """Find out whether a model computes each row of a padded batch as it computes the row alone, as `packing_refusal`
+    does for a flat one.
+
+    Args:
+        model: As of `packing_refusal`.
+        pad_id: The token for padding.
+
+    Returns:
+        Why not, as a sentence; None if it does, or if it does not run on such rows, which training will show.
+
+    Raises:
+        torch.OutOfMemoryError: There is not enough memory.
+    """
+    name = model.config.model_type
+    try:
+        mixing = _mixing(model, partial(_padded, pad_id), PADDED_LONGEST)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # as above
+        _log.debug("%s does not run on padded rows", name, exc_info=True)
+        return None
+    return f"{name} computes something else for rows that are padded: {mixing}" if mixing else None
+
+
+def _mixing(model: Any, layout: Layout, longest: int, total: int = 0) -> str:
+    """What shows that a model mixes rows of a batch; empty if it does not. longest, total: as of `packing_refusal`."""
     with _evaluating(model):
-        try:
-            longest = min(longest, _max_positions(model, longest))
-            if _leaks(model, _random_rows(model, min(longest, GRADIENT_LONGEST))):
-                return f"packing: {name} mixes rows: what it computes for one depends on the others in a flat batch"
-            difference = _smallest_difference(model, longest, total)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a model may raise anything on input that it does not understand
-            _log.debug("%s does not run on flat rows", name, exc_info=True)
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
-    if not difference <= _tolerance(model):
-        return (
-            f"packing: {name} mixes rows: logits differ by {difference:.2g} of their spread from those of a row alone"
-        )
-    return None
+        longest = min(longest, _max_positions(model, longest))
+        if _leaks(model, layout, _random_rows(model, min(longest, GRADIENT_LONGEST))):
+            return "what it computes for one depends on what else is in a batch"
+        difference = _smallest_difference(model, layout, longest, total)
+    if difference <= _tolerance(model):
+        return ""
+    return f"logits differ by {difference:.2g} of their spread from those of a row alone"
 
 
 def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int) -> bool:
@@ -113,7 +149,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode; afterwards every module is in its own mode again, and the random state as it was."""
     modes = [(module, module.training) for module in model.modules()]
     device = model.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
         model.eval()
         try:
             yield
@@ -150,20 +186,32 @@ def _max_positions(model: Any, otherwise: int) -> int:
     return getattr(text_config, "max_position_embeddings", None) or otherwise
 
 
-def _flat_logits(model: Any, rows: list[Row], offset: int = 0) -> tuple[Tensor, ...]:
-    """Returns the logits of each row of one flat batch, (tokens, vocabulary).
-
-    offset: The first position of the last row.
-    """
-    batch = flatten(rows)
-    batch["position_ids"][0, -len(rows[-1]["input_ids"]) :] += offset
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    return torch.split(logits[0], [len(row["input_ids"]) for row in rows])
+def _flat(rows: list[Row], offset: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows end to end, as a `Layout`."""
+    batch, last = flatten(rows), len(rows[-1]["input_ids"])
+    batch["position_ids"][0, -last:] += offset
+    numbers = [[number for number, row in enumerate(rows) for _ in row["input_ids"]]]
+    return {name: batch[name] for name in ("input_ids", "position_ids")}, torch.tensor(numbers)
 
 
-def _leaks(model: Any, rows: list[Row]) -> bool:
-    """Whether the logits of some row have a gradient with respect to the embeddings of another."""
+def _padded(pad_id: int, rows: list[Row], _: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Padded rows, as a `Layout`. No row is at another position than its own."""
+    batch = pad(rows, pad_id)
+    del batch["labels"]
+    numbers = torch.arange(len(rows))[:, None]
+    return batch, torch.where(batch["attention_mask"] > 0, numbers, -1)
+
+
+def _run(model: Any, layout: Layout, rows: list[Row], offset: int = 0) -> tuple[list[Tensor], Tensor]:
+    """Returns the logits of each row of one batch, (tokens, vocabulary); and the number of the row of each token."""
+    inputs, numbers = layout(rows, offset)
+    logits = model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False).logits
+    numbers = numbers.to(logits.device)
+    return [logits[numbers == number] for number in range(len(rows))], numbers
+
+
+def _leaks(model: Any, layout: Layout, rows: list[Row]) -> bool:
+    """Whether the logits of some row have a gradient with respect to the embeddings of another, or of padding."""
     leaves: list[Tensor] = []
 
     def make_leaf(_module: Any, _inputs: Any, embeddings: Tensor) -> Tensor:
@@ -173,33 +221,28 @@ def _leaks(model: Any, rows: list[Row]) -> bool:
     hook = model.get_input_embeddings().register_forward_hook(make_leaf)
     try:
         with torch.enable_grad():
-            sums = [logits.float().square().sum() for logits in _flat_logits(model, rows)]
+            of_rows, numbers = _run(model, layout, rows)
+            sums = [logits.float().square().sum() for logits in of_rows]
             gradients = [torch.autograd.grad(total, leaves[0], retain_graph=True)[0] for total in sums]
     finally:
         hook.remove()
-    lengths = [len(row["input_ids"]) for row in rows]
-    by_row = [torch.split(gradient.flatten(0, 1), lengths) for gradient in gradients]
-    return any(
-        bool(gradient.any())
-        for number, parts in enumerate(by_row)
-        for other, gradient in enumerate(parts)
-        if other != number
-    )
+    length = numbers.shape[1]  # some models put tokens of their own before each row
+    return any(bool(gradient[:, -length:][numbers != number].any()) for number, gradient in enumerate(gradients))
 
 
-def _smallest_difference(model: Any, longest: int, total: int) -> float:
+def _smallest_difference(model: Any, layout: Layout, longest: int, total: int) -> float:
     """Returns the largest of the differences of the rows, each in the best of its draws; see `_differences`."""
-    best = _differences(model, _random_rows(model, min(longest, LONGEST)), longest, total)
+    best = _differences(model, layout, _random_rows(model, min(longest, LONGEST)), longest, total)
     for seed in range(1, DRAWS):
         if not bool((best <= _tolerance(model)).all()):
             rows = _random_rows(model, min(longest, LONGEST), seed)
-            best = best.minimum(_differences(model, rows, longest, total))
+            best = best.minimum(_differences(model, layout, rows, longest, total))
     return float(best.max())
 
 
 @torch.no_grad()
-def _differences(model: Any, rows: list[Row], longest: int, total: int) -> Tensor:
-    """Compare the logits of each row in a flat batch with those of the row alone.
+def _differences(model: Any, layout: Layout, rows: list[Row], longest: int, total: int) -> Tensor:
+    """Compare the logits of each row in a batch with those of the row alone.
 
     The rows stand at the end of a batch of `total` tokens. After them comes the last token of a row of `longest`
     tokens, which costs less than the whole row and has its position.
@@ -210,10 +253,10 @@ def _differences(model: Any, rows: list[Row], longest: int, total: int) -> Tenso
     rest = total - sum(len(row["input_ids"]) for row in rows) - 1
     before = [rows[1]] * (rest // len(rows[1]["input_ids"]))
     end = {name: values[:1] for name, values in rows[0].items()}
-    flat = _flat_logits(model, [*before, *rows, end], longest - 1)[len(before) : -1]
-    spread = torch.stack([logits.float().std() for logits in flat]).max()
+    batch = _run(model, layout, [*before, *rows, end], longest - 1)[0][len(before) : -1]
+    spread = torch.stack([logits.float().std() for logits in batch]).max()
     differences = []
-    for row, logits in zip(rows, flat, strict=True):
+    for row, logits in zip(rows, batch, strict=True):
         ids = torch.tensor([row["input_ids"]], device=model.device)
         alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         differences.append((alone.float() - logits.float()).square().mean().sqrt() / spread)

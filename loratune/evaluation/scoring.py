@@ -244,7 +244,7 @@ def losses_of(
     model.activate()
     model.model.eval()
     found = np.empty(len(lengths))
-    for places in _by_length(lengths):
+    for places in _by_length(lengths, 1 if model.prompts.mixes_padding else completion.BATCH):
         rows = [row(place) for place in places]
         first = min(_first_supervised(one["labels"]) for one in rows)
         inputs = model.prompts.batch([one["input_ids"] for one in rows], "right", first=max(0, first - 1))
@@ -259,11 +259,11 @@ def _first_supervised(labels: Sequence[int]) -> int:
     return next((place for place, label in enumerate(labels) if label >= 0), len(labels))
 
 
-def _by_length(lengths: NDArray[np.integer[Any]]) -> Iterator[list[int]]:
-    """Batches of rows of similar length, so that little is padded. Yields the places of the rows."""
+def _by_length(lengths: NDArray[np.integer[Any]], size: int) -> Iterator[list[int]]:
+    """Batches of rows of similar length, so that little is padded, and of so many at most. Yields their places."""
     batch: list[int] = []
     for place in np.argsort(lengths, kind="stable").tolist():
-        if batch and (len(batch) == completion.BATCH or (len(batch) + 1) * int(lengths[place]) > _BATCH_TOKENS):
+        if batch and (len(batch) == size or (len(batch) + 1) * int(lengths[place]) > _BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(place)

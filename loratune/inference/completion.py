@@ -112,7 +112,8 @@ def complete(
     """Complete prompts, each with its adapter; all adapters are on the same model.
 
     Prompts of different adapters are computed as one batch where that is possible: where each of the adapters is plain
-    LoRA of linear layers, and the same tokens end their answers.
+    LoRA of linear layers, and the same tokens end their answers. A model that computes something else for padded rows
+    gets its prompts one by one.
 
     Args:
         requests: Adapters and prompts.
@@ -126,7 +127,8 @@ def complete(
     """
     batches: dict[Any, list[int]] = {}
     for number, (adapter, _) in enumerate(requests):
-        key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key)
+        alone = number if len(requests) > 1 and adapter.prompts.mixes_padding else None
+        key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key, alone)
         batches.setdefault(key, []).append(number)
     answers: dict[int, list[int]] = {}
     for numbers in batches.values():

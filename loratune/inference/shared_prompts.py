@@ -7,6 +7,7 @@ before the first batch.
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loratune.data.packing import pad
+from loratune.data.packing_check import padding_refusal
 from loratune.lora.attach import PeftModel
 
 _WORTHWHILE, _FEWEST = 0.05, 64
@@ -39,6 +41,11 @@ class SharedPrompts:
         """Arguments as the attributes."""
         self._model, self.padding = model, padding
         self._is_right: dict[str, bool] = {}  # by the side on which rows are padded
+
+    @cached_property
+    def mixes_padding(self) -> bool:
+        """Whether the model computes something else for padded rows; tried once."""
+        return padding_refusal(self._model, self.padding) is not None
 
     def batch(self, rows: Sequence[Ids], side: Side, *, first: int | None = None, more: int = 0) -> dict[str, Any]:
         """What the model is called with for a batch. The adapter must be active.

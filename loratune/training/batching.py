@@ -14,7 +14,7 @@ from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, Tra
 from loratune.console import progress
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
-from loratune.data.packing_check import packing_refusal, padding_is_cheaper
+from loratune.data.packing_check import packing_refusal, padding_is_cheaper, padding_refusal
 from loratune.data.prefix_tree import PrefixTree
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
@@ -244,7 +244,7 @@ class BatchedDatasets:
         theirs, which need no gradients and so less memory."""
         lengths = [length for length, _ in self.largest()[0]]
         tokens = sum(lengths) if self.train.flat else len(lengths) * max(lengths)
-        return ScoringLayout(self.train.flat, self.train.saved, self.pad_id, tokens)
+        return ScoringLayout.of(self.train, self.pad_id, tokens)
 
     def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
         """The estimate of the memory that training the model on these batches needs."""
@@ -283,6 +283,9 @@ def batch(
         data_section: How rows are to be packed.
         training: How many rows a batch has, and what is lowered.
         preferences: The numbers of objectives that compare answers.
+
+    Raises:
+        ModelError: Rows cannot be packed, and the model would compute something else for padded ones.
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     size, length = training.per_device_train_batch_size, data_section.max_length
@@ -291,6 +294,8 @@ def batch(
         packing, notes = _packing(
             model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
         )
+        if packing == "none":
+            _check_padding(model, pad_id, training, datasets.train.together)
         layouts = {
             name: BatchLayout(rows, split.rows.lengths, packing, size, length, pad_id, together)
             for name, split in datasets.splits.items()
@@ -380,4 +385,15 @@ def _packing(
     most_tokens = lengths[-size:].sum() if section.packing == "batch" else min(lengths.sum(), size * section.max_length)
     if (reason := packing_refusal(model, int(lengths[-1]), int(most_tokens) if mixed else 0)) is None:
         return section.packing, []
-    return "none", [f"data.{reason}; rows are padded instead"]
+    return "none", [f"data.{reason}; rows are {'padded' if size > 1 else 'computed one by one'} instead"]
+
+
+def _check_padding(model: Any, pad_id: int, training: TrainingSection, together: int) -> None:
+    """Check that a model may be given padded rows, where batches have several. Raises ModelError: it may not."""
+    size = training.per_device_train_batch_size
+    if size * together == 1 or (reason := padding_refusal(model, pad_id)) is None:
+        return
+    fix = "pairs are always padded, so use another objective or another model"
+    if together == 1:
+        fix = f"set it to 1, and gradient_accumulation_steps to {size * training.gradient_accumulation_steps}"
+    raise ModelError(Problem(Code.TRAINING_PADDING, reason, key="training.per_device_train_batch_size", fix=fix))

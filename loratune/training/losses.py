@@ -88,6 +88,12 @@ class ScoringLayout:
     pad_id: int
     tokens: int
 
+    @classmethod
+    def of(cls, train: BatchLayout, pad_id: int, tokens: int) -> "ScoringLayout":
+        """That of rows that stand beside training batches. Where these are single rows because they cannot be packed,
+        each row is a batch by itself, as the model may compute something else for padded ones."""
+        return cls(train.flat, train.saved, pad_id, tokens if train.flat or train.size > 1 else 0)
+
     def layout(self, dataset: TokenizedDataset, rows: Items | None = None, together: int = 0) -> BatchLayout:
         """The rows of a dataset, an item by itself. rows, together: see `Objective.items`."""
         lengths = dataset.rows.lengths

@@ -90,7 +90,7 @@ def compute(
     for name, rows in objective.splits.items():
         if name == "train" and not objective.formula.has_reference and "validation" in layouts:
             continue
-        scoring = ScoringLayout(train.flat, train.saved, pad_id, _PASS_TOKENS)
+        scoring = ScoringLayout.of(train, pad_id, _PASS_TOKENS)
         key = _key(reference, rows, scoring)
         found = _known(key, group)
         if found is None:
