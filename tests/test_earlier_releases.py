@@ -19,7 +19,7 @@ PLACE = Path("/tmp/loratune-release-0")
 
 @pytest.fixture
 def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The working directory, with the tiny base, rows, configs, two adapters, an interrupted run and an interrupted study."""
+    """The working directory, with the base, rows, configs, two adapters, and an interrupted run and study."""
     with alone("release-0"):
         shutil.rmtree(PLACE, ignore_errors=True)
         with tarfile.open(Path(__file__).with_name("release_0.tar.xz")) as archive:
