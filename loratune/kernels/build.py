@@ -1,6 +1,7 @@
 """How the fused operations are compiled: for the processor of one machine, or for each kind of processor, into a wheel.
 
-`setup.py` runs this file by its path, where nothing else is installed: it needs the standard library alone.
+`scripts/build_backend.py` runs this file by its path, where nothing else is installed. It needs the standard library
+alone.
 """
 
 import hashlib

@@ -1,0 +1,95 @@
+"""The build backend of pyproject.toml: setuptools', with the fused operations compiled into a wheel.
+
+On Linux on x86-64 with a gcc, `pip wheel .` makes a wheel with one library for each kind of processor and each dtype
+(see `loratune/kernels/build.py`); elsewhere it makes one without, and the operations are compiled where they are used.
+An editable installation has no libraries either.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from functools import cache
+from importlib import util
+from pathlib import Path
+
+from setuptools.build_meta import *  # noqa: F403  the hooks of PEP 517
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parents[1]
+SPEC = util.spec_from_file_location("loratune_build", ROOT / "loratune" / "kernels" / "build.py")
+assert SPEC is not None and SPEC.loader is not None
+build = util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = build  # for its dataclass
+SPEC.loader.exec_module(build)
+
+
+def without(reason: str) -> dict[str, bytes]:
+    """No libraries, for a reason that is printed."""
+    print(f"loratune: a wheel without compiled code, as {reason}", file=sys.stderr, flush=True)
+    return {}
+
+
+@cache
+def libraries() -> dict[str, bytes]:
+    """The content of each library by its file name; empty if this is the wrong machine, or has no gcc for it."""
+    if (sys.platform, platform.machine(), sys.maxsize > 1 << 32) != ("linux", "x86_64", True):
+        return without("it is made for Linux on x86-64 only")
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
+    if compiler is None:
+        return without("there is no gcc: install one, or set CC to its path")
+    try:
+        return {
+            variant.file_name(define): compiled(compiler, variant, define)
+            for variant in build.VARIANTS
+            for define in build.DEFINES
+        }
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        return without(
+            f"compiling it failed: {build.reason(error)}; it needs gcc 11 or newer, and the C library's headers"
+        )
+
+
+def compiled(compiler: str, variant: object, define: str) -> bytes:
+    """One library, with the digest that `loratune` checks before it loads it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        build.compile_library(compiler, variant, define, scratch)
+        content = Path(scratch, "library.so").read_bytes()
+    build.check_shippable(content)
+    sealed: bytes = build.sealed(variant.key(define), content)  # type: ignore[attr-defined]
+    return sealed
+
+
+class BuildPy(build_py):
+    """Adds the libraries to the modules of a wheel, and this file to those of an sdist."""
+
+    def run(self) -> None:
+        """Copy modules; for a wheel, compile and write the libraries too."""
+        super().run()
+        if self.editable_mode:
+            return
+        folder = Path(self.build_lib, build.SHIPPED.relative_to(ROOT))
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build in the same place
+        for name, content in (libraries() if "bdist_wheel" in self.distribution.commands else {}).items():
+            folder.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+
+    def get_source_files(self) -> list[str]:
+        """The files of an sdist."""
+        return [*super().get_source_files(), str(Path(__file__).relative_to(ROOT))]
+
+
+class Wheel(bdist_wheel):
+    """A wheel for any Python; with libraries, for one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """The tag of the wheel: Python, ABI and platform."""
+        if not Path(self.bdist_dir, build.SHIPPED.relative_to(ROOT)).is_dir():
+            tag: tuple[str, str, str] = super().get_tag()
+            return tag
+        default = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        return "py3", "none", self.plat_name if self.plat_name_supplied else build.platform_tag(libraries(), default)
