@@ -106,21 +106,21 @@ def environment(venv: Path) -> Path:
 
 def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, Any], list[tuple[Any, Any]]]:
     """What vLLM is asked, and for each row our log-probabilities by the adapter and by the base alone."""
+    from loratune.adapter import loading  # noqa: PLC0415
+    from loratune.adapter.directory import AdapterDirectory  # noqa: PLC0415
     from loratune.commands import export_request  # noqa: PLC0415
     from loratune.commands.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.config import Source, patterns  # noqa: PLC0415
     from loratune.data import no_progress, read_source  # noqa: PLC0415
-    from loratune.inference import loading  # noqa: PLC0415
-    from loratune.training import preflight  # noqa: PLC0415
 
-    source = preflight.open_adapter(adapter)
+    source = AdapterDirectory.open(adapter)
     split = read_source(Source(path=data), source.data, no_progress) if data else None
     loaded = loading.load(export_request.in_float32(source))
     asked = export_request.questions(loaded, source, split)
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]
     config = json.loads((export / "adapter_config.json").read_text())
     rank = next(most for most in VLLM_RANKS if config["r"] <= most)
-    modules = len(patterns.adapted_modules(preflight.open_adapter(export).files.tensors))
+    modules = len(patterns.adapted_modules(AdapterDirectory.open(export).files.tensors))
     request = {
         "base": source.base.name_or_path, "export": str(export.absolute()), "rank": rank, "rows": rows,
         "modules": modules,

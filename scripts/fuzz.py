@@ -28,12 +28,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune import config, data
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.commands import train
 from loratune.config import DataSection
 from loratune.data import no_progress
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
-from loratune.inference import loading
 from loratune.training import output_dir, preflight
 
 MAX_SECONDS = 20
@@ -231,7 +232,7 @@ def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
             (bad / "loratune.json").unlink()
 
         def case() -> None:
-            tuned = loading.load(preflight.open_adapter(bad, forced=forced))
+            tuned = loading.load(AdapterDirectory.open(bad, forced=forced))
             assert tuned.model(ids).logits.isfinite().all()
 
         run_case(ends, case)

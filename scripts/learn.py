@@ -31,12 +31,13 @@ import numpy as np
 from learning import averaging, models, tables, tasks
 from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.commands.train import Reporter, Result
 from loratune.commands.train import train as train_run
 from loratune.config import Source
 from loratune.data import no_progress
 from loratune.evaluation import scoring
-from loratune.inference import loading
 from loratune.training import output_dir, preflight
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
@@ -141,7 +142,7 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
 
     base: without the adapter.
     """
-    info = preflight.open_adapter(adapter)
+    info = AdapterDirectory.open(adapter)
     loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
     vocabulary = loaded.model.config.get_text_config().vocab_size
     found: dict[str, Any] = {}

@@ -21,13 +21,13 @@ import torch
 import typer
 from transformers import GenerationConfig
 
+from loratune.adapter import generation, loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.config import LoraSection, ModelSection
 from loratune.data.packing import pad
-from loratune.inference import completion, loading
 from loratune.lora import attach
 from loratune.lora.tensors import weights
 from loratune.model.load import load_base, load_tokenizer
-from loratune.training import preflight
 
 PROMPT = "Question number {}: what is the capital of a country whose name begins with the letter {}?"
 
@@ -45,7 +45,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         section = ModelSection(name_or_path=str(model.resolve()))
         directories = [_random_adapter(section, Path(folder) / str(seed), rank, seed) for seed in range(adapters)]
-        loaded = loading.load_all([preflight.open_adapter(directory) for directory in directories])
+        loaded = loading.load_all([AdapterDirectory.open(directory) for directory in directories])
     assert all(adapter.mixes for adapter in loaded)
     switches = [_switch(loaded[number % adapters]) for number in range(8 * adapters)]
     median, most = 1e3 * statistics.median(switches), 1e3 * max(switches)
@@ -85,10 +85,10 @@ def _random_adapter(section: ModelSection, directory: Path, rank: int, seed: int
 
 
 @torch.inference_mode()
-def _switch(adapter: completion.LoadedAdapter) -> float:
+def _switch(adapter: generation.LoadedAdapter) -> float:
     """Seconds to be ready for an adapter after another one."""
     start = time.perf_counter()
-    with completion.adapters_of_rows([adapter]):
+    with generation.adapters_of_rows([adapter]):
         return time.perf_counter() - start
 
 
@@ -96,13 +96,13 @@ def _settings(new_tokens: int) -> GenerationConfig:
     return GenerationConfig(max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
 
 
-def _answer(adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
+def _answer(adapters: Sequence[generation.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
     model: Any = adapters[0].model
-    with completion.adapters_of_rows(adapters):
+    with generation.adapters_of_rows(adapters):
         model.generate(**pad([{"input_ids": one} for one in ids], 0, "left"), generation_config=_settings(new_tokens))
 
 
-def _answer_by_peft(adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
+def _answer_by_peft(adapters: Sequence[generation.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int) -> None:
     model: Any = adapters[0].model
     model.generate(
         **pad([{"input_ids": one} for one in ids], 0, "left"),
@@ -112,7 +112,7 @@ def _answer_by_peft(adapters: Sequence[completion.LoadedAdapter], ids: Sequence[
 
 
 def _one_after_the_other(
-    adapters: Sequence[completion.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int
+    adapters: Sequence[generation.LoadedAdapter], ids: Sequence[list[int]], new_tokens: int
 ) -> None:
     for adapter in dict.fromkeys(adapter.key for adapter in adapters):
         numbers = [number for number, other in enumerate(adapters) if other.key == adapter]

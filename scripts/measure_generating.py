@@ -18,12 +18,12 @@ import typer
 from transformers import GenerationConfig
 
 from loratune import kernels
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.config import Source
 from loratune.data import sources
 from loratune.data.packing import pad
-from loratune.inference import loading
 from loratune.lora import attach
-from loratune.training import preflight
 
 LOOPED = 8
 """Prompts of the loop; a rate needs no more."""
@@ -37,7 +37,7 @@ def main(
     rounds: int = 3,
 ) -> None:
     """Compare, and print a line per round."""
-    tuned = loading.load(preflight.open_adapter(directory, print))
+    tuned = loading.load(AdapterDirectory.open(directory, print))
     merged: Any = copy.deepcopy(tuned.model).merge_and_unload()
     rows = sources.read_rows(Source(path=str(prompts)))[:batch]
     ids = [tuned.tokenizer(row.values["prompt"])["input_ids"] for row in rows]

@@ -20,11 +20,11 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from loratune.adapter.directory import AdapterDirectory
 from loratune.data import no_progress
 from loratune.export import loaded_merge
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system.tensor_files import Shards
-from loratune.training import preflight
 
 GIB = 1 << 30
 
@@ -90,7 +90,7 @@ def main() -> int:
         (folder / "out").mkdir()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before, begun = resident(), time.monotonic()
-        plan = loaded_merge.prepare(preflight.open_adapter(folder / "adapter"), None)
+        plan = loaded_merge.prepare(AdapterDirectory.open(folder / "adapter"), None)
         plan.fingerprint()
         prepared = time.monotonic()
         written = plan.write(folder / "out", no_progress)

@@ -15,11 +15,11 @@ from unittest.mock import patch
 import typer
 
 from loratune import data
+from loratune.adapter import generation, loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.config import Source
 from loratune.evaluation import scoring
-from loratune.inference import completion, loading
-from loratune.inference.shared_prompts import SharedPrompts
-from loratune.training import preflight
 
 
 def main(
@@ -29,12 +29,12 @@ def main(
     batches: int = 4,
 ) -> None:
     """Compare, and print a line for losses and one for answers."""
-    tuned = loading.load(preflight.open_adapter(directory, print))
+    tuned = loading.load(AdapterDirectory.open(directory, print))
     split = data.read_source(Source(path=str(rows)), tuned.data)
     vocabulary = tuned.model.config.get_text_config().vocab_size
     dataset = data.prepare(split, tuned.renderer, tuned.data, vocabulary)
     prompts = [row.prompt for row in dataset.rows.rows()]
-    groups = [range(at, at + completion.BATCH) for at in range(0, len(prompts), completion.BATCH)][:batches]
+    groups = [range(at, at + generation.BATCH) for at in range(0, len(prompts), generation.BATCH)][:batches]
     tuned.complete([prompts[0], prompts[1]], 1)  # The trial of shared prompts comes before the first of them.
     ways: dict[str, Callable[[range], Any]] = {
         "losses": lambda group: scoring.losses(tuned, dataset, group),
@@ -44,7 +44,7 @@ def main(
         way(groups[0])
         ratios = [alone(way, group) / seconds(way, group) for group in groups for _ in range(2)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) times, {len(ratios)} pairs of {completion.BATCH} rows")
+        print(f"{name}: {middle:.2f} ({low:.2f} to {high:.2f}) times, {len(ratios)} pairs of {generation.BATCH} rows")
 
 
 def alone(way: Callable[[range], Any], group: range) -> float:

@@ -33,10 +33,11 @@ from typing import Any
 import torch
 
 from loratune import config, data
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.commands.plan import Plan, make_plan
 from loratune.config import Source
 from loratune.console import show_progress
-from loratune.inference import loading
 from loratune.system.launcher import SINGLE_PROCESS
 from loratune.training import preflight
 from loratune.training.losses import Loss, ScoringLayout
@@ -93,7 +94,7 @@ def scored(model: Any, rows: Any) -> Iterator[tuple[int, float, bool]]:
 
 def measured(adapter: Path, file: Path, *, base: bool) -> list[tuple[int, float, bool]]:
     """The rows of a file, scored with an adapter or on its base."""
-    info = preflight.open_adapter(adapter, print)
+    info = AdapterDirectory.open(adapter, print)
     loaded = loading.load(info, print)
     split = data.read_source(Source(path=str(file)), info.data, data.no_progress)
     rows = data.prepare(split, loaded.renderer, loaded.data, loaded.model.config.get_text_config().vocab_size).rows

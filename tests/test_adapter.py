@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from typer.testing import CliRunner
 
 from loratune import config
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import NumericError
-from loratune.inference import loading
 from loratune.lora import adapter_files, attach, initialize, parameters, tensors
-from loratune.training import preflight
 
 WEIGHTS, CONFIG = adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE
 Damage = Callable[[Path], Any]
@@ -84,7 +84,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def ours(trained: Path, ids: Tensor) -> Tensor:
     """The logits of the adapter as loratune opens it."""
-    return logits(loading.load(preflight.open_adapter(trained)).model, ids)
+    return logits(loading.load(AdapterDirectory.open(trained)).model, ids)
 
 
 def test_stock_peft_gives_the_same_logits(trained: Path, tiny_dir: Path, ids: Tensor, ours: Tensor) -> None:
@@ -397,7 +397,7 @@ def test_a_pickle_is_never_opened(
     marker = tmp_path / "opened"
     trap = copy / "adapter_model.bin"
     trap.write_bytes(pickle.dumps(Trap(marker)))
-    assert torch.equal(logits(loading.load(preflight.open_adapter(copy)).model, ids), ours)
+    assert torch.equal(logits(loading.load(AdapterDirectory.open(copy)).model, ids), ours)
     (copy / WEIGHTS).unlink()
     for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
         ran = cli(*command)

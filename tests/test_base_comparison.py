@@ -13,12 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from loratune.adapter import generation, loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import AdapterError
-from loratune.inference import completion, loading
 from loratune.lora import attach, targets, tensors
-from loratune.training import preflight
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
 KINDS: dict[str, dict[str, Any]] = {
@@ -61,8 +61,8 @@ def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
     model.save_pretrained(out)
 
 
-def opened(path: Path) -> completion.LoadedAdapter:
-    found = preflight.open_adapter(path)
+def opened(path: Path) -> generation.LoadedAdapter:
+    found = AdapterDirectory.open(path)
     return loading.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
 
 

@@ -14,11 +14,11 @@ from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.inference import loading
 from loratune.model import load
-from loratune.training import preflight
 
 
 def mapped(directory: Path) -> list[str]:
@@ -197,7 +197,7 @@ def test_answers_and_scores_do_not_depend_on_the_files_any_more(
 ) -> None:
     assert cli("train", run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 2})).code == 0
     expected = cli("generate", "1 and 1 make", "--adapter", tmp_path / "out", "--max-new-tokens", 4)
-    tuned = loading.load(preflight.open_adapter(tmp_path / "out"))
+    tuned = loading.load(AdapterDirectory.open(tmp_path / "out"))
     prompt = tuned.tokenizer("1 and 1 make").input_ids
     for change in CHANGES.values():
         if (base_dir / "model.safetensors").exists():

@@ -18,12 +18,12 @@ from conftest import Ran, check_refused, tiny_llama, tree, write_rows
 from fork_server import Child, ForkServer
 from typer.testing import CliRunner
 
+from loratune.adapter import loading, selection
+from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
-from loratune.inference import loading, selection
-from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 NEW = 8
@@ -216,7 +216,7 @@ def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
     cut, whole = Exchange("a", "b", is_whole=False), Exchange("c", "d", is_whole=True)
     paths = {"short": short, "raw": raw}
     selected = selection.parse([f"{name}={path}" for name, path in paths.items()])
-    opened = {name: preflight.open_adapter(path) for name, path in paths.items()}
+    opened = {name: AdapterDirectory.open(path) for name, path in paths.items()}
     talk = Chat(loading.load_selection(opened, selected), system="s")
     talk.exchanges.extend([cut, whole])
     assert talk.rows() == [

@@ -18,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from typer.testing import CliRunner
 
 from loratune import data
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
 from loratune.evaluation import scoring
-from loratune.inference import loading
-from loratune.training import preflight
 from loratune.training.losses import NextToken
 
 ENDS = ["<|endoftext|>", "<|end|>"]
@@ -155,7 +155,7 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
 
 def test_each_row_has_its_own_loss(place: Path) -> None:
     """Rows of similar length are scored together; the losses stand in the order that was asked for."""
-    loaded = loading.load(preflight.open_adapter(place / "adapter"))
+    loaded = loading.load(AdapterDirectory.open(place / "adapter"))
     split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
     dataset = data.prepare(split, loaded.renderer, loaded.data, 264)
     numbers = [*reversed(range(len(dataset.rows)))]
@@ -166,7 +166,7 @@ def test_each_row_has_its_own_loss(place: Path) -> None:
 
 
 def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
-    loaded = loading.load(preflight.open_adapter(place / "adapter"))
+    loaded = loading.load(AdapterDirectory.open(place / "adapter"))
     split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
     rows = data.prepare(split, loaded.renderer, loaded.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]

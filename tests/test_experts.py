@@ -27,18 +27,18 @@ from transformers import (
 )
 
 from loratune import config, memory
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands.adapter_stats import adapter_stats
 from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.export import plain
-from loratune.inference import loading
 from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.targets import Targets, resolve
 from loratune.memory.activations import AllocationTracker
 from loratune.model import load
-from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 SHAPE: dict[str, Any] = {
@@ -396,7 +396,7 @@ def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
         made.save_pretrained(tmp_path / name)
     section, ids = ModelSection(name_or_path=str(base), dtype="float32"), torch.arange(20)[None]
     names = ["plain", "both", "small"]
-    opened = [preflight.open_adapter(tmp_path / name) for name in names]
+    opened = [AdapterDirectory.open(tmp_path / name) for name in names]
     for name, loaded in zip(names, loading.load_all(opened, base=section), strict=True):
         stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         loaded.model.set_adapter(loaded.key)
@@ -404,7 +404,7 @@ def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
             expected = PeftModel.from_pretrained(stock, str(tmp_path / name)).eval()(ids).logits
             assert torch.equal(loaded.model(ids).logits, expected)
     with pytest.raises(AdapterError) as caught:
-        loading.load_all([preflight.open_adapter(tmp_path / name) for name in ("both", "one")], base=section)
+        loading.load_all([AdapterDirectory.open(tmp_path / name) for name in ("both", "one")], base=section)
     assert [problem.code for problem in caught.value.problems] == [Code.ADAPTER_CANNOT_SHARE]
 
 

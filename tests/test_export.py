@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
+from loratune.export import converter, gguf, llama_cpp, ollama, plain
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
-from loratune.training import preflight
 
 PATTERNS: dict[str, Any] = {
     "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
@@ -248,7 +248,7 @@ def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Call
     assert tree(tmp_path / "out").keys() == own
     code = json.dumps(settings | {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}).encode()
     adapter = edited(trained, tmp_path / "b", files | {"tokenizer_config.json": code})
-    found = {path.name for path in output.tokenizer_files(preflight.open_adapter(adapter))}
+    found = {path.name for path in AdapterDirectory.open(adapter).tokenizer_files()}
     assert "evil.py" in found and "config.json" not in found
 
 

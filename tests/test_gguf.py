@@ -21,10 +21,11 @@ from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, proce
 from fork_server import ForkServer, fork_server
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError
-from loratune.inference import loading
 from loratune.kernels import acceleration
 from loratune.kernels.upstream import is_fake
 from loratune.lora.adapter_files import WEIGHTS_FILE
@@ -32,7 +33,7 @@ from loratune.model import gguf as gguf_module
 from loratune.model import load
 from loratune.model.gguf import KEY, check
 from loratune.model.source import KEY as NAME
-from loratune.training import batching, preflight
+from loratune.training import batching
 
 FILE = "tiny.gguf"
 Cli = Callable[..., Ran]
@@ -161,13 +162,13 @@ def test_the_adapter_says_how_to_load_its_base(
     assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pair[0])
     record = json.loads((adapter_dir / "loratune.json").read_text())
     assert record["base"] == {"name_or_path": str(pair[0]), "revision": None, "gguf_file": FILE}
-    with_config = loading.load(preflight.open_adapter(adapter_dir)).model
+    with_config = loading.load(AdapterDirectory.open(adapter_dir)).model
 
     (alone := tmp_path / "alone").mkdir()
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (alone / file.name).write_bytes(file.read_bytes())
-    opened = preflight.open_adapter(alone, forced=True)
+    opened = AdapterDirectory.open(alone, forced=True)
     assert (opened.base.gguf_file, opened.run) == (FILE, None)
 
     monkeypatch.chdir(adapter_dir.parent)  # the card names the directory as it is called where it lies

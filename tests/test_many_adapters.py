@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from loratune import kernels
+from loratune.adapter import generation, loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.inference import completion, loading
 from loratune.kernels import Adapted, RowsMixedError
 from loratune.kernels.lora_linear import InferenceLinear
 from loratune.lora import attach, mixture
 from loratune.lora.adapter_files import inspect
-from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 NEW = 8
@@ -102,8 +102,8 @@ def options(adapters: dict[str, Path], *names: str) -> list[str]:
     return [word for name in names for word in ("--adapter", f"{name}={adapters[name]}")]
 
 
-def opened(adapters: dict[str, Path], *names: str) -> list[completion.LoadedAdapter]:
-    return loading.load_all([preflight.open_adapter(adapters[name]) for name in names])
+def opened(adapters: dict[str, Path], *names: str) -> list[generation.LoadedAdapter]:
+    return loading.load_all([AdapterDirectory.open(adapters[name]) for name in names])
 
 
 class Stock:
@@ -160,10 +160,10 @@ def test_rows_of_plain_adapters_share_a_batch(adapters: dict[str, Path]) -> None
     ids = torch.arange(40, 40 + 6 * 9).view(6, 9)
     model: Any = loaded[0].model
     with torch.inference_mode():
-        with completion.adapters_of_rows([loaded[row] for row in rows]):
+        with generation.adapters_of_rows([loaded[row] for row in rows]):
             together = model(input_ids=ids).logits
         for number, row in enumerate(rows):
-            with completion.adapters_of_rows([loaded[row]]):
+            with generation.adapters_of_rows([loaded[row]]):
                 assert torch.allclose(together[number], model(input_ids=ids[number : number + 1]).logits[0], atol=1e-5)
         assert not torch.allclose(together[0], together[1], atol=1e-2)
 
@@ -179,7 +179,7 @@ def test_one_call_for_a_shared_batch(adapters: dict[str, Path], monkeypatch: pyt
         return generate(**keywords)
 
     monkeypatch.setattr(loaded[0].model, "generate", counted)
-    completion.complete([(adapter, [50 + place, 51, 52]) for place, adapter in enumerate(loaded * 2)], 2)
+    generation.complete([(adapter, [50 + place, 51, 52]) for place, adapter in enumerate(loaded * 2)], 2)
     assert sizes == [6, 2]
 
 
@@ -187,8 +187,8 @@ def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
     loaded = opened(adapters, "chat", "head", "dora", "ranks")
     ids = torch.arange(40, 60)[None]
 
-    def logits(adapter: completion.LoadedAdapter) -> Tensor:
-        with torch.inference_mode(), completion.adapters_of_rows([adapter]):
+    def logits(adapter: generation.LoadedAdapter) -> Tensor:
+        with torch.inference_mode(), generation.adapters_of_rows([adapter]):
             result: Tensor = adapter.model(input_ids=ids).logits
             return result
 
@@ -198,7 +198,7 @@ def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
             assert torch.equal(logits(loaded[before]), first[before])
             assert torch.equal(logits(loaded[after]), first[after])
     for adapter, name in zip(loaded, ("chat", "head", "dora", "ranks"), strict=True):
-        info = preflight.open_adapter(adapters[name])
+        info = AdapterDirectory.open(adapters[name])
         alone = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
         assert torch.equal(logits(alone), logits(adapter))
         with adapter.without_adapter():
@@ -243,7 +243,7 @@ def test_models_that_flatten_their_rows_are_answered_one_adapter_after_another(
         loaded = opened(adapters, "chat", "ranks")
     assert [adapter.mixes for adapter in loaded] == [False, False]
     requests = [(adapter, [50, 51, 52]) for adapter in loaded]
-    assert completion.complete(requests, 4) == [adapter.complete([ids], 4)[0] for adapter, ids in requests]
+    assert generation.complete(requests, 4) == [adapter.complete([ids], 4)[0] for adapter, ids in requests]
 
 
 def test_prompts_go_to_the_first_or_to_the_one_to_use(cli: Cli, adapters: dict[str, Path]) -> None:

@@ -33,6 +33,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands import merge as merging_command
 from loratune.commands import merge_check
@@ -45,7 +46,7 @@ from loratune.export.texts import Texts
 from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load
 from loratune.system.tensor_files import Shards
-from loratune.training import preflight, run_dir
+from loratune.training import run_dir
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
 SMALL: dict[str, Any] = {
@@ -110,8 +111,8 @@ class Case:
     adapter: Path
 
     @property
-    def info(self) -> preflight.AdapterInfo:
-        return preflight.open_adapter(self.adapter)
+    def info(self) -> AdapterDirectory:
+        return AdapterDirectory.open(self.adapter)
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the base, and of base and adapter as PEFT computes them, in float32."""

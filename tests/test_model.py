@@ -26,13 +26,13 @@ from transformers import (
     T5Config,
 )
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection
-from loratune.inference import loading
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import KEY as NAME
-from loratune.training import preflight
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 9\n"
 
@@ -346,7 +346,7 @@ def test_a_model_without_pad_token_trains(
     )  # so batches of shuffled rows are padded
     ran = cli("train", run_config(training={"max_steps": 2}))
     assert ran.code == 0, ran.err
-    opened = loading.load(preflight.open_adapter(tmp_path / "out"))
+    opened = loading.load(AdapterDirectory.open(tmp_path / "out"))
     assert (opened.model.config.vocab_size, len(opened.tokenizer)) == (264, len(tokenizer))
     assert opened.model.get_input_embeddings().weight.shape[0] == 264
     assert opened.tokenizer.pad_token_id is None

@@ -16,9 +16,9 @@ from conftest import meanings, tree
 
 from loratune import escaping
 from loratune.codes import Code
-from loratune.commands import output_file
-from loratune.commands.output_file import Output
 from loratune.errors import ConfigError, Problem, ResourceError
+from loratune.system import output_file
+from loratune.system.output_file import Output
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
@@ -193,7 +193,7 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
 def test_many_at_once(tmp_path: Path) -> None:
     """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
     script = (
-        "import sys, time; from pathlib import Path; from loratune.commands import output_file\n"
+        "import sys, time; from pathlib import Path; from loratune.system import output_file\n"
         "from loratune.errors import ConfigError\n"
         "sys.stdin.readline()\n"
         "try:\n"
@@ -281,7 +281,7 @@ def test_open_files(name: str, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("/dev/stdout")
     path = str(tmp_path / "link") if name == "LINK" else name
     script = (
-        "import os, sys; from pathlib import Path; from loratune.commands import output_file\n"
+        "import os, sys; from pathlib import Path; from loratune.system import output_file\n"
         "os.write(1, b'before\\n')\n"
         "place = output_file.output(Path(sys.argv[1]), '--output', overwrite=False)\n"
         "with place.opened() as file: print('new', file=file)\n"
@@ -324,7 +324,7 @@ def test_names_and_contents_of_all_kinds(tmp_path: Path) -> None:
 def test_a_full_disk_for_the_output(tmp_path: Path) -> None:
     """No file may grow beyond 1,000 bytes; what was written of it goes."""
     script = (
-        "import resource, sys; from pathlib import Path; from loratune.commands import output_file\n"
+        "import resource, sys; from pathlib import Path; from loratune.system import output_file\n"
         "from loratune.errors import ResourceError\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "try:\n"

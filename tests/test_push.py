@@ -19,8 +19,8 @@ from hub_server import READ_ONLY, TOKEN, Fault, Files, Handler, Hub, State
 from running import WEIGHTS, flip, until
 
 from loratune import config, escaping
+from loratune.adapter import card
 from loratune.codes import Code
-from loratune.commands import card
 from loratune.export import local_paths
 from loratune.lora import adapter_files
 from loratune.system.files import sha256

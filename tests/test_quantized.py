@@ -21,15 +21,15 @@ from running import until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
-from loratune.inference import loading
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load, upstream
 from loratune.model.load import Machine
-from loratune.training import preflight
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -56,7 +56,7 @@ def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def layers_of(out: Path) -> set[str]:
-    base = loading.load(preflight.open_adapter(out)).model.get_base_model()
+    base = loading.load(AdapterDirectory.open(out)).model.get_base_model()
     return {type(module).__name__ for module in base.modules()}
 
 

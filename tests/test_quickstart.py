@@ -17,8 +17,8 @@ from fork_server import ForkServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loratune.inference import loading
-from loratune.training import preflight
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 
 FOLDER = ROOT / "configs" / "quickstart"
 WEIGHTS = "adapter_model.safetensors"
@@ -85,7 +85,7 @@ def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stock_logits(adapter: Path, smollm2: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """What the first held-out prompt gives: with stock PEFT, and with our own loading."""
-    ours = loading.load(preflight.open_adapter(adapter)).model
+    ours = loading.load(AdapterDirectory.open(adapter)).model
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=ours.dtype)
     stock = PeftModel.from_pretrained(base, adapter).eval()
     ids = torch.tensor([AutoTokenizer.from_pretrained(adapter)(rows("eval.jsonl")[0]["prompt"]).input_ids])

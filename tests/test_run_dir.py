@@ -20,8 +20,9 @@ from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
 from loratune.codes import Code
 from loratune.errors import ConfigError
 from loratune.lora import adapter_files
+from loratune.system import directories
 from loratune.system.files import kind as kind_of_file
-from loratune.training import output_dir, overwrite, run_dir, run_dir_files
+from loratune.training import output_dir, overwrite, run_dir
 
 ONE_STEP = {"max_steps": 1}
 
@@ -237,7 +238,7 @@ def test_known_names_of_tokenizer_files() -> None:
         for table in listed.findall(path.read_text(encoding="utf-8"))
         for name in named.findall(table)
     }
-    assert len(found) > 15 and found - run_dir_files.ADAPTER_FILES == {"config.json"} & found
+    assert len(found) > 15 and found - directories.ADAPTER_FILES == {"config.json"} & found
 
 
 def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

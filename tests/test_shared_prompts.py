@@ -7,9 +7,9 @@ import torch
 from families import small
 from peft import LoraConfig, get_peft_model
 
+from loratune.adapter import shared_prompts
+from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.data.packing import pad
-from loratune.inference import shared_prompts
-from loratune.inference.shared_prompts import SharedPrompts
 from loratune.kernels import row_losses
 
 PREFIX, LENGTHS = 12, (24, 20, 13)

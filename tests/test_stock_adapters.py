@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.inference import loading
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
-from loratune.training import preflight
 
 IDS = torch.tensor([[(7 * place) % 250 for place in range(30)]])
 
@@ -234,7 +234,7 @@ def test_the_bases_own_tensors_change_nothing(
     path = saved(tmp_path / "adapter", base, *targets, **save)
     files = inspect(path)
     assert [name for _, name in files.copies] == [f"base_model.model.{name}" for name in copies]
-    found = preflight.open_adapter(path)
+    found = AdapterDirectory.open(path)
     loaded = loading.load(replace(found, base=found.base.model_copy(update={"dtype": "float32"})))
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
     assert torch.equal(logits(loaded.model), logits(stock))

@@ -19,7 +19,7 @@ from loratune.system import waiting
 from loratune.system.files import path_problem
 
 if TYPE_CHECKING:
-    from loratune.commands.output_file import Output
+    from loratune.system.output_file import Output
 
 STDOUT = "-"
 """The value of --output that stands for stdout, and of --input that stands for stdin."""
@@ -157,7 +157,7 @@ def check_paths(**options: str | Path | None) -> None:
 
 def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> "Output | None":
     """The file that rows are to be written to; None for stdout, or where there is no option. Raises as `output`."""
-    from loratune.commands import output_file
+    from loratune.system import output_file
 
     if output is None or str(output) == STDOUT:
         return None

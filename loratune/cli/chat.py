@@ -58,18 +58,18 @@ def chat(
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
         check_temperature(temperature)
 
-        from loratune.inference import selection
+        from loratune.adapter import selection
 
         selected = selection.parse(adapters)
 
         with importing():
-            from loratune.training import preflight
+            from loratune.adapter.directory import AdapterDirectory
 
-        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
 
         with importing():
+            from loratune.adapter import loading
             from loratune.commands.chat import RAW_NOTE, Chat
-            from loratune.inference import loading
 
         loaded = loading.load_selection(opened, selected, log)
         talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -168,8 +168,8 @@ class _Session:
         self._talk.set_system(text)
 
     def _save(self, argument: str) -> None:
-        from loratune.commands import output_file
         from loratune.data.sources.rows import to_json_line
+        from loratune.system import output_file
 
         rows = self._talk.rows()
         name = argument.removeprefix("--overwrite ").strip()

@@ -27,13 +27,13 @@ from loratune.commands.boundary import boundary, unread_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
+    from loratune.adapter.directory import AdapterDirectory
     from loratune.commands.evaluate_tasks import Tasks
-    from loratune.commands.output_file import Output
     from loratune.data import DatasetSplit
     from loratune.data.row_hashes import Overlap
     from loratune.evaluation.requirements import Requirement
     from loratune.evaluation.results import Evaluation
-    from loratune.training.preflight import AdapterInfo
+    from loratune.system.output_file import Output
 
 
 _NEEDED = {
@@ -110,18 +110,18 @@ def evaluate(
         _check_options(context.params)
         names, task_paths = _task_names(tasks)
         with importing(computes=True):
+            from loratune.adapter.directory import AdapterDirectory
             from loratune.console import log, show_count, show_progress
             from loratune.evaluation import metrics as known_metrics
             from loratune.evaluation import requirements
-            from loratune.training import preflight
 
         parsed = known_metrics.parse(metrics or [])
         known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
         required = requirements.parse(require or [], parsed, **known)
         inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        info = preflight.open_adapter(adapter, log, forced=force, assignments=assignments)
-        other = preflight.open_adapter(against, log, forced=force) if against is not None else None
+        info = AdapterDirectory.open(adapter, log, forced=force, assignments=assignments)
+        other = AdapterDirectory.open(against, log, forced=force) if against is not None else None
         if file is not None:
             file = file.reading(Path(info.base.name_or_path))
         if data is None:
@@ -148,7 +148,7 @@ def evaluate(
 
 
 def _read_rows(
-    data: str, info: "AdapterInfo", required: list["Requirement"], *, allow_overlap: bool
+    data: str, info: "AdapterDirectory", required: list["Requirement"], *, allow_overlap: bool
 ) -> tuple["DatasetSplit", "Overlap"]:
     """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
     from loratune.config import Source
@@ -205,7 +205,7 @@ def _open_tasks(names: list[str], limit: int | None, required: list["Requirement
 
 
 def _evaluate_tasks(
-    info: "AdapterInfo", names: list[str], limit: int | None, required: list["Requirement"], as_json: bool
+    info: "AdapterDirectory", names: list[str], limit: int | None, required: list["Requirement"], as_json: bool
 ) -> None:
     """Run tasks alone, without rows."""
     from loratune.console import log

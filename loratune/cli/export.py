@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
+from loratune.adapter import selection
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem, missing_package
-from loratune.inference import selection
 
 _CLIENTS = ("peft", "vllm", "gguf", "ollama")
 _OF_LLAMA_CPP = ("gguf", "ollama")
@@ -56,17 +56,17 @@ def export(
         selected = selection.parse(adapters, mix=mix)
         _check_number(selected)
         with importing(computes=True):
+            from loratune.adapter.directory import AdapterDirectory
             from loratune.config import Source
             from loratune.console import log, show_progress
             from loratune.data import read_source
             from loratune.export import output as outputs
             from loratune.model.source import local_or_hub
-            from loratune.training import preflight
 
         inputs = {f"--adapter {name}".strip(): path for name, path in selected.directories.items()}
         options = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": data and Path(data)}
         inputs |= {option: path for option, path in options.items() if path}
-        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
         for name, one in opened.items():
             inputs[f"the base of {name}" if name else "the base"] = Path(local_or_hub(one.base.name_or_path))
         directory = outputs.check(output, overwrite=overwrite, inputs=inputs)
@@ -74,10 +74,10 @@ def export(
         split = read_source(Source(path=data), info.data, show_progress) if data else None
 
         with importing():
+            from loratune.adapter import loading
             from loratune.commands import clients, printing
             from loratune.commands.export import export
             from loratune.commands.export_request import ExportRequest
-            from loratune.inference import loading
 
         called = clients.name_of(directory.output.name)
         request = ExportRequest(to, called, merged, llama_cpp, base_gguf, selected.mix, verify)

@@ -65,7 +65,7 @@ def generate(
         _check_answers(prompts, source, output, overwrite=overwrite)
         check_temperature(temperature)
 
-        from loratune.inference import selection
+        from loratune.adapter import selection
 
         selected = selection.parse(adapters, use, mix)
         inputs = (*selected.directories.values(), *([source] if source and str(source) != STDOUT else []))
@@ -74,9 +74,9 @@ def generate(
         rows = _prompt_rows(prompts, source)
 
         with importing(computes=True):
-            from loratune.training import preflight
+            from loratune.adapter.directory import AdapterDirectory
 
-        opened = {name: preflight.open_adapter(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
         if file is not None:
             file = file.reading(*(Path(adapter.base.name_or_path) for adapter in opened.values()))
 

@@ -30,7 +30,7 @@ def init(
         _check_named_once(assignments)
 
         from loratune import config
-        from loratune.commands import output_file
+        from loratune.system import output_file
 
         file = output_file.output(Path(output), "--output", overwrite=None) if output != STDOUT else None
 

@@ -35,14 +35,14 @@ def merge(
     with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
         check_paths(adapter=adapter, output=out, data=data)
         with importing():
+            from loratune.adapter.directory import AdapterDirectory
             from loratune.config import Source
             from loratune.console import log, show_progress
             from loratune.data import read_source
             from loratune.export import output
             from loratune.model.source import local_or_hub
-            from loratune.training import preflight
 
-        info = preflight.open_adapter(adapter, log, forced=force)
+        info = AdapterDirectory.open(adapter, log, forced=force)
         inputs = {"--adapter": adapter, "the base": Path(local_or_hub(info.base.name_or_path))}
         inputs |= {"--data": Path(data)} if data is not None else {}
         directory = output.check(out, overwrite=overwrite, inputs=inputs)

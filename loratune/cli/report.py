@@ -13,8 +13,8 @@ from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
+    from loratune.adapter.directory import AdapterDirectory
     from loratune.evaluation.results import Evaluation
-    from loratune.training.preflight import AdapterInfo
 
 
 @app.command()
@@ -45,7 +45,7 @@ def report(
         if assignments and data is None:
             raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --data", key="--set"))
 
-        from loratune.commands import output_file
+        from loratune.system import output_file
 
         subject = adapter or study
         assert subject is not None
@@ -54,16 +54,16 @@ def report(
         file = output_file.output(target, "--output", overwrite=overwrite, inputs=inputs)
 
         with importing():
+            from loratune.adapter.directory import AdapterDirectory
             from loratune.commands.report import Subjects, report, study_report
             from loratune.console import log
-            from loratune.training import preflight
 
         shown = Subjects()
         for path, own in ((adapter, assignments), (against, [])):
             if path is not None:
                 lines: list[str] = []
                 forced = force or data is None  # what was edited is shown, and said
-                shown.add(preflight.open_adapter(path, lines.append, forced=forced, assignments=own), lines)
+                shown.add(AdapterDirectory.open(path, lines.append, forced=forced, assignments=own), lines)
                 log_all(lines)
         if data is not None:
             file = file.reading(Path(shown.adapters[0].base.name_or_path))
@@ -88,7 +88,7 @@ def _check_subject(adapter: Path | None, study: Path | None, against: Path | Non
         raise ConfigError(missing_package(Code.REPORT_NO_MATPLOTLIB, "matplotlib", "draws the charts", "report"))
 
 
-def _evaluate(adapters: "Sequence[AdapterInfo]", data: str) -> "Evaluation":
+def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Evaluation":
     """Score the adapters on the rows of a file."""
     with importing():
         from loratune.commands.evaluate import evaluate

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.adapter import generation
+from loratune.adapter.generation import LoadedAdapter
+from loratune.adapter.loading import LoadedAdapters
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
-from loratune.inference import completion
-from loratune.inference.completion import LoadedAdapter
-from loratune.inference.loading import LoadedAdapters
 from loratune.model import load
 
 RAW_NOTE = (
@@ -141,7 +141,7 @@ class Chat:
         if room < 1:
             what = f"the context is full: the conversation has {len(ids)} tokens, and the model's context {limit}"
             raise ConfigError(Problem(Code.CHAT_CONTEXT_FULL, what, fix="begin anew with /reset"))
-        (new,) = completion.complete([(adapter, ids)], room, self._temperature, streamer, stopped)
+        (new,) = generation.complete([(adapter, ids)], room, self._temperature, streamer, stopped)
         cut = ""
         if new[-1] not in adapter.renderer.end_ids:
             full = f"the model's context of {limit} tokens is full; /reset begins anew"

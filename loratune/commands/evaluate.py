@@ -7,6 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from loratune import data
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter, Log
 from loratune.codes import Code
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
@@ -27,24 +30,21 @@ from loratune.evaluation.results import (
     TaskResults,
 )
 from loratune.evaluation.scoring import Judging, RowScorer
-from loratune.inference import loading
-from loratune.inference.completion import LoadedAdapter, Log
 from loratune.model import load
 from loratune.training import collapse
 from loratune.training.batching import check_positions
 from loratune.training.collapse import PromptSensitivity
 from loratune.training.losses import computed_by
-from loratune.training.preflight import AdapterInfo
 
 _MOST_ROWS = 64
 """Rows among which prompts are chosen that expect different answers."""
 
 
 def evaluate(
-    adapter: AdapterInfo,
+    adapter: AdapterDirectory,
     split: DatasetSplit,
     *,
-    against: AdapterInfo | None = None,
+    against: AdapterDirectory | None = None,
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: DatasetSplit | None = None,
     tasks: Callable[[LoadedAdapter], TaskResults] | None = None,
@@ -144,7 +144,7 @@ def _vocabulary_size(loaded: LoadedAdapter) -> int:
     return int(loaded.model.config.get_text_config().vocab_size)
 
 
-def _load(adapter: AdapterInfo, against: AdapterInfo | None, log: Log) -> list[LoadedAdapter]:
+def _load(adapter: AdapterDirectory, against: AdapterDirectory | None, log: Log) -> list[LoadedAdapter]:
     """The adapters on one base; the first alone, where they cannot share one."""
     if against is not None:
         try:
@@ -155,7 +155,7 @@ def _load(adapter: AdapterInfo, against: AdapterInfo | None, log: Log) -> list[L
     return loading.load_all([adapter], log)
 
 
-def _rendering_remarks(adapter: AdapterInfo, against: AdapterInfo, *, same_tokens: bool) -> Iterator[str]:
+def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
     """Why the rows may not be what the other adapter was trained on, a line."""
     keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if _differ(adapter, against, key)]
     differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
@@ -167,7 +167,7 @@ def _rendering_remarks(adapter: AdapterInfo, against: AdapterInfo, *, same_token
         )
 
 
-def _differ(adapter: AdapterInfo, against: AdapterInfo, key: str) -> bool:
+def _differ(adapter: AdapterDirectory, against: AdapterDirectory, key: str) -> bool:
     return bool(adapter.data.model_dump()[key] != against.data.model_dump()[key])
 
 

@@ -6,13 +6,13 @@ It imports the harness, so that it is imported only where there are tasks to run
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter, Log
 from loratune.data import ProgressFactory
 from loratune.evaluation import harness, requirements
 from loratune.evaluation.requirements import Requirement
 from loratune.evaluation.results import TaskResults
-from loratune.inference import loading
-from loratune.inference.completion import LoadedAdapter, Log
-from loratune.training.preflight import AdapterInfo
 
 Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
@@ -27,6 +27,6 @@ def open_tasks(
     return partial(harness.run, opened=opened, limit=limit, count=count)
 
 
-def evaluate_tasks(adapter: AdapterInfo, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:
+def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:
     """Run tasks on an adapter, which is loaded for them alone. Raises as `loading.load` and `harness.run` do."""
     return requirements.judged_tasks(tasks(loading.load(adapter, log)), required)

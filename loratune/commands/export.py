@@ -14,6 +14,9 @@ from typing import Any
 import torch
 
 from loratune import escaping, memory
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
 from loratune.commands import clients
 from loratune.commands.export_request import Exported, ExportRequest, Log, in_float32, questions
 from loratune.config import patterns
@@ -23,13 +26,10 @@ from loratune.errors import AdapterError
 from loratune.export import converter, gguf, llama_cpp, ollama, output, plain
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import texts
-from loratune.inference import loading
-from loratune.inference.completion import LoadedAdapter
 from loratune.lora import tensors
 from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
-from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
 NOT_WANTED = "--no-verify"
@@ -38,7 +38,7 @@ _LOGITS = 1 << 24
 
 
 def export_plain(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     directory: RunDirectory,
     request: ExportRequest,
     split: DatasetSplit | None,
@@ -63,7 +63,7 @@ def export_plain(
         gc.collect()
     with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
-        output.copy_tokenizer(source, staging, "run.yaml")
+        source.copy_tokenizer(staging, "run.yaml")
         figures["tensors"] = plain.check_tensors(files, staging)
         lines = [("each ΔW", f"{_difference(figures['tensors'], 'its norm')}, {figures['modules']} modules")]
         fingerprint = files.base_fingerprint
@@ -80,13 +80,13 @@ def export_plain(
             lines.append(("in PEFT", f"not compared: {need if request.verify else NOT_WANTED}"))
         details = {"comparison": figures, "chat": source.chat, "mix": dict(request.mix)}
         details["fingerprints"] = {"base": fingerprint}
-        output.write_record(staging, f"plain LoRA for {plain.CLIENTS[request.to]}", source, details)
+        source.write_record(staging, f"plain LoRA for {plain.CLIENTS[request.to]}", details)
     lines += [("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"), *(("note", note) for note in adapter.notes)]
     commands = [_serve(source, directory, request, adapter.rank)] if request.to == "vllm" else []
     return Exported(directory.output, plain.CLIENTS[request.to], lines, figures, commands)
 
 
-def _meta(source: AdapterInfo) -> Any:
+def _meta(source: AdapterDirectory) -> Any:
     """The base without its weights."""
     with loading.finding_base(source):
         return load.build_meta(load.load_config(source.base), source.base)
@@ -97,7 +97,7 @@ def _difference(share: float, whole: str) -> str:
     return f"equal to within {share:.0e} of {whole}" if share else "equal"
 
 
-def _serve(source: AdapterInfo, directory: RunDirectory, request: ExportRequest, rank: int) -> str:
+def _serve(source: AdapterDirectory, directory: RunDirectory, request: ExportRequest, rank: int) -> str:
     """The line that serves it with vLLM."""
     template = directory.output / gguf.TEMPLATE  # vLLM would take that of the base
     rendering = str(template) if source.chat and template.is_file() else None
@@ -128,7 +128,7 @@ _TYPE = "f16"
 
 
 def export_adapter(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     directory: RunDirectory,
     request: ExportRequest,
     split: DatasetSplit | None,
@@ -159,14 +159,14 @@ def export_adapter(
             compared = llama_cpp.compare(base, file, template, asked, loaded.renderer.end_ids)
         lines.append(("llama.cpp", str(compared) if compared else f"not run: {reason}"))
         figures["llama.cpp"] = compared.as_json() if compared else None
-        output.write_record(staging, "GGUF adapter", source, {"comparison": figures, "chat": source.chat})
+        source.write_record(staging, "GGUF adapter", {"comparison": figures, "chat": source.chat})
     model, rendering = str(_base_gguf(source, request) or "BASE.gguf"), str(directory.output / gguf.TEMPLATE)
     command = clients.llama_server(model, str(directory.output / file.name), rendering if template else None)
     return Exported(directory.output, "llama.cpp", lines, figures, [command])
 
 
 def export_merged(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     directory: RunDirectory,
     request: ExportRequest,
     split: DatasetSplit | None,
@@ -178,13 +178,13 @@ def export_merged(
     asked = _questions(loaded, source, request, split)
     with output.staged(directory, _merged_size(loaded), "the GGUF file") as staging:
         file, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
-        output.write_record(staging, "GGUF model", source, {"comparison": figures, "chat": source.chat})
+        source.write_record(staging, "GGUF model", {"comparison": figures, "chat": source.chat})
     command = f"llama-server --jinja -m {escaping.shell(str(directory.output / file.name))}"
     return Exported(directory.output, "llama.cpp", lines, figures, [command])
 
 
 def export_ollama(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     directory: RunDirectory,
     request: ExportRequest,
     split: DatasetSplit | None,
@@ -199,7 +199,7 @@ def export_ollama(
         _, lines, figures = _convert_merged(loaded, source, request, asked, staging, converters)
         (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")
         figures["conversations"] = modelfile.compared
-        output.write_record(staging, "Ollama model", source, {"comparison": figures, "chat": source.chat})
+        source.write_record(staging, "Ollama model", {"comparison": figures, "chat": source.chat})
     rendered = f"{modelfile.compared} conversations rendered as by the chat template" if source.chat else "raw text"
     lines += [("template", rendered), *(("note", note) for note in modelfile.notes), ("Ollama", "itself was not run")]
     name, path = escaping.shell(request.name), escaping.shell(str(directory.output / "Modelfile"))
@@ -208,7 +208,7 @@ def export_ollama(
 
 
 def _questions(
-    loaded: LoadedAdapter, source: AdapterInfo, request: ExportRequest, split: DatasetSplit | None
+    loaded: LoadedAdapter, source: AdapterDirectory, request: ExportRequest, split: DatasetSplit | None
 ) -> list[ScoredAnswer]:
     """What llama.cpp is asked; nothing where it is not run."""
     return questions(loaded, source, split) if request.verify else []
@@ -221,7 +221,7 @@ def _why_not_run() -> str:
 
 def _convert_merged(
     loaded: LoadedAdapter,
-    source: AdapterInfo,
+    source: AdapterDirectory,
     request: ExportRequest,
     asked: Sequence[ScoredAnswer],
     staging: Path,
@@ -246,7 +246,7 @@ def _convert_merged(
 
 
 def _base_for_llama_cpp(
-    loaded: LoadedAdapter, source: AdapterInfo, request: ExportRequest, work: Path, converters: Path
+    loaded: LoadedAdapter, source: AdapterDirectory, request: ExportRequest, work: Path, converters: Path
 ) -> tuple[str, Path | None]:
     """A GGUF file of the base; or None, and why there is none. The adapter is used up."""
     if not request.verify:
@@ -264,7 +264,7 @@ def _base_for_llama_cpp(
     return "", file
 
 
-def _base_gguf(source: AdapterInfo, request: ExportRequest) -> Path | None:
+def _base_gguf(source: AdapterDirectory, request: ExportRequest) -> Path | None:
     """The GGUF file that the user names, or that the base was loaded from; None if there is neither."""
     if request.base_gguf is not None or source.base.gguf_file is None:
         return request.base_gguf
@@ -272,7 +272,7 @@ def _base_gguf(source: AdapterInfo, request: ExportRequest) -> Path | None:
     return file if file.is_file() else None
 
 
-def _write_tokenizer(directory: Path, tokenizer: Any, source: AdapterInfo) -> None:
+def _write_tokenizer(directory: Path, tokenizer: Any, source: AdapterDirectory) -> None:
     """Write a tokenizer, with the template as a file, and with SentencePiece's model, which some converters ask for."""
     tokenizer.save_pretrained(directory)
     _write_template(directory, tokenizer)
@@ -313,7 +313,7 @@ def _work(staging: Path) -> Iterator[Path]:
 
 
 def export(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     directory: RunDirectory,
     request: ExportRequest,
     split: DatasetSplit | None,

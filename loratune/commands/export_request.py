@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from loratune.commands import card
+from loratune.adapter import card
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
 from loratune.console import progress
 from loratune.data import DatasetSplit
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.export.texts import FIXED, MOST_TEXTS, Asked, prompt_ids, recorded
-from loratune.inference.completion import LoadedAdapter
-from loratune.training.preflight import AdapterInfo
 
 _ANSWER = 16
 """The longest answer that is asked for, in tokens."""
@@ -69,12 +69,12 @@ class Exported:
         }  # fmt: skip
 
 
-def in_float32(source: AdapterInfo) -> AdapterInfo:
+def in_float32(source: AdapterDirectory) -> AdapterDirectory:
     """The adapter on its base in float32, where rounding does not hide a difference."""
     return replace(source, base=source.base.model_copy(update={"dtype": "float32"}))
 
 
-def questions(loaded: LoadedAdapter, source: AdapterInfo, split: DatasetSplit | None) -> list[ScoredAnswer]:
+def questions(loaded: LoadedAdapter, source: AdapterDirectory, split: DatasetSplit | None) -> list[ScoredAnswer]:
     """Prompts of the rows, or of the training rows and fixed ones, with the adapter's likeliest answers."""
     known: list[Asked] = []
     if split:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 from transformers import TextStreamer
 
+from loratune.adapter import generation, loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter, Request
+from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
 from loratune.data import ProgressFactory, formats, no_progress
 from loratune.data.formats import Question
 from loratune.data.sources import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
-from loratune.inference import completion, loading
-from loratune.inference.completion import LoadedAdapter, Request
-from loratune.inference.selection import UNNAMED, Selection
 from loratune.model import load
-from loratune.training.preflight import AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Answer:
 
 
 def generate(
-    adapters: Mapping[str, AdapterInfo],
+    adapters: Mapping[str, AdapterDirectory],
     selection: Selection,
     rows: Sequence[Row],
     *,
@@ -80,13 +80,13 @@ def generate(
 
     def answers() -> Iterator[Answer]:
         with count("answering", len(requests)) as advance:
-            for start in range(0, len(requests), completion.BATCH):
-                batch = requests[start : start + completion.BATCH]
+            for start in range(0, len(requests), generation.BATCH):
+                batch = requests[start : start + generation.BATCH]
                 base_texts: list[str] | list[None] = [None] * len(batch)
                 if base:
                     with loaded.default.without_adapter():
-                        base_texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature))
-                texts = _texts(batch, completion.complete(batch, max_new_tokens, temperature, streamer))
+                        base_texts = _texts(batch, generation.complete(batch, max_new_tokens, temperature))
+                texts = _texts(batch, generation.complete(batch, max_new_tokens, temperature, streamer))
                 for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
                     prompt = questions[number].prompt
                     shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]

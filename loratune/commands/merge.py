@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands import merge_check
 from loratune.data import DatasetSplit, ProgressFactory
@@ -18,11 +20,9 @@ from loratune.export import texts as export_texts
 from loratune.export.loaded_merge import LoadedMerge
 from loratune.export.merging import Kept, Written
 from loratune.export.texts import Texts
-from loratune.inference import loading
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.source import locate
-from loratune.training.preflight import AdapterInfo
 from loratune.training.run_dir import RunDirectory
 
 
@@ -73,7 +73,7 @@ class Merged:
 
 
 def merge(
-    adapter: AdapterInfo,
+    adapter: AdapterDirectory,
     directory: RunDirectory,
     split: DatasetSplit | None,
     *,
@@ -125,11 +125,11 @@ def merge(
         merged = Merged(directory.output, written, compared_on, comparison, plan.note)
         _check_nearer(merged, adapter)
         model_files.write_card(staging, adapter, [*summary(merged)])
-        output.write_record(staging, "merged model", adapter, {"merge": merged.as_json()})
+        adapter.write_record(staging, "merged model", {"merge": merged.as_json()})
     return merged
 
 
-def _check_nearer(merged: Merged, adapter: AdapterInfo) -> None:
+def _check_nearer(merged: Merged, adapter: AdapterDirectory) -> None:
     """Raises AdapterError: the merged model is not nearer to base and adapter than to the base."""
     found, where = merged.comparison, str(adapter.files.path)
     if "tensors" in found:

@@ -21,6 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from loratune import data, errors, memory
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.console import progress
 from loratune.errors import AdapterError, LoratuneError, Problem, ResourceError, is_out_of_memory
@@ -28,10 +30,7 @@ from loratune.export import loaded_merge
 from loratune.export.comparison import agreement
 from loratune.export.merging import StreamedMerge
 from loratune.export.texts import Texts
-from loratune.inference import loading
 from loratune.model import load
-from loratune.training import preflight
-from loratune.training.preflight import AdapterInfo
 
 _NEW_TOKENS = 32
 """Tokens of an answer by which a prompt is extended."""
@@ -61,7 +60,9 @@ def dtype_that_fits(parameters: int, stored: Sequence[str]) -> str | None:
 
 
 @progress("comparing the merged model")
-def compare(source: AdapterInfo, staging: Path, texts: Texts, dtype: str | None, merged: str | None) -> dict[str, Any]:
+def compare(
+    source: AdapterDirectory, staging: Path, texts: Texts, dtype: str | None, merged: str | None
+) -> dict[str, Any]:
     """Compare in a process of its own.
 
     Args:
@@ -126,7 +127,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
-    source = preflight.open_adapter(Path(task["adapter"]), forced=True)  # it has been checked before
+    source = AdapterDirectory.open(Path(task["adapter"]), forced=True)  # it has been checked before
     staging, texts = Path(task["staging"]), Texts(**task["texts"])
     try:
         if task["dtype"] is None:
@@ -145,7 +146,7 @@ def _end_with_stdin() -> None:
 
 
 @torch.inference_mode()
-def compare_models(source: AdapterInfo, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
+def compare_models(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
     """Compare the logits of the merged model, loaded by stock transformers, with those of the adapter and the base.
 
     Args:
@@ -198,7 +199,7 @@ def _logits(model: Any, ids: Sequence[int], device: torch.device) -> torch.Tenso
     return logits
 
 
-def compare_tensors(source: AdapterInfo, staging: Path, merged: str | None) -> dict[str, Any]:
+def compare_tensors(source: AdapterDirectory, staging: Path, merged: str | None) -> dict[str, Any]:
     """Compute all tensors once more, and compare them with the files, byte for byte.
 
     Returns:

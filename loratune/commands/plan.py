@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any
 
 from loratune import kernels, memory
+from loratune.adapter import card
 from loratune.codes import Code
-from loratune.commands import card
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory

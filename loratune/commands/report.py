@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loratune import config, escaping
+from loratune.adapter.directory import AdapterDirectory
 from loratune.commands.adapter_stats import AdapterStats, adapter_stats
 from loratune.config import keys
 from loratune.console import format_size
@@ -15,7 +16,6 @@ from loratune.evaluation.results import Evaluation
 from loratune.evaluation.study_results import StudyResults
 from loratune.system.files import is_directory
 from loratune.training import objectives
-from loratune.training.preflight import AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Subjects:
         notes: Lines about each of them.
     """
 
-    adapters: list[AdapterInfo] = field(default_factory=list)
+    adapters: list[AdapterDirectory] = field(default_factory=list)
     notes: list[list[str]] = field(default_factory=list)
 
-    def add(self, adapter: AdapterInfo, notes: list[str]) -> None:
+    def add(self, adapter: AdapterDirectory, notes: list[str]) -> None:
         """One more adapter."""
         self.adapters.append(adapter)
         self.notes.append(notes)
@@ -63,7 +63,7 @@ def study_report(directory: Path) -> str:
     return page_study.render(results, commands or ["no adapter is kept"])
 
 
-def _subject(name: str, adapter: AdapterInfo, notes: Sequence[str]) -> Subject:
+def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subject:
     files, run = adapter.files, adapter.run
     base = "/".join(part for part in (files.base, adapter.base.gguf_file) if part)
     facts, updates, lines = {"base": base}, [], [*notes]
@@ -111,7 +111,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
     return facts
 
 
-def _commands(adapters: Sequence[AdapterInfo], data: str | None) -> Iterator[str]:
+def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterator[str]:
     """What to type to train, evaluate and look again."""
     first, *others = [_absolute(str(adapter.files.path)) for adapter in adapters]
     options = "".join(f" --against {other}" for other in others) + (f" --data {_absolute(data)}" if data else "")

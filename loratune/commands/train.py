@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune import config, data, kernels, memory
-from loratune.commands import card, clients, measuring, time_budget
+from loratune.adapter import card
+from loratune.commands import clients, measuring, time_budget
 from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.config import RunConfig

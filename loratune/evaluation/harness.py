@@ -25,6 +25,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from loratune.adapter.generation import BATCH, LoadedAdapter, adapters_of_rows
 from loratune.codes import Code
 from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
@@ -32,7 +33,6 @@ from loratune.evaluation.containment import contained
 from loratune.evaluation.results import ADAPTER, BASE, TaskFigure, TaskResults
 from loratune.evaluation.task_comparison import BITS_PER_BYTE, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, compare
 from loratune.evaluation.task_names import is_path
-from loratune.inference.completion import BATCH, LoadedAdapter, adapters_of_rows
 from loratune.model.load import context_length
 
 _BATCH_TOKENS = 8192

@@ -12,21 +12,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
 from loratune.config import DEFAULT_BETA
 from loratune.data import TokenizedDataset
 from loratune.data.formats import JUDGED, PAIRS
 from loratune.evaluation.results import ADAPTER, BASE, ComparedAnswer, EvaluatedRow, ModelAnswer
 from loratune.evaluation.scoring import Advance, losses, losses_of
-from loratune.inference.completion import LoadedAdapter
 from loratune.training.objectives import AnswerScores, Formula, divergence
 from loratune.training.preference_figures import PreferenceFigures, Side, names_of_sides
 from loratune.training.preferences import ComparedRows
-from loratune.training.preflight import KINDS, AdapterInfo
+from loratune.training.preflight import KINDS
 
 Values = NDArray[np.float64]
 
 
-def formula_of(adapter: AdapterInfo, kind: str) -> Formula:
+def formula_of(adapter: AdapterDirectory, kind: str) -> Formula:
     """The objective that an adapter was trained with; if that does not go with the rows, DPO's or KTO's.
 
     kind: `PAIRS` or `JUDGED`.
@@ -38,7 +39,7 @@ def formula_of(adapter: AdapterInfo, kind: str) -> Formula:
     return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])
 
 
-def _objective_of(adapter: AdapterInfo) -> Formula | None:
+def _objective_of(adapter: AdapterDirectory) -> Formula | None:
     """None for an adapter that was not trained on compared answers, or of which that is not known."""
     run = adapter.run
     if run is None or run.training.objective == "sft":
@@ -65,7 +66,7 @@ class ComparedScorer:
         formula: What the loss and the rewards are.
     """
 
-    def __init__(self, adapter: AdapterInfo, loaded: LoadedAdapter, dataset: TokenizedDataset):
+    def __init__(self, adapter: AdapterDirectory, loaded: LoadedAdapter, dataset: TokenizedDataset):
         """adapter: that which `loaded` is. dataset: its rows, all pairs or all judged."""
         self.formula = formula_of(adapter, JUDGED if dataset.judged else PAIRS)
         self.rows = [*_distinct(loaded, dataset)]
@@ -120,7 +121,7 @@ class ComparedScorer:
                 scores[place][name] = value
         return scores
 
-    def remarks(self, adapter: AdapterInfo, against: AdapterInfo | None) -> Iterator[str]:
+    def remarks(self, adapter: AdapterDirectory, against: AdapterDirectory | None) -> Iterator[str]:
         """What may not be intended, a line each: adapters that were not trained with the objective, or the reference,
         that they are measured by, and what `PreferenceFigures` warns of."""
         for one in (adapter, against):

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from loratune.adapter import generation
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.config.patterns import BadPatternError
 from loratune.data import TokenizedDataset
@@ -19,8 +21,6 @@ from loratune.data.rendering import TokenizedRow
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.evaluation.metrics import OPTION, ExpectedTextError, Metric
 from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY, EvaluatedRow, ModelAnswer
-from loratune.inference import completion
-from loratune.inference.completion import LoadedAdapter
 from loratune.kernels import row_losses
 from loratune.model import load
 
@@ -244,7 +244,7 @@ def losses_of(
     model.activate()
     model.model.eval()
     found = np.empty(len(lengths))
-    for places in _by_length(lengths, 1 if model.prompts.mixes_padding else completion.BATCH):
+    for places in _by_length(lengths, 1 if model.prompts.mixes_padding else generation.BATCH):
         rows = [row(place) for place in places]
         first = min(_first_supervised(one["labels"]) for one in rows)
         inputs = model.prompts.batch([one["input_ids"] for one in rows], "right", first=max(0, first - 1))
@@ -288,7 +288,7 @@ def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_lengt
     for number in sorted(limits, key=lambda number: limits[number]):
         prompt = len(dataset.rows.row(number).prompt)
         is_too_long = context_length is not None and max(longest_prompt, prompt) + limits[number] > context_length
-        if batch and (is_too_long or len(batch) == completion.BATCH):
+        if batch and (is_too_long or len(batch) == generation.BATCH):
             yield batch
             batch, longest_prompt = [], 0
         batch.append(number)

@@ -26,9 +26,9 @@ from loratune.export.local_paths import CARD, PortableCopy
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.model import source
+from loratune.system import directories
 from loratune.system.files import sha256
 from loratune.system.records import ROW_HASHES
-from loratune.training import run_dir_files
 
 _SECONDS = 120.0
 """How long a single read or write on a connection may take; the client itself would wait for ever."""
@@ -263,7 +263,7 @@ def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) ->
         ConfigError: The repository holds something else than an adapter, or what would be read beside one.
     """
     others = [name for name in present if name not in copy.files]
-    stale = tuple(sorted(name for name in others if run_dir_files.is_adapter_file(name) and name != CARD))
+    stale = tuple(sorted(name for name in others if directories.is_adapter_file(name) and name != CARD))
     if CONFIG_FILE in present:
         foreign = [name for name in others if name not in stale and adapter_files.is_read(name)]
         what = "holds files that would be read beside the adapter"

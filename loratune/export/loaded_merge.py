@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loratune import memory
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.console import format_size
 from loratune.data import ProgressFactory
@@ -16,10 +17,9 @@ from loratune.errors import AdapterError, Problem
 from loratune.export.merging import MOST_BYTES, Changes, Kept, StreamedMerge, Written
 from loratune.lora import merging, tensors
 from loratune.model import fingerprints, load, quantization, stored
-from loratune.training.preflight import AdapterInfo
 
 
-def prepare(source: AdapterInfo, dtype: torch.dtype | None) -> "StreamedMerge | LoadedMerge":
+def prepare(source: AdapterDirectory, dtype: torch.dtype | None) -> "StreamedMerge | LoadedMerge":
     """Find out what will be merged, and how: without loading the base wherever that is possible.
 
     Args:
@@ -49,7 +49,7 @@ def _dense(config: Any) -> Any:
 class LoadedMerge:
     """A merge in memory, module by module."""
 
-    def __init__(self, source: AdapterInfo, config: Any, reason: str, dtype: torch.dtype | None):
+    def __init__(self, source: AdapterDirectory, config: Any, reason: str, dtype: torch.dtype | None):
         """Load the base.
 
         Args:

@@ -22,9 +22,9 @@ from loratune.config import RunConfig
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, AdapterFiles
+from loratune.system import directories
 from loratune.system.files import is_incidental_file, read_text, sha256, write_json
 from loratune.system.records import ROW_HASHES
-from loratune.training import run_dir_files
 
 _log = logging.getLogger(__name__)
 
@@ -111,9 +111,9 @@ def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
     if adapter.record:
         names = {*adapter.record["files"], RECORD_FILE, CARD}
     else:
-        names = set(run_dir_files.scan_adapter(directory).files) - {*_PICKLES}
+        names = set(directories.scan_adapter(directory).files) - {*_PICKLES}
     names = {name for name in names if (directory / name).is_file() and not is_incidental_file(name)}
-    left_out = run_dir_files.scan(directory, lambda name: name in names).foreign
+    left_out = directories.scan(directory, lambda name: name in names).foreign
     return sorted(names - {ROW_HASHES}), tuple(left_out)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data import ProgressFactory
 from loratune.errors import AdapterError, Problem
@@ -22,7 +23,6 @@ from loratune.model import fingerprints, load, stored
 from loratune.model.stored import DTYPES, NAMES, StoredBase, values
 from loratune.system import tensor_files
 from loratune.system.tensor_files import Shards
-from loratune.training.preflight import AdapterInfo
 
 MOST_BYTES = 5_000_000_000
 """Bytes of the tensors of one file, as transformers' `save_pretrained` splits them."""
@@ -92,7 +92,7 @@ class StreamedMerge:
 
     note = ""
 
-    def __init__(self, source: AdapterInfo, config: Any, model: Any, base: StoredBase, dtype: torch.dtype | None):
+    def __init__(self, source: AdapterDirectory, config: Any, model: Any, base: StoredBase, dtype: torch.dtype | None):
         """Find out what the adapter changes. No weights of the base are read.
 
         Args:

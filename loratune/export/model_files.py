@@ -8,19 +8,18 @@ from typing import Any
 from transformers import GenerationConfig
 
 from loratune import escaping
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
-from loratune.export import output
 from loratune.model import stored
 from loratune.model.source import local_or_hub
 from loratune.system.files import write_json
-from loratune.training.preflight import AdapterInfo
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
 
 def write_configs(
-    staging: Path, source: AdapterInfo, config: Any, *, dtype: str | None, untied: bool, end_ids: Sequence[int]
+    staging: Path, source: AdapterDirectory, config: Any, *, dtype: str | None, untied: bool, end_ids: Sequence[int]
 ) -> None:
     """Write the configuration, as the base has it, and that of generation.
 
@@ -45,7 +44,7 @@ def write_configs(
     write_json(staging / GENERATION, generation)
 
 
-def _generation(source: AdapterInfo, config: Any) -> dict[str, Any]:
+def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
     """How the base generates. Raises ModelError: the file that says it cannot be read."""
     file = stored.file(source.base, GENERATION)
     if file is None:
@@ -76,15 +75,15 @@ def _change(values: dict[str, Any], dtype: str | None, untied: bool) -> None:
             part.update({key: False for key in ("tie_word_embeddings",) if key in part})
 
 
-def write_tokenizer(staging: Path, source: AdapterInfo, tokenizer: Any) -> None:
+def write_tokenizer(staging: Path, source: AdapterDirectory, tokenizer: Any) -> None:
     """Write the tokenizer with its chat template: that of the adapter, byte for byte, if the adapter has one."""
     if not (source.files.path / "tokenizer_config.json").is_file():
         tokenizer.save_pretrained(staging)
         return
-    output.copy_tokenizer(source, staging)
+    source.copy_tokenizer(staging)
 
 
-def write_card(staging: Path, source: AdapterInfo, lines: Sequence[str]) -> None:
+def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) -> None:
     """Write the model card. lines: how the model came about, and how it was compared."""
     name = source.base.name_or_path
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()

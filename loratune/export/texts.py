@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from loratune import data
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.system import records
-from loratune.training.preflight import AdapterInfo
 
 MOST_TEXTS = 32
 """Rows of a file that are compared on."""
@@ -52,7 +52,7 @@ class Texts:
 
 
 def texts(
-    source: AdapterInfo,
+    source: AdapterDirectory,
     renderer: Renderer,
     vocabulary_size: int,
     split: DatasetSplit | None = None,
@@ -86,7 +86,7 @@ def _files(split: DatasetSplit) -> str:
     return names[0] if len(names) == 1 else _counted(len(names), "file")
 
 
-def recorded(source: AdapterInfo, renderer: Renderer, vocabulary_size: int) -> list[Asked]:
+def recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[Asked]:
     """The first prompts that the record of a run holds, see `card.recorded_prompts`, each with its token ids.
 
     Raises:

@@ -21,12 +21,12 @@ from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, ResumeError
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system import records
+from loratune.system.directories import remove_own
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
 from loratune.training.run_dir_files import (
     CHECKPOINT,
     MANIFEST,
     newer_record_error,
-    remove_own,
     scan_checkpoint,
     scan_checkpoints,
 )

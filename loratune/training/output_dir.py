@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.system.files import hold_lock, is_directory, is_file, open_lock
+from loratune.system.files import contains, hold_lock, is_directory, is_file, open_lock
 from loratune.training.overwrite import (
     ADAPTER,
     CONFIG_INPUT,
@@ -15,7 +15,6 @@ from loratune.training.overwrite import (
     OutputKind,
     check_replaceable,
     check_unused,
-    contains,
 )
 from loratune.training.run_dir import RunDirectory
 from loratune.training.run_dir_files import PUBLISH_WORSE

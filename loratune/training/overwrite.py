@@ -10,9 +10,7 @@ import logging
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from typing import Any
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
 from loratune.system import records
-from loratune.system.files import is_file, is_incidental_file, read_text, sha256
-from loratune.training.run_dir_files import CONFIG, RECORD, Contents, remove_own, scan, scan_adapter
+from loratune.system.directories import Contents, remove_own, scan, scan_adapter
+from loratune.system.files import contains, is_file, is_incidental_file, is_sticky, read_text, sha256
+from loratune.training.run_dir_files import CONFIG, RECORD
 
 _log = logging.getLogger(__name__)
 
@@ -104,12 +103,6 @@ def check_replaceable(
         raise refuse(Code.RUN_OVERWRITE_STICKY, what)
 
 
-def is_sticky(path: Path) -> bool:
-    """Whether a file or directory of another user may not be moved, as the directory around it is sticky."""
-    parent, owner = path.parent.stat(), path.lstat().st_uid
-    return bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, parent.st_uid, owner)
-
-
 def shortened(names: Sequence[str]) -> str:
     """The first of some names: `a, b, c (and 9 more)`."""
     rest = f" (and {len(names) - _MOST_NAMES} more)" if len(names) > _MOST_NAMES else ""
@@ -187,17 +180,6 @@ def move_files_back(source: Path, directory: Path) -> None:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(source / name, directory / name)
     remove_own(source, contents)
-
-
-def contains(directory: Path, path: Path) -> bool:
-    """Whether a path is a directory or lies in it, under any name: links, bind mounts, upper and lower case."""
-    status = directory.stat()
-    for start in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
-        for candidate in (start, *start.parents):
-            with suppress(OSError):
-                if os.path.samestat(status, candidate.stat()):
-                    return True
-    return False
 
 
 def _digests(directory: Path) -> dict[str, Any] | None:

@@ -1,24 +1,24 @@
-"""What can be checked before torch is imported: rows, the place of the model, resuming, and adapter directories."""
+"""What can be checked before torch is imported: rows, the place of the model, resuming, the adapter to start from."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from loratune import config, data
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.config import DataSection, ModelSection, RunConfig, Source
+from loratune.config import RunConfig
 from loratune.data import ProgressFactory, RawDatasets, row_hashes
 from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
-from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import quantization
 from loratune.model.source import KEY as BASE
 from loratune.model.source import is_directory, local_or_hub
@@ -74,27 +74,6 @@ _PLAIN: dict[str, TypeAdapter[Any]] = {
 
 
 @dataclass(frozen=True)
-class AdapterInfo:
-    """An adapter directory and what it says of its training.
-
-    Attributes:
-        files: Its files.
-        base: How the base was loaded.
-        data: How rows were read.
-        chat: Whether they went through the chat template.
-        run: The recorded config; None if loratune did not write the adapter.
-        forced: Whether the user wants to use it whatever it was trained on.
-    """
-
-    files: AdapterFiles
-    base: ModelSection
-    data: DataSection
-    chat: bool
-    run: RunConfig | None
-    forced: bool = False
-
-
-@dataclass(frozen=True)
 class StartAdapter:
     """The adapter of `lora.start_from`, and the rows of the run that made it.
 
@@ -107,7 +86,7 @@ class StartAdapter:
         trained_on: The hashes of all rows that it was trained on; None as `rows`.
     """
 
-    info: AdapterInfo
+    info: AdapterDirectory
     digest: str
     rows: RawDatasets | None
     unknown: str
@@ -130,8 +109,8 @@ def check(
         ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
             with sharded weights; the package of a tracker is not installed.
         ModelError: See `source.is_directory` and `quantization.check_directory`.
-        AdapterError: The adapter to start from cannot be used, see `open_adapter`; or it does not say which rows are to
-            be replayed.
+        AdapterError: The adapter to start from cannot be used, see `AdapterDirectory.open`; or it does not say which
+            rows are to be replayed.
         DataError: See `data.read_datasets`; the rows are not those of the objective.
         ResumeError: See `resume.find_resume_point`; the adapter to start from has changed since the interruption.
     """
@@ -168,7 +147,7 @@ def _open_start(
         if point is not None and point.identity["fingerprints"].get("start", digest) != digest:
             raise ResumeError(content_problem("start"))
         fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
-        info = open_adapter(directory, notes.append, fix=fix)
+        info = AdapterDirectory.open(directory, notes.append, fix=fix)
     except AdapterError as error:
         raise AdapterError(
             [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
@@ -180,7 +159,7 @@ def _open_start(
     return StartAdapter(info, digest, rows, unknown, tuple(notes), hashes if isinstance(hashes, RowHashes) else None)
 
 
-def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> tuple[RawDatasets | None, str]:
+def _earlier_rows(run: RunConfig, info: AdapterDirectory, watch: ProgressFactory) -> tuple[RawDatasets | None, str]:
     """The rows of the run that made an adapter; or why they are not known, which only a run without replay can be.
 
     Raises AdapterError, DataError.
@@ -206,7 +185,7 @@ def _earlier_rows(run: RunConfig, info: AdapterInfo, watch: ProgressFactory) -> 
         return None, f"the rows of the earlier run cannot be read: {Path(place).name}: {what}"  # in the card too
 
 
-def _records_rows(info: AdapterInfo) -> bool:
+def _records_rows(info: AdapterDirectory) -> bool:
     """Whether the adapter records what its rows were, as a run does; an export keeps the config of its run alone."""
     fingerprints = info.files.record.get("fingerprints")
     return isinstance(fingerprints, dict) and "data" in fingerprints
@@ -280,69 +259,3 @@ def with_absolute_paths(run: RunConfig) -> RunConfig:
     ]:
         raise ConfigError(problems)
     return result
-
-
-def open_adapter(
-    directory: Path,
-    log: Callable[[str], None] = lambda _: None,
-    *,
-    forced: bool = False,
-    assignments: Sequence[str] = (),
-    fix: str = "use it all the same with --force",
-) -> AdapterInfo:
-    """Open an adapter directory. What its run.yaml says of code to trust is not believed.
-
-    Args:
-        directory: The adapter directory.
-        log: Takes lines on what could not be verified.
-        forced: Whether files that have changed since they were saved are logged instead of refused.
-        assignments: Assignments to keys of its data section, as of `config.load`.
-        fix: What to do about files that have changed.
-
-    Raises:
-        AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a config.
-        ConfigError: See `config.load`.
-    """
-    files = adapter_files.inspect(directory)
-    edits = files.edits()
-    if not files.record.get("files"):
-        log(f"{directory}: keeps no record of its files and its base, so neither was verified")
-    if edits and not forced:
-        raise AdapterError([replace(edit, fix=fix) for edit in edits])
-    for edit in edits:
-        log(str(edit))
-    try:
-        base = ModelSection(name_or_path=files.base, revision=files.config.get("revision"))
-    except ValidationError:
-        where, key = str(directory / adapter_files.CONFIG_FILE), "base_model_name_or_path"
-        raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "is not the name of a base model", where, key)) from None
-    if not (directory / "run.yaml").is_file():
-        if assignments:
-            what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
-            raise ConfigError(Problem(Code.ADAPTER_NO_RUN_CONFIG, what, str(directory), "--set", fix))
-        recorded = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
-        return AdapterInfo(files, recorded, DataSection(train=Source(path="unknown")), False, None, forced)
-    try:
-        run = config.load(directory / "run.yaml")
-    except ConfigError as error:
-        raise AdapterError(error.problems) from None
-    if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
-        what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
-        raise ConfigError(Problem(Code.ADAPTER_SET_NOT_DATA, what, key="--set", fix=fix))
-    run = config.load(directory / "run.yaml", assignments) if assignments else run
-    loading = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
-    return AdapterInfo(files, base.model_copy(update=loading), run.data, files.record.get("chat") is True, run, forced)
-
-
-def _recorded_gguf(files: AdapterFiles) -> str | None:
-    """The GGUF file that the record of an adapter names within its base; None without a record, or a GGUF file."""
-    if not files.record:
-        return None
-    where = str(files.path / adapter_files.RECORD_FILE)
-    if not isinstance(base := files.record.get("base"), dict):
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "does not say what the base model is", where, "base"))
-    gguf = base.get("gguf_file")
-    if gguf is not None and (not isinstance(gguf, str) or Path(gguf).is_absolute() or ".." in Path(gguf).parts):
-        what = f"is not the name of a file: {gguf!r}"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "base.gguf_file"))
-    return gguf

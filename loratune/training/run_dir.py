@@ -14,6 +14,7 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, ResumeError, is_disk_full
+from loratune.system.directories import Contents, remove_own, scan_all
 from loratune.system.files import (
     explain_full_disk,
     hold_lock,
@@ -36,7 +37,7 @@ from loratune.training.overwrite import (
     scan_recorded,
     shortened,
 )
-from loratune.training.run_dir_files import CHECKPOINT, MANIFEST, Contents, RejectedAdapter
+from loratune.training.run_dir_files import CHECKPOINT, MANIFEST, RejectedAdapter
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class RunDirectory:
     def _scanners(self) -> dict[Path, Callable[[Path], Contents]]:
         return {
             self.checkpoints: run_dir_files.scan_checkpoints,
-            self.staging: run_dir_files.scan_staging if self.kind == ADAPTER else run_dir_files.scan_all,
+            self.staging: run_dir_files.scan_staging if self.kind == ADAPTER else scan_all,
             self.replaced: scan_recorded,
         }
 
@@ -292,7 +293,7 @@ class RunDirectory:
         left = self._remove_work() if is_directory(self.partial) else []
         if is_directory(self.output):
             contents = scan_recorded(self.output)
-            run_dir_files.remove_own(self.output, contents)
+            remove_own(self.output, contents)
             left += [self.output / name for name in contents.foreign]
         return left
 
@@ -314,7 +315,7 @@ class RunDirectory:
         """Remove directories of the run except for foreign files."""
         for path in directories:
             if is_directory(path):
-                run_dir_files.remove_own(path, self._scanners[path](path))
+                remove_own(path, self._scanners[path](path))
 
 
 def _appeared_error(path: Path, key: str, proceed: str) -> ConfigError:

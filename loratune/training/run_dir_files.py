@@ -1,29 +1,16 @@
-"""The files in the directories of a run: which of them a run made, and the record of an adapter that was rejected.
-
-No directory is removed together with whatever happens to be in it. Each file that a run or an adapter consists of is
-known by its name and kind; everything else is foreign and stays. A symbolic link counts as a file, and an empty
-directory that no run makes is foreign as well.
-"""
+"""The files in the work in progress of a run: which of them a run made, and the record of a rejected adapter."""
 
 import json
 import logging
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
 from loratune.system import records
-from loratune.system.files import (
-    is_directory,
-    is_incidental_directory,
-    is_incidental_file,
-    notebook_original,
-    read_text,
-)
+from loratune.system.directories import TEMPLATES, Contents, is_adapter_file, scan
+from loratune.system.files import read_text
 
 _log = logging.getLogger(__name__)
 
@@ -32,16 +19,6 @@ CHECKPOINT = "checkpoint-"
 MANIFEST = records.MANIFEST
 """The file that is written last to a checkpoint. It lists the others."""
 RECORD, CONFIG = records.ADAPTER, "adapter_config.json"
-ADAPTER_FILES = frozenset({
-    RECORD, CONFIG, "README.md", "adapter_model.safetensors", "adapter_model.bin", "run.yaml", "training_args.bin",
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
-    "spm.model", "spm_char.model", "source.spm", "target.spm", "tiktoken.model", "bpe.codes", "dict.txt", "emoji.json",
-    "normalizer.json", "byte_maps.json", "entity_vocab.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json",
-    "word_shape.json", "word_pronunciation.json", "chat_template.jinja", "chat_template.json", records.ROW_HASHES,
-})  # fmt: skip
-"""The files of which an adapter without a record may consist: those that PEFT and tokenizers are known to write."""
-_TEMPLATES = "additional_chat_templates"
 _TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
 _STEP = rf"{CHECKPOINT}\d+"
 _TRAINER_FILES = re.compile(
@@ -52,73 +29,6 @@ _TRAINER_DIRECTORIES = re.compile(r"global_step\d+|pytorch_model_fsdp_\d+|optimi
 _IN_CHECKPOINT = re.compile(rf"(?P<checkpoint>(unfinished/)?{_STEP})/(?P<name>.+)")
 _CHECKPOINT_DIRECTORY = re.compile(rf"unfinished|(unfinished/)?{_STEP}")
 
-IsOwn = Callable[[str], bool]
-"""Whether an entry of a directory belongs to it, by its path relative to the directory, with `/`."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What is in a directory, by paths relative to it.
-
-    Attributes:
-        files: The files that belong to it, sorted.
-        directories: The directories that belong to it, the deepest first.
-        foreign: What does not belong to it, sorted. A directory in which nothing belongs to it appears as one name
-            that ends with `/`.
-    """
-
-    files: list[str]
-    directories: list[str]
-    foreign: list[str]
-
-
-def scan(directory: Path, is_own: IsOwn, is_own_directory: IsOwn = lambda _: False) -> Contents:
-    """Look at everything below a directory, without following links.
-
-    Files that systems drop anywhere, such as .DS_Store, belong to the directory; see `is_incidental_file`.
-
-    Args:
-        directory: The directory.
-        is_own: Whether a file belongs to it.
-        is_own_directory: Whether a directory belongs to it even when it is empty.
-
-    Raises:
-        OSError: Something cannot be read.
-    """
-    files, directories = list(_files(directory)), list(_directories(directory))
-    own = {name for name in files if is_own(name) or is_incidental_file(name) or _is_notebook_copy(name, is_own)}
-    parents = {str(parent) for name in own for parent in PurePosixPath(name).parents}
-    expected = {name for name in directories if is_own_directory(name) or is_incidental_directory(name)}
-    parents |= {str(parent) for name in expected for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
-    foreign = [f"{name}/" for name in directories if name not in parents and _parent(name) in parents | {"."}]
-    foreign += [name for name in files if name not in own and _parent(name) in parents | {"."}]
-    return Contents(sorted(own), sorted(parents - {"."}, reverse=True), sorted(foreign))
-
-
-def remove_own(directory: Path, contents: Contents) -> bool:
-    """Remove a directory except for foreign files. Returns whether nothing of it is left."""
-    for name in contents.files:
-        (directory / name).unlink(missing_ok=True)
-    for name in (*contents.directories, "."):
-        with suppress(OSError):
-            (directory / name).rmdir()
-    return not os.path.lexists(directory)
-
-
-def is_adapter_file(name: str) -> bool:
-    """Whether an adapter may have a file of this name, by its path relative to the directory, with `/`."""
-    return name in ADAPTER_FILES or _is_template(name)
-
-
-def scan_adapter(directory: Path) -> Contents:
-    """What is in an adapter directory that has no record of its files."""
-    return scan(directory, is_adapter_file)
-
-
-def scan_all(directory: Path) -> Contents:
-    """What is in a directory to which only one program writes: all of it belongs to it."""
-    return scan(directory, lambda _: True, lambda _: True)
-
 
 def scan_staging(directory: Path) -> Contents:
     """What is in a directory in which an adapter is being put together."""
@@ -126,7 +36,7 @@ def scan_staging(directory: Path) -> Contents:
     return scan(
         directory,
         lambda name: is_adapter_file(name) or temporary.fullmatch(name) is not None,
-        lambda name: name == _TEMPLATES,
+        lambda name: name == TEMPLATES,
     )
 
 
@@ -163,10 +73,6 @@ def _is_checkpoint_file(name: str, manifest: set[str]) -> bool:
     return name in manifest or is_adapter_file(name) or _TRAINER_FILES.fullmatch(name) is not None
 
 
-def _is_template(name: str) -> bool:
-    return _parent(name) == _TEMPLATES and name.endswith(".jinja")
-
-
 def _listed_files(checkpoint: Path) -> set[str]:
     """The files that the manifest of a checkpoint lists; none if it cannot be read."""
     try:
@@ -176,37 +82,6 @@ def _listed_files(checkpoint: Path) -> set[str]:
     except (OSError, ValueError, TypeError, RecursionError):
         _log.debug("the manifest of %s counts as absent", checkpoint, exc_info=True)
         return set()
-
-
-def _is_notebook_copy(name: str, is_own: IsOwn) -> bool:
-    return (original := notebook_original(name)) is not None and is_own(original)
-
-
-def _parent(name: str) -> str:
-    return str(PurePosixPath(name).parent)
-
-
-def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    def fail(error: OSError) -> None:
-        raise error
-
-    for place, directories, files in os.walk(directory, onerror=fail):
-        directories.sort()
-        yield Path(place), directories, files
-
-
-def _files(directory: Path) -> Iterator[str]:
-    """Everything that is not a directory, by its path relative to this one."""
-    for place, directories, files in _walk(directory):
-        for name in sorted([*files, *(name for name in directories if not is_directory(place / name))]):
-            yield (place / name).relative_to(directory).as_posix()
-
-
-def _directories(directory: Path) -> Iterator[str]:
-    for place, directories, _ in _walk(directory):
-        for name in directories:
-            if is_directory(place / name):
-                yield (place / name).relative_to(directory).as_posix()
 
 
 PUBLISH_WORSE = "publish it with --resume --allow-worse"

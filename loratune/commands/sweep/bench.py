@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from loratune.adapter import card
 from loratune.codes import Code
-from loratune.commands import card, measuring
+from loratune.commands import measuring
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
 from loratune.commands.train import Reporter, Result

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.bench import Bench
@@ -38,7 +39,7 @@ from loratune.evaluation.study_results import (
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import preflight, run_dir
+from loratune.training import run_dir
 from loratune.training.run_dir import RunDirectory
 
 _NOT_COMPARED = ("training.report_to", "training.logging_steps", "training.save_steps")
@@ -305,7 +306,7 @@ class _Sweep:
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
         try:
-            preflight.open_adapter(source)
+            AdapterDirectory.open(source)
             if sha256(record) != recorded_digest:
                 what = "it is not the one that the trial made"
                 raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source)))

@@ -16,7 +16,6 @@ from loratune.data import DatasetSplit
 from loratune.data.formats import Conversation, Example, Plain, Single, sides
 from loratune.data.formats.examples import IGNORED
 from loratune.system import records
-from loratune.training.gain import per
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -202,7 +201,8 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
     https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
     data, test = settings["data"], metrics.get("test")
-    measure, preferences = per(metrics["gain"]["unit"]), metrics.get("preferences")
+    unit, preferences = metrics["gain"]["unit"], metrics.get("preferences")
+    measure = "nats per token" if unit == "token" else f"per {unit}"
     accuracy = preferences["reward_accuracy"] if preferences and preferences["split"] == "validation" else None
     losses = [("validation", metrics["held_out_loss"], metrics["held_out_interval"])]
     losses += [("test", test["loss"], test["interval"])] if test else []

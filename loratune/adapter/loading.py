@@ -12,15 +12,15 @@ import torch
 from transformers import PreTrainedModel
 
 from loratune import kernels
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter, Log, reader
+from loratune.adapter.selection import Selection
+from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.console import progress
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
-from loratune.export import output
-from loratune.inference.completion import LoadedAdapter, Log, reader
-from loratune.inference.selection import Selection
-from loratune.inference.shared_prompts import SharedPrompts
 from loratune.lora import attach, mixture, tensors
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
@@ -29,7 +29,6 @@ from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
 from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
 from loratune.model.source import local_or_hub
-from loratune.training.preflight import AdapterInfo
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,13 @@ class LoadedAdapters:
     label: str
 
 
-def load(adapter: AdapterInfo, log: Log = lambda _: None) -> LoadedAdapter:
+def load(adapter: AdapterDirectory, log: Log = lambda _: None) -> LoadedAdapter:
     """Load the base of an adapter directory and attach the adapter. Raises as `load_all` does."""
     return load_all([adapter], log)[0]
 
 
 def load_selection(
-    adapters: Mapping[str, AdapterInfo], selection: Selection, log: Log = lambda _: None
+    adapters: Mapping[str, AdapterDirectory], selection: Selection, log: Log = lambda _: None
 ) -> LoadedAdapters:
     """Load the adapters of a command. adapters: those of the selection, opened. Raises as `load_all` and `mixture.mix`
     do."""
@@ -66,7 +65,7 @@ def load_selection(
 
 
 def load_all(
-    adapters: Sequence[AdapterInfo], log: Log = lambda _: None, base: ModelSection | None = None
+    adapters: Sequence[AdapterDirectory], log: Log = lambda _: None, base: ModelSection | None = None
 ) -> list[LoadedAdapter]:
     """Load the base of adapter directories once, and attach the adapters.
 
@@ -86,7 +85,7 @@ def load_all(
     return _attach_all(model, [(adapter, adapter.files) for adapter in adapters], check)
 
 
-def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> LoadedAdapter:
+def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) -> LoadedAdapter:
     """The sum of adapters as one, for whose prompts the first of them decides."""
     adapters = [adapter for adapter, _ in weighted]
     mixed = mixture.mix([(adapter.files, weight) for adapter, weight in weighted])
@@ -103,7 +102,7 @@ def _load_mixture(weighted: Sequence[tuple[AdapterInfo, float]], log: Log) -> Lo
         return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
 
 
-def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]) -> AdapterInfo:
+def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, float]]) -> AdapterDirectory:
     """Write the weighted sum of adapters as one adapter, with the tokenizer and the settings of the first.
 
     Args:
@@ -120,7 +119,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
     files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
-    output.copy_tokenizer(first, directory, "run.yaml")
+    first.copy_tokenizer(directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}
     copies = {place: shape for adapter, _ in weighted for place, shape in adapter.files.copies.items()}
@@ -128,7 +127,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterInfo, float]]
 
 
 @contextmanager
-def finding_base(adapter: AdapterInfo) -> Iterator[None]:
+def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
     """Let errors about the base that an adapter names say where to name another. Raises ModelError."""
     try:
         yield
@@ -143,7 +142,7 @@ def finding_base(adapter: AdapterInfo) -> Iterator[None]:
 
 
 def _load_base(
-    adapters: Sequence[AdapterInfo], section: ModelSection, log: Log
+    adapters: Sequence[AdapterDirectory], section: ModelSection, log: Log
 ) -> tuple[PreTrainedModel, Callable[[], None]]:
     """A base, and a check that it is that of all adapters, by what it was before anything is attached.
 
@@ -173,7 +172,7 @@ def _load_base(
 
 @progress("attaching the adapter")
 def _attach_all(
-    base: PreTrainedModel, attached: Sequence[tuple[AdapterInfo, AdapterFiles]], check: Callable[[], None]
+    base: PreTrainedModel, attached: Sequence[tuple[AdapterDirectory, AdapterFiles]], check: Callable[[], None]
 ) -> list[LoadedAdapter]:
     """Attach adapters to their base.
 
@@ -208,7 +207,7 @@ def _attach_all(
     ]  # fmt: skip
 
 
-def load_tokenizer_of(adapter: AdapterInfo) -> Any:
+def load_tokenizer_of(adapter: AdapterDirectory) -> Any:
     """The tokenizer in an adapter directory, else that of the base.
 
     Raises:
@@ -223,7 +222,7 @@ def load_tokenizer_of(adapter: AdapterInfo) -> Any:
         raise AdapterError(error.problems) if own else error from None
 
 
-def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: Log) -> None:
+def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str, log: Log) -> None:
     """Compare the fingerprint of a base with the one that an adapter records.
 
     An adapter without a record is trusted to have the base that it names.
@@ -252,7 +251,7 @@ def check_base(adapter: AdapterInfo, base: ModelSection, fingerprint: str, log: 
     log(str(Problem(code, what, where)))
 
 
-def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
+def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, Untouched]]) -> None:
     """Raises AdapterError: one of several adapters comes with changes of the base; or it adapts other parameters than
     another one, for which PEFT has no place: it tells A and B of parameters by how often it has wrapped a module."""
     reasons: dict[str, str] = {}
@@ -275,7 +274,7 @@ def _check_sharing(adapters: Sequence[tuple[AdapterInfo, Untouched]]) -> None:
 
 
 @torch.inference_mode()
-def _check_output(model: PeftModel, adapter: AdapterInfo, key: str, token: int) -> None:
+def _check_output(model: PeftModel, adapter: AdapterDirectory, key: str, token: int) -> None:
     """Compute the logits of one token: values in a configuration that PEFT does not check show only here.
 
     Raises AdapterError: base and adapter fail, or give NaN or inf.

@@ -10,11 +10,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import kernels
+from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
-from loratune.inference.shared_prompts import SharedPrompts
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import Untouched

@@ -20,8 +20,7 @@ from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.system.files import kind, sync
-from loratune.training.overwrite import contains, is_sticky
+from loratune.system.files import contains, is_sticky, kind, sync
 
 _OPEN_FILE = re.compile(
     r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"

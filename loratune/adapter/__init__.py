@@ -1,0 +1,10 @@
+"""An adapter after its training: the directory on the disk, and the adapter loaded on its base.
+
+    directory = AdapterDirectory.open(Path("out"))      # verified against its record, without torch
+    loaded = loading.load(directory)                    # the base and the adapter, checked to belong together
+    loaded.complete([ids], Sampling(max_new_tokens=64, temperature=0.7, seed=0))
+    with loaded.without_adapter(): ...                  # the base alone
+
+`loading.load_all` attaches several adapters to one base, and `loading.load_selection` also their weighted sum.
+`card` writes what a directory says about itself. Nothing here knows how an adapter is trained.
+"""

@@ -1,0 +1,179 @@
+"""An adapter directory: its files, verified against their record, and what they say about base, rows and prompts."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from loratune import config
+from loratune.codes import Code
+from loratune.config import DataSection, ModelSection, RunConfig, Source
+from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.lora import adapter_files
+from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, AdapterFiles
+from loratune.system import records
+from loratune.system.directories import is_adapter_file
+from loratune.system.files import write_json
+
+RUN_FILE = "run.yaml"
+"""The resolved config of the run that made the adapter."""
+
+_PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
+"""Packages whose versions the record of an export holds."""
+_NOT_TOKENIZER = frozenset({
+    CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "training_args.bin", RECORD_FILE, "README.md", RUN_FILE,
+    records.ROW_HASHES,
+})  # fmt: skip
+_VOCABULARIES = (".tiktoken", ".model", ".spm", ".bpe", ".codes", ".vocab")
+"""Suffixes of vocabularies that tokenizers with code of their own read."""
+
+
+@dataclass(frozen=True)
+class AdapterDirectory:
+    """An adapter directory, and what it says about its training.
+
+    Attributes:
+        files: Its files.
+        base: The base, and how it was loaded.
+        data: How rows were read.
+        chat: Whether they went through the chat template.
+        run: The recorded config; None if loratune did not write the adapter.
+        forced: Whether the user wants to use it despite edited files or another base.
+    """
+
+    files: AdapterFiles
+    base: ModelSection
+    data: DataSection
+    chat: bool
+    run: RunConfig | None
+    forced: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        log: Callable[[str], None] = lambda _: None,
+        *,
+        forced: bool = False,
+        assignments: Sequence[str] = (),
+        fix: str = "use it all the same with --force",
+    ) -> "AdapterDirectory":
+        """Open and verify an adapter directory. What its run.yaml says about code to trust is ignored.
+
+        Args:
+            path: The directory.
+            log: Takes lines on what could not be verified.
+            forced: Whether files that have changed since they were saved are logged instead of refused.
+            assignments: Assignments to keys of its data section, as of `config.load`.
+            fix: What to do about files that have changed.
+
+        Raises:
+            AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a valid config.
+            ConfigError: See `config.load`.
+        """
+        files = adapter_files.inspect(path)
+        edits = files.edits()
+        if not files.record.get("files"):
+            log(f"{path}: keeps no record of its files and its base, so neither was verified")
+        if edits and not forced:
+            raise AdapterError([replace(edit, fix=fix) for edit in edits])
+        for edit in edits:
+            log(str(edit))
+        base = _base(files)
+        if not (path / RUN_FILE).is_file():
+            if assignments:
+                what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
+                raise ConfigError(Problem(Code.ADAPTER_NO_RUN_CONFIG, what, str(path), "--set", fix))
+            base = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
+            return cls(files, base, DataSection(train=Source(path="unknown")), False, None, forced)
+        run = _recorded_run(path / RUN_FILE, assignments)
+        loading = run.model.model_dump(include={"gguf_file", "dtype", "quantization", "attn_implementation"})
+        return cls(files, base.model_copy(update=loading), run.data, files.record.get("chat") is True, run, forced)
+
+    @property
+    def path(self) -> Path:
+        """The directory."""
+        return self.files.path
+
+    def tokenizer_files(self) -> list[Path]:
+        """The files that its tokenizer consists of.
+
+        No other file may reach a model's directory: a foreign `config.json` or weights would replace the model's own.
+        """
+        settings = self.path / "tokenizer_config.json"
+        has_code = settings.is_file() and b"auto_map" in settings.read_bytes()
+        names = adapter_files.manifest(self.path)
+        return [self.path / name for name in names if _is_of_tokenizer(name, has_code)]
+
+    def copy_tokenizer(self, target: Path, *others: str) -> None:
+        """Copy the files of the tokenizer to another directory, and other files by name, if they exist."""
+        for file in (*self.tokenizer_files(), *(self.path / name for name in others if (self.path / name).is_file())):
+            place = target / file.relative_to(self.path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+
+    def write_record(self, staging: Path, kind: str, details: Mapping[str, Any]) -> None:
+        """Write the `loratune.json` of what was made from this adapter: it says what that is and lists its files.
+
+        Args:
+            staging: The directory of the export, complete except for this file.
+            kind: What it is, such as "merged model".
+            details: The results of its comparison, and whatever else belongs to the kind.
+        """
+        record = {
+            "kind": kind,
+            "versions": {name: version(name) for name in _PACKAGES},
+            "base": self.base.model_dump(include={"name_or_path", "revision", "gguf_file"}),
+            "fingerprints": {"base": self.files.base_fingerprint},
+            "adapter": adapter_files.manifest(self.path),
+            **details,
+            "files": adapter_files.manifest(staging),
+        }
+        write_json(staging / RECORD_FILE, records.versioned(RECORD_FILE, record))
+
+
+def _base(files: AdapterFiles) -> ModelSection:
+    """The base that the configuration names."""
+    try:
+        return ModelSection(name_or_path=files.base, revision=files.config.get("revision"))
+    except ValidationError:
+        where, key = str(files.path / CONFIG_FILE), "base_model_name_or_path"
+        raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "is not the name of a base model", where, key)) from None
+
+
+def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
+    """The config of the run that made an adapter, with assignments to keys of its data section."""
+    try:
+        run = config.load(path)
+    except ConfigError as error:
+        raise AdapterError(error.problems) from None
+    if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
+        what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
+        raise ConfigError(Problem(Code.ADAPTER_SET_NOT_DATA, what, key="--set", fix=fix))
+    return config.load(path, assignments) if assignments else run
+
+
+def _recorded_gguf(files: AdapterFiles) -> str | None:
+    """The GGUF file within its base that the record of an adapter names, if there is a record and a GGUF file."""
+    if not files.record:
+        return None
+    where = str(files.path / RECORD_FILE)
+    if not isinstance(base := files.record.get("base"), dict):
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "does not say what the base model is", where, "base"))
+    gguf = base.get("gguf_file")
+    if gguf is not None and (not isinstance(gguf, str) or Path(gguf).is_absolute() or ".." in Path(gguf).parts):
+        what = f"is not the name of a file: {gguf!r}"
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "base.gguf_file"))
+    return gguf
+
+
+def _is_of_tokenizer(name: str, has_code: bool) -> bool:
+    """Whether a file of this name belongs to a tokenizer. has_code: whether the tokenizer has code of its own."""
+    if name in _NOT_TOKENIZER:
+        return False
+    is_vocabulary = "/" not in name and name.endswith((*_VOCABULARIES, *((".py",) if has_code else ())))
+    return is_vocabulary or is_adapter_file(name)
