@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.data import no_progress
-from loratune.export import loaded_merge
+from loratune.export.merging import Merge
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system.tensor_files import Shards
 
@@ -56,7 +56,7 @@ def write_base(folder: Path, gib: float) -> int:
     with Shards(folder, layout, GIB) as shards:
         for name, (_, shape) in layout.items():
             values = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02)
-            shards.write(name, 0, values.view(torch.uint8).numpy().reshape(-1))
+            shards.write(name, values.view(torch.uint8).numpy().reshape(-1))
     shards.write_index()
     return max(tensor.size for tensor in shards.tensors.values())
 
@@ -90,7 +90,7 @@ def main() -> int:
         (folder / "out").mkdir()
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         before, begun = resident(), time.monotonic()
-        plan = loaded_merge.prepare(AdapterDirectory.open(folder / "adapter"), None)
+        plan = Merge(AdapterDirectory.open(folder / "adapter"))
         plan.fingerprint()
         prepared = time.monotonic()
         written = plan.write(folder / "out", no_progress)

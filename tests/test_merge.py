@@ -16,7 +16,7 @@ import torch
 from conftest import Ran, check_refused, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
-from running import until
+from running import flip, until
 from safetensors.torch import load_file
 from test_gguf import write_gguf
 from transformers import (
@@ -35,16 +35,15 @@ from transformers import (
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands import merge as merging_command
-from loratune.commands import merge_check
 from loratune.data import no_progress
 from loratune.errors import AdapterError
-from loratune.export import loaded_merge, output
-from loratune.export.loaded_merge import LoadedMerge
-from loratune.export.merging import StreamedMerge
+from loratune.export import merged_model, output
+from loratune.export.merging import Merge
 from loratune.export.texts import Texts
+from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
-from loratune.model import fingerprints, load
+from loratune.model import fingerprints, load, stored
+from loratune.system import tensor_files
 from loratune.system.tensor_files import Shards
 from loratune.training import run_dir
 
@@ -68,6 +67,7 @@ FAMILIES: dict[str, Any] = {
 }
 TARGETS = {"phi3": ["qkv_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "neox": ["query_key_value", "dense"]}
 EXPERTS: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+DEFAULT_SETTINGS = {"mixtral": EXPERTS, "qwen3 moe": EXPERTS}
 PATTERNS: dict[str, Any] = {
     "use_rslora": True, "rank_pattern": {"layers.0.self_attn.q_proj": 8},
     "alpha_pattern": {"layers.1.self_attn.v_proj": 3},
@@ -143,14 +143,11 @@ def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1,
 def written(case: Case, folder: Path, stored: torch.dtype | None = None, **changes: Any) -> tuple[Any, Any, Any]:
     """The plan, what it wrote, and the model that stock transformers loads from it in float32."""
     info = case.info
-    section = info.base.model_copy(update=changes)
-    plan = loaded_merge.prepare(replace(info, base=section), stored)
+    info = replace(info, base=info.base.model_copy(update=changes))
+    plan = Merge(info, stored)
     folder.mkdir()
     made = plan.write(folder, no_progress, most=20_000)
-    merging_command.model_files.write_configs(
-        folder, replace(info, base=section), plan.config, untied=made.untied, end_ids=(256,),
-        dtype=str(stored).removeprefix("torch.") if stored else None,
-    )  # fmt: skip
+    merged_model.write_configs(folder, info, plan, (256,))
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return plan, made, model.eval()
@@ -168,15 +165,38 @@ def test_in_float32_the_merged_model_is_base_and_adapter(tmp_path: Path, family:
     case = make(tmp_path, family, settings)
     base, adapter = case.logits()
     plan, _, merged = written(case, tmp_path / "out", torch.float32)
-    assert isinstance(plan, StreamedMerge)
+    assert not plan.is_loaded and not plan.note
     difference = (merged(IDS).logits - adapter).abs().max()
     assert difference < 1e-5 < 1e-2 < (base - adapter).abs().max()
+
+
+@pytest.mark.parametrize("family", ["phi3", "gpt2", "neox", "mixtral", "qwen3 moe"])
+def test_a_loaded_base_is_stored_as_transformers_stores_it(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make(tmp_path, family, DEFAULT_SETTINGS.get(family, {}))
+    _, _, streamed = written(case, tmp_path / "streamed", torch.float32)
+
+    def refuse(*_: Any) -> None:
+        raise stored.NotStreamableError("a test")
+
+    monkeypatch.setattr(stored, "open_stored", refuse)
+    plan, _, loaded = written(case, tmp_path / "loaded", torch.float32)
+    assert plan.is_loaded and plan.note
+    names = [tensors.keys() for tensors in map(stored_tensors, (tmp_path / "loaded", case.base))]
+    assert names[0] == names[1]
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, streamed.state_dict()[name]), name
+
+
+def stored_tensors(path: Path) -> dict[str, Any]:
+    return {name: one for file in path.glob("*.safetensors") for name, one in tensor_files.tensors(file).items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_value_is_rounded_once(tmp_path: Path, family: str) -> None:
     """Weights are those of PEFT's merge in float32, rounded to bfloat16; all others are those of the base."""
-    case = make(tmp_path, family, EXPERTS if "mo" in family or family == "mixtral" else {})
+    case = make(tmp_path, family, DEFAULT_SETTINGS.get(family, {}))
     plan, made, merged = written(case, tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
     original = {name: value.clone() for name, value in base.state_dict().items()}
@@ -192,8 +212,6 @@ def test_each_value_is_rounded_once(tmp_path: Path, family: str) -> None:
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == made.files > 1
     names = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert names.keys() == json.loads((case.base / "model.safetensors.index.json").read_text())["weight_map"].keys()
-    plan = loaded_merge.prepare(case.info, None)
-    assert len(plan.compare(tmp_path / "out", no_progress)) == len(changed)
     assert plan.fingerprint() == fingerprints.fingerprint(load.load_base(case.info.base))
 
 
@@ -226,7 +244,7 @@ def test_a_quantized_base_is_merged_in_its_dequantized_form(tmp_path: Path, tiny
         path, _, factor = name.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
         factors.setdefault(path, {})[factor] = tensor
     plan, _, merged = written(tiny, tmp_path / "out", torch.float32, quantization=quantization, dtype="float32")
-    assert isinstance(plan, LoadedMerge)
+    assert plan.is_loaded
     assert "dequantized" in plan.note and quantization in plan.note
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     for name, layer in base.named_modules():
@@ -253,9 +271,9 @@ def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer
     adapted = get_peft_model(llama, settings).eval()
     adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     adapted.save_pretrained(tmp_path / "adapter")
-    changes = {"gguf_file": "tiny.gguf", "dtype": "float32"}
+    changes: dict[str, Any] = {"gguf_file": "tiny.gguf", "dtype": "float32"}
     plan, _, merged = written(Case(tmp_path / "base", tmp_path / "adapter"), tmp_path / "out", **changes)
-    assert isinstance(plan, LoadedMerge) and "dequantized" in plan.note
+    assert plan.is_loaded and "dequantized" in plan.note
     assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-5
 
 
@@ -267,19 +285,19 @@ def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
         path.unlink()
     adapter = case.logits()[1]
     plan, _, merged = written(case, tmp_path / "out", torch.float32)
-    assert isinstance(plan, LoadedMerge)
+    assert plan.is_loaded
     assert (merged(IDS).logits - adapter).abs().max() < 1e-5
     model.model.embed_tokens.weight.data *= 2  # another base than that of the copy in the adapter
     torch.save(model.state_dict(), case.base / "pytorch_model.bin")
     with pytest.raises(AdapterError, match=r"embed_tokens\.base_layer\.weight"):
-        loaded_merge.prepare(case.info, None)
+        Merge(case.info)
 
 
 def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:
     files = inspect(tiny.adapter)
     info = replace(tiny.info, files=replace(files, config=files.config | {"layer_replication": [[0, 2], [1, 2]]}))
     with pytest.raises(AdapterError, match="layer_replication") as refused:
-        loaded_merge.prepare(info, None)
+        Merge(info)
     assert meanings(refused.value) == [(Code.MERGE_UNSUPPORTED, str(tiny.adapter), "")]
 
 
@@ -287,11 +305,11 @@ def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     case = make(tmp_path, "llama", {}, size=1000.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(AdapterError) as refused:
-        loaded_merge.prepare(case.info, torch.float16).write(tmp_path / "out", no_progress)
-    assert meanings(refused.value) == [(Code.MERGE_NOT_FINITE, str(case.adapter), "")]
+        Merge(case.info, torch.float16).write(tmp_path / "out", no_progress)
+    assert meanings(refused.value) == [(Code.MERGE_ROUNDING, str(case.adapter), "")]
 
 
-def test_the_command_compares_in_a_process_of_its_own(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
+def test_the_command_compares_base_adapter_and_model(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
     out = tmp_path / "out"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 and 1 make", "completion": " 2"}])
     ran = cli("merge", "--adapter", tiny.adapter, "--output", out, "--data", rows, "--json")
@@ -322,16 +340,16 @@ class Fails:
 def test_what_is_not_nearer_to_the_adapter_is_not_written(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "compare", Fails((0.2, 0.1)))
+    monkeypatch.setattr(merged_model, "compare", Fails((0.2, 0.1)))
     ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
-    check_refused(ran, 5, (Code.MERGE_NOT_NEARER, str(tiny.adapter), ""))
+    check_refused(ran, 5, (Code.MERGE_ROUNDING, str(tiny.adapter), ""))
     assert not list(tmp_path.iterdir())
 
 
 def test_an_output_is_replaced_only_if_it_is_one_of_ours(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
     out, arguments = tmp_path / "out", ("merge", "--adapter", tiny.adapter, "--output")
     assert cli(*arguments, out).code == 0
     first = tree(out)
@@ -352,7 +370,7 @@ def test_an_output_is_replaced_only_if_it_is_one_of_ours(
 def test_nothing_of_the_adapter_takes_the_place_of_the_model(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
     clean, strange = tmp_path / "clean", tmp_path / "strange"
     assert cli("merge", "--adapter", tiny.adapter, "--output", clean).code == 0
     adapter = Path(shutil.copytree(tiny.adapter, tmp_path / "adapter"))
@@ -396,7 +414,7 @@ def test_a_base_that_changes_in_the_meantime_is_refused(
         (tmp_path / "new").rename(file)
         return Fails((0.1, 0.2))(*arguments)
 
-    monkeypatch.setattr(merge_check, "compare", replace_base)
+    monkeypatch.setattr(merged_model, "compare", replace_base)
     ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
     check_refused(ran, 3, (Code.MODEL_WEIGHTS_CHANGED, str(file), ""))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
@@ -405,13 +423,13 @@ def test_a_base_that_changes_in_the_meantime_is_refused(
 def test_another_base_is_refused_unless_forced(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge_check, "compare", Fails((0.1, 0.2)))
+    monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
     case = make(tmp_path, "llama", {})
     adapter = case.adapter
     record = {
         "fingerprints": {"base": f"{fingerprints.VERSION}0"},
         "base": {},
-        "files": output.adapter_files.manifest(adapter),
+        "files": adapter_files.manifest(adapter),
     }
     (adapter / "loratune.json").write_text(json.dumps(record))
     case.base.joinpath("tokenizer.json").write_bytes((tiny.base / "tokenizer.json").read_bytes())
@@ -432,7 +450,7 @@ def test_a_full_disk_leaves_nothing(
 ) -> None:
     written_tensors = []
 
-    def write(shards: Shards, name: str, offset: int, data: Any) -> None:
+    def write(shards: Shards, name: str, data: Any) -> None:
         written_tensors.append(name)
         if len(written_tensors) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -451,23 +469,27 @@ def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[...
     check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))
 
 
-def test_tensor_by_tensor_a_changed_file_is_noticed(tmp_path: Path, tiny: Case) -> None:
-    written(tiny, tmp_path / "out")
-    found = merge_check.compare_tensors(tiny.info, tmp_path / "out", None)
-    assert found == {"tensors": 29, "nearer": True}
-    path = sorted((tmp_path / "out").glob("*.safetensors"))[2]
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
+def test_without_memory_for_logits_the_tensors_are_read_back(
+    tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merged_model, "dtype_that_fits", lambda *_: None)
+    ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out", "--json")
+    assert ran.code == 0 and json.loads(ran.out)["comparison"] == {"tensors": 29, "nearer": True}
+
+
+def test_a_file_that_is_not_what_was_written_is_noticed(
+    tmp_path: Path, tiny: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Shards, "write_index", lambda shards: flip(shards.paths[2]))
     with pytest.raises(AdapterError) as refused:
-        merge_check.compare_tensors(tiny.info, tmp_path / "out", None)
-    assert meanings(refused.value) == [(Code.ADAPTER_WRITE_FAILED, str(tmp_path / "out"), "")]
+        Merge(tiny.info).write(tmp_path, no_progress, most=20_000)
+    assert meanings(refused.value) == [(Code.ADAPTER_WRITE_FAILED, str(tmp_path), "")]
 
 
-def test_the_comparison_tells_the_adapter_from_the_base(tmp_path: Path, tiny: Case) -> None:
+def test_the_comparison_tells_the_adapter_from_the_base(tiny: Case) -> None:
     """A copy of the base in place of the merged model is nearer to the base."""
     texts = Texts("a test", ((1, 2, 3, 5, 8),), complete=False)
-    found = merge_check.compare_models(tiny.info, tiny.base, texts, "float32")
+    found = merged_model.compare(tiny.info, tiny.base, texts, "float32")
     assert found["base"]["divergence"] == 0 < found["adapter"]["divergence"]
     assert found["base"]["positions"] > 5
 
@@ -498,6 +520,6 @@ def test_an_adapter_too_small_for_bfloat16_is_refused(
     case = make(tmp_path, "llama", {}, size=1e-7)
     tokenizer.save_pretrained(case.base)
     ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out")
-    check_refused(ran, 5, (Code.MERGE_NOT_NEARER, str(case.adapter), ""))
+    check_refused(ran, 5, (Code.MERGE_ROUNDING, str(case.adapter), ""))
     ran = cli("merge", "--adapter", case.adapter, "--output", tmp_path / "out", "--dtype", "float32")
     assert ran.code == 0, ran.err

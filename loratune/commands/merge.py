@@ -1,4 +1,4 @@
-"""`loratune merge`: an adapter and its base as one model, for programs that know nothing of adapters."""
+"""`loratune merge`: an adapter and its base as one model, for programs that do not load adapters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,12 @@ import torch
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands import merge_check
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
-from loratune.export import loaded_merge, model_files, output
+from loratune.export import merged_model, output
 from loratune.export import texts as export_texts
-from loratune.export.loaded_merge import LoadedMerge
-from loratune.export.merging import Kept, Written
+from loratune.export.merging import Kept, Merge, Written
 from loratune.export.texts import Texts
 from loratune.lora import attach
 from loratune.model import load
@@ -31,11 +29,12 @@ class Merged:
     """What `loratune merge` has made.
 
     Attributes:
-        directory: Where.
+        directory: The directory of the model.
         written: The weights.
-        texts: What was compared on.
-        comparison: How it came out, see `merge_check.compare`.
-        note: How the base was read, if not tensor by tensor.
+        texts: The texts it was compared on.
+        comparison: See `merged_model.compare`; without memory for that, `tensors`: how many were read back, and
+            `nearer`: whether the changed ones are nearer to base and adapter than to the base.
+        note: Why and how the base was loaded; empty if it was read from its files.
     """
 
     LOW_SHARE: ClassVar = 0.9
@@ -103,9 +102,10 @@ def merge(
     with loading.finding_base(adapter):
         locate(adapter.base)
         before = load.files(adapter.base, read=False)
-        plan = loaded_merge.prepare(adapter, getattr(torch, dtype) if dtype else None)
-    if plan.note:
-        log(plan.note)
+        plan = Merge(adapter, getattr(torch, dtype) if dtype else None)
+    note, parameters, is_loaded = plan.note, plan.parameters, plan.is_loaded
+    if note:
+        log(note)
     loading.check_base(adapter, adapter.base, plan.fingerprint(), log)
     tokenizer = loading.load_tokenizer_of(adapter)
     vocabulary = plan.config.get_text_config().vocab_size
@@ -113,18 +113,21 @@ def merge(
     compared_on = export_texts.texts(adapter, renderer, vocabulary, split, watch)
     with output.staged(directory, plan.size + (64 << 20), "the merged model") as staging:
         written = plan.write(staging, watch)
-        model_files.write_configs(
-            staging, adapter, plan.config, dtype=dtype, untied=written.untied, end_ids=renderer.end_ids
-        )
-        model_files.write_tokenizer(staging, adapter, tokenizer)
-        computed = merge_check.dtype_that_fits(plan.parameters, written.dtypes)
-        if computed is None and isinstance(plan, LoadedMerge):
+        merged_model.write_configs(staging, adapter, plan, renderer.end_ids)
+        merged_model.write_tokenizer(staging, adapter, tokenizer)
+        del plan  # a base that was loaded
+        computed = merged_model.dtype_that_fits(parameters, written.dtypes)
+        if computed is None and is_loaded:
             computed = written.dtypes[0]  # it was in memory
-        comparison = merge_check.compare(adapter, staging, compared_on, computed, dtype)
+        if computed is not None:
+            comparison = merged_model.compare(adapter, staging, compared_on, computed)
+        else:
+            nearer = sum(one.error for one in written.kept) < sum(one.moved for one in written.kept)
+            comparison = {"tensors": written.tensors, "nearer": nearer}
         load.check_unchanged(before)
-        merged = Merged(directory.output, written, compared_on, comparison, plan.note)
+        merged = Merged(directory.output, written, compared_on, comparison, note)
         _check_nearer(merged, adapter)
-        model_files.write_card(staging, adapter, [*summary(merged)])
+        merged_model.write_card(staging, adapter, summary(merged))
         adapter.write_record(staging, "merged model", {"merge": merged.as_json()})
     return merged
 
@@ -141,7 +144,7 @@ def _check_nearer(merged: Merged, adapter: AdapterDirectory) -> None:
         what += f"KL {to_adapter:.3g} and {to_base:.3g} nats a token"
     if not nearer:
         fix = "use --dtype float32, or use the adapter with PEFT"
-        raise AdapterError(Problem(Code.MERGE_NOT_NEARER, f"{what}; nothing was written", where, fix=fix))
+        raise AdapterError(Problem(Code.MERGE_ROUNDING, f"{what}; nothing was written", where, fix=fix))
 
 
 def summary(merged: Merged) -> list[str]:
@@ -151,7 +154,7 @@ def summary(merged: Merged) -> list[str]:
     if merged.note:
         lines.append(merged.note)
     if "tensors" in found:
-        lines.append(f"compared tensor by tensor with base and adapter: {found['tensors']} tensors are equal")
+        lines.append(f"read back tensor by tensor: {found['tensors']} tensors are as base and adapter give")
     else:
         for name, other in (("base and adapter", found["adapter"]), ("the base", found["base"])):
             lines.append(

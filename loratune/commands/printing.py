@@ -355,7 +355,7 @@ def print_merged(merged: "Merged", as_json: bool) -> None:
     if shares:
         lines.append(("change kept", f"{shares[len(shares) // 2]:.1%} (median), {shares[0]:.1%} (least)"))
     if "tensors" in found:
-        what = f"{found['tensors']} tensors with base and adapter computed again: all are equal, byte for byte"
+        what = f"{found['tensors']} tensors were read back: all are equal, byte for byte"
         lines.append(("compared", f"{what}; there is too little memory to compute logits"))
     else:
         count = f"{found['adapter']['positions']:,} tokens, in {found['dtype']}"

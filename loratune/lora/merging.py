@@ -6,9 +6,9 @@ rows; every other case by PEFT's own `merge` of the layer, which then gets its w
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
@@ -26,169 +26,95 @@ ADAPTER = "default"
 _WRAPPERS = (".base_layer", ".original_module")
 
 
-class Change(Protocol):
+@dataclass(frozen=True)
+class Change:
     """What an adapter does to one parameter.
 
     Attributes:
-        whole: Whether the parameter is needed as a whole; otherwise a block of its first dimension is enough.
+        apply: Takes the parameter in float32, or a block of its rows, and the number of the first row. Returns the
+            changed values, which may share memory with the given ones.
+        key: Equal for changes that make the same of the same parameter.
+        is_whole: Whether `apply` needs all rows at once.
     """
 
-    @property
-    def whole(self) -> bool:
-        """See above."""
-
-    @property
-    def key(self) -> object:
-        """Equal for changes that make the same of the same parameter."""
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """The changed values, which may share memory with the given ones.
-
-        Args:
-            weight: The parameter in float32, or rows of it.
-            start: The number of the first row.
-        """
+    apply: Callable[[Tensor, int], Tensor]
+    key: object
+    is_whole: bool = False
 
 
-@dataclass(frozen=True)
-class TrainedCopy:
-    """A trained copy takes the parameter's place: `modules_to_save`, biases."""
+def _replacement(values: Tensor) -> Change:
+    """A trained copy replaces the parameter: `modules_to_save`, biases."""
 
-    values: Tensor
-    whole = False
+    def apply(weight: Tensor, start: int) -> Tensor:
+        return (values[start : start + len(weight)] if weight.dim() else values).float()
 
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return self.values.data_ptr(), self.values.shape
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
-        return self.values[start : start + len(weight)].float() if weight.dim() else self.values.float()
+    return Change(apply, (values.data_ptr(), values.shape))
 
 
-@dataclass(frozen=True)
-class Added:
-    """Values are added: the bias of B, scaled."""
-
-    values: Tensor
-    whole = False
-
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return self.values.data_ptr()
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
-        return weight + self.values[start : start + len(weight)]
-
-
-@dataclass(frozen=True)
-class Tokens:
+def _token_rows(indices: Sequence[int], values: Tensor) -> Change:
     """Some rows of an embedding are replaced."""
 
-    indices: tuple[int, ...]
-    values: Tensor
-    whole = False
+    def apply(weight: Tensor, start: int) -> Tensor:
+        inside = [place for place, token in enumerate(indices) if start <= token < start + len(weight)]
+        rows = torch.tensor([indices[place] - start for place in inside], dtype=torch.int64)
+        changed: Tensor = weight.index_copy(0, rows, values[inside].float())
+        return changed
 
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return self.indices, self.values.data_ptr()
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
-        inside = [place for place, token in enumerate(self.indices) if start <= token < start + len(weight)]
-        rows = torch.tensor([self.indices[place] - start for place in inside], dtype=torch.int64)
-        replaced: Tensor = weight.index_copy(0, rows, self.values[inside].float())
-        return replaced
+    return Change(apply, (tuple(indices), values.data_ptr()))
 
 
-@dataclass(frozen=True)
-class LowRank:
-    """LoRA, or DoRA, on rows of a weight.
+def _low_rank(left: Tensor, right: Tensor, scaling: float, magnitude: Tensor | None = None) -> Change:
+    """LoRA, or DoRA, on a weight.
 
-    Attributes:
+    Args:
         left: The factor whose rows belong to those of the stored weight: B, or A transposed where the weight is.
         right: The other factor.
         scaling: The factor of their product.
         magnitude: DoRA's norms of the rows; None for LoRA.
     """
 
-    left: Tensor
-    right: Tensor
-    scaling: float
-    magnitude: Tensor | None = None
-    whole = False
-
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return self.left.data_ptr(), self.right.data_ptr(), self.left.shape, self.scaling
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
+    def apply(weight: Tensor, start: int) -> Tensor:
         rows = slice(start, start + len(weight))
-        changed: Tensor = torch.addmm(weight, self.left[rows].float(), self.right.float(), alpha=self.scaling)
-        if self.magnitude is None:
+        changed = torch.addmm(weight, left[rows].float(), right.float(), alpha=scaling)
+        if magnitude is None:
             return changed
-        factors: Tensor = self.magnitude[rows].float() / torch.linalg.norm(changed, dim=1)
+        factors: Tensor = magnitude[rows].float() / torch.linalg.norm(changed, dim=1)
         return changed * factors[:, None]
 
+    return Change(apply, (left.data_ptr(), right.data_ptr(), left.shape, scaling))
 
-@dataclass(frozen=True)
-class Experts:
+
+def _experts(layer: ParamWrapper) -> Change:
     """LoRA on a parameter that holds the weights of several experts; a row is an expert."""
+    a, b = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
+    up, down = b.reshape(len(b), -1, layer.num_experts), a.reshape(layer.num_experts, -1, a.shape[-1])
+    # As PEFT decides it: (experts, outputs, inputs), or (experts, inputs, outputs).
+    is_transposed = getattr(layer.get_base_layer(), "is_transposed", False)
+    equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
 
-    layer: ParamWrapper
-    whole = False
-
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return id(self.layer)
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
-        a, b = self.layer.lora_A[ADAPTER].weight.data, self.layer.lora_B[ADAPTER].weight.data
-        experts, scaling = self.layer.num_experts, self.layer.scaling[ADAPTER]
-        up, down = b.reshape(len(b), -1, experts), a.reshape(experts, -1, a.shape[-1])
+    def apply(weight: Tensor, start: int) -> Tensor:
         rows = slice(start, start + len(weight))
-        # As PEFT decides it: (experts, outputs, inputs), or (experts, inputs, outputs).
-        is_transposed = getattr(self.layer.get_base_layer(), "is_transposed", False)
-        equation = "ore,eri->eio" if is_transposed else "ore,eri->eoi"
-        changed: Tensor = weight + torch.einsum(equation, up[:, :, rows], down[rows]) * scaling
-        return changed
+        return weight + torch.einsum(equation, up[:, :, rows], down[rows]) * layer.scaling[ADAPTER]
+
+    return Change(apply, id(layer))
 
 
-@dataclass(frozen=True)
-class WholeLayer:
-    """Whatever PEFT's own `merge` of the layer makes of its whole weight.
+def _whole_layer(layer: Any, init: str) -> Change:
+    """PEFT's own `merge` of a layer, whose base is on the meta device.
 
-    Attributes:
-        layer: The layer, whose base is on the meta device.
-        init: How the adapter was initialized, where PEFT takes a part out of the base again.
+    Args:
+        layer: The layer.
+        init: How the adapter was initialized, where PEFT takes a part out of the base again; else empty.
     """
 
-    layer: Any
-    init: str = ""
-    whole = True
-
-    @property
-    def key(self) -> object:
-        """See `Change`."""
-        return id(self.layer)
-
-    def apply(self, weight: Tensor, start: int) -> Tensor:
-        """See `Change`."""
-        base, layer = self.layer.get_base_layer(), self.layer
+    def apply(weight: Tensor, _: int) -> Tensor:
+        base = layer.get_base_layer()
         placeholder = base.weight
         base.weight = nn.Parameter(weight.clone(), requires_grad=False)
         try:
-            if self.init:
+            if init:
                 trained = {name: value.clone() for name, value in layer.state_dict().items() if "lora_" in name}
-                layer.olora_init(ADAPTER) if self.init == "olora" else layer.pissa_init(ADAPTER, self.init)
+                layer.olora_init(ADAPTER) if init == "olora" else layer.pissa_init(ADAPTER, init)
                 layer.load_state_dict(trained, strict=False)
             layer.merge(adapter_names=[ADAPTER])
             merged: Tensor = base.weight.data
@@ -196,6 +122,8 @@ class WholeLayer:
         finally:
             layer.merged_adapters.clear()
             base.weight = placeholder
+
+    return Change(apply, id(layer), is_whole=True)
 
 
 @torch.no_grad()
@@ -212,21 +140,22 @@ def changes(base: nn.Module, files: AdapterFiles) -> dict[str, tuple[Change, ...
     if files.config.get("layer_replication"):
         raise _unsupported(files, "layer_replication repeats layers of the base")
     model = _attach(base, files)
+    inner = model.get_base_model()
     for parameter in model.parameters():
         if not parameter.is_meta:
             parameter.data = parameter.data.float()
     found: dict[str, list[Change]] = {}
-    for name, parameter in _base_parameters(model.get_base_model()):
+    for name, parameter in _base_parameters(inner):
         if not parameter.is_meta:
-            found.setdefault(name, []).append(TrainedCopy(parameter.data))
-    for path, module in model.get_base_model().named_modules():
+            found.setdefault(name, []).append(_replacement(parameter.data))
+    for path, module in inner.named_modules():
         for name, change in _module_changes(_plain(path), module, files):
             found.setdefault(name, []).append(change)
     return {name: tuple(made) for name, made in found.items()}
 
 
 def _attach(base: nn.Module, files: AdapterFiles) -> Any:
-    """The base on the meta device with the adapter's tensors, which are not."""
+    """The base on the meta device with the adapter's tensors, which are in memory."""
     model, renamed = attach.attach_saved(base, files), {}
 
     def keep(_: nn.Module, state: dict[str, Tensor], *__: Any) -> None:
@@ -268,21 +197,17 @@ def _module_changes(path: str, module: nn.Module, files: AdapterFiles) -> Iterat
     if isinstance(module, ModulesToSaveWrapper):
         saved = module.modules_to_save[ADAPTER]
         for name, tensor in (*saved.named_parameters(), *saved.named_buffers()):
-            yield f"{path}.{name}", TrainedCopy(tensor.data)
+            yield f"{path}.{name}", _replacement(tensor.data)
     elif isinstance(module, TrainableTokensLayer):
         values = module.trainable_tokens_delta[ADAPTER].data
-        yield f"{path.removesuffix('.token_adapter')}.weight", Tokens(tuple(module.token_indices[ADAPTER]), values)
+        yield f"{path.removesuffix('.token_adapter')}.weight", _token_rows(module.token_indices[ADAPTER], values)
     elif isinstance(module, ParamWrapper):
-        name = f"{path}.{module.parameter_name}"
-        yield name, Experts(module) if module.get_param().dim() == 3 else _single(module)
+        a, b = module.lora_A[ADAPTER].weight.data, module.lora_B[ADAPTER].weight.data
+        is_stacked = module.get_param().dim() == 3
+        change = _experts(module) if is_stacked else _low_rank(b, a, module.scaling[ADAPTER])
+        yield f"{path}.{module.parameter_name}", change
     elif isinstance(module, LoraLayer):
         yield from _layer_changes(path, module, files)
-
-
-def _single(module: ParamWrapper) -> LowRank:
-    """LoRA on a parameter of two dimensions."""
-    a, b = module.lora_A[ADAPTER].weight.data, module.lora_B[ADAPTER].weight.data
-    return LowRank(b, a, module.scaling[ADAPTER])
 
 
 def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
@@ -295,27 +220,24 @@ def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple
     if layer.lora_bias[ADAPTER]:
         if layer.get_base_layer().bias is None:
             raise _unsupported(files, f"the adapter has a bias for {path}, and the base has none there")
-        yield f"{path}.bias", Added(layer.lora_B[ADAPTER].bias.data * layer.scaling[ADAPTER])
+        bias = layer.lora_B[ADAPTER].bias.data * layer.scaling[ADAPTER]
+        yield f"{path}.bias", Change(lambda weight, start: weight + bias[start : start + len(weight)], bias.data_ptr())
         layer.lora_bias[ADAPTER] = False  # or PEFT's `merge` of the layer would add it as well
     yield f"{path}.weight", _weight_change(layer, variant, files.init if files.changes_base else "")
 
 
 def _weight_change(layer: Any, variant: Any, init: str) -> Change:
-    scaling: float = layer.scaling[ADAPTER]
-    if init:
-        return WholeLayer(layer, init)
-    if isinstance(layer, Embedding):
+    is_embedding = isinstance(layer, Embedding)
+    is_transposed = is_embedding or layer.fan_in_fan_out
+    if init or (variant is not None and is_transposed):
+        return _whole_layer(layer, init)
+    if is_embedding:
         a, b = layer.lora_embedding_A[ADAPTER].data, layer.lora_embedding_B[ADAPTER].data
-        return WholeLayer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
-    a, b = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
-    if layer.fan_in_fan_out:
-        return WholeLayer(layer) if variant is not None else LowRank(a.T, b.T, scaling)
-    return LowRank(b, a, scaling, layer.lora_magnitude_vector[ADAPTER].weight.data if variant is not None else None)
-
-
-def needs_whole(made: Sequence[Change]) -> bool:
-    """Whether a parameter is needed as a whole for these changes."""
-    return any(change.whole for change in made)
+    else:
+        a, b = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
+    left, right = (a.T, b.T) if is_transposed else (b, a)
+    magnitude = layer.lora_magnitude_vector[ADAPTER].weight.data if variant is not None else None
+    return _low_rank(left, right, layer.scaling[ADAPTER], magnitude)
 
 
 def apply(made: Sequence[Change], weight: Tensor, start: int = 0) -> Tensor:
@@ -331,8 +253,10 @@ def are_same(one: Sequence[Change], other: Sequence[Change]) -> bool:
 
 
 @torch.no_grad()
-def dense(module: nn.Module, attribute: str) -> Tensor:
-    """A parameter or buffer of a loaded base; a quantized weight in its dequantized form."""
+def dense(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a loaded base on the CPU; a quantized weight in its dequantized form."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
     tensor: Any = getattr(module, attribute, None)
     if attribute == "weight" and type(tensor).__name__ in ("Params4bit", "Int8Params"):
         tensor = upstream.dequantize_module_weight(module)
@@ -343,5 +267,5 @@ def dense(module: nn.Module, attribute: str) -> Tensor:
         columns = layer(torch.eye(layer.in_features, device=device, dtype=torch.float16)).float()
         bias = getattr(layer, "bias", None)
         tensor = (columns - bias.float() if bias is not None else columns).T
-    made: Tensor = tensor.detach()
-    return made
+    values: Tensor = tensor.detach().cpu()
+    return values

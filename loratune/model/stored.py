@@ -1,12 +1,12 @@
-"""A base as it lies in safetensors files, read tensor by tensor instead of loaded.
+"""A base in safetensors files that is read tensor by tensor instead of loaded.
 
 transformers may name, stack, split or permute tensors differently in memory than in the files. `open_stored` finds for
-each tensor of the model the stored ones that it comes from, and shows on shapes alone that the way back ends where it
-began; `StoredGroup.revert` shows the same on values.
+each tensor of the model the stored ones that it comes from, and checks on shapes that the conversion is reversed by
+saving; `StoredBase.is_reversible` checks the same on values.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-"""The dtypes of stored tensors that can be computed with."""
+"""The dtypes that stored tensors may have."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -39,22 +39,20 @@ class NotStreamableError(Exception):
     """The base has to be loaded; the message says why."""
 
 
-def values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
+def _values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
     """A stored tensor, or some of its rows."""
-    if not tensor.shape:
-        return torch.frombuffer(tensor.read(0, tensor.size), dtype=DTYPES[tensor.dtype]).reshape(())
-    rows = tensor.shape[0] - first if rows is None else rows
-    shape = (rows, *tensor.shape[1:])
-    if not (count := torch.Size(shape).numel()):
+    count = tensor.shape[0] - first if rows is None and tensor.shape else rows
+    shape = (count, *tensor.shape[1:]) if tensor.shape else ()
+    size = tensor_files.size_of(tensor.dtype, shape)
+    if not size:
         return torch.empty(shape, dtype=DTYPES[tensor.dtype])
-    width = count // rows * tensor_files.WIDTHS[tensor.dtype]
-    data = tensor.read(first * width, rows * width)
+    data = tensor.read(first * (size // count) if count else 0, size)
     return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(shape)
 
 
 @dataclass(frozen=True)
 class StoredGroup:
-    """Stored tensors that become tensors of the model together.
+    """Stored tensors that together become tensors of the model.
 
     Attributes:
         first: The first of these.
@@ -72,31 +70,19 @@ class StoredGroup:
         """Whether the parts are more than renamed."""
         return next(iter(self.parts.values()))[0] is not None
 
-    def convert(self) -> dict[str, torch.Tensor]:
-        """The tensors of the model."""
-        if not self.is_converted:
-            ((_, tensor),) = self.parts.values()
-            return {self.first: values(tensor)}
-        read = {name: (str(pattern), values(tensor)) for name, (pattern, tensor) in self.parts.items()}
-        return self.layout.convert(self.first, read)
-
-    def revert(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The stored tensors that these of the model become."""
-        return self.layout.revert(tensors)
-
 
 @dataclass(frozen=True)
 class StoredBase:
     """The tensors in the files of a base, and what they are in the model.
 
     Attributes:
-        directory: Where the files are.
-        tensors: All stored tensors by their names, in the order of the files.
-        groups: By each tensor of the model, the stored ones that it comes from.
-        ties: Names of the model under which it holds one tensor, of which the first is stored.
+        model: The model on the meta device.
+        tensors: All stored tensors.
+        groups: Name of a tensor of the model → the stored ones it comes from.
+        ties: Names of each tensor that the model holds under several names, those that are stored first.
     """
 
-    directory: Path
+    model: PreTrainedModel
     tensors: Mapping[str, Tensor]
     groups: Mapping[str, StoredGroup]
     ties: tuple[tuple[str, ...], ...]
@@ -107,7 +93,27 @@ class StoredBase:
             return name
         return next(tied[0] for tied in self.ties if name in tied)
 
-    def reader(self) -> Any:
+    def blocks(self, name: str, rows: int) -> Iterator[torch.Tensor]:
+        """The values of a stored tensor, so many rows at a time."""
+        tensor = self.tensors[name]
+        count = tensor.shape[0] if tensor.shape else 1
+        for start in range(0, count, rows):
+            yield _values(tensor, start, min(rows, count - start))
+
+    def members(self, group: StoredGroup) -> dict[str, torch.Tensor]:
+        """The tensors of the model that a group becomes."""
+        if not group.is_converted:
+            ((_, tensor),) = group.parts.values()
+            return {group.first: _values(tensor)}
+        read = {name: (str(pattern), _values(tensor)) for name, (pattern, tensor) in group.parts.items()}
+        return group.layout.convert(group.first, read)
+
+    def is_reversible(self, group: StoredGroup, members: Mapping[str, torch.Tensor]) -> bool:
+        """Whether transformers would store these members as the files hold them."""
+        reverted = group.layout.revert(dict(members))
+        return all(torch.equal(tensor, _values(group.parts[name][1])) for name, tensor in reverted.items())
+
+    def reader(self) -> Callable[[str], torch.Tensor] | None:
         """A function from the name of a tensor of the model to its values. It keeps the group that was read last, whose
         other tensors are likely to be next."""
         last: dict[str, torch.Tensor] = {}
@@ -116,7 +122,7 @@ class StoredBase:
             name = self.owner(name)
             if name not in last:
                 last.clear()
-                last.update(self.groups[name].convert())
+                last.update(self.members(self.groups[name]))
             return last.pop(name)
 
         return read
@@ -153,10 +159,10 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
         raise NotStreamableError(f"{path} holds values of an unknown kind ({error})") from None
     if other := {tensor.dtype for tensor in stored.values()} - DTYPES.keys():
         raise NotStreamableError(f"its files hold {', '.join(sorted(other))}")
-    groups, unused = _groups(stored, model)
-    ties = tuple(_ties(model, groups))
+    groups, unused = group_tensors(stored, model)
+    ties = tuple(find_ties(model, groups))
     _check_complete(model, groups, ties, unused, section.name_or_path)
-    return StoredBase(paths[0].parent, stored, groups, ties)
+    return StoredBase(model, stored, groups, ties)
 
 
 def _paths(section: ModelSection) -> list[Path]:
@@ -182,18 +188,19 @@ def file(section: ModelSection, name: str) -> Path | None:
         return directory / name if (directory / name).is_file() else None
     try:
         return Path(hf_hub_download(section.name_or_path, name, revision=section.revision))
-    except errors.LocalEntryNotFoundError as error:
-        what = f"{name} cannot be downloaded: {summary(error)}"
-        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
-    except errors.EntryNotFoundError:
-        return None
     except Exception as error:  # whatever the network stack raises
+        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
+            return None
         what = f"{name} cannot be downloaded: {summary(error)}"
         raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
 
 
-def _groups(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, StoredGroup], list[str]]:
-    """The groups by the tensors of the model, and the stored tensors that it does not use."""
+def group_tensors(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, StoredGroup], list[str]]:
+    """The groups by the tensors of the model, and the names of the stored tensors that it does not use.
+
+    Raises:
+        NotStreamableError: The stored tensors cannot be converted to those of the model and back.
+    """
     layout, shapes = CheckpointLayout(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
     found: dict[str, dict[str, tuple[str | None, Tensor]]] = {}
     unused = []
@@ -236,8 +243,12 @@ def _members(
     return {name: tensor.shape for name, tensor in members.items()}
 
 
-def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator[tuple[str, ...]]:
-    """Names of each tensor that the model holds under several names, those that are stored first."""
+def find_ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator[tuple[str, ...]]:
+    """Names of each tensor that the model holds under several names, those that are stored first.
+
+    Raises:
+        NotStreamableError: The files hold different values for tied tensors.
+    """
     by_tensor: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         by_tensor.setdefault(id(tensor), []).append(name)
@@ -246,7 +257,7 @@ def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator
             continue
         stored = [name for name in names if name in groups]
         parts = [tensor for name in stored for _, tensor in groups[name].parts.values()]
-        if len({tensor.digest() for tensor in parts}) > 1:
+        if len(parts) > 1 and len({tensor.digest() for tensor in parts}) > 1:
             raise NotStreamableError(f"its files hold different values for {' and '.join(stored)}, which are tied")
         if stored:
             yield (*stored, *(name for name in names if name not in groups))

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ WIDTHS = {
 }  # fmt: skip
 """Bytes of a value, by the name of its dtype."""
 BLOCK = 16 << 20
-"""Bytes that are read or written at once, about."""
+"""Bytes that are read at once."""
+Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+"""Tensors by name, with dtype and shape."""
+
+
+def size_of(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * WIDTHS[dtype]
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class Tensor:
     @property
     def size(self) -> int:
         """Its bytes."""
-        return math.prod(self.shape) * WIDTHS[self.dtype]
+        return size_of(self.dtype, self.shape)
 
     def read(self, offset: int, count: int) -> bytearray:
         """Some of its bytes. Raises OSError: the file cannot be read, or has become shorter."""
@@ -57,16 +64,11 @@ class Tensor:
             raise OSError(f"{self.path} was cut off while it was read")
         return data
 
-    def blocks(self) -> Iterator[bytearray]:
-        """All of its bytes, block by block."""
-        for offset in range(0, self.size, BLOCK):
-            yield self.read(offset, min(BLOCK, self.size - offset))
-
     def digest(self) -> str:
         """SHA-256 of its bytes."""
         digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(block)
+        for offset in range(0, self.size, BLOCK):
+            digest.update(self.read(offset, min(BLOCK, self.size - offset)))
         return digest.hexdigest()
 
 
@@ -85,15 +87,16 @@ def tensors(path: Path) -> dict[str, Tensor]:
 
 
 class Shards:
-    """Files of a new model, whose tensors are known before they are written, in any order.
+    """The weight files of a new model. A context manager: inside, the files are open.
 
-    A context manager: inside, the files are open.
+    The tensors are known beforehand. They are written in any order, each from its first byte to its last.
 
     Attributes:
         tensors: Where each tensor goes.
+        paths: The files.
     """
 
-    def __init__(self, directory: Path, layout: Mapping[str, tuple[str, tuple[int, ...]]], most: int):
+    def __init__(self, directory: Path, layout: Layout, most: int):
         """Decide which tensor goes where. Nothing is written.
 
         Args:
@@ -104,7 +107,7 @@ class Shards:
         files: list[list[str]] = [[]]
         used = 0
         for name, (dtype, shape) in layout.items():
-            size = math.prod(shape) * WIDTHS[dtype]
+            size = size_of(dtype, shape)
             if files[-1] and used + size > most:
                 files.append([])
                 used = 0
@@ -113,36 +116,25 @@ class Shards:
         self.tensors: dict[str, Tensor] = {}
         self._headers: dict[Path, bytes] = {}
         self._handles: dict[Path, int] = {}
-        self._directory = directory
         for number, names in enumerate(files, start=1):
             suffix = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
             self._place(directory / f"model{suffix}.safetensors", names, layout)
+        self.paths = list(self._headers)
+        self._written = dict.fromkeys(self.tensors, 0)
+        self._digests = {name: hashlib.sha256() for name in self.tensors}
 
-    def _place(self, path: Path, names: Sequence[str], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    def _place(self, path: Path, names: Sequence[str], layout: Layout) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
+        end = 0
         for name in sorted(names, key=lambda name: -WIDTHS[layout[name][0]]):  # so that each begins at its alignment
             dtype, shape = layout[name]
-            size = math.prod(shape) * WIDTHS[dtype]
-            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + size]}
-            offset += size
+            begin, end = end, end + size_of(dtype, shape)
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._headers[path] = struct.pack("<Q", len(text)) + text
         for name in names:
-            dtype, shape = layout[name]
-            start = 8 + len(text) + header[name]["data_offsets"][0]
-            self.tensors[name] = Tensor(path, dtype, shape, start)
-
-    @property
-    def size(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.size for tensor in self.tensors.values())
-
-    @property
-    def paths(self) -> list[Path]:
-        """The files."""
-        return list(self._headers)
+            self.tensors[name] = Tensor(path, *layout[name], 8 + len(text) + header[name]["data_offsets"][0])
 
     def __enter__(self) -> "Shards":
         """Create the files, with their headers. Raises OSError."""
@@ -156,23 +148,29 @@ class Shards:
         for handle in self._handles.values():
             os.close(handle)
 
-    def write(self, name: str, offset: int, data: Any) -> None:
-        """Write some bytes of a tensor. Raises OSError."""
-        tensor = self.tensors[name]
-        _write(self._handles[tensor.path], data, tensor.start + offset)
+    def write(self, name: str, data: Any) -> None:
+        """Append bytes to a tensor. Raises OSError."""
+        tensor, view = self.tensors[name], memoryview(data).cast("B")
+        _write(self._handles[tensor.path], view, tensor.start + self._written[name])
+        self._written[name] += len(view)
+        self._digests[name].update(view)
+
+    def is_intact(self, name: str) -> bool:
+        """Whether the file holds the bytes that were written for a tensor."""
+        return self.tensors[name].digest() == self._digests[name].hexdigest()
 
     def write_index(self) -> None:
         """Write the index that tells in which file each tensor is, if there are several files."""
-        if len(self._headers) == 1:
+        if len(self.paths) == 1:
             return
         names = {name: tensor.path.name for name, tensor in sorted(self.tensors.items())}
-        index = {"metadata": {"total_size": self.size}, "weight_map": names}
-        text = json.dumps(index, indent=2) + "\n"
-        (self._directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        size = sum(tensor.size for tensor in self.tensors.values())
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": names}, indent=2) + "\n"
+        (self.paths[0].parent / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write(handle: int, data: Any, offset: int) -> None:
-    view = memoryview(data).cast("B")
+    view = memoryview(data)
     while view:
         done = os.pwrite(handle, view, offset)
         view, offset = view[done:], offset + done

@@ -1,0 +1,163 @@
+"""A merged model beside its weights: configurations, tokenizer, card, and how it compares with base and adapter."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from loratune import escaping, memory
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.codes import Code
+from loratune.console import progress
+from loratune.errors import ModelError, Problem
+from loratune.export.comparison import agreement
+from loratune.export.merging import Merge
+from loratune.export.texts import Texts
+from loratune.model import load, stored
+from loratune.model.source import local_or_hub
+from loratune.system.files import write_json
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+_NEW_TOKENS = 32
+"""Tokens of an answer by which a prompt is extended."""
+_MOST_TOKENS = 1024
+"""Tokens of a text that are compared."""
+_LOGITS = 1 << 30
+"""Bytes of the logits of two models that are held."""
+
+
+def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids: Sequence[int]) -> None:
+    """Write the configuration, as the base has it, and that of generation.
+
+    Args:
+        staging: The directory of the model.
+        source: The adapter.
+        merge: The merge that wrote the weights.
+        end_ids: The tokens that end an answer in the format of training.
+
+    Raises:
+        ModelError: The base's configuration of generation cannot be read.
+    """
+    file = None if merge.is_loaded else stored.file(source.base, CONFIG)  # that of a quantized base says how
+    values = json.loads(file.read_text(encoding="utf-8")) if file else merge.config.to_diff_dict()
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if merge.untied else {}
+    if merge.dtype is not None:
+        values.pop("torch_dtype", None)
+        changes["dtype"] = merge.dtype
+    values |= changes
+    for part in (part for part in values.values() if isinstance(part, dict)):
+        part |= {key: value for key, value in changes.items() if key in part}
+    write_json(staging / CONFIG, values)
+    generation = _generation(source, merge.config)
+    eos = generation.get("eos_token_id")
+    known = [token for token in (eos if isinstance(eos, list) else [eos]) if type(token) is int]
+    ids = [*known, *(token for token in end_ids if token not in known)]
+    generation["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    write_json(staging / GENERATION, generation)
+
+
+def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
+    """How the base generates. Raises ModelError: its file cannot be read."""
+    file = stored.file(source.base, GENERATION)
+    if file is None:
+        made: dict[str, Any] = GenerationConfig.from_model_config(config).to_diff_dict()
+        return made
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        reason = "" if isinstance(values, dict) else "it holds no object"
+    except (ValueError, RecursionError) as error:
+        values, reason = {}, str(error)
+    if reason:
+        what, fix = f"not readable as JSON: {reason}", "restore the file, or remove it"
+        raise ModelError(Problem(Code.MODEL_CONFIG_UNREADABLE, what, str(file), fix=fix))
+    return dict(values)
+
+
+def write_tokenizer(staging: Path, source: AdapterDirectory, tokenizer: Any) -> None:
+    """Write the tokenizer with its chat template: that of the adapter, byte for byte, if the adapter has one."""
+    if (source.files.path / "tokenizer_config.json").is_file():
+        source.copy_tokenizer(staging)
+    else:
+        tokenizer.save_pretrained(staging)
+
+
+def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) -> None:
+    """Write the model card. lines: how the model came about, and how it was compared."""
+    name = source.base.name_or_path
+    is_hub_id = local_or_hub(name) == name and not Path(name).exists()
+    base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
+    head = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "---"])
+    listed = "\n".join(f"- {escaping.markdown(line)}" for line in lines)
+    title = escaping.markdown(f"{Path(source.files.path).resolve().name}, merged")
+    (staging / "README.md").write_text(f"{head}\n\n# {title}\n\n{listed}\n", encoding="utf-8")
+
+
+def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None:
+    """The dtype in which base and merged model are compared, one after the other: float32, if there is memory for it.
+
+    Args:
+        parameters: How many the model has.
+        stored_dtypes: The dtypes of the merged model.
+
+    Returns:
+        The name of the dtype; None if the model does not fit in any.
+    """
+    free = memory.available(load.device()) - 2 * _LOGITS
+    widths = {"float32": 4, **{name: 2 for name in stored_dtypes if name in ("bfloat16", "float16")}}
+    return next((name for name, width in widths.items() if parameters * width < free), None)
+
+
+@progress("comparing the merged model")
+@torch.inference_mode()
+def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
+    """Compare the logits of the merged model, loaded by stock transformers, with those of the adapter and the base.
+
+    Args:
+        source: The adapter.
+        staging: The merged model.
+        texts: What is compared on; prompts are extended by the beginning of the adapter's answers.
+        dtype: The dtype in which both are computed.
+
+    Returns:
+        `adapter` and `base`: how the merged model agrees with each, see `Agreement`; `dtype`; `texts`: how many.
+    """
+    loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": dtype}), forced=True))
+    device, context = loaded.model.device, load.context_length(loaded.model.config) or _MOST_TOKENS
+    ids = [list(text)[: min(_MOST_TOKENS, context)] for text in texts.ids]
+    if not texts.complete:
+        prompts = [text[: max(1, context - _NEW_TOKENS)] for text in ids]
+        ids = [text + answer for text in prompts for answer in loaded.complete([text], _NEW_TOKENS)]
+    ids = list(_within(ids, max(1, _LOGITS // (8 * loaded.model.config.get_text_config().vocab_size))))
+    adapter = [_logits(loaded.model, text, device) for text in ids]
+    with loaded.without_adapter():
+        base = [_logits(loaded.model, text, device) for text in ids]
+    del loaded
+    attention = source.base.attn_implementation
+    merged = AutoModelForCausalLM.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
+    merged = merged.eval().to(device)
+    found = [_logits(merged, text, device) for text in ids]
+    return {
+        "adapter": agreement(zip(adapter, found, strict=True)).as_json(),
+        "base": agreement(zip(base, found, strict=True)).as_json(),
+        "dtype": dtype,
+        "texts": len(ids),
+    }
+
+
+def _within(ids: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    """The first texts, the last of them cut, so that there are not more tokens in all."""
+    for text in ids:
+        if most <= 0:
+            return
+        yield text[:most]
+        most -= len(text)
+
+
+def _logits(model: Any, ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
+    return logits
