@@ -428,14 +428,6 @@ class Code(StrEnum):
     # Several processes (distributed.*)
     DISTRIBUTED_NOT_MET = "distributed.not_met", "The processes of the run cannot reach each other at the start."
     DISTRIBUTED_LOST = "distributed.lost", "Another process of the run has ended, or cannot be reached any more."
-    DISTRIBUTED_CANNOT_LISTEN = "distributed.cannot_listen", "The main process cannot listen on its own address."
-    DISTRIBUTED_NO_SECRET = "distributed.no_secret", "The processes of the run have no secret in common."
-    DISTRIBUTED_WEAK_SECRET = "distributed.weak_secret", "The secret in LORATUNE_SECRET can be guessed."
-    DISTRIBUTED_VALUE_FORGED = "distributed.value_forged", "Another program wrote a value of the run."
-    DISTRIBUTED_VALUE_REMOVED = (
-        "distributed.value_removed",
-        "Another program removed a value of the run.",
-    )
     DISTRIBUTED_ROWS_DIFFER = "distributed.rows_differ", "The files of two machines hold different rows."
     DISTRIBUTED_SHARDING = "distributed.sharding", "A setting does not work with sharded weights."
 

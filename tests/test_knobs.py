@@ -75,6 +75,7 @@ TRAINING: dict[str, Any] = {
     "keep": "last",
     "patience": 3,
     "report_to": ["tensorboard"],
+    "ddp_timeout": 60,
     "activation_checkpointing": True,
 }
 MODEL: dict[str, Any] = {

@@ -2,274 +2,32 @@
 
 import json
 import os
-import pickle
 import pty
 import re
 import select
 import shutil
 import socket
-import stat
-import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 import yaml
-from conftest import ROWS, check_refused, meanings, write_rows
-from fork_server import Child, ForkServer
+from conftest import ROWS, check_refused, write_rows
+from fork_server import ForkServer
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from running import Cli, MakeConfig, checkpoints, until
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from running import Cli, MakeConfig
 from typer.testing import CliRunner
 
 from loratune import escaping
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.errors import LostError, Problem
+from loratune.errors import Problem
 from loratune.lora import adapter_files
-from loratune.training import rendezvous
-from loratune.training.rendezvous import SignedStore
-
-# Several processes
-
-
-class Dictionary:
-    """A store of one process, and what a stranger makes of it."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, bytes] = {}
-
-    def set(self, key: str, value: Any) -> None:
-        self.values[key] = bytes(value)
-
-    def get(self, key: str) -> bytes:
-        return self.values[key]
-
-    def check(self, keys: list[str]) -> bool:
-        return all(key in self.values for key in keys)
-
-    def compare_set(self, key: str, expected: str, desired: Any) -> bytes:
-        return self.values.setdefault(key, bytes(desired))
-
-    def delete_key(self, key: str) -> bool:
-        return self.values.pop(key, None) is not None
-
-
-VALUES: list[Any] = [None, True, 0, 1.5e300, "", "ä\ud800\x1b", [], {"a": [1, {"b": None}]}, "x" * (9 << 20)]
-
-
-def test_a_store_gives_back_what_was_put() -> None:
-    raw = Dictionary()
-    store = SignedStore(raw, b"secret")
-    for number, value in enumerate(VALUES):
-        store.put(f"{number}", value)
-    assert [store.get(f"{number}") for number in range(len(VALUES))] == VALUES
-    assert (store.put_first("one", 1), store.put_first("one", 2), store.get("one")) == (1, 1, 1)
-    store.remove(["one", *(f"{number}" for number in range(len(VALUES)))])
-    assert raw.values == {}
-
-
-class Bomb:
-    """Unpickled, it leaves a mark."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.mark,)
-
-
-FORGERIES: dict[str, Callable[[Dictionary, Path], Any]] = {
-    "nothing": lambda raw, mark: raw.set("mine", b""),
-    "plain": lambda raw, mark: raw.set("mine", b'"hello"'),
-    "a pickle": lambda raw, mark: raw.set("mine", pickle.dumps(Bomb(mark))),
-    "a tag and a pickle": lambda raw, mark: raw.set("mine", raw.get("mine")[:32] + pickle.dumps(Bomb(mark))),
-    "another key": lambda raw, mark: raw.set("mine", raw.get("other")),
-    "a bit": lambda raw, mark: raw.set("mine", raw.get("mine")[:-1] + b"!"),
-    "another run": lambda raw, mark: SignedStore(raw, b"other secret").put("mine", 1),
-}
-
-
-@pytest.mark.parametrize("name", FORGERIES)
-def test_a_store_refuses_what_a_stranger_wrote(name: str, tmp_path: Path) -> None:
-    raw = Dictionary()
-    store = SignedStore(raw, b"secret")
-    store.put("mine", "a")
-    store.put("other", "b")
-    FORGERIES[name](raw, tmp_path / "mark")
-    for read in (store.get, lambda key: store.put_first(key, 1)):
-        with pytest.raises(LostError, match="the value `mine` ") as caught:
-            read("mine")
-        assert meanings(caught.value) == [(Code.DISTRIBUTED_VALUE_FORGED, "", "")]
-    assert not (tmp_path / "mark").exists()
-    store.put("long", "x" * (9 << 20))
-    raw.set("long/1", b"y" * 10)
-    with pytest.raises(LostError, match="the value `long/1`") as caught:
-        store.get("long")
-    assert meanings(caught.value) == [(Code.DISTRIBUTED_VALUE_FORGED, "", "")]
-
-
-def test_a_secret_is_for_its_owner_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written with mode 0600 whatever the umask, and not believed where others could have written or read it."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    before = os.umask(0)
-    try:
-        path = rendezvous.write_secret("name", one_machine=False)
-    finally:
-        os.umask(before)
-    assert path is not None and stat.S_IMODE(path.stat().st_mode) == 0o600
-    known = rendezvous.read_secret("name", one_machine=False)
-    assert known is not None and len(known) == 64
-    assert rendezvous.read_secret("other", one_machine=False) is None
-    path.chmod(0o640)
-    assert rendezvous.read_secret("name", one_machine=False) is None
-    path.chmod(0o600)
-    path.rename(tmp_path / "moved")
-    path.symlink_to(tmp_path / "moved")
-    assert rendezvous.read_secret("name", one_machine=False) is None
-    path.unlink()
-    os.mkfifo(path, 0o600)
-    assert rendezvous.read_secret("name", one_machine=False) is None
-    assert rendezvous.run_secret(known, [b"a", b"b"]) != rendezvous.run_secret(known, [b"a", b"c"])
-
-
-@pytest.mark.parametrize("text", ["", "short", "a" * 40, "abababababababababababab"])
-def test_a_secret_that_can_be_guessed_ends_the_run(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORATUNE_SECRET", text)
-    with pytest.raises(LostError) as caught:
-        rendezvous.secret_of_user()
-    assert meanings(caught.value) == [(Code.DISTRIBUTED_WEAK_SECRET, "LORATUNE_SECRET", "")]
-
-
-def listening(pid: int) -> list[tuple[str, int]]:
-    """Address (in hexadecimal, as the kernel lists it) and port of each socket on which a process listens."""
-    inodes = set()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(link)))
-        except OSError:
-            continue
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, port = fields[1].split(":")
-                found.append((address, int(port, 16)))
-    return found
-
-
-def answers(port: int) -> bool:
-    """Whether a store of torch's listens at this port: gloo's sockets say nothing to a stranger."""
-    with socket.create_connection(("127.0.0.1", port), timeout=1) as probe:
-        probe.sendall(struct.pack("<BIBI", 0, 0x3C85F7CE, 13, 1234))  # its greeting, and a ping
-        try:
-            return probe.recv(4) == struct.pack("<I", 1234)
-        except OSError:
-            return False
-
-
-def stores(child: Child) -> dict[int, TCPStore]:
-    """Port → a stranger's connection to each store of torch's kind that a process keeps."""
-    limit = timedelta(seconds=5)
-    return {
-        port: TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
-        for port in {port for address, port in listening(child.pid) if address.strip("0") in ("", "100007F")}
-        if answers(port)
-    }
-
-
-SHARED: dict[str, Any] = {"training": {"per_device_train_batch_size": 3, "num_train_epochs": 2000, "save_steps": 5}}
-
-
-def begun(processes: ForkServer, config: Path, partial: Path) -> list[Child]:
-    children = processes.launch(2, "train", config)
-    until(lambda: checkpoints(partial), children[0])
-    return children
-
-
-def test_no_other_machine_reaches_the_store_of_one(
-    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """It listens on the loopback; what else listens is torch's own store, and gloo."""
-    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
-    answering = stores(children[0])
-    ours = [address for address, port in listening(children[0].pid) if port in answering]
-    assert ours.count("0100007F") == 1, ours
-    deadline = time.monotonic() + 20  # runs of other tests have theirs for the moment in which they meet
-    while left := [*Path("/dev/shm").glob(".loratune-*"), *Path("/tmp").glob(".loratune-*.secret")]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
-    for child in children:
-        child.send(15)
-    assert [child.wait(60) for child in children] == [143, 143]
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["a pickle", "deleted", "noise", *(pytest.param(one, marks=pytest.mark.slow) for one in ("garbage", "huge"))],
-)
-def test_a_stranger_at_the_store(what: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Nothing of theirs is run; the run continues, or ends with exit code 10 in all processes and reports why."""
-    children = begun(processes, run_config(**SHARED), tmp_path / "out.partial")
-    mark = tmp_path / "mark"
-    forged = {"a pickle": pickle.dumps(Bomb(mark)), "garbage": b"\x1b]0;owned\x07\n", "huge": b"9" * (7 << 20)}
-    keys = ["failed", "beat/0", "beat/1", "closed/1", "read/1", *(f"exchange/{one}" for one in range(40))]
-    keys += [f"{key}/{rank}" for key in keys[5:] for rank in (0, 1)]
-    for port, store in stores(children[0]).items():
-        if what == "noise":
-            with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
-                raw.sendall(os.urandom(1 << 16))
-            continue
-        for key in keys if what != "huge" else keys[:6]:
-            try:
-                store.delete_key(key) if what == "deleted" else store.set(key, forged[what])
-            except RuntimeError:  # the run has ended, and its store with it
-                break
-    if what == "noise":
-        time.sleep(2)
-        for child in children:
-            child.send(15)
-        assert [child.wait(60) for child in children] == [143, 143]
-        return
-    codes = [child.wait(90) for child in children]
-    assert codes == [10, 10], children[0].said()
-    said = children[0].said() + children[1].said()
-    assert said.count("error: ") == 1 and "\x1b" not in said
-    code = Code.DISTRIBUTED_VALUE_REMOVED if what == "deleted" else Code.DISTRIBUTED_VALUE_FORGED
-    assert f"exchange values [{code}]; keep the network of the machines private" in said, said
-    assert not mark.exists() and checkpoints(tmp_path / "out.partial")
-
-
-def test_machines_without_a_secret_in_common_end(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Two "machines" whose home and working directories are their own; with a secret that both are given, they run."""
-    config = run_config()
-    homes = [tmp_path / "a", tmp_path / "b"]
-    for home in homes:
-        home.mkdir()
-
-    def run(**more: str) -> list[tuple[int, str]]:
-        one = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", **more}
-        own = [{**one, "HOME": str(home), "first": f"import os; os.chdir({str(home)!r})"} for home in homes]
-        children = processes.launch(2, "train", config, each=own)
-        return [(child.wait(150), child.said()) for child in children]
-
-    ended = run()
-    assert [code for code, _ in ended] == [10, 10], ended
-    line = ended[0][1].splitlines()[-1]
-    assert line.startswith("error: the machines ") and f"[{Code.DISTRIBUTED_NO_SECRET}]" in line, line
-    assert line.endswith("; set LORATUNE_SECRET to the same long random text on all of them")
-    assert not list(tmp_path.rglob(".loratune-*"))
-    ended = run(LORATUNE_SECRET="0123456789abcdef0123")
-    assert [code for code, _ in ended] == [0, 0], ended
-
 
 # Code of other repositories
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,13 @@ def process_group() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_store_and_timeout_of_the_default_group(process_group: None) -> None:
+    assert upstream.default_store().add("a", 2) == 2
+    upstream.set_collective_timeout(timedelta(seconds=7))
+    backend = dist.group.WORLD._get_backend(torch.device("cpu"))  # type: ignore[union-attr]
+    assert backend.options._timeout == timedelta(seconds=7)
 
 
 def test_exclude_from_ddp(process_group: None) -> None:

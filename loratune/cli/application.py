@@ -15,7 +15,7 @@ from loratune import __version__
 from loratune.codes import Code
 from loratune.console import EscapedStream, err, escape_output, progress
 from loratune.errors import ConfigError, Problem
-from loratune.system import waiting
+from loratune.system import containers
 from loratune.system.files import path_problem
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ def importing(*, computes: bool = False) -> Iterator[None]:
 
     What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
 
-    computes: The first imports of a command that computes for long; see `waiting.adapt_threads`.
+    computes: The first imports of a command that computes for long; see `containers.limit_threads`.
     """
     gc.disable()
     try:
         with redirect_stdout(sys.stderr), progress("loading libraries") if err.is_interactive else nullcontext():
-            if computes:
-                log_all(waiting.adapt_threads())
+            if computes and (line := containers.limit_threads()):
+                log_all([line])
             yield
     finally:
         gc.freeze()

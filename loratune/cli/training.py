@@ -13,7 +13,7 @@ from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, c
 from loratune.codes import Code
 from loratune.commands.boundary import boundary, checked_output, stop_error
 from loratune.errors import ConfigError, Problem
-from loratune.system import launcher
+from loratune.system import launcher, signals
 from loratune.system.launcher import Group
 
 if TYPE_CHECKING:
@@ -143,7 +143,8 @@ def _join() -> Group:
     with importing():
         from loratune.training import distributed
 
-    return distributed.join()
+    with signals.default_actions():
+        return distributed.join()
 
 
 def _check_run(

@@ -152,7 +152,7 @@ def _print_nowhere() -> None:
 
 
 def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> None:
-    problems, exit_code = group.fail(error, *_explain(error, memory_fix))
+    problems, exit_code = group.fail(*_explain(error, memory_fix))
     stream = sys.stderr if group.main else EscapedStream(sys.__stderr__)
     if debug:
         traceback.print_exception(error, file=stream)

@@ -130,11 +130,11 @@ def train(
         KeyboardInterrupt: The user stopped the run.
     """
     began = time.monotonic() if began is None else began
-    with run_dir.locked(validated_run.directory) if group.main else nullcontext(validated_run.directory) as directory:
-        if group.main:
-            group.on_end(directory.clean_up)
-            if validated_run.resume_point is not None and not allow_worse:
-                gain.check_not_rejected(directory, validated_run.resume_point)
+    group.set_timeout(validated_run.config.training.ddp_timeout)
+    lock = run_dir.locked(validated_run.directory) if group.main else nullcontext(validated_run.directory)
+    with group.connected(), lock as directory:
+        if group.main and validated_run.resume_point is not None and not allow_worse:
+            gain.check_not_rejected(directory, validated_run.resume_point)
         plan = planner(validated_run, reporter.watch, group)
         identity = _identity(plan, validated_run)
         if group.main:

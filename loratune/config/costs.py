@@ -61,6 +61,7 @@ MEMORY_AND_TIME = {
     "training.eval_steps": "each evaluation is a forward pass over all validation rows",
     "training.keep": "best holds another copy of the trained weights in the machine's memory",
     "training.patience": "may end the run early",
+    "training.ddp_timeout": "none",
     "training.report_to": "little: what a tracker does at each report",
     "training.activation_checkpointing": "activations of one layer at a time, for one more forward pass in each step",
     "preferences.beta": "none",

@@ -103,6 +103,9 @@ class TrainingSection(Section):
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
         [], description="trackers that follow the run, by the integrations of transformers"
     )
+    ddp_timeout: int = Field(
+        1800, gt=0, le=10**7, description="seconds that a collective of several processes may take before the run ends"
+    )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
     @model_validator(mode="after")

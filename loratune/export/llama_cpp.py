@@ -23,7 +23,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.console import show_count
 from loratune.errors import AdapterError, Problem, install
-from loratune.system.waiting import threads
+from loratune.system.containers import threads
 
 _ERROR = re.compile(r"\w+(Error|Exception)\b")
 PACKAGE = "xllamacpp"

@@ -1,13 +1,17 @@
-"""What the control groups of Linux leave to this process: in a container, a batch job, a service.
+"""What the control groups of Linux leave to this process in a container, a batch job or a service, and threads for it.
 
 Files of both versions are read, see cgroups(7). The limits of a group hold for the groups in it, so those of all groups
 are read from the process's own up to the outermost one that it can see, which in a container is the container's.
 """
 
+import math
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+_THREADS = "OMP_NUM_THREADS"
 _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -21,6 +25,30 @@ def processors() -> float:
                 if quota != "max" and min(int(quota), int(period)) > 0:
                     limits.append(int(quota) / int(period))
     return min(limits)
+
+
+def threads() -> int:
+    """How many threads a program should have: OMP_NUM_THREADS, or the processors that this process may use."""
+    given = os.environ.get(_THREADS, "").partition(",")[0]
+    if given.isascii() and given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), processors())))
+
+
+def limit_threads() -> str:
+    """Set OMP_NUM_THREADS in a container that may use fewer processors than it sees, unless the user has set it.
+
+    OpenMP reads it as torch is loaded, so it is too late afterwards. With a thread for each processor that is seen, the
+    kernel would halt all of them again and again.
+
+    Returns:
+        A line for the user, empty where nothing was set.
+    """
+    seen, allowed = len(os.sched_getaffinity(0)), processors()
+    if "torch" in sys.modules or allowed > seen - 1 or os.environ.get(_THREADS):
+        return ""
+    os.environ[_THREADS] = str(threads())
+    return f"a container may use {allowed:g} of {seen} processors, so there are fewer threads ({_THREADS}={threads()})"
 
 
 def free_memory() -> float:

@@ -7,51 +7,13 @@ needs torch, makes a group of several.
 
 import os
 import platform
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
 
-from loratune.codes import Code
 from loratune.errors import Problem
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a process ended.
-
-    Attributes:
-        rank: The number of the process.
-        host: The name of its machine.
-        problems: What it reported.
-        code: Its exit code.
-        lost: It ended without a report, or cannot be reached, and another process reports that.
-    """
-
-    rank: int
-    host: str
-    problems: tuple[Problem, ...]
-    code: int
-    lost: bool = False
-
-    def problems_for(self, rank: int) -> list[Problem]:
-        """The problems as the process `rank` prints them: those of another one begin with its name, unless they say
-        that it is lost."""
-        if rank == self.rank or self.lost:
-            return list(self.problems)
-        who = f"process {self.rank} on {self.host}"
-        return [replace(problem, what=f"{who}: {problem.what}") for problem in self.problems]
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Failure":
-        """From plain values."""
-        problems = tuple(Problem(**fields | {"code": Code(fields["code"])}) for fields in values["problems"])
-        return cls(**values | {"problems": problems})
 
 
 class Group(Protocol):
@@ -76,21 +38,23 @@ class Group(Protocol):
         """Whether this is the first process of its machine."""
 
     def broadcast(self, value: T) -> T:
-        """The main process's value, in all processes; the others wait for it as long as it takes. Between several
+        """The main process's value, in all processes; they wait for each other as long as it takes. Between several
         processes, a value must be such as JSON has."""
 
     def all_gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; each waits for the others. Values are as in `broadcast`."""
+        """The values of all processes, by rank. Processes wait, and values are, as in `broadcast`."""
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """The sums of numbers over all processes, each of which must have its own numbers by now."""
+        """The sums of numbers over all processes, which must all have theirs within the timeout of a collective."""
 
-    def on_end(self, clean_up: Callable[[], None]) -> None:
-        """Set what this process cleans up when another one ends them all."""
+    def connected(self) -> AbstractContextManager[None]:
+        """Inside, a collective that fails raises LostError."""
 
-    def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
-        """End all processes because of an error in this one. Returns the problems that this process is to print, which
-        are none if another one prints them, and its exit code."""
+    def set_timeout(self, seconds: int) -> None:
+        """Set the timeout of collectives."""
+
+    def fail(self, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
+        """Record that this process ends with an error. Returns the problems that it is to print, and its exit code."""
 
     def close(self) -> None:
         """Leave the group once all processes call this: from then on the end of one does not end the others."""
@@ -113,10 +77,14 @@ class SingleProcess:
         """The numbers themselves."""
         return list(values)
 
-    def on_end(self, clean_up: Callable[[], None]) -> None:
-        """Nothing: there is no other process."""
+    def connected(self) -> AbstractContextManager[None]:
+        """A context without effect."""
+        return nullcontext()
 
-    def fail(self, error: BaseException, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
+    def set_timeout(self, seconds: int) -> None:
+        """Nothing: there are no collectives."""
+
+    def fail(self, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
         """All problems are to be printed."""
         return list(problems), code
 

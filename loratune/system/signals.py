@@ -15,7 +15,6 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -43,9 +42,6 @@ _EXCEPTIONS: dict[signal.Signals, type[KeyboardInterrupt]] = {
 _REPEATABLE = (signal.SIGINT, signal.SIGTERM)
 """A second one of these stops at once. The others come more than once although nobody asks twice: shell and kernel both
 send SIGHUP as a terminal closes, and SIGXCPU comes every second."""
-
-_BLOCKED_SECONDS = 1.0
-"""Seconds after a signal in which a call that is not blocked returns to Python."""
 
 RELAY_SECONDS = 2.0
 """Seconds within which a launcher passes a signal on to its processes."""
@@ -168,41 +164,13 @@ def exit_on_signals() -> Iterator[None]:
 
 
 @contextmanager
-def exit_while_blocked(clean_up: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Inside, a signal ends the process also where the main thread waits in a call that does not return to Python.
+def default_actions() -> Iterator[None]:
+    """Inside, a signal ends the process at once.
 
-    Python runs handlers between two instructions, so that one which raises has no effect on a connection that torch
-    waits half an hour for. Another thread hears of the signal at once, leaves the handler a second in which to raise,
-    and then reports the signal on stderr and ends the process.
-
-    Args:
-        clean_up: What that thread does before. It runs beside the main thread.
+    Python runs handlers between two instructions, so they have no effect while a library waits for a connection.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where no handler runs
-        return
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    over = threading.Event()
-
-    def watch() -> None:
-        while (number := os.read(reader, 1)) and number[0] not in _EXCEPTIONS:
-            pass
-        if number and not over.wait(_BLOCKED_SECONDS):
-            clean_up()
-            _exit(number[0])
-
-    thread = threading.Thread(target=watch, name="loratune_signals", daemon=True)
-    thread.start()
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    try:
+    with _handled(signal.SIG_DFL):
         yield
-    finally:
-        over.set()
-        signal.set_wakeup_fd(previous)
-        os.close(writer)
-        thread.join()
-        os.close(reader)
 
 
 def _exit(number: int) -> None:
@@ -231,7 +199,7 @@ def ignore_signals() -> None:
 
 
 @contextmanager
-def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handled(handle: Any) -> Iterator[None]:
     """Signals that the parent process had ignored, as `nohup` and `&` do, stay ignored."""
     previous: dict[signal.Signals, Any] = {}
     try:

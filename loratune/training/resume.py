@@ -45,8 +45,9 @@ _ONLY_SCORED = ("data.validation", "data.test")
 """Keys of rows that are never trained on, so that other rows can be allowed."""
 MAX_MINUTES = "max_minutes"
 """The key of a checkpoint's record that holds the time budget, from which `max_steps` was fixed as the run began."""
-_NOT_COMPARED = ("output_dir", "training.report_to")
-"""Keys that may change: the checkpoints were found, so the run directory may have been moved; trackers only watch."""
+_NOT_COMPARED = ("output_dir", "training.report_to", "training.ddp_timeout")
+"""Keys that may change: the checkpoints were found, so the run directory may have been moved; the others change no
+step."""
 _RESTART = "start afresh with --overwrite"
 
 

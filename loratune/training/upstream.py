@@ -4,11 +4,13 @@ Each such name stands here once, with the reason why no documented one serves; t
 those that a release takes away.
 """
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -22,6 +24,22 @@ def exclude_from_ddp(model: nn.Module, names: list[str]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(  # type: ignore[no-untyped-call]
         model, names
     )
+
+
+def default_store() -> Any:
+    """The store in which the processes of the default group have met.
+
+    Values can be looked at in it without a collective. Its address is documented, its prefix is not.
+    """
+    return distributed_c10d._get_default_store()
+
+
+def set_collective_timeout(timeout: timedelta) -> None:
+    """Set the timeout of collectives of the default group, which is made before the configuration is known.
+
+    The documented argument is one of `init_process_group`.
+    """
+    distributed_c10d._set_pg_timeout(timeout)
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:

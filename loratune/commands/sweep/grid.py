@@ -33,6 +33,7 @@ _NOT_VARIED = {
     "lora.start_from": "each starting point is a study of its own",
     "training.report_to": "it changes no adapter",
     "training.save_steps": "it changes no adapter",
+    "training.ddp_timeout": "it changes no adapter",
     "training.logging_steps": "it changes no adapter",
 }
 _OBJECTIVE, _NUMBERS = "training.objective", "preferences."

@@ -42,7 +42,7 @@ from loratune.system.launcher import host
 from loratune.training import run_dir
 from loratune.training.run_dir import RunDirectory
 
-_NOT_COMPARED = ("training.report_to", "training.logging_steps", "training.save_steps")
+_NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
 """Keys that two commands on one study may have at other values, beside places, which differ from machine to machine:
 what is there is known by its fingerprint."""
 
