@@ -11,7 +11,7 @@ from loratune import config
 from loratune.config import OUTPUT, RunConfig, path_keys
 from loratune.config.keys import groups
 from loratune.errors import ResumeError
-from loratune.export import local_paths
+from loratune.export.portable import portable
 from loratune.training import resume
 from loratune.training.preflight import with_absolute_paths
 from loratune.training.resume import CONTENTS, ResumePoint
@@ -83,8 +83,7 @@ def test_each_text_of_the_schema_is_a_path_or_none() -> None:
 
 def test_paths_are_absolute_in_a_run_and_names_when_pushed(run: RunConfig, tmp_path: Path) -> None:
     absolute = with_absolute_paths(run)
-    portable = local_paths.portable(absolute, "who/base")
-    found = [[*leaves(one.resolved())] for one in (run, absolute, portable)]
+    found = [[*leaves(one.resolved())] for one in (run, absolute, portable(absolute, "who/base"))]
     assert {place for place, _ in found[0]} == (path_keys() | TEXTS.keys()) - {"data.group_by"}
     for (place, before), (_, here), (_, pushed) in zip(*found, strict=True):
         if place in TEXTS:

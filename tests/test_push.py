@@ -21,7 +21,7 @@ from running import WEIGHTS, flip, until
 from loratune import config, escaping
 from loratune.adapter import card
 from loratune.codes import Code
-from loratune.export import local_paths
+from loratune.export import portable
 from loratune.lora import adapter_files
 from loratune.system.files import sha256
 from loratune.system.records import ROW_HASHES
@@ -182,7 +182,7 @@ def test_no_place_of_a_run_is_uploaded(
     record["files"] = adapter_files.manifest(adapter)
     (adapter / "loratune.json").write_text(json.dumps(record))
     assert read_files(adapter).count("secret") > 20
-    copied = local_paths.copy(adapter_files.inspect(adapter), tmp_path / "copy", ME, BASE)
+    copied = portable.copy(adapter_files.inspect(adapter), tmp_path / "copy", ME, BASE)
     assert "secret" not in read_files(copied.path)
     assert config.load(copied.path / "run.yaml").data.test_sources[1].path == "more.jsonl"
 
@@ -281,7 +281,7 @@ def test_a_damaged_adapter(adapter: Path, state: State, push: Push, tmp_path: Pa
 def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Push) -> None:
     ran = push("--adapter", trained, ME)
     where, key = str(trained / "adapter_config.json"), "base_model_name_or_path"
-    check_refused(ran, 2, (Code.PUSH_LOCAL_BASE, where, key))
+    check_refused(ran, 2, (Code.PUSH_BASE, where, key))
     assert "--base USER/MODEL" in ran.err and state.seen == []
     check_refused(push("--adapter", trained, ME, "--base", "nobody"), 2, (Code.PUSH_BAD_NAME, "nobody", "--base"))
     assert state.seen == []
@@ -292,9 +292,7 @@ def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Pu
 
 
 def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push) -> None:
-    check_refused(
-        push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_OTHER_BASE, "who/other", "--base")
-    )
+    check_refused(push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_BASE, "who/other", "--base"))
     assert state.seen == []
     assert push("--adapter", adapter, ME, "--base", BASE).code == 0
 
@@ -302,7 +300,7 @@ def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push)
 @pytest.mark.parametrize("token", ["", "hf_\x01secret", "hf_ö"])
 def test_no_login(token: str, adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, token=token)
-    check_refused(ran, 2, (Code.PUSH_NO_TOKEN, "", ""))
+    check_refused(ran, 2, (Code.PUSH_LOGIN, "", ""))
     assert "hf auth login" in ran.err and "secret" not in ran.err
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
@@ -339,7 +337,7 @@ def test_never_into_a_repository_of_the_other_visibility(adapter: Path, state: S
     for private, arguments, fix in ((False, (), "add --public"), (True, ("--public",), "leave out --public")):
         repository = state.add(ME, private=private)
         ran = push("--adapter", adapter, ME, *arguments)
-        check_refused(ran, 2, (Code.PUSH_VISIBILITY, ME, ""))
+        check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
         assert fix in ran.err and f"{ME}/settings" in ran.err
         assert len(repository.commits) == 1
     assert state.lines("POST") == []
@@ -355,7 +353,7 @@ def test_a_hub_that_creates_it_with_the_other_visibility(adapter: Path, state: S
 
     state.fault = create
     ran = push("--adapter", adapter, ME)
-    check_refused(ran, 2, (Code.PUSH_VISIBILITY, ME, ""))
+    check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
     assert "created the repository as public; nothing was uploaded" in ran.err
     assert state.lines("POST") == ["POST /api/repos/create"]
 
@@ -371,7 +369,7 @@ def test_a_hub_that_creates_it_with_the_other_visibility(adapter: Path, state: S
 def test_a_repository_of_something_else(files: Files, shown: str, adapter: Path, state: State, push: Push) -> None:
     repository = state.add(ME, **files)
     ran = push("--adapter", adapter, ME)
-    check_refused(ran, 2, (Code.PUSH_OTHER_FILES, ME, ""))
+    check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
     assert shown in ran.err
     assert len(repository.commits) == 1 and state.lines("POST") == []
 
@@ -434,11 +432,11 @@ HTML, HUGE = b"<html><p>Hello</p></html>", b"x" * 20_000_000
 FULL = {"error": "Private repository storage limit reached, please upgrade your plan"}
 LFS = {"objects": [{"oid": "0" * 64, "size": 1, "error": {"code": 422, "message": "virus found"}}]}
 FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
-    "unauthorized": (at(INFO, says(401)), 2, Code.PUSH_UNAUTHORIZED, "hf auth login"),
-    "forbidden": (at(CREATE, says(403, {"error": "no right here"})), 2, Code.PUSH_FORBIDDEN, "no right here"),
-    "gated": (at(INFO, says(403, X_Error_Code="GatedRepo")), 2, Code.PUSH_FORBIDDEN, ""),
-    "no owner": (at(CREATE, says(404, {"error": "no such user"})), 2, Code.PUSH_NOT_FOUND, "no such user"),
-    "rate limit": (at(CREATE, says(429, Retry_After="17")), 8, Code.PUSH_RATE_LIMIT, "wait 17 s, and try again"),
+    "unauthorized": (at(INFO, says(401)), 2, Code.PUSH_LOGIN, "hf auth login"),
+    "forbidden": (at(CREATE, says(403, {"error": "no right here"})), 2, Code.PUSH_REFUSED, "no right here"),
+    "gated": (at(INFO, says(403, X_Error_Code="GatedRepo")), 2, Code.PUSH_REFUSED, ""),
+    "no owner": (at(CREATE, says(404, {"error": "no such user"})), 2, Code.PUSH_REFUSED, "no such user"),
+    "rate limit": (at(CREATE, says(429, Retry_After="17")), 8, Code.PUSH_HUB_FAILED, "wait 17 s, and try again"),
     "failure": (at(INFO, says(500, b"oh no")), 8, Code.PUSH_HUB_FAILED, "oh no"),
     "gateway": (at(COMMIT, says(503)), 8, Code.PUSH_HUB_FAILED, "try again later"),
     "quota": (at(COMMIT, says(403, FULL)), 8, Code.PUSH_QUOTA, "storage limit reached"),
@@ -448,18 +446,18 @@ FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
     "changed": (changed_meanwhile, 9, Code.PUSH_CHANGED_MEANWHILE, "push again"),
     "refused": (at(COMMIT, says(400, {"error": "too long a path"})), 2, Code.PUSH_REFUSED, "too long a path"),
     "refused file": (at(BATCH, says(200, LFS)), 2, Code.PUSH_REFUSED, "virus found"),
-    "card": (at("yaml", says(400, {"errors": [{"message": "bad tag"}]})), 2, Code.PUSH_BAD_CARD, "bad tag"),
-    "html": (at(INFO, says(200, HTML, Content_Type="text/html")), 8, Code.PUSH_BAD_ANSWER, "HF_ENDPOINT"),
-    "html at last": (at(COMMIT, says(200, HTML)), 8, Code.PUSH_BAD_ANSWER, ""),
-    "a list": (at(INFO, says(200, [1, 2])), 8, Code.PUSH_BAD_ANSWER, ""),
-    "no commit": (at(INFO, says(200, {"id": ME, "private": True})), 8, Code.PUSH_BAD_ANSWER, "last commit"),
-    "no modes": (at("/preupload/", says(200, {"files": 1})), 8, Code.PUSH_BAD_ANSWER, ""),
-    "redirect": (redirected, 8, Code.PUSH_BAD_ANSWER, ""),
+    "card": (at("yaml", says(400, {"errors": [{"message": "bad tag"}]})), 2, Code.PUSH_REFUSED, "bad tag"),
+    "html": (at(INFO, says(200, HTML, Content_Type="text/html")), 8, Code.PUSH_UNREACHABLE, "HF_ENDPOINT"),
+    "html at last": (at(COMMIT, says(200, HTML)), 8, Code.PUSH_UNREACHABLE, ""),
+    "a list": (at(INFO, says(200, [1, 2])), 8, Code.PUSH_UNREACHABLE, ""),
+    "no commit": (at(INFO, says(200, {"id": ME, "private": True})), 8, Code.PUSH_UNREACHABLE, "last commit"),
+    "no modes": (at("/preupload/", says(200, {"files": 1})), 8, Code.PUSH_UNREACHABLE, ""),
+    "redirect": (redirected, 8, Code.PUSH_UNREACHABLE, ""),
     "dropped": (at(INFO, Handler.drop), 8, Code.PUSH_UNREACHABLE, "check the connection"),
     "dropped at last": (at(COMMIT, Handler.drop), 8, Code.PUSH_UNREACHABLE, "not sent again"),
     "huge": (at(CREATE, says(418, HUGE, Content_Type="text/plain")), 2, Code.PUSH_REFUSED, "xxx [...] ["),
-    "huge page": (at(INFO, says(200, HUGE)), 8, Code.PUSH_BAD_ANSWER, ""),
-    "an echo": (at(CREATE, says(403, {"error": f"not with {TOKEN}"})), 2, Code.PUSH_FORBIDDEN, "not with [token]"),
+    "huge page": (at(INFO, says(200, HUGE)), 8, Code.PUSH_UNREACHABLE, ""),
+    "an echo": (at(CREATE, says(403, {"error": f"not with {TOKEN}"})), 2, Code.PUSH_REFUSED, "not with [token]"),
 }  # fmt: skip
 
 
@@ -480,9 +478,9 @@ def test_nothing_of_the_token_is_shown_with_debug(adapter: Path, state: State, p
 
 
 def test_a_token_that_the_hub_does_not_know(adapter: Path, state: State, push: Push) -> None:
-    check_refused(push("--adapter", adapter, ME, token="hf_other"), 2, (Code.PUSH_UNAUTHORIZED, ME, ""))
-    check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_FORBIDDEN, ME, ""))
-    check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_FORBIDDEN, "you/skill", ""))
+    check_refused(push("--adapter", adapter, ME, token="hf_other"), 2, (Code.PUSH_LOGIN, ME, ""))
+    check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_REFUSED, ME, ""))
+    check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_REFUSED, "you/skill", ""))
     assert set(state.repositories) == {BASE}
 
 
@@ -490,7 +488,7 @@ def test_a_repository_that_has_moved(adapter: Path, state: State, push: Push) ->
     info = {"id": "me/renamed", "private": True, "sha": "0" * 40, "siblings": []}
     state.fault = at(INFO, says(200, info))
     ran = push("--adapter", adapter, ME)
-    check_refused(ran, 2, (Code.PUSH_RENAMED, ME, ""))
+    check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
     assert "me/renamed" in ran.err and state.lines("POST") == []
 
 
@@ -542,7 +540,7 @@ def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, cli
 def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_HUB_OFFLINE": "1"})
-    check_refused(ran, 8, (Code.PUSH_OFFLINE, ME, ""))
+    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
     assert "unset HF_HUB_OFFLINE" in ran.err and state.seen == []
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
     check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))

@@ -20,9 +20,9 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from loratune.codes import Code
 from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
-from loratune.export import local_paths
+from loratune.export import portable
 from loratune.export.hub_errors import LOGIN, explained, without
-from loratune.export.local_paths import CARD, PortableCopy
+from loratune.export.portable import CARD, PortableCopy
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.model import source
@@ -31,9 +31,9 @@ from loratune.system.files import sha256
 from loratune.system.records import ROW_HASHES
 
 _SECONDS = 120.0
-"""How long a single read or write on a connection may take; the client itself would wait for ever."""
+"""How long a single read or write on a connection may take; the client itself has no limit."""
 _NEW = (".gitattributes", CARD)
-"""What the hub itself puts into a repository that was just created."""
+"""What the hub itself puts into a new repository."""
 
 
 @dataclass(frozen=True)
@@ -104,25 +104,22 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
         ModelError: The hub has no such model.
         ResourceError: The hub cannot be reached.
     """
-    where, key = str(adapter.path / CONFIG_FILE), "base_model_name_or_path"
-    if not local_paths.is_local(adapter.base):
+    if not portable.is_local(adapter.base):
         if given in (None, adapter.base):
             return adapter.base
         what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
-        raise ConfigError(Problem(Code.PUSH_OTHER_BASE, what, given or "", "--base", fix))
+        raise ConfigError(Problem(Code.PUSH_BASE, what, given or "", "--base", fix))
     if given is None:
         what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
-        fix = "say what it is called on the hub, with --base USER/MODEL"
-        raise ConfigError(Problem(Code.PUSH_LOCAL_BASE, what, where, key, fix))
+        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
+        raise ConfigError(Problem(Code.PUSH_BASE, what, where, "base_model_name_or_path", fix))
     check_name(given, "--base")
     recorded = adapter.record.get("base")
     file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
     try:
-        file = file if isinstance(file, str) else "config.json"
-        source.check_repository(given, None, file, perhaps_path=False)
+        source.check_repository(given, None, file if isinstance(file, str) else "config.json", perhaps_path=False)
     except ModelError as error:
-        token = get_token() or ""
-        problem = replace(error.problems[0], what=without(error.problems[0].what, token), key="--base")
+        problem = replace(error.problems[0], what=without(error.problems[0].what, get_token() or ""), key="--base")
         if problem.code is Code.MODEL_HUB_UNREACHABLE:
             raise ResourceError(replace(problem, code=Code.PUSH_UNREACHABLE)) from None
         raise ModelError(problem) from None
@@ -144,29 +141,27 @@ def push(
     Raises:
         ConfigError: The repository is of the other visibility, has another name by now, or holds something else; see
             also `check_name`, `base_on_hub`, `explained`.
-        AdapterError: See `local_paths.copy`; a file that was downloaded again is not what was sent.
+        AdapterError: See `portable.copy`; a file that was downloaded again is not what was sent.
         ResourceError, LockedError: See `explained`.
     """
     check_name(repository)
     with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
         base = base_on_hub(adapter, base)
-        copy = local_paths.copy(adapter, Path(scratch) / "copy", repository, base)
-        if adapter.record.get(local_paths.PROMPTS):
+        copy = portable.copy(adapter, Path(scratch) / "copy", repository, base)
+        if adapter.record.get(portable.PROMPTS):
             log("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
         if (adapter.path / ROW_HASHES).is_file():
             log(f"{ROW_HASHES}, hashes of the training rows, is left out")
         with explained(repository):
             token = get_token() or ""
         if re.fullmatch(r"[!-~]+", token) is None:
-            what = "the token has characters that none has" if token else "no login to the hub is found"
-            raise ConfigError(Problem(Code.PUSH_NO_TOKEN, what, fix=LOGIN))
+            what = "the token has characters that no token has" if token else "no login to the hub is found"
+            raise ConfigError(Problem(Code.PUSH_LOGIN, what, fix=LOGIN))
         with explained(repository, token):
-            return _push(HfApi(token=token), repository, copy, public, Path(scratch), log)
+            return _upload(HfApi(token=token), repository, copy, public, log)
 
 
-def _push(
-    api: HfApi, repository: str, copy: PortableCopy, public: bool, scratch: Path, log: Callable[[str], None]
-) -> Upload:
+def _upload(api: HfApi, repository: str, copy: PortableCopy, public: bool, log: Callable[[str], None]) -> Upload:
     get_session().timeout = _SECONDS
     info = _info(api, repository)
     created = info is None
@@ -183,30 +178,32 @@ def _push(
     log(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
     additions = [CommitOperationAdd(name, copy.path / name) for name in copy.files]
     _interruptible(lambda: _send(api, repository, additions))
+    deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
     commit = api.create_commit(
         repository,
-        [*additions, *(CommitOperationDelete(name, is_folder=False) for name in removed)],
+        [*additions, *deletions],
         commit_message="Upload adapter with loratune",
         parent_commit=info.sha,
     )
-    _interruptible(lambda: _check_equal(api, repository, copy, commit.oid, scratch / "again"))
-    files = tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items())
-    unchanged = commit.oid == info.sha
+    _interruptible(lambda: _check_equal(api, repository, copy, commit.oid))
     return Upload(
-        repository, url, public, created, commit.oid, unchanged, copy.base, files, copy.changed, removed, copy.left_out
-    )
+        repository=repository, url=url, public=public, created=created, commit=commit.oid,
+        unchanged=commit.oid == info.sha, base=copy.base, removed=removed, left_out=copy.left_out,
+        files=tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items()),
+        paths_replaced=copy.changed,
+    )  # fmt: skip
 
 
 @progress("uploading")
 def _send(api: HfApi, repository: str, additions: Sequence[CommitOperationAdd]) -> None:
-    """Send large files to where they are kept, one at a time: for several, the client has threads that Python would
-    wait for at the end."""
+    """Send large files to their storage, one at a time: for several, the client has threads that Python would wait for
+    at the end."""
     for addition in additions:
         api.preupload_lfs_files(repository, [addition], free_memory=False)
 
 
 def _interruptible(work: Callable[[], None]) -> None:
-    """Work in a thread that is left behind at Ctrl-C: while Xet waits for the network, no signal is handled."""
+    """Work in a thread that is abandoned at Ctrl-C: while Xet waits for the network, no signal is handled."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -223,10 +220,10 @@ def _interruptible(work: Callable[[], None]) -> None:
 
 
 def _info(api: HfApi, repository: str) -> ModelInfo | None:
-    """What the hub says of a repository; None if there is none, or none that this login can see.
+    """The hub's record of a repository; None if it does not exist, or this login cannot see it.
 
     Raises:
-        ValueError: The answer lacks what a hub says.
+        ValueError: The answer is incomplete.
     """
     try:
         info = api.model_info(repository, timeout=_SECONDS)
@@ -235,17 +232,16 @@ def _info(api: HfApi, repository: str) -> ModelInfo | None:
             raise
         return None
     if type(info.private) is not bool or not re.fullmatch(r"[0-9a-f]{40}", str(info.sha)):
-        raise ValueError("it says neither who can see the repository nor what its last commit is")
+        raise ValueError("it lacks the visibility of the repository or its last commit")
     return info
 
 
 def _check_visibility(info: ModelInfo, repository: str, url: str, public: bool, created: bool) -> None:
     if info.id != repository:
         what, fix = f"is called {info.id} on the hub", "push to that name"
-        raise ConfigError(Problem(Code.PUSH_RENAMED, what, repository, fix=fix))
-    if info.private is not public:
+    elif info.private is not public:
         return
-    if created:
+    elif created:
         what = f"the hub created the repository as {'private' if info.private else 'public'}; nothing was uploaded"
         fix = f"look at {url}/settings"
     elif public:
@@ -253,7 +249,7 @@ def _check_visibility(info: ModelInfo, repository: str, url: str, public: bool, 
     else:
         what = "exists and is public, so everyone would see the adapter"
         fix = f"add --public, or first make it private on {url}/settings"
-    raise ConfigError(Problem(Code.PUSH_VISIBILITY, what, repository, fix=fix))
+    raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, repository, fix=fix))
 
 
 def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) -> tuple[str, ...]:
@@ -273,23 +269,22 @@ def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) ->
     if foreign:
         shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else "")
         fix = "push to another name, or remove them there"
-        raise ConfigError(Problem(Code.PUSH_OTHER_FILES, f"{what}: {shown}", repository, fix=fix))
+        raise ConfigError(Problem(Code.PUSH_REPOSITORY, f"{what}: {shown}", repository, fix=fix))
     return stale
 
 
 @progress("comparing the upload")
-def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str, scratch: Path) -> None:
+def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -> None:
     """Download what was uploaded, as others will. Raises AdapterError: a file is missing or differs."""
     problems = []
     for name, digest in copy.files.items():
         what = ""
         try:
-            path = Path(api.hf_hub_download(repository, name, revision=commit, local_dir=scratch))
+            path = Path(api.hf_hub_download(repository, name, revision=commit, local_dir=copy.path.parent / "again"))
         except errors.RemoteEntryNotFoundError:
             what = "is not in the repository after the upload"
         else:
-            if sha256(path) != digest:
-                what = "is not in the repository as it was sent"
+            what = "" if sha256(path) == digest else "is not in the repository as it was sent"
             path.unlink()
         if what:
             fix = f"do not use {repository} at {commit[:10]}; push again"

@@ -94,7 +94,8 @@ def _experts(layer: ParamWrapper) -> Change:
 
     def apply(weight: Tensor, start: int) -> Tensor:
         rows = slice(start, start + len(weight))
-        return weight + torch.einsum(equation, up[:, :, rows], down[rows]) * layer.scaling[ADAPTER]
+        changed: Tensor = weight + torch.einsum(equation, up[:, :, rows], down[rows]) * layer.scaling[ADAPTER]
+        return changed
 
     return Change(apply, id(layer))
 
