@@ -14,8 +14,8 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from loratune.codes import Code
-from loratune.commands.adapter_stats import adapter_stats
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora.stats import adapter_stats
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -30,12 +30,12 @@ from loratune import config, memory
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands.adapter_stats import adapter_stats
 from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.export import plain
 from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
+from loratune.lora.stats import adapter_stats
 from loratune.lora.targets import Targets, resolve
 from loratune.memory.activations import AllocationTracker
 from loratune.model import load

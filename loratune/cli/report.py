@@ -55,22 +55,22 @@ def report(
 
         with importing():
             from loratune.adapter.directory import AdapterDirectory
-            from loratune.commands.report import Subjects, report, study_report
+            from loratune.commands.report import report, study_report
             from loratune.console import log
 
-        shown = Subjects()
+        adapters: list[tuple[AdapterDirectory, list[str]]] = []
         for path, own in ((adapter, assignments), (against, [])):
             if path is not None:
                 lines: list[str] = []
-                forced = force or data is None  # what was edited is shown, and said
-                shown.add(AdapterDirectory.open(path, lines.append, forced=forced, assignments=own), lines)
+                forced = force or data is None  # the page lists what was edited
+                adapters.append((AdapterDirectory.open(path, lines.append, forced=forced, assignments=own), lines))
                 log_all(lines)
         if data is not None:
-            file = file.reading(Path(shown.adapters[0].base.name_or_path))
+            file = file.reading(Path(adapters[0][0].base.name_or_path))
         if study is not None:
             text = study_report(study)
         else:
-            text = report(shown, _evaluate(shown.adapters, data) if data is not None else None, data)
+            text = report(adapters, _evaluate([one for one, _ in adapters], data) if data is not None else None, data)
         with file.opened(log) as writable:
             writable.write(text)
         if file.handle is None:
@@ -78,7 +78,7 @@ def report(
 
 
 def _check_subject(adapter: Path | None, study: Path | None, against: Path | None, data: str | None) -> None:
-    """Raises ConfigError: it is not said what the page is about, an option does not fit, or matplotlib is missing."""
+    """Raises ConfigError: not exactly one subject is given, an option does not fit it, or matplotlib is missing."""
     if (adapter is None) == (study is None):
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
     options = {"--against": against, "--data": data}

@@ -105,11 +105,10 @@ def params(
         from loratune import config
 
         if adapter:
-            from loratune.commands import adapter_stats
-            from loratune.lora import adapter_files
+            from loratune.commands.adapter_stats import print_stats
+            from loratune.lora import adapter_files, stats
 
-            stats = adapter_stats.adapter_stats(adapter_files.inspect(adapter))
-            adapter_stats.print_stats(str(adapter), stats, as_json)
+            print_stats(str(adapter), stats.adapter_stats(adapter_files.inspect(adapter)), as_json)
             return
         run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
         log_all(config.portability(run.lora))

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratune import escaping
-from loratune.commands.loss_plot import loss_plot
 from loratune.console import (
     align,
     err,
@@ -22,6 +21,7 @@ from loratune.console import (
 )
 from loratune.evaluation import wording
 from loratune.lora.module_names import pattern, ranges, shape_text
+from loratune.report.loss_plot import loss_plot
 from loratune.training.auto import rows_of_step
 
 if TYPE_CHECKING:

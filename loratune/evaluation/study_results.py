@@ -8,16 +8,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from loratune.codes import Code
 from loratune.console import format_duration, format_size, plural
 from loratune.errors import ConfigError, Problem, ResumeError, is_disk_full
-from loratune.evaluation.run_record import Count, Figure
 from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
 from loratune.system.files import read_text
 
@@ -28,6 +27,8 @@ BEST: Final = "best"
 LIKE_BEST: Final = "indistinguishable"
 WORSE: Final = "worse"
 NOT_JUDGED: Final = "not judged"
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Figure = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
 MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
 _AUTO = "auto"

@@ -4,7 +4,9 @@ All are computed from the small factors: with B = Qb·Rb and Aᵀ = Qa·Ra, the 
 s·Rb·Raᵀ, a matrix of rank x rank. The full update is never formed, and neither the base nor PEFT is needed.
 """
 
+import math
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +17,7 @@ from loratune.config import patterns
 from loratune.config.patterns import ModuleSettings
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import natural_sort_key
+from loratune.lora.module_names import natural_sort_key, pattern, shape_text, without_wrappers
 
 _PREFIX = "base_model.model."
 _A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")
@@ -118,3 +120,87 @@ def _update(
     unchanged = experts - int(moved.sum())
     norm = singular.norm().item()
     return Update(path, rank, shape, settings.scaling, norm, effective_rank, size, experts, unchanged)
+
+
+@dataclass(frozen=True)
+class AdapterStats:
+    """An adapter as its own files describe it.
+
+    Attributes:
+        base: The name or path of the base.
+        r: The rank in its configuration.
+        lora_alpha: The scaling in its configuration.
+        dora: Whether the adapter also changes magnitudes, beyond ΔW.
+        rslora: Whether B·A is scaled by lora_alpha over the square root of r.
+        parameters: Numbers in the file of weights.
+        adapter_bytes: The size of that file.
+        targets: The last part of a module's name → patterns of the adapted modules of that name.
+        updates: ΔW of each adapted module.
+        others: Pattern → numbers in all further tensors: biases, whole modules, trained tokens.
+    """
+
+    base: str
+    r: int
+    lora_alpha: float
+    dora: bool
+    rslora: bool
+    parameters: int
+    adapter_bytes: int
+    targets: dict[str, list[str]]
+    updates: list[Update]
+    others: dict[str, int]
+
+
+def adapter_stats(files: AdapterFiles) -> AdapterStats:
+    """Compute the statistics of an adapter. Raises AdapterError: see `updates`."""
+    module_updates = updates(files)
+    targets: dict[str, list[str]] = {}
+    for module_pattern in by_pattern(module_updates):
+        targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)
+    others: dict[str, int] = {}
+    copies = {name: shape for (_, name), shape in files.copies.items()}
+    for name, shape in (files.tensors | copies).items():
+        if ".lora_" not in name:
+            module_pattern = pattern(without_wrappers(name.removeprefix("base_model.model.")))
+            others[module_pattern] = others.get(module_pattern, 0) + math.prod(shape)
+    return AdapterStats(
+        base=files.base,
+        r=files.config["r"],
+        lora_alpha=files.config["lora_alpha"],
+        dora=bool(files.config.get("use_dora")),
+        rslora=bool(files.config.get("use_rslora")),
+        parameters=sum(math.prod(shape) for shape in (files.tensors | copies).values()),
+        adapter_bytes=(files.path / WEIGHTS_FILE).stat().st_size,
+        targets=targets,
+        updates=module_updates,
+        others=others,
+    )
+
+
+TABLE_HEADER = ["modules", "count", "shape", "rank", "norm of ΔW", "effective rank"]
+"""The columns of a table with a row for each kind of module: its name, and `table_row`."""
+
+
+def by_pattern(module_updates: Iterable[Update]) -> dict[str, list[Update]]:
+    """Pattern of a module's path → the updates of the modules of that kind."""
+    groups: dict[str, list[Update]] = {}
+    for update in module_updates:
+        groups.setdefault(pattern(update.module), []).append(update)
+    return groups
+
+
+def table_row(group: Sequence[Update]) -> list[str]:
+    """The updates of one kind of module as the cells of a table, without its name."""
+    return [
+        f"{len(group):,}",
+        " or ".join(dict.fromkeys(shape_text(*update.shape, update.experts) for update in group)),
+        span([update.rank for update in group], "d"),
+        span([update.norm for update in group], ".3g"),
+        span([update.effective_rank for update in group], ".1f"),
+    ]
+
+
+def span(values: Sequence[float], form: str) -> str:
+    """`0.31 to 0.92`, or one value if all are the same."""
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low} to {high}"

@@ -1,0 +1,301 @@
+"""The page of `loratune report`: one HTML file on adapters and their runs, or on a sweep.
+
+The page loads nothing and runs nothing: it has no scripts, and its policy forbids both. Text of data, files and models
+is bounded in length and escaped twice: for HTML, and for characters that would hide or reorder it.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from loratune import __version__, escaping
+from loratune.console import format_duration, progress
+from loratune.evaluation import wording
+from loratune.evaluation.results import Evaluation
+from loratune.evaluation.study_results import BEST, DONE, LIKE_BEST, StudyResults, TrialResult
+from loratune.lora.module_names import number_of, pattern, shortest
+from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
+from loratune.report import facts, scores
+from loratune.report.charts import (
+    LONGEST_TEXT,
+    NARROW,
+    WIDE,
+    Line,
+    Point,
+    heat_map,
+    histogram,
+    label,
+    line_chart,
+    point_chart,
+)
+from loratune.report.facts import Tile
+from loratune.report.record import RunRecord
+
+_PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
+_SIDES = ("chosen", "rejected", "desirable", "undesirable")
+_PREFERENCE_PLOTS = {
+    "reward_accuracy": "Reward accuracy",
+    "reward_margin": "Reward margin",
+    **{f"{side}_log_probability": f"Log-probability of {side} answers, in nats" for side in _SIDES},
+}
+_MAPS = {"norm": "Norm of ΔW", "effective_rank": "Effective rank of ΔW"}
+_MOST_LAYERS = 1_000
+"""Layers from the first to the last up to which those without a module are shown as gaps."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An adapter that the page is about.
+
+    Attributes:
+        name: Its name in the page.
+        base: What its configuration calls the base.
+        objective: The training objective, unless that is the likelihood of the rows.
+        adapter: What its files say, by name.
+        record: What its run recorded.
+        updates: ΔW of each module.
+        settings: Keys of its config and their values; empty without a run.yaml.
+        config: That config as text.
+        max_length: Where rows were cut, if that is known.
+        notes: Lines on what could not be verified or measured, or was edited.
+    """
+
+    name: str
+    base: str
+    objective: str
+    adapter: Mapping[str, str]
+    record: RunRecord
+    updates: Sequence[Update]
+    settings: Mapping[str, str]
+    config: str
+    max_length: int | None
+    notes: Sequence[str]
+
+
+@progress("drawing the page")
+def render(
+    subjects: Sequence[Subject], evaluation: Evaluation | None, data: str | None, commands: Sequence[str]
+) -> str:
+    """The page of adapters.
+
+    Args:
+        subjects: The adapter, and perhaps the one that it is compared with.
+        evaluation: How both do on rows, if there are any.
+        data: The name of these rows.
+        commands: What to type to repeat all this.
+    """
+    records = [subject.record for subject in subjects]
+    return _render(
+        title=f"{' and '.join(subject.name for subject in subjects)}: report",
+        eyebrow="loratune report",
+        subjects=subjects,
+        evaluation=evaluation,
+        data=data,
+        titles=scores.titles([subject.name for subject in subjects]),
+        answers=scores.answers(evaluation) if evaluation else [],
+        tiles=[
+            facts.tiles(one.record, one.adapter, keeps_last=one.settings.get("training.keep") == "last")
+            for one in subjects
+        ],
+        losses=_losses(subjects),
+        plots=_plots(subjects),
+        lengths=[_histograms(number, subject) for number, subject in enumerate(subjects)],
+        modules=[_modules(number, subject) for number, subject in enumerate(subjects)],
+        tables=facts.tables(records, [subject.adapter for subject in subjects]),
+        differing=facts.differing([subject.settings for subject in subjects]),
+        commands=commands,
+    )
+
+
+def render_study(results: StudyResults, commands: Sequence[str]) -> str:
+    """The page of a sweep. commands: what to type to look at its adapters."""
+    return _render(
+        title=f"{results.name}: study",
+        eyebrow="loratune sweep",
+        study=results,
+        tiles=[_study_tiles(results)],
+        like_best=(BEST, LIKE_BEST),
+        charts={key: _study_chart(number, key, results) for number, key in enumerate(results.keys)},
+        commands=commands,
+    )
+
+
+def _render(**content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("loratune.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: block(value) if type(value) is str else value,
+    )  # fmt: skip
+    environment.filters["label"] = label
+    environment.globals |= {"version": __version__, "study": None, "scores": scores, "wording": wording}
+    return environment.get_template("page.html.jinja").render(content)
+
+
+def block(value: str) -> str:
+    """A text of several lines as the page shows it, before it is escaped for HTML."""
+    if len(value) > LONGEST_TEXT:
+        half = LONGEST_TEXT // 2
+        left_out = f"\n[... {len(value) - 2 * half:,} characters left out ...]\n"
+        value = f"{value[:half]}{left_out}{value[-half:]}"
+    return escaping.text(value)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Metrics over the steps.
+
+    Attributes:
+        title: What they are.
+        shown: Numbers of the adapters that have a line.
+        narrow: The chart for a phone, or a part of a desktop page, if anything is recorded.
+        wide: The chart for a desktop, if that is another one.
+        has_held_out: Whether there are points of held-out rows.
+    """
+
+    title: str
+    shown: Sequence[int]
+    narrow: str | None
+    wide: str | None = None
+    has_held_out: bool = False
+
+
+def _losses(subjects: Sequence[Subject]) -> list[Plot]:
+    """The losses, with a chart for each objective, as those of two cannot be compared."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for number, subject in enumerate(subjects):
+        groups.setdefault((subject.objective, subject.record.unit), []).append(number)
+    made = []
+    for place, ((objective, unit), shown) in enumerate(groups.items()):
+        name, lines = f"loss-{place}" if place else "loss", _lines(subjects, "loss", shown)
+        title = "Loss, in nats per supervised token" if unit == "token" else f"Loss of the objective, per {unit}"
+        title += f": {objective}" if objective and len(groups) > 1 else ""
+        what = f"{title}, of {' and of '.join(subjects[number].name for number in shown)}, by step"
+        narrow, wide = (
+            line_chart(f"{name}{end}", what, lines, size) if lines else None
+            for end, size in (("-n", NARROW), ("", WIDE))
+        )
+        made.append(Plot(title, shown, narrow, wide, any(line.marked for line in lines)))
+    return made
+
+
+def _plots(subjects: Sequence[Subject]) -> list[Plot]:
+    """The other metrics of the curve; those that every run has also if they are not recorded."""
+    made = []
+    for name, title in (_PLOTS | _PREFERENCE_PLOTS).items():
+        lines = _lines(subjects, name, range(len(subjects)))
+        chart = line_chart(name, f"{title}, by step", lines, log=name != "learning_rate") if lines else None
+        if lines or name in _PLOTS:
+            made.append(Plot(title, sorted({line.series for line in lines}), chart))
+    return made
+
+
+def _lines(subjects: Sequence[Subject], name: str, numbers: Iterable[int]) -> list[Line]:
+    """A metric of some of the runs, and the same of their held-out rows."""
+    lines = [
+        Line(*subjects[number].record.series(f"{'eval_' if marked else ''}{name}"), number, marked)
+        for number in numbers
+        for marked in (False, True)
+    ]
+    return [line for line in lines if line.x]
+
+
+def _histograms(number: int, subject: Subject) -> dict[str, str]:
+    """Split → a chart of the lengths of its rows."""
+    return {
+        name: histogram(
+            f"lengths-{number}-{place}", f"Lengths of the {name} rows of {subject.name}", split.lengths,
+            subject.max_length, number,
+        )
+        for place, (name, split) in enumerate(subject.record.splits.items())
+        if split.lengths
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModuleCharts:
+    """How far an adapter moves its modules.
+
+    Attributes:
+        maps: Title → the heat maps for a desktop page and for a phone, each on a scale of its own.
+        header: The names of the columns of the table.
+        rows: The table, a row for each kind of module.
+        several: Whether a cell of a heat map is about several modules, such as experts.
+    """
+
+    maps: Mapping[str, tuple[str, str]]
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    several: bool
+
+
+def _modules(number: int, subject: Subject) -> ModuleCharts:
+    groups = by_pattern(subject.updates)
+    names = dict(zip(groups, map(label, shortest([*groups])), strict=True))
+    cells: dict[tuple[str, int], list[Update]] = {}
+    for update in subject.updates:
+        if (layer := number_of(update.module)) is not None:
+            cells.setdefault((pattern(update.module), layer), []).append(update)
+    maps = {}
+    if cells:
+        norms = {key: math.hypot(*(one.norm for one in group)) for key, group in cells.items()}
+        ranks = {key: math.fsum(one.effective_rank for one in group) / len(group) for key, group in cells.items()}
+        for values, quantity, lowest in ((norms, "norm", 0.0), (ranks, "effective_rank", min(ranks.values()))):
+            maps[_MAPS[quantity]] = _heat_maps(number, subject.name, quantity, values, names, lowest)
+    rows = [[names[kind], *table_row(group)] for kind, group in groups.items()]
+    return ModuleCharts(maps, TABLE_HEADER, rows, any(len(group) > 1 for group in cells.values()))
+
+
+def _heat_maps(
+    number: int,
+    name: str,
+    quantity: str,
+    values: Mapping[tuple[str, int], float],
+    names: Mapping[str, str],
+    lowest: float,
+) -> tuple[str, str]:
+    """Layers across a desktop page, and down a phone's."""
+    numbers = sorted({layer for _, layer in values})
+    is_dense = numbers[-1] - numbers[0] < _MOST_LAYERS  # no model has more layers than that
+    layers = range(numbers[0], numbers[-1] + 1) if is_dense else numbers
+    kinds = [kind for kind in names if any(key[0] == kind for key in values)]
+    table = [[values.get((kind, layer)) for layer in layers] for kind in kinds]
+    rows, columns, unit = [names[kind] for kind in kinds], [str(layer) for layer in layers], quantity.replace("_", " ")
+    chart, title = f"{quantity}-{number}", f"{_MAPS[quantity]} of {name}, by layer and module"
+    wide = heat_map(chart, title, table, rows, columns, lowest, ("layer", unit))
+    turned = [*map(list, zip(*table, strict=True))]
+    return wide, heat_map(f"{chart}-n", title, turned, columns, rows, lowest, ("", unit))
+
+
+def _study_tiles(results: StudyResults) -> list[Tile]:
+    winner, of = results.winner, f" of {results.total:,}" if results.rows < results.total else ""
+    found = [Tile("lowest held-out loss", "none", "no trial has an adapter", "bad")]
+    if winner is not None and winner.loss is not None:
+        note = f"95 % {winner.interval[0]:.4f} to {winner.interval[1]:.4f}" if winner.interval else ""
+        found = [
+            Tile("lowest held-out loss", f"{winner.loss:.4f}", note, "good"),
+            Tile("best", f"trial {winner.number}", f"of {results.count(DONE):,} with an adapter"),
+            Tile("not significantly different", f"{len(results.ties):,}", f"trials, on these {results.item}s"),
+        ]
+    others = len(results.trials) - results.count(DONE)
+    seconds = sum(trial.seconds or 0.0 for trial in results.trials)
+    return [
+        *found,
+        Tile("trials", f"{len(results.trials):,}", f"{others or 'none'} without an adapter"),
+        Tile(f"held-out {results.item}s", f"{results.rows:,}", f"distinct{of}, the same for all trials"),
+        Tile("time", format_duration(seconds), "of all trials together"),
+    ]
+
+
+def _study_chart(number: int, key: str, results: StudyResults) -> str | None:
+    """The loss by a setting, if any trial has one."""
+
+    def point(trial: TrialResult, loss: float) -> Point:
+        return Point(trial.used(key), loss, trial.interval, int(trial.verdict == BEST))
+
+    points = [point(trial, trial.loss) for trial in results.trials if trial.loss is not None]
+    by_number = sorted(results.trials, key=lambda trial: trial.number)
+    order = [*dict.fromkeys(trial.used(key) for trial in by_number if trial.loss is not None)]
+    title = f"Held-out loss by {key}, with its 95 % interval"
+    return point_chart(f"by-{number}", title, points, key, order) if points else None
