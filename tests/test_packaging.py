@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from zipfile import ZipFile
 
-import document_codes
-import document_config
 import pytest
+import write_reference
 import yaml
 from conftest import ROOT
 from pydantic import Field
@@ -25,9 +24,9 @@ from loratune.kernels import library
 from loratune.kernels.build import DEFINES, DIGEST_BYTES, VARIANTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/preferences/README.md",
-          "configs/quickstart/README.md",
-          "loratune/README.md", "scripts/README.md", "tests/README.md")  # fmt: skip
+GUIDES = ("CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/keys.md",
+          "configs/preferences/README.md", "configs/quickstart/README.md",
+          "loratune/README.md", "loratune/codes.md", "scripts/README.md", "tests/README.md")  # fmt: skip
 
 
 # Dependencies
@@ -55,29 +54,19 @@ def test_deptry_sees_a_package_that_is_not_declared(tmp_path: Path) -> None:
 # Documentation
 
 
-def test_the_table_of_keys_is_current() -> None:
-    text = document_config.README.read_text(encoding="utf-8")
-    assert document_config.document(text) == text, "run `python scripts/document_config.py`"
-
-
-def test_the_table_of_codes_is_current() -> None:
-    text = document_codes.README.read_text(encoding="utf-8")
-    assert document_codes.document(text) == text, "run `python scripts/document_codes.py`"
+@pytest.mark.parametrize("path", write_reference.PAGES, ids=lambda path: path.name)
+def test_the_reference_is_current(path: Path) -> None:
+    written = path.read_text(encoding="utf-8")
+    assert written == write_reference.PAGES[path](), "run `python scripts/write_reference.py`"
 
 
 def test_the_table_of_keys_follows_the_schema() -> None:
     class Longer(RunConfig):
         priority: int | None = Field(3, ge=1, description="how urgent | important it is")
 
-    text = document_config.README.read_text(encoding="utf-8")
-    (line,) = set(document_config.document(text, Longer).splitlines()) - set(text.splitlines())
+    pages = [write_reference.keys_page(config).splitlines() for config in (Longer, RunConfig)]
+    (line,) = set(pages[0]) - set(pages[1])
     assert line == "| `priority` | integer ≥ 1 or null | `3` | how urgent \\| important it is |"
-
-
-@pytest.mark.parametrize("text", ["no markers", f"{document_config.BEGIN}{document_config.END}" * 2])
-def test_a_text_without_the_two_markers_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="once"):
-        document_config.document(text)
 
 
 def anchors(text: str) -> set[str]:
