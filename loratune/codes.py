@@ -151,7 +151,6 @@ class Code(StrEnum):
     DATA_CSV_SEPARATOR = "data.csv_separator", "The header of a CSV file is separated by something else than commas."
     DATA_DUPLICATE_COLUMN = "data.duplicate_column", "A CSV or Parquet file has two columns of one name."
     DATA_ROW_NOT_OBJECT = "data.row_not_object", "A row is not an object with named fields."
-    DATA_INDEX_DISK = "data.index_disk", "The temporary index of the rows cannot be written."
     DATA_EMPTY_TRAIN_SPLIT = "data.empty_train_split", "The validation fraction takes every row."
     DATA_FORMAT_UNKNOWN = "data.format_unknown", "The fields of a file's first row fit no format."
     DATA_FORMAT_AMBIGUOUS = "data.format_ambiguous", "The fields of a file's first row fit more than one format."

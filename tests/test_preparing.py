@@ -527,7 +527,7 @@ def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer,
 
 
 def test_two_at_once(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
-    """A second process that wants the same rows, while the first is writing them, makes its own."""
+    """Of two processes that write the same rows, the second one takes those of the first."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     rows = checked(str(path))
     inner: list[TokenizedDataset] = []
@@ -538,7 +538,7 @@ def test_two_at_once(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
             return super().rows(examples, loss_on)
 
     outer = data.prepare(rows.train, Nested(renderer.tokenizer), rows.train.section, VOCABULARY)
-    assert outer.rows._lifetime is None and inner[0].rows._lifetime is not None
+    assert outer.rows.directory == inner[0].rows.directory == cache / entries(cache)[0]
     assert [*inner[0].rows] == [*outer.rows]
     assert len(entries(cache)) == 1
 

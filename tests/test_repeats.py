@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import pytest
 from conftest import write_rows
 
 from loratune import data
@@ -62,16 +61,3 @@ def test_a_fraction_of_repeated_rows_leaks_nothing(tmp_path: Path) -> None:
     assert leaks is not None and (leaks.exact.count, leaks.folded.count) == (0, 0)
     leaks = data.find_leaks(read(write_rows(path, ROWS), 0.2))
     assert leaks is not None and leaks.remarks() == []
-
-
-def test_in_groups_as_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few hashes are sorted at a time."""
-    rows = [{"prompt": f"{number % 37}", "completion": "b"} for number in range(100)]
-    train = write_rows(tmp_path / "train.jsonl", rows)
-    validation_rows = [{"prompt": f"{number}", "completion": "b"} for number in range(30, 50)]
-    datasets = read(train, write_rows(tmp_path / "validation.jsonl", validation_rows))
-    at_once = splits.find_duplicates(datasets.train), data.find_leaks(datasets)
-    assert at_once[0].count == 63
-    assert at_once[1] is not None and at_once[1].exact.count == 7
-    monkeypatch.setattr(splits, "_HASHES_AT_ONCE", 7)
-    assert (splits.find_duplicates(datasets.train), data.find_leaks(datasets)) == at_once

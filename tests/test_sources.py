@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, Ran, check_refused, meanings, tree, write_rows
 from datasets.arrow_writer import ArrowWriter
 
+from loratune import data
 from loratune.codes import Code
-from loratune.config import Source
+from loratune.config import DataSection, Source
 from loratune.data import sources
 from loratune.data.sources import Row
 from loratune.data.sources.rows import Unreadable
@@ -412,6 +415,14 @@ def test_what_is_not_read_is_named(
     assert f": {expected} (" in line if expected else line == ""
 
 
+def test_what_has_the_ending_of_data_and_is_none_is_named_with_what_it_is(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [VALUES])
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "none.csv").symlink_to("nowhere")
+    line = sources.left_out(Source(path=str(tmp_path)))
+    assert ": none.csv (a broken link), pipe.jsonl (a named pipe) (files that end in .jsonl, " in line
+
+
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_bytes(PAIR)
@@ -767,3 +778,63 @@ def test_gone_after_it_was_opened(tmp_path: Path) -> None:
             use()
         assert meanings(caught.value) == [(Code.DATA_FILE_UNREADABLE, str(path), "")]
         assert "No such file" in str(caught.value)
+
+
+# Rows that a program holds in memory
+
+PAIRS: list[dict[str, Any]] = [{"prompt": f"p{number}", "completion": "c", "n": number} for number in range(5)]
+GIVEN: dict[str, Callable[[], Any]] = {
+    "dicts": lambda: PAIRS,
+    "a generator": lambda: iter(PAIRS),
+    "a dataset": lambda: datasets.Dataset.from_list(PAIRS),
+    "a dataset of tensors": lambda: datasets.Dataset.from_list(PAIRS).with_format("numpy"),
+    "a frame": lambda: pandas.DataFrame(PAIRS),
+    "numpy's numbers": lambda: [row | {"n": np.int64(row["n"])} for row in PAIRS],
+}
+
+
+@pytest.mark.parametrize("kind", GIVEN)
+def test_rows_of_a_program(kind: str, tmp_path: Path) -> None:
+    """Places count from 0 as in Python; the digest follows the content alone, and progress adds up."""
+    rows, advances = sources.given_rows(GIVEN[kind](), "train"), list[int]()
+    assert list(rows.rows(advances.append)) == [Row(f"train[{n}]", row) for n, row in enumerate(PAIRS)]
+    assert sum(advances) == rows.size == 5 and sources.open_source(rows) == [rows]
+    assert rows.digest == sources.given_rows(PAIRS, "other").digest != sources.given_rows(PAIRS[1:], "train").digest
+    section = DataSection(train=Source(path=sources.GIVEN), validation=0.4)
+    read = data.read_datasets(section, 0, given={"train": rows})
+    written = data.read_datasets(
+        section.model_copy(update={"train": Source(path=str(write_rows(tmp_path / "r.jsonl", PAIRS)))}), 0
+    )
+    assert read.validation is not None and written.validation is not None
+    places = [example.where for example in read.validation.examples()]
+    lines_of_file = [int(sources.line_of(example.where)) - 1 for example in written.validation.examples()]
+    assert places == [f"train[{number}]" for number in lines_of_file] and len(places) == 2
+    assert list(read.train.own_fields()) == [f"train[{number}]" for number in range(5)]
+
+
+def test_values_of_a_program() -> None:
+    """Missing values of a frame are null, and tuples and arrays are lists, however deep."""
+    frame = pandas.DataFrame({"a": [1, None], "b": ["x", None], "c": [np.array([{"d": (1, 2)}], dtype=object), None]})
+    first, second = (row.values for row in sources.given_rows(frame, "rows").rows() if isinstance(row, Row))
+    assert first == {"a": 1, "b": "x", "c": [{"d": [1, 2]}]} and second == {"a": None, "b": None, "c": None}
+
+
+def test_rows_of_a_program_that_are_refused() -> None:
+    for wrong in ("rows.jsonl", {"prompt": []}, 3, None):
+        with pytest.raises(DataError, match=r"a list of dicts, a datasets\.Dataset or a pandas frame"):
+            sources.given_rows(wrong, "train")
+    section = DataSection(train=Source(path=sources.GIVEN))
+    refused = {
+        "train[1]": ([PAIRS[0], "text"], Code.DATA_ROW_NOT_OBJECT),
+        "train[2]": ([*PAIRS[:2], {"prompt": "a"}], Code.DATA_FIELD_MISSING),
+        "train": ([], Code.DATA_NO_ROWS),
+    }
+    for where, (rows, code) in refused.items():
+        with pytest.raises(DataError) as caught:
+            data.read_datasets(section, 0, given={"train": sources.given_rows(rows, "train")})
+        assert meanings(caught.value) == [(code, where, "")]
+    with pytest.raises(DataError, match="a program gave these rows") as caught:
+        data.read_datasets(section, 0)
+    many = [*PAIRS[:1], *[{"prompt": "a"}] * 5]
+    with pytest.raises(DataError, match=r"\(and 4 more rows: 2, 3, 4, 5\)"):
+        data.read_datasets(section, 0, given={"train": sources.given_rows(many, "train")})

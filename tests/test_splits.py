@@ -296,14 +296,11 @@ def test_memory_is_in_proportion_to_the_rows(count: int, linked: bool) -> None:
     pairs = hashes // 2 if linked else hashes
     groups = random.integers(0, count // 10, count) if linked else hashes
     columns = (hashes, pairs, hashes, np.roll(pairs, count // 3), hashes % 100, groups)
-    with tempfile.TemporaryFile() as index_file:
-        index_file.write(np.stack(columns, axis=1).tobytes())
-        index_file.flush()
-        index = RowIndex((), (count,), index_file, len(columns))
-        mask = np.ones(count, dtype=np.bool_)
-        tracemalloc.start()
-        held_out, remarks = holding_out.hold_out(index, mask, 0.1, "doc", 0)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
+    index = RowIndex((), (count,), np.stack(columns, axis=1))
+    mask = np.ones(count, dtype=np.bool_)
+    tracemalloc.start()
+    held_out, remarks = holding_out.hold_out(index, mask, 0.1, "doc", 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert remarks and held_out.any()
     assert peak < 100 * count

@@ -16,9 +16,6 @@ from scipy.sparse.csgraph import connected_components
 
 from loratune.data.row_index import COMPLETION, FOLDED, GROUP, PROMPT, RowIndex, RowMask
 
-_READ_AT_ONCE = 1 << 18
-"""Rows of the index that are read at once."""
-
 TEMPLATE_SHARE, TEMPLATE_ROWS = 0.05, 10
 """A prompt that more than this share of the rows has is a template, which links nothing; in small data only if more
 than so many rows have it, or more than are to be held out."""
@@ -101,10 +98,9 @@ def _remarks(
     index: RowIndex, mask: RowMask, rows: NDArray[np.int64], units: _Units, group_by: str | None
 ) -> Iterator[str]:
     """What does not keep rows together, though one might expect it to."""
-    if group_by is not None:
-        parts = zip(_chunks(index, mask, GROUP), _chunks(index, mask, FOLDED), strict=True)
-        if alone := sum(int(np.count_nonzero(group == content)) for group, content in parts):
-            yield f"rows without `{group_by}`: {alone:,}, which belong to no group"
+    alone = int(np.count_nonzero(index.columns[mask, GROUP] == index.columns[mask, FOLDED])) if group_by else 0
+    if alone:
+        yield f"rows without `{group_by}`: {alone:,}, which belong to no group"
     if units.templates:
         places = ", ".join(index.where(int(rows[first])) for _, first in units.templates[:3])
         count = sum(size for size, _ in units.templates)
@@ -125,29 +121,12 @@ def _find_units(index: RowIndex, mask: RowMask, count: int, group_by: str | None
         columns.append((GROUP, f"rows with the same `{group_by}`", None))
     for column, reason, most in columns:
         before = len(units.sizes)
-        units.templates += _link(units, _column(index, mask, column), most)
+        units.templates += _link(units, index.columns[mask, column], most)
         if len(units.sizes) < before:
             units.reasons.append(reason)
     if units.reasons:
         _number_by_first_row(units)
     return units
-
-
-def _column(index: RowIndex, mask: RowMask, column: int) -> NDArray[np.int64]:
-    """A column of the rows that take part."""
-    values = np.empty(np.count_nonzero(mask), dtype=np.int64)
-    filled = 0
-    for chunk in _chunks(index, mask, column):
-        values[filled : filled + len(chunk)] = chunk
-        filled += len(chunk)
-    return values
-
-
-def _chunks(index: RowIndex, mask: RowMask, column: int) -> Iterator[NDArray[np.int64]]:
-    """The same, piece by piece."""
-    for start in range(0, len(index), _READ_AT_ONCE):
-        stop = start + _READ_AT_ONCE
-        yield index.column(column, start, stop)[mask[start:stop]]
 
 
 def _link(units: _Units, hashes: NDArray[np.int64], most: float | None) -> list[tuple[int, int]]:
@@ -208,19 +187,12 @@ def _find_labels(index: RowIndex, mask: RowMask, units: _Units) -> tuple[NDArray
 
     None where the completions are not labels.
     """
-    numbers: dict[int, int] = {}
-    for chunk in _chunks(index, mask, COMPLETION):
-        values, first = np.unique(chunk, return_index=True)
-        for value in values[np.argsort(first)].tolist():
-            numbers.setdefault(value, len(numbers))
-        if len(numbers) > MAX_LABELS:
-            return None, ""
-    count = len(numbers)
-    if count < 2 or len(units.sizes) < UNITS_PER_LABEL * count:
+    values, first, labels = np.unique(index.columns[mask, COMPLETION], return_index=True, return_inverse=True)
+    count = len(values)
+    if not 2 <= count <= MAX_LABELS or len(units.sizes) < UNITS_PER_LABEL * count:
         return None, ""
-    values, ranks = np.array(sorted(numbers)), np.array([numbers[value] for value in sorted(numbers)])
-    labels = [ranks[np.searchsorted(values, chunk)].astype(np.uint8) for chunk in _chunks(index, mask, COMPLETION)]
-    pairs, rows = np.unique(units.of_rows * count + np.concatenate(labels), return_counts=True)
+    ranks = np.argsort(np.argsort(first))
+    pairs, rows = np.unique(units.of_rows * count + ranks[labels], return_counts=True)
     order = np.lexsort((-(pairs % count), rows, pairs // count))
     owners = pairs[order] // count
     most = np.append(owners[1:] != owners[:-1], True)

@@ -29,7 +29,6 @@ MOST_HASHES = 1 << 23
 """How many hashes are kept at most, in 64 MiB; where there are more, none are kept."""
 _MOST_BYTES = 8 * MOST_HASHES + 4096
 _METADATA = "loratune"
-_ROWS_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +106,9 @@ def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, go
 
 def _distinct(split: DatasetSplit, column: int, known: NDArray[np.int64]) -> NDArray[np.int64] | None:
     """The known hashes and those of a column of the index, each once and sorted; None if they are too many."""
-    for start in range(0, len(split.index), _ROWS_AT_ONCE):
-        chunk = split.index.column(column, start, start + _ROWS_AT_ONCE)
-        if split.mask is not None:
-            chunk = chunk[split.mask[start : start + _ROWS_AT_ONCE]]
-        known = np.sort(np.concatenate([known, chunk]))  # np.union1d takes far longer
-        known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
-        if len(known) > MOST_HASHES:
-            return None
-    return known
+    known = np.sort(np.concatenate([known, split.hashes(column)]))  # np.union1d takes far longer
+    known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
+    return known if len(known) <= MOST_HASHES else None
 
 
 def _are_among(hashes: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -164,10 +157,10 @@ def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
     hashes = read(directory)
     if isinstance(hashes, str):
         return Overlap(len(split), None, f"whether evaluation rows are also in train is not known: {hashes}")
-    exact, folded = (split.index.column(column, 0, len(split.index)) for column in (EXACT, FOLDED))
+    exact, folded = (split.index.columns[:, column] for column in (EXACT, FOLDED))
     is_exact = _are_among(exact, hashes.exact)
     is_folded = _are_among(folded, hashes.exact) | _are_among(folded, hashes.folded)
-    in_exact, in_folded = (tally(split, [np.flatnonzero(rows)]) for rows in (is_exact, is_folded & ~is_exact))
+    in_exact, in_folded = (tally(split, np.flatnonzero(rows)) for rows in (is_exact, is_folded & ~is_exact))
     leaks = Leaks(in_exact, in_folded, "evaluation")
     unknown = "" if hashes.complete else "rows of the adapter that training started from are not known"
     return Overlap(len(split), leaks, unknown)

@@ -1,19 +1,16 @@
-"""The first pass over the data: every row of every file is read and checked, and an index of them is written.
+"""The first pass over the data: every row of every file is read and checked, and an index of them is made.
 
-The index has three numbers a row, in a file without a name: two hashes of its content, and its line. Where a fraction
-of the rows is to be held out, it has three more, hashes of its prompt, completion and group. So memory does not grow
-with the data.
+The index has three numbers a row, 24 bytes of memory: two hashes of its content, and its line. Where a fraction of the
+rows is to be held out, it has three more, hashes of its prompt, completion and group.
 """
 
 import difflib
 import hashlib
-import os
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import IO, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,9 +20,18 @@ from loratune.config import DataSection, Source
 from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
 from loratune.data.formats.examples import quote
 from loratune.data.report import Report
-from loratune.data.sources import MAX_PROBLEMS, RowSource, line_of, no_rows_error, open_source, reported
+from loratune.data.sources import (
+    MAX_PROBLEMS,
+    GivenRows,
+    RowSource,
+    line_of,
+    no_rows_error,
+    open_source,
+    place_parts,
+    reported,
+)
 from loratune.data.sources.rows import Advance, Row, no_advance
-from loratune.errors import DataError, Problem, ResourceError
+from loratune.errors import DataError, Problem
 
 RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: which rows take part."""
@@ -50,8 +56,6 @@ CONTENT_HASH = "blake2b-64 of content_key, 1"
 """What the hashes of the content are, for whoever keeps them: to be counted on whenever one comes out otherwise."""
 
 _PLAIN_COLUMNS, _ALL_COLUMNS = 3, 6
-_ROWS_AT_ONCE = 1 << 16
-"""How many rows of the index are written or read at once."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class IndexedFile:
         start: The number of its first row among the rows of all files.
         rows: How many there are.
         prefix: What the place of a row begins with, before its line.
+        suffix: What it ends with, behind its line.
     """
 
     source: RowSource
@@ -71,6 +76,7 @@ class IndexedFile:
     start: int
     rows: int
     prefix: str
+    suffix: str
 
 
 @dataclass(frozen=True)
@@ -80,31 +86,22 @@ class RowIndex:
     Attributes:
         files: Those that have rows.
         counts: Rows of each source.
-        data: A file of int64, row by row; for the columns see `EXACT`.
-        width: How many columns it has.
+        columns: (rows, 3 or 6); for the columns see `EXACT`.
         invalid: The rows that were dropped, as they cannot be used; None where such rows are an error.
     """
 
     files: tuple[IndexedFile, ...]
     counts: tuple[int, ...]
-    data: IO[bytes]
-    width: int
+    columns: NDArray[np.int64]
     invalid: Report | None = None
 
     def __len__(self) -> int:
-        return sum(self.counts)
-
-    def column(self, column: int, start: int, stop: int) -> NDArray[np.int64]:
-        """A column of the rows from `start` up to `stop`. It is read, not mapped: mapped pages count as memory."""
-        stop = min(stop, len(self))
-        row_bytes = 8 * self.width
-        raw = os.pread(self.data.fileno(), (stop - start) * row_bytes, start * row_bytes)
-        return np.frombuffer(raw, dtype=np.int64).reshape(-1, self.width)[:, column].copy()
+        return len(self.columns)
 
     def where(self, number: int) -> str:
         """The place of a row, by its number among all rows."""
         file = next(file for file in self.files if number < file.start + file.rows)
-        return f"{file.prefix}{self.column(LINE, number, number + 1)[0]}"
+        return f"{file.prefix}{self.columns[number, LINE]}{file.suffix}"
 
     def examples(self, mask: RowMask | None, skip: int, advance: Advance) -> Iterator[Example]:
         """Read the rows once more, in order, as examples.
@@ -142,7 +139,7 @@ class RowIndex:
 
     def _rows(self, file: IndexedFile, advance: Advance) -> Iterator[Row]:
         """The rows of a file without those that were dropped."""
-        lines = self.lines(file.start, file.start + file.rows)
+        lines = iter(self.columns[file.start : file.start + file.rows, LINE].tolist())
         line = next(lines, 0)
         for row in file.source.rows(advance):
             if self.invalid is None:
@@ -154,11 +151,6 @@ class RowIndex:
                 line = next(lines, 0)
             yield row
 
-    def lines(self, start: int, stop: int) -> Iterator[int]:
-        """The lines of the rows from `start` up to `stop`."""
-        for first in range(start, stop, _ROWS_AT_ONCE):
-            yield from self.column(LINE, first, min(stop, first + _ROWS_AT_ONCE)).tolist()
-
 
 def _changed_error(file: IndexedFile) -> DataError:
     what, fix = "the file has changed while it was being read", "start again"
@@ -166,7 +158,7 @@ def _changed_error(file: IndexedFile) -> DataError:
 
 
 def index_rows(
-    sources: Sequence[Source], section: DataSection, progress: ProgressFactory, divided: bool = False
+    sources: Sequence[Source | GivenRows], section: DataSection, progress: ProgressFactory, divided: bool = False
 ) -> RowIndex:
     """Read and check every row of the sources.
 
@@ -183,7 +175,7 @@ def index_rows(
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     size = sum(part.size for _, parts in parts_by_source for part in parts)
-    writer, files, counts = _IndexWriter(section, divided), [], []
+    writer, files, counts = _IndexWriter(section, divided), list[IndexedFile](), list[int]()
     invalid = Report() if section.invalid_rows == "drop" else None
     with progress("reading", size) as advance:
         for source, parts in parts_by_source:
@@ -195,7 +187,7 @@ def index_rows(
             counts.append(writer.rows - before)
     if divided and section.group_by is not None and not writer.grouped:
         raise _no_groups_error(files, section.group_by)
-    return RowIndex(tuple(files), tuple(counts), writer.finish(), writer.width, invalid)
+    return RowIndex(tuple(files), tuple(counts), writer.columns, invalid)
 
 
 def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
@@ -212,14 +204,14 @@ def _index_file(
     source: RowSource, section: DataSection, writer: "_IndexWriter", invalid: Report | None, advance: Advance
 ) -> IndexedFile | None:
     """Index one file; None if it has no rows. invalid: takes the rows that cannot be used; None: they are an error."""
-    start, parser, prefix = writer.rows, None, ""
+    start, parser, around = writer.rows, None, ("", "")
     problems: list[Problem] = []
     try:
         for row in source.rows(advance):
             problem = row if isinstance(row, Problem) else None
             if isinstance(row, Row):
                 if parser is None:
-                    parser, prefix = Parser(row, section), row.where[: -len(line_of(row.where))]
+                    parser, around = Parser(row, section), place_parts(row.where)[::2]
                 try:
                     writer.add(parser(row), row)
                 except RowError as error:
@@ -235,7 +227,7 @@ def _index_file(
         problems += error.problems
     if problems:
         raise DataError(reported(problems, source.name))
-    return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, prefix)
+    return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, *around)
 
 
 def _hash(content: bytes) -> int:
@@ -244,20 +236,18 @@ def _hash(content: bytes) -> int:
 
 
 class _IndexWriter:
-    """Writes the index to a file without a name.
+    """Collects the rows of an index.
 
     Attributes:
-        width: How many columns it has.
         rows: How many rows were added.
         grouped: How many of them have a value of the field that they are grouped by.
     """
 
     def __init__(self, section: DataSection, divided: bool) -> None:
-        self.width = _ALL_COLUMNS if divided else _PLAIN_COLUMNS
-        self.rows = self.grouped = 0
+        self._width = _ALL_COLUMNS if divided else _PLAIN_COLUMNS
         self._section = section
-        self._buffer = array("q")
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  the RowIndex keeps it open
+        self.rows = self.grouped = 0
+        self._numbers = array("q")
 
     def add(self, example: Example, row: Row) -> None:
         """Add a row. Raises RowError: its value of `group_by` cannot be read."""
@@ -265,7 +255,7 @@ class _IndexWriter:
         exact_hash = _hash(exact)
         folded_hash = exact_hash if folded == exact else _hash(folded)
         numbers = [exact_hash, folded_hash, int(line_of(row.where))]
-        if self.width == _ALL_COLUMNS:
+        if self._width == _ALL_COLUMNS:
             loss_on, group_by = self._section.loss_on, self._section.group_by
             prompt, completion = prompt_key(example, loss_on), completion_key(example, loss_on)
             group = group_key(row.values, group_by) if group_by is not None else None
@@ -275,20 +265,10 @@ class _IndexWriter:
                 _hash(completion),
                 _hash(group) if group is not None else folded_hash,
             ]
-        self._buffer.extend(numbers)
+        self._numbers.extend(numbers)
         self.rows += 1
-        if len(self._buffer) >= self.width * _ROWS_AT_ONCE:
-            self._write()
 
-    def finish(self) -> IO[bytes]:
-        self._write()
-        return self._file
-
-    def _write(self) -> None:
-        try:
-            self._file.write(self._buffer.tobytes())
-            self._file.flush()
-        except OSError as error:
-            what, fix = f"no space for the index of the rows: {error.strerror}", "free some space, or set TMPDIR"
-            raise ResourceError(Problem(Code.DATA_INDEX_DISK, what, tempfile.gettempdir(), fix=fix)) from None
-        self._buffer = array("q")
+    @property
+    def columns(self) -> NDArray[np.int64]:
+        """(rows, columns), the index."""
+        return np.frombuffer(self._numbers, dtype=np.int64).reshape(-1, self._width)

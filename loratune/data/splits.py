@@ -5,7 +5,7 @@ Rows are read and checked here one by one, before torch is imported.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,13 +20,10 @@ from loratune.data.formats.examples import quote, sides
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.joints import Joints
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally
-from loratune.data.row_index import EXACT, FOLDED, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
-from loratune.data.sources import left_out
+from loratune.data.row_index import EXACT, FOLDED, LINE, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
+from loratune.data.sources import GivenRows, left_out
 from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
-
-_HASHES_AT_ONCE = 1 << 18
-"""Hashes that are sorted at once; more of them are divided into groups by their last bits."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +52,15 @@ class DatasetSplit:
 
     def __len__(self) -> int:
         return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """(rows,) the numbers of its rows among those of the index."""
+        return np.arange(len(self.index)) if self.mask is None else np.flatnonzero(self.mask)
+
+    def hashes(self, column: int) -> NDArray[np.int64]:
+        """(rows,) a column of the index."""
+        return self.index.columns[:, column] if self.mask is None else self.index.columns[self.mask, column]
 
     @property
     def formats(self) -> list[str]:
@@ -156,8 +162,7 @@ class DatasetSplit:
         if self.mask is not None:
             digest.update(np.packbits(self.mask).tobytes())
         if self.index.invalid is not None:
-            for line in self.index.lines(0, len(self.index)):
-                digest.update(b"%d " % line)
+            digest.update(b"".join(b"%d " % line for line in self.index.columns[:, LINE].tolist()))
         return digest.hexdigest()
 
 
@@ -182,17 +187,33 @@ class RawDatasets:
 
 
 def read_datasets(
-    section: DataSection, seed: int, progress: ProgressFactory = no_progress, *, divisible: bool = False
+    section: DataSection,
+    seed: int,
+    progress: ProgressFactory = no_progress,
+    *,
+    divisible: bool = False,
+    given: Mapping[str, GivenRows] | None = None,
 ) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported. As `read_train_and_validation`."""
-    datasets = read_train_and_validation(section, seed, progress, divisible=divisible)
-    if not section.test_sources:
+    datasets = read_train_and_validation(section, seed, progress, divisible=divisible, given=given)
+    if not (sources := _sources("test", section.test_sources, given)):
         return datasets
-    return replace(datasets, test=_read_split("test", section.test_sources, section, seed, progress))
+    return replace(datasets, test=_read_split("test", sources, section, seed, progress))
+
+
+def _sources(
+    name: str, sources: Sequence[Source], given: Mapping[str, GivenRows] | None
+) -> Sequence[Source | GivenRows]:
+    return [given[name]] if given and name in given else sources
 
 
 def read_train_and_validation(
-    section: DataSection, seed: int, progress: ProgressFactory = no_progress, *, divisible: bool = False
+    section: DataSection,
+    seed: int,
+    progress: ProgressFactory = no_progress,
+    *,
+    divisible: bool = False,
+    given: Mapping[str, GivenRows] | None = None,
 ) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
@@ -201,19 +222,22 @@ def read_train_and_validation(
         seed: Decides which rows are drawn where sources are mixed, and which are held out.
         progress: Shows how far reading is.
         divisible: Whether a fraction of the training rows may be held out later, see `divide`.
+        given: The rows of a Python program for `train`, `validation` or `test`, instead of the sources of that name.
 
     Raises:
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
-    divided = divisible or isinstance(section.validation, float)
-    train = _read_split("train", section.train_sources, section, seed, progress, divided)
-    if section.validation_sources:
-        return RawDatasets(train, _read_split("validation", section.validation_sources, section, seed, progress))
-    if not isinstance(section.validation, float):
+    validation = _sources("validation", section.validation_sources, given)
+    fraction = section.validation if isinstance(section.validation, float) and not validation else None
+    train_sources = _sources("train", section.train_sources, given)
+    train = _read_split("train", train_sources, section, seed, progress, divisible or fraction is not None)
+    if validation:
+        return RawDatasets(train, _read_split("validation", validation, section, seed, progress))
+    if fraction is None:
         return RawDatasets(train, None)
-    train_mask, validation_mask, remarks = divide(train, section.validation, section.group_by, seed)
+    train_mask, validation_mask, remarks = divide(train, fraction, section.group_by, seed)
     if not train_mask.any():
-        what = f"a fraction of {section.validation} of {len(train)} rows leaves none to train on"
+        what = f"a fraction of {fraction} of {len(train)} rows leaves none to train on"
         if remarks:
             what = f"{what} ({'; '.join(remarks)})"
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
@@ -240,14 +264,16 @@ def divide(
     return mask & ~held_out, held_out, remarks
 
 
-def read_source(source: Source, section: DataSection, progress: ProgressFactory = no_progress) -> DatasetSplit:
+def read_source(
+    source: Source | GivenRows, section: DataSection, progress: ProgressFactory = no_progress
+) -> DatasetSplit:
     """All rows of one source, read as `section` says. Raises DataError as `index_rows`."""
     return _read_split("validation", [source], section, 0, progress)
 
 
 def _read_split(
     name: str,
-    sources: Sequence[Source],
+    sources: Sequence[Source | GivenRows],
     section: DataSection,
     seed: int,
     progress: ProgressFactory,
@@ -303,13 +329,13 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
     return [*range(earlier)] * whole + drawn.tolist()
 
 
-# Rows that are in the data twice, by the hashes of the index, in memory that does not grow with the data
+# Rows that are in the data twice, by the hashes of the index
 
 
 def find_duplicates(split: DatasetSplit) -> RowTally:
     """Rows of a split whose content an earlier row of it has, letter for letter."""
-    groups = [_later_copies(hashes, rows) for hashes, rows in _hash_groups(split, EXACT, len(split))]
-    return tally(split, groups)
+    _, first = np.unique(split.hashes(EXACT), return_index=True)
+    return tally(split, np.delete(split.numbers, first))
 
 
 def find_leaks(datasets: RawDatasets) -> Leaks | None:
@@ -326,41 +352,11 @@ def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
 
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
     """Rows of a split, which is to be new to the model, that are also in another one."""
-    exact = _in_both(earlier, held_out, EXACT)
-    folded = np.setdiff1d(_in_both(earlier, held_out, FOLDED), exact, assume_unique=True)
-    return Leaks(tally(held_out, [exact]), tally(held_out, [folded]), held_out.name, earlier.name)
+    exact, folded = (np.isin(held_out.hashes(column), earlier.hashes(column)) for column in (EXACT, FOLDED))
+    tallies = (tally(held_out, held_out.numbers[rows]) for rows in (exact, folded & ~exact))
+    return Leaks(*tallies, held_out.name, earlier.name)
 
 
-def _in_both(earlier: DatasetSplit, held_out: DatasetSplit, column: int) -> NDArray[np.int64]:
-    """Numbers of the held-out rows whose hash a row of the other split has."""
-    size = max(len(earlier), len(held_out))
-    pairs = zip(_hash_groups(earlier, column, size), _hash_groups(held_out, column, size), strict=True)
-    return np.concatenate([rows[np.isin(hashes, others)] for (others, _), (hashes, rows) in pairs])
-
-
-def _hash_groups(split: DatasetSplit, column: int, size: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Hashes and row numbers of a split, a group at a time; the number of groups follows from `size` alone."""
-    groups = max(1, -(-size // _HASHES_AT_ONCE))
-    for group in range(groups):
-        hashes, rows = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for start in range(0, len(split.index), _HASHES_AT_ONCE):
-            chunk = split.index.column(column, start, start + _HASHES_AT_ONCE)
-            mask = (chunk.view(np.uint64) % np.uint64(groups)) == group
-            if split.mask is not None:
-                mask &= split.mask[start : start + _HASHES_AT_ONCE]
-            hashes.append(chunk[mask])
-            rows.append(np.flatnonzero(mask) + start)
-        yield np.concatenate(hashes), np.concatenate(rows)
-
-
-def _later_copies(hashes: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The rows whose hash an earlier row has."""
-    _, first = np.unique(hashes, return_index=True)
-    return np.delete(rows, first)
-
-
-def tally(split: DatasetSplit, groups: list[NDArray[np.int64]]) -> RowTally:
-    """How many row numbers the groups have, and the places of the first."""
-    count = sum(len(group) for group in groups)
-    first = np.sort(np.concatenate([np.sort(group)[:MAX_PLACES] for group in groups]))[:MAX_PLACES]
-    return RowTally(count, [split.index.where(int(number)) for number in first])
+def tally(split: DatasetSplit, numbers: NDArray[np.int64]) -> RowTally:
+    """How many row numbers there are, and the places of the first."""
+    return RowTally(len(numbers), [split.index.where(int(number)) for number in np.sort(numbers)[:MAX_PLACES]])

@@ -3,13 +3,10 @@
 Rows are streamed: what is held in memory is a block of a file (or one row, where that is longer), never the file.
 """
 
-import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from datasets import load_dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
@@ -18,62 +15,59 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources.local import (
-    file_slices,
-    find_files,
-    json_line_rows,
-    known_endings,
-    looks_like_hub_id,
-    shown,
-)
-from loratune.data.sources.rows import (
-    MAX_PROBLEMS,
-    Advance,
-    Row,
-    RowSource,
-    line_of,
-    no_advance,
-    reported,
-    rows_per_batch,
-)
+from loratune.data.sources.local import file_slices, find_files, known_endings, looks_like_hub_id, shown
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowSource, line_of, place_parts, reported
+from loratune.data.sources.tables import GIVEN, GivenRows, HubSplit, given_rows
+from loratune.data.sources.text_files import json_lines, text_lines
 from loratune.errors import DataError, Problem
 from loratune.system.environment import cache_fix
 
 __all__ = [
+    "GIVEN",
     "MAX_PROBLEMS",
+    "GivenRows",
     "Row",
     "RowSource",
+    "given_rows",
     "left_out",
     "line_of",
     "looks_like_hub_id",
     "no_rows_error",
     "open_source",
+    "place_parts",
     "read_rows",
     "reported",
 ]
 
 
-def open_source(source: Source) -> list[RowSource]:
+def open_source(source: Source | GivenRows) -> list[RowSource]:
     """The files of a source in order, or its one split on the hub; no row is read yet.
 
     A slice goes over the rows of all files together, so that a file may have no row in it; where `split` adds up
     several slices, the files come once for each.
 
     Raises:
-        DataError: There is nothing, no permission, a type of file that is not read, a slice that is not valid, or a
-            hub dataset that cannot be loaded.
+        DataError: There is nothing, no permission, a type of file that is not read, a slice that is not valid, a hub
+            dataset that cannot be loaded, or rows that only the program of an earlier run had.
     """
+    if isinstance(source, GivenRows):
+        return [source]
+    if source.path == GIVEN:
+        what, fix = "a program gave these rows, and they are in no file", "run that program, or name a file of the rows"
+        raise DataError(Problem(Code.DATA_FILE_NOT_FOUND, what, source.path, fix=fix))
     path = Path(source.path).expanduser()
     if looks_like_hub_id(source.path) and not os.path.exists(path):
         return [_load_hub_split(source)]
     return list(file_slices(find_files(path)[0], source))
 
 
-def left_out(source: Source) -> str:
+def left_out(source: Source | GivenRows) -> str:
     """A line on what a directory or a glob names and `open_source` does not read; empty if there is nothing."""
     path = Path(source.path).expanduser()
-    others = find_files(path)[1] if os.path.exists(path) or not looks_like_hub_id(source.path) else []
-    return f"{source.path}: not read: {shown(others)} (files must end in {known_endings()})" if others else ""
+    if isinstance(source, GivenRows) or (looks_like_hub_id(source.path) and not os.path.exists(path)):
+        return ""
+    others = find_files(path)[1]
+    return f"{source.path}: not read: {shown(others)} (files that end in {known_endings()} are)" if others else ""
 
 
 def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
@@ -90,7 +84,11 @@ def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
     rows: list[Row] = []
     problems: list[Problem] = []
     try:
-        parts = [part.rows() for part in open_source(source)] if file is None else [json_line_rows(file, source.path)]
+        parts = (
+            [part.rows() for part in open_source(source)]
+            if file is None
+            else [json_lines(text_lines(file, source.path), source.path)]
+        )
         for item in chain.from_iterable(parts):
             if isinstance(item, Row):
                 rows.append(item)
@@ -107,44 +105,11 @@ def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
     raise no_rows_error(source)
 
 
-def no_rows_error(source: Source, why: str = "") -> DataError:
+def no_rows_error(source: Source | GivenRows, why: str = "") -> DataError:
     """The error for a source none of whose files has a row."""
     what = f"0 rows in {source.split}" if source.split else "0 rows"
     what += f" ({why})" if why else ""
     return DataError(Problem(Code.DATA_NO_ROWS, what, source.path, fix="name a source that has rows"))
-
-
-@dataclass(frozen=True)
-class HubSplit:
-    """A split of a hub dataset, or a slice of one. Implements `RowSource`.
-
-    `datasets` loads it into its cache of Arrow files, which are mapped and not held in memory.
-    """
-
-    name: str
-    dataset: Any
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the fingerprint by which `datasets` distinguishes contents."""
-        return hashlib.sha256(
-            f"{upstream.dataset_fingerprint(self.dataset)} {self.dataset.num_rows}".encode()
-        ).hexdigest()
-
-    @property
-    def size(self) -> int:
-        """Bytes of its Arrow table."""
-        return int(self.dataset.data.nbytes)
-
-    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
-        """See `RowSource.rows`."""
-        size, total, number = self.size, self.dataset.num_rows, 0
-        for batch in self.dataset.iter(rows_per_batch(size, total)):
-            first = number
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield Row(f"{self.name}:{number}", dict(zip(batch, values, strict=True)))
-            advance(size * number // total - size * first // total)
 
 
 def _load_hub_split(source: Source) -> HubSplit:

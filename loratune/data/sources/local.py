@@ -20,10 +20,10 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.console import progress
 from loratune.data import upstream
-from loratune.data.sources import json_files, readers
-from loratune.data.sources.rows import BLOCK, Advance, Block, RowOrProblem, no_advance
+from loratune.data.sources import tables, text_files
+from loratune.data.sources.rows import BLOCK, Advance, RowOrProblem, no_advance
 from loratune.errors import DataError, Problem
-from loratune.system.files import sha256
+from loratune.system.files import kind, sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
@@ -31,10 +31,11 @@ UNBOUNDED = sys.maxsize
 _SHOWN = 5
 """How many names of files a message has."""
 
-_LINE_READERS: dict[str, Callable[[Iterable[Block], str], Iterator[RowOrProblem]]] = {
-    ".jsonl": json_files.json_lines,
-    ".csv": readers.csv_rows,
-    ".txt": readers.text_rows,
+_TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
+    ".jsonl": lambda file, name: text_files.json_lines(text_files.text_lines(file, name), name),
+    ".json": text_files.json_document,
+    ".csv": text_files.csv_rows,
+    ".txt": text_files.text_rows,
 }
 
 
@@ -94,9 +95,17 @@ def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[li
 
 
 def shown(paths: Sequence[Path]) -> str:
-    """The names of the first few paths, and how many more there are."""
+    """The names of the first few paths, with what they are if it is not their ending that is wrong, and a count."""
     more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
-    return ", ".join(f"{path.name}{'/' * path.is_dir()}" for path in paths[:_SHOWN]) + more
+    return ", ".join(f"{path.name}{_kind(path)}" for path in paths[:_SHOWN]) + more
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "/"
+    if path.is_file() or not data_ending(path):
+        return ""
+    return f" ({'a broken link' if path.is_symlink() else kind(path)})"
 
 
 def _glob(pattern: Path) -> set[Path]:
@@ -153,7 +162,7 @@ class DataFile:
         """How many rows it has, counted no further than `limit`. Raises DataError as `rows`."""
         if data_ending(self.path) == ".parquet":
             with _reading(self.path):
-                return min(readers.count_parquet_rows(self.path), limit)
+                return min(tables.count_parquet_rows(self.path), limit)
         # JSON lines need not be parsed to be counted
         ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
         return sum(1 for _ in islice(self._read(no_advance, ending), limit))
@@ -176,21 +185,13 @@ class DataFile:
         name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
         with _reading(self.path):
             if ending == ".parquet":
-                yield from readers.parquet_rows(self.path, advance)
+                yield from tables.parquet_rows(self.path, advance)
                 return
             with self.path.open("rb", buffering=0) as raw:
                 file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
                 if data_ending(self.path).endswith(".gz"):
                     file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-                if ending == ".json":
-                    yield from json_files.json_document(readers.decode_pieces(file, name), name)
-                else:
-                    yield from _LINE_READERS[ending](readers.decode_blocks(file, name), name)
-
-
-def json_line_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
-    """The rows of an open file of JSON lines. name: what their places begin with."""
-    return json_files.json_lines(readers.decode_blocks(file, name), name)
+                yield from _TEXT_READERS[ending](file, name)
 
 
 class _CountingFile(io.RawIOBase):

@@ -6,7 +6,6 @@ import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
 from typing import Any, Protocol, TextIO
 
 from loratune.codes import Code
@@ -50,12 +49,19 @@ def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
 
 def _kind(problem: Problem) -> tuple[Problem, str]:
     """The problem without its place, and the file or split that it is in."""
-    return replace(problem, where=""), problem.where.removesuffix(line_of(problem.where))
+    return replace(problem, where=""), place_parts(problem.where)[0]
 
 
 def line_of(where: str) -> str:
-    """The number that a place ends with: `rows.jsonl:12`, `rows.parquet:row 12`."""
-    return where[len(where.rstrip("0123456789")) :]
+    """The number in a place, see `place_parts`."""
+    return place_parts(where)[1]
+
+
+def place_parts(where: str) -> tuple[str, str, str]:
+    """A place with its number by itself: `rows.jsonl:12`, `rows.parquet:row 12`, `train[12]`."""
+    body = where.removesuffix("]")
+    before = body.rstrip("0123456789")
+    return before, body[len(before) :], where[len(body) :]
 
 
 BLOCK = 1 << 20
@@ -70,7 +76,7 @@ class Row:
     """One row as the data has it.
 
     Attributes:
-        where: Its place, counted from 1: `file:line`, `file:row N` or `hub-id[split]:N`.
+        where: Its place, counted from 1: `file:line`, `file:row N` or `hub-id[split]:N`; or from 0, `name[N]`.
         values: Its fields under the names of the data.
     """
 
@@ -94,46 +100,12 @@ def place_in_cache(where: str) -> str:
     return where.encode(errors="backslashreplace").decode()
 
 
-@dataclass(frozen=True)
-class Block:
-    """Some whole lines of a text file.
-
-    Attributes:
-        first: The number of its first line, from 1.
-        text: The lines, without the newline at the end.
-        problem: Set for a single line that is not UTF-8, in whose text other characters stand for the bad bytes.
-    """
-
-    first: int
-    text: str
-    problem: Problem | None = None
-
-
-def split_lines(text: str) -> list[str]:
-    """The lines of a text without their line ends."""
-    lines = text.split("\n")
-    return [line.rstrip("\r") for line in lines] if "\r" in text else lines
-
-
-def nonblank_lines(blocks: Iterable[Block]) -> Iterator[tuple[int, str] | Problem]:
-    """The lines that are not blank with their numbers, or the problem of a line.
-
-    Blank lines are passed over in C, since a small gzip file may hold gigabytes of them.
-    """
-    for block in blocks:
-        if block.problem:
-            yield block.problem
-        elif not block.text.isspace():
-            lines = split_lines(block.text)
-            yield from compress(enumerate(lines, block.first), map(str.strip, lines))
-
-
 def no_advance(count: int) -> None:
     """Ignores progress."""
 
 
 class RowSource(Protocol):
-    """The rows of one file, or of one split of a hub dataset."""
+    """The rows of one file, of one split of a hub dataset, or of a program."""
 
     @property
     def name(self) -> str:
