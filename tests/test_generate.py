@@ -22,6 +22,9 @@ from running import until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.sampling import Sampling
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.system.files import kind
@@ -184,6 +187,59 @@ def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
     greedy = cli(*arguments).out
     assert cli(*arguments).out == cli(*arguments, "--temperature", 0).out == greedy
     assert cli(*arguments, "--temperature", 1).out != greedy
+
+
+def test_the_same_seed_gives_the_same_text(cli: Callable[..., Ran], plain: Path) -> None:
+    arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, "--temperature", 1, *PROMPTS, *PROMPTS)
+
+    def answers(*more: object) -> list[str]:
+        ran = cli(*arguments, "--output", "-", *more)
+        assert ran.code == 0, ran.err
+        return [json.loads(line)["completion"] for line in ran.out.splitlines()]
+
+    found = answers("--seed", 7)
+    assert found == answers("--seed", 7) != answers("--seed", 8)
+    assert found[: len(PROMPTS)] != found[len(PROMPTS) :]  # another place or batch has other random numbers
+
+
+def test_top_k_and_top_p_narrow_the_samples(cli: Callable[..., Ran], plain: Path) -> None:
+    """Of one token, or of the tokens up to a tiny probability, the likeliest is the only one."""
+    arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, *PROMPTS[:8])
+    greedy, hot = cli(*arguments).out, (*arguments, "--temperature", 100, "--seed", 1)
+    for narrow in (("--top-k", 1), ("--top-p", 1e-6)):
+        assert cli(*hot, *narrow).out == greedy
+    assert len({cli(*hot, *wide).out for wide in ((), ("--top-k", 3), ("--top-p", 0.1))} - {greedy}) == 3
+
+
+def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
+    """Each row of a batch ends by itself, also where the text is made of several tokens; the longer ones continue."""
+    loaded = loading.load(AdapterDirectory.open(plain))
+    whole = loaded.generate(UNEVEN, 24)
+    long, short = max(whole, key=len), min(filter(None, whole), key=len)
+    stops = [long[2:4], short[-1]]
+    found = loaded.generate(UNEVEN, 24, stop=stops)
+    assert found == [min((text.split(stop)[0] for stop in stops), key=len) for text in whole] != whole
+    (ids,) = loaded.complete([loaded.renderer.prompt(UNEVEN[whole.index(long)], "")], 24, Sampling(stop=(stops[0],)))
+    assert len(ids) == 4 and loaded.text(ids).endswith(stops[0])
+    assert torch.initial_seed() == (loaded.generate(["a"], 1, 1.0, seed=3), torch.initial_seed())[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["--temperature", 1e4], "--temperature"),
+        (["--temperature", 1, "--top-p", 0], "--top-p"),
+        (["--temperature", 1, "--top-p", 1.1], "--top-p"),
+        (["--temperature", 1, "--top-k", 0], "--top-k"),
+        (["--top-k", 5], "--top-k"),
+        (["--top-p", 0.5], "--top-p"),
+        (["--seed", -1], "--seed"),
+        (["--stop", ""], "--stop"),
+    ],
+)
+def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments: list[Any], key: str) -> None:
+    ran = cli("generate", "--adapter", plain, *arguments, "a")
+    check_refused(ran, 2, (Code.USAGE_OUT_OF_RANGE, "", key))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Adapter directories that are loaded for use: one base, its adapters, and how prompts are rendered for each."""
+"""An adapter on its base, and the completion of prompts by it; prompts of several adapters may share a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +10,11 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import kernels
+from loratune.adapter.sampling import GREEDY, Sampling
 from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import DataSection
+from loratune.data.formats import Message
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.lora import attach
@@ -72,10 +74,43 @@ class LoadedAdapter:
             self.model.set_adapter(self.key)
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float = 0.0, streamer: Any = None
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[list[int]]:
         """Complete a batch of prompts with this adapter, see `complete`."""
-        return complete([(self, ids) for ids in prompts], max_new_tokens, temperature, streamer)
+        return complete([(self, ids) for ids in prompts], max_new_tokens, sampling)
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[Message]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[str]:
+        """Complete prompts as text, in batches. For the settings see `Sampling`.
+
+        Args:
+            prompts: Texts or conversations, which are rendered as the rows of training were.
+            max_new_tokens: The longest completion.
+
+        Raises:
+            ConfigError: A setting is out of range.
+            DataError: A conversation cannot be rendered.
+        """
+        sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop))
+        sampling.check()
+        rendered = [self.renderer.prompt(self.turns(prompt), f"prompt {n}") for n, prompt in enumerate(prompts, 1)]
+        found: list[str] = []
+        for number, start in enumerate(range(0, len(rendered), BATCH)):
+            batch = [(self, ids) for ids in rendered[start : start + BATCH]]
+            found += complete_as_text(batch, max_new_tokens, sampling.for_batch(number))
+        return found
+
+    def turns(self, prompt: str | list[Message]) -> str | list[Message]:
+        """The prompt as it is rendered: text is the user's turn if the adapter was trained on conversations."""
+        return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
 
     def text(self, ids: Sequence[int]) -> str:
         """A completion as text, without the token that ends it."""
@@ -92,6 +127,20 @@ Request = tuple[LoadedAdapter, Sequence[int]]
 """An adapter, and the ids of the prompt that it completes."""
 
 
+class _StopTexts(StoppingCriteria):
+    """Ends each completion that holds one of some texts."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int):
+        self._tokenizer, self._stop, self._start = tokenizer, stop, start
+        self._tokens = 4 * max(map(len, stop), default=0) + 8  # a token may be a single byte of a character
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        new = input_ids[:, self._start :][:, -self._tokens :]
+        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+        ended = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
+
+
 class _Stopped(StoppingCriteria):
     """Ends all completions as soon as a function says so."""
 
@@ -105,7 +154,7 @@ class _Stopped(StoppingCriteria):
 def complete(
     requests: Sequence[Request],
     max_new_tokens: int,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     streamer: Any = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[list[int]]:
@@ -118,12 +167,12 @@ def complete(
     Args:
         requests: Adapters and prompts.
         max_new_tokens: The longest completion.
-        temperature: 0 for the likeliest token; above it, tokens are sampled.
+        sampling: How tokens are chosen.
         streamer: A streamer of transformers, for a single prompt.
         stopped: Asked after each token whether to stop here.
 
     Returns:
-        The new ids of each prompt, with the token that ends the completion.
+        The new ids of each prompt, with the token, or the tokens of the stop text, that end the completion.
     """
     batches: dict[Any, list[int]] = {}
     for number, (adapter, _) in enumerate(requests):
@@ -131,17 +180,37 @@ def complete(
         key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key, alone)
         batches.setdefault(key, []).append(number)
     answers: dict[int, list[int]] = {}
-    for numbers in batches.values():
-        batch = [requests[number] for number in numbers]
-        answers |= zip(numbers, _complete(batch, max_new_tokens, temperature, streamer, stopped), strict=True)
+    with _seeded(sampling.seed):
+        for numbers in batches.values():
+            batch = [requests[number] for number in numbers]
+            answers |= zip(numbers, _complete(batch, max_new_tokens, sampling, streamer, stopped), strict=True)
     return [answers[number] for number in range(len(requests))]
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Inside, torch's random numbers are those of the seed; afterwards they continue as before."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def complete_as_text(
+    requests: Sequence[Request], max_new_tokens: int, sampling: Sampling = GREEDY, streamer: Any = None
+) -> list[str]:
+    """The completions of one batch as text, without what ends them. Arguments as of `complete`."""
+    completions = complete(requests, max_new_tokens, sampling, streamer)
+    return [sampling.cut(adapter.text(ids)) for (adapter, _), ids in zip(requests, completions, strict=True)]
 
 
 @torch.inference_mode()
 def _complete(
     requests: Sequence[Request],
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     streamer: Any,
     stopped: Callable[[], bool],
 ) -> Iterator[list[int]]:
@@ -149,8 +218,10 @@ def _complete(
     first = requests[0][0]
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
         eos_token_id=list(first.renderer.end_ids),
         pad_token_id=first.prompts.padding,
     )
@@ -162,10 +233,11 @@ def _complete(
             if shares
             else first.prompts.plain(prompts, "left")
         )
-        ids = first.model.generate(
-            **batch, generation_config=settings, streamer=streamer, stopping_criteria=[_Stopped(stopped)]
-        )
-    rows = ids[:, batch["input_ids"].shape[1] :].tolist()
+        start = batch["input_ids"].shape[1]
+        ends: list[StoppingCriteria] = [_Stopped(stopped)]
+        ends += [_StopTexts(first.tokenizer, sampling.stop, start)] if sampling.stop else []
+        ids = first.model.generate(**batch, generation_config=settings, streamer=streamer, stopping_criteria=ends)
+    rows = ids[:, start:].tolist()
     return (adapter.until_end(row) for (adapter, _), row in zip(requests, rows, strict=True))
 
 

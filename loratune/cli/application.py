@@ -183,10 +183,3 @@ def write_rows(rows: Iterable[dict[str, Any]], file: "Output | None") -> None:
         stream = EscapedStream(writable) if writable.isatty() else writable
         for row in rows:
             print(to_json_line(row), file=stream)
-
-
-def check_temperature(temperature: float) -> None:
-    """Raises ConfigError: it is out of range."""
-    if temperature and not 1e-3 <= temperature <= 1e3:  # logits divided by it would be inf, or all equal; or it is NaN
-        what, fix = f"{temperature:g} is not between 0.001 and 1,000", "0 takes the likeliest token"
-        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key="--temperature", fix=fix))

@@ -15,7 +15,6 @@ from loratune.cli.application import (
     MaxNewTokens,
     Temperature,
     app,
-    check_temperature,
     importing,
     log_all,
 )
@@ -56,9 +55,11 @@ def chat(
 ) -> None:
     """Talk with an adapter on its base; /help lists what can be typed. Of a pipe, each line is a turn."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
-        check_temperature(temperature)
-
         from loratune.adapter import selection
+        from loratune.adapter.sampling import Sampling
+
+        sampling = Sampling(temperature)
+        sampling.check("--")
 
         selected = selection.parse(adapters)
 
@@ -72,7 +73,7 @@ def chat(
             from loratune.commands.chat import RAW_NOTE, Chat
 
         loaded = loading.load_selection(opened, selected, log)
-        talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+        talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
         log_all(f"{one.where}: {RAW_NOTE}" for one in (loaded.by_name.values() or [loaded.default]) if not one.chat)
         inputs = [*selected.directories.values(), *(Path(info.base.name_or_path) for info in opened.values())]
         _Session(talk, tuple(inputs), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()

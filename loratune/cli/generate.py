@@ -16,7 +16,6 @@ from loratune.cli.application import (
     Temperature,
     app,
     check_paths,
-    check_temperature,
     importing,
     rows_output,
     write_rows,
@@ -54,6 +53,16 @@ def generate(
     ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample among this many of the likeliest tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    stop: Annotated[
+        list[str], typer.Option("--stop", metavar="TEXT", help="End before this text; can be given several times.")
+    ] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
     force: Force = False,
@@ -63,9 +72,12 @@ def generate(
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         check_paths(input=source, output=output)
         _check_answers(prompts, source, output, overwrite=overwrite)
-        check_temperature(temperature)
 
         from loratune.adapter import selection
+        from loratune.adapter.sampling import Sampling
+
+        sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop))
+        sampling.check("--")
 
         selected = selection.parse(adapters, use, mix)
         inputs = (*selected.directories.values(), *([source] if source and str(source) != STDOUT else []))
@@ -83,9 +95,9 @@ def generate(
         with importing():
             from loratune.commands.generate import generate
 
-        stream = len(rows) == 1 and output is None and not base and sys.stdout.isatty()
+        stream = len(rows) == 1 and output is None and not base and not stop and sys.stdout.isatty()
         answers = generate(
-            opened, selected, rows, max_new_tokens=max_new_tokens, temperature=temperature, base=base, stream=stream,
+            opened, selected, rows, max_new_tokens=max_new_tokens, sampling=sampling, base=base, stream=stream,
             log=log, **({} if output is None and sys.stdout.isatty() else {"count": show_count}),
         )  # fmt: skip
         if output is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from loratune.adapter import generation
 from loratune.adapter.generation import LoadedAdapter
 from loratune.adapter.loading import LoadedAdapters
+from loratune.adapter.sampling import GREEDY, Sampling
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem
@@ -44,10 +45,15 @@ class Chat:
     """
 
     def __init__(
-        self, loaded: LoadedAdapters, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0
+        self,
+        loaded: LoadedAdapters,
+        *,
+        system: str | None = None,
+        max_new_tokens: int = 256,
+        sampling: Sampling = GREEDY,
     ):
         """Raises ConfigError: a system message is given for an adapter that was trained on raw prompts."""
-        self._loaded, self._new_tokens, self._temperature = loaded, max_new_tokens, temperature
+        self._loaded, self._new_tokens, self._sampling = loaded, max_new_tokens, sampling
         self.name, self.exchanges = loaded.label, list[Exchange]()
         self.system = ""
         if system is not None:
@@ -141,7 +147,7 @@ class Chat:
         if room < 1:
             what = f"the context is full: the conversation has {len(ids)} tokens, and the model's context {limit}"
             raise ConfigError(Problem(Code.CHAT_CONTEXT_FULL, what, fix="begin anew with /reset"))
-        (new,) = generation.complete([(adapter, ids)], room, self._temperature, streamer, stopped)
+        (new,) = generation.complete([(adapter, ids)], room, self._sampling, streamer, stopped)
         cut = ""
         if new[-1] not in adapter.renderer.end_ids:
             full = f"the model's context of {limit} tokens is full; /reset begins anew"

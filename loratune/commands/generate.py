@@ -8,6 +8,7 @@ from transformers import TextStreamer
 from loratune.adapter import generation, loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter, Request
+from loratune.adapter.sampling import Sampling
 from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
 from loratune.data import ProgressFactory, formats, no_progress
@@ -42,7 +43,7 @@ def generate(
     rows: Sequence[Row],
     *,
     max_new_tokens: int,
-    temperature: float,
+    sampling: Sampling,
     base: bool,
     stream: bool,
     count: ProgressFactory = no_progress,
@@ -57,7 +58,7 @@ def generate(
             user's turn if the adapter was trained on conversations. Where adapters have names, a field `adapter` of a
             row says which one answers it.
         max_new_tokens: The longest completion.
-        temperature: 0 for the likeliest token; above it, tokens are sampled.
+        sampling: How tokens are chosen, and where completions end.
         base: Also answer with the base alone.
         stream: Print the completion of a single prompt while it is computed.
         count: Shows how many rows are answered.
@@ -81,12 +82,12 @@ def generate(
     def answers() -> Iterator[Answer]:
         with count("answering", len(requests)) as advance:
             for start in range(0, len(requests), generation.BATCH):
-                batch = requests[start : start + generation.BATCH]
+                batch, drawn = requests[start : start + generation.BATCH], sampling.for_batch(start)
                 base_texts: list[str] | list[None] = [None] * len(batch)
                 if base:
                     with loaded.default.without_adapter():
-                        base_texts = _texts(batch, generation.complete(batch, max_new_tokens, temperature))
-                texts = _texts(batch, generation.complete(batch, max_new_tokens, temperature, streamer))
+                        base_texts = generation.complete_as_text(batch, max_new_tokens, drawn)
+                texts = generation.complete_as_text(batch, max_new_tokens, drawn, streamer)
                 for number, (text, base_text) in enumerate(zip(texts, base_texts, strict=True), start):
                     prompt = questions[number].prompt
                     shown = prompt if isinstance(prompt, str) else prompt[-1]["content"]
@@ -94,10 +95,6 @@ def generate(
                 advance(len(batch))
 
     return answers()
-
-
-def _texts(batch: Sequence[Request], completions: Sequence[Sequence[int]]) -> list[str]:
-    return [adapter.text(ids) for (adapter, _), ids in zip(batch, completions, strict=True)]
 
 
 def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
@@ -132,9 +129,7 @@ def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.GENERATE_EMPTY_PROMPT, "the prompt is empty", where) for where in empty])
     return [
-        Question([{"role": "user", "content": question.prompt}], question.tools)
-        if adapter.chat and isinstance(question.prompt, str)
-        else question
+        Question(adapter.turns(question.prompt), question.tools)
         for adapter, question in zip(answering, questions, strict=True)
     ]
 

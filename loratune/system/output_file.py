@@ -182,7 +182,7 @@ class Output:
         """Give the complete file its name, unless another file has taken it in the meantime."""
         try:
             self.check()
-            if kind(self.path):
+            if self.overwrite and kind(self.path):
                 unfinished.chmod(stat.S_IMODE(self.path.lstat().st_mode))
                 unfinished.replace(self.path)
             else:
