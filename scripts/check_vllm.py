@@ -16,6 +16,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,15 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     """What vLLM is asked, and for each row our log-probabilities by the adapter and by the base alone."""
     from loratune.adapter import loading  # noqa: PLC0415
     from loratune.adapter.directory import AdapterDirectory  # noqa: PLC0415
-    from loratune.commands import export_request  # noqa: PLC0415
-    from loratune.commands.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.config import Source, patterns  # noqa: PLC0415
     from loratune.data import no_progress, read_source  # noqa: PLC0415
+    from loratune.export.clients import VLLM_RANKS  # noqa: PLC0415
+    from loratune.export.texts import scored_answers  # noqa: PLC0415
 
     source = AdapterDirectory.open(adapter)
     split = read_source(Source(path=data), source.data, no_progress) if data else None
-    loaded = loading.load(export_request.in_float32(source))
-    asked = export_request.questions(loaded, source, split)
+    loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": "float32"})))
+    asked = scored_answers(loaded, source, split)
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]
     config = json.loads((export / "adapter_config.json").read_text())
     rank = next(most for most in VLLM_RANKS if config["r"] <= most)

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from loratune.cli import app
 from loratune.console import print_table
 from loratune.errors import LoratuneError
-from loratune.export import converter
+from loratune.export import gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -117,7 +117,7 @@ def base_gguf(base: Path) -> tuple[object, ...]:
     file, tokenizer = base.with_name("base.gguf"), next(GGUF.glob("*.gguf"), None)
     try:
         if tokenizer is not None and not file.exists():
-            converter.model(converter.find(None), base, file, "f32", tokenizer)
+            gguf.convert_model(gguf.find_converters(None), base, file, "f32", tokenizer)
     except LoratuneError as error:
         print(*error.problems, sep="\n", file=sys.stderr)
     return ("--base-gguf", file) if file.exists() else ()

@@ -11,8 +11,8 @@ from conftest import Ran, write_rows
 from huggingface_hub import ModelCard
 from test_preferences import config
 
-from loratune.commands import clients
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source
+from loratune.export import clients
 
 MakeConfig = Callable[..., Path]
 

@@ -353,7 +353,7 @@ def test_the_commands_take_the_adapter(cli: Cli, base: Path, trained: Path, tmp_
 
 def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_path: Path) -> None:
     ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
-    check_refused(ran, 5, (Code.EXPORT_NOT_PLAIN, str(trained), ""))
+    check_refused(ran, 5, (Code.EXPORT_UNSUPPORTED, str(trained), ""))
     assert "it adapts stacked parameters" in ran.err and "loratune merge" in ran.err
     with pytest.raises(AdapterError, match=r"cannot be plain LoRA for llama\.cpp: it adapts stacked parameters"):
         plain.check_plain(inspect(trained), "gguf")

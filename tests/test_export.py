@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import converter, gguf, llama_cpp, ollama, plain
+from loratune.export import gguf, llama_cpp, llama_cpp_process, ollama, plain, texts
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
+from loratune.lora.mixture import PlainAdapter
+from loratune.system import containers
 
 PATTERNS: dict[str, Any] = {
     "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
@@ -55,7 +58,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=torch.arange(32)[None]).logits
 
 
-def folded(path: Path, output: Path, base: torch.nn.Module, client: str = "vllm") -> plain.PlainAdapter:
+Cli = Callable[..., Ran]
+
+
+def folded(path: Path, output: Path, base: torch.nn.Module, client: str = "vllm") -> PlainAdapter:
     """The adapter as plain LoRA, written to a directory."""
     files = inspect(path)
     plain.check_plain(files, client)
@@ -140,7 +146,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path: Path, lora: dict[str, Any], 
     path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
     with pytest.raises(AdapterError) as error:
         plain.check_plain(inspect(path), client)
-    assert meanings(error.value) == [(Code.EXPORT_NOT_PLAIN, str(path), "")]
+    assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, str(path), "")]
 
 
 def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
@@ -162,7 +168,7 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
 # The command
 
 
-def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     said = json.loads(ran.out)
@@ -178,9 +184,7 @@ def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cal
     assert answers[0].out == answers[1].out and answers[1].code == 0
 
 
-def test_a_conversation_is_served_with_the_template_of_training(
-    tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]
-) -> None:
+def test_a_conversation_is_served_with_the_template_of_training(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
     turns = [{"role": "user", "content": "7 and 7 make"}, {"role": "assistant", "content": "14"}]
     rows = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}] * 8)
     config = config_in(tmp_path, tiny_dir)(data={"train": str(rows)}, training={"max_steps": 2})
@@ -203,16 +207,27 @@ def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) ->
     return path
 
 
+def compared(adapter: Path, tokenizer: Any, prompts: Any) -> texts.Texts:
+    """The texts of an adapter whose record holds other prompts."""
+    source = AdapterDirectory.open(adapter)
+    files = replace(source.files, record=source.files.record | {"prompts": prompts})
+    return texts.texts(replace(source, files=files), Renderer(tokenizer), 264)
+
+
 @pytest.mark.parametrize(
     "prompts",
     [None, 3, "abc", {"a": 1}, [None], [{"prompt": 5}], [{"prompt": "\ud800"}], [{"input_ids": "abc"}],
      [{"input_ids": ["a"]}], [{"input_ids": [-1]}], [{"input_ids": [264]}], [{"input_ids": [10**30]}],
      [{"input_ids": [1.5]}], [{"input_ids": [True]}], [{"input_ids": [[1], [2]]}]],
 )  # fmt: skip
-def test_recorded_prompts_that_are_none_are_refused(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any
-) -> None:
-    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
+def test_recorded_prompts_that_are_not_valid_are_refused(trained: Path, tokenizer: Any, prompts: Any) -> None:
+    with pytest.raises(AdapterError) as error:
+        compared(trained, tokenizer, prompts)
+    assert meanings(error.value) == [(Code.ADAPTER_INVALID_RECORD, str(trained / "loratune.json"), "prompts")]
+
+
+def test_a_record_that_is_not_valid_ends_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    adapter = edited(trained, tmp_path / "a", {}, prompts=[{"input_ids": [264]}])
     ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), "prompts"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
@@ -222,16 +237,11 @@ def test_recorded_prompts_that_are_none_are_refused(
     ("prompts", "origin"),
     [([{"input_ids": [1, 2]}] * 1000, "32 prompts of the training rows"), ([{"input_ids": []}], "12 fixed texts")],
 )
-def test_of_recorded_prompts_those_that_say_something_count(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], prompts: Any, origin: str
-) -> None:
-    adapter = edited(trained, tmp_path / "a", {}, prompts=prompts)
-    ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out", "--json")
-    assert ran.code == 0, ran.err
-    assert json.loads(ran.out)["comparison"]["texts"] == origin
+def test_empty_recorded_prompts_do_not_count(trained: Path, tokenizer: Any, prompts: Any, origin: str) -> None:
+    assert compared(trained, tokenizer, prompts).origin == origin
 
 
-def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Cli) -> None:
     names = ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "evil.py", ".env",
              "training_args.bin", "adapter_model.bin", "checkpoint-5/optimizer.pt")  # fmt: skip
     settings = json.loads((trained / "tokenizer_config.json").read_text())
@@ -252,7 +262,7 @@ def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Call
     assert "evil.py" in found and "config.json" not in found
 
 
-def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Cli) -> None:
     """Not even where it is itself an export, as a merged model is one."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
@@ -293,7 +303,7 @@ BAD_TENSORS: dict[str, tuple[Change, Code]] = {
 @pytest.mark.parametrize("bad", BAD_TENSORS)
 @pytest.mark.parametrize("mixed", [False, True])
 def test_tensors_that_are_no_adapter_are_refused(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], bad: str, mixed: bool
+    trained: Path, tmp_path: Path, cli: Cli, bad: str, mixed: bool
 ) -> None:
     change, code = BAD_TENSORS[bad]
     adapter = Path(shutil.copytree(trained, tmp_path / "a"))
@@ -308,9 +318,7 @@ def test_tensors_that_are_no_adapter_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
-def test_other_dtypes_become_float32(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], dtype: torch.dtype
-) -> None:
+def test_other_dtypes_become_float32(trained: Path, tmp_path: Path, cli: Cli, dtype: torch.dtype) -> None:
     adapter = Path(shutil.copytree(trained, tmp_path / "a"))
     file = adapter / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
@@ -321,14 +329,14 @@ def test_other_dtypes_become_float32(
 
 
 @pytest.mark.parametrize("weights", ["a:1e300", "a:1e39,b:1e-300"])
-def test_a_sum_beyond_float32_is_refused(trained: Path, tmp_path: Path, cli: Callable[..., Ran], weights: str) -> None:
+def test_a_sum_beyond_float32_is_refused(trained: Path, tmp_path: Path, cli: Cli, weights: str) -> None:
     adapters = [Path(shutil.copytree(trained, tmp_path / name)) for name in "ab"]
     named = ("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--mix", weights)
     ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.ADAPTER_NOT_FINITE, str(adapters[0]), "--mix"))
 
 
-def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Cli) -> None:
     """One adapter at weight 1 is itself, and two halves of it are too: the sum of their changes."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
@@ -353,9 +361,7 @@ def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli
     assert not (tmp_path / "x").exists()
 
 
-def test_an_existing_output_is_replaced_only_if_it_is_an_export(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran]
-) -> None:
+def test_an_existing_output_is_replaced_only_if_it_is_an_export(trained: Path, tmp_path: Path, cli: Cli) -> None:
     arguments = ("export", "--adapter", trained, "--to", "peft", "--output")
     assert cli(*arguments, tmp_path / "out").code == 0
     before = tree(tmp_path)
@@ -378,12 +384,12 @@ def test_an_existing_output_is_replaced_only_if_it_is_an_export(
         (("--to", "peft", "--llama-cpp", "x"), "--llama-cpp"), (("--to", "vllm", "--base-gguf", "x"), "--base-gguf"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_the_client(cli: Callable[..., Ran], arguments: tuple[str, ...], key: str) -> None:
+def test_options_that_do_not_fit_the_client(cli: Cli, arguments: tuple[str, ...], key: str) -> None:
     ran = cli("export", "--adapter", "a", "--output", "b", *arguments)
     assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{key}: ")
 
 
-def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Cli) -> None:
     def run(adapter: Path, *more: object) -> Ran:
         return cli("export", "--adapter", adapter, "--to", "vllm", "--output", tmp_path / "out", *more)
 
@@ -400,9 +406,7 @@ def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Callable[.
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
-def test_another_base_is_refused_unless_forced(
-    trained: Path, tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]
-) -> None:
+def test_another_base_is_refused_unless_forced(trained: Path, tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
     shutil.copytree(tiny_dir, tmp_path / "base")
     other = tiny_llama()
     other.model.norm.weight.data += 1
@@ -434,41 +438,41 @@ def test_a_killed_export_can_be_repeated(trained: Path, tmp_path: Path, processe
 
 
 def test_without_converters_it_is_said_how_to_get_them(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+    trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("export", "--adapter", trained, "--to", "gguf", "--output", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     ran = cli(*arguments, "--llama-cpp", tmp_path / "empty")
-    check_refused(ran, 2, (Code.EXPORT_NO_CONVERTER, str(tmp_path / "empty"), "--llama-cpp"))
-    monkeypatch.setattr(converter, "_PACKAGE", "a_package_that_does_not_exist")
+    check_refused(ran, 2, (Code.USAGE_BAD_PATH, str(tmp_path / "empty"), "--llama-cpp"))
+    monkeypatch.setattr(gguf, "_PACKAGE", "a_package_that_does_not_exist")
     with pytest.raises(ConfigError) as error:
-        converter.find(None)
+        gguf.find_converters(None)
     assert "git clone" in str(error.value) and "loratune[llama-cpp]" in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("says", "code"),
     [
-        ("raise NotImplementedError('Architecture \\'OddForCausalLM\\' not supported!')", Code.EXPORT_ARCHITECTURE),
-        ("raise NotImplementedError('BPE pre-tokenizer was not recognized - update')", Code.EXPORT_TOKENIZER),
-        ("raise KeyError('anything')", Code.EXPORT_CONVERSION),
-        ("pass", Code.EXPORT_CONVERSION),
+        ("raise NotImplementedError('Architecture \\'OddForCausalLM\\' not supported!')", Code.EXPORT_UNSUPPORTED),
+        ("raise NotImplementedError('BPE pre-tokenizer was not recognized - update')", Code.EXPORT_UNSUPPORTED),
+        ("raise KeyError('anything')", Code.EXPORT_FAILED),
+        ("pass", Code.EXPORT_FAILED),
     ],
 )
-def test_what_a_converter_says_is_passed_on(tmp_path: Path, says: str, code: Code) -> None:
-    for name in (converter.LORA, converter.MODEL):
+def test_what_a_converter_prints_is_reported(tmp_path: Path, says: str, code: Code) -> None:
+    for name in (gguf.LORA, gguf.MODEL):
         (tmp_path / name).write_text(f"{says}\n")
     with pytest.raises(AdapterError) as error:
-        converter.model(converter.find(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
+        gguf.convert_model(gguf.find_converters(tmp_path), tmp_path, tmp_path / "out.gguf", "f16")
     assert [problem.code for problem in error.value.problems] == [code]
-    assert "architecture OddForCausalLM" in str(error.value) or code != Code.EXPORT_ARCHITECTURE
+    assert "architecture OddForCausalLM" in str(error.value) or "Odd" not in says
 
 
 WRITES: dict[str, tuple[str, Code]] = {
-    "nothing": ("pass", Code.EXPORT_CONVERSION),
-    "a directory": ("out.mkdir()", Code.EXPORT_CONVERSION),
-    "a pipe": ("os.mkfifo(out)", Code.EXPORT_CONVERSION),
-    "a link": ("os.symlink('/etc/passwd', out)", Code.EXPORT_CONVERSION),
+    "nothing": ("pass", Code.EXPORT_FAILED),
+    "a directory": ("out.mkdir()", Code.EXPORT_FAILED),
+    "a pipe": ("os.mkfifo(out)", Code.EXPORT_FAILED),
+    "a link": ("os.symlink('/etc/passwd', out)", Code.EXPORT_FAILED),
     "an empty file": ("out.write_bytes(b'')", Code.EXPORT_DIFFERS),
     "other bytes": ("out.write_bytes(b'GGUF' + b'\\xff' * 100)", Code.EXPORT_DIFFERS),
     "a GGUF file without anything": (
@@ -482,19 +486,33 @@ WRITES: dict[str, tuple[str, Code]] = {
 def converters_that(path: Path, do: str) -> Path:
     """A checkout of llama.cpp, as far as `--llama-cpp` looks, whose converters do something else."""
     path.mkdir()
-    for name in (converter.LORA, converter.MODEL):
+    for name in (gguf.LORA, gguf.MODEL):
         head = "import os, pathlib, shutil, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
         (path / name).write_text(head + do)
     return path
 
 
 @pytest.mark.parametrize("writes", WRITES)
+def test_what_a_converter_writes_is_read_back(tmp_path: Path, writes: str) -> None:
+    do, code = WRITES[writes]
+    checkout, file = converters_that(tmp_path / "llama.cpp", do), tmp_path / "out.gguf"
+    made = folded(adapter_in(tmp_path / "a", tiny_llama()), tmp_path / "plain", tiny_llama())
+    with pytest.raises(AdapterError) as error:
+        gguf.convert_adapter(checkout, tmp_path / "plain", tmp_path / "base", file)
+        gguf.check_adapter(file, made)
+    assert [problem.code for problem in error.value.problems] == [code]
+    if code == Code.EXPORT_DIFFERS:
+        with pytest.raises(AdapterError) as error:
+            gguf.check_model(file, 1)
+        assert [problem.code for problem in error.value.problems] == [code]
+
+
 @pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
-def test_what_a_converter_writes_is_read_back(
-    trained: Path, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch, writes: str, options: Any
+def test_a_converter_that_writes_something_else(
+    trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
-    do, code = WRITES[writes]
+    do, code = WRITES["other bytes"]
     checkout = converters_that(tmp_path / "llama.cpp", do)
     ran = cli("export", "--adapter", trained, "--output", tmp_path / "out", "--llama-cpp", checkout, "--to", *options)
     assert ran.code == 5 and len(ran.errors) == 1 and f" [{code}]" in ran.errors[0], ran.err
@@ -503,7 +521,7 @@ def test_what_a_converter_writes_is_read_back(
 
 @pytest.mark.parametrize(("layers", "code"), [(2, 0), (1, 5)])
 def test_a_model_file_has_all_weights(
-    trained: Path, tmp_path: Path, tokenizer: Any, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    trained: Path, tmp_path: Path, tokenizer: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch,
     layers: int, code: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
@@ -527,10 +545,10 @@ def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
     for base, module in ((tied, "lm_head"), (gpt2, "transformer.h.0.attn.c_attn")):
         with pytest.raises(AdapterError) as error:
             gguf.check_layers(base, [module], "here")
-        assert meanings(error.value) == [(Code.EXPORT_NOT_PLAIN, "here", "")]
+        assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, "here", "")]
 
 
-def _compare(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], second: float = -2.0) -> llama_cpp.Comparison:
+def _compare(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], second: float = -2.0) -> llama_cpp.LlamaCppResult:
     question = ScoredAnswer({"prompt": "p"}, [1, 2], [3, 4], [-0.1, -0.2], [-3.0, -4.0], [-2.5, second])
     monkeypatch.setattr(llama_cpp, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "greedy": [3], "count": 2} | said])
     return llama_cpp.compare(Path("m.gguf"), None, None, [question], [4])
@@ -550,7 +568,7 @@ def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"logprobs": [-9.0, float("-inf")]}, Code.EXPORT_DIFFERS),
         ({"greedy": [9, 9]}, Code.EXPORT_DIFFERS),
         ({"greedy": [3, 9]}, Code.EXPORT_DIFFERS),  # it does not end
-        ({"count": 3}, Code.EXPORT_TOKENIZER),
+        ({"count": 3}, Code.EXPORT_DIFFERS),
     ],
 )
 def test_what_llama_cpp_gets_wrong_is_refused(
@@ -563,7 +581,7 @@ def test_what_llama_cpp_gets_wrong_is_refused(
 
 FAKE_LLAMA = """
 from types import SimpleNamespace as Group
-import os, sys, time
+import os, sys
 
 class CommonParams:
     def __init__(self):
@@ -577,8 +595,6 @@ class Server:
         print("llama.cpp prints this")
 
     def handle_completions(self, request):
-        if os.environ.get("FAKE") == "hangs":
-            time.sleep(60)
         if os.environ.get("FAKE") == "fails" and request["prompt"] == [5]:
             sys.exit("RuntimeError: no more memory\\nends")
         token = {"id": 3, "top_logprobs": [{"id": 3, "logprob": -0.5}]}
@@ -595,42 +611,38 @@ def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
 
 
-def asked(*prompts: int) -> dict[str, Any]:
-    questions = [{"request": {"prompt": "p"}, "prompt": [prompt], "answer": [3]} for prompt in prompts]
-    return {"model": "m.gguf", "adapter": None, "template": None, "questions": questions}
+def answer_of_fake(count: int) -> llama_cpp.LlamaCppResult:
+    """Questions, of which the second makes the package in place of llama.cpp fail where it does."""
+    questions = [ScoredAnswer({"prompt": "p"}, [prompt] * count, [3], [-0.5], [-3.0], [-2.0]) for prompt in (4, 5)]
+    return llama_cpp.compare(Path("m.gguf"), None, None, questions, [])
 
 
 @pytest.mark.parametrize(("given", "processors", "expected"), [("3", 99.0, 3), ("", 0.5, 1), ("many", 0.5, 1)])
 def test_llama_cpp_has_as_many_threads_as_it_may(
-    fake_llama: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, processors: float, expected: int
+    fake_llama: None, monkeypatch: pytest.MonkeyPatch, given: str, processors: float, expected: int
 ) -> None:
     """As OMP_NUM_THREADS says, or else as the processors that the container may use."""
-    patch = f"from loratune.system import containers\ncontainers.processors = lambda: {processors}\n"
-    with (tmp_path / "packages" / f"{llama_cpp.PACKAGE}.py").open("a") as file:
-        file.write(patch)
+    monkeypatch.setattr(containers, "processors", lambda: processors)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
-    said = llama_cpp._run(asked(4, 5), 60)
-    assert said == [{"logprobs": [-0.5], "greedy": [3], "count": expected}] * 2
+    agreement = answer_of_fake(expected)
+    assert (agreement.answers, agreement.counts, agreement.exact, agreement.mean) == (2, 2, 2, 0.0)
+
+
+def test_llama_cpp_that_fails(fake_llama: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", "fails")
+    with pytest.raises(AdapterError) as error:
+        answer_of_fake(1)
+    (problem,) = error.value.problems
+    what = "llama.cpp failed: RuntimeError: no more memory"
+    assert (problem.code, problem.what, problem.where) == (Code.EXPORT_FAILED, what, "m.gguf")
 
 
 @pytest.mark.parametrize(
-    ("does", "seconds", "what"),
-    [("fails", 60, "llama.cpp failed: RuntimeError: no more memory"), ("hangs", 2, "llama.cpp took longer than 2 s")],
+    ("options", "installed"),
+    [(("gguf",), False), (("gguf", "--merged", "f16"), True), (("ollama",), False), (("ollama",), True)],
 )
-def test_llama_cpp_that_fails_or_hangs(
-    fake_llama: None, monkeypatch: pytest.MonkeyPatch, does: str, seconds: float, what: str
-) -> None:
-    monkeypatch.setenv("FAKE", does)
-    with pytest.raises(AdapterError) as error:
-        llama_cpp._run(asked(4, 5), seconds)
-    (problem,) = error.value.problems
-    assert (problem.code, problem.what, problem.where) == (Code.EXPORT_LLAMA_FAILED, what, "m.gguf")
-
-
-@pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
-@pytest.mark.parametrize("installed", [False, True])
 def test_without_verifying_llama_cpp_is_not_run(
-    trained: Path, tmp_path: Path, tokenizer: Any, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+    trained: Path, tmp_path: Path, tokenizer: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...], installed: bool,
 ) -> None:  # fmt: skip
     """Where it is not installed, or is not wanted; to want it where it is not installed is an error before the rest."""
@@ -650,7 +662,7 @@ def test_without_verifying_llama_cpp_is_not_run(
         assert ran.code == 0 and f"not run: {reason}\n" in ran.out, ran.err
 
 
-def test_without_verifying_logits_are_not_computed(trained: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_without_verifying_logits_are_not_computed(trained: Path, tmp_path: Path, cli: Cli) -> None:
     arguments = ("export", "--adapter", trained, "--output", tmp_path / "out", "--to", "vllm", "--json")
     assert json.loads(cli(*arguments, "--no-verify").out)["comparison"]["logits"] is None
     assert json.loads(cli(*arguments, "--verify", "--overwrite").out)["comparison"]["logits"] < 1e-5
@@ -712,7 +724,7 @@ def templated(tokenizer: Any, template: str) -> Any:
 )
 def test_an_answer_of_llama_cpp_without_tokens(choice: dict[str, Any], tokens: list[dict[str, Any]]) -> None:
     """One that ends at once, or whose bytes are not a whole character yet."""
-    assert llama_cpp._content(choice) == tokens
+    assert llama_cpp_process.content(choice) == tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -767,7 +779,7 @@ def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> 
 def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, template: str) -> None:
     with pytest.raises(AdapterError) as error:
         ollama.modelfile(Renderer(templated(tokenizer, template)), "model.gguf", chat=True)
-    assert [problem.code for problem in error.value.problems] == [Code.EXPORT_TEMPLATE]
+    assert [problem.code for problem in error.value.problems] == [Code.EXPORT_UNSUPPORTED]
 
 
 # llama.cpp itself
@@ -798,7 +810,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, processe
 @needs_llama_cpp
 @pytest.mark.parametrize("arguments", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)])
 def test_llama_cpp_answers_as_the_adapter_does(
-    quickstart: Path, tmp_path: Path, cli: Callable[..., Ran], arguments: tuple[str, ...]
+    quickstart: Path, tmp_path: Path, cli: Cli, arguments: tuple[str, ...]
 ) -> None:
     folder = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct-GGUF"
     (file,) = folder.glob("*.gguf")

@@ -54,8 +54,10 @@ def load(adapter: AdapterDirectory, log: Log = lambda _: None) -> LoadedAdapter:
 def load_selection(
     adapters: Mapping[str, AdapterDirectory], selection: Selection, log: Log = lambda _: None
 ) -> LoadedAdapters:
-    """Load the adapters of a command. adapters: those of the selection, opened. Raises as `load_all` and `mixture.mix`
-    do."""
+    """Load the adapters of a command. adapters: those of the selection, opened.
+
+    Raises as `load_all` and `mixture.weighted_sum` do.
+    """
     if selection.mix:
         mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()], log)
         return LoadedAdapters({}, mixed, "mix")
@@ -88,7 +90,7 @@ def load_all(
 def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) -> LoadedAdapter:
     """The sum of adapters as one, for whose prompts the first of them decides."""
     adapters = [adapter for adapter, _ in weighted]
-    mixed = mixture.mix([(adapter.files, weight) for adapter, weight in weighted])
+    mixed = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
     first = adapters[0]
     for other in adapters[1:]:
         if other.chat != first.chat:
@@ -99,7 +101,7 @@ def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) 
             )
     base, check = _load_base(adapters, first.base, log)
     with TemporaryDirectory() as directory:
-        return _attach_all(base, [(first, mixture.write(Path(directory), *mixed))], check)[0]
+        return _attach_all(base, [(first, mixed.write(Path(directory)))], check)[0]
 
 
 def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, float]]) -> AdapterDirectory:
@@ -110,7 +112,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         weighted: Adapters of one base, each with its weight.
 
     Raises:
-        AdapterError: As `mixture.mix`; the adapters record different bases, which is not forced.
+        AdapterError: As `mixture.weighted_sum`; the adapters record different bases, which is not forced.
     """
     first, recorded = weighted[0][0], [adapter.files.base_fingerprint for adapter, _ in weighted]
     for (adapter, _), fingerprint in zip(weighted, recorded, strict=True):
@@ -118,7 +120,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         if not is_same and not adapter.forced:
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
-    files = mixture.write(directory, *mixture.mix([(adapter.files, weight) for adapter, weight in weighted]))
+    files = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted]).write(directory)
     first.copy_tokenizer(directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}

@@ -25,7 +25,7 @@ from loratune.report.loss_plot import loss_plot
 from loratune.training.auto import rows_of_step
 
 if TYPE_CHECKING:
-    from loratune.commands.export_request import Exported
+    from loratune.commands.export import Exported
     from loratune.commands.init import Started
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params

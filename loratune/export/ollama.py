@@ -1,12 +1,12 @@
 """A Modelfile for Ollama, whose template renders what the chat template of a tokenizer renders.
 
-Ollama has templates of its own, in Go's text/template. This one is read off the chat template: conversations of words
-that occur nowhere else are rendered, and what stands between the words is what the template puts there. It is used only
-if it gives the text of the chat template for each of several conversations. Tools and reasoning are no part of it; a
-note says so of tools that the chat template renders.
+Ollama has templates of its own, in Go's text/template. This one is inferred from the chat template: conversations of
+words that occur nowhere else are rendered, and what is between the words is what the template puts there. The result
+is used only if it renders several conversations to the same text. Tools and reasoning are not part of it; a note says
+so where the chat template renders tools.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, DataError, Problem
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
-_RAW = "{{ .Prompt }}"
 _TOOLS = (
     {"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}},
 )
-_TEMPLATE_ITSELF = (
+_MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
+"""What turns begin with."""
+_ALTERNATIVE = (
     "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
 )
 Messages = Sequence[Mapping[str, str]]
@@ -30,12 +31,12 @@ class Turns:
     """What a chat template puts around the messages of a conversation.
 
     Attributes:
-        begin: What stands before the first message.
-        ask: What stands after the last one, and begins the next answer.
+        begin: The text before the first message.
+        ask: The text after the last message, which begins the next answer.
         system: The texts before and after the system message; None if the template takes none.
-        user: Before and after the user's.
-        assistant: Before and after an answer.
-        default: The system message of a conversation without one; empty if there is none.
+        user: The texts before and after a message of the user.
+        assistant: The texts before and after an answer.
+        default: The system message of a conversation without one; may be empty.
         joined: Whether the first message of the user follows the system message without `user[0]`.
     """
 
@@ -44,24 +45,24 @@ class Turns:
     system: tuple[str, str] | None
     user: tuple[str, str]
     assistant: tuple[str, str]
-    default: str
-    joined: bool
+    default: str = ""
+    joined: bool = False
 
     def render(self, messages: Messages) -> str:
         """The text of a conversation that ends with a question."""
         if self.default and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default}, *messages]
         around = {"system": self.system or ("", ""), "user": self.user, "assistant": self.assistant}
-        parts = [self.begin]
+        text = self.begin
         for at, message in enumerate(messages):
             before, after = around[message["role"]]
             if self.joined and at == 1 and messages[0]["role"] == "system":
                 before = ""
-            parts.append(f"{before}{message['content']}{after}")
-        return "".join([*parts, self.ask])
+            text += f"{before}{message['content']}{after}"
+        return text + self.ask
 
     def template(self) -> str:
-        """The same as a template of Ollama."""
+        """A template of Ollama that renders the same."""
         before, after = self.user
         if self.joined:
             before = f"{{{{ if not (and $.System (eq $index 1)) }}}}{before}{{{{ end }}}}"
@@ -70,9 +71,8 @@ class Turns:
         for role, pair in (("system", self.system), ("assistant", self.assistant)):
             if pair is not None:
                 branches += f'{{{{ else if eq $message.Role "{role}" }}}}{pair[0]}{content}{pair[1]}'
-        return (
-            f"{self.begin}{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}{self.ask}"
-        )
+        messages = f"{{{{ range $index, $message := .Messages }}}}{branches}{{{{ end }}}}{{{{ end }}}}"
+        return f"{self.begin}{messages}{self.ask}"
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ class Modelfile:
     """A Modelfile.
 
     Attributes:
-        text: Its text.
+        text: Its content.
         compared: On how many conversations its template was compared with the chat template.
-        notes: What a user should know of it.
+        notes: Lines for the user.
     """
 
     text: str
@@ -95,27 +95,26 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
 
     Args:
         renderer: What renders the rows of the adapter.
-        file: The GGUF file beside it.
-        chat: Whether the adapter was trained on conversations; otherwise prompts are passed on as they are.
+        file: The GGUF file in the same directory.
+        chat: Whether the adapter was trained on conversations; otherwise prompts are passed on unchanged.
 
     Raises:
-        AdapterError: The chat template renders something that no such template can.
+        AdapterError: No template of Ollama renders what the chat template renders.
     """
-    tokenizer, notes, compared, turns = renderer.tokenizer, [], 0, None
-    lines = [f"FROM ./{file}"]
+    lines, notes, compared = [f"FROM ./{file}"], [], 0
     if chat:
         turns, compared = find_turns(renderer)
         lines.append(f"TEMPLATE {_quoted(turns.template())}")
         if turns.system is None:
             notes.append("system messages are left out of prompts: the chat template takes none, or not in one place")
         if _rendered(renderer, [{"role": "user", "content": _USER}], _TOOLS) is not None:
-            notes.append(f"tools are left out of prompts, which the chat template renders: {_TEMPLATE_ITSELF}")
+            notes.append(f"tools are left out of prompts, which the chat template renders: {_ALTERNATIVE}")
         if turns.default:
             lines.append(f"SYSTEM {_quoted(turns.default)}")
     else:
-        lines.append(f"TEMPLATE {_quoted(_RAW)}")
-        notes.append("the adapter was trained on raw text, so prompts are passed on as they are")
-    stops = dict.fromkeys(tokenizer.convert_ids_to_tokens(sorted(renderer.end_ids)))
+        lines.append(f"TEMPLATE {_quoted('{{ .Prompt }}')}")
+        notes.append("the adapter was trained on raw text, so prompts are passed on unchanged")
+    stops = dict.fromkeys(renderer.tokenizer.convert_ids_to_tokens(sorted(renderer.end_ids)))
     lines += [f"PARAMETER stop {_quoted(stop)}" for stop in stops]
     return Modelfile("\n".join(lines) + "\n", compared, tuple(notes))
 
@@ -124,15 +123,25 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
     """What a chat template puts around messages, and on how many conversations that was compared with it.
 
     Raises:
-        AdapterError: The pieces do not give what the template renders.
+        AdapterError: The template renders something else.
     """
-    where = "the chat template"
     if "strftime_now" in str(renderer.tokenizer.chat_template):
-        raise _refused(where, "it writes the day's date")
-    system = _text(renderer, _SYSTEM)
-    bare = _text(renderer)
+        raise _refused("it writes the day's date")
+    system, bare = _probe(renderer, ("system", _SYSTEM)), _probe(renderer)
     if bare is None:
-        raise _refused(where, "renders no conversation")
+        raise _refused("it renders no conversation")
+    turns = _infer(bare, system)
+    try:
+        return turns, _check(renderer, turns)
+    except AdapterError:
+        if system is None or turns.default:
+            raise
+        alone = replace(turns, system=None, joined=False)
+        return alone, _check(renderer, alone)
+
+
+def _infer(bare: str, system: str | None) -> Turns:
+    """Infer turns from a conversation of two questions, and from the same with a system message."""
     first, after, between, last = _between(bare, _USER, _ANSWER, _NEXT)
     user = _common_end(first, between)
     before_system, after_system = _between(system, _SYSTEM, _USER)[:2] if system else ("", "")
@@ -148,50 +157,43 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
         pair = (before_system.removeprefix(begin), end)
     shared = _common_start(after, last)
     answer = (after.removeprefix(shared), between.removesuffix(user))
-    turns = Turns(begin, last.removeprefix(shared), pair, (user, shared), answer, default, joined)
-    try:
-        return turns, _check(renderer, turns, where)
-    except AdapterError:
-        if system is None or default:
-            raise
-        alone = replace(turns, system=None, joined=False)
-        return alone, _check(renderer, alone, where)
+    return Turns(begin, last.removeprefix(shared), pair, (user, shared), answer, default, joined)
 
 
-def _check(renderer: Renderer, turns: Turns, where: str) -> int:
+def _check(renderer: Renderer, turns: Turns) -> int:
     """Compare with the chat template. Raises AdapterError: they differ, or Ollama cannot read the pieces."""
     text = "".join((turns.begin, turns.ask, *(turns.system or ()), *turns.user, *turns.assistant))
     if any(mark in text for mark in ("{{", "}}")) or '"""' in f"{text}{turns.default}":
-        raise _refused(where, "holds double braces or triple quotes, which Ollama reads otherwise")
+        raise _refused("it holds double braces or triple quotes, which have a meaning for Ollama")
     if any(not character.isprintable() and character not in "\n\t" for character in f"{text}{turns.default}"):
-        raise _refused(where, "holds characters that Ollama leaves out of a Modelfile")
-    compared = 0
-    for system in [None] if turns.system is None else [None, "Answer in verse.", "a\n\nb {x}"]:
-        for pairs in range(3):
-            messages = [{"role": "system", "content": system}] if system else []
-            for number in range(pairs):
-                messages += [{"role": "user", "content": f"Why {number}?\nSay."}]
-                messages += [{"role": "assistant", "content": f"So, {number}: <b>"}]
-            messages.append({"role": "user", "content": 'And "then"?'})
-            expected = _rendered(renderer, messages)
-            if expected is None or turns.render(messages) != expected:
-                what = f"renders {expected!r} where a template of Ollama would give {turns.render(messages)!r}"
-                raise _refused(where, what)
-            compared += 1
-    return compared
+        raise _refused("it holds characters that Ollama leaves out of a Modelfile")
+    conversations = [*_conversations(with_system=turns.system is not None)]
+    for messages in conversations:
+        expected = _rendered(renderer, messages)
+        if expected is None or turns.render(messages) != expected:
+            raise _refused(f"it renders {expected!r} where Ollama would render {turns.render(messages)!r}")
+    return len(conversations)
 
 
-def _text(renderer: Renderer, system: str | None = None) -> str | None:
+def _conversations(*, with_system: bool) -> Iterator[list[dict[str, str]]]:
+    """Conversations of up to three questions, without a system message, and with two different ones."""
+    for system in [None, "Answer in verse.", "a\n\nb {x}"] if with_system else [None]:
+        messages = [{"role": "system", "content": system}] if system else []
+        for number in range(3):
+            yield [*messages, {"role": "user", "content": 'And "then"?'}]
+            messages.append({"role": "user", "content": f"Why {number}?\nSay."})
+            messages.append({"role": "assistant", "content": f"So, {number}: <b>"})
+
+
+def _probe(renderer: Renderer, *first: tuple[str, str]) -> str | None:
     """A conversation of two questions as the chat template renders it; None if it refuses it, or loses a message."""
-    words = [("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
-    if system is not None:
-        words.insert(0, ("system", system))
+    words = [*first, ("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
     text = _rendered(renderer, [{"role": role, "content": content} for role, content in words])
     return text if text is not None and all(text.count(word) == 1 for _, word in words) else None
 
 
 def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ()) -> str | None:
-    """A conversation as text, without the token that the tokenizer puts before every text itself; None if the chat
+    """A conversation as text, without the token that the tokenizer itself puts before every text; None if the chat
     template refuses it, or omits the tools."""
     try:
         text = renderer.prompt_text([dict(message) for message in messages], tools)
@@ -201,7 +203,7 @@ def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ())
 
 
 def _between(text: str, *words: str) -> list[str]:
-    """What stands before, between and after some words."""
+    """The texts before, between and after some words."""
     parts = []
     for word in words:
         before, _, text = text.partition(word)
@@ -209,25 +211,21 @@ def _between(text: str, *words: str) -> list[str]:
     return [*parts, text]
 
 
-def _common_start(one: str, two: str) -> str:
-    return next((one[:at] for at, pair in enumerate(zip(one, two, strict=False)) if len({*pair}) == 2), min(one, two))
+def _common_start(*texts: str) -> str:
+    columns = enumerate(zip(*texts, strict=False))
+    return next((texts[0][:at] for at, column in columns if len({*column}) > 1), min(texts, key=len))
 
 
 def _common_end(*texts: str) -> str:
-    """The end that some texts have in common, from where a marker begins: `<|im_start|>user`, and no `>` before it."""
-    length = 0
-    while length < min(map(len, texts)) and len({text[-length - 1] for text in texts}) == 1:
-        length += 1
-    end = texts[0][len(texts[0]) - length :]
-    places = [at for marker in ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
-              if (at := end.rfind(marker)) >= 0]  # fmt: skip
-    return end[places[0] :] if places else end
+    """The end that some texts share, from where a marker begins: `<|im_start|>user` without the `>` before it."""
+    end = _common_start(*(text[::-1] for text in texts))[::-1]
+    return next((end[end.rfind(marker) :] for marker in _MARKERS if marker in end), end)
 
 
 def _quoted(text: str) -> str:
     return f'"""{text}"""'
 
 
-def _refused(where: str, what: str) -> AdapterError:
+def _refused(what: str) -> AdapterError:
     what = f"Ollama cannot render it: {what}"
-    return AdapterError(Problem(Code.EXPORT_TEMPLATE, what, where, fix=_TEMPLATE_ITSELF))
+    return AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, "the chat template", fix=_ALTERNATIVE))

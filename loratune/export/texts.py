@@ -1,21 +1,27 @@
-"""The texts on which an export is compared with the adapter it was made from."""
+"""The texts on which what is made of an adapter is compared with it, and the adapter's answers to them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from loratune import data
+from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
+from loratune.console import progress
 from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
-from loratune.system import records
+from loratune.export.llama_cpp import ScoredAnswer
+from loratune.lora.adapter_files import RECORD_FILE
 
 MOST_TEXTS = 32
-"""Rows of a file that are compared on."""
+"""The most rows of a file, or recorded prompts, that are compared on."""
 FIXED = (
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
@@ -32,8 +38,11 @@ FIXED = (
 )
 """Texts for adapters whose training rows are not known."""
 
-Asked = tuple[Mapping[str, Any], tuple[int, ...]]
-"""A row that holds a prompt, and the token ids of the rendered prompt."""
+_LONGEST_ANSWER = 16
+"""Tokens of an answer that is scored."""
+
+Row = Mapping[str, Any]
+"""A prompt as `card.recorded_prompts` makes it: `prompt`, `messages` (with `tools`), or `input_ids`."""
 
 
 @dataclass(frozen=True)
@@ -69,50 +78,81 @@ def texts(
 
     Raises:
         DataError: Rows of the file cannot be used.
+        AdapterError: The recorded prompts are not valid.
     """
     if split is not None:
         rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
-        return Texts(f"{_counted(len(ids), 'row')} of {_files(split)}", ids, complete=True)
-    if prompts := tuple(ids for _, ids in recorded(source, renderer, vocabulary_size)):
+        names = [Path(file.source.name).name for file in split.index.files]  # no paths: the record is published
+        files = names[0] if len(names) == 1 else _counted(len(names), "file")
+        return Texts(f"{_counted(len(ids), 'row')} of {files}", ids, complete=True)
+    if prompts := tuple(ids for _, ids in _recorded(source, renderer, vocabulary_size)):
         return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
     fixed = tuple(renderer.prompt(text, "") for text in FIXED)
     return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
 
 
-def _files(split: DatasetSplit) -> str:
-    """The files of the user's rows, without their directories, as the record and the card of an export name them."""
-    names = [Path(file.source.name).name for file in split.index.files]
-    return names[0] if len(names) == 1 else _counted(len(names), "file")
+def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: DatasetSplit | None) -> list[ScoredAnswer]:
+    """The adapter's greedy answers to prompts of rows, or else to the recorded and the fixed prompts.
 
-
-def recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[Asked]:
-    """The first prompts that the record of a run holds, see `card.recorded_prompts`, each with its token ids.
+    Args:
+        loaded: The adapter on its base.
+        source: Its directory.
+        split: The rows of the file that the user named.
 
     Raises:
-        AdapterError: They are none.
+        AdapterError: The recorded prompts are not valid.
     """
+    prompts: list[tuple[Row, tuple[int, ...]]] = []
+    if split:
+        rows = card.recorded_prompts(split.examples(), most=MOST_TEXTS)
+    else:
+        prompts = _recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
+        rows = [
+            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
+        ]
+    prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
+    with progress("answering prompts"):
+        answers = [loaded.complete([prompt], _LONGEST_ANSWER)[0] for _, prompt in prompts]
+        pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
+        adapted = [_log_probabilities(loaded, *pair) for pair in pairs]
+        with loaded.without_adapter():
+            base = [_log_probabilities(loaded, *pair) for pair in pairs]
+    return [
+        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
+        for (row, prompt), answer, (first, second), (alone, _) in zip(prompts, answers, adapted, base, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _log_probabilities(
+    loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """The log-probability of each token of an answer, and that of the likeliest other token."""
+    row = torch.tensor([[*prompt, *answer]], device=loaded.model.device)
+    logits = loaded.model(input_ids=row, use_cache=False).logits[0, len(prompt) - 1 : -1].double().cpu()
+    logprobs, tokens = logits.log_softmax(-1), torch.tensor(answer)[:, None]
+    return logprobs.gather(1, tokens)[:, 0].tolist(), logprobs.scatter(1, tokens, -torch.inf).amax(-1).tolist()
+
+
+def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[tuple[Row, tuple[int, ...]]]:
+    """The first prompts that the record of a run holds, each with its ids. Raises AdapterError: they are not valid."""
     try:
         rows = [*islice(source.files.record.get("prompts", ()), MOST_TEXTS)]
-        return [(row, ids) for row in rows if (ids := _checked_ids(row, renderer, vocabulary_size))]
-    except Exception as error:  # the record may be a stranger's, and then anything may be wrong with it
+        prompts = [(row, _prompt_ids(row, renderer)) for row in rows]
+        if any(type(token) is not int or not 0 <= token < vocabulary_size for _, ids in prompts for token in ids):
+            raise ValueError("input_ids are not token ids of the base")
+    except Exception as error:  # the record may come from anybody, and anything may be wrong with it
         what = f"the prompts recorded there cannot be used: {error}"
-        where = str(source.files.path / records.ADAPTER)
+        where = str(source.path / RECORD_FILE)
         raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
+    return [(row, ids) for row, ids in prompts if ids]
 
 
-def prompt_ids(row: Mapping[str, Any], renderer: Renderer) -> tuple[int, ...]:
-    """The token ids of a prompt, in a row as `card.recorded_prompts` makes it."""
+def _prompt_ids(row: Row, renderer: Renderer) -> tuple[int, ...]:
     if "input_ids" in row:
         return tuple(row["input_ids"])
     return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
-
-
-def _checked_ids(row: Any, renderer: Renderer, vocabulary_size: int) -> tuple[int, ...]:
-    ids = prompt_ids(row, renderer)
-    if "input_ids" in row and any(type(token) is not int or not 0 <= token < vocabulary_size for token in ids):
-        raise ValueError("input_ids are not token ids of the base")
-    return ids
 
 
 def _counted(number: int, noun: str) -> str:

@@ -1,163 +1,186 @@
-"""Several adapters added to one: with weights w, the sum of w·s·B·A over them is one product of stacked matrices.
+"""Plain LoRA: nothing but A and B of single layers, and every B·A is added as it is.
 
-A of the mixture is all A one below the other, and B is all w·s·B side by side, so that nothing is approximated; the
-rank is the sum of the ranks.
+Scales and weights are multiplied into B, and all modules have one rank, padded with zeros. In this form adapters are
+added to each other: with weights w, the sum of w·s·B·A is one product of stacked matrices, so nothing is approximated.
+And it is what programs compute that know only `r` and `lora_alpha` of an adapter.
 """
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
+from torch.nn.functional import pad
 
 from loratune.codes import Code
 from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
-from loratune.lora import adapter_files
+from loratune.lora import adapter_files, upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
+from loratune.lora.module_names import join_first
 from loratune.lora.tensors import Weights, not_finite, read_adapter
 
-_FACTOR = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(?P<kind>(embedding_)?)(?P<factor>[AB])(\.weight)?$")
-_UNUSED = ("", "none", "None")
+_FACTOR = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
+_KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
+_HARMLESS = {
+    *_KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
+    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+}  # fmt: skip
+"""Keys of a configuration that say where LoRA is and how it is scaled, or that have an effect in training only."""
 _REASONS = {
-    "use_dora": "DoRA rescales each column of the adapted weight, so that two of them have no sum that is one LoRA",
-    "lora_bias": "the biases of its B have no place in a plain LoRA",
-    "bias": "it trains biases of the base, which a plain LoRA does not hold",
-    "modules_to_save": "it replaces whole modules, which have no sum",
-    "trainable_token_indices": "it trains embeddings of single tokens, which a plain LoRA does not hold",
-    "target_parameters": "its LoRA of stacked experts cannot be joined with another one",
+    "use_dora": "DoRA scales each row of the merged weight, which no sum of B·A does",
+    "bias": "it holds trained biases",
+    "lora_bias": "it holds trained biases",
+    "modules_to_save": "it holds modules that were trained whole",
+    "trainable_token_indices": "it holds embeddings of tokens that were trained whole",
+    "target_parameters": "it adapts stacked parameters, such as experts, instead of linear layers",
     "layer_replication": "it repeats layers of the base",
 }
-"""Key of the configuration → why an adapter that sets it cannot be mixed."""
-_ALLOWED = {
-    "peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version",
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_dropout", "fan_in_fan_out",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "megatron_config", "megatron_core",
-}  # fmt: skip
-"""Keys of the configuration that say where LoRA is and how it is scaled, or that count in training only."""
+"""Key of the configuration → why an adapter that sets it is not plain LoRA."""
 
 
 @dataclass(frozen=True)
-class _Pair:
-    """A and B of one module, with what they are multiplied by folded into B, in float32. kind: as PEFT names them."""
+class PlainAdapter:
+    """An adapter as plain LoRA.
 
-    kind: str
+    Attributes:
+        tensors: Name in the adapter file → tensor.
+        config: Content of its adapter_config.json.
+        notes: Lines for the user.
+    """
+
+    tensors: Weights
+    config: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """The rank of all modules."""
+        return int(self.config["r"])
+
+    def write(self, directory: Path) -> AdapterFiles:
+        """Write the two files that PEFT reads to an existing directory, and open it."""
+        (directory / CONFIG_FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_file(self.tensors, directory / WEIGHTS_FILE, {"format": "pt"})
+        return adapter_files.inspect(directory)
+
+
+def factors(tensors: Collection[str]) -> dict[str, dict[str, str]]:
+    """Path of each adapted layer → `A` and `B`, as far as there are such tensors → the name of the tensor."""
+    found: dict[str, dict[str, str]] = {}
+    for name, match in ((name, _FACTOR.match(name)) for name in tensors):
+        if match:
+            found.setdefault(match["path"], {})[match["factor"]] = name
+    return found
+
+
+def obstacles(files: AdapterFiles) -> dict[str, str]:
+    """Why an adapter is not plain LoRA of layers: key of its configuration → reason; empty if it is.
+
+    A reason that no key gives has the key "". No weights are read.
+    """
+    defaults = {field.name: field.default for field in fields(upstream.LoraConfig)}
+    found = {
+        key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA")
+        for key, value in files.config.items()
+        if key not in _HARMLESS and value and value != defaults.get(key)
+    }
+    if files.changes_base:
+        found["init_lora_weights"] = f"PEFT changes the base's own weights as it loads it ({files.init})"
+    others = [name for name, shape in files.tensors.items() if not _FACTOR.match(name) or len(shape) != 2]
+    if others and not found:
+        found[""] = f"it holds {join_first(others, 2)}, which are not A or B of a linear layer"
+    return found
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """A and B of one module, in float32, with all scales multiplied into B.
+
+    Attributes:
+        names: Those of A and B in the adapter file.
+        down: A, of shape (rank, inputs).
+        up: B, of shape (outputs, rank).
+    """
+
+    names: tuple[str, str]
     down: torch.Tensor
     up: torch.Tensor
 
+    @property
+    def outer(self) -> tuple[tuple[str, str], int, int]:
+        """What the same layer has in common in all adapters of one base."""
+        return self.names, self.down.shape[1], self.up.shape[0]
 
-def mix(weighted: Sequence[tuple[AdapterFiles, float]]) -> tuple[dict[str, Any], Weights]:
-    """Add adapters of one base, each with its weight, to a plain LoRA.
+
+def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter:
+    """The sum of adapters of one base, each with its weight, in float32. The rank is the sum of the ranks.
 
     Whether they are of one base is not checked beyond the shapes of their tensors.
 
-    Returns:
-        The content of an adapter_config.json, and the tensors under their names in adapter_model.safetensors, in
-        float32. Every module is scaled by 1: its `lora_alpha` is its rank.
-
     Raises:
-        AdapterError: An adapter is more than LoRA of single modules; adapters have other shapes for one module; the
-            sum is not finite.
+        AdapterError: An adapter is not plain LoRA, see `obstacles`; adapters have different shapes for one module; A or
+            B is missing or has another rank; the sum is not finite.
     """
-    if problems := [problem for files, _ in weighted for problem in _obstacles(files)]:
+    problems = [
+        Problem(Code.ADAPTER_MIX_UNSUPPORTED, f"cannot be mixed: {reason}", str(files.path / CONFIG_FILE), key)
+        for files, _ in weighted
+        for key, reason in obstacles(files).items()
+    ]
+    if problems:
         raise AdapterError(problems)
-    pairs: dict[str, list[_Pair]] = {}
+    layers: dict[str, list[_Factors]] = {}
     for files, weight in weighted:
-        for path, pair in _pairs(files, weight).items():
-            others = pairs.setdefault(path, [])
-            if others and _outer(others[0]) != _outer(pair):
-                what = f"{path} is {_outer(pair)} here and {_outer(others[0])} in {weighted[0][0].path}"
-                raise AdapterError(
-                    Problem(Code.ADAPTER_MIX_SHAPES, what, str(files.path), fix="mix adapters of one base")
-                )
-            others.append(pair)
-    tensors: Weights = {}
-    for path, parts in pairs.items():
-        ending = "" if parts[0].kind else ".weight"
-        name = f"base_model.model.{path}.lora_{parts[0].kind}"
-        tensors[f"{name}A{ending}"] = torch.cat([pair.down for pair in parts])
-        tensors[f"{name}B{ending}"] = torch.cat([pair.up for pair in parts], 1)
-    if bad := not_finite(tensors):
-        what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {bad[0]}"
-        raise AdapterError(
-            Problem(Code.ADAPTER_NOT_FINITE, what, str(weighted[0][0].path), "--mix", "lower the weights")
-        )
-    ranks = {path: sum(len(pair.down) for pair in parts) for path, parts in pairs.items()}
-    return _config([files for files, _ in weighted], ranks), tensors
+        for path, layer in _layers(files, weight).items():
+            others = layers.setdefault(path, [])
+            if others and others[0].outer != layer.outer:
+                what = f"{path} is {layer.outer} here and {others[0].outer} in {weighted[0][0].path}"
+                fix = "mix adapters of one base"
+                raise AdapterError(Problem(Code.ADAPTER_MIX_SHAPES, what, str(files.path), fix=fix))
+            others.append(layer)
+    plain = _stacked(layers, [files for files, _ in weighted])
+    if bad := not_finite(plain.tensors):
+        what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {join_first(bad, 2)}"
+        where, fix = str(weighted[0][0].path), "lower the weights"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where, "--mix", fix))
+    return plain
 
 
-def write(directory: Path, config: Mapping[str, Any], tensors: Weights) -> AdapterFiles:
-    """Write what `mix` returned as an adapter directory, which exists, and open it."""
-    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
-    return adapter_files.inspect(directory)
-
-
-def _obstacles(files: AdapterFiles) -> Iterator[Problem]:
-    """Why an adapter cannot be mixed, if so."""
-    where, config = str(files.path / CONFIG_FILE), files.config
-    for field in fields(LoraConfig):
-        value = config.get(field.name)
-        default = field.default_factory() if field.default_factory is not MISSING else field.default
-        if field.name in _ALLOWED or not value or value in (*_UNUSED, default):
-            continue
-        reason = _REASONS.get(field.name, "a plain LoRA has no such setting")
-        yield Problem(Code.ADAPTER_MIX_UNSUPPORTED, f"cannot be mixed: {reason}", where, field.name)
-    if files.changes_base:
-        what = "cannot be mixed: it changes the base's own weights as it is loaded"
-        yield Problem(Code.ADAPTER_MIX_UNSUPPORTED, what, where, "init_lora_weights")
-    others = [name for name, shape in files.tensors.items() if not _FACTOR.match(name) or len(shape) != 2]
-    if others and not any(config.get(key) not in (None, False, [], {}, *_UNUSED) for key in _REASONS):
-        what = f"cannot be mixed: {others[0]} is not A or B of a layer"
-        yield Problem(Code.ADAPTER_MIX_UNSUPPORTED, what, str(files.path / WEIGHTS_FILE))
-
-
-def _pairs(files: AdapterFiles, weight: float) -> dict[str, _Pair]:
+def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
     """Path of each module → its A and B. Raises AdapterError: one is missing, of another rank, or not finite."""
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    kinds: dict[str, str] = {}
-    for name, tensor in read_adapter(files).items():
-        match = _FACTOR.match(name)
-        assert match is not None  # see `_obstacles`
-        factors.setdefault(match["path"], {})[match["factor"]] = tensor.float()
-        kinds[match["path"]] = match["kind"]
-    if missing := [path for path, found in factors.items() if len(found) < 2]:
-        what = f"{len(missing)} modules have only one of A and B, among them {missing[0]}"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, what, str(files.path / WEIGHTS_FILE)))
     settings = patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    tensors, names = read_adapter(files), factors(files.tensors)
+    if missing := [path for path, found in names.items() if len(found) < 2]:
+        what = f"{len(missing)} modules have only one of A and B, among them {join_first(missing, 2)}"
+        raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, what, str(files.path / WEIGHTS_FILE)))
     return {
-        path: _Pair(kinds[path], found["A"], found["B"] * (weight * settings[path].scaling))
-        for path, found in factors.items()
+        path: _Factors(
+            (found["A"], found["B"]),
+            tensors[found["A"]].float(),
+            tensors[found["B"]].float() * (weight * settings[path].scaling),
+        )
+        for path, found in names.items()
     }
 
 
-def _outer(pair: _Pair) -> tuple[str, int, int]:
-    """What the pairs of one module have in common: kind, inputs and outputs."""
-    return pair.kind, pair.down.shape[1], pair.up.shape[0]
-
-
-def _config(files: Sequence[AdapterFiles], ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The configuration of a plain LoRA with these ranks, path → rank."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    own = {f"^{re.escape(path)}": rank for path, rank in ranks.items() if rank != common}
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=files[0].base,
-        revision=files[0].config.get("revision"),
-        inference_mode=True,
-        r=common,
-        lora_alpha=common,
-        rank_pattern=own,
-        alpha_pattern=dict(own),
-        target_modules=sorted(ranks),
-        fan_in_fan_out=any(one.config.get("fan_in_fan_out") for one in files),
-    )
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+def _stacked(layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles]) -> PlainAdapter:
+    """Path → the layers that are added there, as one adapter."""
+    rank = max(sum(len(layer.down) for layer in added) for added in layers.values())
+    tensors: Weights = {}
+    for added in layers.values():
+        down, up = torch.cat([layer.down for layer in added]), torch.cat([layer.up for layer in added], 1)
+        missing = rank - len(down)
+        tensors[added[0].names[0]] = pad(down, (0, 0, 0, missing)).contiguous()
+        tensors[added[0].names[1]] = pad(up, (0, missing)).contiguous()
+    config = {key: files[0].config.get(key) for key in _KEPT} | {
+        "r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "bias": "none", "rank_pattern": {},
+        "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
+        "fan_in_fan_out": any(one.config.get("fan_in_fan_out") for one in files), "inference_mode": True,
+    }  # fmt: skip
+    return PlainAdapter(tensors, config)

@@ -79,7 +79,7 @@ def detached(model: PeftModel) -> Any:
 def _check_dense(model: PeftModel, where: str) -> None:
     if getattr(model.get_base_model(), "is_quantized", False):
         what, fix = "its base is quantized, and this writes whole weights", "train or merge on the base as it is"
-        raise AdapterError(Problem(Code.EXPORT_CONVERSION, what, where, fix=fix))
+        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
 
 
 def distribute_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

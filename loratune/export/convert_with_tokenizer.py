@@ -1,9 +1,9 @@
-"""A program: llama.cpp's converter of models, with the tokenizer of a GGUF file that is there already.
+"""A script: llama.cpp's converter of models, with the tokenizer of an existing GGUF file.
 
-The converter recognises a tokenizer by a hash of what it makes of a text, and refuses those it does not know, such as
-the ones that transformers made from a GGUF file. What such a file says of its tokenizer can be written as it is.
+The converter recognizes a tokenizer by a hash of what it makes of a text, and refuses unknown ones, such as those that
+transformers made from a GGUF file. The tokenizer's entries of such a file can be copied.
 
-    python -m loratune.export.converter_tokenizer CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
+    python -P convert_with_tokenizer.py CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
 """
 
 import sys
@@ -16,20 +16,20 @@ _TEMPLATE = "tokenizer.chat_template"
 
 
 def convert(converters: Path, directory: Path, file: Path, outtype: str, tokenizer: Path) -> None:
-    """Convert a model directory. Arguments as in `converter.model`."""
-    sys.path[1:1] = [str(converters), str(converters / "gguf-py")]
+    """Convert a model directory. Arguments as in `gguf.convert_model`."""
+    sys.path[:0] = [str(converters), str(converters / "gguf-py")]
     gguf, conversion = import_module("gguf"), import_module("conversion")
     hparams = conversion.ModelBase.load_hparams(directory, False)
     kind: Any = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
     fields = gguf.GGUFReader(tokenizer).fields
 
     class WithTokenizer(kind):
-        """The converter of this architecture, but for the tokenizer."""
+        """The converter of this architecture, with another tokenizer."""
 
         model_arch = kind.model_arch
 
         def set_vocab(self) -> None:
-            """Write what the GGUF file says of its tokenizer, with the chat template of the directory."""
+            """Copy the tokenizer of the GGUF file, and write the chat template of the directory."""
             template = directory / "chat_template.jinja"
             if template.is_file():
                 self.gguf_writer.add_chat_template(template.read_text(encoding="utf-8"))

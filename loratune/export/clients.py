@@ -1,12 +1,21 @@
-"""How an adapter is used in other programs: what exports and model cards tell to type."""
+"""The programs that an adapter is exported to: their options, and the commands that use an adapter in them."""
 
 import json
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from loratune import config, escaping
+from loratune.codes import Code
 from loratune.config import ModelSection, RunConfig
+from loratune.errors import ConfigError, Problem, install, missing_package
+from loratune.export import llama_cpp
 
+CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
+"""Value of `--to` → name of the program."""
+TYPES = ("f32", "f16", "bf16", "q8_0")
+"""The types of the weights of a GGUF file of base and adapter."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank of vLLM can be (vllm/config/lora.py)."""
 
@@ -16,8 +25,62 @@ _QUANTIZATION_CODE = {
 }
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an adapter is exported to.
+
+    Attributes:
+        to: The program, a key of `CLIENTS`.
+        merged: The type of the weights of a GGUF file of base and adapter; None for the adapter alone, or f16.
+        llama_cpp: A checkout of llama.cpp, for its converters; None takes them from the package.
+        base_gguf: A GGUF file of the base.
+        verify: Whether the export is run in its program, or in PEFT for those that read what PEFT reads; None runs
+            llama.cpp where it is installed.
+
+    Raises:
+        ConfigError: An option has no such value, or is not for this program; `verify` needs llama.cpp, and it is not
+            installed.
+    """
+
+    to: str
+    merged: str | None = None
+    llama_cpp: Path | None = None
+    base_gguf: Path | None = None
+    verify: bool | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, choices in (("--to", self.to, tuple(CLIENTS)), ("--merged", self.merged, TYPES)):
+            if value not in (None, *choices):
+                what, fix = f"{value} is not one of its values", f"choose {', '.join(choices)}"
+                raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=option, fix=fix))
+        given = {"--merged": self.merged, "--llama-cpp": self.llama_cpp, "--base-gguf": self.base_gguf}
+        what = "only works with --to gguf and --to ollama"
+        if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
+            raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, what, key=option) for option in wrong])
+        if self.uses_llama_cpp and self.verify and not llama_cpp.is_installed():
+            code, purpose = Code.USAGE_MISSING_PACKAGE, "runs llama.cpp"
+            raise ConfigError(missing_package(code, llama_cpp.PACKAGE, purpose, "llama-cpp", key="--verify"))
+
+    @property
+    def uses_llama_cpp(self) -> bool:
+        """Whether it becomes a GGUF file."""
+        return self.to in ("gguf", "ollama")
+
+    @property
+    def merged_type(self) -> str | None:
+        """The type of the weights of a file of base and adapter; None for the adapter alone."""
+        return self.merged or ("f16" if self.to == "ollama" else None)
+
+    @property
+    def why_not_verified(self) -> str:
+        """Why the export is not run in its program; empty if it is."""
+        if self.verify is False:
+            return "--no-verify"
+        return install("llama-cpp") if self.uses_llama_cpp and not llama_cpp.is_installed() else ""
+
+
 def name_of(directory: str) -> str:
-    """What clients are to call an adapter: the name of its directory, of the characters that all of them take."""
+    """What programs call an adapter: the name of its directory, in characters that all of them accept."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory).strip("-.") or "adapter"
 
 
@@ -29,7 +92,7 @@ def vllm(base: str, name: str, directory: str, rank: int, template: str | None =
         name: What requests call the adapter.
         directory: Where it is.
         rank: Its rank.
-        template: A chat template, where it is not that of the base.
+        template: A chat template that replaces that of the base.
     """
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
     rendering = f" --chat-template {escaping.shell(template)}" if template else ""
@@ -43,14 +106,14 @@ def llama_server(base: str, adapter: str, template: str | None = None) -> str:
     Args:
         base: The GGUF file of the base.
         adapter: The GGUF file of the adapter.
-        template: A chat template, where it is not that of the base.
+        template: A chat template that replaces that of the base.
     """
     rendering = f" --jinja --chat-template-file {escaping.shell(template)}" if template else ""
     return f"llama-server -m {escaping.shell(base)} --lora {escaping.shell(adapter)}{rendering}"
 
 
 def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) -> str:
-    """The part of a model card on how an adapter is used, with the clients that can use it.
+    """The section of a model card on how to use an adapter, for the programs that can.
 
     Args:
         run: The config of its run.
@@ -119,5 +182,5 @@ model = PeftModel.from_pretrained(base, {name})
 
 
 def _quoted(text: str) -> str:
-    """Text as Python, and JSON, write it."""
+    """A text as a literal of Python."""
     return escaping.line(json.dumps(text, ensure_ascii=not escaping.is_plain(text)))
