@@ -16,7 +16,7 @@ Rows = Sequence[tuple[int, int]]
 FEWEST_TOKENS = {torch.float32: 2048}
 """From so many tokens on torch's kernel is faster, by dtype; of other dtypes ours is, whatever the length. So it is for
 AVX2 and AVX-512 and for heads of 64, 128 and 256, of which one to four share a head of keys:
-`python scripts/measure_fallbacks.py --attention`."""
+`python scripts/measure_fallbacks.py --attention` of revision 096b964."""
 
 
 def fewest_tokens(like: Tensor) -> int | None:
