@@ -2,7 +2,7 @@
 
     python scripts/interval_coverage.py [--draws 2000] [--seed 0] [--rows 20 50 200] [--parts shares losses powers]
 
-Losses are drawn with replacement from the rows of `row_losses.csv`, which `measure_row_losses.py` of revision 096b964 measured with
+Losses are drawn with replacement from the rows of `row_losses.csv`, which were measured with
 SmolLM2-135M-Instruct, and from two lognormal populations. Shares are not drawn: each number of matches is counted with
 its probability. Prints Markdown tables, and the bounds that are missed, in which case it ends with exit code 1: 95 % ±
 1.5 for shares, 95 % ± 2 for losses and their differences from 200 rows on. The second lognormal population, with a
