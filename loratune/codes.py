@@ -181,12 +181,11 @@ class Code(StrEnum):
     # Data: templates, rendering, packing, cache (data.*, template.*, tokenizer.*)
 
     TOKENIZER_NO_EOS = "tokenizer.no_eos", "The tokenizer has no end-of-sequence token."
-    TOKENIZER_FAILS = "tokenizer.fails", "The tokenizer fails on every text, or takes too long."
+    TOKENIZER_FAILS = "tokenizer.fails", "The tokenizer fails on every text."
     TOKENIZER_FAILS_ON_ROW = "tokenizer.fails_on_row", "The tokenizer fails on the text of one row or prompt."
     TOKENIZER_ID_BEYOND_MODEL = "tokenizer.id_beyond_model", "The model has no embedding for a token."
     TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
     TEMPLATE_NOT_JINJA = "template.not_jinja", "The chat template of the tokenizer cannot be compiled."
-    TEMPLATE_BEYOND_LIMIT = "template.beyond_limit", "The chat template takes too long, or too much memory."
     TEMPLATE_REFUSES_MESSAGES = "template.refuses_messages", "The chat template raises an error for a conversation."
     TEMPLATE_OMITS_TOOLS = "template.omits_tools", "The chat template does not render the tools of a conversation."
     TEMPLATE_OMITS_MESSAGE = "template.omits_message", "The chat template does not render the result of a tool call."
@@ -255,7 +254,6 @@ class Code(StrEnum):
     MODEL_TEMPLATE_UNREADABLE = "model.template_unreadable", "The chat template file cannot be read."
     MODEL_TEMPLATE_EMPTY = "model.template_empty", "The chat template file is empty."
     MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
-    MODEL_TEMPLATE_LIMIT = "model.template_limit", "The chat template takes too long or too much memory."
     MODEL_QUANTIZED_ALREADY = "model.quantized_already", "The base to be quantized is quantized already."
     MODEL_QUANTIZATION_UNKNOWN = (
         "model.quantization_unknown",

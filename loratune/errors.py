@@ -92,7 +92,7 @@ class LoratuneError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["LoratuneError"], tuple[tuple[Problem, ...]]]:
-        """Errors are pickled as they leave the process of a `Sandbox`; they consist of their problems."""
+        """Errors can be pickled; they consist of their problems."""
         return type(self), (self.problems,)
 
 

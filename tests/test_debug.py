@@ -20,7 +20,7 @@ from loratune.lora import attach
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
-SILENT = {"signals.py: write_line", "sandbox.py: _reply"}
+SILENT = {"signals.py: write_line"}
 """The first writes to the screen from a signal handler, and there is no other place to report that this failed. The
 second sends the error of the work to the parent process, and does not report that this error cannot be pickled."""
 

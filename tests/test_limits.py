@@ -1,10 +1,7 @@
-"""Chat templates and tokenizers that run for ever, take all memory, give up, or know more tokens than the model."""
+"""Tokenizers that give up on a text, or know more tokens than the model."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,42 +20,9 @@ from loratune.data.formats import Conversation, Plain
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.model.load import load_tokenizer
-from loratune.system import sandbox
-from loratune.system.sandbox import LimitExceededError, Sandbox, run_with_time_limit
 
 LOOP = "{% for m in messages %}"
 CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "assistant", "content": "b"}))
-
-PLACES = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "scripts")]
-# Each of these leaves a thread behind that works until the process ends, so they have a process of their own.
-FOREVER = """
-import sys
-sys.path[:0] = PLACES
-from loratune.system import sandbox
-sandbox.SECONDS = 1
-from test_limits import CHAT, LOOP, splitting
-from test_rendering import changed
-from fuzz import byte_level
-from loratune.data.formats import Plain
-from loratune.data.rendering import Renderer
-tokenizer = byte_level()
-FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}"
-FOREVER += "{% endfor %}"
-def report(work):
-    try:
-        work()
-    except Exception as error:
-        (problem,) = error.problems
-        print(type(error).__name__, problem.code, problem.where, problem.key, problem.what, sep="|", flush=True)
-always = changed(tokenizer, chat_template=LOOP + "{{ m.content }}{% endfor %}" + FOREVER)
-report(lambda: Renderer(always))
-once = LOOP + "{% if m.content == 'aaaa' %}" + FOREVER + "{% endif %}{{ m.content }}{% endfor %}"
-report(lambda: Renderer(changed(tokenizer, chat_template=once)).row(CHAT))
-report(lambda: Renderer(changed(tokenizer, chat_template=once)).prompt(CHAT.messages[:1], "asked:1"))
-slow = splitting(tokenizer, r"\\w+?(?<=b)")
-report(lambda: Renderer(slow).rows([Plain("rows:1", "a", "b"), Plain("rows:2", "a" * 60_000, "b")]))
-sys.exit()
-""".replace("PLACES", repr(PLACES))
 
 
 def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTokenizerFast:
@@ -70,144 +34,17 @@ def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
 
 
-def test_what_runs_for_ever(forked: Callable[..., Ran]) -> None:
-    """Named with the row, whether a template or a regular expression."""
-    done = forked(first=FOREVER)
-    assert done.code == 0, done.err
-    always, once, asked, slow = done.out.splitlines()
-    endless = "data.chat_template|the chat template takes longer than 1 s"
-    assert always == f"ModelError|{Code.TEMPLATE_BEYOND_LIMIT}||{endless}"
-    assert once == f"ModelError|{Code.TEMPLATE_BEYOND_LIMIT}|rows:3|{endless}"
-    assert asked == f"ModelError|{Code.TEMPLATE_BEYOND_LIMIT}|asked:1|{endless}"
-    assert slow.startswith(f"ModelError|{Code.TOKENIZER_FAILS}|rows:2||the tokenizer takes longer than ")
-
-
-def test_a_template_that_takes_all_memory(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The template is named, and no batch size; for any messages, or for those of one row."""
-    grown = "{% set n = namespace(x='x') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}"
-    with pytest.raises(ModelError, match=r"needs more than 2.0 GiB of memory") as caught:
-        Renderer(changed(tokenizer, chat_template=f"{LOOP}{{{{ m.content }}}}{{% endfor %}}{grown}"))
-    assert meanings(caught.value) == [(Code.TEMPLATE_BEYOND_LIMIT, "", "data.chat_template")]
-    once = f"{LOOP}{{% if m.content == 'aaaa' %}}{grown}{{% endif %}}{{{{ m.content }}}}{{% endfor %}}"
-    with pytest.raises(ModelError, match=r"needs more than 2.0 GiB of memory") as caught:
-        Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
-    assert meanings(caught.value) == [(Code.TEMPLATE_BEYOND_LIMIT, "rows:3", "data.chat_template")]
-
-
-GREEDY = {
-    "a product": "{% set n = namespace(s=9999999) %}{% for i in range(60) %}{% set n.s = n.s * n.s %}{% endfor %}",
-    "a power": "{% set n = namespace(s=10) %}{% for i in range(9) %}{% set n.s = n.s ** 10 %}{% endfor %}",
-    "a constant power": "{{ 10 ** (10 ** 10) }}",
-    "a division": "{% set n = namespace(s=9) %}{% for i in range(27) %}{% set n.s = n.s * n.s %}{% endfor %}"
-    "{% set x = (n.s * n.s + 1) // n.s %}",
-    "a comparison": "{% set n = namespace(a=[1], b=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}"
-    "{% set n.b = [n.b, n.b] %}{% endfor %}{{ n.a == n.b }}",
-    "a text of lists": "{% set n = namespace(a=[1]) %}{% for i in range(60) %}{% set n.a = [n.a, n.a] %}{% endfor %}"
-    "{{ n.a }}",
-    "repetition": "{{ ('a' * 10 ** 10)|length }}",
-    "a filter": "{{ 'a'|center(10 ** 10) }}",
-    "a format": "{{ '%10000000000d'|format(1) }}",
-    "a method": "{{ '{:>10000000000}'.format('a') }}",
-    "replacement": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s|replace('a', 'a' * 99) %}"
-    "{% endfor %}",
-    "a list": "{% set n = namespace(s=[1]) %}{% for i in range(60) %}{% set n.s = n.s + n.s %}{% endfor %}",
-    "a list repeated": "{{ ([1] * 10 ** 10)|length }}",
-    "joining": "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = [n.s, n.s, n.s]|join %}{% endfor %}",
-    "tuples": "{% set n = namespace(a=(1,)) %}{% for i in range(60) %}{% set n.a = (n.a, n.a) %}{% endfor %}"
-    "{{ {n.a: 1} }}",
-}
-"""What C code does without giving another thread, or a handler of signals, a turn."""
-
-
-SOME = ("a product", "a constant power", "repetition")
-"""One for each way to reach a limit: time, while compiling and while rendering, and memory."""
-
-
-@pytest.mark.parametrize(
-    "name", [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in GREEDY if name not in SOME)]
-)
-def test_what_keeps_the_interpreter(
-    name: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """For any messages, and for those of one row; the rows before and after are as they were."""
-    monkeypatch.setattr(sandbox, "SECONDS", 1)
-    limit = r"takes longer than 1 s|needs more than 2.0 GiB of memory"
-    shows = f"{LOOP}{{{{ m.content }}}}{{% endfor %}}"
-    with pytest.raises(ModelError, match=limit) as caught:
-        Renderer(changed(tokenizer, chat_template=shows + GREEDY[name]))
-    assert meanings(caught.value) == [(Code.TEMPLATE_BEYOND_LIMIT, "", "data.chat_template")]
-    once = f"{{% if messages[0].content == 'aaaa' %}}{GREEDY[name]}{{% endif %}}{shows}"
-    if "constant" in name:  # jinja2 computes it as it compiles
-        return
-    renderer = Renderer(changed(tokenizer, chat_template=once))
-    other = Conversation("rows:2", ({"role": "user", "content": "c"}, *CHAT.messages[1:]))
-    before = renderer.row(other)
-    with pytest.raises(ModelError, match=limit) as caught:
-        renderer.rows([other, CHAT, other])
-    assert meanings(caught.value) == [(Code.TEMPLATE_BEYOND_LIMIT, "rows:3", "data.chat_template")]
-    assert renderer.row(other) == before
-
-
-STOPPED = """
-import os, signal, sys, threading
-sys.path[:0] = PLACES
-from test_limits import GREEDY, LOOP
-from test_rendering import changed
-from fuzz import byte_level
-from loratune.system import sandbox
-from loratune.commands.boundary import boundary
-from loratune.config import ModelSection
-from loratune.data.rendering import Renderer
-threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-with boundary(False):
-    Renderer(changed(byte_level(), chat_template=LOOP + "{% endfor %}" + GREEDY["a product"]))
-""".replace("PLACES", repr(PLACES))
-
-
-def test_a_template_without_end_is_stopped(forked: Callable[..., Ran]) -> None:
-    """A signal ends the command at once, and no process stays behind."""
-    done = forked(first=STOPPED)
-    assert "error: terminated" in done.err and "longer" not in done.err, done.err
+def test_a_template_for_which_memory_is_too_small_refuses_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+    template = LOOP + "{{ m.content }}{% if m.content == 'aaaa' %}{{ ('a' * 10 ** 16)|length }}{% endif %}{% endfor %}"
+    with pytest.raises(DataError) as caught:
+        Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
+    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:3", "")]
 
 
 def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
     template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
     row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
     assert "b1024" in tokenizer.decode(row.completion)
-
-
-def deep(pids: object) -> None:
-    """Ends the process in which it is called."""
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def big(pids: object, count: int) -> int:
-    """The size of a text of so many bytes."""
-    return len(bytearray(count))
-
-
-def test_work_in_a_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it returns and raises; processes that end with work and without; none are left."""
-    box = Sandbox(lambda timer: [os.getpid()])
-    first = box(list.copy, 1 << 30)
-    assert first == box(list.copy, 1 << 30) != [os.getpid()]
-    with pytest.raises(IndexError):
-        box(list.__getitem__, 1 << 30, 5)
-    with pytest.raises(LimitExceededError, match=r"needs more than 1\.0 GiB of memory"):
-        box(big, 1 << 30, 2 << 30)
-    assert box(big, 3 << 30, 2 << 30) == 2 << 30
-    with pytest.raises(LimitExceededError, match=r"ends its process \(SIGSEGV\)"):
-        box(deep, 1 << 30)
-    monkeypatch.setattr(sandbox, "_IDLE", 0.1)
-    idle = box(list.copy, 1 << 30)
-    time.sleep(1)
-    again = box(list.copy, 1 << 30)  # it has ended, and another one is started
-    assert len({*first, *idle, *again}) == 3
-    other = Sandbox(lambda timer: [os.getpid()])
-    again = other(list.copy, 1 << 30)
-    del other
-    with pytest.raises(ProcessLookupError):
-        os.kill(again[0], 0)
 
 
 def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -221,28 +58,6 @@ def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) 
         renderer.prompt("a" * 40 + "b", "asked:1")
     assert meanings(caught.value) == [(Code.TOKENIZER_FAILS_ON_ROW, "asked:1", "")]
     assert len(renderer.rows(rows[:1])) == 1
-
-
-def test_what_the_work_raises_is_raised() -> None:
-    def work() -> None:
-        raise KeyError("x")
-
-    with pytest.raises(KeyError):
-        run_with_time_limit(work)
-    assert run_with_time_limit(lambda: 3) == 3
-
-
-def test_a_template_without_end_in_train(forked: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
-    """As the user sees it: exit code 3, one line."""
-    template = tmp_path / "endless.jinja"
-    nested = "{% for a in range(99999) %}" * 4 + "{% endfor %}" * 4
-    template.write_text(f"{LOOP}{{{{ m.content }}}}{{% if m.role == 'assistant' %}}{nested}{{% endif %}}{{% endfor %}}")
-    rows = write_rows(tmp_path / "chat.jsonl", [{"messages": list(CHAT.messages)}])
-    config = run_config(data={"train": str(rows), "chat_template": str(template)})
-    assert sandbox.SECONDS == 20
-    done = forked("train", config, first="from loratune.system import sandbox\nsandbox.SECONDS = 1")
-    check_refused(done, 3, (Code.TEMPLATE_BEYOND_LIMIT, "", "data.chat_template"))
-    assert "takes longer than 1 s" in done.err.splitlines()[-1] and "Traceback" not in done.err
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
 from loratune.model.source import local_or_hub, summary
 from loratune.system.environment import cache_fix
-from loratune.system.sandbox import MEMORY, TEMPLATE_ERRORS, LimitExceededError, Sandbox, template_error_reason
+from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
 _log = logging.getLogger(__name__)
 
@@ -348,15 +348,11 @@ def check_template(tokenizer: Any, path: str) -> None:
 
     Raises:
         ConfigError: The file is no template.
-        ModelError: The template takes too long, or too much memory.
     """
     key = "data.chat_template"
     try:
-        if refusal := Sandbox(lambda _: tokenizer)(_render_question, MEMORY):
+        if refusal := _render_question(tokenizer):
             _log.debug("the chat template refuses a single question\n%s", refusal)
-    except LimitExceededError as error:
-        what, fix = f"the chat template {error}", "correct the template"
-        raise ModelError(Problem(Code.MODEL_TEMPLATE_LIMIT, what, path, key, fix)) from None
     except TEMPLATE_ERRORS as error:
         line = error.lineno if isinstance(error, TemplateSyntaxError) else None
         where = f"{path}:{line}" if line else path
@@ -368,7 +364,7 @@ def _render_question(tokenizer: Any) -> str:
     """The traceback of the template's refusal, empty without one. Raises one of `TEMPLATE_ERRORS`."""
     try:
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except (*TEMPLATE_ERRORS, MemoryError):
+    except TEMPLATE_ERRORS:
         raise
     except Exception:
         return traceback.format_exc()

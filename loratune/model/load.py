@@ -31,7 +31,7 @@ from loratune.model import checks, fingerprints, quantization, remote_code, upst
 from loratune.model.base_files import Files, copy_mapped
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.sandbox import is_rust_panic, run_with_time_limit
+from loratune.system.templates import is_rust_panic
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
         chat_template: Path of a Jinja file whose text replaces the tokenizer's own template.
 
     Raises:
-        ModelError: As `load_config`; the tokenizer cannot be read, or the template takes too long.
+        ModelError: As `load_config`; the tokenizer cannot be read.
         ConfigError: The template cannot be read, or is none.
     """
     path = Path(local_or_hub(section.name_or_path))
@@ -69,7 +69,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
         checks.check_growth(tokenizer, section.name_or_path)
-        run_with_time_limit(lambda: tokenizer("loratune"))  # some of its configuration is only read when it is used
+        tokenizer("loratune")  # some of its configuration is only read when it is used
     except BaseException as error:  # a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise

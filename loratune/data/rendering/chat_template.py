@@ -15,13 +15,15 @@ from loratune.data.rendering.encoding import Span
 from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, read_marks
 from loratune.data.upstream import alias_reasoning_fields, generation_ranges
 from loratune.errors import DataError, ModelError, Problem
-from loratune.system.sandbox import TEMPLATE_ERRORS, template_error_reason
+from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
 KEY = "data.chat_template"
 OTHER_FILE = "set data.chat_template to another Jinja file"
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REFUSALS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+_REFUSALS = (
+    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+)  # fmt: skip
 _QUESTION = {"role": "user", "content": "loratune?"}
 _ANSWER = {"role": "assistant", "content": "loratune!"}
 _TOOL = {

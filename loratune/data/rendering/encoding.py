@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats.examples import IGNORED as IGNORED
-from loratune.system.sandbox import LimitExceededError, run_with_time_limit
+from loratune.system.templates import is_rust_panic
 
 _log = logging.getLogger(__name__)
 
@@ -34,8 +34,6 @@ answer that is good or bad by itself. Above 0 is what is to become more likely."
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
 _LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
-_CHARACTERS_PER_SECOND = 20_000
-"""The speed that every tokenizer must reach on long texts; the usual slow tokenizer is five times as fast."""
 
 
 @dataclass(frozen=True)
@@ -133,11 +131,11 @@ def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | Non
 
 
 class TokenizerFailure(Exception):
-    """The tokenizer fails on a text, or takes too long for it.
+    """The tokenizer fails on a text.
 
     Attributes:
         text: The text.
-        any_text: The tokenizer is of no use at all: it fails on every text, or it takes too long.
+        any_text: Whether it fails on every text.
     """
 
     def __init__(self, text: str, reason: str, any_text: bool):
@@ -162,9 +160,9 @@ class Encoder:
         self._shared_ids: dict[int, int] = {}
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         probe, self._newline, newline_letter, letter = (
-            self._encode_limited([text], self._encode_slowly)[0] for text in (_PROBE, "\n", "\na", "a")
+            self._encode_one(text, self._encode_slowly) for text in (_PROBE, "\n", "\na", "a")
         )
-        if self._backend is not None and self._encode_limited([_PROBE], self._encode_fast) != [probe]:
+        if self._backend is not None and self._encode_one(_PROBE, self._encode_fast) != probe:
             self._backend = None
         count = len(self._newline)
         self._adds_space = newline_letter[:count] == self._newline and newline_letter[count:] != letter
@@ -175,7 +173,7 @@ class Encoder:
         A text of more than a million characters is encoded in pieces that end at words or lines.
 
         Raises:
-            TokenizerFailure: The tokenizer fails on one of the texts, or takes too long for it.
+            TokenizerFailure: The tokenizer fails on one of the texts.
         """
         ids_of: dict[str, list[int]] = {"": []}
         for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
@@ -229,47 +227,36 @@ class Encoder:
     def _encode_batch(self, texts: list[str]) -> list[list[int]]:
         encode = self._encode_slowly if self._backend is None else self._encode_fast
         try:
-            ids = run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
-        except KeyboardInterrupt:
-            raise
-        except BaseException:  # a panic of the Rust library `tokenizers` is no Exception
+            ids = encode(texts)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_rust_panic(error):
+                raise
             _log.debug("texts are encoded one by one, because they fail together", exc_info=True)
-            ids = [self._encode_limited([text], encode, any_text=False)[0] for text in texts]
+            ids = [self._encode_one(text, encode, any_text=False) for text in texts]
         if len(texts[0]) < PIECE // 2:
             return ids
         shared = self._shared_ids
         return [[shared.setdefault(number, number) for number in row] for row in ids]
 
     def _encode_fast(self, texts: list[str]) -> list[list[int]]:
-        # Switched off only where it is on: each of these calls waits, holding the interpreter, until a thread that was
-        # given up as too slow has finished with the tokenizer.
-        if self._backend.truncation is not None:
-            self._backend.no_truncation()
-        if self._backend.padding is not None:
-            self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.no_padding()
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
-    def _encode_limited(
-        self, texts: list[str], encode: Callable[[list[str]], list[list[int]]], *, any_text: bool = True
-    ) -> list[list[int]]:
+    def _encode_one(
+        self, text: str, encode: Callable[[list[str]], list[list[int]]], *, any_text: bool = True
+    ) -> list[int]:
         """Encode one text. Raises TokenizerFailure."""
         try:
-            return run_with_time_limit(lambda: encode(texts), extra_seconds=_extra_seconds(texts))
-        except KeyboardInterrupt:
-            raise
-        except LimitExceededError as error:
-            raise TokenizerFailure(texts[0], str(error), any_text=True) from None
-        except BaseException as error:  # as in `_encode_batch`
+            return encode([text])[0]
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_rust_panic(error):
+                raise
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise TokenizerFailure(texts[0], f"fails: {reason}", any_text) from None
-
-
-def _extra_seconds(texts: list[str]) -> int:
-    """Returns the seconds that texts may take for their length."""
-    return sum(map(len, texts)) // _CHARACTERS_PER_SECOND
+            raise TokenizerFailure(text, f"fails: {reason}", any_text) from None
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
