@@ -1,8 +1,8 @@
 """The build backend of pyproject.toml: setuptools', with the fused operations compiled into a wheel.
 
 On Linux on x86-64 with a gcc, `pip wheel .` makes a wheel with one library for each kind of processor and each dtype
-(see `loratune/kernels/build.py`); elsewhere it makes one without, and the operations are compiled where they are used.
-An editable installation has no libraries either.
+(see `loratune/kernels/compiled/build.py`); elsewhere it makes one without, and the operations are compiled where they
+are used. An editable installation has no libraries either.
 """
 
 import os
@@ -21,7 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parents[1]
-SPEC = util.spec_from_file_location("loratune_build", ROOT / "loratune" / "kernels" / "build.py")
+SPEC = util.spec_from_file_location("loratune_build", ROOT / "loratune" / "kernels" / "compiled" / "build.py")
 assert SPEC is not None and SPEC.loader is not None
 build = util.module_from_spec(SPEC)
 sys.modules[SPEC.name] = build  # for its dataclass

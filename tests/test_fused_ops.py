@@ -11,9 +11,9 @@ import torch
 from test_kernels import FUSED_OPS, named, normal
 from torch import Tensor
 
-from loratune.kernels import fused_ops, library, reference
 from loratune.kernels.attention import Layout
-from loratune.kernels.build import VARIANTS
+from loratune.kernels.compiled import fused_ops, library, reference
+from loratune.kernels.compiled.build import VARIANTS
 
 
 @cache

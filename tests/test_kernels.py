@@ -17,8 +17,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import acceleration, attention, fused_ops, gpu, reference, replacements
+from loratune.kernels import acceleration, attention, gpu, replacements
 from loratune.kernels.attention import Layout
+from loratune.kernels.compiled import fused_ops, reference
 from loratune.kernels.lora_linear import Adapted, Projection, project
 from loratune.lora import attach, tensors
 

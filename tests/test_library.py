@@ -16,14 +16,14 @@ import pytest
 from conftest import Ran
 from fork_server import ForkServer
 
-from loratune.kernels import build, library
-from loratune.kernels.build import NATIVE
+from loratune.kernels.compiled import build, library
+from loratune.kernels.compiled.build import NATIVE
 
 DEFINE = "-DFLOAT32"
 # In a process that has imported all of this.
 USED = """
 import os, sys, torch
-from loratune.kernels import fused_ops, library
+from loratune.kernels.compiled import fused_ops, library
 ops = fused_ops.fused_ops(torch.empty(0))
 assert isinstance(ops, fused_ops.CompiledOps), fused_ops.notes(torch.empty(0))
 for name in sys.argv[1:]:

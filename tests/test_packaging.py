@@ -20,8 +20,8 @@ from pydantic import Field
 
 from loratune import errors
 from loratune.config import RunConfig
-from loratune.kernels import library
-from loratune.kernels.build import DEFINES, DIGEST_BYTES, VARIANTS
+from loratune.kernels.compiled import library
+from loratune.kernels.compiled.build import DEFINES, DIGEST_BYTES, VARIANTS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GUIDES = (
@@ -199,7 +199,8 @@ def source_files() -> set[str]:
 def test_the_wheel_holds_the_package_and_its_licence(wheel: Path) -> None:
     names = names_in(wheel)
     records = {name for name in names if ".dist-info/" in name}
-    libraries = {f"loratune/kernels/shipped/{variant.file_name(define)}" for variant in VARIANTS for define in DEFINES}
+    files = [variant.file_name(define) for variant in VARIANTS for define in DEFINES]
+    libraries = {f"loratune/kernels/compiled/shipped/{name}" for name in files}
     assert names - records == source_files() | (libraries if HAS_LIBRARIES else set())
     assert any(name.endswith("/licenses/LICENSE") for name in records)
     tag = r"manylinux_2_\d+_x86_64" if HAS_LIBRARIES else "any"
@@ -281,7 +282,7 @@ def test_a_library_of_a_wheel_is_what_this_compiler_makes_where_it_is_used(
     for define in DEFINES:
         assert library.compiled(define, VARIANTS[0]).name.startswith(VARIANTS[0].name)
         (path,) = tmp_path.glob("loratune/*.so")
-        shipped = ZipFile(wheel).read(f"loratune/kernels/shipped/{VARIANTS[0].file_name(define)}")
+        shipped = ZipFile(wheel).read(f"loratune/kernels/compiled/shipped/{VARIANTS[0].file_name(define)}")
         assert path.read_bytes()[:-DIGEST_BYTES] == shipped[:-DIGEST_BYTES]
         path.unlink()
 

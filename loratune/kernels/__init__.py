@@ -11,8 +11,8 @@ from loratune.kernels.acceleration import expect as expect
 from loratune.kernels.acceleration import give_back_pages as give_back_pages
 from loratune.kernels.acceleration import keep_pages as keep_pages
 from loratune.kernels.acceleration import tree_refusal as tree_refusal
-from loratune.kernels.fused_ops import notes as notes
-from loratune.kernels.fused_ops import variant as variant
+from loratune.kernels.compiled.fused_ops import notes as notes
+from loratune.kernels.compiled.fused_ops import variant as variant
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.lora_linear import Adapted as Adapted

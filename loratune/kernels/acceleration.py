@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loratune.kernels import gpu, masks, reference, replacements, rowwise, whole_rows
+from loratune.kernels import gpu, masks, replacements, rowwise, whole_rows
 from loratune.kernels.attention import Layout, PerBatch
-from loratune.kernels.fused_ops import fused_ops, refusal
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.fused_ops import fused_ops, refusal
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.masks import AttentionSurvey, Sight
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees

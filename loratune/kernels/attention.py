@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from loratune.kernels import whole_rows
+from loratune.kernels.compiled.reference import FusedOps
 from loratune.kernels.lora_linear import Projection
 from loratune.kernels.masks import check_known
-from loratune.kernels.reference import FusedOps
 
 TILE = 128
 """Queries whose scores are in memory at once."""

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels import reference
-from loratune.kernels.reference import FusedOps
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.reference import FusedOps
 from loratune.kernels.upstream import is_fake
 
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loratune.kernels import reference, upstream
-from loratune.kernels.fused_ops import fused_ops
-from loratune.kernels.reference import FusedOps
+from loratune.kernels import upstream
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.kernels.compiled.reference import FusedOps
 
 
 @dataclass(frozen=True)

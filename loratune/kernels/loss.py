@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.parity_check import evaluating
 from loratune.kernels.upstream import is_fake
 

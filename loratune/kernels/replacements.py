@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.kernels import reference
 from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.kernels.compiled.reference import FusedOps
 from loratune.kernels.experts import ExpertLayers
-from loratune.kernels.fused_ops import fused_ops
 from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, project, rms_norm
 from loratune.kernels.masks import Sight, check_known
-from loratune.kernels.reference import FusedOps
 
 Reader = Callable[[nn.Module], Adapted | None]
 """Takes a module to its linear layer and LoRA; None: it is something else."""

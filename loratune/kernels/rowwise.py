@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from loratune.kernels import reference, upstream
+from loratune.kernels import upstream
 from loratune.kernels.attention import Layout, PerBatch
-from loratune.kernels.fused_ops import fused_ops
+from loratune.kernels.compiled import reference
+from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.masks import HELD, check_known
 
 PREFIX = "loratune"

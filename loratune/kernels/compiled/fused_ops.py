@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels import build, library, reference
-from loratune.kernels.library import Library
+from loratune.kernels.compiled import build, library, reference
+from loratune.kernels.compiled.library import Library
 from loratune.kernels.upstream import is_fake
 
 DEFINES = dict(zip((torch.bfloat16, torch.float32), build.DEFINES, strict=True))

@@ -22,8 +22,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.console import progress
-from loratune.kernels import build
-from loratune.kernels.build import NATIVE, Variant, reason
+from loratune.kernels.compiled import build
+from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
 
 _log = logging.getLogger(__name__)
