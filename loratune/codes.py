@@ -250,7 +250,6 @@ class Code(StrEnum):
     MODEL_WEIGHTS_EXTRA = "model.weights_extra", "The files hold more layers or biases than config.json asks for."
     MODEL_WEIGHTS_SHAPE = "model.weights_shape", "Tensors have another shape than config.json asks for."
     MODEL_WEIGHTS_NOT_FINITE = "model.weights_not_finite", "Weights of the model are NaN or inf."
-    MODEL_TOKENIZER_GROWTH = "model.tokenizer_growth", "The tokenizer could make an enormous text of a short one."
     MODEL_TEMPLATE_UNREADABLE = "model.template_unreadable", "The chat template file cannot be read."
     MODEL_TEMPLATE_EMPTY = "model.template_empty", "The chat template file is empty."
     MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
@@ -430,7 +429,7 @@ class Code(StrEnum):
 
     # Commands after training (generate.*, chat.*, evaluate.*, params.*, push.*)
     TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
-    TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
+    TRAIN_BASE_CHANGED = "train.base_changed", "The base has changed since the sweep began."
     TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
     INFERENCE_OTHER_BASE = "inference.other_base", "The base is not the one that the adapter was trained on."
     INFERENCE_UNKNOWN_FINGERPRINT = (

@@ -20,7 +20,7 @@ from loratune.config import AUTO, LoraSection, ModelSection, RunConfig
 from loratune.errors import ConfigError
 from loratune.lora import start
 from loratune.lora.adapter_files import AdapterFiles
-from loratune.model import load, shape
+from loratune.model import load
 from loratune.training import auto
 from loratune.training.auto import Facts
 from loratune.training.checkpoints import MANIFEST, RUN, seal
@@ -295,7 +295,7 @@ def test_settings_of_a_stranger() -> None:
     ],
 )
 def test_the_width_and_the_depth(config: Any, width: int | None, layers: int | None) -> None:
-    assert (shape.hidden_size(config), shape.layers(config)) == (width, layers)
+    assert (load.hidden_size(config), load.layers(config)) == (width, layers)
 
 
 def test_a_model_of_unknown_width_takes_a_rate() -> None:

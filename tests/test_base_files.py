@@ -2,22 +2,23 @@
 
 import os
 import shutil
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Expected, Ran, check_refused, tiny_llama
+from conftest import Ran, meanings, tiny_llama
 from fork_server import ForkServer
-from running import WEIGHTS, MakeConfig, checkpoints, straight, until
+from running import WEIGHTS, MakeConfig, straight, until
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import ModelSection
+from loratune.errors import ModelError
 from loratune.model import load
 
 
@@ -26,13 +27,13 @@ def mapped(directory: Path) -> list[str]:
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(directory) in line]
 
 
-def overwrite(weights: Path, only: str = "") -> None:
-    """With other numbers, in place: the same file, of the same size and with the times that it had. only: a tensor."""
+def overwrite(weights: Path) -> None:
+    """With other numbers, in place: the same file, of the same size and with the times that it had."""
     before = weights.stat()
     tensors = load_file(weights)
     raw = bytearray(weights.read_bytes())
     save_file(
-        {name: tensor + (only in name) for name, tensor in tensors.items()},
+        {name: tensor + 1 for name, tensor in tensors.items()},
         weights.with_suffix(".new"),
         {"format": "pt"},
     )
@@ -58,11 +59,6 @@ CHANGES: dict[str, Callable[[Path], Any]] = {
 @pytest.fixture
 def base_dir(tmp_path: Path, tiny_dir: Path) -> Path:
     return Path(shutil.copytree(tiny_dir, tmp_path / "base"))
-
-
-def changed(base: Path) -> Expected:
-    """The problem of a run whose base has changed."""
-    return Code.TRAIN_BASE_CHANGED, str(base / "model.safetensors"), "model.name_or_path"
 
 
 HELD: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
@@ -97,99 +93,37 @@ def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
     assert mapped(base_dir) == []
 
 
-def test_changed_files_are_distinguished_from_touched_ones(base_dir: Path) -> None:
-    section = ModelSection(name_or_path=str(base_dir))
-    weights, config = base_dir / "model.safetensors", base_dir / "config.json"
-    known, strictly = load.files(section), load.files(section, read=False)
-    assert strictly.changed() == []
-    os.utime(weights)
-    assert strictly.changed() == [str(weights)]
-    shutil.copy(weights, base_dir / "copy")
-    (base_dir / "copy").replace(weights)
-    (base_dir / "README.md").write_text("New.")
-    assert known.changed() == known.changed(thoroughly=True) == []
-    config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert known.changed() == [str(config)]
-    for change in CHANGES.values():
-        shutil.rmtree(base_dir)
-        tiny_llama().save_pretrained(base_dir)
-        known = load.files(section)
-        change(weights)
-        assert known.changed() == [str(weights)]
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, section = base_dir / "model.safetensors", ModelSection(name_or_path=str(base_dir))
+    loading_mapped = AutoModelForCausalLM.from_pretrained
+
+    def change_meanwhile(*arguments: Any, **settings: Any) -> Any:
+        loaded = loading_mapped(*arguments, **settings)
+        CHANGES[name](weights)
+        return loaded
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", change_meanwhile)
+    with pytest.raises(ModelError) as refused:
+        load.load_base(section)
+    assert meanings(refused.value) == [(Code.MODEL_WEIGHTS_CHANGED, str(weights), "")]
 
 
-def test_a_change_of_any_one_tensor_is_seen(base_dir: Path) -> None:
-    """In place, of the same size, and with the time of the last change set back."""
-    weights = base_dir / "model.safetensors"
-    before = weights.read_bytes()
-    known = load.files(ModelSection(name_or_path=str(base_dir)))
-    unseen = []
-    for name, tensor in load_file(weights).items():
-        overwrite(weights, name)
-        if known.changed() != [str(weights)]:
-            unseen.append((name, tensor.shape))
-        weights.write_bytes(before)
-    assert unseen == []
-    assert known.changed() == []
-
-
-def test_one_norm_that_changes_while_a_run_lasts_ends_it(
+def test_a_run_does_not_depend_on_the_files_once_they_are_read(
     run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
 ) -> None:
-    """One tensor of 128 bytes, of which no sample of the file need know."""
+    """The adapter has the same bytes, and records the base that it was trained on."""
     config = run_config(
         model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
     )
+    expected = straight(processes, config, tmp_path)
     child = processes.start("train", config)
     until(lambda: "step     5/" in child.said(), child)
-    overwrite(base_dir / "model.safetensors", "model.layers.1.input_layernorm.weight")
-    check_refused(Ran(child.wait(), "", child.said()), 3, changed(base_dir))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["overwritten", "cut off", "removed"])
-def test_a_run_ends_with_its_last_checkpoint(
-    name: str, run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
-) -> None:
-    """Noticed at the next checkpoint; with the files put back, the run goes on as if nothing had been."""
-    config = run_config(
-        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
-    )
-    kept = shutil.copytree(base_dir, tmp_path / "kept")
-    expected = straight(processes, config, tmp_path) if name == "overwritten" else None
-    child = processes.start("train", config)
-    until(lambda: "step     5/" in child.said(), child)
-    CHANGES[name](base_dir / "model.safetensors")
-    check_refused(Ran(child.wait(), "", child.said()), 3, changed(base_dir))
-    assert not (tmp_path / "out").exists()
-    assert checkpoints(tmp_path / "out.partial") != []
-    shutil.rmtree(base_dir)
-    shutil.copytree(kept, base_dir)
-    if expected is not None:
-        child = processes.start("train", config, "--resume")
-        assert child.wait() == 0, child.said()
-        assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
-
-
-def test_a_change_after_the_last_step_is_noticed(
-    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
-) -> None:
-    """While the adapter is compared with its base, before it is published."""
-    config = run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 5})
-    last, over = tmp_path / "out.partial" / "checkpoints" / "checkpoint-5", threading.Event()
-
-    def watch() -> None:
-        while not last.exists() and not over.wait(0.002):
-            pass
-        overwrite(base_dir / "model.safetensors")
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    ran = cli("train", config)
-    over.set()
-    watcher.join()
-    check_refused(ran, 3, changed(base_dir))
-    assert last.exists() and not (tmp_path / "out").exists()
+    overwrite(base_dir / "model.safetensors")
+    assert child.wait() == 0, child.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    used = processes.start("generate", "1 and 1 make", "--adapter", tmp_path / "out")
+    assert used.wait() == 5 and f"[{Code.INFERENCE_OTHER_BASE}]" in used.said()
 
 
 def test_answers_and_scores_do_not_depend_on_the_files_any_more(

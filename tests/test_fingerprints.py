@@ -1,6 +1,5 @@
-"""Every tensor of a base counts for its fingerprint, in the present version of the fingerprint and in the first."""
+"""Every tensor of a base counts for its fingerprint."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ran, check_refused, tiny_llama
-from running import MakeConfig, checkpoints, stopped
+from running import MakeConfig, stopped
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loratune.codes import Code
 from loratune.model import fingerprints
-from loratune.training.checkpoints import seal
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B, Mistral-7B": {"num_hidden_layers": 32},
@@ -23,19 +21,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Qwen2-0.5B": {"num_hidden_layers": 24, "attention_bias": True, "tie_word_embeddings": True},
     "SmolLM2-360M": {"num_hidden_layers": 32, "tie_word_embeddings": True},
 }
-
-
-def first_version(base: Any) -> str:
-    """As the release before wrote it."""
-    config = base.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version", "dtype", "quantization_config"):
-        config.pop(volatile, None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    tensors = list(base.named_parameters())
-    for name, tensor in tensors[:: max(1, len(tensors) // 16)]:
-        some = tensor.detach().flatten()[:64].cpu().to(torch.bfloat16)
-        digest.update(name.encode() + some.float().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -75,8 +60,6 @@ def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
     for given in ({"dtype": torch.bfloat16}, {"dtype": torch.float32, "attn_implementation": "eager"}):
         assert fingerprints.fingerprint(AutoModelForCausalLM.from_pretrained(tmp_path, **given)) == known
     assert fingerprints.fingerprint(tiny_llama(rms_norm_eps=1e-5)) != known
-    assert fingerprints.fingerprint(base, like=first_version(base)) == first_version(base)
-    assert fingerprints.fingerprint(base, like="3:of a later release") == known
 
 
 def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
@@ -173,13 +156,11 @@ def test_values_that_are_whole_numbers_or_few() -> None:
 
 @pytest.fixture
 def merged(tiny_dir: Path, tmp_path: Path) -> Path:
-    """The tiny base with a change in each projection, of which the first version of the fingerprint sees nothing."""
+    """The tiny base with a change in each projection."""
     base = tiny_llama()
-    before = first_version(base)
     for layer in base.model.layers:
         for weight in (layer.self_attn.q_proj.weight, layer.mlp.up_proj.weight):
             weight.data.view(-1)[64:] *= 1.05
-    assert first_version(base) == before
     shutil.copytree(tiny_dir, tmp_path / "merged")
     base.save_pretrained(tmp_path / "merged")
     return tmp_path / "merged"
@@ -188,7 +169,6 @@ def merged(tiny_dir: Path, tmp_path: Path) -> Path:
 def test_a_published_adapter_knows_its_base(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, tiny_dir: Path, merged: Path
 ) -> None:
-    """With a record of this release and of the one before."""
     assert cli("train", run_config(training={"max_steps": 2})).code == 0
     out = tmp_path / "out"
     config, record = out / "adapter_config.json", out / "loratune.json"
@@ -208,10 +188,6 @@ def test_a_published_adapter_knows_its_base(
     for ran in on(merged):
         check_refused(ran, 5, (Code.INFERENCE_OTHER_BASE, str(out), ""))
         assert f"was trained on another base than {merged}" in ran.err
-    recorded(first_version(AutoModelForCausalLM.from_pretrained(tiny_dir)))
-    assert [ran.code for ran in on(tiny_dir)] == [0, 0]
-    recorded(first_version(tiny_llama(rms_norm_eps=1e-4)))
-    assert [ran.code for ran in on(tiny_dir)] == [5, 5]
     recorded("3:of a later release")
     for ran in on(tiny_dir):
         check_refused(ran, 5, (Code.INFERENCE_UNKNOWN_FINGERPRINT, str(out), ""))
@@ -219,29 +195,10 @@ def test_a_published_adapter_knows_its_base(
 
 
 def test_a_run_is_resumed_on_its_base_only(
-    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, tiny_dir: Path, merged: Path
+    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, merged: Path
 ) -> None:
-    """A checkpoint of this release, and one of the release before."""
     config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
-    partial = tmp_path / "out.partial"
-    assert stopped(cli, partial, "train", config).code == 130
-    before = json.loads((checkpoints(partial)[0] / "run.json").read_text())
+    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
     moved = ("--resume", "--set", f"model.name_or_path={merged}", "--allow-change", "model.name_or_path")
-    changed = f"[{Code.RESUME_BASE_CHANGED}]"
     refused = cli("train", config, *moved)
-    assert refused.code == 7 and changed in refused.err
-
-    def recorded(base: str) -> None:
-        for path in checkpoints(partial):
-            (path / "manifest.json").unlink()
-            run = before | {"fingerprints": before["fingerprints"] | {"base": base}}
-            (path / "run.json").write_text(json.dumps(run))
-            seal(path)
-
-    recorded(first_version(tiny_llama(rms_norm_eps=1e-4)))
-    refused = cli("train", config, "--resume")
-    assert refused.code == 7 and changed in refused.err
-    recorded(first_version(AutoModelForCausalLM.from_pretrained(tiny_dir)))
-    assert cli("train", config, "--resume").code == 0
-    made = json.loads((tmp_path / "out" / "loratune.json").read_text())
-    assert made["fingerprints"]["base"] == before["fingerprints"]["base"]
+    assert refused.code == 7 and f"[{Code.RESUME_BASE_CHANGED}]" in refused.err

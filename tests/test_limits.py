@@ -149,59 +149,6 @@ def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys
     assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err
 
 
-def replacing(pattern: str, content: str, kind: str = "String") -> dict[str, object]:
-    """A step of a tokenizer that replaces a text, or what an expression matches."""
-    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
-
-
-def in_order(kind: str, *steps: object) -> dict[str, object]:
-    """Steps one after another. kind: under which name they stand."""
-    return {"type": "Sequence", kind: steps}
-
-
-PIECE = {"SpecialToken": {"id": "A", "type_id": 0}}
-GROWING = {
-    "a long text": (
-        {"normalizer": replacing("a", "b" * 2_000_000)},
-        "the normalizer Replace of the tokenizer makes up to 2,000,000 characters of one",
-    ),
-    "an expression": ({"normalizer": replacing("", "b" * 20_000, "Regex")}, "up to 20,001 characters of one"),
-    "many": ({"normalizer": in_order("normalizers", *[replacing("a", "aa")] * 40)}, "(Replace) together make up to"),
-    "bytes": ({"normalizer": in_order("normalizers", *[{"type": "ByteLevel"}] * 40)}, "(ByteLevel) together make"),
-    "before": ({"normalizer": {"type": "Prepend", "prepend": "x" * 5000}}, "adds up to 5,000 characters"),
-    "decoder": (
-        {"decoder": in_order("decoders", replacing("a", "b" * 20_000))},
-        "the decoder Replace of the tokenizer",
-    ),
-    "post-processor": (
-        {
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": [PIECE] * 5000,
-                "pair": [],
-                "special_tokens": {"A": {"id": "A", "ids": [1] * 5000, "tokens": ["x"] * 5000}},
-            }
-        },
-        "the post-processor TemplateProcessing of the tokenizer adds up to 25,000,000 characters",
-    ),
-}
-
-
-@pytest.mark.parametrize(("parts", "message"), GROWING.values(), ids=GROWING)
-def test_a_tokenizer_that_makes_texts_grow(
-    parts: dict[str, object], message: str, tiny_dir: Path, tmp_path: Path
-) -> None:
-    """Before any text is given to it: the library takes all memory, or aborts, which nothing can catch."""
-    path = tmp_path / "growing"
-    shutil.copytree(tiny_dir, path)
-    definition = json.loads((path / "tokenizer.json").read_text())
-    (path / "tokenizer.json").write_text(json.dumps(definition | parts))
-    with pytest.raises(ModelError) as caught:
-        load_tokenizer(ModelSection(name_or_path=str(path)))
-    assert meanings(caught.value) == [(Code.MODEL_TOKENIZER_GROWTH, str(path), "")]
-    assert message in str(caught.value)
-
-
 def test_a_vocabulary_with_a_huge_id(tiny_dir: Path, tmp_path: Path) -> None:
     """Nothing is made for each id below it; the token is named where a row has it."""
     path = tmp_path / "huge"

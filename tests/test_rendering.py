@@ -24,7 +24,6 @@ from loratune.data.packing import pad
 from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load
-from loratune.model.checks import check_growth
 
 VERSION = "3.7.2"
 NAMES = ("bytes", "llama3", "qwen3", "gemma3", "smollm2")
@@ -516,10 +515,6 @@ def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError, match=r"set data.chat_template to a Jinja file") as caught:
         Renderer(changed(tokenizer)).row(CHAT)
     assert meanings(caught.value) == [(Code.TEMPLATE_MISSING, "", "")]
-
-
-def test_real_tokenizers_make_texts_grow_little(real: Any) -> None:
-    check_growth(real, "")
 
 
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:

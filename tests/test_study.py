@@ -28,7 +28,7 @@ from loratune.config import LoraSection
 from loratune.errors import ConfigError, ResourceError
 from loratune.evaluation.study_results import BEST, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.lora import attach, tensors
-from loratune.model.reuse import BaseState
+from loratune.model.fingerprints import BaseState
 
 Cli = Callable[..., Ran]
 RATES = ("--grid", "training.learning_rate=1e-3,1e-2")

@@ -5,14 +5,12 @@ import pytest
 import torch
 from bitsandbytes import cextension
 from conftest import tiny_llama
-from tokenizers import normalizers
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     LlamaConfig,
     MixtralConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
 )
 
 from loratune.model import upstream
@@ -91,19 +89,6 @@ def test_bitsandbytes_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert upstream.bitsandbytes_lacks() == ""
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no such library"))
     assert "native library" in upstream.bitsandbytes_lacks()
-
-
-def test_tokenizer_parts(tokenizer: PreTrainedTokenizerFast) -> None:
-    assert upstream.tokenizer_parts(tokenizer).keys() >= {"pre_tokenizer", "decoder"}
-    assert upstream.tokenizer_parts(tokenizer)["decoder"]["type"] == "ByteLevel"
-    steps = normalizers.Sequence([normalizers.Replace("a", "b"), normalizers.NFC()])
-    known = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    before = known.backend_tokenizer.normalizer
-    known.backend_tokenizer.normalizer = steps
-    state = upstream.tokenizer_parts(known)["normalizer"]
-    known.backend_tokenizer.normalizer = before
-    assert [step["type"] for step in state["normalizers"]] == ["Replace", "NFC"]
-    assert state["normalizers"][0] == {"type": "Replace", "pattern": {"String": "a"}, "content": "b"}
 
 
 def test_layout_of_a_checkpoint() -> None:

@@ -153,17 +153,13 @@ def _load_base(
     check_machine(section)
     with finding_base(adapters[0]):
         base = load_base(section)
-    prints: dict[bool, str] = {}  # whether in the first version → fingerprint
+    fingerprint = fingerprints.fingerprint(base)
     checks: list[Callable[[], None]] = []
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             log(line)
         tensors.check_copies(adapter.files, base)
-        recorded = adapter.files.base_fingerprint
-        is_old = recorded is not None and ":" not in recorded
-        if is_old not in prints:
-            prints[is_old] = fingerprints.fingerprint(base, like=recorded)
-        checks.append(partial(check_base, adapter, section, prints[is_old], log))
+        checks.append(partial(check_base, adapter, section, fingerprint, log))
 
     def check() -> None:
         for one in checks:

@@ -18,7 +18,7 @@ from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
-from loratune.model import checks, load, quantization, shape
+from loratune.model import checks, load, quantization
 from loratune.training import auto
 from loratune.training.duration import Costs, seconds_per_operation
 
@@ -179,8 +179,8 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
     share = trained / len(rows.train)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length)
     return trained, auto.Facts(
-        hidden_size=shape.hidden_size(model_config),
-        layers=shape.layers(model_config),
+        hidden_size=load.hidden_size(model_config),
+        layers=load.layers(model_config),
         rows=packs if run.data.packing == "full" else trained,
         supervised=round(share * int(rows.supervised.clip(max=lengths).sum())),
         processes=1,

@@ -20,6 +20,7 @@ from loratune.export.merging import Kept, Merge, Written
 from loratune.export.texts import Texts
 from loratune.lora import attach
 from loratune.model import load
+from loratune.model.base_files import FileStates
 from loratune.model.source import locate
 from loratune.training.run_dir import RunDirectory
 
@@ -101,7 +102,7 @@ def merge(
         log(line)
     with loading.finding_base(adapter):
         locate(adapter.base)
-        before = load.files(adapter.base, read=False)
+        before = FileStates(adapter.base)
         plan = Merge(adapter, getattr(torch, dtype) if dtype else None)
     note, parameters, is_loaded = plan.note, plan.parameters, plan.is_loaded
     if note:
@@ -124,7 +125,7 @@ def merge(
         else:
             nearer = sum(one.error for one in written.kept) < sum(one.moved for one in written.kept)
             comparison = {"tensors": written.tensors, "nearer": nearer}
-        load.check_unchanged(before)
+        before.check_unchanged()
         merged = Merged(directory.output, written, compared_on, comparison, note)
         _check_nearer(merged, adapter)
         merged_model.write_card(staging, adapter, summary(merged))

@@ -19,7 +19,7 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
-from loratune.model import base_files, load, shape
+from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, continuing, objectives
@@ -156,13 +156,13 @@ def load_run(validated_run: ValidatedRun, watch: ProgressFactory, group: Group =
 
     Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from is of another base.
     """
-    run, resume_point = validated_run.config, validated_run.resume_point
+    run = validated_run.config
     load.check_machine(run.model)
     load.check_kernels(run.model, gpu=load.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     datasets, earlier = load_rows(validated_run, tokenizer, watch, group)
-    base = load.load_for_run(run.model, group, resume_point.base_fingerprint if resume_point else None)
+    base = load.load_for_run(run.model, group)
     continuing.check_base(validated_run.start, base)
     return LoadedRun(tokenizer, datasets, earlier, base)
 
@@ -225,8 +225,8 @@ def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group
     model_config = load.load_config(run.model)
     packs = -(-int(rows.lengths.sum()) // run.data.max_length) if run.data.packing == "full" else items
     return auto.Facts(
-        hidden_size=shape.hidden_size(model_config),
-        layers=shape.layers(model_config),
+        hidden_size=load.hidden_size(model_config),
+        layers=load.layers(model_config),
         rows=packs,
         supervised=int(rows.supervised.sum()),
         processes=group.count,

@@ -173,9 +173,7 @@ def _times(plan: Plan, context: RunContext, timer: StepTimer, costs: Costs, left
     for kind, batches in kinds:
         timed = [*_forward(plan, context, kind, batches, left)]
         forward.append(Speed.fitted(*zip(*(timed[1:] or timed), strict=True)))
-    start = time.monotonic()
-    plan.base.check_unchanged(group, thoroughly=True)
-    closing = timer.setup + time.monotonic() - start + _WRITES * timer.checkpoint + _CLOSING
+    closing = timer.setup + _WRITES * timer.checkpoint + _CLOSING
     optimizer = float(np.mean(timer.optimizer[WARM_UP:]))
     return _Times(train, forward[0], forward[-1], optimizer, timer.checkpoint, closing)
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +160,6 @@ def train(
         if comparison.verdict == "worse" and not allow_worse:
             gain.reject(comparison, outcome.steps, validated_run.directory, group)
         findings = measuring.measure(plan, outcome, comparison, weights, context, reporter.log)
-        plan.base.check_unchanged(group, thoroughly=True)
         group.close()
         if not group.main:
             return None
@@ -176,7 +174,7 @@ def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
     identity = resume.identity(plan.config, plan.fingerprints, plan.datasets.train, environment)
     if resume_point is None:
         return identity
-    resume.check_same(resume_point, identity, validated_run.allowed_changes, base=plan.base.recorded_fingerprint)
+    resume.check_same(resume_point, identity, validated_run.allowed_changes, base=plan.base.fingerprint)
     changes = [*resume_point.changes, *resume.environment_changes(resume_point, identity)]
     return identity | {"changes": changes, resume.MAX_MINUTES: resume_point.identity.get(resume.MAX_MINUTES)}
 
@@ -194,7 +192,6 @@ def _run_context(
         reporter.progress,
         stop,
         group,
-        after_checkpoint=partial(plan.base.check_unchanged, group),
         trackers=_trackers(validated_run, reporter.log) if group.main else (),
     )
     if resume_point is None:

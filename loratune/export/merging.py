@@ -180,16 +180,15 @@ class Merge:
 
     def fingerprint(self) -> str:
         """The fingerprint of the base. All of its files are read."""
-        recorded, read = self._source.files.base_fingerprint, self.base.reader()
-        if read is None:
-            return fingerprints.fingerprint(self._whole, recorded)
+        if (read := self.base.reader()) is None:
+            return fingerprints.fingerprint(self._whole)
         dtype = load.compute_dtype(self._source.base)
 
         def loaded(name: str) -> Tensor:
             tensor = read(name)
             return tensor.to(dtype) if tensor.is_floating_point() else tensor  # as loading rounds it
 
-        return fingerprints.fingerprint(self._whole, recorded, loaded)
+        return fingerprints.fingerprint(self._whole, loaded)
 
     @property
     def _whole(self) -> PreTrainedModel:

@@ -1,17 +1,14 @@
 """What can be wrong with a model's files: what a library could not load, implausible values, damaged weights."""
 
-import base64
 import logging
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -21,7 +18,7 @@ from loratune.config import ModelSection
 from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import gguf, upstream
-from loratune.model.source import local_or_hub, summary
+from loratune.model.source import cached_directory, local_or_hub, summary
 from loratune.system.environment import cache_fix
 from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
@@ -61,10 +58,9 @@ _PARTS = {
 
 def damaged_weights(section: ModelSection) -> Iterator[Problem]:
     """The weight files of a model that cannot be read; the libraries' own errors do not name the file."""
-    directory = Path(local_or_hub(section.name_or_path))
-    if not directory.is_dir():
-        cached = try_to_load_from_cache(section.name_or_path, "config.json", revision=section.revision)
-        directory = Path(str(cached)).parent
+    directory = cached_directory(section)
+    if directory is None:
+        return
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
         with path.open("rb") as file:
             is_pointer = file.read(len(gguf.LFS_START)) == gguf.LFS_START
@@ -239,88 +235,7 @@ def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str
             yield name
 
 
-# --- Tokenizer
-
-MOST_PER_CHARACTER, MOST_ADDED = 64, 1024
-"""Characters that a tokenizer may make of one, and may add to a text. Real ones make at most 18 (of U+FDFA)."""
-
-_DOUBLING = ("ByteLevel", "BertNormalizer")
-
-
-def check_growth(tokenizer: Any, where: str) -> None:
-    """Check, before a fast tokenizer gets any text, that none of its parts makes an enormous text of a short one.
-
-    The library allocates memory of its own, which no limit of ours can bound without ending the process.
-
-    Raises:
-        ModelError: A part makes more than `MOST_PER_CHARACTER` characters of one, by one of its steps or by all of them
-            together, or adds more than `MOST_ADDED` characters to a text.
-    """
-    if not tokenizer.is_fast or getattr(tokenizer, "backend_tokenizer", None) is None:
-        return
-    for part, state in upstream.tokenizer_parts(tokenizer).items():
-        steps = [(step["type"], _factor(step), _added(step)) for step in _steps(state)]
-        _check_steps(part.replace("_", "-"), steps, where)
-    for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
-        added = len(getattr(tokenizer.backend_tokenizer.model, name, None) or "")
-        _check_steps("model", [(name, 1, added)], where)
-
-
-def _check_steps(part: str, steps: list[tuple[str, int, int]], where: str) -> None:
-    """`check_growth` for one part.
-
-    Args:
-        part: What the part is called.
-        steps: Name, characters that it makes of one, and characters that it adds to a text, of each of its steps.
-        where: The name of the model.
-    """
-    code, fix = Code.MODEL_TOKENIZER_GROWTH, "use the tokenizer that belongs to the model"
-    for name, factor, added in steps:
-        if factor > MOST_PER_CHARACTER or added > MOST_ADDED:
-            is_factor = factor > MOST_PER_CHARACTER
-            size = f"makes up to {factor:,} characters of one" if is_factor else f"adds up to {added:,} characters"
-            raise ModelError(Problem(code, f"the {part} {name} of the tokenizer {size}", where, fix=fix))
-    if (total := prod(factor for _, factor, _ in steps)) > MOST_PER_CHARACTER:
-        names = ", ".join(dict.fromkeys(name for name, factor, _ in steps if factor > 1))
-        size = f"{float(min(total, 10**300)):.0e} characters of one"
-        what = f"the {part}s of the tokenizer ({names}) together make up to {size}"
-        raise ModelError(Problem(code, what, where, fix=fix))
-
-
-def _steps(part: Any) -> Iterator[dict[str, Any]]:
-    """A part, or those that it is a sequence of."""
-    keys = ("normalizers", "pretokenizers", "processors", "decoders")
-    inner = next((part[key] for key in keys if key in part), None)
-    if inner is None:
-        yield part
-        return
-    for step in inner:
-        yield from _steps(step)
-
-
-def _factor(step: dict[str, Any]) -> int:
-    """How many characters one step makes of one, at most."""
-    kind = step["type"]
-    if kind == "Replace":
-        replaced = step["pattern"].get("String")
-        # a regular expression may match nothing, beside every character
-        return -(-len(step["content"]) // max(len(replaced), 1)) or 1 if replaced else len(step["content"]) + 1
-    if kind == "Precompiled":
-        table = base64.b64decode(step["precompiled_charsmap"] or "")
-        start = 4 + int.from_bytes(table[:4], "little")
-        return max((len(text.decode(errors="replace")) for text in table[start:].split(b"\0")), default=1)
-    return 2 if kind in _DOUBLING else 1
-
-
-def _added(step: dict[str, Any]) -> int:
-    """How many characters, or tokens, one step adds to a text."""
-    if step["type"] == "TemplateProcessing":
-        pieces = [len(piece["ids"]) for piece in step["special_tokens"].values()]
-        return len(step["single"]) * max(pieces, default=1)
-    if step["type"] == "Replace":
-        return 0
-    texts = [step[name] for name in ("prepend", "prefix", "suffix", "content", "replacement") if name in step]
-    return max((len(text) for text in texts if isinstance(text, str)), default=0)
+# --- Chat template
 
 
 def template_text(path: str) -> str:

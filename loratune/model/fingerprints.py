@@ -1,7 +1,7 @@
 """Whether two bases are the same model, by their weights and by the settings that decide what they compute.
 
 A fingerprint is written into checkpoints and published adapters. It begins with the version of the method that computed
-it, so that records of older releases stay comparable: `fingerprint(base, like=record)` computes what that record holds.
+it. `Sampled` and `BaseState` compare a base in memory with what it was.
 """
 
 import dataclasses
@@ -22,15 +22,13 @@ from loratune.model import upstream
 _log = logging.getLogger(__name__)
 
 VERSION = "2:"
-"""How the fingerprints of this release begin. The first version had no such mark: 64 hexadecimal digits."""
+"""The version of fingerprints, with which each of them begins."""
 _SUMMED = 64
 """Integers of 8 bytes in a block; the sum of each block is hashed."""
 _PIECE = 1 << 26
 """Values that are rounded and summed at once."""
 RUNS, RUN_LENGTH = 64, 16
 """Runs of neighbouring values in a sample of a tensor, spread evenly from its first value to its last."""
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "quantization_config")
-"""Keys of a configuration that the first version left out."""
 _IRRELEVANT = (
     {field.name for field in dataclasses.fields(PreTrainedConfig)}  # what every model has: labels, names, outputs
     | GenerationConfig().to_dict().keys()
@@ -45,7 +43,7 @@ Read = Callable[[str], torch.Tensor]
 
 
 @progress("hashing the base")
-def fingerprint(base: PreTrainedModel, like: str | None = None, read: Read | None = None) -> str:
+def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
     """SHA-256 of the settings of a model that decide what it computes, and of names, shapes and values of its tensors.
 
     All values count, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
@@ -55,12 +53,8 @@ def fingerprint(base: PreTrainedModel, like: str | None = None, read: Read | Non
 
     Args:
         base: The model before PEFT wraps it, on any device.
-        like: The fingerprint that this one is to be compared with; the same version is computed. None, or a version
-            that this release does not know: the present version.
         read: Reads the values of a base that is on the meta device.
     """
-    if like is not None and ":" not in like:
-        return _first_version(base, read)
     digest = hashlib.sha256(_as_json(_settings(base.config, _source(type(base)))))
     for name, empty in _tensors(base):
         tensor = empty if read is None else read(name)
@@ -70,12 +64,7 @@ def fingerprint(base: PreTrainedModel, like: str | None = None, read: Read | Non
 
 
 def is_comparable(recorded: str) -> bool:
-    """Whether this release can compute a fingerprint in the version of `recorded`."""
-    return ":" not in recorded or recorded.startswith(VERSION)
-
-
-def is_present(recorded: str) -> bool:
-    """Whether `recorded` is in the version of this release."""
+    """Whether this release computes fingerprints in the version of `recorded`."""
     return recorded.startswith(VERSION)
 
 
@@ -170,18 +159,57 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
     return flat.view(torch.uint8) if upstream.is_4bit(tensor) or not flat.is_floating_point() else flat
 
 
-def _first_version(base: PreTrainedModel, read: Read | None) -> str:
-    """The fingerprint as first computed: the first 64 values of every n-th tensor, about 16 in all."""
-    config = {key: value for key, value in base.config.to_dict().items() if key not in _VOLATILE}
-    digest = hashlib.sha256(_as_json(config))
-    tensors = list(base.named_parameters())
-    for name, empty in tensors[:: max(1, len(tensors) // 16)]:
-        tensor = empty if read is None else read(name)
-        flat = tensor.detach().flatten()
-        flat = flat.view(torch.uint8) if upstream.is_4bit(tensor) else flat
-        digest.update(name.encode() + flat[:64].cpu().to(torch.bfloat16).float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _as_json(values: dict[str, Any]) -> bytes:
     return json.dumps(values, sort_keys=True, default=str).encode()
+
+
+class BaseState:
+    """A base as it was loaded, to check that it is the same again after an adapter was taken off.
+
+    Adapters change more than they show: some initializations take a part out of the weights, biases are trained in
+    place, checkpointing and hooks stay on. What can be restored is restored; the rest is found by comparing all bits.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        self._trainable = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+        self._modules, self._values = _modules(base), _bits(base)
+
+    def restore(self, base: PreTrainedModel) -> bool:
+        """Restore the settings that training changes. Returns whether the base is the same again.
+
+        base: the same object; its modules, their hooks and every bit of its tensors are compared.
+        """
+        if getattr(base, "is_activation_checkpointing", False):
+            base.activation_checkpointing_disable()
+            base.disable_input_require_grads()
+        base.eval()
+        if [name for name, _ in base.named_parameters()] != [*self._trainable]:
+            return False
+        for name, parameter in base.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(self._trainable[name])
+        return _modules(base) == self._modules and _bits(base) == self._values
+
+
+def _modules(base: PreTrainedModel) -> list[tuple[Any, ...]]:
+    return [
+        (
+            name,
+            id(module),
+            module.training,
+            upstream.hooks(module),
+            "forward" in vars(module),
+            bool(vars(module).get("gradient_checkpointing")),
+        )
+        for name, module in base.named_modules()
+    ]
+
+
+@torch.no_grad()
+def _bits(base: PreTrainedModel) -> str:
+    """SHA-256 of names, types and values of all tensors, those that are not saved among them."""
+    digest = hashlib.sha256()
+    for name, tensor in (*base.named_parameters(), *base.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device} ".encode())
+        digest.update(block_sums(tensor, rounded=False))
+    return digest.hexdigest()

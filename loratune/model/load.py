@@ -5,13 +5,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -28,7 +26,7 @@ from loratune.config import ModelSection
 from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.model import checks, fingerprints, quantization, remote_code, upstream
-from loratune.model.base_files import Files, copy_mapped
+from loratune.model.base_files import FileStates, copy_mapped
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 from loratune.system.templates import is_rust_panic
@@ -68,7 +66,6 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     file = source.gguf_unless("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
-        checks.check_growth(tokenizer, section.name_or_path)
         tokenizer("loratune")  # some of its configuration is only read when it is used
     except BaseException as error:  # a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and not is_rust_panic(error):
@@ -94,7 +91,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     config = _read_config(section, source)
     quantization_config = quantization.loading_config(section, config, compute_dtype(section))
     is_packed = quantization_config is not None or quantization.record_of(config.to_dict()) is not None
-    before = files(section, read=False)
+    before = FileStates(section)
     try:
         with _quietly(source):
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -113,9 +110,9 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
         raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
-    check_unchanged(before)  # copying from a truncated file would end the process
+    before.check_unchanged()  # copying from a truncated file would end the process
     copy_mapped(model)
-    check_unchanged(before)
+    before.check_unchanged()
     checks.check_complete(model, info, section.name_or_path)
     quantization.check_trainable(model, section.name_or_path)
     for module in model.modules():
@@ -130,74 +127,31 @@ class Base:
 
     Attributes:
         model: The model with its weights.
-        files: Those it was loaded from, in one process of each machine; none in the others.
         fingerprint: Of the model.
-        recorded_fingerprint: The same, in the version of fingerprints that the checkpoint to resume from uses.
     """
 
     model: PreTrainedModel
-    files: Files
     fingerprint: str
-    recorded_fingerprint: str
-
-    @progress("checking that the base is unchanged")
-    def check_unchanged(self, group: launcher.Group, *, thoroughly: bool = False) -> None:
-        """Raises ModelError: files of the base have changed since it was loaded, on any machine."""
-        what = "has changed since the run began"
-        fix = "restore it and continue from the last checkpoint with --resume, or start again with --overwrite"
-        paths = dict.fromkeys(chain.from_iterable(group.all_gather(self.files.changed(thoroughly=thoroughly))))
-        if paths:
-            raise ModelError([Problem(Code.TRAIN_BASE_CHANGED, what, path, KEY, fix) for path in paths])
 
 
-def load_for_run(section: ModelSection, group: launcher.Group, recorded: str | None = None) -> Base:
-    """The base of a run, with its fingerprint and the state of its files.
+def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
+    """The base of a run, with its fingerprint.
 
     Args:
         section: The settings of the model.
         group: The processes of the run, each of which loads the base.
-        recorded: The fingerprint that the checkpoint to resume from records.
 
     Raises:
         ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
     """
     model = load_base(section)
-    base_files = files(section) if group.leads_machine else Files(None)
     checks.check_finite(model, section.name_or_path)
     fingerprint = fingerprints.fingerprint(model)
     if group.broadcast(fingerprint) != fingerprint:
         what = f"the base on {launcher.host()} differs from that of the main process"
         fix = "give all machines the same files"
         raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, section.name_or_path, KEY, fix))
-    is_present = recorded is None or fingerprints.is_present(recorded)
-    return Base(
-        model, base_files, fingerprint, fingerprint if is_present else fingerprints.fingerprint(model, recorded)
-    )
-
-
-@progress("hashing the files of the base")
-def files(section: ModelSection, *, read: bool = True) -> Files:
-    """The files that a base is loaded from, in their present state; none if it is on the hub and not in the cache.
-
-    Args:
-        section: The settings of the model.
-        read: As in `Files`.
-    """
-    name, file = section.name_or_path, section.gguf_file
-    directory = Path(local_or_hub(name))
-    if not directory.is_dir():
-        cached = try_to_load_from_cache(name, file or "config.json", revision=section.revision)
-        if not isinstance(cached, str):
-            return Files(None)
-        directory = Path(cached).parents[len(Path(file).parts) - 1 if file else 0]
-    return Files(directory, directory / file if file else None, read=read)
-
-
-def check_unchanged(before: Files) -> None:
-    """Raises ModelError: files of a base are not what they were. before: see `files`."""
-    if paths := before.changed():
-        what, fix = "was changed while it was being read", "start again"
-        raise ModelError([Problem(Code.MODEL_WEIGHTS_CHANGED, what, path, fix=fix) for path in paths])
+    return Base(model, fingerprint)
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:
@@ -257,6 +211,24 @@ def context_length(config: Any) -> int | None:
     values = config.get_text_config().to_dict()
     length = values.get("max_position_embeddings") or values.get("n_positions")
     return int(length) if length and length > 1 else None  # -1 and the like say that there is no limit
+
+
+def hidden_size(config: Any) -> int | None:
+    """The width of the model: values of each token between two layers; None where its configuration does not say."""
+    return _largest(config, "hidden_size")
+
+
+def layers(config: Any) -> int | None:
+    """How many layers a token passes through; None where its configuration does not say."""
+    return _largest(config, "num_hidden_layers")
+
+
+def _largest(config: Any, name: str) -> int | None:
+    """A number of the decoder's configuration; of one that has it in parts, the largest."""
+    text = config.get_text_config(decoder=True)
+    parts = [text] if hasattr(text, name) else [getattr(text, part) for part in text.sub_configs]
+    values = (getattr(part, name, None) for part in parts)
+    return max((value for value in values if type(value) is int), default=None)
 
 
 def _read_config(section: ModelSection, source: ModelSource) -> Any:

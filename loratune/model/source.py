@@ -104,6 +104,15 @@ def local_or_hub(name_or_path: str) -> str:
     return str(path.absolute()) if path.is_dir() else name_or_path
 
 
+def cached_directory(section: ModelSection) -> Path | None:
+    """The directory of a model, on this machine or in the cache of the hub; None if it is not in the cache."""
+    directory, file = Path(local_or_hub(section.name_or_path)), section.gguf_file
+    if directory.is_dir():
+        return directory
+    cached = try_to_load_from_cache(section.name_or_path, file or "config.json", revision=section.revision)
+    return Path(cached).parents[len(Path(file).parts) - 1 if file else 0] if isinstance(cached, str) else None
+
+
 def check_repository(name: str, revision: str | None, file: str = "config.json", *, perhaps_path: bool = True) -> None:
     """Determine why a model cannot be downloaded from the hub; transformers reports most reasons as one OSError.
 

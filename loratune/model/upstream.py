@@ -6,7 +6,6 @@ that a release takes away. Importing this module imports no torch, which the che
 
 import copy
 import importlib
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +14,6 @@ from typing import Any
 import transformers
 
 _log = logging.getLogger(__name__)
-
-_SUB_TOKENIZERS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 
 
 def attention(config: Any) -> Any:
@@ -116,22 +113,6 @@ def bitsandbytes_lacks() -> str:
     if isinstance(extension.lib, extension.ErrorHandlerMockBNBNativeLibrary):
         return "bitsandbytes has no native library for this machine"
     return ""
-
-
-def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
-    """The parts of a fast tokenizer that rewrite a text or its tokens, as they stand in tokenizer.json.
-
-    Parts that are not set, and those written in Python, which have no such state, are left out. A tokenizer as a whole
-    can be written as JSON by a documented method; of a single part only the state for pickling says what it is.
-    """
-    states = {}
-    for name in _SUB_TOKENIZERS:
-        part = getattr(tokenizer.backend_tokenizer, name)
-        try:
-            states[name] = json.loads(part.__getstate__()) if part is not None else None
-        except Exception:  # written in Python
-            _log.debug("the %s of the tokenizer is not checked", name, exc_info=True)
-    return {name: state for name, state in states.items() if state is not None}
 
 
 class CheckpointLayout:

@@ -216,8 +216,7 @@ def check_base(start: StartAdapter | None, base: Base) -> None:
     if not fingerprints.is_comparable(recorded):
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
         raise AdapterError(Problem(Code.INFERENCE_UNKNOWN_FINGERPRINT, what, where, KEY, "upgrade loratune"))
-    present = fingerprints.is_present(recorded)
-    if recorded != (base.fingerprint if present else fingerprints.fingerprint(base.model, like=recorded)):
+    if recorded != base.fingerprint:
         before = start.info.base
         held = f" in {before.quantization}, dtype {before.dtype}" if before.quantization != "none" else ""
         what = f"was trained on another base, by its settings and weights: {start.info.files.base}{held}"

@@ -1,6 +1,6 @@
 """What a training loop is given: what it trains, where it reports and writes, and what it goes on from."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +53,6 @@ class RunContext:
         has_other_validation: Whether the validation rows up to that checkpoint were others, or are none any more.
         unreported: The losses of the steps before that checkpoint that no report has.
         seconds_before: How long training took up to that checkpoint.
-        after_checkpoint: Called in all processes after each checkpoint; it may raise an error, which ends the run.
         trackers: What else follows its steps, in the main process.
     """
 
@@ -67,7 +66,6 @@ class RunContext:
     has_other_validation: bool = False
     unreported: StepLosses = field(default_factory=StepLosses)
     seconds_before: float = 0.0
-    after_checkpoint: Callable[[], None] = lambda: None
     trackers: Sequence[Tracker] = ()
 
     def stopping(self) -> bool:

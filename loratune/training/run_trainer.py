@@ -220,14 +220,12 @@ class RunTrainer(ShardedTrainer):
             super().save_checkpoint(model)
             if checkpoints.is_writer:
                 self.best.save(directory, step)
-        self.context.after_checkpoint()
 
     def checkpoint_seconds(self) -> float:
         """How long it takes to write a checkpoint, which is removed again."""
         start = time.monotonic()
         with self.context.checkpoints.writing(self.state.global_step, is_kept=False):
             super().save_checkpoint(self.model_wrapped)
-        self.context.after_checkpoint()
         return time.monotonic() - start
 
     def load_weights(self, checkpoint: str, model: Any = None) -> None:

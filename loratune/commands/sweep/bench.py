@@ -27,7 +27,7 @@ from loratune.errors import ConfigError, ModelError, NumericError, Problem, Resu
 from loratune.evaluation.study_results import RowLosses
 from loratune.lora import attach, tensors
 from loratune.model import load
-from loratune.model.reuse import BaseState
+from loratune.model.fingerprints import BaseState
 from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, final_score, objectives, preflight
