@@ -112,7 +112,7 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     from loratune.config import Source, patterns  # noqa: PLC0415
     from loratune.data import no_progress, read_source  # noqa: PLC0415
     from loratune.export.clients import VLLM_RANKS  # noqa: PLC0415
-    from loratune.export.texts import scored_answers  # noqa: PLC0415
+    from loratune.export.comparison import scored_answers  # noqa: PLC0415
 
     source = AdapterDirectory.open(adapter)
     split = read_source(Source(path=data), source.data, no_progress) if data else None

@@ -24,7 +24,8 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import gguf, llama_cpp, llama_cpp_process, ollama, plain, texts
+from loratune.export import gguf, llama_cpp, llama_cpp_process, ollama, plain
+from loratune.export.comparison import Texts, texts
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
 from loratune.lora.mixture import PlainAdapter
@@ -95,7 +96,9 @@ def test_stock_peft_computes_the_same_without_patterns(tmp_path: Path, lora: dic
     expected = logits(PeftModel.from_pretrained(tiny_llama(), path))
     found = logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out"))
     assert (expected - logits(tiny_llama())).abs().max() > 1e-2
-    assert plain.check_logits(inspect(path), [expected], [found]) <= 1e-6
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    both = PeftModel.from_pretrained(tiny_llama(), path).eval()
+    assert plain.check_logits(inspect(path), both, tmp_path / "out", [list(range(32)), [7]]) <= 1e-6
     assert plain.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (
@@ -159,10 +162,12 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as error:
         plain.check_tensors(inspect(path), tmp_path / "out")
     assert meanings(error.value) == [(Code.EXPORT_DIFFERS, str(path), "")]
-    one = torch.ones(2, 3)
-    for other in (one * 1.0001, one * torch.nan):
-        with pytest.raises(AdapterError):
-            plain.check_logits(inspect(path), [one], [other])
+    for factor in (1.001, torch.nan):
+        save_file({name: tensor * factor for name, tensor in tensors.items()}, file)
+        model = PeftModel.from_pretrained(tiny_llama(), path).eval()
+        with pytest.raises(AdapterError) as error:
+            plain.check_logits(inspect(path), model, tmp_path / "out", [[1, 2, 3]])
+        assert meanings(error.value) == [(Code.EXPORT_DIFFERS, str(path), "")]
 
 
 # The command
@@ -207,11 +212,11 @@ def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) ->
     return path
 
 
-def compared(adapter: Path, tokenizer: Any, prompts: Any) -> texts.Texts:
+def compared(adapter: Path, tokenizer: Any, prompts: Any) -> Texts:
     """The texts of an adapter whose record holds other prompts."""
     source = AdapterDirectory.open(adapter)
     files = replace(source.files, record=source.files.record | {"prompts": prompts})
-    return texts.texts(replace(source, files=files), Renderer(tokenizer), 264)
+    return texts(replace(source, files=files), Renderer(tokenizer), 264)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ from loratune.codes import Code
 from loratune.data import no_progress
 from loratune.errors import AdapterError
 from loratune.export import merged_model, output
+from loratune.export.comparison import Texts
 from loratune.export.merging import Merge
-from loratune.export.texts import Texts
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load, stored

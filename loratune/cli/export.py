@@ -80,6 +80,6 @@ def export(
             if selected.mix:
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
                 source = loading.write_mixture(Path(place), weighted)
-            result = export(source, directory, options, mix=selected.mix, split=split, watch=show_progress, log=log)
+            result = export(source, directory, options, mix=selected.mix, split=split, log=log)
         with checked_output():
             printing.print_exported(result, as_json)

@@ -10,18 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loratune import escaping, memory
 from loratune.adapter import loading
 from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.config import patterns
-from loratune.console import format_size, progress
-from loratune.data import DatasetSplit, ProgressFactory, no_progress
+from loratune.console import format_size, progress, show_progress
+from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.export import clients, gguf, llama_cpp, ollama, output, plain
 from loratune.export.clients import CLIENTS, ExportOptions
-from loratune.export.texts import scored_answers, texts
+from loratune.export.comparison import scored_answers, texts
 from loratune.lora import tensors
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import file_bytes
@@ -29,8 +27,6 @@ from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
 from loratune.training.run_dir import RunDirectory
 
-_MOST_LOGITS = 1 << 24
-"""Logits that are kept to be compared, of 4 bytes each."""
 _TEMPLATE = "chat_template.jinja"
 Log = Callable[[str], None]
 
@@ -68,7 +64,6 @@ def export(
     *,
     mix: Mapping[str, float] | None = None,
     split: DatasetSplit | None = None,
-    watch: ProgressFactory = no_progress,
     log: Log = lambda _: None,
 ) -> Exported:
     """Write an adapter for one program.
@@ -79,7 +74,6 @@ def export(
         options: The program, and how the adapter is written for it.
         mix: Name → weight of the adapters whose sum it is, for the record.
         split: The rows that the user wants it compared on.
-        watch: Shows progress.
         log: Takes lines about the adapter.
 
     Raises:
@@ -91,201 +85,151 @@ def export(
     """
     exact = replace(source, base=source.base.model_copy(update={"dtype": "float32"}))  # rounding hides differences
     if options.uses_llama_cpp:
-        made: _GgufExport | _PlainExport = _GgufExport(exact, directory, options, split, log)
-    else:
-        made = _PlainExport(exact, directory, options, mix or {})
-        made.compute_logits(split, watch, log)
-    made.write()
-    client = CLIENTS[options.to]
-    return Exported(directory.output, client, made.lines, made.metrics, made.commands())
+        return _GgufExport(exact, directory, options, log).write(split)
+    return _export_plain(exact, directory, options, {"mix": dict(mix or {})}, split, log)
 
 
-def _base_without_weights(source: AdapterDirectory) -> Any:
+def _fold(source: AdapterDirectory, options: ExportOptions) -> tuple[PlainAdapter, Any]:
+    """The adapter as plain LoRA, and its base without weights."""
+    plain.check_plain(source.files, options.to)
     with loading.finding_base(source):
-        return load.build_meta(load.load_config(source.base), source.base)
+        base = load.build_meta(load.load_config(source.base), source.base)
+    return plain.fold(source.files, [path for path, _ in base.named_modules()]), base
 
 
 def _count(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-class _PlainExport:
-    """A plain LoRA directory, for PEFT and vLLM."""
-
-    def __init__(
-        self, source: AdapterDirectory, directory: RunDirectory, options: ExportOptions, mix: Mapping[str, float]
-    ):
-        plain.check_plain(source.files, options.to)
-        self.source, self.directory, self.options, self.mix = source, directory, options, mix
-        meta = _base_without_weights(source)
-        self.adapter = plain.fold(source.files, [path for path, _ in meta.named_modules()])
-        self.metrics: dict[str, Any] = {"rank": self.adapter.rank, "modules": len(self.adapter.tensors) // 2}
-        self.lines: list[tuple[str, str]] = []
-        self.ids: list[Sequence[int]] = []
-        self.expected: list[torch.Tensor] = []
-        needed, free = 5 * _count(meta), memory.available(load.device())
-        too_large = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
-        self.not_compared = options.why_not_verified or (too_large if needed > free else "")
-        self.base: Any = None
-
-    def compute_logits(self, split: DatasetSplit | None, watch: ProgressFactory, log: Log) -> None:
-        """The logits of base and adapter, if they are to be compared."""
-        if self.not_compared:
-            return
-        loaded = loading.load(self.source, log)
-        size = loaded.model.config.get_text_config().vocab_size
-        compared = texts(self.source, loaded.renderer, size, split, watch)
-        left = _MOST_LOGITS // size
-        for text in compared.ids:
-            self.ids += [text[: min(256, left)]] if text and left else []
-            left = max(0, left - len(text[:256]))
-        self.expected, self.metrics["texts"] = _logits(loaded.model, self.ids), compared.origin
-        self.base = tensors.detached(loaded.model)
-
-    def write(self) -> None:
-        """Write the directory, read it back, and compare."""
-        files, fingerprint = self.source.files, self.source.files.base_fingerprint
-        size = file_bytes(self.adapter.tensors) + (1 << 20)
-        with output.staged(self.directory, size, "the adapter") as staging:
-            self.adapter.write(staging)
-            self.source.copy_tokenizer(staging, RUN_FILE)
-            self.metrics["tensors"] = plain.check_tensors(files, staging)
-            result, self.metrics["logits"] = f"not compared: {self.not_compared}", None
-            if not self.not_compared:
-                fingerprint = fingerprint or fingerprints.fingerprint(self.base)
-                found = _logits(tensors.stock(self.base, staging), self.ids)
-                self.metrics["logits"] = plain.check_logits(files, self.expected, found)
-                difference = _difference(self.metrics["logits"], "the largest")
-                result = f"logits {difference}, on {self.metrics['texts']}"
-            details = {"comparison": self.metrics, "chat": self.source.chat, "mix": {**self.mix}}
-            kind = f"plain LoRA for {CLIENTS[self.options.to]}"
-            self.source.write_record(staging, kind, {**details, "fingerprints": {"base": fingerprint}})
-        each = f"{_difference(self.metrics['tensors'], 'its norm')}, {self.metrics['modules']} modules"
-        rank = f"{self.adapter.rank}, lora_alpha {self.adapter.rank}"
-        self.lines = [("each ΔW", each), ("in PEFT", result), ("rank", rank)]
-        self.lines += [("note", note) for note in self.adapter.notes]
-
-    def commands(self) -> list[str]:
-        """The command that serves it with vLLM, which would take the chat template of the base."""
-        if self.options.to != "vllm":
-            return []
-        place, template = self.directory.output, self.directory.output / _TEMPLATE
-        rendering = str(template) if self.source.chat and template.is_file() else None
-        base, name = self.source.base.name_or_path, clients.name_of(place.name)
-        return [clients.vllm(base, name, str(place), self.adapter.rank, rendering)]
+def _export_plain(
+    source: AdapterDirectory,
+    directory: RunDirectory,
+    options: ExportOptions,
+    details: dict[str, Any],
+    split: DatasetSplit | None,
+    log: Log,
+) -> Exported:
+    """A plain LoRA directory, for PEFT and vLLM. details: what its record also holds."""
+    adapter, meta = _fold(source, options)
+    needed, free = 5 * _count(meta), memory.available(load.device())
+    not_compared = options.why_not_verified
+    if needed > free and not not_compared:
+        not_compared = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
+    loaded = None if not_compared else loading.load(source, log)
+    size = meta.config.get_text_config().vocab_size
+    compared = texts(source, loaded.renderer, size, split, show_progress) if loaded else None
+    metrics: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2, "logits": None}
+    fingerprint, in_peft = source.files.base_fingerprint, f"not compared: {not_compared}"
+    client = CLIENTS[options.to]
+    with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
+        adapter.write(staging)
+        source.copy_tokenizer(staging, RUN_FILE)
+        metrics["tensors"] = plain.check_tensors(source.files, staging)
+        if loaded and compared:
+            metrics |= {
+                "texts": compared.origin,
+                "logits": plain.check_logits(source.files, loaded.model, staging, compared.ids),
+            }
+            in_peft = f"logits {_difference(metrics['logits'], 'the largest')}, on {compared.origin}"
+            fingerprint = fingerprint or fingerprints.fingerprint(tensors.detached(loaded.model))
+        details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
+        source.write_record(staging, f"plain LoRA for {client}", details)
+    lines = [
+        ("each ΔW", f"{_difference(metrics['tensors'], 'its norm')}, {metrics['modules']} modules"),
+        ("in PEFT", in_peft),
+        ("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"),
+        *(("note", note) for note in adapter.notes),
+    ]
+    commands = []
+    if options.to == "vllm":
+        place, template = directory.output, directory.output / _TEMPLATE  # vLLM would take that of the base
+        rendering = str(template) if source.chat and template.is_file() else None
+        base, name = source.base.name_or_path, clients.name_of(place.name)
+        commands = [clients.vllm(base, name, str(place), adapter.rank, rendering)]
+    return Exported(directory.output, client, lines, metrics, commands)
 
 
 def _difference(share: float, whole: str) -> str:
     return f"equal to within {share:.0e} of {whole}" if share else "equal"
 
 
-@torch.inference_mode()
-@progress("computing logits")
-def _logits(model: Any, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The logits of each text."""
-    rows = (torch.tensor([text], device=model.device) for text in ids)
-    return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in rows]
-
-
 class _GgufExport:
     """A GGUF file, for llama.cpp and Ollama: of the adapter, or of base and adapter as one model."""
 
-    def __init__(
-        self,
-        source: AdapterDirectory,
-        directory: RunDirectory,
-        options: ExportOptions,
-        split: DatasetSplit | None,
-        log: Log,
-    ):
+    def __init__(self, source: AdapterDirectory, directory: RunDirectory, options: ExportOptions, log: Log):
         self.source, self.directory, self.options = source, directory, options
         self.converters = gguf.find_converters(options.llama_cpp)
         self.not_run = options.why_not_verified
         if self.not_run:
             log(f"llama.cpp will not be run: {self.not_run}")
-        self.adapter = None if options.merged_type else self._fold()
+        self.adapter: PlainAdapter | None = None
+        if not options.merged_type:
+            self.adapter, meta = _fold(source, options)
+            gguf.check_layers(meta, patterns.adapted_modules(source.files.tensors), str(source.path))
         self.loaded = loading.load(source, log)
-        self.name = clients.name_of(directory.output.name)
-        self.modelfile = None
-        if options.to == "ollama":
-            self.modelfile = ollama.modelfile(self.loaded.renderer, f"{self.name}.gguf", chat=source.chat)
-        self.answers = [] if self.not_run else scored_answers(self.loaded, source, split)
-        self.lines: list[tuple[str, str]] = []
+        template = self.loaded.tokenizer.chat_template
+        self.template = template if isinstance(template, str) else None
+        self.base_gguf = options.base_gguf
+        if source.base.gguf_file and not self.base_gguf:
+            file = Path(local_or_hub(source.base.name_or_path)) / source.base.gguf_file
+            self.base_gguf = file if file.is_file() else None
         self.metrics: dict[str, Any] = {}
+        self.lines: list[tuple[str, str]] = []
 
-    def _fold(self) -> PlainAdapter:
-        files = self.source.files
-        plain.check_plain(files, "gguf")
-        meta = _base_without_weights(self.source)
-        adapter = plain.fold(files, [path for path, _ in meta.named_modules()])
-        gguf.check_layers(meta, patterns.adapted_modules(files.tensors), str(files.path))
-        return adapter
-
-    def write(self) -> None:
-        """Convert, read the file back, and compare."""
-        converts_model = self.adapter is None or not (self.not_run or self._base_gguf())
-        size = (2 * file_bytes(self.adapter.tensors) if self.adapter else 0) + (
-            8 * _count(self.loaded.model) if converts_model else 0  # the model and its GGUF file
-        )
+    def write(self, split: DatasetSplit | None) -> Exported:
+        """Convert, read the file back, and compare. split: the rows that the user wants it compared on."""
+        name, modelfile = clients.name_of(self.directory.output.name), None
+        if self.options.to == "ollama":
+            modelfile = ollama.modelfile(self.loaded.renderer, f"{name}.gguf", chat=self.source.chat)
+        answers = [] if self.not_run else scored_answers(self.loaded, self.source, split)
+        alone = self.adapter and (self.not_run or self.base_gguf)
+        size = 2 * file_bytes(self.adapter.tensors) if self.adapter and alone else 8 * _count(self.loaded.model)
         with output.staged(self.directory, size, "the GGUF file") as staging:
-            work, file = staging / "work", staging / f"{self.name}.gguf"
+            file, work = staging / f"{name}.gguf", staging / "work"
             work.mkdir()
-            if self.adapter:
-                self._write_adapter(self.adapter, file, work)
-            else:
-                self._write_model(file, work)
+            run = self._write_adapter(self.adapter, file, work) if self.adapter else self._write_model(file, work)
+            result = None if self.not_run else llama_cpp.compare(*run, answers, self.loaded.renderer.end_ids)
             shutil.rmtree(work)
+            self.lines.append(("llama.cpp", str(result) if result else f"not run: {self.not_run}"))
+            self.metrics["llama.cpp"] = result.as_json() if result else None
             kind = "GGUF adapter" if self.adapter else "GGUF model"
-            if self.modelfile:
-                kind, self.metrics["conversations"] = "Ollama model", self.modelfile.compared
-                (staging / "Modelfile").write_text(self.modelfile.text, encoding="utf-8")
+            if modelfile:
+                kind, self.metrics["conversations"] = "Ollama model", modelfile.compared
+                (staging / "Modelfile").write_text(modelfile.text, encoding="utf-8")
+                self.lines += [*modelfile.lines(), ("Ollama", "itself was not run")]
             self.source.write_record(staging, kind, {"comparison": self.metrics, "chat": self.source.chat})
-        if self.modelfile:
-            count = self.modelfile.compared
-            rendered = f"{count} conversations rendered as by the chat template" if self.source.chat else "raw text"
-            notes = [("note", note) for note in self.modelfile.notes]
-            self.lines += [("template", rendered), *notes, ("Ollama", "itself was not run")]
+        client, place = CLIENTS[self.options.to], self.directory.output
+        return Exported(place, client, self.lines, self.metrics, self._commands(name))
 
-    def _write_adapter(self, adapter: PlainAdapter, file: Path, work: Path) -> None:
-        """Convert the adapter alone. It is tried on a GGUF file of its base, which may have to be made."""
-        plain_directory, base = work / "adapter", work / "base"
-        plain_directory.mkdir()
-        adapter.write(plain_directory)
-        self.loaded.model.config.save_pretrained(base)
-        gguf.convert_adapter(self.converters, plain_directory, base, file)
+    def _write_adapter(self, adapter: PlainAdapter, file: Path, work: Path) -> tuple[Path, Path | None, str | None]:
+        """Convert the adapter alone. Returns what llama.cpp is run with: model, adapter and template."""
+        (work / "adapter").mkdir()
+        adapter.write(work / "adapter")
+        self.loaded.model.config.save_pretrained(work / "base")
+        gguf.convert_adapter(self.converters, work / "adapter", work / "base", file)
         self.metrics |= {"rank": adapter.rank, "modules": gguf.check_adapter(file, adapter)}
         self.lines.append(("tensors", f"{self.metrics['modules']} modules, of the norms that the adapter has"))
-        template = self._write_template(file.parent)
-        model = self._base_gguf()
-        if not self.not_run and model is None:
-            model = work / "base.gguf"
+        self._write_template(file.parent)
+        model = self.base_gguf or work / "base.gguf"
+        if not self.not_run and not self.base_gguf:
             try:
-                dense = tensors.unloaded(self.loaded.model, str(self.source.path))
-                self._convert(dense, work / "model", model, "f32")
+                self._convert(tensors.unloaded(self.loaded.model, str(self.source.path)), work / "model", model, "f32")
             except AdapterError as error:
                 reasons = "; ".join(problem.what for problem in error.problems)
                 self.not_run = f"no GGUF file of the base can be made ({reasons}); name one with --base-gguf"
-        self._run(model, file, template)
+        return model, file, self.template
 
-    def _write_model(self, file: Path, work: Path) -> None:
-        """Merge, and convert the merged model."""
-        tokenizer, outtype = self._base_gguf(), self.options.merged_type or ""
-        if tokenizer:
-            gguf.check_tokenizer(tokenizer, self.loaded.model.config.get_text_config().vocab_size)
+    def _write_model(self, file: Path, work: Path) -> tuple[Path, Path | None, str | None]:
+        """Merge, and convert the merged model. Returns what llama.cpp is run with."""
+        outtype = self.options.merged_type or ""
+        if self.base_gguf:
+            gguf.check_tokenizer(self.base_gguf, self.loaded.model.config.get_text_config().vocab_size)
         with progress("merging"):
             merged = tensors.merged(self.loaded.model, str(self.source.path))
-        self._convert(merged, work / "model", file, outtype, tokenizer)
+        self._convert(merged, work / "model", file, outtype, self.base_gguf)
         self.metrics |= {"type": outtype, "tensors": gguf.check_model(file, _count(merged))}
         self.lines.append(("weights", outtype))
-        self._run(file, None, None)
-
-    def _run(self, model: Path | None, adapter: Path | None, template: str | None) -> None:
-        """Run llama.cpp, and compare its answers with those of the adapter."""
-        result = None
-        if model and not self.not_run:
-            result = llama_cpp.compare(model, adapter, template, self.answers, self.loaded.renderer.end_ids)
-        self.lines.append(("llama.cpp", str(result) if result else f"not run: {self.not_run}"))
-        self.metrics["llama.cpp"] = result.as_json() if result else None
+        return file, None, None
 
     def _convert(self, model: Any, directory: Path, file: Path, outtype: str, tokenizer: Path | None = None) -> None:
         """Convert a model, after writing it to a directory with its tokenizer."""
@@ -296,33 +240,20 @@ class _GgufExport:
         if vocabulary.is_file() and not (directory / vocabulary.name).exists():  # some converters need it
             shutil.copyfile(vocabulary, directory / vocabulary.name)
         gguf.convert_model(self.converters, directory, file, outtype, tokenizer)
-        shutil.rmtree(directory)
 
-    def _write_template(self, directory: Path) -> str | None:
-        """Write the chat template, if there is one, as a file of its own."""
-        template = self.loaded.tokenizer.chat_template
-        if not isinstance(template, str):
-            return None
-        (directory / _TEMPLATE).write_text(template, encoding="utf-8")
-        return template
+    def _write_template(self, directory: Path) -> None:
+        if self.template:
+            (directory / _TEMPLATE).write_text(self.template, encoding="utf-8")
 
-    def _base_gguf(self) -> Path | None:
-        """The GGUF file that the user names, or that the base was loaded from, if any."""
-        base = self.source.base
-        if self.options.base_gguf is not None or base.gguf_file is None:
-            return self.options.base_gguf
-        file = Path(local_or_hub(base.name_or_path)) / base.gguf_file
-        return file if file.is_file() else None
-
-    def commands(self) -> list[str]:
+    def _commands(self, name: str) -> list[str]:
         """The commands that run it."""
-        directory = self.directory.output
-        file = str(directory / f"{self.name}.gguf")
-        if self.modelfile:
-            name = escaping.shell(self.name)
-            created = f"ollama create {name} -f {escaping.shell(str(directory / 'Modelfile'))}"
-            return [created, f"ollama run {name}"]
+        directory, shell = self.directory.output, escaping.shell
+        file = str(directory / f"{name}.gguf")
+        if self.options.to == "ollama":
+            return [
+                f"ollama create {shell(name)} -f {shell(str(directory / 'Modelfile'))}", f"ollama run {shell(name)}"
+            ]  # fmt: skip
         if self.adapter:
-            template = str(directory / _TEMPLATE) if isinstance(self.loaded.tokenizer.chat_template, str) else None
-            return [clients.llama_server(str(self._base_gguf() or "BASE.gguf"), file, template)]
-        return [f"llama-server --jinja -m {escaping.shell(file)}"]
+            template = str(directory / _TEMPLATE) if self.template else None
+            return [clients.llama_server(str(self.base_gguf or "BASE.gguf"), file, template)]
+        return [f"llama-server --jinja -m {shell(file)}"]

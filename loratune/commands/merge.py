@@ -15,9 +15,8 @@ from loratune.data import DatasetSplit, ProgressFactory
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.export import merged_model, output
-from loratune.export import texts as export_texts
+from loratune.export.comparison import Texts, texts
 from loratune.export.merging import Kept, Merge, Written
-from loratune.export.texts import Texts
 from loratune.lora import attach
 from loratune.model import load
 from loratune.model.base_files import FileStates
@@ -111,7 +110,7 @@ def merge(
     tokenizer = loading.load_tokenizer_of(adapter)
     vocabulary = plan.config.get_text_config().vocab_size
     renderer = Renderer(tokenizer, vocabulary)
-    compared_on = export_texts.texts(adapter, renderer, vocabulary, split, watch)
+    compared_on = texts(adapter, renderer, vocabulary, split, watch)
     with output.staged(directory, plan.size + (64 << 20), "the merged model") as staging:
         written = plan.write(staging, watch)
         merged_model.write_configs(staging, adapter, plan, renderer.end_ids)

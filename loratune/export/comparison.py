@@ -1,12 +1,113 @@
-"""How far the predictions of two models agree."""
+"""How what is made from an adapter is compared with it: the texts, the logits on them, and the answers to prompts."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from loratune import data
+from loratune.adapter import card
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
+from loratune.codes import Code
+from loratune.console import progress
+from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data.rendering import Renderer
+from loratune.errors import AdapterError, Problem
+from loratune.export.llama_cpp import ScoredAnswer
+from loratune.lora.adapter_files import RECORD_FILE
+
+MOST_TEXTS = 32
+"""The most rows of a file, or recorded prompts, that are compared on."""
+FIXED = (
+    "The capital of France is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Q: What is the largest planet of the solar system?\nA:",
+    "Once upon a time, in a small village by the sea, there lived",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "Translate to German: Good morning, how are you?",
+    "The opposite of cold is",
+    "Water boils at a temperature of",
+    "Write a haiku about the moon.",
+    "SELECT name FROM users WHERE",
+    "The three primary colours are",
+    "Why is the sky blue?",
+)
+"""Texts for adapters whose training rows are not known."""
+
+_LONGEST_ANSWER = 16
+"""Tokens of an answer that is scored."""
+
+Row = Mapping[str, Any]
+"""A prompt as `card.recorded_prompts` makes it: `prompt`, `messages` (with `tools`), or `input_ids`."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is compared on.
+
+    Attributes:
+        origin: Where the texts come from, for the user.
+        ids: The token ids of each.
+        complete: Whether answers are part of them; otherwise each is a prompt.
+    """
+
+    origin: str
+    ids: tuple[tuple[int, ...], ...]
+    complete: bool
+
+
+def texts(
+    source: AdapterDirectory,
+    renderer: Renderer,
+    vocabulary_size: int,
+    split: DatasetSplit | None = None,
+    watch: ProgressFactory = data.no_progress,
+) -> Texts:
+    """The rows of a file; without one the prompts that training recorded; without those, fixed texts.
+
+    Args:
+        source: The adapter.
+        renderer: What renders its rows.
+        vocabulary_size: How many tokens the model has.
+        split: The rows of the file that the user named.
+        watch: Shows progress.
+
+    Raises:
+        DataError: Rows of the file cannot be used.
+        AdapterError: The recorded prompts are not valid.
+    """
+    if split is not None:
+        rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
+        ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
+        names = [Path(file.source.name).name for file in split.index.files]  # no paths: the record is published
+        files = names[0] if len(names) == 1 else _counted(len(names), "file")
+        return Texts(f"{_counted(len(ids), 'row')} of {files}", ids, complete=True)
+    if prompts := tuple(ids for _, ids in _recorded(source, renderer, vocabulary_size)):
+        return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
+    fixed = tuple(renderer.prompt(text, "") for text in FIXED)
+    return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
+
+
+@torch.inference_mode()
+def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """The logits of a text, of shape (tokens, vocabulary), in float32 on the CPU."""
+    row = torch.tensor([[*ids]], device=model.device)
+    result: torch.Tensor = model(input_ids=row, use_cache=False).logits[0].float().cpu()
+    return result
+
+
+def shortened(ids: Iterable[list[int]], most: int) -> Iterator[list[int]]:
+    """The first texts, the last of them truncated, so that there are at most so many tokens in all."""
+    for text in ids:
+        if most <= 0:
+            return
+        yield text[:most]
+        most -= len(text)
 
 
 @dataclass(frozen=True)
@@ -17,7 +118,7 @@ class Agreement:
         positions: How many predictions were compared.
         largest: The largest difference between two logits.
         divergence: The mean Kullback-Leibler divergence of the other's predictions from the first's, in nats a token.
-        top1: The share of positions at which both hold the same token for the likeliest.
+        top1: The share of positions at which both predict the same token.
     """
 
     positions: int
@@ -26,12 +127,12 @@ class Agreement:
     top1: float
 
     def as_json(self) -> dict[str, Any]:
-        """All figures by name; those that are not finite as text, which JSON has no numbers for."""
+        """All metrics by name; those that are not finite as text, as JSON has no numbers for them."""
         return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 
 
 @torch.inference_mode()
-def agreement(pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
+def agreement(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
     """Compare logits.
 
     Args:
@@ -46,3 +147,69 @@ def agreement(pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
         same += int((one.argmax(-1) == two.argmax(-1)).sum())
         positions += one.shape[0]
     return Agreement(positions, largest, divergence / positions, same / positions)
+
+
+def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: DatasetSplit | None) -> list[ScoredAnswer]:
+    """The adapter's greedy answers to prompts of rows, or else to the recorded and the fixed prompts.
+
+    Args:
+        loaded: The adapter on its base.
+        source: Its directory.
+        split: The rows of the file that the user named.
+
+    Raises:
+        AdapterError: The recorded prompts are not valid.
+    """
+    prompts: list[tuple[Row, tuple[int, ...]]] = []
+    if split:
+        rows = card.recorded_prompts(split.examples(), most=MOST_TEXTS)
+    else:
+        prompts = _recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
+        rows = [
+            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
+        ]
+    prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
+    with progress("answering prompts"):
+        answers = [loaded.complete([prompt], _LONGEST_ANSWER)[0] for _, prompt in prompts]
+        pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
+        adapted = [_log_probabilities(loaded, *pair) for pair in pairs]
+        with loaded.without_adapter():
+            base = [_log_probabilities(loaded, *pair) for pair in pairs]
+    return [
+        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
+        for (row, prompt), answer, (first, second), (alone, _) in zip(prompts, answers, adapted, base, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _log_probabilities(
+    loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]
+) -> tuple[list[float], list[float]]:
+    """The log-probability of each token of an answer, and that of the likeliest other token."""
+    logprobs = logits(loaded.model, [*prompt, *answer])[len(prompt) - 1 : -1].double().log_softmax(-1)
+    tokens = torch.tensor(answer)[:, None]
+    return logprobs.gather(1, tokens)[:, 0].tolist(), logprobs.scatter(1, tokens, -torch.inf).amax(-1).tolist()
+
+
+def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[tuple[Row, tuple[int, ...]]]:
+    """The first prompts that the record of a run holds, each with its ids. Raises AdapterError: they are not valid."""
+    try:
+        rows = [*islice(source.files.record.get("prompts", ()), MOST_TEXTS)]
+        prompts = [(row, _prompt_ids(row, renderer)) for row in rows]
+        if any(type(token) is not int or not 0 <= token < vocabulary_size for _, ids in prompts for token in ids):
+            raise ValueError("input_ids are not token ids of the base")
+    except Exception as error:  # the record may come from anybody, and anything may be wrong with it
+        what = f"the prompts recorded there cannot be used: {error}"
+        where = str(source.path / RECORD_FILE)
+        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
+    return [(row, ids) for row, ids in prompts if ids]
+
+
+def _prompt_ids(row: Row, renderer: Renderer) -> tuple[int, ...]:
+    if "input_ids" in row:
+        return tuple(row["input_ids"])
+    return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

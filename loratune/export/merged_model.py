@@ -1,7 +1,7 @@
 """A merged model beside its weights: configurations, tokenizer, card, and how it compares with base and adapter."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.console import progress
 from loratune.errors import ModelError, Problem
-from loratune.export.comparison import agreement
+from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge
-from loratune.export.texts import Texts
 from loratune.model import load, stored
 from loratune.model.source import local_or_hub
 from loratune.system.files import write_json
@@ -132,32 +131,18 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     if not texts.complete:
         prompts = [text[: max(1, context - _NEW_TOKENS)] for text in ids]
         ids = [text + answer for text in prompts for answer in loaded.complete([text], _NEW_TOKENS)]
-    ids = list(_within(ids, max(1, _LOGITS // (8 * loaded.model.config.get_text_config().vocab_size))))
-    adapter = [_logits(loaded.model, text, device) for text in ids]
+    ids = list(shortened(ids, max(1, _LOGITS // (8 * loaded.model.config.get_text_config().vocab_size))))
+    adapter = [logits(loaded.model, text) for text in ids]
     with loaded.without_adapter():
-        base = [_logits(loaded.model, text, device) for text in ids]
+        base = [logits(loaded.model, text) for text in ids]
     del loaded
     attention = source.base.attn_implementation
     merged = AutoModelForCausalLM.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
     merged = merged.eval().to(device)
-    found = [_logits(merged, text, device) for text in ids]
+    found = [logits(merged, text) for text in ids]
     return {
         "adapter": agreement(zip(adapter, found, strict=True)).as_json(),
         "base": agreement(zip(base, found, strict=True)).as_json(),
         "dtype": dtype,
         "texts": len(ids),
     }
-
-
-def _within(ids: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-    """The first texts, the last of them cut, so that there are not more tokens in all."""
-    for text in ids:
-        if most <= 0:
-            return
-        yield text[:most]
-        most -= len(text)
-
-
-def _logits(model: Any, ids: Sequence[int], device: torch.device) -> torch.Tensor:
-    logits: torch.Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float().cpu()
-    return logits

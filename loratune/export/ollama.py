@@ -89,6 +89,11 @@ class Modelfile:
     compared: int
     notes: tuple[str, ...] = ()
 
+    def lines(self) -> list[tuple[str, str]]:
+        """The results of the comparison, as names and texts."""
+        rendered = f"{self.compared} conversations rendered as by the chat template" if self.compared else "raw text"
+        return [("template", rendered), *(("note", note) for note in self.notes)]
+
 
 def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
     """The Modelfile of a model.

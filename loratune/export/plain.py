@@ -3,16 +3,20 @@
 Older releases of vLLM, and llama.cpp, ignore `rank_pattern`, `alpha_pattern` and `use_rslora` without a warning.
 """
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from loratune.codes import Code
 from loratune.config import patterns
+from loratune.console import progress
 from loratune.errors import AdapterError, Problem
 from loratune.export.clients import CLIENTS
+from loratune.export.comparison import logits
 from loratune.lora import mixture
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.mixture import PlainAdapter
@@ -91,11 +95,18 @@ def check_tensors(files: AdapterFiles, directory: Path) -> float:
         change = setting.scaling * (stored[up].double() @ stored[down].double())
         difference = float((written[up].double() @ written[down].double() - change).norm())
         errors[path] = difference / (float(change.norm()) or 1.0)
-    return _checked(errors, "the change of {} differs by {:.1e} of itself from the adapter's", files)
+    return _largest(errors, "the change of {} differs by {:.1e} of itself from the adapter's", files)
 
 
-def check_logits(files: AdapterFiles, expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
-    """Compare logits of base and adapter with those of the same base and the written files.
+@progress("comparing logits in PEFT")
+def check_logits(files: AdapterFiles, model: Any, directory: Path, texts: Sequence[Sequence[int]]) -> float:
+    """Compare the logits of an adapter with those of the written files, which PEFT loads onto the same base.
+
+    Args:
+        files: The adapter.
+        model: The base with the adapter, as PEFT's `PeftModel`. It has the written one too afterwards.
+        directory: The written files.
+        texts: The token ids of each text, of which the first 256 are compared.
 
     Returns:
         The largest difference, as a share of the largest logit.
@@ -103,16 +114,21 @@ def check_logits(files: AdapterFiles, expected: Sequence[torch.Tensor], found: S
     Raises:
         AdapterError: It is larger than `CLOSENESS`, or not finite.
     """
-    scale = max(float(logits.abs().max()) for logits in expected)
-    pairs = enumerate(zip(expected, found, strict=True))
-    errors = {f"text {number}": float((one - other).abs().max()) / scale for number, (one, other) in pairs}
-    return _checked(errors, "read by PEFT, the logits of {} differ by {:.1e} of the largest from the adapter's", files)
+    own, scale, errors = model.active_adapter, 0.0, {}
+    model.load_adapter(str(directory), "exported")
+    for number, ids in enumerate(filter(None, texts), 1):
+        model.set_adapter(own)
+        expected = logits(model, ids[:256])
+        model.set_adapter("exported")
+        errors[f"text {number}"] = float((expected - logits(model, ids[:256])).abs().max())
+        scale = max(scale, float(expected.abs().max()))
+    shares = {name: error / scale for name, error in errors.items()}
+    return _largest(shares, "read by PEFT, the logits of {} differ by {:.1e} of the largest from the adapter's", files)
 
 
-def _checked(errors: dict[str, float], message: str, files: AdapterFiles) -> float:
+def _largest(errors: Mapping[str, float], message: str, files: AdapterFiles) -> float:
     """The largest error. Raises AdapterError: it is larger than `CLOSENESS`, or not finite."""
-    where = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN first
-    if not errors[where] <= CLOSENESS:
-        what = message.format(where, errors[where])
-        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(files.path)))
-    return errors[where]
+    name = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+    if not errors[name] <= CLOSENESS:
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, message.format(name, errors[name]), str(files.path)))
+    return errors[name]

@@ -43,11 +43,6 @@ def full_weights(model: PeftModel) -> Weights:
         return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
-def stock(base: nn.Module, directory: Path) -> PeftModel:
-    """The base with a saved adapter, as PEFT alone loads it."""
-    return PeftModel.from_pretrained(base, str(directory)).eval()
-
-
 def merged(model: PeftModel, where: str) -> Any:
     """The base with the adapter merged into it, which uses up the model.
 
