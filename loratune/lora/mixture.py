@@ -30,7 +30,7 @@ _HARMLESS = {
     *_KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying",
+    "megatron_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 """Keys of a configuration that say where LoRA is and how it is scaled, or that have an effect in training only."""
 _REASONS = {
@@ -41,6 +41,7 @@ _REASONS = {
     "trainable_token_indices": "it holds embeddings of tokens that were trained whole",
     "target_parameters": "it adapts stacked parameters, such as experts, instead of linear layers",
     "layer_replication": "it repeats layers of the base",
+    "ensure_weight_tying": "it ties the adapters of the embeddings and of the output layer",
 }
 """Key of the configuration → why an adapter that sets it is not plain LoRA."""
 
@@ -80,17 +81,22 @@ def factors(tensors: Collection[str]) -> dict[str, dict[str, str]]:
     return found
 
 
+def effective_keys(files: AdapterFiles) -> list[str]:
+    """The keys of an adapter's configuration by which it computes something else than plain LoRA does."""
+    defaults = {field.name: field.default for field in fields(upstream.LoraConfig)}
+    harmless = _HARMLESS
+    if all(".lora_A." in name or ".lora_B." in name for name in files.tensors):
+        harmless = _HARMLESS | {"ensure_weight_tying"}  # no embeddings are adapted, or trained whole
+    return [k for k, value in files.config.items() if k not in harmless and value and value != defaults.get(k)]
+
+
 def obstacles(files: AdapterFiles) -> dict[str, str]:
     """Why an adapter is not plain LoRA of layers: key of its configuration → reason; empty if it is.
 
     A reason that no key gives has the key "". No weights are read.
     """
-    defaults = {field.name: field.default for field in fields(upstream.LoraConfig)}
-    found = {
-        key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA")
-        for key, value in files.config.items()
-        if key not in _HARMLESS and value and value != defaults.get(key)
-    }
+    keys = effective_keys(files)
+    found = {key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA") for key in keys}
     if files.changes_base:
         found["init_lora_weights"] = f"PEFT changes the base's own weights as it loads it ({files.init})"
     others = [name for name, shape in files.tensors.items() if not _FACTOR.match(name) or len(shape) != 2]

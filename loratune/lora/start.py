@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
@@ -21,6 +21,7 @@ from loratune.config.patterns import adapted_modules, module_settings, parameter
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.lora.initialize import WRAPPER_PREFIX
+from loratune.lora.mixture import effective_keys
 from loratune.lora.module_names import ends_in, join_counts, join_first, short, without_wrappers
 from loratune.lora.parameters import experts_of, wrapped_parameters
 from loratune.lora.tensors import Weights, read_adapter
@@ -30,17 +31,8 @@ KEY = "lora.start_from"
 _FACTOR = re.compile(
     rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$"
 )
-_TAKEN_INTO_ACCOUNT = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "modules_to_save",
-    "trainable_token_indices", "target_modules", "target_parameters", "init_lora_weights",
-}  # fmt: skip
-"""Keys of an adapter's configuration that decide what it computes, and that are compared with those of the run."""
-_WITHOUT_EFFECT = {
-    "base_model_name_or_path", "revision", "peft_type", "task_type", "inference_mode", "lora_dropout",
-    "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "peft_version", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-}  # fmt: skip
-"""Keys that do not count: of training alone, or choosing modules, which are known by their tensors."""
+_COMPARED = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
+"""Keys of an adapter's configuration that may be set, and are compared with those of the run."""
 
 
 def settings(files: AdapterFiles) -> dict[str, Any]:
@@ -144,16 +136,10 @@ def _layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 def _check_kind(files: AdapterFiles) -> None:
     """Raises AdapterError: the saved adapter changes its base, or uses what this package does not train."""
-    where, config, defaults = str(files.path / CONFIG_FILE), files.config, LoraConfig().to_dict()
-    known = _TAKEN_INTO_ACCOUNT | _WITHOUT_EFFECT
-    effective = [
-        key
-        for key, value in config.items()
-        if key not in known and value not in (defaults.get(key), None, False, {}, [])
-    ]
+    where = str(files.path / CONFIG_FILE)
     problems = [
         Problem(Code.LORA_START_KIND, "changes what the adapter computes, and is not trained here", where, key)
-        for key in sorted(effective)
+        for key in sorted({*effective_keys(files)} - _COMPARED)
     ]
     if files.changes_base:
         what = f"{files.init} changes the base as PEFT loads the adapter, so it is no plain LoRA of its base"
