@@ -204,66 +204,25 @@ class Code(StrEnum):
     DATA_CACHE_NOT_WRITTEN = "data.cache_not_written", "The tokenized rows cannot be written to the disk."
 
     # Base model and tokenizer (model.*)
-    MODEL_NO_DIRECTORY = "model.no_directory", "The path of a base model names no directory."
-    MODEL_IS_FILE = "model.is_file", "The path of a base model is a file, not a directory."
-    MODEL_NO_CONFIG = "model.no_config", "A directory or repository has no config.json, so it holds no model."
-    MODEL_NO_REPOSITORY = "model.no_repository", "There is no such directory, and no such repository on the hub."
-    MODEL_INVALID_ID = "model.invalid_id", "A name is neither a directory nor a possible id of a hub repository."
+    MODEL_NOT_FOUND = "model.not_found", "There is no such directory, repository, revision or file of a model."
     MODEL_GATED = "model.gated", "The repository is gated, and this account has no access to it."
-    MODEL_NO_REVISION = "model.no_revision", "The repository has no such revision."
-    MODEL_LOCAL_REVISION = "model.local_revision", "A revision is set for a directory, which has none."
-    MODEL_HUB_UNREACHABLE = "model.hub_unreachable", "The hub cannot be reached, and the model is not cached."
-    MODEL_DOWNLOAD_FAILED = "model.download_failed", "The download of a file from the hub failed."
+    MODEL_HUB_UNREACHABLE = "model.hub_unreachable", "The hub cannot be reached, or a download from it failed."
     MODEL_NEEDS_CODE = "model.needs_code", "The model needs code from its repository, which is not trusted."
-    MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code of another repository."
-    MODEL_FOREIGN_KERNEL = (
-        "model.foreign_kernel",
-        "The file config.json names an attention kernel of another repository.",
-    )
-    MODEL_CODE_NAME = "model.code_name", "A file of the model names code in no module of its own repository."
-    MODEL_CODE_OUTSIDE = "model.code_outside", "Code in the model's directory is a link to a file outside of it."
-    MODEL_LFS_POINTER = "model.lfs_pointer", "A file of weights is a Git LFS pointer."
-    MODEL_GGUF_NOT_FOUND = "model.gguf_not_found", "The directory or repository does not have the GGUF file."
-    MODEL_GGUF_OUTSIDE = "model.gguf_outside", "The path of the GGUF file leads out of the model directory."
-    MODEL_NOT_GGUF = "model.not_gguf", "The file is not in the GGUF format."
-    MODEL_GGUF_VERSION = "model.gguf_version", "The version of the GGUF file cannot be read."
-    MODEL_GGUF_SPLIT = "model.gguf_split", "The GGUF file is one part of several."
-    MODEL_GGUF_TRUNCATED = "model.gguf_truncated", "The GGUF file is cut off."
-    MODEL_GGUF_DAMAGED = "model.gguf_damaged", "The header of the GGUF file is damaged."
+    MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code outside of its own repository."
     MODEL_MISSING_PACKAGE = "model.missing_package", "A package that this model or setting needs is not installed."
-    MODEL_CONFIG_UNREADABLE = (
-        "model.config_unreadable",
-        "The transformers library cannot load the configuration of the model.",
-    )
+    MODEL_CONFIG_UNREADABLE = "model.config_unreadable", "The configuration of the model is invalid."
     MODEL_TOKENIZER_UNREADABLE = (
         "model.tokenizer_unreadable",
         "The transformers library cannot load the tokenizer of the model.",
     )
     MODEL_UNREADABLE = "model.unreadable", "The transformers library cannot build or load the model."
-    MODEL_INVALID_ARCHITECTURES = "model.invalid_architectures", "`architectures` in config.json is no list of names."
-    MODEL_IMPLAUSIBLE_SIZE = "model.implausible_size", "A count in config.json is larger than any model has."
-    MODEL_ENCODER_DECODER = "model.encoder_decoder", "The model is an encoder-decoder."
-    MODEL_NOT_CAUSAL = "model.not_causal", "The model is not a causal language model."
-    MODEL_WEIGHTS_DAMAGED = "model.weights_damaged", "A file of weights is damaged or cut off."
+    MODEL_NOT_CAUSAL = "model.not_causal", "The model is not a decoder-only causal language model."
+    MODEL_WEIGHTS_DAMAGED = "model.weights_damaged", "A file of weights is not whole, or of the wrong format."
     MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being read."
-    MODEL_WEIGHTS_MISSING = "model.weights_missing", "The files lack tensors that config.json asks for."
-    MODEL_WEIGHTS_EXTRA = "model.weights_extra", "The files hold more layers or biases than config.json asks for."
-    MODEL_WEIGHTS_SHAPE = "model.weights_shape", "Tensors have another shape than config.json asks for."
-    MODEL_WEIGHTS_NOT_FINITE = "model.weights_not_finite", "Weights of the model are NaN or inf."
-    MODEL_TEMPLATE_UNREADABLE = "model.template_unreadable", "The chat template file cannot be read."
-    MODEL_TEMPLATE_EMPTY = "model.template_empty", "The chat template file is empty."
-    MODEL_TEMPLATE_INVALID = "model.template_invalid", "The chat template file is not a Jinja template."
-    MODEL_QUANTIZED_ALREADY = "model.quantized_already", "The base to be quantized is quantized already."
-    MODEL_QUANTIZATION_UNKNOWN = (
-        "model.quantization_unknown",
-        "The transformers library does not know how the base is quantized.",
-    )
-    MODEL_QUANTIZATION_FROZEN = "model.quantization_frozen", "A base quantized in this way cannot be trained."
-    MODEL_BITSANDBYTES = "model.bitsandbytes", "8bit or 4bit is set, and bitsandbytes does not work here."
-    MODEL_ORIGINAL_MISSING = "model.original_missing", "LoftQ does not find a weight as it was before quantization."
-    MODEL_NO_BFLOAT16 = "model.no_bfloat16", "The GPU does not compute in bfloat16."
-    MODEL_NEEDS_GPU = "model.needs_gpu", "A setting of the model needs a GPU, and there is none."
-    MODEL_FLASH_ATTENTION = "model.flash_attention", "Flash attention is set without its package or a CUDA GPU."
+    MODEL_WEIGHTS_MISMATCH = "model.weights_mismatch", "The weights are not those that config.json or LoftQ asks for."
+    MODEL_TEMPLATE = "model.template", "The chat template file cannot be read, or is not a Jinja template."
+    MODEL_QUANTIZATION = "model.quantization", "The quantization of the base is unknown, untrainable or doubled."
+    MODEL_MACHINE = "model.machine", "A setting of the model needs hardware or libraries that this machine lacks."
 
     # LoRA and adapter directories (lora.*, adapter.*)
     LORA_NO_TARGETS = "lora.no_targets", "The list of targets, or a name in it, is empty."

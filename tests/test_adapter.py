@@ -435,7 +435,7 @@ def test_a_base_that_is_gone_is_a_fault_of_the_model(
     configure(base_model_name_or_path=str(tmp_path / "gone"))(copy)
     output = ("--output", tmp_path / "out") if command[0] != "generate" else ()
     ran = cli(*command, "--adapter", copy, *output)
-    check_refused(ran, 3, (Code.MODEL_NO_DIRECTORY, str(tmp_path / "gone"), ""))
+    check_refused(ran, 3, (Code.MODEL_NOT_FOUND, str(tmp_path / "gone"), ""))
     assert ran.out == "" and "if the base has moved, set base_model_name_or_path" in ran.err
 
 

@@ -239,15 +239,15 @@ def cut(count: int) -> Callable[[bytes], bytes]:
 
 
 FAULTY: dict[str, tuple[Callable[[bytes], bytes], Code, str]] = {
-    "text": (lambda content: b"hello", Code.MODEL_NOT_GGUF, ""),
-    "empty": (cut(0), Code.MODEL_NOT_GGUF, ""),
-    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", Code.MODEL_LFS_POINTER, ""),
-    "magic alone": (cut(4), Code.MODEL_GGUF_TRUNCATED, "within its header"),
-    "header": (cut(900), Code.MODEL_GGUF_TRUNCATED, "within its header"),
-    "last byte": (lambda content: content[:-1], Code.MODEL_GGUF_TRUNCATED, "{short} bytes of at least {size} "),
-    "version 1": (lambda content: content[:4] + b"\1" + content[5:], Code.MODEL_GGUF_VERSION, "GGUF version 1;"),
-    "nonsense": (lambda content: content[:24] + b"\xff" * 200, Code.MODEL_GGUF_TRUNCATED, "within its header"),
-    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:], Code.MODEL_GGUF_DAMAGED,
+    "text": (lambda content: b"hello", Code.MODEL_WEIGHTS_DAMAGED, ""),
+    "empty": (cut(0), Code.MODEL_WEIGHTS_DAMAGED, ""),
+    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", Code.MODEL_WEIGHTS_DAMAGED, ""),
+    "magic alone": (cut(4), Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
+    "header": (cut(900), Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
+    "last byte": (lambda content: content[:-1], Code.MODEL_WEIGHTS_DAMAGED, "{short} bytes of at least {size} "),
+    "version 1": (lambda content: content[:4] + b"\1" + content[5:], Code.MODEL_WEIGHTS_DAMAGED, "GGUF version 1;"),
+    "nonsense": (lambda content: content[:24] + b"\xff" * 200, Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
+    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:], Code.MODEL_WEIGHTS_DAMAGED,
              "metadata of the unknown type 99"),
 }  # fmt: skip
 
@@ -296,10 +296,10 @@ def test_a_whole_file_is_not_refused(pair: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("file", "refusal", "text"),
     [
-        ("other.gguf", (Code.MODEL_GGUF_NOT_FOUND, "{path}/other.gguf", KEY), "there is tiny.gguf"),
-        ("../packed/tiny.gguf", (Code.MODEL_GGUF_OUTSIDE, "../packed/tiny.gguf", KEY), "name the directory"),
-        ("/tiny.gguf", (Code.MODEL_GGUF_OUTSIDE, "/tiny.gguf", KEY), "name the directory"),
-        (None, (Code.MODEL_NO_CONFIG, "{path}", NAME), "set model.gguf_file to tiny.gguf"),
+        ("other.gguf", (Code.MODEL_NOT_FOUND, "{path}/other.gguf", KEY), "there is tiny.gguf"),
+        ("../packed/tiny.gguf", (Code.MODEL_NOT_FOUND, "../packed/tiny.gguf", KEY), "name the directory"),
+        ("/tiny.gguf", (Code.MODEL_NOT_FOUND, "/tiny.gguf", KEY), "name the directory"),
+        (None, (Code.MODEL_NOT_FOUND, "{path}", NAME), "set model.gguf_file to tiny.gguf"),
     ],
 )
 @pytest.mark.parametrize("command", ["train", "params"])
@@ -322,7 +322,7 @@ def test_one_part_of_several(pair: tuple[Path, Path], tokenizer: PreTrainedToken
     part = write_gguf(tmp_path / FILE, tiny_llama(vocab_size=len(tokenizer)), tokenizer, split_count=3)
     with pytest.raises(ModelError, match=r"one of 3 parts, .*; .*llama-gguf-split --merge") as caught:
         check(part)
-    assert meanings(caught.value) == [(Code.MODEL_GGUF_SPLIT, str(part), KEY)]
+    assert meanings(caught.value) == [(Code.MODEL_WEIGHTS_DAMAGED, str(part), KEY)]
 
 
 def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -387,7 +387,7 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     assert params.code == 3 and params.out.read_text() == ""
-    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_GGUF_NOT_FOUND, "who/packed", KEY))
+    assert is_problem(params.said().removeprefix("error: "), (Code.MODEL_NOT_FOUND, "who/packed", KEY))
     assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 

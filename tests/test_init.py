@@ -179,10 +179,10 @@ def test_no_config_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
 
 
 BASES: dict[str, tuple[dict[str, Any], bytes | None, Code | None]] = {
-    "no weights": ({}, None, Code.MODEL_WEIGHTS_MISSING),
+    "no weights": ({}, None, Code.MODEL_WEIGHTS_MISMATCH),
     "damaged weights": ({}, b"\xff" * 50, Code.MODEL_WEIGHTS_DAMAGED),
     "packages missing": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, b"", Code.MODEL_MISSING_PACKAGE),
-    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_IMPLAUSIBLE_SIZE),
+    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_CONFIG_UNREADABLE),
     "no positions": ({"max_position_embeddings": -1}, b"", None),
 }
 
@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
     "no rows": ([], [], 4, Code.DATA_NO_ROWS, "rows.jsonl", ""),
     "no data": (None, [], 4, Code.DATA_FILE_NOT_FOUND, "rows.jsonl", ""),
     "answers beyond the model": (LONG, [], 4, Code.DATA_NOTHING_TO_LEARN, "rows.jsonl", ""),
-    "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NO_DIRECTORY, "./nowhere", "model.name_or_path"),
+    "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NOT_FOUND, "./nowhere", "model.name_or_path"),
     "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
     "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
     "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_NO_EVALUATION_ROWS, "--set", WAITS),

@@ -100,12 +100,12 @@ def test_errors_of_the_hub_are_distinguished(hub: str, tmp_path: Path) -> None:
     offline = ask(["who/absent", "who/cached"], tmp_path, HF_HUB_OFFLINE="1")
     *lines, cached = [json.loads(line) for run in (online, offline) for line in run.communicate()[0].splitlines()]
     expected = [
-        ("who/absent", Code.MODEL_NO_REPOSITORY, "check the name"),
-        ("who/private", Code.MODEL_NO_REPOSITORY, "check the name"),
+        ("who/absent", Code.MODEL_NOT_FOUND, "check the name"),
+        ("who/private", Code.MODEL_NOT_FOUND, "check the name"),
         ("who/gated", Code.MODEL_GATED, "https://huggingface.co/who/gated"),
-        ("who/empty", Code.MODEL_NO_CONFIG, "config.json"),
+        ("who/empty", Code.MODEL_NOT_FOUND, "config.json"),
         ("who/hangs-up", Code.MODEL_HUB_UNREACHABLE, ""),
-        ("no such: name", Code.MODEL_INVALID_ID, ""),
+        ("no such: name", Code.MODEL_NOT_FOUND, ""),
         ("who/absent", Code.MODEL_HUB_UNREACHABLE, ""),
     ]
     assert [(code, out, err.count("\n")) for code, out, err in lines] == [(3, "", 1)] * 7
@@ -119,7 +119,7 @@ def test_errors_of_the_hub_are_distinguished(hub: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "a/b/c"])
 def test_a_path_is_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
     ran = cli("params", "--model", name)
-    check_refused(ran, 3, (Code.MODEL_NO_DIRECTORY, name, NAME))
+    check_refused(ran, 3, (Code.MODEL_NOT_FOUND, name, NAME))
     assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
@@ -129,10 +129,10 @@ def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> 
         file.parent.mkdir(exist_ok=True)
         file.touch()
         ran = cli("params", "--model", file)
-        check_refused(ran, 3, (Code.MODEL_IS_FILE, str(file), NAME))
+        check_refused(ran, 3, (Code.MODEL_NOT_FOUND, str(file), NAME))
         assert (ran.out, ran.err.count("\n")) == ("", 1) and ran.err.endswith(fix)
     ran = cli("params", "--model", tmp_path)
-    check_refused(ran, 3, (Code.MODEL_NO_CONFIG, str(tmp_path), NAME))
+    check_refused(ran, 3, (Code.MODEL_NOT_FOUND, str(tmp_path), NAME))
     assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
@@ -196,9 +196,9 @@ Refusal = tuple[Code, str, str]
 
 BROKEN: dict[str, tuple[Damage, Refusal]] = {
     "T5": (lambda path: T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(path),
-           (Code.MODEL_ENCODER_DECODER, "", "T5ForConditionalGeneration (model type t5)")),
+           (Code.MODEL_NOT_CAUSAL, "", "T5ForConditionalGeneration (model type t5)")),
     "Bart": (lambda path: BartConfig(architectures=["BartForCausalLM"]).save_pretrained(path),
-             (Code.MODEL_ENCODER_DECODER, "", "BartForCausalLM (model type bart)")),
+             (Code.MODEL_NOT_CAUSAL, "", "BartForCausalLM (model type bart)")),
     "classifier": (configure(architectures=["LlamaForSequenceClassification"]),
                    (Code.MODEL_NOT_CAUSAL, "", "LlamaForSequenceClassification (model type llama)")),
     "half of a pair": (lambda path: CLIPConfig(architectures=["CLIPModel"]).save_pretrained(path),
@@ -211,26 +211,26 @@ BROKEN: dict[str, tuple[Damage, Refusal]] = {
     "cut": (cut, (Code.MODEL_WEIGHTS_DAMAGED, "model.safetensors", "")),
     "cut shard": (cut_shard, (Code.MODEL_WEIGHTS_DAMAGED, "model-00002-of-00004.safetensors", "")),
     "empty": (write("model.safetensors", b""), (Code.MODEL_WEIGHTS_DAMAGED, "model.safetensors", "")),
-    "LFS": (write("model.safetensors", LFS), (Code.MODEL_LFS_POINTER, "model.safetensors", "`git lfs pull`")),
+    "LFS": (write("model.safetensors", LFS), (Code.MODEL_WEIGHTS_DAMAGED, "model.safetensors", "`git lfs pull`")),
     "LFS shard": (lambda path: shards(path)[1].write_bytes(LFS),
-                  (Code.MODEL_LFS_POINTER, "model-00002-of-00004.safetensors", "")),
-    "LFS pickle": (pickled, (Code.MODEL_LFS_POINTER, "pytorch_model.bin", "")),
+                  (Code.MODEL_WEIGHTS_DAMAGED, "model-00002-of-00004.safetensors", "")),
+    "LFS pickle": (pickled, (Code.MODEL_WEIGHTS_DAMAGED, "pytorch_model.bin", "")),
     "no shard": (lambda path: shards(path)[1].unlink(),
                  (Code.MODEL_UNREADABLE, "", "model-00002-of-00004.safetensors")),
     "no weights": (lambda path: (path / "model.safetensors").unlink(),
                    (Code.MODEL_UNREADABLE, "", "no file named model.safetensors")),
     "missing tensor": (rewrite(lambda found: found.pop(UP)),
-                       (Code.MODEL_WEIGHTS_MISSING, "", f"lack 1 tensors of the model, among them {UP} ")),
+                       (Code.MODEL_WEIGHTS_MISMATCH, "", f"lack 1 tensors of the model, among them {UP} ")),
     "more layers": (configure(num_hidden_layers=3),
-                    (Code.MODEL_WEIGHTS_MISSING, "", "lack 9 tensors of the model, among them model.layers.2.")),
+                    (Code.MODEL_WEIGHTS_MISMATCH, "", "lack 9 tensors of the model, among them model.layers.2.")),
     "fewer layers": (configure(num_hidden_layers=1),
-                (Code.MODEL_WEIGHTS_EXTRA, "",
+                (Code.MODEL_WEIGHTS_MISMATCH, "",
                  "hold 9 tensors more than config.json asks for, among them model.layers.1.input_layernorm.weight")),
     "a bias": (rewrite(lambda found: found.update({UP.replace("weight", "bias"): torch.zeros(64)})),
-               (Code.MODEL_WEIGHTS_EXTRA, "",
+               (Code.MODEL_WEIGHTS_MISMATCH, "",
                 "hold 1 tensors more than config.json asks for, among them model.layers.1.mlp.up_proj.bias ")),
     "other shape": (rewrite(lambda found: found.update({UP: torch.ones(64, 33)})),
-                (Code.MODEL_WEIGHTS_SHAPE, "",
+                (Code.MODEL_WEIGHTS_MISMATCH, "",
                  f"1 tensors have another shape than config.json asks for, among them {UP} (64, 33) for (64, 32) ")),
     "no JSON": (write("config.json", b'{"a": '), (Code.MODEL_CONFIG_UNREADABLE, "", "")),
     "wrong value": (configure(num_hidden_layers="two"),

@@ -655,24 +655,24 @@ def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callab
 
 
 BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
-    "absent": (None, "no such file", Code.MODEL_TEMPLATE_UNREADABLE),
-    "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.MODEL_TEMPLATE_INVALID),
-    "not UTF-8": (b"\xff", "it is not UTF-8", Code.MODEL_TEMPLATE_UNREADABLE),
-    "empty": ("\n", "", Code.MODEL_TEMPLATE_EMPTY),
+    "absent": (None, "no such file", Code.MODEL_TEMPLATE),
+    "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.MODEL_TEMPLATE),
+    "not UTF-8": (b"\xff", "it is not UTF-8", Code.MODEL_TEMPLATE),
+    "empty": ("\n", "", Code.MODEL_TEMPLATE),
     "nested ifs": (
         "{% if a %}" * 150 + "{% endif %}" * 150,
         "nested too deeply: too many levels of indentation",
-        Code.MODEL_TEMPLATE_INVALID,
+        Code.MODEL_TEMPLATE,
     ),
     "nested loops": (
         "{% for a in b %}" * 40 + "{% endfor %}" * 40,
         "nested too deeply: too many statically nested",
-        Code.MODEL_TEMPLATE_INVALID,
+        Code.MODEL_TEMPLATE,
     ),
     "nested parentheses": (
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
         "it is nested too deeply ",
-        Code.MODEL_TEMPLATE_INVALID,
+        Code.MODEL_TEMPLATE,
     ),
 }
 

@@ -286,7 +286,7 @@ def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Pu
     check_refused(push("--adapter", trained, ME, "--base", "nobody"), 2, (Code.PUSH_BAD_NAME, "nobody", "--base"))
     assert state.seen == []
     ran = push("--adapter", trained, ME, "--base", "who/absent")
-    check_refused(ran, 3, (Code.MODEL_NO_REPOSITORY, "who/absent", "--base"))
+    check_refused(ran, 3, (Code.MODEL_NOT_FOUND, "who/absent", "--base"))
     assert "directory" not in ran.err
     assert set(state.repositories) == {BASE}
 

@@ -88,8 +88,7 @@ def test_code_of_another_repository_is_refused(
     file, values = NAMED[name]
     add(base / file, values)
     ran = cli(command, run_config(model={"name_or_path": str(base), "trust_remote_code": True, "revision": "main"}))
-    code = Code.MODEL_CODE_NAME if name in ("a path", "a parent") else Code.MODEL_FOREIGN_CODE
-    check_refused(ran, 3, (code, str(base / file), ""))
+    check_refused(ran, 3, (Code.MODEL_FOREIGN_CODE, str(base / file), ""))
     assert (ran.out, ran.err.count("\n")) == ("", 1), ran.err
     assert ("other/repo--" in ran.err) == (name not in ("a path", "a parent"))
     assert not evil.exists() and not (tmp_path / "out").exists()
@@ -155,7 +154,7 @@ def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli
     shutil.copytree(tiny_dir, base)
     add(base / "config.json", {"attn_implementation": "other/kernel"})
     ran = cli("params", run_config(model={"name_or_path": str(base)}))
-    check_refused(ran, 3, (Code.MODEL_FOREIGN_KERNEL, str(base), "attn_implementation"))
+    check_refused(ran, 3, (Code.MODEL_FOREIGN_CODE, str(base), "attn_implementation"))
     assert "other/kernel" in ran.err
 
 

@@ -288,7 +288,7 @@ def test_a_base_with_nan_weights(
     sick.save_pretrained(tmp_path / "sick")
     tokenizer.save_pretrained(tmp_path / "sick")
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "sick")}))
-    check_refused(ran, 3, (Code.MODEL_WEIGHTS_NOT_FINITE, str(tmp_path / "sick"), ""))
+    check_refused(ran, 3, (Code.MODEL_WEIGHTS_DAMAGED, str(tmp_path / "sick"), ""))
     assert ran.err.count("\n") == 1
     assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight " in ran.err
 

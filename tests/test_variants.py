@@ -280,7 +280,7 @@ def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> 
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
     with pytest.raises(ModelError, match=r"model\.layers\.9\.gone\.weight") as caught:
         read("model.layers.9.gone")
-    assert meanings(caught.value) == [(Code.MODEL_ORIGINAL_MISSING, str(tiny_dir), "lora.init_lora_weights")]
+    assert meanings(caught.value) == [(Code.MODEL_WEIGHTS_MISMATCH, str(tiny_dir), "lora.init_lora_weights")]
 
 
 # --- refusals

@@ -78,7 +78,7 @@ def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[
                     return tensor
         what = f"loftq needs {layer}.weight as it was before quantization, and no safetensors file has it"
         key, fix = "lora.init_lora_weights", "use another initialization"
-        raise ModelError(Problem(Code.MODEL_ORIGINAL_MISSING, what, section.name_or_path, key, fix))
+        raise ModelError(Problem(Code.MODEL_WEIGHTS_MISMATCH, what, section.name_or_path, key, fix))
 
     return read
 

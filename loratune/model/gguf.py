@@ -34,7 +34,7 @@ def check_name(gguf_file: str) -> None:
     """
     if PurePath(gguf_file).is_absolute() or ".." in PurePath(gguf_file).parts:
         fix = "name the directory in model.name_or_path, and only the file here"
-        raise ModelError(Problem(Code.MODEL_GGUF_OUTSIDE, "leads out of the model directory", gguf_file, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_NOT_FOUND, "leads out of the model directory", gguf_file, KEY, fix))
 
 
 def check(path: Path) -> None:
@@ -48,7 +48,7 @@ def check(path: Path) -> None:
     if not path.is_file():
         files = sorted(file.name for file in path.parent.glob("*.gguf"))
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
-        raise ModelError(Problem(Code.MODEL_GGUF_NOT_FOUND, "no such file", where, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_NOT_FOUND, "no such file", where, KEY, fix))
     if find_spec("gguf") is None:
         code = Code.MODEL_MISSING_PACKAGE
         raise ModelError(missing_package(code, "gguf", "reads GGUF files", "gguf", where, KEY))
@@ -60,13 +60,12 @@ def check(path: Path) -> None:
 
 
 def _check_content(path: Path) -> None:
-    where = str(path)
     with path.open("rb") as file:
         start = file.read(len(LFS_START))
         if start == LFS_START:
             raise ModelError(lfs_pointer(path))
         if start[:4] != b"GGUF":
-            raise ModelError(Problem(Code.MODEL_NOT_GGUF, "not a GGUF file", where, KEY))
+            raise _damaged(path, "not a GGUF file", "")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _check_complete(_Reader(data), path)
 
@@ -74,7 +73,7 @@ def _check_content(path: Path) -> None:
 def lfs_pointer(path: Path) -> Problem:
     """The problem of a file of weights that is only a pointer of Git LFS."""
     what, fix = "a Git LFS pointer, not the weights", "fetch them with `git lfs pull`"
-    return Problem(Code.MODEL_LFS_POINTER, what, str(path), fix=fix)
+    return Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), fix=fix)
 
 
 class _Reader:
@@ -118,27 +117,28 @@ class _Reader:
 
 def _check_complete(reader: _Reader, path: Path) -> None:
     """Read the metadata and the table of tensors, and check that the last tensor ends within the file."""
-    where, again = str(path), "download it again"
     try:
         version, tensors, entries = reader.take("IQQ")
         if version not in (2, 3):
-            what = f"GGUF version {version}; only versions 2 and 3 can be read"
-            raise ModelError(Problem(Code.MODEL_GGUF_VERSION, what, where, KEY))
+            raise _damaged(path, f"GGUF version {version}; only versions 2 and 3 can be read", "")
         metadata = {}
         for _ in range(entries):
             key = reader.text()
             metadata[key] = reader.value(*reader.take("I"))
         end = _end_of_tensors(reader, tensors, int(metadata.get(b"general.alignment") or 32))
     except struct.error:
-        raise ModelError(Problem(Code.MODEL_GGUF_TRUNCATED, "cut off within its header", where, KEY, again)) from None
+        raise _damaged(path, "cut off within its header") from None
     except (ValueError, OverflowError) as error:
-        raise ModelError(Problem(Code.MODEL_GGUF_DAMAGED, f"damaged: {error}", where, KEY, again)) from None
+        raise _damaged(path, f"damaged: {error}") from None
     if (parts := metadata.get(b"split.count") or 1) > 1:
-        what, fix = f"one of {parts} parts, which transformers does not join", "join them: llama-gguf-split --merge"
-        raise ModelError(Problem(Code.MODEL_GGUF_SPLIT, what, where, KEY, fix))
+        what = f"one of {parts} parts, which transformers does not join"
+        raise _damaged(path, what, "join them: llama-gguf-split --merge")
     if end > (size := path.stat().st_size):
-        what = f"cut off: it has {size:,} bytes of at least {end:,}"
-        raise ModelError(Problem(Code.MODEL_GGUF_TRUNCATED, what, where, KEY, again))
+        raise _damaged(path, f"cut off: it has {size:,} bytes of at least {end:,}")
+
+
+def _damaged(path: Path, what: str, fix: str = "download it again") -> ModelError:
+    return ModelError(Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), KEY, fix))
 
 
 def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:

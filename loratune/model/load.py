@@ -302,7 +302,7 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
     problems = []
     if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
         what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
-        problems.append(Problem(Code.MODEL_NO_BFLOAT16, what, key="model.dtype", fix=fix))
+        problems.append(Problem(Code.MODEL_MACHINE, what, key="model.dtype", fix=fix))
     if section.quantization != "none" and machine.bitsandbytes:
         problems.append(quantization.bitsandbytes_problem(section.quantization, machine.bitsandbytes))
     if problems:
@@ -321,7 +321,7 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
     }  # fmt: skip
     what, fix = "needs a GPU, and there is none", "leave it out"
     problems = [
-        Problem(Code.MODEL_NEEDS_GPU, what, key=f"model.{name}", fix=fix)
+        Problem(Code.MODEL_MACHINE, what, key=f"model.{name}", fix=fix)
         for name, is_set in settings.items()
         if is_set and not gpu
     ]
@@ -338,7 +338,7 @@ def _check_attention(name: str | None) -> None:
         package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
         what = f"{name} needs a CUDA GPU and the package {package}, and at least one of them is missing"
         fix = "leave it out, or set it to sdpa"
-        raise ConfigError(Problem(Code.MODEL_FLASH_ATTENTION, what, key="model.attn_implementation", fix=fix))
+        raise ConfigError(Problem(Code.MODEL_MACHINE, what, key="model.attn_implementation", fix=fix))
 
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:

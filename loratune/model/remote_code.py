@@ -43,7 +43,7 @@ def check_directory(directory: Path) -> None:
     root = directory.resolve()
     if outside := [path for path in sorted(directory.rglob("*.py")) if not path.resolve().is_relative_to(root)]:
         what, fix = "this code lies outside of the model's directory", "copy it there once you have read it"
-        raise ModelError([Problem(Code.MODEL_CODE_OUTSIDE, what, str(path), fix=fix) for path in outside])
+        raise ModelError([Problem(Code.MODEL_FOREIGN_CODE, what, str(path), fix=fix) for path in outside])
 
 
 def check_repository(name: str, revision: str | None) -> None:
@@ -104,7 +104,7 @@ def check_kernels(config: Any, where: str) -> None:
         kernel = upstream.attention(part) if part is not None else None
         if isinstance(kernel, str) and "/" in kernel:
             what, key = f"names a kernel of another repository, {kernel}", f"{prefix}attn_implementation"
-            raise ModelError(Problem(Code.MODEL_FOREIGN_KERNEL, what, where, key, "take it out of config.json"))
+            raise ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, where, key, "take it out of config.json"))
 
 
 def _code_names(values: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -133,4 +133,4 @@ def _objections(keys: tuple[str, ...], text: str, own: str) -> Iterator[tuple[Co
         fix = "copy that code into the model's directory once you have read it, and name it there as module.Class"
         yield Code.MODEL_FOREIGN_CODE, f"names code of another repository, {text}", fix
     elif "auto_map" in keys and not _CLASS.fullmatch(rest):
-        yield Code.MODEL_CODE_NAME, f"names code in no module of this repository, {text}", "name it as module.Class"
+        yield Code.MODEL_FOREIGN_CODE, f"names code in no module of this repository, {text}", "name it as module.Class"

@@ -55,7 +55,7 @@ def locate(section: ModelSection) -> ModelSource:
         path = Path(hf_hub_download(name, file, revision=revision))
     except Exception as error:  # whatever the network stack raises
         what = f"{file} cannot be downloaded: {summary(error)}"
-        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, name, gguf.KEY, cache_fix(error))) from None
+        raise ModelError(Problem(Code.MODEL_HUB_UNREACHABLE, what, name, gguf.KEY, cache_fix(error))) from None
     gguf.check(path)
     return ModelSource(str(path.parent), str(path), from_hub=True)
 
@@ -75,27 +75,27 @@ def is_directory(
         ModelError: The path does not exist or is a file; the directory holds no model, or a revision is set for it;
             as `gguf.check`.
     """
-    path = Path(name_or_path).expanduser()
+    path, key, fix = Path(name_or_path).expanduser(), KEY, ""
     if gguf_file is not None:
         gguf.check_name(gguf_file)
-    if path.is_dir():
-        if revision is not None and not trusted:
-            what, key = "a directory has no revisions", "model.revision"
-            raise ModelError(Problem(Code.MODEL_LOCAL_REVISION, what, name_or_path, key, "leave it out"))
+    if path.is_dir() and revision is not None and not trusted:
+        what, key, fix = "a directory has no revisions", "model.revision", "leave it out"
+    elif path.is_dir():
         if gguf_file is not None:
             gguf.check(path / gguf_file)
-        elif not (path / "config.json").is_file():
-            files = sorted(file.name for file in path.glob("*.gguf"))
-            fix = f"set {gguf.KEY} to {' or '.join(files[:3])}" if files else "name the directory that has one"
-            what = "no config.json in this directory, so it holds no model"
-            raise ModelError(Problem(Code.MODEL_NO_CONFIG, what, name_or_path, KEY, fix))
-        return True
-    if path.exists():
+        if gguf_file is not None or (path / "config.json").is_file():
+            return True
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        what = "no config.json in this directory, so it holds no model"
+        fix = f"set {gguf.KEY} to {' or '.join(files[:3])}" if files else "name the directory that has one"
+    elif path.exists():
+        what = "is a file, not a model directory"
         fix = f"name its directory, and set {gguf.KEY}: {path.name}" if path.suffix == ".gguf" else "name its directory"
-        raise ModelError(Problem(Code.MODEL_IS_FILE, "is a file, not a model directory", name_or_path, KEY, fix))
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise ModelError(Problem(Code.MODEL_NO_DIRECTORY, "no such directory", name_or_path, KEY, "check the path"))
-    return False
+    elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        what, fix = "no such directory", "check the path"
+    else:
+        return False
+    raise ModelError(Problem(Code.MODEL_NOT_FOUND, what, name_or_path, key, fix))
 
 
 def local_or_hub(name_or_path: str) -> str:
@@ -125,33 +125,32 @@ def check_repository(name: str, revision: str | None, file: str = "config.json",
     Raises:
         ModelError: No such repository, or it is gated; no such revision or file; offline and not cached.
     """
-    fix, key = "", KEY
+    code, fix, key = Code.MODEL_NOT_FOUND, "", KEY
     neither = "no such directory, and " if perhaps_path else ""
     try:
         if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return
         get_hf_file_metadata(hf_hub_url(name, file, revision=revision), timeout=10)
+        return
     except errors.GatedRepoError:
         code, what = Code.MODEL_GATED, "this repository is gated"
         fix = f"accept its terms on https://huggingface.co/{name} and log in with `hf auth login`"
     except errors.RevisionNotFoundError:
-        code, what, key = Code.MODEL_NO_REVISION, f"the repository has no revision {revision}", "model.revision"
+        what, key = f"the repository has no revision {revision}", "model.revision"
     except errors.RepositoryNotFoundError:
-        code, what = Code.MODEL_NO_REPOSITORY, f"{neither}no such repository on the hub"
-        fix = "check the name; private ones need `hf auth login`"
+        what, fix = f"{neither}no such repository on the hub", "check the name; private ones need `hf auth login`"
     except errors.EntryNotFoundError:
-        if file == "config.json":
-            code, what = Code.MODEL_NO_CONFIG, f"the repository has no {file}, so it holds no model"
-        else:
-            code, what, key = Code.MODEL_GGUF_NOT_FOUND, f"the repository has no {file}", gguf.KEY
+        is_config = file == "config.json"
+        what, key = (
+            f"the repository has no {file}{', so it holds no model' * is_config}",
+            KEY if is_config else gguf.KEY,
+        )
     except errors.HFValidationError:
-        code, what = Code.MODEL_INVALID_ID, f"{neither}not the id of a repository"
+        what = f"{neither}not the id of a repository"
     except Exception as error:  # whatever the network stack raises
         code = Code.MODEL_HUB_UNREACHABLE
         what = f"{neither}the hub cannot be reached and the model is not cached ({summary(error)})"
         fix = cache_fix(error) or f"check {'the path, or ' if perhaps_path else ''}the connection"
-    else:
-        return
     raise ModelError(Problem(code, what, name, key, fix))
 
 

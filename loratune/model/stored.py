@@ -192,7 +192,7 @@ def file(section: ModelSection, name: str) -> Path | None:
         if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
             return None
         what = f"{name} cannot be downloaded: {summary(error)}"
-        raise ModelError(Problem(Code.MODEL_DOWNLOAD_FAILED, what, section.name_or_path)) from None
+        raise ModelError(Problem(Code.MODEL_HUB_UNREACHABLE, what, section.name_or_path)) from None
 
 
 def group_tensors(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, StoredGroup], list[str]]:

@@ -117,7 +117,7 @@ def check(
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         what, fix = "there is no such file", "name a Jinja file"
-        raise ConfigError(Problem(Code.MODEL_TEMPLATE_UNREADABLE, what, template, "data.chat_template", fix))
+        raise ConfigError(Problem(Code.MODEL_TEMPLATE, what, template, "data.chat_template", fix))
     _check_sharding(run)
     _check_trackers(run.training.report_to)
     quantization.check_bitsandbytes(base.quantization)
