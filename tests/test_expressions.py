@@ -14,19 +14,18 @@ from conftest import Ran, meanings
 from loratune.codes import Code
 from loratune.config.patterns import (
     BadPatternError,
-    bounded_ranks,
-    check_patterns,
+    TimeLimit,
     check_values,
     compile_pattern,
-    match_time_limit,
     module_settings,
+    peft_values,
 )
 from loratune.errors import AdapterError
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
-ENDLESS = "((((((((((.+)+)+)+)+)+)+)+)+)+)+X"
+ENDLESS = "(?:.|.)*?(?:.+)+[0-9]{2}"
 """It matches no path, after more tries than there is time."""
 PROJECTION = "model.layers.0.self_attn.q_proj"
 
@@ -53,35 +52,25 @@ def within_memory_and_time(work: Callable[[], Any]) -> Any:
 # The mechanism
 
 
-def test_an_expression_that_runs_for_ever_is_ended() -> None:
-    with pytest.raises(BadPatternError, match=r"takes more than 0\.2 s to match"), match_time_limit(0.2):
-        re.fullmatch(ENDLESS, PROJECTION)
-
-
-def test_a_limit_within_another_one_is_that_one() -> None:
-    with pytest.raises(BadPatternError, match=r"takes more than 0\.3 s"), match_time_limit(0.3), match_time_limit(1e6):
-        re.fullmatch(ENDLESS, PROJECTION)
-
-
-def test_the_limit_is_taken_back() -> None:
-    with match_time_limit(0.1):
-        pass
-    end = time.process_time() + 0.3
-    while time.process_time() < end:
-        pass
-
-
-def test_another_thread_has_no_limit() -> None:
-    matches: list[object] = []
+def test_matches_share_a_limit() -> None:
+    """In another thread too, where no signal is handled."""
+    limit, endless, quick = TimeLimit(0.5), compile_pattern(ENDLESS), compile_pattern(r"model\..*(q|v)_proj")
+    errors: list[str] = []
 
     def match() -> None:
-        with match_time_limit(1e-3):
-            matches.append(re.fullmatch("a+", "a" * 99))
+        try:
+            limit(endless.fullmatch, PROJECTION)
+        except BadPatternError as error:
+            errors.append(str(error))
 
-    thread = threading.Thread(target=match)
-    thread.start()
-    thread.join()
-    assert matches and matches[0] is not None
+    assert limit(quick.fullmatch, PROJECTION) and not limit(quick.fullmatch, "model.x")
+    for _ in range(3):
+        thread = threading.Thread(target=match)
+        began = time.process_time()
+        thread.start()
+        thread.join()
+    assert errors == ["takes more than 0.5 s to match"] * 3
+    assert time.process_time() - began < 0.2, "the third has no time left"
 
 
 @pytest.mark.parametrize(
@@ -90,8 +79,12 @@ def test_another_thread_has_no_limit() -> None:
         ("(", "is not a regular expression: missing \\), unterminated subpattern"),
         ("a{99999999999999999999}", "is too large for a regular expression"),
         ("(" * 20_000 + ")" * 20_000, "is too large for a regular expression"),
+        ("(?:(?:(?:a{1000}){1000}){1000})", "is too large for a regular expression"),
+        ("a|" * 6000, "is too large for a regular expression"),
+        ("(?:foo){e<=1}", r"has `\{e`, which needs a backslash"),
+        ("[[:alpha:]]", r"has `\[\[:`, which needs a backslash"),
     ],
-    ids=["open", "count", "deep"],
+    ids=["open", "count", "deep", "counts", "long", "approximate", "class"],
 )
 def test_what_is_no_expression(text: str, what: str) -> None:
     with pytest.raises(BadPatternError, match=what):
@@ -116,7 +109,7 @@ def test_expressions_of_a_config(key: str, text: str, run_config: MakeConfig, cl
 
 
 def test_many_slow_expressions_share_one_limit(run_config: MakeConfig, cli: Cli) -> None:
-    slow = {f"((.+)+)+{letter}X": 4 for letter in "abcdefghijklmnopqrstuvwxyz"}
+    slow = {f"{ENDLESS}{letter}": 4 for letter in "abcdefghijklmnopqrstuvwxyz"}
     ran = within_memory_and_time(lambda: cli("params", run_config(lora={"rank_pattern": slow})))
     assert ran.code == 2 and "lora.rank_pattern: " in ran.err, ran.err
 
@@ -182,7 +175,7 @@ def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) 
     tensors = {f"base_model.model.{PROJECTION}.lora_A.weight": (4, 8)}
     with pytest.raises(AdapterError) as caught:
         check_values(config, "x")
-        check_patterns(config, tensors, [PROJECTION], "x")
+        peft_values(config, tensors, [PROJECTION], [], "x")
     assert meanings(caught.value) == [(code, "x", key)]
 
 
@@ -225,9 +218,39 @@ def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> Non
     settings = module_settings(saved.config, saved.tensors, "x")
     assert {module.rank for module in settings.values()} == {4.0}
     assert settings[PROJECTION].scaling == 0.5
-    assert bounded_ranks(saved.config, saved.tensors) == (5, {"q_proj|v_proj": 4, "q_proj": 5})
-    check_patterns(saved.config, saved.tensors, settings, "x")
+    values = peft_values(saved.config, saved.tensors, [*settings, "model.layers.0.mlp.up_proj"], [], "x")
+    assert values["r"] == 5 and values["target_modules"] == {*settings}
+    assert [*values["rank_pattern"].values()] == [4] and values["alpha_pattern"] == {re.escape(PROJECTION): 2}
     assert cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello").code == 0
+
+
+RESOLVED: list[dict[str, Any]] = [
+    {"target_modules": r".*\.layers\.[01]\..*(q|k)_proj"},
+    {"target_modules": "all-linear", "exclude_modules": r".*mlp.*|lm_head"},
+    {"target_modules": ["q_proj", "mlp.up_proj"], "exclude_modules": ["layers.1.self_attn.q_proj"]},
+    {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    {"rank_pattern": {r"layers\.0\..*": 3, "q_proj": 5, "proj": 9}, "alpha_pattern": {"^model.*v_proj": 7.5, "q": 1}},
+    {"rank_pattern": {r"model\.layers\.(\d)\.mlp\.(up|down)_proj": 2, ".*": 6}},
+]
+
+
+@pytest.mark.parametrize("settings", RESOLVED, ids=lambda one: str(one)[:60])
+def test_peft_reads_the_exact_names_as_it_reads_the_expressions(settings: dict[str, Any]) -> None:
+    from peft import LoraConfig  # noqa: PLC0415
+    from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415
+    from peft.utils.other import get_pattern_key  # noqa: PLC0415
+
+    kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj", "mlp")
+    modules = [f"model.layers.{layer}.{kind}" for layer in range(12) for kind in kinds] + ["model", "lm_head"]
+    values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | settings
+    found = peft_values(values, {}, modules, [], "x")
+    original, exact = LoraConfig(**values), LoraConfig(**values | found | {"r": 4})
+    for path in modules:
+        assert bool(check_target_module_exists(original, path)) == bool(check_target_module_exists(exact, path)), path
+        for key in ("rank_pattern", "alpha_pattern"):
+            before, after = (getattr(config, key) for config in (original, exact))
+            ranks = (before.get(get_pattern_key(before, path)), after.get(get_pattern_key(after, path)))
+            assert ranks[0] == ranks[1] or (key == "rank_pattern" and ranks[1] == min(ranks[0], 1)), path
 
 
 def test_a_file_that_names_what_no_model_has(trained: Path, tmp_path: Path) -> None:

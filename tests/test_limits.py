@@ -41,6 +41,21 @@ def test_a_template_for_which_memory_is_too_small_refuses_the_row(tokenizer: Pre
     assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:3", "")]
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ m.content.__class__.__mro__ }}", "{{ lipsum.__globals__['os'].system('true') }}",
+        "{{ messages.append(m) }}", "{{ ('a'|attr('__class__'))() }}", "{{ range(10 ** 9)|list }}",
+    ],
+)  # fmt: skip
+def test_templates_reach_nothing_of_python(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nor can they change messages; the row is named."""
+    once = f"{LOOP}{{{{ m.content }}}}{{% if m.content == 'aaaa' %}}{template}{{% endif %}}{{% endfor %}}"
+    with pytest.raises(DataError, match="the chat template refuses these messages") as caught:
+        Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
+    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:3", "")]
+
+
 def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
     template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
     row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)

@@ -1,22 +1,19 @@
-"""Regular expressions of users and of downloaded adapters: limits for them, and what they say of an adapter's modules.
+"""Regular expressions of users and of downloaded adapters, and what a saved configuration says of its modules.
 
-`re` tries every way in which an expression may match, and `(a+)+b` has exponentially many. It handles signals while it
-matches, so a timer of the process ends a match that takes too long. PEFT uses `re` too, so an expression that was tried
-here does not take too long there.
-
-An adapter's configuration may come from anybody. PEFT checks little of it, and matches expressions and makes tensors
-without a limit, so it is checked here by PEFT's rules before PEFT reads it.
+An expression may take exponentially long to match: `re` has no limit, the package regex has a timeout. So expressions
+are matched here by regex, and PEFT, which uses `re`, gets exact names in place of those of a saved adapter. PEFT
+also checks few of the values in a configuration, which may come from anybody, so they are checked here.
 """
 
 import math
 import re
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType, MappingProxyType
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import regex
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, Problem
@@ -29,68 +26,63 @@ MAX_PARAMETERS = 1_000
 """Entries of `target_parameters`: each layer has a few tensors that it can mean."""
 MIN_ALLOWED = 64
 """How many names and patterns are always allowed, even if there are fewer modules."""
+MAX_CHARACTERS, MAX_REPEATS = 10_000, 1_000_000
+"""Of an expression: its length, and the product of its counts of repetitions. regex has no limit as it compiles."""
 
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying")
 _NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 _LORA_A = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?A(\.weight)?$")
+_ALL_LINEAR = "all-linear"
+_PLAIN_NAME = re.compile(r"[\w.-]+")
+_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
+_OTHER_DIALECT = re.compile(r"\{[\d<=\s]*[ides]\b|\[\[:")
+"""Approximate matches and classes of POSIX, which regex knows, and `re` takes literally."""
 
-_EXPRESSIONS = {
-    "target_modules": "{}",
-    "exclude_modules": "{}",
-    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\..*",
-    "modules_to_save": r"(^|.*\.){}($|\..*)",
-}
-"""The expressions that PEFT makes of these entries (peft.tuners.tuners_utils.check_target_module_exists)."""
-_LIST_OF_EXPRESSIONS = ("layers_pattern", "modules_to_save")
-"""Where PEFT takes each entry of a list for an expression."""
+Pattern: TypeAlias = regex.Pattern
 
 
 class BadPatternError(ValueError):
-    """A text that is no regular expression, or one that takes too long to match."""
+    """A text that is not a regular expression, or one that takes too long to match."""
 
 
-class _OutOfTime(BaseException):
-    """Raised by the timer."""
-
-
-def compile_pattern(text: str) -> re.Pattern[str]:
-    """Compile an expression. Raises BadPatternError: it is no expression, or too large to be compiled."""
+def compile_pattern(text: str) -> Pattern:
+    """Compile an expression of the syntax of `re`. Raises BadPatternError: it is not one, or is too large."""
     try:
-        with match_time_limit():
-            return re.compile(text)
+        re.compile(text)
     except re.error as error:
         raise BadPatternError(f"is not a regular expression: {error}") from None
     except (OverflowError, RecursionError, MemoryError):
         raise BadPatternError("is too large for a regular expression") from None
-
-
-@contextmanager
-def match_time_limit(seconds: float = SECONDS) -> Iterator[None]:
-    """Limit the processor time of the expressions that are matched inside.
-
-    Only the main thread receives signals, so in another thread there is no limit. Within another limit, that one holds.
-
-    Raises:
-        BadPatternError: Matching takes longer.
-    """
-    nested = signal.getitimer(signal.ITIMER_VIRTUAL)[0] > 0
-    if nested or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise _OutOfTime
-
-    previous = signal.signal(signal.SIGVTALRM, end)
+    repeats = math.prod(max(1, *(int(count or 0) for count in counts)) for counts in _COUNT.findall(text))
+    if len(text) > MAX_CHARACTERS or repeats > MAX_REPEATS:
+        raise BadPatternError("is too large for a regular expression")
+    if found := _OTHER_DIALECT.search(text):
+        raise BadPatternError(f"has `{found[0]}`, which needs a backslash if it is meant literally")
     try:
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-        yield
-    except _OutOfTime:
-        raise BadPatternError(f"takes more than {seconds:g} s to match") from None
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, previous)
+        return regex.compile(text)
+    except (regex.error, RecursionError) as error:
+        raise BadPatternError(f"is not a regular expression: {error}") from None
+
+
+class TimeLimit:
+    """A limit of processor time that several matches share: `limit(pattern.fullmatch, text)`.
+
+    Matching raises BadPatternError where it takes longer.
+    """
+
+    def __init__(self, seconds: float = SECONDS):
+        self._seconds = self._left = seconds
+
+    def __call__(self, match: Callable[..., Any], text: str) -> Any:
+        """The result of a method of a pattern."""
+        start = time.process_time()
+        try:
+            return match(text, timeout=self._left)
+        except TimeoutError:
+            raise BadPatternError(f"takes more than {self._seconds:g} s to match") from None
+        finally:
+            self._left = max(1e-3, self._left - (time.process_time() - start))
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
@@ -184,12 +176,10 @@ def module_settings(
         entries = config.get(key) or {}
         _check_number(len(entries), len(modules), where, key)
         try:
-            with match_time_limit():  # PEFT takes the first that matches (peft.utils.other.get_pattern_key)
-                patterns = [(compile_pattern(rf"(.*\.)?({text})$"), float(value)) for text, value in entries.items()]
-                for path in modules:
-                    name = parameters.get(path, path)
-                    matching = (value for pattern, value in patterns if pattern.match(name))
-                    values.setdefault(path, {})[key] = next(matching, float(config[default]))
+            found = _first_matches(entries, [parameters.get(path, path) for path in modules])
+            for path in modules:
+                value = found.get(parameters.get(path, path), config[default])
+                values.setdefault(path, {})[key] = float(value)
         except BadPatternError as error:
             raise AdapterError(_bad_pattern(f"one of its patterns {error}", where, key)) from None
     settings: dict[str, ModuleSettings] = {}
@@ -197,6 +187,22 @@ def module_settings(
         rank, alpha = by_key["rank_pattern"], by_key["alpha_pattern"]
         settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return settings
+
+
+def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
+    """Name → value of the first pattern that matches it, as PEFT reads them (peft.utils.other.get_pattern_key).
+
+    Raises:
+        BadPatternError: A pattern is not a regular expression, or they take too long.
+    """
+    patterns = [(compile_pattern(rf"(.*\.)?({text})$"), value) for text, value in entries.items()]
+    limit, found = TimeLimit(), {}
+    for name in names if patterns else ():
+        for pattern, value in patterns:
+            if limit(pattern.match, name):
+                found[name] = value
+                break
+    return found
 
 
 def _bad_pattern(what: str, where: str, key: str) -> Problem:
@@ -225,49 +231,75 @@ def checked_settings(
     return settings
 
 
-def check_patterns(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], paths: Iterable[str], where: str
-) -> None:
-    """Try what PEFT will do as it attaches an adapter: match its expressions with a model's paths, and compare ranks.
+def peft_values(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, tuple[int, ...]],
+    modules: Sequence[str],
+    parameters: Sequence[str],
+    where: str,
+) -> dict[str, Any]:
+    """Values for fields of `peft.LoraConfig` that replace those of a saved adapter: exact names for its expressions.
+
+    Ranks are at most one more than the largest of the tensors. The modules of the tensors have their own rank; any
+    other module that PEFT matches is an error, whatever its rank, and should not cost the memory of a rank of 10⁹.
 
     Args:
         config: The adapter's configuration.
         tensors: Name → shape of each of its tensors.
-        paths: Those of the modules of the model.
+        modules: The paths of the modules of the model.
+        parameters: The names of its parameters.
         where: The configuration's file.
 
     Raises:
-        AdapterError: An expression is none or takes too long, there are more entries than modules, or a rank is not
+        AdapterError: An expression is not one or takes too long, there are more entries than modules, or a rank is not
             that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
     """
-    modules = adapted_modules(tensors)
     checked_settings(config, tensors, where)
-    layers = sum(end - start for start, end in config.get("layer_replication") or [] if end > start)
-    _check_number(layers, len(modules), where, "layer_replication")
-    names = list(paths)
-    for key, form in _EXPRESSIONS.items():
-        value = config.get(key) or []
-        if isinstance(value, list):
-            _check_number(len(value), len(names), where, key)
-        entries = [value] if isinstance(value, str) else value if key in _LIST_OF_EXPRESSIONS else []
+    _check_lists(config, tensors, modules, where)
+    most = max(adapted_modules(tensors).values(), default=0) + 1
+    values: dict[str, Any] = {"r": min(int(config["r"]), most)}
+    for key in ("target_modules", "exclude_modules", *_PATTERNS):
+        entry = config.get(key)
         try:
-            with match_time_limit():
-                for expression in [compile_pattern(form.format(entry)) for entry in entries]:
-                    for name in names:
-                        expression.fullmatch(name)
+            if isinstance(entry, str) and entry != _ALL_LINEAR:
+                values[key] = set(_fullmatches(entry, modules))
+            elif isinstance(entry, dict) and key in _PATTERNS:
+                names = [*modules, *(parameters if config.get("target_parameters") else ())]
+                values[key] = _exact(_first_matches(entry, names))
         except BadPatternError as error:
             raise AdapterError(_bad_pattern(f"its expression {error}", where, key)) from None
+    if "rank_pattern" in values:
+        values["rank_pattern"] = {name: min(int(rank), most) for name, rank in values["rank_pattern"].items()}
+    return values
 
 
-def bounded_ranks(config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]]) -> tuple[int, dict[str, int]]:
-    """`r` and `rank_pattern`, no larger than one more than the largest rank of the tensors.
+def _check_lists(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], modules: Sequence[str], where: str
+) -> None:
+    """Check the lists in a configuration. Arguments and errors as of `peft_values`."""
+    layers = sum(end - start for start, end in config.get("layer_replication") or [] if end > start)
+    _check_number(layers, len(adapted_modules(tensors)), where, "layer_replication")
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        if isinstance(value := config.get(key), list):
+            _check_number(len(value), len(modules), where, key)
+    for key in ("layers_pattern", "modules_to_save"):  # PEFT makes expressions of them
+        entries = [value] if isinstance(value := config.get(key) or [], str) else value
+        if other := next((entry for entry in entries if not _PLAIN_NAME.fullmatch(entry)), None):
+            raise AdapterError(_bad_pattern(f"`{other}` is not the name of a module", where, key))
 
-    The modules of the tensors have their own rank, see `check_patterns`. Any other module that PEFT matches is an
-    error, whatever its rank, and should not cost the memory of a rank of 10⁹ before that shows.
-    """
-    most = max(adapted_modules(tensors).values(), default=0) + 1
-    patterns = config.get("rank_pattern") or {}
-    return min(int(config["r"]), most), {pattern: min(int(rank), most) for pattern, rank in patterns.items()}
+
+def _exact(found: Mapping[str, float]) -> dict[str, float]:
+    """Patterns that match these names and no others: one for each value, as PEFT tries all patterns on each module."""
+    names: dict[float, list[str]] = {}
+    for name, value in found.items():
+        names.setdefault(value, []).append(re.escape(name))
+    return {"|".join(alternatives): value for value, alternatives in names.items()}
+
+
+def _fullmatches(text: str, names: Iterable[str]) -> list[str]:
+    """The names that an expression matches as a whole. Raises BadPatternError."""
+    expression, limit = compile_pattern(text), TimeLimit()
+    return [name for name in names if limit(expression.fullmatch, name)]
 
 
 def matching(text: str, names: Iterable[str], key: str, example: str) -> list[str]:
@@ -276,16 +308,14 @@ def matching(text: str, names: Iterable[str], key: str, example: str) -> list[st
     Args:
         text: The expression.
         names: Of modules or parameters.
-        key: Where the expression stands in the config.
+        key: Where the expression is in the config.
         example: What a list of names would hold.
 
     Raises:
         ConfigError: The expression does not compile, or takes too long.
     """
     try:
-        expression = compile_pattern(text)
-        with match_time_limit():
-            return [name for name in names if expression.fullmatch(name)]
+        return _fullmatches(text, names)
     except BadPatternError as error:
         fix = f"correct it, or write names as a list: [{example}]"
         raise ConfigError(Problem(Code.LORA_EXPRESSION, f"`{text}` {error}", key=key, fix=fix)) from None

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit
+from loratune.config.patterns import BadPatternError, Pattern, TimeLimit, compile_pattern
 from loratune.errors import ConfigError, Problem, missing_package
 from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY
 
@@ -140,7 +140,7 @@ def _json_value(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _regex_scores(figure: str, pattern: re.Pattern[str], expected: str, answer: str) -> Mapping[str, float]:
+def _regex_scores(figure: str, pattern: Pattern, expected: str, answer: str) -> Mapping[str, float]:
     """Whether an expression finds the same in both."""
     value = _found(pattern, expected)
     if value is None:
@@ -148,14 +148,13 @@ def _regex_scores(figure: str, pattern: re.Pattern[str], expected: str, answer: 
     return {figure: float(_found(pattern, answer) == value)}
 
 
-def _found(pattern: re.Pattern[str], text: str) -> str | None:
+def _found(pattern: Pattern, text: str) -> str | None:
     """What the first match has in its first group that is not empty, or else the whole match; None without a match, and
     where it is empty, as `[0-9]*` matches the beginning of any text.
 
     lm-evaluation-harness's filter `regex` does the same (lm_eval/filters/extraction.py).
     """
-    with match_time_limit():
-        match = pattern.search(text)
+    match = TimeLimit()(pattern.search, text)
     if match is None:
         return None
     return next(filter(None, match.groups()), match.group()).strip() or None

@@ -262,15 +262,11 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
         name: PEFT's name for it.
 
     Raises:
-        AdapterError: As `check_patterns`; the configuration does not fit the base; tensors are missing from the file,
-            or it has others, or of other shapes, than this base needs.
+        AdapterError: As `patterns.peft_values`; the configuration does not fit the base; tensors are missing from the
+            file, or it has others, or of other shapes, than this base needs.
     """
-    plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
-    paths = (path for path, _ in plain.named_modules() if path)
-    patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
+    config = _saved_config(base, files)
     with _as_mismatch(files):
-        config = LoraConfig.from_pretrained(str(files.path))
-        config.r, config.rank_pattern = patterns.bounded_ranks(files.config, files.tensors)
         config.inference_mode = False  # so that its parameters count as trained
         if next(base.parameters()).is_meta or not files.changes_base:
             config.init_lora_weights = True  # there are no values to initialize from, or those of the file are enough
@@ -287,8 +283,22 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
     Raises:
         AdapterError: The configuration does not fit the base.
     """
+    config = _saved_config(base, files)
     with _as_mismatch(files):
-        return untouched(base, LoraConfig.from_pretrained(str(files.path)), files.changes_base)
+        return untouched(base, config, files.changes_base)
+
+
+def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
+    """A saved configuration as PEFT is given it, with exact names. Raises as `patterns.peft_values`."""
+    plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
+    modules = [path for path, _ in plain.named_modules() if path]
+    parameters = [name for name, _ in plain.named_parameters()]
+    values = patterns.peft_values(files.config, files.tensors, modules, parameters, str(files.path / CONFIG_FILE))
+    with _as_mismatch(files):
+        config = LoraConfig.from_pretrained(str(files.path))
+    for key, value in values.items():
+        setattr(config, key, value)
+    return config
 
 
 @contextmanager

@@ -76,12 +76,11 @@ def start_values(
 
     Raises:
         ConfigError: The settings contradict those of the saved adapter, or would lose a part of it.
-        AdapterError: As `patterns.check_patterns` and `tensors.read_adapter`; the saved adapter does not fit the base,
-            or is of a kind that is not trained further.
+        AdapterError: As `patterns.checked_settings` and `tensors.read_adapter`; the saved adapter does not fit the
+            base, or is of a kind that is not trained further.
     """
     _check_kind(files)
-    paths = (path for path, _ in model.get_base_model().named_modules() if path)
-    patterns.check_patterns(files.config, files.tensors, paths, str(files.path / CONFIG_FILE))
+    patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     problems = [*_setting_problems(section, files), *_parameter_problems(model, files), *_target_problems(fresh, files)]
     if problems := problems or [*_rank_problems(model, files)]:
         raise ConfigError(problems)

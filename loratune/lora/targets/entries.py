@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, compile_pattern, match_time_limit, matching
+from loratune.config.patterns import BadPatternError, TimeLimit, compile_pattern, matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.survey import EXPERTS, ROLES, STOCK, Survey, unused_part
@@ -332,18 +332,17 @@ def resolve_pattern(
 def _meanings(survey: Survey, targets: Sequence[str], pattern: Iterable[str], key: str) -> dict[str, list[str]]:
     """Entry → the targets that it means. Raises ConfigError: an expression that is none, or takes too long."""
     meanings: dict[str, list[str]] = {}
-    entry = ""
+    entry, limit = "", TimeLimit()
     try:
-        with match_time_limit():
-            for entry in pattern:
-                meanings[entry] = _meaning(survey, targets, entry, as_role(survey, entry))
+        for entry in pattern:
+            meanings[entry] = _meaning(survey, targets, entry, as_role(survey, entry), limit)
     except BadPatternError as error:
         what = f"`{entry}` {error}"
         raise ConfigError(Problem(Code.LORA_EXPRESSION, what, key=key, fix="correct it")) from None
     return meanings
 
 
-def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | None) -> list[str]:
+def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | None, limit: TimeLimit) -> list[str]:
     """The targets that an entry means. Raises BadPatternError."""
     if role:
         return [path for path in targets if role in survey.serves.get(path, "")]
@@ -352,7 +351,7 @@ def _meaning(survey: Survey, targets: Sequence[str], entry: str, role: str | Non
     if named(survey, entry):
         return [path for path in targets if module_names.ends_in(path, entry)]
     expression = compile_pattern(rf"(.*\.)?({entry})$")
-    return [path for path in targets if expression.match(path)]
+    return [path for path in targets if limit(expression.match, path)]
 
 
 def _no_target(survey: Survey, targets: Sequence[str], entry: str, key: str) -> Problem:
