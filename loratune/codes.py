@@ -96,21 +96,12 @@ class Code(StrEnum):
     OUTPUT_FAILED = "output.failed", "Standard output cannot be written."
 
     # Sweeps (sweep.*)
-    SWEEP_BAD_GRID = "sweep.bad_grid", "An argument of --grid is neither key=VALUE,VALUE nor key=LOW..HIGH."
-    SWEEP_KEY = "sweep.key", "A key is one that trials of a study cannot differ in."
-    SWEEP_TOO_MANY = "sweep.too_many", "A grid has too many combinations to try."
-    SWEEP_NO_END = "sweep.no_end", "A sweep over ranges has neither a number of trials nor a budget."
-    SWEEP_NO_VALIDATION = "sweep.no_validation", "A sweep has no validation rows by which trials could be compared."
+    SWEEP_BAD_GRID = "sweep.bad_grid", "--grid is malformed, too large, or names a key that trials cannot differ in."
     SWEEP_NO_OPTUNA = "sweep.no_optuna", "The package that keeps a study and draws from ranges is not installed."
     SWEEP_BUDGET = "sweep.budget", "The budget of a sweep is shorter than one trial."
     SWEEP_OTHER_STUDY = "sweep.other_study", "The study is of another config, other rows or another base."
-    SWEEP_STORAGE = "sweep.storage", "The storage of a study cannot be opened, read or written."
-    SWEEP_NO_STUDY = "sweep.no_study", "The directory holds no results of a study."
+    SWEEP_STORAGE = "sweep.storage", "The files or database of a study are missing, damaged, or not a study."
     SWEEP_ALL_FAILED = "sweep.all_failed", "Every trial of a study diverged, or did worse than the base."
-    SWEEP_WINNER_MISSING = (
-        "sweep.winner_missing",
-        "The adapter of the best trial of a study is missing or damaged.",
-    )
 
     # System (system.*)
     SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory."

@@ -23,7 +23,7 @@ from loratune.codes import Code
 from loratune.data.report import Report
 from loratune.evaluation.comparison import compare
 from loratune.evaluation.results import EvaluatedRow, ModelAnswer
-from loratune.evaluation.study_results import BEST, DONE, StudyResults, trial_result
+from loratune.evaluation.study_results import BEST, DONE, StudyResults, TrialResult
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update
 from loratune.report import charts, facts, scores
@@ -489,8 +489,8 @@ def test_a_page_shows_any_text() -> None:
     values = dict.fromkeys(("a", STRANGE), STRANGE)
     trial = {"number": 0, "settings": values, "values": values, "adapter": STRANGE, "note": STRANGE}
     trials = [
-        trial_result(**trial, state=DONE, loss=1.0, verdict=BEST),
-        trial_result(**trial | {"number": 1, "settings": {}}, state=STRANGE),
+        TrialResult(**trial, state=DONE, loss=1.0, verdict=BEST),
+        TrialResult(**trial | {"number": 1, "settings": {}}, state=STRANGE),
     ]
     results = StudyResults(STRANGE, STRANGE, ["a", STRANGE], 3, 3, trials, STRANGE, measured_by=STRANGE)
     check_shown(report_page.render_study(results, [STRANGE]), 120_000)
@@ -538,7 +538,7 @@ def test_a_real_browser_shows_the_page(runs: tuple[Path, dict[str, Any]], cli: C
     assert ran.code == 0, ran.err
     settings = dict.fromkeys(KEYS, "a-long-value-of-a-setting/" * 3)
     trials = [
-        trial_result(
+        TrialResult(
             number=number, settings=settings, values={}, state=DONE, loss=5.26, interval=(5.2, 5.3), seconds=4e5,
             steps=9, adapter_bytes=10**8, unrelated=0.1, difference=0.1, difference_interval=(0.0, 0.2),
             verdict=verdict,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.plan import Plan
-    from loratune.commands.sweep.running import Swept
+    from loratune.commands.sweep.running import SweepResult
     from loratune.commands.train import Result
     from loratune.evaluation.results import Evaluation, TaskResults
     from loratune.export.hub import Upload
@@ -280,7 +280,7 @@ def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
         print_block("result", wording.required(results.requirements))
 
 
-def print_study(swept: "Swept", program: str, as_json: bool) -> None:
+def print_study(swept: "SweepResult", program: str, as_json: bool) -> None:
     """The trials of a study, the best first, and what became of the best. program: what starts this program."""
     results = swept.results
     if as_json:

@@ -40,7 +40,7 @@ def report(
 
 def study_report(directory: Path) -> str:
     """The page of a sweep. Raises ConfigError: the directory does not hold a study."""
-    results = StudyResults.read(directory)
+    results = StudyResults.read(directory, "--study")
     paths = [results.published, *(trial.adapter for trial in results.trials)]
     kept = [path for path in paths if path is not None and is_directory(Path(path))]  # a study may have moved
     commands = [f"loratune report --adapter {escaping.shell(path)}" for path in kept]

@@ -1,22 +1,23 @@
-"""What the trials of a study came to: which is best, and which cannot be told from it on the same held-out rows."""
+"""The results of a study: its trials, the best one, and how the others compare with it on the same held-out rows."""
 
 import base64
 import json
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import cache
+from dataclasses import asdict, replace
+from dataclasses import dataclass as plain
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, TypeAdapter
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
 from loratune.console import format_duration, format_size, plural
-from loratune.errors import ConfigError, Problem, ResumeError, is_disk_full
+from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
 from loratune.system.files import read_text
 
@@ -28,23 +29,21 @@ LIKE_BEST: Final = "indistinguishable"
 WORSE: Final = "worse"
 NOT_JUDGED: Final = "not judged"
 Count = Annotated[int, Field(ge=0, le=10**15)]
-Figure = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
+Metric = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
 MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
-_AUTO = "auto"
-_OBJECTIVE, _SEED = "training.objective", "training.seed"
 _NOT_TRIED = ("waiting", "running", "invalid")
-_MOST_BYTES = 1 << 22
+_MAX_BYTES = 1 << 22
 """Bytes of the losses of a trial, unpacked, at most."""
 
 
-@dataclass(frozen=True)
+@plain(frozen=True)
 class RowLosses:
-    """The losses of one adapter on the held-out rows, or pairs of answers; arrays (rows,).
+    """The losses of one adapter on the held-out rows, pairs or judged answers; arrays (rows,).
 
     Attributes:
-        nats: Of each distinct row, summed over its tokens; where answers are compared, the objective's.
-        tokens: Its supervised tokens; 1 where answers are compared.
+        nats: The loss of each distinct row, summed over its tokens; of a pair or answer, the loss of the objective.
+        tokens: Its supervised tokens; 1 for a pair or answer.
         copies: How often it occurs.
     """
 
@@ -64,23 +63,23 @@ class RowLosses:
 
     @classmethod
     def unpacked(cls, text: str) -> "RowLosses":
-        """What `packed` made. Raises ValueError: it did not make this."""
+        """The losses that `packed` wrote. Raises ValueError: it did not write this."""
         try:
-            raw = zlib.decompressobj().decompress(base64.b85decode(text), _MOST_BYTES)
+            raw = zlib.decompressobj().decompress(base64.b85decode(text), _MAX_BYTES)
         except zlib.error as error:
             raise ValueError(str(error)) from None
         made = cls(*np.frombuffer(raw, dtype=np.float32).reshape(3, -1).astype(np.float64))
         if not (len(made.nats) and made.is_finite and (made.tokens > 0).all() and (made.copies > 0).all()):
-            raise ValueError("these are no losses of rows")
+            raise ValueError("these are not losses of rows")
         return made
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers are finite, and stay so as `packed` has them."""
+        """Whether all numbers are finite, also in the precision of `packed`."""
         with np.errstate(over="ignore"):
             return all(np.isfinite(one.astype(np.float32)).all() for one in (self.nats, self.tokens, self.copies))
 
-    def is_of_rows_of(self, other: "RowLosses") -> bool:
+    def has_rows_of(self, other: "RowLosses") -> bool:
         """Whether the rows are those of other losses, as far as their tokens and copies tell."""
         return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.copies, other.copies)
 
@@ -90,10 +89,9 @@ class TrialResult:
     """A trial, and how it compares with the best one.
 
     Attributes:
-        number: Of the trial.
-        settings: Key → value as it was asked for.
-        values: Key → value that the run worked with, where that is another one, as with `auto`; in the place of a time
-            budget, the steps that were fixed from it.
+        number: The number of the trial.
+        settings: Key → value as requested.
+        values: Key → value that the run used where it chose one, as with `auto`; the steps where it had a time budget.
         state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
             `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: Held-out loss, see `StudyResults.unit`; None without an adapter.
@@ -113,29 +111,29 @@ class TrialResult:
     settings: dict[str, str]
     values: dict[str, str]
     state: str
-    loss: Figure | None = None
-    interval: tuple[Figure, Figure] | None = None
-    seconds: Figure | None = None
+    loss: Metric | None = None
+    interval: tuple[Metric, Metric] | None = None
+    seconds: Metric | None = None
     steps: Count | None = None
     adapter_bytes: Count | None = None
-    unrelated: Figure | None = None
-    difference: Figure | None = None
-    difference_interval: tuple[Figure, Figure] | None = None
+    unrelated: Metric | None = None
+    difference: Metric | None = None
+    difference_interval: tuple[Metric, Metric] | None = None
     verdict: Verdict = ""
     adapter: str | None = None
     note: str = ""
 
     def shown(self, key: str) -> str:
-        """A setting, and what the run made of it where it chose for itself."""
+        """A setting, and the value that the run chose for it."""
         asked = self.settings.get(key, "")
         if key == MAX_MINUTES and MAX_STEPS in self.values:
             return f"{asked} → {self.values[MAX_STEPS]} steps"
         return f"{asked} → {self.used(key)}" if asked != self.used(key) else asked
 
     def used(self, key: str) -> str:
-        """A setting, or in the place of `auto` what the run chose."""
+        """A setting; for `auto` the value that the run chose."""
         asked = self.settings.get(key, "")
-        return self.values.get(key, asked) if asked == _AUTO else asked
+        return self.values.get(key, asked) if asked == "auto" else asked
 
 
 @dataclass(frozen=True)
@@ -143,15 +141,15 @@ class StudyResults:
     """A study.
 
     Attributes:
-        name: Of the directory of its winner.
+        name: The name of the directory of the best adapter.
         base: The base model.
-        keys: What is varied.
+        keys: The keys that are varied.
         rows: Distinct held-out rows on which trials are compared.
         total: All held-out rows.
         trials: The best first, then those that cannot be compared.
-        published: Where the winner's adapter is; None if that is not there.
-        unit: What losses are a mean over: `token`, or `pair` or `answer` where answers are compared.
-        measured_by: The objective whose loss that is, where answers are compared; else empty.
+        published: Where the best adapter was published; None if it was not.
+        unit: What losses are a mean over: `token`, or `pair` or `answer` for preferences.
+        measured_by: The objective whose loss that is, for preferences; else empty.
     """
 
     name: str
@@ -191,7 +189,7 @@ class StudyResults:
 
     @property
     def ties(self) -> list[TrialResult]:
-        """The trials that cannot be told from the best one."""
+        """The trials that are not significantly different from the best one."""
         return [trial for trial in self.trials if trial.verdict == LIKE_BEST]
 
     def as_json(self) -> dict[str, Any]:
@@ -203,10 +201,10 @@ class StudyResults:
         """Write them into the directory of a study, whole or not at all.
 
         Raises:
-            ResumeError: They cannot be written, for another reason than a full disk.
-            OSError: The disk is full.
+            ResumeError: They cannot be written.
+            ResourceError: The disk is full.
         """
-        unfinished = directory / f"{FILE}.unfinished"
+        unfinished, where = directory / f"{FILE}.unfinished", str(directory / FILE)
         try:
             unfinished.unlink(missing_ok=True)
             with unfinished.open("x", encoding="utf-8") as file:  # never through a link, or into a pipe
@@ -216,29 +214,30 @@ class StudyResults:
             with suppress(OSError):
                 unfinished.unlink(missing_ok=True)
             if is_disk_full(error):
-                raise
-            what, fix = f"cannot be written: {error.strerror}", "make room for it, and the same command goes on"
-            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, str(directory / FILE), fix=fix)) from None
+                what = "no room for the results"
+                raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, where, fix="make room")) from None
+            what, fix = f"cannot be written: {error.strerror}", "repair that, then rerun the same command to resume"
+            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, where, fix=fix)) from None
 
     @classmethod
-    def read(cls, directory: Path) -> "StudyResults":
-        """What `write` wrote. Raises ConfigError: there is no such thing."""
+    def read(cls, directory: Path, option: str = "") -> "StudyResults":
+        """The results that `write` wrote. Raises ConfigError: the directory, which `option` names, has none."""
         path = directory / FILE
         try:
             values = json.loads(read_text(path))
             if values.pop("version") != VERSION:
                 raise ValueError("of another version")
             winner = values.pop("winner")
-            results = _results_type().validate_python(values)
+            results = cls(**values)
             if winner != (results.winner.number if results.winner else None):
                 raise ValueError("another winner than that of the trials")
             return results
         except FileNotFoundError:
             what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
-            raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(directory), "--study", fix)) from None
+            raise ConfigError(Problem(Code.SWEEP_STORAGE, what, str(directory), option, fix)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = "is not what a sweep of this release writes"
-            raise ConfigError(Problem(Code.SWEEP_NO_STUDY, what, str(path), "--study")) from None
+            raise ConfigError(Problem(Code.SWEEP_STORAGE, what, str(path), option, "move it away")) from None
 
     def header(self) -> list[str]:
         """The columns of the table."""
@@ -249,14 +248,18 @@ class StudyResults:
 
     def cells(self, trial: TrialResult) -> list[str]:
         """A trial's row of the table."""
-        interval = f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}" if trial.interval else ""
-        time = format_duration(trial.seconds) if trial.seconds is not None else ""
-        size = format_size(trial.adapter_bytes).partition("(")[2].rstrip(")") if trial.adapter_bytes else ""
-        size = size or (format_size(trial.adapter_bytes) if trial.adapter_bytes else "")
-        loss = f"{trial.loss:.4f}" if trial.loss is not None else trial.state
-        unrelated = f"{trial.unrelated:+.3f}" if trial.unrelated is not None else ""
-        settings = [trial.shown(key) for key in self.keys]
-        return [str(trial.number), *settings, loss, interval, unrelated, time, size, compared(trial)]
+        size = format_size(trial.adapter_bytes) if trial.adapter_bytes else ""
+        size = size.partition("(")[2].rstrip(")") or size
+        return [
+            str(trial.number),
+            *(trial.shown(key) for key in self.keys),
+            f"{trial.loss:.4f}" if trial.loss is not None else trial.state,
+            f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}" if trial.interval else "",
+            f"{trial.unrelated:+.3f}" if trial.unrelated is not None else "",
+            format_duration(trial.seconds) if trial.seconds is not None else "",
+            size,
+            compared(trial),
+        ]
 
     def summary(self) -> str:
         """How many trials there are, and on what they were compared."""
@@ -268,44 +271,35 @@ class StudyResults:
         return f"{', '.join(parts)}; compared on {rows}{f', by the {self.measure}' if self.measured_by else ''}"
 
     def conclusion(self) -> str:
-        """Which trial is best, and what cannot be told from it."""
+        """Which trial is best, and which are not significantly different from it."""
         if (winner := self.winner) is None:
             return "no trial has an adapter"
         text = f"trial {winner.number}, " + ", ".join(f"{key}={winner.shown(key)}" for key in self.keys)
-        judged = [trial for trial in self.trials if trial.difference is not None]
-        if not judged:
+        others = [trial for trial in self.trials if trial.difference is not None]
+        if not others:
             return text
-        numbers = ", ".join(str(trial.number) for trial in self.ties)
         if self.ties:
-            text += f"; these {self.item}s do not tell it from trial{'s' if len(self.ties) > 1 else ''} {numbers}"
-        elif all(trial.verdict == WORSE for trial in judged):
+            numbers = ", ".join(str(trial.number) for trial in self.ties)
+            trials = f"trial{'s' if len(self.ties) > 1 else ''} {numbers}"
+            text += f"; not significantly different from {trials} on these {self.item}s"
+        elif all(trial.verdict == WORSE for trial in others):
             text += f"; better than all others that were tried, on these {self.item}s"
         return f"{text}; chosen by these {self.item}s, so its loss is optimistic"
 
     def remarks(self) -> list[str]:
-        """What the comparison leaves open: whether the best values lie beyond those tried, and what losses mean."""
+        """What the comparison leaves open: whether better values may lie beyond those tried, and what losses mean."""
         found = []
         for key in self.keys if self.winner else []:
             used = (_number(trial.used(key)) for trial in self.trials if trial.state not in _NOT_TRIED)
             tried = {number for number in used if number is not None}
             best = _number(self.winner.used(key)) if self.winner else None
-            if len(tried) > 1 and best in (max(tried), min(tried)) and key != _SEED:
+            if key != "training.seed" and len(tried) > 1 and best in (max(tried), min(tried)):
                 end, further = ("highest", "higher") if best == max(tried) else ("lowest", "lower")
                 found.append(f"{key}: the best value is the {end} that was tried; {further} ones may be better")
-        if len({trial.used(_OBJECTIVE) for trial in self.trials}) > 1:
-            found.append(
-                f"trials are compared by the {self.measure}, which favours those that were trained to lower it"
-            )
+        if len({trial.used("training.objective") for trial in self.trials}) > 1:
+            text = f"trials are compared by the {self.measure}, which favours those that were trained to lower it"
+            found.append(text)
         return found
-
-
-def is_ours(directory: Path) -> bool:
-    """Whether the file of results in a directory is one that a sweep of any release wrote."""
-    try:
-        values = json.loads(read_text(directory / FILE))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and {"version", "trials", "winner"} <= values.keys()
 
 
 def _number(text: str) -> float | None:
@@ -313,21 +307,6 @@ def _number(text: str) -> float | None:
         return float(text)
     except ValueError:
         return None
-
-
-@cache
-def _results_type() -> TypeAdapter[StudyResults]:
-    return TypeAdapter(StudyResults)  # which takes longer than to validate a value
-
-
-@cache
-def _trial_type() -> TypeAdapter[TrialResult]:
-    return TypeAdapter(TrialResult)
-
-
-def trial_result(**values: Any) -> TrialResult:
-    """A trial of values that a storage has. Raises ValueError: they are none of a trial."""
-    return _trial_type().validate_python(values)
 
 
 def compared(trial: TrialResult) -> str:
@@ -341,30 +320,23 @@ def compared(trial: TrialResult) -> str:
 
 
 def rank(trials: Sequence[TrialResult], losses: Mapping[int, RowLosses]) -> list[TrialResult]:
-    """Trials in the order of their losses, each compared with the best one in pairs of rows.
+    """Trials in the order of their losses, each compared with the best one row by row.
 
     Args:
-        trials: With state and figures, in any order.
+        trials: The trials in any order.
         losses: Number → losses on the held-out rows, of those that have an adapter. All are of the same rows.
     """
     done = sorted((trial for trial in trials if trial.number in losses), key=lambda one: losses[one.number].loss)
     others = sorted((trial for trial in trials if trial.number not in losses), key=lambda one: one.number)
-    ranked = []
-    for trial in done:
-        own, best = losses[trial.number], losses[done[0].number]
-        weight = own.copies * own.tokens
-        interval = loss_interval(own.copies * own.nats, weight)
-        trial = replace(trial, loss=own.loss, interval=(interval.low, interval.high) if interval else None)
-        ranked.append(_against(trial, own, best, weight) if trial.number != done[0].number else _best(trial))
-    return [*ranked, *others]
+    return [*(_compared(trial, losses[trial.number], losses[done[0].number]) for trial in done), *others]
 
 
-def _best(trial: TrialResult) -> TrialResult:
-    return replace(trial, verdict=BEST, difference=None, difference_interval=None)
-
-
-def _against(trial: TrialResult, own: RowLosses, best: RowLosses, weight: NDArray[np.float64]) -> TrialResult:
-    more = own.copies * (own.nats - best.nats)
+def _compared(trial: TrialResult, own: RowLosses, best: RowLosses) -> TrialResult:
+    weight, more = own.copies * own.tokens, own.copies * (own.nats - best.nats)
+    interval = loss_interval(own.copies * own.nats, weight)
+    trial = replace(trial, loss=own.loss, interval=(interval.low, interval.high) if interval else None)
+    if own is best:
+        return replace(trial, verdict=BEST)
     interval = mean_ratio_interval(more, weight)
     ends = (interval.low, interval.high) if interval else None
     verdict: Verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST

@@ -1,5 +1,5 @@
-"""`loratune sweep`: the same run with other settings, again and again, until the best of them is an adapter.
+"""`loratune sweep`: trains the same run with other settings, compares the trials, and publishes the best adapter.
 
-What is tried stands in `grid`, how long it may take in `budget`, who tries what in `study`, how it is trained in
-`bench`, and all of it together in `running`. What trials came to, and how they compare, is `evaluation.study_results`.
+`grid` says what is tried, `study` keeps the trials in Optuna's storage, `trials` trains and scores one of them, and
+`running` is the sweep itself. How trials compare is in `evaluation.study_results`.
 """

@@ -1,9 +1,9 @@
-"""What a sweep tries: values of keys, or ranges of numbers, all checked before the first trial. Imports no torch."""
+"""What a sweep tries: values of config keys, or ranges of numbers, checked before the first trial. Imports no torch."""
 
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,33 +12,33 @@ import numpy as np
 from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.config.yaml_reader import number
 from loratune.errors import ConfigError, Problem
 
-OPTION = "--grid"
+OPTION, BUDGET = "--grid", "--budget"
 Settings = dict[str, str]
-"""Key of the config → value, as one would write it behind `--set KEY=`."""
+"""Key of the config → value, as written after `--set KEY=`."""
 
 _EXAMPLE = "training.learning_rate=1e-4,3e-4,1e-3"
-_MOST = 10_000
-"""Combinations beyond which a grid is refused."""
-_SHOWN = 20
-"""Problems that are told at once."""
+_MAX_COMBINATIONS = 10_000
+_MAX_PROBLEMS = 20
+"""Problems that are reported at once."""
 _LOG_RATIO = 10.0
-"""The ratio of the ends of a range from which on its logarithm is drawn from."""
+"""Ranges whose ends have at least this ratio are drawn from on a logarithmic scale."""
 _OF_ROWS = (
     "data.max_length", "data.truncation", "data.packing", "data.loss_on", "data.invalid_rows", "data.max_dropped",
     "data.replay",
 )  # fmt: skip
-_NOT_VARIED = {
+_FIXED = {
     "lora.start_from": "each starting point is a study of its own",
     "training.report_to": "it changes no adapter",
     "training.save_steps": "it changes no adapter",
     "training.ddp_timeout": "it changes no adapter",
     "training.logging_steps": "it changes no adapter",
+    "output_dir": "the study is kept next to it",
 }
-_OBJECTIVE, _NUMBERS = "training.objective", "preferences."
-"""What decides what the loss of a trial means: a key, and what keys begin with."""
 _RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*", re.ASCII)
+_TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Axis:
     """A key that is varied.
 
     Attributes:
-        key: Of the config.
-        values: What is tried; the two ends of a range.
+        key: The key of the config.
+        values: The values to try, or the two ends of a range.
         is_range: Whether numbers between the two are tried.
     """
 
@@ -67,7 +67,7 @@ class Axis:
 
     @property
     def is_logarithmic(self) -> bool:
-        """Whether numbers of a range are drawn evenly over its orders of magnitude."""
+        """Whether numbers of a range are drawn on a logarithmic scale."""
         low, high = self.bounds
         return low > 0 and high / low >= _LOG_RATIO
 
@@ -78,7 +78,7 @@ class Grid:
 
     Attributes:
         axes: What is varied, in the order of the command line.
-        config_file: The config of which all else is taken.
+        config_file: The config that everything else is taken from.
         assignments: What is set in it for all trials.
     """
 
@@ -93,17 +93,16 @@ class Grid:
 
     @property
     def has_ranges(self) -> bool:
-        """Whether there are numbers to draw, so that not all combinations can be tried."""
+        """Whether numbers are drawn from ranges, so that the combinations have no end."""
         return any(axis.is_range for axis in self.axes)
 
     def combinations(self) -> list[Settings]:
         """All combinations of values, the last key varying fastest; of a range, its two ends."""
-        return [
-            dict(zip(self.keys, values, strict=True)) for values in itertools.product(*(a.values for a in self.axes))
-        ]
+        values = itertools.product(*(axis.values for axis in self.axes))
+        return [dict(zip(self.keys, one, strict=True)) for one in values]
 
     def spread_out(self) -> list[Settings]:
-        """All combinations, each as far as can be from those before it: however few are tried, they span the grid."""
+        """All combinations, each as far as possible from those before it, so that the first few span the grid."""
         combinations = self.combinations()
         ends = [max(1, len(axis.values) - 1) for axis in self.axes]
         places = np.array([*itertools.product(*(range(len(axis.values)) for axis in self.axes))]) / ends
@@ -116,23 +115,75 @@ class Grid:
 
     def run(self, settings: Mapping[str, str]) -> RunConfig:
         """The config of a trial. Raises ConfigError."""
-        chosen = [f"{key}={value}" for key, value in settings.items()]
-        return config.load(self.config_file, [*self.assignments, *chosen])
+        return config.load(self.config_file, [*self.assignments, *(f"{key}={text}" for key, text in settings.items())])
+
+    def check(self, *, halving: bool) -> dict[str, RunConfig]:
+        """Check the config and every combination.
+
+        Args:
+            halving: Whether trials may be stopped early.
+
+        Returns:
+            `label` of each combination → its config.
+
+        Raises:
+            ConfigError: Of the config; or each problem of a combination, with the first that has it.
+        """
+        self._check_comparable(self.run({}), halving=halving)
+        runs, resolved, found = dict[str, RunConfig](), dict[str, str](), dict[tuple[str, str], Problem]()
+        for settings in self.combinations():
+            name = label(settings)
+            try:
+                run = self.run(settings)
+                if (same := resolved.setdefault(run.model_dump_json(), name)) != name:
+                    raise _refused(f"{name} is {same}", fix="name each value once, or a trial would be trained twice")
+                runs[name] = run
+            except ConfigError as error:
+                for problem in error.problems:
+                    found.setdefault((problem.key, problem.what), self._located(problem, name))
+        if found:
+            raise ConfigError([*found.values()][:_MAX_PROBLEMS])
+        return runs
+
+    def _located(self, problem: Problem, name: str) -> Problem:
+        """A problem of a combination, with its place on the command line."""
+        if problem.where.startswith("--set") and problem.key in self.keys:
+            return replace(problem, where=OPTION)
+        if not problem.where:
+            return replace(problem, where=f"{OPTION} {name}")
+        return replace(problem, what=f"{problem.what} (with {name})")
+
+    def _check_comparable(self, run: RunConfig, *, halving: bool) -> None:
+        """Raises ConfigError: trials could not be compared, as their rows or losses would differ in meaning."""
+        if run.data.validation is None:
+            what, fix = (
+                "trials are compared on validation rows, but there are none",
+                "set data.validation=0.1, or a file",
+            )
+            raise ConfigError(Problem(Code.CONFIG_MISSING_KEY, what, str(self.config_file), "data.validation", fix))
+        is_weighted = any(source.weight is not None for source in run.data.train_sources)
+        if "training.seed" in self.keys and (isinstance(run.data.validation, float) or is_weighted):
+            what = "cannot be varied: it decides which rows are held out, or drawn from weighted sources"
+            raise _refused(what, "training.seed", "name a file of validation rows in data.validation")
+        losses = [key for key in self.keys if key == "training.objective" or key.startswith("preferences.")]
+        if halving and losses:
+            what = "trials with different objectives cannot be stopped early by their losses"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, OPTION, losses[0], "leave --halving out"))
 
 
 def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str]) -> Grid:
-    """The grid that the options mean.
+    """The grid that the options describe.
 
     Args:
         options: Each `section.key=VALUE,VALUE,...`, or `section.key=LOW..HIGH`.
         config_file: The config.
-        assignments: Of `--set`.
+        assignments: The values of `--set`.
 
     Raises:
-        ConfigError: There is none, or one that is neither; a key comes twice, is also set, or cannot be varied; there
+        ConfigError: An option is missing or malformed; a key is given twice, is also set, or cannot be varied; there
             are too many combinations.
     """
-    axes, problems = [], list[Problem]()
+    axes, problems = list[Axis](), list[Problem]()
     if not options:
         what, fix = "no key to vary was given", f"name values to try: {OPTION} {_EXAMPLE}"
         problems.append(Problem(Code.USAGE_NEEDS_OPTION, what, OPTION, fix=fix))
@@ -146,135 +197,76 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
         if keys.count(key) > 1 or key in fixed:
             what = "is given twice" if keys.count(key) > 1 else "is also set by --set"
             problems.append(Problem(Code.USAGE_CONFLICT, what, OPTION, key, "name it once"))
-        elif reason := _not_varied(key):
-            problems.append(Problem(Code.SWEEP_KEY, f"cannot be varied: {reason}", OPTION, key))
-    if (count := math.prod(len(axis.values) for axis in axes)) > _MOST:
+        elif reason := _why_fixed(key):
+            problems += _refused(f"cannot be varied: {reason}", key).problems
+    if (count := math.prod(len(axis.values) for axis in axes)) > _MAX_COMBINATIONS:
         what, fix = f"{count:,} combinations are too many", "give fewer values, or ranges such as 1e-5..1e-3"
-        problems.append(Problem(Code.SWEEP_TOO_MANY, what, OPTION, fix=fix))
+        problems += _refused(what, fix=fix).problems
     if problems:
         raise ConfigError(problems)
     return Grid(tuple(axes), config_file, tuple(assignments))
 
 
-def _not_varied(key: str) -> str:
-    """Why a key cannot be varied; empty if it can, or if there is none of that name, which the config tells better."""
+def _refused(what: str, key: str = "", fix: str = "") -> ConfigError:
+    return ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, key, fix))
+
+
+def _why_fixed(key: str) -> str:
+    """Why a key cannot be varied; empty if it can, or if the config has no such key."""
     section = key.partition(".")[0]
-    if key in RunConfig.model_fields and key != "output_dir":
+    if key in RunConfig.model_fields and key not in _FIXED:
         return "it is a whole section; name a key of it, such as lora.r"
     if section == "model":
         return "all trials share one base"
     if section == "data" and key not in _OF_ROWS:
         return "it decides which rows are held out, by which trials are compared"
-    return "the study is beside it" if key == "output_dir" else _NOT_VARIED.get(key, "")
+    return _FIXED.get(key, "")
 
 
 def _axis(option: str) -> Axis:
     key, equals, text = option.partition("=")
     key = key.strip()
     if not equals or not all(key.split(".")):
-        what = f"`{option}` is not of the form section.key=VALUE,VALUE"
-        raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, fix=f"such as {_EXAMPLE}"))
+        raise _refused(f"`{option}` is not of the form section.key=VALUE,VALUE", fix=f"such as {_EXAMPLE}")
     if match := _RANGE.fullmatch(text):
-        return _range(key, match[1], match[2])
+        low, high = number(match[1]), number(match[2])
+        if low is None or high is None or not low < high < math.inf:
+            what, fix = f"{text.strip()} is not a range", "write the lower number first, such as 1e-5..1e-3"
+            raise _refused(what, key, fix)
+        return Axis(key, (match[1], match[2]), is_range=True)
     values = [value.strip() for value in _split(text)]
     if not all(values):
-        what, fix = "has an empty value", "give values with commas between them"
-        raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, key, fix))
+        raise _refused("has an empty value", key, "give values with commas between them")
     return Axis(key, tuple(dict.fromkeys(values)))
 
 
-def _range(key: str, low: str, high: str) -> Axis:
-    try:
-        is_rising = float(low) < float(high) < math.inf
-    except ValueError:
-        is_rising = False
-    if not is_rising:
-        what, fix = f"{low}..{high} is no range", "write the lower number first, such as 1e-5..1e-3"
-        raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, key, fix))
-    return Axis(key, (low, high), is_range=True)
-
-
 def _split(text: str) -> Iterator[str]:
-    """The parts between the commas that stand outside of brackets and quotes."""
+    """The parts between the commas outside of brackets and quotes."""
     depth, quote, start = 0, "", 0
     for position, character in enumerate(text):
-        if quote:
-            quote = "" if character == quote else quote
-        elif character in "'\"":
-            quote = character
-        elif character in "[{":
-            depth += 1
-        elif character in "]}":
-            depth -= 1
+        if quote or character in "'\"":
+            quote = "" if character == quote else quote or character
+        elif character in "[{]}":
+            depth += 1 if character in "[{" else -1
         elif character == "," and depth == 0:
             yield text[start:position]
             start = position + 1
     yield text[start:]
 
 
-def check(grid: Grid, check_run: Callable[[RunConfig], None] = lambda _: None) -> dict[str, RunConfig]:
-    """Check every combination, before the first trial.
-
-    Args:
-        grid: What is to be tried.
-        check_run: A further check; it raises an error.
-
-    Returns:
-        `label` of each combination → its config.
-
-    Raises:
-        ConfigError: Of each problem, the first combination that has it.
-    """
-    runs, found = dict[str, RunConfig](), dict[tuple[str, str], Problem]()
-    resolved = dict[str, str]()
-    for settings in grid.combinations():
-        try:
-            run = grid.run(settings)
-            check_run(run)
-            runs[label(settings)] = run
-            if (same := resolved.setdefault(run.model_dump_json(), label(settings))) != label(settings):
-                fix = "name each value once, or a trial would be trained twice"
-                raise ConfigError(Problem(Code.SWEEP_BAD_GRID, f"{label(settings)} is {same}", OPTION, fix=fix))
-        except ConfigError as error:
-            for problem in error.problems:
-                own = problem.where.startswith("--set") and problem.key in grid.keys
-                where = OPTION if own else problem.where or f"{OPTION} {label(settings)}"
-                if not own and problem.where and len(grid.axes) and _is_new(problem, grid):
-                    problem = replace(problem, what=f"{problem.what} (with {label(settings)})")
-                found.setdefault((problem.key, problem.what), replace(problem, where=where))
-    if found:
-        raise ConfigError([*found.values()][:_SHOWN])
-    return runs
-
-
-def _is_new(problem: Problem, grid: Grid) -> bool:
-    """Whether the config alone does not have a problem."""
-    try:
-        grid.run({})
-    except ConfigError as error:
-        return all((one.key, one.what) != (problem.key, problem.what) for one in error.problems)
-    return True
-
-
-def check_seed(grid: Grid, run: RunConfig) -> None:
-    """Raises ConfigError: other seeds would train on other rows, and the held-out ones among them."""
-    drawn = isinstance(run.data.validation, float) or any(
-        source.weight is not None for source in run.data.train_sources
-    )
-    if "training.seed" in grid.keys and drawn:
-        what = "cannot be varied: it decides which rows are held out, or drawn from weighted sources"
-        fix = "name a file of validation rows in data.validation"
-        raise ConfigError(Problem(Code.SWEEP_KEY, what, OPTION, "training.seed", fix))
-
-
-def check_halving(grid: Grid, *, halving: bool) -> None:
-    """Raises ConfigError: the losses by which trials are to be stopped early mean something else in each of them."""
-    varied = [key for key in grid.keys if key == _OBJECTIVE or key.startswith(_NUMBERS)]
-    if halving and varied:
-        what = "trials that lower other losses cannot be stopped early by them"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, OPTION, varied[0], "leave --halving out"))
-
-
 def label(settings: Mapping[str, object]) -> str:
     """`training.learning_rate=1e-4 lora.r=8`."""
     return " ".join(f"{key}={value}" for key, value in settings.items())
+
+
+def parse_time(text: str) -> float:
+    """Seconds of `30m`, `1h`, `1h30m`, `45s`, or of a number of minutes. Raises ConfigError: it is not a time."""
+    compact, seconds = text.replace(" ", "").lower(), 0.0
+    if (minutes := number(compact)) is not None:
+        seconds = 60 * minutes
+    elif (match := _TIME.fullmatch(compact)) is not None:
+        seconds = sum(unit * float(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True))
+    if not 0 < seconds < 1e9:
+        what, fix = f"{text!r} is not a time above 0", "write 30m, 1h, 1h30m, or minutes as a number"
+        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=BUDGET, fix=fix))
+    return seconds

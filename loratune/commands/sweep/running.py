@@ -1,20 +1,20 @@
 """A sweep from beginning to end: trials are claimed, trained and compared, and the best one is published."""
 
+import json
 import shutil
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
-from loratune.commands.sweep.bench import Bench
-from loratune.commands.sweep.grid import label
-from loratune.commands.sweep.request import Request, check_adapters, check_objectives
-from loratune.commands.sweep.storage import TRIALS, check_directory
-from loratune.commands.sweep.study import Claim, Study, TrialRecord
-from loratune.commands.sweep.trial import DIGEST, Watched, failure, recorded
+from loratune.commands.sweep.grid import Grid, label
+from loratune.commands.sweep.study import TRIALS, Study, TrialRecord, check_kind, study_directory
+from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
 from loratune.commands.train import Reporter
 from loratune.config import RunConfig, keys, path_keys
 from loratune.console import format_duration, plural
@@ -22,38 +22,127 @@ from loratune.errors import (
     AdapterError,
     ConfigError,
     LoratuneError,
+    ModelError,
     NumericError,
     Problem,
     ResourceError,
     ResumeError,
 )
-from loratune.evaluation.study_results import (
-    DONE,
-    WORSE,
-    RowLosses,
-    StudyResults,
-    TrialResult,
-    rank,
-    trial_result,
-)
+from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
-from loratune.system.files import explain_full_disk, is_directory, is_file, sha256
+from loratune.model import load
+from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import run_dir
+from loratune.training import auto, preflight, run_dir
+from loratune.training.preflight import ValidatedRun
 from loratune.training.run_dir import RunDirectory
 
 _NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
-"""Keys that two commands on one study may have at other values, beside places, which differ from machine to machine:
-what is there is known by its fingerprint."""
+"""Keys that two commands on one study may have at different values, besides paths, which differ from machine to
+machine: what is there is known by its fingerprint."""
+_ESTIMATE_ERROR = 2.0
+"""The factor by which an estimate without any trial may be off, see `training.duration`."""
+
+
+@dataclass
+class Budget:
+    """The time that is left, and how long trials take.
+
+    Attributes:
+        seconds: The budget; None without one.
+        started: When it began, by `time.monotonic`.
+        ratios: The seconds of each trial that ended here, over its estimate.
+        begun: Trials that were begun here.
+    """
+
+    seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    ratios: list[float] = field(default_factory=list)
+    begun: int = 0
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return float("inf") if self.seconds is None else self.seconds - (time.monotonic() - self.started)
+
+    def expected(self, estimate: float) -> float:
+        """Seconds of a trial, by the slowest of those that ended here, relative to their estimates."""
+        return estimate * max(self.ratios, default=1.0)
+
+    def fits(self, estimate: float) -> bool:
+        """Whether there is time for a trial. Raises ConfigError: not even the first one fits."""
+        if self.begun or self.ratios or self.seconds is None:
+            return self.expected(estimate) <= self.left
+        if estimate > _ESTIMATE_ERROR * max(self.left, 0.0):
+            gone = format_duration(self.seconds - self.left)
+            what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and it "
+            what += f"takes about {format_duration(estimate)} on this machine"
+            fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
+            raise ConfigError(Problem(Code.SWEEP_BUDGET, what, key=grids.BUDGET, fix=fix))
+        return True
 
 
 @dataclass(frozen=True)
-class Swept:
-    """What a sweep came to.
+class Request:
+    """What a sweep is to do.
+
+    Attributes:
+        grid: What is tried.
+        runs: `grid.label` → config of each combination.
+        run: The config itself, checked, with its rows and the directory of the best adapter.
+        storage: The URL of the database of the study; None for a journal beside the adapter.
+        most: Trials of the study, at most; None for any number.
+        budget: How long it may take.
+        halving: Whether trials may be stopped early.
+    """
+
+    grid: Grid
+    runs: dict[str, RunConfig]
+    run: ValidatedRun
+    storage: str | None
+    most: int | None
+    budget: Budget
+    halving: bool
+
+    def check(self) -> None:
+        """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which
+        is tried on a model without weights."""
+        kind = preflight.KINDS[self.run.config.training.objective]
+        others = {run.training.objective for run in self.runs.values()}
+        if wrong := sorted(one for one in others if preflight.KINDS[one] != kind):
+            what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor judged answers'}"
+            raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
+        sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
+        for name in reversed(sections.values()):
+            model, lora = self.runs[name].model, auto.without_rows(self.runs[name].lora)
+            try:
+                attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
+            except (ModelError, ConfigError) as error:
+                problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
+                raise type(error)(problems) from None
+
+    def identity(self) -> dict[str, str]:
+        """The settings that all trials of the study share, and the keys that they differ in."""
+        places = (key.removesuffix(".path") for key in path_keys())
+        skipped = (*_NOT_COMPARED, *places, *self.grid.keys)
+        values = keys.flat(self.run.config.resolved())
+        shared = {
+            key: value
+            for key, value in values.items()
+            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+        }
+        drawn = "ranges" if self.grid.has_ranges else "values"
+        return shared | {grids.OPTION: f"{drawn} of {', '.join(sorted(self.grid.keys))}"}
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of a sweep.
 
     Attributes:
         results: The trials.
-        directory: That of the study.
+        directory: The directory of the study.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
         stop: The signal that ended it.
         notes: Lines on what is left to do.
@@ -66,7 +155,7 @@ class Swept:
     notes: list[str] = field(default_factory=list)
 
 
-def sweep(request: Request, reporter: Reporter) -> Swept:
+def sweep(request: Request, reporter: Reporter) -> SweepResult:
     """Train what is to be tried, compare it, and publish the best.
 
     Raises:
@@ -80,172 +169,109 @@ def sweep(request: Request, reporter: Reporter) -> Swept:
 
 
 class _Sweep:
-    """A sweep in this process."""
+    """A sweep in this process.
+
+    Attributes:
+        wanted: The labels of what is tried; None where values are drawn.
+        untried: The number of combinations beyond the most trials.
+    """
 
     def __init__(self, request: Request, reporter: Reporter):
         self.request, self.reporter, self.log = request, reporter, reporter.log
-        self.name = request.run.directory.output.name
-        check_objectives(request)
-        check_adapters(request)
+        output = request.run.directory.output
+        self.name, self.directory = output.name, study_directory(output)
+        request.check()
         seed = request.run.config.training.seed
-        arguments: dict[str, Any] = {"halving": request.halving, "seed": seed}
-        with explain_full_disk("the study", 4096, request.run.directory.output.parent, "make room"):
-            self.study = Study(request.directory, self.name, request.storage, **arguments)
-        self.study.check(self._settings(), record=False)
-        self.bench = Bench(request.run, reporter.watch, self.log)
+        self.study = Study(self.directory, self.name, request.storage, halving=request.halving, seed=seed)
+        self.study.check(request.identity(), record=False)
+        self.runner = TrialRunner(request.run, reporter.watch, self.log)
         for run in request.runs.values():
-            self.bench.prepare_rows(run)
+            self.runner.prepare_rows(run)
         if request.budget.seconds is not None and not self.study.records():  # before anything is recorded
-            request.budget.fits(self.bench.estimate(next(iter(request.runs.values()))))
-        self.study.check(self._settings() | self.bench.fingerprints, record=True)
-        self.is_first, self.notes = True, list[str]()
-        self.untried = 0  # combinations beyond the most trials
-        self.wanted: set[str] | None = None  # the labels of what is tried; None where values are drawn
-
-    def _settings(self) -> dict[str, str]:
-        """Of the study, all that trials share, and what they differ in."""
-        places = (key.removesuffix(".path") for key in path_keys())
-        skipped = (*_NOT_COMPARED, *places, *self.request.grid.keys)
-        values = keys.flat(self.request.run.config.resolved())
-        shared = {
-            key: value
-            for key, value in values.items()
-            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
-        }
-        drawn = "ranges" if self.request.grid.has_ranges else "values"
-        return shared | {grids.OPTION: f"{drawn} of {', '.join(sorted(self.request.grid.keys))}"}
-
-    def run(self) -> Swept:
-        """Work on trials until none is left."""
-        request = self.request
+            request.budget.fits(self.runner.estimate(next(iter(request.runs.values()))))
+        self.study.check(request.identity() | self.runner.fingerprints, record=True)
+        self.notes, self.untried, self.wanted = list[str](), 0, None
         if not request.grid.has_ranges:
             combinations = request.grid.spread_out()
             self.untried = len(combinations[request.most :]) if request.most else 0
-            combinations = combinations[: request.most]
-            self.study.enqueue(combinations)
-            self.wanted = {label(settings) for settings in combinations}
+            self.study.enqueue(combinations[: request.most])
+            self.wanted = {label(settings) for settings in combinations[: request.most]}
+
+    def run(self) -> SweepResult:
+        """Work on trials until none is left."""
         stop: KeyboardInterrupt | None = None
         try:
-            while (claim := self.study.claim(self.wanted, request.grid.axes, request.most)) is not None:
-                if not self._work(claim):
-                    break
+            while self._work():
+                pass
         except KeyboardInterrupt as interruption:
             stop = interruption
         except LoratuneError:
-            with suppress(LoratuneError, OSError), self.study.choosing():
-                self._results().write(request.directory)
+            with suppress(LoratuneError, OSError), self.study.locked():
+                self._results().write(self.directory)
             raise
-        with self.study.choosing(), explain_full_disk("the results", 100_000, request.directory, "make room"):
-            return self._end(stop)
+        with self.study.locked():
+            return self._finish(stop)
 
-    def _work(self, claim: Claim) -> bool:
-        """Work on a trial. Returns whether to go on: the budget may have no room for it."""
-        budget = self.request.budget
-        try:
+    def _work(self) -> bool:
+        """Work on the next trial. Returns whether there was one, and time for it."""
+        budget, request = self.request.budget, self.request
+        with self.study.claim(self.wanted, request.grid.axes, request.most) as record:
+            if record is None:
+                return False
             try:
-                run = self.request.runs.get(label(claim.settings)) or self.request.grid.run(claim.settings)
+                run = request.runs.get(label(record.settings)) or request.grid.run(record.settings)
             except ConfigError as error:  # of a number that was drawn between the ends of a range, which are valid
-                self._fail(claim, "invalid", error.problems[0].what)
+                self._fail(record, "invalid", error.problems[0].what)
                 return True
-            estimate = self.bench.estimate(run) if budget.seconds is not None else 0.0
+            estimate = self.runner.estimate(run) if budget.seconds is not None else 0.0
             if not budget.fits(estimate):
-                self.study.give_back(claim)
-                expected = format_duration(budget.expected(estimate))
-                left = format_duration(max(0.0, budget.left))
+                expected, left = format_duration(budget.expected(estimate)), format_duration(max(0.0, budget.left))
                 self.notes.append(f"the next trial takes about {expected}, and {left} of the budget are left")
                 return False
-            self.log(f"trial {claim.number}: {label(claim.settings)}")
-            self._try(claim, run, estimate)
-        except (KeyboardInterrupt, LoratuneError):
-            with suppress(LoratuneError):
-                self.study.give_back(claim)
-            raise
+            self.log(f"trial {record.number}: {label(record.settings)}")
+            self._try(record, run, estimate)
+        with self.study.locked():
+            results = self._results()
+            results.write(self.directory)
+            for trial in results.trials:  # so that a study keeps the adapters that could be chosen
+                if trial.verdict == WORSE and trial.adapter is not None:
+                    self._remove(trial.number)
         return True
 
-    def _try(self, claim: Claim, run: RunConfig, estimate: float) -> None:
-        """Train a trial and record what it came to."""
-        output = self._adapter(claim.number)
-        self.request.budget.begin()
-        reporter = replace(
-            self.reporter, progress=Watched(self.reporter.progress, self.study, claim, self.request.halving)
-        )
-        if not self.is_first:
+    def _try(self, record: TrialRecord, run: RunConfig, estimate: float) -> None:
+        """Train a trial and record its result."""
+        budget, output = self.request.budget, self._adapter(record.number)
+        progress = TrialProgress(self.reporter.progress, self.study, record, halving=self.request.halving)
+        reporter = replace(self.reporter, progress=progress)
+        if budget.begun:
             reporter = replace(reporter, plan=lambda plan: self.log(str(plan.count)))
-        self.is_first = False
+        budget.begun += 1
         try:
-            outcome = self.bench.train(run, output, reporter)
+            outcome = self.runner.train(run, output, reporter)
         except Exception as error:
             if (failed := failure(error)) is None:
                 raise
-            self._fail(claim, *failed)
+            self._fail(record, *failed)
         else:
-            if not outcome.is_resumed:
-                self.request.budget.add(estimate, outcome.seconds)
-            self.study.finish(claim, recorded(outcome, run, self.request.grid.keys), outcome.losses.loss)
+            if not outcome.is_resumed and estimate > 0:
+                budget.ratios.append(outcome.seconds / estimate)
+            self.study.finish(record, outcome.record(run, self.request.grid.keys), outcome.losses.loss)
         finally:
-            self.bench.take_off()
-        directory = self.request.directory
-        with self.study.choosing(), explain_full_disk("the results", 100_000, directory, "make room"):
-            results = self._results()
-            results.write(directory)
-            self._remove_worse(results)
+            self.runner.remove_adapter()
 
-    def _fail(self, claim: Claim, outcome: str, why: str) -> None:
+    def _fail(self, record: TrialRecord, state: str, why: str) -> None:
         """Record a trial that has no adapter, and remove what it left."""
-        self.log(f"trial {claim.number}: {outcome}: {why}")
-        self._remove(claim.number)
-        self.study.finish(claim, {"note": why}, None, outcome)
+        self.log(f"trial {record.number}: {state}: {why}")
+        self._remove(record.number)
+        self.study.finish(record, {"note": why}, None, state)
 
     def _adapter(self, number: int) -> Path:
-        """Where the adapter of a trial is: under the name that its winner will have, which the card mentions.
-
-        Raises:
-            ConfigError: A link leads there, and adapters would be replaced and removed outside the study.
-        """
-        output = self.request.directory / TRIALS / f"{number:04}" / self.name
+        """Where the adapter of a trial is: under the name of `output_dir`, which its card mentions. Raises ConfigError:
+        a link leads there, so adapters would be replaced and removed outside the study."""
+        output = self.directory / TRIALS / f"{number:04}" / self.name
         for path in (*reversed(output.parents[:3]), output):
-            check_directory(path)
+            check_kind(path)
         return output
-
-    def _results(self) -> StudyResults:
-        """What the study came to so far. Raises ResumeError: the storage holds what no sweep has written."""
-        rows, total = self.bench.compared_rows
-        found, losses = [], dict[int, RowLosses]()
-        try:
-            for record in self.study.records():
-                found.append(self._trial(record))
-                if record.state == DONE:
-                    losses[record.number] = RowLosses.unpacked(record.result["rows"])
-            first = next(iter(losses.values()), None)
-            if any(len(one.nats) != rows or not first or not one.is_of_rows_of(first) for one in losses.values()):
-                raise ValueError("other rows than those of the sweep")
-        except (KeyError, ValueError, TypeError):
-            what, fix = "the study holds what no sweep has written", "move the study away, and start again"
-            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
-        base = Path(self.request.run.config.model.name_or_path).name
-        measured: dict[str, Any] = {"unit": self.bench.measure.unit, "measured_by": self.bench.measured_by}
-        return StudyResults(self.name, base, self.request.grid.keys, rows, total, rank(found, losses), **measured)
-
-    def _trial(self, record: TrialRecord) -> TrialResult:
-        result, adapter = record.result, self._adapter(record.number)
-        return trial_result(
-            number=record.number,
-            settings=record.settings,
-            values=result.get("values", {}),
-            state=record.state,
-            seconds=result.get("seconds"),
-            steps=result.get("steps"),
-            adapter_bytes=result.get("adapter_bytes"),
-            unrelated=result.get("unrelated"),
-            adapter=str(adapter) if is_directory(adapter) and record.state == DONE else None,
-            note=result.get("note", ""),
-        )
-
-    def _remove_worse(self, results: StudyResults) -> None:
-        """Remove the adapters that are worse than the best one, so that a study keeps those that could be chosen."""
-        for trial in results.trials:
-            if trial.verdict == WORSE and trial.adapter is not None:
-                self._remove(trial.number)
 
     def _remove(self, number: int) -> None:
         """Remove what a trial wrote, and nothing else."""
@@ -255,36 +281,69 @@ class _Sweep:
                 self.log(f"{path} is kept: no trial wrote it")
             output.parent.rmdir()
 
-    def _end(self, stop: KeyboardInterrupt | None) -> Swept:
-        """Publish the winner, unless there is more to come."""
-        results, output = self._results(), self.request.run.directory
-        running = results.count("running")
-        if stop is not None:
-            self.notes.append("nothing is published yet; the same command goes on")
-        elif running:
-            self.notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
-        elif results.winner is not None:
-            if self._publish(results.winner, output):
-                results = replace(results, published=str(output.output))
-            waiting = [trial for trial in results.trials if trial.state == "waiting"]
-            own = [one for one in waiting if self.wanted is None or label(one.settings) in self.wanted]
-            if own:
-                self.notes.append(f"{plural(len(own), 'trial')} left; the same command with --overwrite goes on")
-            if self.untried:
-                left = plural(self.untried, "combination")
-                self.notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
-            if others := len(waiting) - len(own):
-                self.notes.append(f"{plural(others, 'trial')} of other values left, for the command that named them")
-        elif results.count("waiting"):
-            self.notes.append("nothing is published, as no trial has an adapter yet; the same command goes on")
-        else:
-            results.write(self.request.directory)
-            raise _nothing(results)
-        results.write(self.request.directory)
-        return Swept(results, self.request.directory, self.bench.example_prompt, stop, self.notes)
+    def _results(self) -> StudyResults:
+        """The trials as the storage has them, compared. Raises ResumeError: no sweep has written that."""
+        runner, records = self.runner, self.study.records()
+        try:
+            losses = {one.number: RowLosses.unpacked(one.result["rows"]) for one in records if one.state == DONE}
+            first = next(iter(losses.values()), None)
+            if any(len(one.nats) != runner.rows or not first or not one.has_rows_of(first) for one in losses.values()):
+                raise ValueError("other rows than those of the sweep")
+            trials = rank([self._trial(record) for record in records], losses)
+        except (KeyError, ValueError, TypeError):
+            what, fix = "the study holds what no sweep has written", "move the study away, and start again"
+            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
+        return StudyResults(
+            name=self.name,
+            base=Path(self.request.run.config.model.name_or_path).name,
+            keys=self.request.grid.keys,
+            rows=runner.rows,
+            total=runner.total,
+            trials=trials,
+            unit=runner.objective.unit,
+            measured_by=runner.described,
+        )
 
-    def _publish(self, winner: TrialResult, directory: RunDirectory) -> bool:
-        """Put a copy of the winner's adapter in the place of the output directory, whole or not at all.
+    def _trial(self, record: TrialRecord) -> TrialResult:
+        adapter, shown = self._adapter(record.number), ("seconds", "steps", "adapter_bytes", "unrelated", "note")
+        known: dict[str, Any] = {name: record.result[name] for name in shown if name in record.result}
+        kept = str(adapter) if is_directory(adapter) and record.state == DONE else None
+        values = record.result.get("values", {})
+        return TrialResult(record.number, record.settings, values, record.state, adapter=kept, **known)
+
+    def _finish(self, stop: KeyboardInterrupt | None) -> SweepResult:
+        """Publish the best adapter, unless there is more to come."""
+        results, notes = self._results(), self.notes
+        if stop is not None:
+            notes.append("nothing is published yet; rerun the same command to resume")
+        elif running := results.count("running"):
+            notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
+        elif results.winner is not None:
+            if self._publish(results.winner):
+                results = replace(results, published=str(self.request.run.directory.output))
+            self._note_untried(results)
+        elif results.count("waiting"):
+            notes.append("nothing is published, as no trial has an adapter yet; rerun the same command to resume")
+        results.write(self.directory)
+        if stop is None and results.count("running", "waiting", DONE) == 0:
+            raise _nothing(results)
+        split = self.request.run.rows
+        prompt = card.example_prompt(split.train) if split is not None else "PROMPT"
+        return SweepResult(results, self.directory, prompt, stop, notes)
+
+    def _note_untried(self, results: StudyResults) -> None:
+        waiting = [label(trial.settings) for trial in results.trials if trial.state == "waiting"]
+        own = len(waiting) if self.wanted is None else len(self.wanted.intersection(waiting))
+        if own:
+            self.notes.append(f"{plural(own, 'trial')} left; the same command with --overwrite continues")
+        if self.untried:
+            left = plural(self.untried, "combination")
+            self.notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
+        if others := len(waiting) - own:
+            self.notes.append(f"{plural(others, 'trial')} of other values left, for the command that named them")
+
+    def _publish(self, winner: TrialResult) -> bool:
+        """Copy the best adapter to the output directory, whole or not at all.
 
         Returns:
             Whether it is there; it may be on another machine.
@@ -292,35 +351,19 @@ class _Sweep:
         Raises:
             AdapterError: It is missing or damaged.
         """
-        source = self._adapter(winner.number)
-        records = self.study.records()
-        kept = next(one for one in records if one.number == winner.number)
-        owner, recorded_digest = kept.host, kept.result.get(DIGEST)
-        if owner != host() and not is_directory(source):
-            where = f"the adapter of trial {winner.number}, the best, is on {owner}, in {kept.place}"
+        source, directory, records = self._adapter(winner.number), self.request.run.directory, self.study.records()
+        best = next(one for one in records if one.number == winner.number)
+        if best.host != host() and not is_directory(source):
+            where = f"the adapter of trial {winner.number}, the best, is on {best.host}, in {best.place}"
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
-        record, present = source / RECORD_FILE, directory.output / RECORD_FILE
+        present = directory.output / RECORD_FILE
         if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
-            if found == recorded_digest:
+            if found == best.result.get(DIGEST):
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
-        try:
-            AdapterDirectory.open(source)
-            if sha256(record) != recorded_digest:
-                what = "it is not the one that the trial made"
-                raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source)))
-        except AdapterError as error:
-            what = f"the adapter of trial {winner.number}, the best, cannot be used: {error.problems[0].what}"
-            elsewhere = kept.place not in ("", self.study.place)
-            fix = f"it was made in {kept.place}: put it back; or " if elsewhere else ""
-            fix += "move the study away, and start again"
-            raise AdapterError(Problem(Code.SWEEP_WINNER_MISSING, what, str(source), fix=fix)) from None
-        size = sum(path.stat().st_size for path in source.rglob("*"))
-        with (
-            run_dir.locked(directory),
-            explain_full_disk("the adapter directory", size, directory.partial, "make room"),
-        ):
+        self._check_adapter(source, best)
+        with run_dir.locked(directory):
             directory.prepare(resume=False)
             directory.create_staging()
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
@@ -328,15 +371,25 @@ class _Sweep:
                 self.log(f"{path} is kept: this run did not write it")
         return True
 
+    def _check_adapter(self, source: Path, best: TrialRecord) -> None:
+        """Raises AdapterError: the adapter of the best trial is missing, damaged, or not the one that was recorded."""
+        try:
+            AdapterDirectory.open(source)
+            if sha256(source / RECORD_FILE) != best.result.get(DIGEST):
+                raise AdapterError(Problem(Code.SWEEP_STORAGE, "it is not the one that the trial made", str(source)))
+        except AdapterError as error:
+            what = f"the adapter of trial {best.number}, the best, cannot be used: {error.problems[0].what}"
+            is_elsewhere = best.place not in ("", self.study.place)
+            fix = f"it was made in {best.place}: put it back; or " if is_elsewhere else ""
+            fix += "move the study away, and start again"
+            raise AdapterError(Problem(Code.SWEEP_STORAGE, what, str(source), fix=fix)) from None
+
 
 def _nothing(results: StudyResults) -> LoratuneError:
     """The error of a study without an adapter."""
-    states = dict.fromkeys(trial.state for trial in results.trials)
-    what = (
-        f"no trial has an adapter: {', '.join(f'{results.count(state)} {state}' for state in states) or 'none was run'}"
-    )
-    if notes := [trial.note for trial in results.trials if trial.note]:
-        what += f"; the first: {notes[0]}"
+    states = [*dict.fromkeys(trial.state for trial in results.trials)]
+    counts = ", ".join(f"{results.count(state)} {state}" for state in states) or "none was run"
+    first = next((f"; the first: {trial.note}" for trial in results.trials if trial.note), "")
     fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
-    kind = ResourceError if [*states] == ["out of memory"] else NumericError
-    return kind(Problem(Code.SWEEP_ALL_FAILED, what, grids.OPTION, fix=fix))
+    problem = Problem(Code.SWEEP_ALL_FAILED, f"no trial has an adapter: {counts}{first}", grids.OPTION, fix=fix)
+    return ResourceError(problem) if states == ["out of memory"] else NumericError(problem)

@@ -1,15 +1,16 @@
-"""The study of a sweep: which trials there are, who works on which, and what they came to. Optuna stores it.
+"""The study of a sweep in Optuna's storage: its trials, who works on which, and their results.
 
-Several processes share one study. On one machine, a lock on a file beside the study is held while a process chooses its
-next trial, and another one while it works on it; the kernel releases both when the process ends, in whatever way, so
-that a trial whose lock is free has been abandoned. Other machines, which see the storage alone, tell that from the time
-at which the process last showed that it lives.
-
-A trial that was abandoned or interrupted is put into the queue again, and goes on from its checkpoint in its directory.
+The storage is a journal in `<output_dir>.study/`, or a database that several machines share. A process claims a trial
+by setting it to running, which Optuna does atomically, and holds a lock named after the trial's directory as long as it
+works there. So on one machine a running trial whose lock is free was abandoned; on other machines that is known by the
+heartbeats in the database. Optuna's retry callback puts an abandoned trial into the queue again, and it continues from
+the checkpoint in its directory.
 """
 
 import fcntl
+import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,36 +19,261 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import TPESampler
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import JournalStorage, RDBStorage, RetryHeartbeatStaleTrialCallback, fail_stale_trials
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy import create_engine, inspect
+from sqlalchemy.exc import OperationalError
 
 from loratune.codes import Code
 from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import (
-    IDENTITY,
-    JOURNAL,
-    LOCKS,
-    check_place,
-    explained,
-    open_study,
-    other_study,
-    without_password,
+from loratune.errors import (
+    ConfigError,
+    LockedError,
+    LoratuneError,
+    LostError,
+    Problem,
+    ResourceError,
+    ResumeError,
+    is_disk_full,
 )
-from loratune.errors import ConfigError, LoratuneError, Problem
-from loratune.system.files import open_lock
+from loratune.evaluation import study_results
+from loratune.system.files import is_incidental_file, kind, open_lock, path_problem, try_lock
 from loratune.system.launcher import host
 
-SETTINGS, RESULT, OUTCOME = "settings", "result", "outcome"
-_FIRST, _HOST, _PLACE, _ALIVE = "first", "host", "place", "alive"
-"""Names under which the storage keeps what belongs to a study and to a trial."""
-_SHOWS_EVERY, _SILENT = 60.0, 1800.0
-"""Seconds between signs of life, and without one after which another machine's process counts as gone."""
-_FOREIGN = "it holds what no sweep has written"
-_MOST_DUPLICATES = 50
-"""Draws in a row that were all tried before, after which nothing new is to be expected."""
+JOURNAL, LOCKS, TRIALS = "journal.log", "locks", "trials"
+_UNFINISHED = f"{JOURNAL}.unfinished"
+_KINDS = dict.fromkeys((JOURNAL, f"{JOURNAL}.lock", _UNFINISHED, study_results.FILE), "a file")
+_KINDS |= dict.fromkeys((LOCKS, TRIALS), "a directory")
+"""What the directory of a study holds."""
+_BEGUN, _IDENTITY = "begun_by_sweep", "identity"
+"""Attributes of a study: the mark of a journal of ours, and the settings and fingerprints that all trials share."""
+_SETTINGS, _FIRST, _HOST, _PLACE, _RESULT, _OUTCOME = "settings", "first", "host", "place", "result", "outcome"
+"""Attributes of a trial; `first` is the number under which its directory was made, before it was retried."""
+_CREATE_STUDY, _SET_STUDY_ATTRIBUTE = 0, 2
+"""Codes of operations in a journal of Optuna's."""
+_TABLES = {"studies", "version_info", "alembic_version"}
+"""The tables that Optuna makes first, and their versions."""
+_BEATS_EVERY, _GRACE = 60, 1800
+"""Seconds between heartbeats, and without one after which a trial of another machine counts as abandoned."""
+_MAX_DUPLICATES = 50
+"""Draws in a row that were all tried before, after which no new one is expected."""
+_NO_SQLITE = ("unable to open database file", "file is not a database")
+_LOCKED = re.compile(r"(?i)\b(?:dead)?lock(?:ed)?\b")
+_PASSWORD = re.compile(r"(?i)((?:password|passwd|pwd|secret|token)=)([^&#\s]+)")
+_FOREIGN = "the study holds what no sweep has written"
 
-optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+
+def study_directory(output: Path) -> Path:
+    """The directory of the study of an output directory."""
+    return output.with_name(f"{output.name}.study")
+
+
+def check_kind(path: Path, right: str = "a directory") -> None:
+    """Raises ConfigError: a link, or something else, has the name of a directory or file of a study, so that files
+    outside it would be written, replaced or removed."""
+    if (found := kind(path)) not in ("", right):
+        raise _foreign(f"is {found} in place of {right} of the study", path)
+
+
+def check_place(directory: Path, name: str, url: str | None) -> None:
+    """Check that the place of a study holds one, or nothing. Nothing is changed.
+
+    Args:
+        directory: The directory of the study.
+        name: The name of the study.
+        url: The URL of its database; None for the journal.
+
+    Raises:
+        ConfigError: Something else is there, a link, or the journal of another study; or the URL is not valid.
+        ResumeError: The journal is damaged.
+        LockedError, LostError: The database is locked, or cannot be reached.
+    """
+    if url is not None:
+        _check_database(url)
+    check_kind(directory)
+    names = {path.name for path in directory.iterdir()} if kind(directory) else set()
+    if not _KINDS.keys() & names and (others := sorted(one for one in names if not is_incidental_file(one))):
+        raise _foreign(f"holds {others[0]}, and no study", directory)
+    for own in sorted(_KINDS.keys() & names):
+        check_kind(directory / own, _KINDS[own])
+    for parent, right in ((LOCKS, "a file"), (TRIALS, "a directory")):
+        for path in sorted((directory / parent).iterdir()) if parent in names else ():
+            if parent == LOCKS or path.name.isdecimal():
+                check_kind(path, right)
+    if study_results.FILE in names:
+        study_results.StudyResults.read(directory)
+    if JOURNAL in names and url is None:
+        _check_journal(directory / JOURNAL, name)
+
+
+def _foreign(what: str, path: Path) -> ConfigError:
+    fix = "move it away, or choose another output_dir"
+    return ConfigError(Problem(Code.SWEEP_STORAGE, what, str(path), fix=fix))
+
+
+def _check_journal(path: Path, name: str) -> None:
+    """Check each line of a journal but an incomplete last one, which the next line replaces."""
+    created, is_begun = "", False
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            operation = _operation(line)
+            code, attributes = operation.get("op_code"), operation.get("user_attr")
+            if number == 1 and code == _CREATE_STUDY:
+                created = str(operation.get("study_name", ""))
+            if not created:
+                break
+            if line.endswith(b"\n") and not isinstance(code, int):
+                what, fix = "the study is damaged", "restore it, or move the study away, and start again"
+                raise ResumeError(Problem(Code.SWEEP_STORAGE, what, f"{path}:{number}", fix=fix))
+            if code == _SET_STUDY_ATTRIBUTE and isinstance(attributes, dict):
+                is_begun |= not attributes.keys().isdisjoint((_BEGUN, _IDENTITY))
+    if not created:
+        raise _foreign("is not the journal of a study", path)
+    if created != name:
+        what = f"is the study of an output_dir called {created!r}, and this one is called {name!r}"
+        fix = "name it as it was, or move the study away"
+        raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(path.parent), fix=fix))
+    if not is_begun:
+        raise _other_program(name, str(path))
+
+
+def _operation(line: bytes) -> dict[str, Any]:
+    """A line of a journal as an operation; empty if it is not one, or incomplete."""
+    try:
+        values = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _other_program(name: str, where: str) -> ConfigError:
+    what = f"holds a study called {name!r} that no sweep has begun"
+    fix = "choose another output_dir, after which a study is named, or another database"
+    return ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, where, fix=fix))
+
+
+def _check_database(url: str) -> None:
+    """Raises LoratuneError: the URL is not valid, is of a database in memory, or of a file of something else."""
+    try:
+        engine = create_engine(url)
+    except Exception as error:  # of sqlalchemy, or of a missing or broken client of the database
+        raise _no_database(f"is not the URL of a database that can be opened here: {_first_line(error)}", url) from None
+    if engine.name != "sqlite":
+        return
+    path = engine.url.database or ""
+    if not path.strip("/") or path == ":memory:":
+        raise _no_database("is a database in memory, so the study would be lost when the command ends", url)
+    if path.startswith("file:") or "uri" in engine.url.query:
+        raise _no_database("is a URI of SQLite; write a path, which shows which file it is", url)
+    if problem := path_problem(path):
+        raise _no_database(problem, url)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise _no_database("is in a directory that does not exist", url)
+    try:
+        found = {*inspect(engine).get_table_names()} if os.path.exists(path) else set()
+    except Exception as error:
+        raise _explained(error, without_password(url, url), url) from error
+    if found and not _TABLES & found:
+        raise _no_database("is a database of something else", url)
+
+
+def _no_database(what: str, url: str) -> ConfigError:
+    fix = "write sqlite:///study.db for a file, and install the client of any other database"
+    where, what = without_password(url, url), without_password(what, url)
+    return ConfigError(Problem(Code.SWEEP_STORAGE, what, where, "--storage", fix))
+
+
+def _explained(error: Exception, where: str, url: str | None) -> LoratuneError:
+    """The error of a storage that cannot be read or written.
+
+    Args:
+        error: What the file system, Optuna, SQLAlchemy or the client of a database has raised.
+        where: The journal, or the URL without passwords.
+        url: The URL of the database; None for the journal.
+    """
+    if is_disk_full(error):
+        return ResourceError(Problem(Code.SYSTEM_DISK_FULL, "no room for the study", where, fix="make room"))
+    if any(words in str(error) for words in _NO_SQLITE):
+        return _no_database(f"cannot be opened: {_first_line(error)}", str(url))
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    of_database = next((str(one.orig) for one in causes if isinstance(one, OperationalError)), "")
+    if _LOCKED.search(of_database):
+        what, fix = "another program has locked the database of the study", "wait until it ends, then rerun the command"
+        return LockedError(Problem(Code.SYSTEM_LOCKED, what, where, "--storage", fix))
+    reason = without_password(_first_line(error), url) or type(error).__name__
+    what, fix = f"the study cannot be read or written: {reason}", "repair it, then rerun the same command to resume"
+    is_unreachable = of_database and not str(url).startswith("sqlite")
+    return (LostError if is_unreachable else ResumeError)(Problem(Code.SWEEP_STORAGE, what, where, fix=fix))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def without_password(text: str, url: str | None) -> str:
+    """A text that may mention the URL of a database, with `***` in place of the passwords in that URL."""
+    if url is None:
+        return text
+    credentials = url.partition("://")[2].rpartition("@")[0] if "://" in url else url.rpartition("@")[0]
+    parts = credentials.partition(":")[2], credentials.rpartition(":")[2]
+    for secret in filter(None, (credentials, *parts, *(match[2] for match in _PASSWORD.finditer(url)))):
+        text = text.replace(secret, "***")
+    return _PASSWORD.sub(r"\g<1>***", text)
+
+
+class _JournalLock(JournalFileOpenLock):
+    """Optuna's lock on a journal. It also removes an incomplete last line, which a full disk or a power cut leaves: the
+    next line would be appended to it, and neither could be read."""
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._journal = path
+
+    def acquire(self) -> bool:
+        """Wait for the lock."""
+        super().acquire()
+        try:
+            with self._journal.open("rb+") as file:
+                if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n":
+                    file.seek(0)
+                    file.truncate(file.read().rfind(b"\n") + 1)
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+
+def _open_journal(directory: Path, name: str) -> JournalStorage:
+    """The journal of a study. A new one appears with the mark that shows whose it is, or not at all."""
+    path, unfinished = directory / JOURNAL, directory / _UNFINISHED
+    if not path.exists():
+        unfinished.unlink(missing_ok=True)
+        storage = JournalStorage(JournalFileBackend(str(unfinished), lock_obj=_JournalLock(unfinished)))
+        optuna.create_study(study_name=name, storage=storage).set_user_attr(_BEGUN, True)
+        unfinished.rename(path)
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path)))
+
+
+def _open_database(url: str) -> RDBStorage:
+    """The database; its tables may be missing at first because another process is making them at this moment."""
+    arguments: dict[str, Any] = {"heartbeat_interval": _BEATS_EVERY, "grace_period": _GRACE}
+    arguments["heartbeat_stale_trial_callback"] = _enqueue_again
+    try:
+        return RDBStorage(url, **arguments)
+    except Exception:  # of whatever client the database has
+        time.sleep(1)
+        return RDBStorage(url, **arguments)
+
+
+def _enqueue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Put a trial that failed without a result into the queue again, under the number of its directory."""
+    trial.set_user_attr(_FIRST, trial.user_attrs.get(_FIRST, trial.number))
+    RetryHeartbeatStaleTrialCallback()(study, trial)
 
 
 @dataclass(frozen=True)
@@ -55,291 +281,255 @@ class TrialRecord:
     """A trial as the storage has it.
 
     Attributes:
-        number: Of its directory and of the table.
+        number: The number of its directory, and in the table.
         settings: What it tries.
-        state: `waiting`, `running`, `done`, or why there is no adapter: `diverged`, `worse than base`,
-            `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
-        loss: The held-out loss; None without an adapter.
+        state: `waiting`, `running`, `done`, or why there is no adapter, see `TrialResult.state`.
         result: What else is known of it.
         host: The machine that worked on it.
-        place: The directory there in which the study was.
+        place: The directory of the study on that machine.
+        optuna_number: Its number in Optuna's storage, which is another one after a retry.
     """
 
     number: int
     settings: Settings
     state: str
-    loss: float | None
     result: dict[str, Any]
     host: str
     place: str
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A trial that this process works on.
-
-    Attributes:
-        trial: Optuna's.
-        number: See `TrialRecord`.
-        settings: What it tries.
-    """
-
-    trial: Trial
-    number: int
-    settings: Settings
+    optuna_number: int
 
 
 class Study:
-    """A study in a storage, as one process sees it."""
+    """A study in a storage, as one process sees it.
 
-    def __init__(self, directory: Path, name: str, storage: str | None, *, halving: bool, seed: int):
+    Attributes:
+        directory: The directory of the study, where its trials work on this machine.
+        where: The journal, or the URL of the database without passwords.
+        place: `directory`, absolute and without links.
+    """
+
+    def __init__(self, directory: Path, name: str, url: str | None, *, halving: bool, seed: int):
         """Open a study, or begin one.
 
         Args:
-            directory: Where its trials work, on this machine.
-            name: Of the study in the storage.
-            storage: The URL of a database; None for a file in `directory`.
+            directory: See above.
+            name: The name of the study in the storage.
+            url: The URL of a database; None for a journal in `directory`.
             halving: Whether trials may be stopped early, by successive halving.
-            seed: Of what is drawn from ranges.
+            seed: The seed of what is drawn from ranges.
 
         Raises:
-            ConfigError: The storage is in memory; what is in the place of the study is none, or one of another name.
-            LoratuneError: The storage cannot be opened, see `storage.explained`.
+            LoratuneError: See `check_place`; or the storage cannot be opened.
         """
-        check_place(directory, name, storage)
-        self.directory, self.name, self._seed, self._url = directory, name, seed, storage
-        self.is_shared_by_machines = storage is not None and not storage.startswith("sqlite")
-        self.where = str(directory / JOURNAL) if storage is None else without_password(storage, storage)
-        self._locks: dict[int, ExitStack] = {}
-        self._shown = time.monotonic()
+        check_place(directory, name, url)
+        self.directory, self.name, self._url, self._seed = directory, name, url, seed
+        self.where = str(directory / JOURNAL) if url is None else without_password(url, url)
+        self.place = str(directory.resolve())
+        self._last_beat = 0.0
         pruner = optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner()
-        with self._storage():
+        with self._explaining():
             (directory / LOCKS).mkdir(parents=True, exist_ok=True)
-            with self.choosing():
-                self._study = open_study(directory, name, storage, pruner)
+            with self.locked():
+                self._storage = _open_journal(directory, name) if url is None else _open_database(url)
+                is_new = name not in optuna.get_all_study_names(self._storage)
+                opened = optuna.create_study if is_new else optuna.load_study
+                self._study = opened(study_name=name, storage=self._storage, pruner=pruner)
+                self._id = self._storage.get_study_id_from_name(name)
 
     @contextmanager
-    def _storage(self) -> Iterator[None]:
-        """Raises LoratuneError: something is wrong with the storage, see `storage.explained`."""
+    def _explaining(self) -> Iterator[None]:
+        """Raises LoratuneError: something is wrong with the storage, see `_explained`."""
         try:
             yield
-        except (LoratuneError, KeyboardInterrupt, optuna.TrialPruned):
+        except LoratuneError:
             raise
-        except Exception as error:  # of the file system, of optuna, of sqlalchemy, of a database's own client
-            raise explained(error, self.where, self._url) from error
+        except Exception as error:  # of the file system, Optuna, SQLAlchemy, or a database's own client
+            raise _explained(error, self.where, self._url) from error
 
     @contextmanager
-    def choosing(self) -> Iterator[None]:
-        """Inside, no other process on this machine chooses a trial, publishes, or removes adapters."""
-        with open_lock(self.directory / LOCKS / "choosing", os.O_RDWR | os.O_CREAT) as file:
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process on this machine claims a trial, publishes, or removes adapters."""
+        with open_lock(self.directory / LOCKS / "study", os.O_RDWR | os.O_CREAT) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
     def check(self, identity: Mapping[str, Any], *, record: bool) -> None:
-        """Compare what the study is of with what is recorded.
+        """Compare the identity of the study with the recorded one.
 
         Args:
-            identity: Of the study, or a part of that.
-            record: Whether to record it, if nothing is recorded yet.
+            identity: The settings and fingerprints that its trials share, or a part of them.
+            record: Whether to record it if there is none yet.
 
         Raises:
-            ConfigError: It is of something else.
+            ConfigError: It is the study of something else.
         """
-        with self._storage(), self.choosing():
-            recorded = self._study.user_attrs.get(IDENTITY)
-            if recorded is None and (self._trials() or self._study.directions != [StudyDirection.MINIMIZE]):
-                raise other_study(self.name, self.where)
-            if recorded is None and not record:
-                return
+        with self._explaining(), self.locked():
+            recorded = self._study.user_attrs.get(_IDENTITY)
             if recorded is None:
-                self._study.set_user_attr(IDENTITY, dict(identity))
+                if self._trials() or self._study.directions != [StudyDirection.MINIMIZE]:
+                    raise _other_program(self.name, self.where)
+                if record:
+                    self._study.set_user_attr(_IDENTITY, dict(identity))
                 return
             if not isinstance(recorded, dict):
                 raise TypeError(_FOREIGN)
         if other := [name for name in identity if recorded.get(name) != identity[name]]:
-            fix = "choose another output_dir, or move the study away"
             what = f"is a study of other settings than these: {', '.join(other)}"
+            fix = "choose another output_dir, or move the study away"
             raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(self.directory), fix=fix))
 
     def enqueue(self, combinations: Sequence[Settings]) -> None:
         """Put combinations that the study does not have into its queue, in their order."""
-        with self._storage(), self.choosing():
+        with self._explaining(), self.locked():
             known = {label(record.settings) for record in self.records()}
             for settings in combinations:
                 if label(settings) not in known:
-                    self._study.enqueue_trial({}, user_attrs={SETTINGS: settings})
+                    self._study.enqueue_trial({}, user_attrs={_SETTINGS: settings})
 
     def records(self) -> list[TrialRecord]:
-        """The trials, but for those that were put into the queue again, in the order of their numbers."""
-        with self._storage():
+        """The trials in the order of their numbers: of each settings the first, as two machines that begin a study at
+        once may both put them into the queue."""
+        with self._explaining():
             found = [_record(trial) for trial in self._trials() if _is_of_study(trial)]
-        return sorted(found, key=lambda record: record.number)
+        first = dict[str, TrialRecord]()
+        for record in sorted(found, key=lambda one: (one.number, one.optuna_number)):
+            first.setdefault(label(record.settings), record)
+        return [*first.values()]
 
     def _trials(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
-    def claim(self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None) -> Claim | None:
-        """The next trial to work on.
+    @contextmanager
+    def claim(self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None) -> Iterator[TrialRecord | None]:
+        """The next trial, which inside belongs to this process. Without a result it returns to the queue at the end.
 
         Args:
-            wanted: The labels of those to be tried; None where values are drawn.
+            wanted: The labels of the settings to try; None where values are drawn.
             axes: What values are drawn for.
-            most: Trials of the whole study, at most; None for any number.
+            most: How many trials the study may have where values are drawn; None for any number.
 
         Returns:
             The trial; None if there is nothing left to do for this process.
         """
-        with self._storage(), self.choosing():
-            self._give_back_abandoned()
-            others = list[Claim]()  # what other commands wait for stays in the queue
+        with ExitStack() as held:
+            with self._explaining(), self.locked():
+                record = self._next(wanted, axes, most, held)
             try:
-                for _ in range(_MOST_DUPLICATES if wanted is None else len(self._trials())):
-                    waiting = any(trial.state == TrialState.WAITING for trial in self._trials())
-                    if not waiting and (wanted is not None or (most is not None and len(self.records()) >= most)):
-                        return None
-                    claim = self._ask(axes)
-                    if self._is_tried(claim):
-                        continue
-                    if wanted is None or label(claim.settings) in wanted:
-                        self._hold(claim)
-                        return claim
-                    others.append(claim)
+                yield record
             finally:
-                for other in others:
-                    self._give_back(other.trial.number, other.trial.user_attrs)
+                if record is not None:
+                    with suppress(LoratuneError), self._explaining(), self.locked():
+                        self._return(record)
+
+    def _next(
+        self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None, held: ExitStack
+    ) -> TrialRecord | None:
+        self._return_abandoned()
+        records = self.records()
+        for record in records:
+            if record.state == "waiting" and (wanted is None or label(record.settings) in wanted):
+                if record.settings.keys() != {axis.key for axis in axes}:  # which would reach the config of a run
+                    raise ValueError(_FOREIGN)
+                if self._hold(record, held):
+                    return record
+        for _ in range(_MAX_DUPLICATES if wanted is None else 0):
+            if most is not None and len(records) >= most:
+                break
+            record = self._draw(axes)
+            is_known = any(label(one.settings) == label(record.settings) for one in records)
+            if not is_known and self._hold(record, held):
+                return record
+            self._study.tell(record.optuna_number, state=TrialState.FAIL)
         return None
 
-    def _ask(self, axes: Sequence[Axis]) -> Claim:
-        """The next trial of the queue, or one that is drawn."""
-        self._study.sampler = TPESampler(seed=self._seed + len(self._trials()), constant_liar=True)
+    def _draw(self, axes: Sequence[Axis]) -> TrialRecord:
+        self._study.sampler = optuna.samplers.TPESampler(seed=self._seed + len(self._trials()), constant_liar=True)
         trial = self._study.ask()
-        settings = trial.user_attrs.get(SETTINGS)
-        if settings is None:
-            settings = {axis.key: _drawn(trial, axis) for axis in axes}
-            trial.set_user_attr(SETTINGS, settings)
-        elif _settings(settings).keys() != {axis.key for axis in axes}:  # they would reach the config of a run
-            raise ValueError(_FOREIGN)
-        number = trial.user_attrs.get(_FIRST, trial.number)
-        trial.set_user_attr(_HOST, host())
-        trial.set_user_attr(_PLACE, self.place)
-        trial.set_user_attr(_ALIVE, time.time())
-        return Claim(trial, number, settings)
+        trial.set_user_attr(_SETTINGS, {axis.key: _drawn(trial, axis) for axis in axes})
+        return _record(self._trials()[trial.number])
 
-    def _is_tried(self, claim: Claim) -> bool:
-        """Whether an earlier trial has the same settings, as where two machines began a study; this one is dropped."""
-        same = [one for one in self._trials() if one.number < claim.trial.number and _is_of_study(one)]
-        if any(one.user_attrs.get(SETTINGS) == claim.settings for one in same):
-            self._drop(claim.trial.number)
-            return True
+    def _hold(self, record: TrialRecord, held: ExitStack) -> bool:
+        """Lock the directory of a trial and set the trial to running, unless another process has done so."""
+        trial = self._trial_id(record)
+        with ExitStack() as stack, suppress(UpdateFinishedTrialError):
+            is_free = stack.enter_context(try_lock(self._lock(record)))
+            if is_free and (
+                record.state == "running" or self._storage.set_trial_state_values(trial, TrialState.RUNNING)
+            ):
+                for name, value in ((_FIRST, record.number), (_HOST, host()), (_PLACE, self.place)):
+                    self._storage.set_trial_user_attr(trial, name, value)
+                self._last_beat = 0.0
+                self.show_life(record)
+                held.push(stack.pop_all())
+                return True
         return False
 
-    def _drop(self, number: int) -> None:
-        """Take a trial out of the study."""
-        self._study.tell(number, state=TrialState.FAIL)
+    def _trial_id(self, record: TrialRecord) -> int:
+        return self._storage.get_trial_id_from_study_id_trial_number(self._id, record.optuna_number)
 
-    def _hold(self, claim: Claim) -> None:
-        stack = ExitStack()
-        file = stack.enter_context(open_lock(self._lock(claim.number), os.O_RDWR | os.O_CREAT))
-        fcntl.flock(file, fcntl.LOCK_EX)
-        self._locks[claim.number] = stack
+    def _lock(self, record: TrialRecord) -> Path:
+        return self.directory / LOCKS / f"{record.number:04}"
 
-    @property
-    def place(self) -> str:
-        """The directory of the study, by which other commands on this machine find the locks on its trials."""
-        return str(self.directory.resolve())
+    def _return_abandoned(self) -> None:
+        fail_stale_trials(self._study)
+        for record in self.records():
+            is_here = self._url is None or (record.host, record.place) == (host(), self.place)
+            if record.state == "running" and is_here:
+                with try_lock(self._lock(record)) as is_free:
+                    if is_free:
+                        self._return(record)
 
-    def _lock(self, number: int, place: str = "") -> Path:
-        return Path(place or self.directory) / LOCKS / f"{number:04}"
+    def _return(self, record: TrialRecord) -> None:
+        """Put a trial into the queue again if it has no result."""
+        trial = self._study.get_trials()[record.optuna_number]
+        if trial.state == TrialState.RUNNING:
+            self._study.tell(record.optuna_number, state=TrialState.FAIL)
+            _enqueue_again(self._study, trial)
 
-    def _give_back_abandoned(self) -> None:
-        for trial in self._trials():
-            if trial.state == TrialState.RUNNING and self._is_abandoned(trial):
-                self._give_back(trial.number, trial.user_attrs)
+    def show_life(self, record: TrialRecord) -> None:
+        """Record a heartbeat in the database, at most once a minute."""
+        if isinstance(self._storage, RDBStorage) and time.monotonic() - self._last_beat > _BEATS_EVERY:
+            self._last_beat = time.monotonic()
+            with self._explaining():
+                self._storage.record_heartbeat(self._trial_id(record))
 
-    def _is_abandoned(self, trial: FrozenTrial) -> bool:
-        number = trial.user_attrs.get(_FIRST, trial.number)
-        if number in self._locks:
-            return False
-        owner = trial.user_attrs.get(_HOST)
-        if owner not in (None, host()):
-            return bool(time.time() - trial.user_attrs.get(_ALIVE, 0) > _SILENT)
-        if owner is None and self.is_shared_by_machines:
-            return trial.datetime_start is None or time.time() - trial.datetime_start.timestamp() > _SILENT
-        place = str(trial.user_attrs.get(_PLACE, ""))
-        with suppress(FileNotFoundError), open_lock(self._lock(number, place), os.O_RDONLY) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-        return True
+    def should_prune(self, record: TrialRecord, percent: int, loss: float) -> bool:
+        """Whether successive halving stops a trial. percent: how much of its steps were taken."""
+        with self._explaining():
+            trial = self._trial_id(record)
+            self._storage.set_trial_intermediate_value(trial, percent, loss)
+            return self._study.pruner.prune(self._study, self._storage.get_trial(trial))
 
-    def _give_back(self, number: int, attributes: Mapping[str, Any]) -> None:
-        """Put a trial into the queue again."""
-        if SETTINGS in attributes:
-            kept = {SETTINGS: attributes[SETTINGS], _FIRST: attributes.get(_FIRST, number)}
-            self._study.enqueue_trial({}, user_attrs=kept)
-        self._drop(number)
-
-    def give_back(self, claim: Claim) -> None:
-        """Put a trial that this process could not end into the queue again."""
-        with self._storage(), self.choosing():
-            if self._trials()[claim.trial.number].state == TrialState.RUNNING:  # a signal may come once it has ended
-                self._give_back(claim.trial.number, claim.trial.user_attrs)
-            self._release(claim)
-
-    def show_life(self, claim: Claim) -> None:
-        """Let other machines know that a trial is being worked on."""
-        if self.is_shared_by_machines and time.monotonic() - self._shown > _SHOWS_EVERY:
-            self._shown = time.monotonic()
-            with self._storage():
-                claim.trial.set_user_attr(_ALIVE, time.time())
-
-    def is_hopeless(self, claim: Claim, percent: int, loss: float) -> bool:
-        """Whether successive halving stops a trial. percent: of its steps that were taken."""
-        with self._storage():
-            claim.trial.report(loss, percent)
-            return claim.trial.should_prune()
-
-    def finish(self, claim: Claim, result: Mapping[str, Any], loss: float | None, outcome: str = "") -> None:
-        """Record what a trial came to. loss: None without an adapter; then `outcome` says why."""
-        with self._storage(), self.choosing():
-            claim.trial.set_user_attr(RESULT, dict(result))
+    def finish(self, record: TrialRecord, result: Mapping[str, Any], loss: float | None, outcome: str = "") -> None:
+        """Record the result of a trial. loss: None without an adapter; then `outcome` is its state."""
+        with self._explaining(), self.locked(), suppress(UpdateFinishedTrialError):  # another machine has retried it
+            trial = self._trial_id(record)
+            self._storage.set_trial_user_attr(trial, _RESULT, dict(result))
             if outcome:
-                claim.trial.set_user_attr(OUTCOME, outcome)
-            if loss is None:  # as pruned, it counts as bad where further ones are drawn
-                self._study.tell(claim.trial, state=TrialState.PRUNED)
-            else:
-                self._study.tell(claim.trial, loss)
-            self._release(claim)
-
-    def _release(self, claim: Claim) -> None:
-        self._locks.pop(claim.number, ExitStack()).close()
+                self._storage.set_trial_user_attr(trial, _OUTCOME, outcome)
+            state = (
+                TrialState.COMPLETE if loss is not None else TrialState.PRUNED
+            )  # which counts as bad for later draws
+            self._study.tell(record.optuna_number, loss, state=state, skip_if_finished=True)
 
 
 def _is_of_study(trial: FrozenTrial) -> bool:
-    return SETTINGS in trial.user_attrs and trial.state != TrialState.FAIL
-
-
-def _settings(found: object) -> Settings:
-    """Settings as a storage has them. Raises ValueError: they are none."""
-    if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
-        raise ValueError(_FOREIGN)
-    return found
+    return _SETTINGS in trial.user_attrs and trial.state != TrialState.FAIL
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
-    """What a storage has of a trial. Raises ValueError: no sweep has written that."""
+    """A trial of a storage. Raises ValueError: no sweep has written it."""
     attributes = trial.user_attrs
-    states = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: "done"}
-    state = states.get(trial.state) or attributes.get(OUTCOME, "diverged")
-    loss = trial.value if trial.state == TrialState.COMPLETE else None
-    number, result = attributes.get(_FIRST, trial.number), attributes.get(RESULT, {})
-    owner, place = attributes.get(_HOST, ""), attributes.get(_PLACE, "")
-    settings = _settings(attributes[SETTINGS])
+    states = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: study_results.DONE}
+    state = states.get(trial.state) or attributes.get(_OUTCOME, "diverged")
+    number, result = attributes.get(_FIRST, trial.number), attributes.get(_RESULT, {})
+    owner, place, settings = attributes.get(_HOST, ""), attributes.get(_PLACE, ""), attributes[_SETTINGS]
+    are_settings = isinstance(settings, dict) and all(isinstance(one, str) for pair in settings.items() for one in pair)
     are_texts = all(isinstance(text, str) for text in (state, owner, place))
-    if not (are_texts and type(number) is int and 0 <= number <= trial.number and isinstance(result, dict)):
+    is_number = type(number) is int and 0 <= number <= trial.number
+    if not (are_settings and are_texts and is_number and isinstance(result, dict)):
         raise ValueError(_FOREIGN)
-    return TrialRecord(number, settings, state, loss, result, owner, place)
+    return TrialRecord(number, settings, state, result, owner, place, trial.number)
 
 
 def _drawn(trial: Trial, axis: Axis) -> str:

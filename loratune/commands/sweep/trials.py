@@ -1,0 +1,311 @@
+"""The base and the rows of a sweep, loaded once: one adapter after the other is attached, trained, scored and removed.
+
+A trial is `train` itself, with the loaded base and rows, in a directory of its own: its adapter has the bytes that
+`loratune train` would write. Afterwards every bit of the base is compared with what was loaded; where it differs, as
+after initializations that take a part out of it, the base is loaded again.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loratune.codes import Code
+from loratune.commands import measuring
+from loratune.commands import train as training
+from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
+from loratune.commands.sweep.study import Study, TrialRecord
+from loratune.commands.train import Reporter, Result
+from loratune.config import RunConfig, keys
+from loratune.data import ProgressFactory
+from loratune.data.packing import BatchLayout
+from loratune.errors import (
+    ConfigError,
+    DataError,
+    LoratuneError,
+    ModelError,
+    NumericError,
+    Problem,
+    ResumeError,
+    is_out_of_memory,
+)
+from loratune.evaluation.study_results import MAX_STEPS, RowLosses
+from loratune.lora import attach, tensors
+from loratune.lora.adapter_files import RECORD_FILE
+from loratune.model import load
+from loratune.model.reuse import BaseState
+from loratune.system.files import is_directory, sha256
+from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.training import auto, batching, final_score, objectives, preflight
+from loratune.training.batching import TokenizedDatasets
+from loratune.training.callbacks import Progress
+from loratune.training.continuing import EarlierRun
+from loratune.training.duration import Costs, seconds_per_operation
+from loratune.training.preflight import ValidatedRun
+from loratune.training.resume import find_resume_point
+from loratune.training.run_dir import RunDirectory
+
+DIGEST = "record"
+"""The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
+_MAX_ROWS = 2048
+"""Distinct held-out rows on which trials are compared, at most."""
+_OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
+_FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
+"""Numeric errors other than divergence → the state of the trial."""
+
+
+class TrialPruned(Exception):
+    """Successive halving stops a trial."""
+
+
+class TrialProgress:
+    """The progress of a trial, which is also reported to the study. Implements `callbacks.Progress`."""
+
+    def __init__(self, progress: Progress, study: Study, record: TrialRecord, *, halving: bool):
+        self._progress, self._study, self._record, self._halving = progress, study, record, halving
+        self._steps = 1
+
+    def start(self, steps: int, done: int) -> None:
+        """Training starts."""
+        self._steps = max(1, steps)
+        self._progress.start(steps, done)
+
+    def step(self, done: int, tokens: int) -> None:
+        """A step is done."""
+        self._progress.step(done, tokens)
+        self._study.show_life(self._record)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """The trainer reported values. Raises TrialPruned: the trial is among the worse ones."""
+        self._progress.log(step, values)
+        percent = 100 * step // self._steps
+        if not self._halving or "eval_loss" not in values or not 0 < percent < 100:
+            return
+        if self._study.should_prune(self._record, percent, values["eval_loss"]):
+            raise TrialPruned(f"after {percent} % of its steps, at a held-out loss of {values['eval_loss']:.4f}")
+
+    def stop(self) -> None:
+        """Training has ended."""
+        self._progress.stop()
+
+
+def failure(error: Exception) -> tuple[str, str] | None:
+    """The state of a trial that ended with an error, and the reason; None for an error that ends the sweep.
+
+    What the settings of a trial cause is a result. Problems of the disk, the storage or the base would end the next
+    trial too, and an unexpected error must not look like a result.
+    """
+    why = next(iter(str(error).splitlines()), "")
+    if isinstance(error, TrialPruned):
+        return "stopped early", why
+    if not isinstance(error, LoratuneError):
+        return ("out of memory", why) if is_out_of_memory(error) else None
+    why, code = error.problems[0].what, error.problems[0].code
+    if code in _OUT_OF_MEMORY:
+        return "out of memory", why
+    if isinstance(error, NumericError):
+        return _FINITE.get(code, "diverged"), why
+    is_of_all = code == Code.TRAIN_BASE_CHANGED or code.startswith("run.")  # the base, or other files in the way
+    return ("failed", why) if isinstance(error, ConfigError | ModelError | DataError) and not is_of_all else None
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """The result of a trial.
+
+    Attributes:
+        adapter: The published adapter.
+        losses: Its losses on the held-out rows.
+        seconds: The time of the whole trial, that before an interruption included.
+        is_resumed: Whether it continued from a checkpoint, so that `seconds` leaves out what the interruption undid.
+    """
+
+    adapter: Result
+    losses: RowLosses
+    seconds: float
+    is_resumed: bool
+
+    def record(self, run: RunConfig, varied: list[str]) -> dict[str, Any]:
+        """What the study keeps. run: the config of the trial as requested; varied: the keys that trials differ in."""
+        shown = {*varied, MAX_STEPS} if run.training.max_minutes is not None else {*varied}
+        findings = self.adapter.findings
+        return {
+            "values": {key: text for key, text in keys.flat(self.adapter.config.resolved()).items() if key in shown},
+            "seconds": self.seconds,
+            "steps": findings.outcome.steps,
+            "adapter_bytes": self.adapter.adapter_bytes,
+            "unrelated": findings.unrelated.as_json().get("change"),
+            "rows": self.losses.packed(),
+            DIGEST: sha256(self.adapter.directory / RECORD_FILE),
+        }
+
+
+class TrialRunner:
+    """Trains adapters on one base and one set of rows.
+
+    Attributes:
+        loaded: The tokenizer, rows and base of the config itself.
+        objective: What trials are compared by: the objective of the config itself, whatever theirs is.
+        described: That objective in words where answers are compared; else empty.
+        rows: The number of distinct held-out rows on which trials are compared.
+        total: The number of all held-out rows.
+    """
+
+    def __init__(self, run: ValidatedRun, watch: ProgressFactory, log: Callable[[str], None]):
+        """Load everything. Raises as `plan.load_run`."""
+        self._run, self._watch, self._log = run, watch, log
+        self.loaded: LoadedRun = load_run(run, watch)
+        self._state = BaseState(self.loaded.base.model)
+        self._plan: Plan | None = None
+        self._rows: dict[str, tuple[TokenizedDatasets, EarlierRun | None]] = {
+            _rows_key(run.config): (self.loaded.datasets, self.loaded.earlier)
+        }
+        held_out = self.loaded.datasets.validation
+        assert held_out is not None
+        self._held_out, copies = held_out, held_out.copies()
+        numbers = np.array([*copies])
+        if len(numbers) > _MAX_ROWS:
+            numbers = np.sort(np.random.default_rng(0).choice(numbers, _MAX_ROWS, replace=False))
+        self._copies = {int(number): len(copies[int(number)]) for number in numbers}
+        self.rows, self.total = len(self._copies), held_out.items
+        self._seconds_per_operation: float | None = None
+        sections = run.config.data, run.config.training, run.config.preferences
+        self.objective = batching.objective_of({"validation": held_out}, *sections)
+        self.described = objectives.described(run.config)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The fingerprints of everything that the config reads."""
+        datasets = self.loaded.datasets
+        found = {
+            "the base": self.loaded.base.fingerprint,
+            "the training rows": datasets.train.fingerprint,
+            "the validation rows": self._held_out.fingerprint,
+            "the test rows": datasets.test.fingerprint if datasets.test else "",
+            "the chat template": template_fingerprint(self._run.config, self.loaded.tokenizer),
+            "what trials are compared by": self.described,
+            "the start": self._run.start.digest if self._run.start else "",
+        }
+        return {name: fingerprint for name, fingerprint in found.items() if fingerprint}
+
+    def prepare_rows(self, run: RunConfig) -> tuple[TokenizedDatasets, EarlierRun | None]:
+        """The rows of a trial, tokenized once for all trials with the same settings of rows. Raises DataError,
+        ConfigError."""
+        if (key := _rows_key(run)) not in self._rows:
+            self._rows[key] = load_rows(self._validated(run), self.loaded.tokenizer, self._watch)
+        return self._rows[key]
+
+    def _validated(self, run: RunConfig) -> ValidatedRun:
+        return replace(self._run, config=preflight.with_absolute_paths(run), resume_point=None)
+
+    def estimate(self, run: RunConfig) -> float:
+        """The approximate seconds of a trial on this machine, see `duration`; the first call measures its speed."""
+        if run.training.max_minutes is not None:
+            return 60 * run.training.max_minutes
+        rows, _ = self.prepare_rows(run)
+        run, _ = auto.decide(run, facts(self._validated(run), rows))
+        held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
+        model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
+        train, together = rows.train.rows, rows.train.together
+        size, longest = run.training.per_device_train_batch_size, run.data.max_length
+        layout = BatchLayout(train, train.lengths, run.data.packing, size, longest, pad_id=0, together=together)
+        lengths, supervised = (column.reshape(-1, together).sum(1) for column in (train.lengths, train.supervised))
+        costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), together)
+        operations = costs.work(run.training, held_out).operations
+        if self._seconds_per_operation is None:
+            self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
+        return operations * self._seconds_per_operation
+
+    def train(self, run: RunConfig, output: Path, reporter: Reporter) -> TrialOutcome:
+        """Train the adapter of a trial, and score it. An interrupted trial continues from its checkpoint.
+
+        The adapter stays on the base until `remove_adapter`, which has to follow whatever happens.
+
+        Args:
+            run: The config of the trial.
+            output: Where its adapter goes; an adapter that is there is replaced.
+            reporter: Receives what the run reports.
+
+        Raises:
+            LoratuneError, KeyboardInterrupt: As `train.train`.
+        """
+        start = time.monotonic()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
+        directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
+        validated = self._resumed(replace(self._validated(run), directory=directory))
+        adapter = training.train(validated, reporter, planner=self._make_plan)
+        assert adapter is not None and self._plan is not None
+        losses, point = self._score(self._plan), validated.resume_point
+        seconds = time.monotonic() - start + (point.seconds if point else 0.0)
+        return TrialOutcome(adapter, losses, seconds, point is not None)
+
+    def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
+        """The run with the checkpoint that it continues from, if there is one that fits."""
+        directory = validated.directory
+        if not is_directory(directory.partial) or not directory.is_resumable() or directory.rejected_adapter():
+            return validated
+        try:
+            point = find_resume_point(directory.checkpoints, validated.config, ())
+        except (ConfigError, ResumeError) as error:
+            self._log(f"the trial starts again: {error.problems[0].what}")
+            return validated
+        config = auto.keep(validated.config, point.identity["config"])
+        return replace(validated, config=config, resume_point=point)
+
+    def _make_plan(self, run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+        datasets, earlier = self.prepare_rows(run.config)
+        self._plan = adapted(run, replace(self.loaded, datasets=datasets, earlier=earlier), group)
+        measuring.compute_reference(self._plan, self.objective, self._log)
+        return self._plan
+
+    def _score(self, plan: Plan) -> RowLosses:
+        """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
+        scoring, acceleration = plan.batches.scoring, plan.batches.acceleration
+        numbers = [*self._copies]
+        found = final_score.row_losses(
+            plan.model, self._held_out, numbers, scoring, acceleration, SINGLE_PROCESS, self.objective
+        )
+        totals, tokens = np.array([(loss.total, loss.tokens) for loss in found], dtype=np.float64).T
+        losses = RowLosses(totals, tokens, np.array([*self._copies.values()], dtype=np.float64))
+        if not losses.is_finite:
+            what, fix = f"the loss on the validation rows is {losses.loss}", "lower training.learning_rate"
+            raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix))
+        return losses
+
+    def remove_adapter(self) -> None:
+        """Take the adapter off the base, and load the base again if it has changed.
+
+        An error of the trial must have been handled before, as its traceback would keep the old base in memory.
+        """
+        plan, self._plan = self._plan, None
+        if plan is not None:
+            tensors.detached(plan.model)
+        del plan
+        gc.unfreeze()  # A run freezes what it has; the next one would find what this one left.
+        gc.collect()
+        section, base = self._run.config.model, self.loaded.base
+        if not (section.torch_compile or section.use_liger_kernel) and self._state.restore(base.model):
+            return
+        self._log("the adapter has changed the base, which is loaded again")
+        fingerprint = base.fingerprint
+        del base
+        self.loaded = replace(self.loaded, base=None)  # type: ignore[arg-type]  # Two would take twice the memory.
+        gc.collect()
+        fresh = load.load_for_run(section, SINGLE_PROCESS)
+        if fresh.fingerprint != fingerprint:
+            what, fix = "has changed since the sweep began", "restore it, then rerun the same command to resume"
+            raise ModelError(Problem(Code.TRAIN_BASE_CHANGED, what, section.name_or_path, "model.name_or_path", fix))
+        self.loaded = replace(self.loaded, base=fresh)
+        self._state = BaseState(fresh.model)
+
+
+def _rows_key(run: RunConfig) -> str:
+    """The settings of rows that trials can differ in."""
+    fixed = {"train", "validation", "test", "chat_template", "packing"}
+    section: dict[str, Any] = run.data.model_dump(mode="json", exclude=fixed)
+    return f"{section} {run.training.seed if run.data.replay is not None else ''}"

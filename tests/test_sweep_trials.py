@@ -1,0 +1,555 @@
+"""Whole runs of `loratune sweep`: trials are trained, compared, interrupted, shared, and the best one is published."""
+
+import json
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
+from fork_server import ForkServer
+from running import WEIGHTS, MakeConfig, until
+from test_sweep_grid import HELD_OUT, RATES, config, study_config  # noqa: F401  config is a fixture
+from transformers import PreTrainedTokenizerFast
+
+from loratune.codes import Code
+from loratune.commands.sweep.running import Budget, _Sweep
+from loratune.config import LoraSection
+from loratune.errors import ConfigError
+from loratune.evaluation.study_results import BEST, WORSE, StudyResults
+from loratune.lora import attach, tensors
+from loratune.model.reuse import BaseState
+
+Cli = Callable[..., Ran]
+RANKS = ("--grid", "lora.r=2,4")
+SHORT: dict[str, Any] = {"training": {"max_steps": 3}}
+NO_TIME = (
+    "from loratune.commands.sweep.running import Budget\n"
+    "Budget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
+)
+"""After the first trial no time is left; the clock is set, so that the speed of the machine does not matter."""
+
+
+def results(folder: Path) -> StudyResults:
+    return StudyResults.read(folder / "out.study")
+
+
+def states(folder: Path) -> list[str]:
+    return [trial.state for trial in results(folder).trials]
+
+
+@pytest.fixture(scope="module")
+def swept(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
+    """A folder with a sweep over two rates and two ranks, and what it printed in `said` and on stderr in `log`."""
+    folder = tmp_path_factory.mktemp("swept")
+    child = processes.start("sweep", study_config(folder, config_in(folder, tiny_dir)), *RATES, *RANKS)
+    assert child.wait() == 0, child.said()
+    (folder / "said").write_text(child.out.read_text())
+    (folder / "log").write_text(child.said())
+    return folder
+
+
+@pytest.fixture
+def copied(swept: Path, tmp_path: Path) -> Path:
+    """A copy of it, which a test may spoil, without what was published."""
+    for name in ("rows.jsonl", "held-out.jsonl"):
+        shutil.copy(swept / name, tmp_path / name)
+    shutil.copytree(swept / "out.study", tmp_path / "out.study")
+    values = yaml.safe_load((swept / "run.yaml").read_text()) | {"output_dir": str(tmp_path / "out")}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def adapter(folder: Path) -> Path:
+    """The adapter of the best trial."""
+    number = results(folder).trials[0].number
+    return folder / "out.study" / "trials" / f"{number:04}" / "out"
+
+
+# A whole sweep
+
+
+def test_the_table_has_all_trials_the_best_first(swept: Path) -> None:
+    found = results(swept)
+    losses = [trial.loss for trial in found.trials]
+    assert len(losses) == 4 and losses == sorted(losses, key=float)
+    assert [trial.verdict for trial in found.trials].count(BEST) == 1 and found.trials[0].verdict == BEST
+    log = re.findall(r"^trial (\d): (.*)$", (swept / "log").read_text(), flags=re.MULTILINE)
+    assert [settings for _, settings in log] == [
+        f"training.learning_rate={rate} lora.r={r}" for rate, r in (("1e-3", 2), ("1e-2", 4), ("1e-3", 4), ("1e-2", 2))
+    ]
+    said = (swept / "said").read_text()
+    for trial in found.trials:
+        assert f"{trial.loss:.4f}" in said
+    assert f"trial {found.trials[0].number}, training.learning_rate=1e-2" in said
+    assert "training.learning_rate: the best value is the highest that was tried; higher ones may be better" in said
+    assert f"generate --adapter {swept / 'out'} '0 and 0 make'" in said
+
+
+def test_the_winner_is_what_train_writes(swept: Path, forked: Cli, tmp_path: Path) -> None:
+    """It came after other trials, on a base that was not loaded again."""
+    best = results(swept).trials[0]
+    assert best.number > 0 and "changed the base" not in (swept / "log").read_text()
+    assignments = [word for key, value in best.settings.items() for word in ("--set", f"{key}={value}")]
+    other = tmp_path / "out"
+    ran = forked("train", swept / "run.yaml", *assignments, "--set", f"output_dir={other}")
+    assert ran.code == 0, ran.err
+    mine, theirs = tree(swept / "out"), tree(other)
+    assert mine.keys() == theirs.keys()
+    same = {name for name in mine if mine[name] == theirs[name]}
+    assert mine.keys() - same <= {"loratune.json", "run.yaml", "README.md"}
+    run, its = (yaml.safe_load(one["run.yaml"]) for one in (mine, theirs))
+    assert run.pop("output_dir") == str(swept / "out") and its.pop("output_dir") == str(other) and run == its
+    record, its = (json.loads(one["loratune.json"]) for one in (mine, theirs))
+    for key in ("held_out_loss", "first_loss", "last_loss", "gain", "held_out_interval"):
+        assert record["metrics"][key] == its["metrics"][key]
+    assert best.loss == pytest.approx(record["metrics"]["held_out_loss"], rel=1e-6)
+
+
+def test_adapters_that_could_be_chosen_are_kept_with_what_they_cost_on_unrelated_text(swept: Path) -> None:
+    for trial in results(swept).trials:
+        path = swept / "out.study" / "trials" / f"{trial.number:04}" / "out"
+        assert path.exists() == (trial.verdict != WORSE) and trial.unrelated is not None
+        if path.exists():
+            assert trial.adapter == str(path)
+            change = json.loads((path / "loratune.json").read_text())["metrics"]["unrelated_text"]["change"]
+            assert trial.unrelated == change and f"{change:+.3f}" in (swept / "said").read_text()
+
+
+def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path, forked: Cli) -> None:
+    before = tree(swept / "out")
+    arguments = ("sweep", swept / "run.yaml", *RATES, *RANKS)
+    ran = forked(*arguments)
+    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(swept / "out"), "output_dir"))
+    assert "--overwrite continues" in ran.err
+    ran = forked(*arguments, "--overwrite", "--json")
+    assert ran.code == 0 and "trial 0:" not in ran.err, ran.err
+    assert json.loads(ran.out)["published"] == str(swept / "out")
+    assert tree(swept / "out") == before
+
+
+def test_more_values_continue_the_study(copied: Path, forked: Cli) -> None:
+    ran = forked("sweep", copied / "run.yaml", "--grid", "training.learning_rate=1e-3,1e-2,2e-2", *RANKS)
+    assert ran.code == 0, ran.err
+    assert re.findall(r"^trial \d+: (.*)$", ran.err, flags=re.MULTILINE) == [
+        f"training.learning_rate=2e-2 lora.r={r}" for r in (4, 2)
+    ]
+    assert len(results(copied).trials) == 6
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"training": {"weight_decay": 0.1}}, "training.weight_decay"),
+        ({"validation": HELD_OUT[:10]}, "the validation rows"),
+    ],
+)
+def test_a_study_of_something_else_is_refused(copied: Path, forked: Cli, changed: dict[str, Any], named: str) -> None:
+    values = yaml.safe_load((copied / "run.yaml").read_text())
+    if rows := changed.get("validation"):
+        values["data"]["validation"] = str(write_rows(copied / "other.jsonl", rows))
+    values["training"] |= changed.get("training", {})
+    (copied / "run.yaml").write_text(yaml.safe_dump(values))
+    ran = forked("sweep", copied / "run.yaml", *RATES, *RANKS)
+    check_refused(ran, 2, (Code.SWEEP_OTHER_STUDY, str(copied / "out.study"), ""))
+    assert named in ran.errors[0] and not (copied / "out").exists()
+
+
+def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert cli("report", "--study", swept / "out.study", "--output", page).code == 0
+    text = page.read_text()
+    for trial in results(swept).trials:
+        assert f"{trial.loss:.4f}" in text
+    assert text.count('<svg class="chart"') == 2 and "<script" not in text and "http" not in text.split("</style>")[1]
+    check_refused(cli("report", "--study", tmp_path), 2, (Code.SWEEP_STORAGE, str(tmp_path), "--study"))
+    check_refused(cli("report"), 2, (Code.USAGE_CONFLICT, "", ""))
+
+
+# Trials without an adapter
+
+
+def test_a_trial_that_diverges_is_a_result(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It is not tried again. What no trial wrote stays, and all that diverge are exit code 6."""
+    file = config(training={"max_grad_norm": 0.0, "max_steps": 3})
+    notes = tmp_path / "out.study" / "trials" / "0000" / "notes.txt"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("mine")
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e30")
+    assert ran.code == 6 and f"[{Code.SWEEP_ALL_FAILED}]" in ran.err, ran.err
+    assert states(tmp_path) == ["diverged"] and not (tmp_path / "out").exists()
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e30,1e-2")
+    assert ran.code == 0 and "trial 0: training" not in ran.err, ran.err
+    assert states(tmp_path) == ["done", "diverged"] and results(tmp_path).trials[1].note
+    assert (tmp_path / "out" / WEIGHTS).exists() and [*notes.parent.iterdir()] == [notes]
+
+
+def test_what_is_in_the_way_of_a_trial_ends_the_sweep(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    place = tmp_path / "out.study" / "trials" / "0000" / "out"
+    place.mkdir(parents=True)
+    (place / "notes.txt").write_text("mine")
+    ran = forked("sweep", config(**SHORT), *RATES)
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(place), "output_dir"))
+    assert (place / "notes.txt").read_text() == "mine" and states(tmp_path) == ["waiting", "waiting"]
+
+
+def test_a_trial_with_a_time_budget_of_its_own(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """No step fits into 6 ms, which is a result; in two minutes there is time for the steps of the epoch."""
+    ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3,0.0001", "--trials", 2)
+    assert ran.code == 0 and "1 combination of the grid not tried, as --trials is 2" in ran.out, ran.err
+    done, failed = results(tmp_path).trials
+    assert (done.state, failed.state) == ("done", "failed") and "too short" in failed.note and failed.note in ran.out
+    training = yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]
+    assert "max_minutes" not in training and training["max_steps"] == done.steps == 5
+    assert done.settings == {"training.max_minutes": "2"} and done.values == {"training.max_steps": "5"}
+    assert "2 → 5 steps" in ran.out
+
+
+def test_a_trial_that_is_worse_than_its_base_is_reported_as_such(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    cli: Cli,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """On rows that the base has written itself, of which it is sure, no other adapter can be better."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight *= 50
+    model.save_pretrained(tmp_path / "sure")
+    tokenizer.save_pretrained(tmp_path / "sure")
+    rows = []
+    for number in range(20):
+        prompt = torch.tensor([tokenizer(f"{number} and {number} make")["input_ids"]])
+        ids = model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+        rows.append({"input_ids": ids, "labels": [-100] * prompt.shape[1] + ids[prompt.shape[1] :]})
+    held_out = {"validation": str(write_rows(tmp_path / "own.jsonl", rows))}
+    path = config(data=held_out, model={"name_or_path": str(tmp_path / "sure")})
+    ran = forked("sweep", path, "--grid", "training.learning_rate=1e-9,2e-3")
+    assert ran.code == 0, ran.err
+    assert states(tmp_path) == ["done", "worse than base"]
+    assert "1 worse than base" in ran.out and "diverged" not in ran.out + ran.err
+    assert cli("report", "--study", tmp_path / "out.study", "--output", tmp_path / "page.html").code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "worse than base" in page and "diverged" not in page
+
+
+# The budget
+
+
+def test_the_budget_ends_a_sweep_with_what_is_known(
+    processes: ForkServer,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The study is in a database."""
+    file = config(**SHORT)
+    arguments = ("sweep", file, *RATES, "--storage", f"sqlite:///{tmp_path / 'study.db'}")
+    child = processes.start(*arguments, "--budget", "1h", first=NO_TIME)
+    assert child.wait() == 0, child.said()
+    assert sorted(states(tmp_path)) == ["done", "waiting"] and (tmp_path / "out" / WEIGHTS).exists()
+    assert "of the budget are left" in child.out.read_text()
+    child = processes.start(*arguments, "--overwrite")
+    assert child.wait() == 0 and states(tmp_path) == ["done", "done"], child.said()
+
+
+def test_a_trial_fits_by_the_slowest_so_far() -> None:
+    left = Budget(100.0, started=time.monotonic())
+    assert left.fits(90) and left.fits(190)  # an estimate without a trial may be off by two
+    left.ratios += [3.0, 2.0]
+    assert left.expected(20) == 60 and left.fits(20) and not left.fits(40)
+
+
+def test_a_budget_that_failed_trials_used_up_is_not_called_shorter_than_one() -> None:
+    assert not Budget(100.0, started=-1e9, begun=1).fits(90)
+    with pytest.raises(ConfigError):
+        Budget(100.0, started=-1e9).fits(90)
+
+
+def test_a_budget_that_loading_takes_leaves_no_study(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """It would be in the way of a sweep over other keys. Numbers are then drawn from a range."""
+    file = config(**SHORT)
+    ran = forked("sweep", file, *RATES, "--budget", "0.001s")
+    check_refused(ran, 2, (Code.SWEEP_BUDGET, "", "--budget"))
+    assert "have passed before it" in ran.err
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", *RANKS, "--trials", "3")
+    assert ran.code == 0, ran.err
+    rates = [float(trial.settings["training.learning_rate"]) for trial in results(tmp_path).trials]
+    assert len({*rates}) == 3 and all(1e-3 <= rate <= 2e-2 for rate in rates)
+
+
+# Interrupted, and shared
+
+
+def test_the_same_command_resumes(
+    processes: ForkServer,
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """After SIGINT, and after SIGKILL: each time the trial continues from its checkpoint, to the same bytes."""
+    file = config(training={"num_train_epochs": 6, "save_steps": 4})
+    checkpoints = tmp_path / "out.study" / "trials" / "0000" / "out.partial" / "checkpoints"
+    for number, least in ((signal.SIGINT, 4), (signal.SIGKILL, 8)):
+        child = processes.start("sweep", file, *RATES)
+        written = (checkpoints / f"checkpoint-{n}" / "manifest.json" for n in range(least, 31, 4))
+        until(lambda paths=[*written]: any(path.exists() for path in paths), child)
+        child.send(number)
+        assert child.wait() == (-9 if number == signal.SIGKILL else 130), child.said()
+        assert not (tmp_path / "out").exists()
+        if number == signal.SIGINT:
+            assert "rerun the same command to resume" in child.said() and states(tmp_path) == ["waiting", "waiting"]
+            assert "0 with an adapter" in child.out.read_text()
+        else:
+            assert "continuing" in child.said() or "resum" in child.said()
+    ran = forked("sweep", file, *RATES)
+    assert ran.code == 0 and ("continuing" in ran.err or "resum" in ran.err), ran.err
+    assert states(tmp_path) == ["done", "done"] and {trial.number for trial in results(tmp_path).trials} == {0, 1}
+    first = next(trial for trial in results(tmp_path).trials if trial.number == 0)
+    best = results(tmp_path).trials[0].settings["training.learning_rate"]
+    straight = tmp_path / "straight"
+    again = forked("train", file, "--set", f"training.learning_rate={best}", "--set", f"output_dir={straight}")
+    assert again.code == 0 and (straight / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+    assert first.settings["training.learning_rate"] == "1e-3"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+def test_a_signal_between_the_end_of_a_trial_and_the_next(
+    processes: ForkServer,
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+    number: signal.Signals,
+) -> None:
+    first = "import os, signal, optuna\ntell, calls = optuna.Study.tell, []\n" + (
+        "def later(self, *arguments, **keywords):\n"
+        "    result = tell(self, *arguments, **keywords)\n"
+        "    calls.append(1)\n"
+        f"    if len(calls) == 1: os.kill(os.getpid(), signal.{number.name})\n"
+        "    return result\n"
+        "optuna.Study.tell = later"
+    )
+    file = config(**SHORT)
+    child = processes.start("sweep", file, *RATES, first=first)
+    assert child.wait() == (130 if number == signal.SIGINT else -9)
+    if number == signal.SIGINT:
+        trials = results(tmp_path).trials
+        assert [(one.number, one.state) for one in trials] == [(0, "done"), (1, "waiting")]
+    ran = forked("sweep", file, *RATES)
+    assert ran.code == 0 and "trial 0:" not in ran.err, ran.err
+    assert states(tmp_path) == ["done", "done"]
+
+
+def test_two_processes_share_one_study(
+    processes: ForkServer,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    file = config(training={"num_train_epochs": 10})
+    arguments = ("sweep", file, *RATES, *RANKS, "--json")
+    children = [processes.start(*arguments), processes.start(*arguments)]
+    assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
+    tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
+    assert all(tried) and sorted(tried[0] + tried[1]) == [str(number) for number in range(4)]
+    published = [json.loads(child.out.read_text())["published"] for child in children]
+    assert str(tmp_path / "out") in published
+    assert states(tmp_path) == ["done"] * 4 and (tmp_path / "out" / WEIGHTS).exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_better_one_replaces_what_the_study_published(
+    processes: ForkServer,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
+    gate, file = tmp_path / "gate", config()
+    arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
+    waits = "from loratune.commands.sweep.running import _Sweep\nimport os, time\nwork, calls = _Sweep._work, []\n"
+    waits += "def later(self):\n    calls.append(1)\n"
+    waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+    waits += "    return work(self)\n_Sweep._work = later"
+    slow = processes.start(*arguments, first=waits)
+    until(lambda: (tmp_path / "out.study" / "results.json").exists(), slow)
+    quick = processes.start(*arguments, "--budget", "1h", first=NO_TIME)
+    assert quick.wait() == 0 and "learning_rate: 0.001" in (tmp_path / "out" / "run.yaml").read_text(), quick.said()
+    gate.touch()
+    assert slow.wait() == 0 and "learning_rate: 0.01" in (tmp_path / "out" / "run.yaml").read_text(), slow.said()
+    assert states(tmp_path) == ["done"] * 3 and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_machines_share_a_database_and_keep_their_adapters(
+    processes: ForkServer, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """Two folders of the same name represent two machines with different names."""
+    children, arguments = [], (*RATES, *RANKS, "--storage", f"sqlite:///{tmp_path / 'study.db'}", "--json")
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        first = f"from loratune.commands.sweep import running, study\nrunning.host = study.host = lambda: {name!r}"
+        file = study_config(folder, config_in(folder, tiny_dir))
+        children.append(processes.start("sweep", file, *arguments, first=first))
+    assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
+    tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
+    assert len(tried[0] + tried[1]) == len({*tried[0], *tried[1]}) == 4  # whichever of them put it into the queue
+    last = max((json.loads(child.out.read_text()) for child in children), key=lambda one: str(one).count("'done'"))
+    owner = 0 if str(last["winner"]) in tried[0] else 1
+    published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
+    assert not published[1 - owner] and (
+        published[owner] or "the same command publishes it there" in str(last["notes"])
+    )
+
+
+def test_successive_halving_stops_the_worse_ones(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # tried in the order first, last, second, third
+    ran = forked("sweep", config(training={"num_train_epochs": 4, "eval_steps": 1}), "--grid", rates, "--halving")
+    assert ran.code == 0, ran.err
+    assert "stopped early" in states(tmp_path)
+    assert results(tmp_path).trials[0].settings["training.learning_rate"] == "1e-2"
+
+
+@pytest.mark.slow
+def test_keys_of_rows_are_tokenized_again_and_compared_on_the_same_rows(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    file = config()
+    ran = forked("sweep", file, "--grid", "data.max_length=16,64")
+    assert ran.code == 0, ran.err
+    found = results(tmp_path)
+    assert states(tmp_path) == ["done", "done"] and found.trials[0].difference is None
+    best = found.trials[0].settings["data.max_length"]
+    other = forked("train", file, "--set", f"data.max_length={best}", "--set", f"output_dir={tmp_path / 'other'}")
+    assert other.code == 0
+    assert (tmp_path / "other" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.slow
+def test_initializations_that_change_the_base_are_followed_by_the_same_base(
+    forked: Cli,
+    config: MakeConfig,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    file = config(training={"num_train_epochs": 3})
+    ran = forked("sweep", file, "--grid", "lora.init_lora_weights=pissa,olora,true")
+    assert ran.code == 0 and ran.err.count("the adapter has changed the base") == 2, ran.err
+    for trial in results(tmp_path).trials:
+        init, output = trial.settings["lora.init_lora_weights"], tmp_path / f"alone-{trial.number}"
+        if trial.adapter is not None and Path(trial.adapter).exists():
+            alone = forked("train", file, "--set", f"lora.init_lora_weights={init}", "--set", f"output_dir={output}")
+            assert alone.code == 0
+            assert (output / WEIGHTS).read_bytes() == (Path(trial.adapter) / WEIGHTS).read_bytes()
+
+
+# The winner's files
+
+
+def test_a_missing_or_exchanged_adapter_is_not_published(forked: Cli, copied: Path) -> None:
+    other = copied / "other"
+    ran = forked("train", copied / "run.yaml", "--set", f"output_dir={other}", "--set", "training.max_steps=1")
+    assert ran.code == 0, ran.err
+    missing = (Code.SWEEP_STORAGE, str(adapter(copied)), "")
+    shutil.rmtree(adapter(copied))
+    check_refused(forked("sweep", copied / "run.yaml", *RATES, *RANKS), 5, missing)
+    shutil.copytree(other, adapter(copied))
+    check_refused(forked("sweep", copied / "run.yaml", *RATES, *RANKS), 5, missing)
+    assert not (copied / "out").exists()
+
+
+@pytest.mark.parametrize("level", range(4), ids=["adapter", "trial", "trials", "study"])
+def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, level: int) -> None:
+    """Neither one that was there before, nor one that has just appeared."""
+    found = adapter(copied)
+    place = (found, *found.parents)[level]
+    place.rename(copied / "elsewhere")
+    place.symlink_to(copied / "elsewhere")
+    kept = tree(copied / "elsewhere")
+    sweep: Any = object.__new__(_Sweep)
+    sweep.directory, sweep.name, sweep.log = copied / "out.study", "out", print
+    with pytest.raises(ConfigError) as refused:
+        sweep._remove(int(found.parent.name))
+    assert meanings(refused.value) == [(Code.SWEEP_STORAGE, str(place), "")]
+    if level:
+        ran = cli("sweep", copied / "run.yaml", *RATES, *RANKS)
+        check_refused(ran, 2, (Code.SWEEP_STORAGE, str(place), ""))
+    assert tree(copied / "elsewhere") == kept and not (copied / "out").exists()
+
+
+def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) -> None:
+    first = "from loratune.commands.sweep.running import _Sweep\nimport os\nend = _Sweep._finish\n"
+    first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
+    first += "_Sweep._finish = later"
+    child = processes.start("sweep", copied / "run.yaml", *RATES, *RANKS, first=first)
+    assert child.wait() == 2 and f"[{Code.RUN_OUTPUT_APPEARED}]" in child.said()
+    assert [*(copied / "out").iterdir()] == []
+
+
+# The base
+
+
+@pytest.mark.parametrize(
+    ("lora", "is_same"),
+    [
+        ({}, True),
+        ({"use_dora": True}, True),
+        ({"modules_to_save": ["lm_head"]}, False),
+        ({"trainable_token_indices": [5, 6]}, True),
+        ({"init_lora_weights": "pissa"}, False),
+        ({"bias": "all"}, False),
+    ],
+    ids=lambda value: str(value),
+)
+def test_a_base_is_restored_or_known_to_differ(lora: dict[str, Any], is_same: bool) -> None:
+    base = tiny_llama(attention_bias="bias" in lora).eval()
+    before, state = {name: tensor.clone() for name, tensor in base.state_dict().items()}, BaseState(base)
+    model, _ = attach.adapt(base, LoraSection(**lora), seed=0)
+    model.train()
+    model.get_base_model().activation_checkpointing_enable()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    assert tensors.detached(model) is base
+    same = state.restore(base)
+    after = base.state_dict()
+    assert same == (before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before))
+    assert same == is_same
+    assert not base.training and not base.is_activation_checkpointing
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
+
+
+def test_one_bit_of_a_base_is_seen() -> None:
+    base = tiny_llama().eval()
+    state = BaseState(base)
+    weight = base.model.layers[1].mlp.up_proj.weight.data
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert not state.restore(base)
+    weight.view(torch.int32)[3, 5] ^= 1
+    assert state.restore(base)
