@@ -293,16 +293,9 @@ class _Sweep:
         except (KeyError, ValueError, TypeError):
             what, fix = "the study holds what no sweep has written", "move the study away, and start again"
             raise ResumeError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
-        return StudyResults(
-            name=self.name,
-            base=Path(self.request.run.config.model.name_or_path).name,
-            keys=self.request.grid.keys,
-            rows=runner.rows,
-            total=runner.total,
-            trials=trials,
-            unit=runner.objective.unit,
-            measured_by=runner.described,
-        )
+        base, keys = Path(self.request.run.config.model.name_or_path).name, self.request.grid.keys
+        measured: dict[str, Any] = {"unit": runner.objective.unit, "measured_by": runner.described}
+        return StudyResults(self.name, base, keys, runner.rows, runner.total, trials, **measured)
 
     def _trial(self, record: TrialRecord) -> TrialResult:
         adapter, shown = self._adapter(record.number), ("seconds", "steps", "adapter_bytes", "unrelated", "note")
