@@ -20,7 +20,8 @@ from running import MakeConfig
 from test_sweep_grid import RATES, config, parsed  # noqa: F401  config is a fixture
 
 from loratune.codes import Code
-from loratune.commands.sweep.study import Study, TrialRecord, without_password
+from loratune.commands.sweep.storage import without_password
+from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError
 from loratune.evaluation.study_results import BEST, DONE, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
 

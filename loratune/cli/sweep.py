@@ -92,7 +92,7 @@ def _directory(run: "RunConfig", config_file: Path, storage: str | None, *, over
     import optuna
 
     from loratune import config
-    from loratune.commands.sweep.study import check_place, study_directory
+    from loratune.commands.sweep.storage import check_place, study_directory
     from loratune.training import output_dir
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)

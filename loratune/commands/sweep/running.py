@@ -13,7 +13,8 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands.sweep import grid as grids
 from loratune.commands.sweep.grid import Grid, label
-from loratune.commands.sweep.study import TRIALS, Study, TrialRecord, check_kind, study_directory
+from loratune.commands.sweep.storage import TRIALS, check_kind, study_directory
+from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
 from loratune.commands.train import Reporter
 from loratune.config import RunConfig, keys, path_keys
