@@ -24,7 +24,7 @@ from loratune.config import LoraSection
 from loratune.errors import ConfigError
 from loratune.evaluation.study_results import BEST, WORSE, StudyResults
 from loratune.lora import attach, tensors
-from loratune.model.reuse import BaseState
+from loratune.model.fingerprints import BaseState
 
 Cli = Callable[..., Ran]
 RANKS = ("--grid", "lora.r=2,4")

@@ -37,7 +37,7 @@ from loratune.evaluation.study_results import MAX_STEPS, RowLosses
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.model.reuse import BaseState
+from loratune.model.fingerprints import BaseState
 from loratune.system.files import is_directory, sha256
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, final_score, objectives, preflight
