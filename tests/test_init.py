@@ -17,15 +17,14 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import config
 from loratune.codes import Code
-from loratune.commands import init_choices, init_classes
-from loratune.commands.init_choices import Room
-from loratune.commands.init_classes import Classes
-from loratune.commands.init_rows import MeasuredRows, propose_columns
+from loratune.commands.init import MeasuredRows, fit
 from loratune.config import DataSection, LoraSection, RunConfig, Source, keys
-from loratune.data import DatasetSplit, RawDatasets, read_source
+from loratune.data import DatasetSplit, RawDatasets, fields, read_source
+from loratune.data.fields import ColumnChoice, propose_columns
 from loratune.data.sources import Row
 from loratune.errors import DataError
 from loratune.lora import attach
+from loratune.training import auto
 from loratune.training.duration import Costs, Work
 
 Cli = Callable[..., Ran]
@@ -36,7 +35,6 @@ CHAT = [
     for number in range(1, 13)
 ]
 TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -340,12 +338,12 @@ def test_rows_of_text_that_are_questions_and_answers(
 
 def test_choices_by_counts() -> None:
     lengths = np.array([10] * 990 + [500] * 10)
-    assert [init_choices.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
-    assert init_choices.max_length(np.array([70, 100]), None)[0] == 128
-    assert [init_choices.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
+    assert [auto.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
+    assert auto.max_length(np.array([70, 100]), None)[0] == 128
+    assert [auto.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
         None, 0.2, 0.2, 0.14, 0.1, 0.005,
     ]  # fmt: skip
-    assert [init_choices.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
+    assert [auto.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
 
 
 @pytest.mark.parametrize(
@@ -363,25 +361,33 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
     with torch.device("meta"):
         model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
-    found = init_choices.fit(model, run, draft, measured(split, 40, 0.0), 8, Room(CPU, free, quantizable))
+    found = fit(model, run, draft, measured(split, 40, 0.0), 8, free, quantizable=quantizable)
     assert (found.batch, found.quantization, found.checkpointed) == chosen
     assert found.is_roomy == (free > 0)
 
 
+class Tokenized(list[dict[str, Any]]):
+    """Rows of 16 tokens."""
+
+    @property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        return np.full(len(self), 16)
+
+    @property
+    def supervised(self) -> np.ndarray[Any, Any]:
+        return np.full(len(self), 4)
+
+
 def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
-    """Rows of 16 tokens, of which the first 12 are alike and the last 4 are supervised."""
-    tokenized = [
+    """Rows whose first 12 tokens are the same, and whose last 4 are supervised."""
+    tokenized = Tokenized(
         {
             "input_ids": [*range(12), *(12 + (number + place) % 250 for place in range(4))],
             "labels": [-100] * 12 + [1] * 4,
         }
         for number in range(count)
-    ]
-    lengths, supervised = np.full(count, 16), np.full(count, 4)
-    return MeasuredRows(
-        RawDatasets(split, None), {}, "", lengths, tokenized, lengths, lengths, supervised, together=1, saved=saved,
-        classes=Classes(), remarks=[],
-    )  # fmt: skip
+    )
+    return MeasuredRows(RawDatasets(split, None), ColumnChoice(), tokenized.lengths, tokenized, saved)
 
 
 @pytest.mark.parametrize("packing", ["batch", "full"])
@@ -400,7 +406,7 @@ def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None
         run = config.from_draft(draft)
         with torch.device("meta"):
             model, _ = attach.adapt(tiny_llama(), run.lora, seed=0)
-        found = init_choices.fit(model, run, draft, measured(split, 40, saved), 8, Room(CPU, 1 << 40, False))
+        found = fit(model, run, draft, measured(split, 40, saved), 8, 1 << 40, quantizable=False)
         seen.append(found.estimate.activations)
     shared, *alone = seen
     assert 0.25 * min(alone) < shared < 0.45 * min(alone)
@@ -555,11 +561,11 @@ def test_which_field_has_the_classes(
     numbered = [Row(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
     if columns is None:
         with pytest.raises(DataError) as caught:
-            init_classes.choose(numbered, text, chat=True)
+            fields.choose_answer(numbered, text, chat=True)
         assert meanings(caught.value) == [(Code.DATA_FORMAT_AMBIGUOUS, "rows.jsonl:1", "data.columns")]
         assert "--set data.format=text" in str(caught.value)
         return
-    choice = init_classes.choose(numbered, text, chat=True)
+    choice = fields.choose_answer(numbered, text, chat=True)
     assert choice.columns == (columns | {"instruction": "text"} if columns.keys() == {"output"} and text else columns)
     assert len(choice.remarks) == len(said) and all(map(str.startswith, choice.remarks, said))
 
@@ -578,7 +584,7 @@ def test_which_field_has_the_classes(
     ],
 )
 def test_classes_that_look_alike(names: list[str], groups: int) -> None:
-    assert [sorted(group) for group in init_classes.alike(names)] == [sorted(names)] * groups
+    assert [sorted(group) for group in fields.alike(names)] == [sorted(names)] * groups
 
 
 def test_a_thousand_classes_that_look_alike() -> None:
@@ -587,7 +593,7 @@ def test_a_thousand_classes_that_look_alike() -> None:
     names = {
         word[:place] + letter + word[place + 1 :] for place in range(40) for letter in "abcdefghijklmnopqrstuvwxyz"
     }
-    assert [len(group) for group in init_classes.alike(sorted(names))] == [len(names)]
+    assert [len(group) for group in fields.alike(sorted(names))] == [len(names)]
 
 
 @pytest.mark.parametrize(

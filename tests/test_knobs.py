@@ -30,7 +30,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
-from loratune.training import batching, budget, trainer
+from loratune.training import batching, duration, trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
 from loratune.training.objectives import AnswerScores, Formula
@@ -275,7 +275,7 @@ def test_numbers_of_objectives(name: str, value: float) -> None:
 def test_training_max_minutes() -> None:
     """What a time budget does to whole runs stands in `test_time_budget`."""
     second_steps = (np.ones(10) for _ in count())
-    assert budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
+    assert duration.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:

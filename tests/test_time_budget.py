@@ -24,8 +24,7 @@ from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.data.packing import BatchLayout
 from loratune.system.launcher import SingleProcess
-from loratune.training.budget import FEWEST, WARM_UP, Speed, is_timed_enough, step_budget, step_seconds
-from loratune.training.duration import Costs
+from loratune.training.duration import FEWEST, WARM_UP, Costs, Speed, is_timed_enough, step_budget, step_seconds
 from loratune.training.evaluations import optimizer_steps
 from loratune.training.sampling import DistributedBatchSampler
 

@@ -57,10 +57,11 @@ def train(
         validated_run = preflight.broadcast_run(validated_run, group)
 
         with importing():
-            from loratune.commands import printing, time_budget
+            from loratune.commands import printing
             from loratune.commands import train as training
             from loratune.commands.plan import make_plan
             from loratune.console import TrainingProgress, log, show_progress
+            from loratune.training import time_budget
 
         try:
             if dry_run:

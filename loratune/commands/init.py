@@ -1,33 +1,121 @@
 """`loratune init`: rows and a model's name become a commented config that can be trained. No weights are loaded."""
 
+import itertools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from loratune import config, data, memory
-from loratune.commands import init_choices, init_rows
-from loratune.commands.init_choices import Fit, Room
-from loratune.commands.init_rows import MeasuredRows
 from loratune.commands.init_start import SOURCE
 from loratune.commands.plan import unit_parameters
-from loratune.config import AUTO, Draft, RunConfig
-from loratune.data import ProgressFactory
+from loratune.config import AUTO, DataSection, Draft, RunConfig
+from loratune.data import DatasetSplit, ProgressFactory, RawDatasets, fields
+from loratune.data.fields import Classes, ColumnChoice
+from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.holding_out import random_mask
+from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
+from loratune.memory import Estimate
 from loratune.model import checks, load, quantization
 from loratune.training import auto
+from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
 
+MOST_ROWS = 20_000
+"""Rows that are tokenized; of more, so many are drawn."""
+_LABEL_TOKENS = 16
+"""Supervised tokens that a label has at most, in the median."""
+_OBJECTIVES = {None: "sft", PAIRS: "dpo", JUDGED: "kto"}
+"""What rows are → the objective that is proposed for them."""
+_BATCH = 8
+"""Rows of a batch whose prefixes are compared: the batch is chosen later, and much larger ones save hardly more."""
+_NO_LIMIT = 2**31 - 1
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
-"""Keys whose `auto` is written, with what it comes to."""
+"""Keys that are written as `auto`, with the value that this gives."""
 _TITLE = (
     "Written by `loratune init`, with the reason for each choice; all else has its default. Paths are those of the "
     "directory where loratune is started. `loratune explain KEY` says what a key does."
 )
+_SCARCE = "half of the memory would not suffice without"
+
+
+@dataclass(frozen=True)
+class MeasuredRows:
+    """The rows as the model's tokenizer reads them.
+
+    Attributes:
+        splits: All of them; the validation and test rows only if these are files of their own.
+        choice: The columns with which they are read, and why.
+        all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
+        tokenized: The training rows that were tokenized, each answer of a pair by itself; with `lengths`, `supervised`.
+        saved: About the share of the tokens of batches that shared prefixes save.
+        classes: The completions, if they are short and few.
+        rows_per_example: 2 for pairs of answers, else 1.
+    """
+
+    splits: RawDatasets
+    choice: ColumnChoice
+    all_lengths: NDArray[np.int64]
+    tokenized: Any
+    saved: float
+    classes: Classes = Classes()  # noqa: RUF009  it is frozen
+    rows_per_example: int = 1
+
+    @property
+    def train(self) -> DatasetSplit:
+        """The training rows."""
+        return self.splits.train
+
+    @property
+    def held_out(self) -> int:
+        """Rows of the validation files; 0 without any."""
+        return len(self.splits.validation) if self.splits.validation else 0
+
+    @property
+    def is_sample(self) -> bool:
+        """Whether only some of the training rows were tokenized."""
+        return len(self.train) > MOST_ROWS
+
+    def cut(self, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(rows,), the tokens and supervised tokens of each row, or pair of answers, of at most so many."""
+        lengths, supervised = (
+            values.reshape(-1, self.rows_per_example).sum(1)
+            for values in (self.tokenized.lengths, self.tokenized.supervised)
+        )
+        lengths = lengths.clip(max=max_length * self.rows_per_example)
+        return lengths, supervised.clip(max=lengths)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How training fits into the memory.
+
+    Attributes:
+        batch: Rows of a micro-step.
+        quantization: As `model.quantization`.
+        checkpointed: As `training.activation_checkpointing`.
+        estimate: The memory that training needs.
+        free: The memory that there is.
+    """
+
+    batch: int
+    quantization: memory.WeightFormat
+    checkpointed: bool
+    estimate: Estimate
+    free: int
+
+    @property
+    def is_roomy(self) -> bool:
+        """Whether training needs at most half of what is free, which leaves a margin for what is not estimated."""
+        return self.estimate.total <= self.free // 2
 
 
 @dataclass(frozen=True)
@@ -42,9 +130,8 @@ class Started:
         fit: How training fits into the memory.
         count: Parameters of adapter and model.
         machine: What computes.
-        context: How many tokens the model was built for, if that is known.
-        steps: Optimizer steps.
-        seconds: About how long training takes, with its evaluations.
+        context: The number of positions of the model, if that is known.
+        steps, seconds: Of the training; the seconds are an estimate, with evaluations.
     """
 
     text: str
@@ -63,15 +150,14 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     """Choose what a config leaves open.
 
     Args:
-        run: The config so far, see `init_start.checked`.
-        draft: The same in the making; nothing that is set in it is changed.
+        run, draft: The config so far, see `init_start.checked`; values that are set in the draft do not change.
         watch: Shows the passes over the rows.
         log: Takes lines that the user should see.
 
     Raises:
         ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
             base lacks its packages.
-        DataError: As `init_rows.measure` and `init_rows.check_length`.
+        DataError: As `measure` and `data.prepare`.
         ConfigError: A key needs validation rows, and there are too few rows to hold any out.
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
@@ -80,53 +166,94 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
-    rows = init_rows.measure(run.data, renderer, vocabulary, watch)
+    rows, remarks = measure(run.data, renderer, vocabulary, watch)
     held_out = _choose_data(draft, run, rows, context, log)
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
     run = config.from_draft(draft)
     trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
-    cut = init_rows.check_length(rows, run.data, renderer, vocabulary, watch)
+    cut = _check_length(rows, run.data, renderer, vocabulary, watch)
     model, targets = attach.adapt(load.build_meta(model_config, run.model), lora, seed=0)
-    for line in (*(f"rows: {remark}" for remark in rows.remarks), *targets.notes):
+    for line in (*(f"rows: {remark}" for remark in remarks), *targets.notes):
         log(line)
-    step = init_choices.rows_per_step(trained)
-    machine, device = load.this_machine(), load.device()
-    quantizable = not machine.bitsandbytes and _is_quantizable(run, model_config)
-    fitting = init_choices.fit(model, run, draft, rows, step, Room(device, memory.available(device), quantizable))
+    machine, free = load.this_machine(), memory.available(load.device())
+    quantizable = not machine.bitsandbytes and run.model.gguf_file is None
+    quantizable &= quantization.record_of(model_config.to_dict()) is None
+    step = auto.rows_per_step(trained)
+    fitting = fit(model, run, draft, rows, step, free, quantizable=quantizable)
     _choose_training(draft, run, step, fitting)
     training, choices = auto.decide_training(config.from_draft(draft).model_copy(update={"lora": lora}), facts)
-    for key, (value, why) in choices.items():
-        if key in _SHOWN:
-            draft.choose(key, AUTO, f"here {value:g}: {why}")
+    for key in _SHOWN:
+        if key in choices:
+            draft.choose(key, AUTO, f"here {choices[key][0]:g}: {choices[key][1]}")
     text = draft.text(_TITLE)
     run = config.parse(text, SOURCE)
     steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
-    adapter = attach.count(model, attach.initialize_adapter(model, lora))
+    count = attach.count(model, attach.initialize_adapter(model, lora))
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
-    return Started(text, run, rows, cut, fitting, adapter, hardware, context, steps, seconds)
+    return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
+
+
+def measure(
+    section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory
+) -> tuple[MeasuredRows, list[str]]:
+    """Read and check all rows, and tokenize them, or a sample of many, without cutting any.
+
+    Returns the rows, and lines on how they were read. Raises DataError, ModelError: as `fields.read`, `data.prepare`.
+    """
+    raw, choice = fields.read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
+    whole = section.model_copy(update={"columns": choice.columns, "max_length": _NO_LIMIT})
+    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
+    rows, kind = tokenized[0], raw.train.kind
+    for split in raw.splits.values():
+        split.check_kind(kind, _OBJECTIVES[kind])
+    together = 2 if kind == PAIRS else 1
+    is_short = kind is None and float(np.median(rows.supervised)) <= _LABEL_TOKENS
+    classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
+    saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, together).saving()
+    lengths = np.concatenate([split.lengths for split in tokenized])
+    remarks = [*choice.remarks, *raw.train.remarks(), *rows.report.reasons(), *classes.remarks()]
+    return MeasuredRows(raw, choice, lengths, rows, saved, classes, together), remarks
+
+
+def _check_length(
+    rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory
+) -> list[str]:
+    """Lines on what `max_length` cuts. Raises DataError: more rows would be dropped than `max_dropped` allows."""
+    if not (rows.all_lengths > section.max_length).any():
+        return []
+    return [
+        f"{name}: {loss}"
+        for name, split in rows.splits.splits.items()
+        for loss in data.prepare(_sample(split), renderer, section, vocabulary, watch).report.losses()
+    ]
+
+
+def _sample(split: DatasetSplit) -> DatasetSplit:
+    if len(split) <= MOST_ROWS or split.mask is not None:
+        return split
+    return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
 
 
 def _choose_data(
     draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None, log: Callable[[str], None]
 ) -> int:
     """The section `data`. Returns how many of the training rows are held out."""
-    if rows.columns:
-        draft.choose("data.columns", rows.columns, rows.why_columns)
+    if rows.choice.columns:
+        draft.choose("data.columns", rows.choice.columns, rows.choice.why)
     chat = ", through the model's chat template" if rows.train.chat else ""
-    draft.reasons["data.train"] = (
-        f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}, {' and '.join(rows.train.formats)}{chat}"
-    )
+    count = f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}"
+    draft.reasons["data.train"] = f"{count}, {' and '.join(rows.train.formats)}{chat}"
     held_out = _choose_validation(draft, run, rows, log)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    length, why = init_choices.max_length(rows.all_lengths, context, paired=rows.together > 1)
+    length, why = auto.max_length(rows.all_lengths, context, paired=rows.rows_per_example > 1)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
     if (kind := rows.train.kind) is not None:
-        draft.choose("training.objective", init_rows.OBJECTIVES[kind], f"the rows are {kind}")
+        draft.choose("training.objective", _OBJECTIVES[kind], f"the rows are {kind}")
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
     return held_out
 
@@ -134,16 +261,14 @@ def _choose_data(
 def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Callable[[str], None]) -> int:
     """The fraction of the rows that is held out, unless there are files of them. Returns how many rows that is."""
     best = "the step with the lowest loss on them is kept"
-    fraction = run.data.validation if draft.has("data.validation") else init_choices.validation(len(rows.train))
+    fraction = run.data.validation if draft.has("data.validation") else auto.validation(len(rows.train))
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
         _, mask, remarks = data.divide(rows.train, fraction, run.data.group_by, run.training.seed)
-        held_out, labels = (
-            int(mask.sum()),
-            f", stratified by {rows.classes.labels} labels" if rows.classes.labels else "",
-        )
+        held_out = int(mask.sum())
         if held_out < len(rows.train) or draft.has("data.validation"):
+            labels = f", stratified by {rows.classes.labels} labels" if rows.classes.labels else ""
             draft.choose("data.validation", fraction, f"{held_out:,} rows are held out{labels}; {best}")
             for remark in remarks:
                 log(f"data.validation: {remark}")
@@ -156,51 +281,116 @@ def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Ca
 
 
 def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
-    """The batch, what memory asks for, and why the length is as it is."""
+    """The batch, and what saves memory if that is needed."""
     if run.training.max_minutes is not None:
         draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
-    size, gibibytes = fitting.batch, f"{fitting.estimate.total / (1 << 30):.1f} of {fitting.free / (1 << 30):.1f} GiB"
+    size, (total, free) = fitting.batch, (count / (1 << 30) for count in (fitting.estimate.total, fitting.free))
     why = "all rows of a step at once" if size == step else "the most that leave half of the free memory free"
-    why = f"{why}; takes about {gibibytes} that are free"
+    why = f"{why}; takes about {total:.1f} of {free:.1f} GiB that are free"
     draft.choose("training.per_device_train_batch_size", size, why)
     accumulation = max(1, step // size)
-    why = f"{size} x {accumulation} rows a step: {init_choices.WHY_STEP}"
+    why = f"{size} x {accumulation} rows a step: {auto.WHY_ROWS_PER_STEP}"
     draft.choose("training.gradient_accumulation_steps", accumulation, why)
     if fitting.checkpointed:
-        draft.choose("training.activation_checkpointing", True, "half of the memory would not suffice without")
+        draft.choose("training.activation_checkpointing", True, _SCARCE)
     if fitting.quantization != "none":
-        draft.choose("model.quantization", fitting.quantization, "half of the memory would not suffice without")
+        draft.choose("model.quantization", fitting.quantization, _SCARCE)
+
+
+def fit(
+    model: Any, run: RunConfig, draft: Draft, rows: MeasuredRows, step: int, free: int, *, quantizable: bool
+) -> Fit:
+    """The largest micro-batch that uses at most half of the free memory. Activations are recomputed, and the base is
+    quantized, only if no batch fits without; if none fits at all, the smallest is returned.
+
+    Args:
+        model: A `PeftModel` on the meta device.
+        run, draft: The config so far; values that are set in the draft do not change.
+        rows: The rows.
+        step: Rows of an optimizer step, a power of two.
+        free: Bytes of memory that are free.
+        quantizable: Whether the base may be quantized on this machine.
+    """
+    batches = [step >> shift for shift in range(step.bit_length())]
+    if draft.has("training.per_device_train_batch_size"):
+        batches = [run.training.per_device_train_batch_size]
+    formats: list[memory.WeightFormat] = ["none", "4bit"] if quantizable else ["none"]
+    formats = [run.model.quantization] if draft.has("model.quantization") else formats
+    is_set = draft.has("training.activation_checkpointing")
+    checkpointing = [run.training.activation_checkpointing] if is_set else [False, True]
+
+    def fitted(batch: int, weights: memory.WeightFormat, checkpointed: bool) -> Fit:
+        changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(1, step // batch)}
+        training = run.training.model_copy(update={**changes, "activation_checkpointing": checkpointed})
+        estimate = _estimate(model, run.model_copy(update={"training": training}), rows, weights)
+        return Fit(batch, weights, checkpointed, estimate, free)
+
+    for savings in itertools.product(formats, checkpointing):
+        smallest = fitted(batches[-1], *savings)
+        if smallest.is_roomy:
+            larger = (fitted(batch, *savings) for batch in batches[:-1])
+            return next((found for found in larger if found.is_roomy), smallest)
+    return smallest
+
+
+def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat) -> Estimate:
+    """The estimate of `train --dry-run`, for batches of the rows that were measured."""
+    batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
+    together, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
+    layout = BatchLayout(
+        _CutRows(rows.tokenized, length), tokens, packing, batch, length, pad_id=0, together=together - 1 and together
+    )
+    if device.type == "cpu" and would_share(run, rows.saved):
+        layout = layout.sharing(rows.saved)
+        largest, _ = tree_sizes(layout.rows(layout.heaviest()))
+    elif packing == "full":
+        largest = [(length, length - 1)] * batch * together
+    else:
+        heaviest = layout.rows(layout.heaviest())
+        largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
+    return memory.estimate(
+        model, largest, len(largest), run.training, packed=layout.flat, weight_format=weights, device=device,
+        batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _CutRows:
+    """Rows truncated from the left, about as `data.truncation` does it."""
+
+    rows: Any
+    length: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        row = self.rows[number]
+        return {name: row[name][-self.length :] for name in ("input_ids", "labels")}
 
 
 def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
     """How many rows are trained on when some are held out, and what `auto` is decided by."""
     trained = max(1, len(rows.train) - held_out)
-    lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
-    share = trained / len(rows.train)
-    packs = -(-round(share * int(lengths.sum())) // run.data.max_length)
+    share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
+    packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
     return trained, auto.Facts(
         hidden_size=load.hidden_size(model_config),
         layers=load.layers(model_config),
-        rows=packs if run.data.packing == "full" else trained,
-        supervised=round(share * int(rows.supervised.clip(max=lengths).sum())),
+        rows=packs,
+        supervised=round(share * int(supervised.sum())),
         processes=1,
         unit_parameters=partial(unit_parameters, run.model, model_config),
         start={},
-        rows_in_pack=trained / packs if run.data.packing == "full" else 1.0,
+        rows_in_pack=trained / packs,
     )
-
-
-def _is_quantizable(run: RunConfig, model_config: Any) -> bool:
-    """Whether the base is neither quantized already nor a GGUF file."""
-    return run.model.gguf_file is None and quantization.record_of(model_config.to_dict()) is None
 
 
 def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
     """The optimizer steps of the run, and about how many seconds they take, with evaluations."""
-    lengths = rows.lengths.clip(max=run.data.max_length * rows.together)
-    supervised = rows.supervised.clip(max=lengths)
+    lengths, supervised = rows.cut(run.data.max_length)
     held_out = rows.held_out or len(rows.train) - trained
-    costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.together)
+    costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)
     work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
     seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
     budget = 60 * (run.training.max_minutes or 0.0)

@@ -23,12 +23,9 @@ from loratune.training.gain import Gain
 from loratune.training.losses import Layers, Objective, computed_by
 from loratune.training.outcome import Outcome
 from loratune.training.preference_figures import PreferenceFigures
-from loratune.training.preferences import Comparing
+from loratune.training.preferences import MOST_COMPARED, Comparing
 from loratune.training.reference import Reference
 from loratune.training.run_context import RunContext
-
-MOST_COMPARED = 256
-"""Training items on which is said what the adapter prefers, where there are no validation rows."""
 
 
 @dataclass(frozen=True)

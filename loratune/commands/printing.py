@@ -183,10 +183,11 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
         to_stderr: Whether stdout has the config.
     """
     rows, fit, run = started.rows, started.fit, started.run
+    lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
     answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
-    sampled = f", of {len(rows.lengths):,} drawn from them" if rows.is_sample else ""
-    median, high = (int(value) for value in np.quantile(rows.row_lengths, (0.5, 0.95), method="inverted_cdf"))
-    sampled += ", of each answer with its prompt" * (rows.together > 1)
+    sampled = f", of {len(lengths) // rows.rows_per_example:,} drawn from them" if rows.is_sample else ""
+    median, high = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="inverted_cdf"))
+    sampled += ", of each answer with its prompt" * paired
     context = f", {started.context:,} positions" if started.context else ""
     free = f"{fit.free / (1 << 30):.1f} GiB free"
     duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {plural(started.steps, 'step')}"
@@ -196,7 +197,7 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
         duration = f"at most {run.training.max_minutes:g} min, for about {steps}, or half or twice that"
     lines = [
         ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
-        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {rows.row_lengths.max():,} at most{sampled}"),
+        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {lengths.max():,} at most{sampled}"),
         ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
         ("machine", f"{started.machine}, {free}"),
         ("time", duration),

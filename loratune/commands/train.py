@@ -13,7 +13,7 @@ from typing import Any
 
 from loratune import config, data, kernels, memory
 from loratune.adapter import card
-from loratune.commands import measuring, time_budget
+from loratune.commands import measuring
 from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.config import RunConfig
@@ -27,7 +27,7 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import best_step, conditions, gain, objectives, resume, run_dir, trainer
+from loratune.training import best_step, conditions, gain, objectives, resume, run_dir, time_budget, trainer
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.preflight import ValidatedRun

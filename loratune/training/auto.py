@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from loratune.codes import Code
@@ -57,6 +59,14 @@ _ALPHA = 16
 """With it the best learning rate hardly depends on the rank, as the update is scaled by lora_alpha / r."""
 _ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
 """Optimizers whose steps have the size of the rate, so that one formula holds for them."""
+_COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
+"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most so many times
+as long; it is a multiple of 64."""
+_WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1, 100, 0.2, 500, 50
+"""A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
+_STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
+"""About the number of optimizer steps of a pass over the rows, and the fewest and the most rows of a step."""
+WHY_ROWS_PER_STEP = f"about {_STEPS} steps in each pass, of {_LEAST_STEP} to {_MOST_STEP} rows"
 
 
 @dataclass(frozen=True)
@@ -158,7 +168,7 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
     elif training.max_steps < 0:
         steps, most = _steps_of_pass(training, facts), most_passes(run.lora)
         epochs = most if most * steps <= _STEPS_OF_TWO_PASSES else 1.0
-        why = "; more learn rows by heart, with adapters on more than q, k, v and o" if most == 1 else ""
+        why = "; more overfit, with adapters on more than q, k, v and o" if most == 1 else ""
         choose("num_train_epochs", epochs, f"{steps:,} step{'s' if steps > 1 else ''} in each{why}")
     if training.learning_rate == AUTO:
         unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
@@ -186,6 +196,36 @@ def lower_rate(run: RunConfig, facts: Facts) -> float:
     except ConfigError:
         found = rate
     return found if found <= rate / 2 else rate / 10
+
+
+def rows_per_step(rows: int) -> int:
+    """Rows of an optimizer step for so many training rows: a power of two."""
+    return 1 << (min(max(rows // _STEPS, _LEAST_STEP), _MOST_STEP).bit_length() - 1)
+
+
+def validation(rows: int) -> float | None:
+    """The fraction of so many rows to hold out, if any."""
+    share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
+    return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
+
+
+def max_length(lengths: NDArray[np.int64], context: int | None, *, paired: bool = False) -> tuple[int, str]:
+    """`data.max_length`, and why.
+
+    Args:
+        lengths: (rows,), in tokens; of pairs (answers,), each with its prompt.
+        context: The number of positions of the model, if that is known.
+        paired: Whether they are of pairs.
+    """
+    longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
+    wanted = longest if longest <= _TAIL * covered else covered
+    rounded = max(_MULTIPLE, -(-wanted // _MULTIPLE) * _MULTIPLE)
+    length = min(rounded, context or rounded)
+    what, tokens = ("answer", f"{longest:,} tokens with its prompt") if paired else ("row", f"{longest:,} tokens")
+    if not (cut := int(np.count_nonzero(lengths > length))):
+        return length, f"the longest {what} has {tokens}"
+    limit = f"the model has {length:,} positions; " if length < wanted else ""
+    return length, f"{limit}{cut:,} of {len(lengths):,} {what}s are longer, up to {tokens}, and are cut"
 
 
 def rows_of_step(training: TrainingSection, processes: int) -> int:

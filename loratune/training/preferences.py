@@ -38,6 +38,8 @@ in a tree of eight pairs than in one of the reference."""
 _ROUNDING_BY_BATCH = 1.0
 """The same where bitsandbytes rounds activations to 8 bits, as on a GPU, by what else is in a batch. On a CPU the same
 gave an answer of about 28 tokens 3.1 nats more, half as much as this allows; a GPU was not tried."""
+MOST_COMPARED = 256
+"""Training items whose preferences are measured if there are no validation rows."""
 _PARTNERS_TRIED = 64
 """Rows among which one with another prompt is looked for."""
 
