@@ -66,8 +66,7 @@ def train(
         try:
             if dry_run:
                 plan = make_plan(validated_run, show_progress, group)
-                if (asked := validated_run.config.training).max_minutes is not None:
-                    plan = time_budget.estimate_length(plan, asked, began)
+                plan = time_budget.estimate_length(plan, validated_run.config.training, began)
                 group.close()
                 if group.main:
                     printing.print_plan(plan, rows)

@@ -167,8 +167,10 @@ def fix_length(
 
 
 def estimate_length(plan: "Plan", asked: TrainingSection, began: float) -> "Plan":
-    """The plan with about as many steps as its minutes have room for; none is taken."""
-    costs, left = _costs(plan), 60 * (asked.max_minutes or 0.0) - (time.monotonic() - began)
+    """The plan with about as many steps as its minutes have room for, if it has a budget. No step is taken."""
+    if asked.max_minutes is None:
+        return plan
+    costs, left = _costs(plan), 60 * asked.max_minutes - (time.monotonic() - began)
     per_operation = duration.seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
     mismatched = asked.objective == "kto"
     train = Speed(0.0, per_operation * (WITH_MISMATCHED if mismatched else 1))
