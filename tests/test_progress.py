@@ -110,9 +110,9 @@ BASE = ["loading the base", "hashing the base", "attaching the adapter"]
     [
         (
             "train {place}/run.yaml --set output_dir={out} --json",
-            ["loading the base", "hashing the files of the base", "checking the weights of the base",
-             "hashing the base", "attaching LoRA", "trying batches on the base", "estimating the memory",
-             "taking the first step", "computing losses, in batches", "checking that the base is unchanged"],
+            ["loading the base", "checking the weights of the base", "hashing the base", "attaching LoRA",
+             "trying batches on the base", "estimating the memory", "taking the first step",
+             "computing losses, in batches"],
         ),
         ("params {place}/run.yaml --json", ["attaching LoRA", "estimating the memory"]),
         (

@@ -41,13 +41,13 @@ class NotStreamableError(Exception):
 
 def _values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
     """A stored tensor, or some of its rows."""
-    count = tensor.shape[0] - first if rows is None and tensor.shape else rows
-    shape = (count, *tensor.shape[1:]) if tensor.shape else ()
-    size = tensor_files.size_of(tensor.dtype, shape)
-    if not size:
-        return torch.empty(shape, dtype=DTYPES[tensor.dtype])
-    data = tensor.read(first * (size // count) if count else 0, size)
-    return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(shape)
+    dtype, shape = DTYPES[tensor.dtype], tensor.shape
+    if shape:
+        shape = (shape[0] - first if rows is None else rows, *shape[1:])
+    if not (size := tensor_files.size_of(tensor.dtype, shape)):
+        return torch.empty(shape, dtype=dtype)
+    begin = first * tensor_files.size_of(tensor.dtype, shape[1:])
+    return torch.frombuffer(tensor.read(begin, size), dtype=dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
