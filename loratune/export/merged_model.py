@@ -49,8 +49,9 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
         values.pop("torch_dtype", None)
         changes["dtype"] = merge.dtype
     values |= changes
+    nested = changes | ({"torch_dtype": merge.dtype} if merge.dtype is not None else {})
     for part in (part for part in values.values() if isinstance(part, dict)):
-        part |= {key: value for key, value in changes.items() if key in part}
+        part |= {key: value for key, value in nested.items() if key in part}
     write_json(staging / CONFIG, values)
     generation = _generation(source, merge.config)
     eos = generation.get("eos_token_id")
