@@ -35,7 +35,8 @@ from loratune.config import DataSection
 from loratune.data import no_progress
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
-from loratune.training import output_dir, preflight
+from loratune.training import preflight
+from loratune.training.checkpoints import run_dir
 
 MAX_SECONDS = 20
 """How long a case may take."""
@@ -269,7 +270,7 @@ def trained(scratch: Path) -> Path:
     }  # fmt: skip
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
-    directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
+    directory = run_dir.check(run.output_dir, resume=False, overwrite=False)
     ready = preflight.check(run, directory, no_progress)
     train.train(ready, train.Reporter(lambda _: None, lambda _: None, no_progress, Silent()))
     return scratch / "good"

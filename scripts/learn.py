@@ -38,7 +38,8 @@ from loratune.commands.train import train as train_run
 from loratune.config import Source
 from loratune.data import no_progress
 from loratune.evaluation import scoring
-from loratune.training import output_dir, preflight
+from loratune.training import preflight
+from loratune.training.checkpoints import run_dir
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 MODELS = {"135M": "models/SmolLM2-135M-Instruct", "57M": "", "narrow": ""}
@@ -104,7 +105,7 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Resul
     file = output.with_suffix(".json")
     file.write_text(json.dumps(config_of(one, paths, work, output)))
     run = config.load(file)
-    ready = preflight.check(run, output_dir.check(run.output_dir, overwrite=True), no_progress)
+    ready = preflight.check(run, run_dir.check(run.output_dir, overwrite=True), no_progress)
     reporter = Reporter(lambda _: None, lambda _: None, no_progress, Silent())
     with averaging.observed(one.get("average", ()), _steps(one)) as averages:
         result = train_run(ready, reporter, allow_worse=True)

@@ -23,7 +23,7 @@ from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import load
 from loratune.training import auto
 from loratune.training.auto import Facts
-from loratune.training.checkpoints import MANIFEST, RUN, seal
+from loratune.training.checkpoints.store import MANIFEST, RUN, seal
 
 FACTS = Facts(2048, 32, 1_600, 10_000, 1, lambda _: 1_000, {})
 UNDECIDED = {"learning_rate": AUTO, "num_train_epochs": AUTO}

@@ -20,7 +20,7 @@ from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.system.environment import cache_fix
 from loratune.system.signals import Termination
-from loratune.training import output_dir, run_dir
+from loratune.training.checkpoints import run_dir
 
 HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
@@ -502,22 +502,22 @@ def test_healthy_overwrite_replaces_it_whole(
 def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: dict[str, bool]) -> None:
     """The old adapter had been moved away, and the new one had not yet taken its place."""
     out = old_adapter(tmp_path / "out")
-    directory = output_dir.check(str(out), resume=False, overwrite=True)
-    with run_dir.locked(directory):
+    directory = run_dir.check(str(out), resume=False, overwrite=True)
+    with directory.locked():
         directory.prepare(resume=False)
         (directory.checkpoints / "checkpoint-1").mkdir()
         (directory.checkpoints / "checkpoint-1" / "manifest.json").touch()
     directory.staging.mkdir()
     directory.output.rename(directory.replaced)
     with pytest.raises(ConfigError, match="--resume, or start afresh with --overwrite"):
-        output_dir.check(str(out), resume=False, overwrite=False)
+        run_dir.check(str(out), resume=False, overwrite=False)
 
-    again = output_dir.check(str(out), **how)
-    with run_dir.locked(again):
+    again = run_dir.check(str(out), **how)
+    with again.locked():
         assert tree(out) == OLD
         again.prepare(resume=how["resume"])
         assert not directory.staging.exists()
-        assert directory.has_checkpoints() == how["resume"]
+        assert directory.is_kept() == how["resume"]
         directory.staging.mkdir()
         (directory.staging / "adapter_config.json").write_text("new")
         directory.publish()
@@ -526,13 +526,13 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
 
 def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with run_dir.locked(output_dir.check(str(out), resume=False, overwrite=False)) as directory:
+    with run_dir.check(str(out), resume=False, overwrite=False).locked() as directory:
         directory.prepare(resume=False)
         (directory.checkpoints / "checkpoint-1").mkdir()
-    output_dir.check(str(out), resume=True, overwrite=False)
+    run_dir.check(str(out), resume=True, overwrite=False)
     old_adapter(out)
     with pytest.raises(ConfigError) as caught:
-        output_dir.check(str(out), resume=True, overwrite=False)
+        run_dir.check(str(out), resume=True, overwrite=False)
     assert meanings(caught.value) == [(Code.RUN_OUTPUT_EXISTS, str(out), "output_dir")]
 
 

@@ -13,7 +13,7 @@ from running import WEIGHTS, checkpoints, copy_of, stopped
 
 from loratune.codes import Code
 from loratune.training import conditions
-from loratune.training.checkpoints import seal
+from loratune.training.checkpoints.store import seal
 
 Edit = Callable[[dict[str, Any]], Any]
 

@@ -39,7 +39,8 @@ from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericErr
 from loratune.lora import attach, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
 from loratune.lora.initialize import AdapterInit
-from loratune.training import output_dir, preflight
+from loratune.training import preflight
+from loratune.training.checkpoints import run_dir
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 
@@ -262,7 +263,7 @@ def going_on(run_config: MakeConfig, tmp_path: Path, earlier: Path) -> Make:
 
 def plan_of(path: Path, *assignments: str) -> Plan:
     run = config.load(path, assignments)
-    directory = output_dir.check(run.output_dir, resume=False, overwrite=False)
+    directory = run_dir.check(run.output_dir, resume=False, overwrite=False)
     return make_plan(preflight.check(run, directory, no_progress), no_progress)
 
 

@@ -280,7 +280,7 @@ def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, c
     for output_dir in (base, base / "x"):
         for adapters in (("--adapter", adapter), ("--adapter", f"a={adapter}", "--mix", "a:1")):
             ran = cli("export", *adapters, "--to", "peft", "--output", output_dir, "--overwrite")
-            check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(output_dir), "--output"))
+            check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(output_dir), "--output"))
     assert tree(base) == before
 
 
@@ -376,7 +376,7 @@ def test_an_existing_output_is_replaced_only_if_it_is_an_export(trained: Path, t
     ran = cli(*arguments, tmp_path / "mine", "--overwrite")
     check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "mine"), "--output"))
     ran = cli(*arguments, trained, "--overwrite")
-    check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(trained), "--output"))
+    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(trained), "--output"))
     assert {name: content for name, content in tree(tmp_path).items() if name.startswith("out/")} == before
     assert cli(*arguments, tmp_path / "out", "--overwrite").code == 0
 

@@ -24,7 +24,7 @@ from loratune.codes import Code
 from loratune.commands.boundary import boundary
 from loratune.system import signals
 from loratune.system.signals import Stop
-from loratune.training.checkpoints import Checkpoints
+from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.run_context import RunContext
 
 # Signals
@@ -303,7 +303,7 @@ def test_sigterm_while_the_model_is_loaded(
 
 SIGNAL_AFTER = """
 import os, signal
-from loratune.training.run_dir import RunDirectory
+from loratune.training.checkpoints.run_dir import RunDirectory
 original = RunDirectory.{name}
 def {name}(self, *arguments, **keywords):
     original(self, *arguments, **keywords)
@@ -317,7 +317,7 @@ IN_DESTRUCTOR = f"type('Dropped', (), {{'__del__': lambda self: {TO_ITSELF}}})()
 @pytest.mark.parametrize(
     ("name", "statement"),
     [
-        pytest.param("check_kinds", f"if self.partial.is_dir(): {TO_ITSELF}", id="before the lock is taken"),
+        pytest.param("_check_partial", f"if self.partial.is_dir(): {TO_ITSELF}", id="before the lock is taken"),
         pytest.param("prepare", TO_ITSELF, id="before the first step"),
         pytest.param("prepare", IN_DESTRUCTOR, id="in a destructor"),
     ],

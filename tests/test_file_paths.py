@@ -12,9 +12,9 @@ from loratune.config import OUTPUT, RunConfig, path_keys
 from loratune.config.keys import groups
 from loratune.errors import ResumeError
 from loratune.export.portable import portable
-from loratune.training import resume
+from loratune.training.checkpoints import resume
+from loratune.training.checkpoints.resume import CONTENTS, ResumePoint
 from loratune.training.preflight import with_absolute_paths
-from loratune.training.resume import CONTENTS, ResumePoint
 
 TEXTS: dict[str, Callable[[str], Any]] = {
     "model.revision": str,

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.config import TrainingSection
-from loratune.training.checkpoints import BEST_WEIGHTS, RUN, seal
+from loratune.training.checkpoints.store import BEST_WEIGHTS, RUN, seal
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord, evaluation_steps, interval, optimizer_steps
 

@@ -45,7 +45,6 @@ from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load, stored
 from loratune.system import tensor_files
 from loratune.system.tensor_files import Shards
-from loratune.training import run_dir
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
 SMALL: dict[str, Any] = {
@@ -363,7 +362,7 @@ def test_an_output_is_replaced_only_if_it_is_one_of_ours(
     before = tree(tiny.base), tree(tiny.adapter)
     for path in (tiny.base, tiny.adapter, tiny.base / "x", tiny.adapter / "x"):
         ran = cli(*arguments, path, "--overwrite")
-        check_refused(ran, 2, (Code.EXPORT_INSIDE_INPUT, str(path), "--output"))
+        check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(path), "--output"))
     assert (tree(tiny.base), tree(tiny.adapter)) == before
 
 
@@ -464,7 +463,7 @@ def test_a_full_disk_leaves_nothing(
 
 def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
     directory = output.check(tmp_path / "out", overwrite=False, inputs={})
-    with run_dir.locked(directory):
+    with directory.locked():
         ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
     check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))
 

@@ -254,27 +254,6 @@ def test_a_pipe_that_nobody_reads_is_logged(tmp_path: Path) -> None:
     assert (notes, received) == ([line], ["through a pipe"])
 
 
-def test_a_file_of_another_in_a_sticky_directory(tmp_path: Path) -> None:
-    """It could not be replaced, and the command says so before it computes anything."""
-    if os.geteuid() != 0:
-        pytest.skip("only root becomes someone else")
-    (tmp_path / "a.txt").write_text("precious")
-    (tmp_path / "a.txt").chmod(0o666)
-    for place in tmp_path.parents:
-        if not place.stat().st_mode & 0o001:
-            place.chmod(place.stat().st_mode | 0o011)
-    tmp_path.chmod(0o1777)
-    if not (child := os.fork()):
-        try:
-            os.setuid(12345)
-            output(tmp_path / "a.txt", overwrite=True)
-        except ConfigError as error:
-            os._exit(7 if error.problems[0].code is Code.OUTPUT_FILE_STICKY else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-
-
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
 def test_open_files(name: str, tmp_path: Path) -> None:
     """They go on where they stand, be they files or pipes."""

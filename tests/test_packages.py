@@ -228,7 +228,7 @@ RULES: list[tuple[Rule, str, str]] = [
     (imports_point_down, "model.py", "from loratune.training.trainer import fit"),
     (imports_point_down, "model.py", "from loratune.commands import train"),
     (imports_point_down, "errors.py", "import loratune.config"),
-    (imports_point_down, "config/schema.py", "def f():\n    from loratune.training import run_dir"),
+    (imports_point_down, "config/schema.py", "def f():\n    from loratune.training import trainer"),
     (imports_point_down, "training/trainer.py", "from loratune.commands import evaluate"),
     (imports_point_down, "commands/train.py", "from . import generate"),
     (imports_point_down, "new_package.py", ""),

@@ -15,9 +15,9 @@ from loratune.codes import Code
 from loratune.data import token_cache, token_cache_dir
 from loratune.errors import ResumeError
 from loratune.system import records
-from loratune.training import run_dir_files
-from loratune.training.checkpoints import Checkpoints, newest_whole
-from loratune.training.run_dir_files import RejectedAdapter
+from loratune.training.checkpoints import contents
+from loratune.training.checkpoints.contents import RejectedAdapter
+from loratune.training.checkpoints.store import Checkpoints, newest_whole
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -119,7 +119,7 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
 
 def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
     (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
-    assert run_dir_files.scan_checkpoint(kept / "checkpoint-1").foreign == ["schema_version"]
+    assert contents.scan_checkpoint(kept / "checkpoint-1").foreign == ["schema_version"]
 
 
 def test_the_record_of_an_end(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from running import (
 
 from loratune.codes import Code
 from loratune.system.files import kind as kind_of_file
-from loratune.training import output_dir
-from loratune.training import resume as resume_module
-from loratune.training.checkpoints import newest_whole
+from loratune.training.checkpoints import resume as resume_module
+from loratune.training.checkpoints import run_dir
+from loratune.training.checkpoints.store import newest_whole
 
 SKIPPED = Code.RESUME_CHECKPOINT_SKIPPED
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -479,7 +479,7 @@ def test_resume_is_spoken_of_only_where_something_was_kept(
     """What a run leaves that was killed in its first save, and one whose first save has no room."""
     config = run_config(training={"save_steps": 1})
     (tmp_path / "out.partial" / "checkpoints" / "unfinished" / "checkpoint-1").mkdir(parents=True)
-    assert not output_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
+    assert not run_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()
     child = processes.start("train", config, limit=30_000)
     assert child.wait() == 8
     last = child.said().splitlines()[-1]

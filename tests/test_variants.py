@@ -30,8 +30,9 @@ from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
 from loratune.model import base_files, load
-from loratune.training import output_dir, preflight, trainer
-from loratune.training.checkpoints import Checkpoints
+from loratune.training import preflight, trainer
+from loratune.training.checkpoints import run_dir
+from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.run_context import RunContext, TrainingJob
 
 Cli = Callable[..., Ran]
@@ -144,7 +145,7 @@ AT_LENGTH = (
 def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
-        directory = output_dir.check(loaded.output_dir, resume=resume, overwrite=False)
+        directory = run_dir.check(loaded.output_dir, resume=resume, overwrite=False)
         ready = preflight.check(loaded, directory, no_progress, [] if resume else None)
         reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
         train.train(ready, reporter)

@@ -40,13 +40,13 @@ def init(
             from loratune.data.sources.local import data_ending
 
         from loratune.commands.init_start import SOURCE, checked, first_values
-        from loratune.training import output_dir
+        from loratune.training.checkpoints import run_dir
 
         if file is not None and data_ending(file.path):
             file = file.reading(Path(data).expanduser())  # It would be read as rows itself.
         draft = config.draft(first_values(data, model, log), SOURCE, assignments)
         run = checked(draft)
-        output_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(Path(output), run))
+        run_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(Path(output), run))
         for source in run.data.train_sources:
             open_source(source)
         _find_model(run.model)

@@ -14,7 +14,7 @@ from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
     from loratune.config import RunConfig
-    from loratune.training.run_dir import RunDirectory
+    from loratune.training.checkpoints.run_dir import RunDirectory
 
 
 @app.command()
@@ -93,11 +93,11 @@ def _directory(run: "RunConfig", config_file: Path, storage: str | None, *, over
 
     from loratune import config
     from loratune.commands.sweep.storage import check_place, study_directory
-    from loratune.training import output_dir
+    from loratune.training.checkpoints import run_dir
 
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
-        directory = output_dir.check(run.output_dir, overwrite=overwrite, inputs=config.input_paths(config_file, run))
+        directory = run_dir.check(run.output_dir, overwrite=overwrite, inputs=config.input_paths(config_file, run))
     except ConfigError as error:
         study = f"{run.output_dir}.study"
         if not Path(study).is_dir():

@@ -155,7 +155,7 @@ def _check_run(
     """
     from loratune import config
     from loratune.console import log
-    from loratune.training import output_dir
+    from loratune.training.checkpoints import run_dir
 
     run = config.load(config_file, assignments)
     if run.model.device_map is not None and (size := launcher.world_size()) > 1:
@@ -164,7 +164,7 @@ def _check_run(
         raise ConfigError(Problem(Code.CONFIG_SEVERAL_PROCESSES, what, str(config_file), "model.device_map", fix))
     log_all(config.portability(run.lora))
     inputs = config.input_paths(config_file, run)
-    directory = output_dir.check(
+    directory = run_dir.check(
         run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs, log=log if dry_run else None
     )
 

@@ -25,7 +25,7 @@ from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
-from loratune.training.run_dir import RunDirectory
+from loratune.system.output_dir import OutputDirectory
 
 _TEMPLATE = "chat_template.jinja"
 Log = Callable[[str], None]
@@ -59,7 +59,7 @@ class Exported:
 
 def export(
     source: AdapterDirectory,
-    directory: RunDirectory,
+    directory: OutputDirectory,
     options: ExportOptions,
     *,
     mix: Mapping[str, float] | None = None,
@@ -103,7 +103,7 @@ def _count(model: Any) -> int:
 
 def _export_plain(
     source: AdapterDirectory,
-    directory: RunDirectory,
+    directory: OutputDirectory,
     options: ExportOptions,
     details: dict[str, Any],
     split: DatasetSplit | None,
@@ -156,7 +156,7 @@ def _difference(share: float, whole: str) -> str:
 class _GgufExport:
     """A GGUF file, for llama.cpp and Ollama: of the adapter, or of base and adapter as one model."""
 
-    def __init__(self, source: AdapterDirectory, directory: RunDirectory, options: ExportOptions, log: Log):
+    def __init__(self, source: AdapterDirectory, directory: OutputDirectory, options: ExportOptions, log: Log):
         self.source, self.directory, self.options = source, directory, options
         self.converters = gguf.find_converters(options.llama_cpp)
         self.not_run = options.why_not_verified

@@ -21,7 +21,7 @@ from loratune.lora import attach
 from loratune.model import load
 from loratune.model.base_files import FileStates
 from loratune.model.source import locate
-from loratune.training.run_dir import RunDirectory
+from loratune.system.output_dir import OutputDirectory
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Merged:
 
 def merge(
     adapter: AdapterDirectory,
-    directory: RunDirectory,
+    directory: OutputDirectory,
     split: DatasetSplit | None,
     *,
     dtype: str | None,

@@ -27,12 +27,13 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import best_step, conditions, gain, objectives, resume, run_dir, time_budget, trainer
+from loratune.training import best_step, conditions, gain, objectives, time_budget, trainer
 from loratune.training.callbacks import Progress
-from loratune.training.checkpoints import MOST_CHECKPOINTS, Checkpoints
+from loratune.training.checkpoints import resume
+from loratune.training.checkpoints.run_dir import RunDirectory
+from loratune.training.checkpoints.store import MOST_CHECKPOINTS, Checkpoints
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_context import RunContext
-from loratune.training.run_dir import RunDirectory
 from loratune.training.trackers import Tracker, trackers
 
 _CHECKPOINT_OVERHEAD = 40_000
@@ -131,7 +132,7 @@ def train(
     """
     began = time.monotonic() if began is None else began
     group.set_timeout(validated_run.config.training.ddp_timeout)
-    lock = run_dir.locked(validated_run.directory) if group.main else nullcontext(validated_run.directory)
+    lock = validated_run.directory.locked() if group.main else nullcontext(validated_run.directory)
     with group.connected(), lock as directory:
         if group.main and validated_run.resume_point is not None and not allow_worse:
             gain.check_not_rejected(directory, validated_run.resume_point)

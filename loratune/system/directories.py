@@ -5,17 +5,36 @@ known by its name and kind; everything else is foreign and stays. A symbolic lin
 directory that no run makes is foreign as well.
 """
 
+import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from loratune.system import records
-from loratune.system.files import is_directory, is_incidental_directory, is_incidental_file, notebook_original
+from loratune.system.files import (
+    is_directory,
+    is_file,
+    is_incidental_directory,
+    is_incidental_file,
+    notebook_original,
+    read_text,
+    sha256,
+)
+
+_log = logging.getLogger(__name__)
+
+CONFIG = "adapter_config.json"
+"""The file without which a directory is no adapter."""
+_UNLISTED = frozenset({records.ADAPTER, "README.md"})
+"""Files that the record does not list: users may edit the card, and the record cannot hold its own digest."""
+_MOST_NAMES = 3
 
 ADAPTER_FILES = frozenset({
-    records.ADAPTER, records.ROW_HASHES, "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin",
+    records.ADAPTER, records.ROW_HASHES, CONFIG, "adapter_model.safetensors", "adapter_model.bin",
     "README.md", "run.yaml", "training_args.bin", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
@@ -95,6 +114,49 @@ def scan_all(directory: Path) -> Contents:
 
 def _is_template(name: str) -> bool:
     return _parent(name) == TEMPLATES and name.endswith(".jinja")
+
+
+def shortened(names: Sequence[str]) -> str:
+    """The first of some names: `a, b, c (and 9 more)`."""
+    rest = f" (and {len(names) - _MOST_NAMES} more)" if len(names) > _MOST_NAMES else ""
+    return ", ".join(names[:_MOST_NAMES]) + rest
+
+
+def is_recorded(directory: Path, path: Path) -> bool:
+    """Whether a file is, unchanged, the one that the record of the adapter in this directory lists under its name."""
+    try:
+        name = path.resolve().relative_to(directory.resolve()).as_posix()
+        return is_file(directory / name) and (_digests(directory) or {}).get(name) == sha256(directory / name)
+    except (OSError, ValueError):
+        _log.debug("%s counts as changed", path, exc_info=True)
+        return False
+
+
+def scan_recorded(directory: Path) -> Contents:
+    """What is in an adapter directory, where the files that belong to it are those that its record lists.
+
+    Without a record they are those that adapters are known to consist of.
+    """
+    digests = _digests(directory)
+    return scan_adapter(directory) if digests is None else scan(directory, (digests.keys() | _UNLISTED).__contains__)
+
+
+def _digests(directory: Path) -> dict[str, Any] | None:
+    """The files that the record of an adapter lists, with their SHA-256; None without a readable record."""
+    record = read_record(directory)
+    files = record.get("files") if isinstance(record, dict) else None
+    return files if isinstance(files, dict) else None
+
+
+def read_record(directory: Path) -> Any:
+    """The record of an adapter; None if there is none, or it cannot be read."""
+    try:
+        return json.loads(read_text(directory / records.ADAPTER))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        _log.debug("the record of %s counts as absent", directory, exc_info=True)
+        return None
 
 
 def _is_notebook_copy(name: str, is_own: IsOwn) -> bool:

@@ -248,12 +248,6 @@ def notebook_original(name: str) -> str | None:
     return f"{match['place']}{match['stem']}{match['ending'] or ''}" if match else None
 
 
-def is_sticky(path: Path) -> bool:
-    """Whether a file or directory of another user may not be moved, as the directory around it is sticky."""
-    parent, owner = path.parent.stat(), path.lstat().st_uid
-    return bool(parent.st_mode & stat.S_ISVTX) and os.geteuid() not in (0, parent.st_uid, owner)
-
-
 def contains(directory: Path, path: Path) -> bool:
     """Whether a path is a directory or lies in it, under any name: links, bind mounts, upper and lower case."""
     status = directory.stat()

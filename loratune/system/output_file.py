@@ -20,7 +20,7 @@ from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.system.files import contains, is_sticky, kind, sync
+from loratune.system.files import contains, kind, sync
 
 _OPEN_FILE = re.compile(
     r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"
@@ -88,9 +88,6 @@ class Output:
         elif file_kind == "a file" and not self.overwrite:
             code, what = Code.OUTPUT_FILE_EXISTS, "already exists"
             fix += "" if self.overwrite is None else ", or replace the file with --overwrite"
-        elif file_kind == "a file" and is_sticky(self.path):
-            code = Code.OUTPUT_FILE_STICKY
-            what = f"cannot be replaced: {parent} is sticky, so only the file's owner may do so"
         else:
             paths = [self.path] if file_kind else []
             paths += [parent] if _is_regular(file_kind) else []

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import Weights, read_weights
-from loratune.training.checkpoints import BEST_WEIGHTS
+from loratune.training.checkpoints.resume import ResumePoint
+from loratune.training.checkpoints.store import BEST_WEIGHTS
 from loratune.training.evaluations import BEST, BestRecord
-from loratune.training.resume import ResumePoint
 
 
 class BestStep:

@@ -13,7 +13,7 @@ from loratune.codes import Code
 from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm
 from loratune.system.launcher import Group
-from loratune.training.checkpoints import Checkpoints
+from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.losses import Batches, Objective
 

@@ -26,10 +26,10 @@ from loratune.errors import NumericError, Problem
 from loratune.lora.attach import PeftModel
 from loratune.statistics import LEAST_ROWS, Interval, finite, jackknife_interval, mean_ratio_interval
 from loratune.system.launcher import Group
+from loratune.training.checkpoints.contents import PUBLISH_WORSE, RejectedAdapter
+from loratune.training.checkpoints.resume import ResumePoint
+from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.losses import Loss, NextToken, Objective, ScoringLayout
-from loratune.training.resume import ResumePoint
-from loratune.training.run_dir import RunDirectory
-from loratune.training.run_dir_files import PUBLISH_WORSE, RejectedAdapter
 
 _MOST_ROWS, _MOST_DRAWN = 64, 4096
 """At most so many distinct rows are compared, and so many rows are looked at to find them."""

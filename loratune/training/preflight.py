@@ -26,8 +26,8 @@ from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
 from loratune.training import auto
-from loratune.training.resume import ResumePoint, content_problem, find_resume_point
-from loratune.training.run_dir import RunDirectory
+from loratune.training.checkpoints.resume import ResumePoint, content_problem, find_resume_point
+from loratune.training.checkpoints.run_dir import RunDirectory
 
 KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
 """Objective → what rows hold that it trains on; None for answers as they stand."""

@@ -10,7 +10,7 @@ from loratune.config import LoraSection, TrainingSection
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training.callbacks import Progress
-from loratune.training.checkpoints import Checkpoints
+from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord
 from loratune.training.losses import Batches, NextToken, Objective

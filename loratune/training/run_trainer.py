@@ -14,7 +14,7 @@ from loratune.lora import tensors
 from loratune.system import launcher
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import NonFiniteGuard, Pace, diverged_error
-from loratune.training.checkpoints import check_tensors
+from loratune.training.checkpoints.store import check_tensors
 from loratune.training.curve import SECONDS, thinned, without_held_out
 from loratune.training.losses import Batches, Loss
 from loratune.training.outcome import CURVE_KEYS, Outcome

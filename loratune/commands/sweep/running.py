@@ -35,9 +35,9 @@ from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import auto, preflight, run_dir
+from loratune.training import auto, preflight
+from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.preflight import ValidatedRun
-from loratune.training.run_dir import RunDirectory
 
 _NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
 """Keys that two commands on one study may have at different values, besides paths, which differ from machine to
@@ -357,7 +357,7 @@ class _Sweep:
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
         self._check_adapter(source, best)
-        with run_dir.locked(directory):
+        with directory.locked():
             directory.prepare(resume=False)
             directory.create_staging()
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)

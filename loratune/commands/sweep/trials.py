@@ -43,11 +43,11 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, final_score, objectives, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.callbacks import Progress
+from loratune.training.checkpoints.resume import find_resume_point
+from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.continuing import EarlierRun
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.preflight import ValidatedRun
-from loratune.training.resume import find_resume_point
-from loratune.training.run_dir import RunDirectory
 
 DIGEST = "record"
 """The key of the SHA-256 of an adapter's record, which has the digests of its other files."""

@@ -23,7 +23,7 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system import records
 from loratune.system.directories import remove_own
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
-from loratune.training.run_dir_files import (
+from loratune.training.checkpoints.contents import (
     CHECKPOINT,
     MANIFEST,
     newer_record_error,

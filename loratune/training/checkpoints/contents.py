@@ -18,7 +18,6 @@ CHECKPOINT = "checkpoint-"
 """How the name of a checkpoint begins; the step follows."""
 MANIFEST = records.MANIFEST
 """The file that is written last to a checkpoint. It lists the others."""
-RECORD, CONFIG = records.ADAPTER, "adapter_config.json"
 _TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
 _STEP = rf"{CHECKPOINT}\d+"
 _TRAINER_FILES = re.compile(
@@ -56,7 +55,7 @@ def scan_checkpoints(directory: Path) -> Contents:
 
     def is_own(name: str) -> bool:
         if (match := _IN_CHECKPOINT.fullmatch(name)) is None:
-            return _CHECKPOINT_DIRECTORY.fullmatch(name) is not None  # see `RunDirectory.check_kinds`
+            return False
         if match["checkpoint"] not in manifests:
             manifests[match["checkpoint"]] = _listed_files(directory / match["checkpoint"])
         return _is_checkpoint_file(match["name"], manifests[match["checkpoint"]])

@@ -14,7 +14,7 @@ from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training import auto
-from loratune.training.checkpoints import newest_whole, step_of
+from loratune.training.checkpoints.store import newest_whole, step_of
 from loratune.training.curve import SECONDS, UNREPORTED, StepLosses
 from loratune.training.evaluations import BEST, BestRecord
 
