@@ -244,12 +244,8 @@ def unknown_keys(files: AdapterFiles) -> list[str]:
     where, known = str(files.path / CONFIG_FILE), {field.name for field in fields(LoraConfig)}
     unknown = {key: value for key, value in files.config.items() if key not in known}
     if effective := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
-        code, what, fix = (
-            Code.ADAPTER_UNKNOWN_KEY,
-            "this version of PEFT does not know it",
-            "upgrade peft, or remove it",
-        )
-        raise AdapterError([Problem(code, what, where, key, fix) for key in effective])
+        what, fix = "this version of PEFT does not know it", "upgrade peft, or remove it"
+        raise AdapterError([Problem(Code.ADAPTER_UNKNOWN_KEY, what, where, key, fix) for key in effective])
     return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
@@ -295,10 +291,7 @@ def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
     parameters = [name for name, _ in plain.named_parameters()]
     values = patterns.peft_values(files.config, files.tensors, modules, parameters, str(files.path / CONFIG_FILE))
     with _as_mismatch(files):
-        config = LoraConfig.from_pretrained(str(files.path))
-    for key, value in values.items():
-        setattr(config, key, value)
-    return config
+        return replace(LoraConfig.from_pretrained(str(files.path)), **values)
 
 
 @contextmanager
