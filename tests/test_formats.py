@@ -11,14 +11,14 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats
 from loratune.data.formats import (
-    AnswerPair,
     Conversation,
     Example,
     Ids,
-    Judged,
     Parser,
     Plain,
+    PreferencePair,
     RowError,
+    UnpairedPreference,
     completion_key,
     content_key,
     parse_question,
@@ -493,10 +493,10 @@ def test_the_chosen_answers_of_pairs_alone(row: dict[str, Any], expected: str) -
     """What `data.columns` has to be is known of the first row, and gives an example."""
     assert parser(row).chosen_alone == expected
     ours = expected[1:-1].split(":")[0]
-    assert not isinstance(parse(row, columns={ours: "chosen"}), AnswerPair)
+    assert not isinstance(parse(row, columns={ours: "chosen"}), PreferencePair)
 
 
-CHAT_PAIR = AnswerPair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation("f:1", (USER, OTHER), 1))
+CHAT_PAIR = PreferencePair("f:1", Conversation("f:1", (USER, BOT), 1), Conversation("f:1", (USER, OTHER), 1))
 
 
 @pytest.mark.parametrize(
@@ -542,16 +542,16 @@ def test_pairs_of_messages_in_all_shapes(row: dict[str, Any], columns: dict[str,
 )  # fmt: skip
 def test_pairs_of_texts(row: dict[str, Any], prompt: str, answers: tuple[str, str]) -> None:
     """Without a prompt, it is what both begin with, up to a word; in HH-RLHF's dialogues, up to the last answer."""
-    assert parse(row) == AnswerPair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
+    assert parse(row) == PreferencePair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
 
 
 @pytest.mark.parametrize("answer", ["[1] says so", "[]", "[1, 2]", '[{"name": "x"}]', "[", "[" * 9999])
 def test_text_in_brackets_is_text(answer: str) -> None:
     """An answer need be no list of messages where the prompt is one."""
     pair = parse({"prompt": [USER], "chosen": answer, "rejected": "c"})
-    assert isinstance(pair, AnswerPair) and isinstance(pair.chosen, Conversation)
+    assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)
     assert pair.chosen.messages[-1]["content"] == answer
-    assert parse({"prompt": "a", "chosen": answer, "rejected": "c"}) == AnswerPair(
+    assert parse({"prompt": "a", "chosen": answer, "rejected": "c"}) == PreferencePair(
         "f:1", Plain("f:1", "a", answer), Plain("f:1", "a", "c")
     )
 
@@ -560,7 +560,7 @@ def test_a_pair_to_an_instruction() -> None:
     """As LLaMA-Factory has it: system, turns before, and the input below the instruction."""
     fields = {"system": "s", "history": [["u", "v"]], "instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}
     pair = parse(fields)
-    assert isinstance(pair, AnswerPair) and isinstance(pair.chosen, Conversation)
+    assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)
     contents = [(message["role"], message["content"]) for message in pair.chosen.messages]
     assert contents == [("system", "s"), ("user", "u"), ("assistant", "v"), ("user", "a\ni"), ("assistant", "b")]
     assert pair.chosen.first_supervised == 4
@@ -573,17 +573,17 @@ def test_a_pair_whose_prompt_would_not_be_read(name: str) -> None:
     (problem,) = refused(row)
     assert (problem.code, problem.where, problem.key) == (Code.DATA_NO_QUESTION, "f:1", "data.columns")
     assert f"`{name}` is not read" in problem.what and f"{{instruction: {name}}}" in problem.fix
-    assert parse(row, format="preference") == AnswerPair("f:1", Plain("f:1", "", "b"), Plain("f:1", "", "c"))
+    assert parse(row, format="preference") == PreferencePair("f:1", Plain("f:1", "", "b"), Plain("f:1", "", "c"))
     whole = {name: "Why?", "chosen": "Why? b", "rejected": "Why? c"}
-    assert parse(whole) == AnswerPair("f:1", Plain("f:1", "Why?", " b"), Plain("f:1", "Why?", " c"))
+    assert parse(whole) == PreferencePair("f:1", Plain("f:1", "Why?", " b"), Plain("f:1", "Why?", " c"))
     dialogue = {name: "x", "chosen": "\n\nHuman: q\n\nAssistant: b", "rejected": "\n\nHuman: q\n\nAssistant: c"}
-    assert isinstance(parse(dialogue), AnswerPair)
+    assert isinstance(parse(dialogue), PreferencePair)
 
 
 def test_a_longer_implicit_prompt_and_tools() -> None:
     turns = [SYSTEM, USER, BOT, USER]
     pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
-    assert isinstance(pair, AnswerPair) and isinstance(pair.rejected, Conversation)
+    assert isinstance(pair, PreferencePair) and isinstance(pair.rejected, Conversation)
     assert pair.rejected.first_supervised == 4 and pair.rejected.tools == (WEATHER,)
 
 
@@ -592,9 +592,9 @@ def test_a_longer_implicit_prompt_and_tools() -> None:
 )
 def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
     section = {"format": "unpaired_preference"}
-    assert parse(PAIR | {"label": label}, **section) == Judged("f:1", Plain("f:1", "a", "b"), desirable)
+    assert parse(PAIR | {"label": label}, **section) == UnpairedPreference("f:1", Plain("f:1", "a", "b"), desirable)
     chats = parse({"prompt": [USER], "completion": [BOT], "label": label}, **section)
-    assert chats == Judged("f:1", Conversation("f:1", (USER, BOT), 1), desirable)
+    assert chats == UnpairedPreference("f:1", Conversation("f:1", (USER, BOT), 1), desirable)
 
 
 @pytest.mark.parametrize("label", ["label", "kto_tag"])
@@ -610,7 +610,9 @@ def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
 def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[Any, ...]) -> None:
     """As in LLaMA-Factory's rows, the last turn is what is judged."""
     first = len(messages) - 1
-    assert parse(row | {label: False}) == Judged("f:1", Conversation("f:1", messages, first), desirable=False)
+    assert parse(row | {label: False}) == UnpairedPreference(
+        "f:1", Conversation("f:1", messages, first), desirable=False
+    )
     plain = "alpaca" if "output" in row else next(iter(row))
     assert isinstance(parse(row | {label: True}, format=plain), Conversation)
 
@@ -629,7 +631,7 @@ def test_bad_labels_beside_turns(row: dict[str, Any], code: Code, detail: str) -
 
 def test_labels_that_are_none_of_answers() -> None:
     assert parse(PAIR | {"label": "pos"}) == parse(PAIR | {"label": 1}) == Plain("f:1", "a", "b")
-    assert isinstance(parse(PAIR | {"label": False}), Judged)
+    assert isinstance(parse(PAIR | {"label": False}), UnpairedPreference)
     assert parse(PAIR | {"label": True}, format="prompt_completion") == Plain("f:1", "a", "b")
     check_row_error(row_error(PAIR | {"label": "x"}, PAIR | {"label": True}), TYPE, "`label` must be true or false")
 
@@ -677,7 +679,7 @@ def test_a_pair_in_a_file_of_another_format() -> None:
 def test_pairs_that_teach_nothing(chosen: str, rejected: str, reason: str | None) -> None:
     texts = parse({"prompt": "a", "chosen": chosen, "rejected": rejected})
     chats = parse({"prompt": [USER], "chosen": chosen, "rejected": rejected})
-    assert isinstance(texts, AnswerPair) and isinstance(chats, AnswerPair)
+    assert isinstance(texts, PreferencePair) and isinstance(chats, PreferencePair)
     assert preferences.drop_reason(texts) == preferences.drop_reason(chats) == reason
 
 

@@ -122,8 +122,8 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
         ("sft", [{"prompt": "a", "completion": "b", "label": "False"}], "data.format to prompt_completion"),
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
         ("dpo", JUDGED, "training.objective to kto"),
-        ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are pairs of answers"),
-        ("kto", [{"prompt": "a", "completion": "b"}], "give rows that are answers that are good or bad"),
+        ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are preference pairs"),
+        ("kto", [{"prompt": "a", "completion": "b"}], "give rows that are unpaired preferences"),
         ("kto", [{"prompt": "a", "completion": "b", "label": 1}], "set data.format to unpaired_preference"),
     ],
 )
@@ -149,7 +149,7 @@ def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: M
     write_rows(tmp_path / "compared.jsonl", [first, LATER[1]])
     ran = cli("train", path)
     check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:2", ""))
-    assert "`label` says whether the answer is a good one" in ran.err and "data.format to prompt_completion" in ran.err
+    assert "`label` says whether the answer is desirable" in ran.err and "data.format to prompt_completion" in ran.err
     assert cli("train", path, "--dry-run", "--set", "data.format=prompt_completion").code == 0
 
 
@@ -168,7 +168,8 @@ def test_a_label_that_may_be_one(
     ):
         ran = cli(*arguments)
         assert ran.code == 0 and "fields not read: `label`" in ran.err + ran.out
-        told = "if `label` says which answers are good, set data.format to unpaired_preference" in ran.err + ran.out
+        line = "if `label` says which answers are desirable, set data.format to unpaired_preference"
+        told = line in ran.err + ran.out
         assert told == is_told
 
 

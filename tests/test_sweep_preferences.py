@@ -147,7 +147,7 @@ def test_objectives_are_tried_beside_each_other(forked: Cli, run_config: MakeCon
 def test_an_objective_of_other_rows_is_refused(other: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("sweep", config(run_config, tmp_path), "--grid", f"training.objective=dpo,{other}")
     check_refused(ran, 2, (Code.SWEEP_BAD_GRID, "--grid", "training.objective"))
-    assert f"cannot be {other}, as the rows are pairs of answers" in ran.err and not (tmp_path / "out.study").exists()
+    assert f"cannot be {other}, as the rows are preference pairs" in ran.err and not (tmp_path / "out.study").exists()
 
 
 def test_halving_goes_by_the_objectives_loss(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

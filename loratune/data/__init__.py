@@ -15,7 +15,17 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import formats, token_cache_dir
-from loratune.data.formats import AnswerPair, Conversation, Example, Ids, Judged, Plain, Single, preferences, sides
+from loratune.data.formats import (
+    Conversation,
+    Example,
+    Ids,
+    Plain,
+    Preference,
+    PreferencePair,
+    Single,
+    preferences,
+    sides,
+)
 from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import (
     CHOSEN,
@@ -68,12 +78,12 @@ class TokenizedDataset:
 
     @property
     def together(self) -> int:
-        """How many rows stand together: the two answers of a pair, else one. Here such rows are called an item."""
+        """How many rows make an item: the two answers of a pair, otherwise one."""
         return 2 if self.rows.side(0) == CHOSEN else 1
 
     @property
     def judged(self) -> bool:
-        """Whether rows are answers that are good or bad."""
+        """Whether rows are unpaired preferences."""
         return self.rows.side(0) in (DESIRABLE, UNDESIRABLE)
 
     @property
@@ -241,7 +251,7 @@ class _ExampleTokenizer:
     def tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
         """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does.
 
-        Where invalid rows are dropped, examples among which there is one are divided until it stands alone.
+        Where invalid rows are dropped, examples among which there is one are divided until it is alone.
         """
         try:
             return self._tokenize(examples)
@@ -268,56 +278,55 @@ class _ExampleTokenizer:
             kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        singles = [example for example in kept if not isinstance(example, AnswerPair | Judged)]
+        singles = [example for example in kept if not isinstance(example, Preference)]
         self._check_ids(singles)
         whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
-        answers = [side for example in kept if isinstance(example, AnswerPair | Judged) for side in sides(example)]
+        answers = [side for example in kept if isinstance(example, Preference) for side in sides(example)]
         answer_rows = iter(self.renderer.rows(answers, "completion") if answers else [])
         rows = []
         for example in kept:
-            if isinstance(example, AnswerPair | Judged):
-                compared = [replace(next(answer_rows), where=example.where, side=side) for side in _sides_of(example)]
-                rows += self._cut_answers(compared, report)
+            if isinstance(example, Preference):
+                both = [replace(next(answer_rows), where=example.where, side=side) for side in _sides_of(example)]
+                rows += self._cut(both, report)
             else:
-                rows += self._cut(next(whole), report)
+                rows += self._cut([next(whole)], report)
         return report, rows
 
-    def _cut(self, whole: TokenizedRow, report: Report) -> list[TokenizedRow]:
-        """Returns the row as it is trained on, none where it is dropped."""
-        report.lengths[len(whole.ids)] += 1
-        row = self._truncate(whole)
-        if row is None or not row.supervised:
-            how = "longer than" if self.section.truncation == "drop" else "the answer does not fit in"
-            report.drop(f"{how} max_length {self.section.max_length}", whole.where)
-            return []
-        report.truncated += len(row.ids) < len(whole.ids)
-        report.cut_answers += len(whole.spans) - len(row.spans)
-        report.tokens += len(row.ids)
-        report.supervised += row.supervised
-        return [row]
-
-    def _cut_answers(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
-        """Returns the rows of answers that are compared as they are trained on, all of them or none."""
-        section, where = self.section, whole[0].where
+    def _cut(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
+        """Returns a row, or the two rows of a pair, as they are trained on; none where they are dropped."""
+        where, max_length = whole[0].where, self.section.max_length
         if len(whole) > 1 and whole[0].ids == whole[1].ids:
             report.drop("the chosen and the rejected answer have the same tokens", where)
             return []
         report.lengths.update(len(row.ids) for row in whole)
-        longest = max(whole, key=lambda row: len(row.ids))
-        if len(longest.ids) <= section.max_length:
-            rows: list[TokenizedRow] | None = whole
-        elif section.truncation == "keep_completion":
-            rows = truncate_sides(whole, section.max_length, self.renderer.tokenizer.bos_token_id)
-        else:
-            rows = None if self._truncate(longest) is None else whole
+        rows = self._truncate(whole)
         if rows is None or not all(row.supervised for row in rows):
-            how = "longer than" if section.truncation == "drop" else "an answer does not fit in"
-            report.drop(f"{how} max_length {section.max_length}", where)
+            what = "an answer" if whole[0].side else "the answer"
+            how = "longer than" if self.section.truncation == "drop" else f"{what} does not fit in"
+            report.drop(f"{how} max_length {max_length}", where)
             return []
-        report.truncated += len(longest.ids) > section.max_length
+        report.truncated += any(len(row.ids) > max_length for row in whole)
+        report.cut_answers += sum(len(row.spans) for row in whole) - sum(len(row.spans) for row in rows)
         report.tokens += sum(len(row.ids) for row in rows)
         report.supervised += sum(row.supervised for row in rows)
         return rows
+
+    def _truncate(self, whole: list[TokenizedRow]) -> list[TokenizedRow] | None:
+        """Returns the rows as `truncation` says, or None where they are dropped."""
+        section, bos = self.section, self.renderer.tokenizer.bos_token_id
+        longest = max(len(row.ids) for row in whole)
+        if longest <= section.max_length:
+            return whole
+        if section.truncation == "error":
+            what = f"the row has {longest} tokens, more than data.max_length {section.max_length}"
+            fix = "raise data.max_length, or set data.truncation to keep_completion or drop"
+            raise DataError(Problem(Code.DATA_ROW_TOO_LONG, what, whole[0].where, fix=fix))
+        if section.truncation == "drop":
+            return None
+        if whole[0].side:
+            return truncate_sides(whole, section.max_length, bos)
+        row = truncate(whole[0], section.max_length, bos)
+        return [row] if row else None
 
     def _check_ids(self, examples: Sequence[Single]) -> None:
         problems = []
@@ -330,31 +339,18 @@ class _ExampleTokenizer:
         if problems:
             raise DataError(reported(problems))
 
-    def _truncate(self, row: TokenizedRow) -> TokenizedRow | None:
-        """Returns the row as `truncation` says, or None where it is dropped."""
-        section = self.section
-        if len(row.ids) <= section.max_length:
-            return row
-        if section.truncation == "error":
-            what = f"the row has {len(row.ids)} tokens, more than data.max_length {section.max_length}"
-            fix = "raise data.max_length, or set data.truncation to keep_completion or drop"
-            raise DataError(Problem(Code.DATA_ROW_TOO_LONG, what, row.where, fix=fix))
-        if section.truncation == "drop":
-            return None
-        return truncate(row, section.max_length, self.renderer.tokenizer.bos_token_id)
-
 
 def _drop_reason(example: Example, loss_on: str) -> str | None:
     """Returns why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
-    if isinstance(example, AnswerPair | Judged):
+    if isinstance(example, Preference):
         return preferences.drop_reason(example)
     reason = no_loss_reason(example, loss_on)
     return f"nothing to learn: {reason}" if reason else None
 
 
-def _sides_of(example: AnswerPair | Judged) -> tuple[int, ...]:
-    """Returns what the rows of an example are to the comparison, as `TokenizedRow.side`."""
-    if isinstance(example, AnswerPair):
+def _sides_of(example: Preference) -> tuple[int, ...]:
+    """Returns what the rows of a preference are, as `TokenizedRow.side`."""
+    if isinstance(example, PreferencePair):
         return CHOSEN, REJECTED
     return (DESIRABLE,) if example.desirable else (UNDESIRABLE,)
 
@@ -389,7 +385,7 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 def _characters(example: Example) -> int:
     """Returns about how many characters an example has."""
-    if isinstance(example, AnswerPair | Judged):
+    if isinstance(example, Preference):
         return sum(map(_characters, sides(example)))
     if isinstance(example, Plain):
         return len(example.prompt) + len(example.completion)

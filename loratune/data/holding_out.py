@@ -3,7 +3,7 @@
 Rows are linked by equal content, equal prompts and equal values of `group_by`, and what is linked, through other rows
 too, is a unit. Units are numbered by their first rows, so that what is drawn follows from the rows and the seed alone.
 
-Memory: arrays of 8 bytes a row each, together below 100 bytes a row, which are gone once the mask is there.
+Memory: arrays of 8 bytes a row each, below 100 bytes a row in all, which are gone once the mask is there.
 """
 
 from collections.abc import Iterator, Sequence

@@ -47,7 +47,7 @@ class Packs:
 def best_fit(lengths: Numbers, budget: int) -> Packs:
     """Pack rows by best-fit decreasing: the longest row first, each into the fullest pack that still has room for it.
 
-    Every row stands in exactly one pack, no pack holds more than the budget, and equal input gives equal packs. There
+    Every row is in exactly one pack, no pack holds more than the budget, and equal input gives equal packs. There
     are at most 11/9 of the fewest packs possible, and four more (Johnson et al. 1974, doi.org/10.1137/0203025).
 
     Rows of one length are placed together, so only array operations take time in proportion to the rows; memory is
@@ -172,7 +172,7 @@ class BatchLayout:
         size: How many items make a batch.
         put: Makes a list of rows a dict of tensors.
         collate: Does so with a list of items. It can be pickled.
-        flat: Whether the rows of a batch stand end to end (see `flatten` for what the model must then be given), or are
+        flat: Whether the rows of a batch are end to end (see `flatten` for what the model must then be given), or are
             padded.
         saved: About the share of their tokens that batches do not hold as rows share prefixes; None where they do not.
     """
@@ -203,8 +203,8 @@ class BatchLayout:
             size: Rows of a batch, or pairs of them.
             max_length: The most tokens that a row has.
             pad_id: The id of the padding token.
-            together: How many rows that stand behind each other in the dataset are compared with each other, and make
-                an item together, see `put_rows`. 0: rows are not compared.
+            together: How many consecutive rows of the dataset make an item, see `put_rows`: the two answers of a pair,
+                or one. 0: the rows are no preference data.
 
         Raises:
             ValueError: A length is out of range, with `full`.
@@ -275,7 +275,7 @@ class BatchLayout:
             if compared[number] == len(chosen):
                 chosen.append(number)
                 continue
-            for other in chosen[compared[number] :]:  # Of a pair, both rows begin alike; a pack is a batch by itself.
+            for other in chosen[compared[number] :]:  # both rows of a pair share a prefix; a pack is a batch by itself.
                 added = max(added, alone[number] + common_prefix(rows[number][0], rows[other][0]))
             compared[number] = len(chosen)
             heappush(most, (added, order, number))
@@ -331,7 +331,7 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
     Returns:
         int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as of
-        `flatten`, and `places`, where in the tree their tokens stand, both (1, tokens of all rows).
+        `flatten`, and `places`, where in the tree their tokens are, both (1, tokens of all rows).
     """
     tree = PrefixTree.of([row["input_ids"] for row in rows])
     return {
@@ -377,7 +377,7 @@ def pad(
     Args:
         rows: `input_ids` and optionally `labels`, lists of equal length for each row.
         pad_id: The id of the padding token.
-        side: Where the padding stands.
+        side: Where the padding goes.
 
     Returns:
         int64 tensors of shape (rows, longest): `input_ids`, `attention_mask` (1 on tokens, 0 on padding), and `labels`

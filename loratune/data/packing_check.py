@@ -111,15 +111,29 @@ def padding_refusal(model: Any, pad_id: int) -> str | None:
 
 
 def _mixing(model: Any, layout: Layout, longest: int, total: int = 0) -> str:
-    """What shows that a model mixes rows of a batch; empty if it does not. longest, total: as of `packing_refusal`."""
+    """What shows that a model mixes rows of a batch; empty if it does not, or gives no finite logits for a row alone.
+
+    longest, total: as of `packing_refusal`.
+    """
     with _evaluating(model):
         longest = min(longest, _max_positions(model, longest))
-        if _leaks(model, layout, _random_rows(model, min(longest, GRADIENT_LONGEST))):
+        rows = _random_rows(model, min(longest, GRADIENT_LONGEST))
+        if not bool(_alone(model, rows[0]).isfinite().all()):
+            return ""
+        if _leaks(model, layout, rows):
             return "what it computes for one depends on what else is in a batch"
         difference = _smallest_difference(model, layout, longest, total)
     if difference <= _tolerance(model):
         return ""
     return f"logits differ by {difference:.2g} of their spread from those of a row alone"
+
+
+@torch.no_grad()
+def _alone(model: Any, row: Row) -> Tensor:
+    """The logits of a row that is a batch by itself, (tokens, vocabulary)."""
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+    return logits
 
 
 def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int) -> bool:
@@ -244,7 +258,7 @@ def _smallest_difference(model: Any, layout: Layout, longest: int, total: int) -
 def _differences(model: Any, layout: Layout, rows: list[Row], longest: int, total: int) -> Tensor:
     """Compare the logits of each row in a batch with those of the row alone.
 
-    The rows stand at the end of a batch of `total` tokens. After them comes the last token of a row of `longest`
+    The rows are at the end of a batch of `total` tokens. After them comes the last token of a row of `longest`
     tokens, which costs less than the whole row and has its position.
 
     Returns:
@@ -257,9 +271,7 @@ def _differences(model: Any, layout: Layout, rows: list[Row], longest: int, tota
     spread = torch.stack([logits.float().std() for logits in batch]).max()
     differences = []
     for row, logits in zip(rows, batch, strict=True):
-        ids = torch.tensor([row["input_ids"]], device=model.device)
-        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        differences.append((alone.float() - logits.float()).square().mean().sqrt() / spread)
+        differences.append((_alone(model, row).float() - logits.float()).square().mean().sqrt() / spread)
     return torch.stack(differences)
 
 

@@ -1,4 +1,4 @@
-"""Rows that begin alike as a tree: each prefix that they share stands there once, and what follows it attends to it.
+"""Rows that share prefixes as a tree, which holds each shared prefix once.
 
 In a causal model, what is computed for a token depends on the tokens before it in its row alone. So it is the same for
 all rows that begin with these tokens.
@@ -21,13 +21,13 @@ Numbers = NDArray[np.integer[Any]]
 class PrefixTree:
     """Rows of token ids as a tree.
 
-    The tokens of the tree stand depth first. So a token follows the last one before it with a lower position, and
-    positions alone tell which tokens each one attends to.
+    The tokens of the tree are in depth-first order. So a token follows the last one before it with a lower position,
+    and positions alone tell which tokens each one attends to.
 
     Attributes:
         ids: (tokens of the tree,), their ids.
         positions: (tokens of the tree,), the position of each in the rows that it is part of.
-        places: For each row, (tokens of the row,): where in the tree its tokens stand.
+        places: For each row, (tokens of the row,): where in the tree its tokens are.
     """
 
     ids: Numbers

@@ -18,8 +18,7 @@ from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS, Example
 from loratune.data.formats.examples import quote, sides
 from loratune.data.holding_out import hold_out, random_mask
-from loratune.data.joints import Joints
-from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally
+from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
 from loratune.data.row_index import EXACT, FOLDED, LINE, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
 from loratune.data.sources import GivenRows, left_out
 from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
@@ -69,14 +68,14 @@ class DatasetSplit:
 
     @property
     def kind(self) -> str | None:
-        """`PAIRS` or `JUDGED`, if the first file holds answers that are compared."""
+        """`PAIRS` or `JUDGED`, if the first file holds preference data."""
         return COMPARED_FORMATS.get(self.index.files[0].parser.format_name)
 
     def check_kind(self, kind: str | None, objective: str | None = None) -> None:
         """Check that the rows hold what an objective needs, or that all hold the same.
 
         Args:
-            kind: `PAIRS` or `JUDGED`; None for rows that are no answers to be compared.
+            kind: `PAIRS` or `JUDGED`; None for other rows.
             objective: Its name; None where nothing is trained.
 
         Raises:
@@ -89,9 +88,9 @@ class DatasetSplit:
             where = self.index.where(file.start)
             what = f"the rows are {found or f'of the format {file.parser.format_name}'}"
             if objective is None:
-                what += f", where {kind or 'rows that compare no answers'} are needed"
+                what += f", where {kind or 'rows without preferences'} are needed"
                 raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix="give only files of that kind"))
-            what += f", and {objective} trains on {kind or 'answers as they stand'}"
+            what += f", and {objective} trains on {kind or 'rows without preferences'}"
             by_kind = {PAIRS: "dpo, orpo or simpo", JUDGED: "kto", None: "sft"}
             fix = f"set training.objective to {by_kind[found]}"
             if kind is None and found == PAIRS:
@@ -100,7 +99,7 @@ class DatasetSplit:
             elif kind is None:
                 fix += f"; or keep the rows whose label is true, and set data.format to {file.parser.without_label}"
             elif found is None and kind == JUDGED and file.parser.without_label:
-                fix = "where their label says whether the answer is a good one, set data.format to unpaired_preference"
+                fix = "where their label says whether the answer is desirable, set data.format to unpaired_preference"
             elif found is None:
                 fix = f"give rows that are {kind}, or {fix}"
             raise DataError(Problem(Code.DATA_PREFERENCES, what, where, "training.objective", fix))
@@ -125,15 +124,17 @@ class DatasetSplit:
             for fields, names in files_by_fields.items()
         ]
         if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
-            how = "data.format to unpaired_preference and training.objective to kto, or bad ones are learned too"
-            unused.append(f"if `{label}` says which answers are good, set {how}")
+            how = (
+                "data.format to unpaired_preference and training.objective to kto, or undesirable ones are learned too"
+            )
+            unused.append(f"if `{label}` says which answers are desirable, set {how}")
         joined = filter(None, [self.joints.remark]) if self.name == "train" else ()
         return [*several, *self.left_out, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
 
     @cached_property
-    def joints(self) -> Joints:
-        """How prompt and answer are joined in the first rows, or in their chosen answers."""
-        return Joints.of(sides(example)[0] for example in self.examples())
+    def joints(self) -> Separators:
+        """Whether prompt and answer are separated in the first rows, or in their chosen answers."""
+        return Separators.of(sides(example)[0] for example in self.examples())
 
     @property
     def size(self) -> int:

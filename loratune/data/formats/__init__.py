@@ -8,16 +8,17 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.formats import chats, preferences
 from loratune.data.formats.examples import (
-    AnswerPair,
     Conversation,
     Example,
     Fields,
     Ids,
-    Judged,
     Message,
     Plain,
+    Preference,
+    PreferencePair,
     RowError,
     Single,
+    UnpairedPreference,
     check_ids,
     messages_or_text,
     quote,
@@ -30,42 +31,22 @@ from loratune.data.formats.recognition import (
     COMPARED_FORMATS,
     FORMATS,
     JUDGED,
-    JUDGED_PROMPTS,
     OPTIONAL_FIELDS,
     PAIRS,
+    UNPAIRED_PROMPTS,
     Format,
     chosen_columns,
-    judged_format,
     recognise,
+    unpaired_format,
     verdict,
 )
 from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
-    "CHAT_FORMATS",
-    "COMPARED_FORMATS",
-    "FORMATS",
-    "JUDGED",
-    "PAIRS",
-    "AnswerPair",
-    "Conversation",
-    "Example",
-    "Ids",
-    "Judged",
-    "Message",
-    "Parser",
-    "Plain",
-    "Question",
-    "RowError",
-    "Single",
-    "check_ids",
-    "completion_key",
-    "content_key",
-    "group_key",
-    "parse_question",
-    "prompt_key",
-    "sides",
+    "CHAT_FORMATS", "COMPARED_FORMATS", "FORMATS", "JUDGED", "PAIRS", "Conversation", "Example", "Ids", "Message",
+    "Parser", "Plain", "Preference", "PreferencePair", "Question", "RowError", "Single", "UnpairedPreference",
+    "check_ids", "completion_key", "content_key", "group_key", "parse_question", "prompt_key", "sides",
 ]  # fmt: skip
 
 
@@ -77,7 +58,7 @@ class Parser:
         identity: An id of this way of reading rows, which differs from all others.
         without_label: The format of the first row without the label beside its answer, whatever that means; empty
             where there is none.
-        unread_label: A field of the first row that may say whether its answer is a good one, and is not read.
+        unread_label: A field of the first row that may say whether its answer is desirable, and is not read.
         fields: The fields of the first row, under the names of the data.
         chosen_alone: What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty
             where no columns do that.
@@ -101,14 +82,16 @@ class Parser:
         self._known = {*self._format.keys, *self._format.optional}
         self._is_compared = self.format_name in COMPARED_FORMATS
         self.chosen_alone = chosen_columns(fields) if fields.keys() >= {"chosen", "rejected"} else ""
-        judged = judged_format(fields)
+        judged = unpaired_format(fields)
         self.without_label = next(one.name for one in FORMATS if one.keys == judged.keys[:-1]) if judged else ""
         self.unread_label = ""
         if judged and self._is_recognised and not self._is_compared:
             label = judged.keys[-1]
             means_something_else = preferences.read_label(fields[label]) is None and fields[label] is not None
             self.unread_label = "" if means_something_else else label
-        self._may_be_judged = self._is_recognised and self._format.keys[0] in JUDGED_PROMPTS and not self._is_compared
+        self._may_be_unpaired = (
+            self._is_recognised and self._format.keys[0] in UNPAIRED_PROMPTS and not self._is_compared
+        )
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -136,8 +119,8 @@ class Parser:
             raise RowError(
                 Code.DATA_PREFERENCES, what, "give all rows of a file one format, which its first row decides"
             )
-        if self._may_be_judged and (label := verdict(fields)):
-            what = f"`{label}` says whether the answer is a good one, in a file of the format {self.format_name}"
+        if self._may_be_unpaired and (label := verdict(fields)):
+            what = f"`{label}` says whether the answer is desirable, in a file of the format {self.format_name}"
             fix = "give the first row that field too, or, if it means something else, set data.format to "
             raise RowError(Code.DATA_PREFERENCES, what, f"{fix}{self.format_name}")
         for name in self._format.keys:

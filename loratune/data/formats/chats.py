@@ -27,7 +27,7 @@ SHAREGPT_ROLES = ROLES | {
 """`from` of a ShareGPT turn → the role for the template."""
 
 TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
-"""Fields of a message beside its content that reach the chat template as text."""
+"""Fields of a message, other than its content, that reach the chat template as text."""
 
 MESSAGE_FIELDS = {"role", "content", "tool_calls", "weight", *TEXT_FIELDS}
 
@@ -177,7 +177,7 @@ def _unused_error(place: str, fields: set[str]) -> RowError:
 
 
 def _content(item: Fields, place: str) -> str:
-    """The text of a turn; parts of text are joined as they stand."""
+    """The text of a turn; parts of text are joined unchanged."""
     parts = item.get("content")
     if not isinstance(parts, list) or not parts:
         return text(item, "content", place)

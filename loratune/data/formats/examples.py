@@ -67,7 +67,7 @@ def parse_json(value: Any, place: str) -> Any:
 
     Args:
         value: Text is parsed, everything else is returned as it is.
-        place: Where the value stands, for messages.
+        place: Where the value is, for messages.
 
     Raises:
         RowError: Text that is not valid JSON, or a value that cannot be written as JSON in UTF-8.
@@ -156,7 +156,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Plain:
-    """Text without a chat template: the prompt and the completion, joined as they stand.
+    """Text without a chat template: the prompt and the completion, joined unchanged.
 
     Attributes:
         where: The place of the row.
@@ -224,7 +224,7 @@ Single: TypeAlias = Plain | Conversation | Ids
 
 
 @dataclass(frozen=True)
-class AnswerPair:
+class PreferencePair:
     """Two answers to one prompt.
 
     Attributes:
@@ -239,13 +239,13 @@ class AnswerPair:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """An answer that was found good or bad.
+class UnpairedPreference:
+    """An answer with a label: desirable, or undesirable.
 
     Attributes:
         where: The place of the row.
         answer: The prompt with the answer.
-        desirable: Whether it is a good one.
+        desirable: Whether it is desirable.
     """
 
     where: str
@@ -253,17 +253,17 @@ class Judged:
     desirable: bool
 
 
-Compared: TypeAlias = AnswerPair | Judged
-"""What is trained on by comparing answers."""
+Preference: TypeAlias = PreferencePair | UnpairedPreference
+"""Preference data."""
 
-Example: TypeAlias = Single | Compared
+Example: TypeAlias = Single | Preference
 
 
 def sides(example: Example) -> tuple[Single, ...]:
     """What of an example becomes rows of tokens: of a pair both answers, the chosen one first."""
-    if isinstance(example, AnswerPair):
+    if isinstance(example, PreferencePair):
         return example.chosen, example.rejected
-    return (example.answer,) if isinstance(example, Judged) else (example,)
+    return (example.answer,) if isinstance(example, UnpairedPreference) else (example,)
 
 
 def no_loss_reason(example: Single, loss_on: str) -> str | None:

@@ -11,14 +11,14 @@ from typing import Any
 from loratune.codes import Code
 from loratune.data.formats.examples import (
     IGNORED,
-    AnswerPair,
     Conversation,
     Example,
     Ids,
-    Judged,
     Message,
     Plain,
+    Preference,
     RowError,
+    UnpairedPreference,
     describe,
     sides,
 )
@@ -39,8 +39,8 @@ def content_key(example: Example, folded: bool = False) -> bytes:
         example: Any example.
         folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
     """
-    if isinstance(example, AnswerPair | Judged):
-        kind = f"{example.desirable}".encode() if isinstance(example, Judged) else b"pair"
+    if isinstance(example, Preference):
+        kind = f"{example.desirable}".encode() if isinstance(example, UnpairedPreference) else b"pair"
         return _OTHER_SIDE.join([*(content_key(side, folded) for side in sides(example)), kind])
     if isinstance(example, Ids):
         return _join_ids(example.ids)
@@ -59,7 +59,7 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
     Returns:
         None where nothing comes before it, or nothing but white space.
     """
-    if isinstance(example, AnswerPair | Judged):
+    if isinstance(example, Preference):
         return prompt_key(sides(example)[0], "completion")
     if isinstance(example, Plain):
         return _join([example.prompt, ""], folded=True) if example.prompt.strip() else None
@@ -73,7 +73,7 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
 
 def completion_key(example: Example, loss_on: str) -> bytes:
     """The part of an example that `prompt_key` leaves out, with white space folded."""
-    if isinstance(example, AnswerPair | Judged):
+    if isinstance(example, Preference):
         return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
     if isinstance(example, Plain):
         return _join([example.completion, ""], folded=True)

@@ -1,9 +1,9 @@
-"""The formats of rows that compare answers: pairs of a chosen and a rejected one, and answers that are good or bad.
+"""The formats of preference data: pairs of a chosen and a rejected answer, and unpaired answers with a label.
 
 A prompt may be text or messages, or may be left out: then it is what both answers of a pair begin with. Messages are as
 in OpenAI's or in ShareGPT's form; an answer may be a list of them, a single one, or text. As in LLaMA-Factory, an
-`instruction`, `messages` or `conversations` beside two answers are their prompt; and a label beside turns judges the
-last of them, beside an instruction its `output`.
+`instruction`, `messages` or `conversations` in a row with two answers are their prompt; a label belongs to the last
+turn, or to the `output` of an instruction.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,14 @@ from loratune.codes import Code
 from loratune.data.formats import chats
 from loratune.data.formats.chats import Turn
 from loratune.data.formats.examples import (
-    AnswerPair,
     Conversation,
     Fields,
-    Judged,
     Message,
     Plain,
+    Preference,
+    PreferencePair,
     RowError,
+    UnpairedPreference,
     describe,
     messages_or_text,
     text,
@@ -27,7 +28,7 @@ from loratune.data.formats.examples import (
 
 CHOSEN, REJECTED = "chosen", "rejected"
 KTO_TAG = "kto_tag"
-"""LLaMA-Factory's field for whether an answer is a good one, which nobody has for anything else."""
+"""LLaMA-Factory's field for whether an answer is desirable, which nobody has for anything else."""
 _WORDS = ("true", "false")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
@@ -66,18 +67,18 @@ def unread_question(fields: Fields) -> str | None:
     return None
 
 
-def parse_pair(where: str, fields: Fields) -> AnswerPair:
+def parse_pair(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts. Raises RowError."""
     chosen, rejected = text(fields, CHOSEN), text(fields, REJECTED)
     if fields.get("prompt") is not None:
         prompt = text(fields, "prompt")
-        return AnswerPair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
+        return PreferencePair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
     border = _border(chosen, rejected)
     sides = (Plain(where, side[:border], side[border:]) for side in (chosen, rejected))
-    return AnswerPair(where, *sides)
+    return PreferencePair(where, *sides)
 
 
-def parse_pair_of_messages(where: str, fields: Fields) -> AnswerPair:
+def parse_pair_of_messages(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as answers to `prompt`, or as whole conversations; `tools`, `system`. Raises RowError."""
     prompt = _prompt(fields)
     answers = [_answer(fields, name, prompt) for name in (CHOSEN, REJECTED)]
@@ -88,7 +89,7 @@ def parse_pair_of_messages(where: str, fields: Fields) -> AnswerPair:
     return _pair(where, fields, prompt, answers)
 
 
-def parse_pair_to_instruction(where: str, fields: Fields) -> AnswerPair:
+def parse_pair_to_instruction(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as answers to `instruction` with `input`; `system`, `history`, `tools`.
 
     Raises:
@@ -98,7 +99,7 @@ def parse_pair_to_instruction(where: str, fields: Fields) -> AnswerPair:
     return _pair(where, fields, prompt, [_answer(fields, name, prompt) for name in (CHOSEN, REJECTED)])
 
 
-def parse_pair_to_turns(name: str, where: str, fields: Fields) -> AnswerPair:
+def parse_pair_to_turns(name: str, where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as answers to the turns of the field of this name; `system`, `tools`. Raises RowError."""
     prompt = chats.with_system(fields, _turns(fields, name))
     if prompt[-1].message["role"] == "assistant":
@@ -107,50 +108,54 @@ def parse_pair_to_turns(name: str, where: str, fields: Fields) -> AnswerPair:
     return _pair(where, fields, prompt, [_answer(fields, answer, prompt) for answer in (CHOSEN, REJECTED)])
 
 
-def parse_judged(label: str, where: str, fields: Fields) -> Judged:
-    """`prompt` and `completion` as text, and whether it is good in the field `label` names. Raises RowError."""
-    return Judged(where, Plain(where, text(fields, "prompt"), text(fields, "completion")), _label(fields, label))
+def parse_unpaired(label: str, where: str, fields: Fields) -> UnpairedPreference:
+    """`prompt` and `completion` as text, and whether it is desirable in the field `label` names. Raises RowError."""
+    return UnpairedPreference(
+        where, Plain(where, text(fields, "prompt"), text(fields, "completion")), _label(fields, label)
+    )
 
 
-def parse_judged_messages(label: str, where: str, fields: Fields) -> Judged:
-    """`prompt` and `completion` as messages, and whether it is good in the field `label` names; `tools`, `system`.
+def parse_unpaired_messages(label: str, where: str, fields: Fields) -> UnpairedPreference:
+    """`prompt` and `completion` as messages, and whether it is desirable in the field `label` names; `tools`, `system`.
 
     Raises:
         RowError: A field is missing or wrong, or there is no prompt.
     """
     prompt = _prompt(fields)
     answer = _answer(fields, "completion", prompt) if prompt else []
-    return _judged(where, fields, prompt or [], answer, label)
+    return _unpaired(where, fields, prompt or [], answer, label)
 
 
-def parse_judged_output(label: str, where: str, fields: Fields) -> Judged:
-    """`output` as the answer to `instruction` with `input`, and whether it is good; `system`, `history`, `tools`.
+def parse_unpaired_output(label: str, where: str, fields: Fields) -> UnpairedPreference:
+    """`output` as the answer to `instruction` with `input`, and whether it is desirable; `system`, `history`, `tools`.
 
     Raises:
-        RowError: As `parse_judged_messages`.
+        RowError: As `parse_unpaired_messages`.
     """
     prompt = [Turn(message) for message in chats.alpaca_question(fields)]
-    return _judged(where, fields, prompt, [Turn({"role": "assistant", "content": text(fields, "output")})], label)
+    return _unpaired(where, fields, prompt, [Turn({"role": "assistant", "content": text(fields, "output")})], label)
 
 
-def parse_judged_turns(name: str, label: str, where: str, fields: Fields) -> Judged:
-    """The last of the turns of the field of this name as the answer to those before it, and whether it is good;
-    `system`, `tools`. Raises RowError: as `parse_judged_messages`."""
+def parse_unpaired_turns(name: str, label: str, where: str, fields: Fields) -> UnpairedPreference:
+    """The last of the turns of the field of this name as the answer to those before it, and whether it is desirable;
+    `system`, `tools`. Raises RowError: as `parse_unpaired_messages`."""
     turns = chats.with_system(fields, _turns(fields, name))
     if turns[-1].message["role"] != "assistant":
         what = f"`{name}` ends with a message of the {turns[-1].message['role']}, so `{label}` judges no answer"
         raise RowError(Code.DATA_NO_ANSWER, what)
-    return _judged(where, fields, turns[:-1], turns[-1:], label)
+    return _unpaired(where, fields, turns[:-1], turns[-1:], label)
 
 
-def _judged(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn], label: str) -> Judged:
+def _unpaired(
+    where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn], label: str
+) -> UnpairedPreference:
     if not prompt:
         raise RowError(Code.DATA_NO_QUESTION, "no message comes before the answer, so there is no prompt")
-    return Judged(where, _conversation(where, fields, prompt, answer), _label(fields, label))
+    return UnpairedPreference(where, _conversation(where, fields, prompt, answer), _label(fields, label))
 
 
 def is_verdict(name: str, value: Any) -> bool:
-    """Whether a value can only mean whether an answer is a good one. 0 and 1 may be classes, but not in `kto_tag`."""
+    """Whether a value can only mean whether an answer is desirable. 0 and 1 may be classes, but not in `kto_tag`."""
     read = read_label(value)
     return read is not None and (isinstance(value, bool) or name == KTO_TAG or str(value).strip().lower() in _WORDS)
 
@@ -166,7 +171,7 @@ def _label(fields: Fields, name: str) -> bool:
     value = fields.get(name)
     if (label := read_label(value)) is not None:
         return label
-    what = f"`{name}` must be true or false, which say whether the answer is a good one, got {describe(value)}"
+    what = f"`{name}` must be true or false, which say whether the answer is desirable, got {describe(value)}"
     raise RowError(Code.DATA_FIELD_TYPE, what)
 
 
@@ -178,7 +183,7 @@ def _border(chosen: str, rejected: str) -> int:
         return place + len(_ASSISTANT)
     while common and not chosen[common - 1 : common].isspace():
         common -= 1
-    return max(common - 1, 0)  # White space stands at the beginning of a word, as in most vocabularies.
+    return max(common - 1, 0)  # white space belongs to the beginning of a word, as in most vocabularies.
 
 
 def _prompt(fields: Fields) -> list[Turn] | None:
@@ -211,7 +216,7 @@ def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Tu
     if turns[0].message["role"] == "assistant":
         return turns
     asked = [turn.message for turn in prompt]
-    for start in range(len(turns)):  # UltraFeedback's conversations repeat the prompt; a system may stand before it.
+    for start in range(len(turns)):  # UltraFeedback's conversations repeat the prompt, after a system message
         own = [turn.message for turn in turns[: start + 1]]
         if own == asked or own[-len(asked) :] == asked:
             return turns[start + 1 :]
@@ -227,8 +232,8 @@ def _common_turns(chosen: list[Turn], rejected: list[Turn]) -> tuple[list[Turn],
     return chosen[:common], [chosen[common:], rejected[common:]]
 
 
-def _pair(where: str, fields: Fields, prompt: Sequence[Turn], answers: Sequence[Sequence[Turn]]) -> AnswerPair:
-    return AnswerPair(where, *(_conversation(where, fields, prompt, answer) for answer in answers))
+def _pair(where: str, fields: Fields, prompt: Sequence[Turn], answers: Sequence[Sequence[Turn]]) -> PreferencePair:
+    return PreferencePair(where, *(_conversation(where, fields, prompt, answer) for answer in answers))
 
 
 def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn]) -> Conversation:
@@ -240,9 +245,9 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
     return Conversation(where, tuple(messages), len(prompt), chats.parse_tools(fields))
 
 
-def drop_reason(example: AnswerPair | Judged) -> str | None:
-    """Why nothing can be learnt from comparing the answers of an example; None if something can."""
-    if isinstance(example, Judged):
+def drop_reason(example: Preference) -> str | None:
+    """Why nothing can be learnt from a preference; None if something can."""
+    if isinstance(example, UnpairedPreference):
         return "the completion is empty" if not _content(example.answer).strip() else None
     chosen, rejected = _content(example.chosen), _content(example.rejected)
     for name, content in ((CHOSEN, chosen), (REJECTED, rejected)):

@@ -11,7 +11,7 @@ from functools import partial
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data.formats import chats, examples, preferences
-from loratune.data.formats.examples import Example, Fields, Judged, messages_or_text, quote
+from loratune.data.formats.examples import Example, Fields, UnpairedPreference, messages_or_text, quote
 from loratune.errors import DataError, Problem
 
 
@@ -40,7 +40,7 @@ FORMATS = (
     Format("alpaca", ("instruction", "output"), chats.parse_alpaca, ("input", "system", "history", "tools")),
     Format("text", ("text",), examples.parse_text),
     Format("preference", ("chosen", "rejected"), preferences.parse_pair, ("prompt",)),
-    Format("unpaired_preference", ("prompt", "completion", "label"), partial(preferences.parse_judged, "label")),
+    Format("unpaired_preference", ("prompt", "completion", "label"), partial(preferences.parse_unpaired, "label")),
 )
 
 OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional) - {
@@ -57,10 +57,10 @@ OF_MESSAGES = {
     ),
     "unpaired_preference": Format(
         "unpaired_preference_messages", ("prompt", "completion", "label"),
-        partial(preferences.parse_judged_messages, "label"), ("tools", "system"),
+        partial(preferences.parse_unpaired_messages, "label"), ("tools", "system"),
     ),
 }  # fmt: skip
-"""Format of answers that are compared → the same where they, or the prompt, are messages."""
+"""Format of preference data → the same where the answers, or the prompt, are messages."""
 
 _TO_TURNS = {
     name: Format(
@@ -79,25 +79,24 @@ QUESTIONED_PAIRS = {
 """Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
 
 _LABEL_FIELDS = ("label", preferences.KTO_TAG)
-"""Fields that say whether an answer is a good one."""
-JUDGED_PROMPTS: Mapping[str, tuple[str, Callable[[str, str, Fields], Judged], tuple[str, ...]]] = {
-    "prompt": ("completion", preferences.parse_judged_messages, ()),
-    "instruction": ("output", preferences.parse_judged_output, ("input", "history")),
-    **{name: (name, partial(preferences.parse_judged_turns, name), ()) for name in ("messages", "conversations")},
+"""Fields that say whether an answer is desirable."""
+UNPAIRED_PROMPTS: Mapping[str, tuple[str, Callable[[str, str, Fields], UnpairedPreference], tuple[str, ...]]] = {
+    "prompt": ("completion", preferences.parse_unpaired_messages, ()),
+    "instruction": ("output", preferences.parse_unpaired_output, ("input", "history")),
+    **{name: (name, partial(preferences.parse_unpaired_turns, name), ()) for name in ("messages", "conversations")},
 }
-"""Field with the prompt of an answer that is good or bad → the field of the answer, how both are read, and what beside
-them."""
+"""Field with the prompt of an unpaired preference → the field of its answer, how both are read, and further fields."""
 
 CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", *(format.name for format in OF_MESSAGES.values())})
 """The formats whose rows go through the chat template."""
 
-PAIRS, JUDGED = "pairs of answers", "answers that are good or bad"
+PAIRS, JUDGED = "preference pairs", "unpaired preferences"
 COMPARED_FORMATS = {
     format: kind
     for name, kind in (("preference", PAIRS), ("unpaired_preference", JUDGED))
     for format in (name, OF_MESSAGES[name].name)
 }
-"""Format of rows that hold answers to be compared → what they are."""
+"""Format of preference data → what its rows are."""
 
 
 def recognise(where: str, fields: Fields, section: DataSection) -> Format:
@@ -115,7 +114,7 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
             and (pair_format := _pair_format(where, fields, section))
         ):
             return pair_format
-        if name == "unpaired_preference" and (judged := judged_format(fields)) is not None:
+        if name == "unpaired_preference" and (judged := unpaired_format(fields)) is not None:
             return judged
         plain = next(format for format in FORMATS if format.name == name)
         return OF_MESSAGES[name] if preferences.holds_messages(fields) else plain
@@ -135,39 +134,38 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
 
 
 def _compared_format(fields: Fields, section: DataSection) -> str | None:
-    """The format of a row that holds answers to be compared; None of others.
+    """The format of a row of preference data; None for other rows.
 
-    Fields of other formats beside `chosen` and `rejected` are copies: UltraFeedback's `messages` are those of `chosen`.
+    Further fields next to `chosen` and `rejected` are copies: UltraFeedback's `messages` are those of `chosen`.
     A label that is neither true nor false may be a class.
     """
     if section.format != "auto":
         return section.format if section.format in OF_MESSAGES else None
     if fields.keys() >= {"chosen", "rejected"}:
         return "preference"
-    return "unpaired_preference" if verdict(fields) and judged_format(fields) is not None else None
+    return "unpaired_preference" if verdict(fields) and unpaired_format(fields) is not None else None
 
 
 def verdict(fields: Fields) -> str:
-    """The field that can only mean whether an answer is a good one; empty where there is none."""
+    """The field that can only mean whether an answer is desirable; empty where there is none."""
     return next((name for name in _LABEL_FIELDS if preferences.is_verdict(name, fields.get(name))), "")
 
 
-def judged_format(fields: Fields) -> Format | None:
+def unpaired_format(fields: Fields) -> Format | None:
     """The format of an answer with a label, whose field is the last of its keys; None where there is no such answer."""
     label = verdict(fields) or next((name for name in _LABEL_FIELDS if name in fields), None)
-    prompt = next((name for name, (answer, *_) in JUDGED_PROMPTS.items() if {name, answer} <= fields.keys()), None)
+    prompt = next((name for name, (answer, *_) in UNPAIRED_PROMPTS.items() if {name, answer} <= fields.keys()), None)
     if label is None or prompt is None:
         return None
-    answer, parse, optional = JUDGED_PROMPTS[prompt]
+    answer, parse, optional = UNPAIRED_PROMPTS[prompt]
     keys = tuple(dict.fromkeys((prompt, answer, label)))
     if prompt == "prompt" and not preferences.holds_messages(fields):
-        return Format("unpaired_preference", keys, partial(preferences.parse_judged, label))
+        return Format("unpaired_preference", keys, partial(preferences.parse_unpaired, label))
     return Format(OF_MESSAGES["unpaired_preference"].name, keys, partial(parse, label), ("tools", "system", *optional))
 
 
 def _pair_format(where: str, fields: Fields, section: DataSection) -> Format | None:
-    """The format of a pair whose prompt stands in another field than `prompt`; None where it stands there, or in the
-    answers.
+    """The format of a pair whose prompt is in another field than `prompt`; None where it is there, or in the answers.
 
     Raises:
         DataError: The name of a field that is not read says that the prompt is there.

@@ -155,7 +155,7 @@ class ChatTemplate:
         return eos_start + len(eos) if eos_start >= 0 else end
 
     def end_at(self, text: str, position: int) -> int | None:
-        """Returns where the end of turn that stands at a position ends, leaving out space before it."""
+        """Returns where the end of turn at a position ends, leaving out space before it."""
         match = self._end.match(text, position)
         return match.end() if match else None
 
@@ -178,7 +178,7 @@ class ChatTemplate:
 
     @cached_property
     def opening(self) -> str | None:
-        """What stands between a user's last word and the answer: the end of the turn, and the header of the next."""
+        """What is between a user's last word and the answer: the end of the turn, and the header of the next."""
         rendered = self._probe([_QUESTION], prompt=True)
         return rendered.text[rendered.content_ends[0] :] if rendered and 0 in rendered.content_ends else None
 

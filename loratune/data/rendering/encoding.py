@@ -28,8 +28,8 @@ TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
 
 CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
-"""What a row is to a comparison of answers: one of a pair, which stand behind each other, the chosen one first; or an
-answer that is good or bad by itself. Above 0 is what is to become more likely."""
+"""What a row is in preference data: an answer of a pair, of which the chosen one comes first, or an unpaired answer.
+Above 0 is what is to become more likely."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
 _LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
@@ -45,7 +45,7 @@ class TokenizedRow:
         ids: Token ids.
         spans: The supervised ranges of positions, in order, none of them empty.
         answer: The position at which the last answer to a prompt begins; None in a row that answers no prompt.
-        side: What the row is to a comparison of answers, see `CHOSEN`; 0 for none.
+        side: What the row is in preference data, see `CHOSEN`; 0 for other data.
     """
 
     where: str

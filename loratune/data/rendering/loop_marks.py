@@ -91,7 +91,7 @@ def read_marks(marked: str) -> MessagePositions | None:
             continue
         if current is not None:
             current.end, current = position, None
-        if (code - LOOP) % 2 == 0:  # the odd marks stand behind loops
+        if (code - LOOP) % 2 == 0:  # the odd marks come after loops
             current = _Iteration(code - LOOP, position)
             iterations.append(current)
     positions = MessagePositions(content_ends)
@@ -138,6 +138,6 @@ def _mark_loops(node: nodes.Node, numbers: Iterator[int]) -> None:
         setattr(node, name, marked)
 
 
-def _output(text: str, beside: nodes.Node) -> nodes.Node:
+def _output(text: str, origin: nodes.Node) -> nodes.Node:
     """Returns a node that writes a text, on the line of another node."""
-    return nodes.Output([nodes.TemplateData(text)]).set_lineno(beside.lineno)
+    return nodes.Output([nodes.TemplateData(text)]).set_lineno(origin.lineno)

@@ -43,7 +43,7 @@ __all__ = [
 def open_source(source: Source | GivenRows) -> list[RowSource]:
     """The files of a source in order, or its one split on the hub; no row is read yet.
 
-    A slice goes over the rows of all files together, so that a file may have no row in it; where `split` adds up
+    A slice goes over the rows of all files as one sequence, so that a file may have no row in it; where `split` adds up
     several slices, the files come once for each.
 
     Raises:

@@ -26,15 +26,15 @@ def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
 
     Returns:
         Of more than three that differ in the row alone, the first with the number of the others; at most
-        `MAX_PROBLEMS`, and behind them that there may be more, unless all are alike.
+        `MAX_PROBLEMS`, and behind them that there may be more, unless all are of one kind.
     """
     at_least = "at least " if len(problems) >= MAX_PROBLEMS else ""
-    alike: dict[tuple[Problem, str], list[Problem]] = {}
+    by_kind: dict[tuple[Problem, str], list[Problem]] = {}
     for problem in problems:
-        alike.setdefault(_kind(problem), []).append(problem)
+        by_kind.setdefault(_kind(problem), []).append(problem)
     shown = []
     for problem in problems:
-        first, *others = alike[_kind(problem)]
+        first, *others = by_kind[_kind(problem)]
         if len(others) < _SINGLY:
             shown.append(problem)
         elif problem is first:

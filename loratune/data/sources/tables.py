@@ -138,7 +138,7 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class GivenRows:
-    """Rows that a program holds in memory. Implements `RowSource`, and stands for a `Source` where rows are read.
+    """Rows that a program holds in memory. Implements `RowSource`, and is taken in the place of a `Source`.
 
     Attributes:
         name: What places begin with: the fourth row is at `name[3]`, as in Python.
