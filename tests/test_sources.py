@@ -541,10 +541,10 @@ def write_many(path: Path, thousands: int) -> None:
         block = json.dumps(rows)[1:-1]
         path.write_text(f"[{', '.join([block] * thousands)}]")
     else:
-        block = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+        lines_of_rows = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as file:
             for _ in range(thousands):
-                file.write(block)
+                file.write(lines_of_rows)
 
 
 SLOW = pytest.mark.slow
@@ -820,7 +820,8 @@ def test_values_of_a_program() -> None:
 
 
 def test_rows_of_a_program_that_are_refused() -> None:
-    for wrong in ("rows.jsonl", {"prompt": []}, 3, None):
+    wrongs: list[Any] = ["rows.jsonl", {"prompt": []}, 3, None]
+    for wrong in wrongs:
         with pytest.raises(DataError, match=r"a list of dicts, a datasets\.Dataset or a pandas frame"):
             sources.given_rows(wrong, "train")
     section = DataSection(train=Source(path=sources.GIVEN))

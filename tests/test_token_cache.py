@@ -27,6 +27,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "loratune"
 
 
+def unexpected(writer: token_cache.TokenCacheWriter) -> None:
+    """What is not to be called, where the rows are there."""
+    pytest.fail("the rows are written once more")
+
+
 # Whoever reads
 
 
@@ -136,7 +141,7 @@ def test_removal_beneath_a_reader(cache: Path) -> None:
     assert not (cache / key(1)).exists() and whole(rows)
     token_cache_dir.load_or_write(key(1), fill)
     age(cache / key(1))
-    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
+    assert whole(token_cache_dir.load_or_write(key(1), unexpected))
     token_cache_dir.remove_old_entries()
     assert (cache / key(1)).exists()
 
@@ -250,7 +255,12 @@ def test_rows_of_another_key_are_not_used(cache: Path) -> None:
     token_cache_dir.load_or_write(key(2), fill)
     (cache / key(2)).rename(cache / key(1))
     calls: list[int] = []
-    rows = token_cache_dir.load_or_write(key(1), lambda writer: (calls.append(1), fill(writer))[1])
+
+    def counted(writer: token_cache.TokenCacheWriter) -> None:
+        calls.append(1)
+        fill(writer)
+
+    rows = token_cache_dir.load_or_write(key(1), counted)
     assert whole(rows) and calls == [1] and rows.directory != cache / key(1)
 
 
@@ -264,7 +274,7 @@ def test_what_others_began_is_not_continued(cache: Path) -> None:
 def test_a_cache_that_others_could_write_to_is_made_private(cache: Path) -> None:
     token_cache_dir.load_or_write(key(1), fill)
     cache.chmod(0o777)
-    rows = token_cache_dir.load_or_write(key(1), pytest.fail)  # what is in it was ours alone
+    rows = token_cache_dir.load_or_write(key(1), unexpected)  # what is in it was ours alone
     assert rows.remark == f"others could write to {cache}: now only you can" and modes(cache) == {0}
 
 

@@ -354,8 +354,8 @@ def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
     """Rows of a split, which is to be new to the model, that are also in another one."""
     exact, folded = (np.isin(held_out.hashes(column), earlier.hashes(column)) for column in (EXACT, FOLDED))
-    tallies = (tally(held_out, held_out.numbers[rows]) for rows in (exact, folded & ~exact))
-    return Leaks(*tallies, held_out.name, earlier.name)
+    in_exact, in_folded = (tally(held_out, held_out.numbers[rows]) for rows in (exact, folded & ~exact))
+    return Leaks(in_exact, in_folded, held_out.name, earlier.name)
 
 
 def tally(split: DatasetSplit, numbers: NDArray[np.int64]) -> RowTally:

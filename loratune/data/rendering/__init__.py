@@ -243,7 +243,7 @@ class Renderer:
                 text, border = example.prompt + example.completion, len(example.prompt)
                 spans, has_prompt = ((border, len(text)),), not example.whole
                 texts.append(RenderedText(example.where, text, border, spans, templated=False, has_prompt=has_prompt))
-            else:
+            elif isinstance(example, Conversation):
                 try:
                     texts.append(self._conversation(example, loss_on))
                 except DataError as error:

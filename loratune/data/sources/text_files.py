@@ -90,8 +90,8 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     text = _CsvText(file, name)
     reader, header = csv.reader(text, strict=True), list[str]()
     while True:
-        first, text.problem = text.number, None
-        where = f"{name}:{first}"
+        text.problem = None
+        where = f"{name}:{text.number}"
         try:
             cells = next(reader)
         except StopIteration:
@@ -107,8 +107,8 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         if not cells:  # a blank line
             continue
         if not header:
-            if problem := text.problem or _header_problem(cells, where):
-                raise DataError(problem)
+            if bad_header := text.problem or _header_problem(cells, where):
+                raise DataError(bad_header)
             header = cells
         elif text.problem:
             yield text.problem
