@@ -126,8 +126,8 @@ def _better_columns(split: DatasetSplit, section: DataSection, watch: ProgressFa
         return _survey_and_choose(section, "text", watch, chat=chat)
     columns = _AS_CHAT.get(tuple(split.formats), {}) if chat else {}
     if columns and all("prompt" in file.parser.fields for file in split.index.files):
-        joints = split.joints
-        if joints.together >= _MOST_GLUED * joints.rows:
+        separators = split.separators
+        if separators.missing >= _MOST_GLUED * separators.rows:
             why = "joined as text, prompt and answer would run together: so they go through the chat template"
             return ColumnChoice(columns, why)
     return ColumnChoice()

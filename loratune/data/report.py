@@ -280,32 +280,32 @@ class Separators:
 
     Attributes:
         rows: How many rows were looked at, of whatever kind.
-        together: In how many of them an answer begins with a letter or digit right behind its prompt.
+        missing: In how many of them an answer begins with a letter or digit right behind its prompt.
         words: In how many of them two words become one.
         example: The first such word and its place.
     """
 
     rows: int
-    together: int
+    missing: int
     words: int
     example: str
 
     @classmethod
     def of(cls, rows: Iterable[Single]) -> Self:
         """Those of the first of some rows, which are read no further than needed."""
-        count, together, words, example, letters = 0, 0, 0, "", 0
+        count, missing, words, example, letters = 0, 0, 0, "", 0
         for one in islice(rows, _ROWS):
             count += 1
             if isinstance(one, Plain) and one.prompt and one.completion and not one.whole:
                 before, after = one.prompt[-_WORD:], one.completion[:_WORD]
-                together += after[0].isalnum() and not before[-1].isspace()
+                missing += after[0].isalnum() and not before[-1].isspace()
                 if _is_of_word(before[-1]) and _is_of_word(after[0]):
                     words += 1
                     example = example or f"{quote([before.split()[-1] + after.split()[0]])} at {one.where}"
                 letters += len(one.prompt) + len(one.completion)
             if letters > _LETTERS:
                 break
-        return cls(count, together, words, example)
+        return cls(count, missing, words, example)
 
     @property
     def remark(self) -> str:

@@ -128,11 +128,11 @@ class DatasetSplit:
                 "data.format to unpaired_preference and training.objective to kto, or undesirable ones are learned too"
             )
             unused.append(f"if `{label}` says which answers are desirable, set {how}")
-        joined = filter(None, [self.joints.remark]) if self.name == "train" else ()
+        joined = filter(None, [self.separators.remark]) if self.name == "train" else ()
         return [*several, *self.left_out, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
 
     @cached_property
-    def joints(self) -> Separators:
+    def separators(self) -> Separators:
         """Whether prompt and answer are separated in the first rows, or in their chosen answers."""
         return Separators.of(sides(example)[0] for example in self.examples())
 

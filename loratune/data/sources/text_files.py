@@ -90,7 +90,7 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     text = _CsvText(file, name)
     reader, header = csv.reader(text, strict=True), list[str]()
     while True:
-        text.problem = None
+        text.begin_record()
         where = f"{name}:{text.number}"
         try:
             cells = next(reader)
@@ -102,8 +102,6 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
                 raise DataError(problem) from None
             yield problem
             continue
-        finally:
-            text.pieces = 0
         if not cells:  # a blank line
             continue
         if not header:
@@ -132,6 +130,10 @@ class _CsvText:
         self._file, self._name = file, name
         self.number, self.pieces = 1, 0
         self.problem: Problem | None = None
+
+    def begin_record(self) -> None:
+        """What is taken from now on belongs to another record."""
+        self.pieces, self.problem = 0, None
 
     def __iter__(self) -> Iterator[str]:
         for block in _blocks_of_lines(self._file):
