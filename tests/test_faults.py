@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -330,6 +331,20 @@ def test_sigterm_before_the_first_step(
     assert child.wait() == 143 and child.said().splitlines()[-1].startswith("error: terminated"), child.said()
     assert "step " not in child.said()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), child.said()
+
+
+def test_in_another_thread_signals_stay_as_they_are() -> None:
+    """Where Python sets no handlers, as in a program that trains in a thread of its own."""
+    before, seen = signal.getsignal(signal.SIGINT), list[object]()
+
+    def work() -> None:
+        with signals.raise_on_signals(), signals.defer_signals(print) as stop, signals.default_actions():
+            seen.extend([stop.requested, signal.getsignal(signal.SIGINT)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None, before]
 
 
 def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -200,7 +201,11 @@ def ignore_signals() -> None:
 
 @contextmanager
 def _handled(handle: Any) -> Iterator[None]:
-    """Signals that the parent process had ignored, as `nohup` and `&` do, stay ignored."""
+    """Signals that the parent process had ignored, as `nohup` and `&` do, stay ignored, and in other threads than the
+    main one, where Python sets no handlers, all stay as they are."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     previous: dict[signal.Signals, Any] = {}
     try:
         for number in _EXCEPTIONS:
