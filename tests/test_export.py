@@ -543,13 +543,16 @@ def test_a_model_file_has_all_weights(
 
 
 def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
-    tied = tiny_llama(tie_word_embeddings=True)
-    gguf.check_layers(tied, ["model.layers.0.self_attn.q_proj"], "here")
-    gguf.check_layers(tiny_llama(), ["lm_head"], "here")
+    def check(base: torch.nn.Module, target: str) -> None:
+        gguf.check_layers(get_peft_model(base, LoraConfig(target_modules=[target])), "here")
+
+    tied = {"tie_word_embeddings": True}
+    check(tiny_llama(**tied), "q_proj")
+    check(tiny_llama(), "lm_head")
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=16, n_layer=1, n_head=2, n_positions=32))
-    for base, module in ((tied, "lm_head"), (gpt2, "transformer.h.0.attn.c_attn")):
+    for base, target in ((tiny_llama(**tied), "lm_head"), (gpt2, "c_attn")):
         with pytest.raises(AdapterError) as error:
-            gguf.check_layers(base, [module], "here")
+            check(base, target)
         assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, "here", "")]
 
 

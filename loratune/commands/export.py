@@ -13,7 +13,6 @@ from typing import Any
 from loratune import escaping, memory
 from loratune.adapter import loading
 from loratune.adapter.directory import RUN_FILE, AdapterDirectory
-from loratune.config import patterns
 from loratune.console import format_size, progress, show_progress
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
@@ -164,9 +163,10 @@ class _GgufExport:
             log(f"llama.cpp will not be run: {self.not_run}")
         self.adapter: PlainAdapter | None = None
         if not options.merged_type:
-            self.adapter, meta = _fold(source, options)
-            gguf.check_layers(meta, patterns.adapted_modules(source.files.tensors), str(source.path))
+            self.adapter, _ = _fold(source, options)
         self.loaded = loading.load(source, log)
+        if self.adapter:
+            gguf.check_layers(self.loaded.model, str(source.path))
         template = self.loaded.tokenizer.chat_template
         self.template = template if isinstance(template, str) else None
         self.base_gguf = options.base_gguf

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
 from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
+from loratune.lora.attach import PeftModel
 from loratune.lora.mixture import PlainAdapter
+from loratune.lora.parameters import layers_unknown_to_llama_cpp
 
 LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
 _WITH_TOKENIZER = Path(__file__).with_name("convert_with_tokenizer.py")
@@ -118,26 +119,15 @@ def _run(arguments: list[str], file: Path) -> None:
     raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to"))
 
 
-def check_layers(base: Any, modules: Collection[str], where: str) -> None:
-    """Check that llama.cpp can put an adapter on these modules.
-
-    Args:
-        base: The base, on the meta device.
-        modules: The adapted modules.
-        where: The adapter, for messages.
+def check_layers(model: PeftModel, where: str) -> None:
+    """Check that llama.cpp has adapters for the adapted layers. where: the adapter, for messages.
 
     Raises:
-        AdapterError: One of them is the output layer of a model with tied weights, or a Conv1D, as in GPT-2.
+        AdapterError: It has none for some, such as the Conv1D of GPT-2, or an output layer with tied weights.
     """
-    reason = ""
-    tied, output = base.config.get_text_config().tie_word_embeddings, base.get_output_embeddings()
-    for path, module in base.named_modules():
-        if path in modules and isinstance(module, Conv1D):
-            reason = f"{path} is a Conv1D, whose A and B llama.cpp's converter exchanges"
-        if path in modules and tied and module is output:
-            reason = "it adapts the output layer, whose weight is that of the embeddings, and llama.cpp ignores that"
-    if reason:
-        what, fix = f"cannot be an adapter of llama.cpp: {reason}", "export base and adapter as one model: --merged f16"
+    if unknown := [*layers_unknown_to_llama_cpp(model)]:
+        what = f"cannot be an adapter of llama.cpp, which does not read one of {'; '.join(unknown)}"
+        fix = "export base and adapter as one model: --merged f16"
         raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
 
 

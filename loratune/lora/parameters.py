@@ -119,7 +119,9 @@ def per_rank(model: PeftModel) -> int:
 
 def notes(model: PeftModel) -> list[str]:
     """Notes for the user: ranks above what a layer can use, modules trained in 16 bit, clients that cannot load it."""
-    return [*_excessive_ranks(model), *_modules_in_16_bit(model), *layers_unknown_to_llama_cpp(model)]
+    unreadable = "lora.target_modules: llama.cpp and Ollama do not read an adapter of "
+    unknown = [f"{unreadable}{layers}" for layers in layers_unknown_to_llama_cpp(model)]
+    return [*_excessive_ranks(model), *_modules_in_16_bit(model), *unknown]
 
 
 def _excessive_ranks(model: PeftModel) -> Iterator[str]:
@@ -141,7 +143,8 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
 
 
 def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
-    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load."""
+    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load or
+    computes something else: `attn.c_attn, a Conv1D`."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, str] = {}
     for name, layer in layers_of(model).items():
@@ -156,7 +159,7 @@ def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
             kinds[layer_name] = "a Linear with the weight of the embeddings"
     for kind in dict.fromkeys(kinds.values()):
         names = [layer_name for layer_name, of_layer in kinds.items() if of_layer == kind]
-        yield f"lora.target_modules: llama.cpp and Ollama do not read an adapter of {join_first(names, 4)}, {kind}"
+        yield f"{join_first(names, 4)}, {kind}"
 
 
 def _modules_in_16_bit(model: PeftModel) -> Iterator[str]:
