@@ -23,7 +23,6 @@ from loratune.codes import Code
 from loratune.data.report import Report
 from loratune.evaluation.comparison import compare
 from loratune.evaluation.results import EvaluatedRow, ModelAnswer
-from loratune.evaluation.study_results import BEST, DONE, StudyResults, TrialResult
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update
 from loratune.report import charts, facts, scores
@@ -31,6 +30,7 @@ from loratune.report import page as report_page
 from loratune.report import record as run_record
 from loratune.report.charts import Line, Point, heat_map, histogram, line_chart, point_chart
 from loratune.report.loss_plot import loss_plot
+from loratune.report.study import BEST, DONE, StudyResults, TrialResult
 from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
 
 Cli = Callable[..., Ran]

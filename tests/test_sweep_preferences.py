@@ -14,7 +14,7 @@ from running import MakeConfig
 from test_preferences import config
 
 from loratune.codes import Code
-from loratune.evaluation.study_results import BEST, StudyResults
+from loratune.report.study import BEST, StudyResults
 
 Cli = Callable[..., Ran]
 BETAS = ("--grid", "preferences.beta=0.1,0.5")

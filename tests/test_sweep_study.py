@@ -17,18 +17,24 @@ from conftest import Ran, check_refused, meanings, tree
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from running import MakeConfig
-from test_sweep_grid import RATES, config, parsed  # noqa: F401  config is a fixture
+from test_sweep_grid import RATES, parsed, study_config
 
 from loratune.codes import Code
 from loratune.commands.sweep.storage import without_password
 from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError
-from loratune.evaluation.study_results import BEST, DONE, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.report.study import BEST, DONE, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
 
 Cli = Callable[..., Ran]
 _ANY = ".*"  # what numpy, zlib and base64 say
 RANGE = parsed("lora.r=2..8").axes
 VALUES = parsed("lora.r=2,4,8").axes
+
+
+@pytest.fixture
+def config(tmp_path: Path, run_config: MakeConfig) -> Callable[..., Path]:
+    """Writes the config of a sweep into the folder of a test."""
+    return lambda **sections: study_config(tmp_path, run_config, **sections)
 
 
 def opened(folder: Path, url: str | None = None) -> Study:
@@ -114,7 +120,7 @@ NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
-def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:  # noqa: F811
+def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     file, study = config(), tmp_path / "out.study"
     study.mkdir()
     (tmp_path / "elsewhere").mkdir()

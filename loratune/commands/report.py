@@ -9,11 +9,11 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.config import keys
 from loratune.errors import AdapterError
 from loratune.evaluation.results import Evaluation
-from loratune.evaluation.study_results import StudyResults
 from loratune.lora.stats import AdapterStats, adapter_stats, span
 from loratune.report import page, record
 from loratune.report.facts import size
 from loratune.report.page import Subject
+from loratune.report.study import StudyResults
 from loratune.system.files import is_directory
 from loratune.training import objectives
 

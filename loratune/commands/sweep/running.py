@@ -29,10 +29,10 @@ from loratune.errors import (
     ResourceError,
     ResumeError,
 )
-from loratune.evaluation.study_results import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
+from loratune.report.study import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
 from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
 from loratune.training import auto, preflight

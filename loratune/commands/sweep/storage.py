@@ -28,12 +28,12 @@ from loratune.errors import (
     ResumeError,
     is_disk_full,
 )
-from loratune.evaluation import study_results
+from loratune.report.study import FILE, StudyResults
 from loratune.system.files import is_incidental_file, kind, path_problem
 
 JOURNAL, LOCKS, TRIALS = "journal.log", "locks", "trials"
 _UNFINISHED = f"{JOURNAL}.unfinished"
-_KINDS = dict.fromkeys((JOURNAL, f"{JOURNAL}.lock", _UNFINISHED, study_results.FILE), "a file")
+_KINDS = dict.fromkeys((JOURNAL, f"{JOURNAL}.lock", _UNFINISHED, FILE), "a file")
 _KINDS |= dict.fromkeys((LOCKS, TRIALS), "a directory")
 """What the directory of a study holds."""
 _BEGUN, IDENTITY, FIRST = "begun_by_sweep", "identity", "first"
@@ -87,8 +87,8 @@ def check_place(directory: Path, name: str, url: str | None) -> None:
         for path in sorted((directory / parent).iterdir()) if parent in names else ():
             if parent == LOCKS or path.name.isdecimal():
                 check_kind(path, right)
-    if study_results.FILE in names:
-        study_results.StudyResults.read(directory)
+    if FILE in names:
+        StudyResults.read(directory)
     if JOURNAL in names and url is None:
         _check_journal(directory / JOURNAL, name)
 

@@ -39,7 +39,7 @@ from loratune.commands.sweep.storage import (
     without_password,
 )
 from loratune.errors import ConfigError, LoratuneError, Problem
-from loratune.evaluation.study_results import DONE
+from loratune.report.study import DONE
 from loratune.system.files import open_lock, try_lock
 from loratune.system.launcher import host
 

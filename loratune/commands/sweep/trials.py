@@ -33,11 +33,11 @@ from loratune.errors import (
     ResumeError,
     is_out_of_memory,
 )
-from loratune.evaluation.study_results import MAX_STEPS, RowLosses
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
+from loratune.report.study import MAX_STEPS, RowLosses
 from loratune.system.files import is_directory, sha256
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, final_score, objectives, preflight
