@@ -31,17 +31,18 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter on its base, beside which the base may have others, and how prompts are rendered for it.
+    """An adapter on its base, which may have other adapters too, and how prompts are rendered for it.
 
     Attributes:
         chat: Whether the rows of training went through the chat template.
-        base_sample: A sample of the base's weights, and the parts of the base that PEFT may change, both from before
+        base_sample: A sample of the base's weights, and the parts of the base that PEFT may change, both taken before
             the adapter was attached.
         where: The path of the adapter, for messages.
         key: PEFT's name of the adapter.
-        layers: Those that compute with this adapter alone.
-        mixes: Whether rows of this adapter may share a batch with rows of others that may.
-        is_enough: Whether `layers` are all that makes the model compute with this adapter, and not with another one.
+        layers: The layers that compute with this adapter alone.
+        mixes: Whether a batch may hold rows of this adapter and of others that mix.
+        is_enough: Whether applying `layers` is all it takes to compute with this adapter; if not, PEFT
+            has to make it the active one.
         prompts: Makes batches of prompts for the model.
     """
 
@@ -60,7 +61,7 @@ class LoadedAdapter:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Inside, the model is the base alone. Raises AdapterError: PEFT has changed the base for this adapter."""
+        """Inside, the model computes as the base alone. Raises AdapterError: PEFT has changed the base."""
         sample, untouched = self.base_sample
         with untouched.alone(self.model, self.where):
             if not sample.is_in(self.model):
@@ -69,7 +70,7 @@ class LoadedAdapter:
             yield
 
     def activate(self) -> None:
-        """Have the model compute with this adapter, in the way of PEFT."""
+        """Make this the active adapter of the PEFT model."""
         if self.model.active_adapter != self.key:
             self.model.set_adapter(self.key)
 
@@ -243,7 +244,7 @@ def _complete(
 
 @contextmanager
 def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
-    """Inside, each row of a batch is computed with its adapter; several of them must be such that mix."""
+    """Inside, each row of a batch is computed with its adapter; several adapters must be ones that mix."""
     first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
     if not first.is_enough:
         first.activate()
@@ -256,5 +257,5 @@ def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
 
 
 def reader(key: str) -> kernels.Reader:
-    """What reads the layers of one adapter, by its name in the model."""
+    """A function that reads the layers of one adapter, by its name in the model."""
     return partial(attach.adapted_linear, name=key)

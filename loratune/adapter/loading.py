@@ -36,9 +36,9 @@ class LoadedAdapters:
     """The adapters of a command, all on one base.
 
     Attributes:
-        by_name: Name → adapter; without names, and for a mixture, there are none.
-        default: The one that is used where nothing else is said.
-        label: How the default is called.
+        by_name: Name → adapter; empty without names, and for a mixture.
+        default: The adapter for prompts that name none.
+        label: The name of the default in output.
     """
 
     by_name: Mapping[str, LoadedAdapter]
@@ -88,7 +88,7 @@ def load_all(
 
 
 def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) -> LoadedAdapter:
-    """The sum of adapters as one, for whose prompts the first of them decides."""
+    """The weighted sum of adapters as one adapter, which renders prompts as the first of them does."""
     adapters = [adapter for adapter, _ in weighted]
     mixed = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
     first = adapters[0]
@@ -130,7 +130,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
 
 @contextmanager
 def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
-    """Let errors about the base that an adapter names say where to name another. Raises ModelError."""
+    """Add to errors about a missing base where the adapter names it. Raises ModelError."""
     try:
         yield
     except ModelError as error:
@@ -148,7 +148,7 @@ def _load_base(
 ) -> tuple[PreTrainedModel, Callable[[], None]]:
     """A base, and a check that it is that of all adapters, by what it was before anything is attached.
 
-    The check is for after the adapters are attached: tensors that do not fit say more than another fingerprint.
+    The check runs after the adapters are attached: an error about tensors says more than one about fingerprints.
     """
     check_machine(section)
     with finding_base(adapters[0]):
@@ -250,8 +250,8 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str, 
 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, Untouched]]) -> None:
-    """Raises AdapterError: one of several adapters comes with changes of the base; or it adapts other parameters than
-    another one, for which PEFT has no place: it tells A and B of parameters by how often it has wrapped a module."""
+    """Raises AdapterError: one of several adapters changes the base; or they differ in `target_parameters`, which PEFT
+    does not support: it identifies A and B of a parameter by how often it has wrapped the module."""
     reasons: dict[str, str] = {}
     parameters: list[set[str]] = []
     for adapter, before in adapters:
@@ -291,8 +291,7 @@ def _check_output(model: PeftModel, adapter: AdapterDirectory, key: str, token: 
 
 @torch.inference_mode()
 def _takes_rows(model: PeftModel, keys: Sequence[str]) -> bool:
-    """Whether each layer of plain adapters is given the rows of a batch one by one, as a batch with a row for each
-    adapter shows."""
+    """Whether rows of a batch reach each layer separately, which plain adapters need to share one; tried on a batch."""
     try:
         with kernels.inference_lora(model, *map(reader, keys), rows=range(len(keys))):
             ids = torch.zeros(len(keys), len(keys) + 1, dtype=torch.long, device=model.device)

@@ -12,7 +12,7 @@ from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
 UNNAMED = ""
-"""The name of a single adapter that was given none."""
+"""The name of a single adapter that the user did not name."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _RESERVED = ("base", "mix")
@@ -26,8 +26,8 @@ class Selection:
 
     Attributes:
         directories: Name → directory, at least one.
-        default: The name of the adapter that is used where nothing else is said.
-        mix: Name → weight, of a mixture that is used instead of single adapters; empty without one.
+        default: The name of the adapter for prompts that name none.
+        mix: Name → weight of the mixture that answers instead of single adapters; empty without --mix.
     """
 
     directories: Mapping[str, Path]
@@ -39,14 +39,13 @@ def parse(values: Sequence[str], use: str | None = None, mix: str | None = None)
     """Read the options.
 
     Args:
-        values: Those of --adapter: NAME=DIR, or a single DIR. What names an existing directory is a DIR, whatever
-            characters it has.
-        use: The name of the adapter to use where nothing else is said; by default the first.
+        values: The values of --adapter: NAME=DIR, or a single DIR. An existing directory is a DIR, even with a `=`.
+        use: The name of the adapter for prompts that name none; by default the first.
         mix: NAME:WEIGHT, separated by commas.
 
     Raises:
-        ConfigError: A name is none, is reserved or unknown; names or directories are not different; several adapters
-            have no names; a weight is no finite number; --use and --mix are both given.
+        ConfigError: A name is not valid, reserved or unknown; a name or directory is repeated; several adapters have
+            no names; a weight is not a finite number; --use and --mix are both given.
     """
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):

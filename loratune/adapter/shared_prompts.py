@@ -1,4 +1,4 @@
-"""What all prompts of a batch begin with, computed once: its keys and values are copied for each row.
+"""Prefixes that all prompts of a batch share are computed once: their keys and values are copied for each row.
 
 In a causal model the states of a prefix do not depend on what follows it. Rows that are shorter than others are padded
 between the prefix and the rest, where masks and positions have to be right; whether a model gets that right is tried
@@ -20,9 +20,9 @@ from loratune.data.packing_check import padding_refusal
 from loratune.lora.attach import PeftModel
 
 _WORTHWHILE, _FEWEST = 0.05, 64
-"""Part of the tokens of a batch that must be saved, and how many: the prefix costs a pass of its own."""
+"""The share of a batch's tokens that must be saved, and the number: the prefix costs a pass of its own."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""By how much logits may differ from those of the rows alone, relative to the largest."""
+"""How much logits may differ from those of the rows alone, relative to the largest."""
 
 _log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Side = Literal["left", "right"]
 
 
 class SharedPrompts:
-    """Batches of one adapter whose rows may begin alike.
+    """Batches of one adapter whose rows may share a prefix.
 
     Attributes:
         padding: The id of the token for padding.
@@ -44,17 +44,17 @@ class SharedPrompts:
 
     @cached_property
     def mixes_padding(self) -> bool:
-        """Whether the model computes something else for padded rows; tried once."""
+        """Whether padding changes what the model computes for a row; tried once."""
         return padding_refusal(self._model, self.padding) is not None
 
     def batch(self, rows: Sequence[Ids], side: Side, *, first: int | None = None, more: int = 0) -> dict[str, Any]:
-        """What the model is called with for a batch. The adapter must be active.
+        """The keywords with which the model is called for a batch. The adapter must be active.
 
         Args:
             rows: The ids of each row.
             side: Where rows are padded, "left" or "right".
-            first: The first position of all rows of which the output is asked for; their last, if it is None.
-            more: How many tokens follow.
+            first: The first position in all rows whose output is needed; by default the last one of each.
+            more: How many tokens will be generated.
 
         Returns:
             input_ids, attention_mask, and, where a prefix is shared, `cache` of it. Then input_ids are with it
@@ -69,13 +69,13 @@ class SharedPrompts:
 
     @staticmethod
     def _shared(rows: Sequence[Ids], first: int | None) -> int:
-        """How many tokens all rows begin with, and that come before what is asked for."""
+        """The length of the prefix that all rows share, before the positions whose output is needed."""
         limit = min(map(len, rows)) - 1 if first is None else first
         lowest, highest = min(map(tuple, rows)), max(map(tuple, rows))
         return next((at for at in range(limit) if lowest[at] != highest[at]), limit)
 
     def plain(self, rows: Sequence[Ids], side: Side) -> dict[str, Any]:
-        """Like `batch`, where nothing is shared."""
+        """Like `batch`, without a shared prefix."""
         batch = pad([{"input_ids": ids} for ids in rows], self.padding, side)
         return {name: tensor.to(self._model.device) for name, tensor in batch.items()}
 
@@ -95,7 +95,7 @@ class SharedPrompts:
         return DynamicCache(config=self._model.get_base_model().config)
 
     def _supported(self, longest: int) -> bool:
-        """Whether the model remembers nothing but the keys and values of all positions of rows of some length."""
+        """Whether the cache holds the keys and values of all positions of rows of this length, and nothing else."""
         try:
             layers = self._cache().layers
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -123,7 +123,7 @@ class SharedPrompts:
         return self._is_right[side]
 
     def _last_logits(self, batch: Mapping[str, Any], side: Side, length: int) -> Tensor:
-        """Those that follow the first row, which has so many tokens."""
+        """The logits that follow the first row, which has this many tokens."""
         if side == "left":
             settings = GenerationConfig(
                 max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
