@@ -246,9 +246,7 @@ class Code(StrEnum):
     LORA_EVA_TOKENS = "lora.eva_tokens", "No batch has enough supervised tokens for eva."
     LORA_EVA_UNSETTLED = "lora.eva_unsettled", "The directions of eva do not settle."
     LORA_LOFTQ_LAYER = "lora.loftq_layer", "A target of loftq is not a 4-bit layer."
-    LORA_START_SETTING = "lora.start_setting", "A setting contradicts that of the adapter to start from."
-    LORA_START_TARGETS = "lora.start_targets", "The adapter to start from adapts modules that are not targets."
-    LORA_START_RANK = "lora.start_rank", "The adapter to start from has a higher rank."
+    LORA_START_SETTING = "lora.start_setting", "Settings or targets would lose a part of the adapter to start from."
     LORA_START_KIND = "lora.start_kind", "The adapter to start from is of a kind that is not trained further."
     LORA_START_BASE = "lora.start_base", "The adapter to start from was trained on another base."
     LORA_NOT_FINITE = "lora.not_finite", "The trained adapter holds NaN or inf."
@@ -281,7 +279,7 @@ class Code(StrEnum):
     ADAPTER_NOT_REPRODUCIBLE = "adapter.not_reproducible", "The files do not record how PEFT has changed the base."
     ADAPTER_TENSORS_MISSING = "adapter.tensors_missing", "The file lacks tensors that the base needs."
     ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors that are not the adapter's or the base's."
-    ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than the base needs."
+    ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than base or other adapters need."
     ADAPTER_TENSORS_LOST = "adapter.tensors_lost", "PEFT finds no module for tensors that it has renamed."
     ADAPTER_NOT_FLOAT = "adapter.not_float", "Tensors of an adapter are no floating-point numbers."
     ADAPTER_NOT_FINITE = "adapter.not_finite", "Tensors of an adapter hold NaN or inf."
@@ -299,7 +297,6 @@ class Code(StrEnum):
         "The adapter changes its base, so that no other one can be beside it.",
     )
     ADAPTER_MIX_UNSUPPORTED = "adapter.mix_unsupported", "The adapter is more than a plain LoRA, and cannot be mixed."
-    ADAPTER_MIX_SHAPES = "adapter.mix_shapes", "Adapters to be mixed have other shapes for one module."
 
     # Memory and disk (memory.*, disk.*)
     MEMORY_TRAINING = "memory.training", "A training step needs more memory than there is."

@@ -152,15 +152,13 @@ def test_has_learned_nothing_means_since_the_start(tmp_path: Path) -> None:
     attach.check_trained(state, start)
 
 
-SETTING, TARGETS, RANK, KIND = (
-    Code.LORA_START_SETTING, Code.LORA_START_TARGETS, Code.LORA_START_RANK, Code.LORA_START_KIND,
-)  # fmt: skip
+SETTING, KIND = Code.LORA_START_SETTING, Code.LORA_START_KIND
 CONTRADICTING: dict[str, tuple[dict[str, Any], dict[str, Any], list[Code]]] = {
-    "a smaller r": ({}, {"r": 4}, [RANK]),
-    "a smaller r by a pattern": ({}, {"rank_pattern": {"v": 4}}, [RANK]),
-    "r below an old pattern": ({"rank_pattern": {"v": 9}}, {}, [RANK]),
-    "fewer targets": ({}, {"target_modules": ["q"]}, [TARGETS]),
-    "fewer layers": ({}, {"layers_to_transform": [0]}, [TARGETS]),
+    "a smaller r": ({}, {"r": 4}, [SETTING]),
+    "a smaller r by a pattern": ({}, {"rank_pattern": {"v": 4}}, [SETTING]),
+    "r below an old pattern": ({"rank_pattern": {"v": 9}}, {}, [SETTING]),
+    "fewer targets": ({}, {"target_modules": ["q"]}, [SETTING]),
+    "fewer layers": ({}, {"layers_to_transform": [0]}, [SETTING]),
     "DoRA from plain": ({}, {"use_dora": True}, [SETTING]),
     "plain from DoRA": ({"use_dora": True}, {}, [SETTING]),
     "biases": ({}, {"bias": "lora_only"}, [SETTING]),
@@ -169,7 +167,7 @@ CONTRADICTING: dict[str, tuple[dict[str, Any], dict[str, Any], list[Code]]] = {
     "another whole module": ({"modules_to_save": ["up_proj"]}, {"modules_to_save": ["lm_head"]}, [SETTING]),
     "tokens": ({}, {"trainable_token_indices": [1]}, [SETTING, SETTING]),
     "tokens in another order": ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [2, 1]}, [SETTING]),
-    "two at once": ({"use_dora": True}, {"use_dora": True, "target_modules": ["q"], "bias": "all"}, [SETTING, TARGETS]),
+    "two at once": ({"use_dora": True}, {"use_dora": True, "target_modules": ["q"], "bias": "all"}, [SETTING, SETTING]),
 }
 
 
@@ -462,7 +460,7 @@ def test_settings_that_contradict_are_refused(
 def test_contradictions_end_a_run_and_params_with_2(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     path = going_on(lora={"r": 4})
     before = tree(tmp_path)
-    expected = (Code.LORA_START_RANK, str(tmp_path / "first"), "lora.start_from")
+    expected = (Code.LORA_START_SETTING, str(tmp_path / "first"), "lora.start_from")
     for command in (("params", path), ("train", path, "--dry-run"), ("train", path)):
         check_refused(cli(*command), 2, expected)
     assert tree(tmp_path) == before

@@ -465,7 +465,7 @@ def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: P
     with torch.no_grad():
         assert torch.allclose(model.eval()(ids).logits, before.eval()(ids).logits, atol=1e-5)
     run = run_config(tmp_path, base, lora=section | {"target_parameters": ["down_proj"]})
-    check_refused(cli("train", run), 2, (Code.LORA_START_TARGETS, str(trained), "lora.start_from"))
+    check_refused(cli("train", run), 2, (Code.LORA_START_SETTING, str(trained), "lora.start_from"))
 
 
 # --- memory

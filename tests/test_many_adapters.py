@@ -471,7 +471,7 @@ def test_refusals_of_mixtures_reach_the_command_line(cli: Cli, adapters: dict[st
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wide")
     wide = make(tmp_path / "made", tmp_path / "wide", 10)
     ran = cli("generate", *options(adapters, "ranks"), "--adapter", f"wide={wide}", "--mix", "ranks:1,wide:1", "a")
-    check_refused(ran, 5, (Code.ADAPTER_MIX_SHAPES, str(wide), ""))
+    check_refused(ran, 5, (Code.ADAPTER_TENSORS_SHAPE, str(wide), ""))
 
 
 def test_embeddings_are_mixed(tmp_path: Path, tiny_dir: Path) -> None:

@@ -148,7 +148,7 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
             if others and others[0].outer != layer.outer:
                 what = f"{path} is {layer.outer} here and {others[0].outer} in {weighted[0][0].path}"
                 fix = "mix adapters of one base"
-                raise AdapterError(Problem(Code.ADAPTER_MIX_SHAPES, what, str(files.path), fix=fix))
+                raise AdapterError(Problem(Code.ADAPTER_TENSORS_SHAPE, what, str(files.path), fix=fix))
             others.append(layer)
     plain = _stacked(layers, [files for files, _ in weighted])
     if bad := not_finite(plain.tensors):

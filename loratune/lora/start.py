@@ -177,7 +177,7 @@ def _parameter_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Probl
     if was != now:
         what = f"only one of the adapter and this run adapts {join_counts(sorted(was ^ now), 4)}"
         fix = f"set lora.target_parameters to {json.dumps(sorted(entries) or None)}"
-        yield Problem(Code.LORA_START_TARGETS, what, str(files.path), KEY, fix)
+        yield Problem(Code.LORA_START_SETTING, what, str(files.path), KEY, fix)
 
 
 def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Iterator[Problem]:
@@ -187,7 +187,7 @@ def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> 
     if lost := [path for path in saved if path not in targets]:
         what = f"the adapter also adapts {join_counts([*dict.fromkeys(lost)], 4)}, which this run does not"
         fix = "name them in lora.target_modules, and leave out lora.layers_to_transform if it excludes them"
-        yield Problem(Code.LORA_START_TARGETS, what, where, KEY, fix)
+        yield Problem(Code.LORA_START_SETTING, what, where, KEY, fix)
     old, new = ({name for name in names if not _FACTOR.match(name)} for names in (files.tensors, fresh))
     new -= {name for name in new if name.endswith("bias")}  # those of modules that are adapted for the first time
     if other := sorted((old - {*fresh}) | (new - old)):
@@ -209,7 +209,9 @@ def _rank_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
         old, new = ranks[lower[0]]
         most = max(ranks[path][0] for path in lower)
         what = f"the adapter has rank {old}, and this run {new}, on {join_counts(lower, 4)}: a part of it would be lost"
-        yield Problem(Code.LORA_START_RANK, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}")
+        yield Problem(
+            Code.LORA_START_SETTING, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}"
+        )
 
 
 def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
