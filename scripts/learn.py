@@ -33,11 +33,11 @@ from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
+from loratune.commands.evaluate import scorer_of
 from loratune.commands.train import Reporter, Result
 from loratune.commands.train import train as train_run
 from loratune.config import Source
 from loratune.data import no_progress
-from loratune.evaluation import scoring
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
 
@@ -154,7 +154,7 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
         split = data.read_source(Source(path=str(path)), section)
         dataset = data.prepare(split, loaded.renderer, section, vocabulary)
         with loaded.without_adapter() if base else nullcontext():
-            nats = scoring.losses(loaded, dataset, range(len(dataset.rows)))
+            nats = scorer_of(loaded).losses(dataset, dict.fromkeys(range(len(dataset.rows)), 1)).nats
         tokens = dataset.rows.supervised.tolist()
         found |= {
             f"{name}_nats": packed(nats.tolist()),

@@ -15,6 +15,9 @@ from test_kernels import SHAPE, adapted
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from loratune import kernels
+from loratune.compare.engine import NextToken, Objective, ScoringLayout
+from loratune.compare.losses import RowLosses
+from loratune.compare.objectives import ComparedRows, Formula
 from loratune.config import PreferenceSection
 from loratune.data import TokenizedDataset
 from loratune.data.packing_check import padding_is_cheaper
@@ -22,9 +25,7 @@ from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
 from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.losses import NextToken, Objective, ScoringLayout
-from loratune.training.objectives import Formula
-from loratune.training.preferences import ComparedRows, Comparing
+from loratune.training.preferences import PreferenceObjective
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ ALONE = ScoringLayout(False, None, 0, 1)
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_hold_every_item_once_and_no_more_tokens_than_they_may(way: str) -> None:
     scoring, dataset = WAYS[way], made()
-    layout, numbers = scoring.layout(dataset), [*range(1, 24, 2), 0]
+    layout, numbers = scoring.layout(dataset.rows, dataset.rows.lengths), [*range(1, 24, 2), 0]
     batches = scoring.batches(layout, numbers)
     assert sorted(number for batch in batches for number in batch) == sorted(numbers)
     assert batches == scoring.batches(layout, numbers) and len(batches) < 6
@@ -132,7 +133,7 @@ def test_rows_that_begin_alike_are_scored_together() -> None:
     dataset = made()
     computed = {}
     for way in ("flat", "tree"):
-        layout = WAYS[way].layout(dataset)
+        layout = WAYS[way].layout(dataset.rows, dataset.rows.lengths)
         trees = [
             PrefixTree.of([row["input_ids"] for row in layout.rows(batch)])
             for batch in WAYS[way].batches(layout, range(24))
@@ -141,8 +142,16 @@ def test_rows_that_begin_alike_are_scored_together() -> None:
     assert computed["tree"] < 0.8 * computed["flat"]
 
 
-def comparing(name: str, dataset: TokenizedDataset) -> Comparing:
-    return Comparing(Formula.of(name, PreferenceSection()), {"train": ComparedRows(dataset, 64, seed=0)})
+def comparing(name: str, dataset: TokenizedDataset) -> PreferenceObjective:
+    return PreferenceObjective(Formula.of(name, PreferenceSection()), {"train": ComparedRows(dataset, 64, seed=0)})
+
+
+def scored(
+    objective: Objective, model: Any, dataset: TokenizedDataset, numbers: Sequence[int], way: ScoringLayout, group: Any
+) -> RowLosses:
+    items, together = objective.items(dataset)
+    planned = way.plan(items, dataset.rows.lengths, dict.fromkeys(numbers, 1), together)
+    return objective.score(model, planned, group=group)
 
 
 OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objective]]] = {
@@ -160,20 +169,20 @@ def test_an_item_has_the_loss_that_it_has_alone(name: str, way: str, fast: bool)
     dataset = made(sides)
     model, objective = adapted().eval(), objective_of(dataset)
     numbers = [*range(dataset.items)][::-1]
-    alone = objective.item_losses(model, dataset, numbers, ALONE, SINGLE_PROCESS)
+    alone = scored(objective, model, dataset, numbers, ALONE, SINGLE_PROCESS)
     if name == "sft":
-        for number, loss in zip(numbers, alone, strict=True):
+        for number, (nats, tokens) in zip(numbers, zip(alone.nats, alone.tokens, strict=True), strict=True):
             row = dataset.rows.row(number)
             (start, end), ids = row.spans[0], torch.tensor(row.ids)
             with torch.no_grad():
                 logits = model(input_ids=ids[None]).logits[0, start - 1 : end - 1]
             expected = torch.nn.functional.cross_entropy(logits, ids[start:], reduction="sum").item()
-            assert (loss.total, loss.tokens) == (pytest.approx(expected, rel=1e-5), end - start)
+            assert (nats, tokens) == (pytest.approx(expected, rel=1e-5), end - start)
     with kernels.accelerated(model, attach.adapted_linear) if fast else nullcontext():
-        found = objective.item_losses(model, dataset, numbers, WAYS[way], SINGLE_PROCESS)
-    assert [loss.tokens for loss in found] == [loss.tokens for loss in alone]
-    assert [loss.total for loss in found] == pytest.approx([loss.total for loss in alone], rel=1e-5)
-    assert len({loss.total for loss in found}) > len(found) // 2
+        found = scored(objective, model, dataset, numbers, WAYS[way], SINGLE_PROCESS)
+    assert found.tokens.tolist() == alone.tokens.tolist()
+    assert found.nats.tolist() == pytest.approx(alone.nats.tolist(), rel=1e-5)
+    assert len(set(found.nats.tolist())) > len(found) // 2
 
 
 class OneOf(SingleProcess):
@@ -193,10 +202,10 @@ def test_the_losses_are_the_same_bits_in_any_number_of_processes(name: str) -> N
     dataset = made(sides)
     model, objective = adapted().eval(), objective_of(dataset)
     with kernels.accelerated(model, attach.adapted_linear):
-        one = objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], SINGLE_PROCESS)
+        one = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], SINGLE_PROCESS)
         own: list[list[Any]] = []
         for rank in (2, 1):
             with pytest.raises(ValueError, match="zip"):  # as the others' losses are missing yet
-                objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], OneOf(rank, own))
-        several = objective.item_losses(model, dataset, range(dataset.items), WAYS["tree"], OneOf(0, own))
-    assert several == one
+                scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(rank, own))
+        several = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(0, own))
+    assert (several.nats == one.nats).all() and (several.tokens == one.tokens).all()

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
+from loratune.compare import collapse
+from loratune.compare.collapse import PromptSensitivity
 from loratune.data.rendering import TokenizedRow
-from loratune.training import collapse
-from loratune.training.collapse import PromptSensitivity
 
 ALL_LAYERS = {"r": 8, "target_modules": "all-linear"}
 SAME = [row | {"completion": " yes"} for row in ROWS]

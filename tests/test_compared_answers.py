@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.evaluation import comparison, wording
-from loratune.evaluation.requirements import OPTION
-from loratune.evaluation.results import ADAPTER, BASE, ComparedAnswer, EvaluatedRow, ModelAnswer
-from loratune.training.preference_figures import RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, figures_of
+from loratune.compare import comparison
+from loratune.compare import text as wording
+from loratune.compare.preferences import RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, metrics_of
+from loratune.compare.requirements import OPTION
+from loratune.compare.results import ADAPTER, BASE, ComparedAnswer, ComparedRow, ModelAnswer
 
 Cli = Callable[..., Ran]
 
@@ -104,7 +105,7 @@ def test_figures_equal_a_computation_by_hand(objective: str, place: Path, tiny_d
             "preferred_length": mean([own[2] if own[0] >= own[1] else own[3] for own in answers]),
         }
         assert values[model].keys() == {*expected, "rows", "tokens", "intervals"}
-        assert [*values[model]][:7] == ["loss", *figures_of(paired=True)]
+        assert [*values[model]][:7] == ["loss", *metrics_of(paired=True)]
         for name, value in expected.items():
             assert values[model][name] == pytest.approx(value, abs=1e-4), name
             low, high = values[model]["intervals"][name]
@@ -187,7 +188,7 @@ def test_each_pair_is_written(place: Path, cli: Cli, tmp_path: Path) -> None:
     assert [row["copies"] for row in rows] == [2, *[1] * 14] and rows[1]["where"] == f"{place / 'pairs.jsonl'}:2"
     for row in rows:
         assert row["tokens"] == row["chosen_tokens"] + row["rejected_tokens"] and "expected" not in row
-        assert row["base"].keys() == {"loss", *figures_of(paired=True)}
+        assert row["base"].keys() == {"loss", *metrics_of(paired=True)}
     for name in ("loss", REWARD_MARGIN):
         weighted = mean([row["adapter"][name] for row in rows for _ in range(row["copies"])])
         assert weighted == pytest.approx(values["adapter"][name], abs=1e-9)
@@ -282,13 +283,13 @@ def test_the_page_shows_pairs(place: Path, cli: Cli, tmp_path: Path) -> None:
 # What follows from the answers to rows
 
 
-def judged_row(number: int, side: str, before: float, after: float) -> EvaluatedRow:
+def judged_row(number: int, side: str, before: float, after: float) -> ComparedRow:
     sign = 1 if side == "desirable" else -1
     answers = {
         name: ModelAnswer(1.0, None, {REWARD_ACCURACY: higher(sign * reward, 0), REWARD_MARGIN: sign * reward})
         for name, reward in ((BASE, before), (ADAPTER, after))
     }
-    return EvaluatedRow(number, "", 1, "p", None, 3, answers, {side: ComparedAnswer("a", 3)})
+    return ComparedRow(number, "", 1, "p", None, 3, answers, {side: ComparedAnswer("a", 3)})
 
 
 def test_the_margin_of_judged_answers_has_welchs_interval() -> None:
@@ -297,22 +298,22 @@ def test_the_margin_of_judged_answers_has_welchs_interval() -> None:
     good, bad = torch.randn(9, generator=dice) + 1, 3 * torch.randn(14, generator=dice)
     rows = [judged_row(number, "desirable", 0.0, float(one)) for number, one in enumerate(good)]
     rows += [judged_row(number, "undesirable", 0.0, float(one)) for number, one in enumerate(bad, len(rows))]
-    found = comparison.compare(rows)
+    found = comparison.compare_rows(rows)
     expected = stats.ttest_ind(good.numpy().astype(float), bad.numpy().astype(float), equal_var=False)
     interval = expected.confidence_interval(0.95)
     own, difference = found.scores[ADAPTER].intervals[REWARD_MARGIN], found.differences[REWARD_MARGIN]
     assert own is not None and difference.interval is not None
     assert [own.low, own.high] == pytest.approx([interval.low, interval.high], rel=1e-6)
     assert [difference.interval.low, difference.interval.high] == pytest.approx([own.low, own.high], rel=1e-9)
-    assert found.scores[ADAPTER].figure(REWARD_MARGIN) == pytest.approx(float(good.mean() - bad.mean()), rel=1e-6)
-    few = comparison.compare([*rows[:9], *rows[9:12]])
+    assert found.scores[ADAPTER].value(REWARD_MARGIN) == pytest.approx(float(good.mean() - bad.mean()), rel=1e-6)
+    few = comparison.compare_rows([*rows[:9], *rows[9:12]])
     assert few.scores[ADAPTER].intervals[REWARD_MARGIN] is None and few.differences[REWARD_MARGIN].verdict is None
 
 
 def test_ties_of_the_reference_are_no_draws() -> None:
     """All its rewards are 0, on any rows: the difference to it is as uncertain as the accuracy alone."""
     rows = [judged_row(number, "desirable", 0.0, 1.0 if number < 8 else -1.0) for number in range(10)]
-    found = comparison.compare(rows)
+    found = comparison.compare_rows(rows)
     base, own = (found.scores[model].intervals[REWARD_ACCURACY] for model in (BASE, ADAPTER))
     difference = found.differences[REWARD_ACCURACY]
     assert base == statistics.Interval(0.5, 0.5) and own == statistics.wilson(8, 10)

@@ -25,8 +25,8 @@ from typer.testing import CliRunner
 from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.evaluation import harness
-from loratune.evaluation.results import ADAPTER, BASE
+from loratune.compare import harness
+from loratune.compare.results import ADAPTER, BASE
 
 Cli = Callable[..., Ran]
 QUESTIONS = [f"{number} and {number} make" for number in range(12)]

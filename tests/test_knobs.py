@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
 from loratune import data, kernels
+from loratune.compare.objectives import AnswerScores, Formula
 from loratune.config import (
     DataSection,
     LoraSection,
@@ -33,7 +34,6 @@ from loratune.model import load as load_module
 from loratune.training import batching, duration, trainer
 from loratune.training.best_step import BestStep
 from loratune.training.evaluations import BestRecord
-from loratune.training.objectives import AnswerScores, Formula
 from loratune.training.trackers import trackers
 
 LORA: dict[str, Any] = {

@@ -14,12 +14,13 @@ from typer.testing import CliRunner
 from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.compare import comparison, metrics, tasks
+from loratune.compare import text as wording
+from loratune.compare.answers import Judging, majority_answers
+from loratune.compare.metrics import ExpectedTextError
+from loratune.compare.results import ADAPTER, BASE, ComparedRow, ModelAnswer
+from loratune.compare.tasks import PERPLEXITY, WEIGHTED_PERPLEXITY, TaskResults
 from loratune.errors import ConfigError, NumericError
-from loratune.evaluation import comparison, metrics, task_comparison, wording
-from loratune.evaluation.metrics import ExpectedTextError
-from loratune.evaluation.results import ADAPTER, BASE, EvaluatedRow, ModelAnswer, TaskResults
-from loratune.evaluation.scoring import Judging, majority_answers
-from loratune.evaluation.task_comparison import PERPLEXITY, WEIGHTED_PERPLEXITY
 
 
 @pytest.mark.parametrize(
@@ -80,19 +81,19 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert meanings(error.value) == [(Code.USAGE_MISSING_PACKAGE, "", "--metric")]
 
 
-def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> EvaluatedRow:
+def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> ComparedRow:
     """A row by what both models do: nats, and whether the answer matches."""
     answers = {
         name: ModelAnswer(nats, "text", {"exact_match": match, "label_accuracy": match, "rouge_l": match / 2})
         for name, (nats, match) in (("base", base), ("adapter", adapter))
     }
-    return EvaluatedRow(number, f"rows.jsonl:{number}", copies, "prompt", "expected", tokens, answers)
+    return ComparedRow(number, f"rows.jsonl:{number}", copies, "prompt", "expected", tokens, answers)
 
 
 WON, LOST, SAME = ((3.0, 0.0), (1.0, 1.0)), ((1.0, 1.0), (2.0, 0.0)), ((2.0, 1.0), (2.0, 1.0))
 
 
-def rows(*kinds: tuple[int, Any]) -> list[EvaluatedRow]:
+def rows(*kinds: tuple[int, Any]) -> list[ComparedRow]:
     flat = [kind for count, kind in kinds for _ in range(count)]
     return [row(number, *kind, tokens=2 + number % 3) for number, kind in enumerate(flat)]
 
@@ -109,7 +110,7 @@ def rows(*kinds: tuple[int, Any]) -> list[EvaluatedRow]:
 )
 def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
     """Each with the numbers of the statistics that it stands on, and no verdict from fewer than five rows."""
-    found = comparison.compare(rows(*kinds))
+    found = comparison.compare_rows(rows(*kinds))
     assert (found.verdict, found.metric, found.differences["exact_match"].verdict) == (loss, "loss", match)
     won, lost = (sum(count for count, kind in kinds if kind is one) for one in (WON, LOST))
     count = len(found.rows)
@@ -120,11 +121,11 @@ def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
     assert (
         (found.differences["rouge_l"].interval is None) == (loss is None) == any("too few" in x for x in found.remarks)
     )
-    assert wording.verdict(found) and json.loads(json.dumps(found.as_json(), allow_nan=False))["verdict"] == loss
-    assert comparison.compare(found.rows, "exact_match").verdict == match
+    assert wording.verdict(found) and json.loads(json.dumps(found.to_dict(), allow_nan=False))["verdict"] == loss
+    assert comparison.compare_rows(found.rows, "exact_match").verdict == match
 
 
-def labelled(*labels: tuple[str | None, int]) -> list[EvaluatedRow]:
+def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
     """Rows that expect answers, each so often; the base gives none of them, and the adapter `a`."""
     found = []
     for label in [label for label, count in labels for _ in range(count)]:
@@ -134,7 +135,7 @@ def labelled(*labels: tuple[str | None, int]) -> list[EvaluatedRow]:
             name: ModelAnswer(nats, "", right if name == "adapter" else dict.fromkeys(right, 0.0))
             for name, nats in losses.items()
         }
-        found.append(EvaluatedRow(len(found), "", 1, label and "prompt", label, 2, answers))
+        found.append(ComparedRow(len(found), "", 1, label and "prompt", label, 2, answers))
     return found
 
 
@@ -181,14 +182,14 @@ def test_the_most_frequent_answer_of_which_others_are_the_beginning() -> None:
 def test_an_adapter_that_is_no_better_than_one_answer(labels: Any, metric: str, is_told: bool) -> None:
     """Though it is better than its base, by loss and by the share of its answers that are right."""
     found = labelled(*labels)
-    evaluation = comparison.compare(found, metric, majority=majority_answers(found, Judging()))
+    evaluation = comparison.compare_rows(found, metric, majority=majority_answers(found, Judging()))
     assert evaluation.verdict == "better"
     assert ("not significantly above" in wording.majority(evaluation)) == is_told
     table = wording.scores_table(evaluation)[1]
     assert [line[3] for line in table[:2]] == ["-", "-"] and table[2][3].startswith(
         f"{max(n for _, n in labels) / 0.5:.0f}"
     )
-    values = json.loads(json.dumps(evaluation.as_json(), allow_nan=False))
+    values = json.loads(json.dumps(evaluation.to_dict(), allow_nan=False))
     assert values["majority"]["exact_match"] == max(count for _, count in labels) / 50
     assert [*values["difference_from_majority"]] == ["exact_match", "label_accuracy"]
     assert not any("majority" in one.answers for one in evaluation.rows)
@@ -198,20 +199,20 @@ def test_an_adapter_that_is_better_than_one_answer() -> None:
     found = labelled(("a", 30), ("b", 20))
     all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
     found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
-    evaluation = comparison.compare(found, majority=majority_answers(found, Judging()))
+    evaluation = comparison.compare_rows(found, majority=majority_answers(found, Judging()))
     assert not wording.majority(evaluation) and evaluation.paired()["majority"]["exact_match"].verdict == "better"
 
 
 def test_more_rows_are_asked_for_where_they_would_help() -> None:
-    found = comparison.compare(rows((3, WON), (2, LOST), (45, SAME))).differences
+    found = comparison.compare_rows(rows((3, WON), (2, LOST), (45, SAME))).differences
     assert found["exact_match"].rows_needed > 50 and found["loss"].rows_needed is not None
-    assert comparison.compare(rows((20, SAME))).differences["loss"].rows_needed is None
-    assert comparison.compare(rows((20, WON))).differences["loss"].rows_needed is None
+    assert comparison.compare_rows(rows((20, SAME))).differences["loss"].rows_needed is None
+    assert comparison.compare_rows(rows((20, WON))).differences["loss"].rows_needed is None
 
 
 def test_what_is_printed_of_rows_needed_is_in_json() -> None:
     """And where the difference is exactly 0, both say that there is no number."""
-    same, near, won = (comparison.compare(rows(*kinds)).differences["rouge_l"] for kinds in (
+    same, near, won = (comparison.compare_rows(rows(*kinds)).differences["rouge_l"] for kinds in (
         ((20, SAME),), ((3, WON), (2, LOST), (45, SAME)), ((20, WON),),
     ))  # fmt: skip
     assert same.as_json()["rows_needed"] is None and "do not differ" in wording.outlook(same)
@@ -222,21 +223,23 @@ def test_what_is_printed_of_rows_needed_is_in_json() -> None:
 def test_copies_weigh_and_are_no_evidence() -> None:
     """200 copies of one row count for the mean, and are one row for the intervals."""
     few = [row(number, *WON, tokens=2 + number) for number in range(6)]
-    once = comparison.compare(few)
-    copied = comparison.compare([row(0, *WON, copies=200), *few[1:]])
+    once = comparison.compare_rows(few)
+    copied = comparison.compare_rows([row(0, *WON, copies=200), *few[1:]])
     score = copied.scores["adapter"]
     assert (score.rows, score.tokens) == (205, 2 * 200 + 3 + 4 + 5 + 6 + 7)
-    assert score.figure("loss") == pytest.approx(205 / score.tokens)
+    assert score.value("loss") == pytest.approx(205 / score.tokens)
     one, other = (found.scores["adapter"].intervals["exact_match"] for found in (once, copied))
     assert one and other and other.low < one.low
     assert copied.differences["exact_match"].p == once.differences["exact_match"].p
-    assert comparison.compare([row(0, *WON, copies=200)]).differences["loss"].interval is None
+    assert comparison.compare_rows([row(0, *WON, copies=200)]).differences["loss"].interval is None
 
 
 def test_copies_that_speak_against_distinct_rows_give_no_verdict() -> None:
     """More rows were won, and p says that more distinct ones were lost than by chance."""
     won = [row(number, *WON, copies=10) for number in range(10)]
-    found = comparison.compare([*won, *(row(number, *LOST) for number in range(10, 40))]).differences["exact_match"]
+    found = comparison.compare_rows([*won, *(row(number, *LOST) for number in range(10, 40))]).differences[
+        "exact_match"
+    ]
     assert found.p is not None and found.p < 0.01 and found.value > 0.5 and found.interval and found.interval.low > 0
     assert found.verdict == "indistinguishable"
 
@@ -246,33 +249,33 @@ def test_figures_lie_in_their_intervals() -> None:
     for copies in ((30, 5, 1), (5, 1, 30, 1, 7)):
         lost = copies[0]
         kinds = [row(number, *(LOST if one == lost else WON), copies=one) for number, one in enumerate(copies)]
-        found = comparison.compare(kinds).differences["exact_match"]
+        found = comparison.compare_rows(kinds).differences["exact_match"]
         assert found.interval and found.interval.low <= found.value <= found.interval.high
     same = [row(number, (6.0, 0.0), (5.999, 0.0), copies=3**number, tokens=3) for number in range(7)]
     for one in (same, same[::-1]):
-        score = comparison.compare(one).scores["adapter"]
+        score = comparison.compare_rows(one).scores["adapter"]
         for name in ("loss", "perplexity"):
-            interval, value = score.intervals[name], score.figure(name)
+            interval, value = score.intervals[name], score.value(name)
             assert interval and value is not None and interval.low <= value <= interval.high
 
 
 def test_losses_that_are_not_finite() -> None:
     """Of the base: said, and null in the JSON. Of the adapter: an error."""
     good = rows((10, WON))
-    found = comparison.compare([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
+    found = comparison.compare_rows([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
     assert (found.verdict, found.differences["exact_match"].verdict) == (None, "better")
     assert any("rows.jsonl:10" in line for line in found.remarks)
     values = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert values["base"]["loss"] is None and values["difference"]["loss"]["value"] is None
     assert wording.verdict(found)
     with pytest.raises(NumericError) as error:
-        comparison.compare([*good, row(10, (1.0, 1.0), (math.nan, 0.0))])
+        comparison.compare_rows([*good, row(10, (1.0, 1.0), (math.nan, 0.0))])
     assert meanings(error.value) == [(Code.EVALUATE_LOSS_NOT_FINITE, "", "")]
 
 
 def test_a_loss_beyond_any_perplexity() -> None:
-    found = comparison.compare([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
-    assert found.scores["base"].figure("perplexity") == math.inf and found.verdict == "better"
+    found = comparison.compare_rows([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
+    assert found.scores["base"].value("perplexity") == math.inf and found.verdict == "better"
     assert found.as_json()["base"]["perplexity"] is None
     json.dumps(found.as_json(), allow_nan=False)
 
@@ -284,9 +287,7 @@ def test_the_difference_of_means_and_of_perplexities() -> None:
     adapter = base - dice.gamma(2, 0.01, 200)
 
     def difference(samples: dict[str, list[Any]], aggregation: str) -> Any:
-        found = task_comparison.compare(
-            {BASE: 1.0, ADAPTER: 2.0}, {BASE: 0.1, ADAPTER: None}, samples, aggregation, False
-        )
+        found = tasks.compare_metric({BASE: 1.0, ADAPTER: 2.0}, {BASE: 0.1, ADAPTER: None}, samples, aggregation, False)
         return found.difference
 
     plain = difference({BASE: base.tolist(), ADAPTER: adapter.tolist()}, "mean")
@@ -308,8 +309,6 @@ def test_the_difference_of_means_and_of_perplexities() -> None:
 
 def test_a_figure_of_a_task_that_is_not_known() -> None:
     nan = [math.nan] * 9
-    figure = task_comparison.compare(
-        {"base": math.nan, "adapter": 1.0}, {}, {"base": nan, "adapter": nan}, "mean", True
-    )
+    figure = tasks.compare_metric({"base": math.nan, "adapter": 1.0}, {}, {"base": nan, "adapter": nan}, "mean", True)
     (cells,) = wording.tasks_table(TaskResults({"task": {"figure": figure}}, None, False, "1"))[1]
     assert cells[2] == "-" and cells[3] == "1.0000" and "nan" not in " ".join(cells)

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import tiny_llama
 
+from loratune.compare.objectives import AnswerScores, Formula, divergence
 from loratune.config import PreferenceSection
 from loratune.data.packing import flatten, pad, put_rows, share_prefixes
 from loratune.kernels import LossHead, row_counts, row_sums
 from loratune.kernels.loss import Scaling
-from loratune.training.objectives import AnswerScores, Formula, divergence
 
 
 def answers(sums: list[float], tokens: list[int], reference: list[float]) -> AnswerScores:

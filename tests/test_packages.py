@@ -21,7 +21,7 @@ LEVELS = {
     "config": 3, "console": 3,
     "kernels": 4,
     "data": 5, "model": 5, "lora": 5,
-    "adapter": 6, "memory": 6,
+    "adapter": 6, "compare": 6, "memory": 6,
     "training": 7,
     "export": 8,
     "evaluation": 10,

@@ -23,11 +23,12 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.codes import Code
+from loratune.compare.objectives import ComparedRows
 from loratune.config import DataSection
 from loratune.data import token_cache_dir
 from loratune.data.rendering import Renderer
 from loratune.training import reference
-from loratune.training.preferences import ComparedRows, Comparing
+from loratune.training.preferences import PreferenceObjective
 
 Cli = Callable[..., Ran]
 
@@ -393,7 +394,7 @@ def test_what_was_computed_of_the_reference_is_kept(
     monkeypatch.setattr(reference, "_PART_BATCHES", 2)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     path = config(run_config, tmp_path, objective)
-    read, parts = Comparing.read, []
+    read, parts = PreferenceObjective.read, []
 
     def stopped(*arguments: Any, **options: Any) -> Any:
         parts.append(arguments[3])
@@ -402,7 +403,7 @@ def test_what_was_computed_of_the_reference_is_kept(
         return read(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Comparing, "read", stopped)
+        patched.setattr(PreferenceObjective, "read", stopped)
         assert cli("train", path).code == 130
     assert len(kept(tmp_path)) == 2 and {len(part) for part in parts} == {2}
     ran = cli("train", path)

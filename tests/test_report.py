@@ -20,9 +20,9 @@ from test_adapter_stats import save_adapter
 from test_preferences import config as preferences_config
 
 from loratune.codes import Code
+from loratune.compare.comparison import compare_rows
+from loratune.compare.results import ComparedRow, ModelAnswer
 from loratune.data.report import Report
-from loratune.evaluation.comparison import compare
-from loratune.evaluation.results import EvaluatedRow, ModelAnswer
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update
 from loratune.report import charts, facts, scores
@@ -307,13 +307,13 @@ CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\
     ids=["text", "chat", "one", "template"],
 )
 def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles: list[str]) -> None:
-    def row(number: int, exact: float, loss: float) -> EvaluatedRow:
+    def row(number: int, exact: float, loss: float) -> ComparedRow:
         values = {"exact_match": exact, "label_accuracy": exact}
         answers = {"base": ModelAnswer(1.0, "x", values), "adapter": ModelAnswer(loss, "y", values)}
-        return EvaluatedRow(number, "rows.jsonl", 1, prompts[number % len(prompts)], "e", 1, answers)
+        return ComparedRow(number, "rows.jsonl", 1, prompts[number % len(prompts)], "e", 1, answers)
 
     rows = [row(0, 1.0, 9.0), row(1, 0.0, 1.5), row(2, 0.0, 2.0), row(3, 1.0, 1.0)]
-    evaluation = replace(compare(rows), special_tokens=("<|im_start|>", "<|im_end|>"))
+    evaluation = replace(compare_rows(rows), special_tokens=("<|im_start|>", "<|im_end|>"))
     shown = scores.answers(evaluation)
     assert [(one.right["adapter"], one.shown_change) for one in shown] == [
         (False, "+1.000"), (False, "+0.500"), (True, "+8.000"), (True, "0.000"),

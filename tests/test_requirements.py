@@ -14,22 +14,23 @@ from test_cli import imported
 
 from loratune import statistics
 from loratune.codes import Code
-from loratune.errors import ConfigError, RequirementError
-from loratune.evaluation import comparison, metrics, requirements, task_comparison, wording
-from loratune.evaluation.requirements import OPTION, Requirement
-from loratune.evaluation.results import (
+from loratune.compare import comparison, requirements, tasks
+from loratune.compare import text as wording
+from loratune.compare.comparison import Comparison
+from loratune.compare.losses import Difference
+from loratune.compare.requirements import OPTION, Requirement
+from loratune.compare.results import (
     ADAPTER,
     AGAINST,
     BASE,
-    Difference,
-    EvaluatedRow,
-    Evaluation,
+    ComparedRow,
     ModelAnswer,
-    TaskResults,
 )
+from loratune.compare.tasks import TaskResults
+from loratune.errors import ConfigError, RequirementError
 from loratune.statistics import Interval
 
-ASKED = metrics.parse(["json", "regex:(\\d+)<=>"])
+ASKED = ["json", "regex:(\\d+)<=>"]
 
 
 def parsed(text: str, **options: bool) -> Requirement:
@@ -54,7 +55,7 @@ def parsed(text: str, **options: bool) -> Requirement:
 )
 def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
     one = parsed(text)
-    assert (one.figure, one.comparison, one.bound, one.of_difference) == expected
+    assert (one.metric, one.comparison, one.bound, one.of_difference) == expected
     assert one.text == text
 
 
@@ -92,7 +93,7 @@ def test_without_json_there_is_no_invalid_json() -> None:
     ) and "did you mean `exact_match`? the metrics are loss, perplexity, " in str(caught.value)
 
 
-def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0, 1.0, 2.0)) -> list[EvaluatedRow]:
+def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0, 1.0, 2.0)) -> list[ComparedRow]:
     """Rows of one token. matches: whether base, adapter and the other adapter give the expected answer."""
     answers = [
         {
@@ -101,11 +102,11 @@ def rows(*matches: tuple[int, int, int], nats: tuple[float, float, float] = (3.0
         }
         for number, ones in enumerate(matches)
     ]
-    return [EvaluatedRow(number, "", 1, "p", "e", 1, one) for number, one in enumerate(answers)]
+    return [ComparedRow(number, "", 1, "p", "e", 1, one) for number, one in enumerate(answers)]
 
 
-def verdict(evaluation: Evaluation, text: str) -> bool:
-    (one,) = requirements.judged(evaluation, [parsed(text)]).requirements
+def verdict(evaluation: Comparison, text: str) -> bool:
+    (one,) = evaluation.judged([parsed(text)]).requirements
     values = one.as_json()
     assert (values["text"], values["met"]) == (text, one.met)
     assert one.met == (one.reason == "")
@@ -113,7 +114,7 @@ def verdict(evaluation: Evaluation, text: str) -> bool:
 
 
 def test_the_low_end_of_a_share_decides() -> None:
-    found = comparison.compare(rows(*[(0, 1, 1)] * 187, *[(0, 0, 1)] * 13))  # 93.5 % of 200
+    found = comparison.compare_rows(rows(*[(0, 1, 1)] * 187, *[(0, 0, 1)] * 13))  # 93.5 % of 200
     low, high = found.scores[ADAPTER].intervals["exact_match"].as_json()
     assert (low, high) == pytest.approx((0.892, 0.962), abs=1e-3)
     assert not verdict(found, "exact_match>=0.9")
@@ -121,7 +122,7 @@ def test_the_low_end_of_a_share_decides() -> None:
     assert verdict(found, f"exact_match>={low!r}") and not verdict(found, f"exact_match>{low!r}")
     assert verdict(found, f"exact_match<={high!r}") and not verdict(found, f"exact_match<{high!r}")
     assert not verdict(found, "exact_match<=0.95")
-    (one,) = requirements.judged(found, [parsed("exact_match>=0.9")]).requirements
+    (one,) = found.judged([parsed("exact_match>=0.9")]).requirements
     assert one.as_json() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
 
 
@@ -134,10 +135,10 @@ def test_the_most_frequent_answer_can_be_the_bound() -> None:
             ModelAnswer(math.nan, "e", dict.fromkeys(("exact_match", "label_accuracy"), float(place < frequent)))
             for place in range(all_rows)
         ]
-        return verdict(comparison.compare(found, majority=answers), "exact_match>majority")
+        return verdict(comparison.compare_rows(found, majority=answers), "exact_match>majority")
 
     assert met(60, 80, 40) and not met(42, 80, 40) and not met(40, 80, 40) and not met(40, 80, 60)
-    one = requirements.judged(comparison.compare(rows(*[(0, 1, 0)] * 9)), [parsed("label>majority")]).requirements[0]
+    one = comparison.compare_rows(rows(*[(0, 1, 0)] * 9)).judged([parsed("label>majority")]).requirements[0]
     assert not one.met and one.value is None and "not labels" in one.reason
 
 
@@ -147,7 +148,7 @@ def test_differences_are_paired() -> None:
         BASE: ModelAnswer(10.0 * (row.number % 7) + 0.5 + 0.1 * (row.number % 3), None, {}),
         ADAPTER: ModelAnswer(10.0 * (row.number % 7), None, {}),
     }) for row in rows(*[(0, 0, 0)] * 60)]  # fmt: skip
-    found = comparison.compare(spread)
+    found = comparison.compare_rows(spread)
     assert found.scores[ADAPTER].intervals["loss"].high > found.scores[BASE].intervals["loss"].low + 5
     for text, is_met in (
         ("loss<base", True), ("perplexity<base", True), ("loss>=base", False), ("difference.loss<-0.5", True),
@@ -158,7 +159,7 @@ def test_differences_are_paired() -> None:
 
 def test_each_model_can_be_the_bound() -> None:
     """Where another adapter is given, `base` is still the base."""
-    found = comparison.compare(rows(*[(0, 1, 1)] * 30, *[(0, 0, 1)] * 10))
+    found = comparison.compare_rows(rows(*[(0, 1, 1)] * 30, *[(0, 0, 1)] * 10))
     assert found.compared_with == AGAINST
     for text, is_met in (
         ("loss<base", True), ("loss<against", True), ("exact_match>base", True), ("exact_match>=against", False),
@@ -168,7 +169,7 @@ def test_each_model_can_be_the_bound() -> None:
 
 
 def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
-    found = comparison.compare([replace(row, answers={
+    found = comparison.compare_rows([replace(row, answers={
         name: answer for name, answer in row.answers.items() if name != AGAINST
     }) for row in rows(*[(0, 1, 0)] * 5, *[(1, 1, 0)] * 95)])  # fmt: skip
     one = found.differences["exact_match"]
@@ -182,7 +183,7 @@ def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
 
 def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
     """Written as a number, a requirement of being better needs what one against a model does."""
-    found = comparison.compare(rows(*[(0, 1, 0)] * 5, *[(0, 0, 0)] * 15))
+    found = comparison.compare_rows(rows(*[(0, 1, 0)] * 5, *[(0, 0, 0)] * 15))
     one = found.differences["exact_match"]
     assert one.interval is not None and one.interval.low > 0.01 and one.verdict == "indistinguishable"
     assert not any(verdict(found, f"difference.exact_match{text}") for text in (">0", ">=0.01"))
@@ -190,8 +191,8 @@ def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
 
 
 def test_too_few_rows_meet_nothing() -> None:
-    found = comparison.compare(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
-    (one,) = requirements.judged(found, [parsed("loss<100")]).requirements
+    found = comparison.compare_rows(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
+    (one,) = found.judged([parsed("loss<100")]).requirements
     assert not one.met and one.interval is None and one.value is not None and "too few rows" in one.reason
 
 
@@ -200,7 +201,7 @@ def test_too_few_rows_meet_nothing() -> None:
     [(0.049, True, True), (0.05, True, False), (0.051, True, False), (0.04, False, False)],
 )
 def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met: bool) -> None:
-    found = comparison.compare(
+    found = comparison.compare_rows(
         rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
     )
     assert verdict(found, "forgetting<0.05") is is_met
@@ -208,33 +209,40 @@ def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met:
 
 
 def test_a_base_without_a_finite_loss_is_not_beaten() -> None:
-    found = comparison.compare(rows(*[(0, 1, 0)] * 9, nats=(math.nan, 1.0, 2.0)))
+    found = comparison.compare_rows(rows(*[(0, 1, 0)] * 9, nats=(math.nan, 1.0, 2.0)))
     assert not verdict(found, "loss<base")
     assert verdict(found, "loss<2")
-    (one,) = requirements.judged(found, [parsed("loss<base")]).requirements
+    (one,) = found.judged([parsed("loss<base")]).requirements
     assert json.loads(json.dumps(one.as_json(), allow_nan=False))["value"] is None
 
 
 def test_every_requirement_that_is_not_met_is_said() -> None:
-    found = comparison.compare(rows(*[(0, 1, 0)] * 9))
+    found = comparison.compare_rows(rows(*[(0, 1, 0)] * 9))
     texts = ["loss<0.5", "loss<base", "exact_match>=0.9"]
-    judged = requirements.judged(found, requirements.parse(texts))
+    judged = found.judged(requirements.parse(texts))
     assert [one.met for one in judged.requirements] == [False, True, False]
     with pytest.raises(RequirementError) as caught:
         requirements.check_met(judged.requirements)
     assert meanings(caught.value) == [(Code.EVALUATE_REQUIREMENT, "", OPTION)] * 2
     requirements.check_met(judged.requirements[1:2])
+    with pytest.raises(RequirementError) as caught:
+        found.require(*texts)
+    assert len(meanings(caught.value)) == 2
+    found.require("loss<base")
+    with pytest.raises(ConfigError):
+        found.require("forgetting<1")
+    assert found.metrics[ADAPTER]["loss"] == found.to_dict()[ADAPTER]["loss"]
 
 
 def test_rows_with_equal_scores_show_little() -> None:
     """Where ROUGE-L is 1 on each of five rows, that does not show that it is 1."""
     scores = {"exact_match": 1.0, "label_accuracy": 1.0, "rouge_l": 1.0}
-    found = comparison.compare([replace(row, answers={
+    found = comparison.compare_rows([replace(row, answers={
         name: replace(answer, scores=scores) for name, answer in row.answers.items()
     }) for row in rows(*[(1, 1, 1)] * 5)])  # fmt: skip
-    asked = metrics.parse(["rouge_l"])
+    asked = ["rouge_l"]
     for text, is_met in (("rouge_l>=1", False), ("rouge_l>=base", False), ("rouge_l>=0.56", True)):
-        (one,) = requirements.judged(found, requirements.parse([text], asked)).requirements
+        (one,) = found.judged(requirements.parse([text], asked)).requirements
         assert one.met is is_met, text
 
 
@@ -243,8 +251,8 @@ def task_results() -> TaskResults:
     acc = {BASE: [1] * 20 + [0] * 40, ADAPTER: [1] * 50 + [0] * 10}
     values = {BASE: 1 / 3, ADAPTER: 5 / 6}
     figures = {
-        "acc": task_comparison.compare(values, {}, acc, "mean", True),
-        "f1": task_comparison.compare(values, {}, acc, "f1", True),
+        "acc": tasks.compare_metric(values, {}, acc, "mean", True),
+        "f1": tasks.compare_metric(values, {}, acc, "f1", True),
     }
     return TaskResults({"t": figures}, None, False, "0")
 
@@ -256,12 +264,12 @@ def task_results() -> TaskResults:
         ("difference.t.acc>0.3", True), ("difference.t.acc>0.45", False), ("t.f1>0.1", False), ("t.nothing>0", False),
     ],
 )  # fmt: skip
-def test_figures_of_tasks(text: str, is_met: bool) -> None:
+def test_metrics_of_tasks(text: str, is_met: bool) -> None:
     """Alone, and beside rows, the cautious end decides. What no task gives is named with what they give."""
     required = requirements.parse([text], tasks=True, rows=False)
     (alone,) = requirements.judged_tasks(task_results(), required).requirements
-    found = replace(comparison.compare(rows(*[(0, 1, 1)] * 9)), tasks=task_results())
-    assert requirements.judged(found, required).requirements == [alone]
+    found = replace(comparison.compare_rows(rows(*[(0, 1, 1)] * 9)), tasks=task_results())
+    assert found.judged(required).requirements == [alone]
     assert alone.met is is_met, alone.reason
     assert ("t.acc, t.f1" in alone.reason) is ("nothing" in text)
 

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data, kernels
 from loratune.codes import Code
+from loratune.compare.objectives import ComparedRows
 from loratune.config import DataSection, LoraSection
 from loratune.data.packing import pad, put_rows
 from loratune.data.rendering import Renderer
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.parity_check import relative_rms
 from loratune.lora import attach, targets
-from loratune.training.preferences import ComparedRows
 
 CAP = {"final_logit_softcapping": 2.0}
 SCALED: dict[str, tuple[dict[str, Any], Scaling | None]] = {

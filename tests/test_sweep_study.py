@@ -22,8 +22,9 @@ from test_sweep_grid import RATES, parsed, study_config
 from loratune.codes import Code
 from loratune.commands.sweep.storage import without_password
 from loratune.commands.sweep.study import Study, TrialRecord
+from loratune.compare.losses import RowLosses
 from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError
-from loratune.report.study import BEST, DONE, LIKE_BEST, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.report.study import BEST, DONE, LIKE_BEST, WORSE, StudyResults, TrialResult, rank
 
 Cli = Callable[..., Ran]
 _ANY = ".*"  # what numpy, zlib and base64 say

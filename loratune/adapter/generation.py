@@ -74,6 +74,12 @@ class LoadedAdapter:
         if self.model.active_adapter != self.key:
             self.model.set_adapter(self.key)
 
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, the model computes with this adapter."""
+        with adapters_of_rows([self]):
+            yield
+
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[list[int]]:

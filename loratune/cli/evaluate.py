@@ -28,11 +28,11 @@ from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from loratune.adapter.directory import AdapterDirectory
-    from loratune.commands.evaluate_tasks import Tasks
+    from loratune.commands.evaluate import Tasks
+    from loratune.compare.comparison import Comparison
+    from loratune.compare.requirements import Requirement
     from loratune.data import DatasetSplit
     from loratune.data.row_hashes import Overlap
-    from loratune.evaluation.requirements import Requirement
-    from loratune.evaluation.results import Evaluation
     from loratune.system.output_file import Output
 
 
@@ -92,7 +92,7 @@ def evaluate(
     require: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FIGURE<BOUND",
+            metavar="METRIC<BOUND",
             help="Repeatable: exit code 11 unless 'exact_match>=0.9', 'loss<base', 'TASK.METRIC>base'.",
         ),
     ] = None,
@@ -111,13 +111,13 @@ def evaluate(
         names, task_paths = _task_names(tasks)
         with importing(computes=True):
             from loratune.adapter.directory import AdapterDirectory
+            from loratune.compare import metrics as known_metrics
+            from loratune.compare import requirements
             from loratune.console import log, show_count, show_progress
-            from loratune.evaluation import metrics as known_metrics
-            from loratune.evaluation import requirements
 
         parsed = known_metrics.parse(metrics or [])
         known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
-        required = requirements.parse(require or [], parsed, **known)
+        required = requirements.parse(require or [], [metric.name for metric in parsed], **known)
         inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
         info = AdapterDirectory.open(adapter, log, forced=force, assignments=assignments)
@@ -136,7 +136,7 @@ def evaluate(
 
         with importing():
             from loratune.commands.evaluate import evaluate
-            from loratune.evaluation.scoring import Judging
+            from loratune.compare.answers import Judging
 
         found = evaluate(
             info, split, against=other, judging=Judging(parsed, file is not None), forgetting=unrelated,
@@ -151,10 +151,10 @@ def _read_rows(
     data: str, info: "AdapterDirectory", required: list["Requirement"], *, allow_overlap: bool
 ) -> tuple["DatasetSplit", "Overlap"]:
     """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
+    from loratune.compare import requirements
     from loratune.config import Source
     from loratune.console import log, show_progress
     from loratune.data import read_source, row_hashes
-    from loratune.evaluation import requirements
 
     split = read_source(Source(path=data), info.data, show_progress)
     overlap = row_hashes.find_overlap(split, info.files.path)
@@ -173,7 +173,7 @@ def _check_options(values: Mapping[str, object]) -> None:
     if values["data"] is None and values["tasks"] is None:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
     if str(values["output"]) == STDOUT:
-        what, fix = "stdout has the figures", "name a file for the rows"
+        what, fix = "stdout has the metrics", "name a file for the rows"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
     problems = [
         Problem(Code.USAGE_NEEDS_OPTION, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
@@ -185,11 +185,11 @@ def _check_options(values: Mapping[str, object]) -> None:
 
 
 def _task_names(tasks: str | None) -> tuple[list[str], list[str]]:
-    """What --tasks names, and the files that this stands for, as paths and globs. Raises as `task_names.parse` does."""
-    from loratune.evaluation import task_names
+    """What --tasks names, and the files that this stands for, as paths and globs. Raises as `tasks.parse` does."""
+    from loratune.compare import tasks as known_tasks
 
-    names = task_names.parse(tasks) if tasks is not None else []
-    paths = [name for name in names if task_names.is_path(name)]
+    names = known_tasks.parse(tasks) if tasks is not None else []
+    paths = [name for name in names if known_tasks.is_path(name)]
     return names, [f"{glob.escape(path)}/**/*.y*ml" if Path(path).is_dir() else path for path in paths]
 
 
@@ -199,9 +199,9 @@ def _open_tasks(names: list[str], limit: int | None, required: list["Requirement
     from loratune.system.environment import kept_environment
 
     with importing(), kept_environment():
-        from loratune.commands import evaluate_tasks
+        from loratune.compare import harness
 
-    return evaluate_tasks.open_tasks(names, limit, required, show_count)
+    return harness.prepare(names, limit, required, show_count)
 
 
 def _evaluate_tasks(
@@ -213,8 +213,8 @@ def _evaluate_tasks(
     tasks = _open_tasks(names, limit, required)
     with importing():
         from loratune.commands import printing
-        from loratune.commands.evaluate_tasks import evaluate_tasks
-        from loratune.evaluation import requirements
+        from loratune.commands.evaluate import evaluate_tasks
+        from loratune.compare import requirements
 
     results = evaluate_tasks(info, tasks, required, log)
     log_all(results.remarks)
@@ -235,9 +235,9 @@ def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
 
 
 def _show(
-    found: "Evaluation", file: "Output | None", fields: Mapping[str, Mapping[str, Any]], worst: int, as_json: bool
+    found: "Comparison", file: "Output | None", fields: Mapping[str, Mapping[str, Any]], worst: int, as_json: bool
 ) -> None:
-    """Write the rows and print the figures, which are printed also where there is no room for the rows.
+    """Write the rows and print the metrics, which are printed also where there is no room for the rows.
 
     fields: place → the row's own fields, where rows are written or printed.
     """

@@ -14,7 +14,7 @@ from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
     from loratune.adapter.directory import AdapterDirectory
-    from loratune.evaluation.results import Evaluation
+    from loratune.compare.comparison import Comparison
 
 
 @app.command()
@@ -88,14 +88,14 @@ def _check_subject(adapter: Path | None, study: Path | None, against: Path | Non
         raise ConfigError(missing_package(Code.REPORT_NO_MATPLOTLIB, "matplotlib", "draws the charts", "report"))
 
 
-def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Evaluation":
+def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Comparison":
     """Score the adapters on the rows of a file."""
     with importing():
         from loratune.commands.evaluate import evaluate
+        from loratune.compare.answers import Judging
         from loratune.config import Source
         from loratune.console import log, show_count, show_progress
         from loratune.data import read_source
-        from loratune.evaluation.scoring import Judging
 
     first, *others = adapters
     split, judging = read_source(Source(path=data), first.data, show_progress), Judging(for_readers=True)

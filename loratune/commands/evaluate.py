@@ -3,39 +3,43 @@
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from loratune import data
+from loratune import data, kernels
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter, Log
 from loratune.codes import Code
+from loratune.compare import collapse, requirements
+from loratune.compare.answers import (
+    Judging,
+    PreferenceAnswers,
+    RowAnswers,
+    check_positions,
+    distinct_rows,
+    majority_answers,
+)
+from loratune.compare.collapse import PromptSensitivity
+from loratune.compare.comparison import Comparison, compare_rows, not_finite
+from loratune.compare.engine import Engine, Scorer, nothing
+from loratune.compare.losses import Difference, compare
+from loratune.compare.objectives import Formula, formula_for, formula_of
+from loratune.compare.requirements import Requirement
+from loratune.compare.results import ADAPTER, AGAINST, BASE, LOSS, ComparedRow, ModelAnswer
+from loratune.compare.tasks import TaskResults
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
+from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
-from loratune.evaluation import comparison, requirements, scoring
-from loratune.evaluation.preference_scoring import ComparedScorer
-from loratune.evaluation.requirements import Requirement
-from loratune.evaluation.results import (
-    ADAPTER,
-    AGAINST,
-    BASE,
-    LOSS,
-    Difference,
-    EvaluatedRow,
-    Evaluation,
-    ModelAnswer,
-    TaskResults,
-)
-from loratune.evaluation.scoring import Judging, RowScorer
+from loratune.lora import attach
 from loratune.model import load
-from loratune.training import collapse
-from loratune.training.batching import check_positions
-from loratune.training.collapse import PromptSensitivity
-from loratune.training.losses import computed_by
 
+Tasks = Callable[[LoadedAdapter], TaskResults]
+"""Runs tasks on a loaded adapter and its base, see `harness.run`."""
 _MOST_ROWS = 64
 """Rows among which prompts are chosen that expect different answers."""
 
@@ -47,29 +51,28 @@ def evaluate(
     against: AdapterDirectory | None = None,
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: DatasetSplit | None = None,
-    tasks: Callable[[LoadedAdapter], TaskResults] | None = None,
+    tasks: Tasks | None = None,
     overlap: Overlap | None = None,
     required: Sequence[Requirement] = (),
     watch: ProgressFactory = no_progress,
     count: ProgressFactory = no_progress,
     log: Log = lambda _: None,
-) -> Evaluation:
+) -> Comparison:
     """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
 
-    Rows may be pairs of answers, or judged ones, of which rewards and the loss of the adapter's objective are computed.
+    Of preference pairs and unpaired preferences, rewards and the loss of the adapter's objective are computed.
 
     Args:
         adapter: The adapter.
         split: The rows.
         against: Another adapter of the same base, which the adapter is compared with instead of the base.
-        judging: Which metrics there are, of rows that compare no answers. The verdict is about the first; without any,
-            about the loss.
+        judging: The metrics of rows with one answer. The verdict is about the first; without any, about the loss.
         forgetting: Unrelated text, on which adapter and base are compared as well.
         tasks: Runs tasks on the adapter and its base as well.
         overlap: What of the rows is also in train.
         required: What the user requires of the adapter.
         watch: Shows passes over data, in bytes.
-        count: Shows passes over rows.
+        count: Shows how many prompts were answered.
         log: Takes lines about the adapters.
 
     Raises:
@@ -82,62 +85,98 @@ def evaluate(
     first, context = loaded[0], load.context_length(loaded[0].model.config)
     dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first), watch)
     check_positions(dataset, first.data, context)
-    compared = ComparedScorer(adapter, first, dataset) if split.kind is not None else None
-    scorer = compared or RowScorer(first, dataset, judging)
-    known = _known(first)
+    rows = _rows(adapter, first, dataset, judging)
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
-
-    def answers(name: str, model: LoadedAdapter) -> list[ModelAnswer]:
-        with count(f"scoring {name}", scorer.passes) as advance:
-            return scorer.answers(name, model, advance)
-
+    scorer = scorer_of(first)
+    found = {}
     with first.without_adapter():
-        found = {BASE: answers(BASE, first)}
-    found[ADAPTER] = answers(ADAPTER, first)
-    sensitivity, vocabulary = _sensitivity(first, dataset, scorer.rows), _vocabulary_size(first)
-    known |= {"sensitivity": sensitivity, "objective": compared and compared.formula}
-    forgotten = _forgetting(first, forgetting, context, watch, count, remarks) if forgetting else None
+        found[BASE] = _answers(rows, BASE, first, scorer, count)
+    found[ADAPTER] = _answers(rows, ADAPTER, first, scorer, count)
+    known: dict[str, Any] = {"computed_by": scorer.engine.computed_by}
+    known |= {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
+    sensitivity, vocabulary = _sensitivity(first, dataset, rows.rows), _vocabulary_size(first)
+    forgotten = _forgetting(first, scorer, forgetting, watch, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
     if against is not None:
         asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer}
         if len(loaded) == 1:
-            del first
+            del first, scorer
             loaded.clear()
             gc.collect()  # else there would be two bases in memory
             loaded = loading.load_all([against], log, adapter.base)
         other = loaded[-1]
         remarks += _rendering_remarks(adapter, against, same_tokens=asked["renderer"].digest == other.renderer.digest)
-        found[AGAINST] = answers(AGAINST, replace(other, **asked))
-    rows = [
+        other = replace(other, **asked, data=adapter.data)
+        found[AGAINST] = _answers(rows, AGAINST, other, scorer_of(other), count)
+    answered = [
         replace(row, answers={name: by_row[place] for name, by_row in found.items()})
-        for place, row in enumerate(scorer.rows)
+        for place, row in enumerate(rows.rows)
     ]
-    metric = judging.metrics[0].figure if judging.metrics else LOSS
-    remarks += compared.remarks(adapter, against) if compared else ()
-    evaluation = comparison.compare(rows, metric, forgotten, remarks, scoring.majority_answers(rows, judging))
-    loss, of_base = (evaluation.scores[name].figures[LOSS] or math.nan for name in (ADAPTER, BASE))
-    loss = loss if evaluation.unit == "token" else math.nan
-    scored = f"these {plural(len(rows), evaluation.item)}"
+    metric = judging.metrics[0].name if judging.metrics else LOSS
+    if isinstance(rows, PreferenceAnswers):
+        remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
+        known["objective"] = rows.formula
+    comparison = compare_rows(answered, metric, forgotten, remarks, majority_answers(answered, judging))
+    loss, of_base = (comparison.scores[name].metrics[LOSS] or math.nan for name in (ADAPTER, BASE))
+    loss = loss if comparison.unit == "token" else math.nan
+    scored = f"these {plural(len(answered), comparison.item)}"
+    known |= {"sensitivity": sensitivity, "tasks": task_results, "overlap": overlap.as_json() if overlap else None}
     known |= {"collapsed": collapse.reason(sensitivity, scored, loss, of_base, vocabulary)}
-    known |= {"tasks": task_results, "overlap": overlap.as_json() if overlap else None}
-    return requirements.judged(replace(evaluation, **known), required)
+    return replace(comparison, **known).judged(required)
 
 
-def _known(loaded: LoadedAdapter) -> dict[str, Any]:
-    """What an evaluation records of the model that it runs."""
-    how = computed_by(loaded.model, "stock, fast LoRA", flat=False, shares=False)
-    return {"special_tokens": tuple(loaded.tokenizer.all_special_tokens), "computed_by": how}
+def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:
+    """Run tasks on an adapter, which is loaded for them alone. Raises as `loading.load` and `harness.run` do."""
+    return requirements.judged_tasks(tasks(loading.load(adapter, log)), required)
+
+
+def _rows(
+    adapter: AdapterDirectory, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging
+) -> RowAnswers | PreferenceAnswers:
+    if dataset.together == 1 and not dataset.judged:
+        return RowAnswers(loaded, dataset, judging)
+    formula = formula_for(adapter.run, JUDGED if dataset.judged else PAIRS)
+    return PreferenceAnswers(formula, loaded, dataset, adapter.run.training.seed if adapter.run is not None else 0)
+
+
+def scorer_of(loaded: LoadedAdapter) -> Scorer:
+    """What computes the losses of an adapter, and, while it is off, of its base."""
+    loaded.activate()
+    acceleration = kernels.accelerate(loaded.model, partial(attach.adapted_linear, name=loaded.key))
+    return Scorer(loaded.model, Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration))
+
+
+def _answers(
+    rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer, count: ProgressFactory
+) -> list[ModelAnswer]:
+    model.activate()
+    with count(f"answers of {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
+        return rows.answers(name, model, scorer, advance)
 
 
 def _sensitivity(
-    loaded: LoadedAdapter, dataset: TokenizedDataset, rows: Sequence[EvaluatedRow]
+    loaded: LoadedAdapter, dataset: TokenizedDataset, rows: Sequence[ComparedRow]
 ) -> PromptSensitivity | None:
     """Whether the predictions of the adapter depend on its prompts, on some of the rows, evenly spread."""
     loaded.activate()
     some = rows[:: -(-len(rows) // _MOST_ROWS)]
     found = [row for one in some for row in dataset.item(one.number)]
     return collapse.measure(loaded.model, loaded.without_adapter(), found)
+
+
+def _objective_remarks(formula: Formula, adapter: AdapterDirectory, against: AdapterDirectory | None) -> Iterator[str]:
+    """A line for each adapter that was not trained with the objective, or the reference, that it is measured by."""
+    for one in (adapter, against):
+        if one is None:
+            continue
+        trained = formula_of(one.run)
+        if trained is None or trained.numbers() != formula.numbers():
+            what = trained or "no objective that compares answers"
+            yield f"{one.files.path}: was trained with {what}, and is measured by {formula}"
+        elif trained.has_reference and one.run is not None and one.run.lora.start_from is not None:
+            what = "was trained with the adapter that it started from as the reference, not the base"
+            yield f"{one.files.path}: {what}"
 
 
 def _vocabulary_size(loaded: LoadedAdapter) -> int:
@@ -172,12 +211,7 @@ def _differ(adapter: AdapterDirectory, against: AdapterDirectory, key: str) -> b
 
 
 def _forgetting(
-    loaded: LoadedAdapter,
-    split: DatasetSplit,
-    context: int | None,
-    watch: ProgressFactory,
-    count: ProgressFactory,
-    remarks: list[str],
+    loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, watch: ProgressFactory, remarks: list[str]
 ) -> Difference:
     """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
 
@@ -186,16 +220,18 @@ def _forgetting(
     Raises:
         NumericError: The loss of the adapter is not finite there.
     """
+    context = load.context_length(loaded.model.config)
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded), watch)
     remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
-    rows = scoring.distinct_rows(loaded, dataset)
-    with count("measuring what is forgotten", 2 * len(rows)) as advance:
-        with loaded.without_adapter():
-            before = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
-        after = scoring.losses(loaded, dataset, [row.number for row in rows], advance)
-    comparison.not_finite(rows, after, ADAPTER)
-    if what := comparison.not_finite(rows, before, BASE):
+    rows = distinct_rows(loaded, dataset)
+    copies = {row.number: row.copies for row in rows}
+    loaded.activate()
+    with loaded.without_adapter():
+        before = scorer.losses(dataset, copies)
+    after = scorer.losses(dataset, copies)
+    not_finite(rows, after.nats, ADAPTER)
+    if what := not_finite(rows, before.nats, BASE):
         remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")
-    return comparison.loss_difference(rows, before, after)
+    return compare(before, after)

@@ -1,5 +1,5 @@
-"""What `loratune train` measures around its steps: the reference of compared answers before them; after them what the
-adapter is worth on rows, beside its base and beside what it started from.
+"""What `loratune train` measures: the reference of preferences before its steps; after them the gain over the base,
+what was lost on other rows, and the loss on test rows.
 """
 
 import math
@@ -10,20 +10,19 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.commands.plan import Plan
+from loratune.compare import collapse, gain
+from loratune.compare.engine import Objective, Scorer
+from loratune.compare.gain import FinalScore, Forgetting, Gain
+from loratune.compare.preferences import PreferenceMetrics
 from loratune.console import plural
 from loratune.errors import Problem
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.system.launcher import SINGLE_PROCESS
-from loratune.training import collapse, conditions, final_score, forgetting, gain, reference
+from loratune.training import conditions, reference
 from loratune.training.callbacks import diverged_error
-from loratune.training.final_score import FinalScore
-from loratune.training.forgetting import Forgetting
-from loratune.training.gain import Gain
-from loratune.training.losses import Layers, Objective, computed_by
 from loratune.training.outcome import Outcome
-from loratune.training.preference_figures import PreferenceFigures
-from loratune.training.preferences import MOST_COMPARED, Comparing
+from loratune.training.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.training.reference import Reference
 from loratune.training.run_context import RunContext
 
@@ -39,7 +38,7 @@ class Findings:
         unrelated: What it does on text that no rows are about.
         test: Its loss on the test rows; None without any.
         preferences: What it prefers; None where answers were not compared.
-        computed_by: Metric → how it was computed, see `losses.computed_by`.
+        computed_by: Metric → how it was computed, see `Engine.computed_by`.
     """
 
     outcome: Outcome
@@ -47,7 +46,7 @@ class Findings:
     forgetting: Forgetting | None
     unrelated: Forgetting
     test: FinalScore | None
-    preferences: PreferenceFigures | None
+    preferences: PreferenceMetrics | None
     computed_by: dict[str, dict[str, str]]
 
     @property
@@ -67,7 +66,7 @@ class Findings:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """All of it as figures. held_out_interval: null where it is not known."""
+        """All of it as plain values. held_out_interval: null where it is not known."""
         loss = self.outcome.held_out_loss
         interval = self.gain.held_out_interval(loss) if loss is not None else None
         metrics = self.outcome.metrics | {"held_out_interval": interval.as_json() if interval else None}
@@ -83,17 +82,16 @@ class Findings:
 def compare_with_base(
     plan: Plan, outcome: Outcome, context: RunContext, log: Callable[[str], None]
 ) -> tuple[Weights, Gain]:
-    """The adapter's weights, and how much better than its base they do, or than the adapter that it started from, where
-    answers are compared with what that says. Raises NumericError: a loss is NaN or inf; or see `collapse`."""
+    """The adapter's weights, and how they compare with the base; or with the adapter from which training continued,
+    where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see `collapse`."""
     weights, objective, group = tensors.full_weights(plan.model), plan.batches.objective, context.group
-    compared = plan.datasets.compared
-    sample = compared, plan.batches.scoring, outcome.tokens, plan.batches.acceleration, group, log
+    compared, scorer = plan.datasets.compared, _scorer(plan, context, objective)
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
-    if plan.earlier is not None and isinstance(objective, Comparing) and objective.formula.has_reference:
+    if plan.earlier is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         start = tensors.as_started(plan.model, plan.adapter_init, weights)
-        comparison = gain.measure(plan.model, start, *sample, "the one it started from", "start", objective)
+        comparison = gain.measure(scorer, start, compared, outcome.tokens, log, "the one it started from", "start")
     else:
-        comparison = gain.measure(plan.model, base(), *sample, objective=objective)
+        comparison = gain.measure(scorer, base(), compared, outcome.tokens, log)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
@@ -113,10 +111,14 @@ def compare_with_base(
     return weights, comparison
 
 
+def _scorer(plan: Plan, context: RunContext, objective: Objective = Objective()) -> Scorer:  # noqa: B008  no state
+    return Scorer(plan.model, plan.batches.engine, objective, context.group)
+
+
 def measure(
     plan: Plan, outcome: Outcome, comparison: Gain, weights: Weights, context: RunContext, log: Callable[[str], None]
 ) -> Findings:
-    """Measure what else is to be said of an adapter; a line is logged where it may not be intended.
+    """Measure what else is to be reported of an adapter; a line is logged where it may not be intended.
 
     Args:
         plan: The run, whose model has the adapter.
@@ -129,55 +131,58 @@ def measure(
     Raises:
         NumericError: The loss on the test rows is NaN or inf.
     """
-    adapter = plan.model, plan.adapter_init, weights, plan.batches.scoring
-    acceleration, group = plan.batches.acceleration, context.group
-    earlier = None
-    if plan.earlier is not None:
-        earlier = forgetting.of_earlier_run(plan.earlier, *adapter, outcome.tokens, acceleration, group, log)
-    unrelated = forgetting.of_unrelated_text(plan.datasets.unrelated, *adapter, acceleration, group)
+    unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
+    earlier = _forgotten(plan, weights, outcome.tokens, context, log)
+    if text is not None:
+        base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
+        unrelated = gain.forgetting(_scorer(plan, context), base, text)
     if unrelated.remark:
         log(unrelated.remark)
-    test, preferences = _score_test(plan, context, log), _compare_answers(plan, context, log)
-    return Findings(outcome, comparison, earlier, unrelated, test, preferences, _computed_by(plan))
+    test, preferences = _score_test(plan, context, log), _measure_preferences(plan, context, log)
+    measured = ("held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences")
+    names = [*measured, *(["kept_step"] if plan.batches.held_out else [])]
+    computed_by = dict.fromkeys(names, plan.batches.engine.computed_by)
+    return Findings(outcome, comparison, earlier, unrelated, test, preferences, computed_by)
 
 
-def _computed_by(plan: Plan) -> dict[str, dict[str, str]]:
-    """How each metric is computed: those of the training loop in its batches, and the others in those of `scoring`."""
-    scoring = plan.batches.scoring
-    in_loop = plan.batches.validation or plan.batches.train
-    layers: Layers = "accelerated" if plan.batches.acceleration.steps else "stock"
-    looped, scored = (
-        computed_by(plan.model, layers, flat=batches.flat, shares=batches.saved is not None)
-        for batches in (in_loop, scoring)
-    )
-    loop = ("held_out_loss", *(["kept_step"] if plan.batches.validation else []), "preferences")
-    return dict.fromkeys(loop, looped) | dict.fromkeys(("gain", "forgetting", "unrelated_text", "test"), scored)
+def _forgotten(
+    plan: Plan, weights: Weights, budget: int, context: RunContext, log: Callable[[str], None]
+) -> Forgetting | None:
+    """How the adapter does on rows of the earlier run, compared with the adapter from which training continued."""
+    if (run := plan.earlier) is None:
+        return None
+    if run.held_out is None:
+        return Forgetting(None, unknown=run.unknown)
+    before = tensors.as_started(plan.model, plan.adapter_init, weights)
+    rows, name = {run.split: run.held_out}, f"the one it started from, {run.start.info.files.path},"
+    comparison = gain.measure(_scorer(plan, context), before, rows, budget, log, name)
+    return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
 
 
 def _score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> FinalScore | None:
     """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
     if (test := plan.datasets.test) is None:
         return None
-    batches = plan.batches
-    log(f"scoring the adapter on {plural(test.items, f'test {gain.item(batches.objective.unit)}')}")
-    return final_score.score(plan.model, test, batches.scoring, batches.acceleration, context.group, batches.objective)
+    objective = plan.batches.objective
+    log(f"scoring the adapter on {plural(test.items, f'test {gain.item(objective.unit)}')}")
+    return gain.final_score(_scorer(plan, context, objective), test)
 
 
-def _compare_answers(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceFigures | None:
-    """What the adapter prefers, and a line on what of it may not be intended; None where answers are not compared."""
+def _measure_preferences(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceMetrics | None:
+    """What the adapter prefers, and a line on what of it may not be intended; None for other objectives."""
     objective, batches = plan.batches.objective, plan.batches
-    if not isinstance(objective, Comparing):
+    if not isinstance(objective, PreferenceObjective):
         return None
-    split = "training" if batches.validation is None else "validation"
-    layout = batches.validation or batches.train
-    numbers = range(len(layout.items) if batches.validation else min(len(layout.items), MOST_COMPARED))
+    split = "training" if batches.held_out is None else "validation"
+    count = min(plan.datasets.train.items, MOST_COMPARED)
+    rows = batches.held_out or objective.plan(batches.engine, plan.datasets.train, dict.fromkeys(range(count), 1))
     with batches.acceleration.applied(plan.model):
-        objective.held_out_loss(plan.model, layout, numbers, group=context.group)
-    figures = objective.figures(split)
-    assert figures is not None
-    for line in figures.warnings():
+        objective.score(plan.model, rows, group=context.group)
+    metrics = objective.metrics(split)
+    assert metrics is not None
+    for line in metrics.warnings():
         log(line)
-    return figures
+    return metrics
 
 
 def compute_reference(
@@ -195,7 +200,7 @@ def compute_reference(
         NumericError: The model gives an answer no finite log-probability.
         KeyboardInterrupt: The run was stopped.
     """
-    if not isinstance(objective, Comparing):
+    if not isinstance(objective, PreferenceObjective):
         return
     start = plan.earlier.start.digest if plan.earlier else ""
     starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"

@@ -9,6 +9,7 @@ from typing import Any
 from loratune import kernels, memory
 from loratune.adapter import card
 from loratune.codes import Code
+from loratune.compare import objectives
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory
@@ -22,7 +23,7 @@ from loratune.lora.targets import Targets
 from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, batching, continuing, objectives
+from loratune.training import auto, batching, continuing
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
@@ -103,7 +104,7 @@ class Plan:
         """What the training loop is given."""
         batches = self.batches
         model, objective = self.model, batches.objective
-        return TrainingJob(self.training, self.config.lora, model, batches.train, batches.validation, objective)
+        return TrainingJob(self.training, self.config.lora, model, batches.train, batches.held_out, objective)
 
     def side_name(self, number: int) -> str:
         """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratune import escaping
+from loratune.compare import text
 from loratune.console import (
     align,
     err,
@@ -19,7 +20,6 @@ from loratune.console import (
     print_marked,
     print_table,
 )
-from loratune.evaluation import wording
 from loratune.lora.module_names import pattern, ranges, shape_text
 from loratune.report.loss_plot import loss_plot
 from loratune.training.auto import rows_of_step
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from loratune.commands.plan import Plan
     from loratune.commands.sweep.running import SweepResult
     from loratune.commands.train import Result
-    from loratune.evaluation.results import Evaluation, TaskResults
+    from loratune.compare.comparison import Comparison
+    from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
     from loratune.training.batching import TokenizedDatasets
@@ -104,9 +105,9 @@ def _dataset_lines(datasets: "TokenizedDatasets", context: int | None) -> Iterat
 
 def _shorten(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:
     """Pieces of text, with the middle of long ones left out."""
-    for text, supervised in pieces:
-        is_long = len(text) > limit
-        yield f"{text[: limit // 2]} [...] {text[-limit // 2 :]}" if is_long else text, supervised
+    for piece, supervised in pieces:
+        is_long = len(piece) > limit
+        yield f"{piece[: limit // 2]} [...] {piece[-limit // 2 :]}" if is_long else piece, supervised
 
 
 def _shared_module(module_pattern: str, fused: Sequence[str], shared_roles: Sequence[str]) -> str:
@@ -238,47 +239,47 @@ def _per_layer(layers: Mapping[int, int]) -> str:
     )
 
 
-def print_evaluation(evaluation: "Evaluation", worst: int, as_json: bool) -> None:
-    """The figures of each model, how the adapter differs, and the verdict.
+def print_evaluation(comparison: "Comparison", worst: int, as_json: bool) -> None:
+    """The metrics of each model, how the adapter differs, and the verdict.
 
     worst: how many of the rows that got worse most are shown.
     """
-    rows = wording.worst(evaluation, worst)
+    rows = text.worst(comparison, worst)
     if as_json:
-        print_json(evaluation.as_json() | ({"worst": [row.as_json() for row in rows]} if worst else {}))
+        print_json(comparison.to_dict() | ({"worst": [row.as_json() for row in rows]} if worst else {}))
         return
-    if measured := wording.measured(evaluation):
+    if measured := text.measured(comparison):
         print(measured)
-    print(f"{wording.rows(evaluation)}, 95 % intervals in brackets")
-    print_table(*wording.scores_table(evaluation))
-    print_table(*wording.differences_table(evaluation))
+    print(f"{text.rows(comparison)}, 95 % intervals in brackets")
+    print_table(*text.scores_table(comparison))
+    print_table(*text.differences_table(comparison))
     for row in rows:
         print_block(
             f"{row.where}{f', {row.copies:,} copies' if row.copies > 1 else ''}",
-            wording.row_lines(row, evaluation.compared_with),
+            text.row_lines(row, comparison.compared_with),
         )
     if worst and not rows:
-        print(f"no {evaluation.item} got worse")
-    lines = [("verdict", wording.verdict(evaluation))]
-    if majority := wording.majority(evaluation):
+        print(f"no {comparison.item} got worse")
+    lines = [("verdict", text.verdict(comparison))]
+    if majority := text.majority(comparison):
         lines.append(("majority", majority))
-    if evaluation.forgetting is not None:
-        lines.append(("forgetting", wording.forgetting(evaluation.forgetting)))
-    print_block("result", [*lines, *wording.required(evaluation.requirements)])
-    if evaluation.tasks is not None:
-        print_tasks(evaluation.tasks)
+    if comparison.forgetting is not None:
+        lines.append(("forgetting", text.forgetting(comparison.forgetting)))
+    print_block("result", [*lines, *text.required(comparison.requirements)])
+    if comparison.tasks is not None:
+        print_tasks(comparison.tasks)
 
 
 def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
-    """The figures of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    """The metrics of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
     if as_json:
         print_json(results.as_json())
         return
     limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
     print(f"tasks of lm-evaluation-harness {results.version}{limit}, 95 % intervals in brackets")
-    print_table(*wording.tasks_table(results))
+    print_table(*text.tasks_table(results))
     if results.requirements:
-        print_block("result", wording.required(results.requirements))
+        print_block("result", text.required(results.requirements))
 
 
 def print_study(swept: "SweepResult", program: str, as_json: bool) -> None:

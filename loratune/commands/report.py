@@ -6,21 +6,21 @@ from pathlib import Path
 
 from loratune import config, escaping
 from loratune.adapter.directory import AdapterDirectory
+from loratune.compare import objectives
+from loratune.compare.comparison import Comparison
 from loratune.config import keys
 from loratune.errors import AdapterError
-from loratune.evaluation.results import Evaluation
 from loratune.lora.stats import AdapterStats, adapter_stats, span
 from loratune.report import page, record
 from loratune.report.facts import size
 from loratune.report.page import Subject
 from loratune.report.study import StudyResults
 from loratune.system.files import is_directory
-from loratune.training import objectives
 
 
 def report(
     adapters: Sequence[tuple[AdapterDirectory, Sequence[str]]],
-    evaluation: Evaluation | None = None,
+    evaluation: Comparison | None = None,
     data: str | None = None,
 ) -> str:
     """The page, as HTML.

@@ -16,6 +16,7 @@ from loratune.adapter import card
 from loratune.commands import measuring
 from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
+from loratune.compare import objectives
 from loratune.config import RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, row_hashes
 from loratune.errors import NumericError, ResourceError
@@ -27,11 +28,12 @@ from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
-from loratune.training import best_step, conditions, gain, objectives, time_budget, trainer
+from loratune.training import best_step, conditions, time_budget, trainer
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import resume
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS, Checkpoints
+from loratune.training.outcome import check_not_rejected, reject
 from loratune.training.preflight import ValidatedRun
 from loratune.training.run_context import RunContext
 from loratune.training.trackers import Tracker, trackers
@@ -135,7 +137,7 @@ def train(
     lock = validated_run.directory.locked() if group.main else nullcontext(validated_run.directory)
     with group.connected(), lock as directory:
         if group.main and validated_run.resume_point is not None and not allow_worse:
-            gain.check_not_rejected(directory, validated_run.resume_point)
+            check_not_rejected(directory, validated_run.resume_point)
         plan = planner(validated_run, reporter.watch, group)
         identity = _identity(plan, validated_run)
         if group.main:
@@ -159,7 +161,7 @@ def train(
         context.check_not_stopping()  # A signal can come after the trainer's last check.
         weights, comparison = measuring.compare_with_base(plan, outcome, context, reporter.log)
         if comparison.verdict == "worse" and not allow_worse:
-            gain.reject(comparison, outcome.steps, validated_run.directory, group)
+            reject(comparison, outcome.steps, validated_run.directory, group)
         findings = measuring.measure(plan, outcome, comparison, weights, context, reporter.log)
         group.close()
         if not group.main:
@@ -245,7 +247,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     except trainer.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     if evaluating:
-        fix = "lower training.per_device_train_batch_size, which evaluations use too, or data.max_length"
+        fix = "lower data.max_length, or leave out data.validation"
         raise ResourceError(replace(problem, fix=fix))
     savings = plan.batches.savings(plan.model, plan.training)
     fixes = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings]

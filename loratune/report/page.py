@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loratune import __version__, escaping
+from loratune.compare import text as wording
+from loratune.compare.comparison import Comparison
 from loratune.console import format_duration, progress
-from loratune.evaluation import wording
-from loratune.evaluation.results import Evaluation
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
 from loratune.report import facts, scores
@@ -77,7 +77,7 @@ class Subject:
 
 @progress("drawing the page")
 def render(
-    subjects: Sequence[Subject], evaluation: Evaluation | None, data: str | None, commands: Sequence[str]
+    subjects: Sequence[Subject], evaluation: Comparison | None, data: str | None, commands: Sequence[str]
 ) -> str:
     """The page of adapters.
 

@@ -5,16 +5,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from loratune.evaluation import wording
-from loratune.evaluation.results import (
+from loratune.compare import text as wording
+from loratune.compare.comparison import Comparison
+from loratune.compare.losses import Difference
+from loratune.compare.results import (
     ADAPTER,
     AGAINST,
     BASE,
     EXACT_MATCH,
     MAJORITY,
-    Difference,
-    EvaluatedRow,
-    Evaluation,
+    ComparedRow,
 )
 from loratune.statistics import Interval
 
@@ -35,7 +35,7 @@ class ShownRow:
         right: Model → whether its answer is the expected one, where it gives one.
     """
 
-    row: EvaluatedRow
+    row: ComparedRow
     title: str
     change: float
     right: Mapping[str, bool]
@@ -65,12 +65,12 @@ def meaning(difference: Difference, item: str = "row") -> str:
     return "; ".join(filter(None, (known, wording.outlook(difference, item))))
 
 
-def tone(evaluation: Evaluation) -> str:
+def tone(evaluation: Comparison) -> str:
     """`good`, `bad` or nothing."""
     return "bad" if evaluation.collapsed else {"better": "good", "worse": "bad"}.get(evaluation.verdict or "", "")
 
 
-def answers(evaluation: Evaluation) -> list[ShownRow]:
+def answers(evaluation: Comparison) -> list[ShownRow]:
     """The rows that the adapter answers wrongly, then others; in either part those first on which it does worst."""
     found = []
     for row in evaluation.rows:

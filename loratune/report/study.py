@@ -1,24 +1,20 @@
 """The results of a study: its trials, the best one, and how the others compare with it on the same held-out rows."""
 
-import base64
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from dataclasses import dataclass as plain
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
+from loratune.compare.losses import RowLosses, compare
 from loratune.console import format_duration, format_size, plural
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.statistics import loss_interval, mean_ratio, mean_ratio_interval
+from loratune.statistics import Interval
 from loratune.system.files import read_text
 
 FILE = "results.json"
@@ -33,55 +29,6 @@ Metric = Annotated[float, Field(ge=-1e100, le=1e100, allow_inf_nan=False)]
 Verdict = Literal["best", "indistinguishable", "worse", "not judged", ""]
 MAX_MINUTES, MAX_STEPS = "training.max_minutes", "training.max_steps"
 _NOT_TRIED = ("waiting", "running", "invalid")
-_MAX_BYTES = 1 << 22
-"""Bytes of the losses of a trial, unpacked, at most."""
-
-
-@plain(frozen=True)
-class RowLosses:
-    """The losses of one adapter on the held-out rows, pairs or judged answers; arrays (rows,).
-
-    Attributes:
-        nats: The loss of each distinct row, summed over its tokens; of a pair or answer, the loss of the objective.
-        tokens: Its supervised tokens; 1 for a pair or answer.
-        copies: How often it occurs.
-    """
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.float64]
-    copies: NDArray[np.float64]
-
-    @property
-    def loss(self) -> float:
-        """The mean over all tokens, pairs or answers, and their copies."""
-        return mean_ratio(self.copies * self.nats, self.copies * self.tokens)
-
-    def packed(self) -> str:
-        """As text of about five bytes a row, with eight digits of each loss."""
-        raw = np.stack([self.nats, self.tokens, self.copies]).astype(np.float32).tobytes()
-        return base64.b85encode(zlib.compress(raw)).decode()
-
-    @classmethod
-    def unpacked(cls, text: str) -> "RowLosses":
-        """The losses that `packed` wrote. Raises ValueError: it did not write this."""
-        try:
-            raw = zlib.decompressobj().decompress(base64.b85decode(text), _MAX_BYTES)
-        except zlib.error as error:
-            raise ValueError(str(error)) from None
-        made = cls(*np.frombuffer(raw, dtype=np.float32).reshape(3, -1).astype(np.float64))
-        if not (len(made.nats) and made.is_finite and (made.tokens > 0).all() and (made.copies > 0).all()):
-            raise ValueError("these are not losses of rows")
-        return made
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether all numbers are finite, also in the precision of `packed`."""
-        with np.errstate(over="ignore"):
-            return all(np.isfinite(one.astype(np.float32)).all() for one in (self.nats, self.tokens, self.copies))
-
-    def has_rows_of(self, other: "RowLosses") -> bool:
-        """Whether the rows are those of other losses, as far as their tokens and copies tell."""
-        return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.copies, other.copies)
 
 
 @dataclass(frozen=True)
@@ -332,12 +279,14 @@ def rank(trials: Sequence[TrialResult], losses: Mapping[int, RowLosses]) -> list
 
 
 def _compared(trial: TrialResult, own: RowLosses, best: RowLosses) -> TrialResult:
-    weight, more = own.copies * own.tokens, own.copies * (own.nats - best.nats)
-    interval = loss_interval(own.copies * own.nats, weight)
-    trial = replace(trial, loss=own.loss, interval=(interval.low, interval.high) if interval else None)
+    trial = replace(trial, loss=own.loss, interval=_ends(own.interval))
     if own is best:
         return replace(trial, verdict=BEST)
-    interval = mean_ratio_interval(more, weight)
-    ends = (interval.low, interval.high) if interval else None
+    found = compare(best, own)
+    ends = _ends(found.interval)
     verdict: Verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
-    return replace(trial, difference=mean_ratio(more, weight), difference_interval=ends, verdict=verdict)
+    return replace(trial, difference=found.value, difference_interval=ends, verdict=verdict)
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return (interval.low, interval.high) if interval else None

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import numpy as np
 
 from loratune import data, kernels, memory
 from loratune.codes import Code
+from loratune.compare.answers import check_positions
+from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass
+from loratune.compare.objectives import ComparedRows, Formula
 from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
 from loratune.console import progress
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
@@ -24,15 +27,11 @@ from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import Group, host
 from loratune.training.evaluations import EvaluationSteps, evaluation_steps
-from loratune.training.losses import NextToken, Objective, ScoringLayout
-from loratune.training.objectives import Formula
-from loratune.training.preferences import ComparedRows, Comparing
+from loratune.training.preferences import PreferenceObjective
 from loratune.training.preflight import ValidatedRun
 
 _FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
 """The tokens of a passage of unrelated text, at least and at most. It has no more than a row may have."""
-_WORTH_SHARING = 0.05
-"""The share of the tokens of batches from which on prefixes are shared without being asked for."""
 
 
 @dataclass(frozen=True)
@@ -176,18 +175,6 @@ def shared_rows(prepare: Callable[[], TokenizedDataset], group: Group) -> Tokeni
     return rows
 
 
-def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
-    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
-
-    Raises:
-        ConfigError: A row is longer.
-    """
-    longest = int(rows.rows.lengths.max())
-    if limit is not None and longest > limit:
-        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        raise ConfigError(Problem(Code.TRAINING_CONTEXT_LENGTH, what, key="data.max_length", fix=f"set it to {limit}"))
-
-
 @dataclass(frozen=True)
 class BatchedDatasets:
     """The batches of a run.
@@ -197,7 +184,8 @@ class BatchedDatasets:
         train_rows: Their rows.
         validation: The validation batches, if there are validation rows.
         pad_id: The token for padding.
-        acceleration: What of the model the kernels compute.
+        engine: Computes the losses of rows: of validation rows while training, and of all rows at its end.
+        held_out: The pass over the validation rows, if there are any.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
     """
@@ -206,9 +194,15 @@ class BatchedDatasets:
     train_rows: TokenizedDataset
     validation: BatchLayout | None
     pad_id: int
-    acceleration: kernels.Acceleration
+    engine: Engine
+    held_out: ScoringPass | None
     notes: list[str]
     objective: Objective
+
+    @property
+    def acceleration(self) -> kernels.Acceleration:
+        """What of the model the kernels compute."""
+        return self.engine.acceleration
 
     @property
     def layouts(self) -> dict[str, BatchLayout]:
@@ -229,7 +223,7 @@ class BatchedDatasets:
             (length, supervised tokens) of its rows, and how many rows there are.
         """
         heaviest = self.train.heaviest()
-        if not self.train.flat and not isinstance(self.objective, Comparing):
+        if not self.train.flat and not isinstance(self.objective, PreferenceObjective):
             supervised = self.train_rows.rows.supervised
             return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
         rows = self.train.rows(heaviest)
@@ -237,14 +231,6 @@ class BatchedDatasets:
             return tree_sizes(rows)
         lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in rows]
         return lengths, len(lengths)
-
-    @cached_property
-    def scoring(self) -> ScoringLayout:
-        """How rows are laid out that get losses of their own. The largest batch that is trained on bounds the tokens of
-        theirs, which need no gradients and so less memory."""
-        lengths = [length for length, _ in self.largest()[0]]
-        tokens = sum(lengths) if self.train.flat else len(lengths) * max(lengths)
-        return ScoringLayout.of(self.train, self.pad_id, tokens)
 
     def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
         """The estimate of the memory that training the model on these batches needs."""
@@ -291,9 +277,8 @@ def batch(
     size, length = training.per_device_train_batch_size, data_section.max_length
     objective = objective_of(datasets.splits, data_section, training, preferences)
     with acceleration.applied(model):
-        packing, notes = _packing(
-            model, datasets.train, data_section, training, mixed=not kernels.attends_by_rows(model)
-        )
+        mixed = not kernels.attends_by_rows(model)
+        packing, notes = _packing(model, datasets.train, data_section, training, mixed=mixed)
         if packing == "none":
             _check_padding(model, pad_id, training, datasets.train.together)
         layouts = {
@@ -307,7 +292,10 @@ def batch(
         layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     train, validation = layouts["train"], layouts.get("validation")
-    return BatchedDatasets(train, datasets.train, validation, pad_id, acceleration, notes, objective)
+    trees = None if saved is None else True
+    engine = Engine(model, data_section, pad_id, acceleration, flat=None if mixed else packing != "none", trees=trees)
+    held_out = objective.held_out(engine, datasets.validation) if datasets.validation else None
+    return BatchedDatasets(train, datasets.train, validation, pad_id, engine, held_out, notes, objective)
 
 
 def objective_of(
@@ -320,7 +308,7 @@ def objective_of(
     if training.objective == "sft":
         return NextToken()
     splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.items()}
-    return Comparing(Formula.of(training.objective, preferences), splits)
+    return PreferenceObjective(Formula.of(training.objective, preferences), splits)
 
 
 def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
@@ -345,7 +333,7 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
 
 def is_sharing_asked(section: DataSection, saved: float) -> bool:
     """Whether batches are to share prefixes where that saves a part of their tokens, and where it is possible."""
-    return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= _WORTH_SHARING)
+    return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= WORTH_SHARING)
 
 
 def would_share(run: RunConfig, saved: float) -> bool:

@@ -10,12 +10,12 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from loratune.codes import Code
+from loratune.compare.engine import Batches, Objective
 from loratune.errors import NumericError, Problem
 from loratune.kernels import global_norm
 from loratune.system.launcher import Group
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
-from loratune.training.losses import Batches, Objective
 
 
 class Progress(Protocol):
@@ -131,9 +131,9 @@ def check_final_loss(
     Raises:
         NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
     """
-    loss = objective.held_out_loss(model, train, range(min(train.size, len(train.items))))
-    if not loss.total < float("inf"):
-        what, fix = f"after the last step the loss is {loss.mean}", "lower training.learning_rate"
+    loss = objective.losses(model, train, [range(min(train.size, len(train.items)))]).loss
+    if not loss < float("inf"):
+        what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
         problem = Problem(Code.TRAINING_FINAL_LOSS_NOT_FINITE, what, key="training.learning_rate", fix=fix)
         raise diverged_error(problem, checkpoints, step)
 

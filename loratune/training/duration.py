@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from loratune.compare.objectives import WITH_REFERENCE
 from loratune.config import ModelSection, RunConfig, TrainingSection
 from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.lora import parameters
@@ -25,7 +26,6 @@ from loratune.lora.module_names import without_wrappers
 from loratune.model import load
 from loratune.training.batching import would_share
 from loratune.training.evaluations import evaluation_steps
-from loratune.training.objectives import WITH_REFERENCE
 from loratune.training.sampling import DistributedBatchSampler
 
 _FORWARD_AND_BACKWARD = 2 * 2

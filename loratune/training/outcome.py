@@ -1,10 +1,16 @@
-"""What a training loop came to, as figures and in words."""
+"""What a training loop came to, in numbers and in words."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
+from loratune.codes import Code
+from loratune.compare.gain import Gain, per
+from loratune.errors import NumericError, Problem
+from loratune.system.launcher import Group
+from loratune.training.checkpoints.contents import PUBLISH_WORSE, RejectedAdapter
+from loratune.training.checkpoints.resume import ResumePoint
+from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.evaluations import BestRecord
-from loratune.training.gain import Gain, per
 
 CURVE_KEYS = ("loss", "eval_loss")
 """Under which the trainer logs the loss of steps and the held-out loss."""
@@ -54,7 +60,7 @@ class Outcome:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """The figures, for a record."""
+        """The metrics, for a record."""
         best = self.evaluations
         return {
             "steps": self.steps,
@@ -96,3 +102,38 @@ class Outcome:
             count = f"{best.since:,} evaluation{'s in a row' if best.since > 1 else ''} without a lower held-out loss"
             lines.append(("stopped early", f"at step {self.steps:,} of {self.planned_steps:,}: {count}"))
         return lines
+
+
+def reject(gain: Gain, step: int, directory: RunDirectory, group: Group) -> NoReturn:
+    """End a run whose adapter does worse than its base, and record that beside its checkpoints.
+
+    Args:
+        gain: The comparison.
+        step: The last optimizer step.
+        directory: Where the run works.
+        group: The processes of the run.
+
+    Raises:
+        NumericError: Always.
+    """
+    if group.main:
+        RejectedAdapter(step, str(gain)).write(directory.rejection)
+    group.all_gather(None)  # the others end only once the record is written
+    fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH_WORSE}"
+    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, f"the adapter is {gain}", fix=fix))
+
+
+def check_not_rejected(directory: RunDirectory, point: ResumePoint) -> None:
+    """Check that a resumed run would not end as it did before, without taking a step.
+
+    Raises:
+        NumericError: The run that is resumed ended worse than its base.
+    """
+    rejected, changed = directory.rejected_adapter(), {change["key"] for change in point.new_changes}
+    if rejected is None or rejected.step != point.step or changed - {"training.learning_rate"}:
+        return
+    what = f"the run has taken all its {rejected.step:,} steps, and its adapter is {rejected.comparison}"
+    if changed:
+        what += "; no step is left for the new training.learning_rate"
+    fix = f"{PUBLISH_WORSE}, or start afresh with --overwrite and a lower training.learning_rate"
+    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, what, directory.display_name, fix=fix))

@@ -5,31 +5,36 @@ the summed log-probability of each row, which the output layer gives (`kernels.r
 `objectives`, the log-probabilities of what answers are compared with in `reference`.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.compare.engine import (
+    Batches,
+    BeforeBatch,
+    Engine,
+    Objective,
+    ScoringPass,
+    nothing,
+    read_batches,
+    run_batch,
+)
+from loratune.compare.losses import RowLosses
+from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
+from loratune.compare.preferences import PreferenceMetrics, Side
 from loratune.data import TokenizedDataset
 from loratune.data.packing import Items
-from loratune.data.rendering import CHOSEN, TokenizedRow
+from loratune.data.rendering import CHOSEN
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training.losses import Batches, BeforeBatch, Loss, Objective, nothing, read_batches, run_batch
-from loratune.training.objectives import AnswerScores, Formula, divergence
-from loratune.training.preference_figures import PreferenceFigures, Side
-
-Values = NDArray[np.float64]
 
 _ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
@@ -40,70 +45,10 @@ _ROUNDING_BY_BATCH = 1.0
 gave an answer of about 28 tokens 3.1 nats more, half as much as this allows; a GPU was not tried."""
 MOST_COMPARED = 256
 """Training items whose preferences are measured if there are no validation rows."""
-_PARTNERS_TRIED = 64
-"""Rows among which one with another prompt is looked for."""
-
-
-class ComparedRows:
-    """The rows of a split, as batches of compared answers take them.
-
-    Attributes:
-        dataset: The rows.
-        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
-        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
-    """
-
-    def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
-        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
-        self.dataset, self._max_length = dataset, max_length
-        self.reference: Values | None = None
-        self.mismatched: Values | None = None
-        self._partners = _partners(dataset, seed) if dataset.judged else None
-
-    def __len__(self) -> int:
-        return len(self.dataset.rows)
-
-    def __getitem__(self, number: int, /) -> dict[str, Any]:
-        row = self.dataset.rows.row(number)
-        found: dict[str, Any] = {"input_ids": list(row.ids), "labels": row.labels, "side": row.side}
-        if self.reference is not None:
-            found["reference"] = float(self.reference[number])
-        if self._partners is not None:
-            found["mismatched"] = self._mismatched(row, self.dataset.rows.row(int(self._partners[number])))
-            if self.mismatched is not None:
-                found["mismatched"]["reference"] = float(self.mismatched[number])
-        return found
-
-    def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
-        """The prompt of a row, cut at its left if need be, with the answer of another one."""
-        start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
-        prompt = row.ids[: row.spans[0][0]]
-        prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
-        spans = tuple((one - start + len(prompt), other - start + len(prompt)) for one, other in partner.spans)
-        mixed = TokenizedRow(row.where, prompt + answer, spans)
-        return {"input_ids": list(mixed.ids), "labels": mixed.labels}
-
-    def partners_digest(self) -> str:
-        """SHA-256 of which answers stand behind other prompts; empty where none do."""
-        return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
-
-
-def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
-    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
-    for about one other."""
-    count = len(dataset.rows)
-    order = np.random.default_rng([seed, 3]).permutation(count)
-    prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
-    partners = np.empty(count, np.int64)
-    for place, number in enumerate(order.tolist()):
-        others = (int(order[(place + step) % count]) for step in range(1, min(count, _PARTNERS_TRIED) + 1))
-        nearest = int(order[(place + 1) % count])
-        partners[number] = next((other for other in others if prompts[other] != prompts[number]), nearest)
-    return partners
 
 
 @dataclass(frozen=True)
-class Read:
+class ScoredBatch:
     """What a pass over items gave, in their order.
 
     Attributes:
@@ -122,7 +67,7 @@ class Read:
         return bool(len(self.sides)) and abs(int(self.sides[0])) == CHOSEN
 
     @classmethod
-    def joined(cls, parts: Sequence[Mapping[str, list[float]]]) -> "Read":
+    def joined(cls, parts: Sequence[Mapping[str, list[float]]]) -> "ScoredBatch":
         """What several batches gave, each as plain numbers."""
         joined = {name: [*chain.from_iterable(part[name] for part in parts)] for name in _NAMES}
         numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in joined.items()}
@@ -135,7 +80,7 @@ class Read:
 _NAMES = ("answers", "tokens", "references", "sides", "mismatched", "mismatched_references")
 
 
-class Comparing(Objective):
+class PreferenceObjective(Objective):
     """An objective that compares answers.
 
     Attributes:
@@ -149,8 +94,8 @@ class Comparing(Objective):
         """splits: The rows by the name of their split."""
         self.formula, self.splits = formula, splits
         self.unit = "answer" if formula.name == "kto" else "pair"
-        self.last: Read | None = None
-        self.step: Read | None = None
+        self.last: ScoredBatch | None = None
+        self.step: ScoredBatch | None = None
         self._given: dict[str, Any] = {}
         self._divergence = 0.0
 
@@ -188,11 +133,11 @@ class Comparing(Objective):
         """See `Objective`."""
         answers = self._answers(kernels.row_sums(model, logits, labels, self._given["lengths"]), labels)
         sides = self._given["sides"]
-        losses = self._item_losses(Read(answers, sides, _no_answers()), self._divergence)
+        losses = self._item_losses(ScoredBatch(answers, sides, _no_answers()), self._divergence)
         together = len(sides) // len(losses)
         is_there = answers.tokens.view(-1, together)[:, 0] > 0
         held = AnswerScores(answers.log_probabilities.detach(), answers.tokens, answers.reference)
-        self.step = Read(held, sides, _no_answers())
+        self.step = ScoredBatch(held, sides, _no_answers())
         return (losses * is_there).sum().float(), is_there.sum()
 
     def losses(
@@ -202,32 +147,36 @@ class Comparing(Objective):
         batches: Sequence[Sequence[int]],
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
-    ) -> list[Loss]:
+    ) -> RowLosses:
         """See `Objective`."""
         self.last = self.read(model, layout, batches, before_batch, group)
-        losses = self._item_losses(self.last, divergence(self.last.mismatched))
-        return [Loss(loss, 1) for loss in losses.tolist()]
+        losses = self._item_losses(self.last, divergence(self.last.mismatched)).tolist()
+        return RowLosses.of(losses, [1] * len(losses))
 
-    def figures(self, split: str) -> PreferenceFigures | None:
+    def held_out(self, engine: Engine, dataset: TokenizedDataset) -> ScoringPass:
+        """See `Objective`; all items are computed, also copies, whose mismatched answers differ."""
+        return self.plan(engine, dataset, dict.fromkeys(range(dataset.items), 1))
+
+    def metrics(self, split: str) -> PreferenceMetrics | None:
         """What the last pass over held-out rows gave, compared with the reference; None before the first."""
-        return self._figures(split, self.last, divergence(self.last.mismatched)) if self.last is not None else None
+        return self._metrics(split, self.last, divergence(self.last.mismatched)) if self.last is not None else None
 
     def logged(self) -> dict[str, float]:
         """See `Objective`."""
-        return {} if self.last is None else _logged(self._figures("", self.last, divergence(self.last.mismatched)))
+        return {} if self.last is None else _logged(self._metrics("", self.last, divergence(self.last.mismatched)))
 
     def logged_of_step(self) -> dict[str, float]:
         """See `Objective`."""
-        return {} if self.step is None else _logged(self._figures("", self.step, self._divergence))
+        return {} if self.step is None else _logged(self._metrics("", self.step, self._divergence))
 
-    def _figures(self, split: str, read: Read, estimate: float) -> PreferenceFigures:
+    def _metrics(self, split: str, read: ScoredBatch, estimate: float) -> PreferenceMetrics:
         rewards = self.formula.rewards(read.answers)
         columns = read.answers.tokens, read.answers.reference, read.answers.log_probabilities, rewards
         good, bad = (
             Side(*(column[which].double().cpu().numpy() for column in columns))
             for which in (read.sides > 0, read.sides < 0)
         )
-        return PreferenceFigures(split, read.is_paired, good, bad, self.formula.beta * estimate)
+        return PreferenceMetrics(split, read.is_paired, good, bad, self.formula.beta * estimate)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """See `Objective`: what training gives to answers is compared with what was read of the reference."""
@@ -251,7 +200,7 @@ class Comparing(Objective):
         allowed = rounding * (1 + answers.tokens.double().sqrt())
         if bool((difference <= allowed).all()):
             return
-        loss = float(self._item_losses(Read(answers, sides, _no_answers()), 0.0).mean())
+        loss = float(self._item_losses(ScoredBatch(answers, sides, _no_answers()), 0.0).mean())
         expected = self.formula.first_loss()
         what = f"before the first step, the model gives an answer a log-probability {float(difference.max()):.3g} nats "
         what += f"from that of the reference, which is to be the same; the first {self.formula.name} loss is {loss:.6f}"
@@ -268,7 +217,7 @@ class Comparing(Objective):
         batches: Sequence[Sequence[int]],
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
-    ) -> Read:
+    ) -> ScoredBatch:
         """What a model gives to the rows of batches, known to all processes. Arguments as of `losses`."""
         own: list[tuple[int, dict[str, list[float]]]] = []
         for position, labels, _, sums in read_batches(self, model, layout, batches, before_batch, group):
@@ -281,7 +230,7 @@ class Comparing(Objective):
             if position is not None:
                 own.append((position, {name: value.tolist() for name, value in zip(_NAMES, found, strict=True)}))
         parts = sorted(chain.from_iterable(group.all_gather(own)), key=lambda part: part[0])
-        return Read.joined([part for _, part in parts])
+        return ScoredBatch.joined([part for _, part in parts])
 
     def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
         labels, _, sums = run_batch(self, model, batch)
@@ -294,15 +243,15 @@ class Comparing(Objective):
         known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
         return AnswerScores(-sums, tokens, known)
 
-    def _item_losses(self, read: Read, estimate: float) -> Tensor:
+    def _item_losses(self, read: ScoredBatch, estimate: float) -> Tensor:
         """(items,), the loss of each. estimate: of KTO's divergence."""
         return self.formula.item_losses(read.answers, read.sides, estimate)
 
 
-def _logged(figures: PreferenceFigures) -> dict[str, float]:
-    names = zip(figures.names, (figures.good, figures.bad), strict=True)
+def _logged(metrics: PreferenceMetrics) -> dict[str, float]:
+    names = zip(metrics.names, (metrics.good, metrics.bad), strict=True)
     own = {f"{name}_log_probability": float(side.after.mean()) for name, side in names if len(side.after)}
-    return {"reward_accuracy": figures.accuracy.value, "reward_margin": figures.margin.value, **own}
+    return {"reward_accuracy": metrics.accuracy.value, "reward_margin": metrics.margin.value, **own}
 
 
 def _no_answers() -> AnswerScores:

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from loratune import config, data
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
+from loratune.compare.objectives import KINDS
 from loratune.config import RunConfig
 from loratune.data import ProgressFactory, RawDatasets, row_hashes
-from loratune.data.formats import JUDGED, PAIRS
 from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
@@ -28,9 +28,6 @@ from loratune.system.launcher import Group
 from loratune.training import auto
 from loratune.training.checkpoints.resume import ResumePoint, content_problem, find_resume_point
 from loratune.training.checkpoints.run_dir import RunDirectory
-
-KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
-"""Objective → what rows hold that it trains on; None for answers as they stand."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.compare.engine import BeforeBatch, ScoringLayout, nothing
+from loratune.compare.objectives import ComparedRows
 from loratune.console import plural
 from loratune.data import token_cache_dir
 from loratune.data.packing import BatchLayout
@@ -25,8 +27,7 @@ from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.system.launcher import Group
-from loratune.training.losses import BeforeBatch, ScoringLayout, nothing
-from loratune.training.preferences import ComparedRows, Comparing
+from loratune.training.preferences import PreferenceObjective
 
 _PASS_TOKENS = 2048
 """Tokens of a batch: they do not depend on the batches of the run, so that the numbers do not either."""
@@ -65,7 +66,7 @@ class Reference:
 
 
 def compute(
-    objective: Comparing,
+    objective: PreferenceObjective,
     reference: Reference,
     layouts: Mapping[str, BatchLayout],
     pad_id: int,
@@ -133,7 +134,7 @@ def _known(key: str, group: Group) -> NDArray[np.float64] | None:
 
 
 def _computed(
-    objective: Comparing, model: Any, rows: ComparedRows, scoring: ScoringLayout, key: str, group: Group,
+    objective: PreferenceObjective, model: Any, rows: ComparedRows, scoring: ScoringLayout, key: str, group: Group,
     log: Callable[[str], None], before_batch: BeforeBatch,
 ) -> NDArray[np.float64]:  # fmt: skip
     """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
@@ -141,7 +142,8 @@ def _computed(
     They are kept, if they are finite, and until all are there, so is each part of them. Arguments as of `compute`; key:
     what they are kept under.
     """
-    layout = scoring.layout(rows.dataset, *objective.items(rows.dataset))
+    items, each = objective.items(rows.dataset)
+    layout = scoring.layout(items, rows.dataset.rows.lengths, each)
     batches, together = scoring.batches(layout, range(rows.dataset.items)), rows.dataset.together
     parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
     count, is_divided = len(parts), len(parts) > 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from loratune.compare.engine import Batches, NextToken, Objective, ScoringPass
 from loratune.config import LoraSection, TrainingSection
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
@@ -13,7 +14,6 @@ from loratune.training.callbacks import Progress
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord
-from loratune.training.losses import Batches, NextToken, Objective
 from loratune.training.trackers import Tracker
 
 
@@ -26,7 +26,7 @@ class TrainingJob:
         lora: The section; some variants of LoRA have an optimizer of their own.
         model: The base with the adapter, whose trainable weights are trained in place.
         train: The training batches.
-        validation: The validation batches, if there are any.
+        validation: The pass over the validation rows, if there are any.
         objective: What is lowered.
     """
 
@@ -34,7 +34,7 @@ class TrainingJob:
     lora: LoraSection
     model: PreTrainedModel
     train: Batches
-    validation: Batches | None
+    validation: ScoringPass | None
     objective: Objective = field(default_factory=NextToken)
 
 

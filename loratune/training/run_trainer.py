@@ -1,7 +1,7 @@
 """The Trainer of a run: it evaluates by tokens, keeps the best step, and writes checkpoints that are whole."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from loratune.codes import Code
+from loratune.compare.engine import Batches, ScoringPass
+from loratune.compare.losses import RowLosses
 from loratune.errors import Problem, ResumeError
 from loratune.lora import tensors
 from loratune.system import launcher
@@ -16,7 +18,6 @@ from loratune.training.best_step import BestStep
 from loratune.training.callbacks import NonFiniteGuard, Pace, diverged_error
 from loratune.training.checkpoints.store import check_tensors
 from loratune.training.curve import SECONDS, thinned, without_held_out
-from loratune.training.losses import Batches, Loss
 from loratune.training.outcome import CURVE_KEYS, Outcome
 from loratune.training.run_context import RunContext
 from loratune.training.sampling import DistributedBatchSampler, Loader, count_tokens
@@ -48,7 +49,7 @@ class RunTrainer(ShardedTrainer):
         sampler = DistributedBatchSampler(len(self.batches.items), self.batches.size, self.args.seed, self.group)
         return Loader(self.batches.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
 
-    def before_first_step(self, validation: Batches | None, oom_dry_run: bool) -> None:
+    def before_first_step(self, validation: ScoringPass | None, oom_dry_run: bool) -> None:
         """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
 
         An evaluation is due where the run was stopped during one. Nothing of a dry run stays.
@@ -77,7 +78,7 @@ class RunTrainer(ShardedTrainer):
         if validation is None:
             return
         if oom_dry_run:
-            self._held_out_loss(validation, validation.heaviest())
+            self._held_out_loss(validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
             self.evaluate_once()
             if self.context.stopping():
@@ -156,33 +157,32 @@ class RunTrainer(ShardedTrainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Compute the held-out loss, and take note of it. Raises NumericError: it is not finite."""
-        batches = eval_dataset if eval_dataset is not None else self.eval_dataset
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
         try:
-            loss = self._held_out_loss(batches)
+            loss = self._held_out_loss(rows).loss
         except _EvaluationStopped:
             self.control.should_save = self.control.should_training_stop = True
             return {}
-        if not abs(loss.mean) < float("inf"):
-            what = f"the held-out loss after step {self.state.global_step} is {loss.mean}"
+        if not abs(loss) < float("inf"):
+            what = f"the held-out loss after step {self.state.global_step} is {loss}"
             fix = "lower training.learning_rate"
             problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
-        figures = {"loss": loss.mean, **self.guard.objective.logged()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        found = {"loss": loss, **self.guard.objective.logged()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.state.log_history = without_held_out(self.state.log_history, self.state.global_step)
         self.log(dict(metrics))
         self.notify_evaluation(metrics)
-        self.best.add(self.state.global_step, loss.mean, partial(tensors.full_weights, self.model))
+        self.best.add(self.state.global_step, loss, partial(tensors.full_weights, self.model))
         if self.best.is_exhausted:
             self.control.should_save = self.control.should_training_stop = True
         return metrics
 
-    def _held_out_loss(self, batches: Batches, numbers: Sequence[int] | None = None) -> Loss:
+    def _held_out_loss(self, rows: ScoringPass) -> RowLosses:
         self.evaluating = True
-        objective, check = self.guard.objective, self._before_batch
-        loss = objective.held_out_loss(self.model, batches, numbers, before_batch=check, group=self.group)
+        losses = self.guard.objective.score(self.model, rows, self._before_batch, self.group)
         self.evaluating = False
-        return loss
+        return losses
 
     def _before_batch(self, batch: dict[str, torch.Tensor]) -> None:
         if self.context.stopping():

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loratune.codes import Code
+from loratune.compare import collapse, gain
+from loratune.compare.engine import NextToken, Objective
 from loratune.config import AUTO, TrainingSection, decided
 from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
-from loratune.training import auto, collapse, duration, forgetting, gain, trainer
+from loratune.training import auto, duration, trainer
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import FEWEST, READ, WARM_UP, WITH_MISMATCHED, Costs, Speed, StepBudget
 from loratune.training.evaluations import EvaluationSteps, optimizer_steps
-from loratune.training.losses import NextToken, Objective
-from loratune.training.preferences import MOST_COMPARED, Comparing
+from loratune.training.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.training.run_context import RunContext
 
 if TYPE_CHECKING:
@@ -85,16 +86,15 @@ class _Estimator:
     def evaluation_seconds(self) -> float:
         """One evaluation."""
         plan = self.plan
-        if plan.batches.validation is None or plan.datasets.validation is None:
+        rows = plan.batches.held_out
+        if rows is None or plan.datasets.validation is None:
             return 0.0
-        layout = plan.batches.validation
-        costs = _costs_of(plan, layout, plan.datasets.validation)
-        return self._seconds(self.evaluation, costs, _slices(len(layout.items), layout.size))
+        return self._seconds(self.evaluation, _costs_of(plan, rows.layout, plan.datasets.validation), rows.batches)
 
     def reference_seconds(self) -> float:
         """The pass before the first step that scores preferences by the reference."""
         plan, objective = self.plan, self.plan.batches.objective
-        if not isinstance(objective, Comparing):
+        if not isinstance(objective, PreferenceObjective):
             return 0.0
         rows = {name: plan.datasets.splits[name] for name in objective.splits}
         if not objective.formula.has_reference and plan.batches.validation is not None:
@@ -104,7 +104,7 @@ class _Estimator:
     def end_seconds(self, tokens: int) -> float:
         """The passes after the last step, in a run that reads so many tokens."""
         seconds = sum(map(self.scoring_seconds, _passes_at_the_end(self.plan, tokens)))
-        if isinstance(self.plan.batches.objective, Comparing):
+        if isinstance(self.plan.batches.objective, PreferenceObjective):
             seconds += self.evaluation_seconds() or self.pass_seconds(MOST_COMPARED)
         return seconds + self.pass_seconds(self.plan.batches.train.size)  # see `check_final_loss`
 
@@ -192,9 +192,9 @@ def _costs_of(plan: "Plan", layout: BatchLayout, rows: TokenizedDataset) -> Cost
 
 def _scored(plan: "Plan", one: Pass) -> tuple[Costs, list[list[int]]]:
     """The operations of rows that are scored, and their batches."""
-    (rows, numbers, objective), scoring = one, plan.batches.scoring
-    layout = scoring.layout(rows, *objective.items(rows))
-    return _costs_of(plan, layout, rows), scoring.batches(layout, numbers)
+    rows, numbers, objective = one
+    scored = objective.plan(plan.batches.engine, rows, dict.fromkeys(numbers, 1))
+    return _costs_of(plan, scored.layout, rows), [[*batch] for batch in scored.batches]
 
 
 def _slices(items: int, size: int) -> list[list[int]]:
@@ -210,7 +210,7 @@ def _passes_at_the_end(plan: "Plan", tokens: int) -> Iterator[Pass]:
     if plan.earlier is not None and (earlier := plan.earlier.held_out) is not None:
         passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken()))
     if (text := plan.datasets.unrelated.rows) is not None:
-        passes.append((text, forgetting.passages(text), NextToken()))
+        passes.append((text, gain.passages(text), NextToken()))
     yield from passes * 2
     if plan.datasets.test is not None:
         yield plan.datasets.test, [*plan.datasets.test.copies()], objective
@@ -226,9 +226,9 @@ def _timed(plan: "Plan", context: RunContext, timer: StepTimer, left: float) -> 
     train = Speed.fitted(operations[WARM_UP:count], timer.micro_steps[WARM_UP:])
     split, sample, _ = gain.sample(plan.datasets.compared, 0)
     kinds = [_scored(plan, (plan.datasets.compared[split], [*sample], plan.batches.objective))]
-    if (validation := plan.batches.validation) is not None and plan.datasets.validation is not None:
-        batches = _slices(len(validation.items), validation.size)
-        kinds.append((_costs_of(plan, validation, plan.datasets.validation), batches))
+    if (validation := plan.batches.held_out) is not None and plan.datasets.validation is not None:
+        batches = [[*batch] for batch in validation.batches]
+        kinds.append((_costs_of(plan, validation.layout, plan.datasets.validation), batches))
     forward = []
     for costs, batches in kinds:
         timed = [*_forward(plan, context, costs, batches, left)]

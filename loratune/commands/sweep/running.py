@@ -17,6 +17,7 @@ from loratune.commands.sweep.storage import TRIALS, check_kind, study_directory
 from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
 from loratune.commands.train import Reporter
+from loratune.compare.losses import RowLosses
 from loratune.config import RunConfig, keys, path_keys
 from loratune.console import format_duration, plural
 from loratune.errors import (
@@ -32,7 +33,7 @@ from loratune.errors import (
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.report.study import DONE, WORSE, RowLosses, StudyResults, TrialResult, rank
+from loratune.report.study import DONE, WORSE, StudyResults, TrialResult, rank
 from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
 from loratune.training import auto, preflight

@@ -20,6 +20,9 @@ from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
 from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.train import Reporter, Result
+from loratune.compare import objectives
+from loratune.compare.engine import Scorer
+from loratune.compare.losses import RowLosses
 from loratune.config import RunConfig, keys
 from loratune.data import ProgressFactory
 from loratune.data.packing import BatchLayout
@@ -37,10 +40,10 @@ from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
-from loratune.report.study import MAX_STEPS, RowLosses
+from loratune.report.study import MAX_STEPS
 from loratune.system.files import is_directory, sha256
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import auto, batching, final_score, objectives, preflight
+from loratune.training import auto, batching, preflight
 from loratune.training.batching import TokenizedDatasets
 from loratune.training.callbacks import Progress
 from loratune.training.checkpoints.resume import find_resume_point
@@ -265,13 +268,7 @@ class TrialRunner:
 
     def _score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
-        scoring, acceleration = plan.batches.scoring, plan.batches.acceleration
-        numbers = [*self._copies]
-        found = final_score.row_losses(
-            plan.model, self._held_out, numbers, scoring, acceleration, SINGLE_PROCESS, self.objective
-        )
-        totals, tokens = np.array([(loss.total, loss.tokens) for loss in found], dtype=np.float64).T
-        losses = RowLosses(totals, tokens, np.array([*self._copies.values()], dtype=np.float64))
+        losses = Scorer(plan.model, plan.batches.engine, self.objective).losses(self._held_out, self._copies)
         if not losses.is_finite:
             what, fix = f"the loss on the validation rows is {losses.loss}", "lower training.learning_rate"
             raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix))

@@ -1,46 +1,66 @@
 """The lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on an adapter and its base.
 
-Both run on one load of the base, on the same requests. An adapter that was not applied shows in the harness as figures
-that equal the base's, which its users found out late (its issue 511): here equal log-likelihoods are an error.
+This is the only module that imports it. Both models run on one load of the base, on the same requests. An adapter that
+was not applied would show in metrics that equal the base's, which the harness's users found out late (its issue 511):
+here equal log-likelihoods are an error.
 
-What the harness prints stays off the screen, and random states and environment variables are what they were before.
+What the harness prints goes to the debug log; random states and environment variables are restored.
 """
 
 import copy
-import difflib
+import io
+import logging
+import os
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets.exceptions import DatasetsError
 from lm_eval import evaluator
 from lm_eval.api import metrics
-from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from loratune.adapter.generation import BATCH, LoadedAdapter, adapters_of_rows
 from loratune.codes import Code
+from loratune.compare import requirements
+from loratune.compare.answers import AnsweringModel
+from loratune.compare.requirements import Requirement
+from loratune.compare.results import ADAPTER, BASE
+from loratune.compare.tasks import (
+    BITS_PER_BYTE,
+    MEAN,
+    PERPLEXITY,
+    WEIGHTED_PERPLEXITY,
+    TaskMetric,
+    TaskResults,
+    check_same_task,
+    check_supported,
+    compare_metric,
+    is_path,
+    load_error,
+    unknown_task,
+)
 from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
-from loratune.evaluation.containment import contained
-from loratune.evaluation.results import ADAPTER, BASE, TaskFigure, TaskResults
-from loratune.evaluation.task_comparison import BITS_PER_BYTE, MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, compare
-from loratune.evaluation.task_names import is_path
 from loratune.model.load import context_length
+from loratune.system.environment import kept_environment
 
+_BATCH = 32
+"""Requests of a batch, at most."""
 _BATCH_TOKENS = 8192
 """Tokens of a batch, whose logits and log-probabilities are in memory at once: 3.3 GB with a vocabulary of 50,000."""
 _BATCHES = 4
 """Batches after which the progress may be shown."""
 _DRAWS = 1000
-"""Resamples behind the harness's standard errors of figures that are no means."""
+"""Resamples behind the harness's standard errors of metrics that are no means."""
 _AGGREGATIONS = {
     metrics.mean: MEAN,
     metrics.perplexity: PERPLEXITY,
@@ -55,12 +75,35 @@ _KINDS = {
 """Kind of request, by the name of the harness's method, and what it is called in messages."""
 
 
+_LOADERS = ("huggingface_hub", "datasets")
+"""Packages that load rows, whose loggers have handlers of their own."""
+_logger = logging.getLogger(__name__)
+
+
+Tasks = Callable[[AnsweringModel], TaskResults]
+"""Runs tasks on a loaded adapter and its base, see `run`."""
+
+
 @dataclass(frozen=True)
 class OpenedTasks:
     """Tasks with their rows. tasks, groups: name → the harness's object."""
 
     tasks: Mapping[str, Any]
     groups: Mapping[str, Any]
+
+
+def prepare(specs: Sequence[str], limit: int | None, required: Sequence[Requirement], count: ProgressFactory) -> Tasks:
+    """Find tasks and load their rows, to be run later. Raises as `open_tasks` and `requirements.check_tasks` do.
+
+    Args:
+        specs: As of `open_tasks`.
+        limit: How many documents of each task to take at most.
+        required: What the user requires.
+        count: Shows passes over requests.
+    """
+    opened = open_tasks(specs)
+    requirements.check_tasks(required, [*opened.tasks, *opened.groups])
+    return partial(run, opened=opened, limit=limit, count=count)
 
 
 def open_tasks(specs: Sequence[str]) -> OpenedTasks:
@@ -83,13 +126,13 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
             try:
                 loaded = manager.load([name])
             except (Exception, SystemExit) as error:  # its code may end the process, as if all were well
-                raise _load_error(spec, error) from error
+                raise load_error(spec, error) from error
             for same in tasks.keys() & loaded["tasks"].keys():
-                _check_same(spec, same, tasks[same], loaded["tasks"][same])
+                check_same_task(spec, same, tasks[same], loaded["tasks"][same])
             tasks |= loaded["tasks"]
             groups |= loaded["groups"]
     for name, task in tasks.items():
-        _check_supported(name, task)
+        check_supported(name, task)
     return OpenedTasks(tasks, groups)
 
 
@@ -98,7 +141,7 @@ def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     found: list[tuple[str, TaskManager, str]] = []
     names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
-    problems = [_unknown(name, known.all_tasks) for name in names if name not in known.task_index]
+    problems = [unknown_task(name, known.all_tasks) for name in names if name not in known.task_index]
     for spec in specs:
         if not is_path(spec) or Path(spec).is_file():
             found.append((spec, known, spec))
@@ -115,63 +158,25 @@ def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
     return found
 
 
-def _unknown(name: str, known: Sequence[str]) -> Problem:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-    fix = f"write {name}/ for the tasks in that directory" if Path(name).is_dir() else fix
-    return Problem(
-        Code.EVALUATE_UNKNOWN_TASK, f"the lm-evaluation-harness has no task {name!r}", key="--tasks", fix=fix
-    )
-
-
-def _load_error(spec: str, error: BaseException) -> LoratuneError:
-    """The error of a task that the harness cannot load."""
-    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
-        fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
-        if isinstance(error, ConnectionError):
-            fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads and does not wait for the hub"
-        return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
-    return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
-
-
-def _check_same(spec: str, name: str, first: Any, second: Any) -> None:
-    """Raises ConfigError: two tasks have one name, of which the harness would run one."""
-    if repr(first.dump_config()) != repr(second.dump_config()):
-        what, fix = f"another task is called {name!r} too", "give each a name of its own, or run one of them"
-        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, what, spec, "--tasks", fix))
-
-
-def _check_supported(name: str, task: Any) -> None:
-    """Raises ConfigError: the task needs what is not given to it here."""
-    reason = ""
-    if getattr(task, "UNSAFE_CODE", False):
-        reason = "runs code that the model writes, which is not allowed here"
-    elif getattr(task, "MULTIMODAL", False):
-        reason = "needs images or sound"
-    if reason:
-        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, reason, name, "--tasks", "leave it out"))
-
-
 class _ModelOfHarness:
     """What the harness takes for a model: the base, with its adapter or without, by the layers that `generate` uses.
 
     It is no module, so that the harness does not tie or move weights.
     """
 
-    def __init__(self, loaded: LoadedAdapter):
+    def __init__(self, loaded: AnsweringModel):
         self.config, self.device, self._loaded = loaded.model.config, loaded.model.device, loaded
 
     @torch.inference_mode()
     def __call__(self, ids: torch.Tensor) -> Any:
         """ids: (rows, tokens), padded on the right. Returns an output with logits, (rows, tokens, vocabulary)."""
-        with adapters_of_rows([self._loaded]):
+        with self._loaded.computing():
             return self._loaded.model(input_ids=ids, use_cache=False)
 
     @torch.inference_mode()
     def generate(self, **keywords: Any) -> torch.Tensor:
         """As the model's own."""
-        with adapters_of_rows([self._loaded]):
+        with self._loaded.computing():
             ids: torch.Tensor = self._loaded.model.generate(**keywords)
         return ids
 
@@ -184,7 +189,7 @@ class _HarnessedModel(HFLM):
         responses: Kind of request → the response to each.
     """
 
-    def __init__(self, loaded: LoadedAdapter, name: str, count: ProgressFactory, stderr: Any):
+    def __init__(self, loaded: AnsweringModel, name: str, count: ProgressFactory, stderr: Any):
         """name: of the model, for the progress; count: shows it, on stderr."""
         super().__init__(
             _ModelOfHarness(loaded),
@@ -228,7 +233,7 @@ class _HarnessedModel(HFLM):
         start, printed = 0, sys.stderr
         with redirect_stderr(self._stderr), self._count(f"{self._name}: {_KINDS[kind]}", len(order)) as advance:
             while start < len(order):
-                self.batch_size_per_gpu = max(1, min(BATCH, _BATCH_TOKENS // lengths[order[start]]))
+                self.batch_size_per_gpu = max(1, min(_BATCH, _BATCH_TOKENS // lengths[order[start]]))
                 numbers = order[start : start + _BATCHES * self.batch_size_per_gpu]
                 with redirect_stderr(printed):  # one of the harness's bars cannot be switched off
                     found = compute([requests[number] for number in numbers], disable_tqdm=True)
@@ -240,7 +245,7 @@ class _HarnessedModel(HFLM):
         return responses
 
 
-def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, count: ProgressFactory) -> TaskResults:
+def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, count: ProgressFactory) -> TaskResults:
     """Run tasks on base and adapter.
 
     Args:
@@ -250,7 +255,7 @@ def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, count: Pr
         count: Shows passes over requests.
 
     Raises:
-        AdapterError: The base cannot be computed alone, see `LoadedAdapter.without_adapter`.
+        AdapterError: The base cannot be computed alone, see `AnsweringModel.without_adapter`.
         DataError: A task fails, or does not ask both models the same.
         NumericError: The adapter has no effect.
     """
@@ -264,12 +269,12 @@ def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, count: Pr
     remarks = [_effect(models[BASE].responses, models[ADAPTER].responses, loaded.where)]
     if loaded.chat:
         remarks.append("tasks: prompts go through the chat template, as the adapter was trained on conversations")
-    figures = _figures(opened, found)
-    return TaskResults(figures, limit, loaded.chat, version("lm-eval"), [line for line in remarks if line])
+    metrics = _metrics(opened, found)
+    return TaskResults(metrics, limit, loaded.chat, version("lm-eval"), [line for line in remarks if line])
 
 
 def _run_one(
-    loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, name: str, count: ProgressFactory
+    loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, name: str, count: ProgressFactory
 ) -> tuple[_HarnessedModel, dict[str, Any]]:
     """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
     stderr = sys.stderr
@@ -310,13 +315,13 @@ def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[An
     return ""
 
 
-def _figures(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[str, TaskFigure]]:
-    """Task, or group with figures of its own → metric → figure."""
+def _metrics(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[str, TaskMetric]]:
+    """Task, or group with metrics of its own → metric → metric."""
     names = [name for name in found[BASE]["results"] if name in opened.tasks or name in found[BASE].get("groups", {})]
-    return {name: dict(_figures_of(name, opened, found)) for name in names}
+    return {name: dict(_metrics_of(name, opened, found)) for name in names}
 
 
-def _figures_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Iterator[tuple[str, TaskFigure]]:
+def _metrics_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Iterator[tuple[str, TaskMetric]]:
     """The metrics of one task or group."""
     for key, base_value in found[BASE]["results"][name].items():
         metric, _, filter_name = key.partition(",")
@@ -332,12 +337,12 @@ def _figures_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Ite
         if name not in opened.tasks and (aggregation != MEAN or not _are_means(values, samples)):
             aggregation = ""
         better = found[BASE]["higher_is_better"].get(name, {}).get(metric)
-        figure = compare(values, errors, samples, aggregation, better)
-        yield (metric if filter_name == "none" else f"{metric},{filter_name}"), figure
+        compared = compare_metric(values, errors, samples, aggregation, better)
+        yield (metric if filter_name == "none" else f"{metric},{filter_name}"), compared
 
 
 def _aggregation(task: Any, metric: str) -> str:
-    """How a task makes one figure of a metric; the harness takes the mean where the task does not say."""
+    """How a task makes one metric of a metric; the harness takes the mean where the task does not say."""
     return _AGGREGATIONS.get(task.aggregation().get(metric, metrics.mean), "")
 
 
@@ -348,10 +353,48 @@ def _samples(found: Mapping[str, Any], leaves: Sequence[str], metric: str, filte
 
 
 def _are_means(values: Mapping[str, float], samples: Mapping[str, Sequence[Any]]) -> bool:
-    """Whether the figures of a group are means over all documents of its tasks, rather than over its tasks."""
+    """Whether the metrics of a group are means over all documents of its tasks, rather than over its tasks."""
     return all(np.isclose(np.mean(samples[model]), value, rtol=1e-9) for model, value in values.items())
 
 
 def _number(value: Any) -> float | None:
     """A standard error; the harness has `N/A` where there is none."""
     return float(value) if isinstance(value, int | float | np.number) and np.isfinite(value) else None
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Inside, what is printed goes to the debug log, random numbers are those that the harness begins with, and it
+    starts no processes; random states and environment variables are restored."""
+    states = random.getstate(), np.random.get_state()
+    printed = io.StringIO()
+    try:
+        with (
+            kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed),
+            _redirected_logs(printed),
+        ):  # fmt: skip
+            os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
+            random.seed(DEFAULT_RANDOM_SEED)
+            np.random.seed(DEFAULT_OTHER_SEED)
+            torch.manual_seed(DEFAULT_OTHER_SEED)
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        for line in printed.getvalue().splitlines():
+            _logger.debug(line)
+
+
+@contextmanager
+def _redirected_logs(stream: io.StringIO) -> Iterator[None]:
+    """Inside, loaders of rows log to a stream. Their handlers would otherwise stay with the stderr of their import."""
+    handlers = [handler for name in _LOADERS for handler in logging.getLogger(name).handlers]
+    streams = [
+        (handler, handler.setStream(stream)) for handler in handlers if isinstance(handler, logging.StreamHandler)
+    ]
+    try:
+        yield
+    finally:
+        for handler, before in streams:
+            if before is not None:
+                handler.setStream(before)

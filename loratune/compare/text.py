@@ -1,27 +1,27 @@
-"""An evaluation as text: tables of figures with their intervals, the verdict in a sentence, and rows as blocks."""
+"""An comparison as text: tables of metrics with their intervals, the verdict in a sentence, and rows as blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
 
-from loratune.console import plural
-from loratune.evaluation.metrics import MEANS
-from loratune.evaluation.results import (
+from loratune.compare.comparison import Comparison
+from loratune.compare.losses import Difference
+from loratune.compare.metrics import MEANS
+from loratune.compare.preferences import LOG_PROBABILITY
+from loratune.compare.results import (
     ADAPTER,
     BASE,
     LABEL_ACCURACY,
     LOSS,
     MAJORITY,
     PERPLEXITY,
-    Difference,
-    EvaluatedRow,
-    Evaluation,
+    ComparedRow,
     Judgement,
-    TaskResults,
     has_direction,
     is_bounded,
 )
+from loratune.compare.tasks import TaskResults
+from loratune.console import plural
 from loratune.statistics import Interval
-from loratune.training.preference_figures import LOG_PROBABILITY
 
 _NAME = 24
 """Characters of an expression, or of the most frequent answer, that are shown."""
@@ -29,20 +29,20 @@ _WIDTH = 300
 """Characters of a prompt or an answer that are shown."""
 
 
-def name(figure: str) -> str:
-    """A figure as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
-    if ":" in figure:
-        return figure if len(figure) <= _NAME else f"{figure[: _NAME - 3]}..."
-    words = figure.replace("log_probability", "log-probability").replace("_", " ")
+def name(metric: str) -> str:
+    """A metric as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
+    if ":" in metric:
+        return metric if len(metric) <= _NAME else f"{metric[: _NAME - 3]}..."
+    words = metric.replace("log_probability", "log-probability").replace("_", " ")
     return words.replace("json", "JSON").replace("rouge l", "ROUGE-L")
 
 
-def rows(evaluation: Evaluation) -> str:
+def rows(comparison: Comparison) -> str:
     """What the rows are: `48 rows, 900 supervised tokens`; of pairs and judged answers, their mean tokens."""
-    score = evaluation.scores[ADAPTER]
-    count = plural(score.rows, evaluation.item)
+    score = comparison.scores[ADAPTER]
+    count = plural(score.rows, comparison.item)
     lengths: dict[str, list[float]] = {}
-    for row in evaluation.rows:
+    for row in comparison.rows:
         for side, answer in row.compared.items():
             total = lengths.setdefault(side, [0.0, 0.0])
             total[0] += row.copies * answer.tokens
@@ -53,33 +53,33 @@ def rows(evaluation: Evaluation) -> str:
     return f"{count} (mean tokens: {', '.join(means)})"
 
 
-def measured(evaluation: Evaluation) -> str:
+def measured(comparison: Comparison) -> str:
     """What the loss and the rewards of compared answers are; empty for other rows."""
-    if evaluation.objective is None:
+    if comparison.objective is None:
         return ""
-    return f"loss and rewards of {evaluation.objective.compared_with('the base')}"
+    return f"loss and rewards of {comparison.objective.compared_with('the base')}"
 
 
-def number(figure: str, value: float | None, *, signed: bool = False) -> str:
-    """The value of a figure: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
+def number(metric: str, value: float | None, *, signed: bool = False) -> str:
+    """The value of a metric: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
     if value is None or math.isnan(value):
         return "-"
     sign = "+" if signed else ""
-    if figure == PERPLEXITY:
+    if metric == PERPLEXITY:
         return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
-    if not has_direction(figure):  # log-probabilities of whole answers, and lengths
+    if not has_direction(metric):  # log-probabilities of whole answers, and lengths
         return f"{value:{sign}.2f}"
-    if not is_bounded(figure) or figure in MEANS:
+    if not is_bounded(metric) or metric in MEANS:
         return f"{value:{sign}.4f}"
     return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
 
 
-def with_interval(figure: str, value: float | None, interval: Interval | None, *, signed: bool = False) -> str:
+def with_interval(metric: str, value: float | None, interval: Interval | None, *, signed: bool = False) -> str:
     """`0.1070 [0.0810, 0.1400]`; without brackets where there is no interval."""
-    text = number(figure, value, signed=signed)
+    text = number(metric, value, signed=signed)
     if interval is None:
         return text
-    low, high = (number(figure, end, signed=signed).rstrip("% p") for end in (interval.low, interval.high))
+    low, high = (number(metric, end, signed=signed).rstrip("% p") for end in (interval.low, interval.high))
     return f"{text} [{low}, {high}]"
 
 
@@ -88,71 +88,71 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def scores_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a figure a row, a model a column."""
-    models = evaluation.scores
+def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a metric a row, a model a column."""
+    models = comparison.scores
     rows = [
         [
-            name(figure),
-            *(with_interval(figure, score.figure(figure), score.intervals.get(figure)) for score in models.values()),
+            name(metric),
+            *(with_interval(metric, score.value(metric), score.intervals.get(metric)) for score in models.values()),
         ]
-        for figure in models[ADAPTER].figures
+        for metric in models[ADAPTER].metrics
     ]
     return ["", *models], rows
 
 
-def differences_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a figure a row, and two columns for each model that the adapter is paired with."""
-    paired = evaluation.paired()
+def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: a metric a row, and two columns for each model that the adapter is paired with."""
+    paired = comparison.paired()
     header = [cell for model in paired for cell in (f"{ADAPTER} - {model}", "p (McNemar)")]
     rows = [
-        [name(figure), *(cell for one in paired.values() for cell in _difference(figure, one.get(figure)))]
-        for figure in evaluation.differences
+        [name(metric), *(cell for one in paired.values() for cell in _difference(metric, one.get(metric)))]
+        for metric in comparison.differences
     ]
     return ["difference", *header], rows
 
 
-def _difference(figure: str, one: Difference | None) -> tuple[str, str]:
+def _difference(metric: str, one: Difference | None) -> tuple[str, str]:
     if one is None:
         return "-", ""
-    text = with_interval(figure, one.value, one.interval, signed=True)
+    text = with_interval(metric, one.value, one.interval, signed=True)
     return text, "" if one.p is None else p_value(one.p)
 
 
-def verdict(evaluation: Evaluation) -> str:
+def verdict(comparison: Comparison) -> str:
     """What the comparison comes to, in a line."""
-    metric, other = evaluation.metric, evaluation.compared_with
+    metric, other = comparison.metric, comparison.compared_with
     against = "the base" if other == BASE else "the other adapter"
-    one = evaluation.differences[metric]
-    mine, its = (number(metric, evaluation.scores[model].figure(metric)) for model in (ADAPTER, other))
+    one = comparison.differences[metric]
+    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (ADAPTER, other))
     difference = with_interval(metric, one.value, one.interval, signed=True)
     p = "" if one.p is None else f", p {p_value(one.p)}"
-    figures = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
-    if evaluation.collapsed:
-        return f"collapsed: the adapter {evaluation.collapsed}; {figures}"
-    if evaluation.verdict is None:
-        too_few = f"there are too few {evaluation.item}s"
-        return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {figures}"
-    if evaluation.verdict != "indistinguishable":
-        return f"{evaluation.verdict} than {against}: {figures}"
-    count = plural(sum(row.copies for row in evaluation.rows), evaluation.item)
-    needed = outlook(one, evaluation.item)
-    return f"not distinguishable from {against} at {count}: {figures}{'; ' if needed else ''}{needed}"
+    metrics = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
+    if comparison.collapsed:
+        return f"collapsed: the adapter {comparison.collapsed}; {metrics}"
+    if comparison.verdict is None:
+        too_few = f"there are too few {comparison.item}s"
+        return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {metrics}"
+    if comparison.verdict != "indistinguishable":
+        return f"{comparison.verdict} than {against}: {metrics}"
+    count = plural(sum(row.copies for row in comparison.rows), comparison.item)
+    needed = outlook(one, comparison.item)
+    return f"not distinguishable from {against} at {count}: {metrics}{'; ' if needed else ''}{needed}"
 
 
-def majority(evaluation: Evaluation) -> str:
+def majority(comparison: Comparison) -> str:
     """That an adapter is better than what it is compared with, but not than always to give the most frequent of the
     expected answers; else empty."""
-    answers = len({row.expected for row in evaluation.rows if row.expected is not None})
-    if evaluation.majority is None or evaluation.verdict != "better" or answers < 2:
+    answers = len({row.expected for row in comparison.rows if row.expected is not None})
+    if comparison.majority is None or comparison.verdict != "better" or answers < 2:
         return ""
-    differences = evaluation.paired()[MAJORITY]
-    figure = evaluation.metric if evaluation.metric in differences else LABEL_ACCURACY
-    if differences[figure].verdict == "better":
+    differences = comparison.paired()[MAJORITY]
+    metric = comparison.metric if comparison.metric in differences else LABEL_ACCURACY
+    if differences[metric].verdict == "better":
         return ""
-    mine, its = (number(figure, evaluation.scores[model].figure(figure)) for model in (ADAPTER, MAJORITY))
-    constant = f"`{shorten(evaluation.majority, _NAME)}`, the most frequent of {answers:,}"
-    return f"{name(figure)} {mine}, not significantly above the {its} of always answering {constant}"
+    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (ADAPTER, MAJORITY))
+    constant = f"`{shorten(comparison.majority, _NAME)}`, the most frequent of {answers:,}"
+    return f"{name(metric)} {mine}, not significantly above the {its} of always answering {constant}"
 
 
 def outlook(difference: Difference, item: str = "row") -> str:
@@ -183,14 +183,14 @@ def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:
     return [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in judgements]
 
 
-def worst(evaluation: Evaluation, count: int) -> list[EvaluatedRow]:
+def worst(comparison: Comparison, count: int) -> list[ComparedRow]:
     """The rows on which the adapter is worse than what it is compared with, by nats per token, the worst first."""
-    other = evaluation.compared_with
-    worse = [row for row in evaluation.rows if row.worsening(ADAPTER, other) > 0]
+    other = comparison.compared_with
+    worse = [row for row in comparison.rows if row.worsening(ADAPTER, other) > 0]
     return sorted(worse, key=lambda row: -row.worsening(ADAPTER, other))[:count]
 
 
-def row_lines(row: EvaluatedRow, other: str) -> Iterator[tuple[str, str]]:
+def row_lines(row: ComparedRow, other: str) -> Iterator[tuple[str, str]]:
     """A row in a block: name and value of each line."""
     losses = {model: f"{answer.loss / row.count:.3f}" for model, answer in row.answers.items()}
     on = "" if row.compared else f", on {row.tokens:,} tokens"
@@ -198,8 +198,8 @@ def row_lines(row: EvaluatedRow, other: str) -> Iterator[tuple[str, str]]:
     if row.prompt is not None:
         yield "prompt", shorten(row.prompt)
     for side, answer in row.compared.items():
-        figure = f"{side}_{LOG_PROBABILITY}"
-        shown = (f"{model} {number(figure, one.scores.get(figure))}" for model, one in row.answers.items())
+        metric = f"{side}_{LOG_PROBABILITY}"
+        shown = (f"{model} {number(metric, one.scores.get(metric))}" for model, one in row.answers.items())
         yield side, f"{shorten(answer.text)} ({answer.tokens:,} tokens; log-probability {', '.join(shown)})"
     if row.prompt is not None and row.expected is not None:
         yield "expected", shorten(row.expected)
@@ -214,15 +214,15 @@ def shorten(text: str, width: int = _WIDTH) -> str:
 
 
 def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of tasks of the harness: a figure a row."""
+    """Header and rows of tasks of the harness: a metric a row."""
     rows = []
-    for figure, one in results.figures().items():
+    for metric, one in results.metrics().items():
         cells = [_plain_with_interval(one.values[model], one.intervals[model]) for model in (BASE, ADAPTER)]
         difference = one.difference
         cells.append(_plain_with_interval(difference.value, difference.interval, signed=True))
         cells.append("" if difference.p is None else p_value(difference.p))
         meaning = ", ".join(filter(None, (difference.verdict or "-", outlook(difference))))
-        rows.append([figure, f"{one.rows:,}", *cells, meaning])
+        rows.append([metric, f"{one.rows:,}", *cells, meaning])
     return ["", "rows", BASE, ADAPTER, "difference", "p (McNemar)", "verdict"], rows
 
 

@@ -1,6 +1,6 @@
 """Metrics of an answer, given the text that is expected: `--metric contains`, `rouge_l`, `json`, `regex:PATTERN`.
 
-`exact_match` and `label` compare tokens and beginnings, see `scoring`; they are always computed.
+`exact_match` and `label` compare tokens and beginnings, see `answers`; they are always computed.
 """
 
 import json
@@ -14,9 +14,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from loratune.codes import Code
+from loratune.compare.results import EXACT_MATCH, LABEL_ACCURACY
 from loratune.config.patterns import BadPatternError, Pattern, TimeLimit, compile_pattern
 from loratune.errors import ConfigError, Problem, missing_package
-from loratune.evaluation.results import EXACT_MATCH, LABEL_ACCURACY
 
 OPTION = "--metric"
 MEANS = ("rouge_l",)
@@ -36,12 +36,12 @@ class Metric:
     """How answers are scored.
 
     Attributes:
-        figure: What its mean is called in an evaluation, and its score on a row.
-        scores: From the expected text and the answer to figure → score, the metric's own among them. It raises
+        name: Of its mean over rows, and of its score on a row.
+        scores: From the expected text and the answer to metric → score, the metric's own among them. It raises
             `ExpectedTextError`, and `BadPatternError` if it takes too long. None for those that every evaluation has.
     """
 
-    figure: str
+    name: str
     scores: Callable[[str, str], Mapping[str, float]] | None
 
 
@@ -49,7 +49,7 @@ def parse(values: Sequence[str]) -> list[Metric]:
     """The metrics that an option names, each once.
 
     Raises:
-        ConfigError: A name is none; an expression is none; a package is missing.
+        ConfigError: A name is unknown; an expression is not valid; a package is missing.
     """
     return [_parse(value) for value in dict.fromkeys(values)]
 
@@ -140,12 +140,12 @@ def _json_value(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def _regex_scores(figure: str, pattern: Pattern, expected: str, answer: str) -> Mapping[str, float]:
+def _regex_scores(metric: str, pattern: Pattern, expected: str, answer: str) -> Mapping[str, float]:
     """Whether an expression finds the same in both."""
     value = _found(pattern, expected)
     if value is None:
         raise ExpectedTextError("the expression finds nothing in the expected text")
-    return {figure: float(_found(pattern, answer) == value)}
+    return {metric: float(_found(pattern, answer) == value)}
 
 
 def _found(pattern: Pattern, text: str) -> str | None:

@@ -38,8 +38,8 @@ def names_of_sides(*, paired: bool) -> tuple[str, str]:
     return (CHOSEN, REJECTED) if paired else (DESIRABLE, UNDESIRABLE)
 
 
-def figures_of(*, paired: bool) -> tuple[str, ...]:
-    """The names of the figures of pairs, or of judged answers."""
+def metrics_of(*, paired: bool) -> tuple[str, ...]:
+    """The names of the metrics of pairs, or of judged answers."""
     sides = [f"{side}_{LOG_PROBABILITY}" for side in names_of_sides(paired=paired)]
     if paired:
         return REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY, *sides, PREFERRED_LENGTH
@@ -76,7 +76,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Metric:
     """A share or a mean, with its interval; None where there are too few answers for one."""
 
     value: float
@@ -93,8 +93,8 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class PreferenceFigures:
-    """Figures over pairs, or over answers that are good or bad.
+class PreferenceMetrics:
+    """Metrics over pairs, or over answers that are good or bad.
 
     Attributes:
         split: The name of the rows.
@@ -111,7 +111,7 @@ class PreferenceFigures:
     border: float = 0.0
 
     def by_item(self) -> dict[str, tuple[slice, Values]]:
-        """Figure → which pairs, or which of the good answers and then the bad ones, it is a mean over, and what each of
+        """Metric → which pairs, or which of the good answers and then the bad ones, it is a mean over, and what each of
         them adds. The margin of judged answers is a sum of two means, one of them of bad rewards with the other sign.
         """
         good, bad, every = self.good, self.bad, slice(None)
@@ -136,27 +136,27 @@ class PreferenceFigures:
             names[1]: (slice(count, None), bad.after),
         }
 
-    def before(self) -> "PreferenceFigures":
+    def before(self) -> "PreferenceMetrics":
         """The same of the reference, whose rewards are not known."""
         good, bad = (
             replace(side, after=side.before, rewards=np.zeros(len(side.rewards))) for side in (self.good, self.bad)
         )
-        return PreferenceFigures(self.split, self.paired, good, bad)
+        return PreferenceMetrics(self.split, self.paired, good, bad)
 
     @property
-    def accuracy(self) -> Figure:
+    def accuracy(self) -> Metric:
         """`reward_accuracy`."""
         return _share(self.by_item()[REWARD_ACCURACY][1])
 
     @property
-    def margin(self) -> Figure:
+    def margin(self) -> Metric:
         """`reward_margin`."""
         sides = (self.good.rewards - self.bad.rewards,) if self.paired else (self.good.rewards, -self.bad.rewards)
         interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in sides])
-        return Figure(sum(map(_mean, sides)), interval)
+        return Metric(sum(map(_mean, sides)), interval)
 
     @property
-    def ranking_accuracy(self) -> Figure:
+    def ranking_accuracy(self) -> Metric:
         """`ranking_accuracy`; of pairs."""
         return _share(self.by_item()[RANKING_ACCURACY][1])
 
@@ -212,7 +212,7 @@ class PreferenceFigures:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        figures: dict[str, Any] = {
+        metrics: dict[str, Any] = {
             "split": self.split,
             REWARD_ACCURACY: self.accuracy.as_json(),
             REWARD_MARGIN: self.margin.as_json(),
@@ -221,19 +221,19 @@ class PreferenceFigures:
         }
         if self.paired:
             for name, one in (("before", self.before()), ("after", self)):
-                figures[f"{RANKING_ACCURACY}_{name}"] = one.ranking_accuracy.as_json()
-                figures[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
-        return figures
+                metrics[f"{RANKING_ACCURACY}_{name}"] = one.ranking_accuracy.as_json()
+                metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
+        return metrics
 
 
 def _higher(difference: Values) -> Values:
     return np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
 
 
-def _share(right: Values) -> Figure:
+def _share(right: Values) -> Metric:
     if not len(right):
-        return Figure(0.0, None)
-    return Figure(_mean(right), statistics.wilson(float(right.sum()), len(right)))
+        return Metric(0.0, None)
+    return Metric(_mean(right), statistics.wilson(float(right.sum()), len(right)))
 
 
 def _mean(values: Values) -> float:

@@ -21,15 +21,25 @@ With `sft_weight`, `dpo` and `simpo` also lower -sft_weight a(y_w), which holds 
 (Pang et al. 2024, arXiv:2404.19733).
 """
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
+from loratune.data import TokenizedDataset
+from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.rendering import TokenizedRow
 
+Values = NDArray[np.float64]
+
+KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
+"""Objective → the kind of rows that it trains on; None for rows with one answer."""
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
 _WITHOUT_EFFECT = {
@@ -37,6 +47,10 @@ _WITHOUT_EFFECT = {
     "undesirable_weight": 1,
 }  # fmt: skip
 """Key of `PreferenceSection` → the value with which an objective is the one without it."""
+
+
+_PARTNERS_TRIED = 64
+"""Rows among which one with another prompt is looked for."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +173,23 @@ class Formula:
         return 0.5 * self.desirable_weight if self.name == "kto" and both else None
 
 
+def formula_for(run: RunConfig | None, kind: str) -> Formula:
+    """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
+    rows, DPO or KTO. kind: `PAIRS` or `JUDGED`."""
+    trained = formula_of(run)
+    if trained is not None and KINDS[trained.name] == kind:
+        return trained
+    name = "dpo" if kind == PAIRS else "kto"
+    return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])
+
+
+def formula_of(run: RunConfig | None) -> Formula | None:
+    """The objective of a run; None where it was not trained on preferences, or is not known."""
+    if run is None or run.training.objective == "sft":
+        return None
+    return Formula.of(run.training.objective, run.preferences)
+
+
 def described(run: RunConfig) -> str:
     """The objective of a run with its numbers and its reference; empty for `sft`."""
     if run.training.objective == "sft":
@@ -182,3 +213,61 @@ def _log_odds(log_probabilities: Tensor) -> Tensor:
     """log(p / (1 - p)) of p = exp(x); p is taken to be 1 - 1e-12 at most."""
     x = log_probabilities.clamp(max=-1e-12)
     return x - torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
+
+
+class ComparedRows:
+    """The rows of a split, as batches of compared answers take them.
+
+    Attributes:
+        dataset: The rows.
+        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
+        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
+    """
+
+    def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
+        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
+        self.dataset, self._max_length = dataset, max_length
+        self.reference: Values | None = None
+        self.mismatched: Values | None = None
+        self._partners = _partners(dataset, seed) if dataset.judged else None
+
+    def __len__(self) -> int:
+        return len(self.dataset.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        row = self.dataset.rows.row(number)
+        found: dict[str, Any] = {"input_ids": list(row.ids), "labels": row.labels, "side": row.side}
+        if self.reference is not None:
+            found["reference"] = float(self.reference[number])
+        if self._partners is not None:
+            found["mismatched"] = self._mismatched(row, self.dataset.rows.row(int(self._partners[number])))
+            if self.mismatched is not None:
+                found["mismatched"]["reference"] = float(self.mismatched[number])
+        return found
+
+    def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
+        """The prompt of a row, cut at its left if need be, with the answer of another one."""
+        start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
+        prompt = row.ids[: row.spans[0][0]]
+        prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
+        spans = tuple((one - start + len(prompt), other - start + len(prompt)) for one, other in partner.spans)
+        mixed = TokenizedRow(row.where, prompt + answer, spans)
+        return {"input_ids": list(mixed.ids), "labels": mixed.labels}
+
+    def partners_digest(self) -> str:
+        """SHA-256 of which answers stand behind other prompts; empty where none do."""
+        return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
+
+
+def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
+    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
+    for about one other."""
+    count = len(dataset.rows)
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
+    partners = np.empty(count, np.int64)
+    for place, number in enumerate(order.tolist()):
+        others = (int(order[(place + step) % count]) for step in range(1, min(count, _PARTNERS_TRIED) + 1))
+        nearest = int(order[(place + 1) % count])
+        partners[number] = next((other for other in others if prompts[other] != prompts[number]), nearest)
+    return partners

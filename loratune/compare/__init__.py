@@ -1,0 +1,11 @@
+"""Whether an adapter is better: rows → losses and answers → metrics with intervals → `Comparison` → verdict.
+
+- `engine`: the one way from rows to losses.
+- `losses`: `RowLosses`, and `compare`, how two models differ on the same rows.
+- `answers`: what models do on rows, with greedy answers; `metrics`: the metrics of these.
+- `objectives`, `preferences`: the loss and the metrics of preferences; `collapse`: whether prompts still matter.
+- `comparison`: `Comparison`, with `.metrics`, `.verdict`, `.require("exact_match>=0.9", "loss<base")`, `.to_dict()`.
+- `requirements`: what can be required; `text`: a comparison in words.
+- `gain`: what training measures of a new adapter.
+- `tasks`, `harness`: tasks of the lm-evaluation-harness, which only `harness` imports.
+"""

@@ -1,0 +1,355 @@
+"""From the answers of models to rows to their metrics, the differences between them, and the verdict: `Comparison`."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from loratune import statistics
+from loratune.codes import Code
+from loratune.compare import requirements
+from loratune.compare.collapse import PromptSensitivity
+from loratune.compare.losses import (
+    Difference,
+    RowLosses,
+    Sample,
+    Values,
+    Verdict,
+    compare,
+    exp,
+    judged,
+    of_means,
+    score_difference,
+    share_difference,
+)
+from loratune.compare.metrics import MEANS
+from loratune.compare.objectives import Formula
+from loratune.compare.preferences import REWARD_ACCURACY, REWARD_MARGIN
+from loratune.compare.requirements import FORGETTING, Requirement
+from loratune.compare.results import (
+    ADAPTER,
+    AGAINST,
+    BASE,
+    EXACT_MATCH,
+    LABEL_ACCURACY,
+    LOSS,
+    LOWER_IS_BETTER,
+    MAJORITY,
+    PERPLEXITY,
+    ComparedRow,
+    Judgement,
+    ModelAnswer,
+    Score,
+    has_direction,
+    is_bounded,
+)
+from loratune.compare.tasks import TaskResults
+from loratune.console import plural
+from loratune.errors import NumericError, Problem
+from loratune.statistics import Interval
+
+_TIE = 0.5
+_PLACES = 3
+"""How many places of rows a message names."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How an adapter compares with its base, or with another adapter, on the same rows.
+
+    Attributes:
+        scores: Model → how well it does: `base`, `adapter`, and `against` and `majority` if there are such.
+        differences: Metric → how the adapter differs from what it is compared with.
+        compared_with: What that is: `base`, or `against` where another adapter is given.
+        metric: The metric that the verdict is about.
+        verdict: Of the adapter; None where there are too few rows for one.
+        rows: The distinct rows, in the order of the split.
+        forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
+        remarks: Lines for the user: rows that were truncated or dropped, or are also in train; too few rows.
+        others: Model → metric → how the adapter differs from that model, for those that it is not compared with.
+        majority: The most frequent of the expected answers; None where these are not labels.
+        tasks: Results of tasks of the lm-evaluation-harness; None if not asked.
+        overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
+        requirements: Whether each requirement is met.
+        objective: The objective that gives the loss and the rewards of preferences; None for other rows.
+        sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
+        collapsed: Why the adapter is not a result of training, whatever its metrics are, as the rest of a sentence on
+            it; empty if it is one.
+        special_tokens: Special tokens of the tokenizer, as text; prompts may have them.
+        computed_by: How losses were computed: dtype, layers and batches; see `Engine.computed_by`.
+    """
+
+    scores: Mapping[str, Score]
+    differences: Mapping[str, Difference]
+    compared_with: str
+    metric: str
+    verdict: Verdict | None
+    rows: Sequence[ComparedRow]
+    forgetting: Difference | None = None
+    remarks: Sequence[str] = ()
+    others: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
+    majority: str | None = None
+    tasks: TaskResults | None = None
+    overlap: Mapping[str, int] | None = None
+    requirements: Sequence[Judgement] = ()
+    objective: Formula | None = None
+    sensitivity: PromptSensitivity | None = None
+    collapsed: str = ""
+    special_tokens: Sequence[str] = ()
+    computed_by: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float | None]]:
+        """Model → metric → its value."""
+        return {model: dict(score.metrics) for model, score in self.scores.items()}
+
+    def judged(self, required: Sequence[Requirement]) -> "Comparison":
+        """The comparison with whether each requirement is met, in their order."""
+        return replace(self, requirements=[self._judge(one) for one in required])
+
+    def require(self, *texts: str) -> None:
+        """Check requirements such as `exact_match>=0.9` or `loss<base`, see `requirements`.
+
+        Raises:
+            ConfigError: One is not a valid requirement, or is about what was not computed.
+            RequirementError: One is not met.
+        """
+        computed = [name for name in self.scores[ADAPTER].metrics if name not in (LOSS, PERPLEXITY)]
+        required = requirements.parse(
+            texts, computed, against=AGAINST in self.scores, forgetting=self.forgetting is not None,
+            tasks=self.tasks is not None,
+        )  # fmt: skip
+        requirements.check_met(self.judged(required).requirements)
+
+    def _judge(self, one: Requirement) -> Judgement:
+        if one.of_task and self.tasks is not None:
+            return requirements.judge_task(one, self.tasks.metrics(), self.collapsed)
+        if one.bound == MAJORITY and MAJORITY not in self.scores:
+            reason = f"the answers that the {self.item}s expect are not labels, so none is the most frequent"
+            return Judgement(one.text, False, None, None, reason)
+        value, interval, is_distinguishable = self._measured(one)
+        if value is None:
+            return Judgement(one.text, False, None, None, f"not computed, as no {self.item} gives it")
+        if self.collapsed:
+            return Judgement(one.text, False, value, interval, f"the adapter {self.collapsed}")
+        return requirements.judge(one, value, interval, is_distinguishable)
+
+    def _measured(self, one: Requirement) -> tuple[float | None, Interval | None, bool]:
+        """What a requirement is about, its interval, and whether a difference between models is more than chance."""
+        if one.metric == FORGETTING:
+            assert self.forgetting is not None
+            return self.forgetting.value, self.forgetting.interval, True
+        score = self.scores[ADAPTER]
+        if not (one.of_difference or isinstance(one.bound, str)):
+            return score.value(one.metric), score.intervals.get(one.metric), True
+        if score.value(one.metric) is None:
+            return None, None, True
+        metric = LOSS if one.metric == PERPLEXITY else one.metric  # of which it is a rising function
+        difference = self.paired()[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
+        return difference.value, difference.interval, difference.is_distinguishable
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over, see `ComparedRow`."""
+        return self.rows[0].unit
+
+    @property
+    def item(self) -> str:
+        """What the rows are, see `ComparedRow`."""
+        return self.rows[0].item
+
+    def paired(self) -> dict[str, Mapping[str, Difference]]:
+        """Model → metric → how the adapter differs from that model; what it is compared with comes first."""
+        return {self.compared_with: self.differences, **self.others}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the rows."""
+        values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
+        if self.majority is not None:
+            values[MAJORITY]["answer"] = self.majority
+        for model, differences in self.paired().items():
+            key = "difference" if model == self.compared_with else f"difference_from_{model}"
+            values[key] = {name: difference.as_json() for name, difference in differences.items()}
+        if self.forgetting is not None:
+            values["forgetting"] = self.forgetting.as_json()
+        verdict = "collapsed" if self.collapsed else self.verdict
+        values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
+        values |= {"computed_by": dict(self.computed_by)}
+        values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
+        values |= {"objective": self.objective.numbers()} if self.objective else {}
+        required = [one.as_json() for one in self.requirements]
+        values |= {"requirements": required} if required else {}
+        return values | (self.tasks.as_json() if self.tasks is not None else {})
+
+
+def compare_rows(
+    rows: Sequence[ComparedRow],
+    metric: str = LOSS,
+    forgetting: Difference | None = None,
+    remarks: Sequence[str] = (),
+    majority: Sequence[ModelAnswer] = (),
+) -> Comparison:
+    """What follows from the answers to rows.
+
+    Args:
+        rows: Distinct rows, at least one, each with the answers of `base` and `adapter`, and perhaps of `against`.
+        metric: The metric that the verdict is about.
+        forgetting: See `Comparison`.
+        remarks: Lines about the rows.
+        majority: What always to give the most frequent answer comes to on each row; empty where there is no such.
+
+    Raises:
+        NumericError: The loss of an adapter is not finite.
+    """
+    models = [name for name in (BASE, ADAPTER, AGAINST) if name in rows[0].answers]
+    other = AGAINST if AGAINST in models else BASE
+    lines = [*remarks]
+    for name in models:
+        if what := not_finite(rows, losses_of(rows, name).nats, name):
+            lines.append(f"{what}, so there is no verdict on the loss against it")
+    scores = {name: score(rows, name) for name in models}
+    computed = [name for name, value in scores[ADAPTER].metrics.items() if value is not None]
+    paired = {
+        model: {name: difference(rows, name, model) for name in computed if name != PERPLEXITY}
+        for model in models
+        if model != ADAPTER
+    }
+    own = paired.pop(other)
+    verdict = own[metric].verdict if metric in own else None
+    if majority:
+        answered = [
+            replace(row, answers={**row.answers, MAJORITY: one}) for row, one in zip(rows, majority, strict=True)
+        ]
+        scores[MAJORITY] = score(answered, MAJORITY)
+        paired[MAJORITY] = {name: difference(answered, name, MAJORITY) for name in computed if is_bounded(name)}
+    if len(rows) < statistics.LEAST_ROWS:
+        count = plural(len(rows), f"distinct {rows[0].item}")
+        lines.append(
+            f"{count} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
+            f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
+        )
+    lines += _invalid_json(rows, models)
+    constant = next((one.text for one in majority if one.text is not None), None)
+    return Comparison(scores, own, other, metric, verdict, rows, forgetting, lines, paired, constant)
+
+
+def score(rows: Sequence[ComparedRow], model: str) -> Score:
+    """The metrics of one model with their intervals. rows: at least one."""
+    metrics: dict[str, float | None] = {}
+    intervals: dict[str, Interval | None] = {}
+    if model != MAJORITY:  # which has no probabilities
+        losses = losses_of(rows, model)
+        metrics[LOSS], intervals[LOSS] = loss, interval = losses.loss, losses.interval
+        if rows[0].unit == "token":
+            metrics |= {PERPLEXITY: exp(loss), EXACT_MATCH: None, LABEL_ACCURACY: None}
+            intervals[PERPLEXITY] = interval and Interval(exp(interval.low), exp(interval.high))
+    for metric in dict.fromkeys(metric for row in rows for metric in row.answers[model].scores):
+        metrics[metric], intervals[metric] = _metric(rows, metric, model)
+    weights = _weights(rows)
+    tokens = int((weights * [row.tokens for row in rows]).sum())
+    return Score(metrics, int(weights.sum()), tokens, intervals)
+
+
+def _metric(rows: Sequence[ComparedRow], metric: str, model: str) -> tuple[float, Interval | None]:
+    """A metric beside the loss, with its interval."""
+    groups = [(_weights(group), _scores(group, metric, model)) for group in _groups(rows, metric)]
+    if not is_bounded(metric):
+        samples = [(weights * values, weights) for weights, values in groups]
+        return sum(statistics.mean_ratio(*sample) for sample in samples), _interval(samples)
+    ((weights, values),) = groups
+    value = statistics.mean_ratio(weights * values, weights)
+    if _is_reference(metric, values):
+        return value, Interval(value, value)
+    if not _are_shares(metric, values):
+        return value, statistics.bounded_mean_interval(values, weights)
+    count = statistics.effective_rows(weights)
+    return value, statistics.wilson(min(count, value * count), count)
+
+
+def _interval(samples: Sequence[Sample]) -> Interval | None:
+    """The interval of a ratio of two sums over rows, or of a sum of such ratios."""
+    return (
+        statistics.mean_ratio_interval(*samples[0]) if len(samples) == 1 else statistics.sum_of_ratios_interval(samples)
+    )
+
+
+def _groups(rows: Sequence[ComparedRow], metric: str) -> list[list[ComparedRow]]:
+    """The rows that add to a metric: one group, or, where it is the sum of the means of two groups, as the margin of
+    judged answers is, both."""
+    own = [row for row in rows if metric in row.answers[ADAPTER].scores]
+    if metric != REWARD_MARGIN:
+        return [own]
+    sides = dict.fromkeys(tuple(row.compared) for row in own)
+    return [[row for row in own if tuple(row.compared) == side] for side in sides]
+
+
+def _is_reference(metric: str, values: Values) -> bool:
+    """Whether they are of the reference itself, whose rewards are all 0, so that half of all ties count as right. Other
+    rows would show the same."""
+    return metric == REWARD_ACCURACY and bool((values == _TIE).all())
+
+
+def _are_shares(metric: str, *scores: Values) -> bool:
+    """Whether a metric is a share of rows, each of which counts or does not."""
+    return metric not in MEANS and all(((values == 0) | (values == 1)).all() for values in scores)
+
+
+def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
+    """On which rows the loss of a model is not finite, in words; empty if on none. losses: (rows,).
+
+    Raises:
+        NumericError: It is not finite, and the model is not the base.
+    """
+    bad = [row.where for row, own in zip(rows, losses, strict=True) if not math.isfinite(own)]
+    count = plural(len(rows), rows[0].item)
+    what = f"the loss of {model} is NaN or inf on {len(bad):,} of {count} ({', '.join(bad[:_PLACES])})"
+    if bad and model != BASE:
+        raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
+    return what if bad else ""
+
+
+def difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Difference:
+    """A metric of the adapter less that of another model. rows: as of `compare`; the metric is no perplexity."""
+    if metric == LOSS:
+        return compare(losses_of(rows, other), losses_of(rows, ADAPTER))
+    groups = [
+        (_weights(group), *(_scores(group, metric, model) for model in (other, ADAPTER)))
+        for group in _groups(rows, metric)
+    ]
+    lower_is_better = metric in LOWER_IS_BETTER
+    if not is_bounded(metric):
+        samples = [(weights * (second - first), weights) for weights, first, second in groups]
+        found = of_means(samples, _interval(samples), lower_is_better)
+        return found if has_direction(metric) else replace(found, verdict=None, rows_needed=None)
+    ((weights, first, second),) = groups
+    if _is_reference(metric, first):
+        value, interval = _metric(rows, metric, ADAPTER)
+        interval = interval and Interval(interval.low - _TIE, interval.high - _TIE)
+        return judged(value - _TIE, interval, [(weights * second, weights)], lower_is_better)
+    if _are_shares(metric, first, second):
+        return share_difference(first, second, weights, lower_is_better=lower_is_better)
+    return score_difference(first, second, weights, lower_is_better=lower_is_better)
+
+
+def _invalid_json(rows: Sequence[ComparedRow], models: Sequence[str]) -> Iterator[str]:
+    """How many answers are no JSON, a line for each model that has such answers."""
+    for name in models:
+        invalid = [row.answers[name].scores.get("invalid_json", 0.0) for row in rows]
+        if count := int(sum(one * row.copies for one, row in zip(invalid, rows, strict=True))):
+            yield f"{name}: {plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"
+
+
+def losses_of(rows: Sequence[ComparedRow], model: str) -> RowLosses:
+    """The losses of one model on the rows."""
+    nats = [row.answers[model].loss for row in rows]
+    return RowLosses.of(nats, [row.count for row in rows], [row.copies for row in rows])
+
+
+def _weights(rows: Sequence[ComparedRow]) -> Values:
+    return np.array([row.copies for row in rows], dtype=np.float64)
+
+
+def _scores(rows: Sequence[ComparedRow], metric: str, model: str) -> Values:
+    return np.array([row.answers[model].scores[metric] for row in rows])

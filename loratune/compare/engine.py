@@ -1,0 +1,427 @@
+"""The one engine from rows to losses: which layers compute them, how rows are batched, and what came of it.
+
+Training, its comparisons at the end, `evaluate` and `sweep` all score rows here. What is in a batch follows from the
+model and the rows alone, not from the batches of training or the number of processes. So one adapter has one loss on
+the same rows in the same dtype and on the same device, whichever command computes it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loratune import kernels
+from loratune.compare.losses import RowLosses, Values
+from loratune.config import DataSection
+from loratune.console import show_count
+from loratune.data import TokenizedDataset
+from loratune.data.packing import BatchLayout, Items, Packing
+from loratune.data.packing_check import LONGEST, packing_refusal, padding_refusal
+from loratune.data.prefix_tree import PrefixTree, common_prefix
+from loratune.kernels import next_token_loss
+from loratune.lora import attach
+from loratune.system.launcher import SINGLE_PROCESS, Group
+
+BATCH_TOKENS = 2048
+"""Tokens of a scoring batch, padding included, at most; a longer row is a batch by itself. Without gradients that needs
+less memory than training on a single row of a few hundred tokens."""
+WORTH_SHARING = 0.05
+"""The share of the tokens from which on shared prefixes are computed once."""
+_SAMPLED_ROWS = 4096
+"""Rows at which is looked to find out what shared prefixes save, at most."""
+
+Layers = Literal["accelerated", "stock"]
+"""What computes a model: the kernels, as far as there are any for it; or the layers of transformers and PEFT."""
+
+BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
+"""Called with every batch that is read; it may raise an error, which ends the pass."""
+Advance = Callable[[int], None]
+"""Takes how many rows or batches were done since its last call."""
+
+
+def nothing(_: Any) -> None:
+    """A `BeforeBatch`, or an `Advance`, that does nothing."""
+
+
+# Batches
+
+
+class Batches(Protocol):
+    """A set of rows as it is iterated.
+
+    Attributes:
+        items: Rows, or lists of rows.
+        size: Items of a batch.
+        flat: Whether the rows of a batch are put end to end, without padding.
+    """
+
+    items: Any
+    size: int
+    flat: bool
+
+    @property
+    def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+        """From items to a batch of tensors."""
+
+    def heaviest(self) -> Sequence[int]:
+        """The numbers of the items that make the batch with the most tokens."""
+
+
+@dataclass(frozen=True)
+class ScoringLayout:
+    """How rows are batched that each get a loss of their own.
+
+    In other batches the loss of a row may differ by rounding. Where prefixes are shared, a batch may have a few tokens
+    more, as the tree leaves out prefixes of less than `LEAST_SHARED` tokens.
+
+    Attributes:
+        flat: Whether rows are put end to end; otherwise rows of about the same length are padded.
+        saved: About the share of the tokens that need not be computed as rows share prefixes; None if all are.
+        pad_id: The token for padding.
+        tokens: Of a batch, padding included, at most; a longer row is a batch by itself.
+    """
+
+    flat: bool
+    saved: float | None
+    pad_id: int
+    tokens: int
+
+    @classmethod
+    def of(cls, train: BatchLayout, pad_id: int, tokens: int) -> "ScoringLayout":
+        """That of rows that are batched like training rows. Where training batches are single rows because they cannot
+        be packed, each row is a batch by itself, as the model may compute something else for padded ones."""
+        return cls(train.flat, train.saved, pad_id, tokens if train.flat or train.size > 1 else 0)
+
+    def layout(self, items: Items, lengths: NDArray[np.integer[Any]], together: int = 0) -> BatchLayout:
+        """Rows, an item by itself. lengths: (rows,). together: as of `BatchLayout`."""
+        packing: Packing = "batch" if self.flat else "none"
+        layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, together)
+        return layout.sharing(self.saved) if self.saved is not None else layout
+
+    def plan(
+        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], together: int = 0
+    ) -> "ScoringPass":
+        """A pass over some of the items. Arguments as of `Engine.plan`."""
+        layout, numbers = self.layout(items, lengths, together), [*copies]
+        return ScoringPass(layout, self.batches(layout, numbers), numbers, np.array([*copies.values()], np.float64))
+
+    def batches(self, layout: BatchLayout, numbers: Sequence[int]) -> list[list[int]]:
+        """The numbers of some items of a layout, batch by batch: items of about one length, or, where prefixes are
+        shared, items that share a prefix."""
+        found: list[list[int]] = []
+        total = 0
+        for number, alone, added in self._in_order(layout, numbers):
+            total = total + added if self.flat else alone * (len(found[-1]) + 1 if found else 1)
+            if not found or total > self.tokens:
+                found.append([])
+                total = alone
+            found[-1].append(number)
+        return found
+
+    def _in_order(self, layout: BatchLayout, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        """Items, each with its tokens in a batch of its own, and those that it adds after the item before it."""
+        if self.saved is None:
+            for number in sorted(numbers, key=layout.tokens):
+                yield number, layout.tokens(number), layout.tokens(number)
+            return
+        rows = {number: [np.array(row["input_ids"], ">u4") for row in layout.rows([number])] for number in numbers}
+        before: NDArray[Any] = np.empty(0, ">u4")
+        for number in sorted(numbers, key=lambda number: rows[number][0].tobytes()):
+            alone = len(PrefixTree.of(rows[number]).ids)  # type: ignore[arg-type]
+            yield number, alone, alone - common_prefix(before, rows[number][0])
+            before = rows[number][0]
+
+
+@dataclass(frozen=True)
+class ScoringPass:
+    """One pass of a model over some rows.
+
+    Attributes:
+        layout: The rows.
+        batches: The numbers of the items of each batch.
+        numbers: The items in the order in which their losses are wanted.
+        copies: (items,), how often each occurs, in the order of `numbers`.
+    """
+
+    layout: BatchLayout
+    batches: Sequence[Sequence[int]]
+    numbers: Sequence[int]
+    copies: Values
+
+    def heaviest(self) -> "ScoringPass":
+        """The batch with the most tokens, as a pass of its own."""
+        batch = max(self.batches, key=lambda batch: sum(map(self.layout.tokens, batch)))
+        return ScoringPass(self.layout, [batch], batch, np.ones(len(batch)))
+
+    def ordered(self, losses: RowLosses) -> RowLosses:
+        """Losses in the order of the batches, put into that of `numbers`, with the copies."""
+        places = {number: place for place, number in enumerate(chain.from_iterable(self.batches))}
+        return replace(losses.take([places[number] for number in self.numbers]), copies=self.copies)
+
+
+class Engine:
+    """Computes the losses of a model with an adapter, and of its base, on rows.
+
+    Attributes:
+        acceleration: Which layers the kernels compute.
+        flat: Whether rows are put end to end.
+        padded: Whether rows that are not are padded; otherwise each is a batch by itself.
+        pad_id: The token for padding.
+    """
+
+    def __init__(
+        self, model: Any, section: DataSection, pad_id: int, acceleration: kernels.Acceleration | None = None,
+        *, flat: bool | None = None, trees: bool | None = None,
+    ) -> None:  # fmt: skip
+        """Find out how the model can be given rows.
+
+        Args:
+            model: A `PeftModel` with its weights, whose adapter is active.
+            section: Whether rows may be packed and prefixes shared.
+            pad_id: See the attributes.
+            acceleration: What `kernels.accelerate` found, if that is known.
+            flat: Whether the model, if its attention is accelerated, computes packed rows as it computes them alone;
+                None if that is not known.
+            trees: The same of rows that share prefixes.
+        """
+        self._model, self._section, self.pad_id = model, section, pad_id
+        self.acceleration = acceleration or kernels.accelerate(model, attach.adapted_linear)
+        self._trees = False if section.share_prefixes is False else trees
+        with self.acceleration.applied(model):
+            self.flat = section.packing != "none" and kernels.attends_by_rows(model)
+            if self.flat:
+                self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
+            self.padded = self.flat or padding_refusal(model, pad_id) is None
+
+    def scoring(self, layout: BatchLayout, numbers: Sequence[int]) -> ScoringLayout:
+        """How some items of a layout are batched. Prefixes are shared where that saves enough."""
+        tokens = BATCH_TOKENS if self.padded else 0
+        saved = _saving(layout, numbers) if self.flat and self._trees is not False else 0.0
+        if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
+            return ScoringLayout(True, saved, self.pad_id, tokens)
+        return ScoringLayout(self.flat, None, self.pad_id, tokens)
+
+    def _computes_trees(self) -> bool:
+        if self._trees is None:
+            with self.acceleration.applied(self._model):
+                self._trees = kernels.tree_refusal(self._model) is None
+        return self._trees
+
+    def plan(
+        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], together: int = 0
+    ) -> ScoringPass:
+        """A pass over some of the items.
+
+        Args:
+            items: The rows.
+            lengths: (rows,), the tokens of each.
+            copies: Number of an item → how often it occurs.
+            together: As of `BatchLayout`.
+        """
+        layout = ScoringLayout(self.flat, None, self.pad_id, 0).layout(items, lengths, together)
+        return self.scoring(layout, [*copies]).plan(items, lengths, copies, together)
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """How losses are computed, as plain values; another way differs by rounding. Whether prefixes are shared is
+        decided by the rows."""
+        layers: Layers = "accelerated" if self.acceleration.steps else "stock"
+        batches = "packed" if self.flat else "padded" if self.padded else "one by one"
+        return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
+
+
+def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
+    """The share of the tokens of some items that need not be computed if rows share prefixes, by a sample of them."""
+    if len(numbers) > _SAMPLED_ROWS:
+        numbers = [numbers[place] for place in np.random.default_rng(0).permutation(len(numbers))[:_SAMPLED_ROWS]]
+    every = sum(layout.tokens(number) for number in numbers)
+    trees = ScoringLayout(True, 0.0, 0, 0)
+    return 1 - sum(added for _, _, added in trees._in_order(layout, numbers)) / every
+
+
+# What losses are
+
+
+class Objective:
+    """What the loss of rows is, and what training lowers. This one is the cross-entropy of `sft`.
+
+    Attributes:
+        unit: What the loss is a mean over, in the singular: `token`, `pair`, `answer`.
+    """
+
+    unit = "token"
+
+    def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
+        """The rows of a dataset as `BatchLayout` takes them; and how many of them make an item, 0 where a row does."""
+        return dataset.rows, 0
+
+    def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
+        """Prepare an optimizer step.
+
+        Args:
+            model: The model that is trained.
+            batches: The micro-steps that this process takes, as they come from the loader.
+            count: Their supervised tokens over all processes, as Trainer counts them.
+            group: The processes of the run.
+
+        Returns:
+            How many tokens, pairs or answers the step has over all processes.
+        """
+        return count
+
+    def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
+        """Take out of a batch what the model is not given, before its forward pass. by_row: whether the loss is wanted
+        row by row, and not summed."""
+        lengths = batch.pop("lengths", None)
+        kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
+
+    def total(self, model: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers.
+
+        logits: what the model returned for it.
+        """
+        return next_token_loss(model, logits, labels)
+
+    def losses(
+        self,
+        model: Any,
+        layout: Batches,
+        batches: Sequence[Sequence[int]],
+        before_batch: BeforeBatch = nothing,
+        group: Group = SINGLE_PROCESS,
+    ) -> RowLosses:
+        """The loss of each row, pair or answer, in the order of the batches. All processes get all of them.
+
+        Args:
+            model: Accelerated, and left in the mode, training or evaluation, in which it is.
+            layout: The rows.
+            batches: The numbers of the items of each batch.
+            before_batch: See `BeforeBatch`.
+            group: The processes, each of which takes a share of the batches.
+        """
+        own = []
+        for position, labels, lengths, sums in read_batches(self, model, layout, batches, before_batch, group):
+            counts = kernels.row_counts(labels, lengths)
+            if position is not None:
+                own.append((position, sums.tolist(), counts.tolist()))
+        parts = sorted(chain.from_iterable(group.all_gather(own)))
+        nats = [*chain.from_iterable(sums for _, sums, _ in parts)]
+        return RowLosses.of(nats, [*chain.from_iterable(counts for _, _, counts in parts)])
+
+    def score(
+        self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
+    ) -> RowLosses:
+        """The losses of one pass. Arguments as of `losses`."""
+        return rows.ordered(self.losses(model, rows.layout, rows.batches, before_batch, group))
+
+    def plan(self, engine: Engine, dataset: TokenizedDataset, copies: Mapping[int, int]) -> ScoringPass:
+        """A pass over some items of a dataset. copies: see `Engine.plan`."""
+        items, together = self.items(dataset)
+        return engine.plan(items, dataset.rows.lengths, copies, together)
+
+    def held_out(self, engine: Engine, dataset: TokenizedDataset) -> ScoringPass:
+        """The pass over all rows of a dataset. Copies of a row are computed once."""
+        return self.plan(engine, dataset, {number: len(copies) for number, copies in dataset.copies().items()})
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """What a model is read in, without gradients. model: as given to `losses`."""
+        return nullcontext()
+
+    def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
+        """Check that the model is what the objective takes it for before its first step.
+
+        first: makes the first batch, on the CPU.
+
+        Raises:
+            NumericError: It is not.
+        """
+
+    def logged(self) -> dict[str, float]:
+        """Further metrics of the last pass over held-out rows, by their names."""
+        return {}
+
+    def logged_of_step(self) -> dict[str, float]:
+        """Further metrics of the last micro-step."""
+        return {}
+
+
+class NextToken(Objective):
+    """The objective `sft`: every supervised token, given those before it."""
+
+
+def read_batches(
+    objective: Objective,
+    model: Any,
+    layout: Batches,
+    batches: Sequence[Sequence[int]],
+    before_batch: BeforeBatch,
+    group: Group,
+) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a model on the batches that this process takes, without gradients and dropout. Arguments as of
+    `Objective.losses`.
+
+    Yields:
+        The position of the batch, None for one that another process takes too; and what `run_batch` returns.
+    """
+    was_training = model.training
+    model.eval()
+    with show_count("computing losses, in batches", len(batches)) as advance:
+        for first in range(0, len(batches), group.count):
+            position = first + group.rank
+            # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
+            batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
+            before_batch(batch)
+            yield (position if position < len(batches) else None), *run_batch(objective, model, batch)
+            advance(group.count)
+    model.train(was_training)
+
+
+@torch.no_grad()
+def run_batch(
+    objective: Objective, model: Any, batch: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The labels of a batch, the tokens of its rows, and the loss of each row, on the model's device."""
+    given = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }
+    lengths = given["lengths"]
+    objective.expect(model, given, by_row=True)
+    labels = given.pop("labels")
+    with objective.reading(model):
+        return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model, and how its losses are computed.
+
+    Attributes:
+        model: A `PeftModel`, with its adapter; inside a context in which it computes as its base, the base.
+        engine: Which layers compute it, and how rows are batched.
+        objective: What the loss is.
+        group: The processes, each of which takes a share of the rows.
+    """
+
+    model: Any
+    engine: Engine
+    objective: Objective = Objective()  # noqa: RUF009  it has no state
+    group: Group = SINGLE_PROCESS
+
+    def losses(self, dataset: TokenizedDataset, copies: Mapping[int, int]) -> RowLosses:
+        """The losses of some rows of a dataset, or of its pairs or answers. copies: see `Engine.plan`."""
+        return self._score(self.objective.plan(self.engine, dataset, copies))
+
+    def losses_of(
+        self, rows: Sequence[dict[str, Any]], lengths: NDArray[np.integer[Any]], copies: Mapping[int, int]
+    ) -> RowLosses:
+        """The losses of rows of `input_ids` and `labels`. lengths: (rows,), their tokens. copies: see `Engine.plan`."""
+        return self._score(self.engine.plan(rows, lengths, copies))
+
+    def _score(self, planned: ScoringPass) -> RowLosses:
+        with self.engine.acceleration.applied(self.model):
+            return self.objective.score(self.model, planned, group=self.group)

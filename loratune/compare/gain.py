@@ -1,0 +1,359 @@
+"""What training measures of a new adapter: its gain over the base on held-out rows, what it has cost on other text, and
+its loss on test rows.
+
+All losses come from `losses`, as those of `evaluate` do: nats per supervised token over all supervised tokens, or the
+objective's loss per preference pair or answer. The sample is one of rows, as the tokens of a row depend on each other.
+A copy of a row adds no information: it is computed once, has the weight of all copies, and counts as one row.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from loratune.codes import Code
+from loratune.compare.engine import Scorer
+from loratune.compare.losses import RowLosses, compare
+from loratune.console import plural
+from loratune.data import TokenizedDataset
+from loratune.errors import NumericError, Problem
+from loratune.statistics import LEAST_ROWS, Interval, finite, mean_ratio_interval
+
+Model = Literal["base", "start"]
+
+_MOST_ROWS, _MOST_DRAWN = 64, 4096
+"""Distinct rows that are compared, and rows that are drawn to find them, at most."""
+_WANTED_ROWS = 8
+"""Distinct rows that are compared even beyond `_SHARE`, as long as training read more tokens than they have."""
+_SHARE = 32
+"""The sample holds at most this part of the tokens that were trained on, within the bounds below. A forward pass of
+base and adapter costs as much as training on the same tokens, so comparing takes some 3 % of the time of a long run."""
+_LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
+"""Bounds of that part. Below the lower one comparing takes little time by itself."""
+_VISIBLE = 5e-4
+"""Nats below which a difference counts as none, as it does not show in the decimals of the report."""
+_PASSAGES = 12
+"""Passages of unrelated text that are read."""
+_WORTH_TELLING = 0.1
+"""Nats per token from which on a loss on unrelated text is reported; its perplexity is a tenth higher then."""
+
+_OTHERS = {"base": "the base", "start": "the adapter that it started from"}
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Losses of base and adapter on the same rows, in nats per supervised token.
+
+    Attributes:
+        split: Which rows, `validation` or `training`.
+        rows: How many distinct rows were compared.
+        drawn: How many rows these are with their copies.
+        total: Rows of the split.
+        base: Loss of the base.
+        adapter: Loss of the adapter.
+        better_by: Loss of the base less loss of the adapter: above 0 where the adapter is better.
+        low: Lower end of the 95 % interval of `better_by`. None for too few rows.
+        high: Its upper end.
+        validation_rows: Distinct validation rows, where these were too few, so that training rows were compared.
+        adapter_low: Lower end of the 95 % interval of `adapter`. None for too few rows.
+        adapter_high: Its upper end.
+        unit: What the losses are a mean over: `token`, `pair` or `answer`.
+        other: What the adapter is compared with: its `base`; or its `start`, the adapter from which training continued,
+            where that is the reference of the objective. `base` is then the loss of that.
+    """
+
+    split: str
+    rows: int
+    drawn: int
+    total: int
+    base: float
+    adapter: float
+    better_by: float
+    low: float | None
+    high: float | None
+    validation_rows: int | None = None
+    adapter_low: float | None = None
+    adapter_high: float | None = None
+    unit: str = "token"
+    other: Model = "base"
+
+    @classmethod
+    def of(
+        cls, base: RowLosses, adapter: RowLosses, split: str, *, total: int | None = None,
+        validation_rows: int | None = None, unit: str = "token", other: Model = "base",
+    ) -> "Gain":  # fmt: skip
+        """From the losses of two models on the same distinct rows. total: their number with copies, if not given."""
+        difference, drawn = compare(base, adapter), int(adapter.copies.sum())
+        low, high = _ends(difference.interval)
+        own_low, own_high = _ends(mean_ratio_interval(adapter.totals, adapter.counts))
+        return cls(
+            split, len(adapter), drawn, total or drawn, base.loss, adapter.loss, -difference.value,
+            None if high is None else -high, None if low is None else -low, validation_rows, own_low, own_high, unit,
+            other,
+        )  # fmt: skip
+
+    @property
+    def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
+        """`gain` or `worse` where the whole interval is on one side of 0, and the difference is visible."""
+        if not math.isfinite(self.adapter):
+            return "worse"
+        if self.low is None or self.high is None:
+            return "not judged"
+        visible = abs(self.better_by) >= _VISIBLE
+        return "gain" if visible and self.low > 0 else "worse" if visible and self.high < 0 else "no gain"
+
+    def held_out_interval(self, loss: float) -> Interval | None:
+        """The 95 % interval of the adapter's loss on all validation rows, whose value is `loss`.
+
+        How much losses vary from row to row is that of the rows that were compared. A mean over more rows varies less,
+        by the square root of how many times as many they are. None where too few validation rows were compared.
+        """
+        if self.split != "validation" or self.adapter_low is None or self.adapter_high is None:
+            return None
+        share = math.sqrt(self.drawn / self.total)
+        low, high = loss - share * (self.adapter - self.adapter_low), loss + share * (self.adapter_high - self.adapter)
+        return Interval(max(low, 0.0), high)
+
+    def __str__(self) -> str:
+        """A line with the verdict and its numbers."""
+        losses = f"{self.other} {_nats(self.base)}, adapter {_nats(self.adapter)}"
+        if not math.isfinite(self.better_by):
+            return f"not judged: not all losses on {self.sampled_rows()} are finite ({losses})"
+        if self.validation_rows is not None:
+            losses += f"; validation gave {plural(self.validation_rows, f'distinct {item(self.unit)}')}, too few"
+        if self.low is None or self.high is None:
+            what = f"{self.sampled_rows()} {'is' if self.rows == 1 else 'are'} too few"
+            if self.drawn < self.total:
+                what = f"a run this short compares only {self.sampled_rows()}"
+            return f"not judged: {what}, {LEAST_ROWS} are needed ({losses})"
+        nats = f"{_nats(self.better_by)} {per(self.unit)}"
+        numbers = f"(95 % interval {_nats(self.low)} to {_nats(self.high)}; {losses})"
+        match self.verdict:
+            case "gain":
+                return f"{nats} on {self.sampled_rows()} {numbers}"
+            case "worse":
+                return f"worse than {_OTHERS[self.other]} on {self.sampled_rows()}: {nats} {numbers}"
+        return f"none over {_OTHERS[self.other]} on {self.sampled_rows()}: {nats} {numbers}"
+
+    def sampled_rows(self) -> str:
+        """`12 validation rows`, `64 of 500 validation pairs`, `3 distinct of 9 validation rows`."""
+        what = f"{self.split} {item(self.unit)}"
+        if self.rows == self.total:
+            return plural(self.rows, what)
+        distinct = " distinct" if self.drawn > self.rows else ""
+        return f"{self.rows:,}{distinct} of {plural(self.total, what)}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, the verdict among them. Above 0 is better. A number that is not finite is null."""
+        values = {name: finite(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+        return values | {"verdict": self.verdict}
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What training has changed on rows that it did not read.
+
+    Attributes:
+        comparison: The model before its first step, as `base`, and the trained one, on the same rows; None if the rows
+            are not known.
+        rows: What rows these are.
+        unknown: Why they are not known.
+        before: What the model before its first step is called.
+    """
+
+    comparison: Gain | None
+    rows: str = ""
+    unknown: str = ""
+    before: str = "loss"
+
+    def __str__(self) -> str:
+        """A line with the loss before and after."""
+        if (measured := self.comparison) is None:
+            return f"not measured: {self.unknown}"
+        change = -measured.better_by
+        interval = ""
+        if measured.low is not None and measured.high is not None:
+            interval = f", 95 % interval {-measured.high:+.4f} to {-measured.low:+.4f}"
+        return f"{self.before} {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: losses in nats per supervised token, and their `change`, above 0 where something was forgotten.
+
+        A loss that is not finite is null.
+        """
+        if (measured := self.comparison) is None:
+            return {"not_measured": self.unknown}
+        low, high = measured.low, measured.high
+        return {
+            "split": measured.split,
+            "rows": measured.rows,
+            "drawn": measured.drawn,
+            "total": measured.total,
+            "before": finite(measured.base),
+            "after": finite(measured.adapter),
+            "change": finite(-measured.better_by),
+            "low": None if high is None else -high,
+            "high": None if low is None else -low,
+        }
+
+    @property
+    def remark(self) -> str:
+        """A line on what was lost on unrelated text, where that is much and certain; else empty."""
+        measured = self.comparison
+        if measured is None:
+            return ""
+        if math.isfinite(measured.better_by) and (measured.high is None or -measured.high < _WORTH_TELLING):
+            return ""
+        change = f"by {-measured.better_by:.2f} nats per token" if math.isfinite(measured.adapter) else "beyond measure"
+        return (
+            f"what the base could do elsewhere has suffered, {change} on unrelated text; where that matters, lower "
+            "training.learning_rate, or add rows of other kinds to data.train"
+        )
+
+
+@dataclass(frozen=True)
+class FinalScore:
+    """The loss of the adapter on the test rows, which are read once, after the last step.
+
+    Attributes:
+        losses: Of the distinct rows.
+        unit: What the loss is a mean over, see `Objective`.
+    """
+
+    losses: RowLosses
+    unit: str = "token"
+
+    def __str__(self) -> str:
+        """`0.1043 on 200 test rows (95 % interval 0.0911 to 0.1202)`."""
+        found, rows = self.losses, int(self.losses.copies.sum())
+        copies = f", {len(found):,} distinct" if len(found) < rows else ""
+        loss = f"{found.loss:.4f}" if self.unit == "token" else f"{found.loss:.4f} {per(self.unit)}"
+        what = f"{loss} on {plural(rows, f'test {item(self.unit)}')}{copies}"
+        if (interval := found.interval) is None:
+            return f"{what} (no interval: {LEAST_ROWS} distinct {item(self.unit)}s are needed)"
+        return f"{what} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values: `tokens` are supervised ones, or pairs or answers; `distinct` rows are no copies."""
+        found, interval = self.losses, self.losses.interval
+        return {
+            "loss": found.loss, "tokens": int(found.counts.sum()), "rows": int(found.copies.sum()),
+            "distinct": len(found), "interval": interval.as_json() if interval else None,
+        }  # fmt: skip
+
+
+def per(unit: str) -> str:
+    """What a loss is measured in: `nats per token`, and `per pair` or `per answer` of preferences."""
+    return "nats per token" if unit == "token" else f"per {unit}"
+
+
+def item(unit: str) -> str:
+    """What rows are called by what losses are a mean over: `row`, and `pair` or `answer` of preferences."""
+    return "row" if unit == "token" else unit
+
+
+def _nats(value: float) -> str:
+    """Three decimals, and never a negative zero."""
+    return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
+
+
+def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
+    return (interval.low, interval.high) if interval else (None, None)
+
+
+def measure(
+    scorer: Scorer,
+    other: AbstractContextManager[None],
+    splits: Mapping[str, TokenizedDataset],
+    budget: int,
+    log: Callable[[str], None],
+    name: str = "its base",
+    compared_with: Model = "base",
+) -> Gain:
+    """Compare a trained adapter with its base, or another model, on a sample of rows.
+
+    Args:
+        scorer: The base with the adapter, as it was trained.
+        other: Inside, the model computes what it is compared with, see `tensors.as_initialized`.
+        splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
+            from the last if there is none; it is the same sample for the same rows and budget.
+        budget: Tokens that the run was trained on.
+        log: Takes a line on what is being done.
+        name: What the adapter is compared with.
+        compared_with: See `Gain.other`.
+    """
+    split, drawn, too_few = sample(splits, budget)
+    unit = scorer.objective.unit
+    log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} {item(unit)}')}")
+    adapter = scorer.losses(splits[split], drawn)
+    with other:
+        base = scorer.losses(splits[split], drawn)
+    total = splits[split].items
+    return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=unit, other=compared_with)
+
+
+def forgetting(scorer: Scorer, base: AbstractContextManager[None], text: TokenizedDataset) -> Forgetting:
+    """Compare a trained adapter with its base on passages of an unrelated text. Arguments as of `measure`."""
+    numbers = dict.fromkeys(passages(text), 1)
+    after = scorer.losses(text, numbers)
+    with base:
+        before = scorer.losses(text, numbers)
+    longest = max(text.rows.lengths[number] for number in numbers)
+    what = f"{plural(len(numbers), 'passage')} of general English, {longest} tokens at most"
+    return Forgetting(Gain.of(before, after, "unrelated", total=text.items), what, before="base")
+
+
+def final_score(scorer: Scorer, test: TokenizedDataset) -> FinalScore:
+    """The loss of an adapter on all test rows. Raises NumericError: it is NaN or inf."""
+    losses = scorer.losses(test, {number: len(copies) for number, copies in test.copies().items()})
+    if not math.isfinite(losses.loss):
+        what, fix = f"the loss on the test rows is {losses.loss}", "lower training.learning_rate"
+        raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.test", fix=fix))
+    return FinalScore(losses, scorer.objective.unit)
+
+
+def passages(rows: TokenizedDataset) -> range:
+    """The numbers of the rows that are read of unrelated text."""
+    return range(min(_PASSAGES, rows.items))
+
+
+def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:
+    """Choose the rows that are compared. Arguments as of `measure`.
+
+    Returns:
+        The name of their split; the numbers of distinct rows, and how many of those that were drawn are copies of each,
+        itself included; and how many distinct validation rows there are, where these are too few.
+    """
+    samples = {name: _sample(rows, budget) for name, rows in splits.items()}
+    split = next((name for name, rows in samples.items() if len(rows) >= LEAST_ROWS), [*splits][-1])
+    too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
+    return split, samples[split], too_few
+
+
+def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
+    """Draw the rows that are compared. They have fewer tokens than training read, or than `_LEAST_TOKENS`, so that a
+    short run is not followed by a long comparison.
+
+    Returns:
+        The numbers of distinct rows, and how many of the rows that were drawn are copies of each, itself included.
+    """
+    count = split.items
+    share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
+    copies: dict[int, int] = {}
+    first_numbers: dict[Any, int] = {}
+    tokens = 0
+    for number in np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist():
+        rows = split.item(number)
+        if not all(row.supervised for row in rows):
+            continue
+        first = first_numbers.setdefault(tuple((row.ids, tuple(row.labels), row.side) for row in rows), number)
+        if first == number:
+            tokens += sum(len(row.ids) for row in rows)
+            limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
+            if len(copies) == _MOST_ROWS or tokens > limit:
+                break
+        copies[first] = copies.get(first, 0) + 1
+    return dict(sorted(copies.items()))
