@@ -205,7 +205,7 @@ def test_the_losses_are_the_same_bits_in_any_number_of_processes(name: str) -> N
         one = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], SINGLE_PROCESS)
         own: list[list[Any]] = []
         for rank in (2, 1):
-            with pytest.raises(ValueError, match="zip"):  # as the others' losses are missing yet
+            with pytest.raises((ValueError, IndexError)):  # as the others' losses are missing yet
                 scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(rank, own))
         several = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(0, own))
     assert (several.nats == one.nats).all() and (several.tokens == one.tokens).all()

@@ -487,7 +487,7 @@ def test_memory_that_is_short_shows_at_once(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """One long row among short ones needs too much memory: that shows at the first step, wherever the row is."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
+    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 2000, "completion": "b"}]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -513,17 +513,17 @@ def test_memory_that_is_short_for_an_evaluation(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """It shows before the first step too, and is not blamed on a batch of training."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=1024).save_pretrained(tmp_path / "wide")
+    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(tmp_path / "wide")
     tokenizer.save_pretrained(tmp_path / "wide")
-    rows = [{"prompt": "a " * 2000, "completion": "b"}] * 8
+    rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
     done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 27)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.MEMORY_EVALUATION, "", "")), line
-    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 8 x 40"), line
-    assert "lower training.per_device_train_batch_size, which evaluations use too" in line
+    assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 1 x 80"), line
+    assert "lower data.max_length" in line
 
 
 # Numbers

@@ -28,11 +28,13 @@ from loratune.errors import Problem, ResourceError
 from loratune.statistics import mean_ratio_interval
 
 
-def compared(differences: Sequence[float], tokens: Sequence[int] = (), **others: Any) -> Gain:
+def compared(
+    differences: Sequence[float], tokens: Sequence[int] = (), copies: Sequence[int] | None = None, **others: Any
+) -> Gain:
     """Of rows by their nats per token, adapter less base; a base loss of 2 in each."""
     counts = tokens or [1] * len(differences)
-    base = RowLosses.of([2.0 * count for count in counts], counts)
-    tuned = RowLosses.of([(2.0 + one) * count for one, count in zip(differences, counts, strict=True)], counts)
+    base = RowLosses.of([2.0 * count for count in counts], counts, copies)
+    tuned = RowLosses.of([(2.0 + one) * count for one, count in zip(differences, counts, strict=True)], counts, copies)
     return Gain.of(base, tuned, "training", **others)
 
 

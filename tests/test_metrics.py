@@ -265,7 +265,7 @@ def test_losses_that_are_not_finite() -> None:
     found = comparison.compare_rows([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
     assert (found.verdict, found.differences["exact_match"].verdict) == (None, "better")
     assert any("rows.jsonl:10" in line for line in found.remarks)
-    values = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["base"]["loss"] is None and values["difference"]["loss"]["value"] is None
     assert wording.verdict(found)
     with pytest.raises(NumericError) as error:
@@ -276,8 +276,8 @@ def test_losses_that_are_not_finite() -> None:
 def test_a_loss_beyond_any_perplexity() -> None:
     found = comparison.compare_rows([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
     assert found.scores["base"].value("perplexity") == math.inf and found.verdict == "better"
-    assert found.as_json()["base"]["perplexity"] is None
-    json.dumps(found.as_json(), allow_nan=False)
+    assert found.to_dict()["base"]["perplexity"] is None
+    json.dumps(found.to_dict(), allow_nan=False)
 
 
 def test_the_difference_of_means_and_of_perplexities() -> None:

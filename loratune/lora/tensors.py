@@ -125,11 +125,11 @@ class Untouched:
     """Parameters of a base that PEFT may change with an adapter, with their values before that.
 
     Attributes:
-        values: Parameter and value.
+        values: Module, name of its parameter, and value.
         refusal: Why the base's output cannot be computed beside the adapter; empty if it can.
     """
 
-    values: tuple[tuple[nn.Parameter, torch.Tensor], ...]
+    values: tuple[tuple[nn.Module, str, torch.Tensor], ...]
     refusal: str = ""
 
     @contextmanager
@@ -146,15 +146,15 @@ class Untouched:
         if self.refusal:
             what = f"the base cannot be compared with this adapter: {self.refusal}"
             raise AdapterError(Problem(Code.ADAPTER_NO_COMPARISON, what, where))
-        changed = [parameter.data for parameter, _ in self.values]
+        changed = [getattr(module, name) for module, name, _ in self.values]
         try:
-            for parameter, value in self.values:
-                parameter.data = value
+            for module, name, value in self.values:
+                setattr(module, name, nn.Parameter(value, requires_grad=False))
             with model.disable_adapter():
                 yield
         finally:
-            for (parameter, _), value in zip(self.values, changed, strict=True):
-                parameter.data = value
+            for (module, name, _), parameter in zip(self.values, changed, strict=True):
+                setattr(module, name, parameter)
 
 
 def untouched(base: nn.Module, config: LoraConfig, changes_base: bool) -> Untouched:
@@ -169,7 +169,7 @@ def untouched(base: nn.Module, config: LoraConfig, changes_base: bool) -> Untouc
         is_changed = changes_base and upstream.is_target(config, path)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_changed and parameter.dim() > 1) or (config.bias != "none" and "bias" in name):
-                values.append((parameter, parameter.detach().clone()))
+                values.append((module, name, parameter.detach().clone()))
     return Untouched(tuple(values))
 
 

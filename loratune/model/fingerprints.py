@@ -72,12 +72,20 @@ class Sampled:
     """A base with a sample of each of its tensors, to check later whether a model built on it still has them."""
 
     def __init__(self, base: PreTrainedModel):
-        self._samples = [(tensor, _sample(tensor)) for _, tensor in _tensors(base)]
+        owners = {
+            id(tensor): (module, name)
+            for module in base.modules()
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        }
+        self._samples = [(*owners[id(tensor)], _sample(tensor)) for _, tensor in _tensors(base)]
 
     def is_in(self, model: torch.nn.Module) -> bool:
-        """Whether all tensors are still parameters or buffers of `model`, with the same values."""
-        present = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-        return all(id(tensor) in present and _sample(tensor) == sample for tensor, sample in self._samples)
+        """Whether all modules with tensors are still modules of `model`, and the tensors have the same values."""
+        present = {id(module) for module in model.modules()}
+        return all(
+            id(module) in present and _sample(getattr(module, name)) == sample
+            for module, name, sample in self._samples
+        )
 
 
 def _settings(config: Any, source: str) -> dict[str, Any]:
