@@ -487,7 +487,9 @@ def test_memory_that_is_short_shows_at_once(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """One long row among short ones needs too much memory: that shows at the first step, wherever the row is."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(tmp_path / "wide")
+    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(
+        tmp_path / "wide"
+    )
     tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 2000, "completion": "b"}]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -513,7 +515,9 @@ def test_memory_that_is_short_for_an_evaluation(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
 ) -> None:
     """It shows before the first step too, and is not blamed on a batch of training."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(tmp_path / "wide")
+    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(
+        tmp_path / "wide"
+    )
     tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -91,12 +91,6 @@ class ScoringLayout:
     pad_id: int
     tokens: int
 
-    @classmethod
-    def of(cls, train: BatchLayout, pad_id: int, tokens: int) -> "ScoringLayout":
-        """That of rows that are batched like training rows. Where training batches are single rows because they cannot
-        be packed, each row is a batch by itself, as the model may compute something else for padded ones."""
-        return cls(train.flat, train.saved, pad_id, tokens if train.flat or train.size > 1 else 0)
-
     def layout(self, items: Items, lengths: NDArray[np.integer[Any]], together: int = 0) -> BatchLayout:
         """Rows, an item by itself. lengths: (rows,). together: as of `BatchLayout`."""
         packing: Packing = "batch" if self.flat else "none"
@@ -215,14 +209,7 @@ class Engine:
     def plan(
         self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], together: int = 0
     ) -> ScoringPass:
-        """A pass over some of the items.
-
-        Args:
-            items: The rows.
-            lengths: (rows,), the tokens of each.
-            copies: Number of an item → how often it occurs.
-            together: As of `BatchLayout`.
-        """
+        """A pass over some items. copies: number of an item → how often it occurs. Others as of `BatchLayout`."""
         layout = ScoringLayout(self.flat, None, self.pad_id, 0).layout(items, lengths, together)
         return self.scoring(layout, [*copies]).plan(items, lengths, copies, together)
 
@@ -261,17 +248,8 @@ class Objective:
         return dataset.rows, 0
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
-        """Prepare an optimizer step.
-
-        Args:
-            model: The model that is trained.
-            batches: The micro-steps that this process takes, as they come from the loader.
-            count: Their supervised tokens over all processes, as Trainer counts them.
-            group: The processes of the run.
-
-        Returns:
-            How many tokens, pairs or answers the step has over all processes.
-        """
+        """Prepare an optimizer step of these micro-steps. Returns how many tokens, pairs or answers it has over all
+        processes. count: supervised tokens of the step, as Trainer counts them."""
         return count
 
     def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
@@ -333,13 +311,8 @@ class Objective:
         return nullcontext()
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
-        """Check that the model is what the objective takes it for before its first step.
-
-        first: makes the first batch, on the CPU.
-
-        Raises:
-            NumericError: It is not.
-        """
+        """Check that the model is what the objective expects before its first step. first: makes the first batch, on
+        the CPU. Raises NumericError: it is not."""
 
     def logged(self) -> dict[str, float]:
         """Further metrics of the last pass over held-out rows, by their names."""

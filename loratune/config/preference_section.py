@@ -7,7 +7,7 @@ from pydantic import Field
 from loratune.config.section import Section
 
 Objective = Literal["sft", "dpo", "orpo", "simpo", "kto"]
-"""What training lowers; see `training.objectives` for the formulas and their papers."""
+"""What training lowers; see `compare.objectives` for the formulas and their papers."""
 
 DEFAULT_BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
 """Objective → its beta where none is set: that of DPO's experiments (arXiv:2305.18290), ORPO's lambda for Mistral

@@ -1,1 +1,1 @@
-"""How well an adapter does: its figures with their intervals, compared with its base or with another adapter."""
+"""The trials of a study, compared on the same held-out rows."""

@@ -83,8 +83,7 @@ class Sampled:
         """Whether all modules with tensors are still modules of `model`, and the tensors have the same values."""
         present = {id(module) for module in model.modules()}
         return all(
-            id(module) in present and _sample(getattr(module, name)) == sample
-            for module, name, sample in self._samples
+            id(module) in present and _sample(getattr(module, name)) == sample for module, name, sample in self._samples
         )
 
 

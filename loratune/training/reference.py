@@ -91,7 +91,9 @@ def compute(
     for name, rows in objective.splits.items():
         if name == "train" and not objective.formula.has_reference and "validation" in layouts:
             continue
-        scoring = ScoringLayout.of(train, pad_id, _PASS_TOKENS)
+        scoring = ScoringLayout(
+            train.flat, train.saved, pad_id, _PASS_TOKENS if train.flat or train.size > 1 else 0
+        )  # single rows, where they cannot be packed, as the model may compute something else for padded ones
         key = _key(reference, rows, scoring)
         found = _known(key, group)
         if found is None:
