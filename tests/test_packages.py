@@ -24,7 +24,6 @@ LEVELS = {
     "adapter": 6, "compare": 6, "memory": 6,
     "training": 7,
     "export": 8,
-    "evaluation": 10,
     "report": 10.5,
     "commands": 11,
     "cli": 12,

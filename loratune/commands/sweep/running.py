@@ -18,6 +18,7 @@ from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
 from loratune.commands.train import Reporter
 from loratune.compare.losses import RowLosses
+from loratune.compare.objectives import KINDS
 from loratune.config import RunConfig, keys, path_keys
 from loratune.console import format_duration, plural
 from loratune.errors import (
@@ -36,7 +37,7 @@ from loratune.model import load
 from loratune.report.study import DONE, WORSE, StudyResults, TrialResult, rank
 from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
-from loratune.training import auto, preflight
+from loratune.training import auto
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.preflight import ValidatedRun
 
@@ -110,9 +111,9 @@ class Request:
     def check(self) -> None:
         """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which
         is tried on a model without weights."""
-        kind = preflight.KINDS[self.run.config.training.objective]
+        kind = KINDS[self.run.config.training.objective]
         others = {run.training.objective for run in self.runs.values()}
-        if wrong := sorted(one for one in others if preflight.KINDS[one] != kind):
+        if wrong := sorted(one for one in others if KINDS[one] != kind):
             what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor judged answers'}"
             raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
         sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}

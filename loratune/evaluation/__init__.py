@@ -1,1 +1,0 @@
-"""The trials of a study, compared on the same held-out rows."""
