@@ -88,9 +88,8 @@ def evaluate(
     rows = _rows(adapter, first, dataset, judging)
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
     scorer = scorer_of(first)
-    found = {}
     with first.without_adapter():
-        found[BASE] = _answers(rows, BASE, first, scorer, count)
+        found = {BASE: _answers(rows, BASE, first, scorer, count)}
     found[ADAPTER] = _answers(rows, ADAPTER, first, scorer, count)
     known: dict[str, Any] = {"computed_by": scorer.engine.computed_by}
     known |= {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
@@ -118,12 +117,17 @@ def evaluate(
         remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
         known["objective"] = rows.formula
     comparison = compare_rows(answered, metric, forgotten, remarks, majority_answers(answered, judging))
+    known |= {"sensitivity": sensitivity, "tasks": task_results, "overlap": overlap.as_json() if overlap else None}
+    known |= {"collapsed": _collapsed(comparison, sensitivity, vocabulary)}
+    return replace(comparison, **known).judged(required)
+
+
+def _collapsed(comparison: Comparison, sensitivity: PromptSensitivity | None, vocabulary: int) -> str:
+    """Why the adapter is not a result of training; see `collapse.reason`."""
     loss, of_base = (comparison.scores[name].metrics[LOSS] or math.nan for name in (ADAPTER, BASE))
     loss = loss if comparison.unit == "token" else math.nan
-    scored = f"these {plural(len(answered), comparison.item)}"
-    known |= {"sensitivity": sensitivity, "tasks": task_results, "overlap": overlap.as_json() if overlap else None}
-    known |= {"collapsed": collapse.reason(sensitivity, scored, loss, of_base, vocabulary)}
-    return replace(comparison, **known).judged(required)
+    scored = f"these {plural(len(comparison.rows), comparison.item)}"
+    return collapse.reason(sensitivity, scored, loss, of_base, vocabulary)
 
 
 def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:

@@ -33,7 +33,7 @@ less memory than training on a single row of a few hundred tokens."""
 WORTH_SHARING = 0.05
 """The share of the tokens from which on shared prefixes are computed once."""
 _SAMPLED_ROWS = 4096
-"""Rows at which is looked to find out what shared prefixes save, at most."""
+"""Rows by which the saving of shared prefixes is estimated, at most."""
 
 Layers = Literal["accelerated", "stock"]
 """What computes a model: the kernels, as far as there are any for it; or the layers of transformers and PEFT."""
@@ -159,7 +159,7 @@ class ScoringPass:
 
 
 class Engine:
-    """Computes the losses of a model with an adapter, and of its base, on rows.
+    """How the losses of a model with an adapter, and of its base, are computed.
 
     Attributes:
         acceleration: Which layers the kernels compute.
@@ -201,8 +201,11 @@ class Engine:
         return ScoringLayout(self.flat, None, self.pad_id, tokens)
 
     def _computes_trees(self) -> bool:
-        if self._trees is None:
-            with self.acceleration.applied(self._model):
+        if self._trees is None and "loss" in self.acceleration.fallbacks:
+            self._trees = False
+        elif self._trees is None:
+            is_applied = isinstance(self._model.get_output_embeddings(), kernels.LossHead)
+            with nullcontext() if is_applied else self.acceleration.applied(self._model):
                 self._trees = kernels.tree_refusal(self._model) is None
         return self._trees
 
@@ -253,16 +256,12 @@ class Objective:
         return count
 
     def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
-        """Take out of a batch what the model is not given, before its forward pass. by_row: whether the loss is wanted
-        row by row, and not summed."""
+        """Take out of a batch what the model is not given, before its forward pass. by_row: no sum over rows."""
         lengths = batch.pop("lengths", None)
         kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
     def total(self, model: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers.
-
-        logits: what the model returned for it.
-        """
+        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers."""
         return next_token_loss(model, logits, labels)
 
     def losses(

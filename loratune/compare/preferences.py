@@ -76,7 +76,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Metric:
+class PreferenceMetric:
     """A share or a mean, with its interval; None where there are too few answers for one."""
 
     value: float
@@ -144,19 +144,19 @@ class PreferenceMetrics:
         return PreferenceMetrics(self.split, self.paired, good, bad)
 
     @property
-    def accuracy(self) -> Metric:
+    def accuracy(self) -> PreferenceMetric:
         """`reward_accuracy`."""
         return _share(self.by_item()[REWARD_ACCURACY][1])
 
     @property
-    def margin(self) -> Metric:
+    def margin(self) -> PreferenceMetric:
         """`reward_margin`."""
         sides = (self.good.rewards - self.bad.rewards,) if self.paired else (self.good.rewards, -self.bad.rewards)
         interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in sides])
-        return Metric(sum(map(_mean, sides)), interval)
+        return PreferenceMetric(sum(map(_mean, sides)), interval)
 
     @property
-    def ranking_accuracy(self) -> Metric:
+    def ranking_accuracy(self) -> PreferenceMetric:
         """`ranking_accuracy`; of pairs."""
         return _share(self.by_item()[RANKING_ACCURACY][1])
 
@@ -230,10 +230,10 @@ def _higher(difference: Values) -> Values:
     return np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
 
 
-def _share(right: Values) -> Metric:
+def _share(right: Values) -> PreferenceMetric:
     if not len(right):
-        return Metric(0.0, None)
-    return Metric(_mean(right), statistics.wilson(float(right.sum()), len(right)))
+        return PreferenceMetric(0.0, None)
+    return PreferenceMetric(_mean(right), statistics.wilson(float(right.sum()), len(right)))
 
 
 def _mean(values: Values) -> float:
