@@ -2,7 +2,7 @@
 
     directory = AdapterDirectory.open(Path("out"))      # verified against its record, without torch
     loaded = loading.load(directory)                    # the base and the adapter, checked to belong together
-    loaded.complete([ids], Sampling(max_new_tokens=64, temperature=0.7, seed=0))
+    loaded.generate(["..."], 64, temperature=0.7, seed=0)   # prompts rendered as in training
     with loaded.without_adapter(): ...                  # the base alone
 
 `loading.load_all` attaches several adapters to one base, and `loading.load_selection` also their weighted sum.
