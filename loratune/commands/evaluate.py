@@ -155,7 +155,7 @@ def _answers(
     rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer, count: ProgressFactory
 ) -> list[ModelAnswer]:
     model.activate()
-    with count(f"answers of {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
+    with count(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
         return rows.answers(name, model, scorer, advance)
 
 
