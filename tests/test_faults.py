@@ -158,7 +158,7 @@ train.trainer.fit = fit_and_be_stopped
 def test_a_signal_in_an_evaluation(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """It is left at the next batch, and the step before it is kept."""
     held = tmp_path / "held.jsonl"
-    held.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 30_000)
+    held.write_text("".join(f'{{"prompt": "{one} and 2 make", "completion": " 3"}}\n' for one in range(30_000)))
     training = {"eval_steps": 1, "save_steps": 1000}
     child = processes.start("train", run_config(data={"validation": str(held)}, training=training))
     until(lambda: "step     1/" in child.said(), child)
