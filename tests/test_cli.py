@@ -125,10 +125,10 @@ def test_a_run_that_needs_torch_imports_it(run_config: Callable[..., Path]) -> N
 @pytest.mark.parametrize(
     "rows, place, code",
     [
-        (None, "", Code.DATA_FILE_NOT_FOUND),
-        ("", "", Code.DATA_NO_ROWS),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD_TYPE),
-        ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_JSON_CUT_OFF),
+        (None, "", Code.DATA_NOT_FOUND),
+        ("", "", Code.DATA_EMPTY),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD),
+        ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_SYNTAX),
     ],
     ids=["missing", "empty", "type", "cut"],
 )

@@ -237,8 +237,8 @@ def test_requirements(adapter: str, rows: str, required: str, met: bool, place: 
         ("text.jsonl", ["--require", "margin>0"], 2, (Code.USAGE_BAD_REQUIREMENT, "text.jsonl", OPTION), "one of loss"),
         ("pairs.jsonl", ["--require", "accuracy>=90"], 2, (Code.USAGE_OUT_OF_RANGE, "", OPTION), "0.9"),
         ("compared.jsonl", ["--require", "margin>0"], 4, (Code.EVALUATE_OVERLAP, "compared.jsonl", OPTION), "in train"),
-        ("*s.jsonl", [], 4, (Code.DATA_PREFERENCES, "pairs.jsonl:1", ""), "only files of that kind"),
-        ("text.jsonl", ["--forgetting", "pairs.jsonl"], 4, (Code.DATA_PREFERENCES, "pairs.jsonl:1", ""), "without"),
+        ("*s.jsonl", [], 4, (Code.DATA_FORMAT, "pairs.jsonl:1", ""), "only files of that kind"),
+        ("text.jsonl", ["--forgetting", "pairs.jsonl"], 4, (Code.DATA_FORMAT, "pairs.jsonl:1", ""), "without"),
     ],
 )  # fmt: skip
 def test_what_is_refused(

@@ -399,7 +399,7 @@ def test_rows_that_are_not_the_old_ones_are_not_replayed(
     settings = {"data": {"train": str(old)}, "training": {"max_steps": 2}, "output_dir": str(first)}
     assert cli("train", run_config("one.yaml", **settings)).code == 0
     path = going_on(lora={"start_from": str(first)}, data={"replay": 0.1}, output_dir=str(tmp_path / "two"))
-    changed = (Code.DATA_REPLAY_CHANGED, str(first), "data.replay")
+    changed = (Code.DATA_REPLAY, str(first), "data.replay")
     write_rows(old, [*OLD_ROWS[:-1], OLD_ROWS[0]])
     check_refused(cli("train", path), 4, changed)
     old.unlink()
@@ -412,7 +412,7 @@ def test_rows_that_are_not_the_old_ones_are_not_replayed(
     (first / "loratune.json").unlink()
     (first / "run.yaml").unlink()
     ran = cli("train", path, "--overwrite")
-    check_refused(ran, 5, (Code.DATA_REPLAY_UNKNOWN, str(first), "data.replay"))
+    check_refused(ran, 5, (Code.DATA_REPLAY, str(first), "data.replay"))
 
 
 def test_an_export_has_no_rows_to_replay(
@@ -425,7 +425,7 @@ def test_an_export_has_no_rows_to_replay(
     assert cli("train", run_config("one.yaml", **settings)).code == 0
     assert cli("export", "--adapter", first, "--to", "peft", "--output", exported).code == 0
     path = going_on(lora={"start_from": str(exported)}, data={"replay": 0.1}, output_dir=str(tmp_path / "two"))
-    check_refused(cli("train", path), 5, (Code.DATA_REPLAY_UNKNOWN, str(exported), "data.replay"))
+    check_refused(cli("train", path), 5, (Code.DATA_REPLAY, str(exported), "data.replay"))
     ran = cli("train", path, "--set", "data.replay=null")
     assert ran.code == 0, ran.err
     assert "not measured: the adapter does not record the rows that it was trained on" in ran.out
@@ -433,7 +433,7 @@ def test_an_export_has_no_rows_to_replay(
 
 def test_rows_that_do_not_fit_are_not_replayed(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     ran = cli("train", going_on(data={"replay": 0.5, "max_length": 12}))
-    check_refused(ran, 2, (Code.DATA_REPLAY_TOO_LONG, "", "data.max_length"))
+    check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
     assert not (tmp_path / "out").exists()
 
 

@@ -213,15 +213,15 @@ def test_rows_without_a_prompt_have_no_match(
 @pytest.mark.parametrize(
     ("rows", "code", "detail"),
     [
-        (None, Code.DATA_FILE_NOT_FOUND, ""),
-        ([], Code.DATA_NO_ROWS, ""),
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], Code.DATA_FIELD_MISSING, ""),
+        (None, Code.DATA_NOT_FOUND, ""),
+        ([], Code.DATA_EMPTY, ""),
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "a"}], Code.DATA_FIELD, ""),
         (
             [chat_row("a", " ")],
-            Code.DATA_NOTHING_TO_LEARN,
+            Code.DATA_EMPTY,
             "(1 row dropped: nothing to learn: the completion is empty (",
         ),
-        ([chat_row("a", "b" * 2000)], Code.DATA_NOTHING_TO_LEARN, "the answer does not fit in max_length 1024"),
+        ([chat_row("a", "b" * 2000)], Code.DATA_EMPTY, "the answer does not fit in max_length 1024"),
     ],
 )
 def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: Code, detail: str) -> None:
@@ -367,8 +367,8 @@ def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: P
     found = json.loads(cli(*evaluate, "builtin").out)["forgetting"]
     assert found["low"] < found["value"] < found["high"]
     (tmp_path / "empty.txt").write_text("\n")
-    check_refused(cli(*evaluate, tmp_path / "empty.txt"), 4, (Code.DATA_NO_ROWS, str(tmp_path / "empty.txt"), ""))
-    check_refused(cli(*evaluate, tmp_path / "no.txt"), 4, (Code.DATA_FILE_NOT_FOUND, str(tmp_path / "no.txt"), ""))
+    check_refused(cli(*evaluate, tmp_path / "empty.txt"), 4, (Code.DATA_EMPTY, str(tmp_path / "empty.txt"), ""))
+    check_refused(cli(*evaluate, tmp_path / "no.txt"), 4, (Code.DATA_NOT_FOUND, str(tmp_path / "no.txt"), ""))
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_columns_of_tables(name: str, tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": ["a", "b"], "completion": COLUMNS[name]}), path)
     with pytest.raises(DataError) as caught:
         count(path)
-    assert (Code.DATA_FIELD_TYPE, f"{path}:row 2", "") in meanings(caught.value)
+    assert (Code.DATA_FIELD, f"{path}:row 2", "") in meanings(caught.value)
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
@@ -76,7 +76,7 @@ def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         count(path)
     ((code, place, _),) = meanings(caught.value)
-    assert code in (Code.DATA_FIELD_TYPE, Code.DATA_SURROGATE) and place == where
+    assert code == Code.DATA_FIELD and place == where
     assert caught.value.problems[0].what.startswith("`completion` ")
 
 
@@ -89,7 +89,7 @@ def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         count(path)
     ((code, place, _),) = meanings(caught.value)
-    assert code in (Code.DATA_FIELD_JSON, Code.DATA_SURROGATE) and place == f"{path}:1"
+    assert code == Code.DATA_FIELD and place == f"{path}:1"
 
 
 def test_rows_with_such_fields_are_trained_on_and_answered(

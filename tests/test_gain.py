@@ -254,7 +254,7 @@ def test_where_unrelated_text_cannot_be_read(
     if why == "full disk":
 
         def fail(*arguments: Any) -> NoReturn:
-            problem = Problem(Code.DATA_CACHE_NOT_WRITTEN, f"{text}No space left on device")
+            problem = Problem(Code.DATA_UNREADABLE, f"{text}No space left on device")
             raise ResourceError(problem)
 
         monkeypatch.setattr(data, "prepare_unrelated_text", fail)

@@ -247,7 +247,7 @@ def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments
     [
         (["--max-new-tokens", 0, "a"], 2, "max-new-tokens"),
         (["--temperature", -1, "a"], 2, "temperature"),
-        (["--input", "absent.jsonl"], 4, f"[{Code.DATA_FILE_NOT_FOUND}]"),
+        (["--input", "absent.jsonl"], 4, f"[{Code.DATA_NOT_FOUND}]"),
         (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
         (["--adapter", "absent", "a"], 2, "[usage.adapter_name]"),
     ],
@@ -311,10 +311,10 @@ def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({"question": "a"}, Code.DATA_NO_QUESTION),
-        ({"prompt": None}, Code.DATA_FIELD_TYPE),
-        ({"messages": []}, Code.DATA_FIELD_TYPE),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_NO_QUESTION),
+        ({"question": "a"}, Code.DATA_FIELD),
+        ({"prompt": None}, Code.DATA_FIELD),
+        ({"messages": []}, Code.DATA_FIELD),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_FIELD),
     ],
 )
 def test_rows_that_ask_nothing(
@@ -490,10 +490,10 @@ def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("stdin", "code", "place"),
     [
-        ("", Code.DATA_NO_ROWS, "stdin"),
-        ('{"prompt": "a"}\n[]\n', Code.DATA_ROW_NOT_OBJECT, "stdin:2"),
-        ('{"prompt": "a"}\n{"prompt"', Code.DATA_JSON_CUT_OFF, "stdin:2"),
-        ('{"prompt": "a"}\n\n{"id": 1}\n', Code.DATA_NO_QUESTION, "stdin:3"),
+        ("", Code.DATA_EMPTY, "stdin"),
+        ('{"prompt": "a"}\n[]\n', Code.DATA_SYNTAX, "stdin:2"),
+        ('{"prompt": "a"}\n{"prompt"', Code.DATA_SYNTAX, "stdin:2"),
+        ('{"prompt": "a"}\n\n{"id": 1}\n', Code.DATA_FIELD, "stdin:3"),
     ],
 )
 def test_stdin_that_is_no_rows(cli: Callable[..., Ran], plain: Path, stdin: str, code: Code, place: str) -> None:

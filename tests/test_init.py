@@ -204,7 +204,7 @@ def test_bases_that_train_would_refuse(
 def test_names_of_fields_in_a_message_are_bounded(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", [{f"k{number}" * 1000: "a" for number in range(1000)}])
     ran = cli("init", "rows.jsonl", "--model", tiny_dir)
-    check_refused(ran, 4, (Code.DATA_FORMAT_UNKNOWN, "rows.jsonl:1", ""))
+    check_refused(ran, 4, (Code.DATA_FORMAT, "rows.jsonl:1", ""))
     assert len(ran.err) < 3000 and "and 980 more" in ran.err
 
 
@@ -223,10 +223,10 @@ WAITS = "training.patience and data.validation"
 ODD = [{"one": "1", "two": "2"}]
 LONG = [{"prompt": "a", "completion": "b" * 600}]
 REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
-    "no format": (ODD, [], 4, Code.DATA_FORMAT_UNKNOWN, "rows.jsonl:1", ""),
-    "no rows": ([], [], 4, Code.DATA_NO_ROWS, "rows.jsonl", ""),
-    "no data": (None, [], 4, Code.DATA_FILE_NOT_FOUND, "rows.jsonl", ""),
-    "answers beyond the model": (LONG, [], 4, Code.DATA_NOTHING_TO_LEARN, "rows.jsonl", ""),
+    "no format": (ODD, [], 4, Code.DATA_FORMAT, "rows.jsonl:1", ""),
+    "no rows": ([], [], 4, Code.DATA_EMPTY, "rows.jsonl", ""),
+    "no data": (None, [], 4, Code.DATA_NOT_FOUND, "rows.jsonl", ""),
+    "answers beyond the model": (LONG, [], 4, Code.DATA_EMPTY, "rows.jsonl", ""),
     "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NOT_FOUND, "./nowhere", "model.name_or_path"),
     "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
     "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
@@ -562,7 +562,7 @@ def test_which_field_has_the_classes(
     if columns is None:
         with pytest.raises(DataError) as caught:
             fields.choose_answer(numbered, text, chat=True)
-        assert meanings(caught.value) == [(Code.DATA_FORMAT_AMBIGUOUS, "rows.jsonl:1", "data.columns")]
+        assert meanings(caught.value) == [(Code.DATA_FORMAT, "rows.jsonl:1", "data.columns")]
         assert "--set data.format=text" in str(caught.value)
         return
     choice = fields.choose_answer(numbered, text, chat=True)
@@ -610,7 +610,7 @@ def test_the_user_decides_between_answers(cli: Cli, tiny_dir: Path, here: Path) 
     """The message has the options to choose from; that of the text alone, e.g., is one."""
     write_rows(here / "rows.jsonl", renamed(classified(**URGENT), text="ticket"))
     ran = cli("init", "rows.jsonl", "--model", tiny_dir)
-    check_refused(ran, 4, (Code.DATA_FORMAT_AMBIGUOUS, "rows.jsonl:1", "data.columns"))
+    check_refused(ran, 4, (Code.DATA_FORMAT, "rows.jsonl:1", "data.columns"))
     options = shlex.split(ran.err.partition("say which: ")[2].replace(", or ", " ").replace("; or the text alone:", ""))
     assert options == [
         "--set", "data.columns={instruction: ticket, output: kind}",

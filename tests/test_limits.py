@@ -38,7 +38,7 @@ def test_a_template_for_which_memory_is_too_small_refuses_the_row(tokenizer: Pre
     template = LOOP + "{{ m.content }}{% if m.content == 'aaaa' %}{{ ('a' * 10 ** 16)|length }}{% endif %}{% endfor %}"
     with pytest.raises(DataError) as caught:
         Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
-    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:3", "")]
+    assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_templates_reach_nothing_of_python(template: str, tokenizer: PreTrainedT
     once = f"{LOOP}{{{{ m.content }}}}{{% if m.content == 'aaaa' %}}{template}{{% endif %}}{{% endfor %}}"
     with pytest.raises(DataError, match="the chat template refuses these messages") as caught:
         Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
-    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:3", "")]
+    assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
 
 
 def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -68,10 +68,10 @@ def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) 
     rows = [Plain("rows:1", "a", "b"), Plain("rows:2", "c", "a" * 40 + "b")]
     with pytest.raises(DataError, match=r"retry-limit-in-match over") as caught:
         renderer.rows(rows)
-    assert meanings(caught.value) == [(Code.TOKENIZER_FAILS_ON_ROW, "rows:2", "")]
+    assert meanings(caught.value) == [(Code.TOKENIZER_UNUSABLE, "rows:2", "")]
     with pytest.raises(DataError) as caught:
         renderer.prompt("a" * 40 + "b", "asked:1")
-    assert meanings(caught.value) == [(Code.TOKENIZER_FAILS_ON_ROW, "asked:1", "")]
+    assert meanings(caught.value) == [(Code.TOKENIZER_UNUSABLE, "asked:1", "")]
     assert len(renderer.rows(rows[:1])) == 1
 
 
@@ -108,13 +108,13 @@ def test_a_row_with_a_token_beyond_the_embedding(
         "b.yaml", model={"name_or_path": str(path)}, data={"train": str(rows)}, output_dir=str(path / "b")
     )
     done = cli("train", other)
-    check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, f"{rows}:2", ""))
+    check_refused(done, 3, (Code.TOKENIZER_UNUSABLE, f"{rows}:2", ""))
     assert message in done.err
     done = cli("generate", "--adapter", tmp_path / "out", "a <more5>")
-    check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, "", ""))
+    check_refused(done, 3, (Code.TOKENIZER_UNUSABLE, "", ""))
     assert message in done.err
     done = cli("evaluate", "--adapter", tmp_path / "out", "--data", rows)
-    check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, f"{rows}:2", ""))
+    check_refused(done, 3, (Code.TOKENIZER_UNUSABLE, f"{rows}:2", ""))
     assert message in done.err
 
 
@@ -125,7 +125,7 @@ def test_a_token_beyond_the_embedding_is_reported_once(larger: Callable[..., Pat
         renderer.rows([*rows, Plain("rows:13", "", "<more4>")])
     first, second = caught.value.problems
     assert meanings(caught.value) == [
-        (Code.TOKENIZER_ID_BEYOND_MODEL, "rows:1", ""), (Code.TOKENIZER_ID_BEYOND_MODEL, "rows:13", "")
+        (Code.TOKENIZER_UNUSABLE, "rows:1", ""), (Code.TOKENIZER_UNUSABLE, "rows:13", "")
     ]  # fmt: skip
     assert first.what.startswith("the token '<more5>'") and first.what.endswith("; 11 more rows have it")
     assert second.what.startswith("the token '<more4>'") and second.what.endswith("has 267 tokens")
@@ -137,7 +137,7 @@ def test_a_special_token_beyond_the_embedding(
 ) -> None:
     path = larger(**{name: "<more5>"})
     done = cli("train", run_config(model={"name_or_path": str(path)}))
-    check_refused(done, 3, (Code.TOKENIZER_ID_BEYOND_MODEL, str(path), ""))
+    check_refused(done, 3, (Code.TOKENIZER_UNUSABLE, str(path), ""))
     assert "the token '<more5>' has the id 266, but the model has 264 embeddings" in done.err
 
 
@@ -152,7 +152,7 @@ def test_a_tokenizer_that_gives_up_on_any_text(
     definition["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, definition["pre_tokenizer"]]}
     (path / "tokenizer.json").write_text(json.dumps(definition))
     done = cli("train", run_config(model={"name_or_path": str(path)}))
-    check_refused(done, 3, (Code.TOKENIZER_FAILS, str(path), ""))
+    check_refused(done, 3, (Code.TOKENIZER_UNUSABLE, str(path), ""))
     assert "the tokenizer fails: Onig" in done.err and "Traceback" not in done.err
 
 

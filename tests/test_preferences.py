@@ -40,7 +40,7 @@ HELD_OUT = [
     {"prompt": f"{number} and {number} make", "chosen": f" {2 * number}", "rejected": f" {2 * number + 3} or so"}
     for number in range(40, 52)
 ]
-JUDGED = [
+UNPAIRED = [
     {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
     for pair in PAIRS
     for side in ("chosen", "rejected")
@@ -51,7 +51,7 @@ STEPS: dict[str, Any] = {
 
 
 def config(run_config: MakeConfig, folder: Path, objective: str = "dpo", **sections: Any) -> Path:
-    rows = JUDGED if objective == "kto" else PAIRS
+    rows = UNPAIRED if objective == "kto" else PAIRS
     data: dict[str, Any] = {"train": str(write_rows(folder / "compared.jsonl", rows))}
     if objective != "kto":
         data["validation"] = str(write_rows(folder / "held-out.jsonl", HELD_OUT))
@@ -98,9 +98,7 @@ def test_what_is_dropped_is_named(cli: Cli, run_config: MakeConfig, tmp_path: Pa
     cells = next(words for line in ran.out.splitlines() if (words := line.split())[:1] == ["train"])
     assert cells[1:4] == ["28", "0", "4"]
     write_rows(tmp_path / "compared.jsonl", bad)
-    check_refused(
-        cli("train", path, "--dry-run"), 4, (Code.DATA_NOTHING_TO_LEARN, str(tmp_path / "compared.jsonl"), "")
-    )
+    check_refused(cli("train", path, "--dry-run"), 4, (Code.DATA_EMPTY, str(tmp_path / "compared.jsonl"), ""))
 
 
 def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -116,13 +114,13 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
     ("objective", "rows", "fix"),
     [
         ("sft", PAIRS, "data.columns to {completion: chosen}"),
-        ("sft", JUDGED, "data.format to prompt_completion"),
+        ("sft", UNPAIRED, "data.format to prompt_completion"),
         ("sft", [{"instruction": "a", "output": "b", "kto_tag": True}], "data.format to alpaca"),
         ("sft", [{"instruction": "a", "output": "b", "kto_tag": 0}], "data.format to alpaca"),
         ("sft", [{"instruction": "a", "output": "b", "label": 3, "kto_tag": "false"}], "data.format to alpaca"),
         ("sft", [{"prompt": "a", "completion": "b", "label": "False"}], "data.format to prompt_completion"),
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
-        ("dpo", JUDGED, "training.objective to kto"),
+        ("dpo", UNPAIRED, "training.objective to kto"),
         ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are preference pairs"),
         ("kto", [{"prompt": "a", "completion": "b"}], "give rows that are unpaired preferences"),
         ("kto", [{"prompt": "a", "completion": "b", "label": 1}], "set data.format to unpaired_preference"),
@@ -134,7 +132,7 @@ def test_rows_that_are_not_those_of_the_objective(
     path = config(run_config, tmp_path, objective, data={"validation": None}, training={"eval_steps": None})
     write_rows(tmp_path / "compared.jsonl", rows)
     ran = cli("train", path)
-    check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:1", "training.objective"))
+    check_refused(ran, 4, (Code.DATA_FORMAT, f"{tmp_path / 'compared.jsonl'}:1", "training.objective"))
     assert fix in ran.err
 
 
@@ -149,7 +147,7 @@ def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: M
     path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
     write_rows(tmp_path / "compared.jsonl", [first, LATER[1]])
     ran = cli("train", path)
-    check_refused(ran, 4, (Code.DATA_PREFERENCES, f"{tmp_path / 'compared.jsonl'}:2", ""))
+    check_refused(ran, 4, (Code.DATA_FORMAT, f"{tmp_path / 'compared.jsonl'}:2", ""))
     assert "`label` says whether the answer is desirable" in ran.err and "data.format to prompt_completion" in ran.err
     assert cli("train", path, "--dry-run", "--set", "data.format=prompt_completion").code == 0
 
@@ -312,7 +310,7 @@ def test_packing(changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_
 
 def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Each row has a partner with another prompt, the same in every process; a prompt that is too long is cut."""
-    path = write_rows(tmp_path / "compared.jsonl", JUDGED)
+    path = write_rows(tmp_path / "compared.jsonl", UNPAIRED)
     section = DataSection.model_validate({"train": str(path)})
     split = data.read_datasets(section, 0).train
     dataset = data.prepare(split, Renderer(tokenizer), section, 264)
@@ -445,7 +443,7 @@ def test_how_many_answers_are_good(cli: Cli, run_config: MakeConfig, tmp_path: P
     path = config(run_config, tmp_path, "kto", data={"validation": None}, training={"eval_steps": None})
     ran = cli("train", path, "--dry-run")
     assert ran.code == 0 and "24 of the answers are desirable, 24 undesirable\n" in ran.err + ran.out
-    write_rows(tmp_path / "compared.jsonl", JUDGED[::2])
+    write_rows(tmp_path / "compared.jsonl", UNPAIRED[::2])
     ran = cli("train", path, "--dry-run")
     told = "24 of the answers are desirable, 0 undesirable: bad answers are shown by none of them\n"
     assert ran.code == 0 and told in ran.err + ran.out
@@ -485,7 +483,7 @@ def test_a_resumed_run_has_the_same_bytes(
 
 
 def test_init_proposes_the_objective(cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:
-    for rows, objective in ((PAIRS * 4, "dpo"), (JUDGED * 2, "kto")):
+    for rows, objective in ((PAIRS * 4, "dpo"), (UNPAIRED * 2, "kto")):
         output = tmp_path / f"{objective}.yaml"
         ran = cli("init", write_rows(tmp_path / "compared.jsonl", rows), "--model", tiny_dir, "--output", output)
         assert ran.code == 0, ran.err

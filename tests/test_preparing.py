@@ -120,7 +120,7 @@ def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", 1)
     with pytest.raises(DataError) as caught:
         checked(str(path), validation=0.5)
-    assert meanings(caught.value) == [(Code.DATA_EMPTY_TRAIN_SPLIT, "", "data.validation")]
+    assert meanings(caught.value) == [(Code.DATA_EMPTY, "", "data.validation")]
     assert "0.5 of 1 rows" in str(caught.value)
 
 
@@ -129,7 +129,7 @@ def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, *rows])
     with pytest.raises(DataError) as caught:
         checked(str(path))
-    assert meanings(caught.value) == [(Code.DATA_FIELD_TYPE, f"{path}:2", "")]
+    assert meanings(caught.value) == [(Code.DATA_FIELD, f"{path}:2", "")]
     assert "(and at least 9 more rows: 3, 4, 5, 6, 7, 8, 9, 10, 11)" in str(caught.value)  # these may not be all
 
 
@@ -147,7 +147,7 @@ def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(DataError) as caught:
         checked([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
-    assert meanings(caught.value) == [(Code.DATA_NO_ROWS, str(tmp_path / "b.jsonl"), "")]
+    assert meanings(caught.value) == [(Code.DATA_EMPTY, str(tmp_path / "b.jsonl"), "")]
     assert len(checked(str(tmp_path)).train) == 2  # of a directory, some file has rows
 
 
@@ -214,7 +214,7 @@ def test_a_report_survives_json() -> None:
     report.lengths[4] = 2
     for line in range(5):
         report.drop("why", f"rows:{line}")
-        report.drop_invalid(Problem(Code.DATA_JSON, "bad", f"rows:{line}"))
+        report.drop_invalid(Problem(Code.DATA_SYNTAX, "bad", f"rows:{line}"))
     again = Report.from_json(json.loads(json.dumps(report.as_json())))
     assert again == report
     assert again.dropped["why"] == RowTally(5, ["rows:0", "rows:1", "rows:2"])
@@ -260,7 +260,7 @@ def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
     assert len(prepared(renderer, path, max_length=9, truncation="error").rows) == 2
     with pytest.raises(DataError, match=r"the row has 9 tokens, more than data.max_length 8 ") as caught:
         prepared(renderer, path, max_length=8, truncation="error")
-    assert meanings(caught.value) == [(Code.DATA_ROW_TOO_LONG, f"{path}:2", "")]
+    assert meanings(caught.value) == [(Code.DATA_TOO_LONG, f"{path}:2", "")]
 
 
 def test_nothing_left_says_what_would_do(
@@ -270,7 +270,7 @@ def test_nothing_left_says_what_would_do(
     path = write_rows(tmp_path / "r.jsonl", rows)
     config = run_config(data={"train": str(path), "max_length": 8})
     ran = cli("train", config, "--set", "model.name_or_path=" + str(without_weights(config)))
-    check_refused(ran, 4, (Code.DATA_NOTHING_TO_LEARN, str(path), ""))
+    check_refused(ran, 4, (Code.DATA_EMPTY, str(path), ""))
     assert "(1 row dropped: " in ran.err and f"the answer does not fit in max_length 8 ({path}:1)" in ran.err
     assert ran.err.strip().endswith("raise data.max_length to 11")
     assert cli("train", config, "--set", "data.max_length=11", "--set", "data.max_dropped=1", "--dry-run").code == 0
@@ -522,7 +522,7 @@ def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer,
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError) as caught:
         prepared(renderer, path, max_length=8, truncation="error")
-    assert {code for code, _, _ in meanings(caught.value)} == {Code.DATA_ROW_TOO_LONG}
+    assert {code for code, _, _ in meanings(caught.value)} == {Code.DATA_TOO_LONG}
     assert entries(cache) == []
 
 
@@ -582,7 +582,7 @@ def test_no_disk_space_for_the_rows(run_config: Callable[..., Path], tmp_path: P
     assert code == 8, stderr
     (line,) = Ran(8, "", stderr).errors
     entry = tmp_path / "cache" / "loratune"
-    assert is_problem(line, (Code.DATA_CACHE_NOT_WRITTEN, "", "")) and line.startswith(f"{entry}{os.sep}")
+    assert is_problem(line, (Code.DATA_UNREADABLE, "", "")) and line.startswith(f"{entry}{os.sep}")
     assert "HF_DATASETS_CACHE" in line
     assert entries(tmp_path / "cache" / "loratune") == []
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

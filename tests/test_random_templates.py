@@ -277,23 +277,23 @@ def test_what_closes_an_answer(
         (
             f"{{% for m in messages|reverse %}}{USER}{{{{ m.content }}}}{END}{{% endif %}}{{% endfor %}}"
             "{% if add_generation_prompt %}<assistant>{% endif %}",
-            Code.TEMPLATE_HIDES_ANSWER,
+            Code.TEMPLATE_ANSWER,
             "message 2 (assistant)",
         ),
         (
             f"{{{{ messages|length }}}}{FOR}{USER}{{{{ m.content }}}}{END}{{% endif %}}{{% endfor %}}"
             "{% if add_generation_prompt %}<|assistant|><assistant>{% endif %}",
-            Code.TEMPLATE_PROMPT_DIFFERS,
+            Code.TEMPLATE_ANSWER,
             "ends the prompt in '<assistant>', which it does not write in the answer of message 2",
         ),
         (
             f"{FOR}{USER}{{{{ m.content|upper }}}}{END}{{% endif %}}{{% endfor %}}{ASK}",
-            Code.TEMPLATE_HIDES_ANSWER,
+            Code.TEMPLATE_ANSWER,
             "message 2",
         ),
         (
             f"{FOR}{USER}{{{{ m.content[:2] }}}}{END}{{% endif %}}{{% endfor %}}{ASK}",
-            Code.TEMPLATE_HIDES_ANSWER,
+            Code.TEMPLATE_ANSWER,
             "message 2",
         ),
     ],

@@ -176,7 +176,7 @@ def test_a_conversation_may_begin_with_an_answer(real: Any) -> None:
     try:
         row = Renderer(real).row(Conversation("rows:1", messages))
     except DataError as error:  # Gemma's template insists on a user's turn
-        assert meanings(error) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:1", "")]
+        assert meanings(error) == [(Code.TEMPLATE_INVALID, "rows:1", "")]
         assert "Conversation roles must" in str(error)
         return
     first, second = supervised(real, row)
@@ -432,13 +432,13 @@ def changed(tokenizer: PreTrainedTokenizerFast, **changes: Any) -> PreTrainedTok
 
 CHAT = Conversation("rows:1", (turn("user", "a"), turn("assistant", "b")))
 FOR = "{% for m in messages %}"
-HIDDEN = (Code.TEMPLATE_HIDES_ANSWER, "data.chat_template", "message 2 (assistant)")
+HIDDEN = (Code.TEMPLATE_ANSWER, "data.chat_template", "message 2 (assistant)")
 
 
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        ("{{ raise_exception('roles must alternate') }}", (Code.TEMPLATE_REFUSES_MESSAGES, "", "roles must alternate")),
+        ("{{ raise_exception('roles must alternate') }}", (Code.TEMPLATE_INVALID, "", "roles must alternate")),
         (FOR + "{{ m.role }}{% endfor %}", HIDDEN),
         (FOR + "{{ m.content | upper }}{% endfor %}", HIDDEN),
         (FOR + "{% if loop.last %}{{ m.content }}{% endif %}{% endfor %}?", None),
@@ -476,7 +476,7 @@ def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, t
     for work in (lambda: renderer.row(CHAT), lambda: renderer.prompt(CHAT.messages[:1])):
         with pytest.raises(ModelError) as caught:
             work()
-        assert meanings(caught.value) == [(Code.TEMPLATE_NOT_JINJA, "", "data.chat_template")]
+        assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "", "data.chat_template")]
         assert caught.value.problems[0].what == f"the chat template is not a Jinja template: {reason}"
     assert supervised(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
@@ -495,7 +495,7 @@ def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> N
     renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
-    assert meanings(caught.value) == [(Code.TEMPLATE_REFUSES_MESSAGES, "rows:1", "")]
+    assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:1", "")]
     assert " (and at least 11 more rows: 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in str(caught.value)
 
 
@@ -504,8 +504,8 @@ def test_tools_that_the_template_leaves_out_are_said_once(tokenizer: PreTrainedT
     rows = [Conversation(f"{file}:{number}", CHAT.messages, tools=(tool,)) for file in "ab" for number in range(1, 6)]
     with pytest.raises(DataError) as caught:
         Renderer(tokenizer).rows(rows)
-    code, key = Code.TEMPLATE_OMITS_TOOLS, "data.chat_template"
-    assert meanings(caught.value) == [(code, "a:1", key), (code, "b:1", key), (Code.DATA_MORE_PROBLEMS, "", "")]
+    code, key = Code.TEMPLATE_OMITS, "data.chat_template"
+    assert meanings(caught.value) == [(code, "a:1", key), (code, "b:1", key), (Code.MORE_PROBLEMS, "", "")]
     first = caught.value.problems[0]
     assert first.what.endswith("`tools` of the row (and at least 4 more rows: 2, 3, 4, 5)")
     assert first.fix == "set data.chat_template to a template that renders tools, or take `tools` out of the rows"
@@ -520,4 +520,4 @@ def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError) as caught:
         Renderer(changed(tokenizer, eos_token=None))
-    assert meanings(caught.value) == [(Code.TOKENIZER_NO_EOS, "", "")]
+    assert meanings(caught.value) == [(Code.TOKENIZER_UNUSABLE, "", "")]

@@ -113,7 +113,7 @@ def test_nothing_in_common(file: Path, rows: Rows, fraction: float, seed: int) -
     try:
         train, held_out, _ = divided(file, rows, fraction, seed, **grouped)
     except DataError as error:
-        assert meanings(error) == [(Code.DATA_EMPTY_TRAIN_SPLIT, "", "data.validation")]
+        assert meanings(error) == [(Code.DATA_EMPTY, "", "data.validation")]
         assert components(rows, links) == 1 or count == len(rows)
         return
     sides = [{link for row in side for link in links(row)} for side in (train, held_out)]
@@ -209,14 +209,14 @@ def test_each_label_has_its_share(file: Path, fraction: float) -> None:
 def test_no_row_has_the_field(file: Path, rows: Rows, group_by: str, said: str) -> None:
     with pytest.raises(DataError) as caught:
         divided(file, rows, 0.1, group_by=group_by)
-    assert meanings(caught.value) == [(Code.DATA_GROUP_MISSING, str(file), "data.group_by")]
+    assert meanings(caught.value) == [(Code.DATA_FORMAT, str(file), "data.group_by")]
     assert said in str(caught.value)
 
 
 def test_one_group_leaves_nothing(run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     rows = write_rows(tmp_path / "one.jsonl", [row | {"doc": "a"} for row in ROWS])
     ran = cli("train", run_config(data={"train": str(rows), "validation": 0.1, "group_by": "doc"}), "--dry-run")
-    check_refused(ran, 4, (Code.DATA_EMPTY_TRAIN_SPLIT, "", "data.validation"))
+    check_refused(ran, 4, (Code.DATA_EMPTY, "", "data.validation"))
     assert "rows with the same `doc` stay together" in ran.err
 
 
@@ -282,7 +282,7 @@ def test_a_value_that_cannot_be_read(file: Path) -> None:
     file.write_text('{"text": "a", "x": 1}\n{"text": "b", "x": ' + "1" * 5000 + "}\n")
     with pytest.raises(DataError) as caught:
         data.read_datasets(DataSection.model_validate({"train": str(file), "validation": 0.5, "group_by": "x"}), 0)
-    assert meanings(caught.value) == [(Code.DATA_FIELD_TYPE, f"{file}:2", "")]
+    assert meanings(caught.value) == [(Code.DATA_FIELD, f"{file}:2", "")]
 
 
 @pytest.mark.parametrize(

@@ -149,11 +149,11 @@ REASONING, CALLS = {"reasoning beside"}, {"tools", "a call of a tool"}
 def refusal(name: str, chat: str) -> tuple[Code, str, str] | None:
     """Code, key and a detail of the error where a template cannot show a conversation."""
     if chat in REASONING and name not in THINKERS:
-        return Code.TEMPLATE_OMITS_REASONING, KEY, "message 4 (assistant)"
+        return Code.TEMPLATE_OMITS, KEY, "message 4 (assistant)"
     if chat == "tools" and name.startswith("Gemma"):
-        return Code.TEMPLATE_REFUSES_MESSAGES, "", "Conversation roles must alternate"
+        return Code.TEMPLATE_INVALID, "", "Conversation roles must alternate"
     if chat in CALLS and name not in CALLERS:
-        return Code.TEMPLATE_OMITS_TOOLS, KEY, "`tools`"
+        return Code.TEMPLATE_OMITS, KEY, "`tools`"
     return None
 
 

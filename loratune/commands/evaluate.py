@@ -32,7 +32,7 @@ from loratune.compare.results import ADAPTER, AGAINST, BASE, LOSS, ComparedRow, 
 from loratune.compare.tasks import TaskResults
 from loratune.console import plural
 from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
-from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
 from loratune.lora import attach
@@ -140,7 +140,7 @@ def _rows(
 ) -> RowAnswers | PreferenceAnswers:
     if dataset.together == 1 and not dataset.judged:
         return RowAnswers(loaded, dataset, judging)
-    formula = formula_for(adapter.run, JUDGED if dataset.judged else PAIRS)
+    formula = formula_for(adapter.run, UNPAIRED if dataset.judged else PAIRS)
     return PreferenceAnswers(formula, loaded, dataset, adapter.run.training.seed if adapter.run is not None else 0)
 
 

@@ -16,7 +16,7 @@ from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, DataSection, Draft, RunConfig
 from loratune.data import DatasetSplit, ProgressFactory, RawDatasets, fields
 from loratune.data.fields import Classes, ColumnChoice
-from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.holding_out import random_mask
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
@@ -33,7 +33,7 @@ MOST_ROWS = 20_000
 """Rows that are tokenized; of more, so many are drawn."""
 _LABEL_TOKENS = 16
 """Supervised tokens that a label has at most, in the median."""
-_OBJECTIVES = {None: "sft", PAIRS: "dpo", JUDGED: "kto"}
+_OBJECTIVES = {None: "sft", PAIRS: "dpo", UNPAIRED: "kto"}
 """What rows are → the objective that is proposed for them."""
 _BATCH = 8
 """Rows of a batch whose prefixes are compared: the batch is chosen later, and much larger ones save hardly more."""

@@ -33,12 +33,12 @@ from torch.nn.functional import logsigmoid
 
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
 from loratune.data import TokenizedDataset
-from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.rendering import TokenizedRow
 
 Values = NDArray[np.float64]
 
-KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": JUDGED}
+KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
 """Objective → the kind of rows that it trains on; None for rows with one answer."""
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
@@ -175,7 +175,7 @@ class Formula:
 
 def formula_for(run: RunConfig | None, kind: str) -> Formula:
     """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
-    rows, DPO or KTO. kind: `PAIRS` or `JUDGED`."""
+    rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
     trained = formula_of(run)
     if trained is not None and KINDS[trained.name] == kind:
         return trained

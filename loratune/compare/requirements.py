@@ -30,7 +30,7 @@ from loratune.compare.results import (
 from loratune.compare.tasks import TaskMetric, TaskResults
 from loratune.config.yaml_reader import number
 from loratune.data import DatasetSplit
-from loratune.data.formats import JUDGED, PAIRS
+from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.row_hashes import Overlap
 from loratune.errors import ConfigError, DataError, Problem, RequirementError
 from loratune.statistics import Interval
@@ -48,7 +48,7 @@ _NAMES = 12
 FORGETTING, _INVALID_JSON = "forgetting", "invalid_json"
 _OF_ROWS = (LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY)
 """The metrics of rows that have one answer, besides those of --metric."""
-_OF_COMPARED = {kind: (LOSS, *preferences.metrics_of(paired=kind == PAIRS), FORGETTING) for kind in (PAIRS, JUDGED)}
+_OF_COMPARED = {kind: (LOSS, *preferences.metrics_of(paired=kind == PAIRS), FORGETTING) for kind in (PAIRS, UNPAIRED)}
 """Kind of preference rows → their metrics."""
 _SHORT = {"accuracy": REWARD_ACCURACY, "margin": REWARD_MARGIN}
 """Short names of metrics of preferences."""

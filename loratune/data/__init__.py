@@ -23,10 +23,9 @@ from loratune.data.formats import (
     Preference,
     PreferencePair,
     Single,
-    preferences,
+    drop_reason,
     sides,
 )
-from loratune.data.formats.examples import no_loss_reason
 from loratune.data.rendering import (
     CHOSEN,
     DESIRABLE,
@@ -257,7 +256,7 @@ class _ExampleTokenizer:
             return self._tokenize(examples)
         except DataError as error:
             problem = error.problems[0]
-            if self.section.invalid_rows == "error" or problem.code == Code.DATA_ROW_TOO_LONG:
+            if self.section.invalid_rows == "error" or problem.code == Code.DATA_TOO_LONG:
                 raise
         if len(examples) == 1:
             report = Report(rows=1)
@@ -272,7 +271,7 @@ class _ExampleTokenizer:
         report, kept = Report(rows=len(examples)), list[Example]()
         loss_on = self.section.loss_on
         for example in examples:
-            if reason := _drop_reason(example, loss_on):
+            if reason := drop_reason(example, loss_on):
                 report.drop(reason, example.where)
                 continue
             kept.append(example)
@@ -320,7 +319,7 @@ class _ExampleTokenizer:
         if section.truncation == "error":
             what = f"the row has {longest} tokens, more than data.max_length {section.max_length}"
             fix = "raise data.max_length, or set data.truncation to keep_completion or drop"
-            raise DataError(Problem(Code.DATA_ROW_TOO_LONG, what, whole[0].where, fix=fix))
+            raise DataError(Problem(Code.DATA_TOO_LONG, what, whole[0].where, fix=fix))
         if section.truncation == "drop":
             return None
         if whole[0].side:
@@ -340,14 +339,6 @@ class _ExampleTokenizer:
             raise DataError(reported(problems))
 
 
-def _drop_reason(example: Example, loss_on: str) -> str | None:
-    """Returns why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
-    if isinstance(example, Preference):
-        return preferences.drop_reason(example)
-    reason = no_loss_reason(example, loss_on)
-    return f"nothing to learn: {reason}" if reason else None
-
-
 def _sides_of(example: Preference) -> tuple[int, ...]:
     """Returns what the rows of a preference are, as `TokenizedRow.side`."""
     if isinstance(example, PreferencePair):
@@ -361,7 +352,7 @@ def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> 
     if not report.supervised:
         what = f"no row has anything to learn ({reasons})"
         fix = f"raise data.max_length to {report.longest}" if report.longest > section.max_length else ""
-        raise DataError(Problem(Code.DATA_NOTHING_TO_LEARN, what, split.source, fix=fix))
+        raise DataError(Problem(Code.DATA_EMPTY, what, split.source, fix=fix))
     share = report.dropped_rows / report.rows
     if share > section.max_dropped:
         what = f"{share:.0%} of the {split.name} rows would be dropped ({reasons})"

@@ -10,8 +10,7 @@ from typing import Any
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.config.keys import assignment, yaml_flow
-from loratune.data.formats import FORMATS, Conversation, Example, Plain, completion_key
-from loratune.data.formats.examples import quote
+from loratune.data.formats import FORMATS, Conversation, Example, Plain, completion_key, quote
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
 from loratune.data.row_index import ProgressFactory
@@ -95,8 +94,8 @@ def read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[R
 def _columns_for(error: DataError, section: DataSection, watch: ProgressFactory, *, chat: bool) -> ColumnChoice:
     """Columns for rows whose fields fit no format, as an error says. Raises it if there are none."""
     problem = error.problems[0]
-    unread = problem.code == Code.DATA_NO_QUESTION and problem.key == "data.columns"
-    if section.columns or not (unread or problem.code == Code.DATA_FORMAT_UNKNOWN):
+    unread = problem.key == "data.columns"
+    if section.columns or problem.code != Code.DATA_FORMAT or problem.key not in ("", "data.columns"):
         raise error
     rows = (row for part in open_source(section.train_sources[0]) for row in part.rows())
     columns = propose_columns(next(row.values for row in rows if isinstance(row, Row)), chat=chat)
@@ -261,7 +260,7 @@ def choose_answer(rows: Iterable[Row], text: str, *, chat: bool) -> ColumnChoice
     if len(found) > 1:
         fix = f"say which: {', or '.join(map(option, found))}; or the text alone: {text_only}"
         what = f"each of {quote(found)} may be the answer to `{text}`"
-        raise DataError(Problem(Code.DATA_FORMAT_AMBIGUOUS, what, first, "data.columns", fix))
+        raise DataError(Problem(Code.DATA_FORMAT, what, first, "data.columns", fix))
     (answer,) = found
     why = f"{described(answer)}: the classes of `{text}`"
     why = f"`{answer}` has the answers by its name" if answer in named else why

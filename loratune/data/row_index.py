@@ -17,8 +17,16 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import Example, Parser, RowError, completion_key, content_key, group_key, prompt_key
-from loratune.data.formats.examples import quote
+from loratune.data.formats import (
+    Example,
+    Parser,
+    RowError,
+    completion_key,
+    content_key,
+    group_key,
+    prompt_key,
+    quote,
+)
 from loratune.data.report import Report
 from loratune.data.sources import (
     MAX_PROBLEMS,
@@ -154,7 +162,7 @@ class RowIndex:
 
 def _changed_error(file: IndexedFile) -> DataError:
     what, fix = "the file has changed while it was being read", "start again"
-    return DataError(Problem(Code.DATA_FILE_CHANGED, what, file.source.name, fix=fix))
+    return DataError(Problem(Code.DATA_UNREADABLE, what, file.source.name, fix=fix))
 
 
 def index_rows(
@@ -197,7 +205,7 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
         what = f"no row has a field `{name}`; the fields are {quote(names)}"
         near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`?" if near else fix
-    return DataError(Problem(Code.DATA_GROUP_MISSING, what, files[0].source.name, "data.group_by", fix))
+    return DataError(Problem(Code.DATA_FORMAT, what, files[0].source.name, "data.group_by", fix))
 
 
 def _index_file(

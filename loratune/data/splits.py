@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import CHAT_FORMATS, COMPARED_FORMATS, JUDGED, PAIRS, Example
-from loratune.data.formats.examples import quote, sides
+from loratune.data.formats import CHAT_FORMATS, PAIRS, PREFERENCE_FORMATS, UNPAIRED, Example, quote, sides
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
 from loratune.data.row_index import EXACT, FOLDED, LINE, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
@@ -68,41 +67,38 @@ class DatasetSplit:
 
     @property
     def kind(self) -> str | None:
-        """`PAIRS` or `JUDGED`, if the first file holds preference data."""
-        return COMPARED_FORMATS.get(self.index.files[0].parser.format_name)
+        """`PAIRS` or `UNPAIRED`, if the first file holds preference data."""
+        return PREFERENCE_FORMATS.get(self.index.files[0].parser.format_name)
 
     def check_kind(self, kind: str | None, objective: str | None = None) -> None:
         """Check that the rows hold what an objective needs, or that all hold the same.
 
         Args:
-            kind: `PAIRS` or `JUDGED`; None for other rows.
+            kind: `PAIRS` or `UNPAIRED`; None for other rows.
             objective: Its name; None where nothing is trained.
 
         Raises:
             DataError: A file holds something else.
         """
         for file in self.index.files:
-            found = COMPARED_FORMATS.get(file.parser.format_name)
+            found = PREFERENCE_FORMATS.get(file.parser.format_name)
             if found == kind:
                 continue
             where = self.index.where(file.start)
             what = f"the rows are {found or f'of the format {file.parser.format_name}'}"
             if objective is None:
                 what += f", where {kind or 'rows without preferences'} are needed"
-                raise DataError(Problem(Code.DATA_PREFERENCES, what, where, fix="give only files of that kind"))
+                raise DataError(Problem(Code.DATA_FORMAT, what, where, fix="give only files of that kind"))
             what += f", and {objective} trains on {kind or 'rows without preferences'}"
-            by_kind = {PAIRS: "dpo, orpo or simpo", JUDGED: "kto", None: "sft"}
+            by_kind = {PAIRS: "dpo, orpo or simpo", UNPAIRED: "kto", None: "sft"}
             fix = f"set training.objective to {by_kind[found]}"
-            if kind is None and found == PAIRS:
-                alone = file.parser.chosen_alone
-                fix += f"; or, to train on the chosen answers alone, data.columns to {alone}" if alone else ""
-            elif kind is None:
-                fix += f"; or keep the rows whose label is true, and set data.format to {file.parser.without_label}"
-            elif found is None and kind == JUDGED and file.parser.without_label:
-                fix = "where their label says whether the answer is desirable, set data.format to unpaired_preference"
+            if kind == UNPAIRED and found is None:
+                fix = (
+                    f"{fix}; or, where a label says whether the answer is desirable, data.format to unpaired_preference"
+                )
             elif found is None:
                 fix = f"give rows that are {kind}, or {fix}"
-            raise DataError(Problem(Code.DATA_PREFERENCES, what, where, "training.objective", fix))
+            raise DataError(Problem(Code.DATA_FORMAT, what, where, "training.objective", fix))
 
     @property
     def chat(self) -> bool:
@@ -124,10 +120,8 @@ class DatasetSplit:
             for fields, names in files_by_fields.items()
         ]
         if label := next(filter(None, (file.parser.unread_label for file in self.index.files)), ""):
-            how = (
-                "data.format to unpaired_preference and training.objective to kto, or undesirable ones are learned too"
-            )
-            unused.append(f"if `{label}` says which answers are desirable, set {how}")
+            how = "set data.format to unpaired_preference and training.objective to kto"
+            unused.append(f"if `{label}` says which answers are desirable, {how}, or undesirable ones are learned too")
         joined = filter(None, [self.separators.remark]) if self.name == "train" else ()
         return [*several, *self.left_out, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
 
@@ -242,7 +236,7 @@ def read_train_and_validation(
         if remarks:
             what = f"{what} ({'; '.join(remarks)})"
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
-        raise DataError(Problem(Code.DATA_EMPTY_TRAIN_SPLIT, what, key="data.validation", fix=fix))
+        raise DataError(Problem(Code.DATA_EMPTY, what, key="data.validation", fix=fix))
     return RawDatasets(
         replace(train, mask=train_mask),
         DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks),

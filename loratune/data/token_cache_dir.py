@@ -201,7 +201,7 @@ def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool)
             raise
         what = f"the tokenized rows cannot be written: {error.strerror}"
         fix = "free some space, or set HF_DATASETS_CACHE to a directory on another disk"
-        raise ResourceError(Problem(Code.DATA_CACHE_NOT_WRITTEN, what, str(directory), fix=fix)) from None
+        raise ResourceError(Problem(Code.DATA_UNREADABLE, what, str(directory), fix=fix)) from None
     if usable and (published := _load(entry)) is not None:
         shutil.rmtree(directory, ignore_errors=True)
         return published

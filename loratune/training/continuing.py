@@ -149,7 +149,7 @@ def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory)
         if rows.fingerprint != _recorded(start, name):
             what = f"the {name} rows of the earlier run are not those that it recorded"
             fix = "put the rows back as they were, or leave data.replay out"
-            raise DataError(Problem(Code.DATA_REPLAY_CHANGED, what, str(path), REPLAY, fix))
+            raise DataError(Problem(Code.DATA_REPLAY, what, str(path), REPLAY, fix))
         return rows
 
     return prepare
@@ -175,7 +175,7 @@ def _with_replay(
     longest = int(earlier.rows.lengths[numbers].max())
     if longest > config.data.max_length:
         what = f"is {config.data.max_length}, and a row of the earlier run that is replayed has {longest} tokens"
-        raise ConfigError(Problem(Code.DATA_REPLAY_TOO_LONG, what, key="data.max_length", fix=f"raise it to {longest}"))
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"raise it to {longest}"))
     mixed = shared_rows(lambda: data.mix_in(own, earlier, numbers), group)
     remark = f"{len(numbers):,} of the {len(mixed.rows):,} rows are replayed from {run.start.info.files.path}"
     if len(numbers) > len(earlier.rows):

@@ -166,11 +166,11 @@ def _earlier_rows(run: RunConfig, info: AdapterDirectory, watch: ProgressFactory
         unknown = "the adapter does not record the rows that it was trained on"
         if run.data.replay is not None:
             fix = "leave data.replay out, and name the rows in data.train"
-            raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", fix))
+            raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix))
         return None, unknown
     if run.data.replay is not None and earlier.training.objective != "sft":
         unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
-        raise AdapterError(Problem(Code.DATA_REPLAY_UNKNOWN, unknown, where, "data.replay", "leave data.replay out"))
+        raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", "leave data.replay out"))
     try:
         return data.read_train_and_validation(earlier.data, earlier.training.seed, watch), ""
     except DataError as error:
@@ -178,7 +178,7 @@ def _earlier_rows(run: RunConfig, info: AdapterDirectory, watch: ProgressFactory
         if run.data.replay is not None:
             unknown = f"the rows of the earlier run cannot be read: {place}: {what}"
             fix = "put the rows back as they were, or leave data.replay out"
-            raise DataError(Problem(Code.DATA_REPLAY_CHANGED, unknown, where, "data.replay", fix)) from None
+            raise DataError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix)) from None
         return None, f"the rows of the earlier run cannot be read: {Path(place).name}: {what}"  # in the card too
 
 

@@ -1,151 +1,17 @@
-"""Examples: what a row is once it was read, and the formats of rows that go through no chat template.
+"""Examples: what a row is once it was read; why it may have nothing to train on; and keys that compare rows.
 
-Whatever a field of a row may not hold is a `RowError`.
+A key is bytes that are equal for two rows exactly if their contents are, or their prompts, or their completions. It may
+be as long as its row: hash it to keep it.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from loratune.codes import Code
-from loratune.data.sources.rows import Unreadable
-from loratune.errors import Problem
-
-Fields = Mapping[str, Any]
-"""The fields of a row, under the names that loratune gives to them."""
-
-
-class RowError(ValueError):
-    """What is wrong with one row, without its place.
-
-    Args:
-        code: What kind of problem it is.
-        what: What is wrong.
-        fix: What to do about it.
-    """
-
-    def __init__(self, code: Code, what: str, fix: str = "correct the row, or remove it"):
-        super().__init__(what)
-        self.code, self.fix = code, fix
-
-    def at(self, where: str) -> Problem:
-        """As a problem of the row at this place."""
-        return Problem(self.code, str(self), where, fix=self.fix)
-
-
-def text(fields: Fields, name: str, place: str = "") -> str:
-    """The text of a field.
-
-    Args:
-        fields: The row, or an object within it.
-        name: Of the field.
-        place: Which object within the row has the field, for messages; empty for the row itself.
-
-    Raises:
-        RowError: The field holds something else, or a character that UTF-8 cannot encode.
-    """
-    value = fields.get(name)
-    field = f"`{name}` of {place}" if place else f"`{name}`"
-    if not isinstance(value, str):
-        raise RowError(Code.DATA_FIELD_TYPE, f"{field} must be text, got {describe(value)}")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise _surrogate_error(field) from None
-    return value
-
-
-def optional_text(fields: Fields, name: str) -> str:
-    """The text of a field; empty where the row lacks it or has null."""
-    return "" if fields.get(name) is None else text(fields, name)
-
-
-def parse_json(value: Any, place: str) -> Any:
-    """A value that may be written as JSON in text.
-
-    Args:
-        value: Text is parsed, everything else is returned as it is.
-        place: Where the value is, for messages.
-
-    Raises:
-        RowError: Text that is not valid JSON, or a value that cannot be written as JSON in UTF-8.
-    """
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise _surrogate_error(place) from None
-    except (ValueError, RecursionError):
-        raise RowError(Code.DATA_FIELD_JSON, f"{place} must be valid JSON") from None
-    except TypeError as error:
-        raise RowError(Code.DATA_FIELD_JSON, f"{place} cannot be written as JSON: {error}") from None
-    return value
-
-
-def _surrogate_error(place: str) -> RowError:
-    return RowError(Code.DATA_SURROGATE, f"{place} holds a lone surrogate, which is not a character")
-
-
-def parse_list(fields: Fields, name: str) -> Any:
-    """The value of a field; text that begins as a JSON list, as in a cell of CSV, is parsed. Raises RowError."""
-    value = fields.get(name)
-    return parse_json(value, f"`{name}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
-
-
-def messages_or_text(fields: Fields, name: str) -> Any:
-    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
-
-    Any other text is one, also where it begins as such a list: `[1] says so`.
-    """
-    value = fields.get(name)
-    if not isinstance(value, str) or value.lstrip()[:1] != "[":
-        return value
-    try:
-        found = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    return found if found and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else value
-
-
-def integers(fields: Fields, name: str) -> tuple[int, ...]:
-    """The whole numbers of a field, in order.
-
-    Raises:
-        RowError: The field is not a list, is empty, or holds something else.
-    """
-    value = parse_list(fields, name)
-    if not isinstance(value, list) or not value:
-        raise RowError(Code.DATA_FIELD_TYPE, f"`{name}` must be a list of whole numbers, got {describe(value)}")
-    if set(map(type, value)) != {int}:
-        number, item = next((number, item) for number, item in enumerate(value, start=1) if type(item) is not int)
-        item_kind = f"the number {item}" if isinstance(item, float) else describe(item)
-        what = f"entry {number} of `{name}` must be a whole number, got {item_kind}"
-        raise RowError(Code.DATA_FIELD_TYPE, what)
-    return tuple(value)
-
-
-def describe(value: Any) -> str:
-    """What a value is, in the words of JSON."""
-    if value == [] and isinstance(value, list):
-        return "an empty list"
-    if isinstance(value, Unreadable):
-        return f"a value that cannot be read ({value.reason})"
-    kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
-    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-_SHOWN_NAMES, _SHOWN_LETTERS = 20, 60
-
-
-def quote(names: Iterable[str]) -> str:
-    """Names of fields for a message, in alphabetical order; of many the first, of long ones the beginning."""
-    listed = sorted(names)
-    cut = [name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…" for name in listed[:_SHOWN_NAMES]]
-    more = f", and {len(listed) - _SHOWN_NAMES:,} more" if len(listed) > _SHOWN_NAMES else ""
-    return (", ".join(f"`{name}`" for name in cut) or "(none)") + more
-
+from loratune.data.formats.values import RowError, type_error
+from loratune.data.sources.rows import Unreadable, to_json_line
 
 Message: TypeAlias = dict[str, Any]
 """A message as chat templates take it. `role` and `content` are always there, and always text."""
@@ -285,53 +151,150 @@ def _has_content(message: Message) -> bool:
     return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content", "thinking"})
 
 
-def check_ids(example: Ids, vocabulary_size: int) -> None:
-    """Raises RowError: an id that the vocabulary does not have."""
-    if max(example.ids) >= vocabulary_size:
-        number = next(number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size)
-        what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
-        what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
-        raise RowError(Code.DATA_TOKEN_ID, what, "use the tokenizer of this model for `input_ids`")
+def drop_reason(example: Example, loss_on: str) -> str | None:
+    """Why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
+    if isinstance(example, UnpairedPreference):
+        return None if _answer_text(example.answer).strip() else "the completion is empty"
+    if not isinstance(example, PreferencePair):
+        reason = no_loss_reason(example, loss_on)
+        return f"nothing to learn: {reason}" if reason else None
+    chosen, rejected = _answer_text(example.chosen), _answer_text(example.rejected)
+    for name, content in (("chosen", chosen), ("rejected", rejected)):
+        if not content.strip():
+            return f"the {name} answer is empty"
+    if chosen == rejected:
+        return "the chosen and the rejected answer are the same"
+    return "the rejected answer begins with the chosen one" if rejected.startswith(chosen) else None
 
 
-def parse_prompt_completion(where: str, fields: Fields) -> Plain:
-    """A row with `prompt` and `completion` as text. Raises RowError."""
-    return Plain(where, text(fields, "prompt"), text(fields, "completion"))
+def _answer_text(answer: Plain | Conversation) -> str:
+    """The text of an answer, with its tool calls."""
+    if isinstance(answer, Plain):
+        return answer.completion
+    return "\n".join(
+        message["content"] + "".join(repr(message[name]) for name in message if name not in ("role", "content"))
+        for message in answer.messages[answer.first_supervised :]
+    )
 
 
-def parse_text(where: str, fields: Fields) -> Plain:
-    """A row with `text`, all of it supervised. Raises RowError."""
-    return Plain(where, "", text(fields, "text"), whole=True)
+# Keys
+
+_SEPARATOR = "\ud800"
+"""Separates the texts of a key; no text of a row holds it."""
+_OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
+"""Separates the keys of preferred answers and others."""
 
 
-def parse_ids(where: str, fields: Fields) -> Ids:
-    """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted.
+def content_key(example: Example, folded: bool = False) -> bytes:
+    """The content of an example.
+
+    What is supervised does not count; which answer is preferred does.
+
+    Args:
+        example: Any example.
+        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
+    """
+    if isinstance(example, Preference):
+        kind = f"{example.desirable}".encode() if isinstance(example, UnpairedPreference) else b"pair"
+        return _OTHER_SIDE.join([*(content_key(side, folded) for side in sides(example)), kind])
+    if isinstance(example, Ids):
+        return _join_ids(example.ids)
+    if isinstance(example, Plain):
+        return _join([example.prompt, example.completion], folded)
+    return _join(_text_parts(example.messages, example.tools), folded)
+
+
+def prompt_key(example: Example, loss_on: str) -> bytes | None:
+    """What an example asks: everything before what is supervised first, with white space folded.
+
+    Args:
+        example: Any example.
+        loss_on: As in the configuration; with `all`, the prompt is that of `completion`.
+
+    Returns:
+        None where nothing comes before it, or nothing but white space.
+    """
+    if isinstance(example, Preference):
+        return prompt_key(sides(example)[0], "completion")
+    if isinstance(example, Plain):
+        return _join([example.prompt, ""], folded=True) if example.prompt.strip() else None
+    first = _first_supervised(example, loss_on)
+    if first == 0:
+        return None
+    if isinstance(example, Ids):
+        return _join_ids(example.ids[:first])
+    return _join(_text_parts(example.messages[:first], example.tools), folded=True)
+
+
+def completion_key(example: Example, loss_on: str) -> bytes:
+    """The part of an example that `prompt_key` leaves out, with white space folded."""
+    if isinstance(example, Preference):
+        return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
+    if isinstance(example, Plain):
+        return _join([example.completion, ""], folded=True)
+    first = _first_supervised(example, loss_on)
+    if isinstance(example, Ids):
+        return _join_ids(example.ids[first:])
+    return _join(_text_parts(example.messages[first:], ()), folded=True)
+
+
+def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
+    """The value of a field, as JSON: objects are equal in any order of their fields, and 1 equals 1.0.
+
+    Args:
+        fields: A row, under the names of the data.
+        name: Of the field.
+
+    Returns:
+        None where the row lacks the field, or has null or NaN.
 
     Raises:
-        RowError: They are something else, or no token is supervised.
+        RowError: The value cannot be read.
     """
-    ids = integers(fields, "input_ids")
-    if min(ids) < 0:
-        number = next(number for number, id in enumerate(ids, start=1) if id < 0)
-        what = f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative"
-        raise RowError(Code.DATA_TOKEN_ID, what)
-    mask = parse_list(fields, "attention_mask")
-    if mask not in (None, "") and (not isinstance(mask, list) or len(mask) != len(ids)):
-        mask_kind = f"{len(mask)} entries" if isinstance(mask, list) else describe(mask)
-        what = f"`attention_mask` must have {len(ids)} entries, as `input_ids` has, and is {mask_kind}"
-        raise RowError(Code.DATA_LENGTHS, what)
-    if isinstance(mask, list) and mask.count(1) != len(mask):
-        what = "`attention_mask` is not 1 for every token"
-        raise RowError(Code.DATA_PADDING, what, "give `input_ids` without padding")
-    if fields.get("labels") is None:
-        return Ids(where, ids)
-    labels = integers(fields, "labels")
-    if len(labels) != len(ids):
-        raise RowError(Code.DATA_LENGTHS, f"`labels` has {len(labels)} entries, but `input_ids` has {len(ids)}")
-    if set(labels) == {IGNORED}:
-        raise RowError(Code.DATA_NO_ANSWER, "no token is supervised: all `labels` are -100")
-    for number, (label, id) in enumerate(zip(labels, ids, strict=True), start=1):
-        if label not in (id, IGNORED):
-            what = f"entry {number} of `labels` is {label}, but that of `input_ids` is {id}"
-            raise RowError(Code.DATA_LABELS, what, "set each label to the id at its own place, or to -100")
-    return Ids(where, ids, labels)
+    value = fields.get(name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, Unreadable):
+        raise type_error(f"`{name}`", "a value to group by", value)
+    try:
+        if not isinstance(value, str | int):
+            value = json.loads(to_json_line({name: value}), parse_float=_number)[name]
+        return json.dumps(value, sort_keys=True).encode()
+    except RecursionError:
+        raise RowError(f"`{name}` is nested too deeply") from None
+
+
+def _number(written: str) -> float | int:
+    number = float(written)
+    return int(number) if number.is_integer() else number
+
+
+def _first_supervised(example: Conversation | Ids, loss_on: str) -> int:
+    """The number of the first message, or token, that the loss is taken over."""
+    if isinstance(example, Conversation):
+        turns = example.selected_turns("completion" if loss_on == "all" else loss_on)
+        return min(turns, default=len(example.messages))
+    if example.labels is None:
+        return 0
+    return next(number for number, label in enumerate(example.labels) if label != IGNORED)
+
+
+def _join_ids(ids: Sequence[int]) -> bytes:
+    return repr(tuple(ids)).encode()
+
+
+def _join(texts: Iterable[str], folded: bool) -> bytes:
+    if folded:
+        texts = (" ".join(text.split()) for text in texts)
+    return _SEPARATOR.join(texts).encode(errors="surrogatepass")
+
+
+def _text_parts(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+    yield ""  # at least three texts, where a Plain has two
+    for message in messages:
+        yield message["role"]
+        yield message["content"]
+        if len(message) > 2:
+            yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
+    if tools:
+        yield json.dumps(tools, sort_keys=True)

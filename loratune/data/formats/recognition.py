@@ -4,14 +4,16 @@ A new format is one entry in `FORMATS`: its name, the fields it is known by, the
 into an Example, and the further fields that it reads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.formats import chats, examples, preferences
-from loratune.data.formats.examples import Example, Fields, UnpairedPreference, messages_or_text, quote
+from loratune.data.formats import parsers
+from loratune.data.formats.examples import Example
+from loratune.data.formats.values import Fields, messages_or_text, quote
 from loratune.errors import DataError, Problem
 
 
@@ -32,168 +34,154 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
+_CHAT, _ALPACA = ("tools", "system"), ("input", "system", "history", "tools")
+_LABELS = ("label", "kto_tag")
+"""Fields that say whether an answer is desirable; LLaMA-Factory's `kto_tag` has no other use."""
+_UNPAIRED_ANSWERS = {
+    "prompt": "completion", "instruction": "output", "messages": "messages", "conversations": "conversations",
+}  # fmt: skip
+"""Field with the prompt of an unpaired preference → the field of its answer."""
+_QUESTION_NAMES = ("question", "query", "instruction", "input", "problem", "user_prompt")
+"""Names of fields, in lower case, that say that they hold a prompt."""
+
+
+def _pair_of_messages(prompt: str, optional: tuple[str, ...] = _CHAT) -> Format:
+    keys = ("chosen", "rejected") if prompt == "prompt" else ("chosen", "rejected", prompt)
+    return Format("preference_messages", keys, partial(parsers.parse_pair_of_messages, prompt), optional)
+
+
+def _unpaired_messages(prompt: str, label: str = "label") -> Format:
+    answer, name = _UNPAIRED_ANSWERS[prompt], "unpaired_preference_messages"
+    parse = partial(parsers.parse_unpaired_messages, prompt, answer, label)
+    more = ("input", "history") if prompt == "instruction" else ()
+    return Format(name, tuple(dict.fromkeys((prompt, answer, label))), parse, (*_CHAT, *more))
+
+
+def _unpaired_texts(label: str = "label") -> Format:
+    return Format("unpaired_preference", ("prompt", "completion", label), partial(parsers.parse_unpaired, label))
+
+
 FORMATS = (
-    Format("input_ids", ("input_ids",), examples.parse_ids, ("labels",)),
-    Format("prompt_completion", ("prompt", "completion"), examples.parse_prompt_completion),
-    Format("messages", ("messages",), chats.parse_messages, ("tools", "system")),
-    Format("conversations", ("conversations",), chats.parse_sharegpt, ("tools", "system")),
-    Format("alpaca", ("instruction", "output"), chats.parse_alpaca, ("input", "system", "history", "tools")),
-    Format("text", ("text",), examples.parse_text),
-    Format("preference", ("chosen", "rejected"), preferences.parse_pair, ("prompt",)),
-    Format("unpaired_preference", ("prompt", "completion", "label"), partial(preferences.parse_unpaired, "label")),
+    Format("input_ids", ("input_ids",), parsers.parse_ids, ("labels",)),
+    Format("prompt_completion", ("prompt", "completion"), parsers.parse_prompt_completion),
+    Format("messages", ("messages",), partial(parsers.parse_conversation, "messages"), _CHAT),
+    Format("conversations", ("conversations",), partial(parsers.parse_conversation, "conversations"), _CHAT),
+    Format("alpaca", ("instruction", "output"), parsers.parse_alpaca, _ALPACA),
+    Format("text", ("text",), parsers.parse_text),
+    Format("preference", ("chosen", "rejected"), parsers.parse_pair, ("prompt",)),
+    _unpaired_texts(),
 )
+_BY_NAME = {format.name: format for format in FORMATS}
 
 OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional) - {
     name for format in FORMATS for name in format.keys
 }
 """Fields that some format reads and none needs."""
 
-TWO_LISTS = Format("messages", ("prompt", "completion"), chats.parse_two_lists, ("tools",))
+_TWO_LISTS = Format("messages", ("prompt", "completion"), parsers.parse_two_lists, ("tools",))
 """Conversations in two lists of messages, of which the second is supervised."""
 
-OF_MESSAGES = {
-    "preference": Format(
-        "preference_messages", ("chosen", "rejected"), preferences.parse_pair_of_messages, ("prompt", "tools", "system")
-    ),
-    "unpaired_preference": Format(
-        "unpaired_preference_messages", ("prompt", "completion", "label"),
-        partial(preferences.parse_unpaired_messages, "label"), ("tools", "system"),
-    ),
-}  # fmt: skip
-"""Format of preference data → the same where the answers, or the prompt, are messages."""
-
-_TO_TURNS = {
-    name: Format(
-        OF_MESSAGES["preference"].name, ("chosen", "rejected", name), partial(preferences.parse_pair_to_turns, name),
-        ("tools", "system"),
-    )
-    for name in ("messages", "conversations")
-}  # fmt: skip
-QUESTIONED_PAIRS = {
-    "instruction": Format(
-        OF_MESSAGES["preference"].name, ("chosen", "rejected", "instruction"), preferences.parse_pair_to_instruction,
-        ("input", "system", "history", "tools"),
-    ),
-    **_TO_TURNS,
-}  # fmt: skip
-"""Field that holds the prompt of a pair without `prompt`, as in LLaMA-Factory's rows → the format of the pair."""
-
-_LABEL_FIELDS = ("label", preferences.KTO_TAG)
-"""Fields that say whether an answer is desirable."""
-UNPAIRED_PROMPTS: Mapping[str, tuple[str, Callable[[str, str, Fields], UnpairedPreference], tuple[str, ...]]] = {
-    "prompt": ("completion", preferences.parse_unpaired_messages, ()),
-    "instruction": ("output", preferences.parse_unpaired_output, ("input", "history")),
-    **{name: (name, partial(preferences.parse_unpaired_turns, name), ()) for name in ("messages", "conversations")},
-}
-"""Field with the prompt of an unpaired preference → the field of its answer, how both are read, and further fields."""
-
-CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", *(format.name for format in OF_MESSAGES.values())})
+CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", "preference_messages", "unpaired_preference_messages"})
 """The formats whose rows go through the chat template."""
 
-PAIRS, JUDGED = "preference pairs", "unpaired preferences"
-COMPARED_FORMATS = {
-    format: kind
-    for name, kind in (("preference", PAIRS), ("unpaired_preference", JUDGED))
-    for format in (name, OF_MESSAGES[name].name)
+PAIRS, UNPAIRED = "preference pairs", "unpaired preferences"
+PREFERENCE_FORMATS = {
+    f"{name}{suffix}": kind
+    for name, kind in (("preference", PAIRS), ("unpaired_preference", UNPAIRED))
+    for suffix in ("", "_messages")
 }
 """Format of preference data → what its rows are."""
 
 
 def recognise(where: str, fields: Fields, section: DataSection) -> Format:
     """The format of a row, by its fields or as the section names it. Raises DataError: none fits, or more than one."""
-    keys = set(fields)
-    pair = keys.issuperset(TWO_LISTS.keys)
-    if section.format == "messages" and pair and "messages" not in keys:
-        return TWO_LISTS
-    if section.format == "prompt_completion" and pair and isinstance(fields["prompt"], list):
-        return TWO_LISTS
-    if (name := _compared_format(fields, section)) is not None:
-        if (
-            name == "preference"
-            and keys >= {"chosen", "rejected"}
-            and (pair_format := _pair_format(where, fields, section))
-        ):
-            return pair_format
-        if name == "unpaired_preference" and (judged := unpaired_format(fields)) is not None:
-            return judged
-        plain = next(format for format in FORMATS if format.name == name)
-        return OF_MESSAGES[name] if preferences.holds_messages(fields) else plain
-    if section.format != "auto":
-        return next(format for format in FORMATS if format.name == section.format)
-    candidates = [format for format in FORMATS if keys.issuperset(format.keys) and format.name not in COMPARED_FORMATS]
+    name, keys = section.format, fields.keys()
+    if name == "preference" or (name == "auto" and keys >= set(parsers.SIDES)):
+        return _pair_format(where, fields, section)
+    if name == "unpaired_preference" or (name == "auto" and label_field(fields)):
+        if found := _unpaired_format(fields):
+            return found
+        if name != "auto":
+            return _unpaired_messages("prompt") if parsers.holds_messages(fields) else _BY_NAME[name]
+    if keys >= set(_TWO_LISTS.keys) and (
+        (name == "messages" and "messages" not in keys)
+        or (name == "prompt_completion" and isinstance(fields["prompt"], list))
+    ):
+        return _TWO_LISTS
+    if name != "auto":
+        return _BY_NAME[name]
+    candidates = [format for format in FORMATS if keys >= set(format.keys) and format.name not in PREFERENCE_FORMATS]
     if len(candidates) == 1:
-        lists = candidates[0].keys == TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
-        return TWO_LISTS if lists else candidates[0]
+        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
+        return _TWO_LISTS if lists else candidates[0]
     names = ", ".join(format.name for format in candidates or FORMATS)
     if candidates:
         what, fix = f"the fields {quote(keys)} fit more than one format", f"set data.format to one of {names}"
-        raise DataError(Problem(Code.DATA_FORMAT_AMBIGUOUS, what, where, fix=fix))
+        raise DataError(Problem(Code.DATA_FORMAT, what, where, "data.format", fix))
     what = f"the fields {quote(keys)} fit no format"
     fix = f"set data.format to one of {names}, and data.columns to map its fields to yours"
-    raise DataError(Problem(Code.DATA_FORMAT_UNKNOWN, what, where, fix=fix))
+    raise DataError(Problem(Code.DATA_FORMAT, what, where, fix=fix))
 
 
-def _compared_format(fields: Fields, section: DataSection) -> str | None:
-    """The format of a row of preference data; None for other rows.
+def label_field(fields: Fields) -> str:
+    """The field that can only mean whether an answer is desirable; empty if there is no answer with such a field.
 
-    Further fields next to `chosen` and `rejected` are copies: UltraFeedback's `messages` are those of `chosen`.
-    A label that is neither true nor false may be a class.
+    0 and 1 in `label`, and words other than true and false, may be classes.
     """
-    if section.format != "auto":
-        return section.format if section.format in OF_MESSAGES else None
-    if fields.keys() >= {"chosen", "rejected"}:
-        return "preference"
-    return "unpaired_preference" if verdict(fields) and unpaired_format(fields) is not None else None
+
+    def is_verdict(name: str, value: Any) -> bool:
+        is_word = isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
+        return parsers.read_label(value) is not None and (is_word or name == "kto_tag")
+
+    return next((name for name in _LABELS if is_verdict(name, fields.get(name))), "") if _prompt_of(fields) else ""
 
 
-def verdict(fields: Fields) -> str:
-    """The field that can only mean whether an answer is desirable; empty where there is none."""
-    return next((name for name in _LABEL_FIELDS if preferences.is_verdict(name, fields.get(name))), "")
+def unread_label(fields: Fields) -> str:
+    """The field beside an answer that may say whether it is desirable, or be a class; empty if there is none."""
+    found = (name for name in _LABELS if name in fields)
+    may_be = (name for name in found if fields[name] is None or parsers.read_label(fields[name]) is not None)
+    return next(may_be, "") if _prompt_of(fields) else ""
 
 
-def unpaired_format(fields: Fields) -> Format | None:
-    """The format of an answer with a label, whose field is the last of its keys; None where there is no such answer."""
-    label = verdict(fields) or next((name for name in _LABEL_FIELDS if name in fields), None)
-    prompt = next((name for name, (answer, *_) in UNPAIRED_PROMPTS.items() if {name, answer} <= fields.keys()), None)
-    if label is None or prompt is None:
+def _prompt_of(fields: Fields) -> str:
+    """The field with the prompt of an answer that may have a label; empty if there is none."""
+    return next((name for name, answer in _UNPAIRED_ANSWERS.items() if {name, answer} <= fields.keys()), "")
+
+
+def _unpaired_format(fields: Fields) -> Format | None:
+    """The format of an answer with a label; None where there is no such answer."""
+    label = label_field(fields) or next((name for name in _LABELS if name in fields), "")
+    prompt = _prompt_of(fields)
+    if not (label and prompt):
         return None
-    answer, parse, optional = UNPAIRED_PROMPTS[prompt]
-    keys = tuple(dict.fromkeys((prompt, answer, label)))
-    if prompt == "prompt" and not preferences.holds_messages(fields):
-        return Format("unpaired_preference", keys, partial(preferences.parse_unpaired, label))
-    return Format(OF_MESSAGES["unpaired_preference"].name, keys, partial(parse, label), ("tools", "system", *optional))
+    is_text = prompt == "prompt" and not parsers.holds_messages(fields)
+    return _unpaired_texts(label) if is_text else _unpaired_messages(prompt, label)
 
 
-def _pair_format(where: str, fields: Fields, section: DataSection) -> Format | None:
-    """The format of a pair whose prompt is in another field than `prompt`; None where it is there, or in the answers.
+def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
+    """The format of a pair, whose prompt may be in another field than `prompt`, as in LLaMA-Factory's rows.
+
+    Further fields next to two whole conversations are copies: UltraFeedback's `messages` are those of `chosen`.
 
     Raises:
         DataError: The name of a field that is not read says that the prompt is there.
     """
-    if fields.get("prompt") is not None or not preferences.are_answers_alone(fields):
-        return None
-    if (name := next((name for name in QUESTIONED_PAIRS if fields.get(name)), None)) is not None:
-        return QUESTIONED_PAIRS[name]
-    if section.format == "auto" and (name := preferences.unread_question(fields)) is not None:
-        what = f"`chosen` and `rejected` have no `prompt` beside them, and {quote([name])} is not read"
-        fix = f"set data.columns to {{instruction: {name}}} for the chat template, or {{prompt: {name}}} to join texts"
-        fix += "; or data.format to preference, if the answers begin with what they answer"
-        raise DataError(Problem(Code.DATA_NO_QUESTION, what, where, "data.columns", fix))
-    return None
+    answers = [messages_or_text(fields, name) for name in parsers.SIDES]
+    if fields.get("prompt") is None and all(map(parsers.is_answer_alone, answers)):
+        for name, optional in (("instruction", _ALPACA), ("messages", _CHAT), ("conversations", _CHAT)):
+            if fields.get(name):
+                return _pair_of_messages(name, optional)
+        unread = (name for name, value in fields.items() if _is_question(name, value, answers[0]))
+        if section.format == "auto" and (name := next(unread, "")):
+            what = f"`chosen` and `rejected` have no `prompt` beside them, and {quote([name])} is not read"
+            fix = f"set data.columns to {{instruction: {name}}} for the chat template, or {{prompt: {name}}}"
+            fix += " to join texts; or data.format to preference, if the answers begin with what they answer"
+            raise DataError(Problem(Code.DATA_FORMAT, what, where, "data.columns", fix))
+    return _pair_of_messages("prompt", ("prompt", *_CHAT)) if parsers.holds_messages(fields) else _BY_NAME["preference"]
 
 
-def chosen_columns(fields: Fields) -> str:
-    """What `data.columns` has to be so that the chosen answers of pairs are trained on alone; empty if nothing does."""
-    chosen = messages_or_text(fields, "chosen")
-    lists, is_text = isinstance(chosen, list), isinstance(chosen, str)
-    if (
-        fields.get("prompt") is None
-        and preferences.are_answers_alone(fields)
-        and not fields.keys().isdisjoint(_TO_TURNS)
-    ):
-        return ""
-    if fields.get("prompt") is None and is_text and "instruction" in fields:
-        return "{output: chosen}"
-    has_prompt = isinstance(messages_or_text(fields, "prompt"), list) if lists else "prompt" in fields
-    name = "completion" if has_prompt else "messages" if lists else "text"
-    return f"{{{name}: chosen}}"
+def _is_question(name: str, value: Any, chosen: Any) -> bool:
+    """Whether a field holds the prompt by its name, and the chosen answer does not hold it too."""
+    if name.lower() not in _QUESTION_NAMES or not isinstance(value, str) or not value.strip():
+        return False
+    return not (isinstance(chosen, str) and value.strip() in chosen)

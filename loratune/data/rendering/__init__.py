@@ -62,7 +62,7 @@ class Renderer:
         """
         name = tokenizer.name_or_path
         if tokenizer.eos_token_id is None:
-            raise ModelError(Problem(Code.TOKENIZER_NO_EOS, "the tokenizer has no end-of-sequence token", name))
+            raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, "the tokenizer has no end-of-sequence token", name))
         self.tokenizer = tokenizer
         self.eos: int = tokenizer.eos_token_id
         self._size = vocabulary_size
@@ -220,7 +220,7 @@ class Renderer:
             if len(places) > 1:
                 what += f"; {len(places) - 1} more {'row has' if len(places) == 2 else 'rows have'} it"
             fix = "use the tokenizer that belongs to the model"
-            problems.append(Problem(Code.TOKENIZER_ID_BEYOND_MODEL, what, places[0], fix=fix))
+            problems.append(Problem(Code.TOKENIZER_UNUSABLE, what, places[0], fix=fix))
         if problems:
             raise ModelError(problems)
 
@@ -228,9 +228,9 @@ class Renderer:
         """Returns what to raise where the tokenizer fails on the text of a row; where: empty for any text."""
         if error.any_text:
             what = f"the tokenizer {error}"
-            return ModelError(Problem(Code.TOKENIZER_FAILS, what, where or self.tokenizer.name_or_path))
+            return ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where or self.tokenizer.name_or_path))
         fix = "take the row out, or use another tokenizer"
-        return DataError(Problem(Code.TOKENIZER_FAILS_ON_ROW, f"the tokenizer {error}", where, fix=fix))
+        return DataError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", where, fix=fix))
 
     def _texts(self, examples: Sequence[Example], loss_on: str) -> list[RenderedText | TokenizedRow]:
         """Returns the texts of examples, and the rows of those that are ids already. Raises DataError."""
@@ -260,7 +260,7 @@ class Renderer:
             supervised = answers[-1:]
         if not supervised:
             what = "no assistant turn is supervised"
-            raise DataError(Problem(Code.DATA_NO_SUPERVISED_TURN, what, chat.where))
+            raise DataError(Problem(Code.DATA_FIELD, what, chat.where))
         return render_conversation(self._template, TemplateInput(chat.messages, chat.tools, chat.where), supervised)
 
     def _encode_texts(self, texts: Sequence[RenderedText], loss_on: str) -> list[TokenizedRow]:

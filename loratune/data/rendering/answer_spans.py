@@ -72,7 +72,7 @@ def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised:
         rendered = RenderedText(chat.where, whole.text[: answer.end], start, spans, templated=True)
     if (reasoning := _reasoning(chat.messages[last])) and reasoning not in rendered.text[rendered.prompt :]:
         what = f"the chat template leaves out the reasoning of {chat.name(last)}"
-        raise chat.error(Code.TEMPLATE_OMITS_REASONING, what, "renders it", "take it out of the rows")
+        raise chat.error(Code.TEMPLATE_OMITS, what, "renders it", "take it out of the rows")
     return rendered
 
 
@@ -80,7 +80,7 @@ def check_tools_are_shown(template: ChatTemplate, chat: TemplateInput) -> None:
     """Check that the template renders the tools of a row, if it has any. Raises DataError."""
     if chat.tools and not template.shows_tools:
         what, needed = "the chat template leaves out the `tools` of the row", "renders tools"
-        raise chat.error(Code.TEMPLATE_OMITS_TOOLS, what, needed, "take `tools` out of the rows")
+        raise chat.error(Code.TEMPLATE_OMITS, what, needed, "take `tools` out of the rows")
 
 
 def _check_tools(template: ChatTemplate, chat: TemplateInput, whole: RenderedMessages) -> None:
@@ -91,7 +91,7 @@ def _check_tools(template: ChatTemplate, chat: TemplateInput, whole: RenderedMes
             content = message["content"].strip()
             if content not in whole.text and json.dumps(content, ensure_ascii=False)[1:-1] not in whole.text:
                 what = f"the chat template leaves out {chat.name(number)}"
-                raise chat.error(Code.TEMPLATE_OMITS_MESSAGE, what, "renders results of tool calls")
+                raise chat.error(Code.TEMPLATE_OMITS, what, "renders results of tool calls")
 
 
 def _prompt(template: ChatTemplate, chat: TemplateInput) -> str | None:
@@ -120,7 +120,7 @@ def _answer_after_other_prompt(
     if prompt_tail.strip() and not closed and not _REASONING_OPENED.search(prompt_tail):
         ending = f"the chat template ends the prompt in {prompt_tail.strip()!r}"
         what = f"{ending}, which it does not write in the answer of {chat.name(last)}"
-        raise chat.error(Code.TEMPLATE_PROMPT_DIFFERS, what, "begins answers as it ends prompts")
+        raise chat.error(Code.TEMPLATE_ANSWER, what, "begins answers as it ends prompts")
     answer = finder.find(last, start, reasoning_closed=closed)
     text = _continuation(prompt_tail, chat.messages[last], whole.text, answer)
     border = len(history.text)
@@ -149,7 +149,7 @@ def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans:
     starts = [next((first for first, after in ranges if first < end and start < after), None) for start, end in spans]
     if not starts or starts[-1] is None:
         what = f"the chat template's {{% generation %}} marks leave out {chat.name(len(chat.messages) - 1)}"
-        raise chat.error(Code.TEMPLATE_UNMARKED_ANSWER, what, "marks every answer, or has no such marks")
+        raise chat.error(Code.TEMPLATE_ANSWER, what, "marks every answer, or has no such marks")
     pairs = zip(starts, spans, strict=True)
     return tuple((max(start, first), end) for first, (start, end) in pairs if first is not None)
 
@@ -233,7 +233,7 @@ class _TurnFinder:
         calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
         if any(name not in text[start:end] for name in calls):
             what = f"the chat template leaves out the tool calls of {self._chat.name(number)}"
-            raise self._chat.error(Code.TEMPLATE_OMITS_TOOL_CALLS, what, "renders tool calls")
+            raise self._chat.error(Code.TEMPLATE_OMITS, what, "renders tool calls")
         is_missing = content is None and bool(message["content"].strip()) and not calls
         if is_missing and (self._rendered.marked or message["content"].strip() not in text[start:end]):
             raise self._hidden(number)
@@ -373,4 +373,4 @@ class _TurnFinder:
 
     def _hidden(self, number: int) -> DataError:
         what = f"the chat template does not show where the answer in {self._chat.name(number)} begins and ends"
-        return self._chat.error(Code.TEMPLATE_HIDES_ANSWER, what, "shows every message, each turn after the one before")
+        return self._chat.error(Code.TEMPLATE_ANSWER, what, "shows every message, each turn after the one before")

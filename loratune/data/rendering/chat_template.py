@@ -270,7 +270,7 @@ class ChatTemplate:
             raise ModelError(Problem(Code.TEMPLATE_MISSING, what, name, fix=fix))
         if self._syntax_error:
             what = f"the chat template is not a Jinja template: {self._syntax_error}"
-            raise ModelError(Problem(Code.TEMPLATE_NOT_JINJA, what, name, KEY, OTHER_FILE))
+            raise ModelError(Problem(Code.TEMPLATE_INVALID, what, name, KEY, OTHER_FILE))
         try:
             return rendering(chat)
         except _REFUSALS as error:
@@ -281,7 +281,7 @@ class ChatTemplate:
                     pass
             what = f"the chat template refuses these messages: {error}"
             fix = "correct the row, or set data.chat_template to a template that accepts it"
-            raise DataError(Problem(Code.TEMPLATE_REFUSES_MESSAGES, what, chat.where, fix=fix)) from None
+            raise DataError(Problem(Code.TEMPLATE_INVALID, what, chat.where, fix=fix)) from None
 
     def _values(self, chat: TemplateInput, prompt: bool) -> dict[str, Any]:
         """Returns the variables that `apply_chat_template` gives to a template."""

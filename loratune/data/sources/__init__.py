@@ -54,7 +54,7 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
         return [source]
     if source.path == GIVEN:
         what, fix = "a program gave these rows, and they are in no file", "run that program, or name a file of the rows"
-        raise DataError(Problem(Code.DATA_FILE_NOT_FOUND, what, source.path, fix=fix))
+        raise DataError(Problem(Code.DATA_NOT_FOUND, what, source.path, fix=fix))
     path = Path(source.path).expanduser()
     if looks_like_hub_id(source.path) and not os.path.exists(path):
         return [_load_hub_split(source)]
@@ -109,7 +109,7 @@ def no_rows_error(source: Source | GivenRows, why: str = "") -> DataError:
     """The error for a source none of whose files has a row."""
     what = f"0 rows in {source.split}" if source.split else "0 rows"
     what += f" ({why})" if why else ""
-    return DataError(Problem(Code.DATA_NO_ROWS, what, source.path, fix="name a source that has rows"))
+    return DataError(Problem(Code.DATA_EMPTY, what, source.path, fix="name a source that has rows"))
 
 
 def _load_hub_split(source: Source) -> HubSplit:
@@ -122,7 +122,7 @@ def _load_hub_split(source: Source) -> HubSplit:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
         what = f"no such file, and it cannot be loaded as a hub dataset ({reason})"
         fix = cache_fix(error) or "check the path or hub id"
-        raise DataError(Problem(Code.DATA_HUB_LOADING, what, source.path, fix=fix)) from None
+        raise DataError(Problem(Code.DATA_HUB, what, source.path, fix=fix)) from None
     return HubSplit(f"{source.path}[{split}]", dataset)
 
 
@@ -137,11 +137,11 @@ def _check_reachable(hub_id: str) -> None:
     try:
         get_hf_file_metadata(hf_hub_url(hub_id, "README.md", repo_type="dataset"), timeout=10)
     except HFValidationError:
-        code, what = Code.DATA_HUB_ID, "no such file, and not a valid id of a hub dataset"
+        code, what = Code.DATA_HUB, "no such file, and not a valid id of a hub dataset"
     except HfHubHTTPError:
         return  # the hub answers; `load_dataset` reports what it says
     except Exception as error:  # whatever the network stack raises
-        code = Code.DATA_HUB_UNREACHABLE
+        code = Code.DATA_HUB
         what = f"no such file; the hub cannot be reached and no such dataset is cached ({error})"
     else:
         return

@@ -71,15 +71,15 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
         if not path.exists():
             if glob.has_magic(str(path)):
                 return _data_files(_glob(path), path, "no data files match this glob")
-            raise DataError(Problem(Code.DATA_FILE_NOT_FOUND, "no such file", str(path), fix="check the path"))
+            raise DataError(Problem(Code.DATA_NOT_FOUND, "no such file", str(path), fix="check the path"))
         if not path.is_file():
             what, fix = "neither a file nor a directory", "write the rows to a file first"
-            raise DataError(Problem(Code.DATA_NOT_A_FILE, what, str(path), fix=fix))
+            raise DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix=fix))
     except OSError as error:
         raise _unreadable_error(error, path) from None
     if not data_ending(path):
         what = f"files of the type `{path.suffix}` are not read"
-        raise DataError(Problem(Code.DATA_FILE_TYPE, what, str(path), fix=f"use {known_endings()}"))
+        raise DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix=f"use {known_endings()}"))
     return [path], []
 
 
@@ -91,7 +91,7 @@ def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[li
     if files:
         return files, others
     what = f"{otherwise}, only {shown(others)}" if others else otherwise
-    raise DataError(Problem(Code.DATA_NO_FILES, what, str(parent), fix=f"name files that end in {known_endings()}"))
+    raise DataError(Problem(Code.DATA_NOT_FOUND, what, str(parent), fix=f"name files that end in {known_endings()}"))
 
 
 def shown(paths: Sequence[Path]) -> str:
@@ -122,7 +122,7 @@ def known_endings() -> str:
 
 
 def _unreadable_error(error: OSError, path: Path) -> DataError:
-    return DataError(Problem(Code.DATA_FILE_UNREADABLE, f"cannot be read: {error.strerror}", str(path)))
+    return DataError(Problem(Code.DATA_UNREADABLE, f"cannot be read: {error.strerror}", str(path)))
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         what = f"damaged gzip file: {error}"
-        problem = Problem(Code.DATA_FILE_DAMAGED, what, str(path), fix="download it or compress it again")
+        problem = Problem(Code.DATA_UNREADABLE, what, str(path), fix="download it or compress it again")
         raise DataError(problem) from None
     except OSError as error:
         raise _unreadable_error(error, path) from None
@@ -287,4 +287,4 @@ def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]
         return upstream.slice_bounds(split, rows)
     except (ValueError, AssertionError) as error:
         fix = "a local file has only the split `train`; write a slice as train[:2000] or train[10%:20%]"
-        raise DataError(Problem(Code.DATA_SPLIT, f"split `{split}`: {error}", source.path, fix=fix)) from None
+        raise DataError(Problem(Code.DATA_FORMAT, f"split `{split}`: {error}", source.path, fix=fix)) from None

@@ -43,7 +43,7 @@ def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
             shown.append(replace(problem, what=f"{problem.what} (and {at_least}{len(lines):,} more rows: {rest})"))
     if at_least and shown[1:]:
         what, fix = f"there may be more problems than these {len(shown[:MAX_PROBLEMS])}", "mend these first"
-        shown[MAX_PROBLEMS:] = [Problem(Code.DATA_MORE_PROBLEMS, what, source, fix=fix)]
+        shown[MAX_PROBLEMS:] = [Problem(Code.MORE_PROBLEMS, what, source, fix=fix)]
     return shown
 
 
@@ -138,7 +138,7 @@ def to_row(values: Any, where: str) -> RowOrProblem:
         return Row(where, values)
     kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
     what = f"a row must be an object with named fields, got {kinds.get(type(values), 'a number')}"
-    return Problem(Code.DATA_ROW_NOT_OBJECT, what, where, fix="write each row as {...}")
+    return Problem(Code.DATA_SYNTAX, what, where, fix="write each row as {...}")
 
 
 def rows_per_batch(size: int, rows: int) -> int:

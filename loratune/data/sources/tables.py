@@ -97,7 +97,7 @@ def _value(column: Any) -> Any:
 
 def _parquet_error(error: Exception, path: Path) -> DataError:
     what = f"damaged Parquet file: {_first_line(error)}"
-    return DataError(Problem(Code.DATA_FILE_DAMAGED, what, str(path), fix="download it or write it again"))
+    return DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix="download it or write it again"))
 
 
 def _first_line(error: Exception) -> str:
@@ -191,7 +191,7 @@ def given_rows(rows: Any, name: str) -> GivenRows:
     if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
         return GivenRows(name, rows if isinstance(rows, Sequence) else list(rows))
     what = f"rows must be a list of dicts, a datasets.Dataset or a pandas frame, got {type(rows).__name__}"
-    raise DataError(Problem(Code.DATA_ROW_NOT_OBJECT, what, name, fix="give one dict for each row"))
+    raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="give one dict for each row"))
 
 
 def _plain(value: Any) -> Any:

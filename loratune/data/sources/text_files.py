@@ -63,7 +63,7 @@ def text_lines(file: BinaryIO, name: str) -> Iterator[Line]:
 
 def _encoding_problem(byte: int, value: int, where: str) -> Problem:
     what = f"byte {byte} of the line (0x{value:02x}) is not UTF-8"
-    return Problem(Code.DATA_ENCODING, what, where, fix="save the file as UTF-8")
+    return Problem(Code.DATA_SYNTAX, what, where, fix="save the file as UTF-8")
 
 
 def text_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
@@ -97,7 +97,7 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         except StopIteration:
             return
         except csv.Error as error:
-            problem = text.problem or Problem(Code.DATA_CSV, f"not valid CSV: {error}", where, fix=_FIX_LINE)
+            problem = text.problem or Problem(Code.DATA_SYNTAX, f"not valid CSV: {error}", where, fix=_FIX_LINE)
             if not header or text.pieces > 1:
                 raise DataError(problem) from None
             yield problem
@@ -112,7 +112,7 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
             yield text.problem
         elif len(cells) != len(header):
             what = f"{len(cells)} cells, but the header has {len(header)} columns"
-            yield Problem(Code.DATA_CSV_CELLS, what, where, fix=_FIX_LINE)
+            yield Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_LINE)
         else:
             yield Row(where, dict(zip(header, cells, strict=True)))
 
@@ -154,7 +154,7 @@ class _CsvText:
 def _header_problem(names: list[str], where: str) -> Problem | None:
     if len(names) == 1 and (separators := {";", "\t"}.intersection(names[0])):
         what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
-        return Problem(Code.DATA_CSV_SEPARATOR, what, where, fix="write the file with commas between the cells")
+        return Problem(Code.DATA_SYNTAX, what, where, fix="write the file with commas between the cells")
     return duplicate_columns(names, where)
 
 
@@ -162,7 +162,7 @@ def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
     """A problem if two columns of a table have one name."""
     if names := [f"`{name}`" for name, count in sorted(Counter(names).items()) if count > 1]:
         what = f"more than one column is called {', '.join(names)}"
-        return Problem(Code.DATA_DUPLICATE_COLUMN, what, where, fix="rename one of the columns")
+        return Problem(Code.DATA_SYNTAX, what, where, fix="rename one of the columns")
     return None
 
 
@@ -221,14 +221,14 @@ def _parse_line(text: str, where: str) -> RowOrProblem:
 def _syntax_problem(message: str, where: str, column: int, at_end: bool, fix: str) -> Problem:
     """at_end: the decoder found nothing wrong before the text stopped."""
     if at_end or "Unterminated" in message:
-        return Problem(Code.DATA_JSON_CUT_OFF, f"the JSON is cut off at column {column}", where, fix=fix)
-    return Problem(Code.DATA_JSON, f"not valid JSON: {message} at column {column}", where, fix=fix)
+        return Problem(Code.DATA_SYNTAX, f"the JSON is cut off at column {column}", where, fix=fix)
+    return Problem(Code.DATA_SYNTAX, f"not valid JSON: {message} at column {column}", where, fix=fix)
 
 
 def _content_problem(error: RecursionError | _DuplicateKey, where: str, fix: str) -> Problem:
     if isinstance(error, RecursionError):
-        return Problem(Code.DATA_JSON_DEPTH, "the JSON is nested too deeply to be read", where, fix=fix)
-    return Problem(Code.DATA_JSON_DUPLICATE_KEY, f"an object has the key `{error}` twice", where, fix=fix)
+        return Problem(Code.DATA_SYNTAX, "the JSON is nested too deeply to be read", where, fix=fix)
+    return Problem(Code.DATA_SYNTAX, f"an object has the key `{error}` twice", where, fix=fix)
 
 
 def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
@@ -278,7 +278,7 @@ def _object_rows(text: "_JsonText", name: str) -> Iterator[RowOrProblem]:
         rows = value["data"] if isinstance(value.get("data"), list) else [value]
     if not isinstance(rows, list):
         what = "a JSON file must hold a list of objects, or one object for one row"
-        raise DataError(Problem(Code.DATA_ROW_NOT_OBJECT, what, name, fix="write it as [{...}, {...}]"))
+        raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="write it as [{...}, {...}]"))
     yield from (to_row(row, f"{name}:row {number}") for number, row in enumerate(rows, start=1))
 
 
