@@ -556,13 +556,13 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", *(pytest.param(one, marks=SLOW) for one in ("json", "jsonl.gz"))])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
-    """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them."""
+    """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them; a JSON document takes its text."""
     small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
     write_many(small, 10)
     write_many(path, 200)
     small_count, count, rise = read_in_process(small, path)
     assert (small_count, count) == (10_000, 200_000)
-    assert rise < 25
+    assert rise < (110 if kind == "json" else 25)
 
 
 def read_in_process(*paths: Path) -> list[int]:
@@ -603,8 +603,8 @@ def test_one_row_of_50_mb(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("hub_id", "codes"),
     [
-        ("nobody/nothing-of-this-name", {Code.DATA_HUB, Code.DATA_HUB}),
-        ("nothing-of-this-name", {Code.DATA_HUB, Code.DATA_HUB}),
+        ("nobody/nothing-of-this-name", {Code.DATA_HUB}),
+        ("nothing-of-this-name", {Code.DATA_HUB}),
         ("not a name", {Code.DATA_HUB}),
     ],
 )

@@ -9,57 +9,45 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import formats, token_cache_dir
-from loratune.data.formats import (
-    Conversation,
-    Example,
-    Ids,
-    Plain,
-    Preference,
-    PreferencePair,
-    Single,
-    drop_reason,
-    sides,
-)
-from loratune.data.rendering import (
-    CHOSEN,
-    DESIRABLE,
-    REJECTED,
-    UNDESIRABLE,
-    Renderer,
-    TokenizedRow,
-    truncate,
-    truncate_sides,
-)
+from loratune.data import formats, rendering, token_cache_dir
+from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, PreferencePair, Single, sides
+from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
-from loratune.data.row_index import ProgressFactory as ProgressFactory
-from loratune.data.row_index import no_progress as no_progress
+from loratune.data.row_index import ProgressFactory, no_progress
 from loratune.data.sources import reported
 from loratune.data.sources.rows import place_in_cache
-from loratune.data.splits import DatasetSplit as DatasetSplit
-from loratune.data.splits import RawDatasets as RawDatasets
-from loratune.data.splits import divide as divide
-from loratune.data.splits import find_duplicates
-from loratune.data.splits import find_leaks as find_leaks
-from loratune.data.splits import find_test_leaks as find_test_leaks
-from loratune.data.splits import read_datasets as read_datasets
-from loratune.data.splits import read_source as read_source
-from loratune.data.splits import read_train_and_validation as read_train_and_validation
-from loratune.data.splits import replay_numbers as replay_numbers
+from loratune.data.splits import (
+    DatasetSplit,
+    RawDatasets,
+    divide,
+    find_duplicates,
+    find_leaks,
+    find_test_leaks,
+    read_datasets,
+    read_source,
+    read_train_and_validation,
+    replay_numbers,
+)  # fmt: skip
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
-from loratune.data.token_cache_dir import remove_old_entries as remove_old_entries
+from loratune.data.token_cache_dir import remove_old_entries
 from loratune.errors import DataError, Problem
+
+__all__ = [
+    "DatasetSplit", "ProgressFactory", "RawDatasets", "TokenizedDataset", "divide", "find_leaks", "find_test_leaks",
+    "first_examples", "mix_in", "no_progress", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
+    "read_source", "read_train_and_validation", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
+]  # fmt: skip
 
 UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"
 """54 paragraphs of American speeches and of Moby Dick, which hardly anybody's rows are about."""
 
-_DECODED_ROWS = 100
-"""How many rows are decoded again, to find characters that the tokenizer loses."""
+_DECODED_ROWS, _DECODED = 100, 100_000
+"""How many rows, and characters, are decoded again, to find characters that the tokenizer loses."""
 
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
 """How many examples are tokenized at once."""
@@ -67,23 +55,19 @@ _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """A dataset split as the trainer takes it.
-
-    Attributes:
-        rows: `input_ids` and `labels`, mapped from disk.
-    """
+    """A dataset split as the trainer takes it: rows of `input_ids` and `labels`, mapped from disk."""
 
     rows: TokenCache
 
     @property
     def together(self) -> int:
         """How many rows make an item: the two answers of a pair, otherwise one."""
-        return 2 if self.rows.side(0) == CHOSEN else 1
+        return 2 if self.rows.side(0) == rendering.CHOSEN else 1
 
     @property
     def judged(self) -> bool:
         """Whether rows are unpaired preferences."""
-        return self.rows.side(0) in (DESIRABLE, UNDESIRABLE)
+        return self.rows.side(0) in (rendering.DESIRABLE, rendering.UNDESIRABLE)
 
     @property
     def items(self) -> int:
@@ -210,7 +194,7 @@ def open_tokenized(directory: Path) -> TokenizedDataset | None:
 
 
 def first_examples(split: DatasetSplit, rows: TokenizedDataset) -> Iterator[Example]:
-    """The first hundred rows of a split, those without that are not trained on. rows: the rows of the split."""
+    """The first hundred rows of a split, without those that are not trained on. rows: the rows of the split."""
     places = {rows.rows.row(number).where for number in range(min(_DECODED_ROWS, len(rows.rows)))}
     return (example for example in islice(split.examples(), _DECODED_ROWS) if place_in_cache(example.where) in places)
 
@@ -219,14 +203,12 @@ def remark_on_lost_characters(
     split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
 ) -> str | None:
     """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
-    supervised: list[Single] = []
-    characters = 0
-    for example in islice(first_examples(split, rows), _DECODED_ROWS):
-        characters += _characters(example)
-        if characters > _BATCH_ROWS * _DECODED_ROWS:
-            break
-        supervised += sides(example)
-    return renderer.remark_on_lost_characters(supervised, section.loss_on) if supervised else None
+    examples = list(first_examples(split, rows))
+    totals = accumulate(map(_characters, examples))
+    few = [
+        side for example, total in zip(examples, totals, strict=True) if total <= _DECODED for side in sides(example)
+    ]
+    return renderer.remark_on_lost_characters(few, section.loss_on) if few else None
 
 
 @cache
@@ -271,7 +253,7 @@ class _ExampleTokenizer:
         report, kept = Report(rows=len(examples)), list[Example]()
         loss_on = self.section.loss_on
         for example in examples:
-            if reason := drop_reason(example, loss_on):
+            if reason := formats.drop_reason(example, loss_on):
                 report.drop(reason, example.where)
                 continue
             kept.append(example)
@@ -279,13 +261,12 @@ class _ExampleTokenizer:
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
         singles = [example for example in kept if not isinstance(example, Preference)]
         self._check_ids(singles)
-        whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
-        answers = [side for example in kept if isinstance(example, Preference) for side in sides(example)]
-        answer_rows = iter(self.renderer.rows(answers, "completion") if answers else [])
+        whole = iter(self.renderer.rows(singles, loss_on))
+        answers = iter(self.renderer.rows([side for e in kept if isinstance(e, Preference) for side in sides(e)]))
         rows = []
         for example in kept:
             if isinstance(example, Preference):
-                both = [replace(next(answer_rows), where=example.where, side=side) for side in _sides_of(example)]
+                both = [replace(next(answers), where=example.where, side=side) for side in _sides_of(example)]
                 rows += self._cut(both, report)
             else:
                 rows += self._cut([next(whole)], report)
@@ -323,18 +304,18 @@ class _ExampleTokenizer:
         if section.truncation == "drop":
             return None
         if whole[0].side:
-            return truncate_sides(whole, section.max_length, bos)
-        row = truncate(whole[0], section.max_length, bos)
+            return rendering.truncate_sides(whole, section.max_length, bos)
+        row = rendering.truncate(whole[0], section.max_length, bos)
         return [row] if row else None
 
     def _check_ids(self, examples: Sequence[Single]) -> None:
         problems = []
         for example in examples:
-            if isinstance(example, Ids):
-                try:
+            try:
+                if isinstance(example, Ids):
                     formats.check_ids(example, self.vocabulary_size)
-                except formats.RowError as error:
-                    problems.append(error.at(example.where))
+            except formats.RowError as error:
+                problems.append(error.at(example.where))
         if problems:
             raise DataError(reported(problems))
 
@@ -342,8 +323,8 @@ class _ExampleTokenizer:
 def _sides_of(example: Preference) -> tuple[int, ...]:
     """Returns what the rows of a preference are, as `TokenizedRow.side`."""
     if isinstance(example, PreferencePair):
-        return CHOSEN, REJECTED
-    return (DESIRABLE,) if example.desirable else (UNDESIRABLE,)
+        return rendering.CHOSEN, rendering.REJECTED
+    return (rendering.DESIRABLE,) if example.desirable else (rendering.UNDESIRABLE,)
 
 
 def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> None:

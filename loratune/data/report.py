@@ -88,6 +88,7 @@ class Report:
         "rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "p50", "p95", "max",
     )  # fmt: skip
     """The columns of the table; p50, p95 and max are lengths in tokens before anything was cut."""
+    _COUNTS: ClassVar = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
 
     rows: int = 0
     tokens: int = 0
@@ -112,12 +113,8 @@ class Report:
 
     def extend(self, other: Self) -> None:
         """Count the rows of another report, which come later."""
-        self.rows += other.rows
-        self.tokens += other.tokens
-        self.supervised += other.supervised
-        self.truncated += other.truncated
-        self.cut_answers += other.cut_answers
-        self.empty_answers += other.empty_answers
+        for name in self._COUNTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths.update(other.lengths)
         self.duplicates.extend(other.duplicates)
         self.invalid.extend(other.invalid, _LISTED)
@@ -150,9 +147,8 @@ class Report:
 
     def cells(self) -> list[str]:
         """The row of the table, one cell for each of `COLUMNS`."""
-        counts = (self.rows, self.duplicates.count, self.dropped_rows, self.truncated, self.tokens, self.supervised)
-        lengths = (self.percentile(0.5), self.percentile(0.95), self.longest)
-        return [f"{count:,}" for count in (*counts, *lengths)]
+        numbers = self.counts() | {"p50": self.percentile(0.5), "p95": self.percentile(0.95), "max": self.longest}
+        return [f"{numbers[name]:,}" for name in self.COLUMNS]
 
     def reasons(self) -> list[str]:
         """Why rows were left out: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
@@ -204,14 +200,9 @@ class Report:
     def counts(self) -> dict[str, int]:
         """The totals, for a record."""
         return {
-            "rows": self.rows,
-            "duplicates": self.duplicates.count,
-            "dropped": self.dropped_rows,
-            "truncated": self.truncated,
-            "tokens": self.tokens,
-            "supervised": self.supervised,
-            "longest": self.longest,
-        }
+            "rows": self.rows, "duplicates": self.duplicates.count, "dropped": self.dropped_rows,
+            "truncated": self.truncated, "tokens": self.tokens, "supervised": self.supervised, "longest": self.longest,
+        }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """The totals with the tokens that were cut, why rows were dropped, and how many rows have which length.
@@ -224,18 +215,15 @@ class Report:
             shift = max(length.bit_length() - 6, 0)
             lengths[length >> shift << shift] = lengths.get(length >> shift << shift, 0) + count
         reasons = {reason: tally.count for reason, tally in self.dropped.items()}
-        return self.counts() | {
-            "cut_tokens": self.cut_tokens,
-            "reasons": reasons,
-            "lengths": {str(key): count for key, count in lengths.items()},
-        }
+        by_length = {str(length): count for length, count in lengths.items()}
+        return self.counts() | {"cut_tokens": self.cut_tokens, "reasons": reasons, "lengths": by_length}
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, which `from_json` reads back."""
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}
         dropped = {reason: vars(tally) for reason, tally in self.dropped.items()}
-        more = {"dropped": dropped, "invalid": vars(self.invalid)}
-        return numbers | more | {"lengths": {str(key): count for key, count in self.lengths.items()}}
+        lengths = {str(length): count for length, count in self.lengths.items()}
+        counts = {name: getattr(self, name) for name in self._COUNTS}
+        return counts | {"dropped": dropped, "invalid": vars(self.invalid), "lengths": lengths}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
@@ -244,14 +232,10 @@ class Report:
         Raises:
             KeyError, TypeError, ValueError: The values are something else.
         """
-        numbers = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
-        counts: dict[str, Any] = {name: int(values[name]) for name in numbers}
-        dropped = {
-            reason: RowTally(int(tally["count"]), list(tally["first"])) for reason, tally in values["dropped"].items()
-        }
-        lengths = Counter({int(length): int(count) for length, count in values["lengths"].items()})
-        invalid = RowTally(int(values["invalid"]["count"]), list(values["invalid"]["first"]))
-        return cls(**counts, dropped=dropped, invalid=invalid, lengths=lengths)
+        dropped = {reason: RowTally(**tally) for reason, tally in values["dropped"].items()}
+        lengths = Counter({int(length): count for length, count in values["lengths"].items()})
+        counts = {name: values[name] for name in cls._COUNTS}
+        return cls(**counts, dropped=dropped, invalid=RowTally(**values["invalid"]), lengths=lengths)
 
 
 def total(reports: Iterable[Report]) -> Report:

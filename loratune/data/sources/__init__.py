@@ -1,6 +1,7 @@
 """Reading rows from files, directories, globs and hub datasets; each row knows the place it comes from.
 
-Rows are streamed: what is held in memory is a block of a file (or one row, where that is longer), never the file.
+Rows are streamed: what is held in memory is a block of a file, or one row, where that is longer; of a JSON document its
+text.
 """
 
 import os
@@ -41,7 +42,7 @@ __all__ = [
 
 
 def open_source(source: Source | GivenRows) -> list[RowSource]:
-    """The files of a source in order, or its one split on the hub; no row is read yet.
+    """The files of a source in order, or its one split on the hub.
 
     A slice goes over the rows of all files as one sequence, so that a file may have no row in it; where `split` adds up
     several slices, the files come once for each.
@@ -58,7 +59,7 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
     path = Path(source.path).expanduser()
     if looks_like_hub_id(source.path) and not os.path.exists(path):
         return [_load_hub_split(source)]
-    return list(file_slices(find_files(path)[0], source))
+    return [*file_slices(find_files(path)[0], source)]
 
 
 def left_out(source: Source | GivenRows) -> str:

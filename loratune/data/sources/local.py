@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -153,35 +153,18 @@ class DataFile:
             digest = sha256(self.path)
         return hashlib.sha256(f"{data_ending(self.path)} {digest}".encode()).hexdigest()
 
-    @cached_property
+    @property
     def length(self) -> int:
         """How many rows it has, bad ones included. Raises DataError as `rows`."""
-        return self.count(UNBOUNDED)
-
-    def count(self, limit: int) -> int:
-        """How many rows it has, counted no further than `limit`. Raises DataError as `rows`."""
         if data_ending(self.path) == ".parquet":
             with _reading(self.path):
-                return min(tables.count_parquet_rows(self.path), limit)
+                return tables.count_parquet_rows(self.path)
         # JSON lines need not be parsed to be counted
         ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
-        return sum(1 for _ in islice(self._read(no_advance, ending), limit))
+        return sum(1 for _ in self.rows(no_advance, ending))
 
-    def rows(self, advance: Advance, start: int, stop: int) -> Iterator[RowOrProblem]:
-        """Rows number `start` (from 0) up to `stop`, which is not included; see `RowSource.rows`."""
-        bytes_read = 0
-
-        def count(number: int) -> None:
-            nonlocal bytes_read
-            bytes_read += number
-            advance(number)
-
-        yield from islice(self._read(count), start, stop)
-        if bytes_read < self.size:
-            advance(self.size - bytes_read)
-
-    def _read(self, advance: Advance, ending: str = "") -> Iterator[RowOrProblem]:
-        """All rows. ending: how the file is read, if not by its own."""
+    def rows(self, advance: Advance, ending: str = "") -> Iterator[RowOrProblem]:
+        """All rows, as `RowSource.rows`. ending: how the file is read, if not by its own."""
         name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
         with _reading(self.path):
             if ending == ".parquet":
@@ -216,14 +199,18 @@ class FileSlice:
     Attributes:
         files: All files that the slice goes over.
         number: Which of them this is.
-        source: The source that names them.
-        part: Which of the slices that `split` adds up.
+        split: The slices that the source adds up; None for all rows.
+        part: Which of them this is.
+        start: The first row of the file that belongs to it.
+        stop: The row after the last one.
     """
 
     files: tuple[DataFile, ...]
     number: int
-    source: Source
-    part: int
+    split: str | None = None
+    part: int = 0
+    start: int = 0
+    stop: int = UNBOUNDED
 
     @property
     def name(self) -> str:
@@ -238,42 +225,47 @@ class FileSlice:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of all that decides which rows these are; with a slice, that includes the other files."""
-        if self.source.split is None:
+        if self.split is None:
             return self.files[self.number].content_digest
-        parts = [self.source.split, self.part, self.number, *(file.content_digest for file in self.files)]
+        parts = [self.split, self.part, self.number, *(file.content_digest for file in self.files)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
-        """See `RowSource.rows`. Rows of earlier files, or of all, are counted first where the slice depends on them."""
-        start, stop = self._bounds()
-        for file in self.files[: self.number]:
-            earlier_rows = file.length if self._needs_length else file.count(start if stop == UNBOUNDED else stop)
-            start, stop = max(0, start - earlier_rows), stop if stop == UNBOUNDED else max(0, stop - earlier_rows)
-        return self.files[self.number].rows(advance, start, max(start, stop))
+        """See `RowSource.rows`."""
+        bytes_read = 0
 
-    @property
-    def _needs_length(self) -> bool:
-        """Whether the slice has percentages, or counts from the end."""
-        return self.source.split is not None and ("%" in self.source.split or "-" in self.source.split)
+        def count(number: int) -> None:
+            nonlocal bytes_read
+            bytes_read += number
+            advance(number)
 
-    def _bounds(self) -> tuple[int, int]:
-        """First row and end over all files together; `UNBOUNDED` where the end need not be known."""
-        if self.source.split is None:
-            return 0, UNBOUNDED
-        total = sum(file.length for file in self.files) if self._needs_length else UNBOUNDED
-        return _slice_bounds(self.source.split, total, self.source)[self.part]
+        yield from islice(self.files[self.number].rows(count), self.start, self.stop)
+        if bytes_read < self.size:
+            advance(self.size - bytes_read)
 
 
-def file_slices(paths: list[Path], source: Source) -> Iterator[FileSlice]:
+def file_slices(paths: list[Path], source: Source) -> list[FileSlice]:
     """The files in order, once for each slice that `split` adds up.
 
+    The rows of the files are counted where the slices depend on it: they go over several files, have percentages, or
+    count from the end.
+
     Raises:
-        DataError: `split` is not a slice, or a file may not be read.
+        DataError: `split` is not a slice, or a file cannot be read.
     """
-    files = tuple(DataFile(path, _file_size(path)) for path in paths)
-    parts = 1 if source.split is None else len(_slice_bounds(source.split, 1_000, source))
-    for part in range(parts):
-        yield from (FileSlice(files, number, source, part) for number in range(len(files)))
+    files, split = tuple(DataFile(path, _file_size(path)) for path in paths), source.split
+    if split is None:
+        return [FileSlice(files, number) for number in range(len(files))]
+    _slice_bounds(split, 1_000, source)
+    lengths = [UNBOUNDED]
+    if files[1:] or "%" in split or "-" in split:
+        lengths = [file.length for file in files]
+    starts = list(accumulate(lengths, initial=0))
+    return [
+        FileSlice(files, number, split, part, max(0, start - first), max(0, start - first, stop - first))
+        for part, (start, stop) in enumerate(_slice_bounds(split, starts[-1], source))
+        for number, first in enumerate(starts[:-1])
+    ]
 
 
 def _file_size(path: Path) -> int:

@@ -1,10 +1,9 @@
-"""Reading text files as rows, in bounded memory: JSON lines, JSON documents, CSV and plain text.
+"""Reading text files as rows: JSON lines, CSV and plain text block by block, JSON documents whole.
 
 The readers keep what those of other libraries lose: the line of every row and problem, the rows behind a bad one, and
 the byte that is not UTF-8. A BOM, CRLF and blank lines are accepted in every kind of file.
 """
 
-import codecs
 import csv
 import json
 import re
@@ -232,14 +231,20 @@ def _content_problem(error: RecursionError | _DuplicateKey, where: str, fix: str
 
 
 def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
-    """Rows of a JSON document: a list of objects, which is streamed, the list under its key `data`, or one object.
+    """Rows of a JSON document: a list of objects, the list under its key `data`, or one object.
 
-    JSON lines in a file that is called .json are recognised and read as such.
+    The text is held in memory, and one row of a list. JSON lines in a file that is called .json are read as such.
 
     Raises:
         DataError: It is not a JSON document, or not UTF-8.
     """
-    text = _JsonText(file, name)
+    raw = file.read()
+    try:
+        text = _JsonText(raw.decode().removeprefix(_BOM), name)
+    except UnicodeDecodeError as error:
+        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        raise DataError(_encoding_problem(byte, raw[error.start], f"{name}:{line}")) from None
+    del raw
     first = text.peek()
     if first == "[":
         yield from _list_rows(text, name)
@@ -282,118 +287,49 @@ def _object_rows(text: "_JsonText", name: str) -> Iterator[RowOrProblem]:
     yield from (to_row(row, f"{name}:row {number}") for number, row in enumerate(rows, start=1))
 
 
-_LONGEST_TOKEN = 16
-"""More characters than any JSON literal or escape has that may be cut in two at the end of a piece of text."""
 _NO_SPACE = re.compile(r"[^ \t\n\r]")
 
 
 class _JsonText:
-    """The text of a JSON document, read piece by piece and dropped once it is parsed.
+    """The text of a JSON document. position: where parsing continues."""
 
-    Attributes:
-        text: What was read and not yet dropped.
-        position: Where in `text` parsing continues.
-    """
-
-    def __init__(self, file: BinaryIO, name: str):
-        self._pieces, self._name = _decoded(file, name), name
-        self._line, self._column = 1, 0  # of the first character of `text`: line from 1, characters before it
-        self.text, self.position = "", 0
-        self._decode = _decode
-
-    def read_more(self) -> bool:
-        """Read at least as much as is unparsed, so that parsing it once more costs little; False at the end."""
-        pieces, length = list[str](), 0
-        while length < max(BLOCK, len(self.text) - self.position) and (piece := next(self._pieces, "")):
-            pieces.append(piece)
-            length += len(piece)
-        if pieces:
-            self._line, self._column = self.line(self.position), self.column(self.position) - 1
-            self.text, self.position = "".join([self.text[self.position :], *pieces]), 0
-        return bool(pieces)
+    def __init__(self, text: str, name: str):
+        self._text, self._name, self.position = text, name, 0
 
     def line(self, position: int) -> int:
-        """The line of the document, from 1, that a position in `text` is on."""
-        return self._line + self.text.count("\n", 0, position)
-
-    def column(self, position: int) -> int:
-        """The column, from 1, of a position in `text`."""
-        start = self.text.rfind("\n", 0, position) + 1
-        return position - start + 1 + (0 if start else self._column)
+        """The line, from 1, that a position is on."""
+        return 1 + self._text.count("\n", 0, position)
 
     def peek(self) -> str:
         """The next character that is not white space; empty at the end."""
-        while not (found := _NO_SPACE.search(self.text, self.position)):
-            self.position = len(self.text)
-            if not self.read_more():
-                return ""
-        self.position = found.start()
-        return found[0]
+        found = _NO_SPACE.search(self._text, self.position)
+        self.position = found.start() if found else len(self._text)
+        return found[0] if found else ""
 
     def parse_value(self) -> Any:
         """The JSON value that begins at the next character. Raises DataError."""
         self.peek()
-        while True:
+        try:
             try:
-                value, end = self._decode(self.text, self.position)
-            except json.JSONDecodeError as error:
-                is_incomplete = error.pos >= len(self.text) - _LONGEST_TOKEN or "Unterminated" in error.msg
-                if not (is_incomplete and self.read_more()):
-                    raise self.syntax_error(error.msg, error.pos) from None
-            except RecursionError as error:
-                raise DataError(_content_problem(error, self._name, _FIX_FILE)) from None
-            except _DuplicateKey as error:
-                where = f"{self._name}:{self.line(self.position)}"
-                raise DataError(_content_problem(error, where, _FIX_FILE)) from None
+                value, self.position = _decode(self._text, self.position)
+            except (json.JSONDecodeError, _DuplicateKey):
+                raise
             except ValueError:  # an integer of more digits than Python reads
-                if self._decode is _decode_long_integers:
-                    raise
-                self._decode = _decode_long_integers
-            else:
-                if end < len(self.text) or not self.read_more():
-                    self.position = end
-                    return value
+                value, self.position = _decode_long_integers(self._text, self.position)
+        except json.JSONDecodeError as error:
+            raise self.syntax_error(error.msg, error.pos) from None
+        except (RecursionError, _DuplicateKey) as error:
+            line = "" if isinstance(error, RecursionError) else f":{self.line(self.position)}"
+            raise DataError(_content_problem(error, f"{self._name}{line}", _FIX_FILE)) from None
+        return value
 
     def syntax_error(self, message: str, position: int) -> DataError:
-        """The exception for a syntax error at a position in `text`."""
-        at_end = position >= len(self.text.rstrip()) and not self.read_more()
-        where, column = f"{self._name}:{self.line(position)}", self.column(position)
+        """The exception for a syntax error at a position."""
+        at_end = position >= len(self._text.rstrip())
+        where, column = f"{self._name}:{self.line(position)}", position - self._text.rfind("\n", 0, position)
         return DataError(_syntax_problem(message, where, column, at_end, _FIX_FILE))
 
     def lines(self) -> Iterator[Line]:
-        """The lines of the unparsed rest that are not blank."""
-        number = self.line(self.position)
-        while True:
-            end = self.text.rfind("\n", self.position)
-            if end < 0 and self.read_more():
-                continue
-            lines = self.text[self.position : end if end >= 0 else len(self.text)].split("\n")
-            yield from compress(enumerate(lines, number), map(str.strip, lines))
-            if end < 0:
-                return
-            self.position, number = end + 1, number + len(lines)
-
-
-def _decoded(file: BinaryIO, name: str) -> Iterator[str]:
-    """The text of a file in non-empty pieces of any length. Raises DataError: It is not UTF-8."""
-    number, before, rest = (
-        1,
-        0,
-        b"",
-    )  # the line that the next piece begins in, the bytes of it that were decoded, others
-    raw = b" "
-    while raw:
-        raw = file.read(BLOCK)
-        content = rest + raw
-        try:
-            text, length = codecs.utf_8_decode(content, "strict", not raw)
-        except UnicodeDecodeError as error:
-            line = content.rfind(b"\n", 0, error.start) + 1
-            number += content.count(b"\n", 0, line)
-            byte = error.start - line + (0 if line else before) + 1
-            raise DataError(_encoding_problem(byte, content[error.start], f"{name}:{number}")) from None
-        rest, line = content[length:], content.rfind(b"\n", 0, length) + 1
-        text = text.removeprefix(_BOM) if (number, before) == (1, 0) else text
-        number, before = number + content.count(b"\n", 0, line), length - line + (0 if line else before)
-        if text:
-            yield text
+        """The lines of the rest that are not blank."""
+        lines = self._text[self.position :].split("\n")
+        return compress(enumerate(lines, self.line(self.position)), map(str.strip, lines))
