@@ -113,12 +113,11 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
 @pytest.mark.parametrize(
     ("objective", "rows", "fix"),
     [
-        ("sft", PAIRS, "data.columns to {completion: chosen}"),
-        ("sft", UNPAIRED, "data.format to prompt_completion"),
-        ("sft", [{"instruction": "a", "output": "b", "kto_tag": True}], "data.format to alpaca"),
-        ("sft", [{"instruction": "a", "output": "b", "kto_tag": 0}], "data.format to alpaca"),
-        ("sft", [{"instruction": "a", "output": "b", "label": 3, "kto_tag": "false"}], "data.format to alpaca"),
-        ("sft", [{"prompt": "a", "completion": "b", "label": "False"}], "data.format to prompt_completion"),
+        ("sft", PAIRS, "training.objective to dpo, orpo or simpo"),
+        ("sft", UNPAIRED, "training.objective to kto"),
+        ("sft", [{"instruction": "a", "output": "b", "kto_tag": 0}], "training.objective to kto"),
+        ("sft", [{"instruction": "a", "output": "b", "label": 3, "kto_tag": "false"}], "training.objective to kto"),
+        ("sft", [{"prompt": "a", "completion": "b", "label": "False"}], "training.objective to kto"),
         ("kto", PAIRS, "training.objective to dpo, orpo or simpo"),
         ("dpo", UNPAIRED, "training.objective to kto"),
         ("dpo", [{"prompt": "a", "completion": "b"}], "give rows that are preference pairs"),
@@ -147,7 +146,7 @@ def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: M
     path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
     write_rows(tmp_path / "compared.jsonl", [first, LATER[1]])
     ran = cli("train", path)
-    check_refused(ran, 4, (Code.DATA_FORMAT, f"{tmp_path / 'compared.jsonl'}:2", ""))
+    check_refused(ran, 4, (Code.DATA_FIELD, f"{tmp_path / 'compared.jsonl'}:2", ""))
     assert "`label` says whether the answer is desirable" in ran.err and "data.format to prompt_completion" in ran.err
     assert cli("train", path, "--dry-run", "--set", "data.format=prompt_completion").code == 0
 

@@ -92,12 +92,10 @@ class DatasetSplit:
             what += f", and {objective} trains on {kind or 'rows without preferences'}"
             by_kind = {PAIRS: "dpo, orpo or simpo", UNPAIRED: "kto", None: "sft"}
             fix = f"set training.objective to {by_kind[found]}"
-            if kind == UNPAIRED and found is None:
-                fix = (
-                    f"{fix}; or, where a label says whether the answer is desirable, data.format to unpaired_preference"
-                )
-            elif found is None:
+            if found is None:
                 fix = f"give rows that are {kind}, or {fix}"
+                if kind == UNPAIRED:
+                    fix += "; where a label says which answers are desirable, set data.format to unpaired_preference"
             raise DataError(Problem(Code.DATA_FORMAT, what, where, "training.objective", fix))
 
     @property
