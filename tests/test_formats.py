@@ -598,7 +598,7 @@ def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[A
     ("row", "detail"),
     [
         ({"messages": [BOT], "label": True}, "no message comes before"),
-        ({"messages": [USER, BOT, USER], "label": True}, "`label` judges no answer"),
+        ({"messages": [USER, BOT, USER], "label": True}, "`label` is about no answer"),
         ({"messages": [USER, BOT | {"weight": 0}], "kto_tag": True}, "compared whole"),
     ],
 )  # fmt: skip

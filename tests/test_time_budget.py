@@ -118,7 +118,7 @@ def test_packs() -> None:
 def test_pairs(packing: Any) -> None:
     """Both answers of a pair count, where they are padded each as long as the longest of the batch."""
     lengths, supervised = LENGTHS[:10], SUPERVISED[:10]
-    layout = BatchLayout(Rows(), lengths, packing, 2, 10, pad_id=0, together=2)
+    layout = BatchLayout(Rows(), lengths, packing, 2, 10, pad_id=0, rows_per_example=2)
     found = Costs(layout, lengths, supervised, WEIGHTING)
     longest = [9, 8] if packing == "none" else [None, None]
     batches = [(0, 1, 2, 3), (4, 5, 8, 9)]
@@ -290,7 +290,7 @@ def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig,
 def test_answers_that_are_compared(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Of pairs and of judged answers; `train run.yaml` repeats the run."""
+    """Of pairs and of unpaired answers; `train run.yaml` repeats the run."""
 
     def start(path: Path) -> list[Child]:
         minutes = yaml.safe_load(path.read_text())["training"]["max_minutes"]

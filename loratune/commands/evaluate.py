@@ -138,9 +138,9 @@ def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[R
 def _rows(
     adapter: AdapterDirectory, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging
 ) -> RowAnswers | PreferenceAnswers:
-    if dataset.together == 1 and not dataset.judged:
+    if dataset.rows_per_example == 1 and not dataset.is_unpaired:
         return RowAnswers(loaded, dataset, judging)
-    formula = formula_for(adapter.run, UNPAIRED if dataset.judged else PAIRS)
+    formula = formula_for(adapter.run, UNPAIRED if dataset.is_unpaired else PAIRS)
     return PreferenceAnswers(formula, loaded, dataset, adapter.run.training.seed if adapter.run is not None else 0)
 
 

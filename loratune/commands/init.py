@@ -209,13 +209,13 @@ def measure(
     rows, kind = tokenized[0], raw.train.kind
     for split in raw.splits.values():
         split.check_kind(kind, _OBJECTIVES[kind])
-    together = 2 if kind == PAIRS else 1
+    rows_per_example = 2 if kind == PAIRS else 1
     is_short = kind is None and float(np.median(rows.supervised)) <= _LABEL_TOKENS
     classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
-    saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, together).saving()
+    saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, rows_per_example).saving()
     lengths = np.concatenate([split.lengths for split in tokenized])
     remarks = [*choice.remarks, *raw.train.remarks(), *rows.report.reasons(), *classes.remarks()]
-    return MeasuredRows(raw, choice, lengths, rows, saved, classes, together), remarks
+    return MeasuredRows(raw, choice, lengths, rows, saved, classes, rows_per_example), remarks
 
 
 def _check_length(
@@ -336,15 +336,21 @@ def fit(
 def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat) -> Estimate:
     """The estimate of `train --dry-run`, for batches of the rows that were measured."""
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
-    together, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
+    rows_per_example, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
     layout = BatchLayout(
-        _CutRows(rows.tokenized, length), tokens, packing, batch, length, pad_id=0, together=together - 1 and together
+        _CutRows(rows.tokenized, length),
+        tokens,
+        packing,
+        batch,
+        length,
+        pad_id=0,
+        rows_per_example=rows_per_example - 1 and rows_per_example,
     )
     if device.type == "cpu" and would_share(run, rows.saved):
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
-        largest = [(length, length - 1)] * batch * together
+        largest = [(length, length - 1)] * batch * rows_per_example
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]

@@ -198,7 +198,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from
     )
     described = objectives.described(run)
-    notes = [f"training.objective: {described}", *_judged_note(datasets)] if described else []
+    notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
     notes += [*auto.lines(choices | more), *load.machine_notes(run.model), *batches.notes, *targets.notes]
     return Plan(
         config=run,
@@ -242,9 +242,9 @@ def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection)
     return parameters.per_rank(attach.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
 
 
-def _judged_note(datasets: TokenizedDatasets) -> Iterator[str]:
-    """How many answers are good and how many bad, where they are judged."""
-    if (sides := datasets.train.rows.sides) is not None and datasets.train.judged:
+def _unpaired_note(datasets: TokenizedDatasets) -> Iterator[str]:
+    """How many answers are desirable, for unpaired preferences."""
+    if (sides := datasets.train.rows.sides) is not None and datasets.train.is_unpaired:
         good = int((sides == DESIRABLE).sum())
         bad = len(sides) - good
         absent = "" if good and bad else f": {'good' if bad else 'bad'} answers are shown by none of them"

@@ -43,7 +43,7 @@ def log_plan(plan: "Plan") -> None:
     """Log what is about to be trained, above all what was truncated or dropped."""
     for line in _dataset_lines(plan.datasets, plan.context):
         log(line)
-    for number in range(plan.datasets.train.together):
+    for number in range(plan.datasets.train.rows_per_example):
         log(f"first row{plan.side_name(number)}, supervised text marked:")
         print_marked(_shorten(plan.row_text(number)), err)
     for module_pattern, roles in plan.targets.shared_roles().items():
@@ -66,7 +66,7 @@ def print_plan(plan: "Plan", rows: int) -> None:
     for line in _dataset_lines(plan.datasets, plan.context):
         print(escaping.line(line))
     _log_notes(plan)
-    for number in range(min(rows * plan.datasets.train.together, len(plan.datasets.train.rows))):
+    for number in range(min(rows * plan.datasets.train.rows_per_example, len(plan.datasets.train.rows))):
         where = escaping.line(plan.datasets.train.rows.row(number).where)
         print(f"{where}{plan.side_name(number)}, supervised text marked")
         print_marked(plan.row_text(number))

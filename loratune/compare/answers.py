@@ -198,13 +198,15 @@ class PreferenceAnswers:
         """dataset: all pairs or all answers. seed: of the training, see `ComparedRows`."""
         self.formula = formula
         self.rows = [*_distinct_preferences(loaded, dataset)]
-        together = dataset.together
+        rows_per_example = dataset.rows_per_example
         self._dataset = dataset
-        self._numbers = [row.number * together + place for row in self.rows for place in range(together)]
+        self._numbers = [
+            row.number * rows_per_example + place for row in self.rows for place in range(rows_per_example)
+        ]
         self._sides = np.asarray(dataset.rows.sides)[self._numbers].astype(np.int64)
         self._tokens = dataset.rows.supervised[self._numbers].astype(np.float64)
         self._mismatched: list[dict[str, Any]] = []
-        if dataset.judged:
+        if dataset.is_unpaired:
             compared = ComparedRows(dataset, loaded.data.max_length, seed)
             self._mismatched = [compared[number]["mismatched"] for number in range(len(compared))]
         self._reference: tuple[Values, Values] | None = None
@@ -325,7 +327,7 @@ def _too_slow(error: BadPatternError, where: str) -> ConfigError:
 
 def _distinct_preferences(loaded: AnsweringModel, dataset: TokenizedDataset) -> Iterator[ComparedRow]:
     """The distinct pairs, or answers, without what models do on them, in the order in which they first occur."""
-    names = names_of_sides(paired=not dataset.judged)
+    names = names_of_sides(paired=not dataset.is_unpaired)
     for number, copies in dataset.copies().items():
         item = dataset.item(number)
         compared = {names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item}

@@ -277,7 +277,7 @@ def _interval(samples: Sequence[Sample]) -> Interval | None:
 
 def _groups(rows: Sequence[ComparedRow], metric: str) -> list[list[ComparedRow]]:
     """The rows that add to a metric: one group, or, where it is the sum of the means of two groups, as the margin of
-    judged answers is, both."""
+    unpaired answers is, both."""
     own = [row for row in rows if metric in row.answers[ADAPTER].scores]
     if metric != REWARD_MARGIN:
         return [own]

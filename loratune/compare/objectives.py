@@ -229,7 +229,7 @@ class ComparedRows:
         self.dataset, self._max_length = dataset, max_length
         self.reference: Values | None = None
         self.mismatched: Values | None = None
-        self._partners = _partners(dataset, seed) if dataset.judged else None
+        self._partners = _partners(dataset, seed) if dataset.is_unpaired else None
 
     def __len__(self) -> int:
         return len(self.dataset.rows)

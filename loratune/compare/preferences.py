@@ -34,12 +34,12 @@ _MOST_SATURATED = 0.9
 
 
 def names_of_sides(*, paired: bool) -> tuple[str, str]:
-    """What answers are called that are better, and those that are worse: of pairs, or of judged answers."""
+    """What answers are called that are better, and those that are worse: of pairs, or of unpaired answers."""
     return (CHOSEN, REJECTED) if paired else (DESIRABLE, UNDESIRABLE)
 
 
 def metrics_of(*, paired: bool) -> tuple[str, ...]:
-    """The names of the metrics of pairs, or of judged answers."""
+    """The names of the metrics of pairs, or of unpaired answers."""
     sides = [f"{side}_{LOG_PROBABILITY}" for side in names_of_sides(paired=paired)]
     if paired:
         return REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY, *sides, PREFERRED_LENGTH
@@ -112,7 +112,7 @@ class PreferenceMetrics:
 
     def by_item(self) -> dict[str, tuple[slice, Values]]:
         """Metric → which pairs, or which of the good answers and then the bad ones, it is a mean over, and what each of
-        them adds. The margin of judged answers is a sum of two means, one of them of bad rewards with the other sign.
+        them adds. The margin of unpaired answers is a sum of two means, one of them of bad rewards with the other sign.
         """
         good, bad, every = self.good, self.bad, slice(None)
         names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]

@@ -38,7 +38,7 @@ def name(metric: str) -> str:
 
 
 def rows(comparison: Comparison) -> str:
-    """What the rows are: `48 rows, 900 supervised tokens`; of pairs and judged answers, their mean tokens."""
+    """What the rows are: `48 rows, 900 supervised tokens`; of pairs and unpaired answers, their mean tokens."""
     score = comparison.scores[ADAPTER]
     count = plural(score.rows, comparison.item)
     lengths: dict[str, list[float]] = {}

@@ -60,24 +60,24 @@ class TokenizedDataset:
     rows: TokenCache
 
     @property
-    def together(self) -> int:
+    def rows_per_example(self) -> int:
         """How many rows make an item: the two answers of a pair, otherwise one."""
         return 2 if self.rows.side(0) == rendering.CHOSEN else 1
 
     @property
-    def judged(self) -> bool:
+    def is_unpaired(self) -> bool:
         """Whether rows are unpaired preferences."""
         return self.rows.side(0) in (rendering.DESIRABLE, rendering.UNDESIRABLE)
 
     @property
     def items(self) -> int:
         """How many items there are."""
-        return len(self.rows) // self.together
+        return len(self.rows) // self.rows_per_example
 
     def item(self, number: int) -> tuple[TokenizedRow, ...]:
         """The rows of an item."""
-        start = number * self.together
-        return tuple(map(self.rows.row, range(start, start + self.together)))
+        start = number * self.rows_per_example
+        return tuple(map(self.rows.row, range(start, start + self.rows_per_example)))
 
     @property
     def report(self) -> Report:

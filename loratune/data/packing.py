@@ -191,7 +191,7 @@ class BatchLayout:
         size: int,
         max_length: int,
         pad_id: int,
-        together: int = 0,
+        rows_per_example: int = 0,
     ) -> None:
         """Lay out the batches.
 
@@ -203,21 +203,21 @@ class BatchLayout:
             size: Rows of a batch, or pairs of them.
             max_length: The most tokens that a row has.
             pad_id: The id of the padding token.
-            together: How many consecutive rows of the dataset make an item, see `put_rows`: the two answers of a pair,
-                or one. 0: the rows are no preference data.
+            rows_per_example: How many consecutive rows of the dataset make an item: the two answers of a pair, or one;
+                0 if the rows are not preference data.
 
         Raises:
             ValueError: A length is out of range, with `full`.
         """
         self.flat = packing != "none"
         self.put = flatten if self.flat else partial(pad, pad_id=pad_id)
-        each = max(together, 1)
-        whole = lengths.astype(np.int64).reshape(-1, each).sum(1) if together else lengths
+        each = max(rows_per_example, 1)
+        whole = lengths.astype(np.int64).reshape(-1, each).sum(1) if rows_per_example else lengths
         if packing == "full":
             packs = best_fit(whole, size * max_length * each)
             self._tokens = np.add.reduceat(whole[packs.order], packs.starts[:-1], dtype=np.int64)
             self.items, self.size = PackedRows(dataset, packs.of(each) if each > 1 else packs), 1
-        elif together:
+        elif rows_per_example:
             every = Packs(np.arange(len(lengths)), np.arange(0, len(lengths) + 1, each))
             self.items, self.size = PackedRows(dataset, every), size
             self._tokens = whole if self.flat else each * lengths.reshape(-1, each).max(1)

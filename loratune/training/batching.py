@@ -280,12 +280,12 @@ def batch(
         mixed = not kernels.attends_by_rows(model)
         packing, notes = _packing(model, datasets.train, data_section, training, mixed=mixed)
         if packing == "none":
-            _check_padding(model, pad_id, training, datasets.train.together)
+            _check_padding(model, pad_id, training, datasets.train.rows_per_example)
         layouts = {
-            name: BatchLayout(rows, split.rows.lengths, packing, size, length, pad_id, together)
+            name: BatchLayout(rows, split.rows.lengths, packing, size, length, pad_id, rows_per_example)
             for name, split in datasets.splits.items()
             if name != "test"
-            for rows, together in [objective.items(split)]
+            for rows, rows_per_example in [objective.items(split)]
         }
         saved, more = sharing(model, layouts["train"], data_section)
     if saved is not None:
@@ -365,7 +365,7 @@ def _packing(
     """
     if section.packing == "none":
         return "none", []
-    lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size * rows.together
+    lengths, size = np.sort(rows.rows.lengths), training.per_device_train_batch_size * rows.rows_per_example
     hidden_size = int(model.get_input_embeddings().weight.shape[1])
     if mixed and section.packing == "batch" and padding_is_cheaper(lengths, size, hidden_size):
         name = model.config.model_type
@@ -376,12 +376,12 @@ def _packing(
     return "none", [f"data.{reason}; rows are {'padded' if size > 1 else 'computed one by one'} instead"]
 
 
-def _check_padding(model: Any, pad_id: int, training: TrainingSection, together: int) -> None:
+def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_example: int) -> None:
     """Check that a model may be given padded rows, where batches have several. Raises ModelError: it may not."""
     size = training.per_device_train_batch_size
-    if size * together == 1 or (reason := padding_refusal(model, pad_id)) is None:
+    if size * rows_per_example == 1 or (reason := padding_refusal(model, pad_id)) is None:
         return
     fix = "pairs are always padded, so use another objective or another model"
-    if together == 1:
+    if rows_per_example == 1:
         fix = f"set it to 1, and gradient_accumulation_steps to {size * training.gradient_accumulation_steps}"
     raise ModelError(Problem(Code.TRAINING_PADDING, reason, key="training.per_device_train_batch_size", fix=fix))

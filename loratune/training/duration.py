@@ -108,7 +108,7 @@ class Costs:
 
     @classmethod
     def of_run(
-        cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float, together: int = 1
+        cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float, rows_per_example: int = 1
     ) -> Self:
         """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`.
 
@@ -118,10 +118,10 @@ class Costs:
             lengths: (rows,), or of the two answers of each pair together.
             supervised: As the lengths.
             saved: About the part of the tokens of batches that need not be computed where these can share prefixes.
-            together: How many answers a length is of.
+            rows_per_example: How many answers a length is of.
         """
         size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
-        layout = BatchLayout(lengths, lengths, run.data.packing, size, together * run.data.max_length, pad_id=0)
+        layout = BatchLayout(lengths, lengths, run.data.packing, size, rows_per_example * run.data.max_length, pad_id=0)
         if would_share(run, saved):
             layout = layout.sharing(saved)
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)

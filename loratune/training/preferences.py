@@ -103,12 +103,12 @@ class PreferenceObjective(Objective):
 
     def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
         """See `Objective`."""
-        return next(rows for rows in self.splits.values() if rows.dataset is dataset), dataset.together
+        return next(rows for rows in self.splits.values() if rows.dataset is dataset), dataset.rows_per_example
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
         """See `Objective`; estimates KTO's divergence over all of the step."""
         own = [batch for batch in batches if (batch["labels"] >= 0).any()]
-        rows, together = sum(len(batch["sides"]) for batch in own), 2 if self.unit == "pair" else 1
+        rows, rows_per_example = sum(len(batch["sides"]) for batch in own), 2 if self.unit == "pair" else 1
         difference, prompts = 0.0, 0
         if self.formula.name == "kto":
             was_training = model.training
@@ -121,7 +121,7 @@ class PreferenceObjective(Objective):
             model.train(was_training)
         rows, difference, prompts = group.total([rows, difference, prompts])  # type: ignore[assignment]
         self._divergence = max(0.0, difference / prompts) if prompts else 0.0
-        return torch.tensor(rows / together, device=model.device)
+        return torch.tensor(rows / rows_per_example, device=model.device)
 
     def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
         """See `Objective`; the loss is always wanted row by row."""
@@ -134,8 +134,8 @@ class PreferenceObjective(Objective):
         answers = self._answers(kernels.row_sums(model, logits, labels, self._given["lengths"]), labels)
         sides = self._given["sides"]
         losses = self._item_losses(ScoredBatch(answers, sides, _no_answers()), self._divergence)
-        together = len(sides) // len(losses)
-        is_there = answers.tokens.view(-1, together)[:, 0] > 0
+        rows_per_example = len(sides) // len(losses)
+        is_there = answers.tokens.view(-1, rows_per_example)[:, 0] > 0
         held = AnswerScores(answers.log_probabilities.detach(), answers.tokens, answers.reference)
         self.step = ScoredBatch(held, sides, _no_answers())
         return (losses * is_there).sum().float(), is_there.sum()

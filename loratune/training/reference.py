@@ -105,7 +105,7 @@ def compute(
         _check_finite(rows, found)
         rows.reference = found[: len(rows)]
         rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
-        if name == "train" and rows.dataset.together == 2:
+        if name == "train" and rows.dataset.rows_per_example == 2:
             log(_order(rows))
 
 
@@ -146,7 +146,7 @@ def _computed(
     """
     items, each = objective.items(rows.dataset)
     layout = scoring.layout(items, rows.dataset.rows.lengths, each)
-    batches, together = scoring.batches(layout, range(rows.dataset.items)), rows.dataset.together
+    batches, rows_per_example = scoring.batches(layout, range(rows.dataset.items)), rows.dataset.rows_per_example
     parts = [batches[start : start + _PART_BATCHES] for start in range(0, len(batches), _PART_BATCHES)]
     count, is_divided = len(parts), len(parts) > 1
     known = [_known(_part_key(key, number), group) if is_divided else None for number in range(count)]
@@ -161,9 +161,9 @@ def _computed(
                 token_cache_dir.store_values(_part_key(key, number), values)
             if is_divided and (number + 1) * 10 // count > number * 10 // count:
                 log(f"{(number + 1) / count:.0%} of the reference is computed")
-        found.append(values.reshape(-1, sum(map(len, part)) * together))
+        found.append(values.reshape(-1, sum(map(len, part)) * rows_per_example))
     items = np.concatenate(batches)
-    order = np.argsort((items[:, None] * together + np.arange(together)).reshape(-1))
+    order = np.argsort((items[:, None] * rows_per_example + np.arange(rows_per_example)).reshape(-1))
     computed = np.concatenate(found, axis=1)[:, order].reshape(-1)
     if group.main:
         if np.isfinite(computed).all():

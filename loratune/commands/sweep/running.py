@@ -114,7 +114,7 @@ class Request:
         kind = KINDS[self.run.config.training.objective]
         others = {run.training.objective for run in self.runs.values()}
         if wrong := sorted(one for one in others if KINDS[one] != kind):
-            what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor judged answers'}"
+            what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor unpaired answers'}"
             raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
         sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
         for name in reversed(sections.values()):

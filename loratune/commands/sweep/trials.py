@@ -213,11 +213,15 @@ class TrialRunner:
         run, _ = auto.decide(run, facts(self._validated(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
-        train, together = rows.train.rows, rows.train.together
+        train, rows_per_example = rows.train.rows, rows.train.rows_per_example
         size, longest = run.training.per_device_train_batch_size, run.data.max_length
-        layout = BatchLayout(train, train.lengths, run.data.packing, size, longest, pad_id=0, together=together)
-        lengths, supervised = (column.reshape(-1, together).sum(1) for column in (train.lengths, train.supervised))
-        costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), together)
+        layout = BatchLayout(
+            train, train.lengths, run.data.packing, size, longest, pad_id=0, rows_per_example=rows_per_example
+        )
+        lengths, supervised = (
+            column.reshape(-1, rows_per_example).sum(1) for column in (train.lengths, train.supervised)
+        )
+        costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), rows_per_example)
         operations = costs.work(run.training, held_out).operations
         if self._seconds_per_operation is None:
             self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)

@@ -168,7 +168,7 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
         turns = _answer(fields, answer, prompt) if prompt else []
     elif prompt[-1].message["role"] != "assistant":
         raise RowError(
-            f"`{name}` ends with a message of the {prompt[-1].message['role']}, so `{label}` judges no answer"
+            f"`{name}` ends with a message of the {prompt[-1].message['role']}, so `{label}` is about no answer"
         )
     else:
         prompt, turns = prompt[:-1], prompt[-1:]
