@@ -330,26 +330,14 @@ class _TurnFinder:
 
     def _end(self, number: int, start: int) -> int:
         """Returns where a turn ends, including the token that ends it."""
-        text, message = self._rendered.text, self._chat.messages[number]
-        content_end, calls = self._rendered.content_ends.get(number), "tool_calls" in message
+        content_end = self._rendered.content_ends.get(number)
         if (end := self._template.turn_end(self._rendered, number, start)) is not None:
             return end
-        if content_end is not None and not calls:
+        if content_end is not None and "tool_calls" not in self._chat.messages[number]:
             return self._after_content(number, content_end)
-        if not message["content"].strip() and not calls:
-            return self._template.end_after(text, start) or start
-        following = self._chat.messages[number + 1 : number + 2]
-        if not following:
-            return self._template.last_end(text, start)
-        if (limit := self._rendered.content_ends.get(number + 1)) is not None and self._template.end_tokens:
-            turn: str = text[:limit].removesuffix(following[0]["content"].strip())
-            return self._template.last_end(turn, start)
-        # Nothing in this text shows where the turn ends, as behind tool calls; the text that stops here does.
-        alone = self._template.text(self._chat.first(number + 1))
-        end = self._template.last_end(alone, start)
-        if not text.startswith(alone[:end]):
+        if number < len(self._chat.messages) - 1:
             raise self._hidden(number)
-        return end
+        return self._template.last_end(self._rendered.text, start)
 
     def _past_reasoning(self, number: int, start: int, content: int) -> int:
         """Returns where an answer whose reasoning the prompt has closed goes on: behind the reasoning in this text."""

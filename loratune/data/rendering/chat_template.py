@@ -159,11 +159,6 @@ class ChatTemplate:
         match = self._end.match(text, position)
         return match.end() if match else None
 
-    def end_after(self, text: str, position: int) -> int | None:
-        """Returns where the first end of turn after a position ends."""
-        match = self._end.search(text, position)
-        return match.end() if match else None
-
     def last_end(self, text: str, position: int) -> int:
         """Returns where the last end of turn after a position ends, or the end of the text where there is none."""
         ends = [start + len(token) for token in self.end_tokens if (start := text.rfind(token, position)) >= 0]
@@ -242,9 +237,6 @@ class ChatTemplate:
         for number, end in zip(answers[1:], ends[1:], strict=True):
             if end is not None:
                 tokens.append(self._special_token_at_end(text[content_ends[number] : end]))
-            elif tokens[0] and ends[0] is None:  # turns are not known, but what follows the last answer is of no other
-                tail = text[content_ends[number] :].lstrip()
-                tokens.append(next((token for token in self._special_tokens if tail.startswith(token)), ""))
         others = [token for token in tokens[1:] if token not in closing]
         return tuple(dict.fromkeys(filter(None, [tokens[0], *others]))), closing
 
