@@ -126,10 +126,7 @@ def test_message_lists_are_read_under_either_name() -> None:
 
 
 BAD_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "missing": (
-        {"prompt": "a", "n": 1},
-        ["no field `completion`", "prompt_completion", "fields are `n`, `prompt`"],
-    ),
+    "missing": ({"prompt": "a", "n": 1}, ["no field `completion`", "prompt_completion", "fields are `n`, `prompt`"]),
     "null": ({"prompt": None, "completion": "b"}, ["`prompt`", "got null"]),
     "number": ({"prompt": "a", "completion": 3}, ["`completion`", "got a number"]),
     "bool": ({"prompt": "a", "completion": True}, ["`completion`", "got true or false"]),
@@ -155,11 +152,7 @@ BAD_IDS: dict[str, tuple[Any, Any, list[str]]] = {
     "short": ([1, 2, 3], [2, 3], ["`labels` has 2", "`input_ids` has 3"]),
     "no labels": ([1, 2], [-100, -100], ["all `labels` are -100"]),
     "float label": ([1, 2], [1, 2.0], ["entry 2 of `labels`", "whole number"]),
-    "shifted": (
-        [1, 2, 3],
-        [2, 3, -100],
-        ["entry 1 of `labels` is 2", "`input_ids` is 1"],
-    ),
+    "shifted": ([1, 2, 3], [2, 3, -100], ["entry 1 of `labels` is 2", "`input_ids` is 1"]),
 }
 
 
@@ -302,10 +295,7 @@ BAD_CALLS: dict[str, tuple[Any, list[str]]] = {
     "a list": ([{"name": "f", "arguments": "[1]"}], [f"`arguments` of tool call 1 {PLACE}", "an object"]),
     "empty list": ([{"name": "f", "arguments": []}], [f"`arguments` of tool call 1 {PLACE}", "an object"]),
     "parameters": ([{"name": "f", "parameters": {}}], [f"tool call 1 {PLACE} has `parameters`"]),
-    "surrogate": (
-        [{"name": "f", "arguments": {"a": "\ud800"}}],
-        [f"`arguments` of tool call 1 {PLACE}"],
-    ),
+    "surrogate": ([{"name": "f", "arguments": {"a": "\ud800"}}], [f"`arguments` of tool call 1 {PLACE}"]),
 }
 
 
@@ -405,10 +395,7 @@ def test_sharegpt_calls_a_function() -> None:
         ({"from": "gpt", "value": "b", "image": "x"}, ["message 2 of", "`image`"]),
         ({"from": "function_call", "value": "f()"}, ["the function call of message 2 of"]),
         ({"from": "function_call", "value": "3"}, ["the function call of message 2 of"]),
-        (
-            {"from": "function_call", "value": '{"name": "f"}'},
-            ["the function call of message 2 of"],
-        ),
+        ({"from": "function_call", "value": '{"name": "f"}'}, ["the function call of message 2 of"]),
         ("b", ["message 2 of", "must be an object"]),
     ],
 )

@@ -291,11 +291,7 @@ def test_what_closes_an_answer(
             Code.TEMPLATE_ANSWER,
             "message 2",
         ),
-        (
-            f"{FOR}{USER}{{{{ m.content[:2] }}}}{END}{{% endif %}}{{% endfor %}}{ASK}",
-            Code.TEMPLATE_ANSWER,
-            "message 2",
-        ),
+        (f"{FOR}{USER}{{{{ m.content[:2] }}}}{END}{{% endif %}}{{% endfor %}}{ASK}", Code.TEMPLATE_ANSWER, "message 2"),
     ],
     ids=["another header", "a tag that is no reasoning", "other letters", "a part"],
 )
@@ -315,10 +311,7 @@ FOOTER = "what the chat template writes after the last turn is not supervised: "
     ("template", "remark"),
     [
         (f"{FOR}{TURN}\n{{% endfor %}}{ASK}", ADDED),
-        (
-            f"[{FOR}{{{{ {{'role': m.role, 'content': m.content}}|tojson }}}}{{% endfor %}}]",
-            f"{ADDED}; {FOOTER}']'",
-        ),
+        (f"[{FOR}{{{{ {{'role': m.role, 'content': m.content}}|tojson }}}}{{% endfor %}}]", f"{ADDED}; {FOOTER}']'"),
         (f"{FOR}{TURN}{END}\n{{% endfor %}}</conversation>", f"{FOOTER}'</conversation>'"),
         (f"{FOR}{TURN}{END}\n{{% endfor %}}{ASK}", None),
         (f"{FOR}{TURN}{EOS}\n{{% endfor %}}{ASK}", None),

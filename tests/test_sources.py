@@ -236,33 +236,17 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
     "unknown ending": ("rows.xml", b"<a/>", [("", Code.DATA_UNREADABLE, "`.xml`")]),
     "blank, then bad": ("rows.jsonl", b"\n\n{]\n", [(":3", Code.DATA_SYNTAX, "Expecting property name")]),
     "list cut off": ("rows.json", b"[" + PAIR + b",\n", [(":2", Code.DATA_SYNTAX, "at column 1")]),
-    "list cut off in a row": (
-        "rows.json",
-        b"[" + PAIR + b',\n {"prom',
-        [(":2", Code.DATA_SYNTAX, "at column 3")],
-    ),
+    "list cut off in a row": ("rows.json", b"[" + PAIR + b',\n {"prom', [(":2", Code.DATA_SYNTAX, "at column 3")]),
     "list without a comma": (
         "rows.json",
         b"[" + PAIR + b"\n" + PAIR + b"]",
         [(":2", Code.DATA_SYNTAX, "Expecting ','")],
     ),
-    "more after a list": (
-        "rows.json",
-        b"[" + PAIR + b"]\n\n x",
-        [(":3", Code.DATA_SYNTAX, "Extra data at column 2")],
-    ),
+    "more after a list": ("rows.json", b"[" + PAIR + b"]\n\n x", [(":3", Code.DATA_SYNTAX, "Extra data at column 2")]),
     "list of lists": ("rows.json", b"[[], 1]", [(f":row {n}", Code.DATA_SYNTAX, "") for n in (1, 2)]),
-    "two objects on a line": (
-        "rows.json",
-        PAIR + b" " + PAIR,
-        [(":1", Code.DATA_SYNTAX, "Extra data at column 36")],
-    ),
+    "two objects on a line": ("rows.json", PAIR + b" " + PAIR, [(":1", Code.DATA_SYNTAX, "Extra data at column 36")]),
     "deep list": ("rows.json", b"[" * 100_000, [("", Code.DATA_SYNTAX, "")]),
-    "digits in a list": (
-        "rows.json",
-        b"[\n\n" + b"1" * 5000 + b"]",
-        [(":row 1", Code.DATA_SYNTAX, "got a number")],
-    ),
+    "digits in a list": ("rows.json", b"[\n\n" + b"1" * 5000 + b"]", [(":row 1", Code.DATA_SYNTAX, "got a number")]),
     "cut in a letter": ("rows.json", b'[{"a": "\xc3', [(":1", Code.DATA_SYNTAX, "byte 9 of the line (0xc3)")]),
     "ten of many": (
         "rows.txt",
@@ -674,10 +658,7 @@ def test_hub_id_in_the_cache(tmp_path: Path) -> None:
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     name = "some/rows[train[1:]]"
-    rows = [
-        Row(f"{name}:1", {"prompt": "c", "completion": "d"}),
-        Row(f"{name}:2", {"prompt": "e", "completion": "f"}),
-    ]
+    rows = [Row(f"{name}:1", {"prompt": "c", "completion": "d"}), Row(f"{name}:2", {"prompt": "e", "completion": "f"})]
     assert done.stdout == f"{name} {rows} True\n3 64\nTrue\n", done.stderr
     (error,) = [line for line in done.stderr.splitlines() if "DataError: " in line]
     assert "some/rows: " in error and "(ValueError: " in error and f"[{Code.DATA_HUB}]" in error

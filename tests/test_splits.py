@@ -75,10 +75,7 @@ def test_files_that_are_not_read_are_named_once(tmp_path: Path) -> None:
 def test_rows_that_have_nothing_in_common_are_drawn_as_ever(file: Path) -> None:
     """The rows that the first release drew."""
     rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]
-    for seed, expected in (
-        (0, [2, 8, 10, 16, 18, 28, 32, 34, 35, 36]),
-        (7, [3, 6, 8, 9, 17, 20, 24, 26, 28, 37]),
-    ):
+    for seed, expected in ((0, [2, 8, 10, 16, 18, 28, 32, 34, 35, 36]), (7, [3, 6, 8, 9, 17, 20, 24, 26, 28, 37])):
         _, held_out, remarks = divided(file, rows, 0.25, seed)
         assert [int(row["prompt"][1:]) for row in held_out] == expected
         assert remarks == []

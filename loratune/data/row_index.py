@@ -17,16 +17,8 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import (
-    Example,
-    Parser,
-    RowError,
-    completion_key,
-    content_key,
-    group_key,
-    prompt_key,
-    quote,
-)
+from loratune.data import formats
+from loratune.data.formats import Example, Parser, RowError
 from loratune.data.report import Report
 from loratune.data.sources import (
     MAX_PROBLEMS,
@@ -202,7 +194,7 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
     names = {field for file in files for field in file.parser.fields}
     what, fix = f"`{name}` is null in every row", "name another field, or leave the setting out"
     if name not in names:
-        what = f"no row has a field `{name}`; the fields are {quote(names)}"
+        what = f"no row has a field `{name}`; the fields are {formats.quote(names)}"
         near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`?" if near else fix
     return DataError(Problem(Code.DATA_FORMAT, what, files[0].source.name, "data.group_by", fix))
@@ -259,18 +251,18 @@ class _IndexWriter:
 
     def add(self, example: Example, row: Row) -> None:
         """Add a row. Raises RowError: its value of `group_by` cannot be read."""
-        exact, folded = content_key(example), content_key(example, folded=True)
+        exact, folded = formats.content_key(example), formats.content_key(example, folded=True)
         exact_hash = _hash(exact)
         folded_hash = exact_hash if folded == exact else _hash(folded)
         numbers = [exact_hash, folded_hash, int(line_of(row.where))]
         if self._width == _ALL_COLUMNS:
             loss_on, group_by = self._section.loss_on, self._section.group_by
-            prompt, completion = prompt_key(example, loss_on), completion_key(example, loss_on)
-            group = group_key(row.values, group_by) if group_by is not None else None
+            prompt = formats.prompt_key(example, loss_on)
+            group = formats.group_key(row.values, group_by) if group_by is not None else None
             self.grouped += group is not None
             numbers += [
                 _hash(prompt) if prompt is not None else folded_hash,
-                _hash(completion),
+                _hash(formats.completion_key(example, loss_on)),
                 _hash(group) if group is not None else folded_hash,
             ]
         self._numbers.extend(numbers)

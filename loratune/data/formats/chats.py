@@ -8,19 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loratune.data.formats import values
 from loratune.data.formats.examples import Message
-from loratune.data.formats.values import (
-    Fields,
-    RowError,
-    describe,
-    messages_or_text,
-    optional_text,
-    parse_json,
-    parse_list,
-    quote,
-    text,
-    type_error,
-)
+from loratune.data.formats.values import Fields, RowError, text, type_error
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
@@ -55,16 +45,16 @@ def prompt_turns(fields: Fields, name: str) -> list[Turn]:
         RowError: A field holds something else; the turns begin with another system message than `system`.
     """
     if name == "instruction":
-        parts = [text(fields, "instruction"), optional_text(fields, "input")]
+        parts = [text(fields, "instruction"), values.optional_text(fields, "input")]
         question = Turn({"role": "user", "content": "\n".join(part for part in parts if part)})
-        return _with_system(fields, [*_history(parse_list(fields, "history")), question])
-    if name == "prompt" and isinstance(messages_or_text(fields, name), str):
+        return _with_system(fields, [*_history(values.parse_list(fields, "history")), question])
+    if name == "prompt" and isinstance(values.messages_or_text(fields, name), str):
         return _with_system(fields, [Turn({"role": "user", "content": text(fields, name)})])
     return _with_system(fields, parse_turns(fields, name))
 
 
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
-    system = optional_text(fields, "system")
+    system = values.optional_text(fields, "system")
     if not system:
         return turns
     if turns[0].message["role"] != "system":
@@ -98,8 +88,8 @@ def parse_turns(fields: Fields, name: str) -> list[Turn]:
     Raises:
         RowError: The field holds something else, or a turn is wrong or holds more than reaches the template.
     """
-    value = messages_or_text(fields, name)
-    value = parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
+    value = values.messages_or_text(fields, name)
+    value = values.parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
     if not isinstance(value, list) or not value:
         raise type_error(f"`{name}`", "a list of messages", value)
     turns = []
@@ -135,7 +125,7 @@ def _turn(item: Fields, place: str) -> Turn:
 
 def _check_unused(item: Fields, known: set[str], place: str) -> None:
     if extra := {field for field, value in item.items() if value is not None} - known:
-        raise RowError(f"{place} has {quote(extra)}, which would be left out of training")
+        raise RowError(f"{place} has {values.quote(extra)}, which would be left out of training")
 
 
 def _content(item: Fields, place: str) -> str:
@@ -148,7 +138,7 @@ def _content(item: Fields, place: str) -> str:
             kind = (
                 f"a part of the type {part.get('type')!r}"
                 if isinstance(part, Mapping)
-                else f"{describe(part)} as a part"
+                else f"{values.describe(part)} as a part"
             )
             raise RowError(f"{place} has {kind}, and only parts of the type 'text' can be trained on")
     return "".join(text(part, "text", f"a part of {place}") for part in parts)
@@ -164,7 +154,7 @@ def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
     if item.get("role") != "function_call" or not isinstance(item.get("content"), str):
         return item
     place = f"the function call of {place}"
-    calls = parse_json(item["content"], place)
+    calls = values.parse_json(item["content"], place)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls) or not calls:
         raise RowError(f"{place} must be JSON with name and arguments")
@@ -186,7 +176,7 @@ def parse_tools(fields: Fields) -> tuple[Any, ...]:
     if fields.get("functions"):
         what = "the row has `functions`, which would be left out of training"
         raise RowError(what, "set data.columns to {tools: functions}")
-    value = parse_json(fields.get("tools") or None, "`tools`")
+    value = values.parse_json(fields.get("tools") or None, "`tools`")
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -194,7 +184,7 @@ def parse_tools(fields: Fields) -> tuple[Any, ...]:
     tools = []
     for number, item in enumerate(value, start=1):
         place = f"entry {number} of `tools`"
-        tool = parse_json(item, place) if isinstance(item, str) else item
+        tool = values.parse_json(item, place) if isinstance(item, str) else item
         if not isinstance(tool, Mapping):
             raise type_error(place, "a JSON schema", tool)
         try:
@@ -241,7 +231,7 @@ def _tool_call(item: Any, place: str) -> dict[str, Any]:
     if not text(function, "name", place):
         raise RowError(f"{place} names no function")
     arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else parse_json(arguments, f"`arguments` of {place}")
+    arguments = {} if arguments in (None, "") else values.parse_json(arguments, f"`arguments` of {place}")
     if not isinstance(arguments, dict):
         raise type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
     ids = {"id": text(call, "id", place)} if "id" in call else {}

@@ -19,26 +19,14 @@ from loratune.data import upstream
 from loratune.data.sources.local import file_slices, find_files, known_endings, looks_like_hub_id, shown
 from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowSource, line_of, place_parts, reported
 from loratune.data.sources.tables import GIVEN, GivenRows, HubSplit, given_rows
-from loratune.data.sources.text_files import json_lines, text_lines
+from loratune.data.sources.text_files import jsonl_rows
 from loratune.errors import DataError, Problem
 from loratune.system.environment import cache_fix
 
 __all__ = [
-    "GIVEN",
-    "MAX_PROBLEMS",
-    "GivenRows",
-    "Row",
-    "RowSource",
-    "given_rows",
-    "left_out",
-    "line_of",
-    "looks_like_hub_id",
-    "no_rows_error",
-    "open_source",
-    "place_parts",
-    "read_rows",
-    "reported",
-]
+    "GIVEN", "MAX_PROBLEMS", "GivenRows", "Row", "RowSource", "given_rows", "left_out", "line_of", "looks_like_hub_id",
+    "no_rows_error", "open_source", "place_parts", "read_rows", "reported",
+]  # fmt: skip
 
 
 def open_source(source: Source | GivenRows) -> list[RowSource]:
@@ -85,11 +73,7 @@ def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
     rows: list[Row] = []
     problems: list[Problem] = []
     try:
-        parts = (
-            [part.rows() for part in open_source(source)]
-            if file is None
-            else [json_lines(text_lines(file, source.path), source.path)]
-        )
+        parts = (part.rows() for part in open_source(source)) if file is None else [jsonl_rows(file, source.path)]
         for item in chain.from_iterable(parts):
             if isinstance(item, Row):
                 rows.append(item)

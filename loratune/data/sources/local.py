@@ -32,7 +32,7 @@ _SHOWN = 5
 """How many names of files a message has."""
 
 _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
-    ".jsonl": lambda file, name: text_files.json_lines(text_files.text_lines(file, name), name),
+    ".jsonl": text_files.jsonl_rows,
     ".json": text_files.json_document,
     ".csv": text_files.csv_rows,
     ".txt": text_files.text_rows,

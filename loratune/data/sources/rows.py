@@ -141,11 +141,6 @@ def to_row(values: Any, where: str) -> RowOrProblem:
     return Problem(Code.DATA_SYNTAX, what, where, fix="write each row as {...}")
 
 
-def rows_per_batch(size: int, rows: int) -> int:
-    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
-    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
-
-
 def to_json_line(values: Mapping[str, Any]) -> str:
     """The fields of a row as one line of JSON.
 

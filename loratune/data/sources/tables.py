@@ -13,17 +13,7 @@ import pyarrow.parquet as pq
 
 from loratune.codes import Code
 from loratune.data import upstream
-from loratune.data.sources.rows import (
-    BLOCK,
-    Advance,
-    Row,
-    RowOrProblem,
-    Unreadable,
-    no_advance,
-    rows_per_batch,
-    to_json_line,
-    to_row,
-)  # fmt: skip
+from loratune.data.sources.rows import BLOCK, Advance, Row, RowOrProblem, Unreadable, no_advance, to_json_line, to_row
 from loratune.data.sources.text_files import duplicate_columns
 from loratune.errors import DataError, Problem
 
@@ -67,12 +57,17 @@ def count_parquet_rows(path: Path) -> int:
 def _parquet_rows(file: Any, path: Path, advance: Advance) -> Iterator[RowOrProblem]:
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     size, total, number = path.stat().st_size, file.metadata.num_rows, 0
-    sizes = [rows_per_batch(group.total_byte_size, group.num_rows) for group in groups if group.num_rows]
+    sizes = [_rows_per_batch(group.total_byte_size, group.num_rows) for group in groups if group.num_rows]
     for batch in file.iter_batches(batch_size=min(sizes, default=1), use_threads=False):
         for values in _batch_values(batch):
             number += 1
             yield Row(f"{path}:row {number}", values)
         advance(size * number // total - size * (number - batch.num_rows) // total)
+
+
+def _rows_per_batch(size: int, rows: int) -> int:
+    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
+    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
 
 
 def _batch_values(batch: Any) -> list[dict[str, Any]]:
@@ -128,7 +123,7 @@ class HubSplit:
     def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
         """See `RowSource.rows`."""
         size, total, number = self.size, self.dataset.num_rows, 0
-        for batch in self.dataset.iter(rows_per_batch(size, total)):
+        for batch in self.dataset.iter(_rows_per_batch(size, total)):
             first = number
             for values in zip(*batch.values(), strict=True):
                 number += 1

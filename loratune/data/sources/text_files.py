@@ -208,6 +208,11 @@ def json_lines(lines: Iterable[Line], name: str) -> Iterator[RowOrProblem]:
         yield to_row(value, where) if end == len(text) else _parse_line(text, where)  # json.loads takes twice as long
 
 
+def jsonl_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a JSON Lines file."""
+    return json_lines(text_lines(file, name), name)
+
+
 def _parse_line(text: str, where: str) -> RowOrProblem:
     try:
         return to_row(json.loads(text, object_pairs_hook=_unique, parse_int=_integer), where)
