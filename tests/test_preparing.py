@@ -569,8 +569,9 @@ def peak(processes: ForkServer, config: Path) -> int:
 
 
 def caching(path: Path) -> str:
-    """What has to be run before a command that keeps its rows in another cache."""
-    return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}"
+    """What has to be run before a command that keeps its rows in another cache, in small shards."""
+    shards = "from loratune.data import token_cache; token_cache._SHARD_TOKENS = 3_000_000"
+    return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}; {shards}"
 
 
 def test_no_disk_space_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
@@ -594,7 +595,7 @@ def test_ctrl_c_while_tokenizing(
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
     model = {"name_or_path": str(tmp_path / "long")}
-    rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 17_000))
+    rows = ({"prompt": f"{number} " * 300, "completion": "c"} for number in range(10_000, 14_000))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
     running = processes.start("train", config, first=caching(cache))

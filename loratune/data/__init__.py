@@ -342,7 +342,7 @@ def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> 
 
 
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Yields examples in batches that are small in rows and in characters."""
+    """Yields examples in batches that are small in rows and in characters; fingerprints depend on where they end."""
     batch: list[Example] = []
     characters = 0
     for example in examples:

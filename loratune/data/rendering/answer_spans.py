@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from loratune.codes import Code
 from loratune.data.formats import Message
-from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
+from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
 from loratune.data.rendering.encoding import Span
+from loratune.data.rendering.loop_marks import RenderedMessages
 from loratune.errors import DataError
 
 _REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.data.rendering.encoding import Span
-from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, read_marks
+from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, RenderedMessages, read_marks
 from loratune.data.upstream import alias_reasoning_fields, generation_ranges
 from loratune.errors import DataError, ModelError, Problem
 from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
@@ -34,27 +34,6 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}},
     },
 }
-
-
-@dataclass(frozen=True)
-class RenderedMessages:
-    """A rendered text, with positions in it by the number of a message.
-
-    Attributes:
-        text: The text.
-        content_ends: Where the content of a message ends, without the space around it. Messages without content, and
-            those that the template leaves out, are missing.
-        marked: Whether the positions are known at all. They are not where the template renders messages with marks in
-            another way than without.
-        turn_starts: Where the turn of a message begins, as far as that is known; see `MarkedTemplate`.
-        turn_ends: Where it ends.
-    """
-
-    text: str
-    content_ends: dict[int, int]
-    marked: bool = True
-    turn_starts: dict[int, int] = field(default_factory=dict)
-    turn_ends: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +98,7 @@ class ChatTemplate:
         """
         text = self.text(chat, prompt=prompt)
         if len(chat.messages) > MANY or MARK.search(text):
-            return RenderedMessages(text, {}, marked=False)
+            return RenderedMessages(text, marked=False)
         marked_template = self._marked_template
         renderings: list[Callable[[TemplateInput], str]] = [lambda messages: self._apply(messages, prompt)]
         if marked_template is not None:
@@ -129,9 +108,9 @@ class ChatTemplate:
                 marked = self._render(_with_marks(chat), rendering)
             except DataError:
                 continue
-            if MARK.sub("", marked) == text and (positions := read_marks(marked)) is not None:
-                return RenderedMessages(text, positions.content_ends, True, positions.turn_starts, positions.turn_ends)
-        return RenderedMessages(text, {}, marked=False)
+            if MARK.sub("", marked) == text and (rendered := read_marks(marked, text)) is not None:
+                return rendered
+        return RenderedMessages(text, marked=False)
 
     def turn_end(self, rendered: RenderedMessages, number: int, start: int) -> int | None:
         """Find where the turn of a message ends, as its own iteration of the loop writes it.

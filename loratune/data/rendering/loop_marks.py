@@ -37,15 +37,21 @@ class _Iteration:
 
 
 @dataclass(frozen=True)
-class MessagePositions:
-    """Positions in a rendered text, by the number of a message; a message is missing where they are not known.
+class RenderedMessages:
+    """A rendered text, with positions in it by the number of a message; a message is missing where they are not known.
 
     Attributes:
-        content_ends: Where the content of the message ends, without the space around it.
+        text: The text.
+        marked: Whether any positions are known. They are not where the template renders messages with marks in another
+            way than without.
+        content_ends: Where the content of a message ends, without the space around it. Messages without content, and
+            those that the template leaves out, are missing.
         turn_starts: Where the iteration of the message begins.
         turn_ends: Where the iteration of the message ends.
     """
 
+    text: str
+    marked: bool = True
     content_ends: dict[int, int] = field(default_factory=dict)
     turn_starts: dict[int, int] = field(default_factory=dict)
     turn_ends: dict[int, int] = field(default_factory=dict)
@@ -71,12 +77,8 @@ class MarkedTemplate:
         return str(self._template.render(**values))
 
 
-def read_marks(marked: str) -> MessagePositions | None:
-    """Read the marks in a text as positions in the same text without marks.
-
-    Returns:
-        The positions, or None if a content is shown more than once.
-    """
+def read_marks(marked: str, text: str) -> RenderedMessages | None:
+    """Read the marks in a text as positions in the same text without marks; None if a content is shown twice."""
     content_ends: dict[int, int] = {}
     iterations: list[_Iteration] = []
     current: _Iteration | None = None
@@ -94,13 +96,13 @@ def read_marks(marked: str) -> MessagePositions | None:
         if (code - LOOP) % 2 == 0:  # the odd marks come after loops
             current = _Iteration(code - LOOP, position)
             iterations.append(current)
-    positions = MessagePositions(content_ends)
+    positions = RenderedMessages(text, content_ends=content_ends)
     for loop in {iteration.loop for iteration in iterations}:
         _assign([iteration for iteration in iterations if iteration.loop == loop], positions)
     return positions
 
 
-def _assign(iterations: list[_Iteration], positions: MessagePositions) -> None:
+def _assign(iterations: list[_Iteration], positions: RenderedMessages) -> None:
     """Note the iterations of one loop as the turns of the messages that they show.
 
     An iteration that shows no content (of a message that has none, or whose content the template writes in another way)
