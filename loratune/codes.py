@@ -51,7 +51,6 @@ class Code(StrEnum):
     CONFIG_BAD_KEY = "config.bad_key", "A key is not a plain word."
     CONFIG_DUPLICATE_KEY = "config.duplicate_key", "A key is written twice."
     CONFIG_AMBIGUOUS_VALUE = "config.ambiguous_value", "YAML readers disagree on what a value means."
-    CONFIG_MORE_PROBLEMS = "config.more_problems", "There are more problems than are shown."
     CONFIG_BAD_ASSIGNMENT = "config.bad_assignment", "An argument of --set is not section.key=value."
     CONFIG_NOTHING_TO_REMOVE = "config.nothing_to_remove", "--set removes a key that the config does not have."
     CONFIG_UNKNOWN_KEY = "config.unknown_key", "There is no such key."

@@ -175,7 +175,7 @@ def test_hostile_files_cost_little(
 def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., list[Problem]]) -> None:
     text = SOUND + "".join(f"k{number}: 1\n" for number in range(1234))
     for last in (problems(text)[-1], problems("".join(["k: 1\n"] * 1235))[-1]):
-        assert last.code == Code.CONFIG_MORE_PROBLEMS and "1,214" in last.what
+        assert last.code == Code.MORE_PROBLEMS and "1,214" in last.what
 
 
 @pytest.mark.parametrize("where", ["model: ", "output_dir: ", "model: {name_or_path: base, revision: ", ""])

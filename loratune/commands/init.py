@@ -336,21 +336,13 @@ def fit(
 def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat) -> Estimate:
     """The estimate of `train --dry-run`, for batches of the rows that were measured."""
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
-    rows_per_example, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
-    layout = BatchLayout(
-        _CutRows(rows.tokenized, length),
-        tokens,
-        packing,
-        batch,
-        length,
-        pad_id=0,
-        rows_per_example=rows_per_example - 1 and rows_per_example,
-    )
+    each, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
+    layout = BatchLayout(_CutRows(rows.tokenized, length), tokens, packing, batch, length, 0, each - 1 and each)
     if device.type == "cpu" and would_share(run, rows.saved):
         layout = layout.sharing(rows.saved)
         largest, _ = tree_sizes(layout.rows(layout.heaviest()))
     elif packing == "full":
-        largest = [(length, length - 1)] * batch * rows_per_example
+        largest = [(length, length - 1)] * batch * each
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]

@@ -249,7 +249,7 @@ def number(text: str) -> float | None:
 def first_problems(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
     """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
     more = (len(problems) if total is None else total) - MAX_PROBLEMS
-    rest = [Problem(Code.CONFIG_MORE_PROBLEMS, f"and {more:,} more problems")] if more > 0 else []
+    rest = [Problem(Code.MORE_PROBLEMS, f"and {more:,} more problems")] if more > 0 else []
     return [*problems[:MAX_PROBLEMS], *rest]
 
 

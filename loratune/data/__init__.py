@@ -261,8 +261,9 @@ class _ExampleTokenizer:
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
         singles = [example for example in kept if not isinstance(example, Preference)]
         self._check_ids(singles)
-        whole = iter(self.renderer.rows(singles, loss_on))
-        answers = iter(self.renderer.rows([side for e in kept if isinstance(e, Preference) for side in sides(e)]))
+        whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
+        compared = [side for example in kept if isinstance(example, Preference) for side in sides(example)]
+        answers = iter(self.renderer.rows(compared) if compared else [])
         rows = []
         for example in kept:
             if isinstance(example, Preference):
