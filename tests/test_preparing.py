@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import datasets
 import pytest
 from conftest import CHAT_TEMPLATE, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, write_rows
 from fork_server import ForkServer
-from running import until
+from running import Cli, MakeConfig, until
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
@@ -227,7 +226,7 @@ SOME = [
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, dry: bool) -> None:
+def test_the_table(cli: Cli, run_config: MakeConfig, tmp_path: Path, dry: bool) -> None:
     path = write_rows(tmp_path / "data.jsonl", SOME)
     held = write_rows(tmp_path / "held.jsonl", [{"prompt": "p " * 3, "completion": "x"}, SOME[1]])
     config = run_config(data={"train": str(path), "validation": str(held), "max_length": 8, "max_dropped": 0.5})
@@ -248,7 +247,7 @@ def test_the_table(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp
     assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
 
 
-def test_rows_of_a_dry_run(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+def test_rows_of_a_dry_run(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(), "--dry-run", "--rows", 3)
     assert ran.code == 0, ran.err
     shown = [f"{row['prompt']}⟦{row['completion']}<|endoftext|>⟧" for row in ROWS]
@@ -263,9 +262,7 @@ def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
     assert meanings(caught.value) == [(Code.DATA_TOO_LONG, f"{path}:2", "")]
 
 
-def test_nothing_left_says_what_would_do(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_nothing_left_says_what_would_do(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * 9}, {"prompt": "", "completion": ""}]
     path = write_rows(tmp_path / "r.jsonl", rows)
     config = run_config(data={"train": str(path), "max_length": 8})
@@ -288,7 +285,7 @@ def without_weights(config: Path) -> Path:
     return copy
 
 
-def test_empty_sides_and_nul(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_empty_sides_and_nul(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     """An empty prompt and a NUL are trained on; an empty completion is dropped and counted."""
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [
@@ -305,14 +302,14 @@ def test_empty_sides_and_nul(cli: Callable[..., Ran], run_config: Callable[..., 
         assert f"train: 1 row dropped: nothing to learn: the completion is empty ({path}:2)" in ran.out
 
 
-def test_one_row_trains(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_row_trains(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "one.jsonl", ROWS[:1]))}))
     assert ran.code == 0, ran.err
     assert "rows: 1, fewer than a batch of 8" in ran.err
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 1
 
 
-def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_too_many_dropped(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})
     ran = cli("train", config, "--set", f"model.name_or_path={without_weights(config)}")
@@ -322,7 +319,7 @@ def test_too_many_dropped(cli: Callable[..., Ran], run_config: Callable[..., Pat
     assert cli("train", config, "--dry-run", "--set", "data.max_dropped=0.25").code == 0
 
 
-def test_ids_beyond_the_vocabulary(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_ids_beyond_the_vocabulary(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, VOCABULARY]}, {"input_ids": [VOCABULARY - 1, 1]}]
     path = write_rows(tmp_path / "ids.jsonl", rows)
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
@@ -370,7 +367,7 @@ def test_the_same_keys_read_as_another_format(tmp_path: Path, renderer: Renderer
     assert first.fingerprint != second.fingerprint
 
 
-def test_the_loss_of_given_labels(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_loss_of_given_labels(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8
     ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "ids.jsonl", rows))}))
     assert ran.code == 0, ran.err
@@ -574,7 +571,7 @@ def caching(path: Path) -> str:
     return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}; {shards}"
 
 
-def test_no_disk_space_for_the_rows(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
+def test_no_disk_space_for_the_rows(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """No file may grow beyond 64 kB; the rows would take more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
@@ -590,7 +587,7 @@ def test_no_disk_space_for_the_rows(run_config: Callable[..., Path], tmp_path: P
 
 
 def test_ctrl_c_while_tokenizing(
-    run_config: Callable[..., Path], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: ForkServer
+    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: ForkServer
 ) -> None:
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
@@ -615,7 +612,7 @@ def test_ctrl_c_while_tokenizing(
 
 
 @pytest.mark.slow
-def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: ForkServer) -> None:
+def test_memory(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """It does not grow with the rows, of which the smaller set already fills what is held at once."""
 
     def of(count: int) -> int:
@@ -626,7 +623,7 @@ def test_memory(run_config: Callable[..., Path], tmp_path: Path, processes: Fork
     assert of(60_000) - of(10_000) < 32 << 20
 
 
-def test_a_chat_template_of_ones_own(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_chat_template_of_ones_own(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
@@ -663,9 +660,7 @@ BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEMPLATES)
-def test_a_template_that_is_none(
-    kind: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_template_that_is_none(kind: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     """The file is blamed, not the rows."""
     content, message, *codes = BAD_TEMPLATES[kind]
     template = tmp_path / "chat.jinja"
@@ -679,9 +674,7 @@ def test_a_template_that_is_none(
     assert all(f"[{code}]" in ran.err for code in codes)
 
 
-def test_rows_beyond_the_positions_of_the_model(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_rows_beyond_the_positions_of_the_model(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
     check_refused(ran, 2, (Code.TRAINING_CONTEXT_LENGTH, "", "data.max_length"))
@@ -734,12 +727,7 @@ DROPPING: dict[str, tuple[dict[str, Any], str | None]] = {
 
 @pytest.mark.parametrize(("parts", "remark"), DROPPING.values(), ids=DROPPING)
 def test_what_a_tokenizer_drops_is_remarked_on(
-    parts: dict[str, Any],
-    remark: str | None,
-    tiny_dir: Path,
-    cli: Callable[..., Ran],
-    run_config: Callable[..., Path],
-    tmp_path: Path,
+    parts: dict[str, Any], remark: str | None, tiny_dir: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """A line with the share and the first row; what it normalises is no loss."""
     path = tmp_path / "dropping"
@@ -756,9 +744,7 @@ def test_what_a_tokenizer_drops_is_remarked_on(
     assert f"{remark} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
 
 
-def test_a_template_without_an_end_is_remarked_on(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_template_without_an_end_is_remarked_on(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     turn = "{{ {'role': m.role, 'content': m.content}|tojson }}"
     footer = "{% if not add_generation_prompt %}]{% endif %}"
