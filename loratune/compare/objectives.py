@@ -33,13 +33,11 @@ from torch.nn.functional import logsigmoid
 
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
 from loratune.data import TokenizedDataset
-from loratune.data.formats import PAIRS, UNPAIRED
+from loratune.data.formats import KIND_OF_OBJECTIVE, PAIRS
 from loratune.data.rendering import TokenizedRow
 
 Values = NDArray[np.float64]
 
-KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
-"""Objective → the kind of rows that it trains on; None for rows with one answer."""
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
 _WITHOUT_EFFECT = {
@@ -177,7 +175,7 @@ def formula_for(run: RunConfig | None, kind: str) -> Formula:
     """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
     rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
     trained = formula_of(run)
-    if trained is not None and KINDS[trained.name] == kind:
+    if trained is not None and KIND_OF_OBJECTIVE[trained.name] == kind:
         return trained
     name = "dpo" if kind == PAIRS else "kto"
     return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])

@@ -12,9 +12,9 @@ from pydantic import TypeAdapter
 from loratune import config, data
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.compare.objectives import KINDS
 from loratune.config import RunConfig
 from loratune.data import ProgressFactory, RawDatasets, row_hashes
+from loratune.data.formats import KIND_OF_OBJECTIVE
 from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
@@ -128,7 +128,7 @@ def check(
     start = _open_start(absolute, watch, point)
     rows = data.read_datasets(run.data, run.training.seed, watch)
     for split in rows.splits.values():
-        split.check_kind(KINDS[run.training.objective], run.training.objective)
+        split.check_kind(KIND_OF_OBJECTIVE[run.training.objective], run.training.objective)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
 
 

@@ -18,9 +18,9 @@ from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
 from loratune.commands.train import Reporter
 from loratune.compare.losses import RowLosses
-from loratune.compare.objectives import KINDS
 from loratune.config import RunConfig, keys, path_keys
 from loratune.console import format_duration, plural
+from loratune.data.formats import KIND_OF_OBJECTIVE
 from loratune.errors import (
     AdapterError,
     ConfigError,
@@ -111,9 +111,9 @@ class Request:
     def check(self) -> None:
         """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which
         is tried on a model without weights."""
-        kind = KINDS[self.run.config.training.objective]
+        kind = KIND_OF_OBJECTIVE[self.run.config.training.objective]
         others = {run.training.objective for run in self.runs.values()}
-        if wrong := sorted(one for one in others if KINDS[one] != kind):
+        if wrong := sorted(one for one in others if KIND_OF_OBJECTIVE[one] != kind):
             what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor unpaired answers'}"
             raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
         sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}

@@ -91,6 +91,8 @@ PREFERENCE_FORMATS = {
     for suffix in ("", "_messages")
 }
 """Format of preference data → what its rows are."""
+KIND_OF_OBJECTIVE = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
+"""Objective → what the rows are that it trains on; None for rows without preferences."""
 
 
 def recognise(where: str, fields: Fields, section: DataSection) -> Format:
