@@ -1,3 +1,69 @@
-"""LoRA fine-tuning of causal language models from the command line."""
+"""LoRA fine-tuning of Hugging Face causal language models: rows and a config in, a small checked adapter directory out.
+
+    import loratune
+
+    config = loratune.load_config("config.yaml", {"training.max_steps": 50})
+    adapter = loratune.train(config, on_event=print)
+    adapter.generate(["..."], max_new_tokens=64)
+    adapter.evaluate("test.jsonl").require("loss<base")
+
+`loratune.api` documents the functions, `loratune.events` what `on_event` receives, and `loratune.errors` the
+exceptions. torch and the other libraries are imported at the first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratune.api.adapter import Adapter as Adapter
+    from loratune.api.functions import count_parameters as count_parameters
+    from loratune.api.functions import init as init
+    from loratune.api.functions import load_config as load_config
+    from loratune.api.functions import sweep as sweep
+    from loratune.api.functions import train as train
+    from loratune.compare.comparison import Comparison as Comparison
+    from loratune.config import RunConfig as RunConfig
+    from loratune.errors import AdapterError as AdapterError
+    from loratune.errors import ConfigError as ConfigError
+    from loratune.errors import DataError as DataError
+    from loratune.errors import LockedError as LockedError
+    from loratune.errors import LoratuneError as LoratuneError
+    from loratune.errors import LostError as LostError
+    from loratune.errors import ModelError as ModelError
+    from loratune.errors import NumericError as NumericError
+    from loratune.errors import Problem as Problem
+    from loratune.errors import RequirementError as RequirementError
+    from loratune.errors import ResourceError as ResourceError
+    from loratune.errors import ResumeError as ResumeError
+    from loratune.events import EvaluationEvent as EvaluationEvent
+    from loratune.events import Event as Event
+    from loratune.events import NoteEvent as NoteEvent
+    from loratune.events import PlanEvent as PlanEvent
+    from loratune.events import ProgressEvent as ProgressEvent
+    from loratune.events import StepEvent as StepEvent
+    from loratune.events import TrainingEvent as TrainingEvent
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "api.adapter": ("Adapter",),
+    "api.functions": ("count_parameters", "init", "load_config", "sweep", "train"),
+    "compare.comparison": ("Comparison",),
+    "config": ("RunConfig",),
+    "errors": (
+        "AdapterError", "ConfigError", "DataError", "LockedError", "LoratuneError", "LostError", "ModelError",
+        "NumericError", "Problem", "RequirementError", "ResourceError", "ResumeError",
+    ),
+    "events": (
+        "EvaluationEvent", "Event", "NoteEvent", "PlanEvent", "ProgressEvent", "StepEvent", "TrainingEvent",
+    ),
+}  # fmt: skip
+_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [*_PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -3,27 +3,15 @@
 import io
 import json
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.progress import Progress as Bar
 from rich.text import Text
 
 from loratune import escaping
+from loratune.text import align
 
 
 class EscapedStream(io.TextIOBase):
@@ -110,10 +98,6 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-_NO_REDIRECT: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
-"""For progress bars: by default rich prints what others write without escaping it."""
-
-
 def log(text: str) -> None:
     """Print one line on stderr about what is going on."""
     err.print(escaping.line(text), markup=False)
@@ -126,17 +110,6 @@ def print_block(title: str, lines: Iterable[tuple[str, str]]) -> None:
     print(title)
     for name, value in rows:
         print(escaping.line(f"  {name:<{width}}  {value}"))
-
-
-def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table whose first column is aligned to the left and all others to the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    for row in [header, *rows]:
-        cells = [
-            f"{cell:<{width}}" if not column else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  " + "  ".join(cells).rstrip()
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -161,161 +134,3 @@ def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> 
     else:
         text = "".join(f"⟦{piece}⟧" if supervised else piece for piece, supervised in pieces)
         console.print(escaping.text(text), markup=False)
-
-
-PATIENCE, _PAUSE = 2.0, 30.0
-"""Seconds for which work is done without a word, and between the lines on it where there is no terminal."""
-
-
-@contextmanager
-def progress(what: str) -> Iterator[None]:
-    """Show what is done inside, and for how long, where it takes longer than `PATIENCE`: in a terminal by a line that
-    goes away at its end, elsewhere by a line every half minute. It also decorates functions."""
-    with _shown(what, 0, (TimeElapsedColumn(),), lambda _, seconds: format_duration(seconds)):
-        yield
-
-
-def show_progress(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
-    """As `progress`, for a pass over data. Gives a function that takes the bytes done since its last call.
-
-    size: Bytes of the data; 0 if unknown.
-    """
-
-    def line(done: int, seconds: float) -> str:
-        return f"{done / 1e6:,.0f} of {size / 1e6:,.0f} MB, {done / 1e6 / seconds:,.1f} MB/s"
-
-    left = (TextColumn("left"), TimeRemainingColumn())
-    return _shown(what, size, (BarColumn(), DownloadColumn(), TransferSpeedColumn(), *left), line)
-
-
-def show_count(what: str, size: int) -> AbstractContextManager[Callable[[int], None]]:
-    """As `show_progress`, with a number of things instead of bytes."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
-    return _shown(what, size, columns, lambda done, _: f"{done:,} of {size:,}")
-
-
-@contextmanager
-def _shown(
-    what: str, size: int, columns: Sequence[ProgressColumn], line: Callable[[int, float], str]
-) -> Iterator[Callable[[int], None]]:
-    """These columns, or lines with a text for what is done in how many seconds, by a thread of their own."""
-    start, done, ended = time.monotonic(), 0, threading.Event()
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-
-    def show() -> None:
-        if ended.wait(PATIENCE):
-            return
-        if not err.is_interactive:
-            log(f"{what}: {line(done, time.monotonic() - start)}")
-            while not ended.wait(_PAUSE):
-                log(f"{what}: {line(done, time.monotonic() - start)}")
-            return
-        label = TextColumn(escaping.line(what), markup=False)
-        with Bar(label, *columns, console=err, transient=True, refresh_per_second=2, **_NO_REDIRECT) as bar:
-            task = bar.add_task("", total=size or None, completed=done)
-            while not ended.wait(0.5):
-                bar.update(task, completed=done)
-
-    thread = threading.Thread(target=show, daemon=True)
-    try:
-        with suppress(RuntimeError):  # where no more threads may be started
-            thread.start()
-        yield advance
-    finally:
-        ended.set()
-        if thread.ident is not None:
-            thread.join()
-
-
-def plural(number: int, what: str) -> str:
-    """`1 row`, `1,200 rows`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def format_size(count: int) -> str:
-    """A number of bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
-    if count >= 1 << 28:
-        return f"{count / (1 << 30):.1f} GiB"
-    return f"{count:,} bytes ({f'{count / 1e6:.1f} MB' if count >= 1e6 else f'{count / 1e3:.1f} kB'})"
-
-
-def format_duration(seconds: float) -> str:
-    """`42 s`, `1:05 min`, `2:03:04 h`."""
-    whole = round(seconds)
-    minutes, rest = divmod(whole, 60)
-    if minutes >= 60:
-        return f"{minutes // 60}:{minutes % 60:02}:{rest:02} h"
-    return f"{minutes}:{rest:02} min" if minutes else f"{whole} s"
-
-
-class TrainingProgress:
-    """Shows the progress of training: a bar in a terminal, else a line per report. Implements `trainer.Progress`."""
-
-    def __init__(self) -> None:
-        self.bar: Bar | None = None
-        self.first = ExitStack()
-        self.steps = self.done = self.first_step = self.tokens = 0
-        self.last_values: dict[str, float] = {}
-
-    def start(self, steps: int, done: int) -> None:
-        """Start the clock. steps: of the whole run; done: those before an interruption."""
-        self.steps, self.first_step, self.done = steps, done, done
-        self.start_time = self.last_line = time.monotonic()
-        if err.is_interactive:
-            self.bar = Bar(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-                TextColumn("left"), TimeRemainingColumn(), console=err, **_NO_REDIRECT,
-            )  # fmt: skip
-            self.task = self.bar.add_task("", total=steps, completed=done, state="")
-            self.bar.start()
-        else:
-            self.first.enter_context(progress("taking the first step"))
-
-    def step(self, done: int, tokens: int) -> None:
-        """Show that `done` steps are done, with `tokens` tokens since the start."""
-        self.done, self.tokens = done, tokens
-        self.first.close()
-        if self.bar:
-            self.bar.update(self.task, completed=done, state=self._state())
-        elif time.monotonic() > self.last_line + _PAUSE:
-            self._log(done)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Show a report of the trainer."""
-        self.last_values |= {name: value for name, value in values.items() if name in ("loss", "learning_rate")}
-        if self.bar:
-            self.bar.update(self.task, state=self._state())
-        if "eval_loss" in values and step:
-            log(f"step {step:>5}/{self.steps}  held-out loss {values['eval_loss']:.4f}{_rewards(values, 'eval_')}")
-        elif "loss" in values and not self.bar:
-            self._log(step, _rewards(values))
-
-    def _log(self, step: int, figures: str = "") -> None:
-        self.last_line = time.monotonic()
-        log(f"step {step:>5}/{self.steps}  {self._state()}{figures}  left {self._remaining()}")
-
-    def stop(self) -> None:
-        """End the bar, if there is one."""
-        self.first.close()
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
-
-    def _state(self) -> str:
-        speed = f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
-        if "loss" not in self.last_values:
-            return speed
-        return f"loss {self.last_values['loss']:.4f}  lr {self.last_values.get('learning_rate', 0):.2e}  {speed}"
-
-    def _remaining(self) -> str:
-        elapsed = time.monotonic() - self.start_time
-        return format_duration(elapsed / max(self.done - self.first_step, 1) * (self.steps - self.done))
-
-
-def _rewards(values: Mapping[str, float], prefix: str = "") -> str:
-    """The figures of compared answers in a report; empty where none are compared. prefix: of their names."""
-    names = [name for name in ("reward_accuracy", "reward_margin") if prefix + name in values]
-    return "".join(f"  {name.replace('_', ' ')} {values[prefix + name]:.3f}" for name in names)

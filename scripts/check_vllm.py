@@ -110,12 +110,12 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     from loratune.adapter import loading  # noqa: PLC0415
     from loratune.adapter.directory import AdapterDirectory  # noqa: PLC0415
     from loratune.config import Source, patterns  # noqa: PLC0415
-    from loratune.data import no_progress, read_source  # noqa: PLC0415
+    from loratune.data import read_source  # noqa: PLC0415
     from loratune.export.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.export.comparison import scored_answers  # noqa: PLC0415
 
     source = AdapterDirectory.open(adapter)
-    split = read_source(Source(path=data), source.data, no_progress) if data else None
+    split = read_source(Source(path=data), source.data) if data else None
     loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": "float32"})))
     asked = scored_answers(loaded, source, split)
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]

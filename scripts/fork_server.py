@@ -217,14 +217,14 @@ def prepare() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
+    import loratune.cli.printing  # noqa: PLC0415
+    import loratune.cli.terminal  # noqa: PLC0415
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415
-    import loratune.commands.printing  # noqa: PLC0415
     import loratune.commands.train  # noqa: PLC0415
-    import loratune.console  # noqa: PLC0415
     import loratune.training.distributed  # noqa: PLC0415
 
-    loratune.console.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
+    loratune.cli.terminal.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")
     gc.collect()
     gc.freeze()

@@ -32,7 +32,6 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.commands import train
 from loratune.config import DataSection
-from loratune.data import no_progress
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError
 from loratune.training import preflight
@@ -271,25 +270,9 @@ def trained(scratch: Path) -> Path:
     (scratch / "good.yaml").write_text(yaml.safe_dump(values))
     run = config.load(scratch / "good.yaml")
     directory = run_dir.check(run.output_dir, resume=False, overwrite=False)
-    ready = preflight.check(run, directory, no_progress)
-    train.train(ready, train.Reporter(lambda _: None, lambda _: None, no_progress, Silent()))
+    ready = preflight.check(run, directory)
+    train.train(ready)
     return scratch / "good"
-
-
-class Silent:
-    """Shows nothing. Implements `callbacks.Progress`."""
-
-    def start(self, steps: int, done: int) -> None:
-        """Nothing."""
-
-    def step(self, done: int, tokens: int) -> None:
-        """Nothing."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Nothing."""
-
-    def stop(self) -> None:
-        """Nothing."""
 
 
 PROPERTIES = {"config": configs, "rows": rows, "adapters": adapters}

@@ -34,10 +34,9 @@ from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.commands.evaluate import scorer_of
-from loratune.commands.train import Reporter, Result
+from loratune.commands.train import Result
 from loratune.commands.train import train as train_run
 from loratune.config import Source
-from loratune.data import no_progress
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
 
@@ -105,10 +104,9 @@ def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Resul
     file = output.with_suffix(".json")
     file.write_text(json.dumps(config_of(one, paths, work, output)))
     run = config.load(file)
-    ready = preflight.check(run, run_dir.check(run.output_dir, overwrite=True), no_progress)
-    reporter = Reporter(lambda _: None, lambda _: None, no_progress, Silent())
+    ready = preflight.check(run, run_dir.check(run.output_dir, overwrite=True))
     with averaging.observed(one.get("average", ()), _steps(one)) as averages:
-        result = train_run(ready, reporter, allow_worse=True)
+        result = train_run(ready, allow_worse=True)
     assert result is not None
     averaged = {part: output.with_name(f"{output.name}-{part:g}") for part in averages.parts}
     for part, place in averaged.items():
@@ -120,22 +118,6 @@ def _steps(one: Spec) -> int:
     settings = TRAINING | {key.partition(".")[2]: value for key, value in one["settings"].items()}
     whole = int(-(-one["rows"] // settings["per_device_train_batch_size"]) * settings["num_train_epochs"])
     return int(settings.get("max_steps", whole))
-
-
-class Silent:
-    """Shows no progress."""
-
-    def start(self, steps: int, done: int) -> None:
-        """Nothing is shown."""
-
-    def step(self, done: int, tokens: int) -> None:
-        """Nothing is shown."""
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Nothing is shown."""
-
-    def stop(self) -> None:
-        """Nothing is shown."""
 
 
 def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from loratune import console
-from loratune.cli import app
+from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
 from loratune.errors import LoratuneError
@@ -96,7 +95,7 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a busy machine anything may take two seconds; `test_progress.py` is about what is then shown."""
-    monkeypatch.setattr(console, "PATIENCE", 3600.0)
+    monkeypatch.setattr(terminal, "PATIENCE", 3600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,8 @@ from conftest import Expected, Ran, check_refused, meanings, process, tree
 from typer.testing import CliRunner
 
 from loratune import __version__
-from loratune.cli import app
+from loratune.cli import app, boundary
 from loratune.codes import Code
-from loratune.commands import boundary
 from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.system.environment import cache_fix
 from loratune.system.signals import Termination
@@ -102,7 +101,7 @@ def test_config_errors_import_nothing_heavy(command: str, run_config: Callable[.
 
 
 def test_errors_of_a_grid_import_nothing_heavy(run_config: Callable[..., Path]) -> None:
-    ran, heavy = imported("sweep", run_config(), "--grid", "lora.rank=8,16")
+    ran, heavy = imported("sweep", run_config(data={"validation": 0.2}), "--grid", "lora.rank=8,16")
     check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "--grid", "lora.rank"))
     assert "did you mean `lora.r`" in ran.err and heavy == set()
 

@@ -33,7 +33,7 @@ from loratune import config, data
 from loratune.codes import Code
 from loratune.commands.plan import Plan, make_plan
 from loratune.config import LoraSection
-from loratune.data import no_progress, row_hashes
+from loratune.data import row_hashes
 from loratune.data.row_hashes import RowHashes
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
 from loratune.lora import attach, targets, tensors
@@ -262,7 +262,7 @@ def going_on(run_config: MakeConfig, tmp_path: Path, earlier: Path) -> Make:
 def plan_of(path: Path, *assignments: str) -> Plan:
     run = config.load(path, assignments)
     directory = run_dir.check(run.output_dir, resume=False, overwrite=False)
-    return make_plan(preflight.check(run, directory, no_progress), no_progress)
+    return make_plan(preflight.check(run, directory))
 
 
 def record_of(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from test_kernels import adapted
 from torch import nn
 
 from loratune import kernels
-from loratune.commands.boundary import boundary
+from loratune.cli.boundary import boundary
 from loratune.data.packing_check import packing_refusal
 from loratune.lora import attach
 

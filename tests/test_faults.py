@@ -21,8 +21,8 @@ from fork_server import ForkServer
 from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
 from transformers import PreTrainedTokenizerFast
 
+from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
 from loratune.system import signals
 from loratune.system.signals import Stop
 from loratune.training.checkpoints.store import Checkpoints
@@ -374,7 +374,7 @@ def test_a_signal_that_comes_while_processes_agree_is_not_forgotten() -> None:
 
     group: Any = Late()
     nothing: Any = None
-    context = RunContext(nothing, nothing, stop, group)
+    context = RunContext(nothing, stop, group)
     assert not context.stopping() and stop.requested is signals.Termination
     assert context.stopping()
     with pytest.raises(signals.Termination):
@@ -498,7 +498,7 @@ def test_memory_that_is_short_shows_at_once(
         data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192, "packing": "none"},
         training={"per_device_train_batch_size": 8},
     )
-    done = forked("train", config, memory=1 << 29)
+    done = forked("train", config, memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.MEMORY_TRAINING, "", "")), line
@@ -522,7 +522,7 @@ def test_memory_that_is_short_for_an_evaluation(
     rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
-    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 27)
+    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.MEMORY_EVALUATION, "", "")), line

@@ -13,8 +13,8 @@ from test_rendering import changed
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
 from loratune.config import ModelSection
 from loratune.data.formats import Conversation, Plain
 from loratune.data.rendering import Renderer

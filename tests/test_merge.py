@@ -35,7 +35,6 @@ from transformers import (
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.data import no_progress
 from loratune.errors import AdapterError
 from loratune.export import merged_model, output
 from loratune.export.comparison import Texts
@@ -145,7 +144,7 @@ def written(case: Case, folder: Path, stored: torch.dtype | None = None, **chang
     info = replace(info, base=info.base.model_copy(update=changes))
     plan = Merge(info, stored)
     folder.mkdir()
-    made = plan.write(folder, no_progress, most=20_000)
+    made = plan.write(folder, most=20_000)
     merged_model.write_configs(folder, info, plan, (256,))
     model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -304,7 +303,7 @@ def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     case = make(tmp_path, "llama", {}, size=1000.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(AdapterError) as refused:
-        Merge(case.info, torch.float16).write(tmp_path / "out", no_progress)
+        Merge(case.info, torch.float16).write(tmp_path / "out")
     assert meanings(refused.value) == [(Code.MERGE_ROUNDING, str(case.adapter), "")]
 
 
@@ -481,7 +480,7 @@ def test_a_file_that_is_not_what_was_written_is_noticed(
 ) -> None:
     monkeypatch.setattr(Shards, "write_index", lambda shards: flip(shards.paths[2]))
     with pytest.raises(AdapterError) as refused:
-        Merge(tiny.info).write(tmp_path, no_progress, most=20_000)
+        Merge(tiny.info).write(tmp_path, most=20_000)
     assert meanings(refused.value) == [(Code.ADAPTER_WRITE_FAILED, str(tmp_path), "")]
 
 

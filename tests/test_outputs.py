@@ -17,6 +17,7 @@ from conftest import meanings, tree
 from loratune import escaping
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError
+from loratune.events import Event, NoteEvent, listening
 from loratune.system import output_file
 from loratune.system.output_file import Output
 
@@ -243,11 +244,12 @@ def test_a_pipe_that_nobody_reads_is_logged(tmp_path: Path) -> None:
     reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
     notes: list[str] = []
 
-    def log(line: str) -> None:
-        notes.append(line)
+    def listen(event: Event) -> None:
+        assert isinstance(event, NoteEvent)
+        notes.append(event.text)
         reader.start()
 
-    with output(tmp_path / "pipe").opened(log) as file:
+    with listening(listen), output(tmp_path / "pipe").opened() as file:
         file.write("through a pipe")
     reader.join()
     line = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"

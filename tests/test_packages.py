@@ -16,7 +16,7 @@ from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "escaping": 0, "codes": 0, "errors": 1, "__init__": 1, "statistics": 1,
+    "escaping": 0, "codes": 0, "events": 0, "text": 0, "errors": 1, "__init__": 1, "statistics": 1,
     "system": 2,
     "config": 3, "console": 3,
     "kernels": 4,
@@ -26,6 +26,7 @@ LEVELS = {
     "export": 8,
     "report": 10.5,
     "commands": 11,
+    "api": 11.5,
     "cli": 12,
     "__main__": 13,
 }  # fmt: skip

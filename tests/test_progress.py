@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import Ran, config_in, write_rows
 
-from loratune import console
+from loratune import console, events
+from loratune.cli import terminal
+from loratune.cli.terminal import Terminal
 
 Cli = Callable[..., Ran]
 ROWS = [{"prompt": f"{number}:", "completion": f" {number}"} for number in range(8)]
 
 
-class Terminal(io.StringIO):
+class Screen(io.StringIO):
     """Takes what is printed as a terminal does."""
 
     def isatty(self) -> bool:
@@ -25,12 +27,12 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE", 0.0)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
 
 
 def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "PATIENCE", 0.5)
-    with console.progress("waiting"), console.show_progress("reading", 100) as advance:
+    monkeypatch.setattr(terminal, "PATIENCE", 0.5)
+    with events.listening(Terminal()), events.progress("waiting"), events.reading("reading", 100) as advance:
         advance(100)
     assert capsys.readouterr() == ("", "")
 
@@ -38,20 +40,20 @@ def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: p
 @pytest.mark.parametrize(
     ("work", "expected"),
     [
-        (lambda: console.progress("wait\x1bing"), "wait\\x1bing: 0 s"),
-        (lambda: console.show_count("counting", 3), "counting: 2 of 3"),
-        (lambda: console.show_progress("reading", 4_000_000), "reading: 0 of 4 MB, 0.0 MB/s"),
+        (lambda: events.progress("wait\x1bing"), "wait\\x1bing: 0 s"),
+        (lambda: events.counting("counting", 3), "counting: 2 of 3"),
+        (lambda: events.reading("reading", 4_000_000), "reading: 0 of 4 MB, 0.0 MB/s"),
     ],
     ids=["progress", "count", "bytes"],
 )
 def test_slow_work_has_a_line_and_later_another(
     work: Callable[[], object], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "PATIENCE", 0.1)
-    monkeypatch.setattr(console, "_PAUSE", 0.2)
-    with work() as advance:  # type: ignore[attr-defined]
-        if advance is not None:
-            advance(2)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.1)
+    monkeypatch.setattr(terminal, "_PAUSE", 0.2)
+    monkeypatch.setattr(events, "_INTERVAL", 0.0)
+    with events.listening(Terminal()), work() as advance:  # type: ignore[attr-defined]
+        advance(2)
         time.sleep(0.4)
     ran = capsys.readouterr()
     assert ran.out == "" and ran.err.splitlines() == [expected] * 2
@@ -62,16 +64,16 @@ def test_a_terminal_has_one_line_that_goes_away(
     impatient: None, monkeypatch: pytest.MonkeyPatch, interactive: bool
 ) -> None:
     """Also where work is a part of other work that has a line of its own. What cannot erase a line has plain ones."""
-    screen = Terminal()
+    screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(console.err, "is_interactive", interactive)  # rich asks when it is imported
     monkeypatch.setenv("TERM", "xterm" if interactive else "dumb")
-    with console.progress("outside"):
+    with events.listening(Terminal()), events.progress("outside"):
         time.sleep(0.2)
-        with console.show_count("inside", 2) as advance:
+        with events.counting("inside", 2) as advance:
             time.sleep(0.7)
             advance(1)
-        console.log("a line beside it")
+        events.note("a line beside it")
     shown = screen.getvalue()
     if not interactive:
         assert shown.splitlines() == ["outside: 0 s", "inside: 0 of 2", "a line beside it"]
@@ -81,13 +83,13 @@ def test_a_terminal_has_one_line_that_goes_away(
 
 
 def test_an_error_ends_it(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
-    @console.progress("working")
+    @events.progress("working")
     def work() -> None:
         time.sleep(0.1)
         raise KeyboardInterrupt
 
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), events.listening(Terminal()):
             work()
     assert capsys.readouterr().err == "working: 0 s\n" * 2
 

@@ -22,9 +22,9 @@ from loratune import config
 from loratune.codes import Code
 from loratune.commands import train
 from loratune.config import LoraSection, ModelSection
-from loratune.data import no_progress
 from loratune.data.packing import pad, put_rows
 from loratune.errors import DataError, ModelError
+from loratune.events import Event, Listener, StepEvent, listening
 from loratune.lora import attach, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
@@ -65,18 +65,14 @@ PAD = partial(pad, pad_id=0)
 BATCHES = [PAD([ROWS[row] for row in range(start, start + 8)]) for start in range(0, 40, 8)]
 
 
-class Silent:
-    """A progress that shows nothing, and may interrupt the run at a step."""
+def interrupt_at(step: int) -> Listener:
+    """A listener that interrupts the run at a step."""
 
-    def __init__(self, interrupted_at: int = 0):
-        self.interrupted_at = interrupted_at
-
-    def start(self, steps: int, done: int) -> None: ...
-    def log(self, step: int, values: dict[str, float]) -> None: ...
-    def stop(self) -> None: ...
-    def step(self, done: int, tokens: int) -> None:
-        if done == self.interrupted_at:
+    def listen(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == step:
             raise KeyboardInterrupt
+
+    return listen
 
 
 def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, AdapterInit]:
@@ -99,7 +95,7 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
     batches = SimpleNamespace(
         items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
     )
-    run = RunContext(Checkpoints(path / "checkpoints", {}, 0), Silent())
+    run = RunContext(Checkpoints(path / "checkpoints", {}, 0))
     return trainer.fit(TrainingJob(settings, section, model, batches, None), run)
 
 
@@ -146,9 +142,9 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         directory = run_dir.check(loaded.output_dir, resume=resume, overwrite=False)
-        ready = preflight.check(loaded, directory, no_progress, [] if resume else None)
-        reporter = train.Reporter(lambda line: None, lambda plan: None, no_progress, Silent(interrupted_at))
-        train.train(ready, reporter)
+        ready = preflight.check(loaded, directory, [] if resume else None)
+        with listening(interrupt_at(interrupted_at)):
+            train.train(ready)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
     path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})

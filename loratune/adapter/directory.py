@@ -1,7 +1,7 @@
 """An adapter directory: its files, verified against their record, and what they say about base, rows and prompts."""
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ from loratune import config
 from loratune.codes import Code
 from loratune.config import DataSection, ModelSection, RunConfig, Source
 from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.events import note
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.system import records
@@ -56,7 +57,6 @@ class AdapterDirectory:
     def open(
         cls,
         path: Path,
-        log: Callable[[str], None] = lambda _: None,
         *,
         forced: bool = False,
         assignments: Sequence[str] = (),
@@ -66,7 +66,6 @@ class AdapterDirectory:
 
         Args:
             path: The directory.
-            log: Takes lines on what could not be verified.
             forced: Whether files that have changed since they were saved are logged instead of refused.
             assignments: Assignments to keys of its data section, as of `config.load`.
             fix: What to do about files that have changed.
@@ -78,11 +77,11 @@ class AdapterDirectory:
         files = adapter_files.inspect(path)
         edits = files.edits()
         if not files.record.get("files"):
-            log(f"{path}: keeps no record of its files and its base, so neither was verified")
+            note(f"{path}: keeps no record of its files and its base, so neither was verified")
         if edits and not forced:
             raise AdapterError([replace(edit, fix=fix) for edit in edits])
         for edit in edits:
-            log(str(edit))
+            note(str(edit))
         base = _base(files)
         if not (path / RUN_FILE).is_file():
             if assignments:

@@ -25,7 +25,6 @@ from loratune.model.fingerprints import Sampled
 BATCH = 32
 """How many prompts the commands hand to `complete` at once."""
 
-Log = Callable[[str], None]
 """Takes a line for the user."""
 
 

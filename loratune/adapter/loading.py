@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 
 from loratune import kernels
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.generation import LoadedAdapter, Log, reader
+from loratune.adapter.generation import LoadedAdapter, reader
 from loratune.adapter.selection import Selection
 from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.console import progress
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
+from loratune.events import note, progress
 from loratune.lora import attach, mixture, tensors
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
@@ -46,34 +46,29 @@ class LoadedAdapters:
     label: str
 
 
-def load(adapter: AdapterDirectory, log: Log = lambda _: None) -> LoadedAdapter:
+def load(adapter: AdapterDirectory) -> LoadedAdapter:
     """Load the base of an adapter directory and attach the adapter. Raises as `load_all` does."""
-    return load_all([adapter], log)[0]
+    return load_all([adapter])[0]
 
 
-def load_selection(
-    adapters: Mapping[str, AdapterDirectory], selection: Selection, log: Log = lambda _: None
-) -> LoadedAdapters:
+def load_selection(adapters: Mapping[str, AdapterDirectory], selection: Selection) -> LoadedAdapters:
     """Load the adapters of a command. adapters: those of the selection, opened.
 
     Raises as `load_all` and `mixture.weighted_sum` do.
     """
     if selection.mix:
-        mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()], log)
+        mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()])
         return LoadedAdapters({}, mixed, "mix")
-    loaded = dict(zip(adapters, load_all(list(adapters.values()), log), strict=True))
+    loaded = dict(zip(adapters, load_all(list(adapters.values())), strict=True))
     named = {name: adapter for name, adapter in loaded.items() if name}
     return LoadedAdapters(named, loaded[selection.default], selection.default or "adapter")
 
 
-def load_all(
-    adapters: Sequence[AdapterDirectory], log: Log = lambda _: None, base: ModelSection | None = None
-) -> list[LoadedAdapter]:
+def load_all(adapters: Sequence[AdapterDirectory], base: ModelSection | None = None) -> list[LoadedAdapter]:
     """Load the base of adapter directories once, and attach the adapters.
 
     Args:
         adapters: The adapter directories.
-        log: Takes lines for the user.
         base: The base, and how it is loaded; by default, as the first adapter says.
 
     Raises:
@@ -83,11 +78,11 @@ def load_all(
             where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
             base.
     """
-    model, check = _load_base(adapters, base or adapters[0].base, log)
+    model, check = _load_base(adapters, base or adapters[0].base)
     return _attach_all(model, [(adapter, adapter.files) for adapter in adapters], check)
 
 
-def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) -> LoadedAdapter:
+def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedAdapter:
     """The weighted sum of adapters as one adapter, which renders prompts as the first of them does."""
     adapters = [adapter for adapter, _ in weighted]
     mixed = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
@@ -95,11 +90,11 @@ def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]], log: Log) 
     for other in adapters[1:]:
         if other.chat != first.chat:
             kinds = {True: "conversations", False: "raw prompts"}
-            log(
+            note(
                 f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
                 f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
             )
-    base, check = _load_base(adapters, first.base, log)
+    base, check = _load_base(adapters, first.base)
     with TemporaryDirectory() as directory:
         return _attach_all(base, [(first, mixed.write(Path(directory)))], check)[0]
 
@@ -144,7 +139,7 @@ def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
 
 
 def _load_base(
-    adapters: Sequence[AdapterDirectory], section: ModelSection, log: Log
+    adapters: Sequence[AdapterDirectory], section: ModelSection
 ) -> tuple[PreTrainedModel, Callable[[], None]]:
     """A base, and a check that it is that of all adapters, by what it was before anything is attached.
 
@@ -157,9 +152,9 @@ def _load_base(
     checks: list[Callable[[], None]] = []
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
-            log(line)
+            note(line)
         tensors.check_copies(adapter.files, base)
-        checks.append(partial(check_base, adapter, section, fingerprint, log))
+        checks.append(partial(check_base, adapter, section, fingerprint))
 
     def check() -> None:
         for one in checks:
@@ -220,7 +215,7 @@ def load_tokenizer_of(adapter: AdapterDirectory) -> Any:
         raise AdapterError(error.problems) if own else error from None
 
 
-def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str, log: Log) -> None:
+def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) -> None:
     """Compare the fingerprint of a base with the one that an adapter records.
 
     An adapter without a record is trusted to have the base that it names.
@@ -232,7 +227,7 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str, 
     for key in ("dtype", "quantization", "attn_implementation", "gguf_file"):
         own, used = getattr(adapter.base, key), getattr(base, key)
         if own != used:
-            log(f"{where}: was trained with model.{key} {own}, and the base is loaded with {used}")
+            note(f"{where}: was trained with model.{key} {own}, and the base is loaded with {used}")
     is_named = local_or_hub(adapter.base.name_or_path) == local_or_hub(base.name_or_path)
     if recorded == fingerprint or (recorded is None and is_named):
         return
@@ -246,7 +241,7 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str, 
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
     if not adapter.forced:
         raise AdapterError(Problem(code, what, where, fix=f"{fix}, or use the adapter all the same with --force"))
-    log(str(Problem(code, what, where)))
+    note(str(Problem(code, what, where)))
 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, Untouched]]) -> None:

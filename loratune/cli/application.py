@@ -13,8 +13,9 @@ from typer.core import TyperGroup
 
 from loratune import __version__
 from loratune.codes import Code
-from loratune.console import EscapedStream, err, escape_output, progress
+from loratune.console import EscapedStream, err, escape_output
 from loratune.errors import ConfigError, Problem
+from loratune.events import progress
 from loratune.system import containers
 from loratune.system.files import path_problem
 
@@ -169,14 +170,14 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
 
 def write_rows(rows: Iterable[dict[str, Any]], file: "Output | None") -> None:
     """Write rows: as CSV if the name of the file ends in .csv, else as JSON lines. file: None for stdout."""
-    from loratune.console import log, print_raw
+    from loratune.console import print_raw
     from loratune.data.sources.rows import to_json_line, write_csv
 
     if file is None:
         for row in rows:
             print_raw(to_json_line(row))
         return
-    with file.opened(log) as writable:
+    with file.opened() as writable:
         if file.named.lower().endswith(".csv"):
             write_csv(rows, writable)
             return

@@ -18,8 +18,8 @@ from loratune.cli.application import (
     importing,
     log_all,
 )
+from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
 from loratune.console import log, print_raw
 from loratune.errors import ConfigError, DataError, LoratuneError, Problem
 from loratune.system import signals
@@ -66,13 +66,13 @@ def chat(
         with importing():
             from loratune.adapter.directory import AdapterDirectory
 
-        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, forced=force) for name, path in selected.directories.items()}
 
         with importing():
             from loratune.adapter import loading
             from loratune.commands.chat import RAW_NOTE, Chat
 
-        loaded = loading.load_selection(opened, selected, log)
+        loaded = loading.load_selection(opened, selected)
         talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
         log_all(f"{one.where}: {RAW_NOTE}" for one in (loaded.by_name.values() or [loaded.default]) if not one.chat)
         inputs = [*selected.directories.values(), *(Path(info.base.name_or_path) for info in opened.values())]
@@ -177,7 +177,7 @@ class _Session:
         if reason := path_problem(name) or ("" if name else "is empty"):
             raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key="/save", fix="write /save FILE"))
         file = output_file.output(Path(name).expanduser(), "/save", overwrite=name != argument, inputs=self._inputs)
-        with file.opened(log) as opened:
+        with file.opened() as opened:
             opened.writelines(f"{to_json_line(row)}\n" for row in rows)
         log(f"{name}: {len(rows)} {'row' if len(rows) == 1 else 'rows'} written")
 

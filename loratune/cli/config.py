@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratune.cli.application import Assignments, Debug, Json, app
+from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:

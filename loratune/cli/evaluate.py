@@ -22,8 +22,8 @@ from loratune.cli.application import (
     rows_output,
     write_rows,
 )
+from loratune.cli.boundary import boundary, unread_output
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, unread_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -113,15 +113,14 @@ def evaluate(
             from loratune.adapter.directory import AdapterDirectory
             from loratune.compare import metrics as known_metrics
             from loratune.compare import requirements
-            from loratune.console import log, show_count, show_progress
 
         parsed = known_metrics.parse(metrics or [])
         known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
         required = requirements.parse(require or [], [metric.name for metric in parsed], **known)
         inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        info = AdapterDirectory.open(adapter, log, forced=force, assignments=assignments)
-        other = AdapterDirectory.open(against, log, forced=force) if against is not None else None
+        info = AdapterDirectory.open(adapter, forced=force, assignments=assignments)
+        other = AdapterDirectory.open(against, forced=force) if against is not None else None
         if file is not None:
             file = file.reading(Path(info.base.name_or_path))
         if data is None:
@@ -140,7 +139,7 @@ def evaluate(
 
         found = evaluate(
             info, split, against=other, judging=Judging(parsed, file is not None), forgetting=unrelated,
-            overlap=overlap, required=required, tasks=opened, watch=show_progress, count=show_count, log=log,
+            overlap=overlap, required=required, tasks=opened, 
         )  # fmt: skip
         log_all(found.remarks)
         _show(found, file, fields, worst, as_json)
@@ -153,10 +152,10 @@ def _read_rows(
     """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
     from loratune.compare import requirements
     from loratune.config import Source
-    from loratune.console import log, show_progress
+    from loratune.console import log
     from loratune.data import read_source, row_hashes
 
-    split = read_source(Source(path=data), info.data, show_progress)
+    split = read_source(Source(path=data), info.data)
     overlap = row_hashes.find_overlap(split, info.files.path)
     if any(not one.of_task for one in required):
         requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
@@ -195,28 +194,26 @@ def _task_names(tasks: str | None) -> tuple[list[str], list[str]]:
 
 def _open_tasks(names: list[str], limit: int | None, required: list["Requirement"]) -> "Tasks":
     """Find the tasks, with the harness, which is imported for them only."""
-    from loratune.console import show_count
     from loratune.system.environment import kept_environment
 
     with importing(), kept_environment():
         from loratune.compare import harness
 
-    return harness.prepare(names, limit, required, show_count)
+    return harness.prepare(names, limit, required)
 
 
 def _evaluate_tasks(
     info: "AdapterDirectory", names: list[str], limit: int | None, required: list["Requirement"], as_json: bool
 ) -> None:
     """Run tasks alone, without rows."""
-    from loratune.console import log
 
     tasks = _open_tasks(names, limit, required)
     with importing():
-        from loratune.commands import printing
+        from loratune.cli import printing
         from loratune.commands.evaluate import evaluate_tasks
         from loratune.compare import requirements
 
-    results = evaluate_tasks(info, tasks, required, log)
+    results = evaluate_tasks(info, tasks, required)
     log_all(results.remarks)
     printing.print_tasks(results, as_json)
     requirements.check_met(results.requirements)
@@ -241,7 +238,7 @@ def _show(
 
     fields: place → the row's own fields, where rows are written or printed.
     """
-    from loratune.commands import printing
+    from loratune.cli import printing
 
     try:
         if file is not None:

@@ -8,8 +8,8 @@ import typer
 
 from loratune.adapter import selection
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
+from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 from loratune.export.clients import ExportOptions
 
@@ -56,30 +56,29 @@ def export(
         with importing(computes=True):
             from loratune.adapter.directory import AdapterDirectory
             from loratune.config import Source
-            from loratune.console import log, show_progress
             from loratune.data import read_source
             from loratune.export import output as outputs
             from loratune.model.source import local_or_hub
 
         given = {"--llama-cpp": llama_cpp, "--base-gguf": base_gguf, "--data": data and Path(data)}
         inputs = {option: path for option, path in given.items() if path}
-        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, forced=force) for name, path in selected.directories.items()}
         for name, one in opened.items():
             inputs[f"--adapter {name}".strip()] = one.path
             inputs[f"the base of {name}" if name else "the base"] = Path(local_or_hub(one.base.name_or_path))
         directory = outputs.check(output, overwrite=overwrite, inputs=inputs)
         source = next(iter(opened.values()))
-        split = read_source(Source(path=data), source.data, show_progress) if data else None
+        split = read_source(Source(path=data), source.data) if data else None
 
         with importing():
             from loratune.adapter import loading
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.export import export
 
         with TemporaryDirectory() as place:
             if selected.mix:
                 weighted = [(opened[name], weight) for name, weight in selected.mix.items()]
                 source = loading.write_mixture(Path(place), weighted)
-            result = export(source, directory, options, mix=selected.mix, split=split, log=log)
+            result = export(source, directory, options, mix=selected.mix, split=split)
         with checked_output():
             printing.print_exported(result, as_json)

@@ -20,9 +20,9 @@ from loratune.cli.application import (
     rows_output,
     write_rows,
 )
+from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
-from loratune.console import log, print_raw, show_count
+from loratune.console import log, print_raw
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def generate(
         with importing(computes=True):
             from loratune.adapter.directory import AdapterDirectory
 
-        opened = {name: AdapterDirectory.open(path, log, forced=force) for name, path in selected.directories.items()}
+        opened = {name: AdapterDirectory.open(path, forced=force) for name, path in selected.directories.items()}
         if file is not None:
             file = file.reading(*(Path(adapter.base.name_or_path) for adapter in opened.values()))
 
@@ -98,7 +98,7 @@ def generate(
         stream = len(rows) == 1 and output is None and not base and not stop and sys.stdout.isatty()
         answers = generate(
             opened, selected, rows, max_new_tokens=max_new_tokens, sampling=sampling, base=base, stream=stream,
-            log=log, **({} if output is None and sys.stdout.isatty() else {"count": show_count}),
+            shows_progress=output is not None or not sys.stdout.isatty(),
         )  # fmt: skip
         if output is not None:
             write_rows(map(_as_row, answers), file)

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratune.cli.application import STDOUT, Assignments, Debug, app, check_paths, importing, program
+from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output
 from loratune.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def init(
         file = output_file.output(Path(output), "--output", overwrite=None) if output != STDOUT else None
 
         with importing(computes=True):
-            from loratune.console import log, show_progress
             from loratune.data.sources import open_source
             from loratune.data.sources.local import data_ending
 
@@ -44,7 +43,7 @@ def init(
 
         if file is not None and data_ending(file.path):
             file = file.reading(Path(data).expanduser())  # It would be read as rows itself.
-        draft = config.draft(first_values(data, model, log), SOURCE, assignments)
+        draft = config.draft(first_values(data, model), SOURCE, assignments)
         run = checked(draft)
         run_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(Path(output), run))
         for source in run.data.train_sources:
@@ -52,14 +51,14 @@ def init(
         _find_model(run.model)
 
         with importing():
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.init import init
 
-        started = init(run, draft, show_progress, log)
+        started = init(run, draft)
         if file is None:
             print(started.text, end="")
         else:
-            with file.opened(log) as writable:
+            with file.opened() as writable:
                 writable.write(started.text)
         is_piped = file is None or file.handle is not None or not file.path.is_file()
         with checked_output():

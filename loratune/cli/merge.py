@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loratune.cli.application import Debug, Force, Json, app, check_paths, importing
-from loratune.commands.boundary import boundary, checked_output
+from loratune.cli.boundary import boundary, checked_output
 
 
 class Dtype(StrEnum):
@@ -37,22 +37,26 @@ def merge(
         with importing():
             from loratune.adapter.directory import AdapterDirectory
             from loratune.config import Source
-            from loratune.console import log, show_progress
             from loratune.data import read_source
             from loratune.export import output
             from loratune.model.source import local_or_hub
 
-        info = AdapterDirectory.open(adapter, log, forced=force)
+        info = AdapterDirectory.open(adapter, forced=force)
         inputs = {"--adapter": adapter, "the base": Path(local_or_hub(info.base.name_or_path))}
         inputs |= {"--data": Path(data)} if data is not None else {}
         directory = output.check(out, overwrite=overwrite, inputs=inputs)
-        split = read_source(Source(path=data), info.data, show_progress) if data is not None else None
+        split = read_source(Source(path=data), info.data) if data is not None else None
 
         with importing():
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.merge import merge
 
         chosen = dtype.value if dtype else None
-        merged = merge(info, directory, split, dtype=chosen, watch=show_progress, log=log)
+        merged = merge(
+            info,
+            directory,
+            split,
+            dtype=chosen,
+        )
         with checked_output():
             printing.print_merged(merged, as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loratune.cli.application import Debug, Json, app, check_paths, importing
-from loratune.commands.boundary import boundary, checked_output, stop_error
+from loratune.cli.boundary import boundary, checked_output, stop_error
 
 
 @app.command()
@@ -28,14 +28,13 @@ def push(
         with importing():
             from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # exported lazily
 
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.push import push
-            from loratune.console import log
 
         if not sys.stderr.isatty():
             disable_progress_bars()
         try:
-            upload = push(adapter, repository, public=public, base=base, log=log)
+            upload = push(adapter, repository, public=public, base=base)
         except KeyboardInterrupt as stop:
             fix = "the repository holds the whole adapter or nothing of it; the same command completes it"
             raise stop_error(stop, fix) from None

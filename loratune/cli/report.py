@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratune.cli.application import DataAssignments, Debug, Force, app, check_paths, importing, log_all
+from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.commands.boundary import boundary
 from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
@@ -56,22 +56,21 @@ def report(
         with importing():
             from loratune.adapter.directory import AdapterDirectory
             from loratune.commands.report import report, study_report
-            from loratune.console import log
+            from loratune.events import noted
 
         adapters: list[tuple[AdapterDirectory, list[str]]] = []
         for path, own in ((adapter, assignments), (against, [])):
             if path is not None:
-                lines: list[str] = []
                 forced = force or data is None  # the page lists what was edited
-                adapters.append((AdapterDirectory.open(path, lines.append, forced=forced, assignments=own), lines))
-                log_all(lines)
+                with noted() as lines:
+                    adapters.append((AdapterDirectory.open(path, forced=forced, assignments=own), lines))
         if data is not None:
             file = file.reading(Path(adapters[0][0].base.name_or_path))
         if study is not None:
             text = study_report(study)
         else:
             text = report(adapters, _evaluate([one for one, _ in adapters], data) if data is not None else None, data)
-        with file.opened(log) as writable:
+        with file.opened() as writable:
             writable.write(text)
         if file.handle is None:
             print(target)
@@ -94,12 +93,16 @@ def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Comparison"
         from loratune.commands.evaluate import evaluate
         from loratune.compare.answers import Judging
         from loratune.config import Source
-        from loratune.console import log, show_count, show_progress
         from loratune.data import read_source
 
     first, *others = adapters
-    split, judging = read_source(Source(path=data), first.data, show_progress), Judging(for_readers=True)
+    split, judging = read_source(Source(path=data), first.data), Judging(for_readers=True)
     against = others[0] if others else None
-    found = evaluate(first, split, against=against, judging=judging, watch=show_progress, count=show_count, log=log)
+    found = evaluate(
+        first,
+        split,
+        against=against,
+        judging=judging,
+    )
     log_all(found.remarks)
     return found

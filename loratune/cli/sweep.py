@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, importing, log_all, program
+from loratune.cli.boundary import boundary, checked_output, stop_error, unread_output
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output, stop_error, unread_output
 from loratune.errors import ConfigError, Problem, missing_package
 
 if TYPE_CHECKING:
@@ -71,16 +71,13 @@ def sweep(
         directory = _directory(run, config_file, storage, overwrite=overwrite)
 
         with importing(computes=True):
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.sweep import running
-            from loratune.commands.train import Reporter
-            from loratune.console import TrainingProgress, log, show_progress
             from loratune.training import preflight
 
-        validated = preflight.check(run, directory, show_progress)
-        reporter = Reporter(log, printing.log_plan, show_progress, TrainingProgress())
+        validated = preflight.check(run, directory)
         limit = running.Budget(seconds, started)
-        result = running.sweep(running.Request(axes, runs, validated, storage, trials, limit, halving), reporter)
+        result = running.sweep(running.Request(axes, runs, validated, storage, trials, limit, halving))
         with checked_output() if result.stop is None else unread_output():
             printing.print_study(result, program(), as_json)
         if result.stop is not None:

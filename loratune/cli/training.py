@@ -10,8 +10,8 @@ import typer
 
 from loratune import escaping
 from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, check_paths, importing, log_all, program
+from loratune.cli.boundary import boundary, checked_output, stop_error
 from loratune.codes import Code
-from loratune.commands.boundary import boundary, checked_output, stop_error
 from loratune.errors import ConfigError, Problem
 from loratune.system import launcher, signals
 from loratune.system.launcher import Group
@@ -57,22 +57,20 @@ def train(
         validated_run = preflight.broadcast_run(validated_run, group)
 
         with importing():
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands import train as training
             from loratune.commands.plan import make_plan
-            from loratune.console import TrainingProgress, log, show_progress
             from loratune.training import time_budget
 
         try:
             if dry_run:
-                plan = make_plan(validated_run, show_progress, group)
+                plan = make_plan(validated_run, group)
                 plan = time_budget.estimate_length(plan, validated_run.config.training, began)
                 group.close()
                 if group.main:
                     printing.print_plan(plan, rows)
                 return
-            reporter = training.Reporter(log, printing.log_plan, show_progress, TrainingProgress())
-            result = training.train(validated_run, reporter, group, allow_worse=allow_worse, began=began)
+            result = training.train(validated_run, group, allow_worse=allow_worse, began=began)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
             if not dry_run and validated_run.directory.is_resumable():
@@ -114,7 +112,7 @@ def params(
         log_all(config.portability(run.lora))
 
         with importing():
-            from loratune.commands import printing
+            from loratune.cli import printing
             from loratune.commands.params import params
 
         printing.print_params(params(run), as_json)
@@ -154,7 +152,6 @@ def _check_run(
     resume: the keys whose values may have changed; None to start a run.
     """
     from loratune import config
-    from loratune.console import log
     from loratune.training.checkpoints import run_dir
 
     run = config.load(config_file, assignments)
@@ -165,14 +162,13 @@ def _check_run(
     log_all(config.portability(run.lora))
     inputs = config.input_paths(config_file, run)
     directory = run_dir.check(
-        run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs, log=log if dry_run else None
+        run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs, dry_run=dry_run
     )
 
     with importing():
-        from loratune.console import show_progress
         from loratune.training import preflight
 
-    return preflight.check(run, directory, show_progress, resume)
+    return preflight.check(run, directory, resume)
 
 
 def _resume_command(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from loratune import escaping
-from loratune.console import format_size, print_json, print_table
+from loratune.console import print_json, print_table
 from loratune.lora.module_names import number_of, shortest
 from loratune.lora.stats import TABLE_HEADER, AdapterStats, Update, by_pattern, span, table_row
+from loratune.text import format_size
 
 
 def print_stats(path: str, stats: AdapterStats, as_json: bool) -> None:

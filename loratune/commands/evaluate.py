@@ -11,7 +11,7 @@ from typing import Any
 from loratune import data, kernels
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.generation import LoadedAdapter, Log
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.compare import collapse, requirements
 from loratune.compare.answers import (
@@ -30,13 +30,14 @@ from loratune.compare.objectives import Formula, formula_for, formula_of
 from loratune.compare.requirements import Requirement
 from loratune.compare.results import ADAPTER, AGAINST, BASE, LOSS, ComparedRow, ModelAnswer
 from loratune.compare.tasks import TaskResults
-from loratune.console import plural
-from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset, no_progress
+from loratune.data import DatasetSplit, TokenizedDataset
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
+from loratune.events import counting
 from loratune.lora import attach
 from loratune.model import load
+from loratune.text import plural
 
 Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
@@ -54,9 +55,6 @@ def evaluate(
     tasks: Tasks | None = None,
     overlap: Overlap | None = None,
     required: Sequence[Requirement] = (),
-    watch: ProgressFactory = no_progress,
-    count: ProgressFactory = no_progress,
-    log: Log = lambda _: None,
 ) -> Comparison:
     """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
 
@@ -71,9 +69,6 @@ def evaluate(
         tasks: Runs tasks on the adapter and its base as well.
         overlap: What of the rows is also in train.
         required: What the user requires of the adapter.
-        watch: Shows passes over data, in bytes.
-        count: Shows how many prompts were answered.
-        log: Takes lines about the adapters.
 
     Raises:
         AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
@@ -81,20 +76,20 @@ def evaluate(
         NumericError: The loss of an adapter is not finite.
     """
     split.check_kind(split.kind)
-    loaded = _load(adapter, against, log)
+    loaded = _load(adapter, against)
     first, context = loaded[0], load.context_length(loaded[0].model.config)
-    dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first), watch)
+    dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first))
     check_positions(dataset, first.data, context)
     rows = _rows(adapter, first, dataset, judging)
     remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
     scorer = scorer_of(first)
     with first.without_adapter():
-        found = {BASE: _answers(rows, BASE, first, scorer, count)}
-    found[ADAPTER] = _answers(rows, ADAPTER, first, scorer, count)
+        found = {BASE: _answers(rows, BASE, first, scorer)}
+    found[ADAPTER] = _answers(rows, ADAPTER, first, scorer)
     known: dict[str, Any] = {"computed_by": scorer.engine.computed_by}
     known |= {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
     sensitivity, vocabulary = _sensitivity(first, dataset, rows.rows), _vocabulary_size(first)
-    forgotten = _forgetting(first, scorer, forgetting, watch, remarks) if forgetting else None
+    forgotten = _forgetting(first, scorer, forgetting, remarks) if forgetting else None
     task_results = tasks(first) if tasks else None
     remarks += task_results.remarks if task_results else ()
     if against is not None:
@@ -103,11 +98,11 @@ def evaluate(
             del first, scorer
             loaded.clear()
             gc.collect()  # else there would be two bases in memory
-            loaded = loading.load_all([against], log, adapter.base)
+            loaded = loading.load_all([against], adapter.base)
         other = loaded[-1]
         remarks += _rendering_remarks(adapter, against, same_tokens=asked["renderer"].digest == other.renderer.digest)
         other = replace(other, **asked, data=adapter.data)
-        found[AGAINST] = _answers(rows, AGAINST, other, scorer_of(other), count)
+        found[AGAINST] = _answers(rows, AGAINST, other, scorer_of(other))
     answered = [
         replace(row, answers={name: by_row[place] for name, by_row in found.items()})
         for place, row in enumerate(rows.rows)
@@ -130,9 +125,9 @@ def _collapsed(comparison: Comparison, sensitivity: PromptSensitivity | None, vo
     return collapse.reason(sensitivity, scored, loss, of_base, vocabulary)
 
 
-def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement], log: Log) -> TaskResults:
+def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement]) -> TaskResults:
     """Run tasks on an adapter, which is loaded for them alone. Raises as `loading.load` and `harness.run` do."""
-    return requirements.judged_tasks(tasks(loading.load(adapter, log)), required)
+    return requirements.judged_tasks(tasks(loading.load(adapter)), required)
 
 
 def _rows(
@@ -152,10 +147,10 @@ def scorer_of(loaded: LoadedAdapter) -> Scorer:
 
 
 def _answers(
-    rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer, count: ProgressFactory
+    rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer
 ) -> list[ModelAnswer]:
     model.activate()
-    with count(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
+    with counting(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
         return rows.answers(name, model, scorer, advance)
 
 
@@ -187,15 +182,15 @@ def _vocabulary_size(loaded: LoadedAdapter) -> int:
     return int(loaded.model.config.get_text_config().vocab_size)
 
 
-def _load(adapter: AdapterDirectory, against: AdapterDirectory | None, log: Log) -> list[LoadedAdapter]:
+def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[LoadedAdapter]:
     """The adapters on one base; the first alone, where they cannot share one."""
     if against is not None:
         try:
-            return loading.load_all([adapter, against], log)
+            return loading.load_all([adapter, against])
         except AdapterError as error:
             if any(problem.code != Code.ADAPTER_CANNOT_SHARE for problem in error.problems):
                 raise
-    return loading.load_all([adapter], log)
+    return loading.load_all([adapter])
 
 
 def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
@@ -214,9 +209,7 @@ def _differ(adapter: AdapterDirectory, against: AdapterDirectory, key: str) -> b
     return bool(adapter.data.model_dump()[key] != against.data.model_dump()[key])
 
 
-def _forgetting(
-    loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, watch: ProgressFactory, remarks: list[str]
-) -> Difference:
+def _forgetting(loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, remarks: list[str]) -> Difference:
     """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
 
     remarks: lines about its rows are added to it.
@@ -227,7 +220,7 @@ def _forgetting(
     context = load.context_length(loaded.model.config)
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
-    dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded), watch)
+    dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
     remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
     rows = distinct_rows(loaded, dataset)
     copies = {row.number: row.copies for row in rows}

@@ -5,7 +5,7 @@ file by llama.cpp's own converters, run in llama.cpp.
 """
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from typing import Any
 from loratune import escaping, memory
 from loratune.adapter import loading
 from loratune.adapter.directory import RUN_FILE, AdapterDirectory
-from loratune.console import format_size, progress, show_progress
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
+from loratune.events import note, progress
 from loratune.export import clients, gguf, llama_cpp, ollama, output, plain
 from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import scored_answers, texts
@@ -25,9 +25,9 @@ from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
 from loratune.system.output_dir import OutputDirectory
+from loratune.text import format_size
 
 _TEMPLATE = "chat_template.jinja"
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,6 @@ def export(
     *,
     mix: Mapping[str, float] | None = None,
     split: DatasetSplit | None = None,
-    log: Log = lambda _: None,
 ) -> Exported:
     """Write an adapter for one program.
 
@@ -73,7 +72,6 @@ def export(
         options: The program, and how the adapter is written for it.
         mix: Name → weight of the adapters whose sum it is, for the record.
         split: The rows that the user wants it compared on.
-        log: Takes lines about the adapter.
 
     Raises:
         AdapterError: The program cannot read the adapter, the base is another one, or what was written does not compute
@@ -84,8 +82,8 @@ def export(
     """
     exact = replace(source, base=source.base.model_copy(update={"dtype": "float32"}))  # rounding hides differences
     if options.uses_llama_cpp:
-        return _GgufExport(exact, directory, options, log).write(split)
-    return _export_plain(exact, directory, options, {"mix": dict(mix or {})}, split, log)
+        return _GgufExport(exact, directory, options).write(split)
+    return _export_plain(exact, directory, options, {"mix": dict(mix or {})}, split)
 
 
 def _fold(source: AdapterDirectory, options: ExportOptions) -> tuple[PlainAdapter, Any]:
@@ -106,7 +104,6 @@ def _export_plain(
     options: ExportOptions,
     details: dict[str, Any],
     split: DatasetSplit | None,
-    log: Log,
 ) -> Exported:
     """A plain LoRA directory, for PEFT and vLLM. details: what its record also holds."""
     adapter, meta = _fold(source, options)
@@ -114,9 +111,9 @@ def _export_plain(
     not_compared = options.why_not_verified
     if needed > free and not not_compared:
         not_compared = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
-    loaded = None if not_compared else loading.load(source, log)
+    loaded = None if not_compared else loading.load(source)
     size = meta.config.get_text_config().vocab_size
-    compared = texts(source, loaded.renderer, size, split, show_progress) if loaded else None
+    compared = texts(source, loaded.renderer, size, split) if loaded else None
     metrics: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2, "logits": None}
     fingerprint, in_peft = source.files.base_fingerprint, f"not compared: {not_compared}"
     client = CLIENTS[options.to]
@@ -155,16 +152,16 @@ def _difference(share: float, whole: str) -> str:
 class _GgufExport:
     """A GGUF file, for llama.cpp and Ollama: of the adapter, or of base and adapter as one model."""
 
-    def __init__(self, source: AdapterDirectory, directory: OutputDirectory, options: ExportOptions, log: Log):
+    def __init__(self, source: AdapterDirectory, directory: OutputDirectory, options: ExportOptions):
         self.source, self.directory, self.options = source, directory, options
         self.converters = gguf.find_converters(options.llama_cpp)
         self.not_run = options.why_not_verified
         if self.not_run:
-            log(f"llama.cpp will not be run: {self.not_run}")
+            note(f"llama.cpp will not be run: {self.not_run}")
         self.adapter: PlainAdapter | None = None
         if not options.merged_type:
             self.adapter, _ = _fold(source, options)
-        self.loaded = loading.load(source, log)
+        self.loaded = loading.load(source)
         if self.adapter:
             gguf.check_layers(self.loaded.model, str(source.path))
         template = self.loaded.tokenizer.chat_template

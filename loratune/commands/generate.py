@@ -1,6 +1,7 @@
 """`loratune generate`: completes prompts, which are rendered as in training."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from transformers import TextStreamer
@@ -11,10 +12,12 @@ from loratune.adapter.generation import LoadedAdapter, Request
 from loratune.adapter.sampling import Sampling
 from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
-from loratune.data import ProgressFactory, formats, no_progress
+from loratune.data import formats
 from loratune.data.formats import Question
 from loratune.data.sources import Row, reported
+from loratune.data.sources.rows import no_advance
 from loratune.errors import ConfigError, DataError, Problem
+from loratune.events import counting
 from loratune.model import load
 
 
@@ -46,8 +49,7 @@ def generate(
     sampling: Sampling,
     base: bool,
     stream: bool,
-    count: ProgressFactory = no_progress,
-    log: Callable[[str], None] = lambda _: None,
+    shows_progress: bool = True,
 ) -> Iterator[Answer]:
     """Answer every row, in order. Everything is checked before the iterator is returned.
 
@@ -61,15 +63,14 @@ def generate(
         sampling: How tokens are chosen, and where completions end.
         base: Also answer with the base alone.
         stream: Print the completion of a single prompt while it is computed.
-        count: Shows how many rows are answered.
-        log: Takes lines about the adapter.
+        shows_progress: Emit how many rows are answered.
 
     Raises:
         AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
         ConfigError: A prompt is empty, or leaves too little of the model's context for new tokens.
     """
     names = _names(selection, rows)
-    loaded = loading.load_selection(adapters, selection, log)
+    loaded = loading.load_selection(adapters, selection)
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
     requests = [
@@ -80,7 +81,8 @@ def generate(
     streamer = TextStreamer(answering[0].tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
 
     def answers() -> Iterator[Answer]:
-        with count("answering", len(requests)) as advance:
+        progress = counting("answering", len(requests)) if shows_progress else nullcontext(no_advance)
+        with progress as advance:
             for start in range(0, len(requests), generation.BATCH):
                 batch, drawn = requests[start : start + generation.BATCH], sampling.for_batch(start)
                 base_texts: list[str] | list[None] = [None] * len(batch)

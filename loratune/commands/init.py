@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,12 +13,13 @@ from loratune import config, data, memory
 from loratune.commands.init_start import SOURCE
 from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, DataSection, Draft, RunConfig
-from loratune.data import DatasetSplit, ProgressFactory, RawDatasets, fields
+from loratune.data import DatasetSplit, RawDatasets, fields
 from loratune.data.fields import Classes, ColumnChoice
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.holding_out import random_mask
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
+from loratune.events import note
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
@@ -146,13 +146,14 @@ class Started:
     seconds: float
 
 
-def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[str], None]) -> Started:
+def init(
+    run: RunConfig,
+    draft: Draft,
+) -> Started:
     """Choose what a config leaves open.
 
     Args:
         run, draft: The config so far, see `init_start.checked`; values that are set in the draft do not change.
-        watch: Shows the passes over the rows.
-        log: Takes lines that the user should see.
 
     Raises:
         ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
@@ -166,17 +167,17 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
-    rows, remarks = measure(run.data, renderer, vocabulary, watch)
-    held_out = _choose_data(draft, run, rows, context, log)
+    rows, remarks = measure(run.data, renderer, vocabulary)
+    held_out = _choose_data(draft, run, rows, context)
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
     run = config.from_draft(draft)
     trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
-    cut = _check_length(rows, run.data, renderer, vocabulary, watch)
+    cut = _check_length(rows, run.data, renderer, vocabulary)
     model, targets = attach.adapt(load.build_meta(model_config, run.model), lora, seed=0)
     for line in (*(f"rows: {remark}" for remark in remarks), *targets.notes):
-        log(line)
+        note(line)
     machine, free = load.this_machine(), memory.available(load.device())
     quantizable = not machine.bitsandbytes and run.model.gguf_file is None
     quantizable &= quantization.record_of(model_config.to_dict()) is None
@@ -196,16 +197,14 @@ def init(run: RunConfig, draft: Draft, watch: ProgressFactory, log: Callable[[st
     return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
 
 
-def measure(
-    section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory
-) -> tuple[MeasuredRows, list[str]]:
+def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[MeasuredRows, list[str]]:
     """Read and check all rows, and tokenize them, or a sample of many, without cutting any.
 
     Returns the rows, and lines on how they were read. Raises DataError, ModelError: as `fields.read`, `data.prepare`.
     """
-    raw, choice = fields.read(section, chat=bool(renderer.tokenizer.chat_template), watch=watch)
+    raw, choice = fields.read(section, chat=bool(renderer.tokenizer.chat_template))
     whole = section.model_copy(update={"columns": choice.columns, "max_length": _NO_LIMIT})
-    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary, watch).rows for split in raw.splits.values()]
+    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary).rows for split in raw.splits.values()]
     rows, kind = tokenized[0], raw.train.kind
     for split in raw.splits.values():
         split.check_kind(kind, _OBJECTIVES[kind])
@@ -218,16 +217,14 @@ def measure(
     return MeasuredRows(raw, choice, lengths, rows, saved, classes, rows_per_example), remarks
 
 
-def _check_length(
-    rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int, watch: ProgressFactory
-) -> list[str]:
+def _check_length(rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int) -> list[str]:
     """Lines on what `max_length` cuts. Raises DataError: more rows would be dropped than `max_dropped` allows."""
     if not (rows.all_lengths > section.max_length).any():
         return []
     return [
         f"{name}: {loss}"
         for name, split in rows.splits.splits.items()
-        for loss in data.prepare(_sample(split), renderer, section, vocabulary, watch).report.losses()
+        for loss in data.prepare(_sample(split), renderer, section, vocabulary).report.losses()
     ]
 
 
@@ -237,16 +234,14 @@ def _sample(split: DatasetSplit) -> DatasetSplit:
     return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
 
 
-def _choose_data(
-    draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None, log: Callable[[str], None]
-) -> int:
+def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None) -> int:
     """The section `data`. Returns how many of the training rows are held out."""
     if rows.choice.columns:
         draft.choose("data.columns", rows.choice.columns, rows.choice.why)
     chat = ", through the model's chat template" if rows.train.chat else ""
     count = f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}"
     draft.reasons["data.train"] = f"{count}, {' and '.join(rows.train.formats)}{chat}"
-    held_out = _choose_validation(draft, run, rows, log)
+    held_out = _choose_validation(draft, run, rows)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
     length, why = auto.max_length(rows.all_lengths, context, paired=rows.rows_per_example > 1)
@@ -258,7 +253,7 @@ def _choose_data(
     return held_out
 
 
-def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Callable[[str], None]) -> int:
+def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
     """The fraction of the rows that is held out, unless there are files of them. Returns how many rows that is."""
     best = "the step with the lowest loss on them is kept"
     fraction = run.data.validation if draft.has("data.validation") else auto.validation(len(rows.train))
@@ -271,7 +266,7 @@ def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, log: Ca
             labels = f", stratified by {rows.classes.labels} labels" if rows.classes.labels else ""
             draft.choose("data.validation", fraction, f"{held_out:,} rows are held out{labels}; {best}")
             for remark in remarks:
-                log(f"data.validation: {remark}")
+                note(f"data.validation: {remark}")
             return held_out
         why = "all of them belong together, as copies, or by their prompts, so that none can be held out"
         draft.reasons["data.train"] += f"; {why}"

@@ -4,13 +4,13 @@ with, and where the adapter goes.
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from loratune import config
 from loratune.config import Draft, RunConfig
 from loratune.data.sources.local import data_ending
+from loratune.events import note
 
 SOURCE = "init"
 """What the config is called in messages until it is a file."""
@@ -29,18 +29,17 @@ _SHOWN = 5
 """Names of files in a message."""
 
 
-def first_values(rows: str, model: str, log: Callable[[str], None]) -> dict[str, Any]:
+def first_values(rows: str, model: str) -> dict[str, Any]:
     """The values that a config begins with.
 
     Args:
         rows: The path of the rows, or a hub id.
         model: The directory of the model, or a hub id.
-        log: Takes a line on files of the directory that are left out.
     """
     found, others = _find_splits(rows)
     if others:
         names = ", ".join(others[:_SHOWN]) + (f", and {len(others) - _SHOWN:,} more" if others[_SHOWN:] else "")
-        log(f"rows: left out, as the other files are named after splits: {names}")
+        note(f"rows: left out, as the other files are named after splits: {names}")
     splits = {key: paths if paths[1:] else paths[0] for key, paths in found.items()}
     return {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
 

@@ -3,7 +3,6 @@ what was lost on other rows, and the loss on test rows.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,11 +13,12 @@ from loratune.compare import collapse, gain
 from loratune.compare.engine import Objective, Scorer
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.preferences import PreferenceMetrics
-from loratune.console import plural
 from loratune.errors import Problem
+from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.system.launcher import SINGLE_PROCESS
+from loratune.text import plural
 from loratune.training import conditions, reference
 from loratune.training.callbacks import diverged_error
 from loratune.training.outcome import Outcome
@@ -79,9 +79,7 @@ class Findings:
         return metrics | {"computed_by": ways}
 
 
-def compare_with_base(
-    plan: Plan, outcome: Outcome, context: RunContext, log: Callable[[str], None]
-) -> tuple[Weights, Gain]:
+def compare_with_base(plan: Plan, outcome: Outcome, context: RunContext) -> tuple[Weights, Gain]:
     """The adapter's weights, and how they compare with the base; or with the adapter from which training continued,
     where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see `collapse`."""
     weights, objective, group = tensors.full_weights(plan.model), plan.batches.objective, context.group
@@ -89,9 +87,9 @@ def compare_with_base(
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
     if plan.earlier is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         start = tensors.as_started(plan.model, plan.adapter_init, weights)
-        comparison = gain.measure(scorer, start, compared, outcome.tokens, log, "the one it started from", "start")
+        comparison = gain.measure(scorer, start, compared, outcome.tokens, "the one it started from", "start")
     else:
-        comparison = gain.measure(scorer, base(), compared, outcome.tokens, log)
+        comparison = gain.measure(scorer, base(), compared, outcome.tokens)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
@@ -115,9 +113,7 @@ def _scorer(plan: Plan, context: RunContext, objective: Objective = Objective())
     return Scorer(plan.model, plan.batches.engine, objective, context.group)
 
 
-def measure(
-    plan: Plan, outcome: Outcome, comparison: Gain, weights: Weights, context: RunContext, log: Callable[[str], None]
-) -> Findings:
+def measure(plan: Plan, outcome: Outcome, comparison: Gain, weights: Weights, context: RunContext) -> Findings:
     """Measure what else is to be reported of an adapter; a line is logged where it may not be intended.
 
     Args:
@@ -126,28 +122,25 @@ def measure(
         comparison: How the adapter compares with its base.
         weights: The adapter's tensors, whole.
         context: The processes of the run.
-        log: Takes lines.
 
     Raises:
         NumericError: The loss on the test rows is NaN or inf.
     """
     unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
-    earlier = _forgotten(plan, weights, outcome.tokens, context, log)
+    earlier = _forgotten(plan, weights, outcome.tokens, context)
     if text is not None:
         base = tensors.as_initialized(plan.model, plan.adapter_init, weights)
         unrelated = gain.forgetting(_scorer(plan, context), base, text)
     if unrelated.remark:
-        log(unrelated.remark)
-    test, preferences = _score_test(plan, context, log), _measure_preferences(plan, context, log)
+        note(unrelated.remark)
+    test, preferences = _score_test(plan, context), _measure_preferences(plan, context)
     measured = ("held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences")
     names = [*measured, *(["kept_step"] if plan.batches.held_out else [])]
     computed_by = dict.fromkeys(names, plan.batches.engine.computed_by)
     return Findings(outcome, comparison, earlier, unrelated, test, preferences, computed_by)
 
 
-def _forgotten(
-    plan: Plan, weights: Weights, budget: int, context: RunContext, log: Callable[[str], None]
-) -> Forgetting | None:
+def _forgotten(plan: Plan, weights: Weights, budget: int, context: RunContext) -> Forgetting | None:
     """How the adapter does on rows of the earlier run, compared with the adapter from which training continued."""
     if (run := plan.earlier) is None:
         return None
@@ -155,20 +148,20 @@ def _forgotten(
         return Forgetting(None, unknown=run.unknown)
     before = tensors.as_started(plan.model, plan.adapter_init, weights)
     rows, name = {run.split: run.held_out}, f"the one it started from, {run.start.info.files.path},"
-    comparison = gain.measure(_scorer(plan, context), before, rows, budget, log, name)
+    comparison = gain.measure(_scorer(plan, context), before, rows, budget, name)
     return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
 
 
-def _score_test(plan: Plan, context: RunContext, log: Callable[[str], None]) -> FinalScore | None:
+def _score_test(plan: Plan, context: RunContext) -> FinalScore | None:
     """The loss of the adapter on the test rows, None without any. Raises NumericError: it is NaN or inf."""
     if (test := plan.datasets.test) is None:
         return None
     objective = plan.batches.objective
-    log(f"scoring the adapter on {plural(test.items, f'test {gain.item(objective.unit)}')}")
+    note(f"scoring the adapter on {plural(test.items, f'test {gain.item(objective.unit)}')}")
     return gain.final_score(_scorer(plan, context, objective), test)
 
 
-def _measure_preferences(plan: Plan, context: RunContext, log: Callable[[str], None]) -> PreferenceMetrics | None:
+def _measure_preferences(plan: Plan, context: RunContext) -> PreferenceMetrics | None:
     """What the adapter prefers, and a line on what of it may not be intended; None for other objectives."""
     objective, batches = plan.batches.objective, plan.batches
     if not isinstance(objective, PreferenceObjective):
@@ -181,19 +174,16 @@ def _measure_preferences(plan: Plan, context: RunContext, log: Callable[[str], N
     metrics = objective.metrics(split)
     assert metrics is not None
     for line in metrics.warnings():
-        log(line)
+        note(line)
     return metrics
 
 
-def compute_reference(
-    plan: Plan, objective: Objective, log: Callable[[str], None], context: RunContext | None = None
-) -> None:
+def compute_reference(plan: Plan, objective: Objective, context: RunContext | None = None) -> None:
     """Compute what an objective compares answers with, where it does: the model before its first step, as it is now.
 
     Args:
         plan: The run.
         objective: That of the run, or another one that its adapter is measured by.
-        log: Takes lines, see `reference.compute`.
         context: The processes of the run, and whether it is to stop; None in one process that a signal just ends.
 
     Raises:
@@ -210,7 +200,7 @@ def compute_reference(
     model = Reference(plan.model, plan.adapter_init, starts_elsewhere, plan.batches.acceleration, known)
     layouts, pad_id = plan.batches.layouts, plan.batches.pad_id
     if context is None:
-        reference.compute(objective, model, layouts, pad_id, SINGLE_PROCESS, log)
+        reference.compute(objective, model, layouts, pad_id, SINGLE_PROCESS)
     else:
         check = context.check_not_stopping
-        reference.compute(objective, model, layouts, pad_id, context.group, log, lambda _: check())
+        reference.compute(objective, model, layouts, pad_id, context.group, lambda _: check())

@@ -1,6 +1,5 @@
 """`loratune merge`: an adapter and its base as one model, for programs that do not load adapters."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -11,9 +10,10 @@ import torch
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data import DatasetSplit
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
+from loratune.events import note
 from loratune.export import merged_model, output
 from loratune.export.comparison import Texts, texts
 from loratune.export.merging import Kept, Merge, Written
@@ -77,8 +77,6 @@ def merge(
     split: DatasetSplit | None,
     *,
     dtype: str | None,
-    watch: ProgressFactory,
-    log: Callable[[str], None],
 ) -> Merged:
     """Merge, read back, compare, and publish.
 
@@ -87,8 +85,6 @@ def merge(
         directory: The output, see `output.check`.
         split: Rows to compare on.
         dtype: The dtype of the merged model; None keeps that of the base.
-        watch: Shows progress.
-        log: Takes lines about the adapter.
 
     Raises:
         AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
@@ -98,21 +94,21 @@ def merge(
     """
     load.check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
-        log(line)
+        note(line)
     with loading.finding_base(adapter):
         locate(adapter.base)
         before = FileStates(adapter.base)
         plan = Merge(adapter, getattr(torch, dtype) if dtype else None)
-    note, parameters, is_loaded = plan.note, plan.parameters, plan.is_loaded
-    if note:
-        log(note)
-    loading.check_base(adapter, adapter.base, plan.fingerprint(), log)
+    parameters, is_loaded, loaded_how = plan.parameters, plan.is_loaded, plan.note
+    if loaded_how:
+        note(loaded_how)
+    loading.check_base(adapter, adapter.base, plan.fingerprint())
     tokenizer = loading.load_tokenizer_of(adapter)
     vocabulary = plan.config.get_text_config().vocab_size
     renderer = Renderer(tokenizer, vocabulary)
-    compared_on = texts(adapter, renderer, vocabulary, split, watch)
+    compared_on = texts(adapter, renderer, vocabulary, split)
     with output.staged(directory, plan.size + (64 << 20), "the merged model") as staging:
-        written = plan.write(staging, watch)
+        written = plan.write(staging)
         merged_model.write_configs(staging, adapter, plan, renderer.end_ids)
         merged_model.write_tokenizer(staging, adapter, tokenizer)
         del plan  # a base that was loaded
@@ -125,7 +121,7 @@ def merge(
             nearer = sum(one.error for one in written.kept) < sum(one.moved for one in written.kept)
             comparison = {"tensors": written.tensors, "nearer": nearer}
         before.check_unchanged()
-        merged = Merged(directory.output, written, compared_on, comparison, note)
+        merged = Merged(directory.output, written, compared_on, comparison, loaded_how)
         _check_nearer(merged, adapter)
         merged_model.write_card(staging, adapter, summary(merged))
         adapter.write_record(staging, "merged model", {"merge": merged.as_json()})

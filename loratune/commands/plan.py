@@ -1,7 +1,7 @@
 """What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ from loratune.adapter import card
 from loratune.codes import Code
 from loratune.compare import objectives
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
-from loratune.console import plural
-from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data import DatasetSplit
 from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import ConfigError, Problem
+from loratune.events import PlanEvent
 from loratune.lora import attach, parameters, start
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
@@ -23,6 +23,7 @@ from loratune.lora.targets import Targets
 from loratune.model import base_files, load
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.text import align, plural
 from loratune.training import auto, batching, continuing
 from loratune.training.batching import BatchedDatasets, TokenizedDatasets
 from loratune.training.continuing import EarlierRun
@@ -106,6 +107,54 @@ class Plan:
         model, objective = self.model, batches.objective
         return TrainingJob(self.training, self.config.lora, model, batches.train, batches.held_out, objective)
 
+    def event(self) -> PlanEvent:
+        """The plan as users see it before the first step."""
+        titles = [f"first row{self.side_name(number)}, supervised text marked:" for number in self._first_example()]
+        texts = [tuple(_shortened(self.row_text(number))) for number in self._first_example()]
+        shared = [
+            shared_module(module_pattern, self.targets.fused[module_pattern], roles)
+            for module_pattern, roles in self.targets.shared_roles().items()
+            if roles
+        ]
+        return PlanEvent(
+            rows=tuple(self.dataset_lines()),
+            examples=tuple(zip(titles, texts, strict=True)),
+            notes=(*shared, *self.all_notes()),
+            summary=str(self.count),
+            trainable=self.count.trainable,
+            memory=self.memory.total,
+        )
+
+    def _first_example(self) -> range:
+        return range(self.datasets.train.rows_per_example)
+
+    def dataset_lines(self) -> Iterator[str]:
+        """A table of how many rows of each split are used, truncated or dropped, and remarks on them."""
+        datasets = self.datasets
+        cells = [[name, *split.report.cells()] for name, split in datasets.splits.items()]
+        yield from align(["", *datasets.train.report.COLUMNS], cells)
+        for name, split in datasets.splits.items():
+            lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length, self.context)]
+            yield from (f"  {name}: {line}" for line in lines)
+        yield from (f"  {line}" for line in datasets.leaks)
+
+    def all_notes(self) -> Iterator[str]:
+        """What is allowed but may not be intended, and what was chosen."""
+        training = self.config.training
+        batch_size, accumulation = self.batches.train.size, training.gradient_accumulation_steps
+        batch = auto.rows_of_step(training, self.processes)
+        if self.processes > 1:
+            kinds = "packs of rows" if self.config.data.packing == "full" and self.batches.train.flat else "rows"
+            yield f"{self.processes} processes: {self.processes} x {batch_size} x {accumulation} {kinds} a step"
+        if (items := self.datasets.train.items) < batch and batch_size > 1:
+            yield f"rows: {items}, fewer than a batch of {batch}: each epoch is one step on all of them"
+        if self.evaluations is not None:
+            kept = "; the weights of the one with the lowest loss become the adapter" if self.config.keeps_best else ""
+            yield f"{self.evaluations}{kept if self.evaluations.count > 1 else ''}"
+            if training.patience is not None and training.patience + 1 >= self.evaluations.count:
+                yield f"training.patience: {training.patience} has no effect with so few evaluations"
+        yield from self.notes
+
     def side_name(self, number: int) -> str:
         """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""
         return _SIDES.get(self.datasets.train.rows.side(number), "")
@@ -119,6 +168,23 @@ class Plan:
                 if ids:
                     yield self.tokenizer.decode(ids), supervised
             start = span[1]
+
+
+def shared_module(module_pattern: str, fused: Sequence[str], shared_roles: Sequence[str]) -> str:
+    """`*.qkv_proj is one module for q, k, v: k and v are adapted as well`."""
+    return f"{module_pattern} is one module for {', '.join(fused)}: {adapted_too(shared_roles)}"
+
+
+def adapted_too(roles: Sequence[str]) -> str:
+    """`k is adapted as well`, `k and v are adapted as well`."""
+    return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"
+
+
+def _shortened(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, with the middle of long ones left out."""
+    for text, supervised in pieces:
+        is_long = len(text) > limit
+        yield f"{text[: limit // 2]} [...] {text[-limit // 2 :]}" if is_long else text, supervised
 
 
 @dataclass(frozen=True)
@@ -138,7 +204,7 @@ class LoadedRun:
     base: Base
 
 
-Planner = Callable[[ValidatedRun, ProgressFactory, Group], Plan]
+Planner = Callable[[ValidatedRun, Group], Plan]
 """Makes the plan of a run, as `make_plan` does."""
 
 
@@ -147,12 +213,12 @@ def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
     return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
 
 
-def make_plan(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+def make_plan(validated_run: ValidatedRun, group: Group = SINGLE_PROCESS) -> Plan:
     """Load what the run needs, attach the adapter, and lay out the batches. Raises as `load_run` and `adapted`."""
-    return adapted(validated_run, load_run(validated_run, watch, group), group)
+    return adapted(validated_run, load_run(validated_run, group), group)
 
 
-def load_run(validated_run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> LoadedRun:
+def load_run(validated_run: ValidatedRun, group: Group = SINGLE_PROCESS) -> LoadedRun:
     """Load the tokenizer and tokenize the rows; then load the base.
 
     Raises ModelError, DataError; and AdapterError, ConfigError: the adapter to start from is of another base.
@@ -162,19 +228,19 @@ def load_run(validated_run: ValidatedRun, watch: ProgressFactory, group: Group =
     load.check_kernels(run.model, gpu=load.device().type != "cpu")
     kernels.keep_pages()
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
-    datasets, earlier = load_rows(validated_run, tokenizer, watch, group)
+    datasets, earlier = load_rows(validated_run, tokenizer, group)
     base = load.load_for_run(run.model, group)
     continuing.check_base(validated_run.start, base)
     return LoadedRun(tokenizer, datasets, earlier, base)
 
 
 def load_rows(
-    validated_run: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group = SINGLE_PROCESS
+    validated_run: ValidatedRun, tokenizer: Any, group: Group = SINGLE_PROCESS
 ) -> tuple[TokenizedDatasets, EarlierRun | None]:
     """The rows as tokens, with those of the earlier run that are replayed, and that run. Raises ModelError, DataError,
     ConfigError."""
-    datasets = batching.tokenize(validated_run, tokenizer, watch, group)
-    return continuing.earlier_run(validated_run, tokenizer, datasets, watch, group)
+    datasets = batching.tokenize(validated_run, tokenizer, group)
+    return continuing.earlier_run(validated_run, tokenizer, datasets, group)
 
 
 def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGLE_PROCESS) -> Plan:

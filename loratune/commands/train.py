@@ -5,7 +5,7 @@
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +18,9 @@ from loratune.commands.measuring import Findings
 from loratune.commands.plan import Plan, Planner, make_plan
 from loratune.compare import objectives
 from loratune.config import RunConfig
-from loratune.data import DatasetSplit, ProgressFactory, row_hashes
+from loratune.data import DatasetSplit, row_hashes
 from loratune.errors import NumericError, ResourceError
+from loratune.events import emit, note
 from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.lora.tensors import Weights
@@ -29,7 +30,6 @@ from loratune.system.files import check_free_space, explain_full_disk, write_jso
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Stop
 from loratune.training import best_step, conditions, time_budget, trainer
-from loratune.training.callbacks import Progress
 from loratune.training.checkpoints import resume
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS, Checkpoints
@@ -42,16 +42,6 @@ _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
 _SPARE_MEMORY = 2
 """A run whose estimate, times this factor, exceeds the free memory tries its largest batch before it starts."""
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """Receives what a run reports: lines, the plan before the first step, and the progress over data and steps."""
-
-    log: Callable[[str], None]
-    plan: Callable[[Plan], None]
-    watch: ProgressFactory
-    progress: Progress
 
 
 @dataclass(frozen=True)
@@ -102,7 +92,6 @@ class _FinishedRun:
 
 def train(
     validated_run: ValidatedRun,
-    reporter: Reporter,
     group: Group = SINGLE_PROCESS,
     *,
     allow_worse: bool = False,
@@ -113,7 +102,6 @@ def train(
 
     Args:
         validated_run: The run, with its config, rows and output directory checked.
-        reporter: Receives lines, the plan, and the progress.
         group: The processes of the run.
         allow_worse: Also publish an adapter that does worse than its base.
         planner: Makes the plan, for a caller that has loaded the base and the rows.
@@ -138,7 +126,7 @@ def train(
     with group.connected(), lock as directory:
         if group.main and validated_run.resume_point is not None and not allow_worse:
             check_not_rejected(directory, validated_run.resume_point)
-        plan = planner(validated_run, reporter.watch, group)
+        plan = planner(validated_run, group)
         identity = _identity(plan, validated_run)
         if group.main:
             directory.prepare(resume=validated_run.resume_point is not None)
@@ -146,28 +134,28 @@ def train(
             data.remove_old_entries()
         group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
         with signals.defer_signals(repeated=group.count > 1) as stop:
-            context = _run_context(plan, validated_run, identity, reporter, stop, group)
+            context = _run_context(plan, validated_run, identity, stop, group)
             context.check_not_stopping()  # Python drops what a handler raises in a destructor.
-            measuring.compute_reference(plan, plan.batches.objective, reporter.log, context)
+            measuring.compute_reference(plan, plan.batches.objective, context)
             with _ready_to_train(plan):
                 scarce = _is_memory_scarce(plan, group)
                 asked = validated_run.config.training
                 if (minutes := asked.max_minutes) is not None:
-                    plan = time_budget.fix_length(plan, asked, context, began, reporter.log, scarce=scarce)
+                    plan = time_budget.fix_length(plan, asked, context, began, scarce=scarce)
                     identity = {**identity, "config": plan.config.resolved(), resume.MAX_MINUTES: minutes}
                     context = replace(context, checkpoints=replace(context.checkpoints, identity=identity))
-                reporter.plan(plan)
+                emit(plan.event())
                 outcome = trainer.fit(plan.job, context, oom_dry_run=scarce and minutes is None)
         context.check_not_stopping()  # A signal can come after the trainer's last check.
-        weights, comparison = measuring.compare_with_base(plan, outcome, context, reporter.log)
+        weights, comparison = measuring.compare_with_base(plan, outcome, context)
         if comparison.verdict == "worse" and not allow_worse:
             reject(comparison, outcome.steps, validated_run.directory, group)
-        findings = measuring.measure(plan, outcome, comparison, weights, context, reporter.log)
+        findings = measuring.measure(plan, outcome, comparison, weights, context)
         group.close()
         if not group.main:
             return None
         finished_run = _FinishedRun(plan, weights, findings, identity, memory.peak())
-        return _publish(finished_run, directory, reporter.log)
+        return _publish(finished_run, directory)
 
 
 def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
@@ -183,7 +171,7 @@ def _identity(plan: Plan, validated_run: ValidatedRun) -> dict[str, Any]:
 
 
 def _run_context(
-    plan: Plan, validated_run: ValidatedRun, identity: Mapping[str, Any], reporter: Reporter, stop: Stop, group: Group
+    plan: Plan, validated_run: ValidatedRun, identity: Mapping[str, Any], stop: Stop, group: Group
 ) -> RunContext:
     """Checkpoints, progress and the point to continue from. Raises ResourceError: the disk is too small."""
     resume_point = validated_run.resume_point
@@ -192,10 +180,9 @@ def _run_context(
     checkpoints = Checkpoints(validated_run.directory.checkpoints, identity, size, is_writer=group.main)
     context = RunContext(
         checkpoints,
-        reporter.progress,
         stop,
         group,
-        trackers=_trackers(validated_run, reporter.log) if group.main else (),
+        trackers=_trackers(validated_run) if group.main else (),
     )
     if resume_point is None:
         if group.main:
@@ -204,10 +191,10 @@ def _run_context(
             )
         return context
     for line in resume.notes(resume_point, identity, dropout=plan.config.lora.lora_dropout > 0):
-        reporter.log(line)
+        note(line)
     evaluations, remark = best_step.continued(resume_point, identity, keep=keeps_best)
     if remark:
-        reporter.log(remark)
+        note(remark)
     return replace(
         context,
         resume_from=resume_point.checkpoint,
@@ -219,9 +206,9 @@ def _run_context(
     )
 
 
-def _trackers(validated_run: ValidatedRun, log: Callable[[str], None]) -> Sequence[Tracker]:
+def _trackers(validated_run: ValidatedRun) -> Sequence[Tracker]:
     output, is_resumed = validated_run.directory.output, validated_run.resume_point is not None
-    return trackers(validated_run.config.training.report_to, output, log, is_resumed=is_resumed)
+    return trackers(validated_run.config.training.report_to, output, is_resumed=is_resumed)
 
 
 def _is_memory_scarce(plan: Plan, group: Group) -> bool:
@@ -254,7 +241,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     raise ResourceError(replace(problem, fix="set " + ", or ".join(fixes)))
 
 
-def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[[str], None]) -> Result:
+def _publish(finished_run: _FinishedRun, directory: RunDirectory) -> Result:
     """Put the adapter directory in its place, whole or not at all."""
     plan = finished_run.plan
     size = plan.count.adapter_bytes + load.tokenizer_bytes(plan.tokenizer)
@@ -262,7 +249,7 @@ def _publish(finished_run: _FinishedRun, directory: RunDirectory, log: Callable[
         with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
             size = _stage(finished_run, directory)
             for path in directory.publish():
-                log(f"{path} is kept: this run did not write it")
+                note(f"{path} is kept: this run did not write it")
     except NumericError:
         directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
         raise

@@ -46,9 +46,9 @@ from loratune.compare.results import (
     is_bounded,
 )
 from loratune.compare.tasks import TaskResults
-from loratune.console import plural
 from loratune.errors import NumericError, Problem
 from loratune.statistics import Interval
+from loratune.text import plural
 
 _TIE = 0.5
 _PLACES = 3

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from loratune import kernels
 from loratune.compare.losses import RowLosses, Values
 from loratune.config import DataSection
-from loratune.console import show_count
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Items, Packing
 from loratune.data.packing_check import LONGEST, packing_refusal, padding_refusal
 from loratune.data.prefix_tree import PrefixTree, common_prefix
+from loratune.events import counting
 from loratune.kernels import next_token_loss
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, Group
@@ -342,7 +342,7 @@ def read_batches(
     """
     was_training = model.training
     model.eval()
-    with show_count("computing losses, in batches", len(batches)) as advance:
+    with counting("computing losses, in batches", len(batches)) as advance:
         for first in range(0, len(batches), group.count):
             position = first + group.rank
             # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.

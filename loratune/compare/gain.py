@@ -7,7 +7,7 @@ A copy of a row adds no information: it is computed once, has the weight of all 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,10 +17,11 @@ import numpy as np
 from loratune.codes import Code
 from loratune.compare.engine import Scorer
 from loratune.compare.losses import RowLosses, compare
-from loratune.console import plural
 from loratune.data import TokenizedDataset
 from loratune.errors import NumericError, Problem
+from loratune.events import note
 from loratune.statistics import LEAST_ROWS, Interval, finite, mean_ratio_interval
+from loratune.text import plural
 
 Model = Literal["base", "start"]
 
@@ -269,7 +270,6 @@ def measure(
     other: AbstractContextManager[None],
     splits: Mapping[str, TokenizedDataset],
     budget: int,
-    log: Callable[[str], None],
     name: str = "its base",
     compared_with: Model = "base",
 ) -> Gain:
@@ -281,13 +281,12 @@ def measure(
         splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
             from the last if there is none; it is the same sample for the same rows and budget.
         budget: Tokens that the run was trained on.
-        log: Takes a line on what is being done.
         name: What the adapter is compared with.
         compared_with: See `Gain.other`.
     """
     split, drawn, too_few = sample(splits, budget)
     unit = scorer.objective.unit
-    log(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} {item(unit)}')}")
+    note(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} {item(unit)}')}")
     adapter = scorer.losses(splits[split], drawn)
     with other:
         base = scorer.losses(splits[split], drawn)

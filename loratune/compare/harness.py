@@ -48,8 +48,8 @@ from loratune.compare.tasks import (
     load_error,
     unknown_task,
 )
-from loratune.data import ProgressFactory
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
+from loratune.events import counting
 from loratune.model.load import context_length
 from loratune.system.environment import kept_environment
 
@@ -92,18 +92,17 @@ class OpenedTasks:
     groups: Mapping[str, Any]
 
 
-def prepare(specs: Sequence[str], limit: int | None, required: Sequence[Requirement], count: ProgressFactory) -> Tasks:
+def prepare(specs: Sequence[str], limit: int | None, required: Sequence[Requirement]) -> Tasks:
     """Find tasks and load their rows, to be run later. Raises as `open_tasks` and `requirements.check_tasks` do.
 
     Args:
         specs: As of `open_tasks`.
         limit: How many documents of each task to take at most.
         required: What the user requires.
-        count: Shows passes over requests.
     """
     opened = open_tasks(specs)
     requirements.check_tasks(required, [*opened.tasks, *opened.groups])
-    return partial(run, opened=opened, limit=limit, count=count)
+    return partial(run, opened=opened, limit=limit)
 
 
 def open_tasks(specs: Sequence[str]) -> OpenedTasks:
@@ -189,8 +188,8 @@ class _HarnessedModel(HFLM):
         responses: Kind of request → the response to each.
     """
 
-    def __init__(self, loaded: AnsweringModel, name: str, count: ProgressFactory, stderr: Any):
-        """name: of the model, for the progress; count: shows it, on stderr."""
+    def __init__(self, loaded: AnsweringModel, name: str, stderr: Any):
+        """name: of the model, for the progress."""
         super().__init__(
             _ModelOfHarness(loaded),
             backend="causal",
@@ -198,7 +197,7 @@ class _HarnessedModel(HFLM):
             max_length=context_length(loaded.model.config),
             softmax_dtype="float32",
         )
-        self._name, self._count, self._stderr = name, count, stderr
+        self._name, self._stderr = name, stderr
         self.requests: dict[str, list[Any]] = {}
         self.responses: dict[str, list[Any]] = {}
 
@@ -231,7 +230,7 @@ class _HarnessedModel(HFLM):
         order = sorted(range(len(requests)), key=lambda number: -lengths[number])
         responses: list[Any] = [None] * len(requests)
         start, printed = 0, sys.stderr
-        with redirect_stderr(self._stderr), self._count(f"{self._name}: {_KINDS[kind]}", len(order)) as advance:
+        with redirect_stderr(self._stderr), counting(f"{self._name}: {_KINDS[kind]}", len(order)) as advance:
             while start < len(order):
                 self.batch_size_per_gpu = max(1, min(_BATCH, _BATCH_TOKENS // lengths[order[start]]))
                 numbers = order[start : start + _BATCHES * self.batch_size_per_gpu]
@@ -245,14 +244,13 @@ class _HarnessedModel(HFLM):
         return responses
 
 
-def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, count: ProgressFactory) -> TaskResults:
+def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskResults:
     """Run tasks on base and adapter.
 
     Args:
         loaded: The adapter. Prompts go through its chat template if it was trained on conversations.
         opened: The tasks.
         limit: How many documents of each task to take at most.
-        count: Shows passes over requests.
 
     Raises:
         AdapterError: The base cannot be computed alone, see `AnsweringModel.without_adapter`.
@@ -262,7 +260,7 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, count: P
     models, found = {}, {}
     for name in (BASE, ADAPTER):
         with loaded.without_adapter() if name == BASE else nullcontext():
-            models[name], found[name] = _run_one(loaded, opened, limit, name, count)
+            models[name], found[name] = _run_one(loaded, opened, limit, name)
     if models[BASE].requests != models[ADAPTER].requests:
         what, fix = "base and adapter were asked different things", "make the prompts of the task the same every time"
         raise DataError(Problem(Code.EVALUATE_TASKS_VARY, what, key="--tasks", fix=fix))
@@ -274,12 +272,12 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, count: P
 
 
 def _run_one(
-    loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, name: str, count: ProgressFactory
+    loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, name: str
 ) -> tuple[_HarnessedModel, dict[str, Any]]:
     """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
     stderr = sys.stderr
     with contained():
-        model = _HarnessedModel(loaded, name, count, stderr)
+        model = _HarnessedModel(loaded, name, stderr)
         for task in opened.tasks.values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)

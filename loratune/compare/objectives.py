@@ -33,7 +33,7 @@ from torch.nn.functional import logsigmoid
 
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
 from loratune.data import TokenizedDataset
-from loratune.data.formats import KIND_OF_OBJECTIVE, PAIRS
+from loratune.data.formats import KINDS, PAIRS
 from loratune.data.rendering import TokenizedRow
 
 Values = NDArray[np.float64]
@@ -175,7 +175,7 @@ def formula_for(run: RunConfig | None, kind: str) -> Formula:
     """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
     rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
     trained = formula_of(run)
-    if trained is not None and KIND_OF_OBJECTIVE[trained.name] == kind:
+    if trained is not None and KINDS[trained.name] == kind:
         return trained
     name = "dpo" if kind == PAIRS else "kto"
     return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])

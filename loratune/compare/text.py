@@ -20,8 +20,8 @@ from loratune.compare.results import (
     is_bounded,
 )
 from loratune.compare.tasks import TaskResults
-from loratune.console import plural
 from loratune.statistics import Interval
+from loratune.text import plural
 
 _NAME = 24
 """Characters of an expression, or of the most frequent answer, that are shown."""

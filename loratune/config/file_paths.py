@@ -54,7 +54,7 @@ def paths(config: RunConfig) -> list[tuple[str, str]]:
     return found
 
 
-def input_paths(config_file: Path, run: RunConfig) -> tuple[tuple[str, str], ...]:
+def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, str], ...]:
     """The files and directories on this machine that a run reads, so that it does not write over them.
 
     Returns:
@@ -63,8 +63,9 @@ def input_paths(config_file: Path, run: RunConfig) -> tuple[tuple[str, str], ...
     return tuple((name, path) for name, path in _inputs(config_file, run) if os.path.lexists(path))
 
 
-def _inputs(config_file: Path, run: RunConfig) -> Iterator[tuple[str, str]]:
-    yield "the config file", str(config_file)
+def _inputs(config_file: Path | None, run: RunConfig) -> Iterator[tuple[str, str]]:
+    if config_file is not None:
+        yield "the config file", str(config_file)
     for key, named in paths(run):
         path = os.path.expanduser(named)
         if glob.has_magic(path) and not os.path.lexists(path):

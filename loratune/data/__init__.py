@@ -18,7 +18,6 @@ from loratune.data import formats, rendering, token_cache_dir
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, PreferencePair, Single, sides
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
-from loratune.data.row_index import ProgressFactory, no_progress
 from loratune.data.sources import reported
 from loratune.data.sources.rows import place_in_cache
 from loratune.data.splits import (
@@ -36,10 +35,11 @@ from loratune.data.splits import (
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 from loratune.data.token_cache_dir import remove_old_entries
 from loratune.errors import DataError, Problem
+from loratune.events import reading
 
 __all__ = [
-    "DatasetSplit", "ProgressFactory", "RawDatasets", "TokenizedDataset", "divide", "find_leaks", "find_test_leaks",
-    "first_examples", "mix_in", "no_progress", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
+    "DatasetSplit", "RawDatasets", "TokenizedDataset", "divide", "find_leaks", "find_test_leaks",
+    "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
     "read_source", "read_train_and_validation", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
 ]  # fmt: skip
 
@@ -102,13 +102,7 @@ class TokenizedDataset:
         return copies
 
 
-def prepare(
-    split: DatasetSplit,
-    renderer: Renderer,
-    section: DataSection,
-    vocabulary_size: int,
-    watch: ProgressFactory = no_progress,
-) -> TokenizedDataset:
+def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocabulary_size: int) -> TokenizedDataset:
     """Tokenize every row of a dataset split and truncate it to `max_length`, or take the rows from the cache.
 
     Args:
@@ -116,7 +110,6 @@ def prepare(
         renderer: What tokenizes them.
         section: The data section of the configuration.
         vocabulary_size: How many tokens the model has; rows of ids are checked against it.
-        watch: Shows progress.
 
     Raises:
         DataError: The chat template refuses a row, or an id is not in the vocabulary, unless `invalid_rows` drops such
@@ -131,7 +124,7 @@ def prepare(
     tokenizer = _ExampleTokenizer(renderer, section, vocabulary_size)
 
     def write(writer: TokenCacheWriter) -> None:
-        with watch(f"tokenizing {split.name}", split.size) as advance:
+        with reading(f"tokenizing {split.name}", split.size) as advance:
             for batch in _batches(split.examples(writer.read, advance)):
                 writer.add(*tokenizer.tokenize(batch))
 

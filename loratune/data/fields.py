@@ -13,10 +13,10 @@ from loratune.config.keys import assignment, yaml_flow
 from loratune.data.formats import FORMATS, Conversation, Example, Plain, completion_key, quote
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
-from loratune.data.row_index import ProgressFactory
 from loratune.data.sources import Row, open_source
 from loratune.data.splits import DatasetSplit, RawDatasets, read_datasets
 from loratune.errors import DataError, Problem
+from loratune.events import reading
 
 _MOST, _LONGEST, _LEAST_ROWS = 1_000, 80, 3
 """A field of classes has at most so many values, of so many characters, and so many rows for each of up to 100 values;
@@ -66,7 +66,7 @@ class ColumnChoice:
     remarks: tuple[str, ...] = ()
 
 
-def read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[RawDatasets, ColumnChoice]:
+def read(section: DataSection, *, chat: bool) -> tuple[RawDatasets, ColumnChoice]:
     """All rows, with the columns that fit them best. chat: whether the tokenizer has a chat template.
 
     Raises:
@@ -74,14 +74,14 @@ def read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[R
     """
 
     def of(columns: Mapping[str, str]) -> RawDatasets:
-        return read_datasets(section.model_copy(update={"columns": columns}), 0, watch, divisible=True)
+        return read_datasets(section.model_copy(update={"columns": columns}), 0, divisible=True)
 
     try:
         raw = of(section.columns)
     except DataError as error:
-        choice = _columns_for(error, section, watch, chat=chat)
+        choice = _columns_for(error, section, chat=chat)
         return of(choice.columns), choice
-    choice = _better_columns(raw.train, section, watch, chat=chat)
+    choice = _better_columns(raw.train, section, chat=chat)
     if not choice.columns:
         return raw, replace(choice, columns=section.columns, why="")
     try:
@@ -91,7 +91,7 @@ def read(section: DataSection, *, chat: bool, watch: ProgressFactory) -> tuple[R
         return raw, ColumnChoice(section.columns, remarks=(line,))
 
 
-def _columns_for(error: DataError, section: DataSection, watch: ProgressFactory, *, chat: bool) -> ColumnChoice:
+def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> ColumnChoice:
     """Columns for rows whose fields fit no format, as an error says. Raises it if there are none."""
     problem = error.problems[0]
     unread = problem.key == "data.columns"
@@ -100,7 +100,7 @@ def _columns_for(error: DataError, section: DataSection, watch: ProgressFactory,
     rows = (row for part in open_source(section.train_sources[0]) for row in part.rows())
     columns = propose_columns(next(row.values for row in rows if isinstance(row, Row)), chat=chat)
     if not unread and columns.keys() <= {"text"}:
-        choice = _survey_and_choose(section, columns.get("text", ""), watch, chat=chat)
+        choice = _survey_and_choose(section, columns.get("text", ""), chat=chat)
         if choice.columns or columns:
             return replace(choice, columns=choice.columns or columns, why=choice.why or _BY_NAMES)
     if columns:
@@ -116,13 +116,13 @@ def _columns_for(error: DataError, section: DataSection, watch: ProgressFactory,
 _BY_NAMES = "the fields fit no format as they are, and their names say what they hold"
 
 
-def _better_columns(split: DatasetSplit, section: DataSection, watch: ProgressFactory, *, chat: bool) -> ColumnChoice:
+def _better_columns(split: DatasetSplit, section: DataSection, *, chat: bool) -> ColumnChoice:
     """Better columns for rows that have a format already; empty if there are none."""
     if section.columns or section.format != "auto":
         return ColumnChoice()
     fields = {name for file in split.index.files for name in file.parser.fields}
     if tuple(split.formats) == ("text",) and len(fields) > 1:
-        return _survey_and_choose(section, "text", watch, chat=chat)
+        return _survey_and_choose(section, "text", chat=chat)
     columns = _AS_CHAT.get(tuple(split.formats), {}) if chat else {}
     if columns and all("prompt" in file.parser.fields for file in split.index.files):
         separators = split.separators
@@ -212,10 +212,10 @@ class _Column:
         return count if is_few else 0
 
 
-def _survey_and_choose(section: DataSection, text: str, watch: ProgressFactory, *, chat: bool) -> ColumnChoice:
+def _survey_and_choose(section: DataSection, text: str, *, chat: bool) -> ColumnChoice:
     """As `choose_answer`, of the training rows."""
     parts = [part for source in section.train_sources for part in open_source(source)]
-    with watch("looking for classes", sum(part.size for part in parts)) as advance:
+    with reading("looking for classes", sum(part.size for part in parts)) as advance:
         rows = (row for part in parts for row in part.rows(advance) if isinstance(row, Row))
         return choose_answer(rows, text, chat=chat)
 

@@ -7,8 +7,7 @@ rows is to be held out, it has three more, hashes of its prompt, completion and 
 import difflib
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -30,21 +29,12 @@ from loratune.data.sources import (
     place_parts,
     reported,
 )
-from loratune.data.sources.rows import Advance, Row, no_advance
+from loratune.data.sources.rows import Advance, Row
 from loratune.errors import DataError, Problem
+from loratune.events import reading
 
 RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: which rows take part."""
-
-ProgressFactory: TypeAlias = Callable[[str, int], AbstractContextManager[Advance]]
-"""Takes what is being done and its size in bytes (0: unknown); the context gives the function that takes progress."""
-
-
-@contextmanager
-def no_progress(what: str, size: int) -> Iterator[Advance]:
-    """A ProgressFactory that shows nothing."""
-    yield no_advance
-
 
 EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP = range(6)
 """The columns of the index: a hash of the content, one of the content with white space folded, the line or row; where a
@@ -157,15 +147,12 @@ def _changed_error(file: IndexedFile) -> DataError:
     return DataError(Problem(Code.DATA_UNREADABLE, what, file.source.name, fix=fix))
 
 
-def index_rows(
-    sources: Sequence[Source | GivenRows], section: DataSection, progress: ProgressFactory, divided: bool = False
-) -> RowIndex:
+def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, divided: bool = False) -> RowIndex:
     """Read and check every row of the sources.
 
     Args:
         sources: Where the rows are read from.
         section: How they are read.
-        progress: Shows how far reading is.
         divided: Whether a fraction of the rows will be held out, so that the index needs all columns.
 
     Raises:
@@ -177,7 +164,7 @@ def index_rows(
     size = sum(part.size for _, parts in parts_by_source for part in parts)
     writer, files, counts = _IndexWriter(section, divided), list[IndexedFile](), list[int]()
     invalid = Report() if section.invalid_rows == "drop" else None
-    with progress("reading", size) as advance:
+    with reading("reading", size) as advance:
         for source, parts in parts_by_source:
             before = writer.rows
             found = (_index_file(part, section, writer, invalid, advance) for part in parts)

@@ -18,7 +18,7 @@ from loratune.config import DataSection, Source
 from loratune.data.formats import CHAT_FORMATS, PAIRS, PREFERENCE_FORMATS, UNPAIRED, Example, quote, sides
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
-from loratune.data.row_index import EXACT, FOLDED, LINE, ProgressFactory, RowIndex, RowMask, index_rows, no_progress
+from loratune.data.row_index import EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
 from loratune.data.sources import GivenRows, left_out
 from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
@@ -182,16 +182,15 @@ class RawDatasets:
 def read_datasets(
     section: DataSection,
     seed: int,
-    progress: ProgressFactory = no_progress,
     *,
     divisible: bool = False,
     given: Mapping[str, GivenRows] | None = None,
 ) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported. As `read_train_and_validation`."""
-    datasets = read_train_and_validation(section, seed, progress, divisible=divisible, given=given)
+    datasets = read_train_and_validation(section, seed, divisible=divisible, given=given)
     if not (sources := _sources("test", section.test_sources, given)):
         return datasets
-    return replace(datasets, test=_read_split("test", sources, section, seed, progress))
+    return replace(datasets, test=_read_split("test", sources, section, seed))
 
 
 def _sources(
@@ -203,7 +202,6 @@ def _sources(
 def read_train_and_validation(
     section: DataSection,
     seed: int,
-    progress: ProgressFactory = no_progress,
     *,
     divisible: bool = False,
     given: Mapping[str, GivenRows] | None = None,
@@ -213,7 +211,6 @@ def read_train_and_validation(
     Args:
         section: Names the sources.
         seed: Decides which rows are drawn where sources are mixed, and which are held out.
-        progress: Shows how far reading is.
         divisible: Whether a fraction of the training rows may be held out later, see `divide`.
         given: The rows of a Python program for `train`, `validation` or `test`, instead of the sources of that name.
 
@@ -223,9 +220,9 @@ def read_train_and_validation(
     validation = _sources("validation", section.validation_sources, given)
     fraction = section.validation if isinstance(section.validation, float) and not validation else None
     train_sources = _sources("train", section.train_sources, given)
-    train = _read_split("train", train_sources, section, seed, progress, divisible or fraction is not None)
+    train = _read_split("train", train_sources, section, seed, divisible or fraction is not None)
     if validation:
-        return RawDatasets(train, _read_split("validation", validation, section, seed, progress))
+        return RawDatasets(train, _read_split("validation", validation, section, seed))
     if fraction is None:
         return RawDatasets(train, None)
     train_mask, validation_mask, remarks = divide(train, fraction, section.group_by, seed)
@@ -257,11 +254,9 @@ def divide(
     return mask & ~held_out, held_out, remarks
 
 
-def read_source(
-    source: Source | GivenRows, section: DataSection, progress: ProgressFactory = no_progress
-) -> DatasetSplit:
+def read_source(source: Source | GivenRows, section: DataSection) -> DatasetSplit:
     """All rows of one source, read as `section` says. Raises DataError as `index_rows`."""
-    return _read_split("validation", [source], section, 0, progress)
+    return _read_split("validation", [source], section, 0)
 
 
 def _read_split(
@@ -269,10 +264,9 @@ def _read_split(
     sources: Sequence[Source | GivenRows],
     section: DataSection,
     seed: int,
-    progress: ProgressFactory,
     divided: bool = False,
 ) -> DatasetSplit:
-    index = index_rows(sources, section, progress, divided)
+    index = index_rows(sources, section, divided)
     others = tuple(filter(None, map(left_out, sources)))
     split = DatasetSplit(name, index, None, section, left_out=others, invalid=index.invalid)
     weights = [source.weight for source in sources if source.weight is not None]

@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loratune.codes import Code
-from loratune.console import progress
 from loratune.data.token_cache import UNREADABLE, WHOLE, TokenCache, TokenCacheWriter, read_record, write_record
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Problem, ResourceError
+from loratune.events import progress
 from loratune.system.files import (
     UntrustedError,
     create_private_file,

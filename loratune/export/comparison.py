@@ -14,10 +14,10 @@ from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
-from loratune.console import progress
-from loratune.data import DatasetSplit, ProgressFactory
+from loratune.data import DatasetSplit
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
+from loratune.events import progress
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import RECORD_FILE
 
@@ -62,11 +62,7 @@ class Texts:
 
 
 def texts(
-    source: AdapterDirectory,
-    renderer: Renderer,
-    vocabulary_size: int,
-    split: DatasetSplit | None = None,
-    watch: ProgressFactory = data.no_progress,
+    source: AdapterDirectory, renderer: Renderer, vocabulary_size: int, split: DatasetSplit | None = None
 ) -> Texts:
     """The rows of a file; without one the prompts that training recorded; without those, fixed texts.
 
@@ -75,14 +71,13 @@ def texts(
         renderer: What renders its rows.
         vocabulary_size: How many tokens the model has.
         split: The rows of the file that the user named.
-        watch: Shows progress.
 
     Raises:
         DataError: Rows of the file cannot be used.
         AdapterError: The recorded prompts are not valid.
     """
     if split is not None:
-        rows = data.prepare(split, renderer, source.data, vocabulary_size, watch).rows
+        rows = data.prepare(split, renderer, source.data, vocabulary_size).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
         names = [Path(file.source.name).name for file in split.index.files]  # no paths: the record is published
         files = names[0] if len(names) == 1 else _counted(len(names), "file")

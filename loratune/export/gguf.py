@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from loratune.codes import Code
-from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
+from loratune.events import progress
 from loratune.lora.attach import PeftModel
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import layers_unknown_to_llama_cpp

@@ -18,8 +18,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
-from loratune.console import progress
 from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
+from loratune.events import note, progress
 from loratune.export import portable
 from loratune.export.hub_errors import LOGIN, explained, without
 from loratune.export.portable import CARD, PortableCopy
@@ -126,9 +126,7 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
     return given
 
 
-def push(
-    adapter: AdapterFiles, repository: str, *, public: bool, base: str | None, log: Callable[[str], None]
-) -> Upload:
+def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | None) -> Upload:
     """Upload an adapter, and compare what the hub then holds with it.
 
     Args:
@@ -136,7 +134,6 @@ def push(
         repository: USER/NAME.
         public: Whether everyone is to see it.
         base: See `base_on_hub`.
-        log: Takes lines on what is being done.
 
     Raises:
         ConfigError: The repository is of the other visibility, has another name by now, or holds something else; see
@@ -149,19 +146,19 @@ def push(
         base = base_on_hub(adapter, base)
         copy = portable.copy(adapter, Path(scratch) / "copy", repository, base)
         if adapter.record.get(portable.PROMPTS):
-            log("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
+            note("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
         if (adapter.path / ROW_HASHES).is_file():
-            log(f"{ROW_HASHES}, hashes of the training rows, is left out")
+            note(f"{ROW_HASHES}, hashes of the training rows, is left out")
         with explained(repository):
             token = get_token() or ""
         if re.fullmatch(r"[!-~]+", token) is None:
             what = "the token has characters that no token has" if token else "no login to the hub is found"
             raise ConfigError(Problem(Code.PUSH_LOGIN, what, fix=LOGIN))
         with explained(repository, token):
-            return _upload(HfApi(token=token), repository, copy, public, log)
+            return _upload(HfApi(token=token), repository, copy, public)
 
 
-def _upload(api: HfApi, repository: str, copy: PortableCopy, public: bool, log: Callable[[str], None]) -> Upload:
+def _upload(api: HfApi, repository: str, copy: PortableCopy, public: bool) -> Upload:
     get_session().timeout = _SECONDS
     info = _info(api, repository)
     created = info is None
@@ -175,7 +172,7 @@ def _upload(api: HfApi, repository: str, copy: PortableCopy, public: bool, log: 
     removed = _stale_files([file.rfilename for file in info.siblings or ()], copy, repository)
 
     sizes = {name: (copy.path / name).stat().st_size for name in copy.files}
-    log(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
+    note(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
     additions = [CommitOperationAdd(name, copy.path / name) for name in copy.files]
     _interruptible(lambda: _send(api, repository, additions))
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from loratune.codes import Code
-from loratune.console import show_count
 from loratune.errors import AdapterError, Problem
+from loratune.events import counting
 from loratune.system.containers import threads
 
 PACKAGE = "xllamacpp"
@@ -153,7 +153,7 @@ def _run(request: Mapping[str, Any]) -> list[dict[str, Any]]:
     answers: list[dict[str, Any]] = []
     with (
         tempfile.TemporaryFile("w+") as asked, tempfile.TemporaryFile("w+", errors="replace") as messages,
-        show_count("comparing answers of llama.cpp", len(request["questions"])) as advance,
+        counting("comparing answers of llama.cpp", len(request["questions"])) as advance,
     ):  # fmt: skip
         json.dump(request, asked)
         asked.seek(0)

@@ -13,8 +13,8 @@ from loratune import escaping, memory
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.console import progress
 from loratune.errors import ModelError, Problem
+from loratune.events import progress
 from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge
 from loratune.model import load, stored

@@ -17,9 +17,8 @@ from transformers import PreTrainedModel
 from loratune import memory
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.console import format_size
-from loratune.data import ProgressFactory
 from loratune.errors import AdapterError, Problem
+from loratune.events import reading
 from loratune.lora import merging, tensors
 from loratune.lora.merging import Change
 from loratune.model import fingerprints, load, quantization, stored
@@ -27,6 +26,7 @@ from loratune.model.stored import DTYPES, NAMES, NotStreamableError, StoredBase,
 from loratune.model.upstream import CheckpointLayout
 from loratune.system import tensor_files
 from loratune.system.tensor_files import Shards
+from loratune.text import format_size
 
 MOST_BYTES = 5_000_000_000
 """Bytes of the tensors of one file, as transformers' `save_pretrained` splits them."""
@@ -195,12 +195,11 @@ class Merge:
         """The base in memory, or on the meta device if it is read from its files."""
         return self.base.loaded if isinstance(self.base, LoadedBase) else self.base.model
 
-    def write(self, staging: Path, watch: ProgressFactory, most: int = MOST_BYTES) -> Written:
+    def write(self, staging: Path, most: int = MOST_BYTES) -> Written:
         """Write the tensors, and read them back.
 
         Args:
             staging: The directory of the new model.
-            watch: Shows the progress.
             most: Bytes of the tensors of one file.
 
         Raises:
@@ -208,12 +207,12 @@ class Merge:
             OSError: The disk is full.
         """
         kept: list[Kept] = []
-        with Shards(staging, self.layout, most) as shards, watch("merging", self.size) as advance:
+        with Shards(staging, self.layout, most) as shards, reading("merging", self.size) as advance:
             for names, work in self._work(shards):
                 kept += work
                 advance(sum(shards.tensors[name].size for name in names))
         shards.write_index()
-        with watch("verifying", self.size) as advance:
+        with reading("verifying", self.size) as advance:
             for name, tensor in shards.tensors.items():
                 if not shards.is_intact(name):
                     what = f"{name} in the file is not what base and adapter give"

@@ -13,8 +13,8 @@ import torch
 
 from loratune.codes import Code
 from loratune.config import patterns
-from loratune.console import progress
 from loratune.errors import AdapterError, Problem
+from loratune.events import progress
 from loratune.export.clients import CLIENTS
 from loratune.export.comparison import logits
 from loratune.lora import mixture

@@ -382,8 +382,7 @@ class _GatedLayerFunction(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps, added: float = 0.0) -> Tensor:
     """`reference.rms_norm` with a frozen weight. x: (..., size); weight: (size,). Returns (..., size)."""
-    apply: Any = _RMSNorm.apply
-    result: Tensor = apply(x, weight, epsilon, ops, added)
+    result: Tensor = _RMSNorm.apply(x, weight, epsilon, ops, added)  # type: ignore[no-untyped-call]
     return result
 
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 
 from loratune.codes import Code
 from loratune.config import patterns
-from loratune.console import progress
 from loratune.errors import AdapterError, Problem
+from loratune.events import progress
 from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
 

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel, set_seed
 
 from loratune.codes import Code
 from loratune.config import LoraSection, patterns
-from loratune.console import progress
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
+from loratune.events import progress
 from loratune.kernels import Adapted
 from loratune.lora import initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles

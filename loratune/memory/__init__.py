@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.config import TrainingSection
-from loratune.console import progress
+from loratune.events import progress
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace

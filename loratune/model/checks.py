@@ -15,8 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
+from loratune.events import progress
 from loratune.model import gguf, upstream
 from loratune.model.source import cached_directory, local_or_hub, summary
 from loratune.system.environment import cache_fix

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from loratune.console import progress
+from loratune.events import progress
 from loratune.model import upstream
 
 _log = logging.getLogger(__name__)

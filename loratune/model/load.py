@@ -23,8 +23,8 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.console import progress
 from loratune.errors import ConfigError, ModelError, Problem
+from loratune.events import progress
 from loratune.model import checks, fingerprints, quantization, remote_code, upstream
 from loratune.model.base_files import FileStates, copy_mapped
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate

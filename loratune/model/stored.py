@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.console import progress
 from loratune.errors import ModelError, Problem
+from loratune.events import progress
 from loratune.model import checks, quantization
 from loratune.model.source import local_or_hub, summary
 from loratune.model.upstream import CheckpointLayout

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from loratune.console import format_duration, format_size
 from loratune.report.record import RunRecord
+from loratune.text import format_duration, format_size
 
 NOT_RECORDED = "not recorded"
 _RESULTS = {

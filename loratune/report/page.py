@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from loratune import __version__, escaping
 from loratune.compare import text as wording
 from loratune.compare.comparison import Comparison
-from loratune.console import format_duration, progress
+from loratune.events import progress
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
 from loratune.report import facts, scores
@@ -33,6 +33,7 @@ from loratune.report.charts import (
 from loratune.report.facts import Tile
 from loratune.report.record import RunRecord
 from loratune.report.study import BEST, DONE, LIKE_BEST, StudyResults, TrialResult
+from loratune.text import format_duration
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
 _SIDES = ("chosen", "rejected", "desirable", "undesirable")

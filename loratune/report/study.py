@@ -12,10 +12,10 @@ from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
 from loratune.compare.losses import RowLosses, compare
-from loratune.console import format_duration, format_size, plural
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.statistics import Interval
 from loratune.system.files import read_text
+from loratune.text import format_duration, format_size, plural
 
 FILE = "results.json"
 VERSION = 1

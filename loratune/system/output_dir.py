@@ -10,6 +10,7 @@ from typing import Self
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, ResourceError, is_disk_full
+from loratune.events import note
 from loratune.system.directories import Contents, remove_own, scan_all, scan_recorded, shortened
 from loratune.system.files import (
     contains,
@@ -106,12 +107,12 @@ class OutputDirectory:
 
     # Checks before anything is read or changed
 
-    def check(self, *, resume: bool = False, log: Callable[[str], None] | None = None) -> Self:
+    def check(self, *, resume: bool = False, dry_run: bool = False) -> Self:
         """Check that a command may write there. Nothing is changed.
 
         Args:
             resume: Whether an interrupted run is to be continued.
-            log: Of a command that writes nothing: takes a line instead of the error that an earlier run is in the way.
+            dry_run: Nothing will be written: an earlier run that is in the way is noted, and no error.
 
         Raises:
             ConfigError: The directory exists, is a file, a link or a mount point, or cannot be written; its parent is
@@ -128,9 +129,9 @@ class OutputDirectory:
             try:
                 self._check_state(resume=resume)
             except ConfigError as error:
-                if log is None or self.overwrite:
+                if not dry_run or self.overwrite:
                     raise
-                log(f"training will be refused: {error}")
+                note(f"training will be refused: {error}")
         except OSError as error:
             what = f"cannot be looked at: {error.strerror}"
             raise self._refuse(Code.RUN_OUTPUT_UNREADABLE, what, "check the path") from None

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
+from loratune.events import note
 from loratune.system.files import contains, kind, sync
 
 _OPEN_FILE = re.compile(
@@ -105,14 +106,11 @@ class Output:
         return None
 
     @contextmanager
-    def opened(self, log: Callable[[str], None] = lambda _: None) -> Iterator[TextIO]:
+    def opened(self) -> Iterator[TextIO]:
         """Open the file in UTF-8; a lone surrogate is written in the way of JSON.
 
         At the end a regular file is complete and on the disk. If the body raises, no file appears, and a file that was
         to be replaced stays.
-
-        Args:
-            log: Takes a line when a named pipe has no reader yet and is waited for.
 
         Raises:
             ConfigError: The file cannot be created; or it cannot be renamed at the end because another file has its
@@ -120,7 +118,7 @@ class Output:
             ResourceError: The disk is full.
         """
         try:
-            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream(log) as file:
+            with self._beside() if self.handle is None and _is_regular(kind(self.path)) else self._stream() as file:
                 yield file
         except OSError as error:
             if not is_disk_full(error):
@@ -129,19 +127,19 @@ class Output:
             raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, self.named, self.key, fix)) from None
 
     @contextmanager
-    def _stream(self, log: Callable[[str], None]) -> Iterator[TextIO]:
+    def _stream(self) -> Iterator[TextIO]:
         """A pipe or device, or a file that is open already and is continued at its position."""
-        with _text(os.dup(self.handle) if self.handle is not None else self._open(log)) as file:
+        with _text(os.dup(self.handle) if self.handle is not None else self._open()) as file:
             yield file
 
-    def _open(self, log: Callable[[str], None]) -> int:
+    def _open(self) -> int:
         flags = os.O_WRONLY | os.O_CLOEXEC
         try:
             handle = os.open(self.path, flags | os.O_NONBLOCK)
         except OSError as error:
             if error.errno != errno.ENXIO or kind(self.path) != "a named pipe":
                 raise
-            log(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
+            note(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
             return os.open(self.path, flags)
         os.set_blocking(handle, True)
         return handle

@@ -14,13 +14,13 @@ from loratune.compare.answers import check_positions
 from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass
 from loratune.compare.objectives import ComparedRows, Formula
 from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
-from loratune.console import progress
-from loratune.data import DatasetSplit, ProgressFactory, TokenizedDataset
+from loratune.data import DatasetSplit, TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper, padding_refusal
 from loratune.data.prefix_tree import PrefixTree
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
+from loratune.events import progress
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.model import load
@@ -78,7 +78,7 @@ class TokenizedDatasets:
         return {name: split for name, split in named.items() if split}
 
 
-def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group: Group) -> TokenizedDatasets:
+def tokenize(ready: ValidatedRun, tokenizer: Any, group: Group) -> TokenizedDatasets:
     """Tokenize the rows, or take them from the cache.
 
     The main process does it for all processes that see its cache. On a machine that does not see it, one process does
@@ -87,7 +87,6 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
     Args:
         ready: The run.
         tokenizer: Its tokenizer.
-        watch: Shows the passes over the rows.
         group: The processes of the run.
 
     Raises:
@@ -99,8 +98,8 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, watch: ProgressFactory, group:
     renderer = Renderer(tokenizer, vocabulary)
 
     def prepare(name: str) -> TokenizedDataset:
-        raw = ready.rows or data.read_datasets(section, ready.config.training.seed, watch)
-        return data.prepare(raw.splits[name], renderer, section, vocabulary, watch)
+        raw = ready.rows or data.read_datasets(section, ready.config.training.seed)
+        return data.prepare(raw.splits[name], renderer, section, vocabulary)
 
     values = {"train": section.train, "validation": section.validation, "test": section.test}
     splits = {

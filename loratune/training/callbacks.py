@@ -1,10 +1,10 @@
-"""Callbacks of the trainer: they check numbers, show progress, and stop the run when a signal has asked for it."""
+"""Callbacks of the trainer: they check numbers, emit events, and stop the run when a signal has asked for it."""
 
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, TrainerCallback
@@ -12,31 +12,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from loratune.codes import Code
 from loratune.compare.engine import Batches, Objective
 from loratune.errors import NumericError, Problem
+from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit
 from loratune.kernels import global_norm
 from loratune.system.launcher import Group
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
-
-
-class Progress(Protocol):
-    """What shows a run while it lasts."""
-
-    def start(self, steps: int, done: int) -> None:
-        """The run has this many steps, of which some are done already."""
-
-    def step(self, done: int, tokens: int) -> None:
-        """An optimizer step ended.
-
-        Args:
-            done: How many steps are done.
-            tokens: How many tokens the model has read since the process started, without padding.
-        """
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """The trainer reported `loss`, `learning_rate`, or `eval_loss`."""
-
-    def stop(self) -> None:
-        """The run is over, whether it succeeded or not."""
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -172,30 +152,46 @@ class StopCallback(TrainerCallback):
             control.should_evaluate = False
 
 
-class ProgressCallback(TrainerCallback):
-    """Passes on to a `Progress` what the trainer does.
+class EventCallback(TrainerCallback):
+    """Emits events of what the trainer does.
 
     at_evaluations: whether the loss is reported at each evaluation too, since any may be the end of the run.
     """
 
-    def __init__(self, progress: Progress, *, at_evaluations: bool = False):
-        self.progress, self.at_evaluations = progress, at_evaluations
+    def __init__(self, *, at_evaluations: bool = False):
+        self.at_evaluations = at_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
         state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
         self.tokens_before = int(state.num_input_tokens_seen)
-        self.progress.start(state.max_steps, state.global_step)
+        emit(TrainingEvent(state.max_steps, state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step."""
+        """After each optimizer step. A step whose loss is reported has its event then."""
         if state.global_step >= state.max_steps or (self.at_evaluations and control.should_evaluate):
             control.should_log = True  # the last loss is reported as the result of the run
-        self.progress.step(state.global_step, int(state.num_input_tokens_seen) - self.tokens_before)
+        if not control.should_log:
+            self._emit_step(state, {})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """When a loss is reported."""
-        self.progress.log(state.global_step, logs or {})
+        values = logs or {}
+        if "eval_loss" in values:
+            metrics = {name: values[f"eval_{name}"] for name in _METRICS if f"eval_{name}" in values}
+            emit(EvaluationEvent(state.global_step, state.max_steps, values["eval_loss"], metrics))
+        elif "loss" in values:
+            self._emit_step(state, values)
+
+    def _emit_step(self, state: Any, values: Mapping[str, float]) -> None:
+        tokens = int(state.num_input_tokens_seen) - self.tokens_before
+        metrics = {name: values[name] for name in _METRICS if name in values}
+        loss, rate = values.get("loss"), values.get("learning_rate")
+        emit(StepEvent(state.global_step, state.max_steps, tokens, loss, rate, metrics))
+
+
+_METRICS = ("reward_accuracy", "reward_margin")
+"""Metrics of preferences that the trainer logs beside the loss."""
 
 
 class StepTimer(TrainerCallback):

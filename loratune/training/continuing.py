@@ -14,7 +14,7 @@ import numpy as np
 from loratune import data
 from loratune.codes import Code
 from loratune.config import ModelSection, RunConfig
-from loratune.data import ProgressFactory, TokenizedDataset
+from loratune.data import TokenizedDataset
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
 from loratune.lora import tensors
@@ -55,7 +55,7 @@ class EarlierRun:
         path = self.start.info.files.path
         line = f"{KEY}: starts as {path}, which becomes part of the new adapter; that is used alone, on the base"
         unknown = [f"what is forgotten will not be measured: {self.unknown}"] if self.unknown else []
-        return [line, *self.start.notes, *filter(None, [self.template]), *unknown]
+        return [line, *filter(None, [self.template]), *unknown]
 
     def record(self) -> dict[str, Any]:
         """What loratune.json says of it."""
@@ -63,7 +63,7 @@ class EarlierRun:
 
 
 def earlier_run(
-    ready: ValidatedRun, tokenizer: Any, datasets: TokenizedDatasets, watch: ProgressFactory, group: Group
+    ready: ValidatedRun, tokenizer: Any, datasets: TokenizedDatasets, group: Group
 ) -> tuple[TokenizedDatasets, EarlierRun | None]:
     """Tokenize the rows of the run that made the adapter of `lora.start_from`, and mix in those that are replayed.
 
@@ -71,7 +71,6 @@ def earlier_run(
         ready: The run that starts from the adapter.
         tokenizer: Its tokenizer.
         datasets: Its own rows.
-        watch: Shows the passes over the rows.
         group: The processes of the run.
 
     Returns:
@@ -88,7 +87,7 @@ def earlier_run(
     has_validation = earlier is not None and earlier.data.validation is not None
     split = "validation" if has_validation else "training"
     wanted = dict.fromkeys([split, *(["training"] if share is not None else [])])
-    prepare = _preparing(ready, start, watch)
+    prepare = _preparing(ready, start)
     own: dict[str, TokenizedDataset] = {}
     unknown = start.unknown
     if earlier is not None and earlier.training.objective != "sft":
@@ -131,13 +130,13 @@ def _template_note(ready: ValidatedRun, start: StartAdapter, tokenizer: Any) -> 
     return f"{KEY}: {path} was trained with another chat template than these rows are rendered by{how}"
 
 
-def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory) -> Callable[[str], TokenizedDataset]:
+def _preparing(ready: ValidatedRun, start: StartAdapter) -> Callable[[str], TokenizedDataset]:
     """A function that tokenizes a split of the earlier run, `training` or `validation`, as that run did."""
 
     def prepare(name: str) -> TokenizedDataset:
         run, path = start.info.run, start.info.files.path
         assert run is not None
-        raw = start.rows or data.read_train_and_validation(run.data, run.training.seed, watch)
+        raw = start.rows or data.read_train_and_validation(run.data, run.training.seed)
         split = raw.train if name == "training" else raw.validation
         assert split is not None
         if (path / "tokenizer_config.json").is_file():
@@ -145,7 +144,7 @@ def _preparing(ready: ValidatedRun, start: StartAdapter, watch: ProgressFactory)
         else:
             tokenizer = load.load_tokenizer(ready.config.model, run.data.chat_template)
         vocabulary = load.load_config(ready.config.model).get_text_config().vocab_size
-        rows = data.prepare(split, Renderer(tokenizer, vocabulary), run.data, vocabulary, watch)
+        rows = data.prepare(split, Renderer(tokenizer, vocabulary), run.data, vocabulary)
         if rows.fingerprint != _recorded(start, name):
             what = f"the {name} rows of the earlier run are not those that it recorded"
             fix = "put the rows back as they were, or leave data.replay out"

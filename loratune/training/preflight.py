@@ -12,11 +12,11 @@ from pydantic import TypeAdapter
 from loratune import config, data
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.config import RunConfig
-from loratune.data import ProgressFactory, RawDatasets, row_hashes
-from loratune.data.formats import KIND_OF_OBJECTIVE
+from loratune.config import RunConfig, Source
+from loratune.data import RawDatasets, row_hashes
+from loratune.data.formats import KINDS
 from loratune.data.row_hashes import RowHashes
-from loratune.data.sources import looks_like_hub_id
+from loratune.data.sources import GIVEN, GivenRows, looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
 from loratune.model import quantization
@@ -60,7 +60,7 @@ class ValidatedRun:
         """The run of which `as_json` made these values, without rows."""
         plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
         run = RunConfig.model_validate(values["config"])
-        return cls(run, rows=None, start=_open_start(run), **plain)
+        return cls(run, rows=None, start=_open_start(run, reads_rows=False), **plain)
 
 
 _PLAIN: dict[str, TypeAdapter[Any]] = {
@@ -79,7 +79,6 @@ class StartAdapter:
         digest: See `AdapterFiles.digest`.
         rows: The rows as they were read; None where they are not known, and in a process that has not read them.
         unknown: Why they are not known, or empty.
-        notes: Lines that the user should see.
         trained_on: The hashes of all rows that it was trained on; None as `rows`.
     """
 
@@ -87,20 +86,22 @@ class StartAdapter:
     digest: str
     rows: RawDatasets | None
     unknown: str
-    notes: tuple[str, ...]
     trained_on: RowHashes | None = None
 
 
 def check(
-    run: RunConfig, directory: RunDirectory, watch: ProgressFactory, resume: Sequence[str] | None = None
+    run: RunConfig,
+    directory: RunDirectory,
+    resume: Sequence[str] | None = None,
+    given: Mapping[str, GivenRows] | None = None,
 ) -> ValidatedRun:
     """Look for the model, and read and check the rows, of a run whose output directory is free. Nothing is written.
 
     Args:
         run: The config.
         directory: Where the run will work.
-        watch: Shows the passes over the rows.
         resume: Keys that may have other values than before the interruption; None to start a new run.
+        given: The rows of a program for some splits, instead of those that the config names.
 
     Raises:
         ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
@@ -121,42 +122,43 @@ def check(
     if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
         quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
     absolute = with_absolute_paths(run)
+    if given:
+        places = {name: Source(path=GIVEN) for name in given}
+        absolute = absolute.model_copy(update={"data": absolute.data.model_copy(update=places)})
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute, resume)
         absolute = auto.keep(absolute, point.identity["config"])
-    start = _open_start(absolute, watch, point)
-    rows = data.read_datasets(run.data, run.training.seed, watch)
+    start = _open_start(absolute, point, reads_rows=True)
+    rows = data.read_datasets(absolute.data, run.training.seed, given=given)
     for split in rows.splits.values():
-        split.check_kind(KIND_OF_OBJECTIVE[run.training.objective], run.training.objective)
+        split.check_kind(KINDS[run.training.objective], run.training.objective)
     return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
 
 
-def _open_start(
-    run: RunConfig, watch: ProgressFactory | None = None, point: ResumePoint | None = None
-) -> StartAdapter | None:
-    """Open the adapter of `lora.start_from`, and read the rows of its run if `watch` is given. Raises as `check`."""
+def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows: bool) -> StartAdapter | None:
+    """Open the adapter of `lora.start_from`, and perhaps read the rows of its run. Raises as `check`."""
     if run.lora.start_from is None:
         return None
-    directory, notes = Path(run.lora.start_from), list[str]()
+    directory = Path(run.lora.start_from)
     try:
         digest = adapter_files.inspect(directory).digest
         if point is not None and point.identity["fingerprints"].get("start", digest) != digest:
             raise ResumeError(content_problem("start"))
         fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
-        info = AdapterDirectory.open(directory, notes.append, fix=fix)
+        info = AdapterDirectory.open(directory, fix=fix)
     except AdapterError as error:
         raise AdapterError(
             [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
         ) from None
-    if watch is None:
-        return StartAdapter(info, digest, None, "", tuple(notes))
+    if not reads_rows:
+        return StartAdapter(info, digest, None, "")
     hashes = row_hashes.read(directory)
-    rows, unknown = _earlier_rows(run, info, watch)
-    return StartAdapter(info, digest, rows, unknown, tuple(notes), hashes if isinstance(hashes, RowHashes) else None)
+    rows, unknown = _earlier_rows(run, info)
+    return StartAdapter(info, digest, rows, unknown, hashes if isinstance(hashes, RowHashes) else None)
 
 
-def _earlier_rows(run: RunConfig, info: AdapterDirectory, watch: ProgressFactory) -> tuple[RawDatasets | None, str]:
+def _earlier_rows(run: RunConfig, info: AdapterDirectory) -> tuple[RawDatasets | None, str]:
     """The rows of the run that made an adapter; or why they are not known, which only a run without replay can be.
 
     Raises AdapterError, DataError.
@@ -172,7 +174,7 @@ def _earlier_rows(run: RunConfig, info: AdapterDirectory, watch: ProgressFactory
         unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
         raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", "leave data.replay out"))
     try:
-        return data.read_train_and_validation(earlier.data, earlier.training.seed, watch), ""
+        return data.read_train_and_validation(earlier.data, earlier.training.seed), ""
     except DataError as error:
         place, what = error.problems[0].where, error.problems[0].what
         if run.data.replay is not None:

@@ -7,7 +7,7 @@ them.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +19,15 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare.engine import BeforeBatch, ScoringLayout, nothing
 from loratune.compare.objectives import ComparedRows
-from loratune.console import plural
 from loratune.data import token_cache_dir
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
+from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.system.launcher import Group
+from loratune.text import plural
 from loratune.training.preferences import PreferenceObjective
 
 _PASS_TOKENS = 2048
@@ -71,7 +72,6 @@ def compute(
     layouts: Mapping[str, BatchLayout],
     pad_id: int,
     group: Group,
-    log: Callable[[str], None],
     before_batch: BeforeBatch = nothing,
 ) -> None:
     """Give all rows that need it their log-probabilities in the reference, from the cache where they are known.
@@ -84,7 +84,6 @@ def compute(
         layouts: The batches of the run by their split, which say how rows can be laid out.
         pad_id: The token for padding.
         group: The processes of the run.
-        log: Takes a line on what is being done, and on what of it may not be intended.
         before_batch: See `losses.BeforeBatch`.
     """
     train = layouts["train"]
@@ -97,16 +96,16 @@ def compute(
         key = _key(reference, rows, scoring)
         found = _known(key, group)
         if found is None:
-            log(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
+            note(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
             with reference.inside(), reference.acceleration.applied(reference.model):
-                found = _computed(objective, reference.model, rows, scoring, key, group, log, before_batch)
+                found = _computed(objective, reference.model, rows, scoring, key, group, before_batch)
         elif group.main:
             _discard_parts(key)
         _check_finite(rows, found)
         rows.reference = found[: len(rows)]
         rows.mismatched = found[len(rows) :] if len(found) > len(rows) else None
         if name == "train" and rows.dataset.rows_per_example == 2:
-            log(_order(rows))
+            note(_order(rows))
 
 
 def _check_finite(rows: ComparedRows, values: NDArray[np.float64]) -> None:
@@ -137,7 +136,7 @@ def _known(key: str, group: Group) -> NDArray[np.float64] | None:
 
 def _computed(
     objective: PreferenceObjective, model: Any, rows: ComparedRows, scoring: ScoringLayout, key: str, group: Group,
-    log: Callable[[str], None], before_batch: BeforeBatch,
+    before_batch: BeforeBatch,
 ) -> NDArray[np.float64]:  # fmt: skip
     """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
 
@@ -151,7 +150,7 @@ def _computed(
     count, is_divided = len(parts), len(parts) > 1
     known = [_known(_part_key(key, number), group) if is_divided else None for number in range(count)]
     if done := sum(values is not None for values in known):
-        log(f"of the reference {done / count:.0%} is known from a run that ended early")
+        note(f"of the reference {done / count:.0%} is known from a run that ended early")
     found = []
     for number, (part, values) in enumerate(zip(parts, known, strict=True)):
         if values is None:
@@ -160,7 +159,7 @@ def _computed(
             if is_divided and group.main and np.isfinite(values).all():
                 token_cache_dir.store_values(_part_key(key, number), values)
             if is_divided and (number + 1) * 10 // count > number * 10 // count:
-                log(f"{(number + 1) / count:.0%} of the reference is computed")
+                note(f"{(number + 1) / count:.0%} of the reference is computed")
         found.append(values.reshape(-1, sum(map(len, part)) * rows_per_example))
     items = np.concatenate(batches)
     order = np.argsort((items[:, None] * rows_per_example + np.arange(rows_per_example)).reshape(-1))

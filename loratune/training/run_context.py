@@ -10,7 +10,6 @@ from loratune.compare.engine import Batches, NextToken, Objective, ScoringPass
 from loratune.config import LoraSection, TrainingSection
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
-from loratune.training.callbacks import Progress
 from loratune.training.checkpoints.store import Checkpoints
 from loratune.training.curve import StepLosses
 from loratune.training.evaluations import BestRecord
@@ -44,7 +43,6 @@ class RunContext:
 
     Attributes:
         checkpoints: Where its checkpoints go.
-        progress: What shows its steps.
         stop: The signal that asked this process to stop, if any.
         group: The processes that share the run.
         resume_from: A whole checkpoint from which the run is resumed.
@@ -57,7 +55,6 @@ class RunContext:
     """
 
     checkpoints: Checkpoints
-    progress: Progress
     stop: Stop = field(default_factory=Stop)
     group: Group = SINGLE_PROCESS
     resume_from: Path | None = None

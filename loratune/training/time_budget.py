@@ -7,7 +7,7 @@ timed and rolled back, and the run that follows has a fixed number of steps.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +17,11 @@ from loratune.codes import Code
 from loratune.compare import collapse, gain
 from loratune.compare.engine import NextToken, Objective
 from loratune.config import AUTO, TrainingSection, decided
-from loratune.console import format_duration, plural
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
+from loratune.events import note
+from loratune.text import format_duration, plural
 from loratune.training import auto, duration, trainer
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import FEWEST, READ, WARM_UP, WITH_MISMATCHED, Costs, Speed, StepBudget
@@ -124,9 +125,7 @@ class _Estimator:
         return speed.seconds(rounds, operations * rounds / max(1, len(batches)))
 
 
-def fix_length(
-    plan: "Plan", asked: TrainingSection, context: RunContext, began: float, log: Callable[[str], None], *, scarce: bool
-) -> "Plan":
+def fix_length(plan: "Plan", asked: TrainingSection, context: RunContext, began: float, *, scarce: bool) -> "Plan":
     """The plan with as many steps as its minutes have room for, on which all processes agree.
 
     Args:
@@ -134,7 +133,6 @@ def fix_length(
         asked: The section as the user wrote it; epochs that it sets are an upper bound.
         context: Checkpoints and processes.
         began: When the command began, by `time.monotonic`.
-        log: Takes a line on what is being done.
         scarce: Whether the largest batch is tried first.
 
     Raises:
@@ -145,7 +143,7 @@ def fix_length(
     group, seconds = context.group, 60 * (asked.max_minutes or 0.0)
     start = time.monotonic()
     left = group.broadcast(seconds - (start - began))
-    log(f"{KEY}: timing some steps, which are rolled back, to find out how many fit into {asked.max_minutes:g} min")
+    note(f"{KEY}: timing some steps, which are rolled back, to find out how many fit into {asked.max_minutes:g} min")
 
     def is_enough(batches: int) -> bool:
         enough = duration.is_timed_enough(batches, time.monotonic() - start, left)

@@ -22,6 +22,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from loratune.codes import Code
 from loratune.errors import LoratuneError, Problem
+from loratune.events import note
 from loratune.training.upstream import TensorBoard
 
 
@@ -32,16 +33,15 @@ class Tracker(TrainerCallback):
     comes after it.
     """
 
-    def __init__(self, name: str, make: Callable[[], TrainerCallback], run_name: str, log: Callable[[str], None]):
+    def __init__(self, name: str, make: Callable[[], TrainerCallback], run_name: str):
         """A tracker that has not begun.
 
         Args:
             name: Its name in `training.report_to`.
             make: Makes the integration, which imports its package.
             run_name: What it is to call the run.
-            log: Takes the line about its failure.
         """
-        self._name, self._make, self._run_name, self._log = name, make, run_name, log
+        self._name, self._make, self._run_name, self._log = name, make, run_name, note
         self._integration: TrainerCallback | None = None
         self._last_call: tuple[Any, Any, Any, dict[str, Any]] | None = None
         self._has_failed = False
@@ -98,16 +98,15 @@ class Tracker(TrainerCallback):
             self._has_failed, self._integration = True, None
             what = f"{self._name} failed at step {step}: {type(error).__name__}: {error}"
             fix = "the run goes on without it"
-            self._log(str(Problem(Code.TRAINING_TRACKER_FAILED, what, key="training.report_to", fix=fix)))
+            note(str(Problem(Code.TRAINING_TRACKER_FAILED, what, key="training.report_to", fix=fix)))
 
 
-def trackers(names: Iterable[str], output: Path, log: Callable[[str], None], *, is_resumed: bool) -> Sequence[Tracker]:
+def trackers(names: Iterable[str], output: Path, *, is_resumed: bool) -> Sequence[Tracker]:
     """The trackers of a run, for the main process.
 
     Args:
         names: Those of `training.report_to`.
         output: The output directory, after which the run is called, and beside which TensorBoard's files go.
-        log: Takes a line about each tracker that fails.
         is_resumed: Whether the run goes on from a checkpoint, and so do TensorBoard's files.
     """
 
@@ -117,7 +116,7 @@ def trackers(names: Iterable[str], output: Path, log: Callable[[str], None], *, 
         (integration,) = get_reporting_integration_callbacks([name])
         return integration()
 
-    return [Tracker(name, partial(make, name), output.name, log) for name in dict.fromkeys(names)]
+    return [Tracker(name, partial(make, name), output.name) for name in dict.fromkeys(names)]
 
 
 def _log_directory(output: Path, *, is_resumed: bool) -> Path:

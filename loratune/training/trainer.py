@@ -13,14 +13,15 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
 from loratune.errors import Problem, ResourceError, is_out_of_memory
+from loratune.events import TrainingEvent, emit
 from loratune.lora import tensors
 from loratune.lora.parameters import choose_optimizer
 from loratune.system import launcher
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import (
+    EventCallback,
     NonFiniteGuard,
     OomDryRun,
-    ProgressCallback,
     StepTimer,
     StopCallback,
     check_final_loss,
@@ -82,7 +83,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
 
     Args:
         job: What is trained.
-        context: Checkpoints, progress and processes.
+        context: Checkpoints and processes.
         oom_dry_run: Whether the largest batch is computed before all others, so that a lack of memory shows at once.
 
     Raises:
@@ -92,7 +93,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
         KeyboardInterrupt: The run was stopped, after a checkpoint.
     """
     watchers = [
-        ProgressCallback(context.progress, at_evaluations=job.training.patience is not None),
+        EventCallback(at_evaluations=job.training.patience is not None),
         StopCallback(context.stopping),
         *context.trackers,
     ]
@@ -107,7 +108,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
                 trainer.evaluate_once()
         context.check_not_stopping()
     finally:
-        context.progress.stop()
+        emit(TrainingEvent(trainer.state.max_steps, trainer.state.global_step, finished=True))
         for tracker in context.trackers:
             tracker.end()
     trainer.put_back_best()

@@ -16,11 +16,9 @@ from loratune.commands.sweep.grid import Grid, label
 from loratune.commands.sweep.storage import TRIALS, check_kind, study_directory
 from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
-from loratune.commands.train import Reporter
 from loratune.compare.losses import RowLosses
 from loratune.config import RunConfig, keys, path_keys
-from loratune.console import format_duration, plural
-from loratune.data.formats import KIND_OF_OBJECTIVE
+from loratune.data.formats import KINDS
 from loratune.errors import (
     AdapterError,
     ConfigError,
@@ -31,12 +29,14 @@ from loratune.errors import (
     ResourceError,
     ResumeError,
 )
+from loratune.events import listener, listening, note
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.report.study import DONE, WORSE, StudyResults, TrialResult, rank
 from loratune.system.files import is_directory, is_file, sha256
 from loratune.system.launcher import host
+from loratune.text import format_duration, plural
 from loratune.training import auto
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.preflight import ValidatedRun
@@ -111,9 +111,9 @@ class Request:
     def check(self) -> None:
         """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which
         is tried on a model without weights."""
-        kind = KIND_OF_OBJECTIVE[self.run.config.training.objective]
+        kind = KINDS[self.run.config.training.objective]
         others = {run.training.objective for run in self.runs.values()}
-        if wrong := sorted(one for one in others if KIND_OF_OBJECTIVE[one] != kind):
+        if wrong := sorted(one for one in others if KINDS[one] != kind):
             what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor unpaired answers'}"
             raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
         sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
@@ -158,7 +158,7 @@ class SweepResult:
     notes: list[str] = field(default_factory=list)
 
 
-def sweep(request: Request, reporter: Reporter) -> SweepResult:
+def sweep(request: Request) -> SweepResult:
     """Train what is to be tried, compare it, and publish the best.
 
     Raises:
@@ -168,7 +168,7 @@ def sweep(request: Request, reporter: Reporter) -> SweepResult:
         LockedError, LostError: The database of the study is locked, or cannot be reached.
         NumericError: No trial has an adapter.
     """
-    return _Sweep(request, reporter).run()
+    return _Sweep(request).run()
 
 
 class _Sweep:
@@ -179,15 +179,15 @@ class _Sweep:
         untried: The number of combinations beyond the most trials.
     """
 
-    def __init__(self, request: Request, reporter: Reporter):
-        self.request, self.reporter, self.log = request, reporter, reporter.log
+    def __init__(self, request: Request):
+        self.request = request
         output = request.run.directory.output
         self.name, self.directory = output.name, study_directory(output)
         request.check()
         seed = request.run.config.training.seed
         self.study = Study(self.directory, self.name, request.storage, halving=request.halving, seed=seed)
         self.study.check(request.identity(), record=False)
-        self.runner = TrialRunner(request.run, reporter.watch, self.log)
+        self.runner = TrialRunner(request.run)
         for run in request.runs.values():
             self.runner.prepare_rows(run)
         if request.budget.seconds is not None and not self.study.records():  # before anything is recorded
@@ -231,7 +231,7 @@ class _Sweep:
                 expected, left = format_duration(budget.expected(estimate)), format_duration(max(0.0, budget.left))
                 self.notes.append(f"the next trial takes about {expected}, and {left} of the budget are left")
                 return False
-            self.log(f"trial {record.number}: {label(record.settings)}")
+            note(f"trial {record.number}: {label(record.settings)}")
             self._try(record, run, estimate)
         with self.study.locked():
             results = self._results()
@@ -244,13 +244,12 @@ class _Sweep:
     def _try(self, record: TrialRecord, run: RunConfig, estimate: float) -> None:
         """Train a trial and record its result."""
         budget, output = self.request.budget, self._adapter(record.number)
-        progress = TrialProgress(self.reporter.progress, self.study, record, halving=self.request.halving)
-        reporter = replace(self.reporter, progress=progress)
-        if budget.begun:
-            reporter = replace(reporter, plan=lambda plan: self.log(str(plan.count)))
+        halving, brief = self.request.halving, budget.begun > 0
+        progress = TrialProgress(listener(), self.study, record, halving=halving, brief=brief)
         budget.begun += 1
         try:
-            outcome = self.runner.train(run, output, reporter)
+            with listening(progress):
+                outcome = self.runner.train(run, output)
         except Exception as error:
             if (failed := failure(error)) is None:
                 raise
@@ -264,7 +263,7 @@ class _Sweep:
 
     def _fail(self, record: TrialRecord, state: str, why: str) -> None:
         """Record a trial that has no adapter, and remove what it left."""
-        self.log(f"trial {record.number}: {state}: {why}")
+        note(f"trial {record.number}: {state}: {why}")
         self._remove(record.number)
         self.study.finish(record, {"note": why}, None, state)
 
@@ -281,7 +280,7 @@ class _Sweep:
         output = self._adapter(number)
         with suppress(OSError):
             for path in RunDirectory(output, output.with_name(f"{output.name}.partial"), str(output)).remove_all():
-                self.log(f"{path} is kept: no trial wrote it")
+                note(f"{path} is kept: no trial wrote it")
             output.parent.rmdir()
 
     def _results(self) -> StudyResults:
@@ -364,7 +363,7 @@ class _Sweep:
             directory.create_staging()
             shutil.copytree(source, directory.staging, dirs_exist_ok=True)
             for path in directory.publish():
-                self.log(f"{path} is kept: this run did not write it")
+                note(f"{path} is kept: this run did not write it")
         return True
 
     def _check_adapter(self, source: Path, best: TrialRecord) -> None:

@@ -7,7 +7,6 @@ after initializations that take a part out of it, the base is loaded again.
 
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from loratune.commands import measuring
 from loratune.commands import train as training
 from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
 from loratune.commands.sweep.study import Study, TrialRecord
-from loratune.commands.train import Reporter, Result
+from loratune.commands.train import Result
 from loratune.compare import objectives
 from loratune.compare.engine import Scorer
 from loratune.compare.losses import RowLosses
 from loratune.config import RunConfig, keys
-from loratune.data import ProgressFactory
 from loratune.data.packing import BatchLayout
 from loratune.errors import (
     ConfigError,
@@ -36,6 +34,7 @@ from loratune.errors import (
     ResumeError,
     is_out_of_memory,
 )
+from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, StepEvent, note
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
@@ -45,7 +44,6 @@ from loratune.system.files import is_directory, sha256
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto, batching, preflight
 from loratune.training.batching import TokenizedDatasets
-from loratune.training.callbacks import Progress
 from loratune.training.checkpoints.resume import find_resume_point
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.continuing import EarlierRun
@@ -66,34 +64,23 @@ class TrialPruned(Exception):
 
 
 class TrialProgress:
-    """The progress of a trial, which is also reported to the study. Implements `callbacks.Progress`."""
+    """The listener of a trial: the study learns that the trial is alive, and how it does; events go on to `outer`.
 
-    def __init__(self, progress: Progress, study: Study, record: TrialRecord, *, halving: bool):
-        self._progress, self._study, self._record, self._halving = progress, study, record, halving
-        self._steps = 1
+    brief: whether of the plan only the count of parameters is passed on.
+    """
 
-    def start(self, steps: int, done: int) -> None:
-        """Training starts."""
-        self._steps = max(1, steps)
-        self._progress.start(steps, done)
+    def __init__(self, outer: Listener, study: Study, record: TrialRecord, *, halving: bool, brief: bool):
+        self._outer, self._study, self._record, self._halving, self._brief = outer, study, record, halving, brief
 
-    def step(self, done: int, tokens: int) -> None:
-        """A step is done."""
-        self._progress.step(done, tokens)
-        self._study.show_life(self._record)
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """The trainer reported values. Raises TrialPruned: the trial is among the worse ones."""
-        self._progress.log(step, values)
-        percent = 100 * step // self._steps
-        if not self._halving or "eval_loss" not in values or not 0 < percent < 100:
-            return
-        if self._study.should_prune(self._record, percent, values["eval_loss"]):
-            raise TrialPruned(f"after {percent} % of its steps, at a held-out loss of {values['eval_loss']:.4f}")
-
-    def stop(self) -> None:
-        """Training has ended."""
-        self._progress.stop()
+    def __call__(self, event: Event) -> None:
+        """Receive an event. Raises TrialPruned: the trial is among the worse ones."""
+        self._outer(NoteEvent(event.summary) if isinstance(event, PlanEvent) and self._brief else event)
+        if isinstance(event, StepEvent):
+            self._study.show_life(self._record)
+        if isinstance(event, EvaluationEvent) and self._halving:
+            percent = 100 * event.step // max(1, event.steps)
+            if 0 < percent < 100 and self._study.should_prune(self._record, percent, event.loss):
+                raise TrialPruned(f"after {percent} % of its steps, at a held-out loss of {event.loss:.4f}")
 
 
 def failure(error: Exception) -> tuple[str, str] | None:
@@ -158,10 +145,13 @@ class TrialRunner:
         total: The number of all held-out rows.
     """
 
-    def __init__(self, run: ValidatedRun, watch: ProgressFactory, log: Callable[[str], None]):
+    def __init__(
+        self,
+        run: ValidatedRun,
+    ):
         """Load everything. Raises as `plan.load_run`."""
-        self._run, self._watch, self._log = run, watch, log
-        self.loaded: LoadedRun = load_run(run, watch)
+        self._run = run
+        self.loaded: LoadedRun = load_run(run)
         self._state = BaseState(self.loaded.base.model)
         self._plan: Plan | None = None
         self._rows: dict[str, tuple[TokenizedDatasets, EarlierRun | None]] = {
@@ -199,7 +189,7 @@ class TrialRunner:
         """The rows of a trial, tokenized once for all trials with the same settings of rows. Raises DataError,
         ConfigError."""
         if (key := _rows_key(run)) not in self._rows:
-            self._rows[key] = load_rows(self._validated(run), self.loaded.tokenizer, self._watch)
+            self._rows[key] = load_rows(self._validated(run), self.loaded.tokenizer)
         return self._rows[key]
 
     def _validated(self, run: RunConfig) -> ValidatedRun:
@@ -227,7 +217,7 @@ class TrialRunner:
             self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
         return operations * self._seconds_per_operation
 
-    def train(self, run: RunConfig, output: Path, reporter: Reporter) -> TrialOutcome:
+    def train(self, run: RunConfig, output: Path) -> TrialOutcome:
         """Train the adapter of a trial, and score it. An interrupted trial continues from its checkpoint.
 
         The adapter stays on the base until `remove_adapter`, which has to follow whatever happens.
@@ -235,7 +225,6 @@ class TrialRunner:
         Args:
             run: The config of the trial.
             output: Where its adapter goes; an adapter that is there is replaced.
-            reporter: Receives what the run reports.
 
         Raises:
             LoratuneError, KeyboardInterrupt: As `train.train`.
@@ -245,7 +234,7 @@ class TrialRunner:
         partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
         directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
         validated = self._resumed(replace(self._validated(run), directory=directory))
-        adapter = training.train(validated, reporter, planner=self._make_plan)
+        adapter = training.train(validated, planner=self._make_plan)
         assert adapter is not None and self._plan is not None
         losses, point = self._score(self._plan), validated.resume_point
         seconds = time.monotonic() - start + (point.seconds if point else 0.0)
@@ -259,15 +248,15 @@ class TrialRunner:
         try:
             point = find_resume_point(directory.checkpoints, validated.config, ())
         except (ConfigError, ResumeError) as error:
-            self._log(f"the trial starts again: {error.problems[0].what}")
+            note(f"the trial starts again: {error.problems[0].what}")
             return validated
         config = auto.keep(validated.config, point.identity["config"])
         return replace(validated, config=config, resume_point=point)
 
-    def _make_plan(self, run: ValidatedRun, watch: ProgressFactory, group: Group = SINGLE_PROCESS) -> Plan:
+    def _make_plan(self, run: ValidatedRun, group: Group = SINGLE_PROCESS) -> Plan:
         datasets, earlier = self.prepare_rows(run.config)
         self._plan = adapted(run, replace(self.loaded, datasets=datasets, earlier=earlier), group)
-        measuring.compute_reference(self._plan, self.objective, self._log)
+        measuring.compute_reference(self._plan, self.objective)
         return self._plan
 
     def _score(self, plan: Plan) -> RowLosses:
@@ -292,7 +281,7 @@ class TrialRunner:
         section, base = self._run.config.model, self.loaded.base
         if not (section.torch_compile or section.use_liger_kernel) and self._state.restore(base.model):
             return
-        self._log("the adapter has changed the base, which is loaded again")
+        note("the adapter has changed the base, which is loaded again")
         fingerprint = base.fingerprint
         del base
         self.loaded = replace(self.loaded, base=None)  # type: ignore[arg-type]  # Two would take twice the memory.

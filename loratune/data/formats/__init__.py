@@ -28,7 +28,7 @@ from loratune.data.formats.parsers import SIDES, check_ids
 from loratune.data.formats.recognition import (
     CHAT_FORMATS,
     FORMATS,
-    KIND_OF_OBJECTIVE,
+    KINDS,
     OPTIONAL_FIELDS,
     PAIRS,
     PREFERENCE_FORMATS,
@@ -43,10 +43,11 @@ from loratune.data.sources import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [
-    "CHAT_FORMATS", "FORMATS", "KIND_OF_OBJECTIVE", "PAIRS", "PREFERENCE_FORMATS", "UNPAIRED", "Conversation",
-    "Example", "Ids", "Message", "Parser", "Plain", "Preference", "PreferencePair", "Question", "RowError", "Single",
-    "UnpairedPreference", "check_ids", "completion_key", "content_key", "drop_reason", "group_key", "parse_question",
-    "prompt_key", "quote", "sides",
+    "CHAT_FORMATS", "FORMATS", "KINDS", "PAIRS", "PREFERENCE_FORMATS", "UNPAIRED", "Conversation", "Example", "Ids",
+    "Message", "Parser", "Plain", "Preference", "PreferencePair", "Question", "RowError", "Single",
+    "UnpairedPreference",
+    "check_ids", "completion_key", "content_key", "drop_reason", "group_key", "parse_question", "prompt_key", "quote",
+    "sides",
 ]  # fmt: skip
 
 

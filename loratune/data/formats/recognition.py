@@ -85,14 +85,14 @@ CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", "preference_mes
 """The formats whose rows go through the chat template."""
 
 PAIRS, UNPAIRED = "preference pairs", "unpaired preferences"
+KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
+"""Objective → the kind of rows that it trains on; None for rows with one answer."""
 PREFERENCE_FORMATS = {
     f"{name}{suffix}": kind
     for name, kind in (("preference", PAIRS), ("unpaired_preference", UNPAIRED))
     for suffix in ("", "_messages")
 }
 """Format of preference data → what its rows are."""
-KIND_OF_OBJECTIVE = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
-"""Objective → what the rows are that it trains on; None for rows without preferences."""
 
 
 def recognise(where: str, fields: Fields, section: DataSection) -> Format:

@@ -18,11 +18,11 @@ from typing import Any, BinaryIO, cast
 
 from loratune.codes import Code
 from loratune.config import Source
-from loratune.console import progress
 from loratune.data import upstream
 from loratune.data.sources import tables, text_files
 from loratune.data.sources.rows import BLOCK, Advance, RowOrProblem, no_advance
 from loratune.errors import DataError, Problem
+from loratune.events import progress
 from loratune.system.files import kind, sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")

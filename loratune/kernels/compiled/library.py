@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loratune.console import progress
+from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system.files import make_private_directory, open_private_directory, ownership_problem

@@ -26,10 +26,10 @@ def check(
     overwrite: bool,
     resume: bool = False,
     inputs: Inputs = (),
-    log: Callable[[str], None] | None = None,
+    dry_run: bool = False,
 ) -> "RunDirectory":
     """Check that a run may write to `output_dir`, see `OutputDirectory.check`."""
-    return RunDirectory.at(output_dir, overwrite=overwrite, inputs=inputs).check(resume=resume, log=log)
+    return RunDirectory.at(output_dir, overwrite=overwrite, inputs=inputs).check(resume=resume, dry_run=dry_run)
 
 
 @dataclass(frozen=True)

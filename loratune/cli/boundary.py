@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import typer
 
+from loratune.cli.terminal import Terminal
 from loratune.codes import Code
 from loratune.console import EscapedStream
 from loratune.errors import (
@@ -24,6 +25,7 @@ from loratune.errors import (
     is_disk_full,
     is_out_of_memory,
 )
+from loratune.events import listening
 from loratune.system import launcher, signals
 from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group, SingleProcess
@@ -62,7 +64,7 @@ def boundary(
     group: Group = SingleProcess()
     stop = Stop()
     try:
-        with raise_on_signals() as stop:
+        with raise_on_signals() as stop, listening(Terminal()):
             _check_working_directory()
             if join is SingleProcess and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"

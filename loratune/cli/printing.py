@@ -1,28 +1,18 @@
 """What the commands print: tables and blocks on stdout for people, or JSON for programs."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loratune import escaping
+from loratune.commands.plan import adapted_too, shared_module
 from loratune.compare import text
-from loratune.console import (
-    align,
-    err,
-    format_duration,
-    format_size,
-    log,
-    plural,
-    print_block,
-    print_json,
-    print_marked,
-    print_table,
-)
+from loratune.console import log, print_block, print_json, print_marked, print_table
 from loratune.lora.module_names import pattern, ranges, shape_text
 from loratune.report.loss_plot import loss_plot
-from loratune.training.auto import rows_of_step
+from loratune.text import format_duration, format_size, plural
 
 if TYPE_CHECKING:
     from loratune.commands.export import Exported
@@ -36,21 +26,6 @@ if TYPE_CHECKING:
     from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
-    from loratune.training.batching import TokenizedDatasets
-
-
-def log_plan(plan: "Plan") -> None:
-    """Log what is about to be trained, above all what was truncated or dropped."""
-    for line in _dataset_lines(plan.datasets, plan.context):
-        log(line)
-    for number in range(plan.datasets.train.rows_per_example):
-        log(f"first row{plan.side_name(number)}, supervised text marked:")
-        print_marked(_shorten(plan.row_text(number)), err)
-    for module_pattern, roles in plan.targets.shared_roles().items():
-        if roles:
-            log(_shared_module(module_pattern, plan.targets.fused[module_pattern], roles))
-    _log_notes(plan)
-    log(str(plan.count))
 
 
 def print_plan(plan: "Plan", rows: int) -> None:
@@ -59,65 +34,20 @@ def print_plan(plan: "Plan", rows: int) -> None:
     for module_pattern, roles in plan.targets.module_patterns().items():
         count = sum(pattern(path) == module_pattern for path in plan.targets.paths)
         shared = plan.targets.shared_roles().get(module_pattern)
-        fused = f", fused: {_adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
+        fused = f", fused: {adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
     print_block("targets", lines)
     print(plan.count)
-    for line in _dataset_lines(plan.datasets, plan.context):
+    for line in plan.dataset_lines():
         print(escaping.line(line))
-    _log_notes(plan)
+    for line in plan.all_notes():
+        log(line)
     for number in range(min(rows * plan.datasets.train.rows_per_example, len(plan.datasets.train.rows))):
         where = escaping.line(plan.datasets.train.rows.row(number).where)
         print(f"{where}{plan.side_name(number)}, supervised text marked")
         print_marked(plan.row_text(number))
     print(f"adapter file: {format_size(plan.count.adapter_bytes)}")
     print(f"memory at the longest batch: {_memory(plan.memory)}")
-
-
-def _log_notes(plan: "Plan") -> None:
-    """Log what is allowed but may not be intended."""
-    training = plan.config.training
-    batch_size, accumulation = plan.batches.train.size, training.gradient_accumulation_steps
-    batch = rows_of_step(training, plan.processes)
-    if plan.processes > 1:
-        kinds = "packs of rows" if plan.config.data.packing == "full" and plan.batches.train.flat else "rows"
-        log(f"{plan.processes} processes: {plan.processes} x {batch_size} x {accumulation} {kinds} a step")
-    if (items := plan.datasets.train.items) < batch and batch_size > 1:
-        log(f"rows: {items}, fewer than a batch of {batch}: each epoch is one step on all of them")
-    if plan.evaluations is not None:
-        kept = "; the weights of the one with the lowest loss become the adapter" if plan.config.keeps_best else ""
-        log(f"{plan.evaluations}{kept if plan.evaluations.count > 1 else ''}")
-        if training.patience is not None and training.patience + 1 >= plan.evaluations.count:
-            log(f"training.patience: {training.patience} has no effect with so few evaluations")
-    for line in plan.notes:
-        log(line)
-
-
-def _dataset_lines(datasets: "TokenizedDatasets", context: int | None) -> Iterator[str]:
-    """A table of how many rows of each split were used, truncated or dropped, and remarks on them."""
-    cells = [[name, *split.report.cells()] for name, split in datasets.splits.items()]
-    yield from align(["", *datasets.train.report.COLUMNS], cells)
-    for name, split in datasets.splits.items():
-        lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length, context)]
-        yield from (f"  {name}: {line}" for line in lines)
-    yield from (f"  {line}" for line in datasets.leaks)
-
-
-def _shorten(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:
-    """Pieces of text, with the middle of long ones left out."""
-    for piece, supervised in pieces:
-        is_long = len(piece) > limit
-        yield f"{piece[: limit // 2]} [...] {piece[-limit // 2 :]}" if is_long else piece, supervised
-
-
-def _shared_module(module_pattern: str, fused: Sequence[str], shared_roles: Sequence[str]) -> str:
-    """`*.qkv_proj is one module for q, k, v: k and v are adapted as well`."""
-    return f"{module_pattern} is one module for {', '.join(fused)}: {_adapted_too(shared_roles)}"
-
-
-def _adapted_too(roles: Sequence[str]) -> str:
-    """`k is adapted as well`, `k and v are adapted as well`."""
-    return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"
 
 
 def print_result(result: "Result", program: str, as_json: bool) -> None:
@@ -148,7 +78,7 @@ def print_params(params: "Params", as_json: bool) -> None:
     for line in params.notes:
         log(line)
     for module_pattern, roles in params.shared_roles.items():
-        log(_shared_module(module_pattern, params.fused[module_pattern], roles))
+        log(shared_module(module_pattern, params.fused[module_pattern], roles))
     if as_json:
         print_json(params.as_json())
         return

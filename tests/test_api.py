@@ -1,0 +1,170 @@
+"""The Python API: what `import loratune` offers does what the commands do."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROWS, Ran, write_rows
+from datasets import Dataset
+from running import WEIGHTS, MakeConfig
+
+import loratune
+from loratune.codes import Code
+
+pandas = pytest.importorskip("pandas")
+HELD_OUT = [{"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(50, 70)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("api")
+
+
+@pytest.fixture(scope="module")
+def events() -> list[loratune.Event]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def config(folder: Path, tiny_dir: Path) -> loratune.RunConfig:
+    write_rows(folder / "rows.jsonl", ROWS)
+    write_rows(folder / "held-out.jsonl", HELD_OUT)
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(tiny_dir)}, "output_dir": str(folder / "out"),
+        "data": {"train": str(folder / "rows.jsonl"), "validation": 0.2},
+        "training": {"max_steps": 6, "learning_rate": 0.01, "logging_steps": 2},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(json.dumps(values))
+    return loratune.load_config(folder / "run.yaml", {"training.max_steps": 4, "output_dir": folder / "out"})
+
+
+@pytest.fixture(scope="module")
+def adapter(config: loratune.RunConfig, events: list[loratune.Event]) -> loratune.Adapter:
+    return loratune.train(config, on_event=events.append)
+
+
+def test_importing_it_takes_no_torch() -> None:
+    code = "import sys, loratune; print(sorted({'torch', 'pydantic', 'typer', 'rich'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_all_names_are_there() -> None:
+    assert all(getattr(loratune, name) is not None for name in loratune.__all__)
+    with pytest.raises(AttributeError):
+        loratune.nothing  # noqa: B018
+
+
+def test_overrides_are_validated(folder: Path, config: loratune.RunConfig) -> None:
+    assert config.training.max_steps == 4
+    with pytest.raises(loratune.ConfigError) as refused:
+        loratune.load_config(folder / "run.yaml", {"lora.rank": 8})
+    assert [problem.code for problem in refused.value.problems] == [Code.CONFIG_UNKNOWN_KEY]
+
+
+def test_training_gives_the_adapter_of_the_command(
+    adapter: loratune.Adapter, folder: Path, cli: Callable[..., Ran], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes = ("--set", "training.max_steps=4", "--set", f"output_dir={folder / 'command'}")
+    assert cli("train", folder / "run.yaml", *changes).code == 0
+    assert (folder / "command" / WEIGHTS).read_bytes() == (adapter.path / WEIGHTS).read_bytes()
+    assert adapter.config is not None and adapter.metrics["steps"] == 4
+
+
+def test_events_tell_what_happens(adapter: loratune.Adapter, events: list[loratune.Event]) -> None:
+    kinds = {type(event).__name__ for event in events}
+    assert kinds == {"NoteEvent", "PlanEvent", "ProgressEvent", "TrainingEvent", "StepEvent", "EvaluationEvent"}
+    steps = [event for event in events if isinstance(event, loratune.StepEvent)]
+    assert [event.step for event in steps] == [1, 2, 3, 4]
+    assert [event.step for event in steps if event.loss is not None] == [1, 2, 4]
+    (plan,) = [event for event in events if isinstance(event, loratune.PlanEvent)]
+    assert plan.trainable > 0 and any("train" in line for line in plan.rows)
+    tasks = [event for event in events if isinstance(event, loratune.ProgressEvent)]
+    assert {event.task for event in tasks if event.finished} == {event.task for event in tasks}
+
+
+def test_nothing_is_printed_and_handlers_stay(
+    config: loratune.RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    quiet = config.model_copy(update={"output_dir": str(folder / "quiet")})
+    adapter = loratune.train(quiet)
+    adapter.generate(["1 and 1 make"], max_new_tokens=2)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "frame"])
+def test_rows_may_be_objects(kind: str, config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path) -> None:
+    """The adapter has the bytes of one that was trained on the same rows of a file, and is resumed by their content."""
+    rows = {"list": ROWS, "dataset": Dataset.from_list(ROWS), "frame": pandas.DataFrame(ROWS)}[kind]
+    run = config.model_copy(update={"output_dir": str(folder / kind)})
+    given = loratune.train(run, rows={"train": rows})
+    assert (given.path / WEIGHTS).read_bytes() == (adapter.path / WEIGHTS).read_bytes()
+    comparison = adapter.evaluate(rows)
+    assert comparison.rows[0].where.startswith("rows[")
+
+
+def test_an_interrupt_leaves_a_checkpoint(config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path) -> None:
+    def interrupt(event: loratune.Event) -> None:
+        if isinstance(event, loratune.StepEvent) and event.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    run = config.model_copy(update={"output_dir": str(folder / "interrupted")})
+    with pytest.raises(KeyboardInterrupt):
+        loratune.train(run, on_event=interrupt)
+    assert not (folder / "interrupted").exists()
+    with pytest.raises(loratune.ConfigError):
+        loratune.train(run)
+    resumed = loratune.train(run, resume=True)
+    assert (resumed.path / WEIGHTS).read_bytes() == (adapter.path / WEIGHTS).read_bytes()
+
+
+def test_it_generates(adapter: loratune.Adapter) -> None:
+    opened = loratune.Adapter(adapter.path)
+    prompts = ["1 and 1 make", "2 and 2 make"]
+    texts = opened.generate(prompts, max_new_tokens=4)
+    assert len(texts) == 2 and texts == adapter.generate(prompts, max_new_tokens=4)
+    sampled = [adapter.generate(prompts, max_new_tokens=8, temperature=1.5, top_p=0.9, seed=7) for _ in range(2)]
+    assert sampled[0] == sampled[1]
+
+
+def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Callable[..., Ran]) -> None:
+    comparison = adapter.evaluate(folder / "held-out.jsonl")
+    ran = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl", "--json")
+    assert json.loads(json.dumps(comparison.to_dict())) == json.loads(ran.out)
+    comparison.require("loss<base")
+    with pytest.raises(loratune.RequirementError) as failed:
+        comparison.require("exact_match>=0.99")
+    assert failed.value.problems[0].code == Code.EVALUATE_REQUIREMENT
+
+
+def test_it_leaves_as_other_files(adapter: loratune.Adapter, folder: Path) -> None:
+    merged = adapter.merge(folder / "merged")
+    assert merged.directory == folder / "merged" and (folder / "merged" / "model.safetensors").is_file()
+    exported = adapter.export("peft", folder / "plain")
+    assert (exported.directory / WEIGHTS).is_file()
+    page = adapter.report(folder / "page.html")
+    assert "<html" in page.read_text()
+    with pytest.raises(loratune.ConfigError):
+        adapter.report(folder / "page.html")
+
+
+def test_further_functions(config: loratune.RunConfig, folder: Path, tiny_dir: Path, run_config: MakeConfig) -> None:
+    assert loratune.count_parameters(config).count.trainable > 0
+    chosen = loratune.init(str(folder / "rows.jsonl"), model=str(tiny_dir), overrides={"training.max_steps": 2})
+    assert chosen.training.max_steps == 2
+    run = config.model_copy(update={"output_dir": str(folder / "best")})
+    result = loratune.sweep(run, grid={"training.learning_rate": [1e-2, 1e-3]})
+    assert len(result.results.trials) == 2 and (folder / "best" / WEIGHTS).is_file()
+
+
+def test_what_is_not_an_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(loratune.LoratuneError) as refused:
+        loratune.Adapter(tmp_path)
+    assert isinstance(refused.value, loratune.AdapterError)
