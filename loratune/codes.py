@@ -310,7 +310,7 @@ class Code(StrEnum):
 
     # Commands after training (generate.*, chat.*, evaluate.*, params.*, push.*)
     TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
-    TRAIN_BASE_CHANGED = "train.base_changed", "The base has changed since the sweep began."
+    TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
     TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
     INFERENCE_OTHER_BASE = "inference.other_base", "The base is not the one that the adapter was trained on."
     INFERENCE_UNKNOWN_FINGERPRINT = (

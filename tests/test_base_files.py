@@ -8,18 +8,23 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, meanings, tiny_llama
+from conftest import Ran, check_refused, meanings, tiny_llama
 from fork_server import ForkServer
-from running import WEIGHTS, MakeConfig, straight, until
+from running import WEIGHTS, MakeConfig, checkpoints, straight, until
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
+from loratune.commands import train
 from loratune.config import ModelSection
+from loratune.config import load as load_config
 from loratune.errors import ModelError
+from loratune.events import Event, TrainingEvent, listening
 from loratune.model import load
+from loratune.training import preflight
+from loratune.training.checkpoints import run_dir
 
 
 def mapped(directory: Path) -> list[str]:
@@ -109,21 +114,46 @@ def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, m
     assert meanings(refused.value) == [(Code.MODEL_WEIGHTS_CHANGED, str(weights), "")]
 
 
-def test_a_run_does_not_depend_on_the_files_once_they_are_read(
+def test_a_run_ends_with_its_last_checkpoint(
     run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
 ) -> None:
-    """The adapter has the same bytes, and records the base that it was trained on."""
+    """It is noticed at the next checkpoint; with the files put back, the run continues as if nothing had been."""
     config = run_config(
         model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
     )
-    expected = straight(processes, config, tmp_path)
+    expected, kept = straight(processes, config, tmp_path), shutil.copytree(base_dir, tmp_path / "kept")
     child = processes.start("train", config)
     until(lambda: "step     5/" in child.said(), child)
     overwrite(base_dir / "model.safetensors")
+    problem = Code.TRAIN_BASE_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path"
+    check_refused(Ran(child.wait(), "", child.said()), 3, problem)
+    assert not (tmp_path / "out").exists() and checkpoints(tmp_path / "out.partial")
+    child = processes.start("train", config, "--resume")
+    assert child.wait() == 7 and "[resume.base_changed]" in child.said(), child.said()
+    shutil.rmtree(base_dir)
+    shutil.copytree(kept, base_dir)
+    child = processes.start("train", config, "--resume")
     assert child.wait() == 0, child.said()
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
-    used = processes.start("generate", "1 and 1 make", "--adapter", tmp_path / "out")
-    assert used.wait() == 5 and f"[{Code.INFERENCE_OTHER_BASE}]" in used.said()
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_after_the_last_step_is_noticed(
+    name: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
+) -> None:
+    """Before the adapter is published; the last step is kept."""
+    config = run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 2})
+
+    def change(event: Event) -> None:
+        if isinstance(event, TrainingEvent) and event.finished:
+            CHANGES[name](base_dir / "model.safetensors")
+
+    with listening(change), pytest.raises(ModelError) as refused:
+        directory = run_dir.check(str(tmp_path / "out"), overwrite=False)
+        train.train(preflight.check(load_config(config), directory))
+    (problem,) = meanings(refused.value)
+    assert problem == (Code.TRAIN_BASE_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path")
+    assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
 
 
 def test_answers_and_scores_do_not_depend_on_the_files_any_more(

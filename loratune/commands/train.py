@@ -151,6 +151,8 @@ def train(
         if comparison.verdict == "worse" and not allow_worse:
             reject(comparison, outcome.steps, validated_run.directory, group)
         findings = measuring.measure(plan, outcome, comparison, weights, context)
+        if group.main:
+            plan.base.files.check_unchanged_in_run()
         group.close()
         if not group.main:
             return None
@@ -183,6 +185,7 @@ def _run_context(
         stop,
         group,
         trackers=_trackers(validated_run) if group.main else (),
+        after_checkpoint=plan.base.files.check_unchanged_in_run if group.main else lambda: None,
     )
     if resume_point is None:
         if group.main:

@@ -7,6 +7,7 @@ what is mapped, after which changes of the files do not change the model.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,21 @@ class FileStates:
         self._states = {path: _state(path) for path in paths}
 
     def check_unchanged(self) -> None:
-        """Raises ModelError: a file has changed, or is gone."""
+        """While the files are read. Raises ModelError: a file has changed, or is gone."""
         what, fix = "was changed while it was being read", "start again"
-        if changed := [path for path, state in self._states.items() if _state(path) != state]:
+        if changed := self._changed():
             raise ModelError([Problem(Code.MODEL_WEIGHTS_CHANGED, what, str(path), fix=fix) for path in changed])
+
+    def check_unchanged_in_run(self) -> None:
+        """During a run, which computes with a copy of its own. Raises ModelError: a file has changed, or is gone, so
+        that the adapter would not fit what is there now."""
+        what, fix = "has changed since the run began", "restore it, then continue with --resume, which compares weights"
+        if changed := self._changed():
+            problem = partial(Problem, Code.TRAIN_BASE_CHANGED, what, key="model.name_or_path", fix=fix)
+            raise ModelError([problem(where=str(path)) for path in changed])
+
+    def _changed(self) -> list[Path]:
+        return [path for path, state in self._states.items() if _state(path) != state]
 
 
 def _state(path: Path) -> tuple[int, ...] | None:

@@ -128,10 +128,12 @@ class Base:
     Attributes:
         model: The model with its weights.
         fingerprint: Of the model.
+        files: The state of its files when they were read.
     """
 
     model: PreTrainedModel
     fingerprint: str
+    files: FileStates
 
 
 def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
@@ -144,6 +146,7 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     Raises:
         ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
     """
+    files = FileStates(section)
     model = load_base(section)
     checks.check_finite(model, section.name_or_path)
     fingerprint = fingerprints.fingerprint(model)
@@ -151,7 +154,7 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
         what = f"the base on {launcher.host()} differs from that of the main process"
         fix = "give all machines the same files"
         raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, section.name_or_path, KEY, fix))
-    return Base(model, fingerprint)
+    return Base(model, fingerprint, files)
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:

@@ -194,6 +194,17 @@ _METRICS = ("reward_accuracy", "reward_margin")
 """Metrics of preferences that the trainer logs beside the loss."""
 
 
+class CheckpointCallback(TrainerCallback):
+    """Calls a function after each checkpoint."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint."""
+        self.function()
+
+
 class StepTimer(TrainerCallback):
     """Times the micro-steps of a run that accumulates nothing, and ends it when there are enough of them.
 

@@ -1,6 +1,6 @@
 """What a training loop is given: what it trains, where it reports and writes, and what it goes on from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class RunContext:
         unreported: The losses of the steps before that checkpoint that no report has.
         seconds_before: How long training took up to that checkpoint.
         trackers: What else follows its steps, in the main process.
+        after_checkpoint: Called after each checkpoint; an error that it raises ends the run.
     """
 
     checkpoints: Checkpoints
@@ -64,6 +65,7 @@ class RunContext:
     unreported: StepLosses = field(default_factory=StepLosses)
     seconds_before: float = 0.0
     trackers: Sequence[Tracker] = ()
+    after_checkpoint: Callable[[], None] = lambda: None
 
     def stopping(self) -> bool:
         """Whether any process was asked to stop. All processes call it together, and from then on all know.

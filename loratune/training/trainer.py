@@ -19,6 +19,7 @@ from loratune.lora.parameters import choose_optimizer
 from loratune.system import launcher
 from loratune.training.best_step import BestStep
 from loratune.training.callbacks import (
+    CheckpointCallback,
     EventCallback,
     NonFiniteGuard,
     OomDryRun,
@@ -95,6 +96,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
     watchers = [
         EventCallback(at_evaluations=job.training.patience is not None),
         StopCallback(context.stopping),
+        CheckpointCallback(context.after_checkpoint),
         *context.trackers,
     ]
     trainer = _build(job, context, watchers, oom_dry_run=oom_dry_run)
