@@ -136,11 +136,6 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("values", "details"), BAD_ROWS.values(), ids=BAD_ROWS)
-def test_bad_row(values: dict[str, Any], details: list[str]) -> None:
-    check_row_error(row_error(values, PAIR), *details)
-
-
 BAD_IDS: dict[str, tuple[Any, Any, list[str]]] = {
     "text": ("1 2", None, ["`input_ids`", "list of whole numbers", "got text"]),
     "empty": ([], None, ["`input_ids`", "list of whole numbers", "got an empty list"]),
@@ -154,11 +149,6 @@ BAD_IDS: dict[str, tuple[Any, Any, list[str]]] = {
     "float label": ([1, 2], [1, 2.0], ["entry 2 of `labels`", "whole number"]),
     "shifted": ([1, 2, 3], [2, 3, -100], ["entry 1 of `labels` is 2", "`input_ids` is 1"]),
 }
-
-
-@pytest.mark.parametrize(("ids", "labels", "details"), BAD_IDS.values(), ids=BAD_IDS)
-def test_bad_ids(ids: Any, labels: Any, details: list[str]) -> None:
-    check_row_error(row_error({"input_ids": ids, "labels": labels}), *details)
 
 
 def test_padding_in_the_data_is_not_trained_on() -> None:
@@ -198,11 +188,6 @@ BAD_CHATS: dict[str, tuple[Any, list[str]]] = {
     "user's weight": ([USER | {"weight": 1}, BOT], [f"{FIRST} has the weight 1", "assistant"]),
     "user's call": ([USER | {"tool_calls": [CALL]}], [f"{FIRST} has `tool_calls`", "assistant"]),
 }
-
-
-@pytest.mark.parametrize(("messages", "details"), BAD_CHATS.values(), ids=BAD_CHATS)
-def test_bad_chat(messages: Any, details: list[str]) -> None:
-    check_row_error(row_error({"messages": messages}, {"messages": [USER, BOT]}), *details)
 
 
 @pytest.mark.parametrize(
@@ -299,9 +284,19 @@ BAD_CALLS: dict[str, tuple[Any, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(("calls", "details"), BAD_CALLS.values(), ids=BAD_CALLS)
-def test_bad_calls(calls: Any, details: list[str]) -> None:
-    check_row_error(row_error({"messages": [USER, {"role": "assistant", "tool_calls": calls}]}), *details)
+TALK = {"messages": [USER, BOT]}
+BAD: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[str]]] = {
+    **{f"row, {name}": (row, PAIR, details) for name, (row, details) in BAD_ROWS.items()},
+    **{f"ids, {name}": ({"input_ids": ids, "labels": to}, None, what) for name, (ids, to, what) in BAD_IDS.items()},
+    **{f"chat, {name}": ({"messages": turns}, TALK, details) for name, (turns, details) in BAD_CHATS.items()},
+    **{f"call, {name}": ({"messages": [USER, CALLS | {"tool_calls": calls}]}, None, details)
+       for name, (calls, details) in BAD_CALLS.items()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("values", "first", "details"), BAD.values(), ids=BAD)
+def test_bad_row(values: dict[str, Any], first: dict[str, Any] | None, details: list[str]) -> None:
+    check_row_error(row_error(values, first), *details)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def keep(directory: Path, rows: list[dict[str, Any]], **section: Any) -> Path:
     """Keeps the hashes of rows in a directory."""
     values = {"train": str(write_rows(directory / "rows.jsonl", rows)), **section}
     train = data.read_datasets(DataSection.model_validate(values), 0).train
-    row_hashes.write(directory, train, None, goes_on=False)
+    row_hashes.write(directory, train, None, continued=False)
     return directory
 
 
@@ -133,7 +133,7 @@ def test_rows_of_the_adapter_that_training_started_from(tmp_path: Path) -> None:
     values = {"train": str(tmp_path / "second" / "rows.jsonl")}
     train = data.read_datasets(DataSection.model_validate(values), 0).train
     for earlier, is_complete in ((first, True), (None, False)):
-        row_hashes.write(tmp_path, train, earlier, goes_on=True)
+        row_hashes.write(tmp_path, train, earlier, continued=True)
         overlap = look_up(tmp_path / "first" / "rows.jsonl", tmp_path)
         assert (overlap.unknown == "") is is_complete
         # the spaced row itself is of the first alone; folded, it is a row of the second

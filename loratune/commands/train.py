@@ -287,7 +287,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     )
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     trained_before = plan.earlier.start.trained_on if plan.earlier else None
-    row_hashes.write(directory.staging, plan.train_split, trained_before, goes_on=plan.earlier is not None)
+    row_hashes.write(directory.staging, plan.train_split, trained_before, continued=plan.earlier is not None)
     record = _record(finished_run, plan.train_split) | {"files": adapter_files.manifest(directory.staging)}
     write_json(directory.staging / "loratune.json", record)
     return size

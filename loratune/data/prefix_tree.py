@@ -52,7 +52,7 @@ class PrefixTree:
 
 
 def common_prefix(one: Sequence[int] | Numbers, other: Sequence[int] | Numbers) -> int:
-    """With how many equal tokens two rows begin."""
+    """The number of equal tokens at the beginning of two rows."""
     least = min(len(one), len(other))
     different = np.flatnonzero(np.asarray(one[:least]) != np.asarray(other[:least]))
     return int(different[0]) if len(different) else least

@@ -79,14 +79,14 @@ class Overlap:
 # Kept by training
 
 
-def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, goes_on: bool) -> None:
+def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, continued: bool) -> None:
     """Write the hashes of all rows that an adapter was trained on, unless they are more than `MOST_HASHES`.
 
     Args:
         directory: The adapter directory.
         split: The training rows.
         earlier: Those of the adapter that training started from; None where they are not known.
-        goes_on: Whether training started from an adapter.
+        continued: Whether training started from an adapter.
 
     Raises:
         OSError, SafetensorError: There is no room on the disk.
@@ -99,7 +99,7 @@ def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, go
     folded = folded[~_are_among(folded, exact)]
     if len(exact) + len(folded) > MOST_HASHES:
         return
-    metadata = {"hash": CONTENT_HASH, "complete": earlier.complete if earlier else not goes_on}
+    metadata = {"hash": CONTENT_HASH, "complete": earlier.complete if earlier else not continued}
     # One key of metadata alone: safetensors writes several in an order that differs between processes.
     save_file({"exact": exact, "folded": folded}, directory / ROW_HASHES, {_METADATA: json.dumps(metadata)})
 

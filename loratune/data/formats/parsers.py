@@ -1,6 +1,6 @@
 """The fields of a row → an example, one function for each family of formats. All of them raise RowError.
 
-Preference data: a prompt may be text or messages, or may be missing: then it is what both answers of a pair begin with.
+Preference data: a prompt may be text or messages, or may be missing: then it is the common beginning of both answers.
 An answer may be text, a message, or a list of messages.
 """
 

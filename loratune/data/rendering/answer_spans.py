@@ -341,7 +341,7 @@ class _TurnFinder:
         return self._template.last_end(self._rendered.text, start)
 
     def _past_reasoning(self, number: int, start: int, content: int) -> int:
-        """Returns where an answer whose reasoning the prompt has closed goes on: behind the reasoning in this text."""
+        """Returns where an answer whose reasoning the prompt has closed continues: after the reasoning in this text."""
         tags = [tag.end() for tag in _CLOSING_TAG.finditer(self._rendered.text, start, content)]
         rest = self._rendered.text[tags[-1] if tags else start : content]
         is_own_space = self._chat.messages[number]["content"].startswith(rest)
