@@ -29,7 +29,6 @@ from loratune.data.splits import (
     find_test_leaks,
     read_datasets,
     read_source,
-    read_train_and_validation,
     replay_numbers,
 )  # fmt: skip
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
@@ -40,7 +39,7 @@ from loratune.events import reading
 __all__ = [
     "DatasetSplit", "RawDatasets", "TokenizedDataset", "divide", "find_leaks", "find_test_leaks",
     "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
-    "read_source", "read_train_and_validation", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
+    "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
 ]  # fmt: skip
 
 UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"

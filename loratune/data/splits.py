@@ -185,26 +185,7 @@ def read_datasets(
     *,
     divisible: bool = False,
     given: Mapping[str, GivenRows] | None = None,
-) -> RawDatasets:
-    """Read and check all rows. No tokenizer is needed, and torch is not imported. As `read_train_and_validation`."""
-    datasets = read_train_and_validation(section, seed, divisible=divisible, given=given)
-    if not (sources := _sources("test", section.test_sources, given)):
-        return datasets
-    return replace(datasets, test=_read_split("test", sources, section, seed))
-
-
-def _sources(
-    name: str, sources: Sequence[Source], given: Mapping[str, GivenRows] | None
-) -> Sequence[Source | GivenRows]:
-    return [given[name]] if given and name in given else sources
-
-
-def read_train_and_validation(
-    section: DataSection,
-    seed: int,
-    *,
-    divisible: bool = False,
-    given: Mapping[str, GivenRows] | None = None,
+    test: bool = True,
 ) -> RawDatasets:
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
@@ -213,18 +194,24 @@ def read_train_and_validation(
         seed: Decides which rows are drawn where sources are mixed, and which are held out.
         divisible: Whether a fraction of the training rows may be held out later, see `divide`.
         given: The rows of a Python program for `train`, `validation` or `test`, instead of the sources of that name.
+        test: Whether the rows of `test` are read.
 
     Raises:
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
-    validation = _sources("validation", section.validation_sources, given)
-    fraction = section.validation if isinstance(section.validation, float) and not validation else None
-    train_sources = _sources("train", section.train_sources, given)
-    train = _read_split("train", train_sources, section, seed, divisible or fraction is not None)
-    if validation:
-        return RawDatasets(train, _read_split("validation", validation, section, seed))
+
+    def read(name: str, sources: Sequence[Source], divided: bool = False) -> DatasetSplit | None:
+        found = [given[name]] if given and name in given else sources
+        return _read_split(name, found, section, seed, divided) if found else None
+
+    held_out = section.validation_sources or (given and "validation" in given)
+    fraction = section.validation if isinstance(section.validation, float) and not held_out else None
+    train = read("train", section.train_sources, divisible or fraction is not None)
+    assert train is not None  # a config names its source
+    validation = read("validation", section.validation_sources)
+    tested = read("test", section.test_sources) if test else None
     if fraction is None:
-        return RawDatasets(train, None)
+        return RawDatasets(train, validation, tested)
     train_mask, validation_mask, remarks = divide(train, fraction, section.group_by, seed)
     if not train_mask.any():
         what = f"a fraction of {fraction} of {len(train)} rows leaves none to train on"
@@ -232,10 +219,8 @@ def read_train_and_validation(
             what = f"{what} ({'; '.join(remarks)})"
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY, what, key="data.validation", fix=fix))
-    return RawDatasets(
-        replace(train, mask=train_mask),
-        DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks),
-    )
+    validation = DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks)
+    return RawDatasets(replace(train, mask=train_mask), validation, tested)
 
 
 def divide(

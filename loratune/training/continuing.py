@@ -136,7 +136,7 @@ def _preparing(ready: ValidatedRun, start: StartAdapter) -> Callable[[str], Toke
     def prepare(name: str) -> TokenizedDataset:
         run, path = start.info.run, start.info.files.path
         assert run is not None
-        raw = start.rows or data.read_train_and_validation(run.data, run.training.seed)
+        raw = start.rows or data.read_datasets(run.data, run.training.seed, test=False)
         split = raw.train if name == "training" else raw.validation
         assert split is not None
         if (path / "tokenizer_config.json").is_file():

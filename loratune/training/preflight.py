@@ -174,7 +174,7 @@ def _earlier_rows(run: RunConfig, info: AdapterDirectory) -> tuple[RawDatasets |
         unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
         raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", "leave data.replay out"))
     try:
-        return data.read_train_and_validation(earlier.data, earlier.training.seed), ""
+        return data.read_datasets(earlier.data, earlier.training.seed, test=False), ""
     except DataError as error:
         place, what = error.problems[0].where, error.problems[0].what
         if run.data.replay is not None:
