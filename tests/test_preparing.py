@@ -613,14 +613,19 @@ def test_ctrl_c_while_tokenizing(
 
 @pytest.mark.slow
 def test_memory(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """It does not grow with the rows, of which the smaller set already fills what is held at once."""
+    """It does not grow with the rows, of which the smaller set already fills what is held at once; one row of 50 MB is
+    cut as the policy says, in a few times its size."""
 
-    def of(count: int) -> int:
-        rows = ({"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(count))
-        data = {"train": str(write_rows(tmp_path / f"{count}.jsonl", rows)), "max_length": 512}
+    def of(count: int, *further: dict[str, str]) -> int:
+        rows = [{"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(count)]
+        data = {"train": str(write_rows(tmp_path / "some.jsonl", [*rows, *further])), "max_length": 512}
         return peak(processes, run_config(f"{count}.yaml", data=data))
 
-    assert of(60_000) - of(10_000) < 32 << 20
+    words = " ".join(f"word{number}" for number in range(5_000_000))[: 50 << 20]
+    some = of(10_000)
+    assert of(60_000) - some < 32 << 20
+    long = of(10_000, {"prompt": words, "completion": " the end"})
+    assert long - some < 40 * len(words)  # a token a byte, at 8 bytes in each of the two lists that are held at once
 
 
 def test_a_chat_template_of_ones_own(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats.examples import IGNORED as IGNORED
@@ -17,8 +18,10 @@ _log = logging.getLogger(__name__)
 Span: TypeAlias = tuple[int, int]
 """Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
 
-_CALL_CHARACTERS = 2**18
-"""Characters of the texts that are encoded in one call: the tokenizer needs some hundred bytes for each."""
+LONG = 2**20
+"""Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
+PIECE = 2**18
+"""Characters of a piece, and of all the texts that are encoded in one call where a text is not longer by itself."""
 
 TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
@@ -28,6 +31,7 @@ CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
 Above 0 is what is to become more likely."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
+_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
 
 
@@ -151,6 +155,7 @@ class Encoder:
             TokenizerFailure: The tokenizer fails on every text.
         """
         self._tokenizer = tokenizer
+        self._shared_ids: dict[int, int] = {}
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         probe, self._newline, newline_letter, letter = (
             self._encode_one(text, self._encode_slowly) for text in (_PROBE, "\n", "\na", "a")
@@ -163,13 +168,24 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts. A text that occurs twice is encoded once; the empty text has no ids.
 
+        A text of more than a million characters is encoded in pieces that end at words or lines.
+
         Raises:
             TokenizerFailure: The tokenizer fails on one of the texts.
         """
         ids_of: dict[str, list[int]] = {"": []}
-        for batch in _batches([text for text in dict.fromkeys(texts) if text]):
+        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
             ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
+        for text in texts:
+            if text not in ids_of:
+                pieces = _pieces(text, without_space=self._adds_space)
+                ids_of[text] = [*chain.from_iterable(self._encode_piece(piece) for piece in pieces)]
         return [ids_of[text] for text in texts]
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        """One object for each id: the ids of a long row would otherwise be objects of their own."""
+        shared = self._shared_ids
+        return [shared.setdefault(number, number) for number in self._encode_batch([piece])[0]]
 
     def one(self, text: str) -> list[int]:
         """Encode one text."""
@@ -243,14 +259,32 @@ class Encoder:
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields batches of texts of at most `_CALL_CHARACTERS` characters together, or of a single longer text."""
+    """Yields batches of texts of at most `PIECE` characters together, or of a single longer text."""
     batch: list[str] = []
     size = 0
     for text in texts:
-        if batch and size + len(text) > _CALL_CHARACTERS:
+        if batch and size + len(text) > PIECE:
             yield batch
             batch, size = [], 0
         batch.append(text)
         size += len(text)
     if batch:
         yield batch
+
+
+def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
+    """Yields the pieces of a text; each ends at the last word or line that fits.
+
+    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
+    """
+    start = 0
+    while len(text) - start > (PIECE if start else LONG):
+        window = start + PIECE // 2, start + PIECE
+        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
+        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
+        end = [window[1], *lines, *words][-1]
+        piece = text[start:end]
+        yield piece.removeprefix(" ") if start and without_space else piece
+        start = end
+    last = text[start:]
+    yield last.removeprefix(" ") if start and without_space else last
