@@ -1,4 +1,4 @@
-"""The stable codes of everything that can be wrong; loratune/README.md has the table, which is written from here."""
+"""The stable codes of everything that can be wrong; loratune/codes.md is written from here."""
 
 from enum import StrEnum
 
