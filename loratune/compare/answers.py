@@ -1,5 +1,4 @@
-"""What models do on rows: the loss on each, greedy answers to their prompts and the metrics of these, and rewards of
-preferences.
+"""Scores of models on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
 
 The loss and the rewards of preferences are those of the objective that the adapter was trained with, if that fits the
 rows, and the reference is the base. All models are measured by them, also an adapter that was trained with another
@@ -44,7 +43,7 @@ _PLACES = 3
 
 
 class AnsweringModel(Protocol):
-    """A loaded adapter, as `adapter` has it; while its adapter is off, its base.
+    """A loaded adapter as this module needs it; with the adapter switched off it is the base.
 
     Attributes:
         model: The `PeftModel`.
@@ -250,7 +249,7 @@ class PreferenceAnswers:
 
 
 def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[ModelAnswer]:
-    """What always to give the most frequent of the expected answers comes to on each row; empty where these are not
+    """Scores of the baseline that always gives the most frequent expected answer, row by row; empty unless answers are
     labels. Its loss is NaN, as it has no probabilities. Raises as `Judging.scores`."""
     copies = Counter[str]()
     for row in rows:
@@ -311,7 +310,8 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
 
 
 def _expected_texts(what: str, reason: str, wrong: Sequence[str], total: int) -> Problem:
-    """The problem of all rows of whose expected texts a metric says the same: that of the first, and how many more."""
+    """One problem for all rows whose expected texts a metric refuses for the same reason: the first row, and a
+    count."""
     first, *others = wrong
     more = ""
     if others:

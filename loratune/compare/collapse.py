@@ -1,4 +1,4 @@
-"""Whether a model still depends on what it reads: one that was trained at far too high a rate may not.
+"""Detects collapse: predictions of a model trained at far too high a rate may not depend on the prompt.
 
 Such an adapter predicts the same next token after every prompt. Its loss can be lower than that of the base all the
 same, where the base does badly on rows of this form. So the predictions of both are compared after different prompts.
@@ -118,8 +118,8 @@ def measure(
 
 
 def prompts(rows: Sequence[TokenizedRow]) -> dict[tuple[int, ...], int]:
-    """What stands before the first supervised tokens in which rows differ, and the token that mostly follows it there,
-    which is not the same for all: `PROMPTS` at most."""
+    """Prompt → expected next token, for at most `PROMPTS` prompts that end before the first supervised token in which
+    rows differ."""
     supervised = [[place for start, end in row.spans for place in range(max(start, 1), end)] for row in rows]
     for number in range(max(map(len, supervised), default=0)):
         reaching = [(row, places[number]) for row, places in zip(rows, supervised, strict=True) if number < len(places)]
@@ -146,7 +146,7 @@ def _predictions(model: PeftModel, found: Iterable[Sequence[int]]) -> list[torch
 
 
 def reason(sensitivity: PromptSensitivity | None, rows: str, loss: float, of_base: float, vocabulary: int) -> str:
-    """Why an adapter is not a result of training, whatever its base does, as the rest of a sentence on it; else empty.
+    """Why an adapter counts as collapsed, as the predicate of a sentence; empty if it does not.
 
     Args:
         sensitivity: What `measure` found.

@@ -137,7 +137,7 @@ class Comparison:
         return requirements.judge(one, value, interval, is_distinguishable)
 
     def _measured(self, one: Requirement) -> tuple[float | None, Interval | None, bool]:
-        """What a requirement is about, its interval, and whether a difference between models is more than chance."""
+        """The value that a requirement bounds, its interval, and whether a difference between models is significant."""
         if one.metric == FORGETTING:
             assert self.forgetting is not None
             return self.forgetting.value, self.forgetting.interval, True
@@ -161,7 +161,8 @@ class Comparison:
         return self.rows[0].item
 
     def paired(self) -> dict[str, Mapping[str, Difference]]:
-        """Model → metric → how the adapter differs from that model; what it is compared with comes first."""
+        """Model → metric → difference of the adapter from that model; the model it is mainly compared with comes
+        first."""
         return {self.compared_with: self.differences, **self.others}
 
     def to_dict(self) -> dict[str, Any]:
@@ -191,7 +192,7 @@ def compare_rows(
     remarks: Sequence[str] = (),
     majority: Sequence[ModelAnswer] = (),
 ) -> Comparison:
-    """What follows from the answers to rows.
+    """Compute metrics, differences and verdict from the answers to rows.
 
     Args:
         rows: Distinct rows, at least one, each with the answers of `base` and `adapter`, and perhaps of `against`.
@@ -311,7 +312,7 @@ def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
 
 
 def difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Difference:
-    """A metric of the adapter less that of another model. rows: as of `compare`; the metric is no perplexity."""
+    """The difference of a metric: adapter minus another model. rows: as of `compare`; the metric is no perplexity."""
     if metric == LOSS:
         return compare(losses_of(rows, other), losses_of(rows, ADAPTER))
     groups = [

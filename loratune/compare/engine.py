@@ -1,4 +1,4 @@
-"""The one engine from rows to losses: which layers compute them, how rows are batched, and what came of it.
+"""The engine that computes the losses of rows: it chooses layers and batches, runs the model, and orders the results.
 
 Training, its comparisons at the end, `evaluate` and `sweep` all score rows here. What is in a batch follows from the
 model and the rows alone, not from the batches of training or the number of processes. So one adapter has one loss on
@@ -74,7 +74,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class ScoringLayout:
-    """How rows are batched that each get a loss of their own.
+    """How rows are batched when each row gets its own loss.
 
     In other batches the loss of a row may differ by rounding. Where prefixes are shared, a batch may have a few tokens
     more, as the tree leaves out prefixes of less than `LEAST_SHARED` tokens.
@@ -226,7 +226,7 @@ class Engine:
 
 
 def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
-    """The share of the tokens of some items that need not be computed if rows share prefixes, by a sample of them."""
+    """The fraction of tokens that shared prefixes save, estimated on a sample of items."""
     if len(numbers) > _SAMPLED_ROWS:
         numbers = [numbers[place] for place in np.random.default_rng(0).permutation(len(numbers))[:_SAMPLED_ROWS]]
     every = sum(layout.tokens(number) for number in numbers)
@@ -238,7 +238,7 @@ def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
 
 
 class Objective:
-    """What the loss of rows is, and what training lowers. This one is the cross-entropy of `sft`.
+    """The loss of rows, which training minimizes. This one is the cross-entropy of `sft`.
 
     Attributes:
         unit: What the loss is a mean over, in the singular: `token`, `pair`, `answer`.
@@ -256,7 +256,8 @@ class Objective:
         return count
 
     def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
-        """Take out of a batch what the model is not given, before its forward pass. by_row: no sum over rows."""
+        """Remove from a batch what is not an input of the model, and keep it for the loss. Called before the forward
+        pass. by_row: no sum over rows."""
         lengths = batch.pop("lengths", None)
         kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
@@ -306,7 +307,7 @@ class Objective:
         return self.plan(engine, dataset, {number: len(copies) for number, copies in dataset.copies().items()})
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """What a model is read in, without gradients. model: as given to `losses`."""
+        """The context in which a model is scored, without gradients. model: as given to `losses`."""
         return nullcontext()
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:

@@ -155,7 +155,7 @@ class Gain:
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What training has changed on rows that it did not read.
+    """How training changed the loss on other rows: unrelated text, or rows of an earlier run.
 
     Attributes:
         comparison: The model before its first step, as `base`, and the trained one, on the same rows; None if the rows
@@ -252,7 +252,7 @@ def per(unit: str) -> str:
 
 
 def item(unit: str) -> str:
-    """What rows are called by what losses are a mean over: `row`, and `pair` or `answer` of preferences."""
+    """The word for a row, by the unit of the loss: `row`, or `pair` or `answer` for preferences."""
     return "row" if unit == "token" else unit
 
 

@@ -105,7 +105,7 @@ class RowLosses:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of the adapter less that of what it is compared with, on the same rows.
+    """The paired difference of a metric on the same rows: adapter minus the model it is compared with.
 
     For a difference between shares of rows, the verdict needs both: McNemar's p below 0.05, and an interval without 0.
 
@@ -139,7 +139,7 @@ class Difference:
 
 
 def compare(base: RowLosses, adapter: RowLosses) -> Difference:
-    """The loss of an adapter less that of its base, or of another model, on the same rows."""
+    """The paired difference of losses on the same rows: adapter minus its base, or another model."""
     return mean_difference(adapter.totals - base.totals, adapter.counts, lower_is_better=True)
 
 
@@ -152,15 +152,16 @@ def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) ->
 
 
 def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """A second mean of scores between 0 and 1 less a first one. first, second: (rows,), the score of each row.
-    weights: (rows,), the copies of each."""
+    """The difference of two means of scores between 0 and 1: second minus first. first, second: (rows,), the score of
+    each row. weights: (rows,), the copies of each."""
     differences = second - first
     interval = statistics.bounded_difference_interval(differences, weights)
     return of_means([(weights * differences, weights)], interval, lower_is_better)
 
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """A second share of rows less a first one. first, second: (rows,), 0 or 1. weights: (rows,), the copies of each."""
+    """The difference of two shares of rows: second minus first. first, second: (rows,), 0 or 1. weights: (rows,), the
+    copies of each."""
     rows = statistics.effective_rows(weights)
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
@@ -200,7 +201,7 @@ def _verdict(value: float, interval: Interval | None, lower_is_better: bool) -> 
 
 
 def _rows_needed(value: float, error: float, rows: int) -> int | None:
-    """How many rows would tell, where these do not: more than these."""
+    """About how many rows a significant difference would need; more than there are."""
     needed = statistics.rows_needed(value, error, rows)
     return needed and max(needed, rows + 1)
 

@@ -1,4 +1,4 @@
-"""What objectives that compare answers lower, as functions of the summed log-probabilities of answers.
+"""The loss functions of preference objectives, as functions of the summed log-probabilities of answers.
 
 y is an answer to the prompt x, y_w the chosen one of a pair and y_l the rejected one, |y| the tokens of an answer,
 p(y|x) the probability that what is trained gives it, and ref(y|x) that of what it is compared with. Each objective
@@ -214,7 +214,7 @@ def _log_odds(log_probabilities: Tensor) -> Tensor:
 
 
 class ComparedRows:
-    """The rows of a split, as batches of compared answers take them.
+    """The rows of a split of preferences, with the fields that their batches need.
 
     Attributes:
         dataset: The rows.

@@ -1,4 +1,4 @@
-"""What is said of answers that are compared: how often the right one is preferred, and at what cost in probability.
+"""Metrics of preferences: how often the chosen answer is preferred, and how probabilities changed.
 
 - `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of judged
   answers whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.

@@ -47,7 +47,7 @@ class ModelAnswer:
 
 @dataclass(frozen=True)
 class ComparedAnswer:
-    """An answer that stands in a row, to be compared with another one, or judged: its text, and its tokens."""
+    """An answer of a preference row: its text and its number of tokens."""
 
     text: str
     tokens: int

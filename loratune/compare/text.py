@@ -1,4 +1,4 @@
-"""An comparison as text: tables of metrics with their intervals, the verdict in a sentence, and rows as blocks."""
+"""A comparison as text: tables of metrics with their intervals, the verdict in a sentence, and rows as blocks."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -141,8 +141,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def majority(comparison: Comparison) -> str:
-    """That an adapter is better than what it is compared with, but not than always to give the most frequent of the
-    expected answers; else empty."""
+    """A line if an adapter beats the model it is compared with, but not the `majority` baseline; else empty."""
     answers = len({row.expected for row in comparison.rows if row.expected is not None})
     if comparison.majority is None or comparison.verdict != "better" or answers < 2:
         return ""
@@ -156,7 +155,8 @@ def majority(comparison: Comparison) -> str:
 
 
 def outlook(difference: Difference, item: str = "row") -> str:
-    """How many rows would tell two models apart, or why there is no number; empty where these rows do, or are too few.
+    """How many rows a significant difference would need, or why that is unknown; empty if it is significant or rows are
+    too few.
 
     The number has two digits that are not 0: it is an estimate, so more would say nothing.
     """

@@ -1,4 +1,4 @@
-"""The numerics that make training fast: loss, LoRA, attention, norms, each with its reference.
+"""Accelerated loss, LoRA, attention and norms for training, each with a reference in torch.
 
 `accelerate` determines which layers of a model they can compute, and `Acceleration.applied` replaces these layers while
 the model is trained.

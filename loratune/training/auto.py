@@ -1,4 +1,4 @@
-"""What `auto` comes to: the rate, schedule and length of a run and the shape of its adapter, from counts and widths.
+"""Chooses values for `auto`: learning rate, schedule and length of a run, and the shape of its adapter.
 
 The choices rest on the experiments of scripts/learn.py, whose tables stand in scripts/README.md, and where those do not
 reach, on the sources that are named with each number. The same config, rows and base give the same choices, in every
@@ -325,7 +325,7 @@ def _decided_keys(section: str) -> list[str]:
 
 
 def are_recorded(recorded: Mapping[str, Any]) -> bool:
-    """Whether the values that a record has for keys of which `auto` is one are values of these keys, and not `auto`.
+    """Whether a record has valid, decided values for those of its keys that can be `auto`.
 
     recorded: the config of an interrupted run as plain values. Where they came from is not known.
     """
@@ -359,7 +359,7 @@ def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
-    """The config with what was decided before an interruption in the place of `auto` and of a time budget.
+    """The config with `auto` and a time budget replaced by the values decided before the interruption.
 
     recorded: as in `kept`.
 

@@ -72,8 +72,7 @@ class TokenizedDatasets:
 
     @property
     def compared(self) -> dict[str, TokenizedDataset]:
-        """The splits on whose rows an adapter may be compared with its base, by their names in words, the first one
-        before the others."""
+        """The splits on which an adapter may be compared with its base, by name, in order of preference."""
         named = {"validation": self.validation, "training": self.train}
         return {name: split for name, split in named.items() if split}
 
@@ -303,7 +302,7 @@ def objective_of(
     training: TrainingSection,
     preferences: PreferenceSection,
 ) -> Objective:
-    """What a run lowers, with the rows of answers that it compares, by the name of their split."""
+    """The objective of a run; for preferences with the rows of each split."""
     if training.objective == "sft":
         return NextToken()
     splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.items()}

@@ -1,4 +1,4 @@
-"""What a run is computed with, of which its checkpoints keep a record."""
+"""The software and hardware that a run is computed with, as recorded in its checkpoints."""
 
 import platform
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Going on from an adapter: its base is checked, and rows of the run that made it are replayed.
+"""Continuing from an adapter (`lora.start_from`): checks its base, and replays rows of the run that made it.
 
 The rows are those of the earlier run's own config, read, rendered and cut as it did; that they are the same is known by
 the fingerprints that the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise

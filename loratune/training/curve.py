@@ -1,4 +1,4 @@
-"""What a run keeps of its reports, and of the steps since the last. Without torch: checkpoints are read early."""
+"""The loss curve of a run, and the losses of steps since the last report. Without torch: checkpoints are read early."""
 
 import math
 from collections.abc import Sequence

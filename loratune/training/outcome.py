@@ -1,4 +1,4 @@
-"""What a training loop came to, in numbers and in words."""
+"""The outcome of a training loop, in numbers and in words."""
 
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -18,7 +18,7 @@ CURVE_KEYS = ("loss", "eval_loss")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training loop came to.
+    """The outcome of a training loop.
 
     Attributes:
         steps: Optimizer steps that were taken.

@@ -1,4 +1,4 @@
-"""Training on answers that are compared: their rows, the log-probabilities of the reference, and the objective.
+"""Training on preferences: rows, log-probabilities of the reference, and the objective.
 
 A pair is two rows behind each other, an answer that is good or bad is one row; either is an item. The objective needs
 the summed log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in
@@ -49,7 +49,7 @@ MOST_COMPARED = 256
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What a pass over items gave, in their order.
+    """The scores of items from one pass, in the order of the items.
 
     Attributes:
         answers: Of the rows.
@@ -68,7 +68,7 @@ class ScoredBatch:
 
     @classmethod
     def joined(cls, parts: Sequence[Mapping[str, list[float]]]) -> "ScoredBatch":
-        """What several batches gave, each as plain numbers."""
+        """The joined scores of several batches, each given as plain numbers."""
         joined = {name: [*chain.from_iterable(part[name] for part in parts)] for name in _NAMES}
         numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in joined.items()}
         answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
@@ -81,7 +81,7 @@ _NAMES = ("answers", "tokens", "references", "sides", "mismatched", "mismatched_
 
 
 class PreferenceObjective(Objective):
-    """An objective that compares answers.
+    """An objective on preferences.
 
     Attributes:
         formula: Which.

@@ -1,4 +1,4 @@
-"""What can be checked before torch is imported: rows, the place of the model, resuming, the adapter to start from."""
+"""Checks of a run before torch is imported: rows, location of the model, checkpoint, adapter to start from."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The log-probabilities of what answers are compared with: the model before its first step.
+"""Log-probabilities of the reference of preferences: the model before its first step.
 
 That is the base with the adapter switched off, or with the adapter that is trained further. So no second model is
 needed: they are computed once, before the first step, and kept in the cache of the rows, under everything that decides
@@ -40,7 +40,7 @@ _ORDERED = 0.5
 
 @dataclass(frozen=True)
 class Reference:
-    """What compared answers are compared with.
+    """The reference model of a preference objective.
 
     Attributes:
         model: The base with the adapter before its first step.

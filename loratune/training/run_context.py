@@ -1,4 +1,4 @@
-"""What a training loop is given: what it trains, where it reports and writes, and what it goes on from."""
+"""The inputs of a training loop: what it trains, where it reports and writes, and where it continues."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

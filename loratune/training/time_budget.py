@@ -215,7 +215,7 @@ def _passes_at_the_end(plan: "Plan", tokens: int) -> Iterator[Pass]:
 
 
 def _timed(plan: "Plan", context: RunContext, timer: StepTimer, left: float) -> _Estimator:
-    """What follows from the steps that were timed, and from forward passes that are timed here."""
+    """An estimator fitted to the timed steps, and to forward passes that are timed here."""
     group, count, operations = context.group, len(timer.micro_steps), list[float]()
     for epoch in _costs(plan).micro_steps(plan.training.seed, group.count):
         operations += epoch.tolist()

@@ -1,7 +1,7 @@
 """Trackers, which follow a run by the integrations of transformers: TensorBoard, W&B, Trackio and MLflow.
 
-They only watch. One that fails is told once and left out from there; and with or without a tracker the run draws the
-same random numbers. One that hangs, as on a network, holds up the run.
+They only watch. One that fails is reported once and then left out. The run draws the same random numbers with and
+without trackers. One that hangs, as on a network, holds up the run.
 """
 
 import copy

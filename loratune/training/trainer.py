@@ -120,7 +120,7 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
 
 
 def time_steps(job: TrainingJob, context: RunContext, timer: StepTimer, *, oom_dry_run: bool) -> None:
-    """Take the first steps of a run, a micro-step each, and write a checkpoint, until the timer ends it; undo it all.
+    """Time the first micro-steps of a run and one checkpoint, then restore everything.
 
     The learning rate is next to nothing, so that no step can diverge. Trained weights are put back; optimizer and
     checkpoint are dropped; the next trainer seeds the random generators anew.

@@ -1,4 +1,4 @@
-"""What this package uses of other libraries although their documentation does not mention it.
+"""Undocumented parts of other libraries that this package uses.
 
 Each such name stands here once, with the reason why no documented one serves; tests/test_upstream_training.py names
 those that a release takes away.
