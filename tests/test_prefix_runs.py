@@ -31,7 +31,7 @@ ROWS = [
     }
     for number in range(40)
 ]
-ON, OFF = "data.share_prefixes: what rows of a batch begin with alike is computed once", "data.share_prefixes: off"
+ON, OFF = "data.share_prefixes: shared prefixes are computed once", "data.share_prefixes: off"
 
 
 @pytest.fixture

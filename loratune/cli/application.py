@@ -65,7 +65,7 @@ app = typer.Typer(
 )
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of errors that stop nothing.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of errors that do not end the command.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
@@ -81,7 +81,7 @@ Assignments = Annotated[
 
 DataAssignments = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Read the rows otherwise than training did: data.max_length=512."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training: data.max_length=512."),
 ]
 
 

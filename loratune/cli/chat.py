@@ -53,7 +53,7 @@ def chat(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Talk with an adapter on its base; /help lists what can be typed. Of a pipe, each line is a turn."""
+    """Chat with an adapter; /help lists the commands. From a pipe, each line is a turn."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
         from loratune.adapter import selection
         from loratune.adapter.sampling import Sampling

@@ -33,7 +33,9 @@ def schema(debug: Debug = False) -> None:
 
 @app.command()
 def explain(
-    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key, or its beginning; all without it.")] = None,
+    key: Annotated[
+        str | None, typer.Argument(metavar="KEY", help="A key, or its beginning; without it, all are listed.")
+    ] = None,
     config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     json: Json = False,

@@ -58,7 +58,7 @@ def evaluate(
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Tasks of the lm-evaluation-harness; YAML files and directories of tasks, whose code is run.",
+            help="Tasks of the lm-evaluation-harness, or YAML files and directories of tasks, whose code is run.",
         ),
     ] = None,
     limit: Annotated[
@@ -75,10 +75,13 @@ def evaluate(
     ] = None,
     forgetting: Annotated[
         str | None,
-        typer.Option("--forgetting", metavar="FILE", help="Unrelated text that should not get worse, or `builtin`."),
+        typer.Option("--forgetting", metavar="FILE", help="Unrelated text to measure forgetting on, or `builtin`."),
     ] = None,
     worst: Annotated[
-        int, typer.Option("--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows that got worse most.")
+        int,
+        typer.Option(
+            "--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows on which the adapter lost most."
+        ),
     ] = 0,
     output: Annotated[
         Path | None,
@@ -97,7 +100,7 @@ def evaluate(
         ),
     ] = None,
     allow_overlap: Annotated[
-        bool, typer.Option("--allow-overlap", help="With --require: also judge by rows that stand in train.")
+        bool, typer.Option("--allow-overlap", help="With --require: accept rows that are also in train.")
     ] = False,
     assignments: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,

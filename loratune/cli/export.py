@@ -38,14 +38,16 @@ def export(
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Run and compare it in its program; by default, if installed."),
+        typer.Option(
+            "--verify/--no-verify", help="Run the export in its program and compare; by default if installed."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter for vLLM, llama.cpp, Ollama or PEFT. It is read back as they do, and compared."""
+    """Write an adapter for vLLM, llama.cpp, Ollama or PEFT. The result is read back, and compared."""
     with boundary(debug):
         check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         options = ExportOptions(to, merged, llama_cpp, base_gguf, verify)

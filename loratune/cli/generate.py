@@ -32,14 +32,15 @@ if TYPE_CHECKING:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Without any, stdin is one prompt.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to complete; without any, stdin is one prompt.")
     ] = None,
     adapters: Adapters = ...,  # type: ignore[assignment]
     use: Annotated[
-        str | None, typer.Option("--use", metavar="NAME", help="The adapter for what names none; else the first.")
+        str | None,
+        typer.Option("--use", metavar="NAME", help="The adapter for rows that name none; by default the first."),
     ] = None,
     mix: Annotated[
-        str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Add adapters, each with its weight.")
+        str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Answer with the weighted sum of adapters.")
     ] = None,
     source: Annotated[
         Path | None,
@@ -54,17 +55,15 @@ def generate(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")
+        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens with this total probability.")
     ] = None,
-    top_k: Annotated[
-        int | None, typer.Option("--top-k", help="Sample among this many of the likeliest tokens.")
-    ] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from this many of the likeliest tokens.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
     stop: Annotated[
-        list[str], typer.Option("--stop", metavar="TEXT", help="End before this text; can be given several times.")
+        list[str], typer.Option("--stop", metavar="TEXT", help="End the completion before this text; repeatable.")
     ] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
-    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside it.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Give the base model's answer too.")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:

@@ -22,7 +22,7 @@ class Dtype(StrEnum):
 def merge(
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
     out: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the model goes.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the merged model; by default that of the base.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")] = None,
     data: Annotated[
         str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on; else prompts from training.")
     ] = None,

@@ -122,10 +122,10 @@ def print_started(started: "Started", output: str, program: str, *, to_stderr: b
     context = f", {started.context:,} positions" if started.context else ""
     free = f"{fit.free / (1 << 30):.1f} GiB free"
     duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {plural(started.steps, 'step')}"
-    duration += ", or half or twice that; measured as busy as the machine is now"
+    duration += ", within a factor of two; timed under the current load"
     if run.training.max_minutes is not None:
         steps = plural(started.steps, "step")
-        duration = f"at most {run.training.max_minutes:g} min, for about {steps}, or half or twice that"
+        duration = f"at most {run.training.max_minutes:g} min, for about {steps}, within a factor of two"
     lines = [
         ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
         ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {lengths.max():,} at most{sampled}"),

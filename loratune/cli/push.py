@@ -14,15 +14,17 @@ from loratune.cli.boundary import boundary, checked_output, stop_error
 def push(
     repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")],
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see it; else it is private.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public; by default it is private.")
+    ] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="USER/MODEL", help="What a base that was a local path is called on the hub."),
+        typer.Option("--base", metavar="USER/MODEL", help="The base on the hub, for a base that is a local path."),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload an adapter to the hub. In one commit, without paths of this machine; what is there then is compared."""
+    """Upload an adapter to the hub. In one commit, without local paths; what was uploaded is compared."""
     with boundary(debug):
         check_paths(adapter=adapter)
         with importing():

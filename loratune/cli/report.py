@@ -38,7 +38,7 @@ def report(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page on an adapter and its run, or on a sweep. One HTML file that loads nothing."""
+    """Write a page on an adapter and its run, or on a sweep. One self-contained HTML file."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
         _check_subject(adapter, study, against, data)

@@ -25,7 +25,7 @@ def sweep(
         typer.Option(
             "--grid",
             metavar="KEY=VALUE,...",
-            help="Needed, repeatable: values to try, or a range LOW..HIGH to draw from.",
+            help="Required, repeatable: values to try, or a range LOW..HIGH to draw from.",
         ),
     ] = [],  # noqa: B006  typer copies it
     assignments: Assignments = [],  # noqa: B006  typer copies it
@@ -35,10 +35,12 @@ def sweep(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option("--budget", metavar="TIME", help="Start no trial that would not fit: 30m, 1h, 90 (minutes)."),
+        typer.Option(
+            "--budget", metavar="TIME", help="Start no trial that would exceed this time: 30m, 1h, 90 (minutes)."
+        ),
     ] = None,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Stop trials early that do worse at their evaluations.")
+        bool, typer.Option("--halving", help="Stop trials early that do worse than others at the same step.")
     ] = False,
     storage: Annotated[
         str | None, typer.Option("--storage", metavar="URL", help="A database for the study, shared by machines.")

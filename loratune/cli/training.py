@@ -85,7 +85,9 @@ def train(
 @app.command()
 def params(
     config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
-    model: Annotated[str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA.")] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA settings.")
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,

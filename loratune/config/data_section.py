@@ -54,7 +54,7 @@ class DataSection(Section):
     group_by: str | None = Field(
         None,
         min_length=1,
-        description="a field of the rows; rows with one value of it stay on one side of a validation fraction",
+        description="a field of the rows; rows with the same value of it stay in one split when a fraction is held out",
     )
     format: Literal[
         "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
@@ -63,7 +63,7 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         {},
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
-        description="field of a row → its name in the data, e.g. {prompt: question}; hides a field of that name",
+        description="field of a row → its name in the data, e.g. {prompt: question}, which hides the data's prompt",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
@@ -74,25 +74,26 @@ class DataSection(Section):
     max_length: int = Field(1024, ge=2, lt=2**31, description="tokens of a row, its end-of-sequence token included")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
         "keep_completion",
-        description="for rows over max_length: shorten the prompt from its left, drop the row, or refuse the run",
+        description="for rows over max_length: truncate the prompt from the left, drop the row, or stop the run",
     )
     invalid_rows: Literal["error", "drop"] = Field(
         "error",
         description="for rows that cannot be used, such as a line that is not valid JSON or a row that lacks a field: "
-        "refuse the run, or drop them, within max_dropped",
+        "stop the run, or drop them, within max_dropped",
     )
     max_dropped: float = Field(
-        0.1, ge=0, le=1, description="share of rows that may be dropped before the run is refused"
+        0.1, ge=0, le=1, description="fraction of the rows that may be dropped; if more are, the run stops"
     )
     packing: Literal["none", "batch", "full"] = Field(
-        "batch", description="batch: a batch without padding; full: batches filled up with whole rows by best fit"
+        "batch",
+        description="none: padding; batch: a batch without padding; full: batches filled with whole rows by best fit",
     )
     share_prefixes: bool | Auto = Field(
         AUTO,
-        description="compute what rows of a packed batch begin with alike once; auto: where it is exact, and saves 5 %",
+        description="compute shared prefixes of a packed batch once; auto: if exact, and 5 % of the tokens are saved",
     )
     replay: float | None = Field(
-        None, gt=0, lt=1, description="share of the training rows that is drawn from those of lora.start_from"
+        None, gt=0, lt=1, description="fraction of the training rows that is drawn from those of lora.start_from"
     )
 
     @property

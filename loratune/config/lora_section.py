@@ -23,7 +23,7 @@ class LoraSection(Section):
         None,
         min_length=1,
         json_schema_extra={"minItems": 1},
-        description="tensors of no linear layer, as fused experts: role experts; exact names; a regular expression",
+        description="parameters of no linear layer, as fused experts: role experts; exact names; a regular expression",
     )
     bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
@@ -33,26 +33,26 @@ class LoraSection(Section):
         | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
     ) = Field(
         True,
-        description="start of A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
+        description="how A and B start; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
     )
     use_lorafa: bool = Field(
         False, description="LoRA-FA: only B is trained, with a corrected gradient, arXiv:2308.03303"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1e6, description="LoRA+: B learns this many times as fast as A, arXiv:2402.12354"
+        None, ge=1, le=1e6, description="LoRA+: ratio of the learning rates of B and A, arXiv:2402.12354"
     )
     layers_to_transform: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
-        None, min_length=1, description="numbers of the layers to adapt, from 0"
+        None, min_length=1, description="indices of the layers to adapt, from 0"
     )
     rank_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own r, e.g. {q: 16}")
     alpha_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own lora_alpha")
     modules_to_save: list[str] | None = Field(
-        None, min_length=1, description="modules that are trained and saved whole, e.g. [lm_head]"
+        None, min_length=1, description="modules that are trained and saved in full, e.g. [lm_head]"
     )
     trainable_token_indices: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="ids of the tokens whose embeddings are trained"
     )
-    start_from: FilePath | None = Field(None, description="an adapter directory to train further from")
+    start_from: FilePath | None = Field(None, description="an adapter directory from which training continues")
 
     @model_validator(mode="after")
     def _patterns_compile(self) -> Self:

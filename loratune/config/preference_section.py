@@ -26,20 +26,20 @@ PREFERENCE_KEYS = {
 
 
 class PreferenceSection(Section):
-    """Numbers of the objectives that compare answers; each is read with the objectives that have it."""
+    """Settings of the preference objectives; each key names those that read it."""
 
     beta: float | None = Field(
         None,
         gt=0,
         le=1e3,
-        description="dpo, kto: how close to the reference; simpo: scale of rewards; orpo: weight of the odds; "
-        "null: 0.1, with simpo 2",
+        description="dpo, kto: pull towards the reference; simpo: scale of rewards; orpo: weight of the odds ratio; "
+        "null: 0.1, for simpo 2",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="dpo, simpo: the part of the pairs whose order is taken to be wrong, as in cDPO"
+        0.0, ge=0, lt=0.5, description="dpo, simpo: the fraction of pairs assumed to be in the wrong order, as in cDPO"
     )
     simpo_gamma: float = Field(
-        1.0, ge=0, le=1e3, description="simpo: the margin that rewards are to have, arXiv:2405.14734"
+        1.0, ge=0, le=1e3, description="simpo: the target margin of the rewards, arXiv:2405.14734"
     )
     sft_weight: float = Field(
         0.0, ge=0, le=1e3, description="dpo, simpo: weight of the chosen answer's own loss per token, arXiv:2404.19733"

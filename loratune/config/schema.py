@@ -16,9 +16,9 @@ class ModelSection(Section):
 
     name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    gguf_file: FileName | None = Field(None, description="a GGUF file within name_or_path, held unpacked")
+    gguf_file: FileName | None = Field(None, description="a GGUF file in name_or_path, which is dequantized")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 where the machine computes in it, else float32"
+        "auto", description="auto: bfloat16 if the machine computes in it natively, else float32"
     )
     quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes; 4bit is nf4")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
@@ -64,18 +64,18 @@ class TrainingSection(Section):
     """How it is trained: fields of `transformers.TrainingArguments`, under its names, and the objective."""
 
     objective: Objective = Field(
-        "sft", description="sft: answers as they stand; dpo, orpo, simpo: pairs of answers; kto: answers good or bad"
+        "sft", description="sft: supervised fine-tuning; dpo, orpo, simpo: preference pairs; kto: unpaired preferences"
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         AUTO,
-        description="peak learning rate; auto: by the model's width and depth, lora_alpha, rows of a step, passes",
+        description="peak learning rate; auto: from the model's width and depth, lora_alpha, rows of a step, passes",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
-        AUTO, description="passes over the data; auto: one; with q, k, v and o alone, two of few rows"
+        AUTO, description="passes over the data; auto: one, or two over few rows with q, k, v and o alone"
     )
     max_steps: Steps = Field(-1, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(
-        None, gt=0, le=1e5, description="time for the whole command, which max_steps is fixed from; null: no such limit"
+        None, gt=0, le=1e5, description="minutes for the whole command, from which max_steps is fixed; null: no limit"
     )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
@@ -84,24 +84,27 @@ class TrainingSection(Section):
         AUTO, description="schedule of the learning rate; auto: linear to zero"
     )
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="AdamW's decoupled weight decay")
-    max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: not at all")
+    max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: no clipping")
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         Field("adamw_torch", description="optimizer")
     )
-    seed: int = Field(42, ge=0, lt=2**32, description="for the adapter's initial values, the order of rows, dropout")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="seed of the adapter's initial values, the order of rows, dropout"
+    )
     logging_steps: Count = Field(10, description="steps between two reports of the loss")
     save_steps: Count = Field(200, description="steps between two checkpoints")
     eval_steps: Count | None = Field(
-        None, description="steps between two evaluations, one always ends the run; null: chosen from the counts of rows"
+        None,
+        description="steps between evaluations, besides that of the last step; null: chosen from the counts of rows",
     )
     keep: Literal["best", "last"] | None = Field(
-        None, description="the weights of which step become the adapter; null: best, or last without validation rows"
+        None, description="which step's weights become the adapter; null: best, or last without validation rows"
     )
     patience: Count | None = Field(
-        None, description="evaluations without a lower held-out loss after which the run ends early; null: never"
+        None, description="the run ends after this many evaluations without a lower held-out loss; null: never"
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        [], description="trackers that follow the run, by the integrations of transformers"
+        [], description="experiment trackers, through the integrations of transformers"
     )
     ddp_timeout: int = Field(
         1800, gt=0, le=10**7, description="seconds that a collective of several processes may take before the run ends"
@@ -148,7 +151,7 @@ class RunConfig(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     preferences: PreferenceSection = PreferenceSection()
-    output_dir: FilePath = Field(description="where the adapter goes")
+    output_dir: FilePath = Field(description="the directory of the adapter")
 
     @model_validator(mode="after")
     def _evaluations_need_rows(self) -> Self:

@@ -320,7 +320,7 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
         return None, []
     refusal = kernels.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
     if refusal is None:
-        line = f"data.share_prefixes: what rows of a batch begin with alike is computed once: {saved:.0%} fewer tokens"
+        line = f"data.share_prefixes: shared prefixes are computed once: {saved:.0%} fewer tokens"
         return saved, [line]
     what = f"{model.config.model_type} {refusal}"
     if section.share_prefixes is True:
