@@ -39,7 +39,7 @@ class LoraSection(Section):
         False, description="LoRA-FA: only B is trained, with a corrected gradient, arXiv:2308.03303"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1e6, description="LoRA+: ratio of the learning rates of B and A, arXiv:2402.12354"
+        None, ge=1, le=1e6, description="LoRA+: B is trained at this many times the rate of A, arXiv:2402.12354"
     )
     layers_to_transform: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="indices of the layers to adapt, from 0"
