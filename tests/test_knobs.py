@@ -280,7 +280,7 @@ def test_training_max_minutes() -> None:
 
 def test_training_report_to(tmp_path: Path) -> None:
     """Trackers are callbacks of ours; whole runs stand in `test_trackers`."""
-    counts = [len(trackers(names, tmp_path, print, is_resumed=False)) for names in ([], TRAINING["report_to"] * 2)]
+    counts = [len(trackers(names, tmp_path, is_resumed=False)) for names in ([], TRAINING["report_to"] * 2)]
     assert counts == [0, 1]
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from loratune.cli.application import importing
 from loratune.codes import Code
+from loratune.events import noted
 from loratune.training.trackers import Tracker
 
 MakeConfig = Callable[..., Path]
@@ -127,19 +128,19 @@ def test_a_careless_tracker(error: type[BaseException], tmp_path: Path, capsys: 
     """It changes no random number and prints nothing on stdout; when it fails, it is told once and not called again."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerState(), None
     events: list[str] = []
-    lines: list[str] = []
-    tracker = Tracker("careless", partial(Careless, events, error), "out", lines.append)
+    tracker = Tracker("careless", partial(Careless, events, error), "out")
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     tracker.on_train_begin(*arguments)
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
-    for _ in range(2):
-        tracker.on_log(*arguments, logs={"loss": 1.0})
-    tracker.end()
+    with noted() as lines:
+        for _ in range(2):
+            tracker.on_log(*arguments, logs={"loss": 1.0})
+        tracker.end()
     assert events == ["begin", "log"]
     (line,) = lines
     assert f" [{Code.TRAINING_TRACKER_FAILED}]" in line and "no\\nspace" in line
     assert capsys.readouterr().out == ""
-    interrupted = Tracker("careless", partial(Careless, events, KeyboardInterrupt), "out", lines.append)
+    interrupted = Tracker("careless", partial(Careless, events, KeyboardInterrupt), "out")
     with pytest.raises(KeyboardInterrupt):
         interrupted.on_log(*arguments, logs={"loss": 1.0})
 

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loratune import escaping
-from loratune.commands.plan import adapted_too, shared_module
-from loratune.compare import text
 from loratune.console import log, print_block, print_json, print_marked, print_table
-from loratune.lora.module_names import pattern, ranges, shape_text
+from loratune.lora.module_names import adapted_too, pattern, ranges, shape_text, shared_module
 from loratune.report.loss_plot import loss_plot
 from loratune.text import format_duration, format_size, plural
 
@@ -174,6 +172,8 @@ def print_evaluation(comparison: "Comparison", worst: int, as_json: bool) -> Non
 
     worst: how many of the rows that got worse most are shown.
     """
+    from loratune.compare import text
+
     rows = text.worst(comparison, worst)
     if as_json:
         print_json(comparison.to_dict() | ({"worst": [row.as_json() for row in rows]} if worst else {}))
@@ -202,6 +202,8 @@ def print_evaluation(comparison: "Comparison", worst: int, as_json: bool) -> Non
 
 def print_tasks(results: "TaskResults", as_json: bool = False) -> None:
     """The metrics of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    from loratune.compare import text
+
     if as_json:
         print_json(results.as_json())
         return

@@ -60,7 +60,8 @@ class Terminal:
                 if self._training is not None:
                     self._training.stop()
             case StepEvent() | EvaluationEvent():
-                assert self._training is not None
+                if self._training is None:  # a resumed run that has no step left, and is only evaluated
+                    self._training = _Training(TrainingEvent(event.steps, event.step))
                 self._training.show(event)
 
     def _progress(self, event: ProgressEvent) -> None:

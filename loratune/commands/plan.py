@@ -1,7 +1,7 @@
 """What of a run comes before its first step: `loratune train --dry-run` shows it, and `train` carries it out."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from loratune.events import PlanEvent
 from loratune.lora import attach, parameters, start
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
+from loratune.lora.module_names import shared_module
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import base_files, load
@@ -168,16 +169,6 @@ class Plan:
                 if ids:
                     yield self.tokenizer.decode(ids), supervised
             start = span[1]
-
-
-def shared_module(module_pattern: str, fused: Sequence[str], shared_roles: Sequence[str]) -> str:
-    """`*.qkv_proj is one module for q, k, v: k and v are adapted as well`."""
-    return f"{module_pattern} is one module for {', '.join(fused)}: {adapted_too(shared_roles)}"
-
-
-def adapted_too(roles: Sequence[str]) -> str:
-    """`k is adapted as well`, `k and v are adapted as well`."""
-    return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"
 
 
 def _shortened(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:

@@ -4,6 +4,7 @@ Nothing is written before everything that has a name of the study is known to be
 """
 
 import json
+import logging
 import os
 import re
 import time
@@ -30,6 +31,8 @@ from loratune.errors import (
 )
 from loratune.report.study import FILE, StudyResults
 from loratune.system.files import is_incidental_file, kind, path_problem
+
+_log = logging.getLogger(__name__)
 
 JOURNAL, LOCKS, TRIALS = "journal.log", "locks", "trials"
 _UNFINISHED = f"{JOURNAL}.unfinished"
@@ -251,6 +254,7 @@ def open_database(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, **arguments)
     except Exception:  # of whatever client the database has
+        _log.debug("the database is opened again", exc_info=True)
         time.sleep(1)
         return RDBStorage(url, **arguments)
 
