@@ -474,6 +474,7 @@ def test_few_test_rows_have_no_interval(cli: Cli, run_config: MakeConfig, tmp_pa
 # Several processes
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_keep_the_same_step(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Both are killed after the best step; each goes on with it."""

@@ -61,7 +61,7 @@ def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path) 
     assert [*ends.values()].count("counts") > len(ends) / 2
 
 
-@pytest.mark.parametrize("model_type", ["blt", "dory"])
+@pytest.mark.parametrize("model_type", ["blt", pytest.param("dory", marks=pytest.mark.slow)])
 def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
     """Several stacks without a number of layers of their own; more kinds of layers listed than there are layers."""
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path / model_type)

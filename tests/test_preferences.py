@@ -458,7 +458,7 @@ def test_variants_start_at_the_base(init: str, cli: Cli, run_config: MakeConfig,
 # Resuming
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_a_resumed_run_has_the_same_bytes(
     objective: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
