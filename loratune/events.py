@@ -136,6 +136,11 @@ Listener: TypeAlias = Callable[[Event], Any]
 Advance: TypeAlias = Callable[[int], None]
 """Called with how much was done since the last call."""
 
+
+def no_advance(count: int) -> None:
+    """An `Advance` that emits nothing."""
+
+
 _INTERVAL = 0.1
 """Seconds between two events of one piece of work, at least."""
 

@@ -38,8 +38,7 @@ def load_config(path: StrPath, overrides: Mapping[str, Any] | None = None) -> Ru
     Raises:
         ConfigError: With every problem of the file.
     """
-    assignments = [f"{key}={json.dumps(value, default=fspath)}" for key, value in (overrides or {}).items()]
-    return configs.load(Path(path), assignments)
+    return configs.load(Path(path), _assignments(overrides))
 
 
 def train(
@@ -112,10 +111,9 @@ def init(
     Raises:
         ConfigError, ModelError, DataError: A value, the model or the rows cannot be used.
     """
-    assignments = [f"{key}={json.dumps(value, default=fspath)}" for key, value in (overrides or {}).items()]
     with listening(on_event):
         file = output_file.output(Path(output), "output", overwrite=None) if output is not None else None
-        draft = configs.draft(first_values(rows, model), SOURCE, assignments)
+        draft = configs.draft(first_values(rows, model), SOURCE, _assignments(overrides))
         started = drafts.init(checked(draft), draft)
         if file is not None:
             with file.opened() as writable:
@@ -184,3 +182,8 @@ def _listed(values: Sequence[Any] | str) -> str:
     if isinstance(values, str):
         return values
     return ",".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+
+
+def _assignments(overrides: Mapping[str, Any] | None) -> list[str]:
+    """Overrides as `--set` takes them."""
+    return [f"{key}={json.dumps(value, default=fspath)}" for key, value in (overrides or {}).items()]

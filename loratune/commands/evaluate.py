@@ -24,7 +24,7 @@ from loratune.compare.answers import (
 )
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
-from loratune.compare.engine import Engine, Scorer, nothing
+from loratune.compare.engine import Engine, Scorer
 from loratune.compare.losses import Difference, compare
 from loratune.compare.objectives import Formula, formula_for, formula_of
 from loratune.compare.requirements import Requirement
@@ -34,7 +34,7 @@ from loratune.data import DatasetSplit, TokenizedDataset
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
-from loratune.events import counting
+from loratune.events import counting, no_advance
 from loratune.lora import attach
 from loratune.model import load
 from loratune.text import plural
@@ -150,7 +150,7 @@ def _answers(
     rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer
 ) -> list[ModelAnswer]:
     model.activate()
-    with counting(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(nothing) as advance:
+    with counting(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(no_advance) as advance:
         return rows.answers(name, model, scorer, advance)
 
 

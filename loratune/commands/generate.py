@@ -15,9 +15,8 @@ from loratune.codes import Code
 from loratune.data import formats
 from loratune.data.formats import Question
 from loratune.data.sources import Row, reported
-from loratune.data.sources.rows import no_advance
 from loratune.errors import ConfigError, DataError, Problem
-from loratune.events import counting
+from loratune.events import counting, no_advance
 from loratune.model import load
 
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from loratune.codes import Code
-from loratune.compare.engine import Advance, Scorer, nothing
+from loratune.compare.engine import Scorer
 from loratune.compare.metrics import OPTION, ExpectedTextError, Metric
 from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
 from loratune.compare.preferences import PreferenceMetrics, Side, names_of_sides
@@ -28,6 +28,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
 from loratune.data.rendering import TokenizedRow
 from loratune.errors import ConfigError, DataError, Problem
+from loratune.events import Advance, no_advance
 from loratune.model import load
 
 Values = NDArray[np.float64]
@@ -141,7 +142,7 @@ class RowAnswers:
         return sum(row.prompt is not None for row in self.rows)
 
     def answers(
-        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = nothing
+        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = no_advance
     ) -> list[ModelAnswer]:
         """What a model does on each row.
 
@@ -212,7 +213,7 @@ class PreferenceAnswers:
         self.metrics: dict[str, PreferenceMetrics] = {}
 
     def answers(
-        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = nothing
+        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = no_advance
     ) -> list[ModelAnswer]:
         """See `RowAnswers.answers`; the base, which is the reference, comes first."""
         rows = scorer.losses(self._dataset, dict.fromkeys(self._numbers, 1)).nats

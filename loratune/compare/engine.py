@@ -40,12 +40,10 @@ Layers = Literal["accelerated", "stock"]
 
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch that is read; it may raise an error, which ends the pass."""
-Advance = Callable[[int], None]
-"""Takes how many rows or batches were done since its last call."""
 
 
 def nothing(_: Any) -> None:
-    """A `BeforeBatch`, or an `Advance`, that does nothing."""
+    """A `BeforeBatch` that does nothing."""
 
 
 # Batches

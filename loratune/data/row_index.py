@@ -29,9 +29,9 @@ from loratune.data.sources import (
     place_parts,
     reported,
 )
-from loratune.data.sources.rows import Advance, Row
+from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
-from loratune.events import reading
+from loratune.events import Advance, reading
 
 RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: which rows take part."""

@@ -20,8 +20,9 @@ from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
 from loratune.data.row_index import EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
 from loratune.data.sources import GivenRows, left_out
-from loratune.data.sources.rows import Advance, Row, no_advance, place_in_cache, to_json_line
+from loratune.data.sources.rows import Row, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
+from loratune.events import Advance, no_advance
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources import tables, text_files
-from loratune.data.sources.rows import BLOCK, Advance, RowOrProblem, no_advance
+from loratune.data.sources.rows import BLOCK, RowOrProblem
 from loratune.errors import DataError, Problem
-from loratune.events import progress
+from loratune.events import Advance, no_advance, progress
 from loratune.system.files import kind, sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")

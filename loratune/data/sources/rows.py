@@ -4,12 +4,13 @@ import base64
 import csv
 import datetime
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TextIO
 
 from loratune.codes import Code
 from loratune.errors import Problem
+from loratune.events import Advance, no_advance
 
 MAX_PROBLEMS = 10
 """How many problems of a source are collected before reading stops."""
@@ -67,9 +68,6 @@ def place_parts(where: str) -> tuple[str, str, str]:
 BLOCK = 1 << 20
 """Bytes that are read and held at a time."""
 
-Advance = Callable[[int], None]
-"""Takes the number of bytes that were read since the last call."""
-
 
 @dataclass(frozen=True)
 class Row:
@@ -98,10 +96,6 @@ RowOrProblem = Row | Problem
 def place_in_cache(where: str) -> str:
     """The place of a row as text that UTF-8 can encode: paths may hold bytes that are not UTF-8."""
     return where.encode(errors="backslashreplace").decode()
-
-
-def no_advance(count: int) -> None:
-    """Ignores progress."""
 
 
 class RowSource(Protocol):

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 
 from loratune.codes import Code
 from loratune.data import upstream
-from loratune.data.sources.rows import BLOCK, Advance, Row, RowOrProblem, Unreadable, no_advance, to_json_line, to_row
+from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable, to_json_line, to_row
 from loratune.data.sources.text_files import duplicate_columns
 from loratune.errors import DataError, Problem
+from loratune.events import Advance, no_advance
 
 # `pre_buffer` holds whole row groups, which are often the whole file.
 _STREAMED = {"buffer_size": BLOCK, "pre_buffer": False, "page_checksum_verification": True}
