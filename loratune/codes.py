@@ -20,354 +20,151 @@ class Code(StrEnum):
         return member
 
     UNEXPECTED = "unexpected", "An error that loratune has no code for; please report it."
-
-    # Command line, configuration, console (usage.*, config.*, output.*)
     INTERRUPTED = "interrupted", "The user stopped the command with Ctrl-C."
     TERMINATED = "terminated", "A signal other than Ctrl-C asked the command to end."
-    USAGE_CONFLICT = "usage.conflict", "Two options or arguments cannot be given together, or exactly one is needed."
-    USAGE_NEEDS_OPTION = "usage.needs_option", "An option only works together with another one."
-    USAGE_NOT_FOR_ADAPTERS = "usage.not_for_adapters", "An option has no meaning for an adapter directory."
-    USAGE_BAD_PATH = "usage.bad_path", "The value of an option is not a path, or leads to something else."
-    USAGE_OUT_OF_RANGE = "usage.out_of_range", "The value of an option is outside its range."
-    USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt as an argument, in a file, or on stdin."
-    USAGE_NOT_UTF8 = "usage.not_utf8", "A prompt is not UTF-8."
-    USAGE_SEVERAL_PROCESSES = "usage.several_processes", "A launcher started a command that is for one process."
-    USAGE_ADAPTER_NAME = "usage.adapter_name", "A name for an adapter is none, or is no adapter of this command."
-    USAGE_ADAPTER_TWICE = "usage.adapter_twice", "Two adapters of a command have one name, or one directory."
-    USAGE_BAD_MIX = "usage.bad_mix", "The value of --mix is not a list of adapters with weights."
-    USAGE_BAD_METRIC = "usage.bad_metric", "A metric is none, or its regular expression is none or takes too long."
-    USAGE_BAD_REQUIREMENT = "usage.bad_requirement", "A requirement is none, or is about a figure that there is not."
-    USAGE_MISSING_PACKAGE = "usage.missing_package", "An option needs a package that is not installed."
-    CONFIG_UNREADABLE = "config.unreadable", "The config file cannot be read."
-    CONFIG_NOT_A_FILE = "config.not_a_file", "A directory or pipe is given in place of a config file."
-    CONFIG_TOO_LARGE = "config.too_large", "The file is too large to be a config file."
-    CONFIG_EMPTY_FILE = "config.empty_file", "The config file has no content."
-    CONFIG_NOT_UTF8 = "config.not_utf8", "The config file is not UTF-8."
-    CONFIG_SYNTAX = "config.syntax", "The config file, or a value of --set, is not valid YAML."
-    CONFIG_NOT_A_MAPPING = "config.not_a_mapping", "The config file is not a mapping of sections."
-    CONFIG_YAML_ALIAS = "config.yaml_alias", "The config file has a YAML alias."
-    CONFIG_YAML_TAG = "config.yaml_tag", "The config file has a YAML tag."
-    CONFIG_TOO_DEEP = "config.too_deep", "The config file is nested too deeply."
-    CONFIG_BAD_KEY = "config.bad_key", "A key is not a plain word."
-    CONFIG_DUPLICATE_KEY = "config.duplicate_key", "A key is written twice."
-    CONFIG_AMBIGUOUS_VALUE = "config.ambiguous_value", "YAML readers disagree on what a value means."
-    CONFIG_BAD_ASSIGNMENT = "config.bad_assignment", "An argument of --set is not section.key=value."
-    CONFIG_NOTHING_TO_REMOVE = "config.nothing_to_remove", "--set removes a key that the config does not have."
+    MORE_PROBLEMS = "more_problems", "There are more problems than are shown."
+
+    # Command line
+    USAGE_CONFLICT = (
+        "usage.conflict",
+        "Options contradict each other, or need one another, or do not suit this command.",
+    )
+    USAGE_BAD_VALUE = "usage.bad_value", "The value of an option or argument is not valid."
+    USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt, or an empty one."
+
+    # Configuration
+    CONFIG_UNREADABLE = "config.unreadable", "The config file is missing, empty, too large, not UTF-8, or not a file."
+    CONFIG_SYNTAX = "config.syntax", "The config file, or an argument of --set, is not the YAML that is expected."
     CONFIG_UNKNOWN_KEY = "config.unknown_key", "There is no such key."
     CONFIG_MISSING_KEY = "config.missing_key", "A key without a default is missing."
-    CONFIG_WRONG_TYPE = "config.wrong_type", "A value is of the wrong type."
-    CONFIG_NOT_A_CHOICE = "config.not_a_choice", "A value is none of the allowed ones."
-    CONFIG_EMPTY_VALUE = "config.empty_value", "A text or list is empty."
-    CONFIG_OUT_OF_RANGE = "config.out_of_range", "A number is outside its range, or not finite."
-    CONFIG_NOT_A_PATH = "config.not_a_path", "A value cannot be a path."
-    CONFIG_NOT_A_FRACTION = "config.not_a_fraction", "A fraction does not lie between 0 and 1."
-    CONFIG_BAD_PATTERN = "config.bad_pattern", "A regular expression of the config is none, or is too large."
-    CONFIG_UNPINNED_CODE = "config.unpinned_code", "Code from a repository is trusted without a pinned revision."
-    CONFIG_GGUF_QUANTIZED = "config.gguf_quantized", "A GGUF file is to be quantized again."
-    CONFIG_RANDOM_INIT = "config.random_init", "The adapter would not start from zero."
-    CONFIG_ODD_RANK = "config.odd_rank", "Orthogonal initialization needs an even rank."
-    CONFIG_LORA_VARIANTS = "config.lora_variants", "Two variants of LoRA do not work together."
-    CONFIG_LORAFA_OPTIMIZER = "config.lorafa_optimizer", "LoRA-FA has an optimizer of its own."
-    CONFIG_INIT_QUANTIZATION = "config.init_quantization", "An initialization does not fit the base's quantization."
-    CONFIG_UNKNOWN_COLUMN = "config.unknown_column", "A row has no field of this name."
-    CONFIG_COLUMN_TWICE = "config.column_twice", "One column of the data is given for two fields."
-    CONFIG_SOURCE_WEIGHTS = "config.source_weights", "Some sources have a weight and some have none, or one has one."
-    CONFIG_FORMAT_WITHOUT_CHAT = "config.format_without_chat", "A key for chats is set for a format without chats."
-    CONFIG_SHARED_PREFIXES = "config.shared_prefixes", "Shared prefixes cannot be computed once with another setting."
-    CONFIG_NO_STEPS = "config.no_steps", "The run would have no steps."
-    CONFIG_LENGTH_TWICE = "config.length_twice", "Two keys set the length of the run."
-    CONFIG_BUDGET_TOO_SHORT = "config.budget_too_short", "`max_minutes` has no room for a few steps."
-    CONFIG_AUTO_RATE = "config.auto_rate", "There is no formula for the learning rate of this optimizer."
-    CONFIG_AUTO_RANK = "config.auto_rank", "The rank is left to the rows, and the command reads none."
-    CONFIG_WARMUP_NOT_WHOLE = "config.warmup_not_whole", "A number of warmup steps is not a whole number."
-    CONFIG_WARMUP_TOO_LONG = "config.warmup_too_long", "The warmup is longer than the run."
-    CONFIG_CONSTANT_WARMUP = "config.constant_warmup", "The constant schedule has no warmup."
-    CONFIG_NO_EVALUATION_ROWS = "config.no_evaluation_rows", "Evaluations are configured without rows for them."
-    CONFIG_GROUPS_NOT_DIVIDED = "config.groups_not_divided", "Groups of rows are named, and no fraction is held out."
-    CONFIG_OBJECTIVE = "config.objective", "A setting does not go with the objective of the training."
-    CONFIG_REPLAY = "config.replay", "Rows of an earlier run are to be replayed, and the run starts from no adapter."
-    CONFIG_SEVERAL_PROCESSES = "config.several_processes", "A key is for one process, and several were started."
-    CONFIG_ADAPTER_VALUE = "config.adapter_value", "A value of an adapter's configuration is of the wrong type."
-    CONFIG_ADAPTER_PATTERN = "config.adapter_pattern", "A pattern of an adapter is none, or takes too long to match."
-    CONFIG_ADAPTER_TOO_MANY = "config.adapter_too_many", "An adapter's configuration has more entries than modules."
-    CONFIG_ADAPTER_RANK = "config.adapter_rank", "The rank in an adapter's configuration is not that of its tensors."
-    OUTPUT_FULL = "output.full", "The disk is full that standard output is written to."
-    OUTPUT_FAILED = "output.failed", "Standard output cannot be written."
+    CONFIG_BAD_VALUE = "config.bad_value", "A value has the wrong type, is out of range, or is not one of the choices."
+    CONFIG_CONFLICT = "config.conflict", "Two settings contradict each other, or one needs another."
+    CONFIG_BUDGET = "config.budget", "A time budget has no room for a few steps, or for one trial."
 
-    # Sweeps (sweep.*)
-    SWEEP_BAD_GRID = "sweep.bad_grid", "--grid is malformed, too large, or names a key that trials cannot differ in."
-    SWEEP_NO_OPTUNA = "sweep.no_optuna", "The package that keeps a study and draws from ranges is not installed."
-    SWEEP_BUDGET = "sweep.budget", "The budget of a sweep is shorter than one trial."
-    SWEEP_OTHER_STUDY = "sweep.other_study", "The study is of another config, other rows or another base."
-    SWEEP_STORAGE = "sweep.storage", "The files or database of a study are missing, damaged, or not a study."
-    SWEEP_ALL_FAILED = "sweep.all_failed", "Every trial of a study diverged, or did worse than the base."
-
-    # System (system.*)
-    SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory."
+    # System
+    SYSTEM_OUT_OF_MEMORY = "system.out_of_memory", "The process ran out of memory, or would."
     SYSTEM_CALL_FAILED = "system.call_failed", "The operating system refused to read or write a file."
-    SYSTEM_DISK_TOO_SMALL = "system.disk_too_small", "The disk has too little room for what a run will write."
-    SYSTEM_DISK_FULL = "system.disk_full", "The disk, a quota, or the limit of a file's size ran out during a write."
+    SYSTEM_DISK_FULL = "system.disk_full", "A disk or quota is full, or has too little room for what will be written."
     SYSTEM_LOCKED = "system.locked", "Another run is using the same directory or database."
+    SYSTEM_MISSING_PACKAGE = "system.missing_package", "A package that a setting or option needs is not installed."
 
-    # Kernels (kernel.*)
-    KERNEL_NO_LIGER = "kernel.no_liger", "Liger has no kernels for the family of the model."
-    KERNEL_NO_LAYERS = "kernel.no_layers", "The model does not name its layers, so they cannot be compiled."
-
-    # Data, chat templates and tokenizers (data.*, template.*, tokenizer.*)
+    # Rows
     DATA_NOT_FOUND = "data.not_found", "A data path names nothing that exists, or no file of a type that is read."
-    DATA_UNREADABLE = "data.unreadable", "A data file is damaged, changes, or may not be read; the cache not written."
-    DATA_HUB = "data.hub", "A hub dataset cannot be loaded."
-    DATA_EMPTY = "data.empty", "There are no rows, or none with anything to learn."
-    DATA_SYNTAX = "data.syntax", "A row or a file is not valid UTF-8, JSON or CSV, or a row is not an object."
-    DATA_FORMAT = "data.format", "The fields of the first row fit no format, or not the settings of the run."
-    DATA_FIELD = "data.field", "A row lacks a field, or a field holds what the format does not allow."
-    DATA_TOO_LONG = "data.too_long", "A row is longer than `data.max_length`, and may not be cut."
-    DATA_TOO_MANY_DROPPED = "data.too_many_dropped", "More rows would be dropped than `data.max_dropped` allows."
-    DATA_REPLAY = "data.replay", "The rows of the earlier run are not known, or are not those it was trained on."
-    MORE_PROBLEMS = "more_problems", "There are more problems than are shown."
+    DATA_UNREADABLE = (
+        "data.unreadable",
+        "A data file cannot be read: its type, its encoding, damage, or a change while it was in use.",
+    )
+    DATA_HUB = "data.hub", "A dataset of the hub cannot be loaded."
+    DATA_EMPTY = "data.empty", "A source or split has no rows, or no row with a supervised token."
+    DATA_SYNTAX = "data.syntax", "A row is not valid JSON or CSV, or not an object with named fields."
+    DATA_FORMAT = "data.format", "The fields of the rows fit no format, several, or not the settings."
+    DATA_FIELD = "data.field", "A field of a row is missing, or its value cannot be used."
+    DATA_TOO_LONG = "data.too_long", "A row or prompt is longer than a limit or than the model's context."
+    DATA_TOO_MANY_DROPPED = "data.too_many_dropped", "More rows would be dropped than data.max_dropped allows."
+    DATA_REPLAY = "data.replay", "The rows of an earlier run cannot be replayed."
+    TOKENIZER_UNUSABLE = "tokenizer.unusable", "The tokenizer fails, or does not fit the model."
     TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
-    TEMPLATE_INVALID = "template.invalid", "The chat template cannot be compiled, or fails on a conversation."
-    TEMPLATE_OMITS = "template.omits", "The chat template leaves out tools, tool calls, their results or reasoning."
-    TEMPLATE_ANSWER = "template.answer", "The chat template hides where a supervised answer begins or ends."
-    TOKENIZER_UNUSABLE = "tokenizer.unusable", "The tokenizer fails, has no end of sequence, or does not fit the model."
+    TEMPLATE_INVALID = "template.invalid", "A chat template cannot be read or compiled, or fails on a conversation."
+    TEMPLATE_OMITS = "template.omits", "The chat template leaves out something of a conversation."
+    TEMPLATE_ANSWER = (
+        "template.answer",
+        "Where a supervised answer begins and ends in the rendered text cannot be found.",
+    )
 
-    # Base model and tokenizer (model.*)
-    MODEL_NOT_FOUND = "model.not_found", "There is no such directory, repository, revision or file of a model."
+    # Base
+    MODEL_NOT_FOUND = "model.not_found", "There is no such model, revision or file."
     MODEL_GATED = "model.gated", "The repository is gated, and this account has no access to it."
-    MODEL_HUB_UNREACHABLE = "model.hub_unreachable", "The hub cannot be reached, or a download from it failed."
-    MODEL_NEEDS_CODE = "model.needs_code", "The model needs code from its repository, which is not trusted."
-    MODEL_FOREIGN_CODE = "model.foreign_code", "A file of the model names code outside of its own repository."
-    MODEL_MISSING_PACKAGE = "model.missing_package", "A package that this model or setting needs is not installed."
-    MODEL_CONFIG_UNREADABLE = "model.config_unreadable", "The configuration of the model is invalid."
-    MODEL_TOKENIZER_UNREADABLE = (
-        "model.tokenizer_unreadable",
-        "The transformers library cannot load the tokenizer of the model.",
+    MODEL_HUB_UNREACHABLE = "model.hub_unreachable", "The hub cannot be reached, or a download failed."
+    MODEL_FOREIGN_CODE = (
+        "model.foreign_code",
+        "The model needs code that is not trusted, or that lies outside of its repository.",
     )
-    MODEL_UNREADABLE = "model.unreadable", "The transformers library cannot build or load the model."
-    MODEL_NOT_CAUSAL = "model.not_causal", "The model is not a decoder-only causal language model."
-    MODEL_WEIGHTS_DAMAGED = "model.weights_damaged", "A file of weights is not whole, or of the wrong format."
-    MODEL_WEIGHTS_CHANGED = "model.weights_changed", "A file of the model changed while it was being read."
-    MODEL_WEIGHTS_MISMATCH = "model.weights_mismatch", "The weights are not those that config.json or LoftQ asks for."
-    MODEL_TEMPLATE = "model.template", "The chat template file cannot be read, or is not a Jinja template."
-    MODEL_QUANTIZATION = "model.quantization", "The quantization of the base is unknown, untrainable or doubled."
-    MODEL_MACHINE = "model.machine", "A setting of the model needs hardware or libraries that this machine lacks."
+    MODEL_DAMAGED = "model.damaged", "A file of the model is damaged, cut off, or does not fit config.json."
+    MODEL_UNREADABLE = (
+        "model.unreadable",
+        "The transformers library cannot load the model, its configuration or its tokenizer.",
+    )
+    MODEL_CHANGED = "model.changed", "A file of the model changed during the run, or differs between processes."
+    MODEL_UNSUPPORTED = (
+        "model.unsupported",
+        "The model is not a decoder-only causal language model, or it or this machine does not support a setting.",
+    )
 
-    # LoRA and adapter directories (lora.*, adapter.*)
-    LORA_NO_TARGETS = "lora.no_targets", "The list of targets, or a name in it, is empty."
-    LORA_UNKNOWN_TARGET = "lora.unknown_target", "A name or regular expression matches no module."
-    LORA_UNSUITABLE_TARGET = "lora.unsuitable_target", "A target is no linear layer or embedding."
-    LORA_AMBIGUOUS_TARGET = "lora.ambiguous_target", "PEFT cannot tell a target from another module."
-    LORA_NO_EFFECT = "lora.no_effect", "PEFT cannot adapt a target, or an adapter on it has no effect."
-    LORA_NO_LINEAR = "lora.no_linear", "The model has no linear layer that LoRA can adapt."
-    LORA_NO_ATTENTION = "lora.no_attention", "Roles are named, and the model has no attention."
-    LORA_NO_ROLE = "lora.no_role", "No module of the model's attention is known to serve a role."
-    LORA_ROLE_PARTIAL = "lora.role_partial", "A role is known in some attention layers only."
-    LORA_NO_LAYER = "lora.no_layer", "`layers_to_transform` names a layer without targets."
-    LORA_EXPRESSION = "lora.expression", "A regular expression does not compile, or takes too long to match."
-    LORA_PATTERN_UNUSED = "lora.pattern_unused", "An entry of a pattern matches no target."
-    LORA_PATTERN_CONFLICT = "lora.pattern_conflict", "A pattern gives a target two values."
-    LORA_SAVED_UNKNOWN = "lora.saved_unknown", "`modules_to_save` names a module that does not exist."
-    LORA_SAVED_TARGET = "lora.saved_target", "A module to save is a target, or holds one, or is within one."
-    LORA_SAVED_CONTAINER = "lora.saved_container", "A module to save is a list of modules."
-    LORA_SAVED_NO_PARAMETERS = "lora.saved_no_parameters", "A module to save has no parameters."
-    LORA_SAVED_QUANTIZED = "lora.saved_quantized", "A module to save is quantized."
-    LORA_SAVED_AMBIGUOUS = "lora.saved_ambiguous", "PEFT cannot tell a module to save from another module."
-    LORA_UNSUPPORTED = "lora.unsupported", "PEFT cannot adapt this model."
-    LORA_NO_BIAS = "lora.no_bias", "`lora.bias` is set, and the model has no such biases."
-    LORA_EMBEDDING_TWICE = "lora.embedding_twice", "Two settings adapt the embedding of the trained tokens."
-    LORA_NO_TOKEN = "lora.no_token", "A token to train is not in the vocabulary."
-    LORA_INIT_LAYER = "lora.init_layer", "The initialization does not support the kind of a target."
-    LORA_INIT_SHARED = "lora.init_shared", "The initialization changes a weight that modules share."
-    LORA_INIT_RANK = "lora.init_rank", "The initialization needs more directions than a layer has."
-    LORA_FA_LAYER = "lora.fa_layer", "LoRA-FA does not support the kind of a target."
-    LORA_EVA_TOKENS = "lora.eva_tokens", "No batch has enough supervised tokens for eva."
-    LORA_EVA_UNSETTLED = "lora.eva_unsettled", "The directions of eva do not settle."
-    LORA_LOFTQ_LAYER = "lora.loftq_layer", "A target of loftq is not a 4-bit layer."
-    LORA_START_SETTING = "lora.start_setting", "Settings or targets would lose a part of the adapter to start from."
-    LORA_START_KIND = "lora.start_kind", "The adapter to start from is of a kind that is not trained further."
-    LORA_START_BASE = "lora.start_base", "The adapter to start from was trained on another base."
-    LORA_NOT_FINITE = "lora.not_finite", "The trained adapter holds NaN or inf."
+    # LoRA
+    LORA_UNKNOWN_TARGET = (
+        "lora.unknown_target",
+        "A setting of LoRA names modules or tokens that the model does not have.",
+    )
+    LORA_UNSUPPORTED = "lora.unsupported", "PEFT, or a setting of LoRA, does not support these modules."
+    LORA_START = "lora.start", "The adapter to start from does not fit the settings or the base."
     LORA_UNCHANGED = "lora.unchanged", "Training did not change the adapter."
-    ADAPTER_NO_DIRECTORY = "adapter.no_directory", "The path of an adapter names no directory."
-    ADAPTER_IS_FILE = "adapter.is_file", "The path of an adapter is a file."
-    ADAPTER_NO_CONFIG = "adapter.no_config", "The directory has no adapter_config.json."
-    ADAPTER_NO_WEIGHTS = "adapter.no_weights", "The directory has no adapter_model.safetensors."
-    ADAPTER_BROKEN_LINK = "adapter.broken_link", "A link in an adapter directory leads to no file."
-    ADAPTER_SPECIAL_FILE = "adapter.special_file", "An adapter directory has a pipe, socket or device."
-    ADAPTER_LINK_OUTSIDE = "adapter.link_outside", "A link leads out of an adapter directory."
-    ADAPTER_NOT_JSON = "adapter.not_json", "A file of an adapter is not readable as JSON."
-    ADAPTER_UNREADABLE = "adapter.unreadable", "A file of an adapter cannot be read."
-    ADAPTER_DAMAGED = "adapter.damaged", "The weights of an adapter are damaged."
-    ADAPTER_INVALID_RECORD = "adapter.invalid_record", "loratune.json is not the record of a run."
-    ADAPTER_NEWER_RECORD = "adapter.newer_record", "A newer release of loratune wrote loratune.json."
-    ADAPTER_CONFIG_SIZE = "adapter.config_size", "adapter_config.json is too large to be one."
-    ADAPTER_NOT_LORA = "adapter.not_lora", "The configuration is not that of a LoRA adapter."
-    ADAPTER_NO_BASE = "adapter.no_base", "The configuration does not name the base."
-    ADAPTER_BASE_OUTSIDE = "adapter.base_outside", "The path of the base leads out of the directory it starts from."
-    ADAPTER_INVALID_REVISION = "adapter.invalid_revision", "The revision of the base is not a name."
-    ADAPTER_NO_TARGETS = "adapter.no_targets", "The configuration does not say which modules are adapted."
-    ADAPTER_NAMES_CODE = "adapter.names_code", "The configuration names code."
-    ADAPTER_UNKNOWN_KEY = "adapter.unknown_key", "This version of PEFT does not know a key that is set."
-    ADAPTER_TOO_MANY_TENSORS = "adapter.too_many_tensors", "The file has more tensors than any model has modules."
-    ADAPTER_FILE_MISSING = "adapter.file_missing", "A file is missing since the adapter was saved."
-    ADAPTER_FILE_CHANGED = "adapter.file_changed", "A file has changed since the adapter was saved."
-    ADAPTER_FILE_ADDED = "adapter.file_added", "A file that would be read was added since the adapter was saved."
-    ADAPTER_MISMATCH = "adapter.mismatch", "The configuration does not fit the base."
+
+    # Adapter directories
+    ADAPTER_NOT_FOUND = "adapter.not_found", "The adapter directory, or one of its two files, is missing."
+    ADAPTER_UNSAFE = (
+        "adapter.unsafe",
+        "The adapter directory has links that lead out of it, special files, or names code.",
+    )
+    ADAPTER_INVALID = "adapter.invalid", "A file of the adapter is damaged, or not one of a LoRA adapter."
+    ADAPTER_NEWER_RECORD = "adapter.newer_record", "A newer release of loratune wrote the record."
+    ADAPTER_CHANGED = "adapter.changed", "A file of the adapter was added, removed or changed since it was saved."
+    ADAPTER_MISMATCH = "adapter.mismatch", "The adapter does not fit the base, or was trained on another one."
     ADAPTER_NOT_REPRODUCIBLE = "adapter.not_reproducible", "The files do not record how PEFT has changed the base."
-    ADAPTER_TENSORS_MISSING = "adapter.tensors_missing", "The file lacks tensors that the base needs."
-    ADAPTER_TENSORS_EXTRA = "adapter.tensors_extra", "The file has tensors that are not the adapter's or the base's."
-    ADAPTER_TENSORS_SHAPE = "adapter.tensors_shape", "Tensors have another shape than base or other adapters need."
-    ADAPTER_TENSORS_LOST = "adapter.tensors_lost", "PEFT finds no module for tensors that it has renamed."
-    ADAPTER_NOT_FLOAT = "adapter.not_float", "Tensors of an adapter are no floating-point numbers."
-    ADAPTER_NOT_FINITE = "adapter.not_finite", "Tensors of an adapter hold NaN or inf."
-    ADAPTER_UNCLEAR_PARAMETER = (
-        "adapter.unclear_parameter",
-        "Parameters of one module have settings of their own, and the files do not say which tensors are whose.",
-    )
-    ADAPTER_NO_FACTOR = "adapter.no_factor", "A lora_A has no lora_B of its rank."
-    ADAPTER_RANK = "adapter.rank", "The rank of a tensor is not that of the configuration."
-    ADAPTER_SCALING = "adapter.scaling", "The scaled update of a module is not finite."
-    ADAPTER_NO_COMPARISON = "adapter.no_comparison", "The base's output cannot be computed beside this adapter."
-    ADAPTER_WRITE_FAILED = "adapter.write_failed", "The saved file does not hold the weights in memory."
-    ADAPTER_CANNOT_SHARE = (
-        "adapter.cannot_share",
-        "The adapter changes its base, so that no other one can be beside it.",
-    )
-    ADAPTER_MIX_UNSUPPORTED = "adapter.mix_unsupported", "The adapter is more than a plain LoRA, and cannot be mixed."
+    ADAPTER_NOT_FINITE = "adapter.not_finite", "The adapter holds NaN or inf, or gives it with its base."
+    ADAPTER_UNSUPPORTED = "adapter.unsupported", "The adapter has parts that this use of it does not support."
 
-    # Memory and disk (memory.*, disk.*)
-    MEMORY_TRAINING = "memory.training", "A training step needs more memory than there is."
-    MEMORY_EVALUATION = "memory.evaluation", "An evaluation during training needs more memory than there is."
+    # Output
+    OUTPUT_EXISTS = "output.exists", "The output exists, and --overwrite is not given."
+    OUTPUT_UNUSABLE = "output.unusable", "The output cannot be written: its place, its kind or its permissions."
+    OUTPUT_OVERWRITE = "output.overwrite", "What --overwrite would replace is not only an adapter."
+    OUTPUT_FAILED = "output.failed", "Standard output cannot be written, or its disk is full."
+    RUN_INTERRUPTED = "run.interrupted", "An interrupted run is there, and neither --resume nor --overwrite is given."
 
-    # Training, run directory, checkpoints, resuming (run.*, training.*, resume.*)
-    RUN_OUTPUT_EXISTS = "run.output_exists", "The output directory exists, and --overwrite is not set."
-    RUN_OUTPUT_IS_FILE = "run.output_is_file", "The output directory is a file."
-    RUN_OUTPUT_IS_LINK = "run.output_is_link", "The output directory is a symbolic link, which is not followed."
-    RUN_OUTPUT_IS_ROOT = "run.output_is_root", "The output directory is the root of the file system."
-    RUN_OUTPUT_NO_PARENT = "run.output_no_parent", "The directory around the output directory does not exist."
-    RUN_OUTPUT_UNREADABLE = "run.output_unreadable", "The output directory cannot be looked at."
-    RUN_OUTPUT_NOT_WRITABLE = "run.output_not_writable", "The directory around the output directory is not writable."
-    RUN_OUTPUT_APPEARED = "run.output_appeared", "Something came to a place of the run while the run was working."
-    RUN_OUTPUT_NOT_MOVED = "run.output_not_moved", "The finished adapter cannot be moved to the output directory."
-    RUN_PATH_INVALID = "run.path_invalid", "A path of the config, made absolute, cannot be used or recorded."
-    RUN_OVERWRITE_MOUNT = "run.overwrite_mount", "The directory to be replaced is, or holds, a mount point."
-    RUN_OVERWRITE_WORKING_DIRECTORY = (
-        "run.overwrite_working_directory",
-        "The directory to be replaced is, or holds, the working directory.",
+    # Resuming
+    RESUME_CHANGED = (
+        "resume.changed",
+        "The run is not the one that was interrupted: its config, rows, base, processes or release.",
     )
-    RUN_OVERWRITE_INPUT = (
-        "run.overwrite_input",
-        "The output directory is, or holds, what the run reads, or lies in the adapter that it starts from.",
+    RESUME_CHECKPOINT = (
+        "resume.checkpoint",
+        "There is no interrupted run, or a checkpoint of it is damaged or incomplete.",
     )
-    RUN_OVERWRITE_NO_ADAPTER = "run.overwrite_no_adapter", "The directory to be replaced holds no adapter."
-    RUN_OVERWRITE_OTHER_FILES = "run.overwrite_other_files", "The directory to be replaced also holds other files."
-    RUN_OVERWRITE_NEWER = "run.overwrite_newer", "The adapter to be replaced was made by a newer release."
-    RUN_PARTIAL_OTHER_FILES = "run.partial_other_files", "The work in progress holds files that no run made."
-    RUN_PARTIAL_KIND = "run.partial_kind", "The place of the work in progress is a link, or not a directory."
-    RUN_CHECKPOINT_BLOCKED = "run.checkpoint_blocked", "Something stands where a checkpoint is to be written."
-    RUN_INTERRUPTED = "run.interrupted", "An interrupted run is there, and neither --resume nor --overwrite is set."
-    RUN_LEFTOVERS = "run.leftovers", "An interrupted run left files there, but no whole checkpoint."
-    RUN_JUST_ENDED = "run.just_ended", "Another run used the same directory and ended at this moment."
-    REPORT_NO_MATPLOTLIB = "report.no_matplotlib", "The package that draws the charts of a report is not installed."
-    RESUME_NO_RUN = "resume.no_run", "There is no interrupted run to resume."
-    RESUME_CHECKPOINT_SKIPPED = "resume.checkpoint_skipped", "A checkpoint is damaged or incomplete, and not used."
-    RESUME_NO_CHECKPOINT = "resume.no_checkpoint", "No checkpoint is whole."
-    RESUME_NEWER_RECORD = "resume.newer_record", "A record of the run was written by a newer release."
-    RESUME_NOT_CHANGEABLE = "resume.not_changeable", "--allow-change names a key that a resumed run cannot change."
-    RESUME_CONFIG_CHANGED = "resume.config_changed", "A key has another value than before the interruption."
-    RESUME_OTHER_TENSORS = "resume.other_tensors", "A checkpoint holds other tensors than the run trains."
-    RESUME_UNKNOWN_KEY = "resume.unknown_key", "The run was started with a key that this release does not have."
-    RESUME_ROWS_PER_STEP = "resume.rows_per_step", "An optimizer step would take another number of rows."
-    RESUME_PACKS = "resume.packs", "Rows would be packed in another way."
-    RESUME_PROCESSES = "resume.processes", "DeepSpeed's checkpoint is of another number or kind of processes."
-    RESUME_TRAIN_CHANGED = "resume.train_changed", "The training rows have changed since the interruption."
-    RESUME_VALIDATION_CHANGED = "resume.validation_changed", "The validation rows have changed since the interruption."
-    RESUME_TEST_CHANGED = "resume.test_changed", "The test rows have changed since the interruption."
-    RESUME_START_CHANGED = "resume.start_changed", "The adapter it starts from has changed since the interruption."
-    RESUME_BASE_CHANGED = "resume.base_changed", "The base model has changed since the interruption."
-    RESUME_FEWER_STEPS = "resume.fewer_steps", "More steps were taken than the config asks for."
-    RESUME_NO_STEP_LEFT = "resume.no_step_left", "A changed learning rate has no effect, as all steps were taken."
-    TRAINING_SHARED_PREFIXES = "training.shared_prefixes", "Shared prefixes cannot be computed once in this run."
-    TRAINING_PADDING = "training.padding", "The model computes something else for rows that are padded."
-    TRAINING_CONTEXT_LENGTH = "training.context_length", "Rows are longer than the context of the model."
-    TRAINING_LOSS_NOT_FINITE = "training.loss_not_finite", "The loss of a training step is NaN or inf."
-    TRAINING_GRADIENT_NOT_FINITE = "training.gradient_not_finite", "The gradient norm of a step is NaN or inf."
-    TRAINING_WEIGHT_NOT_FINITE = "training.weight_not_finite", "A step made a weight of the adapter NaN or inf."
-    TRAINING_HELD_OUT_NOT_FINITE = "training.held_out_not_finite", "The loss on validation or test rows is NaN or inf."
-    TRAINING_FINAL_LOSS_NOT_FINITE = "training.final_loss_not_finite", "The loss after the last step is NaN or inf."
-    TRAINING_REFERENCE = "training.reference", "Before the first step, the model is not what answers are compared with."
-    TRAINING_TRACKER_FAILED = "training.tracker_failed", "A tracker failed; the run goes on without it."
+
+    # Training
+    TRAINING_NOT_FINITE = "training.not_finite", "A loss, a gradient or a weight is NaN or inf."
     TRAINING_COLLAPSED = "training.collapsed", "The adapter predicts the same after every prompt, or at random."
     TRAINING_WORSE_THAN_BASE = "training.worse_than_base", "The adapter does worse than its base."
-    ADAPTER_NO_RUN_CONFIG = "adapter.no_run_config", "--set is used with an adapter that has no run.yaml."
-    ADAPTER_SET_NOT_DATA = "adapter.set_not_data", "--set names a key that training has decided."
+    TRAINING_TRACKER_FAILED = "training.tracker_failed", "A tracker failed; the run continues without it."
 
-    # Several processes (distributed.*)
-    DISTRIBUTED_NOT_MET = "distributed.not_met", "The processes of the run cannot reach each other at the start."
-    DISTRIBUTED_LOST = "distributed.lost", "Another process of the run has ended, or cannot be reached any more."
-    DISTRIBUTED_ROWS_DIFFER = "distributed.rows_differ", "The files of two machines hold different rows."
-    DISTRIBUTED_SHARDING = "distributed.sharding", "A setting does not work with sharded weights."
+    # Several processes
+    DISTRIBUTED_LOST = "distributed.lost", "Another process of the run has ended, or cannot be reached."
+    DISTRIBUTED_SETTING = "distributed.setting", "A setting, or the rows of one machine, do not suit several processes."
 
-    # Commands after training (generate.*, chat.*, evaluate.*, params.*, push.*)
-    TRAIN_BASES_DIFFER = "train.bases_differ", "Processes of one run have loaded different bases."
-    TRAIN_BASE_CHANGED = "train.base_changed", "A file of the base has changed since the run began."
-    TRAIN_LOSS_NOT_FINITE = "train.loss_not_finite", "The trained adapter gives a loss that is NaN or inf."
-    INFERENCE_OTHER_BASE = "inference.other_base", "The base is not the one that the adapter was trained on."
-    INFERENCE_UNKNOWN_FINGERPRINT = (
-        "inference.unknown_fingerprint",
-        "The adapter records its base in a version that this release does not know.",
+    # Sweeps
+    SWEEP_STUDY = (
+        "sweep.study",
+        "A study cannot be opened, is damaged, or belongs to another config, other rows or another base.",
     )
-    INFERENCE_BASE_CHANGED = "inference.base_changed", "PEFT has changed the base, so it cannot be computed alone."
-    INFERENCE_BASE_UNVERIFIED = (
-        "inference.base_unverified",
-        "An adapter without a record names another base than the adapters beside it.",
-    )
-    INFERENCE_FAILED = "inference.failed", "Base and adapter cannot be computed together."
-    INFERENCE_NOT_FINITE = "inference.not_finite", "Base and adapter together give NaN or inf."
-    MERGE_UNSUPPORTED = "merge.unsupported", "The adapter changes its base in a way that no merged model has."
-    MERGE_ROUNDING = "merge.rounding", "The dtype of the merged model overflows, or loses what the adapter changes."
-    MERGE_TOO_LARGE = "merge.too_large", "The base has to be loaded to be merged, and does not fit in memory."
-    EVALUATE_UNKNOWN_TASK = "evaluate.unknown_task", "A task is neither one of the lm-evaluation-harness nor a file."
-    EVALUATE_TASK_REFUSED = "evaluate.task_refused", "A task runs code of the model, or needs images or sound."
-    EVALUATE_TASK_ROWS = "evaluate.task_rows", "The rows of a task cannot be loaded."
-    EVALUATE_TASK_FAILED = "evaluate.task_failed", "The lm-evaluation-harness cannot load or run a task."
-    EVALUATE_TASKS_VARY = "evaluate.tasks_vary", "A task does not ask base and adapter the same."
-    EVALUATE_NO_EFFECT = "evaluate.no_effect", "Base and adapter give exactly the same log-likelihoods on all tasks."
-    GENERATE_EMPTY_PROMPT = "generate.empty_prompt", "A prompt is empty."
-    GENERATE_TOO_LONG = "generate.too_long", "A prompt and its new tokens exceed the model's context."
-    GENERATE_UNKNOWN_ADAPTER = "generate.unknown_adapter", "A row names an adapter that the command does not have."
-    EVALUATE_NO_PROMPT = "evaluate.no_prompt", "Answers are to be scored, and no row has a prompt."
-    EVALUATE_EXPECTED_TEXT = "evaluate.expected_text", "A metric says nothing about a row with such an expected text."
-    EVALUATE_LOSS_NOT_FINITE = "evaluate.loss_not_finite", "The loss of an adapter on a row is NaN or inf."
+    SWEEP_ALL_FAILED = "sweep.all_failed", "Every trial of a study diverged, or did worse than the base."
+
+    # Evaluation
+    EVALUATE_TASK = "evaluate.task", "A task cannot be loaded or run, or says nothing."
     EVALUATE_OVERLAP = "evaluate.overlap", "Rows that are to show what is required are among the training rows."
-    EVALUATE_REQUIREMENT = "evaluate.requirement", "The adapter is not shown to be as good as required."
-    CHAT_UNKNOWN_COMMAND = "chat.unknown_command", "A line of a chat begins with / and is no command."
-    CHAT_NOTHING_YET = "chat.nothing_yet", "A command of a chat needs a turn or an answer that there is not yet."
-    CHAT_NO_SYSTEM = "chat.no_system", "A system message is given to an adapter that was trained on raw prompts."
-    CHAT_CONTEXT_FULL = "chat.context_full", "A conversation leaves no room for an answer in the model's context."
-    OUTPUT_FILE_EXISTS = "output_file.exists", "The file that a command is to write exists, without --overwrite."
-    OUTPUT_FILE_IS_INPUT = "output_file.is_input", "The file to write is, or belongs to, an input of the command."
-    OUTPUT_FILE_IS_DIRECTORY = "output_file.is_directory", "The file to write is a directory."
-    OUTPUT_FILE_IS_DEVICE = "output_file.is_device", "The file to write is a socket or a block device."
-    OUTPUT_FILE_NO_DIRECTORY = "output_file.no_directory", "The directory of the file to write does not exist."
-    OUTPUT_FILE_DANGLING_LINK = "output_file.dangling_link", "The file to write is a link that leads nowhere."
-    OUTPUT_FILE_NOT_WRITABLE = "output_file.not_writable", "The file cannot be created or written."
-    OUTPUT_FILE_UNREADABLE = "output_file.unreadable", "The path of the file to write cannot be examined."
-    OUTPUT_FILE_NOT_RENAMED = "output_file.not_renamed", "The written file could not get its name."
-    PUSH_BAD_NAME = "push.bad_name", "The name of a repository on the hub is not USER/NAME."
-    PUSH_BASE = "push.base", "The base has no name on the hub, or --base names another base than the adapter."
-    PUSH_LOCAL_PATH = "push.local_path", "A file to be pushed names a path of this machine that cannot be replaced."
-    PUSH_LOGIN = "push.login", "There is no login to the hub, or the hub does not accept its token (HTTP 401)."
-    PUSH_REPOSITORY = (
-        "push.repository",
-        "The repository has the other visibility, has been renamed, or does not hold an adapter.",
+    EVALUATE_REQUIREMENT = "evaluate.requirement", "The adapter failed a requirement."
+
+    # Export
+    EXPORT_DIFFERS = (
+        "export.differs",
+        "What was written does not compute what the adapter computes, or is not what was sent.",
     )
-    PUSH_REFUSED = "push.refused", "The hub refuses the request or the card (HTTP 403, 404 and other 4xx)."
-    PUSH_CHANGED_MEANWHILE = "push.changed_meanwhile", "The repository was changed during the push (HTTP 409, 412)."
-    PUSH_QUOTA = "push.quota", "The hub has no room for the files (HTTP 402, 413, 507, or 403 for its storage)."
-    PUSH_HUB_FAILED = "push.hub_failed", "The hub fails or limits requests (HTTP 408, 429, 5xx)."
-    PUSH_UNREACHABLE = "push.unreachable", "The hub cannot be reached, or the answer is not that of a hub."
-    PUSH_DIFFERS = "push.differs", "A file that was downloaded after the push is not what was sent."
-    EXPORT_UNSUPPORTED = "export.unsupported", "The program cannot read the adapter, base, tokenizer or template."
-    EXPORT_FAILED = "export.failed", "A converter of llama.cpp, or llama.cpp itself, failed."
-    EXPORT_DIFFERS = "export.differs", "What was exported does not compute what the adapter computes."
+    EXPORT_UNSUPPORTED = (
+        "export.unsupported",
+        "llama.cpp, Ollama or vLLM cannot read this adapter, base, tokenizer or template.",
+    )
+    EXPORT_FAILED = "export.failed", "A converter of llama.cpp, llama.cpp itself or Ollama failed."
+
+    # Push
+    PUSH_LOGIN = "push.login", "There is no valid login to the hub, or it may not write the repository."
+    PUSH_LOCAL_PATH = "push.local_path", "What is to be pushed names a path of this machine, or another base."
+    PUSH_REPOSITORY = "push.repository", "The repository on the hub is not one that the adapter can be pushed to."
+    PUSH_HUB = "push.hub", "The hub cannot be reached, is too busy or full, or answers with an error."

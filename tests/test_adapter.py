@@ -179,12 +179,12 @@ FEW = f"{FIRST}.lora_A.weight, {FIRST}.lora_B.weight, {FIRST.replace('k_proj', '
 Refusal = tuple[Code, str, str, str]
 """A code, the file that is blamed within the directory, a key, and what the message says besides."""
 
-DAMAGED, NOT_JSON = (Code.ADAPTER_DAMAGED, WEIGHTS, "", ""), (Code.ADAPTER_NOT_JSON, CONFIG, "", "")
+DAMAGED, NOT_JSON = (Code.ADAPTER_INVALID, WEIGHTS, "", ""), (Code.ADAPTER_INVALID, CONFIG, "", "")
 UNREADABLE: dict[str, tuple[Damage, Refusal]] = {
-    "missing": (shutil.rmtree, (Code.ADAPTER_NO_DIRECTORY, "", "", "")),
-    "a file": (as_file, (Code.ADAPTER_IS_FILE, "", "", "")),
-    "no config": (lambda path: (path / CONFIG).unlink(), (Code.ADAPTER_NO_CONFIG, "", "", CONFIG)),
-    "no weights": (lambda path: (path / WEIGHTS).unlink(), (Code.ADAPTER_NO_WEIGHTS, "", "", f"{WEIGHTS} in this dir")),
+    "missing": (shutil.rmtree, (Code.ADAPTER_NOT_FOUND, "", "", "")),
+    "a file": (as_file, (Code.ADAPTER_NOT_FOUND, "", "", "")),
+    "no config": (lambda path: (path / CONFIG).unlink(), (Code.ADAPTER_NOT_FOUND, "", "", CONFIG)),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), (Code.ADAPTER_NOT_FOUND, "", "", f"{WEIGHTS} in this dir")),
     "truncated": (write(WEIGHTS, lambda raw: raw[:-50]), DAMAGED),
     "cut in its header": (write(WEIGHTS, lambda raw: raw[:60]), DAMAGED),
     "zero bytes": (write(WEIGHTS, lambda raw: b""), DAMAGED),
@@ -192,25 +192,25 @@ UNREADABLE: dict[str, tuple[Damage, Refusal]] = {
     "cut config": (write(CONFIG, lambda raw: raw[:-9]), NOT_JSON),
     "empty config": (write(CONFIG, lambda raw: b""), NOT_JSON),
     "config not UTF-8": (write(CONFIG, lambda raw: b"\xff" + raw), NOT_JSON),
-    "a list": (write(CONFIG, lambda raw: b"[]"), (Code.ADAPTER_NOT_LORA, CONFIG, "", "")),
-    "not LoRA": (configure(peft_type="IA3"), (Code.ADAPTER_NOT_LORA, CONFIG, "", "")),
+    "a list": (write(CONFIG, lambda raw: b"[]"), (Code.ADAPTER_INVALID, CONFIG, "", "")),
+    "not LoRA": (configure(peft_type="IA3"), (Code.ADAPTER_INVALID, CONFIG, "", "")),
     "no base": (configure(base_model_name_or_path=None),
-                (Code.ADAPTER_NO_BASE, CONFIG, "base_model_name_or_path", "")),
-    "no targets": (configure(target_modules=None), (Code.ADAPTER_NO_TARGETS, CONFIG, "target_modules", "")),
+                (Code.ADAPTER_INVALID, CONFIG, "base_model_name_or_path", "")),
+    "no targets": (configure(target_modules=None), (Code.ADAPTER_INVALID, CONFIG, "target_modules", "")),
 }  # fmt: skip
 
 # What only the base can tell: `params` reads an adapter without it.
 UNFIT: dict[str, tuple[Damage, list[Refusal]]] = {
     "layer 9": (configure(layers_to_transform=[9]), [(Code.ADAPTER_MISMATCH, "", "", "")]),
     "five missing": (rewrite(drop_five),
-                     [(Code.ADAPTER_TENSORS_MISSING, "", "", f"5 tensors are missing, among them {FEW} ")]),
+                     [(Code.ADAPTER_MISMATCH, "", "", f"5 tensors are missing, among them {FEW} ")]),
     "one extra": (rewrite(lambda found: found.update(z=torch.ones(2))),
-                  [(Code.ADAPTER_TENSORS_EXTRA, "", "", "1 tensors belong to no module, among them z ")]),
+                  [(Code.ADAPTER_MISMATCH, "", "", "1 tensors belong to no module, among them z ")]),
     "renamed": (rewrite(rename_all),
-                [(Code.ADAPTER_TENSORS_MISSING, "", "", f"16 tensors are missing, among them {FEW} "),
-                 (Code.ADAPTER_TENSORS_EXTRA, "", "", "16 tensors belong to no module")]),
+                [(Code.ADAPTER_MISMATCH, "", "", f"16 tensors are missing, among them {FEW} "),
+                 (Code.ADAPTER_MISMATCH, "", "", "16 tensors belong to no module")]),
     "too wide": (rewrite(lambda found: found.update({f"{FIRST}.lora_A.weight": torch.ones(8, 33)})),
-                 [(Code.ADAPTER_TENSORS_SHAPE, "", "",
+                 [(Code.ADAPTER_MISMATCH, "", "",
                    f"1 tensors have another shape, among them {FIRST}.lora_A.weight (8, 33) where the base needs")]),
 }  # fmt: skip
 
@@ -279,7 +279,7 @@ def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[
     """The weights, and all other files that decide what an adapter does; `--force` uses them all the same."""
     damage = EDITS[name]
     damage(copy / name if damage is Path.unlink else copy)
-    code = Code.ADAPTER_FILE_MISSING if damage is Path.unlink else Code.ADAPTER_FILE_CHANGED
+    code = Code.ADAPTER_CHANGED
     for command in (("generate", "1 and 1 make"), ("evaluate", "--data", copy.parent / "rows.jsonl")):
         ran = cli(*command, "--adapter", copy)
         check_refused(ran, 5, (code, str(copy / name), ""))
@@ -294,7 +294,7 @@ def test_a_file_that_was_added_and_would_be_read_is_refused(name: str, copy: Pat
     (copy / name).write_text('{"eos_token": "hello"}')
     (copy / "notes.txt").write_text("mine")
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
-    check_refused(ran, 5, (Code.ADAPTER_FILE_ADDED, str(copy / name), ""))
+    check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / name), ""))
     assert ran.err.endswith("--force\n") and ran.err.count("\n") == 1
 
 
@@ -314,7 +314,7 @@ def test_a_record_that_holds_nothing_against_the_adapter_is_refused(
     RECORDS[name](record)
     (copy / "loratune.json").write_text(json.dumps(record))
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
-    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(copy / "loratune.json"), ""))
+    check_refused(ran, 5, (Code.ADAPTER_INVALID, str(copy / "loratune.json"), ""))
 
 
 def test_what_is_the_users_to_edit(copy: Path, tmp_path: Path, cli: Callable[..., Ran], tiny_dir: Path) -> None:
@@ -336,17 +336,17 @@ def test_a_base_of_the_same_shape_is_refused_by_its_fingerprint(
     what = f"{copy}: was trained on another base than {tmp_path / 'other'}, by its shape and a sample of its weights"
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
     fix = "use its base, or use the adapter all the same with --force"
-    assert (ran.code, ran.err) == (5, f"error: {what} [inference.other_base]; {fix}\n")
+    assert (ran.code, ran.err) == (5, f"error: {what} [adapter.mismatch]; {fix}\n")
     ran = cli("generate", "1 and 1 make", "--adapter", copy, "--force", "--max-new-tokens", 2)
-    assert (ran.code, ran.err) == (0, f"{what} [inference.other_base]\n")
+    assert (ran.code, ran.err) == (0, f"{what} [adapter.mismatch]\n")
 
 
-CODE = Code.ADAPTER_NAMES_CODE
+CODE = Code.ADAPTER_UNSAFE
 NAMED = {
     "code": ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, CODE, "auto_mapping"),
     "more code": ({"megatron_config": {"x": 1}, "megatron_core": "os"}, CODE, "megatron_config"),
-    "a path": ({"base_model_name_or_path": "../../x"}, Code.ADAPTER_BASE_OUTSIDE, "base_model_name_or_path"),
-    "unknown": ({"use_telepathy": True}, Code.ADAPTER_UNKNOWN_KEY, "use_telepathy"),
+    "a path": ({"base_model_name_or_path": "../../x"}, Code.ADAPTER_UNSAFE, "base_model_name_or_path"),
+    "unknown": ({"use_telepathy": True}, Code.ADAPTER_INVALID, "use_telepathy"),
 }
 
 
@@ -377,7 +377,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
     (copy / name).symlink_to(tmp_path / "elsewhere")
     for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
         ran = cli(*command)
-        check_refused(ran, 5, (Code.ADAPTER_LINK_OUTSIDE, str(copy / name), ""))
+        check_refused(ran, 5, (Code.ADAPTER_UNSAFE, str(copy / name), ""))
         assert ran.err.endswith(f"cp -rL {copy} NEW\n")
 
 
@@ -401,7 +401,7 @@ def test_a_pickle_is_never_opened(
     (copy / WEIGHTS).unlink()
     for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
         ran = cli(*command)
-        check_refused(ran, 5, (Code.ADAPTER_NO_WEIGHTS, str(copy), ""))
+        check_refused(ran, 5, (Code.ADAPTER_NOT_FOUND, str(copy), ""))
         assert "adapter_model.bin is a pickle, and pickles are not opened" in ran.err
     assert not marker.exists()
     pickle.loads(trap.read_bytes())
@@ -411,9 +411,9 @@ def test_a_pickle_is_never_opened(
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [
-        ({"hidden_size": 64}, Code.ADAPTER_TENSORS_SHAPE, "16 tensors"),
-        ({"num_hidden_layers": 1}, Code.ADAPTER_TENSORS_EXTRA, "8 tensors"),
-        ({"num_hidden_layers": 4}, Code.ADAPTER_TENSORS_MISSING, "16 tensors"),
+        ({"hidden_size": 64}, Code.ADAPTER_MISMATCH, "16 tensors"),
+        ({"num_hidden_layers": 1}, Code.ADAPTER_MISMATCH, "8 tensors"),
+        ({"num_hidden_layers": 4}, Code.ADAPTER_MISMATCH, "16 tensors"),
     ],
 )
 def test_another_base_is_refused(
@@ -474,7 +474,7 @@ def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path
     model = fill(fill(small(), "lora_B", 1.0), "1.lora_A", value)
     with pytest.raises(NumericError, match=r"1 adapter tensors hold NaN or inf, among them .*1\.lora_A") as caught:
         attach.save(model, tmp_path, start(small()))
-    assert (caught.value.exit_code, meanings(caught.value)) == (6, [(Code.LORA_NOT_FINITE, "", "")])
+    assert (caught.value.exit_code, meanings(caught.value)) == (6, [(Code.TRAINING_NOT_FINITE, "", "")])
     assert not list(tmp_path.iterdir())
 
 

@@ -121,7 +121,7 @@ def test_our_own_adapter(
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), Code.ADAPTER_NO_FACTOR),
+        (lambda tensors: tensors.pop(next(name for name in tensors if "lora_B" in name)), Code.ADAPTER_INVALID),
         (
             lambda tensors: next(t for n, t in tensors.items() if "lora_B" in n).fill_(float("nan")),
             Code.ADAPTER_NOT_FINITE,
@@ -149,7 +149,7 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., 
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     ran = cli("params", "--adapter", tmp_path)
-    check_refused(ran, 5, (Code.ADAPTER_RANK, str(tmp_path / WEIGHTS_FILE), "model.layers.0.self_attn.o_proj"))
+    check_refused(ran, 5, (Code.ADAPTER_INVALID, str(tmp_path / WEIGHTS_FILE), "model.layers.0.self_attn.o_proj"))
     assert "has rank 8 where adapter_config.json says 4" in ran.err
 
 

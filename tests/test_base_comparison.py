@@ -89,7 +89,7 @@ def test_what_cannot_be_undone_is_refused(base_dir: Path, tmp_path: Path, cli: C
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     for arguments in (("evaluate", "--data", rows), ("generate", "1 and 1 make", "--base", "--max-new-tokens", 1)):
         ran = cli(*arguments, "--adapter", tmp_path / "made")
-        check_refused(ran, 5, (Code.ADAPTER_NO_COMPARISON, str(tmp_path / "made"), ""))
+        check_refused(ran, 5, (Code.ADAPTER_NOT_REPRODUCIBLE, str(tmp_path / "made"), ""))
         assert "lora.layer_replication" in ran.err
     assert cli("generate", "1 and 1 make", "--adapter", tmp_path / "made", "--max-new-tokens", 1).code == 0
 
@@ -100,7 +100,7 @@ def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path)
     tuned.model.get_base_model().model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
     with pytest.raises(AdapterError) as error, tuned.without_adapter():
         pass
-    assert meanings(error.value) == [(Code.INFERENCE_BASE_CHANGED, str(tmp_path / "made"), "")]
+    assert meanings(error.value) == [(Code.ADAPTER_NOT_REPRODUCIBLE, str(tmp_path / "made"), "")]
 
 
 def test_scores_and_answers_of_the_base(

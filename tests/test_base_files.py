@@ -111,7 +111,7 @@ def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, m
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", change_meanwhile)
     with pytest.raises(ModelError) as refused:
         load.load_base(section)
-    assert meanings(refused.value) == [(Code.MODEL_WEIGHTS_CHANGED, str(weights), "")]
+    assert meanings(refused.value) == [(Code.MODEL_CHANGED, str(weights), "")]
 
 
 def test_a_run_ends_with_its_last_checkpoint(
@@ -125,11 +125,11 @@ def test_a_run_ends_with_its_last_checkpoint(
     child = processes.start("train", config)
     until(lambda: "step     5/" in child.said(), child)
     overwrite(base_dir / "model.safetensors")
-    problem = Code.TRAIN_BASE_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path"
+    problem = Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path"
     check_refused(Ran(child.wait(), "", child.said()), 3, problem)
     assert not (tmp_path / "out").exists() and checkpoints(tmp_path / "out.partial")
     child = processes.start("train", config, "--resume")
-    assert child.wait() == 7 and "[resume.base_changed]" in child.said(), child.said()
+    assert child.wait() == 7 and "[resume.changed]" in child.said(), child.said()
     shutil.rmtree(base_dir)
     shutil.copytree(kept, base_dir)
     child = processes.start("train", config, "--resume")
@@ -152,7 +152,7 @@ def test_a_change_after_the_last_step_is_noticed(
         directory = run_dir.check(str(tmp_path / "out"), overwrite=False)
         train.train(preflight.check(load_config(config), directory))
     (problem,) = meanings(refused.value)
-    assert problem == (Code.TRAIN_BASE_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path")
+    assert problem == (Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path")
     assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
 
 

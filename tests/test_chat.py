@@ -138,7 +138,7 @@ def test_prompts_of_an_adapter_without_turns(cli: Cli, raw: Path, tmp_path: Path
     assert f"{raw}: was trained on raw prompts, which have no turns" in ran.err
     for arguments, lines in ((("--system", "x"), "5:"), ((), "/system x\n5:")):
         refused = cli("chat", "--adapter", raw, *arguments, stdin=lines)
-        check_refused(refused, 2, (Code.CHAT_NO_SYSTEM, "", ""))
+        check_refused(refused, 2, (Code.USAGE_CONFLICT, "", ""))
         assert refused.out == ""
 
 
@@ -159,11 +159,11 @@ def test_adapters_take_turns(cli: Cli, short: Path, raw: Path, tmp_path: Path) -
     (of_raw,) = answers(cli, raw, [{"prompt": "5:"}], tmp_path, "--max-new-tokens", NEW)
     assert ran.out == f"{of_short}\n{of_raw}\n{of_short}\n"
     assert "raw answers, of short, raw\n" in ran.err
-    check_refused(cli(*several, stdin="/adapter sql\n"), 2, (Code.USAGE_ADAPTER_NAME, "", "/adapter"))
+    check_refused(cli(*several, stdin="/adapter sql\n"), 2, (Code.USAGE_BAD_VALUE, "", "/adapter"))
     ran = cli("chat", "--adapter", short, stdin="/adapter short\n")
-    check_refused(ran, 2, (Code.USAGE_ADAPTER_NAME, "", "/adapter"))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", "/adapter"))
     ran = cli("chat", "--adapter", f"a={short}", "--adapter", f"a={raw}", stdin="5:\n")
-    check_refused(ran, 2, (Code.USAGE_ADAPTER_TWICE, str(raw), "--adapter"))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(raw), "--adapter"))
 
 
 def test_a_saved_conversation_is_trained_on(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_saved_conversation_is_trained_on(cli: Cli, short: Path, raw: Path, tm
 def test_answers_that_were_cut_off_are_not_learned(cli: Cli, endless: Path, tmp_path: Path) -> None:
     path = tmp_path / "saved.jsonl"
     ran = cli("chat", "--adapter", endless, "--max-new-tokens", 3, stdin=f"5:\n/save {path}\n")
-    check_refused(ran, 2, (Code.CHAT_NOTHING_YET, "", "/save"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "/save"))
     assert ran.out == "aaa\n" and "cut off: --max-new-tokens is 3\n" in ran.err and not path.exists()
 
 
@@ -198,15 +198,15 @@ def test_files_are_replaced_only_if_asked(cli: Cli, short: Path, tmp_path: Path)
     path.write_text("precious\n")
     saved = ("chat", "--adapter", short, "--max-new-tokens", NEW)
     ran = cli(*saved, stdin=f"5:\n/save {path}\n")
-    check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(path), "/save"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(path), "/save"))
     assert tree(tmp_path) == {"saved.jsonl": b"precious\n"}
     for target, code in {
-        short / "adapter_model.safetensors": Code.OUTPUT_FILE_IS_INPUT, tmp_path: Code.OUTPUT_FILE_IS_DIRECTORY,
-        tmp_path / "absent" / "x": Code.OUTPUT_FILE_NO_DIRECTORY,
+        short / "adapter_model.safetensors": Code.OUTPUT_UNUSABLE, tmp_path: Code.OUTPUT_UNUSABLE,
+        tmp_path / "absent" / "x": Code.OUTPUT_UNUSABLE,
     }.items():  # fmt: skip
         ran = cli(*saved, stdin=f"5:\n/save --overwrite {target}\n")
         check_refused(ran, 2, (code, str(target), "/save"))
-    check_refused(cli(*saved, stdin="5:\n/save\n"), 2, (Code.USAGE_BAD_PATH, "", "/save"))
+    check_refused(cli(*saved, stdin="5:\n/save\n"), 2, (Code.USAGE_BAD_VALUE, "", "/save"))
     assert cli(*saved, stdin=f"5:\n/save --overwrite {path}\n").code == 0
     assert json.loads(path.read_text())["messages"][0] == {"role": "user", "content": "5:"}
 
@@ -242,10 +242,10 @@ def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "code", "expected"),
     [
-        ("/bye\n", 2, (Code.CHAT_UNKNOWN_COMMAND, "", "")),
-        ("/base\n", 2, (Code.CHAT_NOTHING_YET, "", "/base")),
-        ("/save x\n", 2, (Code.CHAT_NOTHING_YET, "", "/save")),
-        ("a" * 600, 2, (Code.CHAT_CONTEXT_FULL, "", "")),
+        ("/bye\n", 2, (Code.USAGE_BAD_VALUE, "", "")),
+        ("/base\n", 2, (Code.USAGE_CONFLICT, "", "/base")),
+        ("/save x\n", 2, (Code.USAGE_CONFLICT, "", "/save")),
+        ("a" * 600, 2, (Code.DATA_TOO_LONG, "", "")),
     ],
 )
 def test_lines_that_are_refused_end_a_pipe(
@@ -265,7 +265,7 @@ def test_a_full_context_is_said(cli: Cli, babbling: Path) -> None:
     ran = cli("chat", "--adapter", babbling, stdin=f"{question}\n/reset\n{question}\n")
     assert (ran.code, ran.err.count(full)) == (0, 2) and [len(line) for line in ran.out.splitlines()] == [108, 108]
     ran = cli("chat", "--adapter", babbling, stdin=f"{question}\nmore\n")
-    check_refused(ran, 2, (Code.CHAT_CONTEXT_FULL, "", ""))
+    check_refused(ran, 2, (Code.DATA_TOO_LONG, "", ""))
     assert "the conversation has 522 tokens, and the model's context 512" in ran.err and full in ran.err
 
 
@@ -275,16 +275,16 @@ def test_bytes_that_are_no_text(processes: ForkServer, short: Path, tmp_path: Pa
         "chat", "--adapter", short, first=f"import os; os.open({str(tmp_path / 'in')!r}, os.O_RDONLY)"
     )
     code = child.wait()
-    check_refused(Ran(code, child.out.read_text(), child.said()), 4, (Code.USAGE_NOT_UTF8, "the line", ""))
+    check_refused(Ran(code, child.out.read_text(), child.said()), 4, (Code.USAGE_BAD_VALUE, "the line", ""))
     assert child.out.read_text().count("\n") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "expected"),
     [
-        (["--temperature", "1e9"], 2, "[usage.out_of_range]"),
+        (["--temperature", "1e9"], 2, "[usage.bad_value]"),
         (["--max-new-tokens", "0"], 2, "max-new-tokens"),
-        (["--adapter", "absent"], 2, "[usage.adapter_name]"),
+        (["--adapter", "absent"], 2, "[usage.bad_value]"),
     ],
 )
 def test_options_that_are_refused(cli: Cli, short: Path, arguments: list[str], code: int, expected: str) -> None:
@@ -294,11 +294,11 @@ def test_options_that_are_refused(cli: Cli, short: Path, arguments: list[str], c
 
 def test_adapters_that_are_refused(cli: Cli, short: Path, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
-    check_refused(cli("chat", "--adapter", absent, stdin="5:\n"), 5, (Code.ADAPTER_NO_DIRECTORY, str(absent), ""))
+    check_refused(cli("chat", "--adapter", absent, stdin="5:\n"), 5, (Code.ADAPTER_NOT_FOUND, str(absent), ""))
     damaged = Path(shutil.copytree(short, tmp_path / "damaged"))
     (damaged / "tokenizer_config.json").write_text("{}")
     where = str(damaged / "tokenizer_config.json")
-    check_refused(cli("chat", "--adapter", damaged, stdin="5:\n"), 5, (Code.ADAPTER_FILE_CHANGED, where, ""))
+    check_refused(cli("chat", "--adapter", damaged, stdin="5:\n"), 5, (Code.ADAPTER_CHANGED, where, ""))
 
 
 # In a terminal
@@ -373,7 +373,7 @@ def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Pa
         window.press("\x1b[A\n")  # the line before
         window.until("s> ")
         window.press("/bye\n")
-        assert "[chat.unknown_command]" in window.until("s> ")
+        assert "[usage.bad_value]" in window.until("s> ")
         window.press("unfinished")
         window.until("unfinished")
         window.interrupt("s> ")
@@ -403,7 +403,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(
         assert "stopping; once more ends the chat" in shown and "cut off: stopped" in shown
         window.until("> ")
         window.press(f"/save {path}\n")
-        assert "[chat.nothing_yet]" in window.until("> ")
+        assert "[usage.conflict]" in window.until("> ")
         window.press("/system x\n")
         window.until("> ")
         window.press("go:\n")

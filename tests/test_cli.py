@@ -168,14 +168,14 @@ def test_bad_rows_stop_before_torch_is_imported(
         (["params", "a.yaml", "--model", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "a.yaml", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "--model", "b", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
-        (["params", "--adapter", "b", "--set", "lora.r=4"], f"[{Code.USAGE_NOT_FOR_ADAPTERS}]"),
+        (["params", "--adapter", "b", "--set", "lora.r=4"], f"[{Code.USAGE_CONFLICT}]"),
         (
             ["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"],
             f"not both [{Code.USAGE_CONFLICT}]",
         ),
-        (["generate", "--adapter", "x", "hello", "--temperature", "0.0001"], f"[{Code.USAGE_OUT_OF_RANGE}]"),
-        (["generate", "--adapter", "x", "hello", "--overwrite"], f"--output [{Code.USAGE_NEEDS_OPTION}]"),
-        (["train", "a.yaml", "--allow-change", "lora.r"], f"--resume [{Code.USAGE_NEEDS_OPTION}]"),
+        (["generate", "--adapter", "x", "hello", "--temperature", "0.0001"], f"[{Code.USAGE_BAD_VALUE}]"),
+        (["generate", "--adapter", "x", "hello", "--overwrite"], f"--output [{Code.USAGE_CONFLICT}]"),
+        (["train", "a.yaml", "--allow-change", "lora.r"], f"--resume [{Code.USAGE_CONFLICT}]"),
         (
             ["generate", "--adapter", "x", "hello", "--output", "no/such/file"],
             "--output: its directory no/such does not",
@@ -359,37 +359,37 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:
     """Makes an output_dir that cannot be; returns it, the problem, and what else the message says."""
     out, key = tmp_path / "out", "output_dir"
     if kind == "proc":
-        return "/proc/out", (Code.RUN_OUTPUT_NOT_WRITABLE, "/proc/out", key), "No such file or directory"
+        return "/proc/out", (Code.OUTPUT_UNUSABLE, "/proc/out", key), "No such file or directory"
     if kind == "root":
-        return "/", (Code.RUN_OUTPUT_IS_ROOT, "/", key), ""
+        return "/", (Code.OUTPUT_UNUSABLE, "/", key), ""
     if kind == "parent missing":
         path = tmp_path / "no" / "out"
-        return str(path), (Code.RUN_OUTPUT_NO_PARENT, str(path), key), f" {path.parent} "
+        return str(path), (Code.OUTPUT_UNUSABLE, str(path), key), f" {path.parent} "
     if kind == "parent is a file":
         path = tmp_path / "rows.jsonl" / "out"
-        return str(path), (Code.RUN_OUTPUT_NO_PARENT, str(path), key), f" {path.parent} "
+        return str(path), (Code.OUTPUT_UNUSABLE, str(path), key), f" {path.parent} "
     if kind == "file":
         out.write_text("precious")
-        return str(out), (Code.RUN_OUTPUT_IS_FILE, str(out), key), ""
+        return str(out), (Code.OUTPUT_UNUSABLE, str(out), key), ""
     if kind == "dangling link":
         out.symlink_to(tmp_path / "nowhere")
-        return str(out), (Code.RUN_OUTPUT_IS_FILE, str(out), key), ""
+        return str(out), (Code.OUTPUT_UNUSABLE, str(out), key), ""
     if kind == "long name":
         path = tmp_path / ("x" * 300)
-        return str(path), (Code.CONFIG_NOT_A_PATH, "--set", key), "is longer than a path can be, got text '/"
+        return str(path), (Code.CONFIG_BAD_VALUE, "--set", key), "is longer than a path can be, got text '/"
     if kind == "partial of another":
         (tmp_path / "out.partial").mkdir()
         (tmp_path / "out.partial" / "thesis.txt").write_text("precious")
-        return str(out), (Code.RUN_PARTIAL_OTHER_FILES, str(out), key), " holds thesis.txt,"
+        return str(out), (Code.OUTPUT_UNUSABLE, str(out), key), " holds thesis.txt,"
     if kind == "partial is a file":
         (tmp_path / "out.partial").write_text("precious")
-        return str(out), (Code.RUN_PARTIAL_KIND, str(out), key), " is a file "
+        return str(out), (Code.OUTPUT_UNUSABLE, str(out), key), " is a file "
     if kind == "interrupted":
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "manifest.json").write_text("precious")
         return str(out), (Code.RUN_INTERRUPTED, str(out), key), "out.partial"
     old_adapter(out)
-    return str(out), (Code.RUN_OUTPUT_EXISTS, str(out), key), "; choose another, or replace it with --overwrite"
+    return str(out), (Code.OUTPUT_EXISTS, str(out), key), "; choose another, or replace it with --overwrite"
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_output_that_cannot_be(
 def test_output_is_judged_before_rows_and_model(run_config: Callable[..., Path], tmp_path: Path) -> None:
     old_adapter(tmp_path / "out")
     ran, heavy = imported("train", run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"}))
-    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
     assert not heavy & {"torch", "transformers", "peft"}
 
 
@@ -435,7 +435,7 @@ def test_overwrite_leaves_alone_what_is_no_adapter(
     config = run_config(training=ONE_STEP)
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "out"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"))
     assert ran.out == "" and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
@@ -446,7 +446,7 @@ def test_resume_without_anything_to_resume(
     config = run_config()
     before = tree(tmp_path)
     ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_NO_RUN, str(tmp_path / "out"), ""))
+    check_refused(ran, 7, (Code.RESUME_CHECKPOINT, str(tmp_path / "out"), ""))
     assert ran.out == "" and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
@@ -532,7 +532,7 @@ def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     old_adapter(out)
     with pytest.raises(ConfigError) as caught:
         run_dir.check(str(out), resume=True, overwrite=False)
-    assert meanings(caught.value) == [(Code.RUN_OUTPUT_EXISTS, str(out), "output_dir")]
+    assert meanings(caught.value) == [(Code.OUTPUT_EXISTS, str(out), "output_dir")]
 
 
 def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_keys_that_an_older_release_did_not_have_take_their_defaults(
     edited(tmp_path / "out.partial", older)
     for key, value in (("lora.use_lorafa", "true"), ("lora.rank_pattern", "{q: 4}")):
         refused = cli("train", interrupted, "--resume", "--set", f"{key}={value}")
-        check_refused(refused, 7, (Code.RESUME_CONFIG_CHANGED, "", key if value == "true" else f"{key}.q"))
+        check_refused(refused, 7, (Code.RESUME_CHANGED, "", key if value == "true" else f"{key}.q"))
         assert "change it back" in refused.err
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0, ran.err
@@ -123,7 +123,7 @@ def test_keys_that_this_release_does_not_have(cli: Callable[..., Ran], interrupt
     refused = cli("train", interrupted, "--resume")
     assert refused.code == 7
     for key, value in (("lora.use_telepathy", "3"), ("telepathy", '{"on": true}')):
-        (line,) = [line for line in refused.errors if is_problem(line, (Code.RESUME_UNKNOWN_KEY, "", key))]
+        (line,) = [line for line in refused.errors if is_problem(line, (Code.RESUME_CHANGED, "", key))]
         assert f": was {value} in the release of loratune " in line
         assert line.endswith("; finish the run with loratune 9.9, which started it, or start afresh with --overwrite")
 

@@ -84,21 +84,21 @@ def value_at(run: RunConfig, key: str) -> Any:
         ("a: 1\n---\nb: 2\n", Code.CONFIG_SYNTAX, "FILE:2:1", "but found another document"),
         ("a: 1\nb: \x07\n", Code.CONFIG_SYNTAX, "FILE:2", "U+0007"),
         (bytes(100), Code.CONFIG_SYNTAX, "FILE:1", "U+0000"),
-        ("", Code.CONFIG_EMPTY_FILE, "FILE", ""),
-        ("# nothing yet\n", Code.CONFIG_EMPTY_FILE, "FILE", ""),
-        ("{}", Code.CONFIG_EMPTY_FILE, "FILE", ""),
-        ("null", Code.CONFIG_NOT_A_MAPPING, "FILE:1", "got nothing"),
-        ("# rows\n- a\n", Code.CONFIG_NOT_A_MAPPING, "FILE:2", "got a list"),
-        ("word", Code.CONFIG_NOT_A_MAPPING, "FILE:1", "got text 'word'"),
-        (b"model:\n  name: \xff\n", Code.CONFIG_NOT_UTF8, "FILE:2", "byte 15 "),
-        (SOUND.encode("utf-16"), Code.CONFIG_NOT_UTF8, "FILE:1", "byte 0 "),
-        ("? [a, b]\n: c\n", Code.CONFIG_BAD_KEY, "FILE:1", ""),
-        (SOUND + "<<: {lora: 1}\n", Code.CONFIG_BAD_KEY, "FILE:4", "merges"),
-        (SOUND + "lora: &a {r: 8}\ntraining: *a\n", Code.CONFIG_YAML_ALIAS, "FILE:5:11", ""),
+        ("", Code.CONFIG_UNREADABLE, "FILE", ""),
+        ("# nothing yet\n", Code.CONFIG_UNREADABLE, "FILE", ""),
+        ("{}", Code.CONFIG_UNREADABLE, "FILE", ""),
+        ("null", Code.CONFIG_SYNTAX, "FILE:1", "got nothing"),
+        ("# rows\n- a\n", Code.CONFIG_SYNTAX, "FILE:2", "got a list"),
+        ("word", Code.CONFIG_SYNTAX, "FILE:1", "got text 'word'"),
+        (b"model:\n  name: \xff\n", Code.CONFIG_UNREADABLE, "FILE:2", "byte 15 "),
+        (SOUND.encode("utf-16"), Code.CONFIG_UNREADABLE, "FILE:1", "byte 0 "),
+        ("? [a, b]\n: c\n", Code.CONFIG_SYNTAX, "FILE:1", ""),
+        (SOUND + "<<: {lora: 1}\n", Code.CONFIG_SYNTAX, "FILE:4", "merges"),
+        (SOUND + "lora: &a {r: 8}\ntraining: *a\n", Code.CONFIG_SYNTAX, "FILE:5:11", ""),
         (SOUND + 'a: "\\UFFFFFFFF"\n', Code.CONFIG_SYNTAX, "FILE:4:7", "an escape that names no character"),
         (SOUND + 'a: "\\U00110000"\n', Code.CONFIG_SYNTAX, "FILE:4:7", "an escape that names no character"),
-        (SOUND + "lora: !mine {r: 8}\n", Code.CONFIG_YAML_TAG, "FILE:4:7", "`!mine`"),
-        ("output_dir: !!binary b3V0\n", Code.CONFIG_YAML_TAG, "FILE:1:13", "`!!binary`"),
+        (SOUND + "lora: !mine {r: 8}\n", Code.CONFIG_SYNTAX, "FILE:4:7", "`!mine`"),
+        ("output_dir: !!binary b3V0\n", Code.CONFIG_SYNTAX, "FILE:1:13", "`!!binary`"),
     ],
 )
 def test_not_a_mapping(
@@ -125,9 +125,9 @@ def test_the_fix_is_named(problems: Callable[..., list[Problem]], text: str, fix
 def test_missing_file_and_directory(tmp_path: Path) -> None:
     for path, code, what in [
         (tmp_path / "absent.yaml", Code.CONFIG_UNREADABLE, "No such file or directory"),
-        (tmp_path, Code.CONFIG_NOT_A_FILE, "a directory"),
+        (tmp_path, Code.CONFIG_UNREADABLE, "a directory"),
         (tmp_path / "absent" / "run.yaml", Code.CONFIG_UNREADABLE, "No such file or directory"),
-        (Path("/dev/zero"), Code.CONFIG_TOO_LARGE, "256 KiB"),
+        (Path("/dev/zero"), Code.CONFIG_UNREADABLE, "256 KiB"),
     ]:
         with pytest.raises(ConfigError) as caught:
             config.load(path)
@@ -147,15 +147,15 @@ BOMB = "a: &a [x, x]\n" + "".join(
 @pytest.mark.parametrize(
     "make, expected",
     [
-        (lambda: "x" * (100 << 20), (Code.CONFIG_TOO_LARGE, "FILE", "")),
-        (lambda: BOMB, (Code.CONFIG_YAML_ALIAS, "FILE:2:8", "")),
-        (lambda: "a: &a [*a]\n", (Code.CONFIG_YAML_ALIAS, "FILE:1:8", "")),
-        (lambda: "[" * 200_000, (Code.CONFIG_TOO_DEEP, "FILE:1:34", "")),
-        (lambda: "{a: " * 50_000, (Code.CONFIG_TOO_DEEP, "FILE:1:130", "")),
-        (lambda: "- " * 100_000, (Code.CONFIG_TOO_DEEP, "FILE:1:67", "")),
+        (lambda: "x" * (100 << 20), (Code.CONFIG_UNREADABLE, "FILE", "")),
+        (lambda: BOMB, (Code.CONFIG_SYNTAX, "FILE:2:8", "")),
+        (lambda: "a: &a [*a]\n", (Code.CONFIG_SYNTAX, "FILE:1:8", "")),
+        (lambda: "[" * 200_000, (Code.CONFIG_SYNTAX, "FILE:1:34", "")),
+        (lambda: "{a: " * 50_000, (Code.CONFIG_SYNTAX, "FILE:1:130", "")),
+        (lambda: "- " * 100_000, (Code.CONFIG_SYNTAX, "FILE:1:67", "")),
         (lambda: "".join(f"k{number}: 1\n" for number in range(20_000)), (Code.CONFIG_MISSING_KEY, "FILE", "model")),
-        (lambda: "k: 1\n" * 20_000, (Code.CONFIG_DUPLICATE_KEY, "FILE:2", "k")),
-        (lambda: SOUND + "lora: {r: " + "x" * 200_000 + "}", (Code.CONFIG_WRONG_TYPE, "FILE:4", "lora.r")),
+        (lambda: "k: 1\n" * 20_000, (Code.CONFIG_SYNTAX, "FILE:2", "k")),
+        (lambda: SOUND + "lora: {r: " + "x" * 200_000 + "}", (Code.CONFIG_BAD_VALUE, "FILE:4", "lora.r")),
     ],
     ids=["100MB", "aliases", "loop", "brackets", "braces", "dashes", "keys", "duplicates", "long"],
 )
@@ -183,7 +183,7 @@ def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., li
 def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_path: Path, where: str, call: str) -> None:
     target = tmp_path / "executed"
     [problem] = problems(f"{where}{call} ['touch {target}']" + "}" * where.count("{") + "\n")
-    assert meaning(problem) == (Code.CONFIG_YAML_TAG, f"FILE:1:{len(where) + 1}", "") and f"`{call}`" in problem.what
+    assert meaning(problem) == (Code.CONFIG_SYNTAX, f"FILE:1:{len(where) + 1}", "") and f"`{call}`" in problem.what
     assert not target.exists()
 
 
@@ -279,7 +279,7 @@ def test_duplicate_key_names_both_lines(
     problems: Callable[..., list[Problem]], text: str, line: int, key: str, lines: str
 ) -> None:
     [problem] = problems(text)
-    assert meaning(problem) == (Code.CONFIG_DUPLICATE_KEY, f"FILE:{line}", key)
+    assert meaning(problem) == (Code.CONFIG_SYNTAX, f"FILE:{line}", key)
     assert problem.what.endswith(lines) and problem.fix == "keep one"
 
 
@@ -325,8 +325,8 @@ def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text
     assert type(value_read) is type(value)
 
 
-TYPE, CHOICE = Code.CONFIG_WRONG_TYPE, Code.CONFIG_NOT_A_CHOICE
-RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
+TYPE, CHOICE = Code.CONFIG_BAD_VALUE, Code.CONFIG_BAD_VALUE
+RANGE, EMPTY = Code.CONFIG_BAD_VALUE, Code.CONFIG_BAD_VALUE
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
             CHOICE,
             "expected 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_4', ",
         ),
-        ("lora.init_lora_weights", "false", Code.CONFIG_RANDOM_INIT, ""),
+        ("lora.init_lora_weights", "false", Code.CONFIG_CONFLICT, ""),
         ("training.learning_rate", "0", RANGE, "must be greater than 0, got a number 0"),
         ("training.learning_rate", "-1", RANGE, "must be greater than 0, got a number -1"),
         ("training.learning_rate", ".nan", RANGE, "must be a finite number, got a number nan"),
@@ -372,7 +372,7 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
         ("training.learning_rate", "1e400", RANGE, "must be a finite number, got a number inf"),
         ("training.learning_rate", "1_000", TYPE, "expected a number or 'auto', got text '1_000'"),
         ("training.learning_rate", "'1e-4'", TYPE, "expected a number or 'auto', got text '1e-4'"),
-        ("training.max_steps", "0", Code.CONFIG_NO_STEPS, ""),
+        ("training.max_steps", "0", Code.CONFIG_CONFLICT, ""),
         (
             "training.seed",
             "4294967296",
@@ -394,8 +394,8 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
         ),
         ("model.name_or_path", "''", EMPTY, ""),
         ("model.revision", "1.5", TYPE, "expected text, got a number 1.5"),
-        ("data.validation", "0", Code.CONFIG_NOT_A_FRACTION, ""),
-        ("data.validation", "1.5", Code.CONFIG_NOT_A_FRACTION, ""),
+        ("data.validation", "0", Code.CONFIG_BAD_VALUE, ""),
+        ("data.validation", "1.5", Code.CONFIG_BAD_VALUE, ""),
         (
             "data.validation",
             "true",
@@ -405,7 +405,7 @@ RANGE, EMPTY = Code.CONFIG_OUT_OF_RANGE, Code.CONFIG_EMPTY_VALUE
         ("data.columns", "[prompt]", TYPE, "expected a mapping, got a list"),
         ("data.max_length", "1", RANGE, "must be greater than or equal to 2, got a number 1"),
         *[
-            (key, text, Code.CONFIG_AMBIGUOUS_VALUE, f"`{text}`")
+            (key, text, Code.CONFIG_SYNTAX, f"`{text}`")
             for key in ("lora.r", "training.learning_rate", "model.revision", "training.activation_checkpointing")
             for text in ("010", "12:30", "no", "On", "y", "0x1F", "0b11", "1:2:3", "-010")
         ],
@@ -433,9 +433,9 @@ def test_the_nearest_choice_is_named(problems: Callable[..., list[Problem]]) -> 
 @pytest.mark.parametrize(
     "key, text, code, item, what",
     [
-        ("lora.target_modules", "[q, 5]", Code.CONFIG_WRONG_TYPE, "[1]", "expected text, got a number 5"),
-        ("lora.layers_to_transform", "[0, 1, -1]", Code.CONFIG_OUT_OF_RANGE, "[2]", "must be greater than or equal to"),
-        ("data.columns", "{prompt: 5}", Code.CONFIG_WRONG_TYPE, ".prompt", "expected text, got a number 5"),
+        ("lora.target_modules", "[q, 5]", Code.CONFIG_BAD_VALUE, "[1]", "expected text, got a number 5"),
+        ("lora.layers_to_transform", "[0, 1, -1]", Code.CONFIG_BAD_VALUE, "[2]", "must be greater than or equal to"),
+        ("data.columns", "{prompt: 5}", Code.CONFIG_BAD_VALUE, ".prompt", "expected text, got a number 5"),
     ],
 )
 def test_a_wrong_item_is_named(
@@ -449,7 +449,7 @@ def test_a_wrong_item_is_named(
 @pytest.mark.parametrize("section, got", [("", "nothing"), ("[]", "a list"), ("x", "text 'x'")])
 def test_a_section_must_be_one(problems: Callable[..., list[Problem]], section: str, got: str) -> None:
     [problem] = problems(SOUND + f"lora: {section}\n")
-    assert meaning(problem) == (Code.CONFIG_WRONG_TYPE, "FILE:4", "lora")
+    assert meaning(problem) == (Code.CONFIG_BAD_VALUE, "FILE:4", "lora")
     assert problem.what == f"expected a section, got {got}"
 
 
@@ -457,10 +457,10 @@ def test_all_problems_are_reported_at_once(problems: Callable[..., list[Problem]
     refused = problems("model: {dtype: auto}\nlora: {r: 0, q: 1}\ntraining:\n  learning_rate: fast\n")
     assert [meaning(problem) for problem in refused] == [
         (Code.CONFIG_MISSING_KEY, "FILE:1", "model.name_or_path"),
-        (Code.CONFIG_OUT_OF_RANGE, "FILE:2", "lora.r"),
+        (Code.CONFIG_BAD_VALUE, "FILE:2", "lora.r"),
         (Code.CONFIG_UNKNOWN_KEY, "FILE:2", "lora.q"),
         (Code.CONFIG_MISSING_KEY, "FILE", "data"),
-        (Code.CONFIG_WRONG_TYPE, "FILE:4", "training.learning_rate"),
+        (Code.CONFIG_BAD_VALUE, "FILE:4", "training.learning_rate"),
         (Code.CONFIG_MISSING_KEY, "FILE", "output_dir"),
     ]
     assert "got a number 0" in refused[1].what and "got text 'fast'" in refused[4].what
@@ -473,10 +473,10 @@ def test_all_problems_are_reported_at_once(problems: Callable[..., list[Problem]
 @pytest.mark.parametrize(
     "section, first, second, code",
     [
-        ("training", "max_steps: 5", "num_train_epochs: 2", Code.CONFIG_LENGTH_TWICE),
-        ("training", "warmup_steps: 6", "max_steps: 5", Code.CONFIG_WARMUP_TOO_LONG),
-        ("training", "lr_scheduler_type: constant", "warmup_steps: 5", Code.CONFIG_CONSTANT_WARMUP),
-        ("data", "format: text", "chat_template: a.jinja", Code.CONFIG_FORMAT_WITHOUT_CHAT),
+        ("training", "max_steps: 5", "num_train_epochs: 2", Code.CONFIG_CONFLICT),
+        ("training", "warmup_steps: 6", "max_steps: 5", Code.CONFIG_CONFLICT),
+        ("training", "lr_scheduler_type: constant", "warmup_steps: 5", Code.CONFIG_CONFLICT),
+        ("data", "format: text", "chat_template: a.jinja", Code.CONFIG_CONFLICT),
     ],
 )
 def test_contradiction_names_both_keys(
@@ -500,8 +500,8 @@ def test_contradiction_names_both_keys(
 @pytest.mark.parametrize(
     "key, value, other, code",
     [
-        ("training.eval_steps", "5", "data.validation", Code.CONFIG_NO_EVALUATION_ROWS),
-        ("model.trust_remote_code", "true", "model.revision", Code.CONFIG_UNPINNED_CODE),
+        ("training.eval_steps", "5", "data.validation", Code.CONFIG_CONFLICT),
+        ("model.trust_remote_code", "true", "model.revision", Code.CONFIG_CONFLICT),
     ],
 )
 def test_a_key_that_needs_another(
@@ -516,9 +516,7 @@ def test_warmup_above_one_counts_whole_steps(
     problems: Callable[..., list[Problem]], load: Callable[..., RunConfig]
 ) -> None:
     refused = problems(in_section("training.warmup_steps", "1.5"))
-    assert [meaning(problem) for problem in refused] == [
-        (Code.CONFIG_WARMUP_NOT_WHOLE, "FILE:5", "training.warmup_steps")
-    ]
+    assert [meaning(problem) for problem in refused] == [(Code.CONFIG_BAD_VALUE, "FILE:5", "training.warmup_steps")]
     assert load(in_section("training.warmup_steps", "10")).training.warmup_steps == 10
 
 
@@ -550,22 +548,22 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
 @pytest.mark.parametrize(
     "assignment, code, key, detail",
     [
-        ("lora.r=eight", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number or 'auto', got text 'eight'"),
-        ("lora.r=null", Code.CONFIG_WRONG_TYPE, "lora.r", "expected a whole number or 'auto', got nothing"),
-        ("lora.alhpa=", Code.CONFIG_NOTHING_TO_REMOVE, "lora.alhpa", ""),
+        ("lora.r=eight", Code.CONFIG_BAD_VALUE, "lora.r", "expected a whole number or 'auto', got text 'eight'"),
+        ("lora.r=null", Code.CONFIG_BAD_VALUE, "lora.r", "expected a whole number or 'auto', got nothing"),
+        ("lora.alhpa=", Code.CONFIG_SYNTAX, "lora.alhpa", ""),
         ("lora.lora_alhpa=8", Code.CONFIG_UNKNOWN_KEY, "lora.lora_alhpa", "did you mean `lora_alpha`?"),
         ("lor.r=8", Code.CONFIG_UNKNOWN_KEY, "lor", "did you mean `lora`?"),
         ("trainng.learning_rate=1", Code.CONFIG_UNKNOWN_KEY, "trainng", "did you mean `training`?"),
-        ("lora={r: 0}", Code.CONFIG_OUT_OF_RANGE, "lora.r", "must be greater than 0, got a number 0"),
-        ("lora.r=010", Code.CONFIG_AMBIGUOUS_VALUE, "lora.r", "`010`"),
-        ("data={train: a, format: no}", Code.CONFIG_AMBIGUOUS_VALUE, "data.format", "`no`"),
+        ("lora={r: 0}", Code.CONFIG_BAD_VALUE, "lora.r", "must be greater than 0, got a number 0"),
+        ("lora.r=010", Code.CONFIG_SYNTAX, "lora.r", "`010`"),
+        ("data={train: a, format: no}", Code.CONFIG_SYNTAX, "data.format", "`no`"),
         ("lora.r=[", Code.CONFIG_SYNTAX, "lora.r", ""),
-        ("lora.r=8\nlora_alpha: 3", Code.CONFIG_BAD_ASSIGNMENT, "lora.r", "one value"),
-        ("lora.r=!!python/name:os.system", Code.CONFIG_YAML_TAG, "lora.r", "`!!python/name:os.system`"),
-        ("lora", Code.CONFIG_BAD_ASSIGNMENT, "", "`lora` is not of the form section.key=value"),
-        ("=8", Code.CONFIG_BAD_ASSIGNMENT, "", "`=8` is not of the form section.key=value"),
-        ("lora..r=8", Code.CONFIG_BAD_ASSIGNMENT, "", "`lora..r=8` is not of the form section.key=value"),
-        ("output_dir.x=8", Code.CONFIG_BAD_ASSIGNMENT, "output_dir.x", "`output_dir` is text 'out', not a section"),
+        ("lora.r=8\nlora_alpha: 3", Code.CONFIG_SYNTAX, "lora.r", "one value"),
+        ("lora.r=!!python/name:os.system", Code.CONFIG_SYNTAX, "lora.r", "`!!python/name:os.system`"),
+        ("lora", Code.CONFIG_SYNTAX, "", "`lora` is not of the form section.key=value"),
+        ("=8", Code.CONFIG_SYNTAX, "", "`=8` is not of the form section.key=value"),
+        ("lora..r=8", Code.CONFIG_SYNTAX, "", "`lora..r=8` is not of the form section.key=value"),
+        ("output_dir.x=8", Code.CONFIG_SYNTAX, "output_dir.x", "`output_dir` is text 'out', not a section"),
     ],
 )
 def test_a_wrong_assignment_is_reported_as_such(
@@ -644,9 +642,9 @@ def test_a_problem_is_one_line(cli: Callable[..., Ran], tmp_path: Path) -> None:
     [
         ("model:\n\tname: x\n", Code.CONFIG_SYNTAX, ":2:1", ""),
         (in_section("lora.bais", "all"), Code.CONFIG_UNKNOWN_KEY, ":5", "lora.bais"),
-        (in_section("lora.r", "eight"), Code.CONFIG_WRONG_TYPE, ":5", "lora.r"),
-        (SOUND + "output_dir: x\n", Code.CONFIG_DUPLICATE_KEY, ":4", "output_dir"),
-        ("", Code.CONFIG_EMPTY_FILE, "", ""),
+        (in_section("lora.r", "eight"), Code.CONFIG_BAD_VALUE, ":5", "lora.r"),
+        (SOUND + "output_dir: x\n", Code.CONFIG_SYNTAX, ":4", "output_dir"),
+        ("", Code.CONFIG_UNREADABLE, "", ""),
         ("a: \x07\n", Code.CONFIG_SYNTAX, ":1", ""),
     ],
 )
@@ -666,7 +664,7 @@ def test_command_line_prints_every_problem(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(SOUND)
     ran = process("train", path, "--set", "lora.r=0", "--set", "lora.lora_alpha=-1")
-    expected = [(Code.CONFIG_OUT_OF_RANGE, "--set", key) for key in ("lora.r", "lora.lora_alpha")]
+    expected = [(Code.CONFIG_BAD_VALUE, "--set", key) for key in ("lora.r", "lora.lora_alpha")]
     check_refused(ran, 2, *expected)
     assert "got a number 0" in ran.errors[0] and "got a number -1" in ran.errors[1]
     assert ran.err.count("\n") == 2
@@ -681,8 +679,8 @@ def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) 
 @pytest.mark.parametrize(
     "section, code, key, name",
     [
-        ({"lora": {"target_modules": "(unclosed"}}, Code.CONFIG_BAD_PATTERN, "lora.target_modules", "`(unclosed`"),
-        ({"data": {"columns": {"promt": "question"}}}, Code.CONFIG_UNKNOWN_COLUMN, "data.columns", "`promt`"),
+        ({"lora": {"target_modules": "(unclosed"}}, Code.CONFIG_BAD_VALUE, "lora.target_modules", "`(unclosed`"),
+        ({"data": {"columns": {"promt": "question"}}}, Code.DATA_FORMAT, "data.columns", "`promt`"),
     ],
 )
 def test_what_upstream_would_find_late(

@@ -152,7 +152,7 @@ def test_has_learned_nothing_means_since_the_start(tmp_path: Path) -> None:
     attach.check_trained(state, start)
 
 
-SETTING, KIND = Code.LORA_START_SETTING, Code.LORA_START_KIND
+SETTING, KIND = Code.LORA_START, Code.LORA_START
 CONTRADICTING: dict[str, tuple[dict[str, Any], dict[str, Any], list[Code]]] = {
     "a smaller r": ({}, {"r": 4}, [SETTING]),
     "a smaller r by a pattern": ({}, {"rank_pattern": {"v": 4}}, [SETTING]),
@@ -199,10 +199,10 @@ def without_first_column(tensor: torch.Tensor) -> torch.Tensor:
 
 UNFIT: dict[str, tuple[Callable[[Path], None], Code]] = {
     "NaN": (lambda path: spoil(path, lora_B=lambda tensor: tensor * float("nan")), Code.ADAPTER_NOT_FINITE),
-    "whole numbers": (lambda path: spoil(path, lora_A=lambda tensor: tensor.int()), Code.ADAPTER_NOT_FLOAT),
-    "another width": (lambda path: spoil(path, lora_A=without_first_column), Code.ADAPTER_TENSORS_SHAPE),
-    "B of another rank": (lambda path: spoil(path, lora_B=without_first_column), Code.ADAPTER_TENSORS_MISSING),
-    "another rank than configured": (lambda path: configure(path, r=7), Code.CONFIG_ADAPTER_RANK),
+    "whole numbers": (lambda path: spoil(path, lora_A=lambda tensor: tensor.int()), Code.ADAPTER_INVALID),
+    "another width": (lambda path: spoil(path, lora_A=without_first_column), Code.ADAPTER_MISMATCH),
+    "B of another rank": (lambda path: spoil(path, lora_B=without_first_column), Code.ADAPTER_MISMATCH),
+    "another rank than configured": (lambda path: configure(path, r=7), Code.ADAPTER_INVALID),
     "layers repeated": (lambda path: configure(path, layer_replication=[[0, 2], [1, 2]]), KIND),
     "biases in B": (lambda path: configure(path, lora_bias=True), KIND),
     "a part of the base": (lambda path: configure(path, init_lora_weights="pissa"), KIND),
@@ -440,10 +440,10 @@ def test_rows_that_do_not_fit_are_not_replayed(going_on: Make, cli: Callable[...
 @pytest.mark.parametrize(
     "sections, code, key",
     [
-        ({"lora": {"start_from": None}, "data": {"replay": 0.5}}, Code.CONFIG_REPLAY, "data.replay"),
-        ({"data": {"replay": 0.0}}, Code.CONFIG_OUT_OF_RANGE, "data.replay"),
-        ({"data": {"replay": 1.0}}, Code.CONFIG_OUT_OF_RANGE, "data.replay"),
-        ({"lora": {"init_lora_weights": "pissa"}}, Code.CONFIG_LORA_VARIANTS, "lora.start_from"),
+        ({"lora": {"start_from": None}, "data": {"replay": 0.5}}, Code.CONFIG_CONFLICT, "data.replay"),
+        ({"data": {"replay": 0.0}}, Code.CONFIG_BAD_VALUE, "data.replay"),
+        ({"data": {"replay": 1.0}}, Code.CONFIG_BAD_VALUE, "data.replay"),
+        ({"lora": {"init_lora_weights": "pissa"}}, Code.CONFIG_CONFLICT, "lora.start_from"),
     ],
     ids=lambda value: value.value if isinstance(value, Code) else None,
 )
@@ -460,7 +460,7 @@ def test_settings_that_contradict_are_refused(
 def test_contradictions_end_a_run_and_params_with_2(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     path = going_on(lora={"r": 4})
     before = tree(tmp_path)
-    expected = (Code.LORA_START_SETTING, str(tmp_path / "first"), "lora.start_from")
+    expected = (Code.LORA_START, str(tmp_path / "first"), "lora.start_from")
     for command in (("params", path), ("train", path, "--dry-run"), ("train", path)):
         check_refused(cli(*command), 2, expected)
     assert tree(tmp_path) == before
@@ -476,11 +476,11 @@ def other_base(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], Code, str]] = {
-    "none": (shutil.rmtree, Code.ADAPTER_NO_DIRECTORY, ""),
-    "no weights": (lambda path: (path / WEIGHTS).unlink(), Code.ADAPTER_NO_WEIGHTS, ""),
-    "weights changed": (lambda path: flip(path / WEIGHTS), Code.ADAPTER_FILE_CHANGED, WEIGHTS),
-    "weights cut off": (lambda path: os.truncate(path / WEIGHTS, 999), Code.ADAPTER_DAMAGED, WEIGHTS),
-    "no JSON": (lambda path: (path / CONFIG_FILE).write_text("{"), Code.ADAPTER_NOT_JSON, CONFIG_FILE),
+    "none": (shutil.rmtree, Code.ADAPTER_NOT_FOUND, ""),
+    "no weights": (lambda path: (path / WEIGHTS).unlink(), Code.ADAPTER_NOT_FOUND, ""),
+    "weights changed": (lambda path: flip(path / WEIGHTS), Code.ADAPTER_CHANGED, WEIGHTS),
+    "weights cut off": (lambda path: os.truncate(path / WEIGHTS, 999), Code.ADAPTER_INVALID, WEIGHTS),
+    "no JSON": (lambda path: (path / CONFIG_FILE).write_text("{"), Code.ADAPTER_INVALID, CONFIG_FILE),
 }
 
 
@@ -502,7 +502,7 @@ def test_another_base_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_p
     assert shown.code == 0
     assert f"lora.start_from: starts as {tmp_path / 'first'}" in shown.err
     other_base(tmp_path / "base")
-    check_refused(cli("train", path), 5, (Code.LORA_START_BASE, str(tmp_path / "first"), "lora.start_from"))
+    check_refused(cli("train", path), 5, (Code.LORA_START, str(tmp_path / "first"), "lora.start_from"))
 
 
 def test_another_way_of_rendering_is_said(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
@@ -529,9 +529,9 @@ def test_another_way_of_rendering_is_said(going_on: Make, cli: Callable[..., Ran
 def test_the_adapter_it_starts_from_is_not_replaced(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     before = tree(tmp_path / "first")
     ran = cli("train", going_on(output_dir=str(tmp_path / "first")), "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "first"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "first"), "output_dir"))
     ran = cli("train", going_on(output_dir=str(tmp_path / "first" / "second")))
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "first" / "second"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "first" / "second"), "output_dir"))
     assert tree(tmp_path / "first") == before
 
 
@@ -561,7 +561,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     child.send(signal.SIGKILL)
     child.wait()
     assert not (tmp_path / "out").exists()
-    changed = (Code.RESUME_START_CHANGED, "", "lora.start_from")
+    changed = (Code.RESUME_CHANGED, "", "lora.start_from")
     flip(tmp_path / "first" / WEIGHTS)
     check_refused(cli("train", path, "--resume"), 7, changed)
     flip(tmp_path / "first" / WEIGHTS)

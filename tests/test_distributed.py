@@ -384,7 +384,7 @@ def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_c
     assert ended(children) == [2, 2]
     assert children[0].said().splitlines()[-1] == (
         f"error: {config}: model.device_map: auto spreads one model over all GPUs, and each of 2 processes would do "
-        f"so [config.several_processes]; leave it out, or start one process: loratune train {config}"
+        f"so [config.conflict]; leave it out, or start one process: loratune train {config}"
     )
 
 
@@ -397,7 +397,7 @@ def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
 def test_other_commands_are_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
     children = processes.launch(2, "params", run_config())
     assert ended(children) == [2, 2]
-    assert " 2 times" in children[0].said() and "[usage.several_processes]" in children[0].said()
+    assert " 2 times" in children[0].said() and "[usage.conflict]" in children[0].said()
     assert (children[0].said().count("\n"), children[1].said()) == (1, "")
 
 
@@ -424,7 +424,7 @@ def test_what_sharded_weights_exclude(
     child = processes.start("train", run_config(), "--set", f"{key}={value}", **environment)
     assert child.wait() == 2
     (line,) = [line for line in child.said().splitlines() if line.startswith("error: ")]
-    assert is_problem(line.removeprefix("error: "), (Code.DISTRIBUTED_SHARDING, "", key)), line
+    assert is_problem(line.removeprefix("error: "), (Code.DISTRIBUTED_SETTING, "", key)), line
     assert f": {value} does not work" in line and how.lower() in line
 
 
@@ -453,7 +453,7 @@ def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig
     refused = processes.start("train", config, "--resume")
     assert refused.wait() == 7
     line = refused.said().splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.RESUME_ROWS_PER_STEP, "", ACCUMULATION)), line
+    assert is_problem(line.removeprefix("error: "), (Code.RESUME_CHANGED, "", ACCUMULATION)), line
     assert " 8 (2 processes x 2 x 2) rows " in line and " 4 (1 process x 2 x 2) [" in line
     assert "; start 2 processes, or change" in line and "--allow-change" in line
     changed = (
@@ -478,7 +478,7 @@ def test_deepspeed_reads_its_own_checkpoints_only(
     child = processes.start("train", config, "--resume", *WHOLE_STEP, ACCELERATE_USE_DEEPSPEED="true")
     assert child.wait() == 7
     line = child.said().splitlines()[-1]
-    assert f"[{Code.RESUME_PROCESSES}]" in line and line.startswith("error: ")
+    assert f"[{Code.RESUME_CHANGED}]" in line and line.startswith("error: ")
     assert " 2 processes with no sharding" in line and " 1 process with deepspeed" in line
 
 

@@ -242,7 +242,7 @@ def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, *columns)
     assert ran.code == 0, ran.err
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", rows, "--set", "lora.r=4")
-    check_refused(ran, 2, (Code.ADAPTER_SET_NOT_DATA, "", "--set"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "--set"))
     assert "`lora.r=4`" in ran.err and ran.err.count("\n") == 1
 
 
@@ -259,7 +259,7 @@ def test_rows_beyond_the_positions_of_the_model(
     for adapter, positions in ((place / "adapter", 512), (tmp_path / "out", 64)):
         rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a" * (positions + 8), "completion": "b"}])
         ran = cli("evaluate", "--adapter", adapter, "--data", rows)
-        check_refused(ran, 2, (Code.TRAINING_CONTEXT_LENGTH, "", "data.max_length"))
+        check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
         assert ran.out == "" and ran.err.startswith("error: data.max_length: is 1024, and the longest row has ")
         assert f" {positions} positions [" in ran.err and ran.err.endswith(f"; set it to {positions}\n")
         ran = cli("evaluate", "--adapter", adapter, "--data", rows, "--set", f"data.max_length={positions}")
@@ -350,7 +350,7 @@ def test_rows_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_p
     assert (found["metric"], found["verdict"] is None) == ("rouge_l", False)
     worse = sorted(rows, key=lambda row: row["against"]["loss"] - row["adapter"]["loss"])[:2]
     assert found["worst"] == [row for row in worse if row["adapter"]["loss"] > row["against"]["loss"]] != []
-    check_refused(cli(*evaluate, *output), 2, (Code.OUTPUT_FILE_EXISTS, str(tmp_path / "rows.jsonl"), "--output"))
+    check_refused(cli(*evaluate, *output), 2, (Code.OUTPUT_EXISTS, str(tmp_path / "rows.jsonl"), "--output"))
     plain = json.loads(cli(*evaluate).out)
     for name in ("base", "adapter"):  # longer answers change none of the figures that do not look at their ends
         assert all(plain[name][figure] == found[name][figure] for figure in ("loss", "exact_match", "label_accuracy"))
@@ -374,11 +374,11 @@ def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("options", "rows", "exit_code", "code", "key"),
     [
-        (["--metric", "json"], HELD_OUT[:2], 4, Code.EVALUATE_EXPECTED_TEXT, "--metric"),
-        (["--metric", "json"], HELD_OUT[:12], 4, Code.EVALUATE_EXPECTED_TEXT, "--metric"),
-        (["--metric", "exact_match"], [{"text": "some text"}], 4, Code.EVALUATE_NO_PROMPT, "--metric"),
-        (["--metric", "regex:(y|yy)+$"], [chat_row("a", "y" * 60 + "!")], 2, Code.USAGE_BAD_METRIC, "--metric"),
-        (["--overwrite"], HELD_OUT[:2], 2, Code.USAGE_NEEDS_OPTION, "--overwrite"),
+        (["--metric", "json"], HELD_OUT[:2], 4, Code.DATA_FIELD, "--metric"),
+        (["--metric", "json"], HELD_OUT[:12], 4, Code.DATA_FIELD, "--metric"),
+        (["--metric", "exact_match"], [{"text": "some text"}], 4, Code.DATA_FIELD, "--metric"),
+        (["--metric", "regex:(y|yy)+$"], [chat_row("a", "y" * 60 + "!")], 2, Code.USAGE_BAD_VALUE, "--metric"),
+        (["--overwrite"], HELD_OUT[:2], 2, Code.USAGE_CONFLICT, "--overwrite"),
     ],
 )
 def test_refused_options(
@@ -418,7 +418,7 @@ def test_an_adapter_that_breaks_on_unrelated_text(
     text = write_rows(tmp_path / "text.jsonl", [{"text": "fine"}, {"text": "a Z"}])
     evaluate = ("evaluate", "--adapter", tmp_path / "broken", "--data", few, "--force")
     assert cli(*evaluate, "--forgetting", few).code == 0
-    check_refused(cli(*evaluate, "--forgetting", text), 6, (Code.EVALUATE_LOSS_NOT_FINITE, "", ""))
+    check_refused(cli(*evaluate, "--forgetting", text), 6, (Code.TRAINING_NOT_FINITE, "", ""))
 
 
 def test_figures_are_shown_where_rows_have_no_room(cli: Callable[..., Ran], place: Path, few: Path) -> None:

@@ -349,4 +349,4 @@ def test_what_is_wrong_with_the_config_is_said(cli: Callable[..., Ran], run_conf
     line = path.read_text().splitlines().index("  rank: 8") + 1
     check_refused(cli("explain", "r", path), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
     check_refused(cli("explain", path, "r"), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
-    check_refused(cli("explain", "r", "--set", "lora.r=4"), 2, (Code.USAGE_NEEDS_OPTION, "", "--set"))
+    check_refused(cli("explain", "r", "--set", "lora.r=4"), 2, (Code.USAGE_CONFLICT, "", "--set"))

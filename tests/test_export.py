@@ -228,13 +228,13 @@ def compared(adapter: Path, tokenizer: Any, prompts: Any) -> Texts:
 def test_recorded_prompts_that_are_not_valid_are_refused(trained: Path, tokenizer: Any, prompts: Any) -> None:
     with pytest.raises(AdapterError) as error:
         compared(trained, tokenizer, prompts)
-    assert meanings(error.value) == [(Code.ADAPTER_INVALID_RECORD, str(trained / "loratune.json"), "prompts")]
+    assert meanings(error.value) == [(Code.ADAPTER_INVALID, str(trained / "loratune.json"), "prompts")]
 
 
 def test_a_record_that_is_not_valid_ends_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
     adapter = edited(trained, tmp_path / "a", {}, prompts=[{"input_ids": [264]}])
     ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
-    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), "prompts"))
+    check_refused(ran, 5, (Code.ADAPTER_INVALID, str(adapter / "loratune.json"), "prompts"))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
@@ -280,7 +280,7 @@ def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, c
     for output_dir in (base, base / "x"):
         for adapters in (("--adapter", adapter), ("--adapter", f"a={adapter}", "--mix", "a:1")):
             ran = cli("export", *adapters, "--to", "peft", "--output", output_dir, "--overwrite")
-            check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(output_dir), "--output"))
+            check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(output_dir), "--output"))
     assert tree(base) == before
 
 
@@ -290,18 +290,18 @@ def halves(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 BAD_TENSORS: dict[str, tuple[Change, Code]] = {
-    "none": (lambda _: {}, Code.ADAPTER_TENSORS_MISSING),
-    "only A": (lambda t: halves(t, "lora_A"), Code.ADAPTER_TENSORS_MISSING),
-    "only B": (lambda t: halves(t, "lora_B"), Code.ADAPTER_TENSORS_MISSING),
-    "an A alone": (lambda t: dict(sorted(t.items())[:-1]), Code.ADAPTER_TENSORS_MISSING),
+    "none": (lambda _: {}, Code.ADAPTER_MISMATCH),
+    "only A": (lambda t: halves(t, "lora_A"), Code.ADAPTER_MISMATCH),
+    "only B": (lambda t: halves(t, "lora_B"), Code.ADAPTER_MISMATCH),
+    "an A alone": (lambda t: dict(sorted(t.items())[:-1]), Code.ADAPTER_MISMATCH),
     "NaN": (lambda t: {name: tensor * torch.nan for name, tensor in t.items()}, Code.ADAPTER_NOT_FINITE),
     "float8, NaN": (
         lambda t: {name: (tensor * torch.nan).to(torch.float8_e4m3fn) for name, tensor in t.items()},
         Code.ADAPTER_NOT_FINITE,
     ),
-    "whole numbers": (lambda t: {name: tensor.int() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
-    "complex": (lambda t: {name: tensor.cfloat() for name, tensor in t.items()}, Code.ADAPTER_NOT_FLOAT),
-    "rank 0": (lambda t: {n: x[:0] if "A" in n else x[:, :0] for n, x in t.items()}, Code.CONFIG_ADAPTER_RANK),
+    "whole numbers": (lambda t: {name: tensor.int() for name, tensor in t.items()}, Code.ADAPTER_INVALID),
+    "complex": (lambda t: {name: tensor.cfloat() for name, tensor in t.items()}, Code.ADAPTER_INVALID),
+    "rank 0": (lambda t: {n: x[:0] if "A" in n else x[:, :0] for n, x in t.items()}, Code.ADAPTER_INVALID),
 }
 
 
@@ -356,13 +356,13 @@ def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli
     ran = cli(
         "export", "--adapter", f"a={trained}", "--adapter", f"b={copy}", "--to", "peft", "--output", tmp_path / "x"
     )
-    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--mix"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "--mix"))
     assert "--mix sql:0.7,tone:0.3" in ran.err
     other = json.loads((copy / "loratune.json").read_text())
     other["fingerprints"]["base"] = "2:" + "0" * 64
     (copy / "loratune.json").write_text(json.dumps(other))
     ran = cli("export", *mixed, "--to", "peft", "--output", tmp_path / "x")
-    check_refused(ran, 5, (Code.INFERENCE_OTHER_BASE, str(copy), ""))
+    check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(copy), ""))
     assert not (tmp_path / "x").exists()
 
 
@@ -370,13 +370,13 @@ def test_an_existing_output_is_replaced_only_if_it_is_an_export(trained: Path, t
     arguments = ("export", "--adapter", trained, "--to", "peft", "--output")
     assert cli(*arguments, tmp_path / "out").code == 0
     before = tree(tmp_path)
-    check_refused(cli(*arguments, tmp_path / "out"), 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "--output"))
+    check_refused(cli(*arguments, tmp_path / "out"), 2, (Code.OUTPUT_EXISTS, str(tmp_path / "out"), "--output"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("of value")
     ran = cli(*arguments, tmp_path / "mine", "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(tmp_path / "mine"), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "mine"), "--output"))
     ran = cli(*arguments, trained, "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(trained), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(trained), "--output"))
     assert {name: content for name, content in tree(tmp_path).items() if name.startswith("out/")} == before
     assert cli(*arguments, tmp_path / "out", "--overwrite").code == 0
 
@@ -398,7 +398,7 @@ def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Cli) -> No
     def run(adapter: Path, *more: object) -> Ran:
         return cli("export", "--adapter", adapter, "--to", "vllm", "--output", tmp_path / "out", *more)
 
-    check_refused(run(tmp_path / "none"), 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "none"), ""))
+    check_refused(run(tmp_path / "none"), 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "none"), ""))
     rows = write_rows(tmp_path / "rows.jsonl", [{"other": "field"}])
     assert run(trained, "--data", rows).code == 4
     damaged = tmp_path / "damaged"
@@ -420,7 +420,7 @@ def test_another_base_is_refused_unless_forced(trained: Path, tmp_path: Path, ti
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "base")}))
     arguments = ("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out")
-    check_refused(cli(*arguments), 5, (Code.INFERENCE_OTHER_BASE, str(tmp_path / "adapter"), ""))
+    check_refused(cli(*arguments), 5, (Code.ADAPTER_MISMATCH, str(tmp_path / "adapter"), ""))
     assert not (tmp_path / "out").exists()
     assert cli(*arguments, "--force").code == 0
 
@@ -448,7 +448,7 @@ def test_without_converters_it_is_said_how_to_get_them(
     arguments = ("export", "--adapter", trained, "--to", "gguf", "--output", tmp_path / "out")
     (tmp_path / "empty").mkdir()
     ran = cli(*arguments, "--llama-cpp", tmp_path / "empty")
-    check_refused(ran, 2, (Code.USAGE_BAD_PATH, str(tmp_path / "empty"), "--llama-cpp"))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(tmp_path / "empty"), "--llama-cpp"))
     monkeypatch.setattr(gguf, "_PACKAGE", "a_package_that_does_not_exist")
     with pytest.raises(ConfigError) as error:
         gguf.find_converters(None)
@@ -659,7 +659,7 @@ def test_without_verifying_llama_cpp_is_not_run(
     output, reason = tmp_path / "out", "--no-verify" if installed else "pip install 'loratune[llama-cpp]'"
     if not installed:
         ran = cli("export", "--adapter", tmp_path / "none", "--output", output, "--verify", "--to", *options)
-        check_refused(ran, 2, (Code.USAGE_MISSING_PACKAGE, "", "--verify"))
+        check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", "--verify"))
         assert ran.err.endswith("; pip install 'loratune[llama-cpp]'\n")
     file = write_gguf(tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     checkout = converters_that(tmp_path / "llama.cpp", f"shutil.copy({str(file)!r}, out)")

@@ -468,7 +468,7 @@ def test_a_disk_that_is_full_at_the_end(
 def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
     fill(disk, 180_000)  # three checkpoints take 150 kB, and the tokenizer as much as itself
     ran = cli("train", run_config(output_dir=str(disk / "out")))
-    check_refused(ran, 8, (Code.SYSTEM_DISK_TOO_SMALL, str(disk / "out.partial"), "output_dir"))
+    check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, str(disk / "out.partial"), "output_dir"))
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
@@ -501,7 +501,7 @@ def test_memory_that_is_short_shows_at_once(
     done = forked("train", config, memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.MEMORY_TRAINING, "", "")), line
+    assert is_problem(line.removeprefix("error: "), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
     assert line.startswith("error: out of memory at step 1, on a batch of 8 x 40"), line
     assert (
         " data.max_length: 2001 (saves about " in line
@@ -525,7 +525,7 @@ def test_memory_that_is_short_for_an_evaluation(
     done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.MEMORY_EVALUATION, "", "")), line
+    assert is_problem(line.removeprefix("error: "), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
     assert line.startswith("error: out of memory in the evaluation after step 0, on a batch of 1 x 80"), line
     assert "lower data.max_length" in line
 
@@ -537,7 +537,7 @@ def test_a_held_out_loss_that_is_not_finite(run_config: MakeConfig, cli: Cli, tm
     """Weights that are finite, and overflow where only a row of the validation set leads."""
     config = run_config(data={"validation": 0.2}, training={"learning_rate": 1e30, "max_steps": 1, "eval_steps": 1})
     ran = cli("train", config)
-    check_refused(ran, 6, (Code.TRAINING_HELD_OUT_NOT_FINITE, "", "data.validation"))
+    check_refused(ran, 6, (Code.TRAINING_NOT_FINITE, "", "data.validation"))
     assert " after step 1 is nan [" in ran.err and "; lower training.learning_rate" in ran.err
     assert not (tmp_path / "out").exists()
 
@@ -600,9 +600,7 @@ def test_what_appears_at_the_output_is_left_alone(
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     assert child.wait() == 2
     line = child.said().splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.RUN_OUTPUT_APPEARED, str(tmp_path / "out"), "output_dir")), (
-        line
-    )
+    assert is_problem(line.removeprefix("error: "), (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir")), line
     assert line.endswith("; move it away, and continue with --resume")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
     (tmp_path / "out").rename(tmp_path / "elsewhere")
@@ -618,7 +616,7 @@ def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: C
     (tmp_path / "out.partial" / "checkpoints" / "checkpoint-5").mkdir(parents=True)
     for arguments in ((), ("--resume",)):
         ran = cli("train", config, *arguments)
-        check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
+        check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
         assert "; if it is the adapter you want, remove out.partial; " in ran.err
     assert cli("train", config, "--overwrite").code == 0
 
@@ -690,7 +688,7 @@ def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, process
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
     last = child.said().splitlines()[-1].removeprefix("error: ")
-    assert is_problem(last, (Code.OUTPUT_FULL, "standard output", ""))
+    assert is_problem(last, (Code.OUTPUT_FAILED, "standard output", ""))
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 

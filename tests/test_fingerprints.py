@@ -186,11 +186,11 @@ def test_a_published_adapter_knows_its_base(
 
     assert [ran.code for ran in on(tiny_dir)] == [0, 0]
     for ran in on(merged):
-        check_refused(ran, 5, (Code.INFERENCE_OTHER_BASE, str(out), ""))
+        check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(out), ""))
         assert f"was trained on another base than {merged}" in ran.err
     recorded("3:of a later release")
     for ran in on(tiny_dir):
-        check_refused(ran, 5, (Code.INFERENCE_UNKNOWN_FINGERPRINT, str(out), ""))
+        check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(out), ""))
         assert "upgrade loratune" in ran.err
 
 
@@ -201,4 +201,4 @@ def test_a_run_is_resumed_on_its_base_only(
     assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
     moved = ("--resume", "--set", f"model.name_or_path={merged}", "--allow-change", "model.name_or_path")
     refused = cli("train", config, *moved)
-    assert refused.code == 7 and f"[{Code.RESUME_BASE_CHANGED}]" in refused.err
+    assert refused.code == 7 and f"[{Code.RESUME_CHANGED}]" in refused.err

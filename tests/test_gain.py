@@ -328,7 +328,7 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     check_refused(ran, 6, problem)
     assert "; no step is left for the new training.learning_rate [" in ran.err and "; publish it with" in ran.err
     ran = cli("train", config, *lower, "--allow-worse")
-    check_refused(ran, 7, (Code.RESUME_NO_STEP_LEFT, "", "training.learning_rate"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.learning_rate"))
     assert " all its 5 steps" in ran.err
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
     ran = cli("train", config, "--resume")  # whose record has gone, so that it is compared once more

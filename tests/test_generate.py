@@ -239,7 +239,7 @@ def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
 )
 def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments: list[Any], key: str) -> None:
     ran = cli("generate", "--adapter", plain, *arguments, "a")
-    check_refused(ran, 2, (Code.USAGE_OUT_OF_RANGE, "", key))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", key))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments
         (["--temperature", -1, "a"], 2, "temperature"),
         (["--input", "absent.jsonl"], 4, f"[{Code.DATA_NOT_FOUND}]"),
         (["--input", "rows.jsonl", "a"], 2, "[usage.conflict]"),
-        (["--adapter", "absent", "a"], 2, "[usage.adapter_name]"),
+        (["--adapter", "absent", "a"], 2, "[usage.bad_value]"),
     ],
 )
 @pytest.mark.parametrize("name", ["plain", "chat"])
@@ -268,11 +268,11 @@ def test_refused(
 
 def test_no_such_directory(cli: Callable[..., Ran], tmp_path: Path) -> None:
     ran = cli("generate", "--adapter", tmp_path / "absent", "a")
-    check_refused(ran, 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "absent"), ""))
+    check_refused(ran, 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "absent"), ""))
     assert ran.out == ""
 
 
-EMPTY, TOO_LONG, NO_DIRECTORY = Code.GENERATE_EMPTY_PROMPT, Code.GENERATE_TOO_LONG, Code.OUTPUT_FILE_NO_DIRECTORY
+EMPTY, TOO_LONG, NO_DIRECTORY = Code.USAGE_NO_PROMPT, Code.DATA_TOO_LONG, Code.OUTPUT_UNUSABLE
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
     assert Path("/dev/null").is_char_device() and (tmp_path / "link").is_symlink()
     assert json.loads((tmp_path / "target").read_text())["prompt"] == "a:"
     ran = cli("generate", "--adapter", plain, "--output", tmp_path, "a:")
-    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_DIRECTORY, str(tmp_path), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(tmp_path), "--output"))
     assert ran.out == ""
 
 
@@ -388,19 +388,19 @@ def test_an_output_is_replaced_only_if_asked(
     before = tree(tmp_path)
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output")
     ran = cli(*command, out)
-    check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(out), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(out), "--output"))
     assert ran.out == "" and ran.err.endswith("--overwrite\n") and ran.err.count("\n") == 1
     for path, read in {
         questions: questions, plain / "adapter_model.safetensors": plain, tiny_dir / "config.json": tiny_dir
     }.items():  # fmt: skip
         content = path.read_bytes()
         ran = cli(*command, path, "--overwrite")
-        check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, str(path), "--output"))
+        check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(path), "--output"))
         assert f"is, or belongs to, an input ({read})" in ran.err
         assert path.read_bytes() == content
     assert tree(tmp_path) == before
     ran = cli("generate", "--adapter", plain, "--overwrite", "a:")
-    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--overwrite"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "--overwrite"))
     assert ran.out == ""
     ran = cli(*command, out, "--overwrite")
     assert (ran.code, ran.out) == (0, ""), ran.err
@@ -484,7 +484,7 @@ def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Pa
     }  # fmt: skip
     assert (second["late"], second["id"], first["late"]) == ("é", "", "")
     ran = cli(*command, tmp_path / "asked.csv", "--output", tmp_path / "answers.csv.gz")
-    check_refused(ran, 2, (Code.OUTPUT_FILE_NOT_WRITABLE, str(tmp_path / "answers.csv.gz"), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(tmp_path / "answers.csv.gz"), "--output"))
 
 
 @pytest.mark.parametrize(

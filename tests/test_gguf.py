@@ -184,8 +184,8 @@ def test_the_adapter_says_how_to_load_its_base(
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        ("[]", f"[{Code.ADAPTER_INVALID_RECORD}]"),
-        ("{", f"[{Code.ADAPTER_NOT_JSON}]"),
+        ("[]", f"[{Code.ADAPTER_INVALID}]"),
+        ("{", f"[{Code.ADAPTER_INVALID}]"),
         ('{"base": {"gguf_file": 3}}', "loratune.json: base.gguf_file: "),
     ],
 )
@@ -239,15 +239,15 @@ def cut(count: int) -> Callable[[bytes], bytes]:
 
 
 FAULTY: dict[str, tuple[Callable[[bytes], bytes], Code, str]] = {
-    "text": (lambda content: b"hello", Code.MODEL_WEIGHTS_DAMAGED, ""),
-    "empty": (cut(0), Code.MODEL_WEIGHTS_DAMAGED, ""),
-    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", Code.MODEL_WEIGHTS_DAMAGED, ""),
-    "magic alone": (cut(4), Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
-    "header": (cut(900), Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
-    "last byte": (lambda content: content[:-1], Code.MODEL_WEIGHTS_DAMAGED, "{short} bytes of at least {size} "),
-    "version 1": (lambda content: content[:4] + b"\1" + content[5:], Code.MODEL_WEIGHTS_DAMAGED, "GGUF version 1;"),
-    "nonsense": (lambda content: content[:24] + b"\xff" * 200, Code.MODEL_WEIGHTS_DAMAGED, "within its header"),
-    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:], Code.MODEL_WEIGHTS_DAMAGED,
+    "text": (lambda content: b"hello", Code.MODEL_DAMAGED, ""),
+    "empty": (cut(0), Code.MODEL_DAMAGED, ""),
+    "LFS": (lambda content: b"version https://git-lfs.github.com/spec/v1\n", Code.MODEL_DAMAGED, ""),
+    "magic alone": (cut(4), Code.MODEL_DAMAGED, "within its header"),
+    "header": (cut(900), Code.MODEL_DAMAGED, "within its header"),
+    "last byte": (lambda content: content[:-1], Code.MODEL_DAMAGED, "{short} bytes of at least {size} "),
+    "version 1": (lambda content: content[:4] + b"\1" + content[5:], Code.MODEL_DAMAGED, "GGUF version 1;"),
+    "nonsense": (lambda content: content[:24] + b"\xff" * 200, Code.MODEL_DAMAGED, "within its header"),
+    "type": (lambda content: content[:24] + struct.pack("<QcI", 1, b"a", 99) + content[37:], Code.MODEL_DAMAGED,
              "metadata of the unknown type 99"),
 }  # fmt: skip
 
@@ -322,7 +322,7 @@ def test_one_part_of_several(pair: tuple[Path, Path], tokenizer: PreTrainedToken
     part = write_gguf(tmp_path / FILE, tiny_llama(vocab_size=len(tokenizer)), tokenizer, split_count=3)
     with pytest.raises(ModelError, match=r"one of 3 parts, .*; .*llama-gguf-split --merge") as caught:
         check(part)
-    assert meanings(caught.value) == [(Code.MODEL_WEIGHTS_DAMAGED, str(part), KEY)]
+    assert meanings(caught.value) == [(Code.MODEL_DAMAGED, str(part), KEY)]
 
 
 def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tm
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
     config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
     ran = process("train", config, PYTHONPATH=str(tmp_path / "site"))
-    check_refused(ran, 3, (Code.MODEL_MISSING_PACKAGE, str(pair[0] / FILE), KEY))
+    check_refused(ran, 3, (Code.SYSTEM_MISSING_PACKAGE, str(pair[0] / FILE), KEY))
     assert ran.out == "" and ran.err.endswith("; pip install 'loratune[gguf]'\n") and ran.err.count("\n") == 1
     assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 

@@ -172,15 +172,19 @@ def test_no_config_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
     (here / "rows").mkdir()
     write_rows(here / "rows" / "some.jsonl", ROWS)
     ran = cli("init", "rows", "--model", tiny_dir, "--output", "rows/config.jsonl")
-    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, "rows/config.jsonl", "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, "rows/config.jsonl", "--output"))
     assert [*(here / "rows").iterdir()] == [here / "rows" / "some.jsonl"]
 
 
 BASES: dict[str, tuple[dict[str, Any], bytes | None, Code | None]] = {
-    "no weights": ({}, None, Code.MODEL_WEIGHTS_MISMATCH),
-    "damaged weights": ({}, b"\xff" * 50, Code.MODEL_WEIGHTS_DAMAGED),
-    "packages missing": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, b"", Code.MODEL_MISSING_PACKAGE),
-    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_CONFIG_UNREADABLE),
+    "no weights": ({}, None, Code.MODEL_DAMAGED),
+    "damaged weights": ({}, b"\xff" * 50, Code.MODEL_DAMAGED),
+    "packages missing": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        b"",
+        Code.SYSTEM_MISSING_PACKAGE,
+    ),
+    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_UNREADABLE),
     "no positions": ({"max_position_embeddings": -1}, b"", None),
 }
 
@@ -228,11 +232,11 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
     "no data": (None, [], 4, Code.DATA_NOT_FOUND, "rows.jsonl", ""),
     "answers beyond the model": (LONG, [], 4, Code.DATA_EMPTY, "rows.jsonl", ""),
     "no model": (ROWS, ["--model", "./nowhere"], 3, Code.MODEL_NOT_FOUND, "./nowhere", "model.name_or_path"),
-    "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_FILE_EXISTS, "taken", "--output"),
-    "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_FILE_NO_DIRECTORY, "no/c.yaml", "--output"),
-    "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_NO_EVALUATION_ROWS, "--set", WAITS),
-    "a section that is none": (ROWS, ["--set", "data=3"], 2, Code.CONFIG_WRONG_TYPE, "--set", "data"),
-    "a file for the adapter": (ROWS, ["--set", "output_dir=taken"], 2, Code.RUN_OUTPUT_IS_FILE, "taken", "output_dir"),
+    "output exists": (ROWS, ["--output", "taken"], 2, Code.OUTPUT_EXISTS, "taken", "--output"),
+    "nowhere to write": (ROWS, ["--output", "no/c.yaml"], 2, Code.OUTPUT_UNUSABLE, "no/c.yaml", "--output"),
+    "no rows to wait on": (ROWS, ["--set", "training.patience=3"], 2, Code.CONFIG_CONFLICT, "--set", WAITS),
+    "a section that is none": (ROWS, ["--set", "data=3"], 2, Code.CONFIG_BAD_VALUE, "--set", "data"),
+    "a file for the adapter": (ROWS, ["--set", "output_dir=taken"], 2, Code.OUTPUT_UNUSABLE, "taken", "output_dir"),
     "rows named twice": (ROWS, ["--set", "data.train=x.jsonl"], 2, Code.USAGE_CONFLICT, "--set", "data.train"),
     "unknown key": (ROWS, ["--set", "data.x=1"], 2, Code.CONFIG_UNKNOWN_KEY, "--set", "data.x"),
 }

@@ -418,7 +418,7 @@ def test_patience(overfitted: Path, processes: ForkServer, run_config: MakeConfi
     assert (tmp_path / "straight" / WEIGHTS).read_bytes() == (overfitted / "out" / WEIGHTS).read_bytes()
     killed(processes, MOMENTS["after the last step"], config)
     ran = cli("train", config, *changed("training.learning_rate=1e-3"))
-    check_refused(ran, 7, (Code.RESUME_NO_STEP_LEFT, "", "training.learning_rate"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.learning_rate"))
     ran = cli("train", config, "--resume")
     assert ran.code == 0 and "held-out loss" not in ran.err, ran.err
     assert curve(record(tmp_path / "out")) == curve(straight)
@@ -446,7 +446,7 @@ def test_test_rows_are_scored_once(
     config = overfitting(tmp_path, run_config, data={"test": str(path)})
     killed(processes, MOMENTS["after it"], config)
     write_rows(path, new)
-    check_refused(cli("train", config, "--resume"), 7, (Code.RESUME_TEST_CHANGED, "", "data.test"))
+    check_refused(cli("train", config, "--resume"), 7, (Code.RESUME_CHANGED, "", "data.test"))
     write_rows(path, [*new, new[0], LEARNT[3], HELD_OUT[1]])
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err

@@ -260,7 +260,7 @@ def test_a_row_that_names_no_adapter_of_the_command(cli: Cli, adapters: dict[str
     rows = [{"prompt": "a", "adapter": name} for name in ("chat", "sql", 7, "", "base", "raw")]
     path = write_rows(tmp_path / "asked.jsonl", rows)
     ran = cli("generate", *options(adapters, "chat", "raw"), "--input", path)
-    unknown = Code.GENERATE_UNKNOWN_ADAPTER
+    unknown = Code.USAGE_BAD_VALUE
     check_refused(ran, 4, *[(unknown, f"{path}:{line}", "adapter") for line in (2, 3, 4, 5)])
     assert ran.out == "" and ran.err.count("the adapters are chat, raw") == 4
     ran = cli("generate", *options(adapters, "chat"), "--input", path)
@@ -271,7 +271,7 @@ def test_a_row_that_names_no_adapter_of_the_command(cli: Cli, adapters: dict[str
     assert (ran.code, ran.err) == (0, "")  # the only adapter has no name, and the field is the row's own
 
 
-NAME, TWICE, MIX = Code.USAGE_ADAPTER_NAME, Code.USAGE_ADAPTER_TWICE, Code.USAGE_BAD_MIX
+NAME, TWICE, MIX = Code.USAGE_BAD_VALUE, Code.USAGE_BAD_VALUE, Code.USAGE_BAD_VALUE
 ADAPTER = "--adapter"
 
 
@@ -288,8 +288,8 @@ ADAPTER = "--adapter"
         ([ADAPTER, "a:b={raw}"], (NAME, "", ADAPTER)),
         ([ADAPTER, "ä={raw}"], (NAME, "", ADAPTER)),
         ([ADAPTER, "x" * 65 + "={raw}"], (NAME, "", ADAPTER)),
-        ([ADAPTER, "a="], (Code.USAGE_BAD_PATH, "", ADAPTER)),
-        ([ADAPTER, ""], (Code.USAGE_BAD_PATH, "", ADAPTER)),
+        ([ADAPTER, "a="], (Code.USAGE_BAD_VALUE, "", ADAPTER)),
+        ([ADAPTER, ""], (Code.USAGE_BAD_VALUE, "", ADAPTER)),
         ([ADAPTER, "a={raw}", ADAPTER, "a={chat}"], (TWICE, "{chat}", ADAPTER)),
         ([ADAPTER, "a={raw}", ADAPTER, "b={raw}/../adapter"], (TWICE, "{raw}/../adapter", ADAPTER)),
         ([ADAPTER, "{raw}", ADAPTER, "{chat}"], (NAME, "{raw}", ADAPTER)),
@@ -348,7 +348,7 @@ def test_adapters_of_another_base(cli: Cli, adapters: dict[str, Path], other_bas
     base = Path(shutil.copytree(config["base_model_name_or_path"], tmp_path / "base"))
     (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
     first = ("generate", *options(adapters, "chat"), "--max-new-tokens", 2)
-    refused = {other: Code.INFERENCE_OTHER_BASE, unrecorded: Code.INFERENCE_BASE_UNVERIFIED}
+    refused = {other: Code.ADAPTER_MISMATCH, unrecorded: Code.ADAPTER_MISMATCH}
     for path, code in refused.items():
         for mix in ((), ("--mix", "chat:1,b:1")):
             ran = cli(*first, "--adapter", f"b={path}", *mix, "a")
@@ -381,7 +381,7 @@ def test_adapters_that_change_the_base_are_alone(
     for path in (biased, pissa):
         assert cli("generate", "--adapter", path, "--max-new-tokens", 1, "a").code == 0
         ran = cli("generate", "--adapter", f"a={plain}", "--adapter", f"b={path}", "a")
-        check_refused(ran, 5, (Code.ADAPTER_CANNOT_SHARE, str(path), ""))
+        check_refused(ran, 5, (Code.ADAPTER_UNSUPPORTED, str(path), ""))
 
 
 # Mixtures
@@ -462,16 +462,16 @@ def test_what_cannot_be_mixed_is_refused(
     path = make(tmp_path / "made", tmp_path / "base", 9, **lora)
     with pytest.raises(AdapterError) as caught:
         mixture.weighted_sum([(inspect(adapters["raw"]), 1.0), (inspect(path), 1.0)])
-    assert meanings(caught.value) == [(Code.ADAPTER_MIX_UNSUPPORTED, str(path / "adapter_config.json"), key)]
+    assert meanings(caught.value) == [(Code.ADAPTER_UNSUPPORTED, str(path / "adapter_config.json"), key)]
 
 
 def test_refusals_of_mixtures_reach_the_command_line(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
     ran = cli("generate", *options(adapters, "raw", "dora"), "--mix", "raw:1,dora:1", "a")
-    check_refused(ran, 5, (Code.ADAPTER_MIX_UNSUPPORTED, str(adapters["dora"] / "adapter_config.json"), "use_dora"))
+    check_refused(ran, 5, (Code.ADAPTER_UNSUPPORTED, str(adapters["dora"] / "adapter_config.json"), "use_dora"))
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wide")
     wide = make(tmp_path / "made", tmp_path / "wide", 10)
     ran = cli("generate", *options(adapters, "ranks"), "--adapter", f"wide={wide}", "--mix", "ranks:1,wide:1", "a")
-    check_refused(ran, 5, (Code.ADAPTER_TENSORS_SHAPE, str(wide), ""))
+    check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(wide), ""))
 
 
 def test_embeddings_are_mixed(tmp_path: Path, tiny_dir: Path) -> None:

@@ -71,14 +71,14 @@ def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
 def test_no_metric(value: str) -> None:
     """Told before the adapter is looked at."""
     result = CliRunner().invoke(app, ["evaluate", "--adapter", "no", "--data", "no.jsonl", "--metric", value])
-    check_refused(Ran(result.exit_code, result.stdout, result.stderr), 2, (Code.USAGE_BAD_METRIC, "", "--metric"))
+    check_refused(Ran(result.exit_code, result.stdout, result.stderr), 2, (Code.USAGE_BAD_VALUE, "", "--metric"))
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         metrics.parse(["label", "rouge_l"])
-    assert meanings(error.value) == [(Code.USAGE_MISSING_PACKAGE, "", "--metric")]
+    assert meanings(error.value) == [(Code.SYSTEM_MISSING_PACKAGE, "", "--metric")]
 
 
 def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> ComparedRow:
@@ -270,7 +270,7 @@ def test_losses_that_are_not_finite() -> None:
     assert wording.verdict(found)
     with pytest.raises(NumericError) as error:
         comparison.compare_rows([*good, row(10, (1.0, 1.0), (math.nan, 0.0))])
-    assert meanings(error.value) == [(Code.EVALUATE_LOSS_NOT_FINITE, "", "")]
+    assert meanings(error.value) == [(Code.TRAINING_NOT_FINITE, "", "")]
 
 
 def test_a_loss_beyond_any_perplexity() -> None:

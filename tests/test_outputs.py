@@ -64,7 +64,7 @@ def test_the_mode_of_a_file(umask: int, tmp_path: Path) -> None:
 
 def test_an_existing_file_is_replaced_only_if_asked(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("precious")
-    problem = refused(Code.OUTPUT_FILE_EXISTS, tmp_path / "a.txt")
+    problem = refused(Code.OUTPUT_EXISTS, tmp_path / "a.txt")
     assert "--overwrite" in problem.fix
     assert tree(tmp_path) == {"a.txt": b"precious"}
     write(tmp_path / "a.txt", overwrite=True)
@@ -97,18 +97,18 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
     path.write_text("precious")
     read = {"file": path, "directory": path.parent, "glob": path.parent / "*.jsonl"}[as_input]
     named = by(path)
-    problem = refused(Code.OUTPUT_FILE_IS_INPUT, named, read, overwrite=True)
+    problem = refused(Code.OUTPUT_UNUSABLE, named, read, overwrite=True)
     assert problem.what == f"is, or belongs to, an input ({read})"
     if as_input == "directory":
         for new in (path.with_name("b.jsonl"), path.parent / "deeper" / ".." / "b.jsonl"):
             (path.parent / "deeper").mkdir(exist_ok=True)
-            problem = refused(Code.OUTPUT_FILE_IS_INPUT, new, read)
+            problem = refused(Code.OUTPUT_UNUSABLE, new, read)
             assert problem.what == f"lies in an input ({read})"
     else:
         assert output(path.with_name("b.jsonl"), read).path.name == "b.jsonl"
     with pytest.raises(ConfigError) as error:
         output(named, overwrite=True).reading(read)
-    assert meanings(error.value) == [(Code.OUTPUT_FILE_IS_INPUT, str(named), "--output")]
+    assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(named), "--output")]
 
 
 def test_nothing_planted_is_followed(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_nothing_planted_is_followed(tmp_path: Path) -> None:
         (tmp_path / f".b.txt.{'0' * 12}.unfinished").symlink_to(tmp_path / "victim")
         with pytest.raises(ConfigError, match="File exists") as error:
             write(tmp_path / "b.txt")
-        assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_WRITABLE, str(tmp_path / "b.txt"), "--output")]
+        assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / "b.txt"), "--output")]
     assert (tmp_path / "victim").read_text() == "precious"
 
 
@@ -130,15 +130,15 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to(Path("there", "target"))
-    problem = refused(Code.OUTPUT_FILE_DANGLING_LINK, tmp_path / "first", overwrite=True)
+    problem = refused(Code.OUTPUT_UNUSABLE, tmp_path / "first", overwrite=True)
     assert problem.fix == "name a file, or remove the link"
     assert not (tmp_path / "there" / "target").exists()
     (tmp_path / "there" / "target").write_text("old")
     write(tmp_path / "first", overwrite=True)
     assert (tmp_path / "there" / "target").read_text() == "new\n" and (tmp_path / "first").is_symlink()
-    refused(Code.OUTPUT_FILE_EXISTS, tmp_path / "first")
+    refused(Code.OUTPUT_EXISTS, tmp_path / "first")
     (tmp_path / "round").symlink_to("round")
-    problem = refused(Code.OUTPUT_FILE_UNREADABLE, tmp_path / "round")
+    problem = refused(Code.OUTPUT_UNUSABLE, tmp_path / "round")
     assert "Too many levels of symbolic links" in problem.what
 
 
@@ -157,7 +157,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already exists") as error, output(tmp_path / "a.txt").opened() as file:
         file.write("new")
         (tmp_path / "a.txt").write_text("precious")
-    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "a.txt"), "--output")]
+    assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / "a.txt"), "--output")]
     assert (tmp_path / "a.txt").read_text() == "precious"
     kept = re.search(r"is kept in (.*unfinished)$", str(error.value))
     assert kept is not None and Path(kept[1]).read_text() == "new"
@@ -170,7 +170,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         output(tmp_path / "c.txt", overwrite=True).opened(),
     ):
         (tmp_path / "c.txt").mkdir()
-    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "c.txt"), "--output")]
+    assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / "c.txt"), "--output")]
 
 
 def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     monkeypatch.setattr(output_file, "kind", lambda _: "")
     with pytest.raises(ConfigError, match="File exists") as error, target.opened() as file:
         file.write("new")
-    assert meanings(error.value) == [(Code.OUTPUT_FILE_NOT_RENAMED, str(tmp_path / "b.txt"), "--output")]
+    assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / "b.txt"), "--output")]
     assert (tmp_path / "b.txt").read_text() == "precious"
 
 
@@ -281,13 +281,13 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
     reading = os.open("/dev/null", os.O_RDONLY)
     os.close(closed := os.dup(reading))
     for path, code, detail in (
-        (str(tmp_path), Code.OUTPUT_FILE_IS_DIRECTORY, ""),
-        (str(tmp_path / "socket"), Code.OUTPUT_FILE_IS_DEVICE, "is a socket"),
-        (str(tmp_path / "absent" / "a.txt"), Code.OUTPUT_FILE_NO_DIRECTORY, str(tmp_path / "absent")),
-        (str(tmp_path / ("x" * 300)), Code.OUTPUT_FILE_UNREADABLE, "File name too long"),
-        ("a\0b", Code.OUTPUT_FILE_UNREADABLE, "embedded null byte"),
-        (f"/dev/fd/{reading}", Code.OUTPUT_FILE_NOT_WRITABLE, "not open"),
-        (f"/dev/fd/{closed}", Code.OUTPUT_FILE_NOT_WRITABLE, "not open"),
+        (str(tmp_path), Code.OUTPUT_UNUSABLE, ""),
+        (str(tmp_path / "socket"), Code.OUTPUT_UNUSABLE, "is a socket"),
+        (str(tmp_path / "absent" / "a.txt"), Code.OUTPUT_UNUSABLE, str(tmp_path / "absent")),
+        (str(tmp_path / ("x" * 300)), Code.OUTPUT_UNUSABLE, "File name too long"),
+        ("a\0b", Code.OUTPUT_UNUSABLE, "embedded null byte"),
+        (f"/dev/fd/{reading}", Code.OUTPUT_UNUSABLE, "not open"),
+        (f"/dev/fd/{closed}", Code.OUTPUT_UNUSABLE, "not open"),
     ):
         problem = refused(code, path, overwrite=True)
         assert detail in problem.what

@@ -174,8 +174,8 @@ def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Calla
     check_refused(cli("params", run_config(), "--model", tiny_dir), 2, (Code.USAGE_CONFLICT, "", ""))
 
 
-SIZE, CLASSES = Code.MODEL_CONFIG_UNREADABLE, Code.MODEL_CONFIG_UNREADABLE
-CONFIG, MODEL = Code.MODEL_CONFIG_UNREADABLE, Code.MODEL_UNREADABLE
+SIZE, CLASSES = Code.MODEL_UNREADABLE, Code.MODEL_UNREADABLE
+CONFIG, MODEL = Code.MODEL_UNREADABLE, Code.MODEL_UNREADABLE
 ODD = {
     "a million layers": (
         {"num_hidden_layers": 10**6},
@@ -208,7 +208,7 @@ ODD = {
     "negative heads": ({"head_dim": -8}, MODEL, "Trying to create tensor with negative dimension"),
     "negative states": ({"hidden_size": -32}, MODEL, "Trying to create tensor with negative"),
     "no heads": ({"num_attention_heads": 0}, CONFIG, ""),
-    "states without end": ({"hidden_size": 2**62}, Code.MODEL_CONFIG_UNREADABLE, "must be at most 10,000,000"),
+    "states without end": ({"hidden_size": 2**62}, Code.MODEL_UNREADABLE, "must be at most 10,000,000"),
     "an unknown rope": ({"rope_scaling": {"type": "x"}}, MODEL, "unknown: 'x'"),
     "no layers": ({"num_hidden_layers": 0}, None, "lora.target_modules: llama has no attention"),
 }

@@ -183,7 +183,7 @@ def test_settings_that_do_not_go_with_the_objective(
     changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     ran = cli("train", config(run_config, tmp_path, **changes))
-    assert ran.code == 2 and f"[{Code.CONFIG_OBJECTIVE}]" in ran.err
+    assert ran.code == 2 and f"[{Code.CONFIG_CONFLICT}]" in ran.err
 
 
 @pytest.mark.parametrize(("objective", "is_held_up"), [("dpo", True), ("orpo", False), ("kto", False)])
@@ -195,7 +195,7 @@ def test_nothing_is_replayed(
     ran = cli("train", config(run_config, tmp_path, objective, **changes))
     assert ran.code == 2 and len(ran.errors) == 1
     line = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
-    assert f"{line} [{Code.CONFIG_OBJECTIVE}]; leave replay out" in ran.err
+    assert f"{line} [{Code.CONFIG_CONFLICT}]; leave replay out" in ran.err
     assert "data.replay and training.objective" in ran.err
     assert ("preferences.sft_weight keeps chosen answers probable" in ran.err) == is_held_up
 
@@ -247,7 +247,7 @@ def test_a_wrong_reference_ends_the_run(
 
     monkeypatch.setattr(reference, "compute", wrong)
     ran = cli("train", config(run_config, tmp_path, objective))
-    check_refused(ran, 6, (Code.TRAINING_REFERENCE, "", "training.objective"))
+    check_refused(ran, 6, (Code.LORA_START, "", "training.objective"))
     assert "0.5 nats from that of the reference" in ran.err
 
 
@@ -265,7 +265,7 @@ def test_a_base_that_computes_nan_is_no_reference(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     ran = cli("train", config(run_config, tmp_path, objective, model={"name_or_path": str(tmp_path / "base")}))
     held_out = tmp_path / "held-out.jsonl" if objective == "orpo" else tmp_path / "compared.jsonl"
-    check_refused(ran, 6, (Code.TRAINING_REFERENCE, f"{held_out}:1", "training.objective"))
+    check_refused(ran, 6, (Code.LORA_START, f"{held_out}:1", "training.objective"))
     assert "log-probability nan" in ran.err and "check that the base model works by itself" in ran.err
     assert not [*(tmp_path / "cache").rglob("values")]
 

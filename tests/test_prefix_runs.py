@@ -112,7 +112,7 @@ def test_dropout_shares_nothing_and_says_what_it_costs(run_config: MakeConfig, c
     assert "drops out values in training" in line and "save 7" in line
     check_refused(
         cli("train", config, "--overwrite", "--set", "data.share_prefixes=true"), 2,
-        (Code.CONFIG_SHARED_PREFIXES, "--set", "data.share_prefixes and lora.lora_dropout"),
+        (Code.CONFIG_CONFLICT, "--set", "data.share_prefixes and lora.lora_dropout"),
     )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def test_padded_rows_share_nothing(run_config: MakeConfig, cli: Cli, rows: str) 
     assert ran.code == 0 and "share_prefixes" not in ran.err
     check_refused(
         cli("train", config, "--overwrite", "--set", "data.share_prefixes=true"), 2,
-        (Code.CONFIG_SHARED_PREFIXES, "--set", "data.share_prefixes and data.packing"),
+        (Code.CONFIG_CONFLICT, "--set", "data.share_prefixes and data.packing"),
     )  # fmt: skip
 
 
@@ -147,7 +147,7 @@ def test_a_family_with_attention_of_its_own_shares_nothing(
     assert ran.code == 0, ran.err
     assert ON not in ran.err
     ran = cli("train", config, "--overwrite", "--set", "data.share_prefixes=true")
-    check_refused(ran, 2, (Code.TRAINING_SHARED_PREFIXES, "", "data.share_prefixes"))
+    check_refused(ran, 2, (Code.MODEL_UNSUPPORTED, "", "data.share_prefixes"))
 
 
 def test_a_model_that_takes_trees_is_known() -> None:

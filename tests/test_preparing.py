@@ -642,24 +642,24 @@ def test_a_chat_template_of_ones_own(cli: Cli, run_config: MakeConfig, tmp_path:
 
 
 BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
-    "absent": (None, "no such file", Code.MODEL_TEMPLATE),
-    "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.MODEL_TEMPLATE),
-    "not UTF-8": (b"\xff", "it is not UTF-8", Code.MODEL_TEMPLATE),
-    "empty": ("\n", "", Code.MODEL_TEMPLATE),
+    "absent": (None, "no such file", Code.TEMPLATE_INVALID),
+    "not Jinja": ("{% for m in messages %}\n{{ m.content }\n", ":2: data.chat_template: ", Code.TEMPLATE_INVALID),
+    "not UTF-8": (b"\xff", "it is not UTF-8", Code.TEMPLATE_INVALID),
+    "empty": ("\n", "", Code.TEMPLATE_INVALID),
     "nested ifs": (
         "{% if a %}" * 150 + "{% endif %}" * 150,
         "nested too deeply: too many levels of indentation",
-        Code.MODEL_TEMPLATE,
+        Code.TEMPLATE_INVALID,
     ),
     "nested loops": (
         "{% for a in b %}" * 40 + "{% endfor %}" * 40,
         "nested too deeply: too many statically nested",
-        Code.MODEL_TEMPLATE,
+        Code.TEMPLATE_INVALID,
     ),
     "nested parentheses": (
         "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
         "it is nested too deeply ",
-        Code.MODEL_TEMPLATE,
+        Code.TEMPLATE_INVALID,
     ),
 }
 
@@ -682,7 +682,7 @@ def test_a_template_that_is_none(kind: str, cli: Cli, run_config: MakeConfig, tm
 def test_rows_beyond_the_positions_of_the_model(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
-    check_refused(ran, 2, (Code.TRAINING_CONTEXT_LENGTH, "", "data.max_length"))
+    check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
     assert "is 1024, and the longest row has 602 tokens, but the model has 512 positions [" in ran.err
     assert ran.err.endswith("; set it to 512\n") and ran.err.count("\n") == 1
     assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0

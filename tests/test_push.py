@@ -262,28 +262,28 @@ def test_the_login_of_the_hubs_own_client_is_used(adapter: Path, state: State, p
 @pytest.mark.parametrize("name", ["skill", "a/b/c", "me/", "-me/x", "me/a--b", "me/x.git", "https://hub/me/x", "me/ü"])
 def test_no_name_of_a_repository(name: str, adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, "--", name)
-    check_refused(ran, 2, (Code.PUSH_BAD_NAME, name, ""))
+    check_refused(ran, 2, (Code.PUSH_REPOSITORY, name, ""))
     assert state.seen == []
 
 
 def test_a_damaged_adapter(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
-    check_refused(push("--adapter", tmp_path / "gone", ME), 5, (Code.ADAPTER_NO_DIRECTORY, str(tmp_path / "gone"), ""))
+    check_refused(push("--adapter", tmp_path / "gone", ME), 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "gone"), ""))
     flip(adapter / WEIGHTS)
     (adapter / "tokenizer.model").write_bytes(b"added")
-    expected = [(Code.ADAPTER_FILE_CHANGED, WEIGHTS), (Code.ADAPTER_FILE_ADDED, "tokenizer.model")]
+    expected = [(Code.ADAPTER_CHANGED, WEIGHTS), (Code.ADAPTER_CHANGED, "tokenizer.model")]
     ran = push("--adapter", adapter, ME)
     check_refused(ran, 5, *((code, str(adapter / name), "") for code, name in expected))
     (adapter / WEIGHTS).write_bytes(b"")
-    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_DAMAGED, str(adapter / WEIGHTS), ""))
+    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_INVALID, str(adapter / WEIGHTS), ""))
     assert state.seen == []
 
 
 def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Push) -> None:
     ran = push("--adapter", trained, ME)
     where, key = str(trained / "adapter_config.json"), "base_model_name_or_path"
-    check_refused(ran, 2, (Code.PUSH_BASE, where, key))
+    check_refused(ran, 2, (Code.PUSH_LOCAL_PATH, where, key))
     assert "--base USER/MODEL" in ran.err and state.seen == []
-    check_refused(push("--adapter", trained, ME, "--base", "nobody"), 2, (Code.PUSH_BAD_NAME, "nobody", "--base"))
+    check_refused(push("--adapter", trained, ME, "--base", "nobody"), 2, (Code.PUSH_REPOSITORY, "nobody", "--base"))
     assert state.seen == []
     ran = push("--adapter", trained, ME, "--base", "who/absent")
     check_refused(ran, 3, (Code.MODEL_NOT_FOUND, "who/absent", "--base"))
@@ -292,7 +292,9 @@ def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Pu
 
 
 def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push) -> None:
-    check_refused(push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_BASE, "who/other", "--base"))
+    check_refused(
+        push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_LOCAL_PATH, "who/other", "--base")
+    )
     assert state.seen == []
     assert push("--adapter", adapter, ME, "--base", BASE).code == 0
 
@@ -320,7 +322,7 @@ def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: P
     record = json.loads(file.read_text())
     record["files"]["../secret"] = sha256(adapter.parent / "secret")
     file.write_text(json.dumps(record))
-    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_FILE_MISSING, str(adapter / "../secret"), ""))
+    check_refused(push("--adapter", adapter, ME), 5, (Code.ADAPTER_CHANGED, str(adapter / "../secret"), ""))
     assert state.seen == []
 
 
@@ -433,31 +435,31 @@ FULL = {"error": "Private repository storage limit reached, please upgrade your 
 LFS = {"objects": [{"oid": "0" * 64, "size": 1, "error": {"code": 422, "message": "virus found"}}]}
 FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
     "unauthorized": (at(INFO, says(401)), 2, Code.PUSH_LOGIN, "hf auth login"),
-    "forbidden": (at(CREATE, says(403, {"error": "no right here"})), 2, Code.PUSH_REFUSED, "no right here"),
-    "gated": (at(INFO, says(403, X_Error_Code="GatedRepo")), 2, Code.PUSH_REFUSED, ""),
-    "no owner": (at(CREATE, says(404, {"error": "no such user"})), 2, Code.PUSH_REFUSED, "no such user"),
-    "rate limit": (at(CREATE, says(429, Retry_After="17")), 8, Code.PUSH_HUB_FAILED, "wait 17 s, and try again"),
-    "failure": (at(INFO, says(500, b"oh no")), 8, Code.PUSH_HUB_FAILED, "oh no"),
-    "gateway": (at(COMMIT, says(503)), 8, Code.PUSH_HUB_FAILED, "try again later"),
-    "quota": (at(COMMIT, says(403, FULL)), 8, Code.PUSH_QUOTA, "storage limit reached"),
-    "payment": (at(CREATE, says(402)), 8, Code.PUSH_QUOTA, ""),
-    "too large": (at(COMMIT, says(413)), 8, Code.PUSH_QUOTA, ""),
-    "conflict": (at(CREATE, says(409, {"error": "exists"})), 9, Code.PUSH_CHANGED_MEANWHILE, "exists"),
-    "changed": (changed_meanwhile, 9, Code.PUSH_CHANGED_MEANWHILE, "push again"),
-    "refused": (at(COMMIT, says(400, {"error": "too long a path"})), 2, Code.PUSH_REFUSED, "too long a path"),
-    "refused file": (at(BATCH, says(200, LFS)), 2, Code.PUSH_REFUSED, "virus found"),
-    "card": (at("yaml", says(400, {"errors": [{"message": "bad tag"}]})), 2, Code.PUSH_REFUSED, "bad tag"),
-    "html": (at(INFO, says(200, HTML, Content_Type="text/html")), 8, Code.PUSH_UNREACHABLE, "HF_ENDPOINT"),
-    "html at last": (at(COMMIT, says(200, HTML)), 8, Code.PUSH_UNREACHABLE, ""),
-    "a list": (at(INFO, says(200, [1, 2])), 8, Code.PUSH_UNREACHABLE, ""),
-    "no commit": (at(INFO, says(200, {"id": ME, "private": True})), 8, Code.PUSH_UNREACHABLE, "last commit"),
-    "no modes": (at("/preupload/", says(200, {"files": 1})), 8, Code.PUSH_UNREACHABLE, ""),
-    "redirect": (redirected, 8, Code.PUSH_UNREACHABLE, ""),
-    "dropped": (at(INFO, Handler.drop), 8, Code.PUSH_UNREACHABLE, "check the connection"),
-    "dropped at last": (at(COMMIT, Handler.drop), 8, Code.PUSH_UNREACHABLE, "not sent again"),
-    "huge": (at(CREATE, says(418, HUGE, Content_Type="text/plain")), 2, Code.PUSH_REFUSED, "xxx [...] ["),
-    "huge page": (at(INFO, says(200, HUGE)), 8, Code.PUSH_UNREACHABLE, ""),
-    "an echo": (at(CREATE, says(403, {"error": f"not with {TOKEN}"})), 2, Code.PUSH_REFUSED, "not with [token]"),
+    "forbidden": (at(CREATE, says(403, {"error": "no right here"})), 2, Code.PUSH_REPOSITORY, "no right here"),
+    "gated": (at(INFO, says(403, X_Error_Code="GatedRepo")), 2, Code.PUSH_REPOSITORY, ""),
+    "no owner": (at(CREATE, says(404, {"error": "no such user"})), 2, Code.PUSH_REPOSITORY, "no such user"),
+    "rate limit": (at(CREATE, says(429, Retry_After="17")), 8, Code.PUSH_HUB, "wait 17 s, and try again"),
+    "failure": (at(INFO, says(500, b"oh no")), 8, Code.PUSH_HUB, "oh no"),
+    "gateway": (at(COMMIT, says(503)), 8, Code.PUSH_HUB, "try again later"),
+    "quota": (at(COMMIT, says(403, FULL)), 8, Code.PUSH_HUB, "storage limit reached"),
+    "payment": (at(CREATE, says(402)), 8, Code.PUSH_HUB, ""),
+    "too large": (at(COMMIT, says(413)), 8, Code.PUSH_HUB, ""),
+    "conflict": (at(CREATE, says(409, {"error": "exists"})), 9, Code.PUSH_HUB, "exists"),
+    "changed": (changed_meanwhile, 9, Code.PUSH_HUB, "push again"),
+    "refused": (at(COMMIT, says(400, {"error": "too long a path"})), 2, Code.PUSH_REPOSITORY, "too long a path"),
+    "refused file": (at(BATCH, says(200, LFS)), 2, Code.PUSH_REPOSITORY, "virus found"),
+    "card": (at("yaml", says(400, {"errors": [{"message": "bad tag"}]})), 2, Code.PUSH_REPOSITORY, "bad tag"),
+    "html": (at(INFO, says(200, HTML, Content_Type="text/html")), 8, Code.PUSH_HUB, "HF_ENDPOINT"),
+    "html at last": (at(COMMIT, says(200, HTML)), 8, Code.PUSH_HUB, ""),
+    "a list": (at(INFO, says(200, [1, 2])), 8, Code.PUSH_HUB, ""),
+    "no commit": (at(INFO, says(200, {"id": ME, "private": True})), 8, Code.PUSH_HUB, "last commit"),
+    "no modes": (at("/preupload/", says(200, {"files": 1})), 8, Code.PUSH_HUB, ""),
+    "redirect": (redirected, 8, Code.PUSH_HUB, ""),
+    "dropped": (at(INFO, Handler.drop), 8, Code.PUSH_HUB, "check the connection"),
+    "dropped at last": (at(COMMIT, Handler.drop), 8, Code.PUSH_HUB, "not sent again"),
+    "huge": (at(CREATE, says(418, HUGE, Content_Type="text/plain")), 2, Code.PUSH_REPOSITORY, "xxx [...] ["),
+    "huge page": (at(INFO, says(200, HUGE)), 8, Code.PUSH_HUB, ""),
+    "an echo": (at(CREATE, says(403, {"error": f"not with {TOKEN}"})), 2, Code.PUSH_REPOSITORY, "not with [token]"),
 }  # fmt: skip
 
 
@@ -479,8 +481,8 @@ def test_nothing_of_the_token_is_shown_with_debug(adapter: Path, state: State, p
 
 def test_a_token_that_the_hub_does_not_know(adapter: Path, state: State, push: Push) -> None:
     check_refused(push("--adapter", adapter, ME, token="hf_other"), 2, (Code.PUSH_LOGIN, ME, ""))
-    check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_REFUSED, ME, ""))
-    check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_REFUSED, "you/skill", ""))
+    check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_REPOSITORY, ME, ""))
+    check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_REPOSITORY, "you/skill", ""))
     assert set(state.repositories) == {BASE}
 
 
@@ -503,21 +505,21 @@ def test_a_hub_that_stores_something_else(name: str, adapter: Path, state: State
 
     state.fault = spoil
     ran = push("--adapter", adapter, ME)
-    check_refused(ran, 5, (Code.PUSH_DIFFERS, name, ""))
+    check_refused(ran, 5, (Code.EXPORT_DIFFERS, name, ""))
     assert "is not in the repository as it was sent" in ran.err and ran.out == ""
 
 
 def test_a_file_that_the_hub_leaves_out(adapter: Path, state: State, push: Push) -> None:
     state.fault = ignored
     ran = push("--adapter", adapter, ME)
-    check_refused(ran, 5, (Code.PUSH_DIFFERS, "run.yaml", ""))
+    check_refused(ran, 5, (Code.EXPORT_DIFFERS, "run.yaml", ""))
     assert "is not in the repository after the upload" in ran.err
 
 
 @pytest.mark.slow  # the client tries five times more, for 23 s
 def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, state: State, push: Push) -> None:
     state.fault = at("PUT", Handler.drop)
-    check_refused(push("--adapter", adapter, ME), 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    check_refused(push("--adapter", adapter, ME), 8, (Code.PUSH_HUB, ME, ""))
     assert state.repositories[ME].files.keys() == {".gitattributes"}
     state.fault = State().fault
     assert push("--adapter", adapter, ME).code == 0
@@ -540,23 +542,23 @@ def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, cli
 def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_HUB_OFFLINE": "1"})
-    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "unset HF_HUB_OFFLINE" in ran.err and state.seen == []
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
-    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
 
 
 def test_no_network_to_look_up_the_base(trained: Path, hub: Hub, home: Path) -> None:
     settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}
     ran = process("push", "--adapter", trained, ME, "--base", BASE, **settings)
-    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, BASE, "--base"))
+    check_refused(ran, 8, (Code.PUSH_HUB, BASE, "--base"))
     assert "directory" not in ran.err and ran.err.endswith("; check the connection\n")
 
 
 def test_a_hub_without_xet(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
     ran = process("push", "--adapter", adapter, ME, **settings)
-    check_refused(ran, 8, (Code.PUSH_UNREACHABLE, ME, ""))
+    check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "HF_HUB_DISABLE_XET=1" in ran.err and state.repositories[ME].files.keys() == {".gitattributes"}
 
 

@@ -407,7 +407,7 @@ def test_a_package_that_is_missing(method: str, wide: Path, tmp_path: Path, run_
     child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
     with_torch, *ran = json.loads(child.stdout)
     bits = "" if method == "compressed-tensors" else ", 4 bits"
-    check_refused(Ran(*ran), 3, (Code.MODEL_MISSING_PACKAGE, str(path), ""))
+    check_refused(Ran(*ran), 3, (Code.SYSTEM_MISSING_PACKAGE, str(path), ""))
     assert (with_torch, ran[1]) == (False, "")
     assert f"({method}{bits})" in ran[2]
     assert ran[2].endswith(f"; pip install {PACKAGES[method]}\n")
@@ -422,14 +422,14 @@ def test_quantized_twice(
     path = packed(method, wide, tmp_path / "packed")
     ran = cli(command, run_config(model={"name_or_path": str(path), "quantization": "4bit"}))
     bits = f", {METHODS[method][0]['bits']} bits" if "bits" in METHODS[method][0] else ""
-    check_refused(ran, 3, (Code.MODEL_QUANTIZATION, str(path), "model.quantization"))
+    check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, str(path), "model.quantization"))
     assert ran.out == "" and f"({method}{bits})" in ran.err and "set it to none" in ran.err
 
 
 def test_a_method_without_a_backward(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
     path = packed("bitnet", wide, tmp_path / "packed")
     ran = cli("train", run_config(model={"name_or_path": str(path)}))
-    check_refused(ran, 3, (Code.MODEL_QUANTIZATION, str(path), ""))
+    check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, str(path), ""))
     assert ran.out == "" and "bitnet" in ran.err
 
 
@@ -438,7 +438,7 @@ def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_co
     shutil.copytree(wide, tmp_path / "packed")
     configure(tmp_path / "packed", quantization_config={"quant_method": "alchemy"})
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "packed")}))
-    check_refused(ran, 3, (Code.MODEL_QUANTIZATION, str(tmp_path / "packed"), ""))
+    check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, str(tmp_path / "packed"), ""))
     assert ran.out == "" and "(alchemy)" in ran.err
 
 
@@ -452,8 +452,8 @@ MACHINES = {
     "old CPU": Machine(None, bfloat16=False, bitsandbytes=""),
     "broken": Machine(None, bfloat16=True, bitsandbytes="no library"),
 }
-NO_BFLOAT16 = (Code.MODEL_MACHINE, "", "model.dtype"), "Tesla T4"
-NO_LIBRARY = (Code.MODEL_MACHINE, "", "model.quantization"), "no library"
+NO_BFLOAT16 = (Code.MODEL_UNSUPPORTED, "", "model.dtype"), "Tesla T4"
+NO_LIBRARY = (Code.MODEL_UNSUPPORTED, "", "model.quantization"), "no library"
 EMULATED = "model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"
 
 
@@ -493,12 +493,12 @@ def test_kernels_for_a_gpu_are_refused_without_one() -> None:
     with pytest.raises(ConfigError) as caught:
         load.check_kernels(asked, gpu=False)
     keys = ["model.device_map", "model.torch_compile", "model.use_liger_kernel"]
-    assert meanings(caught.value) == [(Code.MODEL_MACHINE, "", key) for key in keys]
+    assert meanings(caught.value) == [(Code.MODEL_UNSUPPORTED, "", key) for key in keys]
     load.check_kernels(ModelSection(name_or_path="base"), gpu=False)
     load.check_kernels(ModelSection(name_or_path="base", torch_compile=True), gpu=True)
     with pytest.raises(ConfigError, match=r"pip install liger-kernel$") as caught:
         load.check_kernels(asked, gpu=True)
-    assert meanings(caught.value) == [(Code.MODEL_MISSING_PACKAGE, "", "model.use_liger_kernel")]
+    assert meanings(caught.value) == [(Code.SYSTEM_MISSING_PACKAGE, "", "model.use_liger_kernel")]
 
 
 def broken_installation(kind: str, path: Path) -> Path:
@@ -528,7 +528,7 @@ def test_4bit_with_a_broken_bitsandbytes(
     broken = str(broken_installation(kind, tmp_path / "site"))
     before = tree(tmp_path)
     ran = process("train", config, PYTHONPATH=broken, PYTHONDONTWRITEBYTECODE="1")
-    check_refused(ran, 2, (Code.MODEL_MACHINE, "", "model.quantization"))
+    check_refused(ran, 2, (Code.MODEL_UNSUPPORTED, "", "model.quantization"))
     assert ran.out == "" and f"4bit does not work here: {reason} [" in ran.err and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
     assert forked("train", config).code == 3  # the control: with all of bitsandbytes it is the model

@@ -59,7 +59,7 @@ def test_the_record_of_an_adapter(run_config: MakeConfig, cli: Cli, tmp_path: Pa
             assert NEWER in ran.err and ran.err.count("\n") == 1
     before = tree(tmp_path / "out")
     ran = cli("train", config, "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_NEWER, str(path), "output_dir"))
+    check_refused(ran, 2, (Code.ADAPTER_NEWER_RECORD, str(path), "output_dir"))
     assert f"{path}: output_dir: {NEWER}" in ran.err
     assert tree(tmp_path / "out") == before
     edit(path, schema_version=None)
@@ -101,7 +101,7 @@ def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
             continue
         with pytest.raises(ResumeError) as caught:
             newest_whole(kept)
-        assert meanings(caught.value) == [(Code.RESUME_NEWER_RECORD, str(path), "")]
+        assert meanings(caught.value) == [(Code.ADAPTER_NEWER_RECORD, str(path), "")]
         assert f"{path}: {NEWER}" in str(caught.value)
 
 
@@ -112,7 +112,7 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
     edit(path, schema_version=2)
     before = tree(tmp_path / "out.partial")
     ran = cli("train", run_config(), "--resume")
-    check_refused(ran, 7, (Code.RESUME_NEWER_RECORD, str(path), ""))
+    check_refused(ran, 7, (Code.ADAPTER_NEWER_RECORD, str(path), ""))
     assert f"error: {path}: {NEWER}" in ran.err
     assert tree(tmp_path / "out.partial") == before
 
@@ -132,7 +132,7 @@ def test_the_record_of_an_end(tmp_path: Path) -> None:
     edit(path, schema_version=2)
     with pytest.raises(ResumeError, match=NEWER) as caught:
         RejectedAdapter.read(path)
-    assert meanings(caught.value) == [(Code.RESUME_NEWER_RECORD, str(path), "")]
+    assert meanings(caught.value) == [(Code.ADAPTER_NEWER_RECORD, str(path), "")]
 
 
 def sealed(path: Path, version: int | None) -> None:

@@ -454,7 +454,7 @@ def test_a_record_that_is_far_too_large(runs: tuple[Path, dict[str, Any]], cli: 
     with (adapter / "loratune.json").open("a") as file:
         file.truncate(1 << 34)
     ran = cli("report", "--adapter", adapter, "--output", tmp_path / "page.html")
-    check_refused(ran, 5, (Code.ADAPTER_INVALID_RECORD, str(adapter / "loratune.json"), ""))
+    check_refused(ran, 5, (Code.ADAPTER_INVALID, str(adapter / "loratune.json"), ""))
 
 
 def test_a_long_text_is_cut() -> None:
@@ -509,16 +509,16 @@ def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: 
     adapter, page = runs[0] / "one", tmp_path / "page.html"
     page.write_text("precious")
     ran = cli("report", "--adapter", adapter, "--output", page)
-    check_refused(ran, 2, (Code.OUTPUT_FILE_EXISTS, str(page), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(page), "--output"))
     inside = adapter / "page.html"
     ran = cli("report", "--adapter", adapter, "--output", inside)
-    check_refused(ran, 2, (Code.OUTPUT_FILE_IS_INPUT, str(inside), "--output"))
+    check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(inside), "--output"))
     ran = cli("report", "--adapter", adapter, "--output", tmp_path / "new.html", "--set", "data.max_length=8")
-    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--set"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "--set"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         ran = cli("report", "--adapter", tmp_path / "gone", "--output", tmp_path / "new.html")
-    check_refused(ran, 2, (Code.REPORT_NO_MATPLOTLIB, "", ""))
+    check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", ""))
     assert "pip install 'loratune[report]'" in ran.err
     assert page.read_text() == "precious" and [*tmp_path.iterdir()] == [page]
     assert cli("report", "--adapter", adapter, "--output", page, "--overwrite").code == 0

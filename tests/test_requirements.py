@@ -62,15 +62,15 @@ def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "code"),
     [
-        *((text, Code.USAGE_BAD_REQUIREMENT) for text in (
+        *((text, Code.USAGE_BAD_VALUE) for text in (
             "", "loss", "<1", "loss<", "loss==1", "loss=1", "loss<1<2", "loss<nan", "loss<inf", "loss<1e999",
             "loss<1_0", "loss<\u0661", "loss<other", "los<1",
              "x" * 999 + "<1", "difference.forgetting<1", "difference.perplexity<1",
             "difference.loss<base", "base>loss", "loss=>1", "regex:(<1", "difference.<1", "json:<1",
             "loss<majority", "perplexity<majority", "difference.label>majority",
         )),
-        *((text, Code.USAGE_OUT_OF_RANGE) for text in ("exact_match>=90", "label>-0.1", "difference.json>=1.5")),
-        *((text, Code.USAGE_NEEDS_OPTION) for text in (
+        *((text, Code.USAGE_BAD_VALUE) for text in ("exact_match>=90", "label>-0.1", "difference.json>=1.5")),
+        *((text, Code.USAGE_CONFLICT) for text in (
             "contains>0.5", "regex:x>0.5", "rouge_l>0.5", "difference.contains>0", "loss<against", "forgetting<0.1",
         )),
     ],
@@ -85,7 +85,7 @@ def test_what_is_none(text: str, code: Code) -> None:
 def test_without_json_there_is_no_invalid_json() -> None:
     with pytest.raises(ConfigError) as caught:
         requirements.parse(["invalid_json<0.1", "exact_mach>=0.9"])
-    assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_NEEDS_OPTION, Code.USAGE_BAD_REQUIREMENT]
+    assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_CONFLICT, Code.USAGE_BAD_VALUE]
     with pytest.raises(ConfigError):
         parsed("forgetting<base")
     assert "--metric 'json'" in str(
@@ -277,11 +277,11 @@ def test_metrics_of_tasks(text: str, is_met: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "code"),
     [
-        ("t.acc>0.5", {}, Code.USAGE_NEEDS_OPTION),
-        ("t.acc>against", {"tasks": True, "against": True}, Code.USAGE_BAD_REQUIREMENT),
-        ("difference.t.acc>base", {"tasks": True}, Code.USAGE_BAD_REQUIREMENT),
-        ("t.acc>nan", {"tasks": True}, Code.USAGE_BAD_REQUIREMENT),
-        ("loss<base", {"tasks": True, "rows": False}, Code.USAGE_NEEDS_OPTION),
+        ("t.acc>0.5", {}, Code.USAGE_CONFLICT),
+        ("t.acc>against", {"tasks": True, "against": True}, Code.USAGE_BAD_VALUE),
+        ("difference.t.acc>base", {"tasks": True}, Code.USAGE_BAD_VALUE),
+        ("t.acc>nan", {"tasks": True}, Code.USAGE_BAD_VALUE),
+        ("loss<base", {"tasks": True, "rows": False}, Code.USAGE_CONFLICT),
     ],
 )
 def test_what_is_no_requirement_of_a_task(text: str, options: dict[str, bool], code: Code) -> None:
@@ -347,7 +347,7 @@ def test_what_is_not_met_ends_with_11(place: Path, cli: Callable[..., Ran], as_j
 
 def test_a_metric_of_other_rows_leads_to_those_that_there_are(place: Path, cli: Callable[..., Ran]) -> None:
     ran = cli(*evaluate(place, "new.jsonl", "--require", "accuracy>=0.9"))
-    check_refused(ran, 2, (Code.USAGE_BAD_REQUIREMENT, str(place / "new.jsonl"), OPTION))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(place / "new.jsonl"), OPTION))
     assert "`accuracy>=0.9`" in ran.err and "loss, perplexity, exact_match, label_accuracy, or one" in ran.err
 
 
@@ -380,9 +380,9 @@ def test_an_adapter_without_hashes(place: Path, cli: Callable[..., Ran], tmp_pat
     ("arguments", "code", "expected"),
     [
         (["--require", "los<1", "--require", "loss<against"], 2,
-         [(Code.USAGE_BAD_REQUIREMENT, "", OPTION), (Code.USAGE_NEEDS_OPTION, "", OPTION)]),
-        (["--allow-overlap"], 2, [(Code.USAGE_NEEDS_OPTION, "", "--allow-overlap")]),
-        (["--require", "label>0.5"], 4, [(Code.EVALUATE_NO_PROMPT, "text.jsonl", OPTION)]),
+         [(Code.USAGE_BAD_VALUE, "", OPTION), (Code.USAGE_CONFLICT, "", OPTION)]),
+        (["--allow-overlap"], 2, [(Code.USAGE_CONFLICT, "", "--allow-overlap")]),
+        (["--require", "label>0.5"], 4, [(Code.DATA_FIELD, "text.jsonl", OPTION)]),
     ],
 )  # fmt: skip
 def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(

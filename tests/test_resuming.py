@@ -35,7 +35,7 @@ from loratune.training.checkpoints import resume as resume_module
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.store import newest_whole
 
-SKIPPED = Code.RESUME_CHECKPOINT_SKIPPED
+SKIPPED = Code.RESUME_CHECKPOINT
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"model": {"dtype": "bfloat16"}},
@@ -185,7 +185,7 @@ def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path)
     problems = (
         (SKIPPED, str(newest), ""),
         (SKIPPED, str(older), ""),
-        (Code.RESUME_NO_CHECKPOINT, str(newest.parent), ""),
+        (Code.RESUME_CHECKPOINT, str(newest.parent), ""),
     )
     check_refused(ran, 7, *problems)
     first, second, third = ran.errors
@@ -270,7 +270,7 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
     before = tree(tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume")
     problems = [(SKIPPED, str(path), "") for path in (newest, older)]
-    check_refused(ran, 7, *problems, (Code.RESUME_NO_CHECKPOINT, str(newest.parent), ""))
+    check_refused(ran, 7, *problems, (Code.RESUME_CHECKPOINT, str(newest.parent), ""))
     assert ran.err.count("\n") == 3 and ran.err.endswith("; start afresh with --overwrite\n")
     assert all(": run.json is damaged: it is not the record of a run [" in line for line in ran.errors[:2])
     assert tree(tmp_path / "out.partial") == before
@@ -326,7 +326,7 @@ def test_what_has_changed_since_is_refused(
     interrupted = run_config(**STOPPED)
     interrupt(processes, interrupted, tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
-    changed = Code.RESUME_CONFIG_CHANGED
+    changed = Code.RESUME_CHANGED
     check_refused(ran, 7, (changed, "", "lora.r"), (changed, "", "training.learning_rate"))
     rank, rate = ran.errors
     assert "was 8 when the run was interrupted, and is now 4 [" in rank and rank.endswith("; change it back")
@@ -335,11 +335,11 @@ def test_what_has_changed_since_is_refused(
     kept = rows.read_text()
     rows.write_text(kept.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", interrupted, "--resume")
-    check_refused(ran, 7, (Code.RESUME_TRAIN_CHANGED, "", "data.train"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
     assert "the training rows have changed since the run was interrupted [" in ran.err  # as many of them, and of tokens
     rows.write_text(kept + kept.splitlines()[0] + "\n")
     ran = cli("train", interrupted, "--resume")
-    check_refused(ran, 7, (Code.RESUME_TRAIN_CHANGED, "", "data.train"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
     assert "interrupted (40 rows with 695 tokens, now 41 rows with 710 tokens) [" in ran.err
     rows.write_text(kept)
     other = shutil.copytree(tiny_dir, tmp_path / "other")
@@ -351,7 +351,7 @@ def test_what_has_changed_since_is_refused(
     sick.save_pretrained(other)
     moved = ("--set", f"model.name_or_path={other}", "--allow-change", "model.name_or_path")
     ran = cli("train", interrupted, "--resume", *moved)
-    check_refused(ran, 7, (Code.RESUME_BASE_CHANGED, "", "model.name_or_path"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "model.name_or_path"))
     shutil.rmtree(other)
     shutil.copytree(tiny_dir, other)
     ran = cli("train", interrupted, "--resume", *moved)
@@ -375,13 +375,13 @@ def test_a_changed_validation_set_or_template_is_refused(
     assert child.wait() == 130
     template.write_text(CHAT_TEMPLATE + "{# a remark #}")
     ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_CONFIG_CHANGED, "", "data.chat_template"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.chat_template"))
     template.write_text(CHAT_TEMPLATE)
     held.write_text(turns.replace("3", "4"))
     ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_VALIDATION_CHANGED, "", "data.validation"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.validation"))
     ran = cli("train", config, "--resume", "--allow-change", "data.validation", "--set", "training.num_train_epochs=1")
-    check_refused(ran, 7, (Code.RESUME_CONFIG_CHANGED, "", "training.num_train_epochs"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.num_train_epochs"))
     assert "training.num_train_epochs: was 500.0" in ran.err
 
 
@@ -423,10 +423,10 @@ def test_other_changes_take_effect(key: str, interrupted: Path, cli: Cli, tmp_pa
 
 def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--allow-change", "lora.r")
-    check_refused(ran, 7, (Code.RESUME_NOT_CHANGEABLE, "", "--allow-change lora.r"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "--allow-change lora.r"))
     assert f"; leave it out; these keys can be changed: {', '.join(resume_module.CHANGEABLE)}\n" in ran.err
     ran = cli("train", run_config(output_dir="new"), "--allow-change", "training.learning_rate")
-    check_refused(ran, 2, (Code.USAGE_NEEDS_OPTION, "", "--allow-change"))
+    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "--allow-change"))
     assert "--resume" in ran.err and ran.err.count("\n") == 1
 
 
@@ -441,7 +441,7 @@ def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cl
 def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) -> None:
     allowed = ("--resume", "--allow-change", "training.num_train_epochs", "--set", "training.num_train_epochs=0.2")
     ran = cli("train", interrupted, *allowed)
-    check_refused(ran, 7, (Code.RESUME_FEWER_STEPS, "", "training"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training"))
     assert " steps, but only 1 are set [" in ran.err
 
 
@@ -466,7 +466,7 @@ def test_a_checkpoint_has_no_place(
         make[kind](place)
         assert child.wait() == 8, child.said()
         line = child.said().splitlines()[-1].removeprefix("error: ")
-        assert is_problem(line, (Code.RUN_CHECKPOINT_BLOCKED, str(place), "")), line
+        assert is_problem(line, (Code.OUTPUT_UNUSABLE, str(place), "")), line
         assert f": is {kind} " in line and line.endswith("; move it away, and start again")
         assert [*(tmp_path / "outside").iterdir()] == []
         assert kind_of_file(place) == kind
@@ -488,7 +488,7 @@ def test_resume_is_spoken_of_only_where_something_was_kept(
     damaged = tmp_path / "out.partial" / "checkpoints" / "checkpoint-3"
     damaged.mkdir(parents=True)
     ran = cli("train", config)
-    check_refused(ran, 2, (Code.RUN_LEFTOVERS, str(tmp_path / "out"), "output_dir"))
+    check_refused(ran, 2, (Code.RUN_INTERRUPTED, str(tmp_path / "out"), "output_dir"))
     assert ran.out == "" and ran.err.endswith("; start afresh with --overwrite\n") and ran.err.count("\n") == 1
     child = processes.start("train", config, "--overwrite")
     until(lambda: "trainable params" in child.said(), child)

@@ -78,4 +78,4 @@ def test_a_machine_that_does_not_see_the_cache_makes_its_own(own: str, tmp_path:
     if own == "the same":
         assert results[1] is datasets[1]
     else:
-        assert meanings(results[1]) == [(Code.DISTRIBUTED_ROWS_DIFFER, "", "data.train")]
+        assert meanings(results[1]) == [(Code.DISTRIBUTED_SETTING, "", "data.train")]

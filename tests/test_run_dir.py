@@ -78,7 +78,7 @@ Refusal = tuple[Code, str]
 
 def other_files(names: str) -> Refusal:
     """Of a directory in which these names do not belong to the adapter."""
-    return Code.RUN_OVERWRITE_OTHER_FILES, f"also holds {names}, "
+    return Code.OUTPUT_OVERWRITE, f"also holds {names}, "
 
 
 def foreign_file(tmp_path: Path) -> Refusal:
@@ -140,12 +140,12 @@ def of_peft(tmp_path: Path) -> Refusal:
 
 def base_model(tmp_path: Path) -> Refusal:
     tiny_llama().save_pretrained(tmp_path / "out")
-    return Code.RUN_OVERWRITE_NO_ADAPTER, "move it away, or choose another"
+    return Code.OUTPUT_OVERWRITE, "move it away, or choose another"
 
 
 def link(tmp_path: Path) -> Refusal:
     (tmp_path / "out").symlink_to(adapter(tmp_path / "real"))
-    return Code.RUN_OUTPUT_IS_LINK, f"name {tmp_path / 'real'} "
+    return Code.OUTPUT_UNUSABLE, f"name {tmp_path / 'real'} "
 
 
 HELD: dict[str, Callable[[Path], Refusal]] = {
@@ -177,7 +177,7 @@ def test_overwrite_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_p
         ran = cli("train", config, "--overwrite", *more)
         check_refused(ran, 2, (code, str(tmp_path / "out"), "output_dir"))
         assert ran.out == "" and detail in ran.err and ran.err.count("\n") == 1, ran.err
-        assert code is not Code.RUN_OVERWRITE_OTHER_FILES or "; move or delete these files, or choose an" in ran.err
+        assert code is not Code.OUTPUT_OVERWRITE or "; move or delete these files, or choose an" in ran.err
     assert everything(tmp_path) == before
 
 
@@ -247,7 +247,7 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
     out, config = tmp_path / "out", tmp_path / "out" / "run.yaml"
     before = tree(out)
     ran = cli("train", config)
-    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(out), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(out), "output_dir"))
     assert ran.err.endswith("; choose another with --set output_dir=NEW, or replace it with --overwrite\n")
     assert ran.out == "" and ran.err.count("\n") == 1
     ran = cli("train", config, "--overwrite")
@@ -257,7 +257,7 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
         (out / name).write_text(config.read_text() + "# precious\n")
         before = tree(out)
         ran = cli("train", out / name, "--overwrite")
-        check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(out), "output_dir"))
+        check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(out), "output_dir"))
         assert "(the config file" in ran.err
         assert tree(out) == before
         (out / "mine.yaml").unlink(missing_ok=True)
@@ -272,7 +272,7 @@ def test_the_working_directory(
     for place, named in ((out, "."), (out / "deeper", ".."), (out / "deeper", str(out))):
         monkeypatch.chdir(place)
         ran = cli("train", config, "--overwrite", "--set", f"output_dir={named}")
-        check_refused(ran, 2, (Code.RUN_OVERWRITE_WORKING_DIRECTORY, named, "output_dir"))
+        check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, named, "output_dir"))
     assert tree(tmp_path) == before
 
 
@@ -308,7 +308,7 @@ def test_what_a_run_reads(
         config.write_text((tmp_path / "run.yaml").read_text())
     before = tree(tmp_path)
     ran = cli("train", config, "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(out), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(out), "output_dir"))
     assert f"({name}: {place})" in ran.err and "; choose another" in ran.err, ran.err
     assert tree(tmp_path) == before
 
@@ -316,7 +316,7 @@ def test_what_a_run_reads(
 def test_a_glob_that_searches_what_is_to_be_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     adapter(tmp_path / "out", "rows.jsonl")
     ran = cli("train", run_config(data={"train": str(tmp_path / "out" / "*.jsonl")}), "--overwrite")
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_INPUT, str(tmp_path / "out"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"))
     assert "(data.train: " in ran.err
 
 
@@ -335,7 +335,7 @@ def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted:
         for more in ((), ("--overwrite",)):
             ran = cli("train", config, "--set", f"output_dir={tmp_path / name}", *more)
             place = str(tmp_path / ("out.partial" if name == "out" else name))
-            check_refused(ran, 2, (Code.RUN_OVERWRITE_MOUNT, place, "output_dir"))
+            check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, place, "output_dir"))
             assert f": output_dir: {expected} [" in ran.err, ran.err
             assert "name a directory inside it that does not exist yet" in ran.err
     assert tree(tmp_path) == before
@@ -358,7 +358,7 @@ def test_a_directory_that_may_not_be_removed(tmp_path: Path) -> None:
             os.setuid(12345)
             run_dir.check(str(out), resume=False, overwrite=True)
         except ConfigError as error:
-            os._exit(7 if meanings(error) == [(Code.RUN_OUTPUT_NOT_WRITABLE, str(out), "output_dir")] else 1)
+            os._exit(7 if meanings(error) == [(Code.OUTPUT_UNUSABLE, str(out), "output_dir")] else 1)
         finally:
             os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
@@ -379,7 +379,7 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     before = tree(tmp_path / "out")
     assert child.wait() == 2
     (error,) = [line for line in child.said().splitlines() if line.startswith("error: ")]
-    problem = Code.RUN_OVERWRITE_OTHER_FILES, str(tmp_path / "out"), "output_dir"
+    problem = Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"
     assert is_problem(error.removeprefix("error: "), problem) and "also holds thesis.txt, " in error, error
     assert error.endswith("; move or delete these files, and continue with --resume")
     assert tree(tmp_path / "out") == before
@@ -409,7 +409,7 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
         adapter(directory.staging)
         monkeypatch.setattr(Path, "rename", late)
         directory.publish()
-    assert meanings(caught.value) == [(Code.RUN_OVERWRITE_OTHER_FILES, str(out), "output_dir")]
+    assert meanings(caught.value) == [(Code.OUTPUT_OVERWRITE, str(out), "output_dir")]
     assert (out / "thesis.txt").read_text() == "precious" and (out / "README.md").exists()
     assert directory.checkpoints.is_dir() and not directory.staging.exists() and not directory.replaced.exists()
 
@@ -456,7 +456,7 @@ def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeC
         before = everything(tmp_path)
         for more in ((), ("--overwrite",), ("--resume",)):
             ran = cli("train", config, *more)
-            check_refused(ran, 2, (Code.RUN_PARTIAL_OTHER_FILES, str(tmp_path / "out"), "output_dir"))
+            check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir"))
             assert ran.err.count("\n") == 1, (name, ran.err)
             assert ": out.partial, " in ran.err and f" holds {name.partition('/')[0]}" in ran.err, ran.err
         assert everything(tmp_path) == before
@@ -482,7 +482,7 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
         elif how == "begun anew":
             with pytest.raises(ConfigError) as caught:
                 directory.prepare(resume=False)
-            assert meanings(caught.value) == [(Code.RUN_PARTIAL_OTHER_FILES, str(directory.partial), "output_dir")]
+            assert meanings(caught.value) == [(Code.OUTPUT_UNUSABLE, str(directory.partial), "output_dir")]
         else:
             directory.remove_checkpoints()
     kept = {
@@ -513,7 +513,7 @@ def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_p
     before = everything(tmp_path)
     for more in ((), ("--overwrite",), ("--resume",)):
         ran = cli("train", config, *more)
-        check_refused(ran, 2, (Code.RUN_PARTIAL_KIND, str(tmp_path / "out"), "output_dir"))
+        check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir"))
         assert ran.out == "" and ran.err.count("\n") == 1 and ": out.partial, " in ran.err and "is a link," in ran.err
     assert everything(tmp_path) == before
 
@@ -556,7 +556,7 @@ def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> 
             before = everything(tmp_path)
             for more in ("--resume", "--overwrite"):
                 ran = cli("train", interrupted, more)
-                check_refused(ran, 2, (Code.RUN_PARTIAL_OTHER_FILES, str(tmp_path / "out"), "output_dir"))
+                check_refused(ran, 2, (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir"))
                 assert ran.out == "" and ran.err.count("\n") == 1 and f"holds {name}, which no run made" in ran.err
             assert everything(tmp_path) == before
             place.rmdir() if kind == "a directory" else place.unlink()
@@ -581,7 +581,7 @@ def test_a_working_directory_that_is_not_utf_8(
     ran = cli("train", config)
     assert (
         ran.code == 2
-        and f": output_dir: the path is not UTF-8, so it could not be recorded [{Code.RUN_PATH_INVALID}]; " in ran.err
+        and f": output_dir: the path is not UTF-8, so it could not be recorded [{Code.CONFIG_BAD_VALUE}]; " in ran.err
     )
     assert [path.name for path in odd.iterdir()] == ["rows.jsonl"]
 

@@ -165,7 +165,7 @@ def test_train_lowers_the_objective(
         sections["preferences"] = OBJECTIVES[objective]
     make = partial(config_in(tmp_path, base), data={"train": str(path)}, **sections)
     if family in ALONE:
-        expected = (Code.TRAINING_PADDING, "", "training.per_device_train_batch_size")
+        expected = (Code.MODEL_UNSUPPORTED, "", "training.per_device_train_batch_size")
         check_refused(cli("train", make(training=training), "--dry-run"), 3, expected)
         training |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
     ran = cli("train", make(training=training))
@@ -197,7 +197,7 @@ def test_pairs_are_no_rows_of_their_own(
     path = write_rows(tmp_path / "compared.jsonl", compared("dpo"))
     training = {"objective": "dpo", "per_device_train_batch_size": 1}
     ran = cli("train", config_in(tmp_path, base)(data={"train": str(path)}, training=training), "--dry-run")
-    check_refused(ran, 3, (Code.TRAINING_PADDING, "", "training.per_device_train_batch_size"))
+    check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, "", "training.per_device_train_batch_size"))
     assert "another objective" in ran.err
 
 

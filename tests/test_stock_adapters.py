@@ -277,7 +277,7 @@ def test_other_values_than_the_bases_are_refused(
         "config": run_config(lora={"r": 4, "target_modules": ["q", "lm_head"], "start_from": str(adapter)}),
     }  # fmt: skip
     ran = cli(*(word.format_map(places) for word in COMMANDS[command]))
-    check_refused(ran, 5, (Code.ADAPTER_TENSORS_EXTRA, str(adapter), ""))
+    check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(adapter), ""))
     assert "lm_head.base_layer.weight" in ran.err
     assert not [*tmp_path.glob("new*"), *tmp_path.glob("out")]
 
@@ -292,7 +292,7 @@ def test_a_tensor_that_the_base_has_no_place_for_is_refused(shape: str, tiny_dir
     base = tiny_llama() if shape == "another" else tiny_llama().model
     with pytest.raises(AdapterError) as caught:
         tensors.check_copies(inspect(path), base)
-    assert meanings(caught.value) == [(Code.ADAPTER_TENSORS_EXTRA, str(path), "")]
+    assert meanings(caught.value) == [(Code.ADAPTER_MISMATCH, str(path), "")]
 
 
 def test_a_run_starts_from_an_adapter_beside_tensors_of_the_base(

@@ -201,7 +201,7 @@ def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> 
     (copy / name).parent.mkdir(parents=True, exist_ok=True)
     (copy / name).write_text("{}")
     ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
-    check_refused(ran, 5, (Code.ADAPTER_FILE_ADDED, str(copy / name), ""))
+    check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / name), ""))
     assert ran.err.endswith("--force\n") and ran.err.count("\n") == 1
 
 
@@ -209,7 +209,7 @@ def test_a_link_to_a_directory_of_the_adapter(copy: Path, cli: Cli) -> None:
     """The files that are read through it are in the record, by other names."""
     (copy / "additional_chat_templates").symlink_to(copy)
     ran = cli("generate", "x", "--adapter", copy)
-    check_refused(ran, 5, (Code.ADAPTER_FILE_ADDED, str(copy / "additional_chat_templates"), ""))
+    check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / "additional_chat_templates"), ""))
     assert "a link to a directory" in ran.err
 
 
@@ -227,7 +227,7 @@ def test_what_is_no_file_is_not_opened(kind: str, recorded: bool, copy: Path, cl
             patch.chdir(copy)
             made.bind(place.name)
     ran = cli("generate", "x", "--adapter", copy)
-    check_refused(ran, 5, (Code.ADAPTER_SPECIAL_FILE, str(place), ""))
+    check_refused(ran, 5, (Code.ADAPTER_UNSAFE, str(place), ""))
     assert ran.err.count("\n") == 1
 
 
@@ -244,7 +244,7 @@ def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli)
     assert (ran.code, ran.err) == (0, "")
     (copy / "additional_chat_templates" / "other.jinja").write_text("y")
     ran = cli("generate", "x", "--adapter", copy, "--max-new-tokens", 1)
-    check_refused(ran, 5, (Code.ADAPTER_FILE_CHANGED, str(copy / "additional_chat_templates" / "other.jinja"), ""))
+    check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / "additional_chat_templates" / "other.jinja"), ""))
 
 
 # Text that a terminal would obey

@@ -15,7 +15,7 @@ from running import WEIGHTS
 from loratune.codes import Code
 
 MakeConfig = Callable[..., Path]
-NO_ROOM: Expected = (Code.OUTPUT_FULL, "standard output", "")
+NO_ROOM: Expected = (Code.OUTPUT_FAILED, "standard output", "")
 ARROWS = [{"prompt": f"é → {number}", "completion": " ö"} for number in range(16)]
 
 
@@ -119,5 +119,5 @@ def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
 def test_a_prompt_that_is_no_text(encoding: str) -> None:
     ran = shell("generate", "--adapter", "x", redirected="", stdin=b"caf\xe9 \n", PYTHONIOENCODING=encoding)
-    check_refused(ran, 4, (Code.USAGE_NOT_UTF8, "stdin", ""))
+    check_refused(ran, 4, (Code.USAGE_BAD_VALUE, "stdin", ""))
     assert ran.out == "" and ran.err.count("\n") == 1

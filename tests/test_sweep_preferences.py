@@ -119,7 +119,7 @@ def test_another_measure_is_another_study(swept: Path, forked: Cli) -> None:
     values = yaml.safe_load((swept / "run.yaml").read_text())
     other.write_text(yaml.safe_dump(values | {"preferences": {"beta": 0.2}}))
     ran = forked("sweep", other, *BETAS, "--overwrite")
-    check_refused(ran, 2, (Code.SWEEP_OTHER_STUDY, str(swept / "out.study"), ""))
+    check_refused(ran, 2, (Code.SWEEP_STUDY, str(swept / "out.study"), ""))
     assert "what trials are compared by" in ran.errors[0]
 
 
@@ -146,7 +146,7 @@ def test_objectives_are_tried_beside_each_other(forked: Cli, run_config: MakeCon
 @pytest.mark.parametrize("other", ["kto", "sft"])
 def test_an_objective_of_other_rows_is_refused(other: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("sweep", config(run_config, tmp_path), "--grid", f"training.objective=dpo,{other}")
-    check_refused(ran, 2, (Code.SWEEP_BAD_GRID, "--grid", "training.objective"))
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "--grid", "training.objective"))
     assert f"cannot be {other}, as the rows are preference pairs" in ran.err and not (tmp_path / "out.study").exists()
 
 

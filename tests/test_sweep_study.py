@@ -131,7 +131,7 @@ def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, conf
     url = URLS[place].format(tmp_path) if place in URLS else None
     before = sorted(tmp_path.rglob("*")), tree(tmp_path)
     ran = cli("sweep", file, *RATES, *(("--storage", url) if url else ()))
-    code = Code.SWEEP_OTHER_STUDY if "journal of another" in name or "another program" in name else Code.SWEEP_STORAGE
+    code = Code.SWEEP_STUDY
     where, key = (url, "--storage") if url else (str(study / place), "")
     check_refused(ran, 2, (code, where, key))
     assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
@@ -147,7 +147,7 @@ def test_the_study_of_another_program_is_left_alone(tmp_path: Path) -> None:
     for one in (url, f"{url}2"):
         with pytest.raises(ConfigError) as refused:
             Study(tmp_path / "study", "out", one, halving=False, seed=0).check({}, record=False)
-        assert meanings(refused.value) == [(Code.SWEEP_OTHER_STUDY, one, "")]
+        assert meanings(refused.value) == [(Code.SWEEP_STUDY, one, "")]
     theirs = optuna.load_study(study_name="out", storage=url)
     assert [trial.state.name for trial in theirs.trials] == ["RUNNING", "WAITING"] and not theirs.user_attrs
 
@@ -156,7 +156,7 @@ def test_a_study_under_another_name_is_not_begun_anew(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ConfigError) as refused:
         Study(tmp_path, "new", None, halving=False, seed=0)
-    assert refused.value.problems[0].code == Code.SWEEP_OTHER_STUDY and "'out'" in refused.value.problems[0].what
+    assert refused.value.problems[0].code == Code.SWEEP_STUDY and "'out'" in refused.value.problems[0].what
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
         (tmp_path / "journal.log").write_bytes(kept + line)
         with pytest.raises(ResumeError) as damaged:
             opened(tmp_path)
-        assert meanings(damaged.value) == [(Code.SWEEP_STORAGE, f"{tmp_path / 'journal.log'}:4", "")]
+        assert meanings(damaged.value) == [(Code.SWEEP_STUDY, f"{tmp_path / 'journal.log'}:4", "")]
         assert (tmp_path / "journal.log").read_bytes() == kept + line
         (tmp_path / "journal.log").write_bytes(kept)
     assert opened(tmp_path).records() == []
@@ -402,7 +402,7 @@ def test_forged_results_make_no_page(cli: Cli, tmp_path: Path, spoil: Callable[[
     file = study_in(tmp_path) / "results.json"
     file.write_text(spoil(json.loads(json.dumps(made_results().as_json()))))
     ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
-    check_refused(ran, 2, (Code.SWEEP_STORAGE, str(file), "--study"))
+    check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
     assert not (tmp_path / "page.html").exists()
 
 
@@ -411,7 +411,7 @@ def test_only_a_file_holds_results(cli: Cli, tmp_path: Path, target: str) -> Non
     file = study_in(tmp_path) / "results.json"
     os.mkfifo(file) if target == "pipe" else file.symlink_to(target)
     ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
-    check_refused(ran, 2, (Code.SWEEP_STORAGE, str(file), "--study"))
+    check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
 
 
 def test_a_page_shows_what_a_stranger_wrote_as_text(cli: Cli, tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path
     before = tree(swept / "out")
     arguments = ("sweep", swept / "run.yaml", *RATES, *RANKS)
     ran = forked(*arguments)
-    check_refused(ran, 2, (Code.RUN_OUTPUT_EXISTS, str(swept / "out"), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(swept / "out"), "output_dir"))
     assert "--overwrite continues" in ran.err
     ran = forked(*arguments, "--overwrite", "--json")
     assert ran.code == 0 and "trial 0:" not in ran.err, ran.err
@@ -163,7 +163,7 @@ def test_a_study_of_something_else_is_refused(copied: Path, forked: Cli, changed
     values["training"] |= changed.get("training", {})
     (copied / "run.yaml").write_text(yaml.safe_dump(values))
     ran = forked("sweep", copied / "run.yaml", *RATES, *RANKS)
-    check_refused(ran, 2, (Code.SWEEP_OTHER_STUDY, str(copied / "out.study"), ""))
+    check_refused(ran, 2, (Code.SWEEP_STUDY, str(copied / "out.study"), ""))
     assert named in ran.errors[0] and not (copied / "out").exists()
 
 
@@ -174,7 +174,7 @@ def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> N
     for trial in results(swept).trials:
         assert f"{trial.loss:.4f}" in text
     assert text.count('<svg class="chart"') == 2 and "<script" not in text and "http" not in text.split("</style>")[1]
-    check_refused(cli("report", "--study", tmp_path), 2, (Code.SWEEP_STORAGE, str(tmp_path), "--study"))
+    check_refused(cli("report", "--study", tmp_path), 2, (Code.SWEEP_STUDY, str(tmp_path), "--study"))
     check_refused(cli("report"), 2, (Code.USAGE_CONFLICT, "", ""))
 
 
@@ -201,7 +201,7 @@ def test_what_is_in_the_way_of_a_trial_ends_the_sweep(forked: Cli, config: MakeC
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
     ran = forked("sweep", config(**SHORT), *RATES)
-    check_refused(ran, 2, (Code.RUN_OVERWRITE_NO_ADAPTER, str(place), "output_dir"))
+    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(place), "output_dir"))
     assert (place / "notes.txt").read_text() == "mine" and states(tmp_path) == ["waiting", "waiting"]
 
 
@@ -274,7 +274,7 @@ def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeCo
     """It would be in the way of a sweep over other keys. Numbers are then drawn from a range."""
     file = config(**SHORT)
     ran = forked("sweep", file, *RATES, "--budget", "0.001s")
-    check_refused(ran, 2, (Code.SWEEP_BUDGET, "", "--budget"))
+    check_refused(ran, 2, (Code.CONFIG_BUDGET, "", "--budget"))
     assert "have passed before it" in ran.err
     ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", *RANKS, "--trials", "3")
     assert ran.code == 0, ran.err
@@ -435,7 +435,7 @@ def test_a_missing_or_exchanged_adapter_is_not_published(forked: Cli, copied: Pa
     other = copied / "other"
     ran = forked("train", copied / "run.yaml", "--set", f"output_dir={other}", "--set", "training.learning_rate=5e-3")
     assert ran.code == 0, ran.err
-    missing = (Code.SWEEP_STORAGE, str(adapter(copied)), "")
+    missing = (Code.SWEEP_STUDY, str(adapter(copied)), "")
     shutil.rmtree(adapter(copied))
     check_refused(forked("sweep", copied / "run.yaml", *RATES, *RANKS), 5, missing)
     shutil.copytree(other, adapter(copied))
@@ -455,10 +455,10 @@ def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, le
     sweep.directory, sweep.name, sweep.log = copied / "out.study", "out", print
     with pytest.raises(ConfigError) as refused:
         sweep._remove(int(found.parent.name))
-    assert meanings(refused.value) == [(Code.SWEEP_STORAGE, str(place), "")]
+    assert meanings(refused.value) == [(Code.SWEEP_STUDY, str(place), "")]
     if level:
         ran = cli("sweep", copied / "run.yaml", *RATES, *RANKS)
-        check_refused(ran, 2, (Code.SWEEP_STORAGE, str(place), ""))
+        check_refused(ran, 2, (Code.SWEEP_STUDY, str(place), ""))
     assert tree(copied / "elsewhere") == kept and not (copied / "out").exists()
 
 
@@ -467,7 +467,7 @@ def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) 
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
     first += "_Sweep._finish = later"
     child = processes.start("sweep", copied / "run.yaml", *RATES, *RANKS, first=first)
-    assert child.wait() == 2 and f"[{Code.RUN_OUTPUT_APPEARED}]" in child.said()
+    assert child.wait() == 2 and f"[{Code.OUTPUT_UNUSABLE}]" in child.said()
     assert [*(copied / "out").iterdir()] == []
 
 

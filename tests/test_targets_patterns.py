@@ -120,7 +120,7 @@ def test_the_same_value_twice_is_no_contradiction() -> None:
 
 
 def test_two_values_for_one_module() -> None:
-    code = Code.LORA_PATTERN_CONFLICT
+    code = Code.LORA_UNSUPPORTED
     both = (code, "rank_pattern"), (code, "alpha_pattern")
     message = failure(build("gpt2", **GPT2), *both, rank_pattern={"q": 16, "k": 8}, alpha_pattern={"v": 1, "c_attn": 2})
     ranks, alphas = message.splitlines()
@@ -140,7 +140,7 @@ def test_two_values_for_one_module() -> None:
     ],
 )
 def test_a_key_that_hits_no_target(entry: str, what: str) -> None:
-    unused = (Code.LORA_PATTERN_UNUSED, "rank_pattern")
+    unused = (Code.LORA_UNKNOWN_TARGET, "rank_pattern")
     message = failure(build("llama", **LLAMA), unused, target_modules=["q", "v"], rank_pattern={entry: 16})
     targets = "the targets are self_attn.q_proj ×3, self_attn.v_proj ×3"  # noqa: RUF001
     assert message.startswith(f"lora.rank_pattern: {what}; {targets} ")
@@ -148,7 +148,7 @@ def test_a_key_that_hits_no_target(entry: str, what: str) -> None:
 
 
 def test_a_key_that_does_not_compile() -> None:
-    invalid = (Code.LORA_EXPRESSION, "alpha_pattern")
+    invalid = (Code.LORA_UNSUPPORTED, "alpha_pattern")
     message = failure(build("llama", **LLAMA), invalid, kind=ConfigError, alpha_pattern={"*_proj": 16})
     assert "`*_proj` is not a regular expression" in message
 
@@ -176,7 +176,7 @@ def test_layers_do_not_hold_for_a_whole_path() -> None:
 
 
 def test_a_layer_without_targets_is_reported_beside_other_problems() -> None:
-    problems = (Code.LORA_NO_LAYER, "layers_to_transform"), (Code.LORA_PATTERN_UNUSED, "rank_pattern")
+    problems = (Code.LORA_UNKNOWN_TARGET, "layers_to_transform"), (Code.LORA_UNKNOWN_TARGET, "rank_pattern")
     message = failure(build("llama", **LLAMA), *problems, layers=[1, 9], rank_pattern={"zzz": 1})
     assert "layer 9 " in message and "the layers with targets are 0-2" in message
     assert "lora.rank_pattern: `zzz`" in message
@@ -210,7 +210,7 @@ def test_peft_takes_a_name_letter_by_letter() -> None:
     assert len(saved(stock)) == 7
     model = build("llama", **LLAMA)
     model.overlm_head = nn.Linear(32, 64, device="meta")
-    message = failure(model, (Code.LORA_SAVED_AMBIGUOUS, "modules_to_save"), modules_to_save=["lm_head"])
+    message = failure(model, (Code.LORA_UNSUPPORTED, "modules_to_save"), modules_to_save=["lm_head"])
     assert "PEFT cannot tell lm_head from overlm_head" in message
 
 
@@ -227,13 +227,13 @@ def test_none_are_saved_unless_asked_for() -> None:
 @pytest.mark.parametrize(
     ("asked", "code", "what"),
     [
-        ("self_attn", Code.LORA_SAVED_TARGET,
+        ("self_attn", Code.LORA_UNSUPPORTED,
          "`self_attn` is or holds targets (self_attn.q_proj ×3, self_attn.v_proj ×3)"),  # noqa: RUF001
-        ("q", Code.LORA_SAVED_TARGET, "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
-        ("layers", Code.LORA_SAVED_TARGET, "`layers` is or holds targets"),
-        ("head", Code.LORA_SAVED_UNKNOWN, "`head` is no module of llama; it has lm_head ×1 "),  # noqa: RUF001
-        ("zzz", Code.LORA_SAVED_UNKNOWN, "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
-        ("act_fn", Code.LORA_SAVED_NO_PARAMETERS, "`act_fn` (SiLUActivation) has no parameters to train"),
+        ("q", Code.LORA_UNSUPPORTED, "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
+        ("layers", Code.LORA_UNSUPPORTED, "`layers` is or holds targets"),
+        ("head", Code.LORA_UNKNOWN_TARGET, "`head` is no module of llama; it has lm_head ×1 "),  # noqa: RUF001
+        ("zzz", Code.LORA_UNKNOWN_TARGET, "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
+        ("act_fn", Code.LORA_UNSUPPORTED, "`act_fn` (SiLUActivation) has no parameters to train"),
     ],
 )  # fmt: skip
 def test_modules_that_cannot_be_saved(asked: str, code: Code, what: str) -> None:
@@ -244,7 +244,7 @@ def test_modules_that_cannot_be_saved(asked: str, code: Code, what: str) -> None
 
 def test_a_list_of_modules_is_no_module() -> None:
     model = build("opt", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
-    problem = (Code.LORA_SAVED_CONTAINER, "modules_to_save")
+    problem = (Code.LORA_UNSUPPORTED, "modules_to_save")
     assert "`layers`" in failure(model, problem, target_modules=["embed_tokens"], modules_to_save=["layers"])
 
 
@@ -252,7 +252,7 @@ def test_a_quantized_module_cannot_be_trained_whole() -> None:
     model = build("llama", **LLAMA)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
-    problem = (Code.LORA_SAVED_QUANTIZED, "modules_to_save")
+    problem = (Code.LORA_UNSUPPORTED, "modules_to_save")
     assert "`down_proj`" in failure(model, problem, target_modules=["q", "v"], modules_to_save=["down_proj"])
     assert resolve(model, ["q", "v"], modules_to_save=["up_proj"]).modules_to_save == ("up_proj",)
 

@@ -159,4 +159,4 @@ def test_a_tracker_that_is_not_installed(
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "trackio").mkdir()
     config = run_config(training={"report_to": ["tensorboard", "trackio"]}, model={"name_or_path": "/none"})
-    check_refused(cli("train", config), 2, (Code.MODEL_MISSING_PACKAGE, "", "training.report_to"))
+    check_refused(cli("train", config), 2, (Code.SYSTEM_MISSING_PACKAGE, "", "training.report_to"))

@@ -213,7 +213,7 @@ def test_several_sources(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> No
 
 def test_resume_without_an_interrupted_run(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(), "--resume")
-    assert ran.code == 7 and f"[{Code.RESUME_NO_RUN}]" in ran.err
+    assert ran.code == 7 and f"[{Code.RESUME_CHECKPOINT}]" in ran.err
 
 
 def stop_midway(processes: ForkServer, config: Path, partial: Path) -> None:
@@ -231,19 +231,19 @@ def test_resume_refuses_what_is_not_the_same_run(
     config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
     stop_midway(processes, config, tmp_path / "out.partial")
     ran = cli("train", config, "--resume", "--set", "training.learning_rate=0.5")
-    check_refused(ran, 7, (Code.RESUME_CONFIG_CHANGED, "", "training.learning_rate"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.learning_rate"))
     assert "was 0.01 when the run was interrupted, and is now 0.5 [" in ran.err and "; change it back" in ran.err
     rows = (tmp_path / "rows.jsonl").read_text()
     (tmp_path / "rows.jsonl").write_text(rows.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_TRAIN_CHANGED, "", "data.train"))
+    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
     (tmp_path / "rows.jsonl").write_text(rows)
     newest = max(
         (tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
     )
     (newest / "optimizer.pt").write_bytes(b"")
     ran = cli("train", config, "--resume")
-    assert f"{newest}: checkpoint skipped: optimizer.pt is damaged [{Code.RESUME_CHECKPOINT_SKIPPED}]" in ran.err
+    assert f"{newest}: checkpoint skipped: optimizer.pt is damaged [{Code.RESUME_CHECKPOINT}]" in ran.err
 
 
 def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -251,14 +251,14 @@ def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_pa
     before = tree(tmp_path)
     ran = cli("train", config)
     assert ran.code == 6
-    assert f"[{Code.TRAINING_LOSS_NOT_FINITE}]" in ran.err or f"[{Code.TRAINING_GRADIENT_NOT_FINITE}]" in ran.err
+    assert f"[{Code.TRAINING_NOT_FINITE}]" in ran.err
     assert "of step 2 is" in ran.err and "training.learning_rate" in ran.err
     assert tree(tmp_path) == before
 
 
 def test_a_run_whose_last_step_diverges(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e30, "max_steps": 1}))
-    check_refused(ran, 6, (Code.TRAINING_FINAL_LOSS_NOT_FINITE, "", "training.learning_rate"))
+    check_refused(ran, 6, (Code.TRAINING_NOT_FINITE, "", "training.learning_rate"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
@@ -270,7 +270,7 @@ def test_weights_are_looked_at_before_they_are_kept(value: float) -> None:
     weight[1] = value
     with pytest.raises(NumericError, match="step 7 ") as caught:
         check_finite([weight], 7)
-    assert meanings(caught.value) == [(Code.TRAINING_WEIGHT_NOT_FINITE, "", "training.learning_rate")]
+    assert meanings(caught.value) == [(Code.TRAINING_NOT_FINITE, "", "training.learning_rate")]
 
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -288,7 +288,7 @@ def test_a_base_with_nan_weights(
     sick.save_pretrained(tmp_path / "sick")
     tokenizer.save_pretrained(tmp_path / "sick")
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "sick")}))
-    check_refused(ran, 3, (Code.MODEL_WEIGHTS_DAMAGED, str(tmp_path / "sick"), ""))
+    check_refused(ran, 3, (Code.MODEL_DAMAGED, str(tmp_path / "sick"), ""))
     assert ran.err.count("\n") == 1
     assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight " in ran.err
 

@@ -209,7 +209,7 @@ def test_eva_needs_more_supervised_tokens_than_directions() -> None:
     few["labels"][0, :8] = 1
     with pytest.raises(DataError, match="r = 8; the first batches have at most 8 ") as caught:
         attach.initialize_adapter(model, section, batches=[few])
-    assert meanings(caught.value) == [(Code.LORA_EVA_TOKENS, "", INIT)]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
     few["labels"][0, :9] = 1
     attach.initialize_adapter(model, section, batches=[few])
 
@@ -277,7 +277,7 @@ def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> 
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
     with pytest.raises(ModelError, match=r"model\.layers\.9\.gone\.weight") as caught:
         read("model.layers.9.gone")
-    assert meanings(caught.value) == [(Code.MODEL_WEIGHTS_MISMATCH, str(tiny_dir), "lora.init_lora_weights")]
+    assert meanings(caught.value) == [(Code.MODEL_DAMAGED, str(tiny_dir), "lora.init_lora_weights")]
 
 
 # --- refusals
@@ -332,19 +332,19 @@ def gpt2() -> GPT2LMHeadModel:
 def test_starts_that_do_not_fit_a_layer() -> None:
     with pytest.raises(ModelError, match=r"olora .* Conv1D") as caught:
         begun(gpt2(), init_lora_weights="olora")
-    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
     with pytest.raises(ModelError, match=r"pissa .*; model\.embed_tokens is a Embedding") as caught:
         begun(init_lora_weights="pissa", target_modules=["q", "embed_tokens"])
-    assert meanings(caught.value) == [(Code.LORA_INIT_LAYER, "", INIT)]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
     with pytest.raises(ModelError) as caught:
         begun(use_lorafa=True, target_modules=["q", "embed_tokens"])
-    assert meanings(caught.value) == [(Code.LORA_FA_LAYER, "", "lora.use_lorafa")]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", "lora.use_lorafa")]
     for start in ("pissa", "olora", "eva"):
         with pytest.raises(
             ModelError, match=rf"{start} needs 17 directions .* has only 16 .*; lower lora\.r to 16"
         ) as caught:
             begun(init_lora_weights=start, r=17)
-        assert meanings(caught.value) == [(Code.LORA_INIT_RANK, "", INIT)]
+        assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
@@ -352,7 +352,7 @@ def test_a_start_would_change_what_is_tied(start: str) -> None:
     """The embedding would lose what is taken out of the head that shares its weight."""
     with pytest.raises(ModelError, match=rf"{start} .*lm_head") as caught:
         begun(tiny_llama(tie_word_embeddings=True), init_lora_weights=start, target_modules=["q", "lm_head"])
-    assert meanings(caught.value) == [(Code.LORA_INIT_SHARED, "", INIT)]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
     before = outputs(tiny_llama())
     assert torch.allclose(
         outputs(begun(tiny_llama(), init_lora_weights=start, target_modules=["lm_head"])[0]), before, atol=1e-5
@@ -370,7 +370,7 @@ def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, nam
     with pytest.raises(ModelError, match=rf"both adapt .*{name}, which") as caught:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
     keys = f"lora.{key} and lora.trainable_token_indices"
-    assert meanings(caught.value) == [(Code.LORA_EMBEDDING_TWICE, "", keys)]
+    assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", keys)]
 
 
 @pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])

@@ -86,7 +86,7 @@ class AdapterDirectory:
         if not (path / RUN_FILE).is_file():
             if assignments:
                 what, fix = "the adapter has no run.yaml whose keys could be set", "leave out --set"
-                raise ConfigError(Problem(Code.ADAPTER_NO_RUN_CONFIG, what, str(path), "--set", fix))
+                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, str(path), "--set", fix))
             base = base.model_copy(update={"gguf_file": _recorded_gguf(files)})
             return cls(files, base, DataSection(train=Source(path="unknown")), False, None, forced)
         run = _recorded_run(path / RUN_FILE, assignments)
@@ -141,7 +141,7 @@ def _base(files: AdapterFiles) -> ModelSection:
         return ModelSection(name_or_path=files.base, revision=files.config.get("revision"))
     except ValidationError:
         where, key = str(files.path / CONFIG_FILE), "base_model_name_or_path"
-        raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "is not the name of a base model", where, key)) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "is not the name of a base model", where, key)) from None
 
 
 def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
@@ -152,7 +152,7 @@ def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
         raise AdapterError(error.problems) from None
     if other := [assignment for assignment in assignments if not assignment.startswith("data.")]:
         what, fix = f"`{other[0]}` was decided by training", "set keys of data.* only"
-        raise ConfigError(Problem(Code.ADAPTER_SET_NOT_DATA, what, key="--set", fix=fix))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix=fix))
     return config.load(path, assignments) if assignments else run
 
 
@@ -162,11 +162,11 @@ def _recorded_gguf(files: AdapterFiles) -> str | None:
         return None
     where = str(files.path / RECORD_FILE)
     if not isinstance(base := files.record.get("base"), dict):
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "does not say what the base model is", where, "base"))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "does not say what the base model is", where, "base"))
     gguf = base.get("gguf_file")
     if gguf is not None and (not isinstance(gguf, str) or Path(gguf).is_absolute() or ".." in Path(gguf).parts):
         what = f"is not the name of a file: {gguf!r}"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "base.gguf_file"))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, "base.gguf_file"))
     return gguf
 
 

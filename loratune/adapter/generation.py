@@ -65,7 +65,7 @@ class LoadedAdapter:
         with untouched.alone(self.model, self.where):
             if not sample.is_in(self.model):
                 what = "cannot be compared with its base: PEFT has changed the base's own weights for this adapter"
-                raise AdapterError(Problem(Code.INFERENCE_BASE_CHANGED, what, self.where))
+                raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, self.where))
             yield
 
     def activate(self) -> None:

@@ -114,7 +114,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         is_same = fingerprint == recorded[0] if fingerprint and recorded[0] else adapter.files.base == first.files.base
         if not is_same and not adapter.forced:
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
-            raise AdapterError(Problem(Code.INFERENCE_OTHER_BASE, what, str(adapter.files.path), fix=fix))
+            raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(adapter.files.path), fix=fix))
     files = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted]).write(directory)
     first.copy_tokenizer(directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
@@ -231,13 +231,12 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
     is_named = local_or_hub(adapter.base.name_or_path) == local_or_hub(base.name_or_path)
     if recorded == fingerprint or (recorded is None and is_named):
         return
-    code, fix = Code.INFERENCE_OTHER_BASE, "use its base"
+    code, fix = Code.ADAPTER_MISMATCH, "use its base"
     what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
     if recorded is None:
-        code = Code.INFERENCE_BASE_UNVERIFIED
         what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
     elif not fingerprints.is_comparable(recorded):
-        code, fix = Code.INFERENCE_UNKNOWN_FINGERPRINT, "upgrade loratune"
+        fix = "upgrade loratune"
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
     if not adapter.forced:
         raise AdapterError(Problem(code, what, where, fix=f"{fix}, or use the adapter all the same with --force"))
@@ -258,7 +257,7 @@ def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, Untouched]]) -> No
         parameters += [names] if names else []
     problems = [
         Problem(
-            Code.ADAPTER_CANNOT_SHARE, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone"
+            Code.ADAPTER_UNSUPPORTED, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone"
         )
         for where, reason in reasons.items()
     ]
@@ -279,9 +278,9 @@ def _check_output(model: PeftModel, adapter: AdapterDirectory, key: str, token: 
         logits = model(input_ids=torch.tensor([[token]], device=model.device), use_cache=False).logits
     except Exception as error:
         what = f"cannot be computed with its base {name}: {error}"
-        raise AdapterError(Problem(Code.INFERENCE_FAILED, what, where)) from None
+        raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where)) from None
     if not logits.isfinite().all():
-        raise AdapterError(Problem(Code.INFERENCE_NOT_FINITE, f"gives NaN or inf with its base {name}", where))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, f"gives NaN or inf with its base {name}", where))
 
 
 @torch.inference_mode()

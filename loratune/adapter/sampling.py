@@ -44,7 +44,7 @@ class Sampling:
     def _error(prefix: str, name: str, what: str) -> ConfigError:
         key = f"{prefix}{name.replace('_', '-')}" if prefix else name
         fix = "0 takes the likeliest token" if name == "temperature" else ""
-        return ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=key, fix=fix))
+        return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=key, fix=fix))
 
     def cut(self, text: str) -> str:
         """The completion up to the first text that ends it."""

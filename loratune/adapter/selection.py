@@ -51,7 +51,7 @@ def parse(values: Sequence[str], use: str | None = None, mix: str | None = None)
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
         bare = next(str(path) for name, path in named if name == UNNAMED)
         what, fix = "several adapters need names", "give each as --adapter NAME=DIR"
-        raise ConfigError(Problem(Code.USAGE_ADAPTER_NAME, what, bare, "--adapter", fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, bare, "--adapter", fix))
     directories: dict[str, Path] = {}
     places: dict[Path, str] = {}
     for name, path in named:
@@ -59,7 +59,7 @@ def parse(values: Sequence[str], use: str | None = None, mix: str | None = None)
         if name in directories or place in places:
             clash = f"the name {name}" if name in directories else f"the directory of {places[place]}"
             what, fix = f"{clash} is given twice", "give each adapter once, with a name of its own"
-            raise ConfigError(Problem(Code.USAGE_ADAPTER_TWICE, what, str(path), "--adapter", fix))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(path), "--adapter", fix))
         directories[name], places[place] = path, name
     if use is not None and mix is not None:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --use or --mix, not both"))
@@ -75,9 +75,9 @@ def _split(value: str) -> tuple[str, Path]:
         name, directory = UNNAMED, value
     elif not _NAME.fullmatch(name) or name in _RESERVED:
         what = f"{name!r} cannot be the name of an adapter" if name else "the name before = is empty"
-        raise ConfigError(Problem(Code.USAGE_ADAPTER_NAME, what, key="--adapter", fix=_NAME_RULE))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter", fix=_NAME_RULE))
     if reason := path_problem(directory) or ("" if directory else "is empty"):
-        raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key="--adapter"))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key="--adapter"))
     return name, Path(directory)
 
 
@@ -85,7 +85,7 @@ def _check_known(name: str, directories: Mapping[str, Path], key: str) -> None:
     if name not in directories or name == UNNAMED:
         names = ", ".join(filter(None, directories))
         fix = f"the adapters are {names}" if names else "give it as --adapter NAME=DIR"
-        raise ConfigError(Problem(Code.USAGE_ADAPTER_NAME, f"there is no adapter {name!r}", key=key, fix=fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key=key, fix=fix))
 
 
 def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, float]:
@@ -96,10 +96,10 @@ def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, floa
         weight = number(text)
         if not name or weight is None or not math.isfinite(weight):
             what, fix = f"{entry!r} is not NAME:WEIGHT", "write it like sql:0.7,tone:0.3"
-            raise ConfigError(Problem(Code.USAGE_BAD_MIX, what, key="--mix", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--mix", fix=fix))
         _check_known(name, directories, "--mix")
         if name in weights:
             what = f"{name} has two weights"
-            raise ConfigError(Problem(Code.USAGE_BAD_MIX, what, key="--mix", fix="give it one"))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--mix", fix="give it one"))
         weights[name] = weight
     return weights

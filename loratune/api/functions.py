@@ -156,7 +156,7 @@ def sweep(
         seconds = grids.parse_time(budget) if budget is not None else None
         if parsed.has_ranges and trials is None and seconds is None:
             what, fix = "a range has no end of values to try", "give trials or budget"
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, "grid", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "grid", fix=fix))
         runs = parsed.check(halving=halving)
         place = run_dir.check(config.output_dir, overwrite=overwrite, inputs=configs.input_paths(None, config))
         storage.check_place(storage.study_directory(place.output), place.output.name, None)

@@ -153,7 +153,7 @@ def check_paths(**options: str | Path | None) -> None:
     for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             key = option if option.isupper() else f"--{option}"
-            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key=key))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key))
 
 
 def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> "Output | None":
@@ -164,7 +164,7 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
         return None
     if output.suffix.lower() in (".gz", ".parquet"):
         what, fix = f"files of the type `{output.suffix}` are not written", "choose a name that ends in .jsonl or .csv"
-        raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_WRITABLE, what, str(output), "--output", fix))
+        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(output), "--output", fix))
     return output_file.output(output, "--output", overwrite=overwrite, inputs=tuple(inputs))
 
 

@@ -69,7 +69,7 @@ def boundary(
             if join is SingleProcess and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"
                 fix = "start it without a launcher"
-                raise ConfigError(Problem(Code.USAGE_SEVERAL_PROCESSES, what, fix=fix))
+                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix=fix))
             group = join()
             yield group
         with checked_output():
@@ -135,7 +135,7 @@ def checked_output() -> Iterator[None]:
             raise
         _print_nowhere()
         what = "not everything was printed, because the disk is full; all other work is done"
-        raise ResourceError(Problem(Code.OUTPUT_FULL, what, "standard output", fix="make room")) from None
+        raise ResourceError(Problem(Code.OUTPUT_FAILED, what, "standard output", fix="make room")) from None
 
 
 @contextmanager

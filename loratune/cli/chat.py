@@ -28,9 +28,6 @@ from loratune.system.files import path_problem
 if TYPE_CHECKING:
     from loratune.commands.chat import Chat
 
-_OUTPUT_GONE = (Code.OUTPUT_FAILED, Code.OUTPUT_FULL)
-"""Nothing more can be printed, so that a chat has no sense."""
-
 _HELP = (
     "/base           answer the last turn without the adapter",
     "/adapter NAME   let another adapter answer; without NAME, list them",
@@ -107,7 +104,7 @@ class _Session:
             try:
                 self._take(line.rstrip("\r\n"))
             except LoratuneError as error:
-                if not self._terminal or any(problem.code in _OUTPUT_GONE for problem in error.problems):
+                if not self._terminal or any(one.code is Code.OUTPUT_FAILED for one in error.problems):
                     raise
                 log_all(f"error: {problem}" for problem in error.problems)
 
@@ -132,7 +129,7 @@ class _Session:
 
     def _take(self, line: str) -> None:
         if any("\ud800" <= character <= "\udfff" for character in line):  # how Python represents undecodable bytes
-            raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", "the line", fix="give it as text"))
+            raise DataError(Problem(Code.USAGE_BAD_VALUE, "not UTF-8", "the line", fix="give it as text"))
         if not line.startswith("/") or line.startswith("//"):
             text = line[1:] if line.startswith("/") else line
             self._answer(lambda *how: self._talk.ask(text, *how))
@@ -140,7 +137,7 @@ class _Session:
         name, _, argument = line.partition(" ")
         if name not in self._commands:
             fix = "/help lists the commands; a turn that begins with / is written with //"
-            raise ConfigError(Problem(Code.CHAT_UNKNOWN_COMMAND, f"there is no command {name}", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no command {name}", fix=fix))
         self._commands[name](argument.strip())
 
     def _answer(self, ask: Callable[..., Any]) -> None:
@@ -175,7 +172,7 @@ class _Session:
         rows = self._talk.rows()
         name = argument.removeprefix("--overwrite ").strip()
         if reason := path_problem(name) or ("" if name else "is empty"):
-            raise ConfigError(Problem(Code.USAGE_BAD_PATH, f"the path {reason}", key="/save", fix="write /save FILE"))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key="/save", fix="write /save FILE"))
         file = output_file.output(Path(name).expanduser(), "/save", overwrite=name != argument, inputs=self._inputs)
         with file.opened() as opened:
             opened.writelines(f"{to_json_line(row)}\n" for row in rows)

@@ -49,7 +49,7 @@ def explain(
         if key and key.endswith(_YAML) and not (config_file and config_file.name.endswith(_YAML)):
             config_file, key = Path(key), str(config_file) if config_file else None
         if assignments and config_file is None:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with a CONFIG", key="--set"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a CONFIG", key="--set"))
         with checked_output():
             config = ExplainedConfig.read(config_file, assignments) if config_file else None
             found = find_keys(key)

@@ -178,7 +178,7 @@ def _check_options(values: Mapping[str, object]) -> None:
         what, fix = "stdout has the metrics", "name a file for the rows"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
     problems = [
-        Problem(Code.USAGE_NEEDS_OPTION, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
+        Problem(Code.USAGE_CONFLICT, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
         for option, needed in _NEEDED.items()
         if values[option] and not values[needed]
     ]

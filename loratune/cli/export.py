@@ -54,7 +54,7 @@ def export(
         selected = selection.parse(adapters, mix=mix)
         if len(selected.directories) > 1 and not selected.mix:
             what, fix = "several adapters are exported as one, their sum", "give weights, like --mix sql:0.7,tone:0.3"
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, key="--mix", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--mix", fix=fix))
         with importing(computes=True):
             from loratune.adapter.directory import AdapterDirectory
             from loratune.config import Source

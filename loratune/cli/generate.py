@@ -123,7 +123,7 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     }
     for name, prompt in texts.items():
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
-            raise DataError(Problem(Code.USAGE_NOT_UTF8, "not UTF-8", name, fix="give the prompt as text"))
+            raise DataError(Problem(Code.USAGE_BAD_VALUE, "not UTF-8", name, fix="give the prompt as text"))
     return [sources.Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
 
 
@@ -148,7 +148,7 @@ def _check_answers(prompts: list[str] | None, source: Path | None, output: Path 
     if prompts and source:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
     if overwrite and output is None:
-        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --output", key="--overwrite"))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --output", key="--overwrite"))
 
 
 def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -> None:

@@ -43,7 +43,7 @@ def report(
         check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
         _check_subject(adapter, study, against, data)
         if assignments and data is None:
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --data", key="--set"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --data", key="--set"))
 
         from loratune.system import output_file
 
@@ -82,9 +82,9 @@ def _check_subject(adapter: Path | None, study: Path | None, against: Path | Non
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
     options = {"--against": against, "--data": data}
     if adapter is None and (given := [name for name, value in options.items() if value is not None]):
-        raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, "only works with --adapter", key=name) for name in given])
+        raise ConfigError([Problem(Code.USAGE_CONFLICT, "only works with --adapter", key=name) for name in given])
     if find_spec("matplotlib") is None:
-        raise ConfigError(missing_package(Code.REPORT_NO_MATPLOTLIB, "matplotlib", "draws the charts", "report"))
+        raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "matplotlib", "draws the charts", "report"))
 
 
 def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Comparison":

@@ -56,7 +56,7 @@ def sweep(
     """
     with boundary(debug, memory_fix="free memory, or load the base in fewer bits with --set model.quantization=4bit"):
         if find_spec("optuna") is None:
-            raise ConfigError(missing_package(Code.SWEEP_NO_OPTUNA, "optuna", "keeps the study", "sweep"))
+            raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "optuna", "keeps the study", "sweep"))
 
         import time
 
@@ -67,7 +67,7 @@ def sweep(
         axes = grids.parse(grid, config_file, assignments)
         if axes.has_ranges and trials is None and seconds is None:
             what, fix = "a range has no end of values to try", "give --trials or --budget"
-            raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, what, "--grid", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "--grid", fix=fix))
         runs, run = axes.check(halving=halving), axes.run({})
         log_all(config.portability(run.lora))
         directory = _directory(run, config_file, storage, overwrite=overwrite)
@@ -102,7 +102,7 @@ def _directory(run: "RunConfig", config_file: Path, storage: str | None, *, over
         if not Path(study).is_dir():
             raise
         fix = f"--overwrite continues {study}, and replaces the adapter by the best one then"
-        problems = [replace(one, fix=fix) if one.code == Code.RUN_OUTPUT_EXISTS else one for one in error.problems]
+        problems = [replace(one, fix=fix) if one.code == Code.OUTPUT_EXISTS else one for one in error.problems]
         raise ConfigError(problems) from None
     check_place(study_directory(directory.output), directory.output.name, storage)
     return directory

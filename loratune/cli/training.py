@@ -100,7 +100,7 @@ def params(
         check_paths(adapter=adapter)
         if adapter and assignments:
             what = "does not work with --adapter, which has its settings"
-            raise ConfigError(Problem(Code.USAGE_NOT_FOR_ADAPTERS, what, key="--set", fix="leave it out"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix="leave it out"))
 
         from loratune import config
 
@@ -126,7 +126,7 @@ def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run
         what = "--resume and --overwrite contradict each other"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
     if changes and not resume:
-        raise ConfigError(Problem(Code.USAGE_NEEDS_OPTION, "only works with --resume", key="--allow-change"))
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --resume", key="--allow-change"))
     if as_json and dry_run:
         what = "--dry-run shows rows, and has no JSON"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--json", fix="leave one of them out"))
@@ -160,7 +160,7 @@ def _check_run(
     if run.model.device_map is not None and (size := launcher.world_size()) > 1:
         what = f"auto spreads one model over all GPUs, and each of {size} processes would do so"
         fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
-        raise ConfigError(Problem(Code.CONFIG_SEVERAL_PROCESSES, what, str(config_file), "model.device_map", fix))
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, str(config_file), "model.device_map", fix))
     log_all(config.portability(run.lora))
     inputs = config.input_paths(config_file, run)
     directory = run_dir.check(

@@ -73,16 +73,14 @@ class Chat:
         """Let another adapter answer from here on. Raises ConfigError: there is none of this name."""
         if name not in self._loaded.by_name:
             fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with --adapter NAME=DIR"
-            raise ConfigError(
-                Problem(Code.USAGE_ADAPTER_NAME, f"there is no adapter {name!r}", key="/adapter", fix=fix)
-            )
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
         self.name = name
 
     def set_system(self, text: str) -> None:
         """Set the system message from here on; an empty text removes it. Raises ConfigError: raw prompts have none."""
         if text and not self.adapter.chat:
             what = f"{self.adapter.where} {RAW_NOTE}"
-            raise ConfigError(Problem(Code.CHAT_NO_SYSTEM, what, fix="leave the system message out"))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="leave the system message out"))
         self.system = text
 
     def reset(self) -> None:
@@ -114,7 +112,7 @@ class Chat:
         """
         if not self.exchanges:
             what, fix = "there is no turn to answer yet", "ask something first"
-            raise ConfigError(Problem(Code.CHAT_NOTHING_YET, what, key="/base", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/base", fix=fix))
         with self.adapter.without_adapter():
             return self._answer(self.exchanges[:-1], self.exchanges[-1].question, streamer, stopped)
 
@@ -128,7 +126,7 @@ class Chat:
         """
         if not any(exchange.is_whole for exchange in self.exchanges):
             what, fix = "there is no whole answer to train on", "ask something first"
-            raise ConfigError(Problem(Code.CHAT_NOTHING_YET, what, key="/save", fix=fix))
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/save", fix=fix))
         if not self.adapter.chat:
             whole = (exchange for exchange in self.exchanges if exchange.is_whole)
             return [{"prompt": exchange.question, "completion": exchange.answer} for exchange in whole]
@@ -146,7 +144,7 @@ class Chat:
         room = self._new_tokens if limit is None else min(self._new_tokens, limit - len(ids))
         if room < 1:
             what = f"the context is full: the conversation has {len(ids)} tokens, and the model's context {limit}"
-            raise ConfigError(Problem(Code.CHAT_CONTEXT_FULL, what, fix="begin anew with /reset"))
+            raise ConfigError(Problem(Code.DATA_TOO_LONG, what, fix="begin anew with /reset"))
         (new,) = generation.complete([(adapter, ids)], room, self._sampling, streamer, stopped)
         cut = ""
         if new[-1] not in adapter.renderer.end_ids:

@@ -188,7 +188,7 @@ def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[L
         try:
             return loading.load_all([adapter, against])
         except AdapterError as error:
-            if any(problem.code != Code.ADAPTER_CANNOT_SHARE for problem in error.problems):
+            if any(problem.code != Code.ADAPTER_UNSUPPORTED for problem in error.problems):
                 raise
     return loading.load_all([adapter])
 

@@ -117,7 +117,7 @@ def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
             fix = (
                 f"the adapters are {', '.join(known)}" if known else "with --mix, all rows are answered by the mixture"
             )
-            problems.append(Problem(Code.GENERATE_UNKNOWN_ADAPTER, what, row.where, "adapter", fix))
+            problems.append(Problem(Code.USAGE_BAD_VALUE, what, row.where, "adapter", fix))
         names.append(UNNAMED if selection.mix else name or selection.default)
     if problems:
         raise DataError(reported(problems))
@@ -128,7 +128,7 @@ def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[
     """The prompts of the rows; text is the user's turn if the row's adapter was trained on conversations."""
     questions = [formats.parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
-        raise ConfigError([Problem(Code.GENERATE_EMPTY_PROMPT, "the prompt is empty", where) for where in empty])
+        raise ConfigError([Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", where) for where in empty])
     return [
         Question(adapter.turns(question.prompt), question.tools)
         for adapter, question in zip(answering, questions, strict=True)
@@ -143,6 +143,6 @@ def _check_lengths(requests: Sequence[Request], rows: Sequence[Row], max_new_tok
         if limit is not None and len(ids) + max_new_tokens > limit:
             what = f"{len(ids)} prompt tokens and {max_new_tokens} new ones exceed the model's context of {limit}"
             fix = f"set --max-new-tokens to {limit - len(ids)}" if len(ids) < limit else "shorten the prompt"
-            problems.append(Problem(Code.GENERATE_TOO_LONG, what, row.where, fix=fix))
+            problems.append(Problem(Code.DATA_TOO_LONG, what, row.where, fix=fix))
     if problems:
         raise ConfigError(problems)

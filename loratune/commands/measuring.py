@@ -93,7 +93,7 @@ def compare_with_base(plan: Plan, outcome: Outcome, context: RunContext) -> tupl
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
-        problem = Problem(Code.TRAIN_LOSS_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
+        problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
     else:
         numbers = gain.sample(compared, outcome.tokens)[1]
         rows = [row for number in numbers for row in compared[comparison.split].item(number)]

@@ -102,7 +102,7 @@ def params(run: RunConfig) -> Params:
     start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
     if run.lora.r == AUTO and start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
-        raise ConfigError(Problem(Code.CONFIG_AUTO_RANK, what, key="lora.r", fix=fix))
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="lora.r", fix=fix))
     lora = auto.without_rows(run.lora, start.settings(start_from) if start_from else {})
     run = run.model_copy(update={"lora": lora})
     base = load.build_meta(load.load_config(run.model), run.model)

@@ -314,4 +314,4 @@ def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes
     if training.max_minutes is None and decided(training.warmup_steps) > steps:
         what = f"the run has {plural(steps, 'step')}, fewer than its warmup, so the rate would never reach its peak"
         fix = "lower it, set a fraction of the steps, or set more epochs or steps"
-        raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="training.warmup_steps", fix=fix))

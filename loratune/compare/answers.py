@@ -295,7 +295,7 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
             "no row has a prompt, so there is no answer to score",
             "leave --metric out, or give rows with prompts",
         )
-        raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, key=OPTION, fix=fix))
+        raise DataError(Problem(Code.DATA_FIELD, what, key=OPTION, fix=fix))
     places: dict[str, list[str]] = {}
     reasons: dict[str, str] = {}
     for where, expected in texts:
@@ -319,11 +319,11 @@ def _expected_texts(what: str, reason: str, wrong: Sequence[str], total: int) ->
         named = ", ".join(others[:_PLACES]) + (", ..." if len(others) > _PLACES else "")
         more = f", as in {len(others):,} more of {total:,} rows: {named}"
     fix = "correct the rows, or leave this metric out"
-    return Problem(Code.EVALUATE_EXPECTED_TEXT, f"{what}{reason}{more}", first, OPTION, fix)
+    return Problem(Code.DATA_FIELD, f"{what}{reason}{more}", first, OPTION, fix)
 
 
 def _too_slow(error: BadPatternError, where: str) -> ConfigError:
-    return ConfigError(Problem(Code.USAGE_BAD_METRIC, f"an expression {error}", where, OPTION, "write it otherwise"))
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, f"an expression {error}", where, OPTION, "write it otherwise"))
 
 
 def _distinct_preferences(loaded: AnsweringModel, dataset: TokenizedDataset) -> Iterator[ComparedRow]:
@@ -346,7 +346,7 @@ def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | N
     longest = int(rows.rows.lengths.max())
     if limit is not None and longest > limit:
         what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        raise ConfigError(Problem(Code.TRAINING_CONTEXT_LENGTH, what, key="data.max_length", fix=f"set it to {limit}"))
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))
 
 
 def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_length: int | None) -> Iterator[list[int]]:

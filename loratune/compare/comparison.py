@@ -307,7 +307,7 @@ def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
     count = plural(len(rows), rows[0].item)
     what = f"the loss of {model} is NaN or inf on {len(bad):,} of {count} ({', '.join(bad[:_PLACES])})"
     if bad and model != BASE:
-        raise NumericError(Problem(Code.EVALUATE_LOSS_NOT_FINITE, what))
+        raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what))
     return what if bad else ""
 
 

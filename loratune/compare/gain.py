@@ -310,7 +310,7 @@ def final_score(scorer: Scorer, test: TokenizedDataset) -> FinalScore:
     losses = scorer.losses(test, {number: len(copies) for number, copies in test.copies().items()})
     if not math.isfinite(losses.loss):
         what, fix = f"the loss on the test rows is {losses.loss}", "lower training.learning_rate"
-        raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.test", fix=fix))
+        raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.test", fix=fix))
     return FinalScore(losses, scorer.objective.unit)
 
 

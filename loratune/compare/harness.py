@@ -149,9 +149,9 @@ def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
             found += [(f"{spec}: {name}", local, name) for name in (*local.all_groups, *local.all_subtasks)]
             if not local.all_tasks:
                 what, fix = "holds no YAML file of a task", "a task has a key `task`"
-                problems.append(Problem(Code.EVALUATE_UNKNOWN_TASK, what, spec, "--tasks", fix))
+                problems.append(Problem(Code.EVALUATE_TASK, what, spec, "--tasks", fix))
         else:
-            problems.append(Problem(Code.EVALUATE_UNKNOWN_TASK, "no such file or directory", spec, "--tasks"))
+            problems.append(Problem(Code.EVALUATE_TASK, "no such file or directory", spec, "--tasks"))
     if problems:
         raise ConfigError(problems)
     return found
@@ -263,7 +263,7 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskR
             models[name], found[name] = _run_one(loaded, opened, limit, name)
     if models[BASE].requests != models[ADAPTER].requests:
         what, fix = "base and adapter were asked different things", "make the prompts of the task the same every time"
-        raise DataError(Problem(Code.EVALUATE_TASKS_VARY, what, key="--tasks", fix=fix))
+        raise DataError(Problem(Code.EVALUATE_TASK, what, key="--tasks", fix=fix))
     remarks = [_effect(models[BASE].responses, models[ADAPTER].responses, loaded.where)]
     if loaded.chat:
         remarks.append("tasks: prompts go through the chat template, as the adapter was trained on conversations")
@@ -296,7 +296,7 @@ def _run_one(
                 raise
             reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
             what, fix = f"the harness cannot run them: {reason}", "--debug shows where"
-            raise DataError(Problem(Code.EVALUATE_TASK_FAILED, what, key="--tasks", fix=fix)) from error
+            raise DataError(Problem(Code.EVALUATE_TASK, what, key="--tasks", fix=fix)) from error
     return model, found
 
 
@@ -307,7 +307,7 @@ def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[An
         count = sum(len(base[kind]) for kind in likelihoods)
         what = f"the adapter had no effect: all {count:,} log-likelihoods are exactly those of the base"
         fix = "check how it was made; `loratune params --adapter` shows how far it moves each module"
-        raise NumericError(Problem(Code.EVALUATE_NO_EFFECT, what, where, fix=fix))
+        raise NumericError(Problem(Code.LORA_UNCHANGED, what, where, fix=fix))
     if not likelihoods and base == adapter:
         return f"tasks: base and adapter give the same {len(base['generate_until']):,} answers"
     return ""

@@ -66,19 +66,19 @@ def _parse(value: str) -> Metric:
     name, _, text = value.partition(":")
     if name != "regex" or not text:
         what, fix = f"`{value}` is not a metric", f"take one of {_NAMES}"
-        raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION, fix=fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=OPTION, fix=fix))
     try:
         return Metric(value, partial(_regex_scores, value, compile_pattern(text)))
     except BadPatternError as error:
         what = f"`{text}` {error}"
-        raise ConfigError(Problem(Code.USAGE_BAD_METRIC, what, key=OPTION)) from None
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=OPTION)) from None
 
 
 def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
     """ROUGE-L as an F1 score over words (C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), by
     Google's package, without stemming. Its own tokenizer drops all letters but a to z; here words are of any script."""
     if find_spec("rouge_score") is None:
-        code, purpose = Code.USAGE_MISSING_PACKAGE, "computes rouge_l"
+        code, purpose = Code.SYSTEM_MISSING_PACKAGE, "computes rouge_l"
         raise ConfigError(missing_package(code, "rouge-score", purpose, "eval", key=OPTION))
     scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
 

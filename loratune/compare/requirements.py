@@ -118,7 +118,7 @@ def parse(
 def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tasks: bool) -> Requirement:
     if (match := _FORM.fullmatch(text.strip())) is None:
         what = f"`{text}` is not a metric, one of < <= > >=, and a bound"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "write it like 'exact_match>=0.9', 'loss<base'")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, "write it like 'exact_match>=0.9', 'loss<base'")
     name, comparison, bound = (match[part].strip() for part in ("metric", "comparison", "bound"))
     of_difference = name.startswith(_DIFFERENCE)
     metric = name.removeprefix(_DIFFERENCE)
@@ -127,18 +127,18 @@ def _parse(text: str, computed: Sequence[str], *, against: bool, rows: bool, tas
     metric = _metric(metric, computed, of_difference=of_difference)
     if not rows:
         what, fix = f"`{metric}` is computed on rows", "name them with --data FILE"
-        raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
+        raise _refusal(Code.USAGE_CONFLICT, what, fix)
     if bound not in (BASE, AGAINST, MAJORITY):
         return Requirement(text, metric, comparison, _number(bound, metric, text, of_difference), of_difference)
     if of_difference or metric == FORGETTING:
         what = f"`{text}` compares a difference with a model"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, "give a number")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, "give a number")
     if bound == MAJORITY and not _is_bounded(metric):
         what = f"`{text}` is about the most frequent answer, of which there is no {metric}"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare {EXACT_MATCH}, label or a metric with it")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, f"compare {EXACT_MATCH}, label or a metric with it")
     if bound == AGAINST and not against:
         what = f"`{text}` is about another adapter"
-        raise _refusal(Code.USAGE_NEEDS_OPTION, what, "name it with --against DIR")
+        raise _refusal(Code.USAGE_CONFLICT, what, "name it with --against DIR")
     return Requirement(text, metric, comparison, bound)
 
 
@@ -149,10 +149,10 @@ def _of_task(text: str, metric: str, comparison: str, bound: str, *, of_differen
             f"`{metric}` is a metric of a task",
             f"name it with --tasks {metric.split('.')[0]}",
         )
-        raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
+        raise _refusal(Code.USAGE_CONFLICT, what, fix)
     if bound == AGAINST or (bound == BASE and of_difference):
         what = f"`{text}` does not work for a task, which runs on adapter and base alone"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"compare the metric with {BASE} or a number")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, f"compare the metric with {BASE} or a number")
     limit = bound if bound == BASE else _finite(bound, text)
     return Requirement(text, metric, comparison, limit, of_difference, of_task=True)
 
@@ -163,21 +163,21 @@ def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     try:
         metric, is_metric = metrics.parse([name])[0].name, True
     except ConfigError as error:
-        is_metric |= error.problems[0].code is not Code.USAGE_BAD_METRIC  # known, but a package is missing
+        is_metric |= error.problems[0].code is not Code.USAGE_BAD_VALUE  # known, but a package is missing
     if not (of_difference and metric in (PERPLEXITY, FORGETTING)):
         if metric in computed:
             return metric
         if metric == FORGETTING:
             what, fix = "`forgetting` is not measured", "name a text with --forgetting FILE"
-            raise _refusal(Code.USAGE_NEEDS_OPTION, what, fix)
+            raise _refusal(Code.USAGE_CONFLICT, what, fix)
         if is_metric:
             fix = f"add {metrics.OPTION} '{'json' if metric == _INVALID_JSON else metric}'"
-            raise _refusal(Code.USAGE_NEEDS_OPTION, f"`{metric}` is not computed", fix)
+            raise _refusal(Code.USAGE_CONFLICT, f"`{metric}` is not computed", fix)
     near = difflib.get_close_matches(metric, (*computed, FORGETTING), n=1, cutoff=0.5)
     fix = f"the metrics are {', '.join(one for one in computed if has_direction(one))}"
     fix = f"did you mean `{near[0]}`? {fix}" if near and near[0] != metric else fix
     prefix = _DIFFERENCE if of_difference else ""
-    raise _refusal(Code.USAGE_BAD_REQUIREMENT, f"there is no metric `{prefix}{name}`", fix)
+    raise _refusal(Code.USAGE_BAD_VALUE, f"there is no metric `{prefix}{name}`", fix)
 
 
 def _number(bound: str, metric: str, text: str, of_difference: bool) -> float:
@@ -186,7 +186,7 @@ def _number(bound: str, metric: str, text: str, of_difference: bool) -> float:
     least = -1 if of_difference else 0
     if _is_bounded(metric) and not least <= value <= 1:
         what = f"the bound of `{text}` is not between {least} and 1, as {metric} is"
-        raise _refusal(Code.USAGE_OUT_OF_RANGE, what, "90 % is 0.9")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, "90 % is 0.9")
     return value
 
 
@@ -194,7 +194,7 @@ def _finite(bound: str, text: str) -> float:
     """The number of a bound. Raises ConfigError: it is not a finite number."""
     if (value := number(bound)) is None or not math.isfinite(value):
         what = f"the bound of `{text}` is not a finite number"
-        raise _refusal(Code.USAGE_BAD_REQUIREMENT, what, f"give one, or `{BASE}`, `{AGAINST}` or `{MAJORITY}`")
+        raise _refusal(Code.USAGE_BAD_VALUE, what, f"give one, or `{BASE}`, `{AGAINST}` or `{MAJORITY}`")
     return value
 
 
@@ -221,7 +221,7 @@ def check_rows(
     others = {metric for metrics in _OF_COMPARED.values() for metric in metrics} - {LOSS, FORGETTING}
     fix = f"take one of {', '.join(known or _OF_ROWS)}{'' if known else f', or one that {metrics.OPTION} adds'}"
     if problems := [
-        Problem(Code.USAGE_BAD_REQUIREMENT,
+        Problem(Code.USAGE_BAD_VALUE,
                 f"`{one.text}`: there is no {one.metric} of {split.kind or 'rows with one answer'}",
                 split.source, OPTION, fix)
         for one in of_rows
@@ -231,7 +231,7 @@ def check_rows(
     answers = [one for one in of_rows if _is_bounded(one.metric)]
     if answers and split.formats == ["text"]:
         what = f"no row has a prompt, so there is no {answers[0].metric}"
-        raise DataError(Problem(Code.EVALUATE_NO_PROMPT, what, split.source, OPTION, "give rows with prompts"))
+        raise DataError(Problem(Code.DATA_FIELD, what, split.source, OPTION, "give rows with prompts"))
     if of_rows and overlap.found and not allow_overlap:
         fix = "take rows that it has not seen; or use --allow-overlap"
         raise DataError([Problem(Code.EVALUATE_OVERLAP, what, split.source, OPTION, fix) for what in overlap.remarks()])
@@ -247,7 +247,7 @@ def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> No
     """
     if problems := [
         Problem(
-            Code.USAGE_BAD_REQUIREMENT,
+            Code.USAGE_BAD_VALUE,
             f"`{one.text}` is about none of the tasks",
             key=OPTION,
             fix=f"take one of {_listed(names)}, and its metric behind a dot",

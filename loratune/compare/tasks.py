@@ -112,9 +112,9 @@ def parse(text: str) -> list[str]:
     specs = list(dict.fromkeys(spec for part in text.split(",") if (spec := part.strip())))
     if not specs:
         what, fix = "names no task", "name tasks such as arc_easy,hellaswag, or YAML files of tasks"
-        raise ConfigError(Problem(Code.EVALUATE_UNKNOWN_TASK, what, key=OPTION, fix=fix))
+        raise ConfigError(Problem(Code.EVALUATE_TASK, what, key=OPTION, fix=fix))
     if find_spec("lm_eval") is None:
-        raise ConfigError(missing_package(Code.MODEL_MISSING_PACKAGE, "lm-eval", "runs tasks", "eval", key=OPTION))
+        raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "lm-eval", "runs tasks", "eval", key=OPTION))
     return specs
 
 
@@ -123,9 +123,7 @@ def unknown_task(name: str, known: Sequence[str]) -> Problem:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
     fix = f"write {name}/ for the tasks in that directory" if Path(name).is_dir() else fix
-    return Problem(
-        Code.EVALUATE_UNKNOWN_TASK, f"the lm-evaluation-harness has no task {name!r}", key="--tasks", fix=fix
-    )
+    return Problem(Code.EVALUATE_TASK, f"the lm-evaluation-harness has no task {name!r}", key="--tasks", fix=fix)
 
 
 def load_error(spec: str, error: BaseException) -> LoratuneError:
@@ -135,15 +133,15 @@ def load_error(spec: str, error: BaseException) -> LoratuneError:
         fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
         if isinstance(error, ConnectionError):
             fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads and does not wait for the hub"
-        return DataError(Problem(Code.EVALUATE_TASK_ROWS, f"its rows cannot be loaded: {reason}", spec, fix=fix))
-    return DataError(Problem(Code.EVALUATE_TASK_FAILED, f"the harness cannot load it: {reason}", spec))
+        return DataError(Problem(Code.EVALUATE_TASK, f"its rows cannot be loaded: {reason}", spec, fix=fix))
+    return DataError(Problem(Code.EVALUATE_TASK, f"the harness cannot load it: {reason}", spec))
 
 
 def check_same_task(spec: str, name: str, first: Any, second: Any) -> None:
     """Raises ConfigError: two tasks have one name, of which the harness would run one."""
     if repr(first.dump_config()) != repr(second.dump_config()):
         what, fix = f"another task is called {name!r} too", "give each a name of its own, or run one of them"
-        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, what, spec, "--tasks", fix))
+        raise ConfigError(Problem(Code.EVALUATE_TASK, what, spec, "--tasks", fix))
 
 
 def check_supported(name: str, task: Any) -> None:
@@ -154,7 +152,7 @@ def check_supported(name: str, task: Any) -> None:
     elif getattr(task, "MULTIMODAL", False):
         reason = "needs images or sound"
     if reason:
-        raise ConfigError(Problem(Code.EVALUATE_TASK_REFUSED, reason, name, "--tasks", "leave it out"))
+        raise ConfigError(Problem(Code.EVALUATE_TASK, reason, name, "--tasks", "leave it out"))
 
 
 def compare_metric(

@@ -119,11 +119,11 @@ class DataSection(Section):
     def _known_columns(self) -> Self:
         if unknown := [name for name in self.columns if name not in COLUMNS]:
             message = f"`{unknown[0]}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
-            raise InvalidSettingError(Code.CONFIG_UNKNOWN_COLUMN, message, "columns")
+            raise InvalidSettingError(Code.DATA_FORMAT, message, "columns")
         names = list(self.columns.values())
         if repeated := [name for name in names if names.count(name) > 1]:
             message = f"the data's `{repeated[0]}` is given for two fields of a row"
-            raise InvalidSettingError(Code.CONFIG_COLUMN_TWICE, message, "columns", fix="give each field its own")
+            raise InvalidSettingError(Code.DATA_FORMAT, message, "columns", fix="give each field its own")
         return self
 
     @model_validator(mode="after")
@@ -136,16 +136,16 @@ class DataSection(Section):
             weighted = sum(source.weight is not None for source in sources)
             if 0 < weighted < len(sources):
                 message, fix = "some sources have a weight and some have none", "give one to each, or to none"
-                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix=fix)
+                raise InvalidSettingError(Code.CONFIG_CONFLICT, message, key, fix=fix)
             if weighted == len(sources) == 1:
                 message = "a single source takes no weight"
-                raise InvalidSettingError(Code.CONFIG_SOURCE_WEIGHTS, message, key, fix="leave the weight out")
+                raise InvalidSettingError(Code.CONFIG_CONFLICT, message, key, fix="leave the weight out")
         return self
 
     @model_validator(mode="after")
     def _validation_is_a_fraction(self) -> Self:
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise InvalidSettingError(Code.CONFIG_NOT_A_FRACTION, "a fraction must lie between 0 and 1", "validation")
+            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, "a fraction must lie between 0 and 1", "validation")
         return self
 
     @model_validator(mode="after")
@@ -153,7 +153,7 @@ class DataSection(Section):
         if self.group_by is not None and not isinstance(self.validation, float):
             message = "groups only matter where a fraction of the rows is held out"
             fix = "set data.validation to a fraction, or leave group_by out"
-            raise InvalidSettingError(Code.CONFIG_GROUPS_NOT_DIVIDED, message, "group_by", "validation", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "group_by", "validation", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -161,15 +161,15 @@ class DataSection(Section):
         if self.share_prefixes is True and self.packing == "none":
             message, keys = "padded rows stand beside each other, and share no prefix", ("share_prefixes", "packing")
             fix = "set packing to batch or full, or leave share_prefixes out"
-            raise InvalidSettingError(Code.CONFIG_SHARED_PREFIXES, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")
     def _templates_render_chats(self) -> Self:
         if self.format in ("text", "input_ids") and self.chat_template is not None:
             message = f"{self.format} rows do not go through a chat template"
-            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "chat_template")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "format", "chat_template")
         if self.format in ("text", "input_ids") and self.loss_on == "assistant":
             message = f"{self.format} rows have no assistant turns"
-            raise InvalidSettingError(Code.CONFIG_FORMAT_WITHOUT_CHAT, message, "format", "loss_on")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "format", "loss_on")
         return self

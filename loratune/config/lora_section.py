@@ -67,14 +67,14 @@ class LoraSection(Section):
                     compile_pattern(text)
                 except BadPatternError as error:
                     message = f"`{text}` {error}"
-                    raise InvalidSettingError(Code.CONFIG_BAD_PATTERN, message, key) from None
+                    raise InvalidSettingError(Code.CONFIG_BAD_VALUE, message, key) from None
         return self
 
     @model_validator(mode="after")
     def _adapts_something(self) -> Self:
         if not self.target_modules and self.target_parameters is None:
             message = "must not be empty where lora.target_parameters names nothing either"
-            raise InvalidSettingError(Code.CONFIG_EMPTY_VALUE, message, "target_modules")
+            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, message, "target_modules")
         return self
 
     @model_validator(mode="after")
@@ -99,7 +99,7 @@ class LoraSection(Section):
         for key, (conflict, message) in conflicts.items():
             if conflict:
                 raise InvalidSettingError(
-                    Code.CONFIG_LORA_VARIANTS, message, key, "target_parameters", fix="choose one of the two"
+                    Code.CONFIG_CONFLICT, message, key, "target_parameters", fix="choose one of the two"
                 )
         return self
 
@@ -107,7 +107,7 @@ class LoraSection(Section):
     def _update_starts_at_zero(self) -> Self:
         if self.init_lora_weights is False:
             message = "false starts from a random update, which is meant for PEFT's own tests"
-            raise InvalidSettingError(Code.CONFIG_RANDOM_INIT, message, "init_lora_weights", fix="leave it out")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "init_lora_weights", fix="leave it out")
         return self
 
     @model_validator(mode="after")
@@ -116,7 +116,7 @@ class LoraSection(Section):
             r != AUTO and r % 2 for r in (self.r, *self.rank_pattern.values())
         ):
             message = "orthogonal initialization splits the rank into two halves, so the rank must be even"
-            raise InvalidSettingError(Code.CONFIG_ODD_RANK, message, "init_lora_weights", "r")
+            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, message, "init_lora_weights", "r")
         return self
 
     @model_validator(mode="after")
@@ -148,5 +148,5 @@ class LoraSection(Section):
         ]
         for conflict, keys, message in conflicts:
             if conflict:
-                raise InvalidSettingError(Code.CONFIG_LORA_VARIANTS, message, *keys, fix="choose one of the two")
+                raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix="choose one of the two")
         return self

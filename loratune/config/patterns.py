@@ -104,7 +104,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
     if not _is_replication(config.get("layer_replication")):
         reasons["layer_replication"] = f"not a list of ranges with at most {MAX_LAYERS:,} layers"
     if reasons:
-        raise AdapterError([Problem(Code.CONFIG_ADAPTER_VALUE, what, where, key) for key, what in reasons.items()])
+        raise AdapterError([Problem(Code.ADAPTER_INVALID, what, where, key) for key, what in reasons.items()])
 
 
 def _is_positive(value: Any) -> bool:
@@ -206,13 +206,13 @@ def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[s
 
 
 def _bad_pattern(what: str, where: str, key: str) -> Problem:
-    return Problem(Code.CONFIG_ADAPTER_PATTERN, what, where, key)
+    return Problem(Code.ADAPTER_INVALID, what, where, key)
 
 
 def _check_number(count: int, modules: int, where: str, key: str) -> None:
     if count > max(MIN_ALLOWED, modules):
         what = f"has {count:,} entries for {modules:,} modules"
-        raise AdapterError(Problem(Code.CONFIG_ADAPTER_TOO_MANY, what, where, key))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, key))
 
 
 def checked_settings(
@@ -227,7 +227,7 @@ def checked_settings(
     wrongs = (path for path, rank in modules.items() if settings[path].rank != rank and not parameters_of(config, path))
     if wrong := next(wrongs, None):  # the A of a parameter holds the rows of all experts
         what = f"has rank {modules[wrong]} where the configuration says {settings[wrong].rank:g}"
-        raise AdapterError(Problem(Code.CONFIG_ADAPTER_RANK, what, where, wrong))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, wrong))
     return settings
 
 
@@ -318,4 +318,4 @@ def matching(text: str, names: Iterable[str], key: str, example: str) -> list[st
         return _fullmatches(text, names)
     except BadPatternError as error:
         fix = f"correct it, or write names as a list: [{example}]"
-        raise ConfigError(Problem(Code.LORA_EXPRESSION, f"`{text}` {error}", key=key, fix=fix)) from None
+        raise ConfigError(Problem(Code.LORA_UNSUPPORTED, f"`{text}` {error}", key=key, fix=fix)) from None

@@ -37,7 +37,7 @@ class ModelSection(Section):
     def _pinned_remote_code(self) -> Self:
         if self.trust_remote_code and self.revision is None:
             message, fix = "code from a repository only runs at a pinned revision", "set model.revision to a commit"
-            raise InvalidSettingError(Code.CONFIG_UNPINNED_CODE, message, "trust_remote_code", "revision", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "trust_remote_code", "revision", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -45,7 +45,7 @@ class ModelSection(Section):
         if self.gguf_file is not None and self.quantization != "none":
             message = "a GGUF file is unpacked to dtype, and cannot be quantized again while it is loaded"
             fix = "leave quantization at none"
-            raise InvalidSettingError(Code.CONFIG_GGUF_QUANTIZED, message, "gguf_file", "quantization", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "gguf_file", "quantization", fix=fix)
         return self
 
 
@@ -115,15 +115,15 @@ class TrainingSection(Section):
     def _length_is_set_once(self) -> Self:
         if self.max_steps == 0:
             fix = "-1 leaves the length of the run to num_train_epochs"
-            raise InvalidSettingError(Code.CONFIG_NO_STEPS, "0 steps train nothing", "max_steps", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, "0 steps train nothing", "max_steps", fix=fix)
         if self.max_steps > 0 and self.num_train_epochs != AUTO and "num_train_epochs" in self.model_fields_set:
             message = "both set the length of the run"
             fix = "keep one; to remove the other: --set training.num_train_epochs="
-            raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "num_train_epochs", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "max_steps", "num_train_epochs", fix=fix)
         if self.max_steps > 0 and self.max_minutes is not None:
             message = "both set the length of the run"
             fix = "keep one; beside max_minutes, num_train_epochs is an upper limit"
-            raise InvalidSettingError(Code.CONFIG_LENGTH_TWICE, message, "max_steps", "max_minutes", fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "max_steps", "max_minutes", fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -132,14 +132,14 @@ class TrainingSection(Section):
             return self
         if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
             message = "above 1 it counts steps, so it must be a whole number"
-            raise InvalidSettingError(Code.CONFIG_WARMUP_NOT_WHOLE, message, "warmup_steps")
+            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, message, "warmup_steps")
         if self.warmup_steps > self.max_steps > 0:
             message = "the run is shorter than its warmup, so the learning rate would never reach its peak"
-            raise InvalidSettingError(Code.CONFIG_WARMUP_TOO_LONG, message, "warmup_steps", "max_steps")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "warmup_steps", "max_steps")
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             message, fix = "the constant schedule has no warmup", "use constant_with_warmup"
             keys = ("lr_scheduler_type", "warmup_steps")
-            raise InvalidSettingError(Code.CONFIG_CONSTANT_WARMUP, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         return self
 
 
@@ -166,14 +166,14 @@ class RunConfig(Section):
         if keys := [key for key, is_wanted in wanted.items() if is_wanted]:
             message, fix = "there are no rows to evaluate on", f"set data.validation, or leave out {' and '.join(keys)}"
             names = (*(f"training.{key}" for key in keys), "data.validation")
-            raise InvalidSettingError(Code.CONFIG_NO_EVALUATION_ROWS, message, *names, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *names, fix=fix)
         return self
 
     @model_validator(mode="after")
     def _replayed_rows_need_a_run(self) -> Self:
         if self.data.replay is not None and self.lora.start_from is None:
             message, keys = "there is no earlier run to take rows from", ("data.replay", "lora.start_from")
-            raise InvalidSettingError(Code.CONFIG_REPLAY, message, *keys, fix="set lora.start_from")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix="set lora.start_from")
         return self
 
     @model_validator(mode="after")
@@ -184,7 +184,7 @@ class RunConfig(Section):
         if unread := [key for key, readers in PREFERENCE_KEYS.items() if key in is_set and objective not in readers]:
             message = f"{objective} does not read it, but only {', '.join(PREFERENCE_KEYS[unread[0]])}"
             keys, fix = (f"preferences.{unread[0]}", "training.objective"), "leave it out, or set training.objective"
-            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -195,13 +195,13 @@ class RunConfig(Section):
         if self.data.loss_on != "completion":
             message = f"{objective} compares answers to a prompt, so it takes the loss over these alone"
             keys, fix = ("data.loss_on", "training.objective"), "leave loss_on at completion"
-            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         if self.data.replay is not None:
             message = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
             held = "; preferences.sft_weight keeps chosen answers probable"
             fix = f"leave replay out{held if objective in PREFERENCE_KEYS['sft_weight'] else ''}"
             keys = ("data.replay", "training.objective")
-            raise InvalidSettingError(Code.CONFIG_OBJECTIVE, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")
@@ -209,13 +209,13 @@ class RunConfig(Section):
         if self.data.share_prefixes is True and self.lora.lora_dropout > 0:
             message = "dropout draws a mask for each token of each row, and a prefix that rows share would have one"
             keys, fix = ("data.share_prefixes", "lora.lora_dropout"), "set lora_dropout to 0, or share_prefixes to auto"
-            raise InvalidSettingError(Code.CONFIG_SHARED_PREFIXES, message, *keys, fix=fix)
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
         return self
 
     @model_validator(mode="after")
     def _init_fits_the_base(self) -> Self:
         init, quantization = self.lora.init_lora_weights, self.model.quantization
-        code, keys = Code.CONFIG_INIT_QUANTIZATION, ("lora.init_lora_weights", "model.quantization")
+        code, keys = Code.CONFIG_CONFLICT, ("lora.init_lora_weights", "model.quantization")
         if quantization != "none" and str(init).startswith(("pissa", "olora", "orthogonal")):
             message = f"{init} starts from the base's weights in full precision, which {quantization} does not hold"
             raise InvalidSettingError(code, message, *keys)
@@ -227,7 +227,7 @@ class RunConfig(Section):
     def _lorafa_is_an_optimizer(self) -> Self:
         if self.lora.use_lorafa and self.training.optim != "adamw_torch":
             message, keys = "LoRA-FA has an AdamW of its own", ("lora.use_lorafa", "training.optim")
-            raise InvalidSettingError(Code.CONFIG_LORAFA_OPTIMIZER, message, *keys, fix="leave optim at adamw_torch")
+            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix="leave optim at adamw_torch")
         return self
 
     @property

@@ -45,7 +45,7 @@ class InvalidSettingError(ValueError):
 
 def _check_path(path: str) -> str:
     if reason := path_problem(path):
-        raise InvalidSettingError(Code.CONFIG_NOT_A_PATH, reason)
+        raise InvalidSettingError(Code.CONFIG_BAD_VALUE, reason)
     return path
 
 

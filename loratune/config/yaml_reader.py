@@ -61,7 +61,7 @@ def read(path: Path) -> Document:
     """
     document = parse(_read_text(path), str(path))
     if not document.values:
-        problem = Problem(Code.CONFIG_EMPTY_FILE, "the file is empty", str(path), fix="see configs/ for examples")
+        problem = Problem(Code.CONFIG_UNREADABLE, "the file is empty", str(path), fix="see configs/ for examples")
         raise ConfigError(problem)
     return document
 
@@ -87,7 +87,7 @@ def parse(text: str, source: str) -> Document:
     value = builder.build(node, ()) if node is not None else {}
     if node is not None and not isinstance(value, dict) and not builder.problems:
         what = f"expected a mapping of sections, got {kind_of(value)}"
-        builder.add(Code.CONFIG_NOT_A_MAPPING, (), node, what, "begin with `model:`")
+        builder.add(Code.CONFIG_SYNTAX, (), node, what, "begin with `model:`")
     if builder.problems:
         raise ConfigError(first_problems(builder.problems))
     document.values = value
@@ -100,7 +100,7 @@ def override(document: Document, assignment: str) -> None:
     Raises:
         ConfigError: There is no `=`, a key is empty, or a key stands below something that is not a mapping.
     """
-    code = Code.CONFIG_BAD_ASSIGNMENT
+    code = Code.CONFIG_SYNTAX
     name, equals, text = assignment.partition("=")
     name = name.strip()
     path = tuple(name.split("."))
@@ -123,7 +123,7 @@ def override(document: Document, assignment: str) -> None:
         target[path[-1]] = parsed["value"]
     elif target.pop(path[-1], None) is None:
         what = "is not in the file, so there is nothing to remove"
-        raise ConfigError(Problem(Code.CONFIG_NOTHING_TO_REMOVE, what, OPTION, name))
+        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, OPTION, name))
     document.lines = {key: line for key, line in document.lines.items() if key[: len(path)] != path}
     document.overridden.add(path)
 
@@ -133,20 +133,20 @@ def _read_text(path: Path) -> str:
     try:
         if path.is_dir() or path.is_fifo():
             kind = "a directory" if path.is_dir() else "a pipe"
-            raise ConfigError(Problem(Code.CONFIG_NOT_A_FILE, f"this is {kind}, not a config file", where))
+            raise ConfigError(Problem(Code.CONFIG_UNREADABLE, f"this is {kind}, not a config file", where))
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(Problem(Code.CONFIG_UNREADABLE, f"cannot be read: {error.strerror}", where)) from None
     if len(raw) > MAX_BYTES:
         what = "larger than 256 KiB, so this is not a config file"
-        raise ConfigError(Problem(Code.CONFIG_TOO_LARGE, what, where))
+        raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where))
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            Problem(Code.CONFIG_NOT_UTF8, f"byte {error.start} is not UTF-8", f"{where}:{line}")
+            Problem(Code.CONFIG_UNREADABLE, f"byte {error.start} is not UTF-8", f"{where}:{line}")
         ) from None
 
 
@@ -177,12 +177,12 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         if isinstance(event, yaml.AliasEvent):
             fix = "write the value out"
-            raise _UnsupportedYAMLError(Code.CONFIG_YAML_ALIAS, event, "YAML aliases are not supported", fix)
+            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, "YAML aliases are not supported", fix)
         if event.tag is not None:
             what = f"the YAML tag `{event.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported"
-            raise _UnsupportedYAMLError(Code.CONFIG_YAML_TAG, event, what)
+            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, what)
         if self.depth > MAX_DEPTH:
-            raise _UnsupportedYAMLError(Code.CONFIG_TOO_DEEP, event, f"nested more than {MAX_DEPTH} levels deep")
+            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, f"nested more than {MAX_DEPTH} levels deep")
         self.depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
@@ -213,11 +213,11 @@ class _Builder:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                self.add(Code.CONFIG_BAD_KEY, path, key_node, "keys must be plain words; merges are not supported")
+                self.add(Code.CONFIG_SYNTAX, path, key_node, "keys must be plain words; merges are not supported")
                 continue
             if key in first:
                 what = f"written twice, in line {first[key]} and in line {line}"
-                self.add(Code.CONFIG_DUPLICATE_KEY, (*path, key), key_node, what, "keep one")
+                self.add(Code.CONFIG_SYNTAX, (*path, key), key_node, what, "keep one")
                 continue
             first[key] = line
             self.document.lines[(*path, key)] = line
@@ -232,7 +232,7 @@ class _Builder:
         if _AMBIGUOUS.fullmatch(text):
             fix = "quote it if text is meant, else write true, false or a decimal number"
             what = f"`{text}` means different things to different YAML readers"
-            self.add(Code.CONFIG_AMBIGUOUS_VALUE, path, node, what, fix)
+            self.add(Code.CONFIG_SYNTAX, path, node, what, fix)
             return None
         if _INT.fullmatch(text) and len(text) < 100:
             return int(text)
@@ -329,11 +329,9 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
         choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
         meant = "" if details["input"] is None else str(details["input"]).strip().lower()
         near = nearest_name(meant, choices) if kind == "literal_error" and meant else None
-        code = Code.CONFIG_NOT_A_CHOICE if has_choices else Code.CONFIG_WRONG_TYPE
         what = f"expected {' or '.join(dict.fromkeys(expected))}, {value}"
-        return Problem(code, what, where, key, f"did you mean `{near}`?" if near else "")
+        return Problem(Code.CONFIG_BAD_VALUE, what, where, key, f"did you mean `{near}`?" if near else "")
     if kind.endswith("too_short"):
-        return Problem(Code.CONFIG_EMPTY_VALUE, "must not be empty", where, key)
+        return Problem(Code.CONFIG_BAD_VALUE, "must not be empty", where, key)
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-    code = Code.CONFIG_WRONG_TYPE if kind == "string_unicode" else Code.CONFIG_OUT_OF_RANGE
-    return Problem(code, f"{message}, {value}", where, key)
+    return Problem(Code.CONFIG_BAD_VALUE, f"{message}, {value}", where, key)

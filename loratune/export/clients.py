@@ -52,13 +52,13 @@ class ExportOptions:
         for option, value, choices in (("--to", self.to, tuple(CLIENTS)), ("--merged", self.merged, TYPES)):
             if value not in (None, *choices):
                 what, fix = f"{value} is not one of its values", f"choose {', '.join(choices)}"
-                raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=option, fix=fix))
+                raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=option, fix=fix))
         given = {"--merged": self.merged, "--llama-cpp": self.llama_cpp, "--base-gguf": self.base_gguf}
         what = "only works with --to gguf and --to ollama"
         if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
-            raise ConfigError([Problem(Code.USAGE_NEEDS_OPTION, what, key=option) for option in wrong])
+            raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
         if self.uses_llama_cpp and self.verify and not llama_cpp.is_installed():
-            code, purpose = Code.USAGE_MISSING_PACKAGE, "runs llama.cpp"
+            code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
             raise ConfigError(missing_package(code, llama_cpp.PACKAGE, purpose, "llama-cpp", key="--verify"))
 
     @property

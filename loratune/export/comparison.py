@@ -196,7 +196,7 @@ def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int
     except Exception as error:  # the record may come from anybody, and anything may be wrong with it
         what = f"the prompts recorded there cannot be used: {error}"
         where = str(source.path / RECORD_FILE)
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, where, "prompts")) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, "prompts")) from None
     return [(row, ids) for row, ids in prompts if ids]
 
 

@@ -50,7 +50,7 @@ def find_converters(named: Path | None) -> Path:
         ConfigError: They are not there, or the package, or the package gguf that reads files back, is not installed.
     """
     if find_spec("gguf") is None:
-        raise ConfigError(missing_package(Code.USAGE_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
+        raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
     get = "git clone https://github.com/ggml-org/llama.cpp"
     spec = find_spec(_PACKAGE) if named is None else None
     packaged = [Path(place) / "llama.cpp" for place in spec.submodule_search_locations or ()] if spec else []
@@ -59,10 +59,10 @@ def find_converters(named: Path | None) -> Path:
             return place
     if named is not None:
         what, fix = f"is not a checkout of llama.cpp: it has no {LORA} and {MODEL}", f"get one: {get}"
-        raise ConfigError(Problem(Code.USAGE_BAD_PATH, what, str(named), "--llama-cpp", fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(named), "--llama-cpp", fix))
     what = "converting needs llama.cpp's converters, and the package that has them is not installed"
     fix = f"{install('llama-cpp')}; or {get}, and name it with --llama-cpp"
-    raise ConfigError(Problem(Code.USAGE_MISSING_PACKAGE, what, fix=fix))
+    raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, fix=fix))
 
 
 def convert_adapter(converters: Path, directory: Path, base: Path, file: Path) -> None:

@@ -89,7 +89,7 @@ def check_name(name: str, key: str = "") -> None:
             return
     what = "not the name of a repository on the hub"
     fix = "give it as USER/NAME, at most 96 letters and digits with single - _ . between them"
-    raise ConfigError(Problem(Code.PUSH_BAD_NAME, what, name or "''", key, fix))
+    raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, name or "''", key, fix))
 
 
 def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
@@ -108,11 +108,11 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
         if given in (None, adapter.base):
             return adapter.base
         what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
-        raise ConfigError(Problem(Code.PUSH_BASE, what, given or "", "--base", fix))
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "--base", fix))
     if given is None:
         what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
         where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
-        raise ConfigError(Problem(Code.PUSH_BASE, what, where, "base_model_name_or_path", fix))
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, where, "base_model_name_or_path", fix))
     check_name(given, "--base")
     recorded = adapter.record.get("base")
     file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
@@ -121,7 +121,7 @@ def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
     except ModelError as error:
         problem = replace(error.problems[0], what=without(error.problems[0].what, get_token() or ""), key="--base")
         if problem.code is Code.MODEL_HUB_UNREACHABLE:
-            raise ResourceError(replace(problem, code=Code.PUSH_UNREACHABLE)) from None
+            raise ResourceError(replace(problem, code=Code.PUSH_HUB)) from None
         raise ModelError(problem) from None
     return given
 
@@ -285,6 +285,6 @@ def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -
             path.unlink()
         if what:
             fix = f"do not use {repository} at {commit[:10]}; push again"
-            problems.append(Problem(Code.PUSH_DIFFERS, what, name, fix=fix))
+            problems.append(Problem(Code.EXPORT_DIFFERS, what, name, fix=fix))
     if problems:
         raise AdapterError(problems)

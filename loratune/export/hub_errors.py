@@ -74,7 +74,7 @@ def _translated(error: BaseException, where: str, token: str) -> LoratuneError:
         return ConfigError(Problem(Code.PUSH_LOGIN, "no login to the hub is found", fix=LOGIN))
     if "Invalid metadata in README.md" in said:
         fix = "correct the lines between --- at the start of the card"
-        return ConfigError(Problem(Code.PUSH_REFUSED, f"the hub does not accept the card: {said}", where, fix=fix))
+        return ConfigError(Problem(Code.PUSH_REPOSITORY, f"the hub does not accept the card: {said}", where, fix=fix))
     if isinstance(error, errors.OfflineModeIsEnabled):
         what, fix = "the hub's client is set to be offline", "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
     elif isinstance(error, _PARSING):
@@ -84,7 +84,7 @@ def _translated(error: BaseException, where: str, token: str) -> LoratuneError:
         what = f"the connection to the hub failed ({type(error).__name__}: {said})"
         xet = "set HF_HUB_DISABLE_XET=1, as this hub has no Xet storage"
         fix = f"{xet if 'xet' in said else 'check the connection'}, and {AGAIN}"
-    return ResourceError(Problem(Code.PUSH_UNREACHABLE, what, where, fix=fix))
+    return ResourceError(Problem(Code.PUSH_HUB, what, where, fix=fix))
 
 
 def _refused(status: int, headers: Any, said: str, where: str) -> LoratuneError:
@@ -92,21 +92,21 @@ def _refused(status: int, headers: Any, said: str, where: str) -> LoratuneError:
     is_quota = status in (400, 403) and any(words in said.lower() for words in _QUOTA)
     if status in (402, 413, 507) or is_quota:
         what, fix = "the hub has no room for it", "make room on the hub, or let others see it with --public"
-        return ResourceError(Problem(Code.PUSH_QUOTA, f"{what}: {said}", where, fix=fix))
+        return ResourceError(Problem(Code.PUSH_HUB, f"{what}: {said}", where, fix=fix))
     if status in (408, 429) or status >= 500:
         what, wait = "too many requests" if status == 429 else "the hub failed", str(headers.get("Retry-After", ""))
         fix = f"wait {wait} s, and try again" if status == 429 and wait.isdecimal() and len(wait) < 9 else AGAIN
-        return ResourceError(Problem(Code.PUSH_HUB_FAILED, f"{what}: {said}", where, fix=fix))
+        return ResourceError(Problem(Code.PUSH_HUB, f"{what}: {said}", where, fix=fix))
     if status in (409, 412):
         what = f"somebody else has changed the repository meanwhile: {said}"
-        return LockedError(Problem(Code.PUSH_CHANGED_MEANWHILE, what, where, fix="look at it, and push again"))
+        return LockedError(Problem(Code.PUSH_HUB, what, where, fix="look at it, and push again"))
     if status == 401:
         return ConfigError(Problem(Code.PUSH_LOGIN, f"the hub does not accept the login: {said}", where, fix=LOGIN))
     what, fix = {
         403: ("the login may not write there", "use a token with write permission, or push under your own name"),
         404: ("the hub has no such place", "check the name; the part before the / is a user or an organization"),
     }.get(status, (f"the hub refuses it, HTTP {status}", "" if status >= 400 else "check HF_ENDPOINT and the proxy"))
-    return ConfigError(Problem(Code.PUSH_REFUSED, f"{what}: {said}", where, fix=fix))
+    return ConfigError(Problem(Code.PUSH_REPOSITORY, f"{what}: {said}", where, fix=fix))
 
 
 def _message(error: BaseException) -> str:

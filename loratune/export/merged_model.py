@@ -74,7 +74,7 @@ def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
         values, reason = {}, str(error)
     if reason:
         what, fix = f"not readable as JSON: {reason}", "restore the file, or remove it"
-        raise ModelError(Problem(Code.MODEL_CONFIG_UNREADABLE, what, str(file), fix=fix))
+        raise ModelError(Problem(Code.MODEL_UNREADABLE, what, str(file), fix=fix))
     return dict(values)
 
 

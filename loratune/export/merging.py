@@ -216,7 +216,7 @@ class Merge:
             for name, tensor in shards.tensors.items():
                 if not shards.is_intact(name):
                     what = f"{name} in the file is not what base and adapter give"
-                    raise AdapterError(Problem(Code.ADAPTER_WRITE_FAILED, what, str(staging)))
+                    raise AdapterError(Problem(Code.SYSTEM_CALL_FAILED, what, str(staging)))
                 advance(tensor.size)
         floating = {DTYPES[dtype] for dtype, _ in self.layout.values() if DTYPES[dtype].is_floating_point}
         dtypes = tuple(sorted(map(name_of, floating)))
@@ -230,7 +230,7 @@ class Merge:
         if needed > free:
             what = f"cannot be merged here: the base has to be loaded ({reason}), which takes about "
             what += f"{format_size(needed)} of memory, and {format_size(free)} are free"
-            raise AdapterError(Problem(Code.MERGE_TOO_LARGE, what, where, fix="use a larger machine"))
+            raise AdapterError(Problem(Code.SYSTEM_OUT_OF_MEMORY, what, where, fix="use a larger machine"))
         if self._dtype is None:
             is_recorded = isinstance(config.dtype, torch.dtype) and not section.gguf_file
             self._dtype = config.dtype if is_recorded else computed
@@ -247,7 +247,7 @@ class Merge:
             unused, reason = ["unknown"], str(error)
         if unused:
             what, fix = f"cannot be merged: {reason}", "use the adapter with PEFT"
-            raise AdapterError(Problem(Code.MERGE_UNSUPPORTED, what, where, fix=fix))
+            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where, fix=fix))
         return LoadedBase(model, saved, groups, tuple(stored.find_ties(model, groups)), load.load_base(section))
 
     def _untied(self) -> Iterator[tuple[str, str]]:
@@ -308,7 +308,7 @@ class Merge:
         members = self.base.members(group)
         if not self.base.is_reversible(group, members):
             what = f"cannot be merged: transformers stores {group.first} in another way than it loads it"
-            raise AdapterError(Problem(Code.MERGE_UNSUPPORTED, what, str(self._source.files.path)))
+            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, str(self._source.files.path)))
         dtype = DTYPES[self.layout[next(iter(group.parts))][0]]
         for name in group.members:
             rounding, before = _Rounding(self._changes.get(name, ()), dtype, Kept(name)), members.pop(name)
@@ -328,7 +328,7 @@ class Merge:
         rounded = rounding.apply(weight, start)
         if rounded is not weight and not rounded.isfinite().all():
             what, fix = f"{name} is not finite as {name_of(rounded.dtype)}", "use --dtype float32"
-            raise AdapterError(Problem(Code.MERGE_ROUNDING, what, str(self._source.files.path), fix=fix))
+            raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(self._source.files.path), fix=fix))
         return rounded
 
 

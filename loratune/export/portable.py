@@ -99,7 +99,7 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
     recorded = {name: digest for name, digest in adapter.record.get("files", {}).items() if name != ROW_HASHES}
     if adapter.record and adapter_files.manifest(target) != recorded:
         what, fix = "a file changed while it was copied", "try again"
-        raise AdapterError(Problem(Code.ADAPTER_FILE_CHANGED, what, str(adapter.path), fix=fix))
+        raise AdapterError(Problem(Code.ADAPTER_CHANGED, what, str(adapter.path), fix=fix))
     before = {name: sha256(target / name) for name in names}
     _rewrite(adapter, target, repository, base)
     files = {name: sha256(target / name) for name in names}
@@ -130,7 +130,7 @@ def _rewrite(adapter: AdapterFiles, target: Path, repository: str, base: str) ->
         try:
             values = json.loads(text)
         except (ValueError, RecursionError):
-            raise AdapterError(Problem(Code.ADAPTER_NOT_JSON, "not JSON", str(adapter.path / TOKENIZER))) from None
+            raise AdapterError(Problem(Code.ADAPTER_INVALID, "not JSON", str(adapter.path / TOKENIZER))) from None
         if (replaced := paths.replaced(values)) != values:
             write_json(target / TOKENIZER, replaced)
     if (text := _text(adapter, target, CARD)) is not None:
@@ -157,7 +157,7 @@ def _text(adapter: AdapterFiles, target: Path, name: str) -> str | None:
         return read_text(target / name) if (target / name).is_file() else None
     except (OSError, ValueError) as error:
         what = f"cannot be read as text: {error}"
-        raise AdapterError(Problem(Code.ADAPTER_UNREADABLE, what, str(adapter.path / name))) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(adapter.path / name))) from None
 
 
 def _card_for(text: str, adapter: AdapterFiles, run: RunConfig | None, repository: str, base: str) -> str:

@@ -88,7 +88,7 @@ def use_liger(model: Any) -> None:
     upstream.apply_liger_kernel(model, LIGER)
     if not any("forward" in vars(module) for module in model.get_base_model().modules()):
         what, fix = f"Liger has no kernels for {model.config.model_type}", "remove the key"
-        raise ModelError(Problem(Code.KERNEL_NO_LIGER, what, key="model.use_liger_kernel", fix=fix))
+        raise ModelError(Problem(Code.CONFIG_CONFLICT, what, key="model.use_liger_kernel", fix=fix))
 
 
 def compile_layers(model: Any, **options: Any) -> None:
@@ -99,6 +99,6 @@ def compile_layers(model: Any, **options: Any) -> None:
     layers = getattr(model.get_base_model().get_decoder(), "layers", None)
     if layers is None:
         what, fix = f"the layers of {model.config.model_type} cannot be compiled one by one", "remove the key"
-        raise ModelError(Problem(Code.KERNEL_NO_LAYERS, what, key="model.torch_compile", fix=fix))
+        raise ModelError(Problem(Code.CONFIG_CONFLICT, what, key="model.torch_compile", fix=fix))
     for layer in layers:
         layer.compile(dynamic=True, **options)

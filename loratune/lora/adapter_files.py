@@ -122,24 +122,21 @@ class AdapterFiles:
             return []
         recorded_digests, digests = self.record["files"], manifest(self.path)
         edits = {
-            name: (Code.ADAPTER_FILE_MISSING, "missing")
-            if name not in digests
-            else (Code.ADAPTER_FILE_CHANGED, "changed since the adapter was saved")
+            name: "missing" if name not in digests else "changed since the adapter was saved"
             for name, digest in recorded_digests.items()
             if digests.get(name) != digest
         }
-        added = Code.ADAPTER_FILE_ADDED
         edits |= {
-            name: (added, "was added since the adapter was saved")
+            name: "was added since the adapter was saved"
             for name in digests
             if is_read(name) and name not in recorded_digests
         }
         links = (path for path in _walk(self.path) if path.is_dir())  # `_walk` yields no other directories
         edits |= {
-            link.relative_to(self.path).as_posix(): (added, "a link to a directory, added since the adapter was saved")
+            link.relative_to(self.path).as_posix(): "a link to a directory, added since the adapter was saved"
             for link in links
         }
-        return [Problem(code, what, str(self.path / name)) for name, (code, what) in edits.items()]
+        return [Problem(Code.ADAPTER_CHANGED, what, str(self.path / name)) for name, what in edits.items()]
 
 
 def inspect(path: Path) -> AdapterFiles:
@@ -152,16 +149,16 @@ def inspect(path: Path) -> AdapterFiles:
     """
     where = str(path)
     if not path.exists():
-        raise AdapterError(Problem(Code.ADAPTER_NO_DIRECTORY, "no such directory", where))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, "no such directory", where))
     if not path.is_dir():
-        raise AdapterError(Problem(Code.ADAPTER_IS_FILE, "is a file, not an adapter directory", where))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, "is a file, not an adapter directory", where))
     if not (path / CONFIG_FILE).is_file():
         what = f"no {CONFIG_FILE} in this directory, so it holds no adapter"
-        raise AdapterError(Problem(Code.ADAPTER_NO_CONFIG, what, where))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, where))
     if not (path / WEIGHTS_FILE).is_file():
         pickle = " (adapter_model.bin is a pickle, and pickles are not opened)" if list(path.glob("*.bin")) else ""
         what = f"no {WEIGHTS_FILE} in this directory{pickle}"
-        raise AdapterError(Problem(Code.ADAPTER_NO_WEIGHTS, what, where))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, where))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
     shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
@@ -222,20 +219,20 @@ def _check_links(directory: Path) -> None:
             is_outside = not path.resolve(strict=True).is_relative_to(root)
         except (OSError, RuntimeError):
             what, fix = "a link to a file that does not exist", "remove it"
-            raise AdapterError(Problem(Code.ADAPTER_BROKEN_LINK, what, where, fix=fix)) from None
+            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix)) from None
         if not (path.is_file() or path.is_dir()):
             what, fix = "a pipe, socket or device, not a file", "remove it"
-            raise AdapterError(Problem(Code.ADAPTER_SPECIAL_FILE, what, where, fix=fix))
+            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix))
         if is_outside:
             what, fix = "leads out of the adapter directory", f"if it is yours, copy the files: cp -rL {directory} NEW"
-            raise AdapterError(Problem(Code.ADAPTER_LINK_OUTSIDE, what, where, fix=fix))
+            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix))
 
 
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(Problem(Code.ADAPTER_NOT_JSON, f"not readable as JSON: {error}", str(path))) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, f"not readable as JSON: {error}", str(path))) from None
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -244,14 +241,14 @@ def _read_record(path: Path) -> dict[str, Any]:
     fix = "restore the file; or remove it, and the adapter is used without verification"
     if path.stat().st_size > _LARGEST_CONFIG:
         what = "larger than 16 MiB, so not the record of a run"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, what, str(path), fix=fix))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(path), fix=fix))
     record = _read_json(path)
     if reason := records.newer(RECORD_FILE, record):
         raise AdapterError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix="upgrade loratune"))
     fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
     lists_files = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
     if not lists_files or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_RECORD, "not the record of a run", str(path), fix=fix))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the record of a run", str(path), fix=fix))
     return dict(record)
 
 
@@ -259,27 +256,27 @@ def _read_config(path: Path) -> dict[str, Any]:
     where = str(path)
     if path.stat().st_size > _LARGEST_CONFIG:
         what = "larger than 16 MiB, so this is not a configuration"
-        raise AdapterError(Problem(Code.ADAPTER_CONFIG_SIZE, what, where))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
     config = _read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(Problem(Code.ADAPTER_NOT_LORA, "not the configuration of a LoRA adapter", where))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the configuration of a LoRA adapter", where))
     base = config.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
-        raise AdapterError(Problem(Code.ADAPTER_NO_BASE, "does not name its base", where, "base_model_name_or_path"))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "does not name its base", where, "base_model_name_or_path"))
     if not isinstance(config.get("revision"), str | None):
-        raise AdapterError(Problem(Code.ADAPTER_INVALID_REVISION, "not the name of a revision", where, "revision"))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the name of a revision", where, "revision"))
     patterns.check_values(config, where)
     targets = config.get("target_modules")
     if not isinstance(targets, list | str) or not (targets or config.get("target_parameters")):
         what = "does not say which modules it adapts"
-        raise AdapterError(Problem(Code.ADAPTER_NO_TARGETS, what, where, "target_modules"))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, "target_modules"))
     if keys := [key for key in _CODE if config.get(key)]:
         what = "names code, and code of an adapter is not run"
-        raise AdapterError(Problem(Code.ADAPTER_NAMES_CODE, what, where, keys[0], "set it to null"))
+        raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, keys[0], "set it to null"))
     if ".." in Path(base).parts:
         what = f"{base} leads out of the directory that it starts from"
         key, fix = "base_model_name_or_path", "write the whole path"
-        raise AdapterError(Problem(Code.ADAPTER_BASE_OUTSIDE, what, where, key, fix))
+        raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, key, fix))
     return config
 
 
@@ -311,11 +308,11 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
             names = list(file.keys())
             if len(names) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in names):
                 what = "has more tensors, or longer names, than any model has modules"
-                raise AdapterError(Problem(Code.ADAPTER_TOO_MANY_TENSORS, what, where))
+                raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
             if not names:
-                raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, "holds no tensors", where))
+                raise AdapterError(Problem(Code.ADAPTER_MISMATCH, "holds no tensors", where))
             return {name: tuple(file.get_slice(name).get_shape()) for name in names}
     except PermissionError as error:
-        raise AdapterError(Problem(Code.ADAPTER_UNREADABLE, f"cannot be read: {error.strerror}", where)) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, f"cannot be read: {error.strerror}", where)) from None
     except (SafetensorError, OSError) as error:
-        raise AdapterError(Problem(Code.ADAPTER_DAMAGED, f"damaged: {error}", where)) from None
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, f"damaged: {error}", where)) from None

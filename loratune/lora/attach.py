@@ -124,7 +124,7 @@ def attach(
         config.init_lora_weights = True  # what is published is plain LoRA, see `AdapterInit`
     if section.bias != "none" and not any(p.requires_grad for n, p in model.named_parameters() if n.endswith("bias")):
         what = "the model has no such biases"
-        raise ModelError(Problem(Code.LORA_NO_BIAS, what, key="lora.bias", fix="set it to none"))
+        raise ModelError(Problem(Code.LORA_UNKNOWN_TARGET, what, key="lora.bias", fix="set it to none"))
     if section.use_lorafa:
         parameters.freeze_a(model)
     return model
@@ -179,7 +179,7 @@ def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None
     """
     if bad := not_finite(state):
         what = f"{len(bad)} adapter tensors hold NaN or inf, among them {few(bad)}"
-        raise NumericError(Problem(Code.LORA_NOT_FINITE, what))
+        raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what))
     if not start.has_changed(state):
         what = "training changed nothing: every lora_B still has its initial values"
         fix = "check that the learning rate is not too small and that the loss depends on the data"
@@ -231,7 +231,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
     disk = read_weights(directory / WEIGHTS_FILE)
     if memory.keys() != disk.keys() or not all(torch.equal(memory[name], disk[name]) for name in memory):
         what = "the file differs from the weights in memory"
-        raise AdapterError(Problem(Code.ADAPTER_WRITE_FAILED, what, str(directory / WEIGHTS_FILE)))
+        raise AdapterError(Problem(Code.SYSTEM_CALL_FAILED, what, str(directory / WEIGHTS_FILE)))
     return (directory / WEIGHTS_FILE).stat().st_size
 
 
@@ -245,7 +245,7 @@ def unknown_keys(files: AdapterFiles) -> list[str]:
     unknown = {key: value for key, value in files.config.items() if key not in known}
     if effective := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
         what, fix = "this version of PEFT does not know it", "upgrade peft, or remove it"
-        raise AdapterError([Problem(Code.ADAPTER_UNKNOWN_KEY, what, where, key, fix) for key in effective])
+        raise AdapterError([Problem(Code.ADAPTER_INVALID, what, where, key, fix) for key in effective])
     return [f"{where}: this version of PEFT does not know {', '.join(sorted(unknown))}"] if unknown else []
 
 
@@ -346,14 +346,16 @@ def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -
         if name in files.tensors and files.tensors[name] != shape
     ]
     differences = (
-        (Code.ADAPTER_TENSORS_MISSING, "are missing", sorted(expected.keys() - files.tensors.keys())),
-        (Code.ADAPTER_TENSORS_EXTRA, "belong to no module", sorted(files.tensors.keys() - expected.keys())),
-        (Code.ADAPTER_TENSORS_SHAPE, "have another shape", shapes),
+        ("are missing", sorted(expected.keys() - files.tensors.keys())),
+        ("belong to no module", sorted(files.tensors.keys() - expected.keys())),
+        ("have another shape", shapes),
     )
     fix = f"is {files.base} the base it was trained on?"
     return [
-        Problem(code, f"{len(names)} tensors {kind}, among them {few(names)}", str(files.path), fix=fix)
-        for code, kind, names in differences
+        Problem(
+            Code.ADAPTER_MISMATCH, f"{len(names)} tensors {kind}, among them {few(names)}", str(files.path), fix=fix
+        )
+        for kind, names in differences
         if names
     ]
 

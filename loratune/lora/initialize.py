@@ -107,19 +107,19 @@ def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]
         kind = type(layer).__name__
         if reads_base(section) and not (isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()):
             what = f"{init} starts from the weights of linear layers that are not quantized; {path} is a {kind}"
-            problems[KEY] = Code.LORA_INIT_LAYER, what
+            problems[KEY] = what
         elif becomes_plain_lora(section) and owners[id(layer.weight)] > 1:
             what = f"{init} changes the weights it starts from, and {path} shares its weight with other modules"
-            problems[KEY] = Code.LORA_INIT_SHARED, what
+            problems[KEY] = what
         elif init == "olora" and isinstance(layer, Conv1D):
             what = f"PEFT's olora does not support the transposed weights of a Conv1D such as {path}"
-            problems[KEY] = Code.LORA_INIT_LAYER, what
+            problems[KEY] = what
         elif section.use_lorafa and isinstance(layer, nn.Embedding):
             what = f"LoRA-FA adapts linear layers; {path} is an {kind}"
-            problems["lora.use_lorafa"] = Code.LORA_FA_LAYER, what
+            problems["lora.use_lorafa"] = what
     if problems:
         fix = "use another initialization, or other targets"
-        raise ModelError([Problem(code, what, key=key, fix=fix) for key, (code, what) in problems.items()])
+        raise ModelError([Problem(Code.LORA_UNSUPPORTED, what, key=key, fix=fix) for key, what in problems.items()])
 
 
 def check_ranks(model: PeftModel, section: LoraSection) -> None:
@@ -135,7 +135,7 @@ def check_ranks(model: PeftModel, section: LoraSection) -> None:
         if rank > most:
             path = name.removeprefix(WRAPPER_PREFIX)
             what = f"{section.init_lora_weights} needs {rank} directions of each layer, and {path} has only {most}"
-            raise ModelError(Problem(Code.LORA_INIT_RANK, what, key=KEY, fix=f"lower lora.r to {most}"))
+            raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=f"lower lora.r to {most}"))
 
 
 def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
@@ -160,7 +160,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
         what = f"eva needs a batch with more supervised tokens than r = {most}; the first batches have at most "
         what += f"{max(supervised)}"
         fix = "raise training.per_device_train_batch_size, or lower lora.r"
-        raise DataError(Problem(Code.LORA_EVA_TOKENS, what, key=KEY, fix=fix))
+        raise DataError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=fix))
     forwards, inner = 0, model.get_base_model()
     was_training = inner.training
 
@@ -170,7 +170,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
         if forwards > _MOST_FORWARDS:
             what = f"eva's directions did not settle in {_MOST_FORWARDS} batches"
             fix = "lower lora.r, or use another initialization"
-            raise ModelError(Problem(Code.LORA_EVA_UNSETTLED, what, key=KEY, fix=fix))
+            raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=fix))
         wrapped(**{name: tensor for name, tensor in inputs.items() if name != "labels"}, use_cache=False)
 
     with torch.no_grad():
@@ -199,7 +199,7 @@ def loftq(model: PeftModel, original: Callable[[str], torch.Tensor]) -> None:
         if not isinstance(layer, upstream.Linear4bit):
             kind = type(layer.get_base_layer()).__name__
             what = f"loftq starts from 4-bit layers; {path} is a {kind}"
-            raise ModelError(Problem(Code.LORA_LOFTQ_LAYER, what, key=KEY))
+            raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY))
         quantized = upstream.dequantize_module_weight(layer.get_base_layer()).float()
         error = original(path).to(quantized) - quantized
         rank, scale = layer.r["default"], layer.scaling["default"]

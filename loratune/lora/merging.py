@@ -173,7 +173,7 @@ def _attach(base: nn.Module, files: AdapterFiles) -> Any:
 
 def _unsupported(files: AdapterFiles, reason: str) -> AdapterError:
     what = f"cannot be merged: {reason}"
-    return AdapterError(Problem(Code.MERGE_UNSUPPORTED, what, str(files.path), fix="use the adapter with PEFT"))
+    return AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, str(files.path), fix="use the adapter with PEFT"))
 
 
 def _plain(path: str) -> str:

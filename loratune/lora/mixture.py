@@ -135,7 +135,7 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
             B is missing or has another rank; the sum is not finite.
     """
     problems = [
-        Problem(Code.ADAPTER_MIX_UNSUPPORTED, f"cannot be mixed: {reason}", str(files.path / CONFIG_FILE), key)
+        Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be mixed: {reason}", str(files.path / CONFIG_FILE), key)
         for files, _ in weighted
         for key, reason in obstacles(files).items()
     ]
@@ -148,7 +148,7 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
             if others and others[0].outer != layer.outer:
                 what = f"{path} is {layer.outer} here and {others[0].outer} in {weighted[0][0].path}"
                 fix = "mix adapters of one base"
-                raise AdapterError(Problem(Code.ADAPTER_TENSORS_SHAPE, what, str(files.path), fix=fix))
+                raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path), fix=fix))
             others.append(layer)
     plain = _stacked(layers, [files for files, _ in weighted])
     if bad := not_finite(plain.tensors):
@@ -164,7 +164,7 @@ def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
     tensors, names = read_adapter(files), factors(files.tensors)
     if missing := [path for path, found in names.items() if len(found) < 2]:
         what = f"{len(missing)} modules have only one of A and B, among them {join_first(missing, 2)}"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_MISSING, what, str(files.path / WEIGHTS_FILE)))
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path / WEIGHTS_FILE)))
     return {
         path: _Factors(
             (found["A"], found["B"]),

@@ -7,7 +7,7 @@ the other at random: their product is zero, and they can learn. Modules that are
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -137,12 +137,12 @@ def _check_kind(files: AdapterFiles) -> None:
     """Raises AdapterError: the saved adapter changes its base, or uses what this package does not train."""
     where = str(files.path / CONFIG_FILE)
     problems = [
-        Problem(Code.LORA_START_KIND, "changes what the adapter computes, and is not trained here", where, key)
+        Problem(Code.LORA_START, "changes what the adapter computes, and is not trained here", where, key)
         for key in sorted({*effective_keys(files)} - _COMPARED)
     ]
     if files.changes_base:
         what = f"{files.init} changes the base as PEFT loads the adapter, so it is no plain LoRA of its base"
-        problems.append(Problem(Code.LORA_START_KIND, what, where, "init_lora_weights"))
+        problems.append(Problem(Code.LORA_START, what, where, "init_lora_weights"))
     if problems:
         raise AdapterError(problems)
 
@@ -162,7 +162,7 @@ def _setting_problems(section: LoraSection, files: AdapterFiles) -> Iterator[Pro
         if was != now:
             old_value, new_value = json.dumps(was), json.dumps(now)
             what = f"the adapter has {key} {old_value} and this run {new_value}, so it would not start as the adapter"
-            yield Problem(Code.LORA_START_SETTING, what, str(files.path), KEY, f"set lora.{key} to {old_value}")
+            yield Problem(Code.LORA_START, what, str(files.path), KEY, f"set lora.{key} to {old_value}")
 
 
 def _names(value: Any) -> list[str]:
@@ -177,7 +177,7 @@ def _parameter_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Probl
     if was != now:
         what = f"only one of the adapter and this run adapts {join_counts(sorted(was ^ now), 4)}"
         fix = f"set lora.target_parameters to {json.dumps(sorted(entries) or None)}"
-        yield Problem(Code.LORA_START_SETTING, what, str(files.path), KEY, fix)
+        yield Problem(Code.LORA_START, what, str(files.path), KEY, fix)
 
 
 def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Iterator[Problem]:
@@ -187,13 +187,13 @@ def _target_problems(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> 
     if lost := [path for path in saved if path not in targets]:
         what = f"the adapter also adapts {join_counts([*dict.fromkeys(lost)], 4)}, which this run does not"
         fix = "name them in lora.target_modules, and leave out lora.layers_to_transform if it excludes them"
-        yield Problem(Code.LORA_START_SETTING, what, where, KEY, fix)
+        yield Problem(Code.LORA_START, what, where, KEY, fix)
     old, new = ({name for name in names if not _FACTOR.match(name)} for names in (files.tensors, fresh))
     new -= {name for name in new if name.endswith("bias")}  # those of modules that are adapted for the first time
     if other := sorted((old - {*fresh}) | (new - old)):
         what = f"one of the adapter and this run trains {join_first([short(_plain(name)) for name in other], 3)} whole"
         fix = "set lora.modules_to_save, lora.bias and lora.trainable_token_indices as they were"
-        yield Problem(Code.LORA_START_SETTING, what, where, KEY, fix)
+        yield Problem(Code.LORA_START, what, where, KEY, fix)
 
 
 def _plain(name: str) -> str:
@@ -209,9 +209,7 @@ def _rank_problems(model: PeftModel, files: AdapterFiles) -> Iterator[Problem]:
         old, new = ranks[lower[0]]
         most = max(ranks[path][0] for path in lower)
         what = f"the adapter has rank {old}, and this run {new}, on {join_counts(lower, 4)}: a part of it would be lost"
-        yield Problem(
-            Code.LORA_START_SETTING, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}"
-        )
+        yield Problem(Code.LORA_START, what, str(files.path), KEY, f"raise lora.r, or its rank_pattern, to {most}")
 
 
 def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
@@ -232,13 +230,10 @@ def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> Non
         if old != new:
             differing.append(f"{name} {tuple(old)} where the base needs {tuple(new)}")
     fix = f"is {files.base} the base it was trained on?"
-    kinds: list[tuple[Code, str, Sequence[str]]] = [
-        (Code.ADAPTER_TENSORS_MISSING, "are missing", missing),
-        (Code.ADAPTER_TENSORS_SHAPE, "have another shape", differing),
-    ]
+    code, where = Code.ADAPTER_MISMATCH, str(files.path)
     if problems := [
-        Problem(code, f"{len(names)} tensors {kind}, among them {join_first(names, 3)}", str(files.path), KEY, fix)
-        for code, kind, names in kinds
+        Problem(code, f"{len(names)} tensors {kind}, among them {join_first(names, 3)}", where, KEY, fix)
+        for kind, names in (("are missing", missing), ("have another shape", differing))
         if names
     ]:
         raise AdapterError(problems)

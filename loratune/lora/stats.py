@@ -67,7 +67,7 @@ def updates(files: AdapterFiles) -> list[Update]:
                 shapes = files.tensors[name], files.tensors.get(partner, ())
                 if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
                     what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
-                    raise AdapterError(Problem(Code.ADAPTER_NO_FACTOR, what, where, path))
+                    raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, path))
                 factors = file.get_tensor(name), file.get_tensor(partner)
                 is_stacked = bool(patterns.parameters_of(files.config, path))
                 module_updates.append(
@@ -91,7 +91,7 @@ def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
             what = (
                 "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"
             )
-            raise AdapterError(Problem(Code.ADAPTER_UNCLEAR_PARAMETER, what, where, unclear[0]))
+            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where, unclear[0]))
     return settings
 
 
@@ -104,7 +104,7 @@ def _update(
     experts = round(len(a) / settings.rank) if is_stacked else 1
     if experts * settings.rank != len(a):
         what = f"has rank {len(a)} where {CONFIG_FILE} says {settings.rank:g}"
-        raise AdapterError(Problem(Code.ADAPTER_RANK, what, where, path))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, path))
     rank = len(a) // experts
     # PEFT orders the rows of A by expert, and the columns of B by rank.
     downs, ups = a.reshape(experts, rank, -1), b.reshape(len(b), rank, experts).permute(2, 0, 1)
@@ -112,7 +112,7 @@ def _update(
     totals = singular.sum(-1)
     if not totals.isfinite().all():
         what = f"its update, scaled by {settings.scaling:g}, is not finite"
-        raise AdapterError(Problem(Code.ADAPTER_SCALING, what, str(files.path / CONFIG_FILE), path))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, str(files.path / CONFIG_FILE), path))
     moved = totals > 0
     effective_ranks = torch.special.entr(singular[moved] / totals[moved, None]).sum(-1).exp()
     effective_rank = effective_ranks.mean().item() if moved.any() else 0.0

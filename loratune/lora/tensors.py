@@ -117,7 +117,7 @@ def fill(model: PeftModel, files: AdapterFiles, name: str = "default") -> None:
     result = set_peft_model_state_dict(model, read_adapter(files), name)
     if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
         what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_LOST, what, str(files.path)))
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path)))
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Untouched:
         """
         if self.refusal:
             what = f"the base cannot be compared with this adapter: {self.refusal}"
-            raise AdapterError(Problem(Code.ADAPTER_NO_COMPARISON, what, where))
+            raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, where))
         changed = [getattr(module, name) for module, name, _ in self.values]
         try:
             for module, name, value in self.values:
@@ -178,7 +178,7 @@ def read_adapter(files: AdapterFiles) -> Weights:
     tensors, where = read_weights(files.path / WEIGHTS_FILE, files.tensors), str(files.path)
     if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
         what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FLOAT, what, where))
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
     if bad := not_finite(tensors):
         what = f"{len(bad)} tensors hold NaN or inf, among them {few(bad)}"
         raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
@@ -213,7 +213,7 @@ def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], tor
     if others:
         what = f"{len(others)} tensors beside its LoRA are not those of the base, among them {others[0][1]}"
         fix = f"is {files.base} the base it was trained on?"
-        raise AdapterError(Problem(Code.ADAPTER_TENSORS_EXTRA, what, str(others[0][0].parent), fix=fix))
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(others[0][0].parent), fix=fix))
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:

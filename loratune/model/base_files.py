@@ -44,14 +44,14 @@ class FileStates:
         """While the files are read. Raises ModelError: a file has changed, or is gone."""
         what, fix = "was changed while it was being read", "start again"
         if changed := self._changed():
-            raise ModelError([Problem(Code.MODEL_WEIGHTS_CHANGED, what, str(path), fix=fix) for path in changed])
+            raise ModelError([Problem(Code.MODEL_CHANGED, what, str(path), fix=fix) for path in changed])
 
     def check_unchanged_in_run(self) -> None:
         """During a run, which computes with a copy of its own. Raises ModelError: a file has changed, or is gone, so
         that the adapter would not fit what is there now."""
         what, fix = "has changed since the run began", "restore it, then continue with --resume, which compares weights"
         if changed := self._changed():
-            problem = partial(Problem, Code.TRAIN_BASE_CHANGED, what, key="model.name_or_path", fix=fix)
+            problem = partial(Problem, Code.MODEL_CHANGED, what, key="model.name_or_path", fix=fix)
             raise ModelError([problem(where=str(path)) for path in changed])
 
     def _changed(self) -> list[Path]:
@@ -90,7 +90,7 @@ def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[
                     return tensor
         what = f"loftq needs {layer}.weight as it was before quantization, and no safetensors file has it"
         key, fix = "lora.init_lora_weights", "use another initialization"
-        raise ModelError(Problem(Code.MODEL_WEIGHTS_MISMATCH, what, section.name_or_path, key, fix))
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, key, fix))
 
     return read
 

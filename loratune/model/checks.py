@@ -30,11 +30,11 @@ LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, Runtime
 # --- What a library could not load
 
 
-def unreadable(code: Code, section: ModelSection, error: BaseException) -> ModelError:
+def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelError:
     """The error for a part of a model that a library failed to load.
 
     Args:
-        code: `MODEL_CONFIG_UNREADABLE`, `MODEL_TOKENIZER_UNREADABLE` or `MODEL_UNREADABLE`.
+        part: "configuration", "tokenizer" or "model".
         section: The settings of the model.
         error: What the library raised; a ModelError is returned as it is.
     """
@@ -43,17 +43,9 @@ def unreadable(code: Code, section: ModelSection, error: BaseException) -> Model
     if "trust_remote_code" in str(error):
         what = "the model needs code from its repository"
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
-        return ModelError(Problem(Code.MODEL_NEEDS_CODE, what, section.name_or_path, fix=fix))
-    part = _PARTS[code]
+        return ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, section.name_or_path, fix=fix))
     what = f"the {part} cannot be loaded: {summary(error)}"
-    return ModelError(Problem(code, what, section.name_or_path, fix=cache_fix(error)))
-
-
-_PARTS = {
-    Code.MODEL_CONFIG_UNREADABLE: "configuration",
-    Code.MODEL_TOKENIZER_UNREADABLE: "tokenizer",
-    Code.MODEL_UNREADABLE: "model",
-}
+    return ModelError(Problem(Code.MODEL_UNREADABLE, what, section.name_or_path, fix=cache_fix(error)))
 
 
 def damaged_weights(section: ModelSection) -> Iterator[Problem]:
@@ -72,7 +64,7 @@ def damaged_weights(section: ModelSection) -> Iterator[Problem]:
                     pass
             except (SafetensorError, OSError) as error:
                 what = f"damaged or cut off: {summary(error)}"
-                yield Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), fix="download it again")
+                yield Problem(Code.MODEL_DAMAGED, what, str(path), fix="download it again")
 
 
 def check_present(section: ModelSection) -> None:
@@ -86,11 +78,11 @@ def check_present(section: ModelSection) -> None:
         return
     if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         what, fix = "the directory has no weights, neither *.safetensors nor *.bin", "get the whole model"
-        raise ModelError(Problem(Code.MODEL_WEIGHTS_MISMATCH, what, section.name_or_path, fix=fix))
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, fix=fix))
     try:
         problems = list(damaged_weights(section))
     except OSError as error:
-        raise unreadable(Code.MODEL_UNREADABLE, section, error) from None
+        raise unreadable("model", section, error) from None
     if problems:
         raise ModelError(problems)
 
@@ -123,7 +115,7 @@ def check_sizes(values: Any, where: str) -> None:
     architectures = values.get("architectures") or []
     if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
         what, fix = "must be a list of class names", 'write it as ["LlamaForCausalLM"]'
-        raise ModelError(Problem(Code.MODEL_CONFIG_UNREADABLE, what, where, "architectures", fix))
+        raise ModelError(Problem(Code.MODEL_UNREADABLE, what, where, "architectures", fix))
     problems = []
     for key, count in _counts(values):
         name = key.rpartition(".")[2]
@@ -131,7 +123,7 @@ def check_sizes(values: Any, where: str) -> None:
         if most is not None and count > most:
             number = f"{count:,}" if count < 10**18 else "more than 10^18"
             what = f"is {number}, and must be at most {most:,}"
-            problems.append(Problem(Code.MODEL_CONFIG_UNREADABLE, what, where, key, "correct config.json"))
+            problems.append(Problem(Code.MODEL_UNREADABLE, what, where, key, "correct config.json"))
     if problems:
         raise ModelError(problems)
 
@@ -160,7 +152,7 @@ def check_decoder(config: Any, section: ModelSection) -> None:
         kind = "an encoder-decoder" if config.is_encoder_decoder else "not a causal language model"
         what = f"{', '.join(architectures) or config.model_type} (model type {config.model_type}) is {kind}"
         fix = "loratune adapts decoder-only language models"
-        raise ModelError(Problem(Code.MODEL_NOT_CAUSAL, what, section.name_or_path, fix=fix))
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix))
 
 
 # --- Weights
@@ -185,7 +177,7 @@ def check_finite(model: PreTrainedModel, name: str) -> None:
     ]
     if bad:
         what = f"{len(bad)} of its tensors hold NaN or inf, among them {', '.join(bad[:3])}"
-        raise ModelError(Problem(Code.MODEL_WEIGHTS_DAMAGED, what, name, fix="download it again"))
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, name, fix="download it again"))
 
 
 def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
@@ -202,15 +194,15 @@ def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
     problems, fix = [], "use weights and config.json of the same model"
     if missing := sorted(info["missing_keys"]):
         what = f"the files lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
-        code, download = Code.MODEL_WEIGHTS_MISMATCH, "they would be random; get the whole model"
+        code, download = Code.MODEL_DAMAGED, "they would be random; get the whole model"
         problems.append(Problem(code, what, name, fix=download))
     if mismatched := sorted(info["mismatched_keys"]):
         shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(expected)}" for key, actual, expected in mismatched[:3])
         what = f"{len(mismatched)} tensors have another shape than config.json asks for, among them {shapes}"
-        problems.append(Problem(Code.MODEL_WEIGHTS_MISMATCH, what, name, fix=fix))
+        problems.append(Problem(Code.MODEL_DAMAGED, what, name, fix=fix))
     if extra := sorted(_relevant(model, info["unexpected_keys"])):
         what = f"the files hold {len(extra)} tensors more than config.json asks for, among them {', '.join(extra[:3])}"
-        problems.append(Problem(Code.MODEL_WEIGHTS_MISMATCH, what, name, fix=fix))
+        problems.append(Problem(Code.MODEL_DAMAGED, what, name, fix=fix))
     if problems:
         raise ModelError(problems)
 
@@ -249,10 +241,10 @@ def template_text(path: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(Problem(Code.MODEL_TEMPLATE, f"cannot be read: {cause}", path, key, fix)) from None
+        raise ConfigError(Problem(Code.TEMPLATE_INVALID, f"cannot be read: {cause}", path, key, fix)) from None
     if not text.strip():
         fix = "name a Jinja file with a template in it"
-        raise ConfigError(Problem(Code.MODEL_TEMPLATE, "the file is empty", path, key, fix))
+        raise ConfigError(Problem(Code.TEMPLATE_INVALID, "the file is empty", path, key, fix))
     return text
 
 
@@ -272,7 +264,7 @@ def check_template(tokenizer: Any, path: str) -> None:
         line = error.lineno if isinstance(error, TemplateSyntaxError) else None
         where = f"{path}:{line}" if line else path
         what = f"not a Jinja template: {template_error_reason(error)}"
-        raise ConfigError(Problem(Code.MODEL_TEMPLATE, what, where, key, "correct it")) from None
+        raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, where, key, "correct it")) from None
 
 
 def _render_question(tokenizer: Any) -> str:

@@ -50,7 +50,7 @@ def check(path: Path) -> None:
         fix = f"there is {', '.join(files[:3])}" if files else "no GGUF file is in that directory"
         raise ModelError(Problem(Code.MODEL_NOT_FOUND, "no such file", where, KEY, fix))
     if find_spec("gguf") is None:
-        code = Code.MODEL_MISSING_PACKAGE
+        code = Code.SYSTEM_MISSING_PACKAGE
         raise ModelError(missing_package(code, "gguf", "reads GGUF files", "gguf", where, KEY))
     now = path.stat()
     version = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
@@ -73,7 +73,7 @@ def _check_content(path: Path) -> None:
 def lfs_pointer(path: Path) -> Problem:
     """The problem of a file of weights that is only a pointer of Git LFS."""
     what, fix = "a Git LFS pointer, not the weights", "fetch them with `git lfs pull`"
-    return Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), fix=fix)
+    return Problem(Code.MODEL_DAMAGED, what, str(path), fix=fix)
 
 
 class _Reader:
@@ -138,7 +138,7 @@ def _check_complete(reader: _Reader, path: Path) -> None:
 
 
 def _damaged(path: Path, what: str, fix: str = "download it again") -> ModelError:
-    return ModelError(Problem(Code.MODEL_WEIGHTS_DAMAGED, what, str(path), KEY, fix))
+    return ModelError(Problem(Code.MODEL_DAMAGED, what, str(path), KEY, fix))
 
 
 def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:

@@ -70,7 +70,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     except BaseException as error:  # a panic of tokenizers is no Exception
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
-        raise checks.unreadable(Code.MODEL_TOKENIZER_UNREADABLE, section, error) from None
+        raise checks.unreadable("tokenizer", section, error) from None
     if chat_template is not None:
         tokenizer.chat_template = checks.template_text(chat_template)
         checks.check_template(tokenizer, chat_template)
@@ -109,7 +109,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     except checks.LOADING_ERRORS as error:
         if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
-        raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
+        raise checks.unreadable("model", section, error) from None
     before.check_unchanged()  # copying from a truncated file would end the process
     copy_mapped(model)
     before.check_unchanged()
@@ -153,7 +153,7 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     if group.broadcast(fingerprint) != fingerprint:
         what = f"the base on {launcher.host()} differs from that of the main process"
         fix = "give all machines the same files"
-        raise ModelError(Problem(Code.TRAIN_BASES_DIFFER, what, section.name_or_path, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, fix))
     return Base(model, fingerprint, files)
 
 
@@ -185,7 +185,7 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
                 **({"code_revision": section.revision} if needs_code else {}),
             )
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
-        raise checks.unreadable(Code.MODEL_UNREADABLE, section, error) from None
+        raise checks.unreadable("model", section, error) from None
 
 
 def dense_model(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
@@ -241,7 +241,7 @@ def _read_config(section: ModelSection, source: ModelSource) -> Any:
             checks.check_sizes(PreTrainedConfig.get_config_dict(source.name, **origin)[0], section.name_or_path)
         config = AutoConfig.from_pretrained(source.name, **file, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
-        raise checks.unreadable(Code.MODEL_CONFIG_UNREADABLE, section, error) from None
+        raise checks.unreadable("configuration", section, error) from None
     remote_code.check_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
     record = quantization.record_of(config.to_dict())
@@ -305,7 +305,7 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
     problems = []
     if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
         what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
-        problems.append(Problem(Code.MODEL_MACHINE, what, key="model.dtype", fix=fix))
+        problems.append(Problem(Code.MODEL_UNSUPPORTED, what, key="model.dtype", fix=fix))
     if section.quantization != "none" and machine.bitsandbytes:
         problems.append(quantization.bitsandbytes_problem(section.quantization, machine.bitsandbytes))
     if problems:
@@ -324,13 +324,13 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
     }  # fmt: skip
     what, fix = "needs a GPU, and there is none", "leave it out"
     problems = [
-        Problem(Code.MODEL_MACHINE, what, key=f"model.{name}", fix=fix)
+        Problem(Code.MODEL_UNSUPPORTED, what, key=f"model.{name}", fix=fix)
         for name, is_set in settings.items()
         if is_set and not gpu
     ]
     if section.use_liger_kernel and gpu and not is_liger_kernel_available():
         what, fix = "needs the package liger-kernel", "leave it out, or: pip install liger-kernel"
-        problems.append(Problem(Code.MODEL_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
+        problems.append(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
     if problems:
         raise ConfigError(problems)
 
@@ -341,7 +341,7 @@ def _check_attention(name: str | None) -> None:
         package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
         what = f"{name} needs a CUDA GPU and the package {package}, and at least one of them is missing"
         fix = "leave it out, or set it to sdpa"
-        raise ConfigError(Problem(Code.MODEL_MACHINE, what, key="model.attn_implementation", fix=fix))
+        raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key="model.attn_implementation", fix=fix))
 
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:

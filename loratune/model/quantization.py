@@ -83,7 +83,7 @@ def check_not_quantized(record: Mapping[str, Any] | None, name: str, quantizatio
     if record is not None and quantization != "none":
         what = f"{quantization} cannot be applied: the base is quantized already ({_description(record)})"
         fix = "set it to none, or use the base that is not quantized"
-        raise ModelError(Problem(Code.MODEL_QUANTIZATION, what, name, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, KEY, fix))
 
 
 def check_packages(record: Mapping[str, Any] | None, name: str) -> None:
@@ -97,7 +97,7 @@ def check_packages(record: Mapping[str, Any] | None, name: str) -> None:
     needed = NEEDS.get(method(record), {})
     if missing := [package for module, package in needed.items() if not _is_installed(module)]:
         what = f"the base is quantized ({_description(record)}), and packages are missing: {', '.join(missing)}"
-        raise ModelError(Problem(Code.MODEL_MISSING_PACKAGE, what, name, fix=f"pip install {' '.join(missing)}"))
+        raise ModelError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, name, fix=f"pip install {' '.join(missing)}"))
 
 
 def check_directory(path: Path, name: str, quantization: str) -> None:
@@ -124,7 +124,7 @@ def check_bitsandbytes(quantization: str) -> None:
 def bitsandbytes_problem(quantization: str, reason: str) -> Problem:
     """The problem of a quantization that this machine cannot do."""
     what = f"{quantization} does not work here: {reason}"
-    return Problem(Code.MODEL_MACHINE, what, key=KEY, fix="repair bitsandbytes, or set it to none")
+    return Problem(Code.MODEL_UNSUPPORTED, what, key=KEY, fix="repair bitsandbytes, or set it to none")
 
 
 def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dtype") -> Any:
@@ -145,7 +145,7 @@ def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dty
         if name != "bitsandbytes" and not upstream.is_quantization_known(name):
             what = f"the base is quantized by a method that transformers does not know ({name})"
             fix = "use one that is not quantized, or by GPTQ"
-            raise ModelError(Problem(Code.MODEL_QUANTIZATION, what, section.name_or_path, fix=fix))
+            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix))
         check_packages(record, section.name_or_path)
         return getattr(transformers, _DEQUANTIZED[name])(dequantize=True) if name in _DEQUANTIZED else None
     if section.quantization == "8bit":
@@ -169,7 +169,7 @@ def check_trainable(model: "transformers.PreTrainedModel", name: str) -> None:
     if quantizer is not None and not quantizer.is_trainable:
         what = f"a base quantized with {quantizer.quantization_config.quant_method.value} cannot be trained"
         fix = "use one that is not quantized, or by bitsandbytes or GPTQ"
-        raise ModelError(Problem(Code.MODEL_QUANTIZATION, what, name, fix=fix))
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, fix=fix))
 
 
 def _is_installed(module: str) -> bool:

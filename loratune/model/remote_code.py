@@ -85,9 +85,9 @@ def check_files(files: Iterable[Path], own: str = "") -> None:
         if own and file.name == "adapter_config.json" and isinstance(values, dict):
             names = chain(names, _texts(("base_model_name_or_path",), values.get("base_model_name_or_path")))
         problems += [
-            Problem(code, what, str(file), ".".join(keys), fix)
+            Problem(Code.MODEL_FOREIGN_CODE, what, str(file), ".".join(keys), fix)
             for keys, text in names
-            for code, what, fix in _objections(keys, text, own)
+            for what, fix in _objections(keys, text, own)
         ]
     if problems:
         raise ModelError(problems)
@@ -123,14 +123,14 @@ def _texts(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...],
             yield from _texts((*keys, str(key)), inner)
 
 
-def _objections(keys: tuple[str, ...], text: str, own: str) -> Iterator[tuple[Code, str, str]]:
+def _objections(keys: tuple[str, ...], text: str, own: str) -> Iterator[tuple[str, str]]:
     """Why code of this name would not be that of the model's own repository, and what to do about it."""
     repository, separator, rest = text.rpartition("--")
     if "base_model_name_or_path" in keys:
         what = f"names another repository, {text}, whose code would be run"
-        yield Code.MODEL_FOREIGN_CODE, what, "name that one as the base"
+        yield what, "name that one as the base"
     elif separator and repository != own:
         fix = "copy that code into the model's directory once you have read it, and name it there as module.Class"
-        yield Code.MODEL_FOREIGN_CODE, f"names code of another repository, {text}", fix
+        yield f"names code of another repository, {text}", fix
     elif "auto_map" in keys and not _CLASS.fullmatch(rest):
-        yield Code.MODEL_FOREIGN_CODE, f"names code in no module of this repository, {text}", "name it as module.Class"
+        yield f"names code in no module of this repository, {text}", "name it as module.Class"

@@ -164,7 +164,7 @@ class StudyResults:
                 what = "no room for the results"
                 raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, where, fix="make room")) from None
             what, fix = f"cannot be written: {error.strerror}", "repair that, then rerun the same command to resume"
-            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, where, fix=fix)) from None
+            raise ResumeError(Problem(Code.SWEEP_STUDY, what, where, fix=fix)) from None
 
     @classmethod
     def read(cls, directory: Path, option: str = "") -> "StudyResults":
@@ -181,10 +181,10 @@ class StudyResults:
             return results
         except FileNotFoundError:
             what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
-            raise ConfigError(Problem(Code.SWEEP_STORAGE, what, str(directory), option, fix)) from None
+            raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(directory), option, fix)) from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             what = "is not what a sweep of this release writes"
-            raise ConfigError(Problem(Code.SWEEP_STORAGE, what, str(path), option, "move it away")) from None
+            raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(path), option, "move it away")) from None
 
     def header(self) -> list[str]:
         """The columns of the table."""

@@ -131,7 +131,7 @@ def check_free_space(
     if (free := shutil.disk_usage(directory).free) < needed:
         what = f"{needed:,} bytes are needed for {what}, but {free:,} are free"
         fix = "make room, or choose another disk"
-        raise ResourceError(Problem(Code.SYSTEM_DISK_TOO_SMALL, what, str(directory), key, fix))
+        raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, str(directory), key, fix))
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class OutputDirectory:
         output = Path(os.path.abspath(Path(named).expanduser()))
         if not output.name:
             what, fix = "is the root of the file system", "name a directory in it"
-            raise ConfigError(Problem(Code.RUN_OUTPUT_IS_ROOT, what, named, kind.key, fix))
+            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, named, kind.key, fix))
         return cls(output, output.with_name(f"{output.name}.{kind.unfinished}"), named, overwrite, inputs, kind)
 
     @property
@@ -134,7 +134,7 @@ class OutputDirectory:
                 note(f"training will be refused: {error}")
         except OSError as error:
             what = f"cannot be looked at: {error.strerror}"
-            raise self._refuse(Code.RUN_OUTPUT_UNREADABLE, what, "check the path") from None
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "check the path") from None
         self._check_writable()
         return self
 
@@ -143,18 +143,18 @@ class OutputDirectory:
         output = self.output
         if output.is_symlink() and output.is_dir():
             fix = f"name {os.path.realpath(output)} instead"
-            raise self._refuse(Code.RUN_OUTPUT_IS_LINK, "is a symbolic link, which is not followed", fix)
+            raise self._refuse(Code.OUTPUT_UNUSABLE, "is a symbolic link, which is not followed", fix)
         if os.path.lexists(output) and not output.is_dir():
-            raise self._refuse(Code.RUN_OUTPUT_IS_FILE, "is a file", "name a directory that does not exist yet")
+            raise self._refuse(Code.OUTPUT_UNUSABLE, "is a file", "name a directory that does not exist yet")
         if not output.parent.is_dir():
             what = f"its parent {output.parent} is not a directory"
-            raise self._refuse(Code.RUN_OUTPUT_NO_PARENT, what, "create it first")
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "create it first")
         self._check_partial(f"{self.partial.name}, where work in progress is kept, ", self.display_name)
         for name, read in self.inputs:
             is_whole = name == START_INPUT or self.kind == EXPORT
             if is_whole and os.path.isdir(read) and contains(Path(read), output):
                 what = f"is, or lies in, a directory that the command reads ({name}: {read})"
-                raise self._refuse(Code.RUN_OVERWRITE_INPUT, what, "choose another directory")
+                raise self._refuse(Code.OUTPUT_OVERWRITE, what, "choose another directory")
         for path in (output, self.partial):
             if path.exists():
                 check_unused(path, self.display_name if path == output else str(path), self.inputs, self.kind)
@@ -167,7 +167,7 @@ class OutputDirectory:
             if self.is_kept():
                 name = self.partial.name
                 fix = f"if it is the adapter you want, remove {name}; to train again and replace both, use --overwrite"
-            raise self._refuse(Code.RUN_OUTPUT_EXISTS, "already exists", fix)
+            raise self._refuse(Code.OUTPUT_EXISTS, "already exists", fix)
         if self.output.exists():
             check_replaceable(self.output, self.display_name, self.inputs, self.kind)
 
@@ -178,10 +178,10 @@ class OutputDirectory:
         """
         if (actual := kind(self.partial)) not in ("", "a directory"):
             what = f"{subject}is {actual}" + (", which is not followed" if self.partial.is_symlink() else "")
-            raise self._refuse(Code.RUN_PARTIAL_KIND, what, "move it away", where)
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "move it away", where)
         if foreign := self.foreign_files():
             what = f"{subject}holds {shortened(foreign)}, which no run made"
-            raise self._refuse(Code.RUN_PARTIAL_OTHER_FILES, what, "move that away", where)
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "move that away", where)
 
     def foreign_files(self) -> list[str]:
         """What is in `partial` although no command made it, by paths relative to it; links and pipes always are.
@@ -209,7 +209,7 @@ class OutputDirectory:
                 )
                 raise ResourceError(problem) from None
             what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
-            raise self._refuse(Code.RUN_OUTPUT_NOT_WRITABLE, what, fix) from None
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix) from None
 
     # Work
 
@@ -239,7 +239,7 @@ class OutputDirectory:
     def _hold(self) -> Iterator[None]:
         """Hold the lock. The kernel releases it when the process ends, in whatever way."""
         what, fix = "another run has just ended there", "start loratune again"
-        just_ended = LockedError(Problem(Code.RUN_JUST_ENDED, what, str(self.output), self.kind.key, fix))
+        just_ended = LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.kind.key, fix))
         with ExitStack() as stack:
             try:
                 file = stack.enter_context(open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
@@ -278,7 +278,7 @@ class OutputDirectory:
 
     def _appeared(self, path: Path) -> ConfigError:
         what = "has appeared since the run started, and is not replaced"
-        return self._refuse(Code.RUN_OUTPUT_APPEARED, what, f"move it away, and {self._proceed}", str(path))
+        return self._refuse(Code.OUTPUT_UNUSABLE, what, f"move it away, and {self._proceed}", str(path))
 
     def create_staging(self) -> None:
         """Make the directory in which the result is put together. Raises ConfigError: something has its name."""
@@ -317,7 +317,7 @@ class OutputDirectory:
                 raise
             what = f"the finished {self.kind.noun} cannot be moved there: {error.strerror}"
             fix = f"repair that, or move away what is there, and {self._proceed}"
-            raise self._refuse(Code.RUN_OUTPUT_NOT_MOVED, what, fix, str(self.output)) from None
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix, str(self.output)) from None
         except BaseException:
             self.restore_old()
             raise

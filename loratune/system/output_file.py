@@ -65,36 +65,34 @@ class Output:
             problem = self._problem()
         except OSError as error:
             what = f"cannot be examined: {error.strerror}"
-            problem = Problem(Code.OUTPUT_FILE_UNREADABLE, what, self.named, self.key)
+            problem = Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)
         if problem is not None:
             raise ConfigError(problem)
 
     def _problem(self) -> Problem | None:
         """Why the path cannot be written, if so."""
-        code, what, fix = None, "", "choose another path"
+        code, what, fix = Code.OUTPUT_UNUSABLE, "", "choose another path"
         file_kind, parent = kind(self.path), self.path.parent
         if self.handle is not None:
             if not _is_writable(self.handle):
-                code, what = Code.OUTPUT_FILE_NOT_WRITABLE, "is not open for writing"
+                what = "is not open for writing"
         elif file_kind == "a directory":
-            code, what = Code.OUTPUT_FILE_IS_DIRECTORY, "is a directory, not a file"
+            what = "is a directory, not a file"
         elif file_kind in ("a socket", "a block device"):
-            code, what = Code.OUTPUT_FILE_IS_DEVICE, f"is {file_kind}"
+            what = f"is {file_kind}"
         elif not parent.is_dir():
-            code = Code.OUTPUT_FILE_NO_DIRECTORY
             what = f"its directory {Path(self.named).parent} does not exist"
         elif _is_regular(file_kind) and (source := self._input_at_path()) is not None:
-            code = Code.OUTPUT_FILE_IS_INPUT
             what = f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
         elif file_kind == "a file" and not self.overwrite:
-            code, what = Code.OUTPUT_FILE_EXISTS, "already exists"
+            code, what = Code.OUTPUT_EXISTS, "already exists"
             fix += "" if self.overwrite is None else ", or replace the file with --overwrite"
         else:
             paths = [self.path] if file_kind else []
             paths += [parent] if _is_regular(file_kind) else []
             if not all(os.access(path, os.W_OK) for path in paths):
-                code, what = Code.OUTPUT_FILE_NOT_WRITABLE, "cannot be written"
-        return Problem(code, what, self.named, self.key, fix) if code is not None else None
+                what = "cannot be written"
+        return Problem(code, what, self.named, self.key, fix) if what else None
 
     def _input_at_path(self) -> Path | None:
         """The input that the file is or belongs to, or would belong to when it is written, by whatever name."""
@@ -158,7 +156,7 @@ class Output:
                 if is_disk_full(error):
                     raise
                 what = f"cannot be written: {error.strerror}"
-                raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_WRITABLE, what, self.named, self.key)) from None
+                raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
             with _text(handle) as file:
                 yield file
                 file.flush()
@@ -186,7 +184,7 @@ class Output:
         except (OSError, ConfigError) as error:
             why = error.problems[0].what if isinstance(error, ConfigError) else error.strerror
             what, fix = f"cannot be put in place: {why}", f"the output is kept in {unfinished}"
-            raise ConfigError(Problem(Code.OUTPUT_FILE_NOT_RENAMED, what, self.named, self.key, fix)) from None
+            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key, fix)) from None
 
 
 def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Path] = ()) -> Output:
@@ -199,11 +197,11 @@ def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Pat
         target = Output(str(path), key, *_resolve(path), overwrite, tuple(inputs))
     except FileNotFoundError:
         what, fix = "is a link to a file that does not exist", "name a file, or remove the link"
-        raise ConfigError(Problem(Code.OUTPUT_FILE_DANGLING_LINK, what, str(path), key, fix)) from None
+        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, fix)) from None
     except (OSError, ValueError) as error:
         what = f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
         fix = "choose another path"
-        raise ConfigError(Problem(Code.OUTPUT_FILE_UNREADABLE, what, str(path), key, fix)) from None
+        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, fix)) from None
     target.check()
     return target
 

@@ -74,17 +74,17 @@ def check_replaceable(directory: Path, where: str, inputs: Inputs, output: Outpu
 
     if reason := records.newer(records.ADAPTER, read_record(directory)):
         what = f"{reason}, so --overwrite does not replace it"
-        raise refuse(Code.RUN_OVERWRITE_NEWER, what, where=str(directory / records.ADAPTER))
+        raise refuse(Code.ADAPTER_NEWER_RECORD, what, where=str(directory / records.ADAPTER))
     contents = scan_recorded(directory)
     if not output.is_in(directory) and not all(map(is_incidental_file, (*contents.files, *contents.foreign))):
-        raise refuse(Code.RUN_OVERWRITE_NO_ADAPTER, f"holds no {output.noun}, so --overwrite does not replace it")
+        raise refuse(Code.OUTPUT_OVERWRITE, f"holds no {output.noun}, so --overwrite does not replace it")
     if contents.foreign:
         names = shortened(contents.foreign)
         what = f"also holds {names}, not part of the {output.noun}, so --overwrite does not replace it"
-        raise refuse(Code.RUN_OVERWRITE_OTHER_FILES, what, f"move or delete these files, {alternative}")
+        raise refuse(Code.OUTPUT_OVERWRITE, what, f"move or delete these files, {alternative}")
     for place, _, _ in os.walk(directory):
         if not os.access(place, os.W_OK | os.X_OK):
-            raise refuse(Code.RUN_OUTPUT_NOT_WRITABLE, f"cannot be replaced: {place} is not writable")
+            raise refuse(Code.OUTPUT_UNUSABLE, f"cannot be replaced: {place} is not writable")
 
 
 def check_unused(directory: Path, where: str, inputs: Inputs, output: OutputKind) -> None:
@@ -99,14 +99,14 @@ def check_unused(directory: Path, where: str, inputs: Inputs, output: OutputKind
 
     if os.path.ismount(directory):
         fix = "name a directory inside it that does not exist yet"
-        raise refuse(Code.RUN_OVERWRITE_MOUNT, "is a mount point", fix)
+        raise refuse(Code.OUTPUT_OVERWRITE, "is a mount point", fix)
     if contains(directory, Path.cwd()):
         fix = "choose another directory, or start loratune from elsewhere"
-        raise refuse(Code.RUN_OVERWRITE_WORKING_DIRECTORY, "is, or holds, the working directory", fix)
+        raise refuse(Code.OUTPUT_OVERWRITE, "is, or holds, the working directory", fix)
     for name, path in inputs:
         if contains(directory, Path(path)) and not (name == CONFIG_INPUT and is_recorded(directory, Path(path))):
             what, fix = (
                 f"is, or holds, what the command reads ({name}: {path})",
                 "choose another directory, or move that",
             )
-            raise refuse(Code.RUN_OVERWRITE_INPUT, what, fix)
+            raise refuse(Code.OUTPUT_OVERWRITE, what, fix)

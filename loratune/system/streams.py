@@ -87,11 +87,11 @@ class _StandardOutput(io.FileIO):
             raise BrokenPipeError("the reader of standard output has gone") from None
         except OSError as error:
             self._failed = True
-            code, reason, fix = Code.OUTPUT_FAILED, f"it cannot be written: {error.strerror}", ""
+            reason, fix = f"it cannot be written: {error.strerror}", ""
             if is_disk_full(error):
-                code, reason, fix = Code.OUTPUT_FULL, "the disk is full", "make room"
+                reason, fix = "the disk is full", "make room"
             what = f"not everything was printed, because {reason}; all other work is done"
-            raise ResourceError(Problem(code, what, "standard output", fix=fix)) from None
+            raise ResourceError(Problem(Code.OUTPUT_FAILED, what, "standard output", fix=fix)) from None
 
 
 class LossyStream(io.TextIOBase):

@@ -174,7 +174,7 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
         unknown = "a model whose configuration has no hidden_size" if facts.hidden_size is None else ""
         if training.optim not in _ADAPTIVE or facts.hidden_size is None:
             what, key = f"auto knows no rate for {unknown or training.optim}", "training.learning_rate"
-            raise ConfigError(Problem(Code.CONFIG_AUTO_RATE, what, key=key, fix="give it as a number"))
+            raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key=key, fix="give it as a number"))
         rows = round(facts.rows_in_pack * min(facts.rows, rows_of_step(training, facts.processes)))
         rate, why = learning_rate(run.lora, facts.hidden_size, facts.layers, rows)
         if training.objective != "sft":

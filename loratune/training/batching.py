@@ -169,7 +169,7 @@ def shared_rows(prepare: Callable[[], TokenizedDataset], group: Group) -> Tokeni
     if rows is None or rows.fingerprint != fingerprint:
         what = f"the rows on {host()} are not those of the main process"
         fix = "give all machines the same files"
-        raise DataError(Problem(Code.DISTRIBUTED_ROWS_DIFFER, what, key="data.train", fix=fix))
+        raise DataError(Problem(Code.DISTRIBUTED_SETTING, what, key="data.train", fix=fix))
     return rows
 
 
@@ -325,7 +325,7 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
     what = f"{model.config.model_type} {refusal}"
     if section.share_prefixes is True:
         fix = "leave it at auto"
-        raise ConfigError(Problem(Code.TRAINING_SHARED_PREFIXES, what, key="data.share_prefixes", fix=fix))
+        raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key="data.share_prefixes", fix=fix))
     return None, [f"data.share_prefixes: off, as {what}; else it would save {saved:.0%} of the tokens"]
 
 
@@ -382,4 +382,4 @@ def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_
     fix = "pairs are always padded, so use another objective or another model"
     if rows_per_example == 1:
         fix = f"set it to 1, and gradient_accumulation_steps to {size * training.gradient_accumulation_steps}"
-    raise ModelError(Problem(Code.TRAINING_PADDING, reason, key="training.per_device_train_batch_size", fix=fix))
+    raise ModelError(Problem(Code.MODEL_UNSUPPORTED, reason, key="training.per_device_train_batch_size", fix=fix))

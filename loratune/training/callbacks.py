@@ -67,15 +67,13 @@ class NonFiniteGuard(TrainerCallback):
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
         self.reset()
-        for code, name, value in (
-            (Code.TRAINING_LOSS_NOT_FINITE, "loss", loss),
-            (Code.TRAINING_GRADIENT_NOT_FINITE, "gradient norm", norm),
-        ):
+        for name, value in (("loss", loss), ("gradient norm", norm)):
             if not abs(value) < float("inf"):
                 fix = "lower training.learning_rate, or train in float32"
                 if not state.global_step:
                     fix = "check that the base model works by itself"
-                problem = Problem(code, f"the {name} of step {state.global_step + 1} is {value}", fix=fix)
+                what = f"the {name} of step {state.global_step + 1} is {value}"
+                problem = Problem(Code.TRAINING_NOT_FINITE, what, fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
         self.losses.add(loss)
 
@@ -100,7 +98,7 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
     """
     if not global_norm(list(weights), math.inf).isfinite():
         what, fix = f"step {step} made a weight of the adapter NaN or inf", "lower it, or train in float32"
-        raise NumericError(Problem(Code.TRAINING_WEIGHT_NOT_FINITE, what, key="training.learning_rate", fix=fix))
+        raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
 
 
 def check_final_loss(
@@ -114,7 +112,7 @@ def check_final_loss(
     loss = objective.losses(model, train, [range(min(train.size, len(train.items)))]).loss
     if not loss < float("inf"):
         what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
-        problem = Problem(Code.TRAINING_FINAL_LOSS_NOT_FINITE, what, key="training.learning_rate", fix=fix)
+        problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix)
         raise diverged_error(problem, checkpoints, step)
 
 

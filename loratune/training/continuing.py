@@ -214,9 +214,9 @@ def check_base(start: StartAdapter | None, base: Base) -> None:
     where = str(start.info.files.path)
     if not fingerprints.is_comparable(recorded):
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
-        raise AdapterError(Problem(Code.INFERENCE_UNKNOWN_FINGERPRINT, what, where, KEY, "upgrade loratune"))
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, where, KEY, "upgrade loratune"))
     if recorded != base.fingerprint:
         before = start.info.base
         held = f" in {before.quantization}, dtype {before.dtype}" if before.quantization != "none" else ""
         what = f"was trained on another base, by its settings and weights: {start.info.files.base}{held}"
-        raise AdapterError(Problem(Code.LORA_START_BASE, what, where, KEY, "set model to that base"))
+        raise AdapterError(Problem(Code.LORA_START, what, where, KEY, "set model to that base"))

@@ -48,7 +48,7 @@ def join() -> "DistributedGroup":
         where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
         what = f"the processes of the run cannot reach each other: {reason}"
         fix = "check that this address is right, and that each machine can reach it"
-        raise LostError(Problem(Code.DISTRIBUTED_NOT_MET, what, where, fix=fix)) from None
+        raise LostError(Problem(Code.DISTRIBUTED_LOST, what, where, fix=fix)) from None
 
 
 @contextmanager

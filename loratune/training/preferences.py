@@ -206,7 +206,7 @@ class PreferenceObjective(Objective):
         what += f"from that of the reference, which is to be the same; the first {self.formula.name} loss is {loss:.6f}"
         what += f" instead of {expected:.6f}" if expected is not None else ""
         fix = "the reference or the model is not what it is taken for: run again with another HF_DATASETS_CACHE"
-        raise NumericError(Problem(Code.TRAINING_REFERENCE, what, key="training.objective", fix=fix))
+        raise NumericError(Problem(Code.LORA_START, what, key="training.objective", fix=fix))
 
     # What models give to rows
 

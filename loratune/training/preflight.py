@@ -115,7 +115,7 @@ def check(
     base, template = run.model, run.data.chat_template
     if template is not None and not os.path.isfile(os.path.expanduser(template)):
         what, fix = "there is no such file", "name a Jinja file"
-        raise ConfigError(Problem(Code.MODEL_TEMPLATE, what, template, "data.chat_template", fix))
+        raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, template, "data.chat_template", fix))
     _check_sharding(run)
     _check_trackers(run.training.report_to)
     quantization.check_bitsandbytes(base.quantization)
@@ -206,7 +206,7 @@ def _check_sharding(run: RunConfig) -> None:
     }
     what, fix = f"does not work with weights that {sharding} shards", "change it, or start without sharding"
     if problems := [
-        Problem(Code.DISTRIBUTED_SHARDING, f"{value} {what}", key=key, fix=fix)
+        Problem(Code.DISTRIBUTED_SETTING, f"{value} {what}", key=key, fix=fix)
         for key, value in settings.items()
         if value
     ]:
@@ -227,7 +227,7 @@ def _check_trackers(names: Iterable[str]) -> None:
     missing = [name for name in names if not any(map(is_installed, _TRACKER_MODULES.get(name, (name,))))]
     if missing:
         what, fix = f"{' and '.join(missing)} is not installed", f"pip install {' '.join(missing)}, or leave it out"
-        raise ConfigError(Problem(Code.MODEL_MISSING_PACKAGE, what, key="training.report_to", fix=fix))
+        raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="training.report_to", fix=fix))
 
 
 def broadcast_run(validated_run: ValidatedRun | None, group: Group) -> ValidatedRun:
@@ -252,7 +252,7 @@ def with_absolute_paths(run: RunConfig) -> RunConfig:
     result = config.with_paths(run, absolute)
     fix = "start from a directory whose name is UTF-8"
     if problems := [
-        Problem(Code.RUN_PATH_INVALID, f"the path {reason}", path, key.removesuffix(".path"), fix)
+        Problem(Code.CONFIG_BAD_VALUE, f"the path {reason}", path, key.removesuffix(".path"), fix)
         for key, path in config.paths(result)
         if (reason := path_problem(path))
     ]:

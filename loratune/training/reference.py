@@ -116,7 +116,7 @@ def _check_finite(rows: ComparedRows, values: NDArray[np.float64]) -> None:
     what = f"the reference, which is the model before training, gives an answer the log-probability {values[first]}"
     fix = "check that the base model works by itself"
     where = rows.dataset.rows.row(first % len(rows)).where
-    raise NumericError(Problem(Code.TRAINING_REFERENCE, what, where, "training.objective", fix))
+    raise NumericError(Problem(Code.LORA_START, what, where, "training.objective", fix))
 
 
 def _order(rows: ComparedRows) -> str:

@@ -62,7 +62,7 @@ class RunTrainer(ShardedTrainer):
         if done > steps:
             what = f"the run has taken {done} steps, but only {steps} are set"
             fix = "set more, or start with --overwrite"
-            raise ResumeError(Problem(Code.RESUME_FEWER_STEPS, what, key="training", fix=fix))
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix=fix))
         if self.context.resume_from is not None:
             self.best.load(self.context.resume_from, done)
         if self.context.has_other_validation:
@@ -101,7 +101,7 @@ class RunTrainer(ShardedTrainer):
         if done < steps:
             what = f"patience ended the run at step {done} of {steps}, so a new learning rate has no effect"
             fix = "change it back, or raise training.patience as well"
-        return ResumeError(Problem(Code.RESUME_NO_STEP_LEFT, what, key="training.learning_rate", fix=fix))
+        return ResumeError(Problem(Code.RESUME_CHANGED, what, key="training.learning_rate", fix=fix))
 
     def evaluate_once(self) -> None:
         """Evaluate, unless that was done at this step, and counts."""
@@ -166,7 +166,7 @@ class RunTrainer(ShardedTrainer):
         if not abs(loss) < float("inf"):
             what = f"the held-out loss after step {self.state.global_step} is {loss}"
             fix = "lower training.learning_rate"
-            problem = Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix)
+            problem = Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix)
             raise diverged_error(problem, self.context.checkpoints, self.state.global_step)
         found = {"loss": loss, **self.guard.objective.logged()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}

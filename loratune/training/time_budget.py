@@ -272,15 +272,13 @@ def _check(plan: "Plan", asked: TrainingSection, found: StepBudget, left: float)
         what = f"{room} {plural(found.steps, 'step')}, fewer than the warmup has"
         further = "training.num_train_epochs" if found.limited else KEY
         fix = f"lower it, set a fraction of the steps, or raise {further}"
-        raise ConfigError(Problem(Code.CONFIG_WARMUP_TOO_LONG, what, key="training.warmup_steps", fix=fix))
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="training.warmup_steps", fix=fix))
 
 
 def _too_short(asked: TrainingSection, why: str, least: float = 0.0) -> ConfigError:
     """The error of a budget without room for a few steps. least: seconds that would suffice."""
     fix = f"set at least {math.ceil(least / 6) / 10:g}" if least else "set more"
-    return ConfigError(
-        Problem(Code.CONFIG_BUDGET_TOO_SHORT, f"{asked.max_minutes:g} min is too short: {why}", key=KEY, fix=fix)
-    )
+    return ConfigError(Problem(Code.CONFIG_BUDGET, f"{asked.max_minutes:g} min is too short: {why}", key=KEY, fix=fix))
 
 
 def _fixed(plan: "Plan", asked: TrainingSection, found: StepBudget, left: float, about: str = "") -> "Plan":

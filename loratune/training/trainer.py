@@ -42,8 +42,7 @@ class OutOfMemory(ResourceError):
     """A step, or an evaluation, needs more memory than there is."""
 
     def __init__(self, position: str, *, evaluating: bool):
-        code = Code.MEMORY_EVALUATION if evaluating else Code.MEMORY_TRAINING
-        super().__init__(Problem(code, f"out of memory {position}"))
+        super().__init__(Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory {position}"))
         self.evaluating = evaluating
 
 

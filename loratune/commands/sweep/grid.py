@@ -186,7 +186,7 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
     axes, problems = list[Axis](), list[Problem]()
     if not options:
         what, fix = "no key to vary was given", f"name values to try: {OPTION} {_EXAMPLE}"
-        problems.append(Problem(Code.USAGE_NEEDS_OPTION, what, OPTION, fix=fix))
+        problems.append(Problem(Code.USAGE_CONFLICT, what, OPTION, fix=fix))
     for option in options:
         try:
             axes.append(_axis(option))
@@ -208,7 +208,7 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
 
 
 def _refused(what: str, key: str = "", fix: str = "") -> ConfigError:
-    return ConfigError(Problem(Code.SWEEP_BAD_GRID, what, OPTION, key, fix))
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, OPTION, key, fix))
 
 
 def _why_fixed(key: str) -> str:
@@ -268,5 +268,5 @@ def parse_time(text: str) -> float:
         seconds = sum(unit * float(part or 0) for unit, part in zip((3600, 60, 1), match.groups(), strict=True))
     if not 0 < seconds < 1e9:
         what, fix = f"{text!r} is not a time above 0", "write 30m, 1h, 1h30m, or minutes as a number"
-        raise ConfigError(Problem(Code.USAGE_OUT_OF_RANGE, what, key=BUDGET, fix=fix))
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=BUDGET, fix=fix))
     return seconds

@@ -82,7 +82,7 @@ class Budget:
             what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and it "
             what += f"takes about {format_duration(estimate)} on this machine"
             fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
-            raise ConfigError(Problem(Code.SWEEP_BUDGET, what, key=grids.BUDGET, fix=fix))
+            raise ConfigError(Problem(Code.CONFIG_BUDGET, what, key=grids.BUDGET, fix=fix))
         return True
 
 
@@ -115,7 +115,7 @@ class Request:
         others = {run.training.objective for run in self.runs.values()}
         if wrong := sorted(one for one in others if KINDS[one] != kind):
             what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor unpaired answers'}"
-            raise ConfigError(Problem(Code.SWEEP_BAD_GRID, what, grids.OPTION, "training.objective"))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, grids.OPTION, "training.objective"))
         sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
         for name in reversed(sections.values()):
             model, lora = self.runs[name].model, auto.without_rows(self.runs[name].lora)
@@ -294,7 +294,7 @@ class _Sweep:
             trials = rank([self._trial(record) for record in records], losses)
         except (KeyError, ValueError, TypeError):
             what, fix = "the study holds what no sweep has written", "move the study away, and start again"
-            raise ResumeError(Problem(Code.SWEEP_STORAGE, what, self.study.where, fix=fix)) from None
+            raise ResumeError(Problem(Code.SWEEP_STUDY, what, self.study.where, fix=fix)) from None
         base, keys = Path(self.request.run.config.model.name_or_path).name, self.request.grid.keys
         measured: dict[str, Any] = {"unit": runner.objective.unit, "measured_by": runner.described}
         return StudyResults(self.name, base, keys, runner.rows, runner.total, trials, **measured)
@@ -371,13 +371,13 @@ class _Sweep:
         try:
             AdapterDirectory.open(source)
             if sha256(source / RECORD_FILE) != best.result.get(DIGEST):
-                raise AdapterError(Problem(Code.SWEEP_STORAGE, "it is not the one that the trial made", str(source)))
+                raise AdapterError(Problem(Code.SWEEP_STUDY, "it is not the one that the trial made", str(source)))
         except AdapterError as error:
             what = f"the adapter of trial {best.number}, the best, cannot be used: {error.problems[0].what}"
             is_elsewhere = best.place not in ("", self.study.place)
             fix = f"it was made in {best.place}: put it back; or " if is_elsewhere else ""
             fix += "move the study away, and start again"
-            raise AdapterError(Problem(Code.SWEEP_STORAGE, what, str(source), fix=fix)) from None
+            raise AdapterError(Problem(Code.SWEEP_STUDY, what, str(source), fix=fix)) from None
 
 
 def _nothing(results: StudyResults) -> LoratuneError:

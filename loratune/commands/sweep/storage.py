@@ -98,7 +98,7 @@ def check_place(directory: Path, name: str, url: str | None) -> None:
 
 def _foreign(what: str, path: Path) -> ConfigError:
     fix = "move it away, or choose another output_dir"
-    return ConfigError(Problem(Code.SWEEP_STORAGE, what, str(path), fix=fix))
+    return ConfigError(Problem(Code.SWEEP_STUDY, what, str(path), fix=fix))
 
 
 def _check_journal(path: Path, name: str) -> None:
@@ -114,7 +114,7 @@ def _check_journal(path: Path, name: str) -> None:
                 break
             if line.endswith(b"\n") and not isinstance(code, int):
                 what, fix = "the study is damaged", "restore it, or move the study away, and start again"
-                raise ResumeError(Problem(Code.SWEEP_STORAGE, what, f"{path}:{number}", fix=fix))
+                raise ResumeError(Problem(Code.SWEEP_STUDY, what, f"{path}:{number}", fix=fix))
             if code == _SET_STUDY_ATTRIBUTE and isinstance(attributes, dict):
                 is_begun |= not attributes.keys().isdisjoint((_BEGUN, IDENTITY))
     if not created:
@@ -122,7 +122,7 @@ def _check_journal(path: Path, name: str) -> None:
     if created != name:
         what = f"is the study of an output_dir called {created!r}, and this one is called {name!r}"
         fix = "name it as it was, or move the study away"
-        raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(path.parent), fix=fix))
+        raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(path.parent), fix=fix))
     if not is_begun:
         raise other_program(name, str(path))
 
@@ -140,7 +140,7 @@ def other_program(name: str, where: str) -> ConfigError:
     """The error of a study that another program has made."""
     what = f"holds a study called {name!r} that no sweep has begun"
     fix = "choose another output_dir, after which a study is named, or another database"
-    return ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, where, fix=fix))
+    return ConfigError(Problem(Code.SWEEP_STUDY, what, where, fix=fix))
 
 
 def _check_database(url: str) -> None:
@@ -171,7 +171,7 @@ def _check_database(url: str) -> None:
 def _no_database(what: str, url: str) -> ConfigError:
     fix = "write sqlite:///study.db for a file, and install the client of any other database"
     where, what = without_password(url, url), without_password(what, url)
-    return ConfigError(Problem(Code.SWEEP_STORAGE, what, where, "--storage", fix))
+    return ConfigError(Problem(Code.SWEEP_STUDY, what, where, "--storage", fix))
 
 
 def explained(error: Exception, where: str, url: str | None) -> LoratuneError:
@@ -196,7 +196,7 @@ def explained(error: Exception, where: str, url: str | None) -> LoratuneError:
     reason = without_password(_first_line(error), url) or type(error).__name__
     what, fix = f"the study cannot be read or written: {reason}", "repair it, then rerun the same command to resume"
     is_unreachable = of_database and not str(url).startswith("sqlite")
-    return (LostError if is_unreachable else ResumeError)(Problem(Code.SWEEP_STORAGE, what, where, fix=fix))
+    return (LostError if is_unreachable else ResumeError)(Problem(Code.SWEEP_STUDY, what, where, fix=fix))
 
 
 def _first_line(error: Exception) -> str:

@@ -150,7 +150,7 @@ class Study:
         if other := [name for name in identity if recorded.get(name) != identity[name]]:
             what = f"is a study of other settings than these: {', '.join(other)}"
             fix = "choose another output_dir, or move the study away"
-            raise ConfigError(Problem(Code.SWEEP_OTHER_STUDY, what, str(self.directory), fix=fix))
+            raise ConfigError(Problem(Code.SWEEP_STUDY, what, str(self.directory), fix=fix))
 
     def enqueue(self, combinations: Sequence[Settings]) -> None:
         """Put combinations that the study does not have into its queue, in their order."""

@@ -54,7 +54,6 @@ DIGEST = "record"
 """The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
 _MAX_ROWS = 2048
 """Distinct held-out rows on which trials are compared, at most."""
-_OUT_OF_MEMORY = (Code.MEMORY_TRAINING, Code.MEMORY_EVALUATION, Code.SYSTEM_OUT_OF_MEMORY)
 _FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
 """Numeric errors other than divergence → the state of the trial."""
 
@@ -95,11 +94,12 @@ def failure(error: Exception) -> tuple[str, str] | None:
     if not isinstance(error, LoratuneError):
         return ("out of memory", why) if is_out_of_memory(error) else None
     why, code = error.problems[0].what, error.problems[0].code
-    if code in _OUT_OF_MEMORY:
+    if code is Code.SYSTEM_OUT_OF_MEMORY:
         return "out of memory", why
     if isinstance(error, NumericError):
         return _FINITE.get(code, "diverged"), why
-    is_of_all = code == Code.TRAIN_BASE_CHANGED or code.startswith("run.")  # the base, or other files in the way
+    # the base has changed, or other files are in the way
+    is_of_all = code == Code.MODEL_CHANGED or code.startswith(("run.", "output."))
     return ("failed", why) if isinstance(error, ConfigError | ModelError | DataError) and not is_of_all else None
 
 
@@ -264,7 +264,7 @@ class TrialRunner:
         losses = Scorer(plan.model, plan.batches.engine, self.objective).losses(self._held_out, self._copies)
         if not losses.is_finite:
             what, fix = f"the loss on the validation rows is {losses.loss}", "lower training.learning_rate"
-            raise NumericError(Problem(Code.TRAINING_HELD_OUT_NOT_FINITE, what, key="data.validation", fix=fix))
+            raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))
         return losses
 
     def remove_adapter(self) -> None:
@@ -289,7 +289,7 @@ class TrialRunner:
         fresh = load.load_for_run(section, SINGLE_PROCESS)
         if fresh.fingerprint != fingerprint:
             what, fix = "has changed since the sweep began", "restore it, then rerun the same command to resume"
-            raise ModelError(Problem(Code.TRAIN_BASE_CHANGED, what, section.name_or_path, "model.name_or_path", fix))
+            raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, "model.name_or_path", fix))
         self.loaded = replace(self.loaded, base=fresh)
         self._state = BaseState(fresh.model)
 

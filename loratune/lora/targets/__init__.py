@@ -187,7 +187,7 @@ def _meaning(survey: Survey, modules: Sequence[str] | str, parameters: Sequence[
 
 def _ambiguous(path: str, key: str) -> Problem:
     what = f"PEFT cannot tell {path} from another one whose path ends in the same way"
-    return Problem(Code.LORA_AMBIGUOUS_TARGET, what, key=key, fix="target both or neither")
+    return Problem(Code.LORA_UNSUPPORTED, what, key=key, fix="target both or neither")
 
 
 def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -301,9 +301,9 @@ def check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, 
             if any(module_names.ends_in(path, name) for name in targeting.get(key) or ()):
                 what = f"both adapt {path}, which holds the embeddings"
                 keys = f"lora.{key} and lora.trainable_token_indices"
-                raise ModelError(Problem(Code.LORA_EMBEDDING_TWICE, what, key=keys, fix="keep one of them"))
+                raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=keys, fix="keep one of them"))
     size = embedding.num_embeddings
     if unknown := [token for token in section.trainable_token_indices if token >= size]:
         what = f"the model has no token {', '.join(map(str, unknown[:3]))}"
         key, fix = "lora.trainable_token_indices", f"ids go from 0 to {size - 1}"
-        raise ModelError(Problem(Code.LORA_NO_TOKEN, what, key=key, fix=fix))
+        raise ModelError(Problem(Code.LORA_UNKNOWN_TARGET, what, key=key, fix=fix))

@@ -33,7 +33,7 @@ def by_list(survey: Survey, entries: Sequence[str]) -> Meaning:
     """
     if not entries or not all(entries):
         what, fix = "an empty list or name adapts nothing", "name roles (q, k, v, o) or modules"
-        raise ConfigError(Problem(Code.LORA_NO_TARGETS, what, key=KEY, fix=fix))
+        raise ConfigError(Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix))
     roles: dict[str, tuple[str, ...]] = {}
     problems: list[Problem] = []
     for entry in dict.fromkeys(entries):
@@ -57,7 +57,7 @@ def by_string(survey: Survey, text: str) -> Meaning:
     if text.lower() == "all-linear":
         paths = tuple(path for path in survey.reachable() if not unused_part(path, survey.modules))
         what = f"all-linear: {survey.architecture} has no linear layer on which LoRA has an effect"
-        return {"all-linear": paths}, [] if paths else [Problem(Code.LORA_NO_LINEAR, what, key=KEY)]
+        return {"all-linear": paths}, [] if paths else [Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY)]
     matches = matching(text, survey.modules, KEY, "q_proj, v_proj")
     suitable, others = split_adaptable(survey, matches)
     if others:
@@ -106,7 +106,7 @@ def in_layers(roles: dict[str, tuple[str, ...]], layers: Sequence[int]) -> Meani
     existing = sorted(set(numbers.values()))
     fix = f"the layers with targets are {module_names.ranges(existing)}" if existing else ""
     problems = [
-        Problem(Code.LORA_NO_LAYER, f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix)
+        Problem(Code.LORA_UNKNOWN_TARGET, f"no target in layer {layer}", key="lora.layers_to_transform", fix=fix)
         for layer in sorted(set(layers) - set(existing))
     ]
     return {
@@ -118,7 +118,7 @@ def without_effect(survey: Survey, modules: Iterable[str]) -> list[Problem]:
     """Problems of targets that PEFT would refuse with a traceback, train to no effect, or take for something else."""
     reasons = {module_names.short(path): survey.obstacles[path] for path in modules if path in survey.obstacles}
     return [
-        Problem(Code.LORA_NO_EFFECT, f"`{name}`: {reason}", key=KEY, fix="leave it out")
+        Problem(Code.LORA_UNSUPPORTED, f"`{name}`: {reason}", key=KEY, fix="leave it out")
         for name, reason in reasons.items()
     ]
 
@@ -134,14 +134,14 @@ def _role_problems(survey: Survey, roles: dict[str, tuple[str, ...]]) -> list[Pr
     raw = raw if survey.raw_attention else ""
     if roles and not survey.layers:
         what = f"{survey.architecture} has no attention in which roles (q, k, v, o) could be found"
-        return [Problem(Code.LORA_NO_ATTENTION, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=_FIX)]
+        return [Problem(Code.LORA_UNKNOWN_TARGET, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=_FIX)]
     problems = [problem for role in roles if roles[role] for problem in _layers_without(survey, role)]
     absent = ", ".join(f"`{role}`" for role in roles if not roles[role])
     if absent:
         what = f"role {absent}: nothing in the attention of {survey.architecture} is known to serve it"
         existing = survey.existing_roles()
         fix = f"ask for [{', '.join(existing)}] alone; or {_FIX}" if existing else _FIX
-        problems.append(Problem(Code.LORA_NO_ROLE, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=fix))
+        problems.append(Problem(Code.LORA_UNKNOWN_TARGET, f"{what}{raw}; {survey.candidates()}", key=KEY, fix=fix))
     return problems
 
 
@@ -157,13 +157,13 @@ def _layers_without(survey: Survey, role: str) -> list[Problem]:
         return []
     layers = f"in {len(survey.layers) - len(lacking)} of {len(survey.layers)} attention layers"
     what = f"role `{role}`: {survey.architecture} has it {layers}, and not in {module_names.join_first(unclear, 4)}"
-    return [Problem(Code.LORA_ROLE_PARTIAL, f"{what}; {survey.candidates()}", key=KEY, fix=_FIX)]
+    return [Problem(Code.LORA_UNKNOWN_TARGET, f"{what}; {survey.candidates()}", key=KEY, fix=_FIX)]
 
 
 def _unsuitable(survey: Survey, entry: str, others: tuple[str, ...]) -> Problem:
     examples = module_names.join_first([f"{path} ({type(survey.modules[path]).__name__})" for path in others], 3)
     what = f"{entry} matches {examples}, which LoRA does not adapt; {survey.candidates()}"
-    return Problem(Code.LORA_UNSUITABLE_TARGET, what, key=KEY, fix="match linear layers only")
+    return Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix="match linear layers only")
 
 
 def _unknown_name(survey: Survey, entry: str) -> Problem:
@@ -225,7 +225,7 @@ def _excludes(name: str, path: str) -> bool:
 
 def _excluded_problem(path: str, name: str) -> Problem:
     what = f"PEFT takes the target {path} for `{name}`"
-    return Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix="save both or neither")
+    return Problem(Code.LORA_UNSUPPORTED, what, key=SAVED_KEY, fix="save both or neither")
 
 
 def _saving_problems(survey: Survey, targets: Sequence[str], entry: str, paths: Sequence[str]) -> list[Problem]:
@@ -235,13 +235,13 @@ def _saving_problems(survey: Survey, targets: Sequence[str], entry: str, paths: 
         near = f"it has {module_names.join_counts(similar, 6)}" if similar else nearest(survey, entry)
         what = f"`{entry}` is no module of {survey.architecture}; {near}"
         fix = "name a module by its path or the end of it"
-        return [Problem(Code.LORA_SAVED_UNKNOWN, what, key=SAVED_KEY, fix=fix)]
+        return [Problem(Code.LORA_UNKNOWN_TARGET, what, key=SAVED_KEY, fix=fix)]
     within = [path for path in targets if any(f"{path}.".startswith(f"{outer}.") for outer in paths)]
     inside = [path for path in paths if any(path.startswith(f"{target}.") for target in targets)]
     if within or inside:
         examples = module_names.join_counts(within or inside, 3)
         what = f"`{entry}` is or holds targets ({examples}), which would get no adapter"
-        return [Problem(Code.LORA_SAVED_TARGET, what, key=SAVED_KEY, fix=f"leave it out here or in {KEY}")]
+        return [Problem(Code.LORA_UNSUPPORTED, what, key=SAVED_KEY, fix=f"leave it out here or in {KEY}")]
     return [problem for path in paths for problem in _untrainable(survey, entry, path)][:1]
 
 
@@ -249,13 +249,13 @@ def _untrainable(survey: Survey, entry: str, path: str) -> list[Problem]:
     module = survey.modules[path]
     weights = list(module.parameters())
     if isinstance(module, _CONTAINERS):
-        code, what, fix = Code.LORA_SAVED_CONTAINER, f"`{entry}` is a list of modules", "name one of them"
+        code, what, fix = Code.LORA_UNSUPPORTED, f"`{entry}` is a list of modules", "name one of them"
     elif not weights:
         what, fix = f"`{entry}` ({type(module).__name__}) has no parameters to train", "leave it out"
-        code = Code.LORA_SAVED_NO_PARAMETERS
+        code = Code.LORA_UNSUPPORTED
     elif not all(weight.is_floating_point() for weight in weights):
         what, fix = f"`{entry}` is quantized, and cannot be trained whole", "leave it out"
-        code = Code.LORA_SAVED_QUANTIZED
+        code = Code.LORA_UNSUPPORTED
     else:
         return []
     return [Problem(code, what, key=SAVED_KEY, fix=fix)]
@@ -277,7 +277,7 @@ def _saved_names(survey: Survey, chosen: Sequence[str]) -> tuple[list[str], list
         else:
             others = module_names.join_first([other for other in matches[path] if other not in wanted], 2)
             what, fix = f"PEFT cannot tell {path} from {others}", "save both or neither"
-            problems.append(Problem(Code.LORA_SAVED_AMBIGUOUS, what, key=SAVED_KEY, fix=fix))
+            problems.append(Problem(Code.LORA_UNSUPPORTED, what, key=SAVED_KEY, fix=fix))
     return sorted(names), problems
 
 
@@ -338,7 +338,7 @@ def _meanings(survey: Survey, targets: Sequence[str], pattern: Iterable[str], ke
             meanings[entry] = _meaning(survey, targets, entry, as_role(survey, entry), limit)
     except BadPatternError as error:
         what = f"`{entry}` {error}"
-        raise ConfigError(Problem(Code.LORA_EXPRESSION, what, key=key, fix="correct it")) from None
+        raise ConfigError(Problem(Code.LORA_UNSUPPORTED, what, key=key, fix="correct it")) from None
     return meanings
 
 
@@ -359,7 +359,7 @@ def _no_target(survey: Survey, targets: Sequence[str], entry: str, key: str) -> 
     if entry in ROLES:
         what = f"role `{entry}` is served by none of the targets"
     what += f"; the targets are {module_names.join_counts(targets, 12)}"
-    return Problem(Code.LORA_PATTERN_UNUSED, what, key=key, fix=f"use one of these, or add it to {KEY}")
+    return Problem(Code.LORA_UNKNOWN_TARGET, what, key=key, fix=f"use one of these, or add it to {KEY}")
 
 
 def _contradictions(survey: Survey, values: Mapping[str, Mapping[str, int]], key: str) -> list[Problem]:
@@ -371,7 +371,7 @@ def _contradictions(survey: Survey, values: Mapping[str, Mapping[str, int]], key
             fused = f", one module for {', '.join(served)}," if len(served) > 1 else ""
             sources = ", ".join(f"{value} by `{entry}`" for entry, value in of.items())
             what = f"{name}{fused} is given {sources}"
-            problems.setdefault(name, Problem(Code.LORA_PATTERN_CONFLICT, what, key=key, fix="give it one value"))
+            problems.setdefault(name, Problem(Code.LORA_UNSUPPORTED, what, key=key, fix="give it one value"))
     return list(problems.values())
 
 

@@ -48,7 +48,7 @@ def meaning(survey: Survey, wanted: Sequence[str] | str | None) -> Meaning:
 def _by_list(survey: Survey, wanted: Sequence[str]) -> Meaning:
     if not all(wanted):
         what, fix = "an empty name adapts nothing", f"name parameters, or {EXPERTS}"
-        raise ConfigError(Problem(Code.LORA_NO_TARGETS, what, key=KEY, fix=fix))
+        raise ConfigError(Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix))
     roles: dict[str, tuple[str, ...]] = {}
     problems: list[Problem] = []
     for entry in dict.fromkeys(wanted):
@@ -81,7 +81,7 @@ def _unknown(survey: Survey, entry: str) -> Problem:
         if linear:
             names = module_names.join_first(list(dict.fromkeys(map(module_names.last, linear))), 4)
             fix = f"its experts are linear layers: name them in lora.target_modules ({names})"
-        return Problem(Code.LORA_NO_ROLE, what, key=KEY, fix=fix)
+        return Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix)
     depth = entry.count(".")
     candidates = [name for name in survey.parameters if not obstacle(survey, name)]
     endings = {tail for name in candidates for tail in module_names.tails(name) if tail.count(".") == depth}
@@ -105,7 +105,7 @@ def _unsuitable(survey: Survey, roles: dict[str, tuple[str, ...]]) -> list[Probl
                 found.setdefault((entry, reason), []).append(name)
     return [
         Problem(
-            Code.LORA_UNSUITABLE_TARGET,
+            Code.LORA_UNSUPPORTED,
             f"`{entry}` matches {module_names.join_first(names, 2)}: {reason}",
             key=KEY,
             fix="leave it out",

@@ -133,4 +133,4 @@ class RejectedAdapter:
 def newer_record_error(path: Path, reason: str) -> ResumeError:
     """The error of a record that a newer release wrote. reason: see `records.newer`."""
     fix = "upgrade loratune, or start afresh with --overwrite"
-    return ResumeError(Problem(Code.RESUME_NEWER_RECORD, reason, str(path), fix=fix))
+    return ResumeError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix=fix))

@@ -32,15 +32,15 @@ Those that hold a path may name another place, at which there has to be the same
 of rows that an optimizer step takes, over all processes, has to stay the same as well.
 """
 CONTENTS = {
-    "data": ("data.train", Code.RESUME_TRAIN_CHANGED, "training rows have"),
-    "validation": ("data.validation", Code.RESUME_VALIDATION_CHANGED, "validation rows have"),
-    "test": ("data.test", Code.RESUME_TEST_CHANGED, "test rows have"),
-    "template": ("data.chat_template", Code.RESUME_CONFIG_CHANGED, "chat template has"),
-    "start": ("lora.start_from", Code.RESUME_START_CHANGED, "adapter that the run started from has"),
-    "base": ("model.name_or_path", Code.RESUME_BASE_CHANGED, "base model has"),
+    "data": ("data.train", "training rows have"),
+    "validation": ("data.validation", "validation rows have"),
+    "test": ("data.test", "test rows have"),
+    "template": ("data.chat_template", "chat template has"),
+    "start": ("lora.start_from", "adapter that the run started from has"),
+    "base": ("model.name_or_path", "base model has"),
 }
-"""What a run reads, by the name of its fingerprint: the key that says where it is, the code of the problem that it has
-changed, and what it is called. What is at a path and is not here, a resumed run would read unchecked."""
+"""What a run reads, by the name of its fingerprint: the key that says where it is, and what it is called. What is at a
+path and is not here, a resumed run would read unchecked."""
 _ONLY_SCORED = ("data.validation", "data.test")
 """Keys of rows that are never trained on, so that other rows can be allowed."""
 MAX_MINUTES = "max_minutes"
@@ -170,7 +170,7 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     """
     if problems := [
         Problem(
-            Code.RESUME_NOT_CHANGEABLE,
+            Code.RESUME_CHANGED,
             "a resumed run cannot change this key",
             key=f"--allow-change {key}",
             fix=f"leave it out; these keys can be changed: {', '.join(CHANGEABLE)}",
@@ -206,7 +206,7 @@ def _changed_budget(before: Mapping[str, Any], run: RunConfig) -> Iterator[Probl
         what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
         fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"
         fix += " --allow-change training.max_steps"
-        yield Problem(Code.RESUME_CONFIG_CHANGED, what, key="training.max_minutes", fix=fix)
+        yield Problem(Code.RESUME_CHANGED, what, key="training.max_minutes", fix=fix)
 
 
 def _fault(run: Any) -> str:
@@ -279,7 +279,7 @@ def _lost_values(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Itera
     for key, value in unknown.items():
         if value not in (None, False, "", "none", [], {}):
             what = f"was {_json(value)} in the release of loratune that started the run; this release has no such key"
-            yield Problem(Code.RESUME_UNKNOWN_KEY, what, key=key, fix=f"{fix}, or {_RESTART}")
+            yield Problem(Code.RESUME_CHANGED, what, key=key, fix=f"{fix}, or {_RESTART}")
 
 
 def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
@@ -289,7 +289,7 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Se
         option = next((name for name in CHANGEABLE if key == name or key.startswith(f"{name}.")), None)
         what = f"was {_json(old)} when the run was interrupted, and is now {_json(new)}"
         fix = "change it back" + (f", or allow the change with --allow-change {option}" if option else "")
-        yield Problem(Code.RESUME_CONFIG_CHANGED, what, key=key, fix=fix)
+        yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
 
 
 def _changed_step_sizes(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
@@ -306,10 +306,10 @@ def _changed_step_sizes(before: Mapping[str, Any], now: Mapping[str, Any], proce
         if old[0] == new[0]:
             fix = "change it back, or change the other factor as well, so that the product stays the same"
         key = f"training.{keys[0] if old[1] != new[1] else keys[1]}"
-        yield Problem(Code.RESUME_ROWS_PER_STEP, what, key=key, fix=fix)
+        yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
     elif old[1] != new[1] and now["data"]["packing"] == "full":
         what, fix = f"was {old[1]} when the run was interrupted, and packs are made for it", "change it back"
-        yield Problem(Code.RESUME_PACKS, what, key=f"training.{keys[0]}", fix=fix)
+        yield Problem(Code.RESUME_CHANGED, what, key=f"training.{keys[0]}", fix=fix)
 
 
 def _changed_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
@@ -319,13 +319,13 @@ def _changed_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
     if old != new and "deepspeed" in (old[0], new[0]):
         was, now = (f"{_processes(count)} with {sharding or 'no sharding'}" for sharding, count in (old, new))
         what = f"the run had {was}, and now has {now}; a checkpoint of DeepSpeed needs the same processes"
-        yield Problem(Code.RESUME_PROCESSES, what, fix="start it as before")
+        yield Problem(Code.RESUME_CHANGED, what, fix="start it as before")
 
 
 def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
     """What is read and has another content than in the interrupted run, as far as its checkpoint records it."""
     old, new = before["fingerprints"], now["fingerprints"]
-    for name, (key, _, _) in CONTENTS.items():
+    for name, (key, _) in CONTENTS.items():
         if name not in old or old[name] == new.get(name) or (key in _ONLY_SCORED and key in allowed):
             continue
         counts = [f"{run['rows']['rows']:,} rows with {run['rows']['tokens']:,} tokens" for run in (before, now)]
@@ -335,10 +335,10 @@ def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed
 
 def content_problem(name: str, details: str = "") -> Problem:
     """The problem that something of `CONTENTS` is not what it was when the run was interrupted."""
-    key, code, what = CONTENTS[name]
+    key, what = CONTENTS[name]
     allow = f"allow the change with --allow-change {key}" if key in _ONLY_SCORED else _RESTART
     what = f"the {what} changed since the run was interrupted{details}"
-    return Problem(code, what, key=key, fix=f"put back what was there, or {allow}")
+    return Problem(Code.RESUME_CHANGED, what, key=key, fix=f"put back what was there, or {allow}")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

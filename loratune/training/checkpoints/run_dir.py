@@ -86,7 +86,7 @@ class RunDirectory(OutputDirectory):
         super()._check_places(resume=resume)
         if resume and not self.partial.is_dir():
             what, fix = "there is no interrupted run to resume", "start one without --resume"
-            raise ResumeError(Problem(Code.RESUME_NO_RUN, what, self.display_name, fix=fix))
+            raise ResumeError(Problem(Code.RESUME_CHECKPOINT, what, self.display_name, fix=fix))
 
     def _check_state(self, *, resume: bool) -> None:
         super()._check_state(resume=resume)
@@ -95,7 +95,7 @@ class RunDirectory(OutputDirectory):
         partial, fix = self.partial.name, "start afresh with --overwrite"
         if not self.is_resumable():
             what = f"{partial} holds files of an interrupted run, but no whole checkpoint"
-            raise self._refuse(Code.RUN_LEFTOVERS, what, fix)
+            raise self._refuse(Code.RUN_INTERRUPTED, what, fix)
         if self.rejected_adapter() is not None:
             what = f"{partial} holds a finished run whose adapter does worse than its base"
             fix = f"{PUBLISH_WORSE}, or {fix} and a lower training.learning_rate"

@@ -90,7 +90,7 @@ class Checkpoints:
         for path in (self.directory, self.unfinished, target):
             if kind(path) not in ("", "a directory"):
                 what, fix = f"is {kind(path)} where a checkpoint is to be written", f"move it away, and {proceed}"
-                raise ResourceError(Problem(Code.RUN_CHECKPOINT_BLOCKED, what, str(path), fix=fix))
+                raise ResourceError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), fix=fix))
         _remove(self.unfinished)
         try:
             with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {proceed}"):
@@ -167,9 +167,9 @@ def newest_whole(
             fault = fault and f"{RUN} is damaged: {fault}"
         if not fault:
             return path, identity, skipped
-        skipped.append(Problem(Code.RESUME_CHECKPOINT_SKIPPED, f"checkpoint skipped: {fault}", str(path)))
+        skipped.append(Problem(Code.RESUME_CHECKPOINT, f"checkpoint skipped: {fault}", str(path)))
     what, fix = "there is no whole checkpoint to resume from", "start afresh with --overwrite"
-    raise ResumeError([*skipped, Problem(Code.RESUME_NO_CHECKPOINT, what, str(checkpoints), fix=fix)])
+    raise ResumeError([*skipped, Problem(Code.RESUME_CHECKPOINT, what, str(checkpoints), fix=fix)])
 
 
 def check_tensors(checkpoint: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -189,7 +189,7 @@ def check_tensors(checkpoint: Path, expected: Mapping[str, tuple[int, ...]]) -> 
     if differing:
         what = f"{len(differing)} tensors are not those that the run trains, among them {differing[0]}"
         fix = "its record is not the one that it was written with; start afresh with --overwrite"
-        raise ResumeError(Problem(Code.RESUME_OTHER_TENSORS, what, str(checkpoint), fix=fix))
+        raise ResumeError(Problem(Code.RESUME_CHANGED, what, str(checkpoint), fix=fix))
 
 
 def _check_version(path: Path) -> None:
