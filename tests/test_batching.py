@@ -150,7 +150,7 @@ def scored(
     objective: Objective, model: Any, dataset: TokenizedDataset, numbers: Sequence[int], way: ScoringLayout, group: Any
 ) -> RowLosses:
     items, together = objective.items(dataset)
-    planned = way.plan(items, dataset.rows.lengths, dict.fromkeys(numbers, 1), together)
+    planned = way.plan(way.layout(items, dataset.rows.lengths, together), dict.fromkeys(numbers, 1))
     return objective.score(model, planned, group=group)
 
 

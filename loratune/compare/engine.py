@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal, Protocol
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,39 +36,12 @@ WORTH_SHARING = 0.05
 _SAMPLED_ROWS = 4096
 """Rows by which the saving of shared prefixes is estimated, at most."""
 
-Layers = Literal["accelerated", "stock"]
-"""What computes a model: the kernels, as far as there are any for it; or the layers of transformers and PEFT."""
-
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch that is read; it may raise an error, which ends the pass."""
 
 
 def nothing(_: Any) -> None:
     """A `BeforeBatch` that does nothing."""
-
-
-# Batches
-
-
-class Batches(Protocol):
-    """A set of rows as it is iterated.
-
-    Attributes:
-        items: Rows, or lists of rows.
-        size: Items of a batch.
-        flat: Whether the rows of a batch are put end to end, without padding.
-    """
-
-    items: Any
-    size: int
-    flat: bool
-
-    @property
-    def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
-        """From items to a batch of tensors."""
-
-    def heaviest(self) -> Sequence[int]:
-        """The numbers of the items that make the batch with the most tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +63,16 @@ class ScoringLayout:
     pad_id: int
     tokens: int
 
-    def layout(self, items: Items, lengths: NDArray[np.integer[Any]], together: int = 0) -> BatchLayout:
-        """Rows, an item by itself. lengths: (rows,). together: as of `BatchLayout`."""
+    def layout(self, items: Items, lengths: NDArray[np.integer[Any]], rows_per_example: int = 0) -> BatchLayout:
+        """Rows, an item by itself. lengths: (rows,). rows_per_example: as of `BatchLayout`."""
         packing: Packing = "batch" if self.flat else "none"
-        layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, together)
+        layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, rows_per_example)
         return layout.sharing(self.saved) if self.saved is not None else layout
 
-    def plan(
-        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], together: int = 0
-    ) -> "ScoringPass":
-        """A pass over some of the items. Arguments as of `Engine.plan`."""
-        layout, numbers = self.layout(items, lengths, together), [*copies]
-        return ScoringPass(layout, self.batches(layout, numbers), numbers, np.array([*copies.values()], np.float64))
+    def plan(self, layout: BatchLayout, copies: Mapping[int, int]) -> "ScoringPass":
+        """A pass over some items of a layout. copies: as of `Engine.plan`."""
+        times = np.array([*copies.values()], np.float64)
+        return ScoringPass(layout, self.batches(layout, [*copies]), [*copies], times)
 
     def batches(self, layout: BatchLayout, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of some items of a layout, batch by batch: items of about one length, or, where prefixes are
@@ -190,7 +162,7 @@ class Engine:
                 self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
             self.padded = self.flat or padding_refusal(model, pad_id) is None
 
-    def scoring(self, layout: BatchLayout, numbers: Sequence[int]) -> ScoringLayout:
+    def _scoring(self, layout: BatchLayout, numbers: Sequence[int]) -> ScoringLayout:
         """How some items of a layout are batched. Prefixes are shared where that saves enough."""
         tokens = BATCH_TOKENS if self.padded else 0
         saved = _saving(layout, numbers) if self.flat and self._trees is not False else 0.0
@@ -208,17 +180,18 @@ class Engine:
         return self._trees
 
     def plan(
-        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], together: int = 0
+        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], rows_per_example: int = 0
     ) -> ScoringPass:
         """A pass over some items. copies: number of an item → how often it occurs. Others as of `BatchLayout`."""
-        layout = ScoringLayout(self.flat, None, self.pad_id, 0).layout(items, lengths, together)
-        return self.scoring(layout, [*copies]).plan(items, lengths, copies, together)
+        layout = ScoringLayout(self.flat, None, self.pad_id, 0).layout(items, lengths, rows_per_example)
+        scoring = self._scoring(layout, [*copies])
+        return scoring.plan(layout if scoring.saved is None else layout.sharing(scoring.saved), copies)
 
     @property
     def computed_by(self) -> dict[str, str]:
         """How losses are computed, as plain values; another way differs by rounding. Whether prefixes are shared is
         decided by the rows."""
-        layers: Layers = "accelerated" if self.acceleration.steps else "stock"
+        layers = "accelerated" if self.acceleration.steps else "stock"
         batches = "packed" if self.flat else "padded" if self.padded else "one by one"
         return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
 
@@ -266,7 +239,7 @@ class Objective:
     def losses(
         self,
         model: Any,
-        layout: Batches,
+        layout: BatchLayout,
         batches: Sequence[Sequence[int]],
         before_batch: BeforeBatch = nothing,
         group: Group = SINGLE_PROCESS,
@@ -280,14 +253,37 @@ class Objective:
             before_batch: See `BeforeBatch`.
             group: The processes, each of which takes a share of the batches.
         """
-        own = []
-        for position, labels, lengths, sums in read_batches(self, model, layout, batches, before_batch, group):
-            counts = kernels.row_counts(labels, lengths)
-            if position is not None:
-                own.append((position, sums.tolist(), counts.tolist()))
-        parts = sorted(chain.from_iterable(group.all_gather(own)))
-        nats = [*chain.from_iterable(sums for _, sums, _ in parts)]
-        return RowLosses.of(nats, [*chain.from_iterable(counts for _, _, counts in parts)])
+        return self.row_losses(self.read(model, layout, batches, before_batch, group))
+
+    @torch.no_grad()
+    def read(
+        self, model: Any, layout: BatchLayout, batches: Sequence[Sequence[int]], before_batch: BeforeBatch, group: Group
+    ) -> dict[str, list[float]]:
+        """What `scores` gives of all batches, without gradients and dropout. Arguments as of `losses`."""
+        own: list[tuple[int, dict[str, list[float]]]] = []
+        was_training = model.training
+        model.eval()
+        with counting("computing losses, in batches", len(batches)) as advance:
+            for first in range(0, len(batches), group.count):
+                position = first + group.rank
+                # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
+                batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
+                before_batch(batch)
+                found = self.scores(model, batch)
+                own += [(position, found)] if position < len(batches) else []
+                advance(group.count)
+        model.train(was_training)
+        parts = [part for _, part in sorted(chain.from_iterable(group.all_gather(own)), key=itemgetter(0))]
+        return {name: [*chain.from_iterable(part[name] for part in parts)] for name in parts[0]} if parts else {}
+
+    def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
+        """Numbers of each row of a batch, by name. Objectives on preferences have further ones."""
+        labels, lengths, sums = run_batch(self, model, batch)
+        return {"nats": sums.tolist(), "tokens": kernels.row_counts(labels, lengths).tolist()}
+
+    def row_losses(self, scores: Mapping[str, list[float]]) -> RowLosses:
+        """The losses that follow from what `read` gives."""
+        return RowLosses.of(scores["nats"], scores["tokens"])
 
     def score(
         self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
@@ -297,8 +293,8 @@ class Objective:
 
     def plan(self, engine: Engine, dataset: TokenizedDataset, copies: Mapping[int, int]) -> ScoringPass:
         """A pass over some items of a dataset. copies: see `Engine.plan`."""
-        items, together = self.items(dataset)
-        return engine.plan(items, dataset.rows.lengths, copies, together)
+        items, rows_per_example = self.items(dataset)
+        return engine.plan(items, dataset.rows.lengths, copies, rows_per_example)
 
     def held_out(self, engine: Engine, dataset: TokenizedDataset) -> ScoringPass:
         """The pass over all rows of a dataset. Copies of a row are computed once."""
@@ -323,33 +319,6 @@ class Objective:
 
 class NextToken(Objective):
     """The objective `sft`: every supervised token, given those before it."""
-
-
-def read_batches(
-    objective: Objective,
-    model: Any,
-    layout: Batches,
-    batches: Sequence[Sequence[int]],
-    before_batch: BeforeBatch,
-    group: Group,
-) -> Iterator[tuple[int | None, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run a model on the batches that this process takes, without gradients and dropout. Arguments as of
-    `Objective.losses`.
-
-    Yields:
-        The position of the batch, None for one that another process takes too; and what `run_batch` returns.
-    """
-    was_training = model.training
-    model.eval()
-    with counting("computing losses, in batches", len(batches)) as advance:
-        for first in range(0, len(batches), group.count):
-            position = first + group.rank
-            # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
-            batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
-            before_batch(batch)
-            yield (position if position < len(batches) else None), *run_batch(objective, model, batch)
-            advance(group.count)
-    model.train(was_training)
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from loratune.codes import Code
-from loratune.compare.engine import Batches, Objective
+from loratune.compare.engine import Objective
+from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit
 from loratune.kernels import global_norm
@@ -102,7 +103,7 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
 
 
 def check_final_loss(
-    model: PreTrainedModel, train: Batches, objective: Objective, checkpoints: Checkpoints, step: int
+    model: PreTrainedModel, train: BatchLayout, objective: Objective, checkpoints: Checkpoints, step: int
 ) -> None:
     """Check that the model gives a finite loss after the last step, which no later step has shown.
 

@@ -8,7 +8,6 @@ the summed log-probability of each row, which the output layer gives (`kernels.r
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -16,16 +15,7 @@ from torch import Tensor
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import (
-    Batches,
-    BeforeBatch,
-    Engine,
-    Objective,
-    ScoringPass,
-    nothing,
-    read_batches,
-    run_batch,
-)
+from loratune.compare.engine import Engine, Objective, ScoringPass, run_batch
 from loratune.compare.losses import RowLosses
 from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
 from loratune.compare.preferences import PreferenceMetrics, Side
@@ -34,7 +24,7 @@ from loratune.data.packing import Items
 from loratune.data.rendering import CHOSEN
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
-from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.system.launcher import Group
 
 _ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
@@ -67,10 +57,9 @@ class ScoredBatch:
         return bool(len(self.sides)) and abs(int(self.sides[0])) == CHOSEN
 
     @classmethod
-    def joined(cls, parts: Sequence[Mapping[str, list[float]]]) -> "ScoredBatch":
-        """The joined scores of several batches, each given as plain numbers."""
-        joined = {name: [*chain.from_iterable(part[name] for part in parts)] for name in _NAMES}
-        numbers = {name: torch.tensor(values, dtype=torch.float64) for name, values in joined.items()}
+    def of(cls, scores: Mapping[str, list[float]]) -> "ScoredBatch":
+        """From plain numbers, see `Objective.read`."""
+        numbers = {name: torch.tensor(scores.get(name, []), dtype=torch.float64) for name in _NAMES}
         answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
         other = numbers["mismatched"]
         mismatched = AnswerScores(other, torch.ones_like(other), numbers["mismatched_references"])
@@ -140,16 +129,20 @@ class PreferenceObjective(Objective):
         self.step = ScoredBatch(held, sides, _no_answers())
         return (losses * is_there).sum().float(), is_there.sum()
 
-    def losses(
-        self,
-        model: Any,
-        layout: Batches,
-        batches: Sequence[Sequence[int]],
-        before_batch: BeforeBatch = nothing,
-        group: Group = SINGLE_PROCESS,
-    ) -> RowLosses:
+    def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
         """See `Objective`."""
-        self.last = self.read(model, layout, batches, before_batch, group)
+        labels, _, sums = run_batch(self, model, batch)
+        answers, sides, other = self._answers(sums, labels), self._given["sides"], self._given["mismatched"]
+        mismatched = self._mismatched_answers(model, other) if other is not None else _no_answers()
+        found = (
+            answers.log_probabilities, answers.tokens, answers.reference, sides, mismatched.log_probabilities,
+            mismatched.reference,
+        )  # fmt: skip
+        return {name: value.tolist() for name, value in zip(_NAMES, found, strict=True)}
+
+    def row_losses(self, scores: Mapping[str, list[float]]) -> RowLosses:
+        """See `Objective`."""
+        self.last = ScoredBatch.of(scores)
         losses = self._item_losses(self.last, divergence(self.last.mismatched)).tolist()
         return RowLosses.of(losses, [1] * len(losses))
 
@@ -209,28 +202,6 @@ class PreferenceObjective(Objective):
         raise NumericError(Problem(Code.LORA_START, what, key="training.objective", fix=fix))
 
     # What models give to rows
-
-    def read(
-        self,
-        model: Any,
-        layout: Batches,
-        batches: Sequence[Sequence[int]],
-        before_batch: BeforeBatch = nothing,
-        group: Group = SINGLE_PROCESS,
-    ) -> ScoredBatch:
-        """What a model gives to the rows of batches, known to all processes. Arguments as of `losses`."""
-        own: list[tuple[int, dict[str, list[float]]]] = []
-        for position, labels, _, sums in read_batches(self, model, layout, batches, before_batch, group):
-            answers, sides, other = self._answers(sums, labels), self._given["sides"], self._given["mismatched"]
-            mismatched = self._mismatched_answers(model, other) if other is not None else _no_answers()
-            found = (
-                answers.log_probabilities, answers.tokens, answers.reference, sides, mismatched.log_probabilities,
-                mismatched.reference,
-            )  # fmt: skip
-            if position is not None:
-                own.append((position, {name: value.tolist() for name, value in zip(_NAMES, found, strict=True)}))
-        parts = sorted(chain.from_iterable(group.all_gather(own)), key=lambda part: part[0])
-        return ScoredBatch.joined([part for _, part in parts])
 
     def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
         labels, _, sums = run_batch(self, model, batch)

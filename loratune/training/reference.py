@@ -28,7 +28,7 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import AdapterInit
 from loratune.system.launcher import Group
 from loratune.text import plural
-from loratune.training.preferences import PreferenceObjective
+from loratune.training.preferences import PreferenceObjective, ScoredBatch
 
 _PASS_TOKENS = 2048
 """Tokens of a batch: they do not depend on the batches of the run, so that the numbers do not either."""
@@ -154,7 +154,7 @@ def _computed(
     found = []
     for number, (part, values) in enumerate(zip(parts, known, strict=True)):
         if values is None:
-            read = objective.read(model, layout, part, before_batch, group)
+            read = ScoredBatch.of(objective.read(model, layout, part, before_batch, group))
             values = np.concatenate([one.log_probabilities.numpy() for one in (read.answers, read.mismatched)])
             if is_divided and group.main and np.isfinite(values).all():
                 token_cache_dir.store_values(_part_key(key, number), values)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from loratune.compare.engine import Batches, NextToken, Objective, ScoringPass
+from loratune.compare.engine import NextToken, Objective, ScoringPass
 from loratune.config import LoraSection, TrainingSection
+from loratune.data.packing import BatchLayout
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training.checkpoints.store import Checkpoints
@@ -32,7 +33,7 @@ class TrainingJob:
     training: TrainingSection
     lora: LoraSection
     model: PreTrainedModel
-    train: Batches
+    train: BatchLayout
     validation: ScoringPass | None
     objective: Objective = field(default_factory=NextToken)
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from loratune.codes import Code
-from loratune.compare.engine import Batches, ScoringPass
+from loratune.compare.engine import ScoringPass
 from loratune.compare.losses import RowLosses
+from loratune.data.packing import BatchLayout
 from loratune.errors import Problem, ResumeError
 from loratune.lora import tensors
 from loratune.system import launcher
@@ -36,7 +37,9 @@ class _EvaluationStopped(Exception):
 class RunTrainer(ShardedTrainer):
     """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
 
-    def __init__(self, context: RunContext, batches: Batches, guard: NonFiniteGuard, best: BestStep, **arguments: Any):
+    def __init__(
+        self, context: RunContext, batches: BatchLayout, guard: NonFiniteGuard, best: BestStep, **arguments: Any
+    ):
         self.context, self.batches, self.guard, self.group = context, batches, guard, context.group
         self.best = best
         self.shape: tuple[int, ...] = ()
