@@ -556,35 +556,37 @@ def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
         assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, "here", "")]
 
 
-def _compare(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], second: float = -2.0) -> llama_cpp.LlamaCppResult:
-    question = ScoredAnswer({"prompt": "p"}, [1, 2], [3, 4], [-0.1, -0.2], [-3.0, -4.0], [-2.5, second])
-    monkeypatch.setattr(llama_cpp, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "greedy": [3], "count": 2} | said])
-    return llama_cpp.compare(Path("m.gguf"), None, None, [question], [4])
+TOP = [{"id": 3, "logprob": -0.1}, {"id": 4, "logprob": -0.2}]
+
+
+def _compare(monkeypatch: pytest.MonkeyPatch, **said: Any) -> llama_cpp.LlamaCppResult:
+    question = ScoredAnswer({"prompt": "p"}, [1, 2], [3, 4], [-0.1, -0.2], [-3.0, -4.0])
+    monkeypatch.setattr(llama_cpp, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "top": TOP, "count": 2} | said])
+    return llama_cpp.compare(Path("m.gguf"), None, None, [question], [4, 5])
 
 
 def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    equal = _compare(monkeypatch, {})
+    equal = _compare(monkeypatch, top=[TOP[0], {"id": 5, "logprob": -0.1}])  # both end the answer
     assert (equal.exact, equal.ties, equal.tokens, equal.mean) == (1, 0, 2, 0.0) and equal.share == pytest.approx(1)
-    tie = _compare(monkeypatch, {"logprobs": [-0.1, -0.22], "greedy": [3, 9]}, second=-0.23)
+    tie = _compare(monkeypatch, logprobs=[-0.1, -0.22], top=[TOP[0], {"id": 9, "logprob": -0.19}])
     assert (tie.exact, tie.ties) == (0, 1)
 
 
 @pytest.mark.parametrize(
-    ("said", "code"),
+    "said",
     [
-        ({"logprobs": [-2.6, -3.5]}, Code.EXPORT_DIFFERS),  # an eighth of the effect, as of rsLoRA that is not folded
-        ({"logprobs": [-9.0, float("-inf")]}, Code.EXPORT_DIFFERS),
-        ({"greedy": [9, 9]}, Code.EXPORT_DIFFERS),
-        ({"greedy": [3, 9]}, Code.EXPORT_DIFFERS),  # it does not end
-        ({"count": 3}, Code.EXPORT_DIFFERS),
+        {"logprobs": [-2.6, -3.5]},  # an eighth of the effect, as of rsLoRA that is not folded
+        {"logprobs": [-9.0, float("-inf")]},
+        {"top": [{"id": 9, "logprob": -0.01}, TOP[1]]},
+        {"top": [TOP[0], {"id": 9, "logprob": -0.1}]},  # it does not end
+        {"count": 3},
     ],
+    ids=str,
 )
-def test_what_llama_cpp_gets_wrong_is_refused(
-    monkeypatch: pytest.MonkeyPatch, said: dict[str, Any], code: Code
-) -> None:
+def test_what_llama_cpp_gets_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
     with pytest.raises(AdapterError) as error:
-        _compare(monkeypatch, said)
-    assert [problem.code for problem in error.value.problems] == [code]
+        _compare(monkeypatch, **said)
+    assert [problem.code for problem in error.value.problems] == [Code.EXPORT_DIFFERS]
 
 
 FAKE_LLAMA = """
@@ -621,7 +623,7 @@ def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def answer_of_fake(count: int) -> llama_cpp.LlamaCppResult:
     """Questions, of which the second makes the package in place of llama.cpp fail where it does."""
-    questions = [ScoredAnswer({"prompt": "p"}, [prompt] * count, [3], [-0.5], [-3.0], [-2.0]) for prompt in (4, 5)]
+    questions = [ScoredAnswer({"prompt": "p"}, [prompt] * count, [3], [-0.5], [-3.0]) for prompt in (4, 5)]
     return llama_cpp.compare(Path("m.gguf"), None, None, questions, [])
 
 

@@ -356,7 +356,7 @@ def test_a_hub_that_creates_it_with_the_other_visibility(adapter: Path, state: S
     state.fault = create
     ran = push("--adapter", adapter, ME)
     check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
-    assert "created the repository as public; nothing was uploaded" in ran.err
+    assert "is public on the hub; nothing was uploaded" in ran.err
     assert state.lines("POST") == ["POST /api/repos/create"]
 
 
@@ -364,8 +364,8 @@ def test_a_hub_that_creates_it_with_the_other_visibility(adapter: Path, state: S
     "files, shown",
     [
         ({"config__json": b"{}", "model__safetensors": b"x"}, "as it has no adapter_config.json: config.json, model"),
-        ({name: b"" for name in "abcde"}, "a, b, c and 2 more"),
-        ({"adapter_config__json": b"{}", "model__safetensors": b"x"}, "read beside the adapter: model.safetensors"),
+        ({name: b"" for name in "abcde"}, "a, b, c (and 2 more)"),
+        ({"adapter_config__json": b"{}", "model__safetensors": b"x"}, "read with the adapter: model.safetensors"),
     ],
 )
 def test_a_repository_of_something_else(files: Files, shown: str, adapter: Path, state: State, push: Push) -> None:
@@ -533,7 +533,10 @@ def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, cli
     child = clients.start("push", "--adapter", adapter, ME, first=patience, HF_TOKEN=TOKEN)
     code = child.wait(20)
     over.set()
-    assert code == 8 and f"{ME}: the connection to the hub failed (ReadTimeout: " in child.said()
+    assert (
+        code == 8
+        and f"{ME}: the hub cannot be reached, or does not answer as a hub does (ReadTimeout: " in child.said()
+    )
 
 
 # Processes of their own: what is read when the client is imported
@@ -543,7 +546,7 @@ def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_HUB_OFFLINE": "1"})
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
-    assert "unset HF_HUB_OFFLINE" in ran.err and state.seen == []
+    assert "HF_HUB_OFFLINE" in ran.err and state.seen == []
     ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
 

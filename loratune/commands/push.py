@@ -1,17 +1,25 @@
 """`loratune push`: an adapter directory becomes a repository of the hub."""
 
+import re
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from loratune.errors import AdapterError
+from huggingface_hub import get_token
+
+from loratune.codes import Code
+from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
 from loratune.events import note
-from loratune.export import hub
+from loratune.export import hub, portable
 from loratune.export.hub import Upload
 from loratune.lora import adapter_files
+from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.model import source
+from loratune.system.records import ROW_HASHES
 
 
 def push(directory: Path, repository: str, *, public: bool, base: str | None) -> Upload:
-    """Check an adapter directory, and upload it.
+    """Check an adapter directory, upload it, and compare what the hub then holds.
 
     Args:
         directory: The adapter directory.
@@ -20,8 +28,11 @@ def push(directory: Path, repository: str, *, public: bool, base: str | None) ->
         base: What the base is called on the hub, if the adapter knows it by a path.
 
     Raises:
-        AdapterError: See `adapter_files.inspect`; files have changed since the adapter was saved; see `hub.push`.
-        ConfigError, ModelError, ResourceError, LockedError: See `hub.push`.
+        AdapterError: See `adapter_files.inspect`, `portable.copy`, `hub.upload`; files have changed since the adapter
+            was saved.
+        ConfigError: The name or the base is not valid; there is no login; see `portable.copy`, `hub.upload`.
+        ModelError: The hub has no such base.
+        ResourceError, LockedError: See `hub.explained`.
     """
     hub.check_name(repository)
     adapter = adapter_files.inspect(directory)
@@ -29,4 +40,48 @@ def push(directory: Path, repository: str, *, public: bool, base: str | None) ->
         raise AdapterError([replace(edit, fix="restore it: an adapter is pushed as it was saved") for edit in edits])
     if not adapter.record:
         note(f"{directory}: keeps no record of its files and its base, so neither was verified")
-    return hub.push(adapter, repository, public=public, base=base)
+    with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
+        copy = portable.copy(adapter, Path(scratch) / "copy", repository, _base_on_hub(adapter, base))
+        if adapter.record.get(portable.PROMPTS):
+            note("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
+        if (adapter.path / ROW_HASHES).is_file():
+            note(f"{ROW_HASHES}, hashes of the training rows, is left out")
+        with hub.explained(repository):
+            token = get_token() or ""
+        if re.fullmatch(r"[!-~]+", token) is None:
+            what = "the token has characters that no token has" if token else "no login to the hub is found"
+            fix = "log in with `hf auth login`, or set HF_TOKEN, to a token that may write"
+            raise ConfigError(Problem(Code.PUSH_LOGIN, what, fix=fix))
+        with hub.explained(repository, token):
+            return hub.upload(token, repository, copy, public=public)
+
+
+def _base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
+    """The id on the hub of the base that the uploaded adapter is to name. given: the value of `--base`.
+
+    Raises:
+        ConfigError: The base is only a path, and no id is given; or another id than that of the adapter.
+        ModelError: The hub has no such model.
+        ResourceError: The hub cannot be reached.
+    """
+    if not portable.is_local(adapter.base):
+        if given in (None, adapter.base):
+            return adapter.base
+        what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "--base", fix))
+    if given is None:
+        what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
+        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
+        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, where, "base_model_name_or_path", fix))
+    hub.check_name(given, "--base")
+    recorded = adapter.record.get("base")
+    file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
+    try:
+        source.check_repository(given, None, file if isinstance(file, str) else "config.json", perhaps_path=False)
+    except ModelError as error:
+        what = hub.without(error.problems[0].what, get_token() or "")
+        problem = replace(error.problems[0], what=what, key="--base")
+        if problem.code is Code.MODEL_HUB_UNREACHABLE:
+            raise ResourceError(replace(problem, code=Code.PUSH_HUB)) from None
+        raise ModelError(problem) from None
+    return given

@@ -100,16 +100,20 @@ def vllm(base: str, name: str, directory: str, rank: int, template: str | None =
     return f"vllm serve {escaping.shell(base)} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
 
 
-def llama_server(base: str, adapter: str, template: str | None = None) -> str:
-    """The command that serves a GGUF adapter with llama.cpp.
+def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> str:
+    """The command that serves a GGUF file with llama.cpp.
 
     Args:
-        base: The GGUF file of the base.
-        adapter: The GGUF file of the adapter.
-        template: A chat template that replaces that of the base.
+        file: The model, or an adapter.
+        base: The GGUF file of the base of an adapter.
+        chat: Whether the chat template next to an adapter is used; by default if there is one.
     """
-    rendering = f" --jinja --chat-template-file {escaping.shell(template)}" if template else ""
-    return f"llama-server -m {escaping.shell(base)} --lora {escaping.shell(adapter)}{rendering}"
+    if base is None:
+        return f"llama-server --jinja -m {escaping.shell(str(file))}"
+    template, rendering = file.with_name("chat_template.jinja"), ""
+    if template.is_file() if chat is None else chat:
+        rendering = f" --jinja --chat-template-file {escaping.shell(str(template))}"
+    return f"llama-server -m {escaping.shell(base)} --lora {escaping.shell(str(file))}{rendering}"
 
 
 def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) -> str:
@@ -148,37 +152,30 @@ def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
     directory = f"{name}-gguf"
     yield f"loratune export --adapter {escaping.shell(name)} --to gguf --output {escaping.shell(directory)}"
     base = f"{run.model.name_or_path}/{run.model.gguf_file}" if run.model.gguf_file else "BASE.gguf"
-    template = f"{directory}/chat_template.jinja" if run.data.chat_template else None
-    yield llama_server(base, f"{directory}/{name_of(directory)}.gguf", template)
+    yield llama_server(Path(directory) / f"{name_of(directory)}.gguf", base, chat=run.data.chat_template is not None)
 
 
 def _peft(base: ModelSection, name: str) -> str:
     """Python code that loads base, adapter and tokenizer. PEFT loads the base itself unless it is a GGUF file."""
-    name = _quoted(name)
-    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({name})"
-    if base.quantization != "none":
-        return f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer, BitsAndBytesConfig
-
-quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base.quantization]})
-model = AutoPeftModelForCausalLM.from_pretrained({name}, quantization_config=quantization)
-{tokenizer}"""
-    if base.gguf_file is None:
-        return f"""from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-
-model = AutoPeftModelForCausalLM.from_pretrained({name})
-{tokenizer}"""
-    return f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-base = AutoModelForCausalLM.from_pretrained(
-    {_quoted(base.name_or_path)},
-    gguf_file={_quoted(base.gguf_file)},
-    quantization_config=GgufConfig(dequantize=True),
-)
-model = PeftModel.from_pretrained(base, {name})
-{tokenizer}"""
+    name, classes, lines = _quoted(name), "AutoTokenizer", [""]
+    if base.gguf_file is not None:
+        loader, classes = "PeftModel", "AutoModelForCausalLM, AutoTokenizer, GgufConfig"
+        lines += [
+            "base = AutoModelForCausalLM.from_pretrained(",
+            f"    {_quoted(base.name_or_path)},",
+            f"    gguf_file={_quoted(base.gguf_file)},",
+            "    quantization_config=GgufConfig(dequantize=True),",
+            ")",
+            f"model = PeftModel.from_pretrained(base, {name})",
+        ]
+    else:
+        loader, option = "AutoPeftModelForCausalLM", ""
+        if base.quantization != "none":
+            classes, option = "AutoTokenizer, BitsAndBytesConfig", ", quantization_config=quantization"
+            lines.append(f"quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base.quantization]})")
+        lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({name}{option})")
+    imports = [f"from peft import {loader}", f"from transformers import {classes}"]
+    return "\n".join([*imports, *lines, f"tokenizer = AutoTokenizer.from_pretrained({name})"])
 
 
 def _quoted(text: str) -> str:

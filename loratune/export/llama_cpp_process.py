@@ -1,9 +1,14 @@
-"""A script: llama.cpp (the package xllamacpp), asked about the answers of an adapter.
+"""A script that runs what llama.cpp's packages do, in a process of its own: a failure of llama.cpp ends the process.
 
-It reads a request as JSON from stdin, see `llama_cpp.compare`, and writes one line of JSON for each question. It is a
-process of its own because llama.cpp ends the process where it fails.
+    python -P llama_cpp_process.py answer < request.json
+    python -P llama_cpp_process.py convert CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
 
-    python -P llama_cpp_process.py < request.json
+`answer` asks llama.cpp (the package xllamacpp) about the answers of an adapter. It reads a request as JSON, see
+`llama_cpp.compare`, and writes one line of JSON for each question.
+
+`convert` is llama.cpp's converter of models with the tokenizer of an existing GGUF file. The converter recognizes a
+tokenizer by a hash of what it makes of a text, and refuses unknown ones, such as those that transformers made from a
+GGUF file. The tokenizer's entries of such a file can be copied.
 """
 
 import json
@@ -12,10 +17,13 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 _CANDIDATES, _ALL = 64, 1 << 20
 """How many of the likeliest tokens are asked for first, and then."""
+_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+_TEMPLATE = "tokenizer.chat_template"
 
 
 class LlamaCpp:
@@ -37,39 +45,34 @@ class LlamaCpp:
         self._server = xllamacpp.Server(parameters)
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The log-probabilities of an answer's tokens, the greedy answer, and the number of tokens of the prompt."""
+        """The log-probability of each token of an answer, the likeliest token in its place, and the number of tokens of
+        the rendered prompt."""
         prompt, answer = question["prompt"], question["answer"]
-        logprobs = [self.log_probability([*prompt, *answer[:at]], token) for at, token in enumerate(answer)]
-        greedy = self.greedy(prompt, len(answer))
-        return {"logprobs": logprobs, "greedy": greedy, "count": self.count(question["request"])}
+        scored = [self.score([*prompt, *answer[:at]], token) for at, token in enumerate(answer)]
+        logprobs, top = zip(*scored, strict=True) if scored else ((), ())
+        return {"logprobs": logprobs, "top": top, "count": self.count(question["request"])}
 
-    def log_probability(self, ids: Sequence[int], token: int) -> float:
-        """The log-probability of one token after others."""
+    def score(self, ids: Sequence[int], token: int) -> tuple[float, Mapping[str, Any]]:
+        """The log-probability of one token after others, and the likeliest token there."""
         for candidates in (_CANDIDATES, _ALL):
-            for top in self._first_token(ids, candidates)["top_logprobs"]:
-                if top["id"] == token:
-                    return float(top["logprob"])
-        return -math.inf
+            found = self._next_tokens(ids, candidates)
+            for one in found:
+                if one["id"] == token:
+                    return float(one["logprob"]), found[0]
+        return -math.inf, found[0]
 
-    def _first_token(self, ids: Sequence[int], candidates: int) -> Mapping[str, Any]:
-        """The first token of an answer. llama.cpp holds tokens back until their bytes are whole characters."""
+    def _next_tokens(self, ids: Sequence[int], candidates: int) -> Sequence[Mapping[str, Any]]:
+        """The likeliest next tokens. llama.cpp holds tokens back until their bytes are whole characters."""
         for tokens in (1, 8, 64):
             if found := content(self._complete(ids, tokens, candidates)["choices"][0]):
-                return found[0]
+                return list(found[0]["top_logprobs"])
         raise RuntimeError("llama.cpp gives no probabilities of the next token")
-
-    def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
-        """The likeliest answer of at most so many tokens, without the one that ends it."""
-        choice = self._complete(ids, tokens, 1)["choices"][0]
-        found = [int(token["id"]) for token in content(choice)]
-        return found[:-1] if choice["finish_reason"] == "stop" else found
 
     def count(self, request: Mapping[str, Any]) -> int | None:
         """The number of tokens of a rendered prompt; None for a prompt that consists of ids."""
         if "messages" in request:
-            answer = self._checked(
-                self._server.handle_chat_completions({**request, "max_tokens": 1, "temperature": 0.0}), "usage"
-            )
+            chat = {**request, "max_tokens": 1, "temperature": 0.0}
+            answer = self._checked(self._server.handle_chat_completions(chat), "usage")
         elif "prompt" in request:
             answer = self._complete(request["prompt"], 1, 1)
         else:
@@ -95,10 +98,45 @@ def content(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [*((choice.get("logprobs") or {}).get("content") or ())]
 
 
-if __name__ == "__main__":
+def convert(converters: Path, directory: Path, file: Path, outtype: str, tokenizer: Path) -> None:
+    """Convert a model directory. Arguments as in `llama_cpp.convert_model`."""
+    sys.path[:0] = [str(converters), str(converters / "gguf-py")]
+    gguf, conversion = import_module("gguf"), import_module("conversion")
+    hparams = conversion.ModelBase.load_hparams(directory, False)
+    kind: Any = conversion.get_model_class(conversion.get_model_architecture(hparams, conversion.ModelType.TEXT))
+    fields = gguf.GGUFReader(tokenizer).fields
+
+    class WithTokenizer(kind):
+        """The converter of this architecture, with another tokenizer."""
+
+        model_arch = kind.model_arch
+
+        def set_vocab(self) -> None:
+            """Copy the tokenizer of the GGUF file, and write the chat template of the directory."""
+            template = directory / "chat_template.jinja"
+            if template.is_file():
+                self.gguf_writer.add_chat_template(template.read_text(encoding="utf-8"))
+            for name, field in fields.items():
+                if name.startswith("tokenizer.") and name != _TEMPLATE:
+                    inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+                    self.gguf_writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+
+    import_module("torch").set_grad_enabled(False)
+    WithTokenizer(directory, getattr(gguf.LlamaFileType, _TYPES[outtype]), file).write()
+
+
+def answer() -> None:
+    """Answer the questions of a request."""
     with open(os.dup(1), "w") as out:
         os.dup2(2, 1)  # whatever llama.cpp prints
         request = json.load(sys.stdin)
         llama = LlamaCpp(request)
         for question in request["questions"]:
             print(json.dumps(llama.answer(question)), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "answer":
+        answer()
+    else:
+        convert(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5], Path(sys.argv[6]))

@@ -6,20 +6,25 @@ is used only if it renders several conversations to the same text. Tools and rea
 so where the chat template renders tools.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
+from pathlib import Path
 from typing import Any
 
+from loratune import escaping
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, DataError, Problem
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
+_WORDS = re.compile("|".join((_SYSTEM, _USER, _ANSWER, _NEXT)))
 _TOOLS = (
     {"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}},
 )
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
-"""What turns begin with."""
+"""How turns begin."""
 _ALTERNATIVE = (
     "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
 )
@@ -92,7 +97,7 @@ class Modelfile:
     def lines(self) -> list[tuple[str, str]]:
         """The results of the comparison, as names and texts."""
         rendered = f"{self.compared} conversations rendered as by the chat template" if self.compared else "raw text"
-        return [("template", rendered), *(("note", note) for note in self.notes)]
+        return [("template", rendered), *(("note", note) for note in self.notes), ("Ollama", "itself was not run")]
 
 
 def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
@@ -124,6 +129,14 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
     return Modelfile("\n".join(lines) + "\n", compared, tuple(notes))
 
 
+def commands(name: str, file: Path) -> list[str]:
+    """The commands that make a model of a Modelfile, and run it."""
+    return [
+        f"ollama create {escaping.shell(name)} -f {escaping.shell(str(file))}",
+        f"ollama run {escaping.shell(name)}",
+    ]
+
+
 def find_turns(renderer: Renderer) -> tuple[Turns, int]:
     """What a chat template puts around messages, and on how many conversations that was compared with it.
 
@@ -147,9 +160,9 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
 
 def _infer(bare: str, system: str | None) -> Turns:
     """Infer turns from a conversation of two questions, and from the same with a system message."""
-    first, after, between, last = _between(bare, _USER, _ANSWER, _NEXT)
+    first, after, between, last = _WORDS.split(bare)
     user = _common_end(first, between)
-    before_system, after_system = _between(system, _SYSTEM, _USER)[:2] if system else ("", "")
+    before_system, after_system = _WORDS.split(system)[:2] if system else ("", "")
     joined = bool(user) and before_system.endswith(user) and not after_system.endswith(user)
     if system and not joined:
         user = _common_end(first, between, after_system)
@@ -160,7 +173,7 @@ def _infer(bare: str, system: str | None) -> Turns:
         if not joined and inside and begin == f"{before_system}{inside}{end}":
             begin, default = "", inside
         pair = (before_system.removeprefix(begin), end)
-    shared = _common_start(after, last)
+    shared = commonprefix([after, last])  # noqa: RUF071  of characters
     answer = (after.removeprefix(shared), between.removesuffix(user))
     return Turns(begin, last.removeprefix(shared), pair, (user, shared), answer, default, joined)
 
@@ -207,23 +220,9 @@ def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ())
     return text.removeprefix(renderer.tokenizer.bos_token) if renderer.starts_with_bos else text
 
 
-def _between(text: str, *words: str) -> list[str]:
-    """The texts before, between and after some words."""
-    parts = []
-    for word in words:
-        before, _, text = text.partition(word)
-        parts.append(before)
-    return [*parts, text]
-
-
-def _common_start(*texts: str) -> str:
-    columns = enumerate(zip(*texts, strict=False))
-    return next((texts[0][:at] for at, column in columns if len({*column}) > 1), min(texts, key=len))
-
-
 def _common_end(*texts: str) -> str:
     """The end that some texts share, from where a marker begins: `<|im_start|>user` without the `>` before it."""
-    end = _common_start(*(text[::-1] for text in texts))[::-1]
+    end = commonprefix([text[::-1] for text in texts])[::-1]  # noqa: RUF071  of characters
     return next((end[end.rfind(marker) :] for marker in _MARKERS if marker in end), end)
 
 

@@ -67,14 +67,15 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
     names, rest = endings(chosen, paths)
     plain = replace(plain, config={**plain.config, "target_modules": sorted({*names, *rest})})
     dtypes = {tensor.dtype for tensor in read_adapter(files).values()}
+    if dtypes == {torch.float32}:
+        return plain
     if len(dtypes) == 1 and dtypes <= _DTYPES:
-        (dtype,) = dtypes
-        tensors = {name: tensor.to(dtype) for name, tensor in plain.tensors.items()}
+        tensors = {name: tensor.to(*dtypes) for name, tensor in plain.tensors.items()}
         if all(torch.equal(tensor.float(), plain.tensors[name]) for name, tensor in tensors.items()):
             return replace(plain, tensors=tensors)
     named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    reason = "the folded scales are not exact in" if dtypes <= _DTYPES else "clients do not read"
-    return plain if dtypes == {torch.float32} else replace(plain, notes=(f"stored in float32: {reason} {named}",))
+    note = f"stored in float32, as {named} does not hold the folded scales exactly, or is not read everywhere"
+    return replace(plain, notes=(note,))
 
 
 def check_tensors(files: AdapterFiles, directory: Path) -> float:

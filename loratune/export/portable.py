@@ -2,15 +2,15 @@
 
 Such a path tells who trained on what, and leads nowhere on another machine. The card, run.yaml, loratune.json,
 adapter_config.json and tokenizer_config.json hold paths; each is replaced by the name of its file, that of the base by
-its id on the hub. `config.paths` lists the paths of a config. Weights, vocabularies and chat templates are copied as
-they are.
+its id on the hub. `config.with_paths` rewrites run.yaml; in the other files every absolute path that is a value in one
+of them is replaced wherever it is mentioned. Weights, vocabularies and chat templates are copied unchanged.
 """
 
 import json
-import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,18 +27,15 @@ from loratune.system import directories
 from loratune.system.files import is_incidental_file, read_text, sha256, write_json
 from loratune.system.records import ROW_HASHES
 
-_log = logging.getLogger(__name__)
-
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
 _BASE = "model.name_or_path"
 PROMPTS = "prompts"
 """A key of the record with prompts of the training rows. A copy for others holds neither these nor the hashes of the
 rows, which tell whoever has a row whether it was trained on."""
-_OF_CONFIGS = ("changes", "start_from")
-"""Keys of the record with values of configs: of the run before it was resumed, and of the adapter it started from."""
 _PICKLES = ("adapter_model.bin", "training_args.bin")
 _HOMES = r"/home/[^/\s\"'`]+|/Users/[^/\s\"'`]+|/root"
 _BELOW = r"(?:/[^\s\"'`<>|()\[\]{},;]*[^\s\"'`<>|()\[\]{},;.:!?/])?"
+_PATH = re.compile(r"(?:~|/[^\s/]+)(?:/[^/]+)+/?")
 _START, _END = r"(?<![\w.~-])", r"(?![\w-])"  # so that /out is found in neither w/out nor /output
 
 
@@ -89,7 +86,7 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
         base: The id of the base on the hub.
 
     Raises:
-        AdapterError: A file changed while it was copied; a text is not UTF-8; run.yaml is not a valid config.
+        AdapterError: A file changed while it was copied, or is not valid.
         ConfigError: A path remains in a file, written in a way that is not recognized.
     """
     names, left_out = _contents(adapter)
@@ -121,77 +118,73 @@ def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
 
 def _rewrite(adapter: AdapterFiles, target: Path, repository: str, base: str) -> None:
     """Replace the paths in the files of a copy, the record last, as it has the digests of the others."""
-    run = _run(adapter, target)
-    paths = _Paths(adapter, run, repository, base)
+    run: RunConfig | None = _read(adapter, target, RUN, lambda text: config.parse(text, RUN))
+    tokenizer, card = _read(adapter, target, TOKENIZER, json.loads), _read(adapter, target, CARD, str)
+    record = {key: value for key, value in adapter.record.items() if key != PROMPTS}
+    paths = _Paths(adapter, run, [record, adapter.config, tokenizer], repository, base)
     write_json(target / CONFIG_FILE, paths.replaced(adapter.config) | {"base_model_name_or_path": base})
     if run is not None:
         (target / RUN).write_text(config.dump(portable(run, base)), encoding="utf-8")
-    if (text := _text(adapter, target, TOKENIZER)) is not None:
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError):
-            raise AdapterError(Problem(Code.ADAPTER_INVALID, "not JSON", str(adapter.path / TOKENIZER))) from None
-        if (replaced := paths.replaced(values)) != values:
-            write_json(target / TOKENIZER, replaced)
-    if (text := _text(adapter, target, CARD)) is not None:
-        card = _card_for(paths.replaced_in(text), adapter, run, repository, base)
-        (target / CARD).write_text(card, encoding="utf-8")
-    if adapter.record:
-        record = paths.replaced({key: value for key, value in adapter.record.items() if key != PROMPTS})
+    if (replaced := paths.replaced(tokenizer)) != tokenizer:
+        write_json(target / TOKENIZER, replaced)
+    if card is not None:
+        name = Path(run.output_dir).name if run else adapter.path.name
+        card = _with_repository(paths.replaced_in(card), name, repository)
+        was_local = is_local(adapter.base) or (run is not None and is_local(run.model.name_or_path))
+        (target / CARD).write_text(_with_base(card, base) if was_local else card, encoding="utf-8")
+    if record:
+        record = paths.replaced(record)
         record["base"] = {**record.get("base", {}), "name_or_path": base}
         write_json(target / RECORD_FILE, record | {"files": adapter_files.manifest(target)})
     paths.check_none_left(adapter, target)
 
 
-def _run(adapter: AdapterFiles, target: Path) -> RunConfig | None:
+def _read(adapter: AdapterFiles, target: Path, name: str, parse: Callable[[str], Any]) -> Any:
+    """What a file of the copy holds; None if it has no such file. Raises AdapterError: it is not valid."""
     try:
-        return config.load(target / RUN) if (target / RUN).is_file() else None
-    except ConfigError as error:
-        where = str(adapter.path / RUN)
-        raise AdapterError([Problem(one.code, one.what, where, one.key, one.fix) for one in error.problems]) from None
-
-
-def _text(adapter: AdapterFiles, target: Path, name: str) -> str | None:
-    """The text of a file of the copy; None if it has no such file."""
-    try:
-        return read_text(target / name) if (target / name).is_file() else None
-    except (OSError, ValueError) as error:
-        what = f"cannot be read as text: {error}"
+        return parse(read_text(target / name)) if (target / name).is_file() else None
+    except (OSError, ValueError, RecursionError, ConfigError) as error:
+        what = error.problems[0].what if isinstance(error, ConfigError) else f"cannot be read: {error}"
         raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(adapter.path / name))) from None
 
 
-def _card_for(text: str, adapter: AdapterFiles, run: RunConfig | None, repository: str, base: str) -> str:
-    """A card whose example loads the repository, and whose metadata name the base, which the hub makes a link of."""
-    name = json.dumps(Path(run.output_dir).name if run else adapter.path.name)
+def _with_repository(card: str, name: str, repository: str) -> str:
+    """A card whose examples load the repository instead of the directory of this name."""
     for call in ("from_pretrained(", "from_pretrained(base, "):
-        text = text.replace(f"{call}{name}", f"{call}{json.dumps(repository)}")
-    text = re.sub(rf"(--lora-modules \S+=){re.escape(json.loads(name))}$", rf"\g<1>{repository}", text, flags=re.M)
-    if not is_local(adapter.base) and (run is None or not is_local(run.model.name_or_path)):
-        return text
-    try:
-        card = ModelCard(text if text.startswith("---") else f"---\n{{}}\n---\n\n{text}")
-        data: Any = card.data
-        tags = data.tags if isinstance(data.tags, list) else []
-    except Exception:  # metadata that are not YAML: the hub will report it
-        _log.debug("the card's metadata cannot be read", exc_info=True)
-        return text
-    link = f"base_model:adapter:{base}"
-    data.base_model, data.tags = base, [*(tag for tag in tags if tag != link), link]
-    return str(card)
+        card = card.replace(f"{call}{json.dumps(name)}", f"{call}{json.dumps(repository)}")
+    return re.sub(rf"(--lora-modules \S+=){re.escape(name)}$", rf"\g<1>{repository}", card, flags=re.M)
+
+
+def _with_base(card: str, base: str) -> str:
+    """A card whose metadata name the base, which the hub makes a link of; unchanged if they are not YAML."""
+    with suppress(Exception):  # the hub will report it
+        made = ModelCard(card if card.startswith("---") else f"---\n{{}}\n---\n\n{card}")
+        data: Any = made.data
+        link, tags = f"base_model:adapter:{base}", data.tags if isinstance(data.tags, list) else []
+        data.base_model, data.tags = base, [*(tag for tag in tags if tag != link), link]
+        return str(made)
+    return card
 
 
 class _Paths:
-    """The paths of this machine that an adapter is known to name, with what replaces them."""
+    """The paths of this machine that an adapter names, with what replaces them.
 
-    def __init__(self, adapter: AdapterFiles, run: RunConfig | None, repository: str, base: str):
-        recorded = adapter.record.get("base")
-        names = {str(adapter.path.absolute()): repository, str(adapter.path.resolve()): repository}
-        for key, path in config.paths(run) if run is not None else ():
-            names[path] = base if key == _BASE else Path(path).name
-        names |= {text: Path(text).name for key in _OF_CONFIGS for text in _texts(adapter.record.get(key))}
-        names |= {adapter.base: base}
-        names |= dict.fromkeys(_texts(recorded.get("name_or_path") if isinstance(recorded, dict) else None), base)
-        known = {path: name for path, name in names.items() if path.startswith(("/", "~")) and len(path) > 1}
+    Args:
+        adapter: The adapter.
+        run: Its config.
+        values: What its other files hold.
+        repository: What replaces the path of the adapter.
+        base: What replaces that of the base.
+    """
+
+    def __init__(self, adapter: AdapterFiles, run: RunConfig | None, values: Any, repository: str, base: str):
+        named = dict(config.paths(run)) if run is not None else {}
+        found = {path: Path(path).name for path in (*_texts(values), *named.values())}
+        bases = (named.get(_BASE), adapter.base, *_texts(adapter.record.get("base")))
+        found |= {path: base for path in bases if path in found}
+        found |= {str(path): repository for path in (adapter.path.absolute(), adapter.path.resolve())}
+        is_path = {path: path.startswith(("/", "~")) and len(path) > 1 for path in named.values()}
+        known = {path: name for path, name in found.items() if is_path.get(path) or _PATH.fullmatch(path)}
         self._names = {spelling: name for path, name in known.items() for spelling in _spellings(path)}
         longest_first = sorted(self._names, key=len, reverse=True)
         own = f"{re.escape(str(Path.home()))}|" if Path.home() != Path("/") else ""
@@ -204,21 +197,18 @@ class _Paths:
         return self._home.sub(lambda match: Path(match[0]).name if match[1] else "~", text)
 
     def replaced(self, values: Any) -> Any:
-        """Values of JSON with names in place of paths; also of a path that is known from nowhere else."""
+        """Values of JSON with names in place of paths."""
         if isinstance(values, dict):
             return {key: self.replaced(value) for key, value in values.items()}
         if isinstance(values, list):
             return [self.replaced(value) for value in values]
-        if not isinstance(values, str):
-            return values
-        text = self.replaced_in(values)
-        return Path(text).name if re.fullmatch(r"/[^\s/]+(/[^/]+)+/?", text) else text
+        return self.replaced_in(values) if isinstance(values, str) else values
 
     def check_none_left(self, adapter: AdapterFiles, target: Path) -> None:
         """Raises ConfigError: a file of the copy names a path all the same."""
         problems = []
         for name in (CARD, RUN, CONFIG_FILE, RECORD_FILE, TOKENIZER):
-            text = _text(adapter, target, name) or ""
+            text = _read(adapter, target, name, str) or ""
             if match := self._known.search(text) or self._home.search(text):
                 what, where = f"names a path of this machine, {match[0]}", str(adapter.path / name)
                 problems.append(Problem(Code.PUSH_LOCAL_PATH, what, where, fix="take it out"))
