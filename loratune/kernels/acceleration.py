@@ -16,15 +16,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loratune.kernels import gpu, masks, replacements, rowwise, whole_rows
-from loratune.kernels.attention import Layout, PerBatch
+from loratune.kernels import attention, gpu, masks, replacements, rowwise
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops, refusal
+from loratune.kernels.layout import Layout, PerBatch
+from loratune.kernels.lora_linear import Reader
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.masks import AttentionSurvey, Sight
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
 from loratune.kernels.recognition import form_of
-from loratune.kernels.replacements import Reader, restore
+from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
 
 _log = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
     """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
     sights = survey.sights
     are_bounded = any(sight.cap for sight in sights.values())  # torch's kernel has no caps.
-    fewest = None if are_bounded else whole_rows.fewest_tokens(base.get_input_embeddings().weight)
+    fewest = None if are_bounded else attention.fewest_tokens(base.get_input_embeddings().weight)
     layouts = PerBatch(partial(Layout.of, whole=fewest))
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
     windows: dict[nn.Module, int | None] = {}

@@ -4,25 +4,99 @@ The other layers are accelerated by `compile_layers` and by Liger's kernels, if 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
-from loratune.kernels import attention, rowwise, upstream
-from loratune.kernels.attention import VarlenAttention
-from loratune.kernels.lora_linear import Adapted
+from loratune.kernels import rowwise, upstream
+from loratune.kernels.layout import PerBatch
+from loratune.kernels.lora_linear import Adapted, Reader
+from loratune.kernels.masks import HELD, check_known
 from loratune.kernels.parity_check import ParityCheck
-from loratune.kernels.replacements import Reader, twin
+from loratune.kernels.replacements import twin
 
 Layers = Iterable[tuple[str, nn.Module]]
 """Path and module of each layer that is replaced."""
+VARLEN = "loratune-varlen"
+"""The name that the attention function is registered under."""
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 """Which of Liger's kernels are used; the loss is that of `LossHead`."""
+
+
+@dataclass(frozen=True)
+class RowBounds:
+    """Where the rows of a batch end.
+
+    Attributes:
+        cumulative: (rows + 1,), int32, from 0 to the number of tokens.
+        longest: Tokens of the longest row.
+    """
+
+    cumulative: Tensor
+    longest: int
+
+    @classmethod
+    def of(cls, positions: Tensor, _: None = None) -> "RowBounds":
+        """positions: (tokens,), 0 where a row begins."""
+        begins = torch.nonzero(positions[1:] == 0)[:, 0] + 1
+        bounds = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), len(positions))])
+        return cls(bounds.to(torch.int32), int(bounds.diff().max()))
+
+
+class VarlenAttention:
+    """An attention function of transformers for a GPU.
+
+    Batches come without a cache, and padded at the end of rows, if at all.
+
+    Attributes:
+        windowed: Whether a layer has asked for a window.
+    """
+
+    def __init__(self) -> None:
+        self.windowed = False
+        self._bounds = PerBatch(RowBounds.of)
+
+    def __call__(
+        self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, None]:
+        """Attend within each row.
+
+        Args:
+            module: The layer of attention.
+            query: (rows, heads, length, size).
+            key: The same, with as many heads or fewer.
+            value: The same as `key`.
+            attention_mask: None.
+            options: As transformers hands them to an attention function.
+
+        Returns:
+            (rows, length, heads, size), and no weights.
+
+        Raises:
+            TypeError, ValueError: The layer needs something that the kernel does not compute.
+        """
+        check_known(options, *HELD)
+        unsupported = options.get("softcap"), options.get("s_aux"), options.get("dropout") or None, attention_mask
+        if any(value is not None for value in unsupported):
+            raise ValueError("the kernel has no caps, sinks, dropout or masks")
+        window = options.get("sliding_window")
+        self.windowed |= window is not None
+        rows, heads, length, size = query.shape
+        bounds = self._bounds.get(options["position_ids"], torch.Size((rows, length)))
+        queries, keys, values = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (query, key, value))
+        result: Any = varlen_attn(
+            queries, keys, values, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest,
+            scale=options.get("scaling"), window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+        )  # fmt: skip
+        return result.view(rows, length, heads, size), None
 
 
 def fast_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor) -> nn.Module:
@@ -58,9 +132,9 @@ def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]
 
 
 def _register_attention(function: VarlenAttention, base: Any) -> Layers:
-    AttentionInterface.register(attention.VARLEN, function)
-    AttentionMaskInterface.register(attention.VARLEN, rowwise.no_mask)
-    base.set_attn_implementation(attention.VARLEN)
+    AttentionInterface.register(VARLEN, function)
+    AttentionMaskInterface.register(VARLEN, rowwise.no_mask)
+    base.set_attn_implementation(VARLEN)
     return ()
 
 

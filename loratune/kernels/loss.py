@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -240,21 +240,37 @@ class LossHead(nn.Module):
             states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         if lengths is not None:
             rows = row_numbers(labels, lengths)[:, 1:].to(hidden.device)[supervised]
-            of_rows = entries, rows, len(lengths)
-            apply: Any = _RowSums.apply
-            losses: Tensor = apply(states, self.head.weight, self.head.bias, targets, self.scaling, *of_rows)
+            of_labels = _RowsOfLabels(rows, len(lengths), entries)
+            losses: Tensor = _RowSums.apply(states, self.head, targets, self.scaling, of_labels)  # type: ignore[no-untyped-call]
         else:
-            apply = _HeadLoss.apply
-            losses = apply(states, self.head.weight, self.head.bias, targets, self.scaling, counts)
+            losses = _HeadLoss.apply(states, self.head, targets, self.scaling, counts)  # type: ignore[no-untyped-call]
         self.losses = losses
         # DDP may go back from what a model returns to the weights that were used.
         return (losses.sum() * math.nan).repeat(1, 1, len(self.weight))
 
 
+class _RowsOfLabels(NamedTuple):
+    """The rows that supervised labels belong to.
+
+    Attributes:
+        rows: (labels,), the row of each.
+        count: How many rows there are.
+        entries: (labels,), which of the states and targets each label has; None: they are in its order.
+    """
+
+    rows: Tensor
+    count: int
+    entries: Tensor | None
+
+
 def _chunk_losses(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, gradient: Tensor | None, scaling: Scaling,
+    hidden: Tensor,
+    head: nn.Linear,
+    targets: Tensor,
+    scaling: Scaling,
+    gradient: Tensor | None,
     shares: Tensor | None = None,
-) -> Iterator[tuple[slice, Tensor]]:  # fmt: skip
+) -> Iterator[tuple[slice, Tensor]]:
     """The losses of the logits of a few hundred states at a time, and their gradient, written where it is given.
 
     shares: what the gradient of each state is multiplied by, (states,), float32.
@@ -262,19 +278,20 @@ def _chunk_losses(
     ops = fused_ops(hidden)
     for start in range(0, len(hidden), CHUNK):
         rows = slice(start, start + CHUNK)
-        logits, bounded = scaling.forward(functional.linear(hidden[rows], weight, bias))
+        logits, bounded = scaling.forward(head(hidden[rows]))
         losses = ops.cross_entropy(logits, targets[rows], None if shares is None else shares[rows])
         yield rows, losses
         if gradient is not None:
-            torch.mm(scaling.backward(logits, bounded), weight, out=gradient[rows])
+            torch.mm(scaling.backward(logits, bounded), head.weight, out=gradient[rows])
 
 
 class _HeadLoss(torch.autograd.Function):
+    """The summed loss of all labels. counts: (states,), how many labels each state stands for; None: one."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling,
-        counts: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, scaling: Scaling, counts: Tensor | None
+    ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         ctx.unit, shares = 1.0, None
@@ -282,7 +299,7 @@ class _HeadLoss(torch.autograd.Function):
             shares = torch.ones(len(hidden), device=hidden.device) if counts is None else counts.float()
             ctx.unit = 1 / shares.sum().clamp(min=1)
             shares *= ctx.unit
-        for rows, losses in _chunk_losses(hidden, weight, bias, targets, gradient, scaling, shares):
+        for rows, losses in _chunk_losses(hidden, head, targets, scaling, gradient, shares):
             total += losses.sum() if counts is None else losses @ counts[rows].float()
         if gradient is not None and counts is not None and shares is None:
             gradient *= counts[:, None]
@@ -292,7 +309,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (doutput / ctx.unit), None, None, None, None, None
+        return gradient * (doutput / ctx.unit), None, None, None, None
 
 
 def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:
@@ -347,18 +364,15 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling,
-        entries: Tensor | None, rows: Tensor, count: int,
-    ) -> Tensor:  # fmt: skip
-        """entries: (labels,), which of the states and targets each label has; None: they are in its order. rows:
-        (labels,), the row of each label."""
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, scaling: Scaling, labels: _RowsOfLabels
+    ) -> Tensor:
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
-        for chunk, own in _chunk_losses(hidden, weight, bias, targets, gradient, scaling):
+        for chunk, own in _chunk_losses(hidden, head, targets, scaling, gradient):
             losses[chunk] = own
-        of_labels = losses if entries is None else losses[entries]
-        ctx.save_for_backward(gradient, entries, rows)
-        return losses.new_zeros(count).index_add_(0, rows, of_labels)
+        of_labels = losses if labels.entries is None else losses[labels.entries]
+        ctx.save_for_backward(gradient, labels.entries, labels.rows)
+        return losses.new_zeros(labels.count).index_add_(0, labels.rows, of_labels)
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
@@ -366,7 +380,7 @@ class _RowSums(torch.autograd.Function):
         weights = doutput[rows]
         if entries is not None:
             weights = weights.new_zeros(len(gradient)).index_add_(0, entries, weights)
-        return (gradient * weights[:, None].float()).to(gradient.dtype), *[None] * 7
+        return (gradient * weights[:, None].float()).to(gradient.dtype), None, None, None, None
 
 
 def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:

@@ -7,16 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.kernels.attention import HeadNorms, Layout, PerBatch, SelfAttention
+from loratune.kernels.attention import HeadNorms, SelfAttention
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.compiled.reference import FusedOps
-from loratune.kernels.experts import ExpertLayers
-from loratune.kernels.lora_linear import Adapted, GatedLayer, Projection, project, rms_norm
+from loratune.kernels.feed_forward import ExpertLayers, GatedLayer, rms_norm
+from loratune.kernels.layout import Layout, PerBatch, Scoring
+from loratune.kernels.lora_linear import Projection, Reader, project
 from loratune.kernels.masks import Sight, check_known
-
-Reader = Callable[[nn.Module], Adapted | None]
-"""Takes a module to its linear layer and LoRA; None: it is something else."""
 
 
 class Replacement(nn.Module):
@@ -176,7 +174,8 @@ def replace_attention(
     if joined.weight.shape[0] != width or out.weight.shape[1] != sight.heads * size:
         return None
     ops = fused_ops(out.weight)
-    attention = SelfAttention(joined, out, sight.groups, heads, size, sight.scale, ops, norms, sight.cap)
+    scoring = Scoring(sight.scale, sight.cap)
+    attention = SelfAttention(joined, out, sight.groups, heads, size, scoring, ops, norms)
     return FastAttention(module, attention, sight.window, layouts, rotary=rotary)
 
 

@@ -18,17 +18,20 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from loratune.kernels import upstream
-from loratune.kernels.attention import Layout, PerBatch
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.kernels.layout import Layout, PerBatch, Scoring
 from loratune.kernels.masks import HELD, check_known
 
 PREFIX = "loratune"
 """What the names of all attention implementations begin with that go row by row, also those of other modules."""
 STOCK = {"sdpa": upstream.sdpa_mask, "eager": upstream.eager_mask}
 """The attention implementations that can be replaced, and their masks."""
-MASK_OPTIONS = {"allow_is_causal_skip", "allow_is_bidirectional_skip", "config", "dtype"}
-"""Arguments of mask functions that do not change which keys a query attends to."""
+MASK_ARGUMENTS = {
+    "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size",
+    "allow_is_causal_skip", "allow_is_bidirectional_skip", "use_vmap", "device", "dtype", "config",
+}  # fmt: skip
+"""Arguments of transformers' mask functions that are understood."""
 TILE = 256
 """Queries of a row with a window that are computed at once in torch."""
 FULL_CHECK = 256
@@ -145,35 +148,34 @@ def mask(*, own: str = "sdpa", **arguments: Any) -> Any:
 
     own: the attention implementation of the model.
     """
-    rows = _row_mask(**arguments)
+    rows = _row_mask(arguments)
     return rows if rows is not None else STOCK[own](**arguments)
 
 
-def _row_mask(
-    *, batch_size: int, q_length: int, kv_length: int, mask_function: Callable[..., Tensor], q_offset: Any = 0,
-    kv_offset: Any = 0, attention_mask: Tensor | None = None, local_size: int | None = None, use_vmap: bool = False,
-    device: Any = "cpu", **others: Any,
-) -> RowMask | None:  # fmt: skip
+def _row_mask(arguments: Mapping[str, Any]) -> RowMask | None:
     """The rows that a mask separates; None if it is another kind of mask.
 
     Only padding attends to padding at the end of a sequence, so that it may count as a part of the last row.
 
     Args:
-        batch_size, q_length, kv_length, ...: As transformers calls a mask function.
-        mask_function: Takes the numbers of sequence, head, query and key to whether the query attends to the key.
+        arguments: As transformers calls a mask function; the `mask_function` among them takes the numbers of sequence,
+            head, query and key to whether the query attends to the key.
     """
-    if use_vmap or q_length != kv_length or not (isinstance(q_offset, int) and q_offset == kv_offset == 0):
+    q_length, batch_size, local_size = arguments["q_length"], arguments["batch_size"], arguments.get("local_size")
+    offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
+    if arguments.get("use_vmap") or arguments["kv_length"] != q_length or offsets != (0, 0):
         return None
-    if not others.keys() <= MASK_OPTIONS:
+    padding, device = arguments.get("attention_mask"), arguments.get("device", "cpu")
+    if not arguments.keys() <= MASK_ARGUMENTS:
         return None
-    if attention_mask is not None and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+    if padding is not None and bool((padding[:, 1:] > padding[:, :-1]).any()):
         return None
     sequences, positions = torch.arange(batch_size, device=device)[:, None], torch.arange(q_length, device=device)
 
     def attends(queries: Tensor, keys: Tensor) -> Tensor:
         shape = (queries - keys).shape
         first = (sequences.view(-1, *[1] * len(shape)), torch.zeros((), dtype=torch.long, device=device))
-        return torch.as_tensor(mask_function(*first, queries, keys)).expand(batch_size, *shape)
+        return torch.as_tensor(arguments["mask_function"](*first, queries, keys)).expand(batch_size, *shape)
 
     continues = attends(positions[1:], positions[:-1])
     if not bool((continues == continues[:1]).all()):
@@ -196,9 +198,8 @@ def _row_mask(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, own: str = "sdpa",
-    scaling: float | None = None, dropout: float = 0.0, **others: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, own: str = "sdpa", **options: Any
+) -> tuple[Tensor, None]:
     """An attention function of transformers: within rows where there is a `RowMask`, else the stock one.
 
     Args:
@@ -208,6 +209,7 @@ def attention(
         value: The same as `key`; of another size in some families.
         attention_mask: What `mask` returned.
         own: The attention implementation of the model.
+        options: As transformers hands them to an attention function.
 
     Returns:
         (sequences, length, heads, size), and no weights.
@@ -216,18 +218,16 @@ def attention(
         TypeError, ValueError: The layer needs something that is not computed here.
     """
     if not isinstance(attention_mask, RowMask):
-        result, *_ = _stock(module, own)(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        result, *_ = _stock(module, own)(module, query, key, value, attention_mask, **options)
         return result, None
-    check_known(others, *HELD)
-    cap, sinks = others.get("softcap"), others.get("s_aux")
-    causal = getattr(module, "is_causal", True) if others.get("is_causal") is None else True
+    check_known(options, *HELD)
+    cap, sinks, dropout, scaling = (options.get(name) for name in ("softcap", "s_aux", "dropout", "scaling"))
+    causal = getattr(module, "is_causal", True) or options.get("is_causal") is not None
     if not causal or (sinks is not None and sinks.requires_grad):
         raise ValueError("attention within rows has no trained sinks, and is causal")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale, dropout = query.shape[-1] ** -0.5 if scaling is None else scaling, dropout or 0.0
     if not dropout and _fits(query, key, value, special=cap is not None or sinks is not None):
-        return attend_in_tiles(query, key, value, attention_mask.layout, scale, cap, sinks), None
+        return attend_in_tiles(query, key, value, attention_mask.layout, Scoring(scale, cap or 0.0, sinks)), None
     attend = partial(_sdpa, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     if cap is not None or sinks is not None:
         attend = partial(_as_module, module, attention_mask, dropout=dropout, scaling=scale, softcap=cap, s_aux=sinks)
@@ -252,10 +252,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, *, special: bool) -> bool:
     return alike and shapes and (special or fused_ops(query) is not reference)
 
 
-def attend_in_tiles(
-    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, cap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
     """Attention by the kernel of the layers that are replaced.
 
     Args:
@@ -263,9 +260,7 @@ def attend_in_tiles(
         key: The same, with as many heads or fewer.
         value: The same as `key`, of the same size or a smaller one.
         layout: Of all tokens, one sequence after the other.
-        scale: Of the scores.
-        cap: See `reference.attend`.
-        sinks: The same.
+        scoring: How scores are made; sinks of any shape.
 
     Returns:
         (sequences, length, heads, size of a value).
@@ -274,31 +269,26 @@ def attend_in_tiles(
     groups, rest = key.shape[1], size - value.shape[-1]
     queries = query.reshape(sequences, groups, -1, length, size).permute(1, 0, 3, 2, 4).flatten(1, 2)
     keys, values = (x.transpose(0, 1).flatten(1, 2) for x in (key, functional.pad(value, (0, rest)) if rest else value))
-    bounds = None if sinks is None else sinks.detach().float().reshape(-1)
+    sinks = None if scoring.sinks is None else scoring.sinks.detach().float().reshape(-1)
     apply: Any = _TiledAttention.apply
-    result: Tensor = apply(queries, keys, values, layout, scale, cap or 0.0, bounds)
+    result: Tensor = apply(queries, keys, values, layout, scoring._replace(sinks=sinks))
     return result.view(sequences, length, heads, size)[..., : value.shape[-1]]
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, cap: float,
-        sinks: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        ctx.scoring, ctx.layout = (scale, cap), layout
-        around = layout.spans, layout.keys, layout.tiles
-        result, total = fused_ops(query).attend(query, key, value, *around, scale, cap, sinks)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
+        ctx.layout, ctx.scoring = layout, scoring
+        result, total = fused_ops(query).attend(query, key, value, layout, scoring)
         ctx.save_for_backward(result, total, query, key, value)
         output: Tensor = result
         return output
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        layout, saved = ctx.layout, ctx.saved_tensors
-        around = layout.spans, layout.keys, layout.tiles
-        gradients = fused_ops(gradient).attend_backward(gradient, *saved, *around, *ctx.scoring)
-        return *gradients, None, None, None, None
+        result, total, *inputs = ctx.saved_tensors
+        ops = fused_ops(gradient)
+        return *ops.attend_backward(gradient, (result, total), inputs, ctx.layout, ctx.scoring), None, None
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any) -> Tensor:

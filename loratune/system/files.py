@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from loratune.codes import Code
 from loratune.errors import LockedError, Problem, ResourceError, is_disk_full
@@ -78,6 +78,15 @@ def is_directory(path: Path) -> bool:
     return kind(path) == "a directory"
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a regular file for reading. No link is followed. Raises OSError: there is none, or it cannot be opened."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The content of a regular file.
 
@@ -85,12 +94,10 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         OSError: The file cannot be read, is of another kind, or has more than `max_bytes` bytes.
         ValueError: It is not UTF-8.
     """
-    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with open_file(path) as file:
         content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
+    if len(content) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
     return content.decode()
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratune.kernels.compiled import build, library, reference
 from loratune.kernels.compiled.library import Library
+from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.upstream import is_fake
 
 DEFINES = dict(zip((torch.bfloat16, torch.float32), build.DEFINES, strict=True))
@@ -154,34 +155,35 @@ class CompiledOps:
         return joined
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
-        cap: float = 0.0, sinks: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring
+    ) -> tuple[Tensor, Tensor]:
         """See `reference.attend`."""
         query, key, value = self._contiguous(query, key, value)
-        layout = _checked(spans, torch.int32), _checked(keys, torch.int32), _checked(tiles, torch.int64)
         groups, tokens, heads, size = query.shape
         totals = query.new_empty(groups, tokens, heads, dtype=torch.float32)
         outputs = [query.new_empty(tokens, groups * heads * size), totals]
-        sinks = None if sinks is None else _checked(sinks, torch.float32)
-        inputs = (query, key, value, *layout, len(tiles), float(scale), float(cap), sinks)
+        sinks = None if scoring.sinks is None else _checked(scoring.sinks, torch.float32)
+        inputs = query, key, value, *_tiles(layout), float(scoring.scale), float(scoring.cap), sinks
         self._call_with_scratch("attend", outputs, *inputs, tokens, groups, heads, size)
         return outputs[0], outputs[1]
 
     def attend_backward(
-        self, gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-        spans: Tensor, keys: Tensor, tiles: Tensor, scale: float, cap: float = 0.0,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        gradient: Tensor,
+        outputs: tuple[Tensor, Tensor],
+        inputs: tuple[Tensor, Tensor, Tensor],
+        layout: Layout,
+        scoring: Scoring,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """See `reference.attend_backward`."""
-        gradient, result, query, key, value = self._contiguous(gradient, result, query, key, value)
-        total = _checked(total, torch.float32)
-        layout = _checked(spans, torch.int32), _checked(keys, torch.int32), _checked(tiles, torch.int64)
+        gradient, result, query, key, value = self._contiguous(gradient, outputs[0], *inputs)
+        attended = gradient, result, _checked(outputs[1], torch.float32), query, key, value
         groups, tokens, heads, size = query.shape
         sums = (query.new_zeros(groups, tokens, size, dtype=torch.float32) for _ in range(2))
-        outputs = [query.new_empty(query.shape), *sums]
-        inputs = (gradient, result, total, query, key, value, *layout, len(tiles), float(scale), float(cap))
-        self._call_with_scratch("attend_backward", outputs, *inputs, tokens, groups, heads, size)
-        dquery, dkey, dvalue = outputs
+        gradients = [query.new_empty(query.shape), *sums]
+        options = *_tiles(layout), float(scoring.scale), float(scoring.cap)
+        self._call_with_scratch("attend_backward", gradients, *attended, *options, tokens, groups, heads, size)
+        dquery, dkey, dvalue = gradients
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
     def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
@@ -210,6 +212,12 @@ def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype != dtype:
         raise TypeError(f"a tensor of {tensor.dtype} where {dtype} is needed")
     return tensor.contiguous()
+
+
+def _tiles(layout: Layout) -> tuple[Tensor, Tensor, Tensor, int]:
+    """The arguments of C for a layout."""
+    spans, keys = (_checked(tensor, torch.int32) for tensor in (layout.spans, layout.keys))
+    return spans, keys, _checked(layout.tiles, torch.int64), len(layout.tiles)
 
 
 def _angles(cosine: Tensor, sine: Tensor) -> list[Tensor]:

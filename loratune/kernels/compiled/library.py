@@ -12,24 +12,28 @@ import logging
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
-from loratune.system.files import make_private_directory, open_private_directory, ownership_problem
+from loratune.system.files import (
+    create_private_file,
+    make_private_directory,
+    open_file,
+    open_private_directory,
+    ownership_problem,
+)
 
 _log = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 20  # Of a file that is read; a library has 100 kB.
 _REINSTALL = "install loratune again (pip install --force-reinstall --no-deps)"
+_NOT_KEPT = "the fast CPU code is compiled again for each run, as it cannot be kept: {}"
 _INSTALL_COMPILER = "install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
 
 
@@ -59,9 +63,8 @@ def load(define: str) -> Library:
         return compiled(define)
     variant = build.choose(platform.machine(), features())
     if variant is None:
-        library = compiled(define)
-        why = f"loratune came with compiled code for other processors than this one, and {library.note}"
-        return replace(library, note=why) if library.functions is None else library
+        library, why = compiled(define), "loratune came with compiled code for other processors than this one"
+        return replace(library, note=f"{why}, and {library.note}") if library.functions is None else library
     try:
         return _load_shipped(variant, define)
     except OSError as error:
@@ -69,8 +72,7 @@ def load(define: str) -> Library:
     library = compiled(define)
     if library.functions is None:
         return replace(library, note=f"{why}; and {library.note}")
-    parts = [why, "it is compiled on this machine instead", *([library.note] if library.note else [])]
-    return replace(library, note="; ".join(parts))
+    return replace(library, note="; ".join(filter(None, (why, "it is compiled on this machine instead", library.note))))
 
 
 def _load_shipped(variant: Variant, define: str) -> Library:
@@ -110,17 +112,16 @@ def compiled(define: str, variant: Variant = NATIVE) -> Library:
         return Library(None, f"there is no C compiler (gcc, cc or clang); {_INSTALL_COMPILER}")
     compiler = os.path.abspath(executable)
     try:
-        return _load_cached(compiler, variant, define)
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:  # No home directory, space or permission.
-        why = reason(error)
-    except subprocess.TimeoutExpired as error:
-        return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
-    try:
-        with tempfile.TemporaryDirectory(prefix="loratune-") as scratch, _open_directory(Path(scratch)) as directory:
-            functions = _link(_compile(compiler, variant, define, directory))
-        note = f"the fast CPU code is compiled again for each run, as it cannot be kept: {why}"
-        return Library(functions, note, _name(variant, _key(compiler, variant, define)))
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        key = _key(compiler, variant, define)
+        name = f"{variant.name}-{key}"
+        path, note = _cache_file(f"{name}.so")
+        functions = _load_cached(path, key) if path is not None and not note else None
+        if functions is None:
+            content = _compile(compiler, variant, define)
+            functions = _link(content)
+            note = (_keep(path, key, content) if path is not None else "") or note
+        return Library(functions, note or None, name)
+    except (OSError, subprocess.SubprocessError) as error:
         return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
 
 
@@ -131,100 +132,53 @@ def cache_directory() -> Path:
     return cache / "loratune"
 
 
-def _load_cached(compiler: str, variant: Variant, define: str) -> Library:
-    """From the cache; compiled into it if it is missing, damaged, or cannot be loaded."""
-    key, path = _key(compiler, variant, define), cache_directory()
-    library_name = _name(variant, key)
-    make_private_directory(path)
-    with _open_directory(path, repair=True) as directory:
-        repaired, name = directory.repaired, f"{library_name}.so"
-        if not repaired and (content := directory.read(name, key)) is not None:
-            try:
-                return Library(_link(content), name=library_name)
-            except OSError:
-                _log.debug("%s from the cache cannot be loaded, and is compiled again", name, exc_info=True)
-        content = _compile(compiler, variant, define, directory)
-        functions = _link(content)
-        try:
-            directory.write(name, key, content)
-        except OSError as error:
-            note = f"the fast CPU code is compiled again for each run, as {path} cannot keep it: {reason(error)}"
-            return Library(functions, note, library_name)
-    note = f"others could write to {path}: now only you can, and what was there was not used"
-    return Library(functions, note if repaired else None, library_name)
-
-
-@dataclass(frozen=True)
-class _Directory:
-    """An open directory that only this user can write to.
-
-    Attributes:
-        descriptor: Its file descriptor, by which its files are opened: the directory's path could change meanwhile.
-        repaired: Others could write to it until now.
-    """
-
-    descriptor: int
-    repaired: bool
-
-    def read(self, name: str, key: str) -> bytes | None:
-        """What `write` has written; None if it is missing, damaged, or others can write to it."""
-        try:
-            descriptor = os.open(
-                name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=self.descriptor
-            )
-        except FileNotFoundError:
-            return None
-        except OSError:
-            _log.debug("%s is not read from the cache", name, exc_info=True)
-            return None
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or ownership_problem(status):
-                return None
-            with os.fdopen(descriptor, "rb", closefd=False) as file:
-                return build.unsealed(key, file.read(_MAX_BYTES))
-        finally:
-            os.close(descriptor)
-
-    def write(self, name: str, key: str, content: bytes) -> None:
-        """Write a file, sealed with its key, whole or not at all."""
-        unfinished = f"{name}.{uuid.uuid4().hex}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            with os.fdopen(os.open(unfinished, flags, 0o600, dir_fd=self.descriptor), "wb") as file:
-                file.write(build.sealed(key, content))
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(unfinished, name, src_dir_fd=self.descriptor, dst_dir_fd=self.descriptor)
-        except OSError:
-            with suppress(OSError):
-                os.unlink(unfinished, dir_fd=self.descriptor)
-            raise
-        os.fsync(self.descriptor)
-
-
-@contextmanager
-def _open_directory(path: Path, *, repair: bool = False) -> Iterator[_Directory]:
-    """A directory that only this user can write to, see `open_private_directory`."""
-    with open_private_directory(path, repair=repair) as directory:
-        yield _Directory(directory.descriptor, directory.repaired)
-
-
-def _compile(compiler: str, variant: Variant, define: str, directory: _Directory) -> bytes:
-    """Compile the library in a scratch directory, and return its bytes."""
-    scratch = f"build-{uuid.uuid4().hex}"
-    os.mkdir(scratch, 0o700, dir_fd=directory.descriptor)
+def _cache_file(name: str) -> tuple[Path | None, str]:
+    """The path of a file in the cache, None if the cache cannot be used; and a note for the user if the file must not
+    be loaded."""
     try:
-        descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=directory.descriptor)
-        try:
-            # The compiler's process inherits the descriptor.
-            build.compile_library(compiler, variant, define, f"/proc/self/fd/{descriptor}")
-            with os.fdopen(os.open("library.so", os.O_RDONLY | os.O_NOFOLLOW, dir_fd=descriptor), "rb") as file:
-                return file.read(_MAX_BYTES)
-        finally:
-            os.close(descriptor)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True, dir_fd=directory.descriptor)
+        directory = cache_directory()
+        make_private_directory(directory)
+        with open_private_directory(directory, repair=True) as opened:
+            repaired = opened.repaired
+    except (OSError, RuntimeError) as error:  # There is no home directory, space or permission.
+        return None, _NOT_KEPT.format(reason(error))
+    note = f"others could write to {directory}: now only you can, and what was there was not used"
+    return directory / name, note if repaired else ""
+
+
+def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
+    """A library from the cache; None if it is missing or damaged, cannot be loaded, or others can write to it."""
+    try:
+        with open_file(path) as file:
+            is_ours = not ownership_problem(os.fstat(file.fileno()))
+            content = build.unsealed(key, file.read(_MAX_BYTES)) if is_ours else None
+        return _link(content) if content is not None else None
+    except OSError:
+        _log.debug("%s is not loaded from the cache", path, exc_info=True)
+        return None
+
+
+def _keep(path: Path, key: str, content: bytes) -> str:
+    """Write a library to the cache, whole or not at all. Returns a note for the user if it cannot be written."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        create_private_file(unfinished)
+        with unfinished.open("wb") as file:
+            file.write(build.sealed(key, content))
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        return _NOT_KEPT.format(reason(error))
+    return ""
+
+
+def _compile(compiler: str, variant: Variant, define: str) -> bytes:
+    """Compile the library in a scratch directory, and return its bytes."""
+    with tempfile.TemporaryDirectory(prefix="loratune-") as scratch:
+        build.compile_library(compiler, variant, define, scratch)
+        return Path(scratch, "library.so").read_bytes()
 
 
 def _link(content: bytes) -> ctypes.CDLL:
@@ -246,10 +200,6 @@ def _link(content: bytes) -> ctypes.CDLL:
     if absent := [name for name in build.functions() if not hasattr(library, name)]:
         raise OSError(f"the library has no function {absent[0]}")
     return library
-
-
-def _name(variant: Variant, key: str) -> str:
-    return f"{variant.name}-{key}"
 
 
 def _key(compiler: str, variant: Variant, define: str) -> str:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from loratune.kernels.layout import Layout, Scoring
+
 SILU = 1.0, 0.0
 GELU = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715
 """Activations x * sigmoid(linear * x + cubic * x^3), as (linear, cubic). This GELU is that of a tanh, as in Gemma."""
@@ -98,13 +100,13 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
     return torch.cat([queries.to(query.dtype), keys.to(query.dtype), value.transpose(0, 1)], 1).view(tokens, -1)
 
 
-def _tile(spans: Tensor, keys: Tensor, bounds: list[int], heads: int) -> tuple[slice, Tensor, Tensor]:
+def _tile(layout: Layout, bounds: list[int], heads: int) -> tuple[slice, Tensor, Tensor]:
     """The queries of a tile; the tokens of its keys, where none is the first token; and which keys the heads of the
     queries attend to: (queries * heads, keys), bool. bounds: of the tile, see `Layout`."""
     first, end, place, count, shared, _ = bounds
-    tokens = keys[place : place + count].long()
-    numbers = torch.arange(count, device=spans.device)
-    low, begin, past = (column[:, None] for column in spans[first:end].unbind(1))
+    tokens = layout.keys[place : place + count].long()
+    numbers = torch.arange(count, device=tokens.device)
+    low, begin, past = (column[:, None] for column in layout.spans[first:end].unbind(1))
     visible = ((numbers >= low) & (numbers < shared)) | ((numbers >= begin) & (numbers < past))
     return slice(first, end), tokens.clamp(min=0), visible.repeat_interleave(heads, 0)
 
@@ -124,29 +126,21 @@ def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
     return product
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, cap: float) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
     """What the softmax takes, in float32: large scores would lose too much in bfloat16. (groups, queries, keys)."""
-    scores = query.float() @ key.float().transpose(1, 2) * scale
-    return cap * (scores / cap).tanh() if cap else scores
+    scores = query.float() @ key.float().transpose(1, 2) * scoring.scale
+    return scoring.cap * (scores / scoring.cap).tanh() if scoring.cap else scores
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, spans: Tensor, keys: Tensor, tiles: Tensor, scale: float,
-    cap: float = 0.0, sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> tuple[Tensor, Tensor]:
     """Causal self-attention, tile by tile.
 
     Args:
         query: (groups, tokens, heads, size).
         key: (groups, tokens, size).
         value: The same shape.
-        spans: (tokens, 3), int32, see `Layout`.
-        keys: (any,), int32, see `Layout`.
-        tiles: (count, 6), int64, see `Layout`.
-        scale: Of the scores.
-        cap: The bound that scores approach by a tanh, as in Gemma 2; 0 for none.
-        sinks: Of each head, a score that takes its share of the weights and gives nothing, as in GPT-OSS:
-            (groups * heads,), float32.
+        layout: Which tokens attend to which others; its tiles are computed.
+        scoring: How scores are made.
 
     Returns:
         (tokens, groups * heads * size); and, for `attend_backward`, the logarithms of the sums of exponentials:
@@ -155,13 +149,13 @@ def attend(
     groups, tokens, heads, size = query.shape
     result = query.new_empty(tokens, groups, heads, size)
     total = torch.empty(groups, tokens, heads, device=query.device)
-    for bounds in tiles.tolist():
-        queries, tokens_of, visible = _tile(spans, keys, bounds, heads)
-        scores = _scores(query[:, queries].flatten(1, 2), key[:, tokens_of], scale, cap)
+    for bounds in layout.tiles.tolist():
+        queries, tokens_of, visible = _tile(layout, bounds, heads)
+        scores = _scores(query[:, queries].flatten(1, 2), key[:, tokens_of], scoring)
         scores = scores.masked_fill(~visible, float("-inf"))
         sums = scores.logsumexp(-1)
-        if sinks is not None:
-            sums = sums.logaddexp(sinks.view(groups, heads).repeat(1, queries.stop - queries.start))
+        if scoring.sinks is not None:
+            sums = sums.logaddexp(scoring.sinks.view(groups, heads).repeat(1, queries.stop - queries.start))
         total[:, queries] = sums.view(groups, -1, heads)
         weights = (scores - sums[..., None]).exp().masked_fill(~visible, 0)
         product = _masked_product(weights.to(value.dtype), value[:, tokens_of], visible)
@@ -170,28 +164,36 @@ def attend(
 
 
 def attend_backward(
-    gradient: Tensor, result: Tensor, total: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    spans: Tensor, keys: Tensor, tiles: Tensor, scale: float, cap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    gradient: Tensor,
+    outputs: tuple[Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    layout: Layout,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value. Weights are recomputed, as in FlashAttention (Dao et al. 2022).
 
-    gradient: that of the result; the others are the inputs and outputs of `attend`, whose `total` knows of sinks.
+    Args:
+        gradient: That of the result.
+        outputs: What `attend` returned; its sums include those of sinks.
+        inputs: The query, key and value that it was given.
+        layout, scoring: As there.
     """
+    (result, total), (query, key, value) = outputs, inputs
     groups, tokens, heads, size = query.shape
     shape = (tokens, groups, heads, size)
     inner = (gradient.float() * result.float()).reshape(shape).sum(-1).transpose(0, 1)
     outer = gradient.reshape(shape).transpose(0, 1)
     dquery = query.new_empty(query.shape)
     dkey, dvalue = (torch.zeros(groups, tokens, size, device=query.device) for _ in range(2))
-    for bounds in tiles.tolist():
-        tile, tokens_of, visible = _tile(spans, keys, bounds, heads)
+    for bounds in layout.tiles.tolist():
+        tile, tokens_of, visible = _tile(layout, bounds, heads)
         queries, out, sums, shares = (part[:, tile].flatten(1, 2) for part in (query, outer, total, inner))
         tile_keys, tile_values = key[:, tokens_of], value[:, tokens_of]
-        scores = _scores(queries, tile_keys, scale, cap)
+        scores = _scores(queries, tile_keys, scoring)
         weights = (scores - sums[..., None]).exp().masked_fill(~visible, 0)
-        dscores = weights * (out.float() @ tile_values.float().transpose(1, 2) - shares[..., None]) * scale
-        if cap:
-            dscores *= 1 - (scores / cap).square()
+        dscores = weights * (out.float() @ tile_values.float().transpose(1, 2) - shares[..., None]) * scoring.scale
+        if scoring.cap:
+            dscores *= 1 - (scores / scoring.cap).square()
         weights, dscores = weights.to(query.dtype), dscores.masked_fill(~visible, 0).to(query.dtype)
         dquery[:, tile] = _masked_product(dscores, tile_keys, visible).view(groups, -1, heads, size)
         dvalue.index_add_(1, tokens_of, _masked_product(weights.transpose(1, 2), out, visible.t()).float())

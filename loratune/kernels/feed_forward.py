@@ -1,4 +1,4 @@
-"""A mixture of frozen experts: the tokens of each expert together, without gradients of its weights."""
+"""Feed-forward layers between norms: gated ones, mixtures of frozen experts, and RMS norms."""
 
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,7 +9,69 @@ from torch import Tensor
 
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.reference import FusedOps
+from loratune.kernels.lora_linear import Projection
 from loratune.kernels.upstream import is_fake
+
+
+@dataclass(frozen=True)
+class GatedLayer:
+    """down(silu(gate(x)) * up(x)), or with another activation. joined: gate and up as one product."""
+
+    joined: Projection
+    down: Projection
+    ops: FusedOps
+    activation: tuple[float, float] = reference.SILU
+
+    def __call__(self, x: Tensor, *, training: bool) -> Tensor:
+        """x: (tokens, in). Returns (tokens, out)."""
+        parameters = (*self.joined.parameters(), *self.down.parameters())
+        apply: Any = _GatedLayerFunction.apply
+        result: Tensor = apply(x, self, training, *parameters)
+        return result
+
+
+class _GatedLayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: GatedLayer, training: bool, *parameters: Tensor) -> Tensor:
+        count = len(layer.joined.parameters())
+        both, joined_lora = layer.joined.forward(x, training, parameters[:count])
+        gated = layer.ops.swiglu(both, *layer.activation)
+        y, down_lora = layer.down.forward(gated, training, parameters[count:])
+        joined_saved, down_saved = (lora.tensors() if lora else [] for lora in (joined_lora, down_lora))
+        ctx.layer, ctx.split = layer, len(joined_saved)
+        inputs = x if joined_lora else None, gated if down_lora else None
+        ctx.save_for_backward(both, *inputs, *joined_saved, *down_saved)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        layer, (both, x, gated, *saved) = ctx.layer, ctx.saved_tensors
+        parts = saved[: ctx.split], saved[ctx.split :]
+        joined_lora, down_lora = (one.saved(part) for one, part in zip((layer.joined, layer.down), parts, strict=True))
+        dgated, down_gradients = layer.down.backward(dy, gated, down_lora, needs_dx=True)
+        dboth = layer.ops.swiglu_backward(dgated, both, *layer.activation)
+        dx, joined_gradients = layer.joined.backward(dboth, x, joined_lora, needs_dx=ctx.needs_input_grad[0])
+        return dx, None, None, *joined_gradients, *down_gradients
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps, added: float = 0.0) -> Tensor:
+    """`reference.rms_norm` with a frozen weight. x: (..., size); weight: (size,). Returns (..., size)."""
+    result: Tensor = _RMSNorm.apply(x, weight, epsilon, ops, added)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, ops: FusedOps, added: float) -> Tensor:
+        y, inverse = ops.rms_norm(x, weight, epsilon, added)
+        ctx.ops, ctx.added = ops, added
+        ctx.save_for_backward(x, weight, inverse)
+        result: Tensor = y
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return ctx.ops.rms_norm_backward(dy, *ctx.saved_tensors, ctx.added), None, None, None, None
 
 
 @dataclass(frozen=True)

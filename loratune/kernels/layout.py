@@ -1,0 +1,212 @@
+"""Which tokens of a batch attend to which others: the layout that the kernels of attention read."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+TILE = 128
+"""Queries whose scores are in memory at once."""
+LANES = 16
+"""Keys of a vector: those that a tile shares are filled up to a multiple of it."""
+TILE_COST = 32
+"""What a tile costs by itself, in keys that it has."""
+
+Value = TypeVar("Value")
+
+
+class Scoring(NamedTuple):
+    """How the scores of attention are made.
+
+    Attributes:
+        scale: What the product of query and key is multiplied by.
+        cap: The bound that scores approach by a tanh, as in Gemma 2; 0 for none.
+        sinks: Of each head, a score that takes its share of the weights and gives nothing, as in GPT-OSS:
+            (groups * heads,), float32.
+    """
+
+    scale: float
+    cap: float = 0.0
+    sinks: Tensor | None = None
+
+
+class PerBatch(Generic[Value]):
+    """Caches what is computed from the positions of a batch, for all layers that see the same batch.
+
+    compute: takes positions, (tokens,), and a key.
+    """
+
+    def __init__(self, compute: Callable[[Tensor, Any], Value]):
+        self._compute = compute
+        self._values: dict[Hashable, Value] = {}
+        self._batch: tuple[Tensor, torch.Size] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def get(self, positions: Tensor, shape: torch.Size, key: Hashable = None) -> Value:
+        """positions: (1 or rows, length), of a batch of this shape."""
+        if self._batch is None or self._batch[0] is not positions or self._batch[1] != shape:
+            self._batch, self._values = (positions, shape), {}
+        if key not in self._values:
+            self._values[key] = self._compute(positions.expand(shape).reshape(-1), key)
+        return self._values[key]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens attend to which others, in a batch of packed rows or of a tree of them, tile by tile.
+
+    A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
+    stand several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
+    tile: each is computed by itself, see `whole_rows`.
+
+    Attributes:
+        spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
+            on that are shared, and to those from `begin` to `end`, the last of which is itself.
+        keys: (any,), int32: the tokens of the keys of all tiles; -1 for none.
+        tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
+            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to
+            a multiple of LANES. Where `repeats` is 1, a token may stand among the keys several times.
+        rows: The first token of each row that is in no tile, and the one after its last.
+    """
+
+    spans: Tensor
+    keys: Tensor
+    tiles: Tensor
+    rows: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def of(cls, positions: Tensor, window: int | None = None, tile: int = TILE, whole: int | None = None) -> "Layout":
+        """The layout of a batch.
+
+        Args:
+            positions: (tokens,), of each token in its row. A token follows the last one before it with a lower
+                position, and attends to what that attends to. So a row begins where there is none, and rows share a
+                prefix where positions go back to one above 0: tokens are those of a tree, depth first.
+            window: How many positions each token attends to, its own included.
+            tile: The most queries of a tile.
+            whole: The fewest tokens of a row that is in no tile, if it is no longer than the window; None: all are.
+        """
+        of_tokens = positions.numpy()
+        spans = np.zeros((len(of_tokens), 3), np.int32)
+        keys: list[NDArray[np.integer[Any]]] = [np.empty(0, np.int32)]
+        rows, tiles, place = [], list[tuple[int, ...]](), 0
+
+        def is_whole(node: _Node) -> bool:
+            length = node.end - node.first
+            return whole is not None and not node.before and whole <= length <= (window or length)
+
+        for are_whole, nodes in groupby(_nodes(of_tokens), is_whole):
+            if are_whole:
+                rows += [(node.first, node.end) for node in nodes]
+                continue
+            for members in _groups([part for node in nodes for part in node.parts(tile)], tile):
+                shared, own = _keys(members, of_tokens, window, spans)
+                keys += own
+                count = sum(map(len, own))
+                least = min(node.depth for node in members)
+                repeats = any(node.depth > least for node in members[1:])
+                tiles.append((members[0].first, members[-1].end, place, count, shared, repeats))
+                place += count
+        joined, bounds = np.concatenate(keys, dtype=np.int32), torch.tensor(tiles, dtype=torch.int64).view(-1, 6)
+        return cls(torch.from_numpy(spans), torch.from_numpy(joined), bounds, tuple(rows))
+
+
+@dataclass(frozen=True)
+class _Node:
+    """Tokens of a tree that follow one another.
+
+    Attributes:
+        first: The first one.
+        end: The one after the last.
+        before: Spans of the tokens that they follow, from the beginning of the row on.
+        whole: Whether they are no part of a longer node.
+    """
+
+    first: int
+    end: int
+    before: tuple[tuple[int, int], ...]
+    whole: bool = True
+
+    def parts(self, most: int) -> "Iterator[_Node]":
+        """The node in equal parts of so many tokens at most."""
+        count = -(-(self.end - self.first) // most)
+        for part in range(count):
+            first, end = (self.first + (self.end - self.first) * number // count for number in (part, part + 1))
+            before = (*self.before, (self.first, first)) if part else self.before
+            yield _Node(first, end, before, whole=count == 1)
+
+    @property
+    def depth(self) -> int:
+        """How many tokens they follow."""
+        return sum(end - begin for begin, end in self.before)
+
+    @property
+    def path(self) -> NDArray[np.integer[Any]]:
+        """The tokens that they follow, and themselves."""
+        return np.concatenate([np.arange(*span) for span in (*self.before, (self.first, self.end))])
+
+
+def _nodes(positions: NDArray[np.integer[Any]]) -> Iterator[_Node]:
+    """The nodes of a tree, from the positions of its tokens."""
+    bounds = [0, *(np.flatnonzero(np.diff(positions) <= 0) + 1).tolist(), len(positions)]
+    path: list[tuple[int, int]] = []
+    for first, end in pairwise(bounds):
+        while path and positions[path[-1][0]] >= positions[first]:
+            path.pop()
+        if path:
+            begin, last = path[-1]
+            path[-1] = begin, begin + int(np.searchsorted(positions[begin:last], positions[first]))
+        yield _Node(first, end, tuple(path))
+        path.append((first, end))
+
+
+def _groups(nodes: Sequence[_Node], most: int) -> Iterator[Sequence[_Node]]:
+    """Put nodes together to tiles of so many queries at most, so that keys are few; parts of nodes stay alone."""
+    depths, sizes = [node.depth for node in nodes], [node.end - node.first for node in nodes]
+    costs, ends = [0] * (len(nodes) + 1), [0] * len(nodes)
+    for start in range(len(nodes) - 1, -1, -1):
+        queries, paths, shared, best = 0, 0, depths[start], -1
+        for number in range(start, len(nodes)):
+            queries, paths = queries + sizes[number], paths + depths[number] + sizes[number]
+            if number > start and (queries > most or not (nodes[start].whole and nodes[number].whole)):
+                break
+            shared = min(shared, depths[number])
+            cost = TILE_COST + paths - (number - start) * shared + costs[number + 1]
+            if best < 0 or cost <= best:
+                best, ends[start] = cost, number + 1
+        costs[start] = best
+    start = 0
+    while start < len(nodes):
+        yield nodes[start : ends[start]]
+        start = ends[start]
+
+
+def _keys(
+    members: Sequence[_Node], positions: NDArray[np.integer[Any]], window: int | None, spans: NDArray[np.int32]
+) -> tuple[int, list[NDArray[np.integer[Any]]]]:
+    """How many keys of a tile are shared, and all of them in several arrays. spans: receives those of the tile.
+
+    members: the nodes of the tile.
+    """
+    reach = window or len(positions) + int(positions.max()) + 1
+    common = min(node.depth for node in members) if len(members) > 1 else 0
+    shared = members[0].path[:common]
+    lowest = min(positions[node.first] for node in members) - reach
+    shared = shared[positions[shared] > lowest]
+    keys = [shared, np.full(-len(shared) % LANES, -1)]
+    begin = sum(map(len, keys))
+    for node in members:
+        own = node.path[common:]
+        own = own[positions[own] > positions[node.first] - reach]
+        of_node, span = positions[node.first : node.end], spans[node.first : node.end]
+        span[:, 0] = np.searchsorted(positions[shared], of_node - reach, "right")
+        span[:, 1] = begin + np.searchsorted(positions[own], of_node - reach, "right")
+        keys.append(own)
+        begin += len(own)
+        span[:, 2] = np.arange(begin - len(of_node), begin) + 1
+    return len(shared), keys
