@@ -38,7 +38,7 @@ from loratune import kernels
 from loratune.data.packing import flatten, pad
 from loratune.errors import ModelError
 from loratune.kernels import acceleration, masks, replacements
-from loratune.kernels.attention import Layout, PerBatch
+from loratune.kernels.layout import Layout, PerBatch
 from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.recognition import LIST, Layer, checked
 from loratune.lora import attach

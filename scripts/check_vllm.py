@@ -109,10 +109,11 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     """What vLLM is asked, and for each row our log-probabilities by the adapter and by the base alone."""
     from loratune.adapter import loading  # noqa: PLC0415
     from loratune.adapter.directory import AdapterDirectory  # noqa: PLC0415
-    from loratune.config import Source, patterns  # noqa: PLC0415
+    from loratune.config import Source  # noqa: PLC0415
     from loratune.data import read_source  # noqa: PLC0415
     from loratune.export.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.export.comparison import scored_answers  # noqa: PLC0415
+    from loratune.lora import adapter_config  # noqa: PLC0415
 
     source = AdapterDirectory.open(adapter)
     split = read_source(Source(path=data), source.data) if data else None
@@ -121,7 +122,7 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]
     config = json.loads((export / "adapter_config.json").read_text())
     rank = next(most for most in VLLM_RANKS if config["r"] <= most)
-    modules = len(patterns.adapted_modules(AdapterDirectory.open(export).files.tensors))
+    modules = len(adapter_config.adapted_modules(AdapterDirectory.open(export).files.tensors))
     request = {
         "base": source.base.name_or_path, "export": str(export.absolute()), "rank": rank, "rows": rows,
         "modules": modules,

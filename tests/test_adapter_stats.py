@@ -160,4 +160,4 @@ def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path,
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
     ran = cli("params", "--adapter", tmp_path)
     assert ran.code == 5
-    assert f"{key}: not a positive number" in ran.err
+    assert f"{key}: not valid: should be " in ran.err

@@ -19,9 +19,8 @@ from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig, yaml_reader
 from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
-from loratune.config.json_schema import DIALECT, json_schema
-from loratune.config.keys import BOUNDS, Key, find, groups
-from loratune.config.preference_section import PREFERENCE_KEYS
+from loratune.config.keys import BOUNDS, DIALECT, Key, find, groups, json_schema
+from loratune.config.schema import PREFERENCE_KEYS
 from loratune.errors import ConfigError
 
 SHIPPED = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")

@@ -12,15 +12,9 @@ import pytest
 from conftest import Ran, meanings
 
 from loratune.codes import Code
-from loratune.config.patterns import (
-    BadPatternError,
-    TimeLimit,
-    check_values,
-    compile_pattern,
-    module_settings,
-    peft_values,
-)
+from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern
 from loratune.errors import AdapterError
+from loratune.lora.adapter_config import check_values, module_settings, peft_values
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]

@@ -101,8 +101,8 @@ def test_nothing_that_is_read_may_be_written_over(run: RunConfig, tmp_path: Path
 
 
 def test_what_is_read_has_a_fingerprint_that_a_resumed_run_compares() -> None:
-    assert {key for key, _, _ in CONTENTS.values()} == {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
-    assert {key for key, _, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # what is there may have moved
+    assert {key for key, _ in CONTENTS.values()} == {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
+    assert {key for key, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # what is there may have moved
     rows = {"rows": {"rows": 1, "tokens": 2}}
     before = rows | {"fingerprints": dict.fromkeys(CONTENTS, "a")}
     point = ResumePoint(Path(), (), [], 1.0, before)

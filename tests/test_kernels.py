@@ -17,9 +17,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
 from loratune.data.packing import flatten, pad
-from loratune.kernels import acceleration, attention, gpu, replacements
-from loratune.kernels.attention import Layout
+from loratune.kernels import acceleration, gpu, replacements
 from loratune.kernels.compiled import fused_ops, reference
+from loratune.kernels.layout import LANES, Layout, Scoring
 from loratune.kernels.lora_linear import Adapted, Projection, project
 from loratune.lora import attach, tensors
 
@@ -44,13 +44,14 @@ COSINE, SINE = (torch.cat([one, one], -1) for one in (ANGLES.cos(), ANGLES.sin()
 HEAD_SHAPES = ((GROUPS, TOKENS, HEADS, SIZE), (GROUPS, TOKENS, SIZE), (GROUPS, TOKENS, SIZE))
 BEGINS = torch.tensor([0] * 10 + [10] * 15 + [25] * 12)
 FIRST_KEYS = torch.tensor([0] * 10 + [10] * 27)  # of the tile of each token; the last tile has keys of two rows
-LAYOUT = (
+LAYOUT = Layout(
     torch.stack([torch.zeros(37), BEGINS - FIRST_KEYS, torch.arange(37) + 1 - FIRST_KEYS], 1).int(),
     torch.cat([torch.arange(0, 10), torch.arange(10, 20), torch.arange(10, 37)]).int(),
     torch.tensor([(0, 10, 0, 10, 0, 0), (10, 20, 10, 10, 0, 0), (20, 37, 20, 27, 0, 0)]),
 )
 
 SINKS = 2 * normal(GROUPS * HEADS, seed=7)
+PLAIN, CAPPED_SCORES = Scoring(0.25), Scoring(2.0, 3.0, SINKS)
 
 
 def heads(dtype: torch.dtype) -> list[Tensor]:
@@ -83,15 +84,15 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(TOKENS, (GROUPS * HEADS + 2 * GROUPS) * SIZE).to(dtype), COSINE, SINE, GROUPS, HEADS
     ),
     "join_heads": lambda dtype: (*(normal(*shape).to(dtype) for shape in HEAD_SHAPES), COSINE, SINE),
-    "attend": lambda dtype: (*heads(dtype), *LAYOUT, 0.25),
+    "attend": lambda dtype: (*heads(dtype), LAYOUT, PLAIN),
     "attend_backward": lambda dtype: (
-        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), *reference.attend(*heads(dtype), *LAYOUT, 0.25),
-        *heads(dtype), *LAYOUT, 0.25,
+        normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype), reference.attend(*heads(dtype), LAYOUT, PLAIN),
+        heads(dtype), LAYOUT, PLAIN,
     ),
-    "attend, with caps and sinks": lambda dtype: (*heads(dtype), *LAYOUT, 2.0, 3.0, SINKS),
+    "attend, with caps and sinks": lambda dtype: (*heads(dtype), LAYOUT, CAPPED_SCORES),
     "attend_backward, with caps and sinks": lambda dtype: (
         normal(TOKENS, GROUPS * HEADS * SIZE, seed=5).to(dtype),
-        *reference.attend(*heads(dtype), *LAYOUT, 2.0, 3.0, SINKS), *heads(dtype), *LAYOUT, 2.0, 3.0,
+        reference.attend(*heads(dtype), LAYOUT, CAPPED_SCORES), heads(dtype), LAYOUT, CAPPED_SCORES,
     ),
     "add_lora": lambda dtype: (
         normal(37, 80).to(dtype), normal(37, 96, seed=1).to(dtype), (normal(5, 96, seed=2) / 10).to(dtype),
@@ -114,9 +115,9 @@ def test_attention_of_any_size_is_the_reference(size: int, lengths: tuple[int, .
         gradient = normal(len(positions), 2 * count * size, seed=3).to(dtype)
         results = []
         for ops in (reference, fused_ops.fused_ops(query)):
-            around = (layout.spans, layout.keys, layout.tiles, size**-0.5)
-            result, total = ops.attend(query, key, value, *around)
-            results.append([result, total, *ops.attend_backward(gradient, result, total, query, key, value, *around)])
+            scoring, inputs = Scoring(size**-0.5), (query, key, value)
+            outputs = ops.attend(*inputs, layout, scoring)
+            results.append([*outputs, *ops.attend_backward(gradient, outputs, inputs, layout, scoring)])
         for old, new in zip(*results, strict=True):
             loose = 1e-5 if dtype == torch.float32 else 0.02
             assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
@@ -183,9 +184,8 @@ def test_caps_and_sinks_are_those_of_a_softmax(window: int | None) -> None:
     expected = [mixed, *torch.autograd.grad(mixed, [query, key, value], gradient)]
     heads = [query.detach(), key.detach(), value.detach()]
     for ops in (reference, fused_ops.fused_ops(gradient)):
-        around = (layout.spans, layout.keys, layout.tiles, 2.0, 3.0)
-        result, total = ops.attend(*heads, *around, SINKS)
-        found = [result, *ops.attend_backward(gradient, result, total, *heads, *around)]
+        outputs = ops.attend(*heads, layout, CAPPED_SCORES)
+        found = [outputs[0], *ops.attend_backward(gradient, outputs, heads, layout, CAPPED_SCORES)]
         for old, new in zip(expected, found, strict=True):
             assert torch.allclose(old, new, rtol=1e-5, atol=1e-5)
 
@@ -228,7 +228,7 @@ def seen(layout: Layout) -> list[list[int]]:
         tokens = [token for token in keys if token >= 0]
         assert repeats or len(tokens) == len(set(tokens))
         for low, begin, past in layout.spans[first:end].tolist():
-            assert min(low, shared) >= 0 and begin >= -(-shared // attention.LANES) * attention.LANES and past <= count
+            assert min(low, shared) >= 0 and begin >= -(-shared // LANES) * LANES and past <= count
             every.append([*keys[low:shared], *keys[begin:past]])
     return every
 
@@ -625,7 +625,7 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", ON_GPU)
 def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the kernel's reference in its place."""
-    monkeypatch.setattr(attention, "varlen_attn", row_by_row)
+    monkeypatch.setattr(gpu, "varlen_attn", row_by_row)
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     kind, changes, expected = ON_GPU[name]
     model = adapted(kind, changes=changes)
@@ -643,7 +643,7 @@ def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As they are traced, with the acceleration of a GPU; the machine's own code for them is a GPU's business."""
-    monkeypatch.setattr(attention, "varlen_attn", torch.compiler.disable(row_by_row))
+    monkeypatch.setattr(gpu, "varlen_attn", torch.compiler.disable(row_by_row))
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     model = adapted()
     loss, gradients = step(model, flatten(rows()))

@@ -25,7 +25,7 @@ from loratune.config import (
     Source,
     TrainingSection,
 )
-from loratune.config.preference_section import PREFERENCE_KEYS
+from loratune.config.schema import PREFERENCE_KEYS
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError

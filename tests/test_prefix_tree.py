@@ -14,7 +14,7 @@ from torch import Tensor
 from loratune import kernels
 from loratune.data.packing import flatten, share_prefixes
 from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
-from loratune.kernels.attention import Layout
+from loratune.kernels.layout import Layout
 from loratune.lora import attach
 
 Row = dict[str, list[int]]

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
 
 from loratune import kernels
 from loratune.kernels import masks, recognition, rowwise
-from loratune.kernels.attention import VarlenAttention
+from loratune.kernels.gpu import VarlenAttention
 from loratune.kernels.recognition import LIST, Layer, form_of, source_digest
 from loratune.kernels.replacements import FastAttention
 from loratune.lora import attach

@@ -24,7 +24,7 @@ _YAML = (".yaml", ".yml")
 def schema(debug: Debug = False) -> None:
     """Print the JSON schema of a config, for editors."""
     with boundary(debug):
-        from loratune.config.json_schema import json_schema
+        from loratune.config.keys import json_schema
         from loratune.console import print_json
 
         with checked_output():

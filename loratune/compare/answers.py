@@ -23,7 +23,7 @@ from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, div
 from loratune.compare.preferences import PreferenceMetrics, Side, names_of_sides
 from loratune.compare.results import BASE, EXACT_MATCH, LABEL_ACCURACY, ComparedAnswer, ComparedRow, ModelAnswer
 from loratune.config import DataSection
-from loratune.config.patterns import BadPatternError
+from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
 from loratune.data.rendering import TokenizedRow

@@ -15,7 +15,7 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.compare.results import EXACT_MATCH, LABEL_ACCURACY
-from loratune.config.patterns import BadPatternError, Pattern, TimeLimit, compile_pattern
+from loratune.config.expressions import BadPatternError, Pattern, TimeLimit, compile_pattern
 from loratune.errors import ConfigError, Problem, missing_package
 
 OPTION = "--metric"

@@ -1,57 +1,36 @@
-"""The configuration of a run: read from YAML, validated once, frozen. Imports no torch.
+"""The configuration of a run: read from YAML, validated once, frozen. Imports no torch."""
 
-`portability` says which clients cannot read the adapter that a config asks for; better known before the run than after.
-Portable is plain LoRA of linear layers with r ≤ 16, whole lora_alpha and no biases. Sources, as of 2026:
-vllm/lora/peft_helper.py: one scale, lora_alpha / r, for all modules; no DoRA, biases or saved modules; ranks above 16
-need --max-lora-rank. llama.cpp's convert_lora_to_gguf.py: lora_alpha as it stands, r by the tensors' shapes; A and B
-only. Ollama reads what llama.cpp converts.
-"""
-
-from collections.abc import Callable, Iterator, Sequence
+import glob
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from loratune.config import yaml_reader
-from loratune.config.data_section import DataSection, Source
-from loratune.config.file_paths import OUTPUT, input_paths, path_keys, paths, with_paths
-from loratune.config.lora_section import LoraSection
-from loratune.config.preference_section import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
-from loratune.config.schema import ModelSection, RunConfig, TrainingSection
-from loratune.config.section import AUTO, decided
-from loratune.config.yaml_reader import translate
-from loratune.config.yaml_writer import Draft, dump_values
+from loratune.config.data_section import DataSection as DataSection
+from loratune.config.data_section import Source as Source
+from loratune.config.keys import groups
+from loratune.config.lora_section import LoraSection as LoraSection
+from loratune.config.lora_section import has_one_scale as has_one_scale
+from loratune.config.lora_section import highest_rank as highest_rank
+from loratune.config.lora_section import is_plain as is_plain
+from loratune.config.lora_section import portability as portability
+from loratune.config.schema import DEFAULT_BETA as DEFAULT_BETA
+from loratune.config.schema import PREFERENCE_KEYS as PREFERENCE_KEYS
+from loratune.config.schema import ModelSection as ModelSection
+from loratune.config.schema import PreferenceSection as PreferenceSection
+from loratune.config.schema import RunConfig as RunConfig
+from loratune.config.schema import TrainingSection as TrainingSection
+from loratune.config.section import AUTO as AUTO
+from loratune.config.section import PATH_FORMAT, Section
+from loratune.config.section import decided as decided
+from loratune.config.yaml_reader import dotted, translate
+from loratune.config.yaml_writer import Draft as Draft
+from loratune.config.yaml_writer import dump_values
 from loratune.errors import ConfigError
-
-__all__ = [
-    "AUTO",
-    "DEFAULT_BETA",
-    "OUTPUT",
-    "PREFERENCE_KEYS",
-    "DataSection",
-    "Draft",
-    "LoraSection",
-    "ModelSection",
-    "PreferenceSection",
-    "RunConfig",
-    "Source",
-    "TrainingSection",
-    "decided",
-    "draft",
-    "dump",
-    "for_model",
-    "from_draft",
-    "from_values",
-    "input_paths",
-    "load",
-    "load_with_lines",
-    "parse",
-    "path_keys",
-    "paths",
-    "portability",
-    "with_paths",
-]
 
 
 def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
@@ -63,8 +42,9 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
 
 def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_reader.Document]:
-    """As `load`; also returns the values as they are written, and where each stands."""
-    document = _overridden(yaml_reader.read(path), assignments)
+    """As `load`; also returns the values as they are written, and the line of each."""
+    document = yaml_reader.read(path)
+    yaml_reader.override(document, assignments)
     return _validated(document), document
 
 
@@ -79,28 +59,24 @@ def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] 
 
     Raises ConfigError.
     """
-    return _validated(draft(values, source, assignments).document)
+    return from_draft(draft(values, source, assignments))
 
 
 def draft(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> Draft:
-    """A config in the making, as `from_values`, but for what is wrong with its values."""
-    return Draft(_overridden(yaml_reader.Document(source, values), assignments))
+    """A config that is not complete or validated yet; arguments as of `from_values`."""
+    document = yaml_reader.Document(source, values)
+    yaml_reader.override(document, assignments)
+    return Draft(document)
 
 
 def from_draft(draft: Draft) -> RunConfig:
-    """Validate a config in the making. Raises ConfigError."""
+    """Validate a draft. Raises ConfigError."""
     return _validated(draft.document)
 
 
 def parse(text: str, source: str) -> RunConfig:
     """Validate YAML text as that of a file called `source`. Raises ConfigError."""
     return _validated(yaml_reader.parse(text, source))
-
-
-def _overridden(document: yaml_reader.Document, assignments: Sequence[str]) -> yaml_reader.Document:
-    for assignment in assignments:
-        yaml_reader.override(document, assignment)
-    return document
 
 
 def _validated(document: yaml_reader.Document) -> RunConfig:
@@ -115,82 +91,83 @@ def dump(config: RunConfig) -> str:
     return dump_values(config.resolved())
 
 
-VLLM_RANK = 16
-"""The highest rank that vLLM reads without --max-lora-rank."""
+def read_earlier(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The resolved values of a config that an earlier release recorded, as this release would have written them.
 
-Limit = tuple[Callable[[LoraSection], bool], str]
+    A key that a later release added has its default.
 
-_NOT_PLAIN: tuple[Limit, ...] = (
-    (lambda lora: lora.use_dora, "lora.use_dora: vLLM, llama.cpp and Ollama do not read DoRA"),
-    (lambda lora: lora.bias != "none", "lora.bias: vLLM, llama.cpp and Ollama do not read biases"),
-    (
-        lambda lora: lora.target_parameters is not None,
-        "lora.target_parameters: llama.cpp and Ollama do not read LoRA of experts, and vLLM of some models only; "
-        "loratune merge makes a model for them",
-    ),
-    (
-        lambda lora: lora.modules_to_save is not None,
-        "lora.modules_to_save: vLLM, llama.cpp and Ollama do not read whole modules",
-    ),
-    (
-        lambda lora: lora.trainable_token_indices is not None,
-        "lora.trainable_token_indices: vLLM, llama.cpp and Ollama do not read trained tokens",
-    ),
-    (
-        lambda lora: lora.init_lora_weights == "loftq",
-        "lora.init_lora_weights: loftq compensates for what 4bit loses, so the adapter is off on an unquantized base",
-    ),
-)
-"""What plain LoRA does not hold, or not on the base as others load it."""
-_SCALES: tuple[Limit, ...] = (
-    (
-        lambda lora: lora.use_rslora,
-        "lora.use_rslora: llama.cpp and Ollama apply such an adapter with another scale, without saying so",
-    ),
-    (
-        lambda lora: bool(lora.rank_pattern) and not lora.alpha_pattern,
-        "lora.rank_pattern: vLLM applies such an adapter with one scale for all modules, without saying so",
-    ),
-    (
-        lambda lora: bool(lora.alpha_pattern),
-        "lora.alpha_pattern: vLLM, llama.cpp and Ollama apply one scale to all modules, without saying so",
-    ),
-)
-
-
-def is_rank_doubled(lora: LoraSection) -> bool:
-    """Whether the adapter's file has twice the rank that is trained."""
-    return str(lora.init_lora_weights).startswith(("pissa", "olora"))
-
-
-def highest_rank(lora: LoraSection) -> int:
-    """The largest rank in the adapter's file."""
-    return max([decided(lora.r), *lora.rank_pattern.values()]) * (2 if is_rank_doubled(lora) else 1)
-
-
-def is_plain(lora: LoraSection) -> bool:
-    """Whether the adapter is plain LoRA, so that `loratune export` can make it readable for vLLM and llama.cpp."""
-    return not any(applies(lora) for applies, _ in _NOT_PLAIN)
-
-
-def has_one_scale(lora: LoraSection) -> bool:
-    """Whether all modules have one scale, so that vLLM reads the adapter as it is."""
-    return not lora.rank_pattern and not lora.alpha_pattern
-
-
-def portability(lora: LoraSection) -> Iterator[str]:
-    """One line for each choice that is not portable, with the clients that cannot read the adapter.
-
-    A rank that is still `auto` counts as portable.
+    Returns:
+        The values; and those of keys that this release does not know, by `section.key`.
     """
-    yield from (line for applies, line in (*_NOT_PLAIN, *_SCALES) if applies(lora))
-    if lora.r == AUTO:
-        return
-    init, rank = lora.init_lora_weights, highest_rank(lora)
-    if is_rank_doubled(lora):
-        yield f"lora.init_lora_weights: {init} is saved as plain LoRA of twice the rank, {rank}"
-    if is_rank_doubled(lora) and lora.use_rslora:
-        yield f"lora.use_rslora: with {init}, lora_alpha is saved times √2; llama.cpp and Ollama need a whole number"
-    if rank > VLLM_RANK:
-        key = "lora.r" if lora.r == max([lora.r, *lora.rank_pattern.values()]) else "lora.rank_pattern"
-        yield f"{key}: the file's rank is {rank}; vLLM reads it with --max-lora-rank {rank} only"
+    try:
+        return RunConfig.model_validate(values).resolved(), {}
+    except ValidationError as error:
+        details = [one for one in error.errors() if one["type"] == "extra_forbidden"]
+        unknown = {dotted(yaml_reader.key_path(one)): one["input"] for one in details}
+    try:
+        return RunConfig.model_validate(values, extra="ignore").resolved(), unknown
+    except ValidationError:  # What was valid then is not valid now.
+        return dict(values), unknown
+
+
+OUTPUT = "output_dir"
+"""The only key whose path is written to; a run reads what is at the others."""
+
+
+@cache
+def path_keys() -> frozenset[str]:
+    """The keys that hold a path, in each of their places: `data.test.path`, also where that is a list of sources."""
+    found = [key for group in groups() for key in group.keys]
+    return frozenset(
+        place
+        for key in found
+        for place in key.places
+        if PATH_FORMAT in (one.get("format") for one in (key.schema, *key.schema.get("anyOf", ())))
+    )
+
+
+def with_paths(config: RunConfig, replacement: Callable[[str, str], str]) -> RunConfig:
+    """The config with other paths: `replacement` takes the key and the path of each."""
+
+    def replaced(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [replaced(key, item) for item in value]
+        if isinstance(value, Section):
+            parts = {name: replaced(f"{key}.{name}".lstrip("."), part) for name, part in value}
+            return value.model_copy(update={name: part for name, part in parts.items() if part != getattr(value, name)})
+        return replacement(key, value) if key in path_keys() and value is not None else value
+
+    result: RunConfig = replaced("", config)
+    return result
+
+
+def paths(config: RunConfig) -> list[tuple[str, str]]:
+    """Key and path of each path in the config, in the order of the schema."""
+    found = list[tuple[str, str]]()
+
+    def noted(key: str, path: str) -> str:
+        found.append((key, path))
+        return path
+
+    with_paths(config, noted)
+    return found
+
+
+def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, str], ...]:
+    """The files and directories on this machine that a run reads, so that it does not write over them.
+
+    Returns:
+        The name of each in messages, e.g. `data.train`, and its path; of a glob, the directory that it searches.
+    """
+    return tuple((name, path) for name, path in _inputs(config_file, run) if os.path.lexists(path))
+
+
+def _inputs(config_file: Path | None, run: RunConfig) -> Iterator[tuple[str, str]]:
+    if config_file is not None:
+        yield "the config file", str(config_file)
+    for key, named in paths(run):
+        path = os.path.expanduser(named)
+        if glob.has_magic(path) and not os.path.lexists(path):
+            path = str(next(parent for parent in Path(path).parents if not glob.has_magic(str(parent))))
+        if key != OUTPUT:
+            yield key.removesuffix(".path"), path

@@ -1,10 +1,10 @@
 """The section `data`: which rows, and which of their tokens are supervised."""
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from loratune.codes import Code
 from loratune.config.section import AUTO, Auto, FilePath, InvalidSettingError, Section
 
 
@@ -18,19 +18,22 @@ class Source(Section):
     )
 
 
-def _as_source(value: Any) -> Any:
+def _as_sources(value: Any) -> Any:
+    """Sources from paths, as text."""
+    if isinstance(value, list):
+        return [_as_sources(source) for source in value]
     return {"path": value} if isinstance(value, str) else value
 
 
-def _as_sources(value: Any) -> Any:
-    return [_as_source(source) for source in value] if isinstance(value, list) else _as_source(value)
+def _listed(sources: Source | list[Source] | float | None) -> list[Source]:
+    return [sources] if isinstance(sources, Source) else sources if isinstance(sources, list) else []
 
 
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
 """One source, or several."""
 
 Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
-"""A share of the rows; `DataSection` checks it, as only there it is told from sources."""
+"""A share of the rows; `DataSection` checks it, as only there it differs from sources."""
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
@@ -99,77 +102,52 @@ class DataSection(Section):
     @property
     def train_sources(self) -> list[Source]:
         """The sources of training, one or several."""
-        return self.train if isinstance(self.train, list) else [self.train]
+        return _listed(self.train)
 
     @property
     def validation_sources(self) -> list[Source]:
         """The sources of validation; none where a fraction of training is held out, or nothing."""
-        if isinstance(self.validation, Source):
-            return [self.validation]
-        return self.validation if isinstance(self.validation, list) else []
+        return _listed(self.validation)
 
     @property
     def test_sources(self) -> list[Source]:
         """The sources of the test rows; none where nothing is tested."""
-        if isinstance(self.test, Source):
-            return [self.test]
-        return self.test or []
+        return _listed(self.test)
 
-    @model_validator(mode="after")
-    def _known_columns(self) -> Self:
-        if unknown := [name for name in self.columns if name not in COLUMNS]:
-            message = f"`{unknown[0]}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
-            raise InvalidSettingError(Code.DATA_FORMAT, message, "columns")
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        yield from self._column_conflicts()
+        yield from self._source_conflicts()
+        if self.share_prefixes is True and self.packing == "none":
+            message, fix = "padded rows share no prefix", "set packing to batch or full, or leave share_prefixes out"
+            yield InvalidSettingError(message, "share_prefixes", "packing", fix=fix)
+        if self.format in ("text", "input_ids") and self.chat_template is not None:
+            message = f"{self.format} rows do not go through a chat template"
+            yield InvalidSettingError(message, "format", "chat_template")
+        if self.format in ("text", "input_ids") and self.loss_on == "assistant":
+            yield InvalidSettingError(f"{self.format} rows have no assistant turns", "format", "loss_on")
+
+    def _column_conflicts(self) -> Iterator[InvalidSettingError]:
         names = list(self.columns.values())
-        if repeated := [name for name in names if names.count(name) > 1]:
-            message = f"the data's `{repeated[0]}` is given for two fields of a row"
-            raise InvalidSettingError(Code.DATA_FORMAT, message, "columns", fix="give each field its own")
-        return self
+        for field, name in self.columns.items():
+            if field not in COLUMNS:
+                message = f"`{field}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
+                yield InvalidSettingError(message, "columns")
+            if names.count(name) > 1:
+                message = f"the data's `{name}` is given for two fields of a row"
+                yield InvalidSettingError(message, "columns", fix="give each field its own")
 
-    @model_validator(mode="after")
-    def _weights(self) -> Self:
-        for key, sources in (
-            ("train", self.train_sources),
-            ("validation", self.validation_sources),
-            ("test", self.test_sources),
-        ):
-            weighted = sum(source.weight is not None for source in sources)
-            if 0 < weighted < len(sources):
+    def _source_conflicts(self) -> Iterator[InvalidSettingError]:
+        sources = {"train": self.train_sources, "validation": self.validation_sources, "test": self.test_sources}
+        for key, listed in sources.items():
+            weighted = sum(source.weight is not None for source in listed)
+            if 0 < weighted < len(listed):
                 message, fix = "some sources have a weight and some have none", "give one to each, or to none"
-                raise InvalidSettingError(Code.CONFIG_CONFLICT, message, key, fix=fix)
-            if weighted == len(sources) == 1:
-                message = "a single source takes no weight"
-                raise InvalidSettingError(Code.CONFIG_CONFLICT, message, key, fix="leave the weight out")
-        return self
-
-    @model_validator(mode="after")
-    def _validation_is_a_fraction(self) -> Self:
+                yield InvalidSettingError(message, key, fix=fix)
+            if weighted == len(listed) == 1:
+                yield InvalidSettingError("a single source takes no weight", key, fix="leave the weight out")
         if isinstance(self.validation, float) and not 0 < self.validation < 1:
-            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, "a fraction must lie between 0 and 1", "validation")
-        return self
-
-    @model_validator(mode="after")
-    def _groups_are_divided(self) -> Self:
+            yield InvalidSettingError("a fraction must lie between 0 and 1", "validation")
         if self.group_by is not None and not isinstance(self.validation, float):
             message = "groups only matter where a fraction of the rows is held out"
             fix = "set data.validation to a fraction, or leave group_by out"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "group_by", "validation", fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _padded_rows_share_nothing(self) -> Self:
-        if self.share_prefixes is True and self.packing == "none":
-            message, keys = "padded rows stand beside each other, and share no prefix", ("share_prefixes", "packing")
-            fix = "set packing to batch or full, or leave share_prefixes out"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _templates_render_chats(self) -> Self:
-        if self.format in ("text", "input_ids") and self.chat_template is not None:
-            message = f"{self.format} rows do not go through a chat template"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "format", "chat_template")
-        if self.format in ("text", "input_ids") and self.loss_on == "assistant":
-            message = f"{self.format} rows have no assistant turns"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "format", "loss_on")
-        return self
+            yield InvalidSettingError(message, "group_by", "validation", fix=fix)

@@ -1,14 +1,34 @@
-"""A whole run, `RunConfig`, with the sections `model` and `training`; `lora` and `data` have modules of their own."""
+"""A whole run, `RunConfig`, with the sections `model`, `training` and `preferences`.
 
-from typing import Annotated, Any, Literal, Self
+The sections `lora` and `data` have modules of their own.
+"""
 
-from pydantic import Field, WithJsonSchema, model_validator
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from loratune.codes import Code
+from pydantic import Field, WithJsonSchema
+
 from loratune.config.data_section import DataSection
 from loratune.config.lora_section import LoraSection
-from loratune.config.preference_section import PREFERENCE_KEYS, Objective, PreferenceSection
 from loratune.config.section import AUTO, Auto, Count, FileName, FilePath, InvalidSettingError, Section
+
+Objective = Literal["sft", "dpo", "orpo", "simpo", "kto"]
+"""What training lowers; see `compare.objectives` for the formulas and their papers."""
+
+DEFAULT_BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
+"""Objective → its beta where none is set: that of DPO's experiments (arXiv:2305.18290), ORPO's lambda for Mistral
+(arXiv:2403.07691), the lower end of what SimPO's authors recommend, 2.0 to 2.5 (arXiv:2405.14734), and that of KTO's
+experiments (arXiv:2402.01306)."""
+
+PREFERENCE_KEYS = {
+    "beta": ("dpo", "orpo", "simpo", "kto"),
+    "label_smoothing": ("dpo", "simpo"),
+    "simpo_gamma": ("simpo",),
+    "sft_weight": ("dpo", "simpo"),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Key of the section → the objectives that read it."""
 
 
 class ModelSection(Section):
@@ -33,20 +53,13 @@ class ModelSection(Section):
         False, description="train with Liger's norms, rotary embeddings, activations; on a GPU"
     )
 
-    @model_validator(mode="after")
-    def _pinned_remote_code(self) -> Self:
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
         if self.trust_remote_code and self.revision is None:
             message, fix = "code from a repository only runs at a pinned revision", "set model.revision to a commit"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "trust_remote_code", "revision", fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _one_form_of_weights(self) -> Self:
+            yield InvalidSettingError(message, "trust_remote_code", "revision", fix=fix)
         if self.gguf_file is not None and self.quantization != "none":
             message = "a GGUF file is unpacked to dtype, and cannot be quantized again while it is loaded"
-            fix = "leave quantization at none"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "gguf_file", "quantization", fix=fix)
-        return self
+            yield InvalidSettingError(message, "gguf_file", "quantization", fix="leave quantization at none")
 
 
 _STEPS = {"type": "integer", "minimum": 1, "exclusiveMaximum": 2**31}
@@ -111,36 +124,50 @@ class TrainingSection(Section):
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
-    @model_validator(mode="after")
-    def _length_is_set_once(self) -> Self:
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
         if self.max_steps == 0:
             fix = "-1 leaves the length of the run to num_train_epochs"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, "0 steps train nothing", "max_steps", fix=fix)
+            yield InvalidSettingError("0 steps train nothing", "max_steps", fix=fix)
+        both = "both set the length of the run"
         if self.max_steps > 0 and self.num_train_epochs != AUTO and "num_train_epochs" in self.model_fields_set:
-            message = "both set the length of the run"
             fix = "keep one; to remove the other: --set training.num_train_epochs="
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "max_steps", "num_train_epochs", fix=fix)
+            yield InvalidSettingError(both, "max_steps", "num_train_epochs", fix=fix)
         if self.max_steps > 0 and self.max_minutes is not None:
-            message = "both set the length of the run"
             fix = "keep one; beside max_minutes, num_train_epochs is an upper limit"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "max_steps", "max_minutes", fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _warmup(self) -> Self:
+            yield InvalidSettingError(both, "max_steps", "max_minutes", fix=fix)
         if self.warmup_steps == AUTO:
-            return self
+            return
         if self.warmup_steps > 1 and not self.warmup_steps.is_integer():
-            message = "above 1 it counts steps, so it must be a whole number"
-            raise InvalidSettingError(Code.CONFIG_BAD_VALUE, message, "warmup_steps")
+            yield InvalidSettingError("above 1 it counts steps, so it must be a whole number", "warmup_steps")
         if self.warmup_steps > self.max_steps > 0:
             message = "the run is shorter than its warmup, so the learning rate would never reach its peak"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, "warmup_steps", "max_steps")
+            yield InvalidSettingError(message, "warmup_steps", "max_steps")
         if self.warmup_steps > 0 and self.lr_scheduler_type == "constant":
             message, fix = "the constant schedule has no warmup", "use constant_with_warmup"
-            keys = ("lr_scheduler_type", "warmup_steps")
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        return self
+            yield InvalidSettingError(message, "lr_scheduler_type", "warmup_steps", fix=fix)
+
+
+class PreferenceSection(Section):
+    """Settings of the preference objectives; each key names those that read it."""
+
+    beta: float | None = Field(
+        None,
+        gt=0,
+        le=1e3,
+        description="dpo, kto: pull towards the reference; simpo: scale of rewards; orpo: weight of the odds ratio; "
+        "null: 0.1, for simpo 2",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo, simpo: the fraction of pairs assumed to be in the wrong order, as in cDPO"
+    )
+    simpo_gamma: float = Field(
+        1.0, ge=0, le=1e3, description="simpo: the target margin of the rewards, arXiv:2405.14734"
+    )
+    sft_weight: float = Field(
+        0.0, ge=0, le=1e3, description="dpo, simpo: weight of the chosen answer's own loss per token, arXiv:2404.19733"
+    )
+    desirable_weight: float = Field(1.0, gt=0, le=1e3, description="kto: weight of desirable answers, arXiv:2402.01306")
+    undesirable_weight: float = Field(1.0, gt=0, le=1e3, description="kto: weight of undesirable answers")
 
 
 class RunConfig(Section):
@@ -153,82 +180,52 @@ class RunConfig(Section):
     preferences: PreferenceSection = PreferenceSection()
     output_dir: FilePath = Field(description="the directory of the adapter")
 
-    @model_validator(mode="after")
-    def _evaluations_need_rows(self) -> Self:
-        if self.data.validation is not None:
-            return self
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        yield from self._row_conflicts()
+        yield from self._objective_conflicts()
+        init, quantization = self.lora.init_lora_weights, self.model.quantization
+        keys = "lora.init_lora_weights", "model.quantization"
+        if quantization != "none" and str(init).startswith(("pissa", "olora", "orthogonal")):
+            message = f"{init} starts from the base's weights in full precision, which {quantization} does not hold"
+            yield InvalidSettingError(message, *keys)
+        if init == "loftq" and quantization != "4bit":
+            yield InvalidSettingError("loftq starts from what 4bit quantization loses, so it needs 4bit", *keys)
+        if self.lora.use_lorafa and self.training.optim != "adamw_torch":
+            keys, fix = ("lora.use_lorafa", "training.optim"), "leave optim at adamw_torch"
+            yield InvalidSettingError("LoRA-FA has an AdamW of its own", *keys, fix=fix)
+
+    def _row_conflicts(self) -> Iterator[InvalidSettingError]:
         training = self.training
-        wanted = {
-            "eval_steps": training.eval_steps is not None,
-            "patience": training.patience is not None,
-            "keep": training.keep == "best",
-        }
-        if keys := [key for key, is_wanted in wanted.items() if is_wanted]:
-            message, fix = "there are no rows to evaluate on", f"set data.validation, or leave out {' and '.join(keys)}"
+        wanted = {"eval_steps": training.eval_steps, "patience": training.patience, "keep": training.keep == "best"}
+        keys = [key for key, value in wanted.items() if value]
+        if keys and self.data.validation is None:
+            fix = f"set data.validation, or leave out {' and '.join(keys)}"
             names = (*(f"training.{key}" for key in keys), "data.validation")
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *names, fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _replayed_rows_need_a_run(self) -> Self:
+            yield InvalidSettingError("there are no rows to evaluate on", *names, fix=fix)
         if self.data.replay is not None and self.lora.start_from is None:
-            message, keys = "there is no earlier run to take rows from", ("data.replay", "lora.start_from")
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix="set lora.start_from")
-        return self
+            message, names = "there is no earlier run to take rows from", ("data.replay", "lora.start_from")
+            yield InvalidSettingError(message, *names, fix="set lora.start_from")
+        if self.data.share_prefixes is True and self.lora.lora_dropout > 0:
+            message = "dropout draws a mask for each token of each row, and a prefix that rows share would have one"
+            fix = "set lora_dropout to 0, or share_prefixes to auto"
+            yield InvalidSettingError(message, "data.share_prefixes", "lora.lora_dropout", fix=fix)
 
-    @model_validator(mode="after")
-    def _objective_has_its_numbers(self) -> Self:
+    def _objective_conflicts(self) -> Iterator[InvalidSettingError]:
         objective = self.training.objective
-        defaults = PreferenceSection().model_dump()
-        is_set = {key for key, value in self.preferences.model_dump().items() if value != defaults[key]}
-        if unread := [key for key, readers in PREFERENCE_KEYS.items() if key in is_set and objective not in readers]:
-            message = f"{objective} does not read it, but only {', '.join(PREFERENCE_KEYS[unread[0]])}"
-            keys, fix = (f"preferences.{unread[0]}", "training.objective"), "leave it out, or set training.objective"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _preferences_are_of_answers(self) -> Self:
-        objective = self.training.objective
-        if objective == "sft":
-            return self
-        if self.data.loss_on != "completion":
+        for key in self.preferences.model_dump(exclude_defaults=True):
+            if objective not in PREFERENCE_KEYS[key]:
+                message = f"{objective} does not read it, but only {', '.join(PREFERENCE_KEYS[key])}"
+                fix = "leave it out, or set training.objective"
+                yield InvalidSettingError(message, f"preferences.{key}", "training.objective", fix=fix)
+        if objective != "sft" and self.data.loss_on != "completion":
             message = f"{objective} compares answers to a prompt, so it takes the loss over these alone"
-            keys, fix = ("data.loss_on", "training.objective"), "leave loss_on at completion"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        if self.data.replay is not None:
+            fix = "leave loss_on at completion"
+            yield InvalidSettingError(message, "data.loss_on", "training.objective", fix=fix)
+        if objective != "sft" and self.data.replay is not None:
             message = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
             held = "; preferences.sft_weight keeps chosen answers probable"
             fix = f"leave replay out{held if objective in PREFERENCE_KEYS['sft_weight'] else ''}"
-            keys = ("data.replay", "training.objective")
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _dropout_shares_no_prefixes(self) -> Self:
-        if self.data.share_prefixes is True and self.lora.lora_dropout > 0:
-            message = "dropout draws a mask for each token of each row, and a prefix that rows share would have one"
-            keys, fix = ("data.share_prefixes", "lora.lora_dropout"), "set lora_dropout to 0, or share_prefixes to auto"
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix=fix)
-        return self
-
-    @model_validator(mode="after")
-    def _init_fits_the_base(self) -> Self:
-        init, quantization = self.lora.init_lora_weights, self.model.quantization
-        code, keys = Code.CONFIG_CONFLICT, ("lora.init_lora_weights", "model.quantization")
-        if quantization != "none" and str(init).startswith(("pissa", "olora", "orthogonal")):
-            message = f"{init} starts from the base's weights in full precision, which {quantization} does not hold"
-            raise InvalidSettingError(code, message, *keys)
-        if init == "loftq" and quantization != "4bit":
-            raise InvalidSettingError(code, "loftq starts from what 4bit quantization loses, so it needs 4bit", *keys)
-        return self
-
-    @model_validator(mode="after")
-    def _lorafa_is_an_optimizer(self) -> Self:
-        if self.lora.use_lorafa and self.training.optim != "adamw_torch":
-            message, keys = "LoRA-FA has an AdamW of its own", ("lora.use_lorafa", "training.optim")
-            raise InvalidSettingError(Code.CONFIG_CONFLICT, message, *keys, fix="leave optim at adamw_torch")
-        return self
+            yield InvalidSettingError(message, "data.replay", "training.objective", fix=fix)
 
     @property
     def keeps_best(self) -> bool:

@@ -4,9 +4,10 @@ Fields that belong to an upstream object carry upstream's name and are handed ov
 is added here reaches its object without being copied by hand.
 """
 
-from typing import Annotated, Literal, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 
 from loratune.codes import Code
 from loratune.system.files import path_problem
@@ -30,22 +31,23 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 
 
 class InvalidSettingError(ValueError):
-    """A value that a check of ours refuses, or several that cannot hold together.
+    """A value that a check of ours refuses, or several that contradict each other.
 
     Attributes:
-        code: What kind of problem it is.
         keys: Relative to the section that is being validated; none for the key itself.
         fix: What to do about it.
+        code: What kind of problem it is.
     """
 
-    def __init__(self, code: Code, message: str, *keys: str, fix: str = ""):
+    def __init__(self, message: str, *keys: str, fix: str = ""):
         super().__init__(message)
-        self.code, self.keys, self.fix = code, keys, fix
+        self.keys, self.fix = keys, fix
+        self.code = Code.CONFIG_CONFLICT if len(keys) > 1 else Code.CONFIG_BAD_VALUE
 
 
 def _check_path(path: str) -> str:
     if reason := path_problem(path):
-        raise InvalidSettingError(Code.CONFIG_BAD_VALUE, reason)
+        raise InvalidSettingError(reason)
     return path
 
 
@@ -59,3 +61,13 @@ class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no coercion between types, no NaN or inf."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for conflict in self._conflicts():
+            raise conflict
+        return self
+
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        """What is wrong with the values together; the first is reported."""
+        yield from ()

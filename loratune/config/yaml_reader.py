@@ -5,6 +5,7 @@ differently (`no`, `010`, `12:30`). `1e-4` is a number, as people mean it. Error
 line, key, what was expected, and what to do.
 """
 
+import errno
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,46 +67,78 @@ def read(path: Path) -> Document:
     return document
 
 
+def _read_text(path: Path) -> str:
+    where, raw = str(path), b""
+    try:
+        if path.is_fifo():
+            raise OSError(errno.EINVAL, "it is a pipe")
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise OSError(errno.EFBIG, "it is larger than 256 KiB, so this is not a config file")
+        return raw.decode("utf-8-sig")
+    except OSError as error:
+        what = f"cannot be read: {error.strerror}"
+    except UnicodeDecodeError as error:
+        where = f"{where}:{raw.count(10, 0, error.start) + 1}"
+        what = f"byte {error.start} is not UTF-8"
+    raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where))
+
+
 def parse(text: str, source: str) -> Document:
     """Parse YAML text whose problems are reported as `source:line`."""
-    try:
-        loader = _PlainLoader(text)
-        node = loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_syntax_problem(error, source)) from None
-    except ReaderError as error:
-        where = f"{source}:{text.count(chr(10), 0, error.position) + 1}"
-        what = f"not valid YAML: the control character U+{error.character:04X}"
-        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, where)) from None
-    except (ValueError, OverflowError):  # of `chr`, to which PyYAML passes whatever number an escape has
-        mark = loader.get_mark()
-        where = f"{source}:{mark.line + 1}:{mark.column + 1}"
-        what, fix = "not valid YAML: an escape that names no character", "the last character is \\U0010FFFF"
-        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, where, fix=fix)) from None
+    node = _compose(text, source)
     document = Document(source)
     builder = _Builder(document)
     value = builder.build(node, ()) if node is not None else {}
     if node is not None and not isinstance(value, dict) and not builder.problems:
-        what = f"expected a mapping of sections, got {kind_of(value)}"
-        builder.add(Code.CONFIG_SYNTAX, (), node, what, "begin with `model:`")
+        builder.add((), node, f"expected a mapping of sections, got {kind_of(value)}", "begin with `model:`")
     if builder.problems:
         raise ConfigError(first_problems(builder.problems))
     document.values = value
     return document
 
 
-def override(document: Document, assignment: str) -> None:
-    """Apply one `section.key=value`. The value is read by the rules of the file; an empty one removes the key.
+def _compose(text: str, source: str) -> yaml.Node | None:
+    """The nodes of YAML text; None for an empty one. Raises ConfigError."""
+    line, fix = 0, ""
+    try:
+        loader = _PlainLoader(text)
+        node: yaml.Node | None = loader.get_single_node()
+        return node
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        what = ", ".join(filter(None, (error.problem, error.context)))
+        fix = error.note or ("indent with spaces" if "'\\t'" in what else "")
+    except ReaderError as error:
+        mark, line = None, text.count("\n", 0, error.position)
+        what = f"the control character U+{error.character:04X}"
+    except (ValueError, OverflowError):  # of `chr`, to which PyYAML passes whatever number an escape has
+        mark = loader.get_mark()
+        what, fix = "an escape that names no character", "the last character is \\U0010FFFF"
+    where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else f"{source}:{line + 1}"
+    raise ConfigError(Problem(Code.CONFIG_SYNTAX, f"invalid or unsupported YAML: {what}", where, fix=fix))
+
+
+def override(document: Document, assignments: Sequence[str]) -> None:
+    """Apply each `section.key=value`. Values are read by the rules of the file; an empty one removes the key.
 
     Raises:
-        ConfigError: There is no `=`, a key is empty, or a key stands below something that is not a mapping.
+        ConfigError: There is no `=`, a key is empty, or a key is below something that is not a mapping.
     """
-    code = Code.CONFIG_SYNTAX
+    for assignment in assignments:
+        _assign(document, assignment)
+
+
+def _assign(document: Document, assignment: str) -> None:
+    def refuse(what: str, key: str = "") -> ConfigError:
+        return ConfigError(Problem(Code.CONFIG_SYNTAX, what, OPTION, key))
+
     name, equals, text = assignment.partition("=")
     name = name.strip()
     path = tuple(name.split("."))
     if not equals or not all(path):
-        raise ConfigError(Problem(code, f"`{assignment}` is not of the form section.key=value", OPTION))
+        raise refuse(f"`{assignment}` is not of the form section.key=value")
     try:
         parsed = parse(f"value: {text}", OPTION).values
     except ConfigError as error:
@@ -113,59 +146,18 @@ def override(document: Document, assignment: str) -> None:
         problems = [replace(problem, where=OPTION, key=key) for problem, key in zip(error.problems, keys, strict=True)]
         raise ConfigError(problems) from None
     if len(parsed) > 1:
-        raise ConfigError(Problem(code, "expected one value, not several lines", OPTION, name))
+        raise refuse("expected one value, not several lines", name)
     target = document.values
     for part in path[:-1]:
         target = target.setdefault(part, {})
         if not isinstance(target, dict):
-            raise ConfigError(Problem(code, f"`{part}` is {kind_of(target)}, not a section", OPTION, name))
+            raise refuse(f"`{part}` is {kind_of(target)}, not a section", name)
     if text.strip():
         target[path[-1]] = parsed["value"]
     elif target.pop(path[-1], None) is None:
-        what = "is not in the file, so there is nothing to remove"
-        raise ConfigError(Problem(Code.CONFIG_SYNTAX, what, OPTION, name))
+        raise refuse("is not in the file, so there is nothing to remove", name)
     document.lines = {key: line for key, line in document.lines.items() if key[: len(path)] != path}
     document.overridden.add(path)
-
-
-def _read_text(path: Path) -> str:
-    where = str(path)
-    try:
-        if path.is_dir() or path.is_fifo():
-            kind = "a directory" if path.is_dir() else "a pipe"
-            raise ConfigError(Problem(Code.CONFIG_UNREADABLE, f"this is {kind}, not a config file", where))
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(Problem(Code.CONFIG_UNREADABLE, f"cannot be read: {error.strerror}", where)) from None
-    if len(raw) > MAX_BYTES:
-        what = "larger than 256 KiB, so this is not a config file"
-        raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where))
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(
-            Problem(Code.CONFIG_UNREADABLE, f"byte {error.start} is not UTF-8", f"{where}:{line}")
-        ) from None
-
-
-def _syntax_problem(error: yaml.MarkedYAMLError, source: str) -> Problem:
-    mark = error.problem_mark or error.context_mark
-    where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-    if isinstance(error, _UnsupportedYAMLError):
-        return Problem(error.code, str(error.problem), where, fix=error.fix)
-    parts = [part for part in (error.problem, error.context) if part]
-    fix = "indent with spaces" if "'\\t'" in str(error.problem) else ""
-    return Problem(Code.CONFIG_SYNTAX, f"not valid YAML: {', '.join(parts)}", where, fix=fix)
-
-
-class _UnsupportedYAMLError(yaml.MarkedYAMLError):
-    """Valid YAML that a config has no use for."""
-
-    def __init__(self, code: Code, event: yaml.Event, what: str, fix: str = ""):
-        super().__init__(problem=what, problem_mark=event.start_mark)  # type: ignore[arg-type]
-        self.code, self.fix = code, fix
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -175,14 +167,15 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]
+        what = fix = None
         if isinstance(event, yaml.AliasEvent):
-            fix = "write the value out"
-            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, "YAML aliases are not supported", fix)
-        if event.tag is not None:
+            what, fix = "YAML aliases are not supported", "write the value out"
+        elif event.tag is not None:
             what = f"the YAML tag `{event.tag.replace('tag:yaml.org,2002:', '!!')}` is not supported"
-            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, what)
-        if self.depth > MAX_DEPTH:
-            raise _UnsupportedYAMLError(Code.CONFIG_SYNTAX, event, f"nested more than {MAX_DEPTH} levels deep")
+        elif self.depth > MAX_DEPTH:
+            what = f"nested more than {MAX_DEPTH} levels deep"
+        if what is not None:
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark, note=fix)
         self.depth += 1
         node: yaml.Node | None = super().compose_node(parent, index)
         self.depth -= 1
@@ -196,9 +189,9 @@ class _Builder:
         self.document = document
         self.problems: list[Problem] = []
 
-    def add(self, code: Code, path: KeyPath, node: yaml.Node, what: str, fix: str = "") -> None:
+    def add(self, path: KeyPath, node: yaml.Node, what: str, fix: str = "") -> None:
         where = f"{self.document.source}:{node.start_mark.line + 1}"
-        self.problems.append(Problem(code, what, where, dotted(path), fix))
+        self.problems.append(Problem(Code.CONFIG_SYNTAX, what, where, dotted(path), fix))
 
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         if isinstance(node, yaml.MappingNode):
@@ -213,11 +206,11 @@ class _Builder:
         for key_node, value_node in node.value:
             key, line = key_node.value, key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode) or key_node.tag == "tag:yaml.org,2002:merge":
-                self.add(Code.CONFIG_SYNTAX, path, key_node, "keys must be plain words; merges are not supported")
+                self.add(path, key_node, "keys must be plain words; merges are not supported")
                 continue
             if key in first:
                 what = f"written twice, in line {first[key]} and in line {line}"
-                self.add(Code.CONFIG_SYNTAX, (*path, key), key_node, what, "keep one")
+                self.add((*path, key), key_node, what, "keep one")
                 continue
             first[key] = line
             self.document.lines[(*path, key)] = line
@@ -232,7 +225,7 @@ class _Builder:
         if _AMBIGUOUS.fullmatch(text):
             fix = "quote it if text is meant, else write true, false or a decimal number"
             what = f"`{text}` means different things to different YAML readers"
-            self.add(Code.CONFIG_SYNTAX, path, node, what, fix)
+            self.add(path, node, what, fix)
             return None
         if _INT.fullmatch(text) and len(text) < 100:
             return int(text)
@@ -242,7 +235,7 @@ class _Builder:
 
 
 def number(text: str) -> float | None:
-    """The number that text is by the rules of a config, for options too: in the digits 0 to 9; None if it is none."""
+    """The number that a text is by the rules of a config, also for options: in ASCII digits; None for other text."""
     return float(text) if _FLOAT.fullmatch(text.strip()) else None
 
 
@@ -283,13 +276,13 @@ def translate(error: ValidationError, document: Document) -> list[Problem]:
     """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
-        groups.setdefault(_key_path(details), []).append(details)
+        groups.setdefault(key_path(details), []).append(details)
     groups = _without_alternatives(groups)
     problems = [_problem(path, group, document) for path, group in [*groups.items()][:MAX_PROBLEMS]]
     return first_problems(problems, len(groups))
 
 
-def _key_path(details: ErrorDetails) -> KeyPath:
+def key_path(details: ErrorDetails) -> KeyPath:
     """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
     alternatives = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "Source"}
     location = details["loc"]
@@ -311,27 +304,30 @@ def _without_alternatives(groups: dict[KeyPath, list[ErrorDetails]]) -> dict[Key
 def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Problem:
     details = next((details for details in group if details["type"] not in _EXPECTED), group[0])
     where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
-    kind, context = details["type"], details.get("ctx", {})
+    kind, error = details["type"], details.get("ctx", {}).get("error")
     if group[0]["type"] == "extra_forbidden":
         return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
     if group[0]["type"] == "missing":
         return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
-    if isinstance(error := context.get("error"), InvalidSettingError):
-        if not error.keys:
-            return Problem(error.code, f"{error}, {value}", where, key, error.fix)
-        where = document.where((*path, *error.keys[0].split(".")))
-        keys = " and ".join(dotted((*path, *name.split("."))) for name in error.keys)
-        return Problem(error.code, str(error), where, keys, error.fix)
+    if isinstance(error, InvalidSettingError) and error.keys:
+        paths = [(*path, *name.split(".")) for name in error.keys]
+        return Problem(error.code, str(error), document.where(paths[0]), " and ".join(map(dotted, paths)), error.fix)
+    fix = ""
     if kind in _EXPECTED or kind == "literal_error":
-        has_choices = any(each["type"] == "literal_error" and each["ctx"]["expected"] != "'auto'" for each in group)
-        named = [each for each in group if each["type"] == "literal_error" or not has_choices]
-        expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
-        choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
-        meant = "" if details["input"] is None else str(details["input"]).strip().lower()
-        near = nearest_name(meant, choices) if kind == "literal_error" and meant else None
-        what = f"expected {' or '.join(dict.fromkeys(expected))}, {value}"
-        return Problem(Code.CONFIG_BAD_VALUE, what, where, key, f"did you mean `{near}`?" if near else "")
-    if kind.endswith("too_short"):
+        what, fix = _expectation(group)
+    elif kind.endswith("too_short"):
         return Problem(Code.CONFIG_BAD_VALUE, "must not be empty", where, key)
-    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-    return Problem(Code.CONFIG_BAD_VALUE, f"{message}, {value}", where, key)
+    else:
+        what = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
+    return Problem(Code.CONFIG_BAD_VALUE, f"{what}, {value}", where, key, fix)
+
+
+def _expectation(group: list[ErrorDetails]) -> tuple[str, str]:
+    """Which types or choices a value may have, and the choice that it is most like, as a question."""
+    literals = [each for each in group if each["type"] == "literal_error"]
+    named = literals if any(each["ctx"]["expected"] != "'auto'" for each in literals) else group
+    expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
+    choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
+    given = group[0]["input"]
+    near = nearest_name(str(given).strip().lower(), choices) if literals and given not in (None, "") else ""
+    return f"expected {' or '.join(dict.fromkeys(expected))}", f"did you mean `{near}`?" if near else ""

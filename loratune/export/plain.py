@@ -12,12 +12,11 @@ from typing import Any
 import torch
 
 from loratune.codes import Code
-from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.clients import CLIENTS
 from loratune.export.comparison import logits
-from loratune.lora import mixture
+from loratune.lora import adapter_config, mixture
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.module_names import endings, join_first
@@ -87,7 +86,7 @@ def check_tensors(files: AdapterFiles, directory: Path) -> float:
     Raises:
         AdapterError: It is larger than `CLOSENESS`, or not finite.
     """
-    settings = patterns.module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    settings = adapter_config.module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     stored, written = read_adapter(files), read_weights(directory / WEIGHTS_FILE)
     names = mixture.factors(stored)
     errors = {}

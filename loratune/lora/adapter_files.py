@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from loratune.codes import Code
-from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
+from loratune.lora import adapter_config
 from loratune.system import records
 from loratune.system.files import is_incidental_file, notebook_original, sha256
 
@@ -97,12 +97,12 @@ class AdapterFiles:
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Path of an A and a B → the parameter that they adapt, as far as it is known; see `patterns.parameters_of`."""
+        """Path of an A and a B → the parameter that they adapt, as far as it is known, as `parameters_of` says."""
         recorded = self.record.get("target_parameters")
         known = recorded if isinstance(recorded, Mapping) else {}
         found = {}
-        for path in patterns.adapted_modules(self.tensors):
-            names = patterns.parameters_of(self.config, path)
+        for path in adapter_config.adapted_modules(self.tensors):
+            names = adapter_config.parameters_of(self.config, path)
             if len(names) == 1 or known.get(path) in names:
                 found[path] = names[0] if len(names) == 1 else known[path]
         return found
@@ -265,7 +265,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(Problem(Code.ADAPTER_INVALID, "does not name its base", where, "base_model_name_or_path"))
     if not isinstance(config.get("revision"), str | None):
         raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the name of a revision", where, "revision"))
-    patterns.check_values(config, where)
+    adapter_config.check_values(config, where)
     targets = config.get("target_modules")
     if not isinstance(targets, list | str) or not (targets or config.get("target_parameters")):
         what = "does not say which modules it adapts"

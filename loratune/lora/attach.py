@@ -22,11 +22,11 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from loratune.codes import Code
-from loratune.config import LoraSection, patterns
+from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.events import progress
 from loratune.kernels import Adapted
-from loratune.lora import initialize, parameters, targets
+from loratune.lora import adapter_config, initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.initialize import AdapterInit
 from loratune.lora.parameters import Count, file_bytes
@@ -258,8 +258,8 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
         name: PEFT's name for it.
 
     Raises:
-        AdapterError: As `patterns.peft_values`; the configuration does not fit the base; tensors are missing from the
-            file, or it has others, or of other shapes, than this base needs.
+        AdapterError: As `adapter_config.peft_values`; the configuration does not fit the base; tensors are missing from
+            the file, or it has others, or of other shapes, than this base needs.
     """
     config = _saved_config(base, files)
     with _as_mismatch(files):
@@ -285,11 +285,11 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
 
 
 def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
-    """A saved configuration as PEFT is given it, with exact names. Raises as `patterns.peft_values`."""
+    """A saved configuration as PEFT is given it, with exact names. Raises as `adapter_config.peft_values`."""
     plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
     modules = [path for path, _ in plain.named_modules() if path]
     parameters = [name for name, _ in plain.named_parameters()]
-    values = patterns.peft_values(files.config, files.tensors, modules, parameters, str(files.path / CONFIG_FILE))
+    values = adapter_config.peft_values(files.config, files.tensors, modules, parameters, str(files.path / CONFIG_FILE))
     with _as_mismatch(files):
         return replace(LoraConfig.from_pretrained(str(files.path)), **values)
 

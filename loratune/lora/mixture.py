@@ -17,9 +17,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import pad
 
 from loratune.codes import Code
-from loratune.config import patterns
 from loratune.errors import AdapterError, Problem
-from loratune.lora import adapter_files, upstream
+from loratune.lora import adapter_config, adapter_files, upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import join_first
 from loratune.lora.tensors import Weights, not_finite, read_adapter
@@ -160,7 +159,7 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
 
 def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
     """Path of each module → its A and B. Raises AdapterError: one is missing, of another rank, or not finite."""
-    settings = patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    settings = adapter_config.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     tensors, names = read_adapter(files), factors(files.tensors)
     if missing := [path for path, found in names.items() if len(found) < 2]:
         what = f"{len(missing)} modules have only one of A and B, among them {join_first(missing, 2)}"

@@ -16,9 +16,10 @@ from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
 
 from loratune.codes import Code
-from loratune.config import AUTO, LoraSection, patterns
-from loratune.config.patterns import adapted_modules, module_settings, parameters_of
+from loratune.config import AUTO, LoraSection
 from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.lora import adapter_config
+from loratune.lora.adapter_config import adapted_modules, module_settings, parameters_of
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.lora.initialize import WRAPPER_PREFIX
 from loratune.lora.mixture import effective_keys
@@ -76,11 +77,11 @@ def start_values(
 
     Raises:
         ConfigError: The settings contradict those of the saved adapter, or would lose a part of it.
-        AdapterError: As `patterns.checked_settings` and `tensors.read_adapter`; the saved adapter does not fit the
-            base, or is of a kind that is not trained further.
+        AdapterError: As `adapter_config.checked_settings` and `tensors.read_adapter`; the saved adapter does not fit
+            the base, or is of a kind that is not trained further.
     """
     _check_kind(files)
-    patterns.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
+    adapter_config.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     problems = [*_setting_problems(section, files), *_parameter_problems(model, files), *_target_problems(fresh, files)]
     if problems := problems or [*_rank_problems(model, files)]:
         raise ConfigError(problems)

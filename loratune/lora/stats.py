@@ -13,9 +13,8 @@ import torch
 from safetensors import safe_open
 
 from loratune.codes import Code
-from loratune.config import patterns
-from loratune.config.patterns import ModuleSettings
 from loratune.errors import AdapterError, Problem
+from loratune.lora.adapter_config import ModuleSettings, adapted_modules, module_settings, parameters_of
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import natural_sort_key, pattern, shape_text, without_wrappers
 
@@ -69,7 +68,7 @@ def updates(files: AdapterFiles) -> list[Update]:
                     what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
                     raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, path))
                 factors = file.get_tensor(name), file.get_tensor(partner)
-                is_stacked = bool(patterns.parameters_of(files.config, path))
+                is_stacked = bool(parameters_of(files.config, path))
                 module_updates.append(
                     _update(files, settings[path], parameters.get(path, path), *factors, is_stacked=is_stacked)
                 )
@@ -79,14 +78,14 @@ def updates(files: AdapterFiles) -> list[Update]:
 def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
     """What the configuration says of each path. Raises AdapterError: it says several things of a parameter."""
     where, known = str(files.path / CONFIG_FILE), files.parameters
-    candidates = {path: patterns.parameters_of(files.config, path) for path in patterns.adapted_modules(files.tensors)}
+    candidates = {path: parameters_of(files.config, path) for path in adapted_modules(files.tensors)}
     of_first = known | {path: names[0] for path, names in candidates.items() if names and path not in known}
-    settings = patterns.module_settings(files.config, files.tensors, where, of_first)
+    settings = module_settings(files.config, files.tensors, where, of_first)
     for number in range(1, max(map(len, candidates.values()), default=0)):
         others = {
             path: names[number] for path, names in candidates.items() if number < len(names) and path not in known
         }
-        found = patterns.module_settings(files.config, files.tensors, where, of_first | others)
+        found = module_settings(files.config, files.tensors, where, of_first | others)
         if unclear := [path for path in others if found[path] != settings[path]]:
             what = (
                 "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import BadPatternError, TimeLimit, compile_pattern, matching
+from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern, matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.survey import EXPERTS, ROLES, STOCK, Survey, unused_part

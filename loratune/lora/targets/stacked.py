@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config.patterns import matching
+from loratune.config.expressions import matching
 from loratune.errors import ConfigError, Problem
 from loratune.lora import module_names
 from loratune.lora.targets.entries import Meaning, as_names

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.codes import Code
-from loratune.config import RunConfig
-from loratune.config.earlier_releases import migrated, unknown_keys
+from loratune.config import RunConfig, read_earlier
 from loratune.data import TokenizedDataset
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
@@ -183,8 +182,7 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
     config = auto.keep(run, before["config"]).resolved()
-    old = migrated(before["config"], config, RunConfig)
-    unknown = dict(unknown_keys(before["config"], RunConfig))
+    old, unknown = read_earlier(before["config"])
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
     if problems := problems or [
         *_changed_step_sizes(before, config, launcher.world_size()),

@@ -1,131 +1,85 @@
-"""Regular expressions of users and of downloaded adapters, and what a saved configuration says of its modules.
+"""What a saved `adapter_config.json` says of the modules of an adapter, which may come from anybody.
 
-An expression may take exponentially long to match: `re` has no limit, the package regex has a timeout. So expressions
-are matched here by regex, and PEFT, which uses `re`, gets exact names in place of those of a saved adapter. PEFT
-also checks few of the values in a configuration, which may come from anybody, so they are checked here.
+PEFT checks few of its values, and matches its expressions by `re`, which has no time limit. So the values are checked
+here, and PEFT gets exact names in place of the expressions.
 """
 
 import math
 import re
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
-import regex
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from loratune.codes import Code
-from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern, full_matches
+from loratune.errors import AdapterError, Problem
 
-SECONDS = 2.0
-"""Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""
 MAX_LAYERS = 1_000
 """Layers that `layer_replication` may make; each is a copy of its own."""
 MAX_PARAMETERS = 1_000
 """Entries of `target_parameters`: each layer has a few tensors that it can mean."""
 MIN_ALLOWED = 64
 """How many names and patterns are always allowed, even if there are fewer modules."""
-MAX_CHARACTERS, MAX_REPEATS = 10_000, 1_000_000
-"""Of an expression: its length, and the product of its counts of repetitions. regex has no limit as it compiles."""
 
-_SWITCHES = ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "use_qalora", "ensure_weight_tying")
-_NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters")
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 _LORA_A = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?A(\.weight)?$")
 _ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
-_COUNT = re.compile(r"\{(\d*),?(\d*)\}")
-_OTHER_DIALECT = re.compile(r"\{[\d<=\s]*[ides]\b|\[\[:")
-"""Approximate matches and classes of POSIX, which regex knows, and `re` takes literally."""
-
-Pattern: TypeAlias = regex.Pattern
 
 
-class BadPatternError(ValueError):
-    """A text that is not a regular expression, or one that takes too long to match."""
+def _few_layers(ranges: list[list[int]]) -> list[list[int]]:
+    if sum(max(0, end - start) for start, end in ranges) > MAX_LAYERS:
+        raise ValueError(f"more than {MAX_LAYERS:,} layers")
+    return ranges
 
 
-def compile_pattern(text: str) -> Pattern:
-    """Compile an expression of the syntax of `re`. Raises BadPatternError: it is not one, or is too large."""
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise BadPatternError(f"is not a regular expression: {error}") from None
-    except (OverflowError, RecursionError, MemoryError):
-        raise BadPatternError("is too large for a regular expression") from None
-    repeats = math.prod(max(1, *(int(count or 0) for count in counts)) for counts in _COUNT.findall(text))
-    if len(text) > MAX_CHARACTERS or repeats > MAX_REPEATS:
-        raise BadPatternError("is too large for a regular expression")
-    if found := _OTHER_DIALECT.search(text):
-        raise BadPatternError(f"has `{found[0]}`, which needs a backslash if it is meant literally")
-    try:
-        return regex.compile(text)
-    except (regex.error, RecursionError) as error:
-        raise BadPatternError(f"is not a regular expression: {error}") from None
+_Number = Annotated[float, Field(gt=0, le=1e300)]  # a larger number has no float, or is inf
+_Names: TypeAlias = list[str] | str | None
+_Ranges = Annotated[
+    list[Annotated[list[int], Field(min_length=2, max_length=2)]],
+    Field(max_length=MAX_LAYERS),
+    AfterValidator(_few_layers),
+]
 
 
-class TimeLimit:
-    """A limit of processor time that several matches share: `limit(pattern.fullmatch, text)`.
+class _SavedConfig(BaseModel):
+    """The values of a saved configuration that are used here or by PEFT as it makes layers."""
 
-    Matching raises BadPatternError where it takes longer.
-    """
+    model_config = ConfigDict(strict=True, extra="ignore")
 
-    def __init__(self, seconds: float = SECONDS):
-        self._seconds = self._left = seconds
-
-    def __call__(self, match: Callable[..., Any], text: str) -> Any:
-        """The result of a method of a pattern."""
-        start = time.process_time()
-        try:
-            return match(text, timeout=self._left)
-        except TimeoutError:
-            raise BadPatternError(f"takes more than {self._seconds:g} s to match") from None
-        finally:
-            self._left = max(1e-3, self._left - (time.process_time() - start))
+    r: _Number
+    lora_alpha: _Number
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    lora_bias: bool | None = None
+    fan_in_fan_out: bool | None = None
+    use_qalora: bool | None = None
+    ensure_weight_tying: bool | None = None
+    target_modules: _Names = None
+    exclude_modules: _Names = None
+    layers_pattern: _Names = None
+    modules_to_save: _Names = None
+    target_parameters: Annotated[list[str], Field(max_length=MAX_PARAMETERS)] | None = None
+    rank_pattern: dict[str, _Number] | None = None
+    alpha_pattern: dict[str, _Number] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layer_replication: _Ranges | None = None
 
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
     """Check the types of values that PEFT does not check. Raises AdapterError with every wrong value."""
-    reasons = {key: "not a positive number" for key in ("r", "lora_alpha") if not _is_positive(config.get(key))}
-    reasons |= {key: "neither true nor false" for key in _SWITCHES if not isinstance(config.get(key), bool | None)}
-    reasons |= {key: "not a list of names" for key in _NAMES if not _is_names(config.get(key))}
-    if not isinstance(config.get("target_parameters"), list | None):
-        reasons["target_parameters"] = "not a list of names"
-    elif len(config.get("target_parameters") or []) > MAX_PARAMETERS:
-        reasons["target_parameters"] = f"not a list of at most {MAX_PARAMETERS:,} names"
-    for key in _PATTERNS:
-        values = config.get(key)
-        if values is not None and not (isinstance(values, dict) and all(map(_is_positive, values.values()))):
-            reasons[key] = "not a mapping of patterns to positive numbers"
-    layers = config.get("layers_to_transform")
-    if not (layers is None or _is_whole(layers) or (isinstance(layers, list) and all(map(_is_whole, layers)))):
-        reasons["layers_to_transform"] = "not a list of numbers"
-    if not _is_replication(config.get("layer_replication")):
-        reasons["layer_replication"] = f"not a list of ranges with at most {MAX_LAYERS:,} layers"
-    if reasons:
-        raise AdapterError([Problem(Code.ADAPTER_INVALID, what, where, key) for key, what in reasons.items()])
+    try:
+        _SavedConfig.model_validate(config)
+    except ValidationError as error:
+        messages = {str(details["loc"][0]): details["msg"].removeprefix("Input ") for details in error.errors()}
+        raise AdapterError([_invalid(f"not valid: {what}", where, key) for key, what in messages.items()]) from None
 
 
-def _is_positive(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value <= 1e300  # a larger number has no float, or is inf
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, str | None) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-
-
-def _is_replication(value: Any) -> bool:
-    if value is None:
-        return True
-    if not isinstance(value, list) or len(value) > MAX_LAYERS:
-        return False
-    pairs = all(isinstance(pair, list) and len(pair) == 2 and all(map(_is_whole, pair)) for pair in value)
-    return pairs and sum(max(0, end - start) for start, end in value) <= MAX_LAYERS
+def _invalid(what: str, where: str, key: str) -> Problem:
+    return Problem(Code.ADAPTER_INVALID, what, where, key)
 
 
 def adapted_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -181,7 +135,7 @@ def module_settings(
                 value = found.get(parameters.get(path, path), config[default])
                 values.setdefault(path, {})[key] = float(value)
         except BadPatternError as error:
-            raise AdapterError(_bad_pattern(f"one of its patterns {error}", where, key)) from None
+            raise AdapterError(_invalid(f"one of its patterns {error}", where, key)) from None
     settings: dict[str, ModuleSettings] = {}
     for path, by_key in values.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
         rank, alpha = by_key["rank_pattern"], by_key["alpha_pattern"]
@@ -205,14 +159,10 @@ def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[s
     return found
 
 
-def _bad_pattern(what: str, where: str, key: str) -> Problem:
-    return Problem(Code.ADAPTER_INVALID, what, where, key)
-
-
 def _check_number(count: int, modules: int, where: str, key: str) -> None:
     if count > max(MIN_ALLOWED, modules):
         what = f"has {count:,} entries for {modules:,} modules"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, key))
+        raise AdapterError(_invalid(what, where, key))
 
 
 def checked_settings(
@@ -227,7 +177,7 @@ def checked_settings(
     wrongs = (path for path, rank in modules.items() if settings[path].rank != rank and not parameters_of(config, path))
     if wrong := next(wrongs, None):  # the A of a parameter holds the rows of all experts
         what = f"has rank {modules[wrong]} where the configuration says {settings[wrong].rank:g}"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, wrong))
+        raise AdapterError(_invalid(what, where, wrong))
     return settings
 
 
@@ -262,12 +212,12 @@ def peft_values(
         entry = config.get(key)
         try:
             if isinstance(entry, str) and entry != _ALL_LINEAR:
-                values[key] = set(_fullmatches(entry, modules))
+                values[key] = set(full_matches(entry, modules))
             elif isinstance(entry, dict) and key in _PATTERNS:
                 names = [*modules, *(parameters if config.get("target_parameters") else ())]
                 values[key] = _exact(_first_matches(entry, names))
         except BadPatternError as error:
-            raise AdapterError(_bad_pattern(f"its expression {error}", where, key)) from None
+            raise AdapterError(_invalid(f"its expression {error}", where, key)) from None
     if "rank_pattern" in values:
         values["rank_pattern"] = {name: min(int(rank), most) for name, rank in values["rank_pattern"].items()}
     return values
@@ -285,7 +235,7 @@ def _check_lists(
     for key in ("layers_pattern", "modules_to_save"):  # PEFT makes expressions of them
         entries = [value] if isinstance(value := config.get(key) or [], str) else value
         if other := next((entry for entry in entries if not _PLAIN_NAME.fullmatch(entry)), None):
-            raise AdapterError(_bad_pattern(f"`{other}` is not the name of a module", where, key))
+            raise AdapterError(_invalid(f"`{other}` is not the name of a module", where, key))
 
 
 def _exact(found: Mapping[str, float]) -> dict[str, float]:
@@ -294,28 +244,3 @@ def _exact(found: Mapping[str, float]) -> dict[str, float]:
     for name, value in found.items():
         names.setdefault(value, []).append(re.escape(name))
     return {"|".join(alternatives): value for value, alternatives in names.items()}
-
-
-def _fullmatches(text: str, names: Iterable[str]) -> list[str]:
-    """The names that an expression matches as a whole. Raises BadPatternError."""
-    expression, limit = compile_pattern(text), TimeLimit()
-    return [name for name in names if limit(expression.fullmatch, name)]
-
-
-def matching(text: str, names: Iterable[str], key: str, example: str) -> list[str]:
-    """The names that a regular expression matches as a whole.
-
-    Args:
-        text: The expression.
-        names: Of modules or parameters.
-        key: Where the expression is in the config.
-        example: What a list of names would hold.
-
-    Raises:
-        ConfigError: The expression does not compile, or takes too long.
-    """
-    try:
-        return _fullmatches(text, names)
-    except BadPatternError as error:
-        fix = f"correct it, or write names as a list: [{example}]"
-        raise ConfigError(Problem(Code.LORA_UNSUPPORTED, f"`{text}` {error}", key=key, fix=fix)) from None
