@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, meanings, tiny_llama
-from fork_server import ForkServer
-from running import WEIGHTS, MakeConfig, checkpoints, straight, until
+from conftest import Ran, meanings, tiny_llama
+from running import WEIGHTS, MakeConfig, checkpoints
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -21,7 +20,7 @@ from loratune.commands import train
 from loratune.config import ModelSection
 from loratune.config import load as load_config
 from loratune.errors import ModelError
-from loratune.events import Event, TrainingEvent, listening
+from loratune.events import Event, StepEvent, TrainingEvent, listening
 from loratune.model import load
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
@@ -114,32 +113,40 @@ def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, m
     assert meanings(refused.value) == [(Code.MODEL_CHANGED, str(weights), "")]
 
 
+def run(config: Path, out: Path, on_event: Callable[[Event], None]) -> None:
+    """Train in this process, without the command line, which has a listener of its own."""
+    with listening(on_event):
+        train.train(preflight.check(load_config(config), run_dir.check(str(out), overwrite=False)))
+
+
 def test_a_run_ends_with_its_last_checkpoint(
-    run_config: MakeConfig, tmp_path: Path, base_dir: Path, processes: ForkServer
+    run_config: MakeConfig, tmp_path: Path, base_dir: Path, cli: Callable[..., Ran]
 ) -> None:
     """It is noticed at the next checkpoint; with the files put back, the run continues as if nothing had been."""
-    config = run_config(
-        model={"name_or_path": str(base_dir)}, training={"save_steps": 20, "num_train_epochs": 8, "logging_steps": 1}
-    )
-    expected, kept = straight(processes, config, tmp_path), shutil.copytree(base_dir, tmp_path / "kept")
-    child = processes.start("train", config)
-    until(lambda: "step     5/" in child.said(), child)
-    overwrite(base_dir / "model.safetensors")
-    problem = Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path"
-    check_refused(Ran(child.wait(), "", child.said()), 3, problem)
+    sections = {"model": {"name_or_path": str(base_dir)}, "training": {"save_steps": 4, "max_steps": 10}}
+    config = run_config(**sections)
+    assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
+    kept = shutil.copytree(base_dir, tmp_path / "kept")
+
+    def change(event: Event) -> None:
+        if isinstance(event, StepEvent) and event.step == 2:
+            overwrite(base_dir / "model.safetensors")
+
+    with pytest.raises(ModelError) as refused:
+        run(config, tmp_path / "out", change)
+    assert meanings(refused.value) == [(Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "")]
     assert not (tmp_path / "out").exists() and checkpoints(tmp_path / "out.partial")
-    child = processes.start("train", config, "--resume")
-    assert child.wait() == 7 and "[resume.changed]" in child.said(), child.said()
+    ran = cli("train", config, "--resume")
+    assert ran.code == 7 and f"[{Code.RESUME_CHANGED}]" in ran.err, ran.err
     shutil.rmtree(base_dir)
     shutil.copytree(kept, base_dir)
-    child = processes.start("train", config, "--resume")
-    assert child.wait() == 0, child.said()
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    assert (ran := cli("train", config, "--resume")).code == 0, ran.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", ["overwritten", "removed"])
 def test_a_change_after_the_last_step_is_noticed(
-    name: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
+    name: str, run_config: MakeConfig, tmp_path: Path, base_dir: Path
 ) -> None:
     """Before the adapter is published; the last step is kept."""
     config = run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 2})
@@ -148,11 +155,10 @@ def test_a_change_after_the_last_step_is_noticed(
         if isinstance(event, TrainingEvent) and event.finished:
             CHANGES[name](base_dir / "model.safetensors")
 
-    with listening(change), pytest.raises(ModelError) as refused:
-        directory = run_dir.check(str(tmp_path / "out"), overwrite=False)
-        train.train(preflight.check(load_config(config), directory))
+    with pytest.raises(ModelError) as refused:
+        run(config, tmp_path / "out", change)
     (problem,) = meanings(refused.value)
-    assert problem == (Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "model.name_or_path")
+    assert problem == (Code.MODEL_CHANGED, str(base_dir / "model.safetensors"), "")
     assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
 
 

@@ -29,10 +29,10 @@ from loratune.errors import ModelError
 from loratune.kernels import acceleration
 from loratune.kernels.upstream import is_fake
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import gguf as gguf_module
-from loratune.model import load
-from loratune.model.gguf import KEY, check
+from loratune.model import load, source
+from loratune.model.source import GGUF_KEY as KEY
 from loratune.model.source import KEY as NAME
+from loratune.model.source import check_gguf as check
 from loratune.training import batching
 
 FILE = "tiny.gguf"
@@ -433,7 +433,7 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
 
     counted(load, "check_machine")
     counted(load, "check_kernels")
-    counted(gguf_module, "_check_complete")
+    counted(source, "_check_complete")
     counted(acceleration, "_replace")
     counted(acceleration, "ParityCheck")
     counted(batching, "packing_refusal")

@@ -1,11 +1,8 @@
 """The base model: every way in which it is not to be had, and the numbers in which it is held."""
 
 import json
-import os
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,23 +65,6 @@ def hub() -> Iterator[str]:
     server.shutdown()
 
 
-ASK = """
-import json, sys
-from typer.testing import CliRunner
-from loratune.cli import app
-for name in sys.argv[1:]:
-    ran = CliRunner().invoke(app, ["params", "--model", name])
-    print(json.dumps([ran.exit_code, ran.stdout, ran.stderr]))
-"""
-
-
-def ask(names: list[str], cache: Path, **environment: str) -> "subprocess.Popen[str]":
-    """`loratune params --model NAME` for each name, in a process whose hub is as `environment` says."""
-    plain = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    settings = plain | {"HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"} | environment
-    return subprocess.Popen([sys.executable, "-c", ASK, *names], env=settings, stdout=subprocess.PIPE, text=True)
-
-
 def cache_model(home: Path, name: str) -> None:
     """Lay a model configuration into the cache of the hub's library."""
     commit, repository = "0" * 40, home / "hub" / f"models--{name.replace('/', '--')}"
@@ -93,27 +73,39 @@ def cache_model(home: Path, name: str) -> None:
     (repository / "refs" / "main").write_text(commit)
 
 
-def test_errors_of_the_hub_are_distinguished(hub: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "online", "code", "text"),
+    [
+        ("who/absent", True, Code.MODEL_NOT_FOUND, "check the name"),
+        ("who/private", True, Code.MODEL_NOT_FOUND, "check the name"),
+        ("who/gated", True, Code.MODEL_GATED, "https://huggingface.co/who/gated"),
+        ("who/empty", True, Code.MODEL_NOT_FOUND, "config.json"),
+        ("who/hangs-up", True, Code.MODEL_HUB_UNREACHABLE, ""),
+        ("no such: name", True, Code.MODEL_NOT_FOUND, ""),
+        ("who/absent", False, Code.MODEL_HUB_UNREACHABLE, ""),
+        ("who/cached", False, None, ""),
+    ],
+)
+def test_errors_of_the_hub_are_distinguished(
+    name: str, online: bool, code: Code | None, text: str,
+    hub: str, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    template = f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    constants = {
+        "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_OFFLINE": not online,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+    }
+    for constant, value in constants.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
     cache_model(tmp_path, "who/cached")
-    names = ["who/absent", "who/private", "who/gated", "who/empty", "who/hangs-up", "no such: name"]
-    online = ask(names, tmp_path, HF_ENDPOINT=hub)
-    offline = ask(["who/absent", "who/cached"], tmp_path, HF_HUB_OFFLINE="1")
-    *lines, cached = [json.loads(line) for run in (online, offline) for line in run.communicate()[0].splitlines()]
-    expected = [
-        ("who/absent", Code.MODEL_NOT_FOUND, "check the name"),
-        ("who/private", Code.MODEL_NOT_FOUND, "check the name"),
-        ("who/gated", Code.MODEL_GATED, "https://huggingface.co/who/gated"),
-        ("who/empty", Code.MODEL_NOT_FOUND, "config.json"),
-        ("who/hangs-up", Code.MODEL_HUB_UNREACHABLE, ""),
-        ("no such: name", Code.MODEL_NOT_FOUND, ""),
-        ("who/absent", Code.MODEL_HUB_UNREACHABLE, ""),
-    ]
-    assert [(code, out, err.count("\n")) for code, out, err in lines] == [(3, "", 1)] * 7
-    for line, (name, code, text) in zip(lines, expected, strict=True):
-        check_refused(Ran(*line), 3, (code, name, NAME))
-        assert text in line[2]
-    assert cached[0] == 0
-    assert cached[1].startswith("trainable params: ")
+    ran = cli("params", "--model", name)
+    if code is None:
+        assert ran.code == 0 and ran.out.startswith("trainable params: "), ran.err
+        return
+    check_refused(ran, 3, (code, name, NAME))
+    assert (ran.out, ran.err.count("\n")) == ("", 1) and text in ran.err
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "a/b/c"])

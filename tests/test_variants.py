@@ -29,7 +29,7 @@ from loratune.lora import attach, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
 from loratune.lora.initialize import AdapterInit
-from loratune.model import base_files, load
+from loratune.model import load, stored
 from loratune.training import preflight, trainer
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.store import Checkpoints
@@ -250,7 +250,7 @@ def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> 
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
     tuned = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    attach.initialize_adapter(tuned, section, originals=partial(base_files.original_weights, held, base))
+    attach.initialize_adapter(tuned, section, originals=partial(stored.original_weights, held, base))
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)
@@ -273,7 +273,7 @@ def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_pa
 
 def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_llama()
-    read = base_files.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
+    read = stored.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
     with pytest.raises(ModelError, match=r"model\.layers\.9\.gone\.weight") as caught:
         read("model.layers.9.gone")

@@ -163,7 +163,7 @@ def init(
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
-    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))  # or its packages are missing
+    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)

@@ -19,7 +19,7 @@ from loratune.export.comparison import Texts, texts
 from loratune.export.merging import Kept, Merge, Written
 from loratune.lora import attach
 from loratune.model import load
-from loratune.model.base_files import FileStates
+from loratune.model.fingerprints import FileStates
 from loratune.model.source import locate
 from loratune.system.output_dir import OutputDirectory
 

@@ -21,7 +21,7 @@ from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import shared_module
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
-from loratune.model import base_files, load
+from loratune.model import load, stored
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
@@ -249,7 +249,7 @@ def adapted(validated_run: ValidatedRun, loaded: LoadedRun, group: Group = SINGL
     known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
     run, more = auto.decide(run.model_copy(update={"lora": lora}), known)
     _check_warmup(run.training, batches, group.count)
-    originals = partial(base_files.original_weights, run.model, base.model)
+    originals = partial(stored.original_weights, run.model, base.model)
     start_from = earlier.start.info.files if earlier else None
     adapter_init = attach.initialize_adapter(
         model, run.lora, batches=batches.first(), originals=originals, start_from=start_from

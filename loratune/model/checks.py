@@ -1,14 +1,15 @@
-"""What can be wrong with a model's files: what a library could not load, implausible values, damaged weights."""
+"""What can be wrong with a model's files: what a library could not load, damaged weights, code of strangers."""
 
+import json
 import logging
 import re
-import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from huggingface_hub import errors, hf_hub_download
 from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
@@ -17,15 +18,12 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
-from loratune.model import gguf, upstream
-from loratune.model.source import cached_directory, local_or_hub, summary
+from loratune.model import upstream
+from loratune.model.source import LFS_START, cached_directory, lfs_pointer, local_or_hub, summary
 from loratune.system.environment import cache_fix
 from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
 _log = logging.getLogger(__name__)
-
-LOADING_ERRORS = (OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError)
-"""What transformers, torch and safetensors raise for a model that cannot be loaded."""
 
 # --- What a library could not load
 
@@ -45,7 +43,8 @@ def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelE
         fix = "read that code, then set model.trust_remote_code: true and model.revision to the commit you read"
         return ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, section.name_or_path, fix=fix))
     what = f"the {part} cannot be loaded: {summary(error)}"
-    return ModelError(Problem(Code.MODEL_UNREADABLE, what, section.name_or_path, fix=cache_fix(error)))
+    code = Code.SYSTEM_MISSING_PACKAGE if isinstance(error, ImportError) else Code.MODEL_UNREADABLE
+    return ModelError(Problem(code, what, section.name_or_path, fix=cache_fix(error)))
 
 
 def damaged_weights(section: ModelSection) -> Iterator[Problem]:
@@ -54,17 +53,17 @@ def damaged_weights(section: ModelSection) -> Iterator[Problem]:
     if directory is None:
         return
     for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
-        with path.open("rb") as file:
-            is_pointer = file.read(len(gguf.LFS_START)) == gguf.LFS_START
-        if is_pointer:
-            yield gguf.lfs_pointer(path)
-        elif path.suffix == ".safetensors":
-            try:
+        try:
+            with path.open("rb") as file:
+                is_pointer = file.read(len(LFS_START)) == LFS_START
+            if path.suffix == ".safetensors" and not is_pointer:
                 with safe_open(path, framework="pt"):
                     pass
-            except (SafetensorError, OSError) as error:
-                what = f"damaged or cut off: {summary(error)}"
-                yield Problem(Code.MODEL_DAMAGED, what, str(path), fix="download it again")
+        except (SafetensorError, OSError) as error:
+            what = f"damaged or cut off: {summary(error)}"
+            yield Problem(Code.MODEL_DAMAGED, what, str(path), fix="download it again")
+        else:
+            yield from [lfs_pointer(path)] if is_pointer else []
 
 
 def check_present(section: ModelSection) -> None:
@@ -79,62 +78,11 @@ def check_present(section: ModelSection) -> None:
     if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
         what, fix = "the directory has no weights, neither *.safetensors nor *.bin", "get the whole model"
         raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, fix=fix))
-    try:
-        problems = list(damaged_weights(section))
-    except OSError as error:
-        raise unreadable("model", section, error) from None
-    if problems:
+    if problems := list(damaged_weights(section)):
         raise ModelError(problems)
 
 
 # --- config.json
-
-_MOST = {
-    re.compile(r"(num|n)(_\w+)?_(layers?|blocks)|(en|de)coder_layers"): 4096,
-    re.compile(r"(num|n)(_\w+)?_experts"): 65_536,
-    re.compile(r"num_labels"): 1_000_000,
-    re.compile(r"hidden_size|intermediate_size|n_embd|d_model"): 10_000_000,
-}
-"""Key → its largest plausible value. The largest models have some hundred layers, and some hundred experts in each;
-transformers creates an object for each of them, and a name for each label; an adapter has numbers for each width."""
-
-
-def check_sizes(values: Any, where: str) -> None:
-    """Check the counts in a config.json before any library builds something of them.
-
-    Args:
-        values: The content of config.json.
-        where: The name of the model.
-
-    Raises:
-        ModelError: `architectures` is no list of names; a number is so large that building the model would take hours,
-            or all memory.
-    """
-    if not isinstance(values, Mapping):
-        return
-    architectures = values.get("architectures") or []
-    if not isinstance(architectures, list) or any(not isinstance(name, str) for name in architectures):
-        what, fix = "must be a list of class names", 'write it as ["LlamaForCausalLM"]'
-        raise ModelError(Problem(Code.MODEL_UNREADABLE, what, where, "architectures", fix))
-    problems = []
-    for key, count in _counts(values):
-        name = key.rpartition(".")[2]
-        most = next((most for pattern, most in _MOST.items() if pattern.fullmatch(name)), None)
-        if most is not None and count > most:
-            number = f"{count:,}" if count < 10**18 else "more than 10^18"
-            what = f"is {number}, and must be at most {most:,}"
-            problems.append(Problem(Code.MODEL_UNREADABLE, what, where, key, "correct config.json"))
-    if problems:
-        raise ModelError(problems)
-
-
-def _counts(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """The whole numbers above 1 with their keys, also those of nested configurations."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _counts(value, f"{prefix}{key}.")
-        elif isinstance(value, int) and value > 1:
-            yield f"{prefix}{key}", value
 
 
 def check_decoder(config: Any, section: ModelSection) -> None:
@@ -191,19 +139,18 @@ def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
     Raises:
         ModelError: Tensors are missing, of another shape, or left over although the model has others like them.
     """
-    problems, fix = [], "use weights and config.json of the same model"
-    if missing := sorted(info["missing_keys"]):
-        what = f"the files lack {len(missing)} tensors of the model, among them {', '.join(missing[:3])}"
-        code, download = Code.MODEL_DAMAGED, "they would be random; get the whole model"
-        problems.append(Problem(code, what, name, fix=download))
-    if mismatched := sorted(info["mismatched_keys"]):
-        shapes = ", ".join(f"{key} {tuple(actual)} for {tuple(expected)}" for key, actual, expected in mismatched[:3])
-        what = f"{len(mismatched)} tensors have another shape than config.json asks for, among them {shapes}"
-        problems.append(Problem(Code.MODEL_DAMAGED, what, name, fix=fix))
-    if extra := sorted(_relevant(model, info["unexpected_keys"])):
-        what = f"the files hold {len(extra)} tensors more than config.json asks for, among them {', '.join(extra[:3])}"
-        problems.append(Problem(Code.MODEL_DAMAGED, what, name, fix=fix))
-    if problems:
+    shapes = (f"{key} {tuple(actual)} for {tuple(expected)}" for key, actual, expected in info["mismatched_keys"])
+    found = {
+        "the files lack {} tensors of the model": sorted(info["missing_keys"]),
+        "{} tensors have another shape than config.json asks for": sorted(shapes),
+        "the files hold {} tensors more than config.json asks for": sorted(_relevant(model, info["unexpected_keys"])),
+    }
+    fix = "use all weights and config.json of the same model"
+    if problems := [
+        Problem(Code.MODEL_DAMAGED, f"{what.format(len(keys))}, among them {', '.join(keys[:3])}", name, fix=fix)
+        for what, keys in found.items()
+        if keys
+    ]:
         raise ModelError(problems)
 
 
@@ -230,49 +177,143 @@ def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str
 # --- Chat template
 
 
-def template_text(path: str) -> str:
-    """The text of a chat template file.
-
-    Raises:
-        ConfigError: It cannot be read, or is empty.
-    """
-    key, fix = "data.chat_template", "name a Jinja file"
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        cause = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(Problem(Code.TEMPLATE_INVALID, f"cannot be read: {cause}", path, key, fix)) from None
-    if not text.strip():
-        fix = "name a Jinja file with a template in it"
-        raise ConfigError(Problem(Code.TEMPLATE_INVALID, "the file is empty", path, key, fix))
-    return text
-
-
-def check_template(tokenizer: Any, path: str) -> None:
-    """Compile the tokenizer's chat template, which was read from a file, and render a conversation with it.
+def read_template(tokenizer: Any, path: str) -> None:
+    """Read a tokenizer's chat template from a file, and render a conversation with it.
 
     The template may refuse this conversation for reasons of its own; the user's rows decide about that later.
 
     Raises:
-        ConfigError: The file is no template.
+        ConfigError: The file cannot be read, or is not a template.
     """
-    key = "data.chat_template"
+    key, where = "data.chat_template", path
     try:
-        if refusal := _render_question(tokenizer):
-            _log.debug("the chat template refuses a single question\n%s", refusal)
-    except TEMPLATE_ERRORS as error:
-        line = error.lineno if isinstance(error, TemplateSyntaxError) else None
-        where = f"{path}:{line}" if line else path
-        what = f"not a Jinja template: {template_error_reason(error)}"
-        raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, where, key, "correct it")) from None
-
-
-def _render_question(tokenizer: Any) -> str:
-    """The traceback of the template's refusal, empty without one. Raises one of `TEMPLATE_ERRORS`."""
-    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
         tokenizer.apply_chat_template([{"role": "user", "content": "loratune?"}], tokenize=False)
-    except TEMPLATE_ERRORS:
-        raise
+        what = "" if tokenizer.chat_template.strip() else "the file is empty"
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read: {error.strerror if isinstance(error, OSError) else 'it is not UTF-8'}"
+    except TEMPLATE_ERRORS as error:
+        where = f"{path}:{error.lineno}" if isinstance(error, TemplateSyntaxError) else path
+        what = f"not a Jinja template: {template_error_reason(error)}"
     except Exception:
-        return traceback.format_exc()
-    return ""
+        _log.debug("the chat template refuses a single question", exc_info=True)
+        what = ""
+    if what:
+        raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, where, key, "name a file with a Jinja template"))
+
+
+# --- Code that a model's files name
+#
+# transformers runs a class that `auto_map` names as `module.Class` from the model's own repository, at the pinned
+# revision, but one named as `other/repo--module.Class` from another repository, at its newest revision
+# (transformers.dynamic_module_utils). The latter is refused, wherever it is in a JSON file of the model. So are the
+# names of hub kernels, which transformers downloads and runs without asking (transformers.integrations.hub_kernels).
+
+FILES = (
+    "config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json",
+    "preprocessor_config.json", "video_preprocessor_config.json", "feature_extractor_config.json",
+    "image_processor_config.json", "chat_template.json", "special_tokens_map.json", "adapter_config.json",
+)  # fmt: skip
+"""Files of a repository in which transformers looks for the names of classes, or of another repository."""
+
+
+_CLASS = re.compile(r"(?:\w+/)*\w+\.\w+")  # a module of the repository, in it or below, and a class
+_FIX = "copy that code into the model's directory once you have read it, and name it there as module.Class"
+_CODE = ("auto_map", "custom_generate", "custom_pipelines")
+
+
+def check_directory(directory: Path) -> None:
+    """`check_files` for a model's directory, at any depth; and no link to code leads out of it."""
+    check_files(path for path in sorted(directory.rglob("*.json")) if path.is_file())
+    root = directory.resolve()
+    if outside := [path for path in sorted(directory.rglob("*.py")) if not path.resolve().is_relative_to(root)]:
+        what, fix = "this code lies outside of the model's directory", "copy it there once you have read it"
+        raise ModelError([Problem(Code.MODEL_FOREIGN_CODE, what, str(path), fix=fix) for path in outside])
+
+
+def check_repository(name: str, revision: str | None) -> None:
+    """`check_files` for those files of a repository that may name code, downloaded if they are not in the cache."""
+    check_files(_downloads(name, revision), name)
+
+
+def _downloads(name: str, revision: str | None) -> Iterator[Path]:
+    """Files that the repository does not have, or that cannot be downloaded now, are left out; transformers does not
+    get them either."""
+    offline = False
+    for file in FILES:
+        try:
+            yield Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
+        except errors.LocalEntryNotFoundError:
+            offline = True  # the library has tried several times, and would again for each file
+        except errors.EntryNotFoundError:
+            continue
+
+
+def check_files(files: Iterable[Path], own: str = "") -> None:
+    """Check that these JSON files name no code of another repository. Files that are not JSON are ignored.
+
+    Args:
+        files: The files.
+        own: The id of the repository that they come from; empty for a directory.
+
+    Raises:
+        ModelError: With every name of such code.
+    """
+    problems = []
+    for file in files:
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            _log.debug("%s is not looked at for code", file, exc_info=True)
+            continue
+        names = _code_names(values)
+        if own and file.name == "adapter_config.json" and isinstance(values, dict):
+            names = chain(names, _texts(("base_model_name_or_path",), values.get("base_model_name_or_path")))
+        problems += [
+            Problem(Code.MODEL_FOREIGN_CODE, what, str(file), ".".join(keys), _FIX)
+            for keys, text in names
+            if (what := _objection(keys, text, own))
+        ]
+    if problems:
+        raise ModelError(problems)
+
+
+def check_hub_kernels(config: Any, where: str) -> None:
+    """Check that a model's configuration names no kernel of the hub.
+
+    Raises:
+        ModelError: It names one.
+    """
+    parts = [("", config), *((f"{name}.", vars(config).get(name)) for name in config.sub_configs)]
+    for prefix, part in parts:
+        kernel = upstream.attention(part) if part is not None else None
+        if isinstance(kernel, str) and "/" in kernel:
+            what, key = f"names a kernel of another repository, {kernel}", f"{prefix}attn_implementation"
+            raise ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, where, key, "take it out of config.json"))
+
+
+def _code_names(values: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys and text of everything that names code, at any depth."""
+    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in entries:
+        path = (*keys, str(key))
+        yield from _texts(path, value) if key in _CODE else _code_names(value, path)
+
+
+def _texts(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], str]]:
+    if isinstance(value, str):
+        yield keys, value
+    elif isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts((*keys, str(key)), inner)
+
+
+def _objection(keys: tuple[str, ...], text: str, own: str) -> str:
+    """Why code of this name would not be that of the model's own repository; empty if it would."""
+    repository, separator, rest = text.rpartition("--")
+    if "base_model_name_or_path" in keys:
+        return f"names another repository, {text}, whose code would be run"
+    if separator and repository != own:
+        return f"names code of another repository, {text}"
+    is_module = "auto_map" not in keys or _CLASS.fullmatch(rest)
+    return "" if is_module else f"names code in no module of this repository, {text}"

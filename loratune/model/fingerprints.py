@@ -1,7 +1,7 @@
 """Whether two bases are the same model, by their weights and by the settings that decide what they compute.
 
 A fingerprint is written into checkpoints and published adapters. It begins with the version of the method that computed
-it. `Sampled` and `BaseState` compare a base in memory with what it was.
+it. `Sampled` and `BaseState` compare a base in memory with what it was, `FileStates` its files.
 """
 
 import dataclasses
@@ -11,13 +11,18 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from loratune.codes import Code
+from loratune.config import ModelSection
+from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.model import upstream
+from loratune.model.source import cached_directory
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +60,8 @@ def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
         base: The model before PEFT wraps it, on any device.
         read: Reads the values of a base that is on the meta device.
     """
-    digest = hashlib.sha256(_as_json(_settings(base.config, _source(type(base)))))
+    settings = _settings(base.config, _source(type(base)))
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name, empty in _tensors(base):
         tensor = empty if read is None else read(name)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
@@ -152,22 +158,14 @@ def block_sums(tensor: torch.Tensor, *, rounded: bool = True) -> bytes:
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
-    flat = _flat(tensor)
+    flat = tensor.detach().flatten()
+    if upstream.is_4bit(tensor) or not flat.is_floating_point():
+        flat = flat.view(torch.uint8)  # packed values and whole numbers as bytes
     if (last := flat.numel() - RUN_LENGTH) > RUNS * RUN_LENGTH:
         starts = torch.arange(RUNS) * last // (RUNS - 1)
         flat = flat[(starts[:, None] + torch.arange(RUN_LENGTH)).flatten().to(flat.device)]
     values = flat.cpu()
     return bytes((values.to(torch.bfloat16).float() if values.is_floating_point() else values).numpy().tobytes())
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """The values in one dimension; packed ones and whole numbers as bytes."""
-    flat = tensor.detach().flatten()
-    return flat.view(torch.uint8) if upstream.is_4bit(tensor) or not flat.is_floating_point() else flat
-
-
-def _as_json(values: dict[str, Any]) -> bytes:
-    return json.dumps(values, sort_keys=True, default=str).encode()
 
 
 class BaseState:
@@ -199,15 +197,9 @@ class BaseState:
 
 
 def _modules(base: PreTrainedModel) -> list[tuple[Any, ...]]:
+    flags = ("forward", "gradient_checkpointing")
     return [
-        (
-            name,
-            id(module),
-            module.training,
-            upstream.hooks(module),
-            "forward" in vars(module),
-            bool(vars(module).get("gradient_checkpointing")),
-        )
+        (name, id(module), module.training, upstream.hooks(module), *(bool(vars(module).get(flag)) for flag in flags))
         for name, module in base.named_modules()
     ]
 
@@ -220,3 +212,39 @@ def _bits(base: PreTrainedModel) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {tensor.device} ".encode())
         digest.update(block_sums(tensor, rounded=False))
     return digest.hexdigest()
+
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
+
+
+class FileStates:
+    """Size, times and place on the disk of the files that a base is loaded from."""
+
+    def __init__(self, section: ModelSection):
+        """Record the present state. A base on the hub that is not in the cache has no files yet."""
+        directory, gguf = cached_directory(section), section.gguf_file
+        if directory is None:
+            paths = []
+        elif gguf is not None:
+            paths = [directory / gguf]
+        else:
+            paths = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern))
+        self._states = {path: _state(path) for path in paths}
+
+    def check_unchanged(self, since: str = "while it was being read", fix: str = "start again") -> None:
+        """Raises ModelError: a file has changed, or is gone."""
+        if changed := [path for path, state in self._states.items() if _state(path) != state]:
+            what = f"has changed {since}"
+            raise ModelError([Problem(Code.MODEL_CHANGED, what, str(path), fix=fix) for path in changed])
+
+    def check_unchanged_in_run(self) -> None:
+        """The same during a run, which computes with a copy of its own; but its adapter would not fit the new files."""
+        self.check_unchanged("since the run began", "restore it, then continue with --resume, which compares weights")
+
+
+def _state(path: Path) -> tuple[int, ...] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev

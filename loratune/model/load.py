@@ -1,22 +1,23 @@
 """Loading the tokenizer and the base model: from where, in which dtype, on which device, if this machine can."""
 
 import io
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
@@ -25,13 +26,16 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
-from loratune.model import checks, fingerprints, quantization, remote_code, upstream
-from loratune.model.base_files import FileStates, copy_mapped
+from loratune.model import checks, fingerprints, quantization, upstream
+from loratune.model.fingerprints import FileStates
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 from loratune.system.templates import is_rust_panic
 
-_log = logging.getLogger(__name__)
+_LOADING_ERRORS = (
+    OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError,
+)  # fmt: skip
+"""What transformers, torch and safetensors raise for a model that cannot be loaded."""
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -72,8 +76,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
             raise
         raise checks.unreadable("tokenizer", section, error) from None
     if chat_template is not None:
-        tokenizer.chat_template = checks.template_text(chat_template)
-        checks.check_template(tokenizer, chat_template)
+        checks.read_template(tokenizer, chat_template)
     return tokenizer
 
 
@@ -93,7 +96,8 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     is_packed = quantization_config is not None or quantization.record_of(config.to_dict()) is not None
     before = FileStates(section)
     try:
-        with _quietly(source):
+        # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
             model, info = AutoModelForCausalLM.from_pretrained(
                 source.name,
                 config=config,
@@ -106,12 +110,12 @@ def load_base(section: ModelSection) -> PreTrainedModel:
                 **source.gguf_unless(),
                 **_trusted_origin(section),
             )
-    except checks.LOADING_ERRORS as error:
+    except _LOADING_ERRORS as error:
         if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
         raise checks.unreadable("model", section, error) from None
     before.check_unchanged()  # copying from a truncated file would end the process
-    copy_mapped(model)
+    _copy_weights(model)
     before.check_unchanged()
     checks.check_complete(model, info, section.name_or_path)
     quantization.check_trainable(model, section.name_or_path)
@@ -237,32 +241,23 @@ def _largest(config: Any, name: str) -> int | None:
 def _read_config(section: ModelSection, source: ModelSource) -> Any:
     origin, file = _trusted_origin(section), source.gguf_unless("config.json")
     try:
-        if not file:
-            checks.check_sizes(PreTrainedConfig.get_config_dict(source.name, **origin)[0], section.name_or_path)
         config = AutoConfig.from_pretrained(source.name, **file, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise checks.unreadable("configuration", section, error) from None
-    remote_code.check_kernels(config, section.name_or_path)
+    checks.check_hub_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
     record = quantization.record_of(config.to_dict())
     quantization.check_not_quantized(record, section.name_or_path, section.quantization)
     return config
 
 
-@contextmanager
-def _quietly(source: ModelSource) -> Iterator[None]:
-    """Keep libraries of quantized bases from printing to stdout, and transformers from showing bars for a GGUF file."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
-        yield
-
-
 def _trusted_origin(section: ModelSection) -> dict[str, Any]:
     """Revision and trust for `from_pretrained`, after a check that trusted files name no code of another repository."""
     name = local_or_hub(section.name_or_path)
     if section.trust_remote_code and Path(name).is_dir():
-        remote_code.check_directory(Path(name))
+        checks.check_directory(Path(name))
     elif section.trust_remote_code:
-        remote_code.check_repository(name, section.revision)
+        checks.check_repository(name, section.revision)
     return section.model_dump(include={"revision", "trust_remote_code"})
 
 
@@ -298,16 +293,17 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
         ConfigError: bfloat16 on a GPU that only emulates it; 8bit or 4bit where bitsandbytes does not work; flash
             attention without its package or a GPU.
     """
-    _check_attention(section.attn_implementation)
-    if section.dtype != "bfloat16" and section.quantization == "none":
-        return  # without importing bitsandbytes
-    machine = machine or this_machine()
     problems = []
-    if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
-        what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
-        problems.append(Problem(Code.MODEL_UNSUPPORTED, what, key="model.dtype", fix=fix))
-    if section.quantization != "none" and machine.bitsandbytes:
-        problems.append(quantization.bitsandbytes_problem(section.quantization, machine.bitsandbytes))
+    attention = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
+    if (name := section.attn_implementation or "") in attention and not attention[name]():
+        what, fix = f"{name} needs a CUDA GPU and its package, such as flash-attn", "leave it out, or set it to sdpa"
+        problems.append(Problem(Code.MODEL_UNSUPPORTED, what, key="model.attn_implementation", fix=fix))
+    if section.dtype == "bfloat16" or section.quantization != "none":  # else bitsandbytes is not imported
+        machine = machine or this_machine()
+        if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
+            what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
+            problems.append(Problem(Code.MODEL_UNSUPPORTED, what, key="model.dtype", fix=fix))
+        quantization.check_bitsandbytes(section.quantization, machine.bitsandbytes)
     if problems:
         raise ConfigError(problems)
 
@@ -318,30 +314,18 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
     Raises:
         ConfigError: A setting needs a GPU, or a package that is not installed.
     """
-    settings = {
-        "device_map": section.device_map is not None, "torch_compile": section.torch_compile,
-        "use_liger_kernel": section.use_liger_kernel,
-    }  # fmt: skip
+    settings = section.model_dump(include={"device_map", "torch_compile", "use_liger_kernel"})
     what, fix = "needs a GPU, and there is none", "leave it out"
     problems = [
         Problem(Code.MODEL_UNSUPPORTED, what, key=f"model.{name}", fix=fix)
-        for name, is_set in settings.items()
-        if is_set and not gpu
+        for name, value in settings.items()
+        if value and not gpu
     ]
     if section.use_liger_kernel and gpu and not is_liger_kernel_available():
         what, fix = "needs the package liger-kernel", "leave it out, or: pip install liger-kernel"
         problems.append(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
     if problems:
         raise ConfigError(problems)
-
-
-def _check_attention(name: str | None) -> None:
-    checks = {"flash_attention_2": is_flash_attn_2_available, "flash_attention_3": is_flash_attn_3_available}
-    if name in checks and not checks[name]():
-        package = "flash-attn" if name == "flash_attention_2" else "flash-attn-3"
-        what = f"{name} needs a CUDA GPU and the package {package}, and at least one of them is missing"
-        fix = "leave it out, or set it to sdpa"
-        raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key="model.attn_implementation", fix=fix))
 
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
@@ -369,3 +353,30 @@ def _computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+
+
+def _copy_weights(model: nn.Module) -> None:
+    """Copy all weights into memory of their own, one after another.
+
+    transformers maps weights into memory instead of reading them. While such a mapping is in use, a file that is
+    overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. This takes a
+    second for some 2 GB.
+    """
+    for tensor in {id(tensor): tensor for tensor in _tensors(model) if tensor.device.type == "cpu"}.values():
+        tensor.data = tensor.data.clone()
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside its packed weights, and their scales."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        yield tensor
+        for value in vars(tensor).values() if isinstance(tensor, nn.Parameter) else ():
+            yield from _scales(value)
+
+
+def _scales(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif upstream.is_quant_state(value):
+        for inner in vars(value).values():
+            yield from _scales(inner)

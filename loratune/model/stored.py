@@ -21,7 +21,7 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.model import checks, quantization
-from loratune.model.source import local_or_hub, summary
+from loratune.model.source import cached_directory, local_or_hub, summary
 from loratune.model.upstream import CheckpointLayout
 from loratune.system import tensor_files
 from loratune.system.tensor_files import Tensor
@@ -273,3 +273,26 @@ def _check_complete(
         checks.check_complete(model, info, name)
     except ModelError as error:  # loading reports it, unless transformers knows better
         raise NotStreamableError(error.problems[0].what) from None
+
+
+def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], torch.Tensor]:
+    """A reader of single weights as they were saved, before quantization.
+
+    Returns:
+        A function from the path of a linear layer to its weight, (out, in). It raises ModelError where no safetensors
+        file has this weight.
+    """
+    directory = cached_directory(section)
+    files = {path: tensor_files.tensors(path) for path in directory.glob("*.safetensors")} if directory else {}
+    stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    prefix = f"{base.base_model_prefix}."
+
+    def read(layer: str) -> torch.Tensor:
+        for name in (f"{layer}.weight", f"{layer}.weight".removeprefix(prefix)):
+            if name in stored:
+                return _values(stored[name])
+        what = f"loftq needs {layer}.weight as it was before quantization, and no safetensors file has it"
+        key, fix = "lora.init_lora_weights", "use another initialization"
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, key, fix))
+
+    return read

@@ -21,7 +21,7 @@ from loratune.errors import AdapterError, ConfigError, DataError, Problem, Resum
 from loratune.lora import adapter_files
 from loratune.model import quantization
 from loratune.model.source import KEY as BASE
-from loratune.model.source import is_directory, local_or_hub
+from loratune.model.source import is_directory
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
@@ -106,7 +106,7 @@ def check(
     Raises:
         ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
             with sharded weights; the package of a tracker is not installed.
-        ModelError: See `source.is_directory` and `quantization.check_directory`.
+        ModelError: See `source.is_directory`.
         AdapterError: The adapter to start from cannot be used, see `AdapterDirectory.open`; or it does not say which
             rows are to be replayed.
         DataError: See `data.read_datasets`; the rows are not those of the objective.
@@ -119,8 +119,7 @@ def check(
     _check_sharding(run)
     _check_trackers(run.training.report_to)
     quantization.check_bitsandbytes(base.quantization)
-    if is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code):
-        quantization.check_directory(Path(local_or_hub(base.name_or_path)), base.name_or_path, base.quantization)
+    is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
     absolute = with_absolute_paths(run)
     if given:
         places = {name: Source(path=GIVEN) for name in given}
