@@ -13,13 +13,13 @@ from pathlib import Path
 
 from datasets import config
 
-from loratune.data import token_cache, token_cache_dir
+from loratune.data import token_cache
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 
 COUNT = 12
-OLD = time.time() - (token_cache_dir.KEPT_DAYS + 1) * 86400
+OLD = time.time() - (token_cache.KEPT_DAYS + 1) * 86400
 
 
 def key(number: int) -> str:
@@ -44,8 +44,8 @@ def take_part(cache: Path, number: int, role: int) -> int:
         if role % 4 == 3:
             with suppress(FileNotFoundError):
                 os.utime(cache / "loratune" / key(number), (OLD, OLD))
-            token_cache_dir.remove_old_entries()
-        elif not whole(token_cache_dir.load_or_write(key(number), fill)):
+            token_cache.remove_old_entries()
+        elif not whole(token_cache.load_or_write(key(number), fill)):
             print("other rows than there are", file=sys.stderr)
             return 1
     return 0

@@ -25,7 +25,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.compare.objectives import ComparedRows
 from loratune.config import DataSection
-from loratune.data import token_cache_dir
+from loratune.data import token_cache
 from loratune.data.rendering import Renderer
 from loratune.training import reference
 from loratune.training.preferences import PreferenceObjective
@@ -267,7 +267,7 @@ def test_a_base_that_computes_nan_is_no_reference(
     held_out = tmp_path / "held-out.jsonl" if objective == "orpo" else tmp_path / "compared.jsonl"
     check_refused(ran, 6, (Code.LORA_START, f"{held_out}:1", "training.objective"))
     assert "log-probability nan" in ran.err and "check that the base model works by itself" in ran.err
-    assert not [*(tmp_path / "cache").rglob("values")]
+    assert not [*(tmp_path / "cache").rglob("*.values")]
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
@@ -331,25 +331,22 @@ def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTok
 
 
 def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged ones, and those of a directory that others can write to, are computed again."""
+    """Damaged ones are computed again."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     key, values = "0" * 64, np.array([-1.5, 0.1, 1e-300])
-    assert token_cache_dir.load_values(key) is None
-    token_cache_dir.store_values(key, values)
-    found = token_cache_dir.load_values(key)
+    assert token_cache.load_values(key) is None
+    token_cache.store_values(key, values)
+    found = token_cache.load_values(key)
     assert found is not None and found.tolist() == values.tolist()
-    assert token_cache_dir.load_values("1" * 64) is None
-    file = tmp_path / "loratune" / key / "values"
+    assert token_cache.load_values("1" * 64) is None
+    (file,) = (tmp_path / "loratune").iterdir()
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert token_cache_dir.load_values(key) is None
-    token_cache_dir.store_values(key, values)
-    assert token_cache_dir.load_values(key) is not None
-    (tmp_path / "loratune" / key).chmod(0o777)
-    assert token_cache_dir.load_values(key) is None
-    (tmp_path / "loratune" / key).chmod(0o700)
+    assert token_cache.load_values(key) is None
+    token_cache.store_values(key, values)
+    assert token_cache.load_values(key) is not None
     file.unlink()
     os.mkfifo(file)  # which nobody waits at
-    assert token_cache_dir.load_values(key) is None
+    assert token_cache.load_values(key) is None
 
 
 def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,12 +354,12 @@ def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch
     key, limits = "0" * 64, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        token_cache_dir.store_values(key, np.zeros(4096))
+        token_cache.store_values(key, np.zeros(4096))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [*(tmp_path / "loratune").iterdir()] == [] and token_cache_dir.load_values(key) is None
-    token_cache_dir.store_values(key, np.zeros(4096))
-    assert token_cache_dir.load_values(key) is not None
+    assert [*(tmp_path / "loratune").iterdir()] == [] and token_cache.load_values(key) is None
+    token_cache.store_values(key, np.zeros(4096))
+    assert token_cache.load_values(key) is not None
 
 
 def test_the_reference_is_computed_once_and_kept(
@@ -410,7 +407,7 @@ def test_what_was_computed_of_the_reference_is_kept(
     assert len(kept(tmp_path)) == splits, "only the whole is kept"
     with monkeypatch.context() as patched:  # as if it had been killed between the whole and the end of its parts
         patched.setattr(reference, "_known", lambda key, group: None)
-        patched.setattr(token_cache_dir, "discard_values", lambda key: None)
+        patched.setattr(token_cache, "discard_values", lambda key: None)
         assert cli("train", path, "--overwrite").code == 0
     assert len(kept(tmp_path)) > splits
     assert cli("train", path, "--overwrite").code == 0 and len(kept(tmp_path)) == splits
@@ -421,7 +418,7 @@ def test_what_was_computed_of_the_reference_is_kept(
 
 
 def kept(place: Path) -> list[Path]:
-    return [*(place / "cache").rglob("values")]
+    return [*(place / "cache").rglob("*.values")]
 
 
 def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, splits, token_cache, token_cache_dir
+from loratune.data import TokenizedDataset, splits, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
@@ -425,32 +425,29 @@ def test_a_changed_key_is_a_new_entry(
     assert (second.fingerprint != first.fingerprint) == (change not in ("template", "truncation", "invalid", "place"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "record", "unfinished", "a bit", "a bit of the record"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "whole", "unfinished", "a bit"])
 def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache: Path, damage: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = [*prepared(renderer, path).rows]
     (entry,) = (cache / name for name in entries(cache))
+    shard, whole = entry / "00000.arrow", entry / "whole"
+    content = shard.read_bytes()
+    middle = len(content) // 2
     if damage == "cut":
-        content = (entry / "00000.arrow").read_bytes()
-        (entry / "00000.arrow").write_bytes(content[: len(content) // 2])
+        shard.write_bytes(content[:middle])
     elif damage == "a bit":
-        content = bytearray((entry / "00000.arrow").read_bytes())
-        content[len(content) // 2] ^= 1
-        (entry / "00000.arrow").write_bytes(content)
-    elif damage == "a bit of the record":
-        record = (entry / "00000.json").read_text()
-        (entry / "00000.json").write_text(record.replace('"rows": 40', '"rows": 41'))
-    elif damage == "record":
-        (entry / "00000.json").write_text("{")
+        shard.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "whole":
+        whole.write_text("{")
     else:
-        (entry / {"gone": "00000.arrow", "unfinished": "whole"}[damage]).unlink()
+        {"gone": shard, "unfinished": whole}[damage].unlink()
     assert [*prepared(renderer, path).rows] == first
-    assert (entry / "whole").is_file()
+    assert whole.is_file() and entries(cache) == [entry.name]
 
 
 def test_old_entries_are_forgotten(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     names = []
-    for number, days in enumerate((token_cache_dir.KEPT_DAYS + 1, token_cache_dir.KEPT_DAYS - 1)):
+    for number, days in enumerate((token_cache.KEPT_DAYS + 1, token_cache.KEPT_DAYS - 1)):
         prepared(renderer, write_rows(tmp_path / "rows.jsonl", ROWS[number:]))
         (new,) = set(entries(cache)) - set(names)
         names.append(new)
@@ -596,7 +593,7 @@ def test_ctrl_c_while_tokenizing(
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
     running = processes.start("train", config, first=caching(cache))
-    until(lambda: [*cache.rglob("00000.json")], running)
+    until(lambda: [*cache.rglob("00000.arrow")], running)
     running.send(signal.SIGINT)
     assert running.wait() == 130
     said = running.said()

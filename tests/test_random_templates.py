@@ -28,7 +28,7 @@ CLOSINGS = (
     f"{END}\n{EOS}", f"</assistant>{END}\n", '"', "***\n", f"{EOS}</answer>\n", f"{END}</answer>\n", "<|user|>", "\n\n",
 )  # fmt: skip
 FOOTERS = ("", "", "", "\n", EOS, "</conversation>", "<|system|>", "### ")
-STYLES = ("text", "text", "joined", "variable", "macro", "tight", "reversed", "numbered")
+STYLES = ("text", "text", "text", "joined", "variable", "macro", "tight", "numbered")
 CONTENTS = (
     "four", "Paris.\n\nYes!", 'He said "no"\tand left', "„Straße“ 🙂", "  indented\n", "x", "assistant",
     "a < b && c > d", "</answer>", "back\\slash", "### User:\n",
@@ -64,7 +64,7 @@ class Pieces:
     @classmethod
     def drawn(cls, draw: random.Random) -> "Pieces":
         closing, style = draw.choice(CLOSINGS), draw.choice(STYLES)
-        varied = style != "reversed" and draw.random() < 0.15
+        varied = draw.random() < 0.15
         return cls(
             bos=draw.choice(("", "", "Dialogue:\n", "<|system|>")),
             user=draw.choice(USERS),
@@ -118,8 +118,6 @@ class Pieces:
         turns += f"{{% else %}}{answer}{{% endif %}}"
         if self.style == "macro":
             head = f"{{% macro answer(said, end) %}}{{{{ {before} + said + end }}}}{{% endmacro %}}{head}"
-        if self.style == "reversed":
-            loop += "|reverse"
         if self.style == "numbered":
             head = f"{{{{ messages|length }}}}\n{head}"
         body = f"{{% for message in {loop} %}}{turns}{{% endfor %}}"
@@ -243,12 +241,6 @@ AS_JSON = '"say \\"x\\"\\nnow"'
             [EOS, END],
         ),
         (
-            f"{{% for m in messages|reverse %}}{USER}<answer>{{{{ m.content }}}}</answer>{END}{{% endif %}}"
-            f"{{% endfor %}}{ASK}",
-            [f"<answer>one</answer>{END}", f'<answer>say "x"\nnow</answer>{END}'],
-            [EOS, END],
-        ),
-        (
             f"{{% macro say(m) %}}{USER}{{{{ m.content }}}}</a>{END}\n{{% endif %}}{{% endmacro %}}"
             f"{FOR}{{{{ say(m) }}}}{{% endfor %}}"
             "{% if add_generation_prompt %}<|assistant|>{% else %}{{ eos_token }}{% endif %}",
@@ -256,7 +248,7 @@ AS_JSON = '"say \\"x\\"\\nnow"'
             [EOS, END],
         ),
     ],
-    ids=["text and EOS", "text", "JSON", "a token and EOS", "the last one otherwise", "pairs", "reversed", "a macro"],
+    ids=["text and EOS", "text", "JSON", "a token and EOS", "the last one otherwise", "pairs", "a macro"],
 )
 def test_what_closes_an_answer(
     template: str, expected: list[str], ends: list[str], tokenizer: PreTrainedTokenizerFast

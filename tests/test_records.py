@@ -6,13 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from conftest import Ran, check_refused, meanings, tree
-from rows_at_once import COUNT, fill, key, whole
 
 from loratune.codes import Code
-from loratune.data import token_cache, token_cache_dir
 from loratune.errors import ResumeError
 from loratune.system import records
 from loratune.training.checkpoints import contents
@@ -133,36 +130,3 @@ def test_the_record_of_an_end(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=NEWER) as caught:
         RejectedAdapter.read(path)
     assert meanings(caught.value) == [(Code.ADAPTER_NEWER_RECORD, str(path), "")]
-
-
-def sealed(path: Path, version: int | None) -> None:
-    """Give a record of the cache another version, or none, as a release would write it."""
-    record = json.loads(path.read_text())
-    del record["check"]
-    record.pop("schema_version", None)
-    record |= {} if version is None else {"schema_version": version}
-    check = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(record | {"check": check}))
-
-
-@pytest.mark.parametrize("name", ["entry.json", "whole", "00003.json"])
-def test_the_records_of_the_cache(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of an older release are used; those of a newer one are made again, in their place."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(token_cache, "_SHARD_ROWS", 1)
-    place = tmp_path / "cache" / "loratune" / key(1)
-    token_cache_dir.load_or_write(key(1), fill)
-    assert json.loads((place / name).read_text())["schema_version"] == 1
-    sealed(place / name, None)
-    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))
-    sealed(place / name, 2)
-    read: list[int] = []
-
-    def again(writer: token_cache.TokenCacheWriter) -> None:
-        read.append(writer.read)
-        fill(writer)
-
-    rows = token_cache_dir.load_or_write(key(1), again)
-    assert whole(rows) and rows.directory == place and read == [0] and len(rows) == COUNT
-    assert json.loads((place / name).read_text())["schema_version"] == 1
-    assert whole(token_cache_dir.load_or_write(key(1), pytest.fail))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import formats, rendering, token_cache_dir
+from loratune.data import formats, rendering, token_cache
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, PreferencePair, Single, sides
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
@@ -31,8 +31,7 @@ from loratune.data.splits import (
     read_source,
     replay_numbers,
 )  # fmt: skip
-from loratune.data.token_cache import TokenCache, TokenCacheWriter
-from loratune.data.token_cache_dir import remove_old_entries
+from loratune.data.token_cache import TokenCache, TokenCacheWriter, remove_old_entries
 from loratune.errors import DataError, Problem
 from loratune.events import reading
 
@@ -127,7 +126,7 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
             for batch in _batches(split.examples(writer.read, advance)):
                 writer.add(*tokenizer.tokenize(batch))
 
-    rows = token_cache_dir.load_or_write(key, write)
+    rows = token_cache.load_or_write(key, write)
     rows.report = total([split.invalid or Report(), rows.report])
     rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
@@ -167,7 +166,7 @@ def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[i
         while batch := list(islice(rows, _BATCH_ROWS)):
             writer.add(_report(batch), batch)
 
-    rows = token_cache_dir.load_or_write(hashlib.sha256(parts.encode()).hexdigest(), write)
+    rows = token_cache.load_or_write(hashlib.sha256(parts.encode()).hexdigest(), write)
     rows.report = total([own.report, _report([earlier.rows.row(number) for number in numbers])])
     return TokenizedDataset(rows)
 
@@ -181,7 +180,7 @@ def _report(rows: Sequence[TokenizedRow]) -> Report:
 
 def open_tokenized(directory: Path) -> TokenizedDataset | None:
     """Open rows that another process has tokenized; None where this one does not find them."""
-    rows = token_cache_dir.open_trusted(directory)
+    rows = token_cache.open_trusted(directory)
     return TokenizedDataset(rows) if rows is not None else None
 
 

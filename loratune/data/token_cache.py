@@ -1,42 +1,61 @@
-"""Tokenized rows in a directory: written once, a shard at a time, and mapped into memory.
+"""The cache of tokenized rows, and of numbers that belong to them, such as log-probabilities.
 
-A shard is an Arrow file and a JSON record of it. The record `whole`, which is written last, says how many shards and
-rows there are, so a directory from which files are missing is never taken for a smaller one. `token_cache_dir` decides
-where such directories are.
+An entry is the directory `loratune/<key>` in the cache of `datasets` (HF_DATASETS_CACHE); the key is a hash of all that
+decides its content. It has Arrow files, the shards, and the record `whole`, which is written last, with their SHA-256.
+An entry is written under another name and renamed when it is complete, so a reader finds all of it or nothing. What
+Ctrl-C has stopped is kept as `<key>.partial`, from which the next run continues.
+
+Rows are trained on without a further check, so the cache must be a directory to which only this user can write. If it
+is not, a temporary directory takes the rows.
 """
 
 import hashlib
 import json
+import logging
 import os
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+import re
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from loratune.codes import Code
 from loratune.data.rendering import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.sources.rows import place_in_cache
-from loratune.system import records
-from loratune.system.files import create_private_file, is_file, read_text, sha256
+from loratune.data.upstream import datasets_cache_dir
+from loratune.errors import Problem, ResourceError
+from loratune.events import progress
+from loratune.system.files import make_private_directory, ownership_problem, sha256
 
-WHOLE = "whole"
-"""The record of a directory that is complete."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException)
-"""What opening a directory raises that does not hold what was written."""
+_log = logging.getLogger(__name__)
+
+KEPT_DAYS = 30
+"""Entries that no run has used for so long are removed when a run begins."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
 """The size of a shard, which is held in memory until it is written, and is the most that a stopped run loses."""
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
 _SIDE = pa.field("side", pa.int8())
 """A further column of the rows of preference data."""
+_METADATA = b"loratune"
+"""The key of a shard's metadata: JSON of the report on its rows, and the digest of each batch of rows."""
+_WHOLE = "whole"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
+_NAME = re.compile(r"[0-9a-f]{64}(\..*)?")
+_FILE = re.compile(r"[0-9]{5}\.(arrow|json|unfinished)|entry\.json|whole|values")
+"""Files of entries, also of earlier releases."""
 
 
 class TokenCache(Sequence[dict[str, list[int]]]):
@@ -44,6 +63,7 @@ class TokenCache(Sequence[dict[str, list[int]]]):
 
     Attributes:
         directory: Where the shards are.
+        key: What decides their content.
         report: What became of all rows that were read.
         fingerprint: SHA-256 over every id and supervised span in order.
         remark: A line for the user on where the rows are kept, or empty.
@@ -52,20 +72,21 @@ class TokenCache(Sequence[dict[str, list[int]]]):
     remark = ""
 
     def __init__(self, directory: Path):
-        """Open a directory. Raises one of `UNREADABLE`: it does not hold what was written."""
-        self.directory = directory
-        whole = read_record(directory / WHOLE)
-        shards = [read_record(directory / f"{number:05}.json") for number in range(whole["shards"])]
-        self.report: Report = total(Report.from_json(shard["report"]) for shard in shards)
-        digests = "".join(chain.from_iterable(shard["lots"] for shard in shards))
+        """Open a directory. Raises one of `_UNREADABLE`: it does not hold what was written."""
+        whole = json.loads((directory / _WHOLE).read_bytes())
+        paths = [_shard(directory, number) for number in range(len(whole["shards"]))]
+        if [sha256(path) for path in paths] != whole["shards"]:
+            raise ValueError(f"{directory} does not hold what was written")
+        self.directory, self.key = directory, whole["key"]
+        shards = [_open_shard(path) for path in paths] or [_shard_table([], [])]
+        self._table = pa.concat_tables(shards, promote_options="default")
+        metadata = [_metadata(shard) for shard in shards]
+        self.report: Report = total(Report.from_json(shard["report"]) for shard in metadata)
+        digests = "".join(chain.from_iterable(shard["batches"] for shard in metadata))
         self.fingerprint = hashlib.sha256(digests.encode()).hexdigest()  # the same wherever shards begin and end
-        self._tables = [_open_shard(directory / f"{number:05}.arrow", shard) for number, shard in enumerate(shards)]
-        self._ends = list(accumulate(map(len, self._tables)))
-        if len(self) != whole["rows"]:
-            raise ValueError(f"{directory} holds {len(self)} rows instead of {whole['rows']}")
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return int(self._table.num_rows)
 
     def __getitem__(self, number: Any) -> Any:
         row = self.row(number)
@@ -75,13 +96,8 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """Returns a row with its place and its supervised spans."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        shard = bisect_right(self._ends, number)
-        table = self._tables[shard]
-        position = number - (self._ends[shard] - len(table))
-        flat = table["spans"][position].as_py()
-        spans = tuple(zip(flat[::2], flat[1::2], strict=True))
-        where, ids = table["where"][position].as_py(), tuple(table["ids"][position].as_py())
-        return TokenizedRow(where, ids, spans, side=self.side(number))
+        where, ids, flat = (self._table[name][number].as_py() for name in _SCHEMA.names)
+        return TokenizedRow(where, tuple(ids), tuple(zip(flat[::2], flat[1::2], strict=True)), side=self.side(number))
 
     def side(self, number: int) -> int:
         """Returns what a row is in preference data, see `TokenizedRow.side`."""
@@ -90,8 +106,8 @@ class TokenCache(Sequence[dict[str, list[int]]]):
     @cached_property
     def sides(self) -> NDArray[np.int8] | None:
         """(rows,), what each row is in preference data; None for other data."""
-        found = [table for table in self._tables if _SIDE.name in table.column_names]
-        return np.concatenate([np.asarray(table[_SIDE.name], dtype=np.int8) for table in found]) if found else None
+        is_preference = _SIDE.name in self._table.column_names
+        return np.asarray(self._table[_SIDE.name], dtype=np.int8) if is_preference else None
 
     def rows(self) -> Iterator[TokenizedRow]:
         """Yields all rows in order."""
@@ -100,108 +116,90 @@ class TokenCache(Sequence[dict[str, list[int]]]):
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """(rows,), the tokens of each row."""
-        counts = (np.asarray(pa.compute.list_value_length(table["ids"]), dtype=np.int64) for table in self._tables)
-        return np.concatenate([np.zeros(0, np.int64), *counts])
+        return np.asarray(pc.list_value_length(self._table["ids"]), dtype=np.int64)
 
     @property
     def supervised(self) -> NDArray[np.int64]:
         """(rows,), the supervised tokens of each row."""
-        counts = [np.zeros(0, np.int64)]
-        for piece in chain.from_iterable(table["spans"].chunks for table in self._tables):
-            flat = piece.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
-            borders = np.concatenate([[0], np.cumsum(np.asarray(pa.compute.list_value_length(piece)) // 2)])
-            sums = np.concatenate([[0], np.cumsum(flat[1::2] - np.maximum(flat[::2], 1))])
-            counts.append(sums[borders[1:]] - sums[borders[:-1]])
-        return np.concatenate(counts)
+        spans = self._table["spans"]
+        flat = np.asarray(pc.list_flatten(spans), dtype=np.int64)
+        rows = np.repeat(np.arange(len(self)), np.asarray(pc.list_value_length(spans)) // 2)
+        counts = np.bincount(rows, flat[1::2] - np.maximum(flat[::2], 1), len(self))
+        return counts.astype(np.int64)
 
 
 class TokenCacheWriter:
     """Writes the shards of a directory. read: how many rows were read for the shards that it has already."""
 
     def __init__(self, directory: Path):
-        """Find the shards that the directory has already."""
+        """Find the shards that the directory has already; one that is damaged is written again."""
         self._directory = directory
-        self._unwritten: list[tuple[Report, Any, str]] = []
-        self.read = self._shards = self._rows = 0
-        with suppress(*UNREADABLE):  # the first shard that is missing or damaged is written next
-            while True:
-                record = read_record(directory / f"{self._shards:05}.json")
-                self._rows += len(_open_shard(directory / f"{self._shards:05}.arrow", record))
-                self.read += int(record["report"]["rows"])
-                self._shards += 1
+        self._unwritten: list[tuple[Report, Any]] = []
+        self._digests: list[str] = []
+        self.read = 0
+        with suppress(*_UNREADABLE):
+            while (path := _shard(directory, len(self._digests))).exists():
+                self.read += int(_metadata(_open_shard(path))["report"]["rows"])
+                self._digests.append(sha256(path))
 
     def add(self, report: Report, rows: Sequence[TokenizedRow]) -> None:
-        """Add rows, and the report on the examples that they come from."""
-        batch = _record_batch(rows)
-        self._unwritten.append((report, batch, _digest(batch)))
+        """Add a batch of rows, and the report on the examples that they come from."""
+        self._unwritten.append((report, _record_batch(rows)))
         held = total(report for report, *_ in self._unwritten)
         if held.tokens >= _SHARD_TOKENS or held.rows >= _SHARD_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard with the rows that are not in one yet, if there are any; its record comes last."""
+        """Write a shard with the rows that are not in one yet, if there are any."""
         if not self._unwritten:
             return
-        path = self._directory / f"{self._shards:05}.arrow"
-        batches = [batch for _, batch, _ in self._unwritten if len(batch)]
-        table = pa.Table.from_batches(batches, batches[0].schema if batches else _SCHEMA).combine_chunks()
-        create_private_file(path)
-        with pa.OSFile(os.fsencode(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        table = _shard_table([report for report, *_ in self._unwritten], [batch for _, batch in self._unwritten])
+        path = _shard(self._directory, len(self._digests))
+        unfinished = path.with_suffix(".unfinished")
+        with pa.OSFile(os.fsencode(unfinished), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
             writer.write_table(table)
-        report = total(report for report, *_ in self._unwritten).as_json()
-        record = {"sha256": sha256(path), "lots": [digest for *_, digest in self._unwritten], "report": report}
-        write_record(path.with_suffix(".json"), record)
-        self._rows, self._shards, self._unwritten = self._rows + len(table), self._shards + 1, []
+        unfinished.replace(path)
+        self._digests.append(sha256(path))
+        self._unwritten = []
 
-    def finish(self) -> None:
+    def finish(self, key: str) -> None:
         """Write the last shard, and record that the directory is complete."""
         self.flush()
-        write_record(self._directory / WHOLE, {"shards": self._shards, "rows": self._rows})
+        (self._directory / _WHOLE).write_text(json.dumps({"key": key, "shards": self._digests}))
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read a record. Raises one of `UNREADABLE`: It is not what was written, or a newer release wrote it."""
-    record: dict[str, Any] = json.loads(read_text(path))
-    if record.pop("check") != _check(record) or records.newer(records.ROWS, record):
-        raise ValueError(f"{path} is not what this release writes")
-    record.pop(records.KEY, None)
-    return record
+def _shard(directory: Path, number: int) -> Path:
+    return directory / f"{number:05}.arrow"
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write JSON with its version and a digest of itself; the file is complete as soon as it has its name."""
-    unfinished = path.with_suffix(".unfinished")
-    create_private_file(unfinished)
-    whole = records.versioned(records.ROWS, record)
-    unfinished.write_text(json.dumps(whole | {"check": _check(whole)}))
-    unfinished.replace(path)
-
-
-def _check(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _open_shard(path: Path, record: dict[str, Any]) -> Any:
-    """Map a shard as a table. Raises one of `UNREADABLE`."""
-    if not is_file(path) or sha256(path) != record["sha256"]:
-        raise ValueError(f"{path} is not what was written")
+def _open_shard(path: Path) -> Any:
     return pa.ipc.open_file(pa.memory_map(os.fsencode(path))).read_all()
 
 
+def _shard_table(reports: Sequence[Report], batches: Sequence[Any]) -> Any:
+    filled = [batch for batch in batches if len(batch)]
+    table = pa.Table.from_batches(filled, filled[0].schema if filled else _SCHEMA).combine_chunks()
+    metadata = {"report": total(reports).as_json(), "batches": [*map(_digest, batches)]}
+    return table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
+
+
+def _metadata(table: Any) -> dict[str, Any]:
+    return dict(json.loads(table.schema.metadata[_METADATA]))
+
+
 def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
-    columns = [
-        pa.array([place_in_cache(row.where) for row in rows], pa.string()),
-        _list_array([row.ids for row in rows]),
-        _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
-    ]
+    columns = {
+        "where": [place_in_cache(row.where) for row in rows],
+        "ids": _list_array([row.ids for row in rows]),
+        "spans": _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
+    }
     if any(row.side for row in rows):
-        return pa.record_batch([*columns, pa.array([row.side for row in rows], _SIDE.type)], _SCHEMA.append(_SIDE))
-    return pa.record_batch(columns, schema=_SCHEMA)
+        return pa.RecordBatch.from_pydict(columns | {_SIDE.name: [row.side for row in rows]}, _SCHEMA.append(_SIDE))
+    return pa.RecordBatch.from_pydict(columns, _SCHEMA)
 
 
 def _list_array(values: Sequence[Sequence[int]]) -> Any:
-    borders = np.zeros(len(values) + 1, dtype=np.int32)
-    np.cumsum([len(numbers) for numbers in values], out=borders[1:])
+    borders = np.cumsum([0, *map(len, values)], dtype=np.int32)
     flat = np.fromiter(chain.from_iterable(values), dtype=np.int32, count=int(borders[-1]))
     return pa.ListArray.from_arrays(pa.array(borders), pa.array(flat))
 
@@ -215,3 +213,174 @@ def _digest(batch: Any) -> str:
     for sides in batch.columns[3:]:
         digest.update(np.asarray(sides, dtype="<i1").tobytes())
     return digest.hexdigest()
+
+
+# Entries
+
+
+def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenCache:
+    """Load the rows of a key, or write them if there are none.
+
+    Args:
+        key: 64 hexadecimal digits.
+        write: Writes the rows, continuing after those that `TokenCacheWriter.read` counts.
+
+    Raises:
+        ResourceError: There is no room on the disk. Whatever `write` raises is raised too; then only what Ctrl-C has
+            stopped is kept.
+    """
+    entry, problem = _root() / key, _cache_problem()
+    rows = None if problem else _load(entry)
+    if rows is None:
+        rows = _write(entry, write, usable=not problem)
+    rows.remark = problem
+    return rows
+
+
+def open_trusted(directory: Path) -> TokenCache | None:
+    """Open rows that another process of this user has written; None if there are none, or others can change them."""
+    try:
+        return None if _distrust(directory) else TokenCache(directory)
+    except _UNREADABLE:
+        _log.debug("the rows in %s are not used", directory, exc_info=True)
+        return None
+
+
+def remove_old_entries() -> None:
+    """Remove the entries that no run has used for `KEPT_DAYS`. A process that reads them keeps what it has mapped."""
+    limit = time.time() - KEPT_DAYS * 86400
+    if not _cache_problem():
+        for path in _root().iterdir():
+            with suppress(OSError):
+                if _NAME.fullmatch(path.name) and path.lstat().st_mtime < limit:
+                    _remove(path)
+
+
+def _root() -> Path:
+    return datasets_cache_dir() / "loratune"
+
+
+def _cache_problem() -> str:
+    """Create the cache if need be. Returns why it cannot be used, as a line for the user; empty if it can."""
+    root = _root()
+    try:
+        make_private_directory(root)
+        if not (reason := _distrust(root)):
+            return ""
+    except OSError as error:
+        reason = f"{root}: {error.strerror}"
+    fix = "set HF_DATASETS_CACHE or HF_HOME to a directory that only you can write to"
+    return f"the rows are tokenized for this run only: {reason}; {fix}"
+
+
+def _distrust(directory: Path) -> str:
+    """Why others can write to a directory; empty if only this user can. Raises OSError: there is none."""
+    reason = "is a link" if directory.is_symlink() else ownership_problem(directory.lstat())
+    return f"{directory} {reason}" if reason else ""
+
+
+@progress("checking the tokenized rows")
+def _load(entry: Path) -> TokenCache | None:
+    """Load an entry; None if it cannot be used. It is marked as used first, so that no process removes it."""
+    with suppress(OSError):
+        os.utime(entry, follow_symlinks=False)
+        rows = open_trusted(entry)
+        return rows if rows is not None and rows.key == entry.name else None
+    return None
+
+
+def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool) -> TokenCache:
+    """Write the rows of an entry, unless another process publishes them meanwhile.
+
+    usable: whether the cache may hold them; otherwise a temporary directory does.
+    """
+    stopped = entry.with_suffix(".partial")
+    directory = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent if usable else None))
+    try:
+        with suppress(OSError):
+            if usable and not _distrust(stopped):
+                stopped.rename(directory)
+        writer = TokenCacheWriter(directory)
+        try:
+            write(writer)
+        except KeyboardInterrupt:
+            writer.flush()
+            with suppress(OSError):
+                if usable:
+                    directory.rename(stopped)
+            raise
+        writer.finish(entry.name)
+        rows = TokenCache(directory)
+    except BaseException as error:
+        shutil.rmtree(directory, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        what = f"the tokenized rows cannot be written: {error.strerror}"
+        fix = "free some space, or set HF_DATASETS_CACHE to a directory on another disk"
+        raise ResourceError(Problem(Code.DATA_UNREADABLE, what, str(directory), fix=fix)) from None
+    for _ in range(2 if usable else 0):
+        with suppress(OSError):
+            directory.rename(entry)
+            rows.directory = entry
+            return rows
+        if (published := _load(entry)) is not None:  # another process was first
+            shutil.rmtree(directory, ignore_errors=True)
+            return published
+        _remove(entry)
+    weakref.finalize(rows, shutil.rmtree, directory, ignore_errors=True)
+    return rows
+
+
+def _remove(path: Path) -> None:
+    """Remove an entry, unless there is anything in it that is not of this cache. It is renamed first, so that no
+    process begins to read it."""
+    with suppress(OSError):
+        if path.is_file() and not path.is_symlink():
+            path.unlink()
+        elif not path.is_symlink() and all(_FILE.fullmatch(file.name) and file.is_file() for file in path.iterdir()):
+            removed = Path(tempfile.mkdtemp(prefix=f"{path.name.partition('.')[0]}.", dir=path.parent))
+            try:
+                path.rename(removed)
+            finally:
+                shutil.rmtree(removed, ignore_errors=True)
+
+
+# Numbers that belong to rows
+
+
+def _values_path(key: str) -> Path:
+    return _root() / f"{key}.values"
+
+
+def has_values(key: str) -> bool:
+    """Whether `store_values` kept anything under a key."""
+    return _values_path(key).exists()
+
+
+def load_values(key: str) -> NDArray[np.float64] | None:
+    """The numbers that `store_values` kept under a key of 64 hexadecimal digits; None if there are none."""
+    path = _values_path(key)
+    with suppress(OSError):
+        if path.is_file() and not _cache_problem():
+            os.utime(path)
+            content = path.read_bytes()
+            if content[:32] == hashlib.sha256(key.encode() + content[32:]).digest():
+                return np.frombuffer(content, np.float64, offset=32)
+    return None
+
+
+def store_values(key: str, values: NDArray[np.float64]) -> None:
+    """Keep numbers that belong to rows, unless the cache cannot be written."""
+    content = np.ascontiguousarray(values, np.float64).tobytes()
+    unfinished = _root() / f"{key}.{os.getpid()}"
+    if not _cache_problem():
+        with suppress(OSError):
+            unfinished.write_bytes(hashlib.sha256(key.encode() + content).digest() + content)
+            unfinished.replace(_values_path(key))
+        unfinished.unlink(missing_ok=True)
+
+
+def discard_values(key: str) -> None:
+    """Remove what `store_values` kept, if anything."""
+    with suppress(OSError):
+        _values_path(key).unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
 before there were versions. Keys may be added within a version; whatever an older reader would take for something else
-makes a new one. Readers go on reading all older versions, and refuse newer ones; a cache writes its entry again.
+makes a new one. Readers go on reading all older versions, and refuse newer ones.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,7 @@ ADAPTER, RUN, MANIFEST, ENDED = "loratune.json", "run.json", "manifest.json", "e
 """Files: what made an adapter; of a checkpoint, the run and the list of files; the end of a run without an adapter."""
 ROW_HASHES = "train_rows.hashes"
 """The file of an adapter with hashes of its training rows. It says itself of which version they are."""
-ROWS = "tokenized rows"
-"""The records of the cache of rows."""
-VERSIONS = {ADAPTER: 1, RUN: 1, MANIFEST: 1, ENDED: 1, ROWS: 1}
+VERSIONS = {ADAPTER: 1, RUN: 1, MANIFEST: 1, ENDED: 1}
 """The version that this release writes, and the newest that it reads."""
 
 

@@ -19,7 +19,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare.engine import BeforeBatch, ScoringLayout, nothing
 from loratune.compare.objectives import ComparedRows
-from loratune.data import token_cache_dir
+from loratune.data import token_cache
 from loratune.data.packing import BatchLayout
 from loratune.errors import NumericError, Problem
 from loratune.events import note
@@ -129,7 +129,7 @@ def _order(rows: ComparedRows) -> str:
 
 def _known(key: str, group: Group) -> NDArray[np.float64] | None:
     """The numbers that are kept under a key, for all processes; None if there are none."""
-    known = token_cache_dir.load_values(key) if group.main else None
+    known = token_cache.load_values(key) if group.main else None
     values = group.broadcast(known.tolist() if known is not None else None)
     return None if values is None else np.array(values, np.float64)
 
@@ -157,7 +157,7 @@ def _computed(
             read = ScoredBatch.of(objective.read(model, layout, part, before_batch, group))
             values = np.concatenate([one.log_probabilities.numpy() for one in (read.answers, read.mismatched)])
             if is_divided and group.main and np.isfinite(values).all():
-                token_cache_dir.store_values(_part_key(key, number), values)
+                token_cache.store_values(_part_key(key, number), values)
             if is_divided and (number + 1) * 10 // count > number * 10 // count:
                 note(f"{(number + 1) / count:.0%} of the reference is computed")
         found.append(values.reshape(-1, sum(map(len, part)) * rows_per_example))
@@ -166,7 +166,7 @@ def _computed(
     computed = np.concatenate(found, axis=1)[:, order].reshape(-1)
     if group.main:
         if np.isfinite(computed).all():
-            token_cache_dir.store_values(key, computed)
+            token_cache.store_values(key, computed)
         _discard_parts(key, count)
     return computed
 
@@ -179,10 +179,10 @@ def _part_key(key: str, number: int) -> str:
 def _discard_parts(key: str, count: int = 0) -> None:
     """Remove the parts, as the whole is known, or is not finite. The last goes first, so that a process that is killed
     leaves the first ones, by which the next one finds them. count: how many there are; those that are found, if 0."""
-    while token_cache_dir.has_entry(_part_key(key, count)):
+    while token_cache.has_values(_part_key(key, count)):
         count += 1
     for number in reversed(range(count)):
-        token_cache_dir.discard_values(_part_key(key, number))
+        token_cache.discard_values(_part_key(key, number))
 
 
 def _key(reference: Reference, rows: ComparedRows, scoring: ScoringLayout) -> str:

@@ -9,18 +9,17 @@ put after the prompt.
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from loratune.codes import Code
 from loratune.data.formats import Message
-from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
+from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
 from loratune.data.rendering.encoding import Span
-from loratune.data.rendering.loop_marks import RenderedMessages
 from loratune.errors import DataError
 
 _REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
 _REASONING_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
-_REASONING_TAGS = re.compile(r"\s*<\w+>\s*(</\w+>\s*)?")
 _INCOMPLETE_TAG = re.compile(r"<[|/]?\w*\Z")
 _CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
@@ -61,16 +60,17 @@ def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised:
     chat = chat.first(last + 1)
     whole = template.render(chat)
     _check_tools(template, chat, whole)
-    prompt = _prompt(template, chat)
+    prompt = None
+    with suppress(DataError):  # the template may have no prompt for this answer
+        prompt = template.text(chat.first(last), prompt=True) if last else None
     if prompt is not None and not whole.text.startswith(prompt):
         rendered = _answer_after_other_prompt(template, chat, supervised, whole)
     else:
         finder = _TurnFinder(template, chat, whole)
         start = finder.start(last)[0] if prompt is None else len(prompt)
-        answer = finder.find(last, start)
-        earlier = ((turn.start, turn.end) for turn in map(finder.find, supervised[:-1]))
-        spans = _within_generation_marks(template, chat, [*earlier, (start, answer.end)])
-        rendered = RenderedText(chat.where, whole.text[: answer.end], start, spans, templated=True)
+        spans = [finder.find(number) for number in supervised[:-1]] + [finder.find(last, start)]
+        spans = _within_generation_marks(template, chat, spans)
+        rendered = RenderedText(chat.where, whole.text[: spans[-1][1]], start, tuple(spans), templated=True)
     if (reasoning := _reasoning(chat.messages[last])) and reasoning not in rendered.text[rendered.prompt :]:
         what = f"the chat template leaves out the reasoning of {chat.name(last)}"
         raise chat.error(Code.TEMPLATE_OMITS, what, "renders it", "take it out of the rows")
@@ -88,21 +88,10 @@ def _check_tools(template: ChatTemplate, chat: TemplateInput, whole: RenderedMes
     """Check that the tools, and the results of tool calls, are in the text. Raises DataError."""
     check_tools_are_shown(template, chat)
     for number, message in enumerate(chat.messages):
-        if message["role"] == "tool" and number not in whole.content_ends:
-            content = message["content"].strip()
-            if content not in whole.text and json.dumps(content, ensure_ascii=False)[1:-1] not in whole.text:
-                what = f"the chat template leaves out {chat.name(number)}"
-                raise chat.error(Code.TEMPLATE_OMITS, what, "renders results of tool calls")
-
-
-def _prompt(template: ChatTemplate, chat: TemplateInput) -> str | None:
-    """Returns what `generate` is given before the last answer, or None if the template has no prompt for it."""
-    if len(chat.messages) == 1:
-        return None
-    try:
-        return template.text(chat.first(len(chat.messages) - 1), prompt=True)
-    except DataError:
-        return None
+        forms = _written_forms(message["content"].strip())
+        if message["role"] == "tool" and not any(form in whole.text for form in forms):
+            what = f"the chat template leaves out {chat.name(number)}"
+            raise chat.error(Code.TEMPLATE_OMITS, what, "renders results of tool calls")
 
 
 def _answer_after_other_prompt(
@@ -123,20 +112,18 @@ def _answer_after_other_prompt(
         what = f"{ending}, which it does not write in the answer of {chat.name(last)}"
         raise chat.error(Code.TEMPLATE_ANSWER, what, "begins answers as it ends prompts")
     answer = finder.find(last, start, reasoning_closed=closed)
-    text = _continuation(prompt_tail, chat.messages[last], whole.text, answer)
+    text = _continuation(prompt_tail, chat.messages[last], whole, answer, last)
     border = len(history.text)
-    ((mark_start, _),) = _within_generation_marks(template, chat, [(answer.start, answer.end)])
-    has_mark = text.endswith(whole.text[mark_start : answer.end]) and not prompt_tail.strip()
-    start_in_text = mark_start - answer.start if has_mark else 0
+    ((mark_start, _),) = _within_generation_marks(template, chat, [answer])
+    start_in_text = mark_start - answer[0] if text == whole.text[slice(*answer)] else 0
     spans: list[Span] = [(border + start_in_text, border + len(text))]
     if supervised[:-1]:
-        turns = map(_TurnFinder(template, chat, history).find, supervised[:-1])
-        earlier = [(turn.start, turn.end) for turn in turns]
-        spans[:0] = _within_generation_marks(template, chat.first(last), earlier)
+        earlier = map(_TurnFinder(template, chat, history).find, supervised[:-1])
+        spans[:0] = _within_generation_marks(template, chat.first(last), [*earlier])
     return RenderedText(chat.where, history.text + text, border, tuple(spans), templated=True)
 
 
-def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans: Sequence[Span]) -> tuple[Span, ...]:
+def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans: Sequence[Span]) -> list[Span]:
     """Begin each span where the template's `{% generation %}` mark in it begins; its end stays.
 
     Spans without a mark in them are left out.
@@ -146,13 +133,13 @@ def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans:
     """
     ranges = template.generated(chat)
     if ranges is None:
-        return tuple(spans)
+        return [*spans]
     starts = [next((first for first, after in ranges if first < end and start < after), None) for start, end in spans]
     if not starts or starts[-1] is None:
         what = f"the chat template's {{% generation %}} marks leave out {chat.name(len(chat.messages) - 1)}"
         raise chat.error(Code.TEMPLATE_ANSWER, what, "marks every answer, or has no such marks")
     pairs = zip(starts, spans, strict=True)
-    return tuple((max(start, first), end) for first, (start, end) in pairs if first is not None)
+    return [(max(start, first), end) for first, (start, end) in pairs if first is not None]
 
 
 def _reasoning(message: Message) -> str:
@@ -162,29 +149,17 @@ def _reasoning(message: Message) -> str:
     return str(text).strip()
 
 
-@dataclass(frozen=True)
-class _TurnSpan:
-    """Positions of a turn in a text. content_end: None where it is not known."""
-
-    start: int
-    content_end: int | None
-    end: int
-
-
-def _continuation(prompt_tail: str, message: Message, text: str, answer: _TurnSpan) -> str:
-    """Returns the answer as it follows a prompt whose end is not in the text of all messages.
-
-    prompt_tail: the end that is missing there, e.g. `<think>`.
-    """
-    answer_text = text[answer.start : answer.end]
+def _continuation(prompt_tail: str, message: Message, whole: RenderedMessages, answer: Span, number: int) -> str:
+    """Returns an answer as it follows a prompt whose end, e.g. `<think>`, is not in the text of all messages."""
+    answer_text = whole.text[slice(*answer)]
     # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, and is empty where the answer has none.
     tag = _REASONING_OPENED.search(prompt_tail)
     if tag is None:
         return answer_text
     content, closing_tag = message["content"].strip(), f"</{tag[1]}>"
-    if closing_tag in content and answer.content_end is not None:
+    if closing_tag in content and number in whole.content_ends:
         inner: str = content.removeprefix(f"<{tag[1]}>").removeprefix("\n")
-        return inner + text[answer.content_end : answer.end]
+        return inner + whole.text[whole.content_ends[number] : answer[1]]
     return f"{_reasoning(message)}\n{closing_tag}\n\n{answer_text}"
 
 
@@ -201,18 +176,13 @@ def _common_prefix(text: str, other: str) -> int:
     return next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(text), len(other)))
 
 
-def _common_header(header: str, text: str) -> int:
-    """Returns how much of a header a text begins with, leaving out a tag that is only begun."""
-    return len(_INCOMPLETE_TAG.sub("", header[: _common_prefix(header, text)]))
-
-
 class _TurnFinder:
     """Finds turns in one rendered text of a conversation."""
 
     def __init__(self, template: ChatTemplate, chat: TemplateInput, rendered: RenderedMessages):
         self._template, self._chat, self._rendered = template, chat, rendered
 
-    def find(self, number: int, start: int | None = None, reasoning_closed: bool = False) -> _TurnSpan:
+    def find(self, number: int, start: int | None = None, reasoning_closed: bool = False) -> Span:
         """Find the turn of a message, and verify that it shows what the message says.
 
         Args:
@@ -236,78 +206,41 @@ class _TurnFinder:
             what = f"the chat template leaves out the tool calls of {self._chat.name(number)}"
             raise self._chat.error(Code.TEMPLATE_OMITS, what, "renders tool calls")
         is_missing = content is None and bool(message["content"].strip()) and not calls
-        if is_missing and (self._rendered.marked or message["content"].strip() not in text[start:end]):
-            raise self._hidden(number)
+        is_missing &= self._rendered.marked or message["content"].strip() not in text[start:end]
         starts_inside = content is not None and content < start and not _REASONING_OPENED.fullmatch(text[content:start])
-        if end < start or starts_inside:
+        if is_missing or end < start or starts_inside:
             raise self._hidden(number)
-        return _TurnSpan(start, self._rendered.content_ends.get(number), end)
+        return start, end
 
     def start(self, number: int, prompt: RenderedMessages | None = None) -> tuple[int, str]:
         """Find where an answer begins, after its header.
+
+        The header is what the prompt for the answer writes after the message before; within the turn of the answer, the
+        template may write only the beginning of it, or nothing: Qwen3 shows `<think>` in only one of the two.
 
         Args:
             number: The number of the message.
             prompt: The prompt for the answer, if it has been rendered already.
 
         Returns:
-            The position, and the end of the prompt for the answer that this text lacks.
+            The position, and the end of the header that this text lacks.
         """
         text, content = self._rendered.text, self._content_start(number)
-        before, begin = self._rendered.content_ends.get(number - 1), self._rendered.turn_starts.get(number)
-        if content is not None and begin is not None and before is not None and begin < before:
-            return self._after_header(number, content)  # the template does not write turns in their order
-        # The usual case is a question, its end of turn and a header: then no prompt needs to be rendered.
-        if before is not None and prompt is None and (usual := self._after_question(number, before)) is not None:
-            return usual
-        if prompt is None and number:
-            prompt = self._prompt(number)
-        before_in_prompt = prompt.content_ends.get(number - 1) if prompt else None
-        # The header as the prompt has it is compared with what follows the message before: Qwen3 shows `<think>` in
-        # only one of the two.
-        if prompt is not None and before is not None and before_in_prompt is not None:
-            header = prompt.text[before_in_prompt:]
-            following = text[before : before + len(header)]
-            common = len(header) if following == header else _common_header(header, following)
-            if common or not header:
-                return before + common if content is None else min(before + common, content), header[common:]
-        if prompt is not None and text.startswith(prompt.text):
-            return len(prompt.text), ""
-        if content is None:
-            raise self._hidden(number)
-        return self._after_header(number, content)
-
-    def _after_header(self, number: int, content: int) -> tuple[int, str]:
-        """`start`, by the header with which the template prompts for any answer, within the turn of this one."""
-        text, header, begin = self._rendered.text, self._template.header, self._rendered.turn_starts.get(number)
-        if begin is None or header is None:
-            return content, ""
-        if (place := text.find(header, begin, content)) >= 0:
+        begin, before = self._rendered.turn_starts.get(number), self._rendered.content_ends.get(number - 1, 0)
+        if begin is None or begin < before:  # the loop writes several messages at once
+            prompt_text = self._template.text(self._chat.first(number), prompt=True)
+            if not text.startswith(prompt_text):
+                raise self._hidden(number)
+            return len(prompt_text), ""
+        header = self._template.header
+        if prompt is not None and number - 1 in prompt.turn_ends:
+            header = prompt.text[prompt.turn_ends[number - 1] :]
+        stop = self._rendered.turn_ends[number] if content is None else content
+        place = text.find(header, begin, stop) if header.strip() else -1
+        if place >= 0:  # a system prompt of the template may come before it
             return place + len(header), ""
-        common = _common_header(header, text[begin : begin + len(header)])
-        if not common and text[begin:content].strip():
-            raise self._hidden(number)
-        return min(begin + common, content), header[common:] if common else ""
-
-    def _after_question(self, number: int, before: int) -> tuple[int, str] | None:
-        """`start`, where a user's turn ends at `before` and the usual header follows, but for tags of reasoning."""
-        question, opening = self._chat.messages[number - 1], self._template.opening
-        if question["role"] != "user" or not opening:
-            return None
-        text, content = self._rendered.text, self._content_start(number)
-        for place in (before + len(question["content"]) - len(question["content"].rstrip()), before):
-            if text.startswith(opening, place):
-                return place + len(opening), ""
-            common = _common_header(opening, text[place : place + len(opening)])
-            if common and content is not None and _REASONING_TAGS.fullmatch(opening, common):
-                return min(place + common, content), opening[common:]
-        return None
-
-    def _prompt(self, number: int) -> RenderedMessages | None:
-        try:
-            return self._template.render(self._chat.first(number), prompt=True)
-        except DataError:
-            return None
+        common = len(_INCOMPLETE_TAG.sub("", header[: _common_prefix(header, text[begin:])]))
+        return min(begin + common, stop), header[common:] if text[begin:stop].strip() else ""
 
     def _content_start(self, number: int) -> int | None:
         """Returns where the visible content of a message begins; None if it has none that is known to be shown.
@@ -331,11 +264,8 @@ class _TurnFinder:
 
     def _end(self, number: int, start: int) -> int:
         """Returns where a turn ends, including the token that ends it."""
-        content_end = self._rendered.content_ends.get(number)
         if (end := self._template.turn_end(self._rendered, number, start)) is not None:
             return end
-        if content_end is not None and "tool_calls" not in self._chat.messages[number]:
-            return self._after_content(number, content_end)
         if number < len(self._chat.messages) - 1:
             raise self._hidden(number)
         return self._template.last_end(self._rendered.text, start)
@@ -346,19 +276,6 @@ class _TurnFinder:
         rest = self._rendered.text[tags[-1] if tags else start : content]
         is_own_space = self._chat.messages[number]["content"].startswith(rest)
         return start if not tags and (rest.strip() or is_own_space) else content - len(rest.lstrip())
-
-    def _after_content(self, number: int, content_end: int) -> int:
-        """Returns where a turn ends whose content ends at a position, where no iteration writes this turn alone."""
-        text, closing = self._rendered.text, self._template.closing
-        if closing.strip() and text.startswith(closing, content_end):
-            return content_end + len(closing)
-        if (end := self._template.end_at(text, content_end)) is not None:
-            return end
-        if number == len(self._chat.messages) - 1:
-            return content_end + len(text[content_end:].rstrip())
-        if closing.strip():
-            raise self._hidden(number)
-        return content_end
 
     def _hidden(self, number: int) -> DataError:
         what = f"the chat template does not show where the answer in {self._chat.name(number)} begins and ends"

@@ -1,29 +1,38 @@
-"""The chat template of a model: messages → text, and where in the text the content and the turn of each message end."""
+"""The chat template of a model: messages → text, and where in the text the content and the turn of each message end.
 
-import json
+Nearly every chat template is a loop over the messages, with something before and after it. What an iteration writes is
+the turn of its message: the header, the content, and whatever closes it, be that text, special tokens or both. What
+comes after the loop (a header for the next answer, an end of the conversation) belongs to no turn.
+
+So messages are rendered a second time with marks: one at the end of each content, and in the syntax tree of the
+template one at the beginning of each iteration of every outermost loop and one behind the loop. Loops inside macros,
+and inside blocks whose text is stored first, get no marks.
+"""
+
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, nodes
 
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.data.rendering.encoding import Span
-from loratune.data.rendering.loop_marks import CONTENT, MANY, MARK, MarkedTemplate, RenderedMessages, read_marks
-from loratune.data.upstream import alias_reasoning_fields, generation_ranges
+from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
 from loratune.errors import DataError, ModelError, Problem
 from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
 KEY = "data.chat_template"
 OTHER_FILE = "set data.chat_template to another Jinja file"
+CONTENT, LOOP = 0xF0000, 0x100000
+"""First code points of two private-use planes: marks of contents, and marks of loops."""
+MANY = 0xFFFE
+"""The number of marks of either kind."""
+MARK = re.compile(f"[{chr(CONTENT)}-{chr(CONTENT + MANY - 1)}{chr(LOOP)}-{chr(LOOP + MANY - 1)}]")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_REFUSALS = (
-    TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
-)  # fmt: skip
 _QUESTION = {"role": "user", "content": "loratune?"}
 _ANSWER = {"role": "assistant", "content": "loratune!"}
 _TOOL = {
@@ -58,24 +67,46 @@ class TemplateInput:
         return DataError(Problem(code, what, self.where, KEY, fix))
 
 
+@dataclass(frozen=True)
+class RenderedMessages:
+    """A rendered text, with positions in it by the number of a message; a message is missing where they are not known.
+
+    Attributes:
+        text: The text.
+        marked: Whether any positions are known. They are not where the template renders messages with marks in another
+            way than without.
+        content_ends: Where the content of a message ends, without the space around it. Messages without content, and
+            those that the template leaves out, are missing.
+        turn_starts: Where the iteration of the message begins.
+        turn_ends: Where the iteration of the message ends.
+    """
+
+    text: str
+    marked: bool = True
+    content_ends: dict[int, int] = field(default_factory=dict)
+    turn_starts: dict[int, int] = field(default_factory=dict)
+    turn_ends: dict[int, int] = field(default_factory=dict)
+
+
 class ChatTemplate:
     """The chat template of one tokenizer.
 
     Attributes:
         end_tokens: The special tokens that end an answer, that of a last answer first; empty if there are none.
-        closing: What the template writes after the content of a last answer, to the end of its turn.
     """
 
     def __init__(self, tokenizer: Any):
         """Compile the template, if there is one, and find out how it ends answers; it need not be one that compiles."""
         self._tokenizer = tokenizer
-        self._source = str(tokenizer.chat_template or "")
+        source = tokenizer.chat_template or ""
+        self._sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
         self._special_tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
-        self._syntax_error = ""
-        self._marked_template = self._mark_loops()
-        self.end_tokens, self.closing = self._find_ends()
-        choice = "|".join(map(re.escape, sorted(self.end_tokens, key=len, reverse=True)))
-        self._end = re.compile(rf"\s*(?:{choice})" if self.end_tokens else r"(?!)")
+        self._syntax_error, self._marked = "", dict[str, Template]()
+        try:
+            self._marked = {source: _mark_loops(source) for source in self._sources}
+        except TEMPLATE_ERRORS as error:
+            self._syntax_error = template_error_reason(error)
+        self.end_tokens = self._find_end_tokens()
 
     def text(self, chat: TemplateInput, *, prompt: bool = False) -> str:
         """Render messages.
@@ -88,26 +119,40 @@ class ChatTemplate:
             ModelError: The tokenizer has no template, or one that cannot be compiled.
             DataError: The template refuses the messages.
         """
-        return self._render(chat, lambda messages: self._apply(messages, prompt))
+        name = self._tokenizer.name_or_path
+        if not self._tokenizer.chat_template:
+            what = "the tokenizer has no chat template"
+            fix = "set data.chat_template to a Jinja file, or give prompt and completion as text"
+            raise ModelError(Problem(Code.TEMPLATE_MISSING, what, name, fix=fix))
+        if self._syntax_error:
+            what = f"the chat template is not a Jinja template: {self._syntax_error}"
+            raise ModelError(Problem(Code.TEMPLATE_INVALID, what, name, KEY, OTHER_FILE))
+        tools = list(chat.tools) or None
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+            )
+        except Exception as error:  # a template may fail in any way
+            what = f"the chat template refuses these messages: {error}"
+            fix = "correct the row, or set data.chat_template to a template that accepts it"
+            raise DataError(Problem(Code.TEMPLATE_INVALID, what, chat.where, fix=fix)) from None
+        return text
 
     def render(self, chat: TemplateInput, *, prompt: bool = False) -> RenderedMessages:
-        """Render messages, and find where in the text each content and each turn ends. Raises as `text` does.
-
-        The messages are rendered a second time with marks: by the template whose loops are marked too, and where that
-        gives another text, by the template itself.
-        """
+        """Render messages, and find where in the text each content and each turn ends. Raises as `text` does."""
         text = self.text(chat, prompt=prompt)
-        if len(chat.messages) > MANY or MARK.search(text):
-            return RenderedMessages(text, marked=False)
-        marked_template = self._marked_template
-        renderings: list[Callable[[TemplateInput], str]] = [lambda messages: self._apply(messages, prompt)]
-        if marked_template is not None:
-            renderings.insert(0, lambda messages: marked_template.render(self._values(messages, prompt)))
-        for rendering in renderings:
+        if len(chat.messages) <= MANY and not MARK.search(text):
+            values = {
+                "messages": alias_reasoning_fields(_with_marks(chat.messages)),
+                "tools": list(chat.tools) or None,
+                "documents": None,
+                "add_generation_prompt": prompt,
+                **self._tokenizer.special_tokens_map,
+            }
             try:
-                marked = self._render(_with_marks(chat), rendering)
-            except DataError:
-                continue
+                marked = self._marked[self._source(chat)].render(**values)
+            except Exception:  # a template may fail on marks alone
+                return RenderedMessages(text, marked=False)
             if MARK.sub("", marked) == text and (rendered := read_marks(marked, text)) is not None:
                 return rendered
         return RenderedMessages(text, marked=False)
@@ -133,11 +178,6 @@ class ChatTemplate:
         eos_start = rendered.text.find(eos, start, end) if (eos := self._tokenizer.eos_token) else -1
         return eos_start + len(eos) if eos_start >= 0 else end
 
-    def end_at(self, text: str, position: int) -> int | None:
-        """Returns where the end of turn at a position ends, leaving out space before it."""
-        match = self._end.match(text, position)
-        return match.end() if match else None
-
     def last_end(self, text: str, position: int) -> int:
         """Returns where the last end of turn after a position ends, or the end of the text where there is none."""
         ends = [start + len(token) for token in self.end_tokens if (start := text.rfind(token, position)) >= 0]
@@ -145,22 +185,15 @@ class ChatTemplate:
 
     def generated(self, chat: TemplateInput) -> list[Span] | None:
         """Returns the ranges of the text that the template marks as answers, or None if it never marks any."""
-        if not _GENERATION.search(self._source):
+        if not any(map(_GENERATION.search, self._sources)):
             return None
-        source = self._tokenizer.get_chat_template(None, list(chat.tools) or None)
-        return generation_ranges(chat.messages, chat.tools, source, self._tokenizer.special_tokens_map)
+        return generation_ranges(chat.messages, chat.tools, self._source(chat), self._tokenizer.special_tokens_map)
 
     @cached_property
-    def opening(self) -> str | None:
-        """What is between a user's last word and the answer: the end of the turn, and the header of the next."""
+    def header(self) -> str:
+        """What the template writes after a user's turn to begin an answer; empty where that is not known."""
         rendered = self._probe([_QUESTION], prompt=True)
-        return rendered.text[rendered.content_ends[0] :] if rendered and 0 in rendered.content_ends else None
-
-    @cached_property
-    def header(self) -> str | None:
-        """What the template writes after a user's turn to begin an answer; None where that is not known."""
-        rendered = self._probe([_QUESTION], prompt=True)
-        return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else None
+        return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else ""
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -188,111 +221,138 @@ class ChatTemplate:
             lines.append(f"what the chat template writes after the last turn is not supervised: {footer[:80]!r}")
         return "; ".join(lines) or None
 
+    def _source(self, chat: TemplateInput) -> str:
+        """The template that is used, of a tokenizer that may have one of its own for tools."""
+        return str(self._tokenizer.get_chat_template(None, list(chat.tools) or None))
+
     def _probe(
         self, messages: list[Message], *, tools: tuple[Any, ...] = (), prompt: bool = False
     ) -> RenderedMessages | None:
         """Render messages of our own; None where the template refuses them, or there is none."""
-        if not self._tokenizer.chat_template or self._syntax_error:
-            return None
         try:
             return self.render(TemplateInput(messages, tools), prompt=prompt)
-        except DataError:
+        except (DataError, ModelError):
             return None
 
-    def _find_ends(self) -> tuple[tuple[str, ...], str]:
-        """Returns `end_tokens` and `closing`, from conversations of our own."""
-        rendered = (
-            self._probe([_QUESTION, _ANSWER, _QUESTION, _ANSWER])
-            or self._probe([_QUESTION, _ANSWER])
-            or self._probe([_ANSWER])
-        )
+    def _find_end_tokens(self) -> tuple[str, ...]:
+        """Returns `end_tokens`, from conversations of our own."""
+        chats = ([_QUESTION, _ANSWER] * 2, [_QUESTION, _ANSWER], [_ANSWER])
+        rendered = next(filter(None, map(self._probe, chats)), None)
         answers = [number for number in sorted(rendered.content_ends, reverse=True) if number % 2] if rendered else []
         if rendered is None or not answers:
-            return (), ""
+            return ()
         text, content_ends = rendered.text, rendered.content_ends
         ends = [self.turn_end(rendered, number, 0) for number in answers]
         closing = text[content_ends[answers[0]] : ends[0] or len(text.rstrip())]
         tokens = [self._special_token_at_end(closing)]
         for number, end in zip(answers[1:], ends[1:], strict=True):
-            if end is not None:
-                tokens.append(self._special_token_at_end(text[content_ends[number] : end]))
-        others = [token for token in tokens[1:] if token not in closing]
-        return tuple(dict.fromkeys(filter(None, [tokens[0], *others]))), closing
+            token = self._special_token_at_end(text[content_ends[number] : end]) if end is not None else ""
+            tokens += [token] if token not in closing else []
+        return tuple(dict.fromkeys(filter(None, tokens)))
 
     def _special_token_at_end(self, text: str) -> str:
         return next((token for token in self._special_tokens if text.endswith(token)), "")
 
-    def _mark_loops(self) -> MarkedTemplate | None:
-        """Returns the template with its loops marked; None where there is none, or the tokenizer has several."""
-        if not isinstance(self._tokenizer.chat_template, str):
-            return None
-        try:
-            return MarkedTemplate(self._source)
-        except TEMPLATE_ERRORS as error:
-            self._syntax_error = template_error_reason(error)
-            return None
 
-    def _render(self, chat: TemplateInput, rendering: Callable[[TemplateInput], str]) -> str:
-        """Render messages in one way or another. Raises as `text` does."""
-        name = self._tokenizer.name_or_path
-        if not self._tokenizer.chat_template:
-            what = "the tokenizer has no chat template"
-            fix = "set data.chat_template to a Jinja file, or give prompt and completion as text"
-            raise ModelError(Problem(Code.TEMPLATE_MISSING, what, name, fix=fix))
-        if self._syntax_error:
-            what = f"the chat template is not a Jinja template: {self._syntax_error}"
-            raise ModelError(Problem(Code.TEMPLATE_INVALID, what, name, KEY, OTHER_FILE))
-        try:
-            return rendering(chat)
-        except _REFUSALS as error:
-            if isinstance(error, TypeError) and any("tool_calls" in message for message in chat.messages):
-                try:  # a few templates add the arguments of a call to a string
-                    return rendering(_with_arguments_as_text(chat))
-                except _REFUSALS:
-                    pass
-            what = f"the chat template refuses these messages: {error}"
-            fix = "correct the row, or set data.chat_template to a template that accepts it"
-            raise DataError(Problem(Code.TEMPLATE_INVALID, what, chat.where, fix=fix)) from None
-
-    def _values(self, chat: TemplateInput, prompt: bool) -> dict[str, Any]:
-        """Returns the variables that `apply_chat_template` gives to a template."""
-        return {
-            "messages": alias_reasoning_fields(chat.messages),
-            "tools": list(chat.tools) or None,
-            "documents": None,
-            "add_generation_prompt": prompt,
-            **self._tokenizer.special_tokens_map,
-        }
-
-    def _apply(self, chat: TemplateInput, prompt: bool) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            list(chat.messages), tools=list(chat.tools) or None, tokenize=False, add_generation_prompt=prompt
-        )
-        return text
+# Marks
 
 
-def _with_marks(chat: TemplateInput) -> TemplateInput:
+@dataclass
+class _Iteration:
+    """What one iteration of a loop has written. contents: the numbers of the messages whose content it shows."""
+
+    loop: int
+    start: int
+    end: int = -1
+    contents: list[int] = field(default_factory=list)
+
+
+def _with_marks(messages: Sequence[Message]) -> list[Message]:
     """Returns the messages with a mark at the end of each content, before the space around it."""
-    messages = []
-    for number, message in enumerate(chat.messages):
+    marked = []
+    for number, message in enumerate(messages):
         content = message["content"]
         end = len(content.rstrip())
-        marked = content[:end] + chr(CONTENT + number) + content[end:] if end else content
-        messages.append({**message, "content": marked})
-    return TemplateInput(messages, chat.tools, chat.where)
+        mark = chr(CONTENT + number) if end else ""
+        marked.append({**message, "content": content[:end] + mark + content[end:]})
+    return marked
 
 
-def _with_arguments_as_text(chat: TemplateInput) -> TemplateInput:
-    """Returns the messages with the arguments of tool calls as JSON."""
+def _mark_loops(source: str) -> Template:
+    """Returns a template with marks around the iterations of its loops.
 
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": arguments}}
+    Raises:
+        One of `TEMPLATE_ERRORS`: The source is not a template.
+    """
+    environment = chat_template_environment(source)
+    tree = environment.parse(source)
+    _mark_loops_in(tree, iter(range(0, MANY - 1, 2)))
+    tree.set_environment(environment)  # of the nodes that were added
+    return environment.from_string(tree)
 
-    messages = [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in chat.messages
-    ]
-    return TemplateInput(messages, chat.tools, chat.where)
+
+def read_marks(marked: str, text: str) -> RenderedMessages | None:
+    """Read the marks in a text as positions in the same text without marks; None if a content is shown twice."""
+    content_ends: dict[int, int] = {}
+    iterations: list[_Iteration] = []
+    current: _Iteration | None = None
+    for count, mark in enumerate(MARK.finditer(marked)):
+        position, code = mark.start() - count, ord(mark.group())
+        if code < LOOP:
+            if code - CONTENT in content_ends:
+                return None
+            content_ends[code - CONTENT] = position
+            if current is not None:
+                current.contents.append(code - CONTENT)
+            continue
+        if current is not None:
+            current.end, current = position, None
+        if (code - LOOP) % 2 == 0:  # the odd marks come after loops
+            current = _Iteration(code - LOOP, position)
+            iterations.append(current)
+    positions = RenderedMessages(text, content_ends=content_ends)
+    for loop in {iteration.loop for iteration in iterations}:
+        _assign([iteration for iteration in iterations if iteration.loop == loop], positions)
+    return positions
+
+
+def _assign(iterations: list[_Iteration], positions: RenderedMessages) -> None:
+    """Note the iterations of one loop as the turns of the messages that they show.
+
+    An iteration that shows no content (of a message that has none, or whose content the template writes in another way)
+    belongs to the message between those of its neighbours, if there is an iteration for each message.
+    """
+    shifts = {
+        iteration.contents[-1] - number for number, iteration in enumerate(iterations) if iteration.contents
+    }  # all equal if iteration and message count alike
+    if len(shifts) == 1:
+        for number, iteration in enumerate(iterations, start=shifts.pop()):
+            positions.turn_starts[number], positions.turn_ends[number] = iteration.start, iteration.end
+        return
+    for iteration in iterations:
+        if iteration.contents:
+            positions.turn_ends[iteration.contents[-1]] = iteration.end
+        if len(iteration.contents) == 1:
+            positions.turn_starts[iteration.contents[0]] = iteration.start
+
+
+def _mark_loops_in(node: nodes.Node, numbers: Iterator[int]) -> None:
+    """Mark the loops whose text goes straight into that of the template."""
+    for name in ("body", "else_", "elif_"):
+        children = getattr(node, name, None)
+        if not isinstance(children, list):
+            continue
+        marked: list[nodes.Node] = []
+        for child in children:
+            marked.append(child)
+            if isinstance(child, nodes.For) and (number := next(numbers, None)) is not None:
+                child.body.insert(0, _output(chr(LOOP + number), child))
+                marked.append(_output(chr(LOOP + number + 1), child))
+            elif isinstance(child, nodes.If | nodes.With | nodes.Scope):
+                _mark_loops_in(child, numbers)
+        setattr(node, name, marked)
+
+
+def _output(text: str, origin: nodes.Node) -> nodes.Node:
+    """Returns a node that writes a text, on the line of another node."""
+    return nodes.Output([nodes.TemplateData(text)]).set_lineno(origin.lineno)
