@@ -26,7 +26,7 @@ from loratune.data.formats import (
     prompt_key,
 )
 from loratune.data.formats.examples import no_loss_reason
-from loratune.data.sources import Row
+from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
 PAIR = {"prompt": "a", "completion": "b"}

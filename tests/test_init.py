@@ -21,7 +21,7 @@ from loratune.commands.init import MeasuredRows, fit
 from loratune.config import DataSection, LoraSection, RunConfig, Source, keys
 from loratune.data import DatasetSplit, RawDatasets, fields, read_source
 from loratune.data.fields import ColumnChoice, propose_columns
-from loratune.data.sources import Row
+from loratune.data.sources.rows import Row
 from loratune.errors import DataError
 from loratune.lora import attach
 from loratune.training import auto

@@ -25,8 +25,8 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import sources
-from loratune.data.sources import Row
-from loratune.data.sources.rows import Unreadable
+from loratune.data.sources.files import looks_like_hub_id
+from loratune.data.sources.rows import Row, Unreadable, line_of
 from loratune.errors import DataError, Problem
 
 MORE = "", Code.MORE_PROBLEMS, "there may be more"
@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
         b'{"prompt": "a", "completion": "b", "completion": "c"}\n',
         [(":1", BAD, "`completion`")],
     ),
-    "a name twice in a document": ("rows.json", b'[{"a": 1, "a": 2}]', [(":1", BAD, "`a`")]),
+    "a name twice in a document": ("rows.json", b'[{"a": 1, "a": 2}]', [(":row 1", BAD, "`a`")]),
     "semicolons": ("rows.csv", b"prompt;completion\na;b\n", [(":1", BAD, "';'")]),
     "tabs": ("rows.csv", b"prompt\tcompletion\na\tb\n", [(":1", BAD, "'\\t'")]),
     "column twice": ("rows.csv", b"prompt,prompt\na,b\n", [(":1", BAD, "`prompt`")]),
@@ -377,14 +377,6 @@ def test_what_is_not_read_is_named(
     assert f": {expected} (" in line if expected else line == ""
 
 
-def test_what_has_the_ending_of_data_and_is_none_is_named_with_what_it_is(tmp_path: Path) -> None:
-    write_rows(tmp_path / "rows.jsonl", [VALUES])
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    (tmp_path / "none.csv").symlink_to("nowhere")
-    line = sources.left_out(Source(path=str(tmp_path)))
-    assert ": none.csv (a broken link), pipe.jsonl (a named pipe) (files that end in .jsonl, " in line
-
-
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_bytes(PAIR)
@@ -495,9 +487,6 @@ def write_many(path: Path, thousands: int) -> None:
     if path.suffix == ".parquet":
         table = pa.concat_tables([pa.Table.from_pylist(rows)] * thousands)
         pq.write_table(table, path, compression="none", use_dictionary=False)
-    elif path.suffix == ".json":
-        block = json.dumps(rows)[1:-1]
-        path.write_text(f"[{', '.join([block] * thousands)}]")
     else:
         lines_of_rows = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
         with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as file:
@@ -508,15 +497,15 @@ def write_many(path: Path, thousands: int) -> None:
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", *(pytest.param(one, marks=SLOW) for one in ("json", "jsonl.gz"))])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", pytest.param("jsonl.gz", marks=SLOW)])
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
-    """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them; a JSON document takes its text."""
+    """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them."""
     small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
     write_many(small, 10)
     write_many(path, 200)
     small_count, count, rise = read_in_process(small, path)
     assert (small_count, count) == (10_000, 200_000)
-    assert rise < (110 if kind == "json" else 25)
+    assert rise < 25
 
 
 def read_in_process(*paths: Path) -> list[int]:
@@ -569,7 +558,7 @@ PATHS = (
 
 @pytest.mark.parametrize("path", [*HUB_IDS, *PATHS])
 def test_what_may_be_a_hub_id(path: str) -> None:
-    assert sources.looks_like_hub_id(path) is (path in HUB_IDS)
+    assert looks_like_hub_id(path) is (path in HUB_IDS)
 
 
 def test_a_path_is_not_looked_up(tmp_path: Path) -> None:
@@ -734,7 +723,7 @@ def test_rows_of_a_program(kind: str, tmp_path: Path) -> None:
     )
     assert read.validation is not None and written.validation is not None
     places = [example.where for example in read.validation.examples()]
-    lines_of_file = [int(sources.line_of(example.where)) - 1 for example in written.validation.examples()]
+    lines_of_file = [int(line_of(example.where)) - 1 for example in written.validation.examples()]
     assert places == [f"train[{number}]" for number in lines_of_file] and len(places) == 2
     assert list(read.train.own_fields()) == [f"train[{number}]" for number in range(5)]
 

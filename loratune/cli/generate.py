@@ -109,6 +109,7 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     """The prompts as rows; they come from arguments, a file, or stdin as a whole."""
     from loratune.config import Source
     from loratune.data import sources
+    from loratune.data.sources.rows import Row
 
     if source is not None and str(source) == STDOUT:
         return sources.read_rows(Source(path="stdin"), _stdin("rows as JSON, one a line").buffer)
@@ -124,7 +125,7 @@ def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
     for name, prompt in texts.items():
         if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
             raise DataError(Problem(Code.USAGE_BAD_VALUE, "not UTF-8", name, fix="give the prompt as text"))
-    return [sources.Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
+    return [Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
 
 
 def _stdin(what: str) -> TextIO:

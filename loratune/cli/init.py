@@ -36,7 +36,7 @@ def init(
 
         with importing(computes=True):
             from loratune.data.sources import open_source
-            from loratune.data.sources.local import data_ending
+            from loratune.data.sources.files import data_ending
 
         from loratune.commands.init_start import SOURCE, checked, first_values
         from loratune.training.checkpoints import run_dir

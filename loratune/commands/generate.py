@@ -14,7 +14,7 @@ from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
 from loratune.data import formats
 from loratune.data.formats import Question
-from loratune.data.sources import Row, reported
+from loratune.data.sources.rows import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance
 from loratune.model import load

@@ -9,7 +9,7 @@ from typing import Any
 
 from loratune import config
 from loratune.config import Draft, RunConfig
-from loratune.data.sources.local import data_ending
+from loratune.data.sources.files import data_ending
 from loratune.events import note
 
 SOURCE = "init"

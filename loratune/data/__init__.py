@@ -18,8 +18,7 @@ from loratune.data import formats, rendering, token_cache
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, PreferencePair, Single, sides
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
-from loratune.data.sources import reported
-from loratune.data.sources.rows import place_in_cache
+from loratune.data.sources.rows import place_in_cache, reported
 from loratune.data.splits import (
     DatasetSplit,
     RawDatasets,

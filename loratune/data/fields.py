@@ -13,7 +13,8 @@ from loratune.config.keys import assignment, yaml_flow
 from loratune.data.formats import FORMATS, Conversation, Example, Plain, completion_key, quote
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
-from loratune.data.sources import Row, open_source
+from loratune.data.sources import open_source
+from loratune.data.sources.rows import Row
 from loratune.data.splits import DatasetSplit, RawDatasets, read_datasets
 from loratune.errors import DataError, Problem
 from loratune.events import reading

@@ -19,17 +19,8 @@ from loratune.config import DataSection, Source
 from loratune.data import formats
 from loratune.data.formats import Example, Parser, RowError
 from loratune.data.report import Report
-from loratune.data.sources import (
-    MAX_PROBLEMS,
-    GivenRows,
-    RowSource,
-    line_of,
-    no_rows_error,
-    open_source,
-    place_parts,
-    reported,
-)
-from loratune.data.sources.rows import Row
+from loratune.data.sources import GivenRows, RowSource, no_rows_error, open_source
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, line_of, place_parts, reported
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, reading
 

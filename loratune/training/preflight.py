@@ -16,7 +16,8 @@ from loratune.config import RunConfig, Source
 from loratune.data import RawDatasets, row_hashes
 from loratune.data.formats import KINDS
 from loratune.data.row_hashes import RowHashes
-from loratune.data.sources import GIVEN, GivenRows, looks_like_hub_id
+from loratune.data.sources import GIVEN, GivenRows
+from loratune.data.sources.files import looks_like_hub_id
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
 from loratune.model import quantization

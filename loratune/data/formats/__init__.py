@@ -39,7 +39,7 @@ from loratune.data.formats.recognition import (
     unread_label,
 )
 from loratune.data.formats.values import Fields, RowError, messages_or_text, quote, text
-from loratune.data.sources import Row
+from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
 __all__ = [

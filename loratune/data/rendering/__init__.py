@@ -35,7 +35,7 @@ from loratune.data.rendering.encoding import (
     truncate,
     truncate_sides,
 )
-from loratune.data.sources import reported
+from loratune.data.sources.rows import reported
 from loratune.data.upstream import tokenizer_settings
 from loratune.errors import DataError, LoratuneError, ModelError, Problem
 

@@ -1,32 +1,147 @@
 """Reading rows from files, directories, globs and hub datasets; each row knows the place it comes from.
 
-Rows are streamed: what is held in memory is a block of a file, or one row, where that is longer; of a JSON document its
-text.
+Rows are streamed: what is held in memory is a block of a file, or one row, where that is longer; a JSON document whole.
 """
 
+import hashlib
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
+import numpy as np
 from datasets import load_dataset
 from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources.local import file_slices, find_files, known_endings, looks_like_hub_id, shown
-from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowSource, line_of, place_parts, reported
-from loratune.data.sources.tables import GIVEN, GivenRows, HubSplit, given_rows
+from loratune.data.sources.files import (
+    FileSlice,
+    file_slices,
+    find_files,
+    known_endings,
+    looks_like_hub_id,
+    rows_per_batch,
+    shown,
+)  # fmt: skip
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, reported, to_json_line, to_row
 from loratune.data.sources.text_files import jsonl_rows
 from loratune.errors import DataError, Problem
+from loratune.events import Advance, no_advance
 from loratune.system.environment import cache_fix
 
-__all__ = [
-    "GIVEN", "MAX_PROBLEMS", "GivenRows", "Row", "RowSource", "given_rows", "left_out", "line_of", "looks_like_hub_id",
-    "no_rows_error", "open_source", "place_parts", "read_rows", "reported",
-]  # fmt: skip
+GIVEN = "(rows given by the program)"
+"""The path of a source in a config whose rows a program holds in memory."""
+
+
+@dataclass(frozen=True)
+class HubSplit:
+    """A split of a hub dataset, or a slice of one. A `RowSource`.
+
+    `datasets` loads it into its cache of Arrow files, which are mapped and not held in memory.
+    """
+
+    name: str
+    dataset: Any
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the fingerprint by which `datasets` distinguishes contents."""
+        content = f"{upstream.dataset_fingerprint(self.dataset)} {self.dataset.num_rows}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes of its Arrow table."""
+        return int(self.dataset.data.nbytes)
+
+    def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
+        """See `FileSlice.rows`."""
+        size, total, number = self.size, self.dataset.num_rows, 0
+        for batch in self.dataset.iter(rows_per_batch(size, total)):
+            first = number
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                yield Row(f"{self.name}:{number}", dict(zip(batch, values, strict=True)))
+            advance(size * number // total - size * first // total)
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Rows that a program holds in memory. A `RowSource`, which is taken in the place of a `Source`.
+
+    Attributes:
+        name: What places begin with: the fourth row is at `name[3]`, as in Python.
+        items: The rows, each a mapping of its fields.
+    """
+
+    name: str
+    items: Sequence[Any]
+    split = weight = None
+
+    @property
+    def path(self) -> str:
+        """The name, as a source has it."""
+        return self.name
+
+    @property
+    def size(self) -> int:
+        """How many rows there are, which is what progress counts."""
+        return len(self.items)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content of all rows."""
+        digest = hashlib.sha256()
+        for item in self.rows():
+            digest.update(f"{to_json_line(item.values)}\n".encode() if isinstance(item, Row) else b"\n")
+        return digest.hexdigest()
+
+    def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
+        """See `FileSlice.rows`."""
+        for number, item in enumerate(self.items):
+            yield to_row(_plain(item), f"{self.name}[{number}]")
+            advance(1)
+
+
+RowSource: TypeAlias = FileSlice | HubSplit | GivenRows
+"""Where rows are read from: a file, a split of a hub dataset, or a program. It has `name`, the path or
+`hub-id[split]`; `digest`, SHA-256 that changes with the content and not with the name; `size` in bytes; and `rows`.
+"""
+
+
+def given_rows(rows: Any, name: str) -> GivenRows:
+    """Rows of a Python program, to be read as those of a file.
+
+    Args:
+        rows: A `datasets.Dataset`, a pandas frame, whose missing values are null, or an iterable of dicts.
+        name: What the places of rows begin with, as `train`.
+
+    Raises:
+        DataError: They are something else.
+    """
+    if hasattr(rows, "with_format"):
+        return GivenRows(name, rows.with_format(None))
+    if hasattr(rows, "to_dict") and hasattr(rows, "notna"):
+        return GivenRows(name, rows.astype(object).where(rows.notna(), None).to_dict("records"))
+    if isinstance(rows, Iterable) and not isinstance(rows, str | bytes | Mapping):
+        return GivenRows(name, rows if isinstance(rows, Sequence) else list(rows))
+    what = f"rows must be a list of dicts, a datasets.Dataset or a pandas frame, got {type(rows).__name__}"
+    raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="give one dict for each row"))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON would give it: lists for tuples and arrays, Python's numbers for numpy's."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return _plain(value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
 
 
 def open_source(source: Source | GivenRows) -> list[RowSource]:
@@ -44,19 +159,21 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
     if source.path == GIVEN:
         what, fix = "a program gave these rows, and they are in no file", "run that program, or name a file of the rows"
         raise DataError(Problem(Code.DATA_NOT_FOUND, what, source.path, fix=fix))
-    path = Path(source.path).expanduser()
-    if looks_like_hub_id(source.path) and not os.path.exists(path):
-        return [_load_hub_split(source)]
-    return [*file_slices(find_files(path)[0], source)]
+    path = _local_path(source)
+    return [*file_slices(find_files(path)[0], source)] if path else [_load_hub_split(source)]
 
 
 def left_out(source: Source | GivenRows) -> str:
     """A line on what a directory or a glob names and `open_source` does not read; empty if there is nothing."""
-    path = Path(source.path).expanduser()
-    if isinstance(source, GivenRows) or (looks_like_hub_id(source.path) and not os.path.exists(path)):
-        return ""
-    others = find_files(path)[1]
+    path = _local_path(source)
+    others = find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
     return f"{source.path}: not read: {shown(others)} (files that end in {known_endings()} are)" if others else ""
+
+
+def _local_path(source: Source | GivenRows) -> Path | None:
+    """The path of files; None for a hub id."""
+    path = Path(source.path).expanduser()
+    return None if looks_like_hub_id(source.path) and not os.path.exists(path) else path
 
 
 def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
@@ -121,13 +238,8 @@ def _check_reachable(hub_id: str) -> None:
         return
     try:
         get_hf_file_metadata(hf_hub_url(hub_id, "README.md", repo_type="dataset"), timeout=10)
-    except HFValidationError:
-        code, what = Code.DATA_HUB, "no such file, and not a valid id of a hub dataset"
     except HfHubHTTPError:
-        return  # the hub answers; `load_dataset` reports what it says
+        pass  # the hub answers; `load_dataset` reports what it says
     except Exception as error:  # whatever the network stack raises
-        code = Code.DATA_HUB
         what = f"no such file; the hub cannot be reached and no such dataset is cached ({error})"
-    else:
-        return
-    raise DataError(Problem(code, what, hub_id, fix="check the path, or the connection"))
+        raise DataError(Problem(Code.DATA_HUB, what, hub_id, fix="check the path, or the connection")) from None

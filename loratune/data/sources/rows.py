@@ -1,16 +1,15 @@
-"""Rows, the place that each comes from, and the interface of everything that rows are read from."""
+"""Rows, the place that each comes from, and how they are written."""
 
 import base64
 import csv
 import datetime
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from loratune.codes import Code
 from loratune.errors import Problem
-from loratune.events import Advance, no_advance
 
 MAX_PROBLEMS = 10
 """How many problems of a source are collected before reading stops."""
@@ -98,40 +97,13 @@ def place_in_cache(where: str) -> str:
     return where.encode(errors="backslashreplace").decode()
 
 
-class RowSource(Protocol):
-    """The rows of one file, of one split of a hub dataset, or of a program."""
-
-    @property
-    def name(self) -> str:
-        """The path, or `hub-id[split]`, for messages."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 that changes with the content and not with the name; reads the whole file."""
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-
-    def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
-        """Stream the rows in order, with a problem in the place of each that cannot be read.
-
-        It may be called more than once.
-
-        Args:
-            advance: Called with numbers of bytes, which add up to `size` once all rows are read.
-
-        Raises:
-            DataError: The file cannot be read on: it is damaged, has changed, or is gone.
-        """
-
-
 def to_row(values: Any, where: str) -> RowOrProblem:
     """The row of a JSON value; a problem where the value is not an object."""
     if isinstance(values, dict):
         return Row(where, values)
     kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
-    what = f"a row must be an object with named fields, got {kinds.get(type(values), 'a number')}"
+    kind = values.reason if isinstance(values, Unreadable) else kinds.get(type(values), "a number")
+    what = f"a row must be an object with named fields, got {kind}"
     return Problem(Code.DATA_SYNTAX, what, where, fix="write each row as {...}")
 
 

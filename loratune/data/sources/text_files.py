@@ -168,17 +168,12 @@ def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
 # JSON
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Raises _DuplicateKey."""
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
     values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKey(next(name for name in names if names.count(name) > 1))
-    return values
-
-
-class _DuplicateKey(ValueError):
-    """A JSON object has this key twice."""
+    if len(values) == len(pairs):
+        return values
+    names = [name for name, _ in pairs]
+    return Unreadable(f"an object with the key `{next(name for name in names if names.count(name) > 1)}` twice")
 
 
 def _integer(digits: str) -> int | Unreadable:
@@ -189,9 +184,19 @@ def _integer(digits: str) -> int | Unreadable:
         return Unreadable(f"a number of {len(digits.lstrip('-')):,} digits")
 
 
-_decode = json.JSONDecoder(object_pairs_hook=_unique).raw_decode
-_decode_long_integers = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer).raw_decode
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+_decode_long_integers = json.JSONDecoder(object_pairs_hook=_object, parse_int=_integer).decode
 """Slower, since each number passes through Python."""
+
+
+def _parse(text: str) -> Any:
+    """Raises json.JSONDecodeError, RecursionError."""
+    try:
+        return _decode(text)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # an integer of more digits than Python reads
+        return _decode_long_integers(text)
 
 
 def json_lines(lines: Iterable[Line], name: str) -> Iterator[RowOrProblem]:
@@ -200,12 +205,11 @@ def json_lines(lines: Iterable[Line], name: str) -> Iterator[RowOrProblem]:
         if isinstance(line, Problem):
             yield line
             continue
-        where, text = f"{name}:{line[0]}", line[1]
+        where = f"{name}:{line[0]}"
         try:
-            value, end = _decode(text)
-        except (ValueError, RecursionError):
-            end = -1
-        yield to_row(value, where) if end == len(text) else _parse_line(text, where)  # json.loads takes twice as long
+            yield to_row(_parse(line[1]), where)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield _json_problem(error, where, _FIX_LINE)
 
 
 def jsonl_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
@@ -213,128 +217,47 @@ def jsonl_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     return json_lines(text_lines(file, name), name)
 
 
-def _parse_line(text: str, where: str) -> RowOrProblem:
-    try:
-        return to_row(json.loads(text, object_pairs_hook=_unique, parse_int=_integer), where)
-    except json.JSONDecodeError as error:
-        return _syntax_problem(error.msg, where, error.colno, error.pos >= len(error.doc.rstrip()), _FIX_LINE)
-    except (RecursionError, _DuplicateKey) as error:
-        return _content_problem(error, where, _FIX_LINE)
-
-
-def _syntax_problem(message: str, where: str, column: int, at_end: bool, fix: str) -> Problem:
-    """at_end: the decoder found nothing wrong before the text stopped."""
-    if at_end or "Unterminated" in message:
-        return Problem(Code.DATA_SYNTAX, f"the JSON is cut off at column {column}", where, fix=fix)
-    return Problem(Code.DATA_SYNTAX, f"not valid JSON: {message} at column {column}", where, fix=fix)
-
-
-def _content_problem(error: RecursionError | _DuplicateKey, where: str, fix: str) -> Problem:
+def _json_problem(error: json.JSONDecodeError | RecursionError, where: str, fix: str) -> Problem:
     if isinstance(error, RecursionError):
-        return Problem(Code.DATA_SYNTAX, "the JSON is nested too deeply to be read", where, fix=fix)
-    return Problem(Code.DATA_SYNTAX, f"an object has the key `{error}` twice", where, fix=fix)
+        what = "the JSON is nested too deeply to be read"
+    elif error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg:
+        what = f"the JSON is cut off at column {error.colno}"
+    else:
+        what = f"not valid JSON: {error.msg} at column {error.colno}"
+    return Problem(Code.DATA_SYNTAX, what, where, fix=fix)
 
 
 def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a JSON document: a list of objects, the list under its key `data`, or one object.
 
-    The text is held in memory, and one row of a list. JSON lines in a file that is called .json are read as such.
+    The document is held in memory. JSON lines in a file that is called .json are read as such.
 
     Raises:
         DataError: It is not a JSON document, or not UTF-8.
     """
     raw = file.read()
     try:
-        text = _JsonText(raw.decode().removeprefix(_BOM), name)
+        text = raw.decode().removeprefix(_BOM)
     except UnicodeDecodeError as error:
         line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
         raise DataError(_encoding_problem(byte, raw[error.start], f"{name}:{line}")) from None
     del raw
-    first = text.peek()
-    if first == "[":
-        yield from _list_rows(text, name)
-    elif first:
-        yield from _object_rows(text, name)
-
-
-def _list_rows(text: "_JsonText", name: str) -> Iterator[RowOrProblem]:
-    text.position += 1
-    number = 0
-    while not (text.peek() == "]" and not number):
-        number += 1
-        yield to_row(text.parse_value(), f"{name}:row {number}")
-        if (mark := text.peek()) == "]":
-            break
-        if mark != ",":
-            raise text.syntax_error("Expecting ',' delimiter", text.position)
-        text.position += 1
-    text.position += 1
-    if text.peek():
-        raise text.syntax_error("Extra data", text.position)
-
-
-def _object_rows(text: "_JsonText", name: str) -> Iterator[RowOrProblem]:
-    first_line = text.line(text.position)
-    value = text.parse_value()
-    last_line = text.line(text.position)
-    if text.peek():
-        if not first_line == last_line < text.line(text.position):
-            raise text.syntax_error("Extra data", text.position)
-        yield to_row(value, f"{name}:{first_line}")
-        yield from json_lines(text.lines(), name)
+    if not text or text.isspace():
         return
-    rows = value
-    if isinstance(value, dict):
-        rows = value["data"] if isinstance(value.get("data"), list) else [value]
+    try:
+        rows = _parse(text)
+    except RecursionError as error:
+        raise DataError(_json_problem(error, name, _FIX_FILE)) from None
+    except json.JSONDecodeError as error:
+        first_line = text[: error.pos].lstrip().partition("\n")
+        if error.msg == "Extra data" and first_line[0][:1] == "{" and first_line[1] and not first_line[2].strip():
+            lines = text.split("\n")
+            yield from json_lines(compress(enumerate(lines, 1), map(str.strip, lines)), name)
+            return
+        raise DataError(_json_problem(error, f"{name}:{error.lineno}", _FIX_FILE)) from None
+    if isinstance(rows, dict):
+        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
     if not isinstance(rows, list):
         what = "a JSON file must hold a list of objects, or one object for one row"
         raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="write it as [{...}, {...}]"))
     yield from (to_row(row, f"{name}:row {number}") for number, row in enumerate(rows, start=1))
-
-
-_NO_SPACE = re.compile(r"[^ \t\n\r]")
-
-
-class _JsonText:
-    """The text of a JSON document. position: where parsing continues."""
-
-    def __init__(self, text: str, name: str):
-        self._text, self._name, self.position = text, name, 0
-
-    def line(self, position: int) -> int:
-        """The line, from 1, that a position is on."""
-        return 1 + self._text.count("\n", 0, position)
-
-    def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
-        found = _NO_SPACE.search(self._text, self.position)
-        self.position = found.start() if found else len(self._text)
-        return found[0] if found else ""
-
-    def parse_value(self) -> Any:
-        """The JSON value that begins at the next character. Raises DataError."""
-        self.peek()
-        try:
-            try:
-                value, self.position = _decode(self._text, self.position)
-            except (json.JSONDecodeError, _DuplicateKey):
-                raise
-            except ValueError:  # an integer of more digits than Python reads
-                value, self.position = _decode_long_integers(self._text, self.position)
-        except json.JSONDecodeError as error:
-            raise self.syntax_error(error.msg, error.pos) from None
-        except (RecursionError, _DuplicateKey) as error:
-            line = "" if isinstance(error, RecursionError) else f":{self.line(self.position)}"
-            raise DataError(_content_problem(error, f"{self._name}{line}", _FIX_FILE)) from None
-        return value
-
-    def syntax_error(self, message: str, position: int) -> DataError:
-        """The exception for a syntax error at a position."""
-        at_end = position >= len(self._text.rstrip())
-        where, column = f"{self._name}:{self.line(position)}", position - self._text.rfind("\n", 0, position)
-        return DataError(_syntax_problem(message, where, column, at_end, _FIX_FILE))
-
-    def lines(self) -> Iterator[Line]:
-        """The lines of the rest that are not blank."""
-        lines = self._text[self.position :].split("\n")
-        return compress(enumerate(lines, self.line(self.position)), map(str.strip, lines))

@@ -1,4 +1,4 @@
-"""Local data files: which ones a path, a directory or a glob names, and the slices that `split` makes of them."""
+"""Local data files: which ones a path, a directory or a glob names, their rows, and the slices that `split` makes."""
 
 import glob
 import gzip
@@ -16,14 +16,17 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources import tables, text_files
-from loratune.data.sources.rows import BLOCK, RowOrProblem
+from loratune.data.sources import text_files
+from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance, progress
-from loratune.system.files import kind, sha256
+from loratune.system.files import sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
@@ -95,17 +98,9 @@ def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[li
 
 
 def shown(paths: Sequence[Path]) -> str:
-    """The names of the first few paths, with what they are if it is not their ending that is wrong, and a count."""
+    """The names of the first few paths, and a count."""
     more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
-    return ", ".join(f"{path.name}{_kind(path)}" for path in paths[:_SHOWN]) + more
-
-
-def _kind(path: Path) -> str:
-    if path.is_dir():
-        return "/"
-    if path.is_file() or not data_ending(path):
-        return ""
-    return f" ({'a broken link' if path.is_symlink() else kind(path)})"
+    return ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths[:_SHOWN]) + more
 
 
 def _glob(pattern: Path) -> set[Path]:
@@ -158,7 +153,7 @@ class DataFile:
         """How many rows it has, bad ones included. Raises DataError as `rows`."""
         if data_ending(self.path) == ".parquet":
             with _reading(self.path):
-                return tables.count_parquet_rows(self.path)
+                return _count_parquet_rows(self.path)
         # JSON lines need not be parsed to be counted
         ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
         return sum(1 for _ in self.rows(no_advance, ending))
@@ -168,7 +163,7 @@ class DataFile:
         name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
         with _reading(self.path):
             if ending == ".parquet":
-                yield from tables.parquet_rows(self.path, advance)
+                yield from _parquet_rows(self.path, advance)
                 return
             with self.path.open("rb", buffering=0) as raw:
                 file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
@@ -194,7 +189,7 @@ class _CountingFile(io.RawIOBase):
 
 @dataclass(frozen=True)
 class FileSlice:
-    """The rows of one file that belong to a slice over several files. Implements `RowSource`.
+    """The rows of one file that belong to a slice over several files. A `RowSource`.
 
     Attributes:
         files: All files that the slice goes over.
@@ -280,3 +275,80 @@ def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]
     except (ValueError, AssertionError) as error:
         fix = "a local file has only the split `train`; write a slice as train[:2000] or train[10%:20%]"
         raise DataError(Problem(Code.DATA_FORMAT, f"split `{split}`: {error}", source.path, fix=fix)) from None
+
+
+# Parquet
+
+# `pre_buffer` holds whole row groups, which are often the whole file.
+_STREAMED = {"buffer_size": BLOCK, "pre_buffer": False, "page_checksum_verification": True}
+
+
+def _parquet_rows(path: Path, advance: Advance) -> Iterator[RowOrProblem]:
+    """Rows of a Parquet file, streamed by record batches.
+
+    Raises:
+        DataError: The file is damaged, or has two columns of one name.
+        OSError: It cannot be opened.
+    """
+    with path.open("rb") as raw:
+        try:
+            with pq.ParquetFile(raw, **_STREAMED) as file:
+                if problem := text_files.duplicate_columns(file.schema_arrow.names, str(path)):
+                    raise DataError(problem)
+                yield from _rows_of_batches(file, path, advance)
+        except (pa.ArrowException, OSError) as error:
+            raise _parquet_error(error, path) from None
+
+
+def _count_parquet_rows(path: Path) -> int:
+    """How many rows a Parquet file has by its metadata. Raises as `parquet_rows`."""
+    with path.open("rb") as raw:
+        try:
+            return int(pq.ParquetFile(raw).metadata.num_rows)
+        except (pa.ArrowException, OSError) as error:
+            raise _parquet_error(error, path) from None
+
+
+def _rows_of_batches(file: Any, path: Path, advance: Advance) -> Iterator[RowOrProblem]:
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    size, total, number = path.stat().st_size, file.metadata.num_rows, 0
+    sizes = [rows_per_batch(group.total_byte_size, group.num_rows) for group in groups if group.num_rows]
+    for batch in file.iter_batches(batch_size=min(sizes, default=1), use_threads=False):
+        for values in _batch_values(batch):
+            number += 1
+            yield Row(f"{path}:row {number}", values)
+        advance(size * number // total - size * (number - batch.num_rows) // total)
+
+
+def rows_per_batch(size: int, rows: int) -> int:
+    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
+    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
+
+
+def _batch_values(batch: Any) -> list[dict[str, Any]]:
+    """The fields of each row of a batch; a value that Python has no type for becomes `Unreadable`.
+
+    That is not an error: the format may not read that field.
+    """
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError, pa.ArrowException):
+        if batch.num_rows > 1:
+            return [values for number in range(batch.num_rows) for values in _batch_values(batch.slice(number, 1))]
+        return [{name: _value(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
+
+
+def _value(column: Any) -> Any:
+    try:
+        return column[0].as_py()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Unreadable(_first_line(error))
+
+
+def _parquet_error(error: Exception, path: Path) -> DataError:
+    what = f"damaged Parquet file: {_first_line(error)}"
+    return DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix="download it or write it again"))
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
