@@ -9,23 +9,22 @@ from conftest import meanings
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data import formats
 from loratune.data.formats import (
     Conversation,
     Example,
     Ids,
-    Parser,
     Plain,
     PreferencePair,
-    RowError,
     UnpairedPreference,
     completion_key,
     content_key,
     drop_reason,
-    parse_question,
+    no_loss_reason,
     prompt_key,
-)
-from loratune.data.formats.examples import no_loss_reason
+)  # fmt: skip
+from loratune.data.formats.chats import RowError
+from loratune.data.formats.parsers import check_ids
+from loratune.data.formats.recognition import CHAT_FORMATS, FORMATS, Parser, parse_question
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -116,7 +115,7 @@ def test_every_format_by_itself_and_by_hand(values: dict[str, Any], name: str, e
     copy = pickle.loads(pickle.dumps(parser(values)))
     assert (copy.format_name, copy(Row("f:1", values))) == (name, expected)
     assert parse(values, format=name) == expected
-    assert (copy.format_name in formats.CHAT_FORMATS) == isinstance(expected, Conversation)
+    assert (copy.format_name in CHAT_FORMATS) == isinstance(expected, Conversation)
 
 
 def test_message_lists_are_read_under_either_name() -> None:
@@ -152,17 +151,15 @@ BAD_IDS: dict[str, tuple[Any, Any, list[str]]] = {
 
 
 def test_padding_in_the_data_is_not_trained_on() -> None:
-    padded = row_error({"input_ids": [1, 0], "attention_mask": [1, 0]})
-    check_row_error(padded, "`attention_mask`")
-    for mask, description in (([1], "1 entries"), ([1, 1, 1], "3 entries"), (1, "a number")):
+    for mask in ([1, 0], [1], [1, 1, 1], 1):
         error = row_error({"input_ids": [1, 0], "attention_mask": mask})
-        check_row_error(error, "`attention_mask` must have 2 entries", f"is {description}")
+        check_row_error(error, "`attention_mask` is not a list with 1 for every token")
 
 
 def test_ids_are_held_against_the_vocabulary() -> None:
-    formats.check_ids(Ids("f:1", (0, 263)), 264)
+    check_ids(Ids("f:1", (0, 263)), 264)
     with pytest.raises(RowError) as caught:
-        formats.check_ids(Ids("f:1", (0, 264)), 264)
+        check_ids(Ids("f:1", (0, 264)), 264)
     check_row_error(caught.value, "entry 2 of `input_ids` is 264", "the vocabulary has 264 tokens")
 
 
@@ -435,7 +432,7 @@ def test_keys_that_fit_no_format() -> None:
     assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT, "f:1", "")
     assert "`answer`, `question`" in problem.what
     assert "data.format" in problem.fix and "data.columns" in problem.fix
-    assert all(form.name in problem.fix for form in formats.FORMATS)
+    assert all(form.name in problem.fix for form in FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -811,7 +808,7 @@ def test_question(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -
     assert (question.prompt, question.tools) == (prompt, tools)
 
 
-@pytest.mark.parametrize("values", [values for values, name, _ in READ.values() if name in formats.CHAT_FORMATS])
+@pytest.mark.parametrize("values", [values for values, name, _ in READ.values() if name in CHAT_FORMATS])
 def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[str, Any]) -> None:
     question, example = parse_question(Row("f:1", values), ANY), chat(values)
     assert (*question.prompt, BOT) == example.messages

@@ -13,8 +13,7 @@ import yaml
 from loratune import escaping
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.data import DatasetSplit
-from loratune.data.formats import Conversation, Example, Plain, Single, sides
-from loratune.data.formats.examples import IGNORED
+from loratune.data.formats import IGNORED, Conversation, Example, Plain, Single, sides
 from loratune.system import records
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")

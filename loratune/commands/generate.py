@@ -12,8 +12,7 @@ from loratune.adapter.generation import LoadedAdapter, Request
 from loratune.adapter.sampling import Sampling
 from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
-from loratune.data import formats
-from loratune.data.formats import Question
+from loratune.data.formats.recognition import Question, parse_question
 from loratune.data.sources.rows import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance
@@ -126,7 +125,7 @@ def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
 
 def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[Question]:
     """The prompts of the rows; text is the user's turn if the row's adapter was trained on conversations."""
-    questions = [formats.parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
+    questions = [parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", where) for where in empty])
     return [

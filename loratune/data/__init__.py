@@ -14,8 +14,20 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import formats, rendering, token_cache
-from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, PreferencePair, Single, sides
+from loratune.data import rendering, token_cache
+from loratune.data.formats import (
+    Conversation,
+    Example,
+    Ids,
+    Plain,
+    Preference,
+    PreferencePair,
+    Single,
+    drop_reason,
+    sides,
+)  # fmt: skip
+from loratune.data.formats.chats import RowError
+from loratune.data.formats.parsers import check_ids
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.sources.rows import place_in_cache, reported
@@ -243,7 +255,7 @@ class _ExampleTokenizer:
         report, kept = Report(rows=len(examples)), list[Example]()
         loss_on = self.section.loss_on
         for example in examples:
-            if reason := formats.drop_reason(example, loss_on):
+            if reason := drop_reason(example, loss_on):
                 report.drop(reason, example.where)
                 continue
             kept.append(example)
@@ -304,8 +316,8 @@ class _ExampleTokenizer:
         for example in examples:
             try:
                 if isinstance(example, Ids):
-                    formats.check_ids(example, self.vocabulary_size)
-            except formats.RowError as error:
+                    check_ids(example, self.vocabulary_size)
+            except RowError as error:
                 problems.append(error.at(example.where))
         if problems:
             raise DataError(reported(problems))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Self
 
-from loratune.data.formats import Plain, Single, quote
+from loratune.data.formats import Plain, Single
+from loratune.data.formats.chats import quote
 from loratune.errors import Problem
 
 MAX_PLACES = 3

@@ -6,21 +6,32 @@ rows is to be held out, it has three more, hashes of its prompt, completion and 
 
 import difflib
 import hashlib
+import json
+import math
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import formats
-from loratune.data.formats import Example, Parser, RowError
+from loratune.data.formats import Example, completion_key, content_key, prompt_key
+from loratune.data.formats.chats import RowError, quote, type_error
+from loratune.data.formats.recognition import Parser
 from loratune.data.report import Report
 from loratune.data.sources import GivenRows, RowSource, no_rows_error, open_source
-from loratune.data.sources.rows import MAX_PROBLEMS, Row, line_of, place_parts, reported
+from loratune.data.sources.rows import (
+    MAX_PROBLEMS,
+    Row,
+    Unreadable,
+    line_of,
+    place_parts,
+    reported,
+    to_json_line,
+)  # fmt: skip
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, reading
 
@@ -172,7 +183,7 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
     names = {field for file in files for field in file.parser.fields}
     what, fix = f"`{name}` is null in every row", "name another field, or leave the setting out"
     if name not in names:
-        what = f"no row has a field `{name}`; the fields are {formats.quote(names)}"
+        what = f"no row has a field `{name}`; the fields are {quote(names)}"
         near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`?" if near else fix
     return DataError(Problem(Code.DATA_FORMAT, what, files[0].source.name, "data.group_by", fix))
@@ -213,6 +224,37 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
+def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
+    """The value of a field, as JSON: objects are equal in any order of their fields, and 1 equals 1.0.
+
+    Args:
+        fields: A row, under the names of the data.
+        name: Of the field.
+
+    Returns:
+        None where the row lacks the field, or has null or NaN.
+
+    Raises:
+        RowError: The value cannot be read.
+    """
+    value = fields.get(name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return None
+    if isinstance(value, Unreadable):
+        raise type_error(f"`{name}`", "a value to group by", value)
+    try:
+        if not isinstance(value, str | int):
+            value = json.loads(to_json_line({name: value}), parse_float=_number)[name]
+        return json.dumps(value, sort_keys=True).encode()
+    except RecursionError:
+        raise RowError(f"`{name}` is nested too deeply") from None
+
+
+def _number(written: str) -> float | int:
+    number = float(written)
+    return int(number) if number.is_integer() else number
+
+
 class _IndexWriter:
     """Collects the rows of an index.
 
@@ -229,18 +271,18 @@ class _IndexWriter:
 
     def add(self, example: Example, row: Row) -> None:
         """Add a row. Raises RowError: its value of `group_by` cannot be read."""
-        exact, folded = formats.content_key(example), formats.content_key(example, folded=True)
+        exact, folded = content_key(example), content_key(example, folded=True)
         exact_hash = _hash(exact)
         folded_hash = exact_hash if folded == exact else _hash(folded)
         numbers = [exact_hash, folded_hash, int(line_of(row.where))]
         if self._width == _ALL_COLUMNS:
             loss_on, group_by = self._section.loss_on, self._section.group_by
-            prompt = formats.prompt_key(example, loss_on)
-            group = formats.group_key(row.values, group_by) if group_by is not None else None
+            prompt = prompt_key(example, loss_on)
+            group = group_key(row.values, group_by) if group_by is not None else None
             self.grouped += group is not None
             numbers += [
                 _hash(prompt) if prompt is not None else folded_hash,
-                _hash(formats.completion_key(example, loss_on)),
+                _hash(completion_key(example, loss_on)),
                 _hash(group) if group is not None else folded_hash,
             ]
         self._numbers.extend(numbers)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import CHAT_FORMATS, PAIRS, PREFERENCE_FORMATS, UNPAIRED, Example, quote, sides
+from loratune.data.formats import PAIRS, UNPAIRED, Example, sides
+from loratune.data.formats.chats import quote
+from loratune.data.formats.recognition import CHAT_FORMATS, PREFERENCE_FORMATS
 from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
 from loratune.data.row_index import EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows

@@ -1,214 +1,272 @@
-"""Reading rows: the fields of a file's first row → one of the usual formats (`recognition`) → every row an Example."""
+"""Examples: what a row of any format is once it was read; why it may have nothing to train on; and keys that compare
+rows.
 
-from collections.abc import Iterator, Mapping
+Reading: the fields of a file's first row → one of the usual formats (`recognition`) → every row an Example (`parsers`).
+
+A key is bytes that are equal for two rows exactly if their contents are, or their prompts, or their completions. It may
+be as long as its row: hash it to keep it.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
-from loratune.codes import Code
-from loratune.config import DataSection
-from loratune.data.formats.chats import parse_tools, parse_turns, prompt_turns
-from loratune.data.formats.examples import (
-    Conversation,
-    Example,
-    Ids,
-    Message,
-    Plain,
-    Preference,
-    PreferencePair,
-    Single,
-    UnpairedPreference,
-    completion_key,
-    content_key,
-    drop_reason,
-    group_key,
-    prompt_key,
-    sides,
-)
-from loratune.data.formats.parsers import SIDES, check_ids
-from loratune.data.formats.recognition import (
-    CHAT_FORMATS,
-    FORMATS,
-    KINDS,
-    OPTIONAL_FIELDS,
-    PAIRS,
-    PREFERENCE_FORMATS,
-    UNPAIRED,
-    Format,
-    label_field,
-    recognise,
-    unread_label,
-)
-from loratune.data.formats.values import Fields, RowError, messages_or_text, quote, text
-from loratune.data.sources.rows import Row
-from loratune.errors import DataError, Problem
+Message: TypeAlias = dict[str, Any]
+"""A message as chat templates take it. `role` and `content` are always there, and always text."""
 
-__all__ = [
-    "CHAT_FORMATS", "FORMATS", "KINDS", "PAIRS", "PREFERENCE_FORMATS", "UNPAIRED", "Conversation", "Example", "Ids",
-    "Message", "Parser", "Plain", "Preference", "PreferencePair", "Question", "RowError", "Single",
-    "UnpairedPreference",
-    "check_ids", "completion_key", "content_key", "drop_reason", "group_key", "parse_question", "prompt_key", "quote",
-    "sides",
-]  # fmt: skip
+IGNORED = -100
+"""The label of a token that is not supervised."""
 
-
-class Parser:
-    """Makes examples of the rows of one file.
-
-    Attributes:
-        format_name: The format of the rows.
-        identity: An id of this way of reading rows, which differs from all others.
-        unread_label: A field of the first row that may say whether its answer is desirable, and is not read.
-        fields: The fields of the first row, under the names of the data.
-        unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
-    """
-
-    def __init__(self, first: Row, section: DataSection):
-        """Recognise the format of a file by its first row, or take the one that the section names.
-
-        Raises:
-            DataError: No format fits, or more than one; `columns` maps a field that the row lacks or the format does
-                not read; a chat template, or a loss on assistant turns, is set for rows that are not conversations.
-        """
-        self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
-        self._supervise_all = section.loss_on == "all"
-        self._check_columns(first)
-        fields = _rename(first.values, self._columns)
-        self._format = recognise(first.where, fields, section)
-        self.format_name = self._format.name
-        self._may_be_preference = self._is_recognised and self.format_name not in PREFERENCE_FORMATS
-        self.unread_label = unread_label(fields) if self._may_be_preference else ""
-        self.identity = (self.format_name, *self._format.keys)
-        self._known = {*self._format.keys, *self._format.optional}
-        self.fields = tuple(first.values)
-        self._grouped_by = {section.group_by}
-        self.unused_fields: set[str] = set()
-        if problems := list(_contradictions(self._format, section, first.where)):
-            raise DataError(problems)
-
-    def _check_columns(self, first: Row) -> None:
-        absent = {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}
-        if absent:
-            what = f"no field {quote(absent.values())}; the fields are {quote(first.values)}"
-            fix = "set columns that all files of train and validation have"
-            if OPTIONAL_FIELDS.issuperset(absent):
-                fix = "where only some rows have it, put it into the first row too, as null"
-            raise DataError(Problem(Code.DATA_FORMAT, what, first.where, "data.columns", fix))
-
-    def __call__(self, row: Row) -> Example:
-        """The row as an example.
-
-        Raises:
-            RowError: It lacks a field, or holds something that the format does not allow.
-        """
-        fields = _rename(row.values, self._columns)
-        if self._may_be_preference:
-            self._check_no_preference(fields)
-        if absent := [name for name in self._format.keys if name not in fields]:
-            names = quote(self._columns.get(name, name) for name in absent)
-            what = f"no field {names} for the format {self.format_name}; its fields are {quote(row.values)}"
-            chosen_by = "its first row" if self._is_recognised else "data.format"
-            raise RowError(what, f"give all rows of a file one format, which {chosen_by} decides")
-        if not fields.keys() <= self._known:
-            self.unused_fields |= fields.keys() - self._known - self._grouped_by
-        example = self._format.parse(row.where, fields)
-        if self._supervise_all and isinstance(example, Conversation) and example.zero_weight:
-            what = "a turn has the weight 0, but with data.loss_on: all every token is supervised"
-            raise RowError(what, "set data.loss_on to assistant")
-        return example
-
-    def _check_no_preference(self, fields: Mapping[str, Any]) -> None:
-        in_file = f"in a file of the format {self.format_name}"
-        if fields.keys() >= set(SIDES):
-            what = f"`chosen` and `rejected` are a pair of answers, {in_file}"
-            raise RowError(what, "give all rows of a file one format, which its first row decides")
-        if label := label_field(fields):
-            what = f"`{label}` says whether the answer is desirable, {in_file}"
-            fix = "give the first row that field too, or, if it means something else, set data.format to "
-            raise RowError(what, f"{fix}{self.format_name}")
-
-
-def _contradictions(format: Format, section: DataSection, where: str) -> Iterator[Problem]:
-    """Settings that do not apply to rows of this format."""
-    fields = (*format.keys, *format.optional)
-    if unused := sorted(set(section.columns) - set(fields)):
-        what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(fields)}"
-        yield Problem(Code.DATA_FORMAT, what, where, "data.columns", f"remove `{unused[0]}`")
-    if format.name in CHAT_FORMATS:
-        return
-    if section.chat_template:
-        what = f"the rows are {format.name}, which use no chat template"
-        yield Problem(Code.DATA_FORMAT, what, where, "data.chat_template", "remove the setting")
-    if section.loss_on == "assistant":
-        what = f"the rows are {format.name}, which have no assistant turns"
-        yield Problem(Code.DATA_FORMAT, what, where, "data.loss_on", "set it to completion or all")
+PAIRS, UNPAIRED = "preference pairs", "unpaired preferences"
+KINDS = {"sft": None, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": UNPAIRED}
+"""Objective → the kind of rows that it trains on; None for rows with one answer."""
 
 
 @dataclass(frozen=True)
-class Question:
-    """What a row asks.
+class Plain:
+    """Text without a chat template: the prompt and the completion, joined unchanged.
 
     Attributes:
-        prompt: Plain text, or messages for the chat template.
-        tools: Schemas for the chat template.
+        where: The place of the row.
+        prompt: Not supervised, unless `loss_on` is `all`.
+        completion: Supervised, with the end of sequence behind it.
+        whole: Whether the row is one text without any prompt; such a text may be truncated.
     """
 
-    prompt: str | list[Message]
+    where: str
+    prompt: str
+    completion: str
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for the chat template.
+
+    Attributes:
+        where: The place of the row.
+        messages: In order.
+        first_supervised: The first message that belongs to the completion: with `loss_on` `completion`, only assistant
+            turns from it on are supervised.
+        tools: Schemas for the template, usually `{type: function, function: {name, ...}}`.
+        zero_weight: Numbers, from 0, of the assistant turns whose weight is 0.
+    """
+
+    where: str
+    messages: tuple[Message, ...]
+    first_supervised: int = 0
     tools: tuple[Any, ...] = ()
+    zero_weight: frozenset[int] = frozenset()
+
+    def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
+        """The numbers, from 0, of the assistant turns that the loss is taken over. loss_on: as in the configuration."""
+        return tuple(number for number in self.selected_turns(loss_on) if _has_content(self.messages[number]))
+
+    def selected_turns(self, loss_on: str) -> tuple[int, ...]:
+        """The assistant turns that `loss_on` and the weights select, the empty ones among them."""
+        first = self.first_supervised if loss_on == "completion" else 0
+        return tuple(
+            number
+            for number, message in enumerate(self.messages)
+            if number >= first and message["role"] == "assistant" and number not in self.zero_weight
+        )
 
 
-_QUESTIONS = ("prompt", "messages", "conversations", "instruction", "text")
-"""Fields that may hold what a row asks."""
+@dataclass(frozen=True)
+class Ids:
+    """Token ids as the data has them.
 
-
-def parse_question(row: Row, section: DataSection) -> Question:
-    """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
-    input, system and history, or its `text`.
-
-    Where a row has several of these, the format that training would recognise decides; without one, the first of them.
-
-    Raises:
-        DataError: The row has none of them, or they hold something else.
+    Attributes:
+        where: The place of the row.
+        ids: Token ids, without padding.
+        labels: For each token its own id where it is supervised, else -100; None: all are supervised.
     """
-    fields = _rename(row.values, {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values})
-    names = [
-        format.keys[0]
-        for format in FORMATS
-        if fields.keys() >= set(format.keys)
-        and section.format in ("auto", format.name)
-        and format.name not in PREFERENCE_FORMATS
-    ]
-    is_recognised = len(names) == 1 and names[0] in _QUESTIONS and (section.format != "auto" or names[0] != "text")
-    name = names[0] if is_recognised else next((name for name in _QUESTIONS if name in fields), "")
-    try:
-        return _question(fields, name, row)
-    except RowError as error:
-        fix = "give a prompt, messages, conversations, an instruction or text"
-        raise DataError(Problem(Code.DATA_FIELD, str(error), row.where, fix=fix)) from None
+
+    where: str
+    ids: tuple[int, ...]
+    labels: tuple[int, ...] | None = None
 
 
-def _question(fields: Mapping[str, Any], name: str, row: Row) -> Question:
-    if not name:
-        raise RowError(f"the row has no prompt; its fields are {quote(row.values)}")
-    tools = parse_tools(fields)
-    if name == "text" or (name == "prompt" and not isinstance(messages_or_text(fields, name), list)):
-        return Question(text(fields, name), tools)
-    turns = parse_turns(fields, name) if name == "prompt" else prompt_turns(fields, name)
-    if name in ("messages", "conversations") and turns[-1].message["role"] == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise RowError("no message comes before the answer")
-    return Question([turn.message for turn in turns], tools)
+Single: TypeAlias = Plain | Conversation | Ids
+"""What becomes one row of tokens."""
 
 
-def _rename(fields: Fields, columns: Mapping[str, str]) -> Fields:
-    """The fields under loratune's names.
+@dataclass(frozen=True)
+class PreferencePair:
+    """Two answers to one prompt.
+
+    Attributes:
+        where: The place of the row.
+        chosen: The prompt with the better one.
+        rejected: The prompt with the other one.
+    """
+
+    where: str
+    chosen: Plain | Conversation
+    rejected: Plain | Conversation
+
+
+@dataclass(frozen=True)
+class UnpairedPreference:
+    """An answer with a label: desirable, or undesirable.
+
+    Attributes:
+        where: The place of the row.
+        answer: The prompt with the answer.
+        desirable: Whether it is desirable.
+    """
+
+    where: str
+    answer: Plain | Conversation
+    desirable: bool
+
+
+Preference: TypeAlias = PreferencePair | UnpairedPreference
+"""Preference data."""
+
+Example: TypeAlias = Single | Preference
+
+
+def sides(example: Example) -> tuple[Single, ...]:
+    """What of an example becomes rows of tokens: of a pair both answers, the chosen one first."""
+    if isinstance(example, PreferencePair):
+        return example.chosen, example.rejected
+    return (example.answer,) if isinstance(example, UnpairedPreference) else (example,)
+
+
+def no_loss_reason(example: Single, loss_on: str) -> str | None:
+    """Why no token of an example is supervised, as far as that is known without a tokenizer; None if one is."""
+    if isinstance(example, Plain):
+        supervised = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
+        return None if supervised else f"the {'text' if example.whole else 'completion'} is empty"
+    if isinstance(example, Ids):
+        ids = example.ids[1:] if example.labels is None else [id for id in example.labels[1:] if id != IGNORED]
+        return None if ids else "only the first token is supervised, and nothing predicts it"
+    if loss_on == "all":
+        return None if any(map(_has_content, example.messages)) else "the completion is empty"
+    if not example.selected_turns(loss_on):
+        return "no assistant turn has weight"
+    return None if example.supervised_turns(loss_on) else "the completion is empty"
+
+
+def _has_content(message: Message) -> bool:
+    return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content", "thinking"})
+
+
+def drop_reason(example: Example, loss_on: str) -> str | None:
+    """Why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
+    if isinstance(example, UnpairedPreference):
+        return None if _answer_text(example.answer).strip() else "the completion is empty"
+    if not isinstance(example, PreferencePair):
+        reason = no_loss_reason(example, loss_on)
+        return f"nothing to learn: {reason}" if reason else None
+    chosen, rejected = _answer_text(example.chosen), _answer_text(example.rejected)
+    for name, content in (("chosen", chosen), ("rejected", rejected)):
+        if not content.strip():
+            return f"the {name} answer is empty"
+    if chosen == rejected:
+        return "the chosen and the rejected answer are the same"
+    return "the rejected answer begins with the chosen one" if rejected.startswith(chosen) else None
+
+
+def _answer_text(answer: Plain | Conversation) -> str:
+    """The text of an answer, with its tool calls."""
+    if isinstance(answer, Plain):
+        return answer.completion
+    return "\n".join(
+        message["content"] + "".join(repr(message[name]) for name in message if name not in ("role", "content"))
+        for message in answer.messages[answer.first_supervised :]
+    )
+
+
+# Keys
+
+_SEPARATOR = "\ud800"
+"""Separates the texts of a key; no text of a row holds it."""
+_OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
+"""Separates the keys of preferred answers and others."""
+
+
+def content_key(example: Example, folded: bool = False) -> bytes:
+    """The content of an example.
+
+    What is supervised does not count; which answer is preferred does.
 
     Args:
-        fields: Under the names of the data.
-        columns: loratune's name → the data's name. It wins over a field that has loratune's name by chance.
+        example: Any example.
+        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
     """
-    if not columns:
-        return fields
-    replaced = {*columns.values(), *columns}
-    others = {name: value for name, value in fields.items() if name not in replaced}
-    return others | {ours: fields[theirs] for ours, theirs in columns.items() if theirs in fields}
+    if isinstance(example, Preference):
+        kind = f"{example.desirable}".encode() if isinstance(example, UnpairedPreference) else b"pair"
+        return _OTHER_SIDE.join([*(content_key(side, folded) for side in sides(example)), kind])
+    if isinstance(example, Ids):
+        return _join_ids(example.ids)
+    if isinstance(example, Plain):
+        return _join([example.prompt, example.completion], folded)
+    return _join(_text_parts(example.messages, example.tools), folded)
+
+
+def prompt_key(example: Example, loss_on: str) -> bytes | None:
+    """What an example asks: everything before what is supervised first, with white space folded.
+
+    Args:
+        example: Any example.
+        loss_on: As in the configuration; with `all`, the prompt is that of `completion`.
+
+    Returns:
+        None where nothing comes before it, or nothing but white space.
+    """
+    if isinstance(example, Preference):
+        return prompt_key(sides(example)[0], "completion")
+    if isinstance(example, Plain):
+        return _join([example.prompt, ""], folded=True) if example.prompt.strip() else None
+    first = _first_supervised(example, loss_on)
+    if first == 0:
+        return None
+    if isinstance(example, Ids):
+        return _join_ids(example.ids[:first])
+    return _join(_text_parts(example.messages[:first], example.tools), folded=True)
+
+
+def completion_key(example: Example, loss_on: str) -> bytes:
+    """The part of an example that `prompt_key` leaves out, with white space folded."""
+    if isinstance(example, Preference):
+        return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
+    if isinstance(example, Plain):
+        return _join([example.completion, ""], folded=True)
+    first = _first_supervised(example, loss_on)
+    if isinstance(example, Ids):
+        return _join_ids(example.ids[first:])
+    return _join(_text_parts(example.messages[first:], ()), folded=True)
+
+
+def _first_supervised(example: Conversation | Ids, loss_on: str) -> int:
+    """The number of the first message, or token, that the loss is taken over."""
+    if isinstance(example, Conversation):
+        turns = example.selected_turns("completion" if loss_on == "all" else loss_on)
+        return min(turns, default=len(example.messages))
+    if example.labels is None:
+        return 0
+    return next(number for number, label in enumerate(example.labels) if label != IGNORED)
+
+
+def _join_ids(ids: Sequence[int]) -> bytes:
+    return repr(tuple(ids)).encode()
+
+
+def _join(texts: Iterable[str], folded: bool) -> bytes:
+    if folded:
+        texts = (" ".join(text.split()) for text in texts)
+    return _SEPARATOR.join(texts).encode(errors="surrogatepass")
+
+
+def _text_parts(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+    yield ""  # at least three texts, where a Plain has two
+    for message in messages:
+        yield message["role"]
+        yield message["content"]
+        if len(message) > 2:
+            yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
+    if tools:
+        yield json.dumps(tools, sort_keys=True)

@@ -1,16 +1,155 @@
-"""Conversations in every shape that the field uses: turns of OpenAI or ShareGPT, fields of Alpaca, tools.
+"""Fields and conversations in every shape that the field uses: turns of OpenAI or ShareGPT, fields of Alpaca, tools.
 
 A turn is a message under OpenAI's names. `name`, `tool_call_id`, `reasoning_content` and `thinking` reach the chat
-template with role, content and tool calls; any other field of a turn is refused, as it would not.
+template with role, content and tool calls; any other field of a turn is refused, as it would not. Whatever a field may
+not hold is a `RowError`.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from loratune.data.formats import values
-from loratune.data.formats.examples import Message
-from loratune.data.formats.values import Fields, RowError, text, type_error
+from loratune.codes import Code
+from loratune.data.formats import Message
+from loratune.data.sources.rows import Unreadable
+from loratune.errors import Problem
+
+Fields = Mapping[str, Any]
+"""The fields of a row, under the names that loratune gives to them."""
+
+
+class RowError(ValueError):
+    """What is wrong with one row, without its place.
+
+    Args:
+        what: What is wrong.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, fix: str = "correct the row, or remove it"):
+        super().__init__(what)
+        self.fix = fix
+
+    def at(self, where: str) -> Problem:
+        """As a problem of the row at this place."""
+        return Problem(Code.DATA_FIELD, str(self), where, fix=self.fix)
+
+
+def type_error(place: str, needed: str, value: Any) -> RowError:
+    """The error for a value of the wrong type."""
+    return RowError(f"{place} must be {needed}, got {describe(value)}")
+
+
+def text(fields: Fields, name: str, place: str = "") -> str:
+    """The text of a field.
+
+    Args:
+        fields: The row, or an object within it.
+        name: Of the field.
+        place: Which object within the row has the field, for messages; empty for the row itself.
+
+    Raises:
+        RowError: The field holds something else, or a character that UTF-8 cannot encode.
+    """
+    value = fields.get(name)
+    field = f"`{name}` of {place}" if place else f"`{name}`"
+    if not isinstance(value, str):
+        raise type_error(field, "text", value)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _surrogate_error(field) from None
+    return value
+
+
+def optional_text(fields: Fields, name: str) -> str:
+    """The text of a field; empty where the row lacks it or has null."""
+    return "" if fields.get(name) is None else text(fields, name)
+
+
+def parse_json(value: Any, place: str) -> Any:
+    """A value that may be written as JSON in text.
+
+    Args:
+        value: Text is parsed, everything else is returned unchanged.
+        place: Where the value is, for messages.
+
+    Raises:
+        RowError: Text that is not valid JSON, or a value that cannot be written as JSON in UTF-8.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _surrogate_error(place) from None
+    except (ValueError, RecursionError):
+        raise RowError(f"{place} must be valid JSON") from None
+    except TypeError as error:
+        raise RowError(f"{place} cannot be written as JSON: {error}") from None
+    return value
+
+
+def _surrogate_error(place: str) -> RowError:
+    return RowError(f"{place} holds a lone surrogate, which is not a character")
+
+
+def parse_list(fields: Fields, name: str) -> Any:
+    """The value of a field; text that begins as a JSON list, as in a cell of CSV, is parsed. Raises RowError."""
+    value = fields.get(name)
+    return parse_json(value, f"`{name}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+
+
+def messages_or_text(fields: Fields, name: str) -> Any:
+    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
+
+    Any other text is one, also where it begins as such a list: `[1] says so`.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if found and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else value
+
+
+def integers(fields: Fields, name: str) -> tuple[int, ...]:
+    """The whole numbers of a field, in order. Raises RowError: it is no list, is empty, or holds something else."""
+    value = parse_list(fields, name)
+    if not isinstance(value, list) or not value:
+        raise type_error(f"`{name}`", "a list of whole numbers", value)
+    if set(map(type, value)) != {int}:
+        number, item = next((number, item) for number, item in enumerate(value, start=1) if type(item) is not int)
+        kind = f"the number {item}" if isinstance(item, float) else describe(item)
+        raise RowError(f"entry {number} of `{name}` must be a whole number, got {kind}")
+    return tuple(value)
+
+
+def describe(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value == [] and isinstance(value, list):
+        return "an empty list"
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({value.reason})"
+    kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+_SHOWN_NAMES, _SHOWN_LETTERS = 20, 60
+
+
+def quote(names: Iterable[str]) -> str:
+    """Names of fields for a message, in alphabetical order; of many the first, of long ones the beginning."""
+    listed = sorted(names)
+    cut = [name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…" for name in listed[:_SHOWN_NAMES]]
+    more = f", and {len(listed) - _SHOWN_NAMES:,} more" if len(listed) > _SHOWN_NAMES else ""
+    return (", ".join(f"`{name}`" for name in cut) or "(none)") + more
+
+
+# Turns
 
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
@@ -45,16 +184,16 @@ def prompt_turns(fields: Fields, name: str) -> list[Turn]:
         RowError: A field holds something else; the turns begin with another system message than `system`.
     """
     if name == "instruction":
-        parts = [text(fields, "instruction"), values.optional_text(fields, "input")]
+        parts = [text(fields, "instruction"), optional_text(fields, "input")]
         question = Turn({"role": "user", "content": "\n".join(part for part in parts if part)})
-        return _with_system(fields, [*_history(values.parse_list(fields, "history")), question])
-    if name == "prompt" and isinstance(values.messages_or_text(fields, name), str):
+        return _with_system(fields, [*_history(parse_list(fields, "history")), question])
+    if name == "prompt" and isinstance(messages_or_text(fields, name), str):
         return _with_system(fields, [Turn({"role": "user", "content": text(fields, name)})])
     return _with_system(fields, parse_turns(fields, name))
 
 
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
-    system = values.optional_text(fields, "system")
+    system = optional_text(fields, "system")
     if not system:
         return turns
     if turns[0].message["role"] != "system":
@@ -88,8 +227,8 @@ def parse_turns(fields: Fields, name: str) -> list[Turn]:
     Raises:
         RowError: The field holds something else, or a turn is wrong or holds more than reaches the template.
     """
-    value = values.messages_or_text(fields, name)
-    value = values.parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
+    value = messages_or_text(fields, name)
+    value = parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
     if not isinstance(value, list) or not value:
         raise type_error(f"`{name}`", "a list of messages", value)
     turns = []
@@ -125,7 +264,7 @@ def _turn(item: Fields, place: str) -> Turn:
 
 def _check_unused(item: Fields, known: set[str], place: str) -> None:
     if extra := {field for field, value in item.items() if value is not None} - known:
-        raise RowError(f"{place} has {values.quote(extra)}, which would be left out of training")
+        raise RowError(f"{place} has {quote(extra)}, which would be left out of training")
 
 
 def _content(item: Fields, place: str) -> str:
@@ -138,7 +277,7 @@ def _content(item: Fields, place: str) -> str:
             kind = (
                 f"a part of the type {part.get('type')!r}"
                 if isinstance(part, Mapping)
-                else f"{values.describe(part)} as a part"
+                else f"{describe(part)} as a part"
             )
             raise RowError(f"{place} has {kind}, and only parts of the type 'text' can be trained on")
     return "".join(text(part, "text", f"a part of {place}") for part in parts)
@@ -154,7 +293,7 @@ def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
     if item.get("role") != "function_call" or not isinstance(item.get("content"), str):
         return item
     place = f"the function call of {place}"
-    calls = values.parse_json(item["content"], place)
+    calls = parse_json(item["content"], place)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls) or not calls:
         raise RowError(f"{place} must be JSON with name and arguments")
@@ -176,7 +315,7 @@ def parse_tools(fields: Fields) -> tuple[Any, ...]:
     if fields.get("functions"):
         what = "the row has `functions`, which would be left out of training"
         raise RowError(what, "set data.columns to {tools: functions}")
-    value = values.parse_json(fields.get("tools") or None, "`tools`")
+    value = parse_json(fields.get("tools") or None, "`tools`")
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -184,7 +323,7 @@ def parse_tools(fields: Fields) -> tuple[Any, ...]:
     tools = []
     for number, item in enumerate(value, start=1):
         place = f"entry {number} of `tools`"
-        tool = values.parse_json(item, place) if isinstance(item, str) else item
+        tool = parse_json(item, place) if isinstance(item, str) else item
         if not isinstance(tool, Mapping):
             raise type_error(place, "a JSON schema", tool)
         try:
@@ -231,7 +370,7 @@ def _tool_call(item: Any, place: str) -> dict[str, Any]:
     if not text(function, "name", place):
         raise RowError(f"{place} names no function")
     arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else values.parse_json(arguments, f"`arguments` of {place}")
+    arguments = {} if arguments in (None, "") else parse_json(arguments, f"`arguments` of {place}")
     if not isinstance(arguments, dict):
         raise type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
     ids = {"id": text(call, "id", place)} if "id" in call else {}

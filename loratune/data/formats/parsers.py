@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from loratune.data.formats.chats import ROLES, Turn, parse_tools, parse_turns, prompt_turns
-from loratune.data.formats.examples import IGNORED, Conversation, Ids, Plain, PreferencePair, UnpairedPreference
-from loratune.data.formats.values import (
+from loratune.data.formats import IGNORED, Conversation, Ids, Plain, PreferencePair, UnpairedPreference
+from loratune.data.formats.chats import (
+    ROLES,
     Fields,
     RowError,
-    describe,
+    Turn,
     integers,
     messages_or_text,
     parse_list,
+    parse_tools,
+    parse_turns,
+    prompt_turns,
     text,
     type_error,
-)
+)  # fmt: skip
 
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -34,11 +37,8 @@ def parse_ids(where: str, fields: Fields) -> Ids:
         number = next(number for number, id in enumerate(ids, start=1) if id < 0)
         raise RowError(f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative")
     mask = parse_list(fields, "attention_mask")
-    if mask not in (None, "") and (not isinstance(mask, list) or len(mask) != len(ids)):
-        kind = f"{len(mask)} entries" if isinstance(mask, list) else describe(mask)
-        raise RowError(f"`attention_mask` must have {len(ids)} entries, as `input_ids` has, and is {kind}")
-    if isinstance(mask, list) and mask.count(1) != len(mask):
-        raise RowError("`attention_mask` is not 1 for every token", "give `input_ids` without padding")
+    if mask not in (None, "") and mask != [1] * len(ids):
+        raise RowError("`attention_mask` is not a list with 1 for every token", "give `input_ids` without padding")
     if fields.get("labels") is None:
         return Ids(where, ids)
     labels = integers(fields, "labels")

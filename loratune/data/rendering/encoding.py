@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeAlias
 
-from loratune.data.formats.examples import IGNORED as IGNORED
+from loratune.data.formats import IGNORED as IGNORED
 from loratune.system.templates import is_rust_panic
 
 _log = logging.getLogger(__name__)
