@@ -54,7 +54,7 @@ def _check_path(path: str) -> str:
 FileName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
 """The name of a file within a directory that another key names."""
 FilePath = Annotated[FileName, WithJsonSchema({"type": "string", "minLength": 1, "format": PATH_FORMAT})]
-"""A path, or a glob or hub id in the place of one. `file_paths` finds the keys of this type."""
+"""A path, or a glob or hub id in the place of one. `path_keys` finds the keys of this type."""
 
 
 class Section(BaseModel):

@@ -62,7 +62,7 @@ class Layout:
 
     A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
     stand several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
-    tile: each is computed by itself, see `whole_rows`.
+    tile: each is computed by itself, see `attention.attend_whole_rows`.
 
     Attributes:
         spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
