@@ -112,29 +112,6 @@ def left(end: int) -> bytes:
     return b"".join(parts)
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
-def test_a_signal_where_nobody_reads(
-    number: int, code: int, pipe: tuple[Path, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """A run that waits for room in a pipe finishes its step and keeps it, and does not wait for the reader."""
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
-        child = processes.start("train", config, "--overwrite", stderr=pipe[0])
-        said = b""
-        while b"step     1/" not in said:
-            said += os.read(pipe[1], 4096)
-        probe = os.open(pipe[0], os.O_WRONLY | os.O_NONBLOCK)
-        until(lambda probe=probe: not select.select([], [probe], [], 0)[1], child)
-        os.close(probe)
-        time.sleep(0.5)
-        child.send(number)
-        assert child.wait() == code
-        assert len(checkpoints(tmp_path / "out.partial")) == 1, left(pipe[1])
-        left(pipe[1])
-
-
 def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """The trainer has taken all of its steps; the run ends as it has reported, and nothing is published."""
     script = """

@@ -17,7 +17,6 @@ from conftest import meanings, tree
 from loratune import escaping
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError
-from loratune.events import Event, NoteEvent, listening
 from loratune.system import output_file
 from loratune.system.output_file import Output
 
@@ -131,7 +130,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to(Path("there", "target"))
     problem = refused(Code.OUTPUT_UNUSABLE, tmp_path / "first", overwrite=True)
-    assert problem.fix == "name a file, or remove the link"
+    assert "No such file or directory" in problem.what
     assert not (tmp_path / "there" / "target").exists()
     (tmp_path / "there" / "target").write_text("old")
     write(tmp_path / "first", overwrite=True)
@@ -236,24 +235,6 @@ def test_devices_and_pipes(tmp_path: Path) -> None:
     write(tmp_path / "pipe", "through a pipe")
     reader.join()
     assert received == ["through a pipe"] and [one.name for one in tmp_path.iterdir()] == ["pipe"]
-
-
-def test_a_pipe_that_nobody_reads_is_logged(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append((tmp_path / "pipe").read_text()))
-    notes: list[str] = []
-
-    def listen(event: Event) -> None:
-        assert isinstance(event, NoteEvent)
-        notes.append(event.text)
-        reader.start()
-
-    with listening(listen), output(tmp_path / "pipe").opened() as file:
-        file.write("through a pipe")
-    reader.join()
-    line = f"{tmp_path / 'pipe'}: a named pipe that nobody reads; waiting for a reader"
-    assert (notes, received) == ([line], ["through a pipe"])
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])

@@ -8,7 +8,7 @@ directory that no run makes is foreign as well.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -77,13 +77,17 @@ def scan(directory: Path, is_own: IsOwn, is_own_directory: IsOwn = lambda _: Fal
     Raises:
         OSError: Something cannot be read.
     """
-    files, directories = list(_files(directory)), list(_directories(directory))
-    own = {name for name in files if is_own(name) or is_incidental_file(name) or _is_notebook_copy(name, is_own)}
-    parents = {str(parent) for name in own for parent in PurePosixPath(name).parents}
+
+    def belongs(name: str) -> bool:
+        original = notebook_original(name)
+        return is_own(name) or is_incidental_file(name) or (original is not None and is_own(original))
+
+    files, directories = _entries(directory)
+    own = {name for name in files if belongs(name)}
     expected = {name for name in directories if is_own_directory(name) or is_incidental_directory(name)}
-    parents |= {str(parent) for name in expected for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
-    foreign = [f"{name}/" for name in directories if name not in parents and _parent(name) in parents | {"."}]
-    foreign += [name for name in files if name not in own and _parent(name) in parents | {"."}]
+    parents = {".", *expected, *(str(parent) for name in own | expected for parent in PurePosixPath(name).parents)}
+    foreign = [f"{name}/" for name in directories if name not in parents and _parent(name) in parents]
+    foreign += [name for name in files if name not in own and _parent(name) in parents]
     return Contents(sorted(own), sorted(parents - {"."}, reverse=True), sorted(foreign))
 
 
@@ -159,32 +163,19 @@ def read_record(directory: Path) -> Any:
         return None
 
 
-def _is_notebook_copy(name: str, is_own: IsOwn) -> bool:
-    return (original := notebook_original(name)) is not None and is_own(original)
-
-
 def _parent(name: str) -> str:
     return str(PurePosixPath(name).parent)
 
 
-def _walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _entries(directory: Path) -> tuple[list[str], list[str]]:
+    """Everything below a directory, by paths relative to it: what is no directory, and the directories."""
+
     def fail(error: OSError) -> None:
         raise error
 
-    for place, directories, files in os.walk(directory, onerror=fail):
-        directories.sort()
-        yield Path(place), directories, files
-
-
-def _files(directory: Path) -> Iterator[str]:
-    """Everything that is not a directory, by its path relative to this one."""
-    for place, directories, files in _walk(directory):
-        for name in sorted([*files, *(name for name in directories if not is_directory(place / name))]):
-            yield (place / name).relative_to(directory).as_posix()
-
-
-def _directories(directory: Path) -> Iterator[str]:
-    for place, directories, _ in _walk(directory):
-        for name in directories:
-            if is_directory(place / name):
-                yield (place / name).relative_to(directory).as_posix()
+    files, directories = list[str](), list[str]()
+    for place, inner, names in os.walk(directory, onerror=fail):
+        for name in (*inner, *names):
+            path = Path(place, name)
+            (directories if is_directory(path) else files).append(path.relative_to(directory).as_posix())
+    return files, directories

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import stat
 import time
@@ -156,11 +155,8 @@ def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[N
     except Exception as error:  # torch and safetensors raise errors of their own for it
         if not is_disk_full(error):
             raise
-        free_space = f"{shutil.disk_usage(where).free:,} are free"
-        limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if limit != resource.RLIM_INFINITY:
-            free_space += f", and a file may have at most {limit:,} (ulimit -f)"
-        message = f"no room for {what}: it takes {size:,} bytes, {free_space}"
+        free = shutil.disk_usage(where).free
+        message = f"no room for {what}: it takes {size:,} bytes, {free:,} are free"
         raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, message, str(where), fix=fix)) from None
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Self, TextIO
 
 from loratune.codes import Code
-from loratune.errors import ConfigError, LockedError, Problem, ResourceError, is_disk_full
+from loratune.errors import ConfigError, LockedError, Problem, is_disk_full
 from loratune.events import note
 from loratune.system.directories import Contents, remove_own, scan_all, scan_recorded, shortened
 from loratune.system.files import (
@@ -33,7 +33,6 @@ from loratune.system.replacing import (
     check_replaceable,
     check_unused,
 )
-from loratune.system.signals import defer_signals
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,9 @@ class OutputDirectory:
         except OSError as error:
             what = f"cannot be looked at: {error.strerror}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "check the path") from None
-        self._check_writable()
+        if not os.access(self.output.parent, os.W_OK | os.X_OK):
+            what = f"{self.output.parent} is not writable"
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "choose another directory, or change permissions")
         return self
 
     def _check_places(self, *, resume: bool) -> None:
@@ -197,20 +198,6 @@ class OutputDirectory:
                 foreign.append(path.name)
         return foreign
 
-    def _check_writable(self) -> None:
-        probe = self.output.with_name(f".{self.output.name}.{os.getpid()}.probe")
-        try:
-            probe.mkdir()
-            probe.rmdir()
-        except OSError as error:
-            if is_disk_full(error):
-                problem = Problem(
-                    Code.SYSTEM_DISK_FULL, "the disk is full", self.display_name, self.kind.key, "make room"
-                )
-                raise ResourceError(problem) from None
-            what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
-            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix) from None
-
     # Work
 
     @contextmanager
@@ -223,40 +210,28 @@ class OutputDirectory:
             ResourceError: The disk is full.
         """
         with ExitStack() as stack:
-            # A signal that came between the steps of this would leave a directory that nobody removes.
-            with defer_signals(lambda _: None) as stop:
-                with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
-                    self.partial.mkdir(exist_ok=True)
+            with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
+                self.partial.mkdir(exist_ok=True)
                 self._check_partial("", str(self.partial))
-                stack.enter_context(self._hold())
+                lock = self._hold(stack)
                 stack.callback(self.clean_up)
-            if stop.requested is not None:
-                raise stop.requested
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}\n")
+                lock.flush()
             self.restore_old()  # the last command may have been killed between the two renames of `publish`
             yield self
 
-    @contextmanager
-    def _hold(self) -> Iterator[None]:
-        """Hold the lock. The kernel releases it when the process ends, in whatever way."""
+    def _hold(self, stack: ExitStack) -> TextIO:
+        """The lock file, whose lock is held until the stack is closed, or the process ends in whatever way."""
+        try:
+            file = stack.enter_context(open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
+            hold_lock(file, str(self.output), self.kind.key)
+            if os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
+                return file
+        except FileNotFoundError:
+            pass
         what, fix = "another run has just ended there", "start loratune again"
-        just_ended = LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.kind.key, fix))
-        with ExitStack() as stack:
-            try:
-                file = stack.enter_context(open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-                hold_lock(file, str(self.output), self.kind.key)
-                if not os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
-                    raise just_ended
-            except FileNotFoundError:
-                raise just_ended from None
-            try:
-                with explain_full_disk("the work in progress", 4096, self.partial, "make room"):
-                    file.truncate(0)
-                    file.write(f"process {os.getpid()} on {platform.node()}\n")
-                    file.flush()
-            except ResourceError:
-                self.clean_up()
-                raise
-            yield
+        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.kind.key, fix))
 
     def prepare(self, *, resume: bool = False) -> None:
         """Make room for the work. What an interrupted command left is removed, unless it is resumed.

@@ -20,15 +20,11 @@ from typing import TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
-from loratune.events import note
 from loratune.system.files import contains, kind, sync
 
-_OPEN_FILE = re.compile(
-    r"/dev/(?P<name>stdout|stderr)|(/dev/fd|/proc/(self|thread-self|(?P<process>\d+))/fd)/(?P<number>\d+)"
-)
+_OPEN_FILE = re.compile(r"/dev/(?P<name>stdout|stderr)|(/dev|/proc/self)/fd/(?P<number>\d+)")
 _STREAMS = {"stdout": 1, "stderr": 2}
-_MAX_LINKS = 40
-"""Symbolic links in a row that are followed: as many as the kernel follows."""
+_EXISTS = "already exists"
 _NAME_BYTES = 200
 """Bytes of a file's name that the name of its unfinished form begins with; a name may have 255."""
 
@@ -62,37 +58,34 @@ class Output:
     def check(self) -> None:
         """Raises ConfigError: see `output`."""
         try:
-            problem = self._problem()
+            what = self._problem(kind(self.path))
         except OSError as error:
             what = f"cannot be examined: {error.strerror}"
-            problem = Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)
-        if problem is not None:
-            raise ConfigError(problem)
-
-    def _problem(self) -> Problem | None:
-        """Why the path cannot be written, if so."""
-        code, what, fix = Code.OUTPUT_UNUSABLE, "", "choose another path"
-        file_kind, parent = kind(self.path), self.path.parent
-        if self.handle is not None:
-            if not _is_writable(self.handle):
-                what = "is not open for writing"
-        elif file_kind == "a directory":
-            what = "is a directory, not a file"
-        elif file_kind in ("a socket", "a block device"):
-            what = f"is {file_kind}"
-        elif not parent.is_dir():
-            what = f"its directory {Path(self.named).parent} does not exist"
-        elif _is_regular(file_kind) and (source := self._input_at_path()) is not None:
-            what = f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
-        elif file_kind == "a file" and not self.overwrite:
-            code, what = Code.OUTPUT_EXISTS, "already exists"
+        if not what:
+            return
+        code, fix = Code.OUTPUT_UNUSABLE, "choose another path"
+        if what == _EXISTS:
+            code = Code.OUTPUT_EXISTS
             fix += "" if self.overwrite is None else ", or replace the file with --overwrite"
-        else:
-            paths = [self.path] if file_kind else []
-            paths += [parent] if _is_regular(file_kind) else []
-            if not all(os.access(path, os.W_OK) for path in paths):
-                what = "cannot be written"
-        return Problem(code, what, self.named, self.key, fix) if what else None
+        raise ConfigError(Problem(code, what, self.named, self.key, fix))
+
+    def _problem(self, file_kind: str) -> str:
+        """Why the path cannot be written; empty if it can."""
+        parent = self.path.parent
+        if self.handle is not None:
+            return "" if _is_writable(self.handle) else "is not open for writing"
+        if file_kind in ("a directory", "a socket", "a block device"):
+            return f"is {file_kind}, not a file"
+        if not parent.is_dir():
+            return f"its directory {Path(self.named).parent} does not exist"
+        if not _is_regular(file_kind):
+            return "" if os.access(self.path, os.W_OK) else "cannot be written"
+        if (source := self._input_at_path()) is not None:
+            return f"is, or belongs to, an input ({source})" if file_kind else f"lies in an input ({source})"
+        if file_kind and not self.overwrite:
+            return _EXISTS
+        paths = [self.path, parent] if file_kind else [parent]
+        return "" if all(os.access(path, os.W_OK) for path in paths) else "cannot be written"
 
     def _input_at_path(self) -> Path | None:
         """The input that the file is or belongs to, or would belong to when it is written, by whatever name."""
@@ -127,49 +120,31 @@ class Output:
     @contextmanager
     def _stream(self) -> Iterator[TextIO]:
         """A pipe or device, or a file that is open already and is continued at its position."""
-        with _text(os.dup(self.handle) if self.handle is not None else self._open()) as file:
+        handle = os.dup(self.handle) if self.handle is not None else os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        with _text(handle) as file:
             yield file
-
-    def _open(self) -> int:
-        flags = os.O_WRONLY | os.O_CLOEXEC
-        try:
-            handle = os.open(self.path, flags | os.O_NONBLOCK)
-        except OSError as error:
-            if error.errno != errno.ENXIO or kind(self.path) != "a named pipe":
-                raise
-            note(f"{self.named}: a named pipe that nobody reads; waiting for a reader")
-            return os.open(self.path, flags)
-        os.set_blocking(handle, True)
-        return handle
 
     @contextmanager
     def _beside(self) -> Iterator[TextIO]:
         """A new file, which is renamed at the end."""
         short = os.fsencode(self.path.name)[:_NAME_BYTES].decode(errors="ignore")
         unfinished = self.path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
-        keep = False  # Set before the file exists: a signal may come at any time.
         try:
-            try:
-                handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                keep = True  # Whatever has this name is not ours.
-                if is_disk_full(error):
-                    raise
-                what = f"cannot be written: {error.strerror}"
-                raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
+            handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            what = f"cannot be written: {error.strerror}"
+            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
+        try:
             with _text(handle) as file:
                 yield file
                 file.flush()
                 os.fsync(handle)
-            try:
-                self._rename(unfinished)
-            except ConfigError:
-                keep = True  # The message says where it is.
-                raise
         except BaseException:
-            if not keep:
-                unfinished.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             raise
+        self._rename(unfinished)
 
     def _rename(self, unfinished: Path) -> None:
         """Give the complete file its name, unless another file has taken it in the meantime."""
@@ -194,32 +169,28 @@ def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Pat
     socket or a disk; its directory does not exist; it cannot be written.
     """
     try:
-        target = Output(str(path), key, *_resolve(path), overwrite, tuple(inputs))
-    except FileNotFoundError:
-        what, fix = "is a link to a file that does not exist", "name a file, or remove the link"
-        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, fix)) from None
+        resolved, handle = _resolve(path)
     except (OSError, ValueError) as error:
         what = f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
-        fix = "choose another path"
-        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, fix)) from None
+        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, "choose another path")) from None
+    target = Output(str(path), key, resolved, handle, overwrite, tuple(inputs))
     target.check()
     return target
 
 
 def _resolve(path: Path) -> tuple[Path, int | None]:
-    """The path that symbolic links lead to, and the open file of this process that it stands for, if it does."""
-    for _ in range(_MAX_LINKS):
-        path = Path(os.path.abspath(path))
-        for name in (path, Path(os.path.realpath(path.parent), path.name)):
-            match = _OPEN_FILE.fullmatch(str(name))
-            if match and match["process"] in (None, str(os.getpid())):
-                return name, _STREAMS.get(match["name"]) or int(match["number"])
-        if kind(name) != "a link":
-            return name, None
-        if not os.path.exists(name) and os.path.lexists(name):
-            os.stat(name)  # Its error says whether the link leads nowhere or in a circle.
-        path = name.parent / os.readlink(name)
-    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    """The path that symbolic links lead to, and the open file of this process that it names, if it does.
+
+    Raises:
+        OSError: A link leads nowhere, or in a circle.
+    """
+    path = Path(os.path.abspath(path))
+    while (match := _OPEN_FILE.fullmatch(str(path))) is None and path.is_symlink():
+        path.stat()
+        path = Path(os.path.abspath(path.parent / os.readlink(path)))
+    if match is not None:
+        return path, _STREAMS.get(match["name"]) or int(match["number"])
+    return Path(os.path.realpath(path.parent), path.name), None
 
 
 def _rename_new(path: Path, name: Path) -> None:

@@ -94,11 +94,6 @@ class _DeferringHandler(_Handler):
             raise _EXCEPTIONS[signal.Signals(number)]
 
 
-def stop_requested() -> bool:
-    """Whether a signal has asked for the end, so that nothing should be waited for any longer."""
-    return _requested() is not None
-
-
 def _requested() -> type[KeyboardInterrupt] | None:
     """What the current handlers remember. Some signals may have no handler, see `_handled`."""
     handlers = (signal.getsignal(number) for number in _EXCEPTIONS)
@@ -183,7 +178,7 @@ def _exit(number: int) -> None:
 
 @contextmanager
 def hold_signals(*, requested: bool) -> Iterator[None]:
-    """Inside, signals are only remembered, see `stop_requested`: the process is ending already, and reports why.
+    """Inside, signals are only remembered: the process is ending already, and reports why.
 
     requested: It ends because of a signal.
     """

@@ -13,7 +13,6 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
-from loratune.system import signals
 
 
 def secure() -> None:
@@ -95,8 +94,7 @@ class _StandardOutput(io.FileIO):
 
 
 class LossyStream(io.TextIOBase):
-    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full,
-    and a run that should end does not wait for a reader that does not read.
+    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full.
 
     Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
     the middle of a write, without a lock being held or anything being written twice.
@@ -104,10 +102,6 @@ class LossyStream(io.TextIOBase):
 
     def __init__(self, stream: Any):
         self._stream, self._pending = stream, ""
-        self._handle: int | None = None
-        with suppress(OSError, ValueError):
-            stream.flush()
-            self._handle = stream.fileno()
 
     def write(self, text: str) -> int:
         """Write, or pretend to."""
@@ -118,13 +112,10 @@ class LossyStream(io.TextIOBase):
 
     def flush(self) -> None:
         """Write what is pending, or drop it."""
-        text, self._pending = self._pending, ""
+        data, self._pending = self._pending.encode(self.encoding, self._stream.errors), ""
         with suppress(OSError, ValueError):
-            if self._handle is None:
-                self._stream.write(text)
-                self._stream.flush()
-            else:
-                _send(self._handle, text.encode(self.encoding, self._stream.errors))
+            while data:
+                data = data[os.write(self.fileno(), data[: select.PIPE_BUF]) :]
 
     def isatty(self) -> bool:
         """As the stream behind it."""
@@ -138,23 +129,3 @@ class LossyStream(io.TextIOBase):
     def encoding(self) -> str:  # type: ignore[override]
         """As the stream behind it."""
         return str(self._stream.encoding)
-
-
-_PATIENCE = 10
-"""Tenths of a second that a process which should end waits for room in a full pipe, or for a stopped terminal."""
-
-
-def _send(handle: int, data: bytes) -> None:
-    """Write to a file descriptor; once a signal has come and nothing is read, drop the rest.
-
-    A pipe that has room takes PIPE_BUF bytes without waiting, and no other process's line comes between them.
-    """
-    poll = select.poll()
-    poll.register(handle, select.POLLOUT)
-    while data:
-        waited = 0
-        while not poll.poll(100):
-            waited += signals.stop_requested()
-            if waited > _PATIENCE:
-                return
-        data = data[os.write(handle, data[: select.PIPE_BUF]) :]
