@@ -453,7 +453,7 @@ def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, 
     """A quota, in place of a disk that cannot be mounted."""
     child = processes.start("train", run_config(training={"save_steps": 1}), limit=30_000)
     assert child.wait() == 8, child.said()
-    assert "no room for a checkpoint" in child.said() and "a file may have at most 30,000 (ulimit -f)" in child.said()
+    assert "no room for a checkpoint" in child.said()
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 

@@ -185,13 +185,10 @@ def test_a_pipe_does_not_stop_the_run(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
-def test_a_directory_that_others_could_write_to_is_mended_and_not_believed(
-    planted: Path, cache: Path, mode: int
-) -> None:
+def test_a_directory_that_others_can_write_to_is_not_used(planted: Path, cache: Path, mode: int) -> None:
     cache.chmod(mode)
-    loaded(cache, called=1, note=f"others could write to {cache}: now only you can, and what was there was not used")
-    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
-    loaded(cache, called=0)
+    for _ in range(2):
+        loaded(cache, called=1, note=f"as it cannot be kept: {cache} can be written to by others")
 
 
 @needs_root
@@ -206,7 +203,7 @@ def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> 
 def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
-    loaded(cache, called=1, note="as it cannot be kept: Not a directory: .*cache/loratune")
+    loaded(cache, called=1, note="as it cannot be kept: .*cache/loratune is a link")
 
 
 def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:

@@ -275,7 +275,7 @@ def _cache_problem() -> str:
 
 def _distrust(directory: Path) -> str:
     """Why others can write to a directory; empty if only this user can. Raises OSError: there is none."""
-    reason = "is a link" if directory.is_symlink() else ownership_problem(directory.lstat())
+    reason = ownership_problem(directory.lstat())
     return f"{directory} {reason}" if reason else ""
 
 

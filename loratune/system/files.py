@@ -14,7 +14,6 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -30,7 +29,6 @@ MAX_TEXT_BYTES = 64 << 20
 
 _PATH_MAX, _NAME_MAX = 4095, 255  # bytes: PATH_MAX without its final NUL, and NAME_MAX of every usual file system
 
-FILE_MODE, DIRECTORY_MODE = 0o600, 0o700
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _INCIDENTAL_NAMES = frozenset({".ds_store", "thumbs.db", "ehthumbs.db", "desktop.ini", ".directory"})
@@ -266,35 +264,13 @@ def contains(directory: Path, path: Path) -> bool:
 # there by this user, and nobody else may have had the right to write to it.
 
 
-class UntrustedError(OSError):
-    """A directory or file that others can write to, or that belongs to another user. The message says which and why."""
-
-
-@dataclass(frozen=True)
-class PrivateDirectory:
-    """An open directory that only this user can write to. repaired: others could write to it until now."""
-
-    descriptor: int
-    repaired: bool
-
-
 def ownership_problem(status: os.stat_result) -> str:
     """Why somebody else can write to a file or directory, in words; empty if only this user can."""
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
     if status.st_uid != os.geteuid():
         return "belongs to another user"
     return "can be written to by others" if status.st_mode & _WRITABLE_BY_OTHERS else ""
-
-
-def ownership_problems(directory: Path) -> Iterator[str]:
-    """Why somebody else can write to a directory or to something directly in it, a line each; links count as such.
-
-    Raises:
-        OSError: The directory cannot be read, or does not exist.
-    """
-    for path in (directory, *sorted(directory.iterdir())):
-        status = path.lstat()
-        if reason := "is a link" if stat.S_ISLNK(status.st_mode) else ownership_problem(status):
-            yield f"{path} {reason}"
 
 
 def make_private_directory(path: Path) -> None:
@@ -302,35 +278,4 @@ def make_private_directory(path: Path) -> None:
     if not path.parent.is_dir():
         make_private_directory(path.parent)
     with suppress(FileExistsError):
-        os.mkdir(path, DIRECTORY_MODE)
-
-
-def create_private_file(path: Path) -> None:
-    """Replace what has this name by an empty file, which nobody else can write to whatever the umask is."""
-    path.unlink(missing_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE))
-
-
-@contextmanager
-def open_private_directory(path: Path, *, repair: bool = False) -> Iterator[PrivateDirectory]:
-    """Open a directory, not a link to one, that only this user can write to.
-
-    Args:
-        path: The directory.
-        repair: Take away the right of others to write to it, if they have it.
-
-    Raises:
-        UntrustedError: Others can write to it.
-        OSError: It is a link, is not a directory, or cannot be opened.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        repaired = repair and status.st_uid == os.geteuid() and bool(status.st_mode & _WRITABLE_BY_OTHERS)
-        if repaired:
-            os.fchmod(descriptor, DIRECTORY_MODE)
-        if reason := ownership_problem(os.fstat(descriptor)):
-            raise UntrustedError(f"{path} {reason}")
-        yield PrivateDirectory(descriptor, repaired)
-    finally:
-        os.close(descriptor)
+        os.mkdir(path, 0o700)

@@ -59,8 +59,8 @@ class Output:
         """Raises ConfigError: see `output`."""
         try:
             what = self._problem(kind(self.path))
-        except OSError as error:
-            what = f"cannot be examined: {error.strerror}"
+        except (OSError, ValueError) as error:
+            what = _unreadable(error)
         if not what:
             return
         code, fix = Code.OUTPUT_UNUSABLE, "choose another path"
@@ -171,11 +171,15 @@ def output(path: Path, key: str, *, overwrite: bool | None, inputs: Sequence[Pat
     try:
         resolved, handle = _resolve(path)
     except (OSError, ValueError) as error:
-        what = f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
-        raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, str(path), key, "choose another path")) from None
+        problem = Problem(Code.OUTPUT_UNUSABLE, _unreadable(error), str(path), key, "choose another path")
+        raise ConfigError(problem) from None
     target = Output(str(path), key, resolved, handle, overwrite, tuple(inputs))
     target.check()
     return target
+
+
+def _unreadable(error: OSError | ValueError) -> str:
+    return f"cannot be examined: {error.strerror if isinstance(error, OSError) else error}"
 
 
 def _resolve(path: Path) -> tuple[Path, int | None]:

@@ -21,13 +21,7 @@ from pathlib import Path
 from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
-from loratune.system.files import (
-    create_private_file,
-    make_private_directory,
-    open_file,
-    open_private_directory,
-    ownership_problem,
-)
+from loratune.system.files import make_private_directory, open_file, ownership_problem
 
 _log = logging.getLogger(__name__)
 
@@ -115,11 +109,11 @@ def compiled(define: str, variant: Variant = NATIVE) -> Library:
         key = _key(compiler, variant, define)
         name = f"{variant.name}-{key}"
         path, note = _cache_file(f"{name}.so")
-        functions = _load_cached(path, key) if path is not None and not note else None
+        functions = _load_cached(path, key) if path is not None else None
         if functions is None:
             content = _compile(compiler, variant, define)
             functions = _link(content)
-            note = (_keep(path, key, content) if path is not None else "") or note
+            note = _keep(path, key, content) if path is not None else note
         return Library(functions, note or None, name)
     except (OSError, subprocess.SubprocessError) as error:
         return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
@@ -133,17 +127,15 @@ def cache_directory() -> Path:
 
 
 def _cache_file(name: str) -> tuple[Path | None, str]:
-    """The path of a file in the cache, None if the cache cannot be used; and a note for the user if the file must not
-    be loaded."""
+    """The path of a file in the cache; or None, and a note for the user, if the cache cannot be used."""
     try:
         directory = cache_directory()
         make_private_directory(directory)
-        with open_private_directory(directory, repair=True) as opened:
-            repaired = opened.repaired
+        if why := ownership_problem(directory.lstat()):
+            return None, _NOT_KEPT.format(f"{directory} {why}")
+        return directory / name, ""
     except (OSError, RuntimeError) as error:  # There is no home directory, space or permission.
         return None, _NOT_KEPT.format(reason(error))
-    note = f"others could write to {directory}: now only you can, and what was there was not used"
-    return directory / name, note if repaired else ""
 
 
 def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
@@ -162,8 +154,7 @@ def _keep(path: Path, key: str, content: bytes) -> str:
     """Write a library to the cache, whole or not at all. Returns a note for the user if it cannot be written."""
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        create_private_file(unfinished)
-        with unfinished.open("wb") as file:
+        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(build.sealed(key, content))
             file.flush()
             os.fsync(file.fileno())
