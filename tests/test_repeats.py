@@ -43,21 +43,20 @@ def test_leaks(tmp_path: Path) -> None:
     others = [{"prompt": f"a {number}", "completion": "other"} for number in range(2)]
     folded = [{"prompt": " a\n\t5 ", "completion": "b "}]
     validation = write_rows(tmp_path / "validation.jsonl", [*others, *ROWS[:5], *folded])
-    leaks = data.find_leaks(read(train, validation))
-    assert leaks is not None
+    (leaks,) = data.find_leaks(read(train, validation))
     assert (leaks.exact.count, leaks.exact.first) == (5, [f"{validation}:{line}" for line in (3, 4, 5)])
     assert (leaks.folded.count, leaks.folded.first) == (1, [f"{validation}:8"])
     assert leaks.remarks() == [
         f"5 of the validation rows are also in train ({validation}:3, {validation}:4, {validation}:5, ...)",
         f"1 of the validation rows is also in train, apart from white space ({validation}:8)",
     ]
-    assert data.find_leaks(read(train)) is None
+    assert data.find_leaks(read(train)) == []
 
 
 def test_a_fraction_of_repeated_rows_leaks_nothing(tmp_path: Path) -> None:
     """More of it stands in `test_splits`."""
     path = write_rows(tmp_path / "rows.jsonl", ROWS[:2] * 50)
-    leaks = data.find_leaks(read(path, 0.2))
-    assert leaks is not None and (leaks.exact.count, leaks.folded.count) == (0, 0)
-    leaks = data.find_leaks(read(write_rows(path, ROWS), 0.2))
-    assert leaks is not None and leaks.remarks() == []
+    (leaks,) = data.find_leaks(read(path, 0.2))
+    assert (leaks.exact.count, leaks.folded.count) == (0, 0)
+    (leaks,) = data.find_leaks(read(write_rows(path, ROWS), 0.2))
+    assert leaks.remarks() == []

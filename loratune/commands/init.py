@@ -229,7 +229,7 @@ def _check_length(rows: MeasuredRows, section: DataSection, renderer: Renderer, 
 
 
 def _sample(split: DatasetSplit) -> DatasetSplit:
-    if len(split) <= MOST_ROWS or split.mask is not None:
+    if len(split) <= MOST_ROWS or not split.mask.all():
         return split
     return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
 

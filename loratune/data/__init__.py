@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import accumulate, chain, islice
+from itertools import chain, islice
 from pathlib import Path
 
 from loratune.codes import Code
@@ -22,11 +22,10 @@ from loratune.data.formats import (
     Plain,
     Preference,
     PreferencePair,
-    Single,
+    UnpairedPreference,
     drop_reason,
     sides,
 )  # fmt: skip
-from loratune.data.formats.chats import RowError
 from loratune.data.formats.parsers import check_ids
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
@@ -37,7 +36,6 @@ from loratune.data.splits import (
     divide,
     find_duplicates,
     find_leaks,
-    find_test_leaks,
     read_datasets,
     read_source,
     replay_numbers,
@@ -47,7 +45,7 @@ from loratune.errors import DataError, Problem
 from loratune.events import reading
 
 __all__ = [
-    "DatasetSplit", "RawDatasets", "TokenizedDataset", "divide", "find_leaks", "find_test_leaks",
+    "DatasetSplit", "RawDatasets", "TokenizedDataset", "divide", "find_leaks",
     "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
     "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
 ]  # fmt: skip
@@ -205,11 +203,10 @@ def remark_on_lost_characters(
     split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
 ) -> str | None:
     """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
-    examples = list(first_examples(split, rows))
-    totals = accumulate(map(_characters, examples))
-    few = [
-        side for example, total in zip(examples, totals, strict=True) if total <= _DECODED for side in sides(example)
-    ]
+    few, total_characters = list[Example](), 0
+    for example in first_examples(split, rows):
+        total_characters += _characters(example)
+        few += sides(example) if total_characters <= _DECODED else ()
     return renderer.remark_on_lost_characters(few, section.loss_on) if few else None
 
 
@@ -253,7 +250,8 @@ class _ExampleTokenizer:
 
     def _tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
         report, kept = Report(rows=len(examples)), list[Example]()
-        loss_on = self.section.loss_on
+        is_preference = any(isinstance(example, Preference) for example in examples)
+        loss_on = "completion" if is_preference else self.section.loss_on
         for example in examples:
             if reason := drop_reason(example, loss_on):
                 report.drop(reason, example.where)
@@ -261,18 +259,15 @@ class _ExampleTokenizer:
             kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        singles = [example for example in kept if not isinstance(example, Preference)]
-        self._check_ids(singles)
+        checked = (check_ids(example, self.vocabulary_size) for example in kept if isinstance(example, Ids))
+        if problems := [problem for problem in checked if problem]:
+            raise DataError(reported(problems))
+        singles = [side for example in kept for side in sides(example)]
         whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
-        compared = [side for example in kept if isinstance(example, Preference) for side in sides(example)]
-        answers = iter(self.renderer.rows(compared) if compared else [])
-        rows = []
+        rows = list[TokenizedRow]()
         for example in kept:
-            if isinstance(example, Preference):
-                both = [replace(next(answers), where=example.where, side=side) for side in _sides_of(example)]
-                rows += self._cut(both, report)
-            else:
-                rows += self._cut([next(whole)], report)
+            both = [replace(next(whole), where=example.where, side=side) for side in _sides_of(example)]
+            rows += self._cut(both, report)
         return report, rows
 
     def _cut(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
@@ -311,23 +306,14 @@ class _ExampleTokenizer:
         row = rendering.truncate(whole[0], section.max_length, bos)
         return [row] if row else None
 
-    def _check_ids(self, examples: Sequence[Single]) -> None:
-        problems = []
-        for example in examples:
-            try:
-                if isinstance(example, Ids):
-                    check_ids(example, self.vocabulary_size)
-            except RowError as error:
-                problems.append(error.at(example.where))
-        if problems:
-            raise DataError(reported(problems))
 
-
-def _sides_of(example: Preference) -> tuple[int, ...]:
-    """Returns what the rows of a preference are, as `TokenizedRow.side`."""
+def _sides_of(example: Example) -> tuple[int, ...]:
+    """Returns what the rows of an example are, as `TokenizedRow.side`."""
     if isinstance(example, PreferencePair):
         return rendering.CHOSEN, rendering.REJECTED
-    return (rendering.DESIRABLE,) if example.desirable else (rendering.UNDESIRABLE,)
+    if isinstance(example, UnpairedPreference):
+        return (rendering.DESIRABLE if example.desirable else rendering.UNDESIRABLE,)
+    return (0,)
 
 
 def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> None:

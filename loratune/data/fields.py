@@ -77,7 +77,7 @@ def read(section: DataSection, *, chat: bool) -> tuple[RawDatasets, ColumnChoice
     """
 
     def of(columns: Mapping[str, str]) -> RawDatasets:
-        return read_datasets(section.model_copy(update={"columns": columns}), 0, divisible=True)
+        return read_datasets(section.model_copy(update={"columns": columns}), 0)
 
     try:
         raw = of(section.columns)

@@ -2,10 +2,12 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Self
+
+from pydantic import TypeAdapter
 
 from loratune.data.formats import Plain, Single
 from loratune.data.formats.chats import quote
@@ -220,23 +222,16 @@ class Report:
         return self.counts() | {"cut_tokens": self.cut_tokens, "reasons": reasons, "lengths": by_length}
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` reads back."""
-        dropped = {reason: vars(tally) for reason, tally in self.dropped.items()}
-        lengths = {str(length): count for length, count in self.lengths.items()}
-        counts = {name: getattr(self, name) for name in self._COUNTS}
-        return counts | {"dropped": dropped, "invalid": vars(self.invalid), "lengths": lengths}
+        """Plain values, which `from_json` reads back; duplicates are left out."""
+        return dict(_PLAIN.dump_python(self, mode="json", exclude={"duplicates"}))
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """The report that `as_json` was called on, without its duplicates.
+    def from_json(cls, values: Any) -> "Report":
+        """The report that `as_json` was called on, without its duplicates. Raises ValueError: it is something else."""
+        return _PLAIN.validate_python(values)
 
-        Raises:
-            KeyError, TypeError, ValueError: The values are something else.
-        """
-        dropped = {reason: RowTally(**tally) for reason, tally in values["dropped"].items()}
-        lengths = Counter({int(length): count for length, count in values["lengths"].items()})
-        counts = {name: values[name] for name in cls._COUNTS}
-        return cls(**counts, dropped=dropped, invalid=RowTally(**values["invalid"]), lengths=lengths)
+
+_PLAIN = TypeAdapter(Report)
 
 
 def total(reports: Iterable[Report]) -> Report:

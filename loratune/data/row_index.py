@@ -1,7 +1,6 @@
 """The first pass over the data: every row of every file is read and checked, and an index of them is made.
 
-The index has three numbers a row, 24 bytes of memory: two hashes of its content, and its line. Where a fraction of the
-rows is to be held out, it has three more, hashes of its prompt, completion and group.
+The index has six numbers a row, 48 bytes of memory: hashes of its content, prompt, completion and group, and its line.
 """
 
 import difflib
@@ -23,15 +22,7 @@ from loratune.data.formats.chats import RowError, quote, type_error
 from loratune.data.formats.recognition import Parser
 from loratune.data.report import Report
 from loratune.data.sources import GivenRows, RowSource, no_rows_error, open_source
-from loratune.data.sources.rows import (
-    MAX_PROBLEMS,
-    Row,
-    Unreadable,
-    line_of,
-    place_parts,
-    reported,
-    to_json_line,
-)  # fmt: skip
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, Unreadable, line_of, place_parts, reported, to_json_line
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, reading
 
@@ -39,15 +30,13 @@ RowMask: TypeAlias = NDArray[np.bool_]
 """(rows,) bool: which rows take part."""
 
 EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP = range(6)
-"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row; where a
-fraction is to be held out, hashes of the prompt, the completion and the value of `group_by` as well. A row without a
-prompt, or without a value to group by, has the second hash of its content there.
+"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row, hashes
+of the prompt, the completion and the value of `group_by`. A row without a prompt, or without a value to group by, has
+the second hash of its content there.
 """
 
 CONTENT_HASH = "blake2b-64 of content_key, 1"
 """What the hashes of the content are, for whoever keeps them: to be counted on whenever one comes out otherwise."""
-
-_PLAIN_COLUMNS, _ALL_COLUMNS = 3, 6
 
 
 @dataclass(frozen=True)
@@ -59,16 +48,14 @@ class IndexedFile:
         parser: What makes examples of them.
         start: The number of its first row among the rows of all files.
         rows: How many there are.
-        prefix: What the place of a row begins with, before its line.
-        suffix: What it ends with, behind its line.
+        first: The place of a row.
     """
 
     source: RowSource
     parser: Parser
     start: int
     rows: int
-    prefix: str
-    suffix: str
+    first: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class RowIndex:
     Attributes:
         files: Those that have rows.
         counts: Rows of each source.
-        columns: (rows, 3 or 6); for the columns see `EXACT`.
+        columns: (rows, 6); for the columns see `EXACT`.
         invalid: The rows that were dropped, as they cannot be used; None where such rows are an error.
     """
 
@@ -93,55 +80,43 @@ class RowIndex:
     def where(self, number: int) -> str:
         """The place of a row, by its number among all rows."""
         file = next(file for file in self.files if number < file.start + file.rows)
-        return f"{file.prefix}{self.columns[number, LINE]}{file.suffix}"
+        before, _, behind = place_parts(file.first)
+        return f"{before}{self.columns[number, LINE]}{behind}"
 
-    def examples(self, mask: RowMask | None, skip: int, advance: Advance) -> Iterator[Example]:
+    def examples(self, mask: RowMask, skip: int, advance: Advance) -> Iterator[Example]:
         """Read the rows once more, in order, as examples.
 
         Args:
-            mask: Which rows; None for all.
+            mask: Which rows.
             skip: How many of those to leave out at the beginning.
-            advance: See `RowSource.rows`.
+            advance: See `FileSlice.rows`.
 
         Raises:
             DataError: A file has changed since it was indexed.
         """
         for file in self.files:
-            file_mask = mask[file.start : file.start + file.rows] if mask is not None else None
-            remaining = file.rows if file_mask is None else int(np.count_nonzero(file_mask))
-            if skip >= remaining:
-                skip -= remaining
+            numbers = slice(file.start, file.start + file.rows)
+            lines, found = self.columns[numbers, LINE].tolist(), 0
+            wanted = mask[numbers].tolist()
+            if skip >= (count := sum(wanted)):
+                skip -= count
                 advance(file.source.size)
                 continue
-            for number, row in enumerate(self._rows(file, advance)):
-                if file_mask is not None and number < file.rows and not file_mask[number]:
+            for row in file.source.rows(advance):
+                if found == file.rows or isinstance(row, Problem) or int(line_of(row.where)) != lines[found]:
+                    if self.invalid is None:
+                        raise _changed_error(file)
                     continue
-                remaining -= 1
-                if remaining < 0:
-                    raise _changed_error(file)
-                if skip:
+                found += 1
+                if wanted[found - 1] and skip:
                     skip -= 1
-                    continue
-                try:
-                    yield file.parser(row)
-                except RowError:
-                    raise _changed_error(file) from None
-            if remaining:
+                elif wanted[found - 1]:
+                    try:
+                        yield file.parser(row)
+                    except RowError:
+                        raise _changed_error(file) from None
+            if found < file.rows:
                 raise _changed_error(file)
-
-    def _rows(self, file: IndexedFile, advance: Advance) -> Iterator[Row]:
-        """The rows of a file without those that were dropped."""
-        lines = iter(self.columns[file.start : file.start + file.rows, LINE].tolist())
-        line = next(lines, 0)
-        for row in file.source.rows(advance):
-            if self.invalid is None:
-                if isinstance(row, Problem):
-                    raise _changed_error(file)
-            elif isinstance(row, Problem) or int(line_of(row.where)) != line:
-                continue
-            else:
-                line = next(lines, 0)
-            yield row
 
 
 def _changed_error(file: IndexedFile) -> DataError:
@@ -149,34 +124,35 @@ def _changed_error(file: IndexedFile) -> DataError:
     return DataError(Problem(Code.DATA_UNREADABLE, what, file.source.name, fix=fix))
 
 
-def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, divided: bool = False) -> RowIndex:
+def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, group_by: str | None = None) -> RowIndex:
     """Read and check every row of the sources.
 
     Args:
         sources: Where the rows are read from.
         section: How they are read.
-        divided: Whether a fraction of the rows will be held out, so that the index needs all columns.
+        group_by: The field that the rows will be grouped by.
 
     Raises:
         DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format, and behind the tenth that
-            there may be more, unless such rows are dropped; a source without rows; or they are to be divided, and none
-            has a value of the field that they are grouped by.
+            there may be more, unless such rows are dropped; a source without rows; or none has a value of `group_by`.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     size = sum(part.size for _, parts in parts_by_source for part in parts)
-    writer, files, counts = _IndexWriter(section, divided), list[IndexedFile](), list[int]()
+    numbers, files, counts = array("q"), list[IndexedFile](), list[int]()
     invalid = Report() if section.invalid_rows == "drop" else None
     with reading("reading", size) as advance:
         for source, parts in parts_by_source:
-            before = writer.rows
-            found = (_index_file(part, section, writer, invalid, advance) for part in parts)
-            files += [file for file in found if file is not None]
-            if writer.rows == before:
+            before = len(numbers)
+            for part in parts:
+                if file := _index_file(part, _Reading(section, group_by, numbers, invalid), advance):
+                    files.append(file)
+            if len(numbers) == before:
                 raise no_rows_error(source, "; ".join(invalid.reasons()) if invalid else "")
-            counts.append(writer.rows - before)
-    if divided and section.group_by is not None and not writer.grouped:
-        raise _no_groups_error(files, section.group_by)
-    return RowIndex(tuple(files), tuple(counts), writer.columns, invalid)
+            counts.append((len(numbers) - before) // 6)
+    columns = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 6)
+    if group_by is not None and bool((columns[:, GROUP] == columns[:, FOLDED]).all()):
+        raise _no_groups_error(files, group_by)
+    return RowIndex(tuple(files), tuple(counts), columns, invalid)
 
 
 def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
@@ -189,25 +165,47 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
     return DataError(Problem(Code.DATA_FORMAT, what, files[0].source.name, "data.group_by", fix))
 
 
-def _index_file(
-    source: RowSource, section: DataSection, writer: "_IndexWriter", invalid: Report | None, advance: Advance
-) -> IndexedFile | None:
-    """Index one file; None if it has no rows. invalid: takes the rows that cannot be used; None: they are an error."""
-    start, parser, around = writer.rows, None, ("", "")
+@dataclass(frozen=True)
+class _Reading:
+    """How rows are read, and what takes them. invalid: takes those that cannot be used; None: they are an error."""
+
+    section: DataSection
+    group_by: str | None
+    numbers: "array[int]"
+    invalid: Report | None
+
+    def add(self, example: Example, row: Row) -> None:
+        """Add a row to the index. Raises RowError: its value of `group_by` cannot be read."""
+        exact, folded = content_key(example), content_key(example, folded=True)
+        exact_hash = _hash(exact)
+        folded_hash = exact_hash if folded == exact else _hash(folded)
+        loss_on = self.section.loss_on
+        prompt = prompt_key(example, loss_on)
+        group = group_key(row.values, self.group_by) if self.group_by is not None else None
+        prompt_hash, group_hash = (folded_hash if key is None else _hash(key) for key in (prompt, group))
+        completion_hash = _hash(completion_key(example, loss_on))
+        self.numbers.extend(
+            (exact_hash, folded_hash, int(line_of(row.where)), prompt_hash, completion_hash, group_hash)
+        )
+
+
+def _index_file(source: RowSource, how: _Reading, advance: Advance) -> IndexedFile | None:
+    """Index one file; None if it has no rows."""
+    start, parser, first = len(how.numbers) // 6, None, ""
     problems: list[Problem] = []
     try:
         for row in source.rows(advance):
             problem = row if isinstance(row, Problem) else None
             if isinstance(row, Row):
                 if parser is None:
-                    parser, around = Parser(row, section), place_parts(row.where)[::2]
+                    parser, first = Parser(row, how.section), row.where
                 try:
-                    writer.add(parser(row), row)
+                    how.add(parser(row), row)
                 except RowError as error:
                     problem = error.at(row.where)
-            if problem and invalid is not None:
-                invalid.rows += 1
-                invalid.drop_invalid(problem)
+            if problem and how.invalid is not None:
+                how.invalid.rows += 1
+                how.invalid.drop_invalid(problem)
             elif problem:
                 problems.append(problem)
                 if len(problems) == MAX_PROBLEMS:
@@ -216,7 +214,7 @@ def _index_file(
         problems += error.problems
     if problems:
         raise DataError(reported(problems, source.name))
-    return None if parser is None else IndexedFile(source, parser, start, writer.rows - start, *around)
+    return None if parser is None else IndexedFile(source, parser, start, len(how.numbers) // 6 - start, first)
 
 
 def _hash(content: bytes) -> int:
@@ -253,42 +251,3 @@ def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
 def _number(written: str) -> float | int:
     number = float(written)
     return int(number) if number.is_integer() else number
-
-
-class _IndexWriter:
-    """Collects the rows of an index.
-
-    Attributes:
-        rows: How many rows were added.
-        grouped: How many of them have a value of the field that they are grouped by.
-    """
-
-    def __init__(self, section: DataSection, divided: bool) -> None:
-        self._width = _ALL_COLUMNS if divided else _PLAIN_COLUMNS
-        self._section = section
-        self.rows = self.grouped = 0
-        self._numbers = array("q")
-
-    def add(self, example: Example, row: Row) -> None:
-        """Add a row. Raises RowError: its value of `group_by` cannot be read."""
-        exact, folded = content_key(example), content_key(example, folded=True)
-        exact_hash = _hash(exact)
-        folded_hash = exact_hash if folded == exact else _hash(folded)
-        numbers = [exact_hash, folded_hash, int(line_of(row.where))]
-        if self._width == _ALL_COLUMNS:
-            loss_on, group_by = self._section.loss_on, self._section.group_by
-            prompt = prompt_key(example, loss_on)
-            group = group_key(row.values, group_by) if group_by is not None else None
-            self.grouped += group is not None
-            numbers += [
-                _hash(prompt) if prompt is not None else folded_hash,
-                _hash(completion_key(example, loss_on)),
-                _hash(group) if group is not None else folded_hash,
-            ]
-        self._numbers.extend(numbers)
-        self.rows += 1
-
-    @property
-    def columns(self) -> NDArray[np.int64]:
-        """(rows, columns), the index."""
-        return np.frombuffer(self._numbers, dtype=np.int64).reshape(-1, self._width)

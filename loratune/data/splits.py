@@ -34,34 +34,30 @@ class DatasetSplit:
     Attributes:
         name: `train`, `validation` or `test`.
         index: All rows of the sources.
-        mask: Which of them belong to the split; None for all.
+        mask: Which of them belong to the split.
         section: How they are read.
-        mix: How many rows of each source there are, a line each, where sources are mixed by weight.
-        held_out: How rows were held out, a line each, where that was not row by row.
-        left_out: Files that are not read, a line for each source.
+        notes: Lines for the user: files that are not read, how sources were mixed by weight, how rows were held out.
         invalid: The rows that were dropped before, as they cannot be used.
     """
 
     name: str
     index: RowIndex
-    mask: RowMask | None
+    mask: RowMask
     section: DataSection
-    mix: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     invalid: Report | None = None
 
     def __len__(self) -> int:
-        return len(self.index) if self.mask is None else int(np.count_nonzero(self.mask))
+        return int(np.count_nonzero(self.mask))
 
     @property
     def numbers(self) -> NDArray[np.int64]:
         """(rows,) the numbers of its rows among those of the index."""
-        return np.arange(len(self.index)) if self.mask is None else np.flatnonzero(self.mask)
+        return np.flatnonzero(self.mask)
 
     def hashes(self, column: int) -> NDArray[np.int64]:
         """(rows,) a column of the index."""
-        return self.index.columns[:, column] if self.mask is None else self.index.columns[self.mask, column]
+        return self.index.columns[self.mask, column]
 
     @property
     def formats(self) -> list[str]:
@@ -107,8 +103,7 @@ class DatasetSplit:
         return not CHAT_FORMATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
-        """A line each: the files if there are several, those that are not read, how sources were mixed, how rows were
-        held out, the fields that are not read."""
+        """A line each: the files if there are several, the notes, the fields that are not read."""
         files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
         more = f", and {len(files) - 5:,} more" if files[5:] else ""
         several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
@@ -124,7 +119,7 @@ class DatasetSplit:
             how = "set data.format to unpaired_preference and training.objective to kto"
             unused.append(f"if `{label}` says which answers are desirable, {how}, or undesirable ones are learned too")
         joined = filter(None, [self.separators.remark]) if self.name == "train" else ()
-        return [*several, *self.left_out, *(f"mixed: {line}" for line in self.mix), *self.held_out, *unused, *joined]
+        return [*several, *self.notes, *unused, *joined]
 
     @cached_property
     def separators(self) -> Separators:
@@ -155,8 +150,7 @@ class DatasetSplit:
         """SHA-256 of what decides the examples and their places: the files, how they are read, which rows belong."""
         files = [(file.source.name, file.source.digest, file.parser.identity, file.rows) for file in self.index.files]
         digest = hashlib.sha256(json.dumps([files, self.section.columns], sort_keys=True).encode())
-        if self.mask is not None:
-            digest.update(np.packbits(self.mask).tobytes())
+        digest.update(np.packbits(self.mask).tobytes())
         if self.index.invalid is not None:
             digest.update(b"".join(b"%d " % line for line in self.index.columns[:, LINE].tolist()))
         return digest.hexdigest()
@@ -186,7 +180,6 @@ def read_datasets(
     section: DataSection,
     seed: int,
     *,
-    divisible: bool = False,
     given: Mapping[str, GivenRows] | None = None,
     test: bool = True,
 ) -> RawDatasets:
@@ -195,7 +188,6 @@ def read_datasets(
     Args:
         section: Names the sources.
         seed: Decides which rows are drawn where sources are mixed, and which are held out.
-        divisible: Whether a fraction of the training rows may be held out later, see `divide`.
         given: The rows of a Python program for `train`, `validation` or `test`, instead of the sources of that name.
         test: Whether the rows of `test` are read.
 
@@ -203,13 +195,13 @@ def read_datasets(
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
     """
 
-    def read(name: str, sources: Sequence[Source], divided: bool = False) -> DatasetSplit | None:
+    def read(name: str, sources: Sequence[Source], group_by: str | None = None) -> DatasetSplit | None:
         found = [given[name]] if given and name in given else sources
-        return _read_split(name, found, section, seed, divided) if found else None
+        return _read_split(name, found, section, seed, group_by) if found else None
 
     held_out = section.validation_sources or (given and "validation" in given)
     fraction = section.validation if isinstance(section.validation, float) and not held_out else None
-    train = read("train", section.train_sources, divisible or fraction is not None)
+    train = read("train", section.train_sources, section.group_by)
     assert train is not None  # a config names its source
     validation = read("validation", section.validation_sources)
     tested = read("test", section.test_sources) if test else None
@@ -222,7 +214,7 @@ def read_datasets(
             what = f"{what} ({'; '.join(remarks)})"
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY, what, key="data.validation", fix=fix))
-    validation = DatasetSplit("validation", train.index, validation_mask, section, held_out=remarks)
+    validation = DatasetSplit("validation", train.index, validation_mask, section, remarks)
     return RawDatasets(replace(train, mask=train_mask), validation, tested)
 
 
@@ -232,14 +224,13 @@ def divide(
     """Masks of the rows that are trained on, which may be none, and of those that are held out, and remarks on these.
 
     Args:
-        train: The rows, read as divisible.
+        train: The rows.
         fraction: How many to hold out.
         group_by: The field whose values keep rows together.
         seed: Decides which.
     """
-    mask = train.mask if train.mask is not None else np.ones(len(train), dtype=np.bool_)
-    held_out, remarks = hold_out(train.index, mask, fraction, group_by, seed)
-    return mask & ~held_out, held_out, remarks
+    held_out, remarks = hold_out(train.index, train.mask, fraction, group_by, seed)
+    return train.mask & ~held_out, held_out, remarks
 
 
 def read_source(source: Source | GivenRows, section: DataSection) -> DatasetSplit:
@@ -252,22 +243,20 @@ def _read_split(
     sources: Sequence[Source | GivenRows],
     section: DataSection,
     seed: int,
-    divided: bool = False,
+    group_by: str | None = None,
 ) -> DatasetSplit:
-    index = index_rows(sources, section, divided)
-    others = tuple(filter(None, map(left_out, sources)))
-    split = DatasetSplit(name, index, None, section, left_out=others, invalid=index.invalid)
-    weights = [source.weight for source in sources if source.weight is not None]
-    if not weights:
-        return split
-    shares = mix_counts(index.counts, weights)
-    mix = (
-        f"{source.path}: {share:,} of {count:,} rows"
-        for source, share, count in zip(sources, shares, index.counts, strict=True)
-    )
-    random = np.random.default_rng(seed)
-    masks = [random_mask(count, share, random) for count, share in zip(index.counts, shares, strict=True)]
-    return replace(split, mask=np.concatenate(masks), mix=tuple(mix))
+    index = index_rows(sources, section, group_by)
+    notes, mask = [*filter(None, map(left_out, sources))], np.ones(len(index), dtype=np.bool_)
+    if weights := [source.weight for source in sources if source.weight is not None]:
+        shares = mix_counts(index.counts, weights)
+        counts = [*zip(index.counts, shares, strict=True)]
+        notes += (
+            f"mixed: {source.path}: {share:,} of {count:,} rows"
+            for source, (count, share) in zip(sources, counts, strict=True)
+        )
+        random = np.random.default_rng(seed)
+        mask = np.concatenate([random_mask(count, share, random) for count, share in counts])
+    return DatasetSplit(name, index, mask, section, tuple(notes), index.invalid)
 
 
 # Mixing by weight, and replay
@@ -313,16 +302,11 @@ def find_duplicates(split: DatasetSplit) -> RowTally:
     return tally(split, np.delete(split.numbers, first))
 
 
-def find_leaks(datasets: RawDatasets) -> Leaks | None:
-    """Rows of the validation set that are also in train; None without a validation set."""
-    return _leaks(datasets.train, datasets.validation) if datasets.validation is not None else None
-
-
-def find_test_leaks(datasets: RawDatasets) -> list[Leaks]:
-    """Rows of the test set that are also in train, and that are also in the validation set."""
-    if datasets.test is None:
-        return []
-    return [_leaks(split, datasets.test) for split in (datasets.train, datasets.validation) if split]
+def find_leaks(datasets: RawDatasets) -> list[Leaks]:
+    """Validation rows that are also in train, and test rows that are also in train, or in validation."""
+    train, validation, test = datasets.train, datasets.validation, datasets.test
+    pairs = [(train, validation), (train, test), (validation, test)]
+    return [_leaks(earlier, held_out) for earlier, held_out in pairs if earlier and held_out]
 
 
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:

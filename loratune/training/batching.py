@@ -112,8 +112,7 @@ def tokenize(ready: ValidatedRun, tokenizer: Any, group: Group) -> TokenizedData
         for name, split in ready.rows.splits.items():
             remarks[name] += [*split.remarks(), *([splits[name].rows.remark] if splits[name].rows.remark else [])]
         remarks["train"] += _remarks_on_rendering(ready.rows.train, splits["train"], renderer, section)
-        found = [data.find_leaks(ready.rows), *data.find_test_leaks(ready.rows)]
-        leaks = [line for one in found if one for line in one.remarks()]
+        leaks = [line for one in data.find_leaks(ready.rows) for line in one.remarks()]
     train, validation, test = (splits.get(name) for name in values)
     assert train is not None
     longest = min(_UNRELATED_TOKENS, section.max_length, context or _UNRELATED_TOKENS)

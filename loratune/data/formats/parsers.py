@@ -23,6 +23,7 @@ from loratune.data.formats.chats import (
     text,
     type_error,
 )  # fmt: skip
+from loratune.errors import Problem
 
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -53,13 +54,14 @@ def parse_ids(where: str, fields: Fields) -> Ids:
     return Ids(where, ids, labels)
 
 
-def check_ids(example: Ids, vocabulary_size: int) -> None:
-    """Raises RowError: an id that the vocabulary does not have."""
-    if max(example.ids) >= vocabulary_size:
-        number = next(number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size)
-        what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
-        what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
-        raise RowError(what, "use the tokenizer of this model for `input_ids`")
+def check_ids(example: Ids, vocabulary_size: int) -> Problem | None:
+    """What is wrong if an id is not in the vocabulary."""
+    number = next((number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size), 0)
+    if not number:
+        return None
+    what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
+    what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
+    return RowError(what, "use the tokenizer of this model for `input_ids`").at(example.where)
 
 
 def parse_text(where: str, fields: Fields) -> Plain:

@@ -3,27 +3,21 @@
 Fast tokenizers encode in batches of their own; slow ones encode text by text.
 """
 
-import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats import IGNORED as IGNORED
 from loratune.system.templates import is_rust_panic
 
-_log = logging.getLogger(__name__)
-
 Span: TypeAlias = tuple[int, int]
 """Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
 
-LONG = 2**20
-"""Characters from which on a text is encoded in pieces: the tokenizer needs some hundred bytes for each."""
-PIECE = 2**18
-"""Characters of a piece, and of all the texts that are encoded in one call where a text is not longer by itself."""
+_BATCH = 2**18
+"""Characters of the texts that are encoded in one call: the tokenizer needs some hundred bytes for each."""
 
-TAIL = 160
+_TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
 
 CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
@@ -31,7 +25,6 @@ CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
 Above 0 is what is to become more likely."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
-_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 _WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
 
 
@@ -155,7 +148,6 @@ class Encoder:
             TokenizerFailure: The tokenizer fails on every text.
         """
         self._tokenizer = tokenizer
-        self._shared_ids: dict[int, int] = {}
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         probe, self._newline, newline_letter, letter = (
             self._encode_one(text, self._encode_slowly) for text in (_PROBE, "\n", "\na", "a")
@@ -168,24 +160,13 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts. A text that occurs twice is encoded once; the empty text has no ids.
 
-        A text of more than a million characters is encoded in pieces that end at words or lines.
-
         Raises:
             TokenizerFailure: The tokenizer fails on one of the texts.
         """
         ids_of: dict[str, list[int]] = {"": []}
-        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
+        for batch in _batches([text for text in dict.fromkeys(texts) if text]):
             ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
-        for text in texts:
-            if text not in ids_of:
-                pieces = _pieces(text, without_space=self._adds_space)
-                ids_of[text] = [*chain.from_iterable(self._encode_piece(piece) for piece in pieces)]
         return [ids_of[text] for text in texts]
-
-    def _encode_piece(self, piece: str) -> list[int]:
-        """One object for each id: the ids of a long row would otherwise be objects of their own."""
-        shared = self._shared_ids
-        return [shared.setdefault(number, number) for number in self._encode_batch([piece])[0]]
 
     def one(self, text: str) -> list[int]:
         """Encode one text."""
@@ -223,7 +204,7 @@ class Encoder:
     def _last_words(self, prompt: str) -> str:
         """Returns the end of a prompt, from a border between words on; all of it if there are no words near its end."""
         borders = [
-            border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - TAIL), len(prompt) - 8)
+            border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - _TAIL), len(prompt) - 8)
         ]
         return prompt[borders[-1] + self._adds_space :] if borders else prompt
 
@@ -232,9 +213,7 @@ class Encoder:
         try:
             return encode(texts)
         except BaseException as error:
-            if not isinstance(error, Exception) and not is_rust_panic(error):
-                raise
-            _log.debug("texts are encoded one by one, because they fail together", exc_info=True)
+            _check_is_failure(error)
             return [self._encode_one(text, encode, any_text=False) for text in texts]
 
     def _encode_fast(self, texts: list[str]) -> list[list[int]]:
@@ -252,39 +231,26 @@ class Encoder:
         try:
             return encode([text])[0]
         except BaseException as error:
-            if not isinstance(error, Exception) and not is_rust_panic(error):
-                raise
+            _check_is_failure(error)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise TokenizerFailure(text, f"fails: {reason}", any_text) from None
 
 
+def _check_is_failure(error: BaseException) -> None:
+    """Raises what is not an error of the tokenizer, such as KeyboardInterrupt."""
+    if not isinstance(error, Exception) and not is_rust_panic(error):
+        raise error
+
+
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields batches of texts of at most `PIECE` characters together, or of a single longer text."""
+    """Yields batches of texts of at most `_BATCH` characters together, or of a single longer text."""
     batch: list[str] = []
     size = 0
     for text in texts:
-        if batch and size + len(text) > PIECE:
+        if batch and size + len(text) > _BATCH:
             yield batch
             batch, size = [], 0
         batch.append(text)
         size += len(text)
     if batch:
         yield batch
-
-
-def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
-    """Yields the pieces of a text; each ends at the last word or line that fits.
-
-    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
-    """
-    start = 0
-    while len(text) - start > (PIECE if start else LONG):
-        window = start + PIECE // 2, start + PIECE
-        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
-        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
-        end = [window[1], *lines, *words][-1]
-        piece = text[start:end]
-        yield piece.removeprefix(" ") if start and without_space else piece
-        start = end
-    last = text[start:]
-    yield last.removeprefix(" ") if start and without_space else last
