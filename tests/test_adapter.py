@@ -30,7 +30,7 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import NumericError
-from loratune.lora import adapter_files, attach, initialize, parameters, tensors
+from loratune.lora import adapter_files, attach, parameters, tensors
 
 WEIGHTS, CONFIG = adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE
 Damage = Callable[[Path], Any]
@@ -448,7 +448,7 @@ def small(**fields: Any) -> PeftModel:
     return attach.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
 
 
-def start(model: PeftModel) -> initialize.AdapterInit:
+def start(model: PeftModel) -> tensors.AdapterInit:
     """What the adapter of a model is now."""
     return attach.initialize_adapter(model, LoraSection())
 

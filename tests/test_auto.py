@@ -18,7 +18,7 @@ from loratune.codes import Code
 from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, LoraSection, ModelSection, RunConfig
 from loratune.errors import ConfigError
-from loratune.lora import start
+from loratune.lora import initialize
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.model import load
 from loratune.training import auto
@@ -279,9 +279,9 @@ def test_settings_of_a_stranger() -> None:
     """What is no value of a key is left out, and a rank is that of the tensors."""
     tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (6, 32)}
     config = {"r": 10**9, "lora_alpha": 22.6, "target_modules": "(unclosed"}
-    assert start.settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6}
+    assert initialize.start_settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6}
     config = {"r": 4, "lora_alpha": 16.0, "target_modules": AUTO}
-    assert start.settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6, "lora_alpha": 16}
+    assert initialize.start_settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6, "lora_alpha": 16}
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ from loratune.data.row_hashes import RowHashes
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
 from loratune.lora import attach, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
-from loratune.lora.initialize import AdapterInit
+from loratune.lora.tensors import AdapterInit
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
 
@@ -162,10 +162,10 @@ CONTRADICTING: dict[str, tuple[dict[str, Any], dict[str, Any], list[Code]]] = {
     "DoRA from plain": ({}, {"use_dora": True}, [SETTING]),
     "plain from DoRA": ({"use_dora": True}, {}, [SETTING]),
     "biases": ({}, {"bias": "lora_only"}, [SETTING]),
-    "no biases": ({"bias": "all"}, {}, [SETTING, SETTING]),
-    "a whole module": ({}, {"modules_to_save": ["lm_head"]}, [SETTING, SETTING]),
+    "no biases": ({"bias": "all"}, {}, [SETTING]),
+    "a whole module": ({}, {"modules_to_save": ["lm_head"]}, [SETTING]),
     "another whole module": ({"modules_to_save": ["up_proj"]}, {"modules_to_save": ["lm_head"]}, [SETTING]),
-    "tokens": ({}, {"trainable_token_indices": [1]}, [SETTING, SETTING]),
+    "tokens": ({}, {"trainable_token_indices": [1]}, [SETTING]),
     "tokens in another order": ({"trainable_token_indices": [1, 2]}, {"trainable_token_indices": [2, 1]}, [SETTING]),
     "two at once": ({"use_dora": True}, {"use_dora": True, "target_modules": ["q"], "bias": "all"}, [SETTING, SETTING]),
 }

@@ -19,7 +19,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
-from loratune.lora.tensors import Untouched
+from loratune.lora.tensors import BaseSnapshot
 from loratune.model.fingerprints import Sampled
 
 BATCH = 32
@@ -50,7 +50,7 @@ class LoadedAdapter:
     renderer: Renderer
     data: DataSection
     chat: bool
-    base_sample: tuple[Sampled, Untouched]
+    base_sample: tuple[Sampled, BaseSnapshot]
     where: str
     key: str
     layers: kernels.InferenceLayers
@@ -61,8 +61,8 @@ class LoadedAdapter:
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
         """Inside, the model computes as the base alone. Raises AdapterError: PEFT has changed the base."""
-        sample, untouched = self.base_sample
-        with untouched.alone(self.model, self.where):
+        sample, snapshot = self.base_sample
+        with snapshot.alone(self.model, self.where):
             if not sample.is_in(self.model):
                 what = "cannot be compared with its base: PEFT has changed the base's own weights for this adapter"
                 raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, self.where))

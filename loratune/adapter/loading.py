@@ -24,7 +24,7 @@ from loratune.events import note, progress
 from loratune.lora import attach, mixture, tensors
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
-from loratune.lora.tensors import Untouched
+from loratune.lora.tensors import BaseSnapshot
 from loratune.model import fingerprints
 from loratune.model.fingerprints import Sampled
 from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
@@ -176,9 +176,9 @@ def _attach_all(
     """
     tokenizers = [load_tokenizer_of(adapter) for adapter, _ in attached]
     renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
-    sample, untouched = Sampled(base), [attach.before_load(base, files) for _, files in attached]
+    sample, snapshots = Sampled(base), [attach.before_load(base, files) for _, files in attached]
     if len(attached) > 1:
-        _check_sharing([(adapter, before) for (adapter, _), before in zip(attached, untouched, strict=True)])
+        _check_sharing([(adapter, before) for (adapter, _), before in zip(attached, snapshots, strict=True)])
     keys = ["default" if number == 1 else f"adapter{number}" for number in range(1, len(attached) + 1)]
     model: Any = base
     for (_, files), key in zip(attached, keys, strict=True):
@@ -195,7 +195,7 @@ def _attach_all(
             prompts=SharedPrompts(model, pad_id(tokenizer)),
         )
         for (adapter, _), tokenizer, renderer, before, key in zip(
-            attached, tokenizers, renderers, untouched, keys, strict=True
+            attached, tokenizers, renderers, snapshots, keys, strict=True
         )
     ]  # fmt: skip
 
@@ -243,7 +243,7 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
     note(str(Problem(code, what, where)))
 
 
-def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, Untouched]]) -> None:
+def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, BaseSnapshot]]) -> None:
     """Raises AdapterError: one of several adapters changes the base; or they differ in `target_parameters`, which PEFT
     does not support: it identifies A and B of a parameter by how often it has wrapped the module."""
     reasons: dict[str, str] = {}

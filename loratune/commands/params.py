@@ -8,7 +8,7 @@ from loratune import memory
 from loratune.codes import Code
 from loratune.config import AUTO, RunConfig
 from loratune.errors import ConfigError, Problem
-from loratune.lora import adapter_files, attach, parameters, start
+from loratune.lora import adapter_files, attach, initialize, parameters
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
@@ -103,7 +103,7 @@ def params(run: RunConfig) -> Params:
     if run.lora.r == AUTO and start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="lora.r", fix=fix))
-    lora = auto.without_rows(run.lora, start.settings(start_from) if start_from else {})
+    lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
     run = run.model_copy(update={"lora": lora})
     base = load.build_meta(load.load_config(run.model), run.model)
     model, targets = attach.adapt(base, run.lora, seed=0)

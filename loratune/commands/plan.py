@@ -15,12 +15,12 @@ from loratune.data import DatasetSplit
 from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import ConfigError, Problem
 from loratune.events import PlanEvent
-from loratune.lora import attach, parameters, start
+from loratune.lora import attach, initialize, parameters
 from loratune.lora.attach import PeftModel
-from loratune.lora.initialize import AdapterInit
 from loratune.lora.module_names import shared_module
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
+from loratune.lora.tensors import AdapterInit
 from loratune.model import load, stored
 from loratune.model.load import Base
 from loratune.system.launcher import SINGLE_PROCESS, Group
@@ -290,7 +290,7 @@ def facts(validated_run: ValidatedRun, datasets: TokenizedDatasets, group: Group
         processes=group.count,
         rows_in_pack=items / packs,
         unit_parameters=partial(unit_parameters, run.model, model_config),
-        start=start.settings(validated_run.start.info.files) if validated_run.start else {},
+        start=initialize.start_settings(validated_run.start.info.files) if validated_run.start else {},
     )
 
 

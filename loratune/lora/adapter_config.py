@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from loratune.codes import Code
 from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern, full_matches
@@ -50,6 +51,8 @@ class _SavedConfig(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
+    base_model_name_or_path: Annotated[str, Field(min_length=1)]
+    revision: str | None = None
     r: _Number
     lora_alpha: _Number
     use_rslora: bool | None = None
@@ -68,13 +71,22 @@ class _SavedConfig(BaseModel):
     layers_to_transform: list[int] | int | None = None
     layer_replication: _Ranges | None = None
 
+    @model_validator(mode="after")
+    def _adapts_something(self) -> Self:
+        if self.target_modules is None or not (self.target_modules or self.target_parameters):
+            raise PydanticCustomError("targets", "does not say which modules it adapts")
+        return self
+
 
 def check_values(config: Mapping[str, Any], where: str) -> None:
     """Check the types of values that PEFT does not check. Raises AdapterError with every wrong value."""
     try:
         _SavedConfig.model_validate(config)
     except ValidationError as error:
-        messages = {str(details["loc"][0]): details["msg"].removeprefix("Input ") for details in error.errors()}
+        messages = {
+            str((*details["loc"], "target_modules")[0]): details["msg"].removeprefix("Input ")
+            for details in error.errors()
+        }
         raise AdapterError([_invalid(f"not valid: {what}", where, key) for key, what in messages.items()]) from None
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +28,6 @@ _UNLISTED = ("README.md", RECORD_FILE)
 """Files without a digest: users may edit the card, and the record cannot hold its own digest."""
 _BASE_KEYS = ("base_model_name_or_path", "revision")
 """Keys that do not count as an edit: the base may move; its fingerprint identifies it."""
-_LARGEST_CONFIG = 16 << 20
-_MOST_TENSORS, _LONGEST_NAME = 300_000, 1_000  # the largest mixtures of experts have 140,000 linear layers
 _READ_SUFFIXES = (
     ".json", ".jinja", ".jinja2", ".j2", ".model", ".py", ".pyc", ".so", ".tiktoken", ".spm", ".bpe", ".codes",
     ".vocab", ".safetensors", ".gguf",
@@ -120,21 +119,17 @@ class AdapterFiles:
         """
         if not self.record:
             return []
-        recorded_digests, digests = self.record["files"], manifest(self.path)
+        recorded, digests, since = self.record["files"], manifest(self.path), "since the adapter was saved"
         edits = {
-            name: "missing" if name not in digests else "changed since the adapter was saved"
-            for name, digest in recorded_digests.items()
+            name: f"changed {since}" if name in digests else "missing"
+            for name, digest in recorded.items()
             if digests.get(name) != digest
         }
-        edits |= {
-            name: "was added since the adapter was saved"
-            for name in digests
-            if is_read(name) and name not in recorded_digests
-        }
-        links = (path for path in _walk(self.path) if path.is_dir())  # `_walk` yields no other directories
-        edits |= {
-            link.relative_to(self.path).as_posix(): "a link to a directory, added since the adapter was saved"
-            for link in links
+        edits |= {name: f"was added {since}" for name in digests if is_read(name) and name not in recorded}
+        edits |= {  # `_walk` yields no other directories
+            path.relative_to(self.path).as_posix(): f"a link to a directory, added {since}"
+            for path in _walk(self.path)
+            if path.is_dir()
         }
         return [Problem(Code.ADAPTER_CHANGED, what, str(self.path / name)) for name, what in edits.items()]
 
@@ -147,18 +142,8 @@ def inspect(path: Path) -> AdapterFiles:
             out of the directory; a configuration that names code, or a base by a path that leads out of the directory;
             one after which PEFT cannot load what was trained; a record of a newer version.
     """
-    where = str(path)
-    if not path.exists():
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, "no such directory", where))
-    if not path.is_dir():
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, "is a file, not an adapter directory", where))
-    if not (path / CONFIG_FILE).is_file():
-        what = f"no {CONFIG_FILE} in this directory, so it holds no adapter"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, where))
-    if not (path / WEIGHTS_FILE).is_file():
-        pickle = " (adapter_model.bin is a pickle, and pickles are not opened)" if list(path.glob("*.bin")) else ""
-        what = f"no {WEIGHTS_FILE} in this directory{pickle}"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, where))
+    if what := _missing(path):
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path)))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
     shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
@@ -168,14 +153,28 @@ def inspect(path: Path) -> AdapterFiles:
     return files
 
 
+def _missing(path: Path) -> str:
+    """What is missing for an adapter directory; empty if nothing is."""
+    if not path.is_dir():
+        return "is a file, not an adapter directory" if path.exists() else "no such directory"
+    missing = next((name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()), "")
+    has_pickle = missing == WEIGHTS_FILE and any(path.glob("*.bin"))
+    pickle = " (adapter_model.bin is a pickle, and pickles are not opened)" if has_pickle else ""
+    return f"no {missing} in this directory, so it holds no adapter{pickle}" if missing else ""
+
+
 @progress("hashing the files")
 def manifest(directory: Path) -> dict[str, str]:
     """Name → SHA-256 of every file at any depth, except the model card, and except where the base is.
 
     Names are relative to the directory, with `/`. Records of older releases list only files directly in the directory.
     """
-    files = ((path.relative_to(directory).as_posix(), path) for path in _walk(directory) if path.is_file())
-    return {name: _digest(path) for name, path in files if name not in _UNLISTED and not _is_incidental(name)}
+    files = {path.relative_to(directory).as_posix(): path for path in _walk(directory) if path.is_file()}
+    return {
+        name: _digest(path)
+        for name, path in files.items()  # what an operating system or Jupyter leaves is read by no library
+        if name not in _UNLISTED and not is_incidental_file(name) and notebook_original(name) is None
+    }
 
 
 def _walk(directory: Path) -> Iterator[Path]:
@@ -186,11 +185,6 @@ def _walk(directory: Path) -> Iterator[Path]:
                 yield from _walk(path)
         else:
             yield path
-
-
-def _is_incidental(name: str) -> bool:
-    """Whether an operating system or Jupyter left a file. No library reads it."""
-    return is_incidental_file(name) or notebook_original(name) is not None
 
 
 def _digest(path: Path) -> str:
@@ -214,69 +208,49 @@ def is_read(name: str) -> bool:
 def _check_links(directory: Path) -> None:
     root = directory.resolve()
     for path in directory.rglob("*"):
-        where = str(path)
-        try:
-            is_outside = not path.resolve(strict=True).is_relative_to(root)
-        except (OSError, RuntimeError):
-            what, fix = "a link to a file that does not exist", "remove it"
-            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix)) from None
-        if not (path.is_file() or path.is_dir()):
-            what, fix = "a pipe, socket or device, not a file", "remove it"
-            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix))
-        if is_outside:
+        target = Path(os.path.realpath(path))
+        if not target.is_relative_to(root):
             what, fix = "leads out of the adapter directory", f"if it is yours, copy the files: cp -rL {directory} NEW"
-            raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, fix=fix))
+        elif not (target.is_file() or target.is_dir()):
+            what, fix = "a broken link, a pipe, a socket or a device, not a file", "remove it"
+        else:
+            continue
+        raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, str(path), fix=fix))
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(Problem(Code.ADAPTER_INVALID, f"not readable as JSON: {error}", str(path))) from None
+    return values if isinstance(values, dict) else {}
 
 
 def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    fix = "restore the file; or remove it, and the adapter is used without verification"
-    if path.stat().st_size > _LARGEST_CONFIG:
-        what = "larger than 16 MiB, so not the record of a run"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(path), fix=fix))
     record = _read_json(path)
     if reason := records.newer(RECORD_FILE, record):
         raise AdapterError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix="upgrade loratune"))
-    fingerprints, files = (record.get(key) if isinstance(record, dict) else None for key in ("fingerprints", "files"))
+    fingerprints, files = record.get("fingerprints"), record.get("files")
     lists_files = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()
     if not lists_files or not isinstance(fingerprints, dict) or not isinstance(fingerprints.get("base"), str):
+        fix = "restore the file; or remove it, and the adapter is used without verification"
         raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the record of a run", str(path), fix=fix))
-    return dict(record)
+    return record
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    where = str(path)
-    if path.stat().st_size > _LARGEST_CONFIG:
-        what = "larger than 16 MiB, so this is not a configuration"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
-    config = _read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+    where, key, config = str(path), "base_model_name_or_path", _read_json(path)
+    if config.get("peft_type") != "LORA":
         raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the configuration of a LoRA adapter", where))
-    base = config.get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, "does not name its base", where, "base_model_name_or_path"))
-    if not isinstance(config.get("revision"), str | None):
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the name of a revision", where, "revision"))
     adapter_config.check_values(config, where)
-    targets = config.get("target_modules")
-    if not isinstance(targets, list | str) or not (targets or config.get("target_parameters")):
-        what = "does not say which modules it adapts"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, "target_modules"))
     if keys := [key for key in _CODE if config.get(key)]:
         what = "names code, and code of an adapter is not run"
         raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, keys[0], "set it to null"))
-    if ".." in Path(base).parts:
-        what = f"{base} leads out of the directory that it starts from"
-        key, fix = "base_model_name_or_path", "write the whole path"
-        raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, key, fix))
+    if ".." in Path(config[key]).parts:
+        what = f"{config[key]} leads out of the directory that it starts from"
+        raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, key, "write the whole path"))
     return config
 
 
@@ -301,18 +275,13 @@ def _check_init(files: AdapterFiles) -> None:
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    where = str(path)
+    what = "holds no tensors"
     try:
         path.open("rb").close()  # safetensors reports a file that may not be read as absent
         with safe_open(path, framework="np") as file:
-            names = list(file.keys())
-            if len(names) > _MOST_TENSORS or any(len(name) > _LONGEST_NAME for name in names):
-                what = "has more tensors, or longer names, than any model has modules"
-                raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
-            if not names:
-                raise AdapterError(Problem(Code.ADAPTER_MISMATCH, "holds no tensors", where))
-            return {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    except PermissionError as error:
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, f"cannot be read: {error.strerror}", where)) from None
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, f"damaged: {error}", where)) from None
+        shapes, what = {}, f"damaged, or cannot be read: {error}"
+    if not shapes:
+        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, str(path)))
+    return shapes

@@ -28,27 +28,23 @@ from loratune.events import progress
 from loratune.kernels import Adapted
 from loratune.lora import adapter_config, initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.initialize import AdapterInit
+from loratune.lora.module_names import join_first
 from loratune.lora.parameters import Count, file_bytes
-from loratune.lora.start import start_values
 from loratune.lora.targets import Targets
 from loratune.lora.tensors import (
-    Untouched,
+    AdapterInit,
+    BaseSnapshot,
     Weights,
-    few,
     fill,
     not_finite,
     read_weights,
     restore,
-    untouched,
+    snapshot,
     weights,
 )
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio", "start_from"}
 """Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
-
-_METADATA = {"format": "pt"}
-"""What readers of safetensors files expect."""
 
 
 @progress("attaching LoRA")
@@ -104,11 +100,12 @@ def attach(
         ModelError: PEFT cannot adapt the model; an initialization or a setting does not fit its layers.
     """
     is_meta = next(base.parameters()).is_meta  # there are no values to initialize from
+    is_later = section.init_lora_weights in ("eva", "loftq")  # they start as plain LoRA, see `initialize_adapter`
     config = LoraConfig(
         task_type="CAUSAL_LM" if isinstance(base, PreTrainedModel) else None,
         base_model_name_or_path=base_name,
         revision=revision,
-        init_lora_weights=True if is_meta else initialize.peft_init(section),
+        init_lora_weights=True if is_meta or is_later else section.init_lora_weights,
         **section.model_dump(exclude=_NOT_PEFT | targeting.keys()) | dict(targeting),
     )
     targets.check_tokens(base, section, targeting)
@@ -154,7 +151,7 @@ def initialize_adapter(
     Raises:
         ModelError: As `initialize.eva` and `initialize.loftq`.
         DataError: As `initialize.eva`.
-        ConfigError, AdapterError: As `start_values`.
+        ConfigError, AdapterError: As `initialize.start_values`.
     """
     first: torch.Tensor = next(model.parameters())
     if not first.is_meta:
@@ -165,7 +162,7 @@ def initialize_adapter(
     tensors = {name: tensor.clone() for name, tensor in weights(model).items()}
     if start_from is None:
         return AdapterInit(tensors, initialize.becomes_plain_lora(section))
-    values = start_values(model, section, start_from, tensors)
+    values = initialize.start_values(model, section, start_from, tensors)
     if not first.is_meta:
         restore(model, values)
     return AdapterInit(values, to_plain_lora=False, base=tensors if section.bias != "none" else None)
@@ -178,7 +175,7 @@ def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None
         NumericError: A tensor holds NaN or inf, or every B is still as it was initialized.
     """
     if bad := not_finite(state):
-        what = f"{len(bad)} adapter tensors hold NaN or inf, among them {few(bad)}"
+        what = f"{len(bad)} adapter tensors hold NaN or inf, among them {join_first(bad, 3)}"
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what))
     if not start.has_changed(state):
         what = "training changed nothing: every lora_B still has its initial values"
@@ -198,7 +195,8 @@ def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) 
     config = copy(model.peft_config[model.active_adapter])
     config.inference_mode = True
     config.save_pretrained(str(directory))
-    save_file({name: tensor.cpu().clone() for name, tensor in state.items()}, directory / WEIGHTS_FILE, _METADATA)
+    tensors = {name: tensor.cpu().clone() for name, tensor in state.items()}
+    save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None) -> int:
@@ -273,7 +271,7 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
     return model
 
 
-def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
+def before_load(base: PreTrainedModel, files: AdapterFiles) -> BaseSnapshot:
     """The parameters that `load` may change in the base, with their present values.
 
     Raises:
@@ -281,7 +279,7 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> Untouched:
     """
     config = _saved_config(base, files)
     with _as_mismatch(files):
-        return untouched(base, config, files.changes_base)
+        return snapshot(base, config, files.changes_base)
 
 
 def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
@@ -340,22 +338,21 @@ def _wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftMod
 
 def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -> list[Problem]:
     """Each way in which the tensors of a file differ from those that the base needs."""
-    shapes = [
-        f"{name} {files.tensors[name]} where the base needs {shape}"
-        for name, shape in expected.items()
-        if name in files.tensors and files.tensors[name] != shape
-    ]
-    differences = (
-        ("are missing", sorted(expected.keys() - files.tensors.keys())),
-        ("belong to no module", sorted(files.tensors.keys() - expected.keys())),
-        ("have another shape", shapes),
-    )
-    fix = f"is {files.base} the base it was trained on?"
+    found = {
+        "are missing": sorted(expected.keys() - files.tensors.keys()),
+        "belong to no module": sorted(files.tensors.keys() - expected.keys()),
+        "have another shape": [
+            f"{name} {files.tensors[name]} where the base needs {shape}"
+            for name, shape in expected.items()
+            if files.tensors.get(name, shape) != shape
+        ],
+    }
+    where, fix = str(files.path), f"is {files.base} the base it was trained on?"
     return [
         Problem(
-            Code.ADAPTER_MISMATCH, f"{len(names)} tensors {kind}, among them {few(names)}", str(files.path), fix=fix
+            Code.ADAPTER_MISMATCH, f"{len(names)} tensors {kind}, among them {join_first(names, 3)}", where, fix=fix
         )
-        for kind, names in differences
+        for kind, names in found.items()
         if names
     ]
 

@@ -1,91 +1,45 @@
-"""How an adapter is initialized: from the base (PiSSA, OLoRA), from the data (EVA), or from what 4 bits lose (LoftQ).
+"""How an adapter is initialized: from the base (PiSSA, OLoRA), from the data (EVA), from what 4 bits lose (LoftQ), or
+from another adapter.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775) move a part of the base into
 the adapter, which is moved back on saving. With W = R + s·B0·A0 at the start, the result of training, R + s·B·A, is
 W + s·[B, -B0]·[A; A0], so the file holds a plain LoRA of rank 2r that fits the unchanged base.
 """
 
+import json
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, get_eva_state_dict
+from pydantic import ValidationError
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loratune.codes import Code
-from loratune.config import LoraSection
-from loratune.errors import DataError, ModelError, Problem
+from loratune.config import AUTO, LoraSection
+from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
 from loratune.lora import upstream
+from loratune.lora.adapter_config import adapted_modules, checked_settings, module_settings, parameters_of
+from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.lora.mixture import effective_keys
+from loratune.lora.module_names import WRAPPER_PREFIX, ends_in, join_counts, join_first, without_wrappers
+from loratune.lora.parameters import experts_of, wrapped_parameters
+from loratune.lora.tensors import Weights, read_adapter
 
 KEY = "lora.init_lora_weights"
-WRAPPER_PREFIX = "base_model.model."
 
 _MOST_FORWARDS = 1000
 """PEFT's loop for EVA (peft.tuners.lora.eva) repeats its batches until the directions settle, without a limit."""
 
 
-@dataclass(frozen=True)
-class AdapterInit:
-    """An adapter before its first step.
-
-    Attributes:
-        tensors: Name → initial value.
-        to_plain_lora: The values were taken out of the base, so that the adapter is saved as a plain LoRA of twice the
-            rank.
-        base: The values, its biases among them, with which the model computes what its base computes, where those of
-            `tensors` are of another adapter.
-    """
-
-    tensors: dict[str, torch.Tensor]
-    to_plain_lora: bool
-    base: dict[str, torch.Tensor] | None = None
-
-    def published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of a file that fits the unchanged base; `state` holds those that were trained."""
-        if not self.to_plain_lora:
-            return state
-        tensors = dict(state)
-        for name, tensor in state.items():
-            if "lora_A" in name:
-                tensors[name] = torch.cat([tensor, self.tensors[name].to(tensor)], dim=0)
-            elif "lora_B" in name:
-                tensors[name] = torch.cat([tensor, -self.tensors[name].to(tensor)], dim=1)
-        return tensors
-
-    def publish_config(self, config: dict[str, Any]) -> None:
-        """Change the content of an adapter_config.json to the ranks of `published`, which may be twice the trained."""
-        if not self.to_plain_lora:
-            return
-        factor = 2**0.5 if config["use_rslora"] else 2  # so that lora_alpha / r, or / sqrt(r), does not change
-        config["r"], config["lora_alpha"] = 2 * config["r"], factor * config["lora_alpha"]
-        for pattern, by in (("rank_pattern", 2), ("alpha_pattern", factor)):
-            config[pattern] = {name: by * value for name, value in (config[pattern] or {}).items()}
-
-    def has_changed(self, state: Mapping[str, torch.Tensor]) -> bool:
-        """Whether training changed any B, by more than rounding: every update of the base goes through B."""
-        least = 1e-10  # the first step of Adam is as long as its learning rate
-        steps = (tensor - self.tensors[name].to(tensor) for name, tensor in state.items() if _is_b(name))
-        return any(step.abs().max() > least for step in steps)
-
-
-def peft_init(section: LoraSection) -> Any:
-    """`init_lora_weights` as PEFT gets it: EVA and LoftQ start as plain LoRA, and are initialized later."""
-    return True if section.init_lora_weights in ("eva", "loftq") else section.init_lora_weights
-
-
 def becomes_plain_lora(section: LoraSection) -> bool:
     """Whether this initialization takes a part out of the base."""
     return str(section.init_lora_weights).startswith(("pissa", "olora"))
-
-
-def reads_base(section: LoraSection) -> bool:
-    """Whether PEFT reads or writes the base's weights for this initialization."""
-    return becomes_plain_lora(section) or section.init_lora_weights == "orthogonal"
 
 
 def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]) -> None:
@@ -100,12 +54,13 @@ def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]
         ModelError: They do not.
     """
     init, problems = section.init_lora_weights, {}
+    reads_base = becomes_plain_lora(section) or init == "orthogonal"
     owners = Counter(id(weight) for _, module in base.named_modules() for weight in module.parameters(recurse=False))
     for path, layer in base.named_modules():
         if not f".{path}".endswith(endings):
             continue
         kind = type(layer).__name__
-        if reads_base(section) and not (isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()):
+        if reads_base and not (isinstance(layer, nn.Linear | Conv1D) and layer.weight.is_floating_point()):
             what = f"{init} starts from the weights of linear layers that are not quantized; {path} is a {kind}"
             problems[KEY] = what
         elif becomes_plain_lora(section) and owners[id(layer.weight)] > 1:
@@ -214,5 +169,169 @@ def _lora_layers(model: PeftModel) -> Iterable[tuple[str, LoraLayer]]:
     return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
-def _is_b(name: str) -> bool:
-    return "lora_B" in name or "lora_embedding_B" in name
+# --- Starting from another adapter
+#
+# The scale of B·A may differ, by lora_alpha, r, rsLoRA or patterns: B is multiplied by the old scale over the new one.
+# A larger rank keeps the fresh values of the added rows of A and columns of B, of which PEFT initializes one to zero,
+# the other at random: their product is zero, and they can learn. Modules that are adapted for the first time start
+# fresh.
+
+START_KEY = "lora.start_from"
+
+_FACTOR = re.compile(
+    rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$"
+)
+_COMPARED = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
+"""Keys of an adapter's configuration that may be set, and are compared with those of the run."""
+
+
+def start_settings(files: AdapterFiles) -> dict[str, Any]:
+    """Rank, lora_alpha and targets of a saved adapter, as far as they are values of these keys in the section `lora`.
+
+    The rank is the highest of its tensors, as those of a run may not be lower; of tensors of several experts, it is the
+    one in the configuration. Whatever else is in its configuration is a stranger's, and left out.
+    """
+    ranks = adapted_modules(files.tensors)
+    of_modules = [rank for path, rank in ranks.items() if not parameters_of(files.config, path)]
+    of_parameters = [files.config["r"], *(files.config.get("rank_pattern") or {}).values()]
+    highest = max(of_modules if len(of_modules) == len(ranks) else [*of_modules, *of_parameters], default=0)
+    found = {"r": highest, "lora_alpha": files.config["lora_alpha"], "target_modules": files.config["target_modules"]}
+    if isinstance(alpha := found["lora_alpha"], float) and alpha.is_integer():
+        found["lora_alpha"] = int(alpha)
+    beside = {"target_parameters": files.config.get("target_parameters") or None}  # then there may be no modules
+    return {key: value for key, value in found.items() if _is_value({key: value} | beside, value)}
+
+
+def _is_value(section: dict[str, Any], value: Any) -> bool:
+    try:
+        LoraSection.model_validate(section)
+    except ValidationError:
+        return False
+    return bool(value != AUTO)
+
+
+def start_values(
+    model: PeftModel, section: LoraSection, files: AdapterFiles, fresh: Mapping[str, torch.Tensor]
+) -> Weights:
+    """The values with which a fresh adapter computes what a saved one computes.
+
+    Args:
+        model: The base with the fresh adapter, which may be on the meta device; then only the fit is checked.
+        section: The settings of the fresh adapter.
+        files: The saved one.
+        fresh: The tensors of the fresh one.
+
+    Returns:
+        The tensors of the fresh one with the values of the saved one.
+
+    Raises:
+        ConfigError: The settings contradict those of the saved adapter, or would lose a part of it.
+        AdapterError: As `adapter_config.checked_settings` and `tensors.read_adapter`; the saved adapter does not fit
+            the base, or is of a kind that is not trained further.
+    """
+    where = str(files.path / CONFIG_FILE)
+    unknown = {key: "is not trained here" for key in {*effective_keys(files)} - _COMPARED}
+    unknown |= {"init_lora_weights": f"{files.init} changes the base itself"} if files.changes_base else {}
+    if unknown:
+        raise AdapterError([Problem(Code.LORA_START, what, where, key) for key, what in sorted(unknown.items())])
+    checked_settings(files.config, files.tensors, where)
+    layers = {name.removeprefix(WRAPPER_PREFIX): layer for name, layer in _lora_layers(model)}
+    if problems := [*_contradictions(model, section, files, fresh)] or [*_lost_ranks(layers, files)]:
+        raise ConfigError(problems)
+    _check_shapes(fresh, files)
+    if next(iter(fresh.values())).is_meta:
+        return dict(fresh)
+    settings = module_settings(files.config, files.tensors, where, wrapped_parameters(model))
+    scales = {path: old.scaling / float(layers[path].scaling["default"]) for path, old in settings.items()}
+    saved = read_adapter(files)
+    return {
+        name: _grown(name, tensor, saved[name], scales, layers) if name in saved else tensor
+        for name, tensor in fresh.items()
+    }
+
+
+def _grown(
+    name: str, fresh: torch.Tensor, saved: torch.Tensor, scales: Mapping[str, float], layers: Mapping[str, LoraLayer]
+) -> torch.Tensor:
+    """A fresh tensor with the values of a saved one, whose rank may be lower.
+
+    Args:
+        name: Its name.
+        fresh: The fresh one.
+        saved: The saved one.
+        scales: Path → factor of B.
+        layers: Path → the adapted layer.
+    """
+    match = _FACTOR.match(name)
+    values = fresh.clone()
+    if match and match["kind"].endswith("B"):
+        scaled = saved.double() * scales[match["path"]] if scales[match["path"]] != 1 else saved
+        values[:, : saved.shape[1]] = scaled.to(fresh)
+    elif match and match["kind"].endswith("A"):
+        experts = experts_of(layers[match["path"]])  # whose rows follow each other; the columns of B are by rank
+        by_expert, old = values.view(experts, -1, fresh.shape[-1]), saved.to(fresh)
+        by_expert[:, : len(saved) // experts] = old.reshape(experts, -1, fresh.shape[-1])
+    else:
+        values.copy_(saved)
+    return values
+
+
+def _contradictions(
+    model: PeftModel, section: LoraSection, files: AdapterFiles, fresh: Mapping[str, torch.Tensor]
+) -> Iterator[Problem]:
+    """Settings that have to be those of the saved adapter, and what only one of the two adapts or trains whole."""
+    old, where = files.config, str(files.path)
+    was = {"use_dora": bool(old.get("use_dora")), "bias": old.get("bias") or "none"}
+    was |= {"trainable_token_indices": old.get("trainable_token_indices")}
+    now = section.model_dump(include={*was})
+    changed = [key for key in was if was[key] != now[key]]
+    for key in changed:
+        value = json.dumps(was[key])
+        what = (
+            f"the adapter has {key} {value} and this run {json.dumps(now[key])}, so it would not start as the adapter"
+        )
+        yield Problem(Code.LORA_START, what, where, START_KEY, f"set lora.{key} to {value}")
+    # Which tensors of a stacked parameter are whose follows from all parameters of its module together.
+    entries, stacked = old.get("target_parameters") or [], {*wrapped_parameters(model).values()}
+    names = (without_wrappers(name) for name, _ in model.get_base_model().named_parameters())
+    only = stacked ^ {name for name in names if any(ends_in(name, entry) for entry in entries)}
+    targets = adapted_modules({name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    only |= {path for path in adapted_modules(files.tensors) if not parameters_of(old, path) and path not in targets}
+    if not changed:
+        new = {name for name in fresh if not _FACTOR.match(name) and not name.endswith("bias")}
+        only |= new - {*files.tensors}  # biases are also those of modules that are adapted for the first time
+        only |= {name for name in files.tensors if not _FACTOR.match(name) and name not in fresh}
+    if only:
+        shown = join_counts(sorted(name.removeprefix(WRAPPER_PREFIX) for name in only), 4)
+        what = f"only one of the adapter and this run trains {shown}"
+        fix = "set lora.target_modules, target_parameters, layers_to_transform and modules_to_save as they were"
+        yield Problem(Code.LORA_START, what, where, START_KEY, fix)
+
+
+def _lost_ranks(layers: Mapping[str, LoraLayer], files: AdapterFiles) -> Iterator[Problem]:
+    """Modules whose rank would become smaller."""
+    saved = adapted_modules(files.tensors)
+    ranks = {path: (rank // experts_of(layers[path]), int(layers[path].r["default"])) for path, rank in saved.items()}
+    if lower := [path for path, (old, new) in ranks.items() if new < old]:
+        what = (
+            f"a part of the adapter would be lost on {join_counts(lower, 4)}: its rank is higher than that of this run"
+        )
+        fix = f"raise lora.r, or its rank_pattern, to {max(ranks[path][0] for path in lower)}"
+        yield Problem(Code.LORA_START, what, str(files.path), START_KEY, fix)
+
+
+def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
+    """Raises AdapterError: tensors are missing, or have another shape than this base needs, ranks left aside."""
+    ranks, wrong = adapted_modules(files.tensors), []
+    for name, tensor in fresh.items():
+        match, shape = _FACTOR.match(name), list(tensor.shape)
+        if name not in files.tensors and not (match and match["path"] in ranks):
+            continue  # of a module that is adapted for the first time
+        if match and match["kind"].endswith(("A", "B")):
+            shape[0 if match["kind"].endswith("A") else 1] = ranks[match["path"]]
+        if shape != [*files.tensors.get(name, ())]:
+            wrong.append(f"{name}, where the base needs {tuple(shape)}")
+    if wrong:
+        what = f"{len(wrong)} tensors are missing or have another shape, among them {join_first(wrong, 3)}"
+        fix = f"is {files.base} the base it was trained on?"
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path), START_KEY, fix))

@@ -104,24 +104,8 @@ def obstacles(files: AdapterFiles) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """A and B of one module, in float32, with all scales multiplied into B.
-
-    Attributes:
-        names: Those of A and B in the adapter file.
-        down: A, of shape (rank, inputs).
-        up: B, of shape (outputs, rank).
-    """
-
-    names: tuple[str, str]
-    down: torch.Tensor
-    up: torch.Tensor
-
-    @property
-    def outer(self) -> tuple[tuple[str, str], int, int]:
-        """What the same layer has in common in all adapters of one base."""
-        return self.names, self.down.shape[1], self.up.shape[0]
+_Factors = tuple[tuple[str, str], torch.Tensor, torch.Tensor]
+"""The names of A and B of one module in the adapter file; A; B with all scales multiplied into it; both in float32."""
 
 
 def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter:
@@ -133,23 +117,22 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
         AdapterError: An adapter is not plain LoRA, see `obstacles`; adapters have different shapes for one module; A or
             B is missing or has another rank; the sum is not finite.
     """
-    problems = [
+    if problems := [
         Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be mixed: {reason}", str(files.path / CONFIG_FILE), key)
         for files, _ in weighted
         for key, reason in obstacles(files).items()
-    ]
-    if problems:
+    ]:
         raise AdapterError(problems)
-    layers: dict[str, list[_Factors]] = {}
+    added: dict[str, list[_Factors]] = {}
     for files, weight in weighted:
-        for path, layer in _layers(files, weight).items():
-            others = layers.setdefault(path, [])
-            if others and others[0].outer != layer.outer:
-                what = f"{path} is {layer.outer} here and {others[0].outer} in {weighted[0][0].path}"
-                fix = "mix adapters of one base"
+        for path, (names, down, up) in _layers(files, weight).items():
+            others = added.setdefault(path, [(names, down, up)])
+            expected, first, last = others[0]
+            if (names, down.shape[1], up.shape[0]) != (expected, first.shape[1], last.shape[0]):
+                what, fix = f"{path} has another shape than in {weighted[0][0].path}", "mix adapters of one base"
                 raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path), fix=fix))
-            others.append(layer)
-    plain = _stacked(layers, [files for files, _ in weighted])
+            others += [(names, down, up)] if down is not first else []
+    plain = _stacked(added, [files for files, _ in weighted])
     if bad := not_finite(plain.tensors):
         what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {join_first(bad, 2)}"
         where, fix = str(weighted[0][0].path), "lower the weights"
@@ -165,24 +148,20 @@ def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
         what = f"{len(missing)} modules have only one of A and B, among them {join_first(missing, 2)}"
         raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path / WEIGHTS_FILE)))
     return {
-        path: _Factors(
-            (found["A"], found["B"]),
-            tensors[found["A"]].float(),
-            tensors[found["B"]].float() * (weight * settings[path].scaling),
-        )
-        for path, found in names.items()
+        path: ((a, b), tensors[a].float(), tensors[b].float() * (weight * settings[path].scaling))
+        for path, a, b in ((path, found["A"], found["B"]) for path, found in names.items())
     }
 
 
 def _stacked(layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles]) -> PlainAdapter:
     """Path → the layers that are added there, as one adapter."""
-    rank = max(sum(len(layer.down) for layer in added) for added in layers.values())
+    rank = max(sum(len(down) for _, down, _ in added) for added in layers.values())
     tensors: Weights = {}
     for added in layers.values():
-        down, up = torch.cat([layer.down for layer in added]), torch.cat([layer.up for layer in added], 1)
-        missing = rank - len(down)
-        tensors[added[0].names[0]] = pad(down, (0, 0, 0, missing)).contiguous()
-        tensors[added[0].names[1]] = pad(up, (0, missing)).contiguous()
+        names, downs, ups = zip(*added, strict=True)
+        down, up = torch.cat(downs), torch.cat(ups, 1)
+        tensors[names[0][0]] = pad(down, (0, 0, 0, rank - len(down))).contiguous()
+        tensors[names[0][1]] = pad(up, (0, rank - len(down))).contiguous()
     config = {key: files[0].config.get(key) for key in _KEPT} | {
         "r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "bias": "none", "rank_pattern": {},
         "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,

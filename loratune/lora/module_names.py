@@ -4,6 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+WRAPPER_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a base's modules."""
+
 # PEFT's own rule for layers_to_transform (peft.tuners.tuners_utils.check_target_module_exists).
 _PEFT_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
 

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from transformers.pytorch_utils import Conv1D
 
 from loratune.config import LoraSection
-from loratune.lora.initialize import WRAPPER_PREFIX
-from loratune.lora.module_names import join_counts, join_first, parent, short, without_wrappers
+from loratune.lora.module_names import WRAPPER_PREFIX, join_counts, join_first, parent, short, without_wrappers
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 """Where PEFT's layers keep A and B."""

@@ -16,10 +16,9 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.lora.adapter_config import ModuleSettings, adapted_modules, module_settings, parameters_of
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import natural_sort_key, pattern, shape_text, without_wrappers
+from loratune.lora.module_names import WRAPPER_PREFIX, natural_sort_key, pattern, shape_text, without_wrappers
 
-_PREFIX = "base_model.model."
-_A = re.compile(rf"^{re.escape(_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")
+_A = re.compile(rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def updates(files: AdapterFiles) -> list[Update]:
         for name in files.tensors:
             if match := _A.match(name):
                 path = match["path"]
-                partner = f"{_PREFIX}{path}.lora_{match['kind'] or ''}B{match['end'] or ''}"
+                partner = f"{WRAPPER_PREFIX}{path}.lora_{match['kind'] or ''}B{match['end'] or ''}"
                 shapes = files.tensors[name], files.tensors.get(partner, ())
                 if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
                     what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
@@ -76,22 +75,14 @@ def updates(files: AdapterFiles) -> list[Update]:
 
 
 def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
-    """What the configuration says of each path. Raises AdapterError: it says several things of a parameter."""
-    where, known = str(files.path / CONFIG_FILE), files.parameters
-    candidates = {path: parameters_of(files.config, path) for path in adapted_modules(files.tensors)}
-    of_first = known | {path: names[0] for path, names in candidates.items() if names and path not in known}
-    settings = module_settings(files.config, files.tensors, where, of_first)
-    for number in range(1, max(map(len, candidates.values()), default=0)):
-        others = {
-            path: names[number] for path, names in candidates.items() if number < len(names) and path not in known
-        }
-        found = module_settings(files.config, files.tensors, where, of_first | others)
-        if unclear := [path for path in others if found[path] != settings[path]]:
-            what = (
-                "has ranks or scales of its own for some parameters, and the files do not say whose tensors these are"
-            )
-            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where, unclear[0]))
-    return settings
+    """What the configuration says of each path. Raises AdapterError: it may say several things of a parameter."""
+    where, names = str(files.path / CONFIG_FILE), files.parameters
+    has_patterns = bool(files.config.get("rank_pattern") or files.config.get("alpha_pattern"))
+    for path in adapted_modules(files.tensors):
+        if has_patterns and path not in names and parameters_of(files.config, path):
+            what = "has ranks or scales of its own for some modules, and the files do not say whose tensors these are"
+            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where, path))
+    return module_settings(files.config, files.tensors, where, names)
 
 
 def _update(
@@ -160,7 +151,7 @@ def adapter_stats(files: AdapterFiles) -> AdapterStats:
     copies = {name: shape for (_, name), shape in files.copies.items()}
     for name, shape in (files.tensors | copies).items():
         if ".lora_" not in name:
-            module_pattern = pattern(without_wrappers(name.removeprefix("base_model.model.")))
+            module_pattern = pattern(without_wrappers(name.removeprefix(WRAPPER_PREFIX)))
             others[module_pattern] = others.get(module_pattern, 0) + math.prod(shape)
     return AdapterStats(
         base=files.base,

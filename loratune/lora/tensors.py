@@ -1,6 +1,6 @@
-"""The adapter's tensors: gathered whole from all processes, and taken out again to compare with the base."""
+"""The adapter's tensors: as they were initialized, gathered whole from all processes, and taken out to compare."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,10 +19,58 @@ from loratune.errors import AdapterError, Problem
 from loratune.kernels import full_tensor
 from loratune.lora import upstream
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
-from loratune.lora.initialize import WRAPPER_PREFIX, AdapterInit
+from loratune.lora.module_names import WRAPPER_PREFIX, join_first
 
 Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
+
+
+@dataclass(frozen=True)
+class AdapterInit:
+    """An adapter before its first step.
+
+    Attributes:
+        tensors: Name → initial value.
+        to_plain_lora: The values were taken out of the base, so that the adapter is saved as a plain LoRA of twice the
+            rank.
+        base: The values, its biases among them, with which the model computes what its base computes, where those of
+            `tensors` are of another adapter.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    to_plain_lora: bool
+    base: dict[str, torch.Tensor] | None = None
+
+    def published(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors of a file that fits the unchanged base; `state` holds those that were trained."""
+        if not self.to_plain_lora:
+            return state
+        tensors = dict(state)
+        for name, tensor in state.items():
+            if "lora_A" in name:
+                tensors[name] = torch.cat([tensor, self.tensors[name].to(tensor)], dim=0)
+            elif "lora_B" in name:
+                tensors[name] = torch.cat([tensor, -self.tensors[name].to(tensor)], dim=1)
+        return tensors
+
+    def publish_config(self, config: dict[str, Any]) -> None:
+        """Change the content of an adapter_config.json to the ranks of `published`, which may be twice the trained."""
+        if not self.to_plain_lora:
+            return
+        factor = 2**0.5 if config["use_rslora"] else 2  # so that lora_alpha / r, or / sqrt(r), does not change
+        config["r"], config["lora_alpha"] = 2 * config["r"], factor * config["lora_alpha"]
+        for pattern, by in (("rank_pattern", 2), ("alpha_pattern", factor)):
+            config[pattern] = {name: by * value for name, value in (config[pattern] or {}).items()}
+
+    def has_changed(self, state: Mapping[str, torch.Tensor]) -> bool:
+        """Whether training changed any B, by more than rounding: every update of the base goes through B."""
+        least = 1e-10  # the first step of Adam is as long as its learning rate
+        steps = (
+            tensor - self.tensors[name].to(tensor)
+            for name, tensor in state.items()
+            if "lora_B" in name or "lora_embedding_B" in name
+        )
+        return any(step.abs().max() > least for step in steps)
 
 
 def weights(model: PeftModel, name: str = "default") -> Weights:
@@ -116,12 +164,12 @@ def fill(model: PeftModel, files: AdapterFiles, name: str = "default") -> None:
     """
     result = set_peft_model_state_dict(model, read_adapter(files), name)
     if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
-        what = f"PEFT finds no module for {len(lost)} tensors, among them {few(lost)}"
+        what = f"PEFT finds no module for {len(lost)} tensors, among them {join_first(lost, 3)}"
         raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path)))
 
 
 @dataclass(frozen=True)
-class Untouched:
+class BaseSnapshot:
     """Parameters of a base that PEFT may change with an adapter, with their values before that.
 
     Attributes:
@@ -157,31 +205,33 @@ class Untouched:
                 setattr(module, name, parameter)
 
 
-def untouched(base: nn.Module, config: LoraConfig, changes_base: bool) -> Untouched:
+def snapshot(base: nn.Module, config: LoraConfig, changes_base: bool) -> BaseSnapshot:
     """Copy what PEFT may change in a base as it attaches a saved adapter of this configuration, and loads its tensors.
 
     Biases are small; the weights of adapted layers are copied only where it `changes_base`.
     """
     if config.layer_replication:
-        return Untouched((), "lora.layer_replication repeats its layers")
+        return BaseSnapshot((), "lora.layer_replication repeats its layers")
     values = []
     for path, module in base.named_modules():
         is_changed = changes_base and upstream.is_target(config, path)
         for name, parameter in module.named_parameters(recurse=False):
             if (is_changed and parameter.dim() > 1) or (config.bias != "none" and "bias" in name):
                 values.append((module, name, parameter.detach().clone()))
-    return Untouched(tuple(values))
+    return BaseSnapshot(tuple(values))
 
 
 def read_adapter(files: AdapterFiles) -> Weights:
     """The tensors of an adapter directory. Raises AdapterError: some hold NaN or inf, or no floating-point numbers."""
-    tensors, where = read_weights(files.path / WEIGHTS_FILE, files.tensors), str(files.path)
-    if integers := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
-        what = f"{len(integers)} tensors hold no floating-point numbers, among them {few(integers)}"
-        raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where))
-    if bad := not_finite(tensors):
-        what = f"{len(bad)} tensors hold NaN or inf, among them {few(bad)}"
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FINITE, what, where))
+    tensors = read_weights(files.path / WEIGHTS_FILE, files.tensors)
+    integers = [name for name, tensor in tensors.items() if not tensor.is_floating_point()]
+    for code, bad, what in (
+        (Code.ADAPTER_INVALID, integers, "no floating-point numbers"),
+        (Code.ADAPTER_NOT_FINITE, not_finite(tensors), "NaN or inf"),
+    ):
+        if bad:
+            what = f"{len(bad)} tensors hold {what}, among them {join_first(bad, 3)}"
+            raise AdapterError(Problem(code, what, str(files.path)))
     return tensors
 
 
@@ -220,11 +270,6 @@ def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of tensors that hold NaN or inf."""
     wide = ((name, tensor.float() if tensor.element_size() == 1 else tensor) for name, tensor in tensors.items())
     return [name for name, tensor in wide if not tensor.isfinite().all()]  # which float8 has no function for
-
-
-def few(names: Sequence[str]) -> str:
-    """The first of some names, for a message."""
-    return ", ".join(names[:3])
 
 
 @contextmanager

@@ -81,7 +81,7 @@ class Facts:
         processes: Of the run.
         unit_parameters: Counts the parameters that each unit of `r` brings; `r` of the section is higher than the ranks
             of its patterns.
-        start: Settings of the adapter that the run starts from, see `start.settings`; empty without one.
+        start: Settings of the adapter that the run starts from, see `initialize.start_settings`; empty without one.
         rows_in_pack: Rows of a pack on average; 1 where rows are not packed.
     """
 

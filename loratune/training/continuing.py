@@ -18,7 +18,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
 from loratune.lora import tensors
-from loratune.lora.start import KEY
+from loratune.lora.initialize import START_KEY as KEY
 from loratune.model import fingerprints, load
 from loratune.model.load import Base
 from loratune.system.launcher import Group

@@ -25,7 +25,7 @@ from loratune.errors import NumericError, Problem
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.attach import PeftModel
-from loratune.lora.initialize import AdapterInit
+from loratune.lora.tensors import AdapterInit
 from loratune.system.launcher import Group
 from loratune.text import plural
 from loratune.training.preferences import PreferenceObjective, ScoredBatch

@@ -8,7 +8,7 @@ notes.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,17 @@ from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import ModelError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets import entries, stacked
-from loratune.lora.targets.entries import resolve_pattern
-from loratune.lora.targets.survey import EXPERTS, SHARED_ROLES, Survey, chooser, short_names, take, unused_part
+from loratune.lora.targets import entries
+from loratune.lora.targets.survey import (
+    EXPERTS,
+    SHARED_ROLES,
+    Survey,
+    chooser,
+    parameter_obstacle,
+    short_names,
+    take,
+    unused_part,
+)
 from loratune.lora.targets.survey import ROLES as ROLES
 from loratune.lora.targets.survey import SERVES as SERVES
 from loratune.lora.targets.survey import STOCK as STOCK
@@ -132,7 +140,7 @@ def resolve(
             (every linear layer except the output embedding on which an adapter has an effect, with a note on what it
             leaves out) or a regular expression for whole paths.
         layers: `lora.layers_to_transform`, the numbers of the layers to adapt.
-        target_parameters: See `stacked.meaning`.
+        target_parameters: See `entries.parameters`.
         rank_pattern: Role, name or regular expression → r of the targets that it matches.
         alpha_pattern: The same for lora_alpha.
         modules_to_save: Roles and names of modules that are trained whole.
@@ -142,74 +150,74 @@ def resolve(
             cannot adapt, or contradicts another entry.
         ConfigError: A regular expression does not compile or takes too long; a list is empty.
     """
-    survey = take(model)
-    roles, problems = _meaning(survey, target_modules, target_parameters)
+    survey, key = take(model), "lora.{}_pattern"
+    roles, problems = {}, []
+    if target_modules or target_parameters is None:
+        roles, problems = entries.modules(survey, target_modules)
+    stacked, stacked_problems = entries.parameters(survey, target_parameters or ())
+    roles = {entry: (*roles.get(entry, ()), *stacked.get(entry, ())) for entry in [*roles, *stacked]}
+    problems += stacked_problems
     if layers is not None:
         roles, missing = entries.in_layers(roles, layers)
-        problems = [*problems, *missing]
+        problems += missing
     chosen = {path for paths in roles.values() for path in paths}
     modules = tuple(path for path in survey.modules if path in chosen)
     parameters = tuple(name for name in survey.parameters if name in chosen)
     targets = (*modules, *parameters)
     names, ambiguous = module_names.endings(modules, survey.modules, layers)
-    parameter_names, ambiguous_too = module_names.endings(parameters, survey.parameters, dots=1)
-    problems += [_ambiguous(path, entries.KEY) for path in ambiguous] + entries.without_effect(survey, modules)
-    problems += [_ambiguous(name, stacked.KEY) for name in ambiguous_too]
-    ranks, rank_problems, rank_notes = resolve_pattern(survey, targets, rank_pattern or {}, "lora.rank_pattern")
-    alphas, alpha_problems, alpha_notes = resolve_pattern(survey, targets, alpha_pattern or {}, "lora.alpha_pattern")
-    saved, saved_problems, saved_notes = entries.modules_to_save(survey, targets, modules_to_save or ())
-    if problems := [*problems, *rank_problems, *alpha_problems, *saved_problems]:
+    parameter_names, ambiguous_parameters = module_names.endings(parameters, survey.parameters, dots=1)
+    what = "PEFT cannot tell {} from another one whose path ends in the same way"
+    problems += [
+        Problem(Code.LORA_UNSUPPORTED, what.format(path), key=key, fix="target both or neither")
+        for key, paths in ((entries.KEY, ambiguous), (entries.PARAMETERS_KEY, ambiguous_parameters))
+        for path in paths
+    ]
+    problems += entries.without_effect(survey, modules)
+    ranks, *of_ranks = entries.resolve_pattern(survey, targets, rank_pattern or {}, key.format("rank"))
+    alphas, *of_alphas = entries.resolve_pattern(survey, targets, alpha_pattern or {}, key.format("alpha"))
+    saved, *of_saved = entries.modules_to_save(survey, targets, modules_to_save or ())
+    if problems := [*problems, *of_ranks[0], *of_alphas[0], *of_saved[0]]:
         raise ModelError(problems)
-    fused = {
-        module_names.pattern(path): tuple(survey.serves[path])
-        for path in modules
-        if len(survey.serves.get(path, "")) > 1
-    }
-    remarks = [*notes(survey, list(roles), targets), *rank_notes, *alpha_notes, *saved_notes]
-    to_save = tuple(saved) if modules_to_save is not None else None
+    fused = {module_names.pattern(path): tuple(survey.serves.get(path, "")) for path in modules}
+    remarks = dict.fromkeys([*notes(survey, list(roles), targets), *of_ranks[1], *of_alphas[1], *of_saved[1]])
     return Targets(
-        roles, modules, names, fused, tuple(dict.fromkeys(remarks)), ranks, alphas, to_save, parameters, parameter_names
+        roles=roles,
+        modules=modules,
+        names=names,
+        fused={place: served for place, served in fused.items() if len(served) > 1},
+        notes=tuple(remarks),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        modules_to_save=tuple(saved) if modules_to_save is not None else None,
+        parameters=parameters,
+        parameter_names=parameter_names,
     )
 
 
-def _meaning(survey: Survey, modules: Sequence[str] | str, parameters: Sequence[str] | str | None) -> entries.Meaning:
-    """The meaning of `target_modules` and `target_parameters` together. Raises ConfigError."""
-    if isinstance(modules, str):
-        roles, problems = entries.by_string(survey, modules)
-    elif modules or parameters is None:
-        roles, problems = entries.by_list(survey, modules)
-    else:
-        roles, problems = {}, []
-    others, further = stacked.meaning(survey, parameters)
-    joined = {entry: (*roles.get(entry, ()), *others.get(entry, ())) for entry in [*roles, *others]}
-    return joined, [*problems, *further]
-
-
-def _ambiguous(path: str, key: str) -> Problem:
-    what = f"PEFT cannot tell {path} from another one whose path ends in the same way"
-    return Problem(Code.LORA_UNSUPPORTED, what, key=key, fix="target both or neither")
-
-
-def notes(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
+def notes(survey: Survey, asked: Sequence[str], targets: Sequence[str]) -> list[str]:
     """All notes on the targets of a model.
 
     Args:
         survey: The model.
-        entries: The roles, names or `all-linear` that mean the targets.
+        asked: The roles, names or `all-linear` that mean the targets.
         targets: Paths of the targets.
     """
-    coverage = _left_out(survey, targets) if "all-linear" in entries else _hybrid(survey, entries, targets)
-    return [*coverage, *_shared(entries, targets), *_tied(survey, targets)]
+    found = _left_out(survey, targets) if "all-linear" in asked else []
+    if any(entry in ROLES for entry in asked):
+        names = dict.fromkeys(map(module_names.last, targets))
+        shared = {name: SHARED_ROLES[name] for name in names if name in SHARED_ROLES}
+        found += _hybrid(survey, {*targets})
+        found += [f"{name} computes {other} as well, which is adapted with it" for name, other in shared.items()]
+    return found + _tied(survey, {*targets})
 
 
-def _hybrid(survey: Survey, entries: Sequence[str], targets: Sequence[str]) -> list[str]:
+def _hybrid(survey: Survey, targets: Collection[str]) -> list[str]:
     """On a hybrid model: where attention is, and which mixers are not adapted."""
-    target_paths = set(targets)
-    free = [path for path in survey.mixers if path not in survey.obstacles and path not in target_paths]
-    if not free or not any(entry in ROLES for entry in entries):
+    free = [path for path in survey.mixers if path not in survey.obstacles and path not in targets]
+    if not free:
         return []
     kinds = ", ".join(dict.fromkeys(_kind(survey, survey.mixers[path]) for path in free))
-    others = "other " if any(path in target_paths for path in survey.mixers) else ""
+    others = "other " if any(path in targets for path in survey.mixers) else ""
     attention_layers, layers = _attention_layers(survey)
     where = f"all {layers} layers have attention"
     if attention_layers < layers:
@@ -235,26 +243,13 @@ def _attention_layers(survey: Survey) -> tuple[int, int]:
     return len(layers), sum(sizes)
 
 
-def _shared(entries: Sequence[str], targets: Sequence[str]) -> list[str]:
-    """Targets that compute something besides their roles, which is adapted with them."""
-    names = dict.fromkeys(map(module_names.last, targets)) if any(entry in ROLES for entry in entries) else {}
-    return [
-        f"{name} computes {SHARED_ROLES[name]} as well, which is adapted with it"
-        for name in names
-        if name in SHARED_ROLES
-    ]
-
-
-def _tied(survey: Survey, targets: Sequence[str]) -> list[str]:
+def _tied(survey: Survey, targets: Collection[str]) -> list[str]:
     """Targets that share their weight with another module, such as `lm_head` with the embedding, or whole blocks."""
     owners = [(path, id(weight)) for path, module in survey.modules.items() for weight in module.parameters(False)]
     count = Counter(weight for _, weight in owners)
-    target_paths = set(targets)
-    tied = {module_names.short(path): None for path, weight in owners if path in target_paths and count[weight] > 1}
-    if not tied:
-        return []
+    tied = {module_names.short(path): None for path, weight in owners if path in targets and count[weight] > 1}
     what = f"{module_names.join_first(list(tied), 6)}: the weight is shared with other modules"
-    return [f"{what}; each module has its own adapter, which therefore cannot be merged into the base"]
+    return [f"{what}; each module has its own adapter, which therefore cannot be merged into the base"] if tied else []
 
 
 def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
@@ -267,16 +262,17 @@ def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
             part = module_names.pattern(chooser(path)) or module_names.short(path)
             parts.setdefault(survey.obstacles[path], []).append(part)
     left_out = [name for name in survey.raw if name not in {*targets}]
-    experts = [name for name in left_out if name in survey.experts and not stacked.obstacle(survey, name)]
+    experts = [name for name in left_out if name in survey.experts and not parameter_obstacle(survey, name)]
     others = [name for name in left_out if name not in experts]
-    if experts:
-        hint = f"no linear layers, but experts in one tensor; {stacked.KEY}: [{EXPERTS}] adapts them"
-        parts[hint] = list(short_names(experts))
-    if others:
-        parts["no linear layers, but tensors of another form"] = list(short_names(others))
+    hint = f"no linear layers, but experts in one tensor; {entries.PARAMETERS_KEY}: [{EXPERTS}] adapts them"
+    parts |= {
+        hint: list(short_names(experts)),
+        "no linear layers, but tensors of another form": list(short_names(others)),
+    }
     return [
         f"all-linear leaves out {module_names.join_first(list(dict.fromkeys(names)), 6)}: {reason}"
         for reason, names in parts.items()
+        if names
     ]
 
 
@@ -294,16 +290,13 @@ def check_tokens(base: nn.Module, section: LoraSection, targeting: Mapping[str, 
     if section.trainable_token_indices is None or not isinstance(base, PreTrainedModel):
         return
     embedding = base.get_input_embeddings()
-    for path, module in base.named_modules():
-        if getattr(module, "weight", None) is not embedding.weight:
-            continue
-        for key in ("target_modules", "modules_to_save"):
-            if any(module_names.ends_in(path, name) for name in targeting.get(key) or ()):
-                what = f"both adapt {path}, which holds the embeddings"
-                keys = f"lora.{key} and lora.trainable_token_indices"
+    key = "lora.trainable_token_indices"
+    for path in (path for path, module in base.named_modules() if getattr(module, "weight", 0) is embedding.weight):
+        for other in ("target_modules", "modules_to_save"):
+            if any(module_names.ends_in(path, name) for name in targeting.get(other) or ()):
+                what, keys = f"both adapt {path}, which holds the embeddings", f"lora.{other} and {key}"
                 raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=keys, fix="keep one of them"))
     size = embedding.num_embeddings
     if unknown := [token for token in section.trainable_token_indices if token >= size]:
-        what = f"the model has no token {', '.join(map(str, unknown[:3]))}"
-        key, fix = "lora.trainable_token_indices", f"ids go from 0 to {size - 1}"
+        what, fix = f"the model has no token {', '.join(map(str, unknown[:3]))}", f"ids go from 0 to {size - 1}"
         raise ModelError(Problem(Code.LORA_UNKNOWN_TARGET, what, key=key, fix=fix))

@@ -136,10 +136,6 @@ class Survey:
         """What can be named instead: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
         return f"its linear modules: {module_names.join_counts(self.reachable(), 12)}"
 
-    def existing_roles(self) -> str:
-        """The roles that some module serves, in the order q, k, v, o."""
-        return "".join(role for role in "qkvo" if any(role in served for served in self.serves.values()))
-
 
 def take(model: nn.Module) -> Survey:
     """Survey a model, which may be on the meta device."""
@@ -300,3 +296,31 @@ def unused_part(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] 
     match = _OFF_TEXT.match(path)
     part = next((kind for kind in ancestors if _OFF_TEXT_LAYER.search(kind)), match.group() if match else "")
     return (part, "text does not pass there") if part else None
+
+
+_NOT_WRAPPED = frozenset({"DbrxExpertGLU", "Ernie4_5_MoeStatics", "JambaMambaMixer", "ZambaMambaMixer"})
+"""Classes whose parameters the model reads from outside, past an adapter, or which it calls with keywords alone, as
+PEFT's wrapper cannot be called."""
+
+
+def parameter_obstacle(survey: Survey, name: str) -> str:
+    """Why PEFT cannot adapt a parameter, or should not; empty if it can."""
+    weight, owner = survey.parameters[name], survey.modules.get(parent(name))
+    kind = type(owner).__name__
+    if owner is None:
+        return "PEFT adapts no parameter of the model itself"
+    if isinstance(owner, nn.Linear | Conv1D | nn.Embedding):
+        return survey.obstacles.get(parent(name)) or "a layer that lora.target_modules adapts"
+    if isinstance(owner, CONVOLUTIONS):
+        return f"it belongs to a {kind}"
+    if weight.dim() not in (2, 3):
+        return f"it has {weight.dim()} dimensions, and PEFT adapts tensors of 2 and 3"
+    if not weight.is_floating_point():
+        return "it is quantized"
+    if weight.dim() == 3 and len(weight) == 1 and getattr(owner, "is_transposed", False):
+        return "PEFT adds the update of a single expert the wrong way round"
+    if kind in _NOT_WRAPPED:
+        return f"a {kind} is not called as PEFT's wrapper around it could be"
+    if unused := unused_part(name, survey.modules):
+        return unused[1]
+    return "it chooses by rank, and no gradient passes a choice" if chooser(name) else ""
