@@ -29,7 +29,7 @@ from loratune.export.comparison import Texts, texts
 from loratune.export.llama_cpp import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
 from loratune.lora.mixture import PlainAdapter
-from loratune.system import containers
+from loratune.system import environment
 
 PATTERNS: dict[str, Any] = {
     "r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "down_proj", "model.layers.1.self_attn.v_proj"],
@@ -632,7 +632,7 @@ def test_llama_cpp_has_as_many_threads_as_it_may(
     fake_llama: None, monkeypatch: pytest.MonkeyPatch, given: str, processors: float, expected: int
 ) -> None:
     """As OMP_NUM_THREADS says, or else as the processors that the container may use."""
-    monkeypatch.setattr(containers, "processors", lambda: processors)
+    monkeypatch.setattr(environment, "processors", lambda: processors)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     agreement = answer_of_fake(expected)
     assert (agreement.answers, agreement.counts, agreement.exact, agreement.mean) == (2, 2, 2, 0.0)

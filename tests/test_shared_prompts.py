@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from loratune.adapter import shared_prompts
 from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.data.packing import pad
-from loratune.kernels import row_losses
+from loratune.kernels import row_sums
 
 PREFIX, LENGTHS = 12, (24, 20, 13)
 ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -44,7 +44,8 @@ def losses(model: Any, prompts: SharedPrompts, rows: list[list[int]], *, shared:
     batch = prompts.batch(rows, "right", first=PREFIX - 1) if shared else prompts.plain(rows, "right")
     assert ("cache" in batch) is shared
     labels = pad(labelled, 0)["labels"][:, -batch["input_ids"].shape[1] :]
-    found: list[float] = row_losses(model, batch | {"use_cache": shared}, labels).tolist()
+    logits = model(**batch | {"use_cache": shared}).logits
+    found: list[float] = row_sums(model, logits, labels, torch.full((len(rows),), labels.shape[1])).tolist()
     return found
 
 

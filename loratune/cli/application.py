@@ -16,7 +16,7 @@ from loratune.codes import Code
 from loratune.console import EscapedStream, err, escape_output
 from loratune.errors import ConfigError, Problem
 from loratune.events import progress
-from loratune.system import containers
+from loratune.system import environment
 from loratune.system.files import path_problem
 
 if TYPE_CHECKING:
@@ -106,12 +106,12 @@ def importing(*, computes: bool = False) -> Iterator[None]:
 
     What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
 
-    computes: The first imports of a command that computes for long; see `containers.limit_threads`.
+    computes: The first imports of a command that computes for long; see `environment.limit_threads`.
     """
     gc.disable()
     try:
         with redirect_stdout(sys.stderr), progress("loading libraries") if err.is_interactive else nullcontext():
-            if computes and (line := containers.limit_threads()):
+            if computes and (line := environment.limit_threads()):
                 log_all([line])
             yield
     finally:

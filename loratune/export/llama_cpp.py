@@ -16,7 +16,7 @@ import numpy as np
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
-from loratune.system.containers import threads
+from loratune.system.environment import threads
 
 PACKAGE = "xllamacpp"
 SCRIPT = Path(__file__).with_name("llama_cpp_process.py")

@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from loratune.system.directories import EXPORT
 from loratune.system.files import check_free_space, explain_full_disk
 from loratune.system.output_dir import OutputDirectory
-from loratune.system.replacing import EXPORT
 
 
 def check(named: Path, *, overwrite: bool, inputs: Mapping[str, Path]) -> OutputDirectory:

@@ -26,6 +26,5 @@ from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_logits as next_token_logits
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.loss import row_counts as row_counts
-from loratune.kernels.loss import row_losses as row_losses
 from loratune.kernels.loss import row_sums as row_sums
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

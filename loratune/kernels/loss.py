@@ -2,8 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,59 +98,21 @@ def _taken(model: Any) -> Tensor | None:
     return losses
 
 
-def row_losses(model: Any, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-    """The sums of `next_token_loss` of a model without a `LossHead`, row by row.
-
-    Logits are computed at supervised positions only, where the model has an output layer that takes the hidden states
-    of all positions.
-
-    Args:
-        model: A `PeftModel`, or a model of transformers.
-        inputs: What it is called with.
-        labels: (rows, length), int64, -100 at positions without supervision.
-
-    Returns:
-        (rows,), float64 on the CPU, in nats.
-    """
-    sums, targets = torch.zeros(len(labels), dtype=torch.float64), labels[:, 1:]
-    supervised = targets >= 0
-    if not supervised.any():
-        return sums
-
-    with _output_at(model, labels.shape, lambda hidden: hidden[:, :-1][supervised].unsqueeze(0)):
-        logits = model(**inputs).logits
-    if logits.shape[:2] == labels.shape:
-        logits = logits[:, :-1][supervised]
-    losses = functional.cross_entropy(logits.flatten(0, -2).float(), targets[supervised], reduction="none")
-    return sums.index_add_(0, supervised.nonzero()[:, 0].cpu(), losses.cpu().double())
-
-
 @torch.no_grad()
 def next_token_logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """(vocabulary,), float32 on the CPU: what a model as of `row_losses` predicts after some ids."""
+    """(vocabulary,), float32 on the CPU: what a model without a `LossHead` predicts after some ids."""
     inputs = torch.tensor([ids], device=model.device)
-    with _output_at(model, inputs.shape, lambda hidden: hidden[:, -1:]):
-        logits: Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
-    return logits[0, -1].float().cpu()
 
-
-@contextmanager
-def _output_at(model: Any, shape: torch.Size, select: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, the output layer of a model is given some of the hidden states of a batch only, where it takes those of
-    all positions. shape: of the batch. select: takes these states."""
-
-    def selected(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    def last(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = given
-        is_whole = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[:2] == shape
-        return (select(hidden), *others) if is_whole else given
+        return (hidden[:, -1:], *others) if hidden.shape[:2] == inputs.shape else given
 
-    output = model.get_output_embeddings()
-    hook = output.register_forward_pre_hook(selected) if output is not None else None
+    hook = model.get_output_embeddings().register_forward_pre_hook(last)
     try:
-        yield
+        logits: Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
     finally:
-        if hook is not None:
-            hook.remove()
+        hook.remove()
+    return logits[0, -1].float().cpu()
 
 
 @dataclass(frozen=True)

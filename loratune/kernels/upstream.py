@@ -1,22 +1,37 @@
-"""What this package uses of other libraries although their documentation does not mention it.
+"""What kernels and the estimate of memory use of other libraries although their documentation does not mention it.
 
 Each such name stands here once, with the reason why no documented one serves. tests/test_upstream_kernels.py names
 those that a release takes away.
 """
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
 from transformers.integrations.liger import apply_liger_kernel as apply_liger_kernel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import eager_mask as eager_mask
 from transformers.masking_utils import sdpa_mask as sdpa_mask
+from transformers.quantizers.base import get_keys_to_not_convert as get_keys_to_not_convert
 
 # apply_liger_kernel: Liger's documented functions patch a class before a model is built; this one patches a model.
 # sdpa_attention_forward, sdpa_mask, eager_mask: the stock attention and its masks. They are documented only as
 # registered under the names "sdpa" and "eager", and cannot be looked up there while others stand in for them.
+# FakeTensorMode, unset_fake_temporarily: operations on tensors without data, and one with data in between. torch
+# documents them for authors of compilers, under these underscored names only.
+# TorchDispatchMode: sees every operation, those of the backward included; hooks of modules see only calls of modules.
+# tree_leaves: the tensors in the results of an operation.
+# get_keys_to_not_convert: the modules that transformers leaves out when it quantizes a model. What is documented takes
+# their names and does not return them.
+
+FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
+"""Where torch logs an operation that fails without data, as an error of its own."""
 
 
 def attn_implementation(model: Any) -> str:

@@ -15,11 +15,11 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune.config import TrainingSection
 from loratune.events import progress
+from loratune.kernels.upstream import get_keys_to_not_convert
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace
-from loratune.memory.upstream import get_keys_to_not_convert
-from loratune.system import containers
+from loratune.system import environment
 
 WeightFormat = Literal["none", "8bit", "4bit"]
 """How the linear layers of the base are quantized."""
@@ -119,7 +119,7 @@ def available(device: torch.device) -> int:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         bounds.append(limit - int(psutil.Process().memory_info().vms))
-    return int(max(0, min(*bounds, containers.free_memory())))
+    return int(max(0, min(*bounds, environment.free_memory())))
 
 
 def peak() -> dict[str, int]:

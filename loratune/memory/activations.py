@@ -21,11 +21,14 @@ from transformers.pytorch_utils import Conv1D
 
 from loratune import kernels
 from loratune.kernels import Adapted
-from loratune.kernels.upstream import attn_implementation, has_hooks, is_fake, storage_id
-from loratune.memory.upstream import (
+from loratune.kernels.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,
     TorchDispatchMode,
+    attn_implementation,
+    has_hooks,
+    is_fake,
+    storage_id,
     tree_leaves,
     unset_fake_temporarily,
 )

@@ -1,12 +1,97 @@
-"""Environment variables: the caches that they name, and foreign code that changes them."""
+"""What the process is given: processors and memory of its container, environment variables, and the caches they name.
+
+Of the control groups of Linux, files of both versions are read, see cgroups(7). The limits of a group hold for the
+groups in it, so those of all groups are read from the process's own up to the outermost one that it can see, which in a
+container is the container's.
+"""
 
 import errno
+import math
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+_THREADS = "OMP_NUM_THREADS"
+_ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def processors() -> float:
+    """How many processors' time the process may use; infinity without a limit."""
+    limits = [float("inf")]
+    for group in _groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with suppress(OSError, ValueError, OverflowError):
+                quota, period = " ".join((group / name).read_text() for name in names).split()
+                if quota != "max" and min(int(quota), int(period)) > 0:
+                    limits.append(int(quota) / int(period))
+    return min(limits)
+
+
+def threads() -> int:
+    """How many threads a program should have: OMP_NUM_THREADS, or the processors that this process may use."""
+    given = os.environ.get(_THREADS, "").partition(",")[0]
+    if given.isascii() and given.isdecimal() and int(given) > 0:
+        return int(given)
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), processors())))
+
+
+def limit_threads() -> str:
+    """Set OMP_NUM_THREADS in a container that may use fewer processors than it sees, unless the user has set it.
+
+    OpenMP reads it as torch is loaded, so it is too late afterwards. With a thread for each processor that is seen, the
+    kernel would halt all of them again and again.
+
+    Returns:
+        A line for the user, empty where nothing was set.
+    """
+    seen, allowed = len(os.sched_getaffinity(0)), processors()
+    if "torch" in sys.modules or allowed > seen - 1 or os.environ.get(_THREADS):
+        return ""
+    os.environ[_THREADS] = str(threads())
+    return f"a container may use {allowed:g} of {seen} processors, so there are fewer threads ({_THREADS}={threads()})"
+
+
+def free_memory() -> float:
+    """Bytes that the process may still take; infinity without a limit.
+
+    What the kernel keeps of files counts as free: it gives that back when it is needed.
+    """
+    limits = [float("inf")]
+    names = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
+    for group in _groups("memory"):
+        for limit, usage, prefix in names:
+            with suppress(OSError, ValueError):
+                if (most := (group / limit).read_text().strip()) != "max":
+                    limits.append(int(most) - int((group / usage).read_text()) + _file_pages(group, prefix))
+    return min(limits)
+
+
+def _file_pages(group: Path, prefix: str) -> int:
+    """Bytes of files that a group's memory holds. prefix: of the names that count the groups in it too."""
+    try:
+        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        values = {name: int(value) for name, value in pairs}
+    except (OSError, ValueError):
+        return 0
+    return sum(values.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """The directories of the groups of this process, from its own outwards, as far as they can be seen."""
+    places = {_ROOT: _ROOT, _ROOT / controller: _ROOT / controller}  # where groups of either version are → its own
+    with suppress(OSError, ValueError):
+        for line in _OWN.read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            root = _ROOT if number == "0" else _ROOT / controller
+            if number == "0" or controller in controllers.split(","):
+                places[root] = root / path.lstrip("/")
+    for root, own in places.items():
+        yield own
+        yield from (parent for parent in own.parents if parent.is_relative_to(root))
 
 
 @contextmanager

@@ -11,7 +11,21 @@ from typing import Self, TextIO
 from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, is_disk_full
 from loratune.events import note
-from loratune.system.directories import Contents, remove_own, scan_all, scan_recorded, shortened
+from loratune.system.directories import (
+    ADAPTER,
+    CONFIG_INPUT,
+    EXPORT,
+    START_INPUT,
+    Contents,
+    Inputs,
+    OutputKind,
+    check_replaceable,
+    check_unused,
+    remove_own,
+    scan_all,
+    scan_recorded,
+    shortened,
+)
 from loratune.system.files import (
     contains,
     explain_full_disk,
@@ -22,16 +36,6 @@ from loratune.system.files import (
     kind,
     open_lock,
     sync,
-)
-from loratune.system.replacing import (
-    ADAPTER,
-    CONFIG_INPUT,
-    EXPORT,
-    START_INPUT,
-    Inputs,
-    OutputKind,
-    check_replaceable,
-    check_unused,
 )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loratune.__main__ import main
-from loratune.system import containers
+from loratune.system import environment
 from peers.common import Answer, job, reply
 
 first: list[float] = []
@@ -42,7 +42,7 @@ def config() -> Path:
 
 
 task = job()
-containers.limit_threads()  # As the command line does, before torch is loaded.
+environment.limit_threads()  # As the command line does, before torch is loaded.
 
 import torch  # noqa: E402
 from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402

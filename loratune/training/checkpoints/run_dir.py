@@ -6,10 +6,9 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
-from loratune.system.directories import Contents
+from loratune.system.directories import Contents, Inputs
 from loratune.system.files import is_directory, is_file, sync
 from loratune.system.output_dir import OutputDirectory
-from loratune.system.replacing import Inputs
 from loratune.training.checkpoints.contents import (
     CHECKPOINT,
     MANIFEST,

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from loratune import memory
-from loratune.system import containers
+from loratune.system import environment
 
 ASK = """
 import json, os, pathlib, sys
-from loratune.system import containers
-containers._ROOT, containers._OWN = map(pathlib.Path, sys.argv[1:])
-print(json.dumps([containers.limit_threads(), os.environ.get("OMP_NUM_THREADS"), "torch" in sys.modules]))
+from loratune.system import environment
+environment._ROOT, environment._OWN = map(pathlib.Path, sys.argv[1:])
+print(json.dumps([environment.limit_threads(), os.environ.get("OMP_NUM_THREADS"), "torch" in sys.modules]))
 """
 several = pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is nothing to limit")
 
@@ -105,8 +105,8 @@ def test_the_memory_that_a_container_has_left(name: str, tmp_path: Path, monkeyp
     """What the kernel keeps of files can be taken."""
     own, files, free = MEMORY[name]
     groups, listing = made(tmp_path, own, files)
-    monkeypatch.setattr(containers, "_ROOT", groups)
-    monkeypatch.setattr(containers, "_OWN", listing)
-    assert containers.free_memory() == free
+    monkeypatch.setattr(environment, "_ROOT", groups)
+    monkeypatch.setattr(environment, "_OWN", listing)
+    assert environment.free_memory() == free
     before = memory.available(torch.device("cpu"))
     assert before <= free and (before == free) == (free < 10_000)
