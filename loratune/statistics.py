@@ -8,8 +8,9 @@ the same rows. Copies of a row add no information: whoever calls counts them onc
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,11 +35,6 @@ _ROUNDING = 1e-12
 """A relative spread below which all rows are the same but for rounding."""
 
 
-def finite(value: float | None) -> float | None:
-    """A number as JSON has it: None for inf and NaN, which it has no word for."""
-    return value if value is not None and math.isfinite(value) else None
-
-
 @dataclass(frozen=True)
 class Interval:
     """A 95 % confidence interval."""
@@ -49,6 +45,16 @@ class Interval:
     def as_json(self) -> list[float]:
         """`[low, high]`."""
         return [self.low, self.high]
+
+
+def finite(value: Any) -> Any:
+    """A value as JSON has it, also inside dicts: None for inf and NaN, which it has no word for; `[low, high]` of an
+    interval."""
+    if isinstance(value, Mapping):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, Interval):
+        return [finite(value.low), finite(value.high)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def wilson(matches: float, rows: float) -> Interval:

@@ -19,9 +19,9 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.compare import comparison
 from loratune.compare import text as wording
-from loratune.compare.preferences import RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, metrics_of
+from loratune.compare.answers import ComparedAnswer, ComparedRow, ModelAnswer
+from loratune.compare.metrics import ADAPTER, BASE, RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, metrics_of
 from loratune.compare.requirements import OPTION
-from loratune.compare.results import ADAPTER, BASE, ComparedAnswer, ComparedRow, ModelAnswer
 
 Cli = Callable[..., Ran]
 

@@ -1,8 +1,6 @@
 """`loratune evaluate --tasks` on tasks of a few rows, against stock PEFT computed a choice at a time in float32."""
 
-import io
 import json
-import logging
 import math
 import os
 import random
@@ -26,7 +24,7 @@ from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.compare import harness
-from loratune.compare.results import ADAPTER, BASE
+from loratune.compare.metrics import ADAPTER, BASE
 
 Cli = Callable[..., Ran]
 QUESTIONS = [f"{number} and {number} make" for number in range(12)]
@@ -233,24 +231,6 @@ def test_what_is_required_of_tasks_alone(place: Path) -> None:
     assert [one["met"] for one in others] == [False, False]
     ran = run(place / "adapter", path, "--require", "choices.acc>0")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", "--require"))
-
-
-def test_loaders_of_rows_are_quiet(tmp_path: Path, place: Path) -> None:
-    """Their handlers write to the stderr of their import, such as lines on each retry without a network."""
-    shutil.copy(place / "tasks" / "rows.jsonl", tmp_path)
-    (tmp_path / "own.py").write_text(
-        "import logging\n\n\ndef loud(rows):\n"
-        "    logging.getLogger('huggingface_hub.utils').warning('Retrying')\n    return rows\n"
-    )
-    path = task(tmp_path, "loud", **CHOICE)
-    path.write_text(path.read_text() + "process_docs: !function own.loud\n")
-    logger, handler = logging.getLogger("huggingface_hub"), logging.StreamHandler(stream := io.StringIO())
-    logger.addHandler(handler)
-    try:
-        harness.open_tasks([str(path)])
-        assert stream.getvalue() == "" and handler.stream is stream
-    finally:
-        logger.removeHandler(handler)
 
 
 SHUFFLING = "import random\n\n\ndef shuffled(rows):\n    return rows.select(random.sample(range(12), 12))\n"

@@ -16,10 +16,9 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.compare import comparison, metrics, tasks
 from loratune.compare import text as wording
-from loratune.compare.answers import Judging, majority_answers
-from loratune.compare.metrics import ExpectedTextError
-from loratune.compare.results import ADAPTER, BASE, ComparedRow, ModelAnswer
-from loratune.compare.tasks import PERPLEXITY, WEIGHTED_PERPLEXITY, TaskResults
+from loratune.compare.answers import ComparedRow, Judging, ModelAnswer, majority_answers
+from loratune.compare.metrics import ADAPTER, BASE, ExpectedTextError
+from loratune.compare.tasks import TaskResults
 from loratune.errors import ConfigError, NumericError
 
 
@@ -200,7 +199,7 @@ def test_an_adapter_that_is_better_than_one_answer() -> None:
     all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
     found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
     evaluation = comparison.compare_rows(found, majority=majority_answers(found, Judging()))
-    assert not wording.majority(evaluation) and evaluation.paired()["majority"]["exact_match"].verdict == "better"
+    assert not wording.majority(evaluation) and evaluation.paired["majority"]["exact_match"].verdict == "better"
 
 
 def test_more_rows_are_asked_for_where_they_would_help() -> None:
@@ -294,16 +293,16 @@ def test_the_difference_of_means_and_of_perplexities() -> None:
     interval = statistics.mean_ratio_interval(adapter - base, np.ones(200))
     assert interval and plain.interval.as_json() == pytest.approx(interval.as_json())
     likelihoods = {BASE: (-base).tolist(), ADAPTER: (-adapter).tolist()}
-    found = difference(likelihoods, PERPLEXITY)
+    found = difference(likelihoods, "perplexity")
     perplexity = math.exp(base.mean())
     assert (found.value, found.verdict) == (pytest.approx(math.exp(adapter.mean()) - perplexity), "better")
     assert found.interval.as_json() == pytest.approx([perplexity * math.expm1(end) for end in interval.as_json()])
     counted = {model: [(value, 2) for value in values] for model, values in likelihoods.items()}
-    assert difference(counted, WEIGHTED_PERPLEXITY).value == pytest.approx(
+    assert difference(counted, "weighted_perplexity").value == pytest.approx(
         math.exp(adapter.mean() / 2) - math.exp(base.mean() / 2)
     )
     huge = {model: [value * 1000 for value in values] for model, values in likelihoods.items()}
-    assert difference(huge, PERPLEXITY).interval is None
+    assert difference(huge, "perplexity").interval is None
     assert difference({BASE: ["a", "b"], ADAPTER: ["a", "c"]}, "").verdict is None
 
 

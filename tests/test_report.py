@@ -20,8 +20,8 @@ from test_adapter_stats import save_adapter
 from test_preferences import config as preferences_config
 
 from loratune.codes import Code
+from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.comparison import compare_rows
-from loratune.compare.results import ComparedRow, ModelAnswer
 from loratune.data.report import Report
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update

@@ -16,16 +16,11 @@ from loratune import statistics
 from loratune.codes import Code
 from loratune.compare import comparison, requirements, tasks
 from loratune.compare import text as wording
+from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.comparison import Comparison
 from loratune.compare.losses import Difference
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE
 from loratune.compare.requirements import OPTION, Requirement
-from loratune.compare.results import (
-    ADAPTER,
-    AGAINST,
-    BASE,
-    ComparedRow,
-    ModelAnswer,
-)
 from loratune.compare.tasks import TaskResults
 from loratune.errors import ConfigError, RequirementError
 from loratune.statistics import Interval
@@ -177,7 +172,7 @@ def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
     if one.interval.low > 0:
         assert not verdict(found, "exact_match>base")
     shown = replace(one, interval=Interval(0.01, 0.1))
-    found = replace(found, differences=found.differences | {"exact_match": shown})
+    found = replace(found, paired={BASE: {**found.differences, "exact_match": shown}})
     assert not verdict(found, "exact_match>base") and verdict(found, "exact_match>=base")
 
 

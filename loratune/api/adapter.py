@@ -21,7 +21,7 @@ from loratune.compare import metrics as known_metrics
 from loratune.compare.answers import Judging
 from loratune.compare.comparison import Comparison
 from loratune.config import DataSection, Source
-from loratune.data import DatasetSplit, row_hashes
+from loratune.data import DatasetSplit
 from loratune.data.formats import Message
 from loratune.data.sources import GIVEN, GivenRows, given_rows
 from loratune.events import Listener, listening
@@ -137,14 +137,13 @@ class Adapter:
         with listening(on_event):
             other = None if against is None else against if isinstance(against, Adapter) else Adapter(against)
             split = self._read(rows)
-            judging = Judging(known_metrics.parse(metrics), False)
             return evaluation.evaluate(
                 self._directory,
                 split,
                 against=other._directory if other is not None else None,
-                judging=judging,
+                judging=Judging(known_metrics.parse(metrics)),
                 forgetting=self._unrelated(forgetting) if forgetting is not None else None,
-                overlap=row_hashes.find_overlap(split, self.path),
+                loaded=self._loaded if other is None else None,
             )
 
     def merge(

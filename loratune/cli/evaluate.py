@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from loratune.compare.comparison import Comparison
     from loratune.compare.requirements import Requirement
     from loratune.data import DatasetSplit
-    from loratune.data.row_hashes import Overlap
     from loratune.system.output_file import Output
 
 
@@ -129,7 +128,7 @@ def evaluate(
         if data is None:
             return _evaluate_tasks(info, names, limit, required, as_json)
         opened = _open_tasks(names, limit, required) if names else None
-        split, overlap = _read_rows(data, info, required, allow_overlap=allow_overlap)
+        split = _read_rows(data, info, required, allow_overlap=allow_overlap)
         fields = split.own_fields() if file is not None or worst else {}
         if parsed and split.kind is not None:
             what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
@@ -140,10 +139,9 @@ def evaluate(
             from loratune.commands.evaluate import evaluate
             from loratune.compare.answers import Judging
 
-        found = evaluate(
-            info, split, against=other, judging=Judging(parsed, file is not None), forgetting=unrelated,
-            overlap=overlap, required=required, tasks=opened, 
-        )  # fmt: skip
+        judging = Judging(parsed, file is not None)
+        found = evaluate(info, split, against=other, judging=judging, forgetting=unrelated, tasks=opened)
+        found = found.judged(required)
         log_all(found.remarks)
         _show(found, file, fields, worst, as_json)
         requirements.check_met(found.requirements)
@@ -151,20 +149,20 @@ def evaluate(
 
 def _read_rows(
     data: str, info: "AdapterDirectory", required: list["Requirement"], *, allow_overlap: bool
-) -> tuple["DatasetSplit", "Overlap"]:
-    """The rows, and which of them are also in train. Raises as `requirements.check_rows` does."""
+) -> "DatasetSplit":
+    """The rows, with what is required of them. Raises as `requirements.check_rows` does."""
     from loratune.compare import requirements
     from loratune.config import Source
     from loratune.console import log
     from loratune.data import read_source, row_hashes
 
     split = read_source(Source(path=data), info.data)
-    overlap = row_hashes.find_overlap(split, info.files.path)
     if any(not one.of_task for one in required):
+        overlap = row_hashes.find_overlap(split, info.files.path)
         requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
         if overlap.unknown:
             log(overlap.unknown)
-    return split, overlap
+    return split
 
 
 def _check_options(values: Mapping[str, object]) -> None:

@@ -98,11 +98,6 @@ def _evaluate(adapters: "Sequence[AdapterDirectory]", data: str) -> "Comparison"
     first, *others = adapters
     split, judging = read_source(Source(path=data), first.data), Judging(for_readers=True)
     against = others[0] if others else None
-    found = evaluate(
-        first,
-        split,
-        against=against,
-        judging=judging,
-    )
+    found = evaluate(first, split, against=against, judging=judging)
     log_all(found.remarks)
     return found

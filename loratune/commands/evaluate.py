@@ -2,8 +2,7 @@
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,26 +14,25 @@ from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.compare import collapse, requirements
 from loratune.compare.answers import (
+    ComparedRow,
     Judging,
+    ModelAnswer,
     PreferenceAnswers,
     RowAnswers,
-    check_positions,
     distinct_rows,
     majority_answers,
 )
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
-from loratune.compare.engine import Engine, Scorer
+from loratune.compare.engine import Engine, Scorer, check_positions
 from loratune.compare.losses import Difference, compare
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS
 from loratune.compare.objectives import Formula, formula_for, formula_of
 from loratune.compare.requirements import Requirement
-from loratune.compare.results import ADAPTER, AGAINST, BASE, LOSS, ComparedRow, ModelAnswer
 from loratune.compare.tasks import TaskResults
-from loratune.data import DatasetSplit, TokenizedDataset
+from loratune.data import DatasetSplit, TokenizedDataset, row_hashes
 from loratune.data.formats import PAIRS, UNPAIRED
-from loratune.data.row_hashes import Overlap
 from loratune.errors import AdapterError
-from loratune.events import counting, no_advance
 from loratune.lora import attach
 from loratune.model import load
 from loratune.text import plural
@@ -53,8 +51,7 @@ def evaluate(
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: DatasetSplit | None = None,
     tasks: Tasks | None = None,
-    overlap: Overlap | None = None,
-    required: Sequence[Requirement] = (),
+    loaded: LoadedAdapter | None = None,
 ) -> Comparison:
     """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
 
@@ -67,8 +64,7 @@ def evaluate(
         judging: The metrics of rows with one answer. The verdict is about the first; without any, about the loss.
         forgetting: Unrelated text, on which adapter and base are compared as well.
         tasks: Runs tasks on the adapter and its base as well.
-        overlap: What of the rows is also in train.
-        required: What the user requires of the adapter.
+        loaded: The adapter on its base, if it is loaded already.
 
     Raises:
         AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
@@ -76,53 +72,64 @@ def evaluate(
         NumericError: The loss of an adapter is not finite.
     """
     split.check_kind(split.kind)
-    loaded = _load(adapter, against)
-    first, context = loaded[0], load.context_length(loaded[0].model.config)
-    dataset = data.prepare(split, first.renderer, first.data, _vocabulary_size(first))
-    check_positions(dataset, first.data, context)
-    rows = _rows(adapter, first, dataset, judging)
-    remarks = [*split.remarks(), *dataset.report.losses(), *(overlap.remarks() if overlap else ())]
+    models = [loaded] if loaded is not None else _load(adapter, against)
+    first, vocabulary = models[0], _vocabulary_size(models[0])
+    dataset = data.prepare(split, first.renderer, first.data, vocabulary)
+    check_positions(dataset, first.data, load.context_length(first.model.config))
+    rows, overlap = _rows(adapter, first, dataset, judging), row_hashes.find_overlap(split, adapter.path)
+    remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
     scorer = scorer_of(first)
     with first.without_adapter():
-        found = {BASE: _answers(rows, BASE, first, scorer)}
-    found[ADAPTER] = _answers(rows, ADAPTER, first, scorer)
-    known: dict[str, Any] = {"computed_by": scorer.engine.computed_by}
-    known |= {"special_tokens": tuple(first.tokenizer.all_special_tokens)}
-    sensitivity, vocabulary = _sensitivity(first, dataset, rows.rows), _vocabulary_size(first)
+        found = {BASE: rows.answers(BASE, first, scorer)}
+    found[ADAPTER] = rows.answers(ADAPTER, first, scorer)
     forgotten = _forgetting(first, scorer, forgetting, remarks) if forgetting else None
-    task_results = tasks(first) if tasks else None
-    remarks += task_results.remarks if task_results else ()
+    facts: dict[str, Any] = {
+        "computed_by": scorer.engine.computed_by,
+        "special_tokens": tuple(first.tokenizer.all_special_tokens),
+        "sensitivity": _sensitivity(first, dataset, [row.number for row in rows.rows]),
+        "tasks": tasks(first) if tasks else None,
+        "overlap": overlap.as_json(),
+    }
+    remarks += facts["tasks"].remarks if tasks else ()
     if against is not None:
-        asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer}
-        if len(loaded) == 1:
-            del first, scorer
-            loaded.clear()
+        asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer, "data": adapter.data}
+        if len(models) == 1:
+            del first, scorer, loaded
+            models.clear()
             gc.collect()  # else there would be two bases in memory
-            loaded = loading.load_all([against], adapter.base)
-        other = loaded[-1]
-        remarks += _rendering_remarks(adapter, against, same_tokens=asked["renderer"].digest == other.renderer.digest)
-        other = replace(other, **asked, data=adapter.data)
-        found[AGAINST] = _answers(rows, AGAINST, other, scorer_of(other))
-    answered = [
-        replace(row, answers={name: by_row[place] for name, by_row in found.items()})
-        for place, row in enumerate(rows.rows)
-    ]
-    metric = judging.metrics[0].name if judging.metrics else LOSS
+            models = loading.load_all([against], adapter.base)
+        same_tokens = asked["renderer"].digest == models[-1].renderer.digest
+        remarks += _rendering_remarks(adapter, against, same_tokens=same_tokens)
+        other = replace(models[-1], **asked)
+        found[AGAINST] = rows.answers(AGAINST, other, scorer_of(other))
     if isinstance(rows, PreferenceAnswers):
         remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
-        known["objective"] = rows.formula
-    comparison = compare_rows(answered, metric, forgotten, remarks, majority_answers(answered, judging))
-    known |= {"sensitivity": sensitivity, "tasks": task_results, "overlap": overlap.as_json() if overlap else None}
-    known |= {"collapsed": _collapsed(comparison, sensitivity, vocabulary)}
-    return replace(comparison, **known).judged(required)
+        facts["objective"] = rows.formula
+    comparison = replace(_compared(rows.rows, found, judging, forgotten, remarks), **facts)
+    return replace(comparison, collapsed=_collapsed(comparison, vocabulary))
 
 
-def _collapsed(comparison: Comparison, sensitivity: PromptSensitivity | None, vocabulary: int) -> str:
+def _compared(
+    rows: Sequence[ComparedRow],
+    found: Mapping[str, Sequence[ModelAnswer]],
+    judging: Judging,
+    forgotten: Difference | None,
+    remarks: Sequence[str],
+) -> Comparison:
+    """The comparison from what each model does on the rows. found: model → what it does, in the order of the rows."""
+    answered = [
+        replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
+    ]
+    metric = judging.metrics[0].name if judging.metrics else LOSS
+    return compare_rows(answered, metric, forgotten, remarks, majority_answers(answered, judging))
+
+
+def _collapsed(comparison: Comparison, vocabulary: int) -> str:
     """Why the adapter is not a result of training; see `collapse.reason`."""
     loss, of_base = (comparison.scores[name].metrics[LOSS] or math.nan for name in (ADAPTER, BASE))
     loss = loss if comparison.unit == "token" else math.nan
     scored = f"these {plural(len(comparison.rows), comparison.item)}"
-    return collapse.reason(sensitivity, scored, loss, of_base, vocabulary)
+    return collapse.reason(comparison.sensitivity, scored, loss, of_base, vocabulary)
 
 
 def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement]) -> TaskResults:
@@ -146,21 +153,10 @@ def scorer_of(loaded: LoadedAdapter) -> Scorer:
     return Scorer(loaded.model, Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration))
 
 
-def _answers(
-    rows: RowAnswers | PreferenceAnswers, name: str, model: LoadedAdapter, scorer: Scorer
-) -> list[ModelAnswer]:
-    model.activate()
-    with counting(f"scoring {name}", rows.prompts) if rows.prompts else nullcontext(no_advance) as advance:
-        return rows.answers(name, model, scorer, advance)
-
-
-def _sensitivity(
-    loaded: LoadedAdapter, dataset: TokenizedDataset, rows: Sequence[ComparedRow]
-) -> PromptSensitivity | None:
+def _sensitivity(loaded: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int]) -> PromptSensitivity | None:
     """Whether the predictions of the adapter depend on its prompts, on some of the rows, evenly spread."""
     loaded.activate()
-    some = rows[:: -(-len(rows) // _MOST_ROWS)]
-    found = [row for one in some for row in dataset.item(one.number)]
+    found = [row for number in numbers[:: -(-len(numbers) // _MOST_ROWS)] for row in dataset.item(number)]
     return collapse.measure(loaded.model, loaded.without_adapter(), found)
 
 
@@ -195,7 +191,8 @@ def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[L
 
 def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
     """Why the rows may not be what the other adapter was trained on, a line."""
-    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if _differ(adapter, against, key)]
+    own, its = (one.data.model_dump() for one in (adapter, against))
+    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if own[key] != its[key]]
     differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
     differences += ["prompts that go through the chat template"] if adapter.chat != against.chat else []
     if differences:
@@ -203,10 +200,6 @@ def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, 
             f"{against.files.path}: was trained with another {', '.join(differences)}; its rows are those of "
             f"{adapter.files.path}"
         )
-
-
-def _differ(adapter: AdapterDirectory, against: AdapterDirectory, key: str) -> bool:
-    return bool(adapter.data.model_dump()[key] != against.data.model_dump()[key])
 
 
 def _forgetting(loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, remarks: list[str]) -> Difference:

@@ -1,4 +1,4 @@
-"""Scores of models on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
+"""What models do on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
 
 The loss and the rewards of preferences are those of the objective that the adapter was trained with, if that fits the
 rows, and the reference is the base. All models are measured by them, also an adapter that was trained with another
@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,18 +18,19 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.compare.engine import Scorer
-from loratune.compare.metrics import OPTION, ExpectedTextError, Metric
+from loratune.compare.metrics import BASE, EXACT_MATCH, LABEL_ACCURACY, OPTION, ExpectedTextError, Metric, sides
 from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
-from loratune.compare.preferences import PreferenceMetrics, Side, names_of_sides
-from loratune.compare.results import BASE, EXACT_MATCH, LABEL_ACCURACY, ComparedAnswer, ComparedRow, ModelAnswer
+from loratune.compare.preferences import PreferenceMetrics
 from loratune.config import DataSection
 from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
 from loratune.data.rendering import TokenizedRow
 from loratune.errors import ConfigError, DataError, Problem
-from loratune.events import Advance, no_advance
+from loratune.events import counting
 from loratune.model import load
+from loratune.statistics import finite
+from loratune.system.records import with_own_fields
 
 Values = NDArray[np.float64]
 
@@ -39,40 +40,33 @@ _TIMES, _MORE = 2, 32
 """A whole answer may have so many times the tokens of the expected one, and so many more."""
 _ROWS_PER_LABEL = 4
 """Expected answers are labels where each is in so many rows on average, and there are not too many of them."""
-_PLACES = 3
-"""How many places of further rows a message names."""
 
 
 class AnsweringModel(Protocol):
-    """A loaded adapter as this module needs it; with the adapter switched off it is the base.
-
-    Attributes:
-        model: The `PeftModel`.
-        tokenizer: Its tokenizer.
-        data: How the rows of training were read.
-        chat: Whether the adapter was trained on conversations.
-        where: Its path, for messages.
-    """
+    """A loaded adapter as this package needs it, see `adapter.generation.LoadedAdapter`, which is of the same level."""
 
     @property
     def model(self) -> Any:
-        """See the attributes."""
+        """The `PeftModel`."""
 
     @property
     def tokenizer(self) -> Any:
-        """See the attributes."""
+        """Its tokenizer."""
 
     @property
     def data(self) -> DataSection:
-        """See the attributes."""
+        """How the rows of training were read."""
 
     @property
     def chat(self) -> bool:
-        """See the attributes."""
+        """Whether the adapter was trained on conversations."""
 
     @property
     def where(self) -> str:
-        """See the attributes."""
+        """Its path, for messages."""
+
+    def activate(self) -> None:
+        """Make it the active adapter."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Inside, the model computes with this adapter."""
@@ -88,28 +82,107 @@ class AnsweringModel(Protocol):
 
 
 @dataclass(frozen=True)
+class ModelAnswer:
+    """What one model does on one row.
+
+    Attributes:
+        loss: Summed over the supervised tokens of the row; of preferences, that of the pair or answer.
+        text: The greedy answer, without the token that ends it; None where the row has no prompt, or is a preference.
+        scores: Metric → what the row adds to it; empty where there is no prompt to answer.
+    """
+
+    loss: float
+    text: str | None
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class ComparedAnswer:
+    """An answer of a preference row: its text and its number of tokens."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One distinct row, or pair of answers, and what each model does on it.
+
+    Attributes:
+        number: Its number among the rows that were not dropped, from 0; of copies, that of the first.
+        where: Its place in its file.
+        copies: How many rows are this one, itself included.
+        prompt: The prompt as text, as the model reads it; None where the row has none.
+        expected: The text that is expected as the answer; None where the row has no prompt, or is a preference.
+        tokens: Supervised tokens.
+        answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
+        compared: Of preferences: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer.
+        elsewhere: The places of its copies, without its own.
+        fields: The row's own fields as plain values; empty where they are not asked for.
+    """
+
+    number: int
+    where: str
+    copies: int
+    prompt: str | None
+    expected: str | None
+    tokens: int
+    answers: Mapping[str, ModelAnswer] = field(default_factory=dict)
+    compared: Mapping[str, ComparedAnswer] = field(default_factory=dict)
+    elsewhere: tuple[str, ...] = ()
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def at_places(self, fields: Mapping[str, Mapping[str, Any]]) -> Iterator["ComparedRow"]:
+        """The row, and then its copies, each at its own place and with its own fields. fields: place → fields."""
+        for place in (self.where, *self.elsewhere):
+            yield replace(self, where=place, fields=fields[place])
+
+    @property
+    def item(self) -> str:
+        """What it is: `row`, or `pair` or `answer` of preferences."""
+        return ("row", "answer", "pair")[len(self.compared)]
+
+    @property
+    def count(self) -> int:
+        """Over how many tokens, pairs or answers the loss of the row is summed."""
+        return 1 if self.compared else self.tokens
+
+    def worsening(self, model: str, compared_with: str) -> float:
+        """By how much the loss of a model is higher on the row than that of another one, for each `count`."""
+        return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, behind the row's own fields: see `with_own_fields`. A number that is not finite is null."""
+        values: dict[str, Any] = {
+            "number": self.number, "where": self.where, "copies": self.copies, "prompt": self.prompt,
+        }  # fmt: skip
+        values |= {side: one.text for side, one in self.compared.items()}
+        values |= {} if self.compared else {"expected": self.expected}
+        values |= {"tokens": self.tokens, **{f"{side}_tokens": one.tokens for side, one in self.compared.items()}}
+        for name, answer in self.answers.items():
+            scores = finite({"loss": answer.loss / self.count, **answer.scores})
+            values[name] = ({} if self.compared else {"answer": answer.text}) | scores
+        return with_own_fields(self.fields, values)
+
+
+@dataclass(frozen=True)
 class Judging:
     """How answers are asked for and judged.
 
     Attributes:
         metrics: Those that were asked for. `exact_match` and `label_accuracy` are always computed, and need no more of
             an answer than there are tokens in the expected one.
-        for_readers: Whether somebody reads the answers, so that they may go on beyond that. They also may where another
-            metric is asked for.
+        for_readers: Whether somebody reads the answers, so that they may be longer than that. They also may where
+            another metric is asked for.
     """
 
     metrics: Sequence[Metric] = ()
     for_readers: bool = False
 
-    @property
-    def whole(self) -> bool:
-        """Whether answers may be longer than the expected ones."""
-        return self.for_readers or any(metric.scores for metric in self.metrics)
-
     def limit(self, row: TokenizedRow, context_length: int | None) -> int:
         """How many tokens the answer to a row may have."""
         expected = len(row.completion)
-        if not self.whole:
+        if not self.for_readers and not any(metric.scores for metric in self.metrics):
             return expected
         longest = _TIMES * expected + _MORE
         room = context_length - len(row.prompt) if context_length is not None else longest
@@ -117,10 +190,12 @@ class Judging:
 
     def scores(self, expected: str, answer: str) -> dict[str, float]:
         """Metric → score of an answer. Raises as `Metric.scores`."""
-        scores: dict[str, float] = {}
-        for metric in self.metrics:
-            scores |= metric.scores(expected, answer) if metric.scores else {}
-        return scores
+        return {
+            name: one
+            for metric in self.metrics
+            if metric.scores
+            for name, one in metric.scores(expected, answer).items()
+        }
 
 
 class RowAnswers:
@@ -136,51 +211,48 @@ class RowAnswers:
         self._dataset, self._judging = dataset, judging
         check_expected(self.rows, judging)
 
-    @property
-    def prompts(self) -> int:
-        """How many prompts there are to answer."""
-        return sum(row.prompt is not None for row in self.rows)
-
-    def answers(
-        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = no_advance
-    ) -> list[ModelAnswer]:
+    def answers(self, name: str, model: AnsweringModel, scorer: Scorer) -> list[ModelAnswer]:
         """What a model does on each row.
 
         Args:
             name: `BASE`, which comes first, or another model.
             model: The adapter; while it is off, the base.
             scorer: Computes its losses.
-            advance: Called with how many prompts were answered.
         """
-        copies = {row.number: row.copies for row in self.rows}
-        nats = scorer.losses(self._dataset, copies).nats
-        found = self._answered(model, advance)
+        model.activate()
+        nats = scorer.losses(self._dataset, {row.number: row.copies for row in self.rows}).nats.tolist()
+        found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
         return [
-            ModelAnswer(float(total), *found.get(row.number, (None, {})))
-            for row, total in zip(self.rows, nats, strict=True)
+            ModelAnswer(total, *found.get(row.number, (None, {}))) for row, total in zip(self.rows, nats, strict=True)
         ]
 
-    def _answered(self, model: AnsweringModel, advance: Advance) -> dict[int, tuple[str, dict[str, float]]]:
+    def _answered(self, name: str, model: AnsweringModel) -> dict[int, tuple[str, dict[str, float]]]:
         """Number of a row with a prompt → the answer and its scores."""
-        dataset, judging, context = self._dataset, self._judging, load.context_length(model.model.config)
+        context = load.context_length(model.model.config)
+        expected = {row.number: row for row in self.rows if row.expected is not None}
+        limits = {number: self._judging.limit(self._dataset.rows.row(number), context) for number in expected}
         found: dict[int, tuple[str, dict[str, float]]] = {}
-        expected = {row.number: (row.where, row.expected) for row in self.rows if row.expected is not None}
-        limits = {number: judging.limit(dataset.rows.row(number), context) for number in expected}
-        for batch in _batches(dataset, limits, context):
-            asked = [dataset.rows.row(number) for number in batch]
-            completions = model.complete([row.prompt for row in asked], max(limits[number] for number in batch))
-            for number, row, longer in zip(batch, asked, completions, strict=True):
-                where, right = expected[number]
-                text, beginning = model.text(longer[: limits[number]]), longer[: len(row.completion)]
-                is_exact = tuple(beginning) == row.completion
-                is_label = model.text(beginning).startswith(right) if right else is_exact  # "" starts every text
-                scores = {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)}
-                try:
-                    found[number] = text, scores | judging.scores(right, text)
-                except BadPatternError as error:
-                    raise _too_slow(error, where) from None
-            advance(len(batch))
+        with counting(f"scoring {name}", len(expected)) as advance:
+            for batch in _batches(self._dataset, limits, context):
+                asked = [self._dataset.rows.row(number) for number in batch]
+                completions = model.complete([row.prompt for row in asked], max(limits[number] for number in batch))
+                for number, row, ids in zip(batch, asked, completions, strict=True):
+                    found[number] = self._judged(model, expected[number], row.completion, ids, limits[number])
+                advance(len(batch))
         return found
+
+    def _judged(
+        self, model: AnsweringModel, row: ComparedRow, completion: Sequence[int], ids: list[int], limit: int
+    ) -> tuple[str, dict[str, float]]:
+        """An answer as text, and its scores. completion: what is expected. ids: of the answer, perhaps beyond limit."""
+        right, text, beginning = row.expected or "", model.text(ids[:limit]), ids[: len(completion)]
+        is_exact = tuple(beginning) == tuple(completion)
+        is_label = model.text(beginning).startswith(right) if right else is_exact  # "" starts every text
+        try:
+            scores = self._judging.scores(right, text)
+        except BadPatternError as error:
+            raise _too_slow(error, row.where) from None
+        return text, {EXACT_MATCH: float(is_exact), LABEL_ACCURACY: float(is_label)} | scores
 
 
 class PreferenceAnswers:
@@ -189,21 +261,15 @@ class PreferenceAnswers:
     Attributes:
         rows: The distinct pairs, or answers, without what models do on them.
         formula: What the loss and the rewards are.
-        prompts: How many prompts there are to answer, which is none.
+        metrics: Model → its metrics.
     """
-
-    prompts = 0
 
     def __init__(self, formula: Formula, loaded: AnsweringModel, dataset: TokenizedDataset, seed: int):
         """dataset: all pairs or all answers. seed: of the training, see `ComparedRows`."""
-        self.formula = formula
-        self.rows = [*_distinct_preferences(loaded, dataset)]
-        rows_per_example = dataset.rows_per_example
-        self._dataset = dataset
-        self._numbers = [
-            row.number * rows_per_example + place for row in self.rows for place in range(rows_per_example)
-        ]
-        self._sides = np.asarray(dataset.rows.sides)[self._numbers].astype(np.int64)
+        self.formula, self.rows, self._dataset = formula, distinct_rows(loaded, dataset), dataset
+        each = dataset.rows_per_example
+        self._numbers = [row.number * each + place for row in self.rows for place in range(each)]
+        self._signs = np.asarray(dataset.rows.sides)[self._numbers].astype(np.int64)
         self._tokens = dataset.rows.supervised[self._numbers].astype(np.float64)
         self._mismatched: list[dict[str, Any]] = []
         if dataset.is_unpaired:
@@ -212,38 +278,29 @@ class PreferenceAnswers:
         self._reference: tuple[Values, Values] | None = None
         self.metrics: dict[str, PreferenceMetrics] = {}
 
-    def answers(
-        self, name: str, model: AnsweringModel, scorer: Scorer, advance: Advance = no_advance
-    ) -> list[ModelAnswer]:
+    def answers(self, name: str, model: AnsweringModel, scorer: Scorer) -> list[ModelAnswer]:
         """See `RowAnswers.answers`; the base, which is the reference, comes first."""
-        rows = scorer.losses(self._dataset, dict.fromkeys(self._numbers, 1)).nats
-        mismatched = np.empty(0)
+        model.activate()
+        own, others = -scorer.losses(self._dataset, dict.fromkeys(self._numbers, 1)).nats, np.empty(0)
         if self._mismatched:
             lengths = np.array([len(row["input_ids"]) for row in self._mismatched])
-            mismatched = scorer.losses_of(self._mismatched, lengths, dict.fromkeys(range(len(lengths)), 1)).nats
+            others = -scorer.losses_of(self._mismatched, lengths, dict.fromkeys(range(len(lengths)), 1)).nats
         if name == BASE:
-            self._reference = -rows, -mismatched
+            self._reference = own, others
         assert self._reference is not None
-        answers = AnswerScores(*map(torch.from_numpy, (-rows, self._tokens, self._reference[0])))
-        others = -mismatched, np.ones(len(mismatched)), self._reference[1]
-        estimate = divergence(AnswerScores(*map(torch.from_numpy, others)))
-        found = self.formula.item_losses(answers, torch.from_numpy(self._sides), estimate)
-        rewards = self.formula.rewards(answers).numpy()
-        good, bad = (
-            Side(self._tokens[which], self._reference[0][which], -rows[which], rewards[which])
-            for which in (self._sides > 0, self._sides < 0)
-        )
-        metrics = PreferenceMetrics("held-out", not self._mismatched, good, bad, self.formula.beta * estimate)
-        self.metrics[name] = metrics
-        return [ModelAnswer(loss, None, own) for loss, own in zip(found.tolist(), self._scores(metrics), strict=True)]
+        answers = AnswerScores(*map(torch.from_numpy, (own, self._tokens, self._reference[0])))
+        mismatched = AnswerScores(*map(torch.from_numpy, (others, np.ones_like(others), self._reference[1])))
+        estimate, signs = divergence(mismatched), torch.from_numpy(self._signs)
+        losses = self.formula.item_losses(answers, signs, estimate).tolist()
+        self.metrics[name] = metrics = PreferenceMetrics.of("held-out", self.formula, answers, signs, estimate)
+        return [ModelAnswer(loss, None, one) for loss, one in zip(losses, self._scores(metrics), strict=True)]
 
     def _scores(self, metrics: PreferenceMetrics) -> list[dict[str, float]]:
         """Metric → what each row adds to it."""
         scores: list[dict[str, float]] = [{} for _ in self.rows]
-        columns = metrics.by_item()
         # Answers are desirable ones, then undesirable ones there; pairs have the order of the rows.
-        order = np.argsort(self._sides < 0, kind="stable") if self._mismatched else np.arange(len(self.rows))
-        for name, (places, values) in columns.items():
+        order = np.arange(len(self.rows)) if metrics.paired else np.argsort(self._signs < 0, kind="stable")
+        for name, (places, values) in metrics.by_item().items():
             for place, value in zip(order[places].tolist(), values.tolist(), strict=True):
                 scores[place][name] = value
         return scores
@@ -269,16 +326,22 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
 
 
 def distinct_rows(loaded: AnsweringModel, dataset: TokenizedDataset) -> list[ComparedRow]:
-    """The rows that differ in their ids or labels, without answers, in the order in which they first occur."""
-    rows: list[ComparedRow] = []
+    """The rows, pairs or answers that differ and have supervised tokens, without what models do on them, in the order
+    in which they first occur."""
+    names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()
     for number, copies in dataset.copies().items():
-        row = dataset.rows.row(number)
-        if row.supervised:
-            has_prompt = row.prompt not in ((), (loaded.tokenizer.bos_token_id,))  # more than what begins every row
-            prompt = loaded.tokenizer.decode(row.prompt) if has_prompt else None
-            expected = loaded.text(row.completion) if has_prompt else None
-            places = tuple(dataset.rows.row(copy).where for copy in copies[1:])
-            rows.append(ComparedRow(number, row.where, len(copies), prompt, expected, row.supervised, elsewhere=places))
+        item = dataset.item(number)
+        prompt, tokens = item[0].prompt, sum(row.supervised for row in item)
+        compared = {
+            names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item if row.side
+        }
+        has_prompt = bool(compared) or prompt not in ((), (loaded.tokenizer.bos_token_id,))  # which begins every row
+        text = loaded.tokenizer.decode(prompt) if has_prompt else None
+        expected = loaded.text(item[0].completion) if has_prompt and not compared else None
+        where, *elsewhere = (dataset.item(copy)[0].where for copy in copies)
+        if tokens:
+            row = ComparedRow(number, where, len(copies), text, expected, tokens, compared=compared)
+            rows.append(replace(row, elsewhere=tuple(elsewhere)))
     return rows
 
 
@@ -291,62 +354,29 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
     """
     texts = [(row.where, row.expected) for row in rows if row.expected is not None]
     if judging.metrics and not texts:
-        what, fix = (
-            "no row has a prompt, so there is no answer to score",
-            "leave --metric out, or give rows with prompts",
-        )
+        what, fix = "no row has a prompt, so there is no answer to score", "leave it out, or give rows with prompts"
         raise DataError(Problem(Code.DATA_FIELD, what, key=OPTION, fix=fix))
     places: dict[str, list[str]] = {}
-    reasons: dict[str, str] = {}
     for where, expected in texts:
         try:
             judging.scores(expected, "")
         except ExpectedTextError as error:
             places.setdefault(str(error), []).append(where)
-            reasons.setdefault(str(error), f" ({error.__cause__})" if error.__cause__ else "")
         except BadPatternError as error:
             raise _too_slow(error, where) from None
     if places:
-        raise DataError([_expected_texts(what, reasons[what], wrong, len(texts)) for what, wrong in places.items()])
+        raise DataError([_bad_texts(what, *wrong, total=len(texts)) for what, wrong in places.items()])
 
 
-def _expected_texts(what: str, reason: str, wrong: Sequence[str], total: int) -> Problem:
+def _bad_texts(what: str, first: str, *others: str, total: int) -> Problem:
     """One problem for all rows whose expected texts a metric refuses for the same reason: the first row, and a
     count."""
-    first, *others = wrong
-    more = ""
-    if others:
-        named = ", ".join(others[:_PLACES]) + (", ..." if len(others) > _PLACES else "")
-        more = f", as in {len(others):,} more of {total:,} rows: {named}"
-    fix = "correct the rows, or leave this metric out"
-    return Problem(Code.DATA_FIELD, f"{what}{reason}{more}", first, OPTION, fix)
+    more = f", as in {len(others):,} more of {total:,} rows" if others else ""
+    return Problem(Code.DATA_FIELD, f"{what}{more}", first, OPTION, "correct the rows, or leave this metric out")
 
 
 def _too_slow(error: BadPatternError, where: str) -> ConfigError:
     return ConfigError(Problem(Code.USAGE_BAD_VALUE, f"an expression {error}", where, OPTION, "write it otherwise"))
-
-
-def _distinct_preferences(loaded: AnsweringModel, dataset: TokenizedDataset) -> Iterator[ComparedRow]:
-    """The distinct pairs, or answers, without what models do on them, in the order in which they first occur."""
-    names = names_of_sides(paired=not dataset.is_unpaired)
-    for number, copies in dataset.copies().items():
-        item = dataset.item(number)
-        compared = {names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item}
-        prompt, tokens = loaded.tokenizer.decode(item[0].prompt), sum(row.supervised for row in item)
-        first, *others = (dataset.item(copy)[0].where for copy in copies)
-        yield ComparedRow(number, first, len(copies), prompt, None, tokens, compared=compared, elsewhere=tuple(others))
-
-
-def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
-    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
-
-    Raises:
-        ConfigError: A row is longer.
-    """
-    longest = int(rows.rows.lengths.max())
-    if limit is not None and longest > limit:
-        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))
 
 
 def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_length: int | None) -> Iterator[list[int]]:
@@ -360,12 +390,11 @@ def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_lengt
     batch: list[int] = []
     longest_prompt = 0
     for number in sorted(limits, key=lambda number: limits[number]):
-        prompt = len(dataset.rows.row(number).prompt)
-        is_too_long = context_length is not None and max(longest_prompt, prompt) + limits[number] > context_length
+        longest_prompt = max(longest_prompt, prompt := len(dataset.rows.row(number).prompt))
+        is_too_long = context_length is not None and longest_prompt + limits[number] > context_length
         if batch and (is_too_long or len(batch) == _BATCH):
             yield batch
-            batch, longest_prompt = [], 0
+            batch, longest_prompt = [], prompt
         batch.append(number)
-        longest_prompt = max(longest_prompt, prompt)
     if batch:
         yield batch

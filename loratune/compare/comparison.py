@@ -1,4 +1,4 @@
-"""From the answers of models to rows to their metrics, the differences between them, and the verdict: `Comparison`."""
+"""From what models do on rows to their metrics, the differences between them, and the verdict: `Comparison`."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,44 +10,42 @@ import numpy as np
 from loratune import statistics
 from loratune.codes import Code
 from loratune.compare import requirements
+from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.losses import (
     Difference,
     RowLosses,
-    Sample,
     Values,
     Verdict,
     compare,
     exp,
     judged,
-    of_means,
+    mean_difference,
     score_difference,
     share_difference,
 )
-from loratune.compare.metrics import MEANS
-from loratune.compare.objectives import Formula
-from loratune.compare.preferences import REWARD_ACCURACY, REWARD_MARGIN
-from loratune.compare.requirements import FORGETTING, Requirement
-from loratune.compare.results import (
+from loratune.compare.metrics import (
     ADAPTER,
     AGAINST,
     BASE,
     EXACT_MATCH,
+    FORGETTING,
     LABEL_ACCURACY,
     LOSS,
     LOWER_IS_BETTER,
     MAJORITY,
+    MEANS,
     PERPLEXITY,
-    ComparedRow,
-    Judgement,
-    ModelAnswer,
-    Score,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
     has_direction,
     is_bounded,
 )
+from loratune.compare.objectives import Formula
+from loratune.compare.requirements import Judgement, Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.errors import NumericError, Problem
-from loratune.statistics import Interval
+from loratune.statistics import Interval, finite
 from loratune.text import plural
 
 _TIE = 0.5
@@ -56,19 +54,46 @@ _PLACES = 3
 
 
 @dataclass(frozen=True)
+class Score:
+    """How well one model does on the rows.
+
+    Attributes:
+        metrics: Metric → its value: the loss, which is a mean over supervised tokens, or over pairs or answers of
+            preferences; e to the power of a loss per token as `perplexity`, inf where that is beyond a float; the share
+            of rows whose greedy completion is the expected text and then ends as `exact_match`, and of those whose
+            completion begins with it, whatever follows, as `label_accuracy`, both None where no row has a prompt;
+            further metrics; and those of preferences.
+        rows: How many rows there are.
+        tokens: Supervised tokens.
+        intervals: Metric → its 95 % interval, None where there are too few rows for one.
+    """
+
+    metrics: Mapping[str, float | None]
+    rows: int
+    tokens: int
+    intervals: Mapping[str, Interval | None] = field(default_factory=dict)
+
+    def value(self, name: str) -> float | None:
+        """A metric by its name; None where it was not computed."""
+        return self.metrics.get(name)
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values. Metrics that are not finite are null, as JSON has no word for them."""
+        others = {"rows": self.rows, "tokens": self.tokens, "intervals": finite(self.intervals)}
+        return {**finite(self.metrics), **others}
+
+
+@dataclass(frozen=True)
 class Comparison:
     """How an adapter compares with its base, or with another adapter, on the same rows.
 
     Attributes:
         scores: Model → how well it does: `base`, `adapter`, and `against` and `majority` if there are such.
-        differences: Metric → how the adapter differs from what it is compared with.
-        compared_with: What that is: `base`, or `against` where another adapter is given.
+        paired: Model → metric → how the adapter differs from that model; `compared_with` comes first.
         metric: The metric that the verdict is about.
-        verdict: Of the adapter; None where there are too few rows for one.
         rows: The distinct rows, in the order of the split.
         forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
         remarks: Lines for the user: rows that were truncated or dropped, or are also in train; too few rows.
-        others: Model → metric → how the adapter differs from that model, for those that it is not compared with.
         majority: The most frequent of the expected answers; None where these are not labels.
         tasks: Results of tasks of the lm-evaluation-harness; None if not asked.
         overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
@@ -82,14 +107,11 @@ class Comparison:
     """
 
     scores: Mapping[str, Score]
-    differences: Mapping[str, Difference]
-    compared_with: str
+    paired: Mapping[str, Mapping[str, Difference]]
     metric: str
-    verdict: Verdict | None
     rows: Sequence[ComparedRow]
     forgetting: Difference | None = None
     remarks: Sequence[str] = ()
-    others: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)
     majority: str | None = None
     tasks: TaskResults | None = None
     overlap: Mapping[str, int] | None = None
@@ -104,6 +126,31 @@ class Comparison:
     def metrics(self) -> dict[str, dict[str, float | None]]:
         """Model → metric → its value."""
         return {model: dict(score.metrics) for model, score in self.scores.items()}
+
+    @property
+    def compared_with(self) -> str:
+        """What the adapter is mainly compared with: `base`, or `against` where another adapter is given."""
+        return next(iter(self.paired))
+
+    @property
+    def differences(self) -> Mapping[str, Difference]:
+        """Metric → how the adapter differs from what it is mainly compared with."""
+        return self.paired[self.compared_with]
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Of the adapter; None where there are too few rows for one."""
+        return self.differences[self.metric].verdict if self.metric in self.differences else None
+
+    @property
+    def item(self) -> str:
+        """What the rows are, see `ComparedRow`."""
+        return self.rows[0].item
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over: `token`, `pair` or `answer`."""
+        return self.item if self.rows[0].compared else "token"
 
     def judged(self, required: Sequence[Requirement]) -> "Comparison":
         """The comparison with whether each requirement is met, in their order."""
@@ -126,51 +173,26 @@ class Comparison:
     def _judge(self, one: Requirement) -> Judgement:
         if one.of_task and self.tasks is not None:
             return requirements.judge_task(one, self.tasks.metrics(), self.collapsed)
-        if one.bound == MAJORITY and MAJORITY not in self.scores:
-            reason = f"the answers that the {self.item}s expect are not labels, so none is the most frequent"
-            return Judgement(one.text, False, None, None, reason)
-        value, interval, is_distinguishable = self._measured(one)
-        if value is None:
-            return Judgement(one.text, False, None, None, f"not computed, as no {self.item} gives it")
-        if self.collapsed:
-            return Judgement(one.text, False, value, interval, f"the adapter {self.collapsed}")
-        return requirements.judge(one, value, interval, is_distinguishable)
-
-    def _measured(self, one: Requirement) -> tuple[float | None, Interval | None, bool]:
-        """The value that a requirement bounds, its interval, and whether a difference between models is significant."""
-        if one.metric == FORGETTING:
-            assert self.forgetting is not None
-            return self.forgetting.value, self.forgetting.interval, True
         score = self.scores[ADAPTER]
-        if not (one.of_difference or isinstance(one.bound, str)):
-            return score.value(one.metric), score.intervals.get(one.metric), True
-        if score.value(one.metric) is None:
-            return None, None, True
-        metric = LOSS if one.metric == PERPLEXITY else one.metric  # of which it is a rising function
-        difference = self.paired()[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
-        return difference.value, difference.interval, difference.is_distinguishable
-
-    @property
-    def unit(self) -> str:
-        """What the loss is a mean over, see `ComparedRow`."""
-        return self.rows[0].unit
-
-    @property
-    def item(self) -> str:
-        """What the rows are, see `ComparedRow`."""
-        return self.rows[0].item
-
-    def paired(self) -> dict[str, Mapping[str, Difference]]:
-        """Model → metric → difference of the adapter from that model; the model it is mainly compared with comes
-        first."""
-        return {self.compared_with: self.differences, **self.others}
+        value = score.value(one.metric)
+        found = None if value is None else Difference(value, score.intervals.get(one.metric))
+        reason = f"not computed, as no {self.item} gives it"
+        if one.metric == FORGETTING:
+            found = self.forgetting
+        elif one.bound == MAJORITY and MAJORITY not in self.scores:
+            found = None
+            reason = f"the answers that the {self.item}s expect are not labels, so none is the most frequent"
+        elif found is not None and (one.of_difference or isinstance(one.bound, str)):
+            metric = LOSS if one.metric == PERPLEXITY else one.metric  # of which it is a rising function
+            found = self.paired[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
+        return requirements.judge(one, found, reason, self.collapsed)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the rows."""
         values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
         if self.majority is not None:
             values[MAJORITY]["answer"] = self.majority
-        for model, differences in self.paired().items():
+        for model, differences in self.paired.items():
             key = "difference" if model == self.compared_with else f"difference_from_{model}"
             values[key] = {name: difference.as_json() for name, difference in differences.items()}
         if self.forgetting is not None:
@@ -180,8 +202,7 @@ class Comparison:
         values |= {"computed_by": dict(self.computed_by)}
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
-        required = [one.as_json() for one in self.requirements]
-        values |= {"requirements": required} if required else {}
+        values |= {"requirements": [one.as_json() for one in self.requirements]} if self.requirements else {}
         return values | (self.tasks.as_json() if self.tasks is not None else {})
 
 
@@ -204,86 +225,91 @@ def compare_rows(
     Raises:
         NumericError: The loss of an adapter is not finite.
     """
-    models = [name for name in (BASE, ADAPTER, AGAINST) if name in rows[0].answers]
-    other = AGAINST if AGAINST in models else BASE
-    lines = [*remarks]
+    lines, models = [*remarks], [name for name in (AGAINST, BASE, ADAPTER) if name in rows[0].answers]
     for name in models:
         if what := not_finite(rows, losses_of(rows, name).nats, name):
             lines.append(f"{what}, so there is no verdict on the loss against it")
-    scores = {name: score(rows, name) for name in models}
-    computed = [name for name, value in scores[ADAPTER].metrics.items() if value is not None]
-    paired = {
-        model: {name: difference(rows, name, model) for name in computed if name != PERPLEXITY}
-        for model in models
-        if model != ADAPTER
-    }
-    own = paired.pop(other)
-    verdict = own[metric].verdict if metric in own else None
+    scores = {name: _score(rows, name) for name in (BASE, ADAPTER, AGAINST) if name in models}
+    computed = [name for name, value in scores[ADAPTER].metrics.items() if value is not None and name != PERPLEXITY]
+    paired = {model: {name: _difference(rows, name, model) for name in computed} for model in models[:-1]}
     if majority:
         answered = [
             replace(row, answers={**row.answers, MAJORITY: one}) for row, one in zip(rows, majority, strict=True)
         ]
-        scores[MAJORITY] = score(answered, MAJORITY)
-        paired[MAJORITY] = {name: difference(answered, name, MAJORITY) for name in computed if is_bounded(name)}
+        scores[MAJORITY] = _score(answered, MAJORITY)
+        paired[MAJORITY] = {name: _difference(answered, name, MAJORITY) for name in computed if is_bounded(name)}
     if len(rows) < statistics.LEAST_ROWS:
         count = plural(len(rows), f"distinct {rows[0].item}")
         lines.append(
             f"{count} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
             f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
         )
-    lines += _invalid_json(rows, models)
+    lines += _invalid_json(rows, [name for name in scores if name != MAJORITY])
     constant = next((one.text for one in majority if one.text is not None), None)
-    return Comparison(scores, own, other, metric, verdict, rows, forgetting, lines, paired, constant)
+    return Comparison(scores, paired, metric, rows, forgetting, lines, constant)
 
 
-def score(rows: Sequence[ComparedRow], model: str) -> Score:
+def _score(rows: Sequence[ComparedRow], model: str) -> Score:
     """The metrics of one model with their intervals. rows: at least one."""
-    metrics: dict[str, float | None] = {}
-    intervals: dict[str, Interval | None] = {}
+    found: dict[str, Difference | None] = {}
     if model != MAJORITY:  # which has no probabilities
         losses = losses_of(rows, model)
-        metrics[LOSS], intervals[LOSS] = loss, interval = losses.loss, losses.interval
-        if rows[0].unit == "token":
-            metrics |= {PERPLEXITY: exp(loss), EXACT_MATCH: None, LABEL_ACCURACY: None}
-            intervals[PERPLEXITY] = interval and Interval(exp(interval.low), exp(interval.high))
-    for metric in dict.fromkeys(metric for row in rows for metric in row.answers[model].scores):
-        metrics[metric], intervals[metric] = _metric(rows, metric, model)
+        found[LOSS] = Difference(losses.loss, interval := losses.interval)
+        if not rows[0].compared:
+            ends = interval and Interval(exp(interval.low), exp(interval.high))
+            found |= {PERPLEXITY: Difference(exp(losses.loss), ends), EXACT_MATCH: None, LABEL_ACCURACY: None}
+    names = dict.fromkeys(metric for row in rows for metric in row.answers[model].scores)
+    found |= {metric: _mean(rows, metric, model) for metric in names}
     weights = _weights(rows)
     tokens = int((weights * [row.tokens for row in rows]).sum())
-    return Score(metrics, int(weights.sum()), tokens, intervals)
+    intervals = {metric: one.interval for metric, one in found.items() if one}
+    values = {metric: None if one is None else one.value for metric, one in found.items()}
+    return Score(values, int(weights.sum()), tokens, intervals)
 
 
-def _metric(rows: Sequence[ComparedRow], metric: str, model: str) -> tuple[float, Interval | None]:
-    """A metric beside the loss, with its interval."""
+def _mean(rows: Sequence[ComparedRow], metric: str, model: str) -> Difference:
+    """A metric other than the loss, with its interval."""
     groups = [(_weights(group), _scores(group, metric, model)) for group in _groups(rows, metric)]
     if not is_bounded(metric):
-        samples = [(weights * values, weights) for weights, values in groups]
-        return sum(statistics.mean_ratio(*sample) for sample in samples), _interval(samples)
+        return mean_difference([(weights * values, weights) for weights, values in groups], lower_is_better=True)
     ((weights, values),) = groups
     value = statistics.mean_ratio(weights * values, weights)
     if _is_reference(metric, values):
-        return value, Interval(value, value)
+        return Difference(value, Interval(value, value))
     if not _are_shares(metric, values):
-        return value, statistics.bounded_mean_interval(values, weights)
+        return Difference(value, statistics.bounded_mean_interval(values, weights))
     count = statistics.effective_rows(weights)
-    return value, statistics.wilson(min(count, value * count), count)
+    return Difference(value, statistics.wilson(min(count, value * count), count))
 
 
-def _interval(samples: Sequence[Sample]) -> Interval | None:
-    """The interval of a ratio of two sums over rows, or of a sum of such ratios."""
-    return (
-        statistics.mean_ratio_interval(*samples[0]) if len(samples) == 1 else statistics.sum_of_ratios_interval(samples)
-    )
+def _difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Difference:
+    """The difference of a metric other than the perplexity: adapter minus another model."""
+    if metric == LOSS:
+        return compare(losses_of(rows, other), losses_of(rows, ADAPTER))
+    groups = [
+        (_weights(group), *(_scores(group, metric, model) for model in (other, ADAPTER)))
+        for group in _groups(rows, metric)
+    ]
+    lower_is_better = metric in LOWER_IS_BETTER
+    if not is_bounded(metric):
+        samples = [(weights * (second - first), weights) for weights, first, second in groups]
+        found = mean_difference(samples, lower_is_better=lower_is_better)
+        return found if has_direction(metric) else replace(found, verdict=None, rows_needed=None)
+    ((weights, first, second),) = groups
+    if _is_reference(metric, first):
+        own = _mean(rows, metric, ADAPTER)
+        interval = own.interval and Interval(own.interval.low - _TIE, own.interval.high - _TIE)
+        return judged(own.value - _TIE, interval, [(weights * second, weights)], lower_is_better)
+    differ = share_difference if _are_shares(metric, first, second) else score_difference
+    return differ(first, second, weights, lower_is_better=lower_is_better)
 
 
 def _groups(rows: Sequence[ComparedRow], metric: str) -> list[list[ComparedRow]]:
     """The rows that add to a metric: one group, or, where it is the sum of the means of two groups, as the margin of
-    unpaired answers is, both."""
+    unpaired preferences is, both."""
     own = [row for row in rows if metric in row.answers[ADAPTER].scores]
-    if metric != REWARD_MARGIN:
-        return [own]
-    sides = dict.fromkeys(tuple(row.compared) for row in own)
-    return [[row for row in own if tuple(row.compared) == side] for side in sides]
+    sides = dict.fromkeys(tuple(row.compared) if metric == REWARD_MARGIN else () for row in own)
+    return [[row for row in own if metric != REWARD_MARGIN or tuple(row.compared) == side] for side in sides]
 
 
 def _is_reference(metric: str, values: Values) -> bool:
@@ -311,34 +337,10 @@ def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
     return what if bad else ""
 
 
-def difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Difference:
-    """The difference of a metric: adapter minus another model. rows: as of `compare`; the metric is no perplexity."""
-    if metric == LOSS:
-        return compare(losses_of(rows, other), losses_of(rows, ADAPTER))
-    groups = [
-        (_weights(group), *(_scores(group, metric, model) for model in (other, ADAPTER)))
-        for group in _groups(rows, metric)
-    ]
-    lower_is_better = metric in LOWER_IS_BETTER
-    if not is_bounded(metric):
-        samples = [(weights * (second - first), weights) for weights, first, second in groups]
-        found = of_means(samples, _interval(samples), lower_is_better)
-        return found if has_direction(metric) else replace(found, verdict=None, rows_needed=None)
-    ((weights, first, second),) = groups
-    if _is_reference(metric, first):
-        value, interval = _metric(rows, metric, ADAPTER)
-        interval = interval and Interval(interval.low - _TIE, interval.high - _TIE)
-        return judged(value - _TIE, interval, [(weights * second, weights)], lower_is_better)
-    if _are_shares(metric, first, second):
-        return share_difference(first, second, weights, lower_is_better=lower_is_better)
-    return score_difference(first, second, weights, lower_is_better=lower_is_better)
-
-
 def _invalid_json(rows: Sequence[ComparedRow], models: Sequence[str]) -> Iterator[str]:
-    """How many answers are no JSON, a line for each model that has such answers."""
+    """How many answers are not JSON, a line for each model that has such answers."""
     for name in models:
-        invalid = [row.answers[name].scores.get("invalid_json", 0.0) for row in rows]
-        if count := int(sum(one * row.copies for one, row in zip(invalid, rows, strict=True))):
+        if count := int(sum(row.answers[name].scores.get("invalid_json", 0.0) * row.copies for row in rows)):
             yield f"{name}: {plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"
 
 

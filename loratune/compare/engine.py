@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from loratune import kernels
+from loratune.codes import Code
 from loratune.compare.losses import RowLosses, Values
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Items, Packing
 from loratune.data.packing_check import LONGEST, packing_refusal, padding_refusal
 from loratune.data.prefix_tree import PrefixTree, common_prefix
+from loratune.errors import ConfigError, Problem
 from loratune.events import counting
 from loratune.kernels import next_token_loss
 from loratune.lora import attach
@@ -203,6 +205,18 @@ def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
     every = sum(layout.tokens(number) for number in numbers)
     trees = ScoringLayout(True, 0.0, 0, 0)
     return 1 - sum(added for _, _, added in trees._in_order(layout, numbers)) / every
+
+
+def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
+    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
+
+    Raises:
+        ConfigError: A row is longer.
+    """
+    longest = int(rows.rows.lengths.max())
+    if limit is not None and longest > limit:
+        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))
 
 
 # What losses are

@@ -88,8 +88,8 @@ class Gain:
     ) -> "Gain":  # fmt: skip
         """From the losses of two models on the same distinct rows. total: their number with copies, if not given."""
         difference, drawn = compare(base, adapter), int(adapter.copies.sum())
-        low, high = _ends(difference.interval)
-        own_low, own_high = _ends(mean_ratio_interval(adapter.totals, adapter.counts))
+        low, high = finite(difference.interval) or (None, None)
+        own_low, own_high = finite(mean_ratio_interval(adapter.totals, adapter.counts)) or (None, None)
         return cls(
             split, len(adapter), drawn, total or drawn, base.loss, adapter.loss, -difference.value,
             None if high is None else -high, None if low is None else -low, validation_rows, own_low, own_high, unit,
@@ -149,8 +149,7 @@ class Gain:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, the verdict among them. Above 0 is better. A number that is not finite is null."""
-        values = {name: finite(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
-        return values | {"verdict": self.verdict}
+        return {**finite(asdict(self)), "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -189,13 +188,8 @@ class Forgetting:
             return {"not_measured": self.unknown}
         low, high = measured.low, measured.high
         return {
-            "split": measured.split,
-            "rows": measured.rows,
-            "drawn": measured.drawn,
-            "total": measured.total,
-            "before": finite(measured.base),
-            "after": finite(measured.adapter),
-            "change": finite(-measured.better_by),
+            **{name: getattr(measured, name) for name in ("split", "rows", "drawn", "total")},
+            **finite({"before": measured.base, "after": measured.adapter, "change": -measured.better_by}),
             "low": None if high is None else -high,
             "high": None if low is None else -low,
         }
@@ -242,7 +236,7 @@ class FinalScore:
         found, interval = self.losses, self.losses.interval
         return {
             "loss": found.loss, "tokens": int(found.counts.sum()), "rows": int(found.copies.sum()),
-            "distinct": len(found), "interval": interval.as_json() if interval else None,
+            "distinct": len(found), "interval": finite(interval),
         }  # fmt: skip
 
 
@@ -259,10 +253,6 @@ def item(unit: str) -> str:
 def _nats(value: float) -> str:
     """Three decimals, and never a negative zero."""
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
-
-
-def _ends(interval: Interval | None) -> tuple[float | None, float | None]:
-    return (interval.low, interval.high) if interval else (None, None)
 
 
 def measure(

@@ -8,6 +8,7 @@ What the harness prints goes to the debug log; random states and environment var
 """
 
 import copy
+import difflib
 import io
 import logging
 import os
@@ -32,22 +33,9 @@ from lm_eval.tasks import TaskManager
 from loratune.codes import Code
 from loratune.compare import requirements
 from loratune.compare.answers import AnsweringModel
+from loratune.compare.metrics import ADAPTER, BASE
 from loratune.compare.requirements import Requirement
-from loratune.compare.results import ADAPTER, BASE
-from loratune.compare.tasks import (
-    BITS_PER_BYTE,
-    MEAN,
-    PERPLEXITY,
-    WEIGHTED_PERPLEXITY,
-    TaskMetric,
-    TaskResults,
-    check_same_task,
-    check_supported,
-    compare_metric,
-    is_path,
-    load_error,
-    unknown_task,
-)
+from loratune.compare.tasks import MEAN, OPTION, TaskMetric, TaskResults, compare_metric, is_path
 from loratune.errors import ConfigError, DataError, LoratuneError, NumericError, Problem, is_out_of_memory
 from loratune.events import counting
 from loratune.model.load import context_length
@@ -60,13 +48,7 @@ _BATCH_TOKENS = 8192
 _BATCHES = 4
 """Batches after which the progress may be shown."""
 _DRAWS = 1000
-"""Resamples behind the harness's standard errors of metrics that are no means."""
-_AGGREGATIONS = {
-    metrics.mean: MEAN,
-    metrics.perplexity: PERPLEXITY,
-    metrics.weighted_perplexity: WEIGHTED_PERPLEXITY,
-    metrics.bits_per_byte: BITS_PER_BYTE,
-}
+"""Resamples behind the harness's standard errors of metrics that are not means."""
 _KINDS = {
     "loglikelihood": "log-likelihoods",
     "loglikelihood_rolling": "log-likelihoods of texts",
@@ -74,14 +56,7 @@ _KINDS = {
 }
 """Kind of request, by the name of the harness's method, and what it is called in messages."""
 
-
-_LOADERS = ("huggingface_hub", "datasets")
-"""Packages that load rows, whose loggers have handlers of their own."""
 _logger = logging.getLogger(__name__)
-
-
-Tasks = Callable[[AnsweringModel], TaskResults]
-"""Runs tasks on a loaded adapter and its base, see `run`."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +67,9 @@ class OpenedTasks:
     groups: Mapping[str, Any]
 
 
-def prepare(specs: Sequence[str], limit: int | None, required: Sequence[Requirement]) -> Tasks:
+def prepare(
+    specs: Sequence[str], limit: int | None, required: Sequence[Requirement]
+) -> Callable[[AnsweringModel], TaskResults]:
     """Find tasks and load their rows, to be run later. Raises as `open_tasks` and `requirements.check_tasks` do.
 
     Args:
@@ -114,7 +91,7 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
 
     Raises:
         ConfigError: There is no such task; it runs code that a model writes, or needs images or sound.
-        DataError: Its rows cannot be had, or it is not well formed.
+        DataError: It or its rows cannot be loaded.
     """
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
@@ -125,36 +102,43 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
             try:
                 loaded = manager.load([name])
             except (Exception, SystemExit) as error:  # its code may end the process, as if all were well
-                raise load_error(spec, error) from error
+                fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads"
+                fix = fix if isinstance(error, ConnectionError) else ""
+                what = f"the harness cannot load it or its rows: {_reason(error)}"
+                raise DataError(Problem(Code.EVALUATE_TASK, what, spec, fix=fix)) from error
             for same in tasks.keys() & loaded["tasks"].keys():
-                check_same_task(spec, same, tasks[same], loaded["tasks"][same])
+                if repr(tasks[same].dump_config()) != repr(loaded["tasks"][same].dump_config()):
+                    what, fix = f"another task is called {same!r} too", "give each its own name, or run one of them"
+                    raise ConfigError(Problem(Code.EVALUATE_TASK, what, spec, OPTION, fix))
             tasks |= loaded["tasks"]
             groups |= loaded["groups"]
-    for name, task in tasks.items():
-        check_supported(name, task)
+    for attribute, what in (
+        ("UNSAFE_CODE", "runs code that the model writes"),
+        ("MULTIMODAL", "needs images or sound"),
+    ):
+        if refused := [name for name, task in tasks.items() if getattr(task, attribute, False)]:
+            raise ConfigError(Problem(Code.EVALUATE_TASK, f"{what}, which is not supported", refused[0], OPTION))
     return OpenedTasks(tasks, groups)
 
 
-def _found(specs: Sequence[str]) -> list[tuple[str, TaskManager, str]]:
+def _found(specs: Sequence[str]) -> Iterator[tuple[str, TaskManager, str]]:
     """Each task as the user names it, where it is found, and what it is called there. Raises ConfigError: nowhere."""
-    found: list[tuple[str, TaskManager, str]] = []
     names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
-    problems = [unknown_task(name, known.all_tasks) for name in names if name not in known.task_index]
     for spec in specs:
-        if not is_path(spec) or Path(spec).is_file():
-            found.append((spec, known, spec))
-        elif Path(spec).is_dir():
+        what, fix = "", "`lm-eval ls tasks` lists them"
+        if Path(spec).is_dir() and is_path(spec):
             local = TaskManager(include_path=spec, include_defaults=False)
-            found += [(f"{spec}: {name}", local, name) for name in (*local.all_groups, *local.all_subtasks)]
-            if not local.all_tasks:
-                what, fix = "holds no YAML file of a task", "a task has a key `task`"
-                problems.append(Problem(Code.EVALUATE_TASK, what, spec, "--tasks", fix))
+            yield from ((f"{spec}: {name}", local, name) for name in (*local.all_groups, *local.all_subtasks))
+            what = "" if local.all_tasks else "there is no YAML file with a key `task` in it"
+        elif Path(spec).is_file() if is_path(spec) else spec in known.task_index:
+            yield spec, known, spec
         else:
-            problems.append(Problem(Code.EVALUATE_TASK, "no such file or directory", spec, "--tasks"))
-    if problems:
-        raise ConfigError(problems)
-    return found
+            what = "no such file or directory" if is_path(spec) else f"there is no task {spec!r}"
+            near = difflib.get_close_matches(spec, known.all_tasks, n=3, cutoff=0.6)
+            fix = f"did you mean {', '.join(near)}?" if near else fix
+        if what:
+            raise ConfigError(Problem(Code.EVALUATE_TASK, what, spec if is_path(spec) else "", OPTION, fix))
 
 
 class _ModelOfHarness:
@@ -213,10 +197,8 @@ class _HarnessedModel(HFLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
         """Completions of contexts, up to a text that ends them."""
-        lengths = [
-            self._tokens(context) + (settings.get("max_gen_toks") or self.max_gen_toks)
-            for context, settings in (request.args for request in requests)
-        ]
+        pairs = [request.args for request in requests]
+        lengths = [self._tokens(text) + (asked.get("max_gen_toks") or self.max_gen_toks) for text, asked in pairs]
         return self._in_batches("generate_until", super().generate_until, requests, lengths)
 
     def _tokens(self, text: str) -> int:
@@ -263,12 +245,13 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskR
             models[name], found[name] = _run_one(loaded, opened, limit, name)
     if models[BASE].requests != models[ADAPTER].requests:
         what, fix = "base and adapter were asked different things", "make the prompts of the task the same every time"
-        raise DataError(Problem(Code.EVALUATE_TASK, what, key="--tasks", fix=fix))
+        raise DataError(Problem(Code.EVALUATE_TASK, what, key=OPTION, fix=fix))
     remarks = [_effect(models[BASE].responses, models[ADAPTER].responses, loaded.where)]
     if loaded.chat:
         remarks.append("tasks: prompts go through the chat template, as the adapter was trained on conversations")
-    metrics = _metrics(opened, found)
-    return TaskResults(metrics, limit, loaded.chat, version("lm-eval"), [line for line in remarks if line])
+    return TaskResults(
+        _metrics(opened, found), limit, loaded.chat, version("lm-eval"), [line for line in remarks if line]
+    )
 
 
 def _run_one(
@@ -294,9 +277,8 @@ def _run_one(
         except (Exception, SystemExit) as error:
             if isinstance(error, LoratuneError) or is_out_of_memory(error):
                 raise
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            what, fix = f"the harness cannot run them: {reason}", "--debug shows where"
-            raise DataError(Problem(Code.EVALUATE_TASK, what, key="--tasks", fix=fix)) from error
+            what, fix = f"the harness cannot run them: {_reason(error)}", "--debug shows where"
+            raise DataError(Problem(Code.EVALUATE_TASK, what, key=OPTION, fix=fix)) from error
     return model, found
 
 
@@ -313,6 +295,10 @@ def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[An
     return ""
 
 
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
 def _metrics(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[str, TaskMetric]]:
     """Task, or group with metrics of its own → metric → metric."""
     names = [name for name in found[BASE]["results"] if name in opened.tasks or name in found[BASE].get("groups", {})]
@@ -321,18 +307,18 @@ def _metrics(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[st
 
 def _metrics_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Iterator[tuple[str, TaskMetric]]:
     """The metrics of one task or group."""
-    for key, base_value in found[BASE]["results"][name].items():
+    results = {model: found[model]["results"][name] for model in (BASE, ADAPTER)}
+    leaves = [name] if name in opened.tasks else [task.task_name for task in opened.groups[name].get_all_tasks()]
+    for key, base_value in results[BASE].items():
         metric, _, filter_name = key.partition(",")
         if not filter_name or metric.endswith("_stderr") or not isinstance(base_value, int | float | np.number):
             continue
-        results = {model: found[model]["results"][name] for model in (BASE, ADAPTER)}
         values = {model: float(result[key]) for model, result in results.items()}
         errors = {model: _number(result.get(f"{metric}_stderr,{filter_name}")) for model, result in results.items()}
-        leaves = [name] if name in opened.tasks else [task.task_name for task in opened.groups[name].get_all_tasks()]
         samples = {model: _samples(found[model], leaves, metric, filter_name) for model in (BASE, ADAPTER)}
         aggregations = {_aggregation(opened.tasks[leaf], metric) for leaf in leaves}
         aggregation = aggregations.pop() if len(aggregations) == 1 else ""
-        if name not in opened.tasks and (aggregation != MEAN or not _are_means(values, samples)):
+        if name not in opened.tasks and not (aggregation == MEAN and _are_means(values, samples)):
             aggregation = ""
         better = found[BASE]["higher_is_better"].get(name, {}).get(metric)
         compared = compare_metric(values, errors, samples, aggregation, better)
@@ -340,8 +326,11 @@ def _metrics_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Ite
 
 
 def _aggregation(task: Any, metric: str) -> str:
-    """How a task makes one metric of a metric; the harness takes the mean where the task does not say."""
-    return _AGGREGATIONS.get(task.aggregation().get(metric, metrics.mean), "")
+    """The name of the harness's function by which a task makes one metric of a metric; empty if it is not the
+    harness's. The harness takes the mean where the task does not say."""
+    function = task.aggregation().get(metric, metrics.mean)
+    name: str = getattr(function, "__name__", "")
+    return name if getattr(metrics, name, None) is function else ""
 
 
 def _samples(found: Mapping[str, Any], leaves: Sequence[str], metric: str, filter_name: str) -> list[Any]:
@@ -367,10 +356,7 @@ def contained() -> Iterator[None]:
     states = random.getstate(), np.random.get_state()
     printed = io.StringIO()
     try:
-        with (
-            kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed),
-            _redirected_logs(printed),
-        ):  # fmt: skip
+        with kept_environment(), torch.random.fork_rng(), redirect_stdout(printed), redirect_stderr(printed):
             os.environ["DISABLE_MULTIPROC"] = "1"  # the harness's resampling
             random.seed(DEFAULT_RANDOM_SEED)
             np.random.seed(DEFAULT_OTHER_SEED)
@@ -381,18 +367,3 @@ def contained() -> Iterator[None]:
         np.random.set_state(states[1])
         for line in printed.getvalue().splitlines():
             _logger.debug(line)
-
-
-@contextmanager
-def _redirected_logs(stream: io.StringIO) -> Iterator[None]:
-    """Inside, loaders of rows log to a stream. Their handlers would otherwise stay with the stderr of their import."""
-    handlers = [handler for name in _LOADERS for handler in logging.getLogger(name).handlers]
-    streams = [
-        (handler, handler.setStream(stream)) for handler in handlers if isinstance(handler, logging.StreamHandler)
-    ]
-    try:
-        yield
-    finally:
-        for handler, before in streams:
-            if before is not None:
-                handler.setStream(before)

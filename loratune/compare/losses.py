@@ -89,7 +89,7 @@ class RowLosses:
             raise ValueError(str(error)) from None
         made = cls(*np.frombuffer(raw, dtype=np.float32).reshape(3, -1).astype(np.float64))
         if not (len(made.nats) and made.is_finite and (made.tokens > 0).all() and (made.copies > 0).all()):
-            raise ValueError("these are no losses of rows")
+            raise ValueError("these are not losses of rows")
         return made
 
     @property
@@ -140,23 +140,25 @@ class Difference:
 
 def compare(base: RowLosses, adapter: RowLosses) -> Difference:
     """The paired difference of losses on the same rows: adapter minus its base, or another model."""
-    return mean_difference(adapter.totals - base.totals, adapter.counts, lower_is_better=True)
+    return mean_difference([(adapter.totals - base.totals, adapter.counts)], lower_is_better=True)
 
 
-def mean_difference(totals: Values, counts: Values, *, lower_is_better: bool) -> Difference:
-    """A difference that is a ratio of two sums over rows.
+def mean_difference(samples: Sequence[Sample], *, lower_is_better: bool) -> Difference:
+    """A difference that is a ratio of two sums over rows, or, of several groups of rows, a sum of such ratios.
 
-    totals: (rows,), a metric of each row less that of what it is compared with. counts: (rows,), above 0.
+    samples: of each group, a metric of each row less that of what it is compared with, (rows,); and counts above 0.
     """
-    return of_means([(totals, counts)], statistics.mean_ratio_interval(totals, counts), lower_is_better)
+    of_one = len(samples) == 1
+    interval = statistics.mean_ratio_interval(*samples[0]) if of_one else statistics.sum_of_ratios_interval(samples)
+    return judged(sum(mean_ratio(*sample) for sample in samples), interval, samples, lower_is_better)
 
 
 def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
     """The difference of two means of scores between 0 and 1: second minus first. first, second: (rows,), the score of
     each row. weights: (rows,), the copies of each."""
-    differences = second - first
-    interval = statistics.bounded_difference_interval(differences, weights)
-    return of_means([(weights * differences, weights)], interval, lower_is_better)
+    sample = weights * (second - first), weights
+    interval = statistics.bounded_difference_interval(second - first, weights)
+    return judged(mean_ratio(*sample), interval, [sample], lower_is_better)
 
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
@@ -174,12 +176,6 @@ def share_difference(first: Values, second: Values, weights: Values, *, lower_is
     if verdict == "indistinguishable":
         needed = _rows_needed(value, statistics.share_difference_error(first_only, second_only, rows), round(rows))
     return Difference(value, interval, p, verdict, needed)
-
-
-def of_means(samples: Sequence[Sample], interval: Interval | None, lower_is_better: bool) -> Difference:
-    """A difference that is a ratio of two sums over rows, or a sum of such ratios, with its interval."""
-    value = sum(statistics.mean_ratio(*sample) for sample in samples)
-    return judged(value, interval, samples, lower_is_better)
 
 
 def judged(value: float, interval: Interval | None, samples: Sequence[Sample], lower_is_better: bool) -> Difference:

@@ -1,6 +1,7 @@
-"""Metrics of an answer, given the text that is expected: `--metric contains`, `rouge_l`, `json`, `regex:PATTERN`.
+"""The names of models and metrics; and the metrics of an answer, given the text that is expected.
 
-`exact_match` and `label` compare tokens and beginnings, see `answers`; they are always computed.
+The latter are `--metric contains`, `rouge_l`, `json`, `regex:PATTERN`. `exact_match` and `label` compare tokens and
+beginnings, see `answers`; they are always computed.
 """
 
 import json
@@ -11,20 +12,55 @@ from decimal import Decimal, InvalidOperation
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 from loratune.codes import Code
-from loratune.compare.results import EXACT_MATCH, LABEL_ACCURACY
 from loratune.config.expressions import BadPatternError, Pattern, TimeLimit, compile_pattern
 from loratune.errors import ConfigError, Problem, missing_package
 
-OPTION = "--metric"
+BASE, ADAPTER, AGAINST, MAJORITY = "base", "adapter", "against", "majority"
+"""The names of the models: the base, the adapter on it, the other adapter that it is compared with, and one that always
+gives the most frequent of the expected answers, where these are labels."""
+
+LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY = "loss", "perplexity", "exact_match", "label_accuracy"
+"""The names of the metrics of rows; the last two are None where no row has a prompt."""
+FORGETTING, INVALID_JSON = "forgetting", "invalid_json"
+REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "reward_accuracy", "reward_margin", "ranking_accuracy"
+LOG_PROBABILITY, PREFERRED_LENGTH = "log_probability", "preferred_length"
+SIDES = ("chosen", "rejected", "desirable", "undesirable")
+LOWER_IS_BETTER = (LOSS, PERPLEXITY, INVALID_JSON)
+"""Metrics of which less is better."""
 MEANS = ("rouge_l",)
 """Metrics whose scores are fractions; all others are 0 or 1 on a row."""
+_WITHOUT_DIRECTION = (*(f"{side}_{LOG_PROBABILITY}" for side in SIDES), PREFERRED_LENGTH)
+_UNBOUNDED = (LOSS, PERPLEXITY, FORGETTING, REWARD_MARGIN, *_WITHOUT_DIRECTION)
 
+OPTION = "--metric"
 _ALWAYS = {"exact_match": EXACT_MATCH, "label": LABEL_ACCURACY}
 _NAMES = "exact_match, label, contains, rouge_l, json, regex:PATTERN"
 _WORD = re.compile(r"[^\W_]+")
+
+
+def has_direction(metric: str) -> bool:
+    """Whether more of a metric is better, or less; else a difference has no verdict."""
+    return metric not in _WITHOUT_DIRECTION
+
+
+def is_bounded(metric: str) -> bool:
+    """Whether a metric is a share of rows, or a mean of scores between 0 and 1."""
+    return metric not in _UNBOUNDED
+
+
+def sides(*, paired: bool) -> tuple[str, str]:
+    """What the better and the worse answers are called: of pairs, or of unpaired preferences."""
+    return SIDES[:2] if paired else SIDES[2:]
+
+
+def metrics_of(*, paired: bool) -> tuple[str, ...]:
+    """The names of the metrics of pairs, or of unpaired preferences."""
+    own = [f"{side}_{LOG_PROBABILITY}" for side in sides(paired=paired)]
+    return REWARD_ACCURACY, REWARD_MARGIN, *((RANKING_ACCURACY, *own, PREFERRED_LENGTH) if paired else own)
 
 
 class ExpectedTextError(ValueError):
@@ -57,10 +93,8 @@ def parse(values: Sequence[str]) -> list[Metric]:
 def _parse(value: str) -> Metric:
     if value in _ALWAYS:
         return Metric(_ALWAYS[value], None)
-    if value == "contains":
-        return Metric(value, _contains_scores)
-    if value == "json":
-        return Metric(value, _json_scores)
+    if value in ("contains", "json"):
+        return Metric(value, _contains_scores if value == "contains" else _json_scores)
     if value == "rouge_l":
         return Metric(value, _rouge_l())
     name, _, text = value.partition(":")
@@ -70,8 +104,7 @@ def _parse(value: str) -> Metric:
     try:
         return Metric(value, partial(_regex_scores, value, compile_pattern(text)))
     except BadPatternError as error:
-        what = f"`{text}` {error}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=OPTION)) from None
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"`{text}` {error}", key=OPTION)) from None
 
 
 def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
@@ -80,7 +113,8 @@ def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
     if find_spec("rouge_score") is None:
         code, purpose = Code.SYSTEM_MISSING_PACKAGE, "computes rouge_l"
         raise ConfigError(missing_package(code, "rouge-score", purpose, "eval", key=OPTION))
-    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=_Words())
+    words = SimpleNamespace(tokenize=lambda text: _WORD.findall(text.lower()))
+    scorer = import_module("rouge_score.rouge_scorer").RougeScorer(["rougeL"], tokenizer=words)
 
     def scores(expected: str, answer: str) -> Mapping[str, float]:
         if _WORD.search(expected) is None:
@@ -90,16 +124,8 @@ def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
     return scores
 
 
-class _Words:
-    """Splits a text into words, as rouge-score's tokenizers do."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """Words in lower case."""
-        return _WORD.findall(text.lower())
-
-
 def _contains_scores(expected: str, answer: str) -> Mapping[str, float]:
-    """Whether the expected text stands in the answer. Any answer contains an empty text, which says nothing."""
+    """Whether the answer contains the expected text. Any answer contains an empty text, which says nothing."""
     if not (text := expected.strip()):
         raise ExpectedTextError("the expected text is empty")
     return {"contains": float(text in answer)}
@@ -107,15 +133,15 @@ def _contains_scores(expected: str, answer: str) -> Mapping[str, float]:
 
 def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
     """Whether both are JSON with the same value, whatever its spaces and the order of its keys; and whether the answer
-    is none."""
+    is not JSON."""
     try:
         value = _json_value(expected)
     except ValueError as error:
         raise ExpectedTextError("the expected text is not JSON") from error
     try:
-        return {"json": float(_json_value(answer) == value), "invalid_json": 0.0}
+        return {"json": float(_json_value(answer) == value), INVALID_JSON: 0.0}
     except ValueError:
-        return {"json": 0.0, "invalid_json": 1.0}
+        return {"json": 0.0, INVALID_JSON: 1.0}
 
 
 def _json_value(text: str) -> Any:
@@ -123,7 +149,7 @@ def _json_value(text: str) -> Any:
     and precision are themselves. Raises ValueError."""
 
     def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
+        raise ValueError(f"{constant} is not JSON")
 
     def tagged(value: Any) -> Any:
         if isinstance(value, dict):
@@ -155,6 +181,4 @@ def _found(pattern: Pattern, text: str) -> str | None:
     lm-evaluation-harness's filter `regex` does the same (lm_eval/filters/extraction.py).
     """
     match = TimeLimit()(pattern.search, text)
-    if match is None:
-        return None
-    return next(filter(None, match.groups()), match.group()).strip() or None
+    return None if match is None else next(filter(None, match.groups()), match.group()).strip() or None

@@ -1,7 +1,7 @@
 """Metrics of preferences: how often the chosen answer is preferred, and how probabilities changed.
 
-- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of judged
-  answers whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
+- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of unpaired
+  preferences whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
 - `reward_margin`: by how much rewards of chosen answers are higher than those of rejected ones, in the mean; or those
   of desirable answers than those of undesirable ones.
 - `ranking_accuracy`: the share of pairs whose chosen answer is the more probable one (Chen et al. 2024,
@@ -18,43 +18,39 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loratune import statistics
-from loratune.statistics import Interval
+from loratune.compare.metrics import (
+    LOG_PROBABILITY,
+    PREFERRED_LENGTH,
+    RANKING_ACCURACY,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    sides,
+)
+from loratune.compare.objectives import AnswerScores, Formula
+from loratune.data.rendering import CHOSEN
+from loratune.statistics import Interval, finite
+from loratune.text import plural
 
 Values = NDArray[np.float64]
 
-REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "reward_accuracy", "reward_margin", "ranking_accuracy"
-LOG_PROBABILITY, PREFERRED_LENGTH = "log_probability", "preferred_length"
-SIDES = CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = "chosen", "rejected", "desirable", "undesirable"
 SATURATED = 4.6
 """A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
 _MOST_SATURATED = 0.9
-"""The share of saturated pairs from which on that is said."""
-
-
-def names_of_sides(*, paired: bool) -> tuple[str, str]:
-    """What answers are called that are better, and those that are worse: of pairs, or of unpaired answers."""
-    return (CHOSEN, REJECTED) if paired else (DESIRABLE, UNDESIRABLE)
-
-
-def metrics_of(*, paired: bool) -> tuple[str, ...]:
-    """The names of the metrics of pairs, or of unpaired answers."""
-    sides = [f"{side}_{LOG_PROBABILITY}" for side in names_of_sides(paired=paired)]
-    if paired:
-        return REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY, *sides, PREFERRED_LENGTH
-    return REWARD_ACCURACY, REWARD_MARGIN, *sides
+"""The share of saturated pairs from which on that is reported."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """The answers on one side.
+    """The answers on one side; arrays (answers,).
 
     Attributes:
-        tokens: (answers,), their supervised tokens.
-        before: (answers,), their log-probabilities in the reference, or the base.
-        after: (answers,), those of the model that is looked at.
-        rewards: (answers,), their rewards.
+        tokens: Their supervised tokens.
+        before: Their log-probabilities in the reference, or the base.
+        after: Those of the model that is measured.
+        rewards: Their rewards.
     """
 
     tokens: Values
@@ -64,14 +60,14 @@ class Side:
 
     def as_json(self) -> dict[str, Any]:
         """The means: of tokens, log-probabilities and their change, with the interval of the change."""
-        change = self.after - self.before
+        change = _measured(self.after - self.before)
         return {
-            "answers": len(change),
+            "answers": len(self.after),
             "tokens": _mean(self.tokens),
             "log_probability_before": _mean(self.before),
             "log_probability": _mean(self.after),
-            "change": _mean(change),
-            "change_interval": _json(_interval(change)),
+            "change": change.value,
+            "change_interval": finite(change.interval),
         }
 
 
@@ -89,19 +85,19 @@ class PreferenceMetric:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {"value": self.value, "interval": _json(self.interval)}
+        return {"value": self.value, "interval": finite(self.interval)}
 
 
 @dataclass(frozen=True)
 class PreferenceMetrics:
-    """Metrics over pairs, or over answers that are good or bad.
+    """Metrics over pairs, or over unpaired preferences.
 
     Attributes:
         split: The name of the rows.
         paired: Whether they are pairs.
         good: The chosen answers, or the desirable ones.
         bad: The rejected ones, or the undesirable ones.
-        border: The reward from which on an answer counts as taken for a good one, where they are no pairs.
+        border: The reward from which on an answer of unpaired preferences counts as desirable.
     """
 
     split: str
@@ -110,11 +106,24 @@ class PreferenceMetrics:
     bad: Side
     border: float = 0.0
 
-    def by_item(self) -> dict[str, tuple[slice, Values]]:
-        """Metric → which pairs, or which of the good answers and then the bad ones, it is a mean over, and what each of
-        them adds. The margin of unpaired answers is a sum of two means, one of them of bad rewards with the other sign.
+    @classmethod
+    def of(
+        cls, split: str, formula: Formula, answers: AnswerScores, signs: Tensor, estimate: float
+    ) -> "PreferenceMetrics":
+        """From what a model gives to answers.
+
+        signs: (answers,), see `TokenizedRow.side`. estimate: see `divergence`.
         """
-        good, bad, every = self.good, self.bad, slice(None)
+        columns = answers.tokens, answers.reference, answers.log_probabilities, formula.rewards(answers)
+        good, bad = (Side(*(one[which].double().cpu().numpy() for one in columns)) for which in (signs > 0, signs < 0))
+        paired = bool(len(signs)) and abs(int(signs[0])) == CHOSEN
+        return cls(split, paired, good, bad, formula.beta * estimate)
+
+    def by_item(self) -> dict[str, tuple[slice, Values]]:
+        """Metric → which pairs, or which of the desirable answers and then the undesirable ones, it is a mean over, and
+        what each of them adds. The margin of unpaired preferences is a sum of two means, one of them of undesirable
+        rewards with the other sign."""
+        good, bad, every, first = self.good, self.bad, slice(None), slice(len(self.good.after))
         names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]
         if self.paired:
             return {
@@ -126,39 +135,34 @@ class PreferenceMetrics:
                 PREFERRED_LENGTH: (every, np.where(good.after >= bad.after, good.tokens, bad.tokens)),
             }
         right = np.concatenate([_higher(good.rewards - self.border), _higher(self.border - bad.rewards)])
-        count, sides = len(good.after), {}
-        if len(good.after) and len(bad.after):
-            sides[REWARD_MARGIN] = every, np.concatenate([good.rewards, -bad.rewards])
-        return {
-            REWARD_ACCURACY: (every, right),
-            **sides,
-            names[0]: (slice(count), good.after),
-            names[1]: (slice(count, None), bad.after),
-        }
+        has_margin = len(good.after) and len(bad.after)
+        margin = {REWARD_MARGIN: (every, np.concatenate([good.rewards, -bad.rewards]))} if has_margin else {}
+        others = {names[0]: (first, good.after), names[1]: (slice(first.stop, None), bad.after)}
+        return {REWARD_ACCURACY: (every, right), **margin, **others}
 
     def before(self) -> "PreferenceMetrics":
         """The same of the reference, whose rewards are not known."""
         good, bad = (
-            replace(side, after=side.before, rewards=np.zeros(len(side.rewards))) for side in (self.good, self.bad)
+            replace(one, after=one.before, rewards=np.zeros_like(one.rewards)) for one in (self.good, self.bad)
         )
         return PreferenceMetrics(self.split, self.paired, good, bad)
+
+    def share(self, metric: str) -> PreferenceMetric:
+        """One of the accuracies."""
+        right = self.by_item()[metric][1]
+        interval = statistics.wilson(float(right.sum()), len(right)) if len(right) else None
+        return PreferenceMetric(_mean(right), interval)
 
     @property
     def accuracy(self) -> PreferenceMetric:
         """`reward_accuracy`."""
-        return _share(self.by_item()[REWARD_ACCURACY][1])
+        return self.share(REWARD_ACCURACY)
 
     @property
     def margin(self) -> PreferenceMetric:
         """`reward_margin`."""
-        sides = (self.good.rewards - self.bad.rewards,) if self.paired else (self.good.rewards, -self.bad.rewards)
-        interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in sides])
-        return PreferenceMetric(sum(map(_mean, sides)), interval)
-
-    @property
-    def ranking_accuracy(self) -> PreferenceMetric:
-        """`ranking_accuracy`; of pairs."""
-        return _share(self.by_item()[RANKING_ACCURACY][1])
+        good, bad = self.good.rewards, self.bad.rewards
+        return _measured(good - bad) if self.paired else _measured(good, -bad)
 
     @property
     def preferred_length(self) -> float:
@@ -168,25 +172,23 @@ class PreferenceMetrics:
     @property
     def names(self) -> tuple[str, str]:
         """What the two sides are called."""
-        return names_of_sides(paired=self.paired)
-
-    @property
-    def rows(self) -> str:
-        """`200 validation pairs`."""
-        count = len(self.good.tokens) if self.paired else len(self.good.tokens) + len(self.bad.tokens)
-        return f"{count:,} {self.split} {'pair' if self.paired else 'answer'}{'' if count == 1 else 's'}"
+        return sides(paired=self.paired)
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Labels and texts for the end of a run."""
-        yield "reward accuracy", f"{self.accuracy} on {self.rows}, margin {self.margin}"
+        count = len(self.good.tokens) if self.paired else len(self.good.tokens) + len(self.bad.tokens)
+        rows = plural(count, f"{self.split} {'pair' if self.paired else 'answer'}")
+        yield "reward accuracy", f"{self.accuracy} on {rows}, margin {self.margin}"
         before = self.before()
         if self.paired:
             what = "of the pairs have the chosen answer as the more probable one"
-            yield "ranking accuracy", f"{before.ranking_accuracy.value:.3f} → {self.ranking_accuracy} {what}"
-        parts = []
-        for name, side in zip(self.names, (self.good, self.bad), strict=True):
-            if len(side.after):
-                parts.append(f"{name} {_mean(side.before):.2f} → {_mean(side.after):.2f}")
+            first, last = (one.share(RANKING_ACCURACY) for one in (before, self))
+            yield "ranking accuracy", f"{first.value:.3f} → {last} {what}"
+        parts = [
+            f"{name} {_mean(side.before):.2f} → {_mean(side.after):.2f}"
+            for name, side in zip(self.names, (self.good, self.bad), strict=True)
+            if len(side.after)
+        ]
         yield "log-probability", f"{', '.join(parts)} nats an answer"
         if self.paired:
             lengths = f"{before.preferred_length:.1f} → {self.preferred_length:.1f} tokens of the more probable answers"
@@ -196,14 +198,13 @@ class PreferenceMetrics:
         """What may not be intended."""
         if not self.paired:
             return
-        change, margins = self.good.after - self.good.before, self.good.rewards - self.bad.rewards
-        interval = _interval(change)
-        if interval and interval.high < 0 and _mean(margins) > 0:
+        change, margins = _measured(self.good.after - self.good.before), self.good.rewards - self.bad.rewards
+        if change.interval and change.interval.high < 0 and _mean(margins) > 0:
             yield (
-                f"chosen answers became less likely, by {-_mean(change):.2f} nats in the mean, while the margin grew: "
+                f"chosen answers became less likely, by {-change.value:.2f} nats in the mean, while the margin grew: "
                 "rejected ones only fell further; preferences.sft_weight holds them up"
             )
-        saturated = float((margins > SATURATED).mean()) if len(margins) else 0.0
+        saturated = _mean(margins > SATURATED)
         if saturated > _MOST_SATURATED:
             yield (
                 f"{saturated:.0%} of the pairs have a margin above {SATURATED}, and teach next to nothing any more: "
@@ -212,17 +213,12 @@ class PreferenceMetrics:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
-        metrics: dict[str, Any] = {
-            "split": self.split,
-            REWARD_ACCURACY: self.accuracy.as_json(),
-            REWARD_MARGIN: self.margin.as_json(),
-            self.names[0]: self.good.as_json(),
-            self.names[1]: self.bad.as_json(),
-        }
-        if self.paired:
-            for name, one in (("before", self.before()), ("after", self)):
-                metrics[f"{RANKING_ACCURACY}_{name}"] = one.ranking_accuracy.as_json()
-                metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
+        metrics: dict[str, Any] = {"split": self.split, REWARD_ACCURACY: self.accuracy.as_json()}
+        metrics |= {REWARD_MARGIN: self.margin.as_json()}
+        metrics |= {name: side.as_json() for name, side in zip(self.names, (self.good, self.bad), strict=True)}
+        for name, one in (("before", self.before()), ("after", self)) if self.paired else ():
+            metrics[f"{RANKING_ACCURACY}_{name}"] = one.share(RANKING_ACCURACY).as_json()
+            metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
         return metrics
 
 
@@ -230,19 +226,11 @@ def _higher(difference: Values) -> Values:
     return np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
 
 
-def _share(right: Values) -> PreferenceMetric:
-    if not len(right):
-        return PreferenceMetric(0.0, None)
-    return PreferenceMetric(_mean(right), statistics.wilson(float(right.sum()), len(right)))
-
-
-def _mean(values: Values) -> float:
+def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else 0.0
 
 
-def _interval(values: Values) -> Interval | None:
-    return statistics.jackknife_interval(values, np.ones_like(values))
-
-
-def _json(interval: Interval | None) -> list[float] | None:
-    return interval.as_json() if interval else None
+def _measured(*groups: Values) -> PreferenceMetric:
+    """The sum of the means of groups, with its interval."""
+    interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in groups])
+    return PreferenceMetric(sum(map(_mean, groups)), interval)

@@ -1,40 +1,39 @@
-"""Metrics of tasks of the lm-evaluation-harness, base and adapter compared document by document.
+"""Metrics of tasks of the lm-evaluation-harness, base and adapter compared document by document; `harness` runs them.
 
 The harness gives each metric a standard error of its own. Base and adapter answer the same documents, so the difference
 is compared in pairs here, which is more exact than two intervals.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets.exceptions import DatasetsError
+from numpy.typing import NDArray
 
 from loratune import statistics
 from loratune.codes import Code
 from loratune.compare.losses import Difference, exp, mean_difference, score_difference, share_difference
-from loratune.compare.results import ADAPTER, BASE, Judgement
-from loratune.errors import ConfigError, DataError, LoratuneError, Problem, missing_package
-from loratune.statistics import Interval
+from loratune.compare.metrics import ADAPTER, BASE
+from loratune.compare.requirements import Judgement
+from loratune.errors import ConfigError, Problem, missing_package
+from loratune.statistics import Interval, finite
 
 OPTION = "--tasks"
-MEAN, PERPLEXITY, WEIGHTED_PERPLEXITY, BITS_PER_BYTE = "mean", "perplexity", "weighted_perplexity", "bits_per_byte"
-"""How the harness makes one metric of the values of documents, by the names under which it registers the functions:
-their mean; e to the power of the nats per document, or per unit that a value counts; and nats per unit in bits."""
 
-_SCALES: dict[str, tuple[int, Callable[[float], float]]] = {
+Scale = Callable[[float], float]
+MEAN = "mean"
+_SCALES: dict[str, tuple[int, Scale]] = {
     MEAN: (1, lambda ratio: ratio),
-    PERPLEXITY: (-1, exp),
-    WEIGHTED_PERPLEXITY: (-1, exp),
-    BITS_PER_BYTE: (-1, lambda ratio: ratio / math.log(2)),
+    "perplexity": (-1, exp),
+    "weighted_perplexity": (-1, exp),
+    "bits_per_byte": (-1, lambda ratio: ratio / math.log(2)),
 }
-"""Aggregation → with which sign the values count; and the metric as a function of their mean, or of the ratio of sums.
-All of the functions rise."""
+"""The name of the harness's function that makes one metric of the values of documents → with which sign the values
+count; and the metric as a function of their mean, or of the ratio of their sums. All of the functions rise."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class TaskMetric:
 
     Attributes:
         values: Model → the metric as the harness computes it.
-        intervals: Model → its 95 % interval. None where there are too few documents, or the metric is none that comes
-            from a mean over documents.
+        intervals: Model → its 95 % interval. None where there are too few documents, or the metric does not come from a
+            mean over documents.
         errors: Model → the standard error that the harness gives, where there is no interval; None if it gives none.
         difference: Of the adapter less the base.
         rows: How many documents were scored.
@@ -58,8 +57,7 @@ class TaskMetric:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; metrics that are not finite are null."""
-        plain: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in self.values.items()}
-        plain["intervals"] = {name: interval and interval.as_json() for name, interval in self.intervals.items()}
+        plain = {**finite(self.values), "intervals": finite(self.intervals)}
         plain |= {"stderr": dict(self.errors)} if self.errors else {}
         return plain | {"difference": self.difference.as_json(), "verdict": self.difference.verdict, "rows": self.rows}
 
@@ -90,17 +88,89 @@ class TaskResults:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, in keys of their own beside those of an evaluation on rows."""
-        tasks = {
-            task: {name: metric.as_json() for name, metric in metrics.items()} for task, metrics in self.tasks.items()
-        }
+        tasks = {task: {name: one.as_json() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
         values = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
         required = [one.as_json() for one in self.requirements]
         return values | ({"requirements": required} if required else {})
 
 
-def is_path(spec: str) -> bool:
-    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
-    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")
+def compare_metric(
+    values: Mapping[str, float],
+    errors: Mapping[str, float | None],
+    samples: Mapping[str, Sequence[Any]],
+    aggregation: str,
+    higher_is_better: bool | None,
+) -> TaskMetric:
+    """Compare base and adapter on one metric.
+
+    Args:
+        values: Model → the metric as the harness computes it.
+        errors: Model → its standard error by the harness.
+        samples: Model → the metric of each document, the same documents in the same order: a number, or a pair of a
+            log-likelihood and what it counts, such as words.
+        aggregation: How the metric comes from them, by the name of the harness's function.
+        higher_is_better: None where the harness does not say.
+    """
+    tables = [_table(samples[model]) for model in (BASE, ADAPTER)]
+    base, adapter = tables
+    if aggregation not in _SCALES or base is None or adapter is None:
+        difference = Difference(values[ADAPTER] - values[BASE], None)
+        return TaskMetric(values, dict.fromkeys(values), errors, difference, len(samples[BASE]))
+    (sign, scale), lower_is_better = _SCALES[aggregation], not higher_is_better
+    totals, counts = {BASE: sign * base[0], ADAPTER: sign * adapter[0]}, base[1]
+    every = np.concatenate([*totals.values()])
+    if aggregation == MEAN and ((every >= 0) & (every <= 1)).all():
+        are_shares = bool(np.isin(every, (0, 1)).all())
+        differ, interval = (share_difference, _share) if are_shares else (score_difference, _score)
+        difference = differ(totals[BASE], totals[ADAPTER], counts, lower_is_better=lower_is_better)
+    else:
+        difference = _on_scale(totals, counts, scale, lower_is_better)
+        interval = partial(_ratio, scale=scale)
+    if higher_is_better is None:
+        difference = replace(difference, verdict=None, rows_needed=None)
+    intervals = {model: interval(own, counts) for model, own in totals.items()}
+    return TaskMetric(values, intervals, {}, difference, len(counts))
+
+
+def _table(values: Sequence[Any]) -> NDArray[np.float64] | None:
+    """(2, documents), values and what they count, which is 1 of plain numbers; None if not all are such."""
+    pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
+    numeric = all(len(pair) == 2 and isinstance(pair[0], int | float | np.number) and pair[1] > 0 for pair in pairs)
+    return np.array(pairs, dtype=np.float64).T if pairs and numeric else None
+
+
+def _share(values: Any, counts: Any) -> Interval | None:
+    return statistics.wilson(int(sum(values)), len(values))
+
+
+def _score(values: Any, counts: Any) -> Interval | None:
+    return statistics.bounded_mean_interval(values, counts)
+
+
+def _ratio(totals: Any, counts: Any, scale: Scale) -> Interval | None:
+    return _scaled(statistics.mean_ratio_interval(totals, counts), scale)
+
+
+def _on_scale(totals: Mapping[str, Any], counts: Any, scale: Scale, lower_is_better: bool) -> Difference:
+    """The difference of metrics that are a function of a mean, or of a ratio of two sums, over documents.
+
+    What is compared in pairs is the mean or ratio, which is in nats where the metric is a perplexity. Its difference
+    and the ends of its interval are then taken to the metric's scale, from the base's metric as it was found. So the
+    interval of a difference of perplexities is that of their quotient, and has the same verdict as that of the nats.
+    """
+    found = mean_difference([(totals[ADAPTER] - totals[BASE], counts)], lower_is_better=lower_is_better)
+    start = float(totals[BASE].sum() / counts.sum())
+
+    def from_base(difference: float) -> float:
+        return scale(start + difference) - scale(start)
+
+    return replace(found, value=from_base(found.value), interval=_scaled(found.interval, from_base))
+
+
+def _scaled(interval: Interval | None, scale: Scale) -> Interval | None:
+    """An interval on another scale; None where an end is not finite there."""
+    scaled = interval and Interval(scale(interval.low), scale(interval.high))
+    return scaled if scaled and math.isfinite(scaled.low) and math.isfinite(scaled.high) else None
 
 
 def parse(text: str) -> list[str]:
@@ -118,128 +188,6 @@ def parse(text: str) -> list[str]:
     return specs
 
 
-def unknown_task(name: str, known: Sequence[str]) -> Problem:
-    """The problem of a task that the harness does not have."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
-    fix = f"write {name}/ for the tasks in that directory" if Path(name).is_dir() else fix
-    return Problem(Code.EVALUATE_TASK, f"the lm-evaluation-harness has no task {name!r}", key="--tasks", fix=fix)
-
-
-def load_error(spec: str, error: BaseException) -> LoratuneError:
-    """The error of a task that the harness cannot load."""
-    reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-    if isinstance(error, OSError | DatasetsError):  # as all errors of the network and of the hub are
-        fix = "the rows come from the Hugging Face hub or from the files that the task's YAML names"
-        if isinstance(error, ConnectionError):
-            fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads and does not wait for the hub"
-        return DataError(Problem(Code.EVALUATE_TASK, f"its rows cannot be loaded: {reason}", spec, fix=fix))
-    return DataError(Problem(Code.EVALUATE_TASK, f"the harness cannot load it: {reason}", spec))
-
-
-def check_same_task(spec: str, name: str, first: Any, second: Any) -> None:
-    """Raises ConfigError: two tasks have one name, of which the harness would run one."""
-    if repr(first.dump_config()) != repr(second.dump_config()):
-        what, fix = f"another task is called {name!r} too", "give each a name of its own, or run one of them"
-        raise ConfigError(Problem(Code.EVALUATE_TASK, what, spec, "--tasks", fix))
-
-
-def check_supported(name: str, task: Any) -> None:
-    """Raises ConfigError: the task needs what is not given to it here."""
-    reason = ""
-    if getattr(task, "UNSAFE_CODE", False):
-        reason = "runs code that the model writes, which is not allowed here"
-    elif getattr(task, "MULTIMODAL", False):
-        reason = "needs images or sound"
-    if reason:
-        raise ConfigError(Problem(Code.EVALUATE_TASK, reason, name, "--tasks", "leave it out"))
-
-
-def compare_metric(
-    values: Mapping[str, float],
-    errors: Mapping[str, float | None],
-    samples: Mapping[str, Sequence[Any]],
-    aggregation: str,
-    higher_is_better: bool | None,
-) -> TaskMetric:
-    """Compare base and adapter on one metric.
-
-    Args:
-        values: Model → the metric as the harness computes it.
-        errors: Model → its standard error by the harness.
-        samples: Model → the metric of each document, the same documents in the same order: a number, or a pair of a
-            log-likelihood and what it counts, such as words.
-        aggregation: How the metric comes from them.
-        higher_is_better: None where the harness does not say.
-    """
-    rows = len(samples[BASE])
-    if aggregation not in _SCALES or not _is_numeric([*samples[BASE], *samples[ADAPTER]]):
-        difference = Difference(values[ADAPTER] - values[BASE], None)
-        return TaskMetric(values, dict.fromkeys(values), errors, difference, rows)
-    if aggregation == MEAN and {*samples[BASE], *samples[ADAPTER]} <= {0, 1}:
-        intervals, difference = _compare_shares(samples, not higher_is_better)
-    elif aggregation == MEAN and all(0 <= value <= 1 for value in (*samples[BASE], *samples[ADAPTER])):
-        intervals, difference = _compare_scores(samples, not higher_is_better)
-    else:
-        intervals, difference = _compare_ratios(samples, not higher_is_better, *_SCALES[aggregation])
-    if higher_is_better is None:
-        difference = replace(difference, verdict=None, rows_needed=None)
-    return TaskMetric(values, intervals, {}, difference, rows)
-
-
-def _is_numeric(values: Sequence[Any]) -> bool:
-    """Whether all values are numbers, or all pairs of a number and what it counts, which is above 0."""
-    if values and isinstance(values[0], tuple):
-        return all(isinstance(value, tuple) and len(value) == 2 and value[1] > 0 for value in values)
-    return bool(values) and all(isinstance(value, int | float | np.number) for value in values)
-
-
-def _compare_shares(
-    samples: Mapping[str, Sequence[Any]], lower_is_better: bool
-) -> tuple[dict[str, Interval | None], Difference]:
-    """Of metrics that are 0 or 1 for each document."""
-    base, adapter = (np.array(samples[model], dtype=np.float64) for model in (BASE, ADAPTER))
-    difference = share_difference(base, adapter, np.ones(len(base)), lower_is_better=lower_is_better)
-    return {model: statistics.wilson(int(sum(own)), len(own)) for model, own in samples.items()}, difference
-
-
-def _compare_scores(
-    samples: Mapping[str, Sequence[Any]], lower_is_better: bool
-) -> tuple[dict[str, Interval | None], Difference]:
-    """Of means over documents of what lies between 0 and 1, as far as is seen."""
-    base, adapter = (np.array(samples[model], dtype=np.float64) for model in (BASE, ADAPTER))
-    weights = np.ones(len(base))
-    intervals = {model: statistics.bounded_mean_interval(own, weights) for model, own in samples.items()}
-    return intervals, score_difference(base, adapter, weights, lower_is_better=lower_is_better)
-
-
-def _compare_ratios(
-    samples: Mapping[str, Sequence[Any]], lower_is_better: bool, sign: int, scale: Callable[[float], float]
-) -> tuple[dict[str, Interval | None], Difference]:
-    """Of metrics that are a function of a mean, or of a ratio of two sums, over documents.
-
-    What is compared in pairs is the mean or ratio, which is in nats where the metric is a perplexity. Its difference
-    and the ends of its interval are then taken to the metric's scale, from the base's metric as it was found. So the
-    interval of a difference of perplexities is that of their quotient, and has the same verdict as that of the nats.
-    """
-    totals, ratios, intervals = {}, {}, dict[str, Interval | None]()
-    counts = np.ones(len(samples[BASE]))
-    for model, values in samples.items():
-        pairs = np.array([value if isinstance(value, tuple) else (value, 1) for value in values], dtype=np.float64)
-        totals[model], counts = sign * pairs[:, 0], pairs[:, 1]
-        ratios[model] = float(totals[model].sum() / counts.sum())
-        intervals[model] = _scaled(statistics.mean_ratio_interval(totals[model], counts), scale)
-    found = mean_difference(totals[ADAPTER] - totals[BASE], counts, lower_is_better=lower_is_better)
-
-    def from_base(difference: float) -> float:
-        return scale(ratios[BASE] + difference) - scale(ratios[BASE])
-
-    return intervals, replace(found, value=from_base(found.value), interval=_scaled(found.interval, from_base))
-
-
-def _scaled(interval: Interval | None, scale: Callable[[float], float]) -> Interval | None:
-    """An interval on another scale; None where an end is not finite there."""
-    if interval is None:
-        return None
-    low, high = scale(interval.low), scale(interval.high)
-    return Interval(low, high) if math.isfinite(low) and math.isfinite(high) else None
+def is_path(spec: str) -> bool:
+    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
+    return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")

@@ -3,22 +3,22 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
 from loratune.compare.losses import Difference
-from loratune.compare.metrics import MEANS
-from loratune.compare.preferences import LOG_PROBABILITY
-from loratune.compare.results import (
+from loratune.compare.metrics import (
     ADAPTER,
     BASE,
     LABEL_ACCURACY,
+    LOG_PROBABILITY,
     LOSS,
     MAJORITY,
+    MEANS,
     PERPLEXITY,
-    ComparedRow,
-    Judgement,
     has_direction,
     is_bounded,
 )
+from loratune.compare.requirements import Judgement
 from loratune.compare.tasks import TaskResults
 from loratune.statistics import Interval
 from loratune.text import plural
@@ -41,15 +41,13 @@ def rows(comparison: Comparison) -> str:
     """What the rows are: `48 rows, 900 supervised tokens`; of pairs and unpaired answers, their mean tokens."""
     score = comparison.scores[ADAPTER]
     count = plural(score.rows, comparison.item)
-    lengths: dict[str, list[float]] = {}
-    for row in comparison.rows:
-        for side, answer in row.compared.items():
-            total = lengths.setdefault(side, [0.0, 0.0])
-            total[0] += row.copies * answer.tokens
-            total[1] += row.copies
-    if not lengths:
+    sides = dict.fromkeys(side for row in comparison.rows for side in row.compared)
+    if not sides:
         return f"{count}, {score.tokens:,} supervised tokens"
-    means = [f"{side} {tokens / answers:.1f}" for side, (tokens, answers) in lengths.items()]
+    means = []
+    for side in sides:
+        own = [(row.copies, row.compared[side].tokens) for row in comparison.rows if side in row.compared]
+        means.append(f"{side} {sum(map(math.prod, own)) / sum(copies for copies, _ in own):.1f}")
     return f"{count} (mean tokens: {', '.join(means)})"
 
 
@@ -91,19 +89,16 @@ def p_value(p: float) -> str:
 def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a metric a row, a model a column."""
     models = comparison.scores
-    rows = [
-        [
-            name(metric),
-            *(with_interval(metric, score.value(metric), score.intervals.get(metric)) for score in models.values()),
-        ]
-        for metric in models[ADAPTER].metrics
-    ]
-    return ["", *models], rows
+
+    def cells(metric: str) -> Iterator[str]:
+        return (with_interval(metric, one.value(metric), one.intervals.get(metric)) for one in models.values())
+
+    return ["", *models], [[name(metric), *cells(metric)] for metric in models[ADAPTER].metrics]
 
 
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a metric a row, and two columns for each model that the adapter is paired with."""
-    paired = comparison.paired()
+    paired = comparison.paired
     header = [cell for model in paired for cell in (f"{ADAPTER} - {model}", "p (McNemar)")]
     rows = [
         [name(metric), *(cell for one in paired.values() for cell in _difference(metric, one.get(metric)))]
@@ -145,7 +140,7 @@ def majority(comparison: Comparison) -> str:
     answers = len({row.expected for row in comparison.rows if row.expected is not None})
     if comparison.majority is None or comparison.verdict != "better" or answers < 2:
         return ""
-    differences = comparison.paired()[MAJORITY]
+    differences = comparison.paired[MAJORITY]
     metric = comparison.metric if comparison.metric in differences else LABEL_ACCURACY
     if differences[metric].verdict == "better":
         return ""

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from loratune.compare import text as wording
+from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
 from loratune.compare.losses import Difference
-from loratune.compare.results import (
+from loratune.compare.metrics import (
     ADAPTER,
     AGAINST,
     BASE,
     EXACT_MATCH,
     MAJORITY,
-    ComparedRow,
 )
 from loratune.statistics import Interval
 

@@ -10,8 +10,7 @@ import numpy as np
 
 from loratune import data, kernels, memory
 from loratune.codes import Code
-from loratune.compare.answers import check_positions
-from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass
+from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass, check_positions
 from loratune.compare.objectives import ComparedRows, Formula
 from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
 from loratune.data import DatasetSplit, TokenizedDataset

@@ -18,10 +18,9 @@ from loratune.codes import Code
 from loratune.compare.engine import Engine, Objective, ScoringPass, run_batch
 from loratune.compare.losses import RowLosses
 from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
-from loratune.compare.preferences import PreferenceMetrics, Side
+from loratune.compare.preferences import PreferenceMetrics
 from loratune.data import TokenizedDataset
 from loratune.data.packing import Items
-from loratune.data.rendering import CHOSEN
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
 from loratune.system.launcher import Group
@@ -50,11 +49,6 @@ class ScoredBatch:
     answers: AnswerScores
     sides: Tensor
     mismatched: AnswerScores
-
-    @property
-    def is_paired(self) -> bool:
-        """Whether rows are pairs."""
-        return bool(len(self.sides)) and abs(int(self.sides[0])) == CHOSEN
 
     @classmethod
     def of(cls, scores: Mapping[str, list[float]]) -> "ScoredBatch":
@@ -163,13 +157,7 @@ class PreferenceObjective(Objective):
         return {} if self.step is None else _logged(self._metrics("", self.step, self._divergence))
 
     def _metrics(self, split: str, read: ScoredBatch, estimate: float) -> PreferenceMetrics:
-        rewards = self.formula.rewards(read.answers)
-        columns = read.answers.tokens, read.answers.reference, read.answers.log_probabilities, rewards
-        good, bad = (
-            Side(*(column[which].double().cpu().numpy() for column in columns))
-            for which in (read.sides > 0, read.sides < 0)
-        )
-        return PreferenceMetrics(split, read.is_paired, good, bad, self.formula.beta * estimate)
+        return PreferenceMetrics.of(split, self.formula, read.answers, read.sides, estimate)
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """See `Objective`: what training gives to answers is compared with what was read of the reference."""
