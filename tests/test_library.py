@@ -315,10 +315,10 @@ def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch
 
 
 def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
-    tmp_path: Path, processes: ForkServer
+    tmp_path: Path, processes: ForkServer, built: Path
 ) -> None:
-    """With the real compiler, as that of a fresh machine."""
-    fresh = {"first": USED, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin"}
+    compiler(tmp_path, f"cp {built} library.so")
+    fresh = {"first": USED, "XDG_CACHE_HOME": str(tmp_path / "cache"), "PATH": f"{tmp_path}:/usr/bin:/bin"}
     running = [processes.start(**fresh) for _ in range(3)]
     for child in running:
         assert child.wait(300) == 0 and child.out.read_text().strip() == "", child.said()

@@ -4,6 +4,7 @@ import ast
 import re
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,12 @@ def modules(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
     """Every file below a directory: its path, the package that it belongs to, its syntax tree."""
     for path in sorted(root.rglob("*.py")):
         package = path.relative_to(root).parts[0].removesuffix(".py")
-        yield path.relative_to(root), package, ast.parse(path.read_text(encoding="utf-8"))
+        yield path.relative_to(root), package, parsed(path)
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def for_type_checkers(node: ast.AST) -> bool:

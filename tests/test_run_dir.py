@@ -371,7 +371,7 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """They are left alone, and so is the work: moved away, the run goes on to its end."""
-    config = run_config(training={"max_steps": 203})
+    config = run_config(training={"max_steps": 63, "save_steps": 60})
     adapter(tmp_path / "out")
     child = processes.start("train", config, "--overwrite")
     until(lambda: "step     1/" in child.said(), child)
@@ -494,7 +494,7 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
 def test_a_file_that_stays_in_the_work_is_reported(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    child = processes.start("train", run_config(training={"max_steps": 203, "save_steps": 50}))
+    child = processes.start("train", run_config(training={"max_steps": 63, "save_steps": 20}))
     until(lambda: checkpoints(tmp_path / "out.partial"), child)
     (tmp_path / "out.partial" / "checkpoints" / "notes.txt").write_text("precious")
     assert child.wait() == 0

@@ -35,7 +35,14 @@ def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--version"], pytest.param(["--help"], marks=pytest.mark.slow), ["train", "--help"]], ids=" ".join
+    ("arguments", "unbuffered"),
+    [
+        ("--version", "1"),
+        ("train --help", ""),
+        pytest.param("--version", "", marks=pytest.mark.slow),
+        pytest.param("train --help", "1", marks=pytest.mark.slow),
+        pytest.param("--help", "1", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("redirected", "code", "problems"),
@@ -49,15 +56,21 @@ def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
     ],
 )
 def test_what_is_printed_before_a_command(
-    arguments: list[str], redirected: str, code: int, problems: list[Expected]
+    arguments: str, unbuffered: str, redirected: str, code: int, problems: list[Expected]
 ) -> None:
-    for unbuffered in ("", "1"):
-        ran = shell(*arguments, redirected=redirected, PYTHONUNBUFFERED=unbuffered)
-        check_refused(ran, code, *problems)
-        assert ran.err.count("\n") == len(problems)
+    ran = shell(*arguments.split(), redirected=redirected, PYTHONUNBUFFERED=unbuffered)
+    check_refused(ran, code, *problems)
+    assert ran.err.count("\n") == len(problems)
 
 
-@pytest.mark.parametrize("redirected", [">&-", ">/dev/full", "<&- >&- 2>&-", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize(
+    "redirected",
+    [
+        ">/dev/full",
+        "<&- >&- 2>&-",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", "2>/dev/full")),
+    ],
+)
 def test_an_error_keeps_its_code(redirected: str) -> None:
     ran = shell("params", "no.yaml", redirected=redirected)
     assert ran.code == 2 and ran.out == ""
