@@ -17,7 +17,7 @@ from conftest import Ran, check_refused, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import flip, until
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_gguf import write_gguf
 from transformers import (
     AutoModelForCausalLM,
@@ -36,14 +36,12 @@ from transformers import (
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.export import merged_model, output
+from loratune.export import merged_model, merging, output
 from loratune.export.comparison import Texts
 from loratune.export.merging import Merge
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load, stored
-from loratune.system import tensor_files
-from loratune.system.tensor_files import Shards
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
 SMALL: dict[str, Any] = {
@@ -188,7 +186,7 @@ def test_a_loaded_base_is_stored_as_transformers_stores_it(
 
 
 def stored_tensors(path: Path) -> dict[str, Any]:
-    return {name: one for file in path.glob("*.safetensors") for name, one in tensor_files.tensors(file).items()}
+    return stored.tensors(path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -446,14 +444,12 @@ def test_another_base_is_refused_unless_forced(
 def test_a_full_disk_leaves_nothing(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written_tensors = []
 
-    def write(shards: Shards, name: str, data: Any) -> None:
-        written_tensors.append(name)
-        if len(written_tensors) > 5:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def write(_: Any, path: Path, __: Any) -> None:
+        path.write_bytes(b"a part")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Shards, "write", write)
+    monkeypatch.setattr(merging, "save_file", write)
     ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
     partial = str(tmp_path / "out.export")
     check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, partial, ""))
@@ -478,7 +474,12 @@ def test_without_memory_for_logits_the_tensors_are_read_back(
 def test_a_file_that_is_not_what_was_written_is_noticed(
     tmp_path: Path, tiny: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Shards, "write_index", lambda shards: flip(shards.paths[2]))
+
+    def write(part: dict[str, torch.Tensor], path: Path, metadata: Any) -> None:
+        save_file(part, path, metadata)
+        flip(path)
+
+    monkeypatch.setattr(merging, "save_file", write)
     with pytest.raises(AdapterError) as refused:
         Merge(tiny.info).write(tmp_path, most=20_000)
     assert meanings(refused.value) == [(Code.SYSTEM_CALL_FAILED, str(tmp_path), "")]

@@ -16,7 +16,7 @@ from loratune.codes import Code
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.export.comparison import Texts, agreement, logits, shortened
-from loratune.export.merging import Merge
+from loratune.export.merging import Merge, name_of
 from loratune.model import load, stored
 from loratune.model.source import local_or_hub
 from loratune.system.files import write_json
@@ -47,9 +47,9 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
     changes: dict[str, Any] = {"tie_word_embeddings": False} if merge.untied else {}
     if merge.dtype is not None:
         values.pop("torch_dtype", None)
-        changes["dtype"] = merge.dtype
+        changes["dtype"] = name_of(merge.dtype)
     values |= changes
-    nested = changes | ({"torch_dtype": merge.dtype} if merge.dtype is not None else {})
+    nested = changes | ({"torch_dtype": changes["dtype"]} if merge.dtype is not None else {})
     for part in (part for part in values.values() if isinstance(part, dict)):
         part |= {key: value for key, value in nested.items() if key in part}
     write_json(staging / CONFIG, values)

@@ -241,18 +241,6 @@ def _weight_change(layer: Any, variant: Any, init: str) -> Change:
     return _low_rank(left, right, layer.scaling[ADAPTER], magnitude)
 
 
-def apply(made: Sequence[Change], weight: Tensor, start: int = 0) -> Tensor:
-    """Apply changes to a parameter in float32, or to rows of it. start: the number of the first row."""
-    for change in made:
-        weight = change.apply(weight, start)
-    return weight
-
-
-def are_same(one: Sequence[Change], other: Sequence[Change]) -> bool:
-    """Whether tied parameters stay the same under these changes."""
-    return [change.key for change in one] == [change.key for change in other]
-
-
 @torch.no_grad()
 def dense(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer of a loaded base on the CPU; a quantized weight in its dequantized form."""

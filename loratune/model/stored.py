@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import errors, hf_hub_download
 from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from loratune.codes import Code
@@ -23,15 +24,12 @@ from loratune.events import progress
 from loratune.model import checks, quantization
 from loratune.model.source import cached_directory, local_or_hub, summary
 from loratune.model.upstream import CheckpointLayout
-from loratune.system import tensor_files
-from loratune.system.tensor_files import Tensor
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """The dtypes that stored tensors may have."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -39,15 +37,37 @@ class NotStreamableError(Exception):
     """The base has to be loaded; the message says why."""
 
 
-def _values(tensor: Tensor, first: int = 0, rows: int | None = None) -> torch.Tensor:
-    """A stored tensor, or some of its rows."""
-    dtype, shape = DTYPES[tensor.dtype], tensor.shape
-    if shape:
-        shape = (shape[0] - first if rows is None else rows, *shape[1:])
-    if not (size := tensor_files.size_of(tensor.dtype, shape)):
-        return torch.empty(shape, dtype=dtype)
-    begin = first * tensor_files.size_of(tensor.dtype, shape[1:])
-    return torch.frombuffer(tensor.read(begin, size), dtype=dtype).reshape(shape)
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        file: The open file, which is mapped into memory.
+        name: Its name there.
+        dtype: The name of its dtype in the format.
+        shape: Its shape.
+    """
+
+    file: Any
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Its values, which are not to be changed in place."""
+        values: Tensor = self.file.get_tensor(self.name)
+        return values
+
+
+def tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by their names."""
+    found = {}
+    for path in paths:
+        file = safe_open(path, framework="pt")
+        for name in file.keys():  # noqa: SIM118
+            part = file.get_slice(name)
+            found[name] = StoredTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
+    return found
 
 
 @dataclass(frozen=True)
@@ -61,9 +81,8 @@ class StoredGroup:
     """
 
     first: str
-    parts: Mapping[str, tuple[str | None, Tensor]]
+    parts: Mapping[str, tuple[str | None, StoredTensor]]
     members: tuple[str, ...]
-    layout: CheckpointLayout
 
     @property
     def is_converted(self) -> bool:
@@ -76,54 +95,40 @@ class StoredBase:
     """The tensors in the files of a base, and what they are in the model.
 
     Attributes:
-        model: The model on the meta device.
         tensors: All stored tensors.
         groups: Name of a tensor of the model → the stored ones it comes from.
         ties: Names of each tensor that the model holds under several names, those that are stored first.
+        layout: How tensors of the files become those of the model, and back.
     """
 
-    model: PreTrainedModel
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, StoredTensor]
     groups: Mapping[str, StoredGroup]
     ties: tuple[tuple[str, ...], ...]
+    layout: CheckpointLayout
 
-    def owner(self, name: str) -> str:
-        """The name under which a tensor of the model is stored."""
-        if name in self.groups:
-            return name
-        return next(tied[0] for tied in self.ties if name in tied)
-
-    def blocks(self, name: str, rows: int) -> Iterator[torch.Tensor]:
-        """The values of a stored tensor, so many rows at a time."""
-        tensor = self.tensors[name]
-        count = tensor.shape[0] if tensor.shape else 1
-        for start in range(0, count, rows):
-            yield _values(tensor, start, min(rows, count - start))
-
-    def members(self, group: StoredGroup) -> dict[str, torch.Tensor]:
+    def members(self, group: StoredGroup) -> dict[str, Tensor]:
         """The tensors of the model that a group becomes."""
+        read = {name: (str(pattern), tensor.read()) for name, (pattern, tensor) in group.parts.items()}
         if not group.is_converted:
-            ((_, tensor),) = group.parts.values()
-            return {group.first: _values(tensor)}
-        read = {name: (str(pattern), _values(tensor)) for name, (pattern, tensor) in group.parts.items()}
-        return group.layout.convert(group.first, read)
+            return {group.first: next(iter(read.values()))[1]}
+        return self.layout.convert(group.first, read)
 
-    def is_reversible(self, group: StoredGroup, members: Mapping[str, torch.Tensor]) -> bool:
+    def is_reversible(self, group: StoredGroup, members: Mapping[str, Tensor]) -> bool:
         """Whether transformers would store these members as the files hold them."""
-        reverted = group.layout.revert(dict(members))
-        return all(torch.equal(tensor, _values(group.parts[name][1])) for name, tensor in reverted.items())
+        reverted = self.layout.revert(dict(members))
+        return all(torch.equal(tensor, group.parts[name][1].read()) for name, tensor in reverted.items())
 
-    def reader(self) -> Callable[[str], torch.Tensor] | None:
+    def reader(self) -> Callable[[str], Tensor]:
         """A function from the name of a tensor of the model to its values. It keeps the group that was read last, whose
         other tensors are likely to be next."""
-        last: dict[str, torch.Tensor] = {}
+        last: dict[str, Tensor] = {}
 
-        def read(name: str) -> torch.Tensor:
-            name = self.owner(name)
-            if name not in last:
+        def read(name: str) -> Tensor:
+            owner = name if name in self.groups else next(tied[0] for tied in self.ties if name in tied)
+            if owner not in last:
                 last.clear()
-                last.update(self.members(self.groups[name]))
-            return last.pop(name)
+                last.update(self.members(self.groups[owner]))
+            return last.pop(owner)
 
         return read
 
@@ -133,13 +138,13 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     """Find the files of a base, downloaded if they are on the hub.
 
     Args:
-        section: The settings of the model.
+        section: The settings of the base.
         config: Its configuration.
-        model: The model on the meta device.
+        model: The model on the meta device, not quantized.
 
     Raises:
-        NotStreamableError: The base must be loaded to know its tensors.
-        ModelError: A file is damaged, or cannot be downloaded.
+        NotStreamableError: The base has to be loaded.
+        ModelError: A file of weights is damaged, or cannot be downloaded.
     """
     if section.gguf_file is not None:
         raise NotStreamableError("it is a GGUF file")
@@ -150,19 +155,20 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     paths = _paths(section)
     if problems := list(checks.damaged_weights(section)):
         raise ModelError(problems)
-    stored: dict[str, Tensor] = {}
-    try:
-        for path in paths:
-            with safe_open(path, framework="pt"):
-                stored |= tensor_files.tensors(path)
-    except (KeyError, ValueError) as error:
-        raise NotStreamableError(f"{path} holds values of an unknown kind ({error})") from None
+    stored = tensors(paths)
     if other := {tensor.dtype for tensor in stored.values()} - DTYPES.keys():
         raise NotStreamableError(f"its files hold {', '.join(sorted(other))}")
-    groups, unused = group_tensors(stored, model)
-    ties = tuple(find_ties(model, groups))
-    _check_complete(model, groups, ties, unused, section.name_or_path)
-    return StoredBase(model, stored, groups, ties)
+    layout = CheckpointLayout(model)
+    groups, unused = _groups(stored, model, layout)
+    ties = tuple(_ties(model, groups))
+    known = {*groups, *(name for tied in ties for name in tied)}
+    missing = [name for name in model.state_dict() if name not in known]
+    info = {"missing_keys": missing, "mismatched_keys": [], "unexpected_keys": unused}
+    try:
+        checks.check_complete(model, info, section.name_or_path)
+    except ModelError as error:  # loading reports it, unless transformers knows better
+        raise NotStreamableError(error.problems[0].what) from None
+    return StoredBase(stored, groups, ties, layout)
 
 
 def _paths(section: ModelSection) -> list[Path]:
@@ -195,14 +201,16 @@ def file(section: ModelSection, name: str) -> Path | None:
         raise ModelError(Problem(Code.MODEL_HUB_UNREACHABLE, what, section.name_or_path)) from None
 
 
-def group_tensors(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple[dict[str, StoredGroup], list[str]]:
+def _groups(
+    stored: Mapping[str, StoredTensor], model: PreTrainedModel, layout: CheckpointLayout
+) -> tuple[dict[str, StoredGroup], list[str]]:
     """The groups by the tensors of the model, and the names of the stored tensors that it does not use.
 
     Raises:
         NotStreamableError: The stored tensors cannot be converted to those of the model and back.
     """
-    layout, shapes = CheckpointLayout(model), {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found: dict[str, dict[str, tuple[str | None, Tensor]]] = {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found: dict[str, dict[str, tuple[str | None, StoredTensor]]] = {}
     unused = []
     for name in layout.in_order(stored):
         target, pattern = layout.target(name)
@@ -215,20 +223,19 @@ def group_tensors(stored: Mapping[str, Tensor], model: PreTrainedModel) -> tuple
         members = _members(first, parts, layout)
         for member, shape in members.items():
             if shapes.get(member) != shape or member in groups:
-                raise NotStreamableError(f"its files hold {member} as {tuple(shape)}")
-        groups |= dict.fromkeys(members, StoredGroup(first, parts, tuple(members), layout))
+                raise NotStreamableError(f"its files hold {member} as {shape}")
+        groups |= dict.fromkeys(members, StoredGroup(first, parts, tuple(members)))
     return groups, unused
 
 
 def _members(
-    first: str, parts: Mapping[str, tuple[str | None, Tensor]], layout: CheckpointLayout
-) -> dict[str, torch.Size]:
+    first: str, parts: Mapping[str, tuple[str | None, StoredTensor]], layout: CheckpointLayout
+) -> dict[str, tuple[int, ...]]:
     """The names and shapes of what stored tensors become, tried on tensors without values, there and back."""
     if all(pattern is None for pattern, _ in parts.values()):
         if len(parts) > 1:
             raise NotStreamableError(f"its files hold {first} more than once")
-        ((_, tensor),) = parts.values()
-        return {first: torch.Size(tensor.shape)}
+        return {first: next(iter(parts.values()))[1].shape}
     empty = {
         name: (str(pattern), torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta"))
         for name, (pattern, tensor) in parts.items()
@@ -240,42 +247,33 @@ def _members(
         raise NotStreamableError(f"the conversion of {first} cannot be reversed ({summary(error)})") from None
     if back != {name: tensor.shape for name, (_, tensor) in parts.items()}:
         raise NotStreamableError(f"the conversion of {first} is not reversed by saving")
-    return {name: tensor.shape for name, tensor in members.items()}
+    return {name: tuple(tensor.shape) for name, tensor in members.items()}
 
 
-def find_ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator[tuple[str, ...]]:
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """The names of each tensor that the model holds under several names."""
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    return [names for names in by_tensor.values() if len(names) > 1]
+
+
+def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator[tuple[str, ...]]:
     """Names of each tensor that the model holds under several names, those that are stored first.
 
     Raises:
         NotStreamableError: The files hold different values for tied tensors.
     """
-    by_tensor: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        by_tensor.setdefault(id(tensor), []).append(name)
-    for names in by_tensor.values():
-        if len(names) < 2:
-            continue
+    for names in tied_names(model):
         stored = [name for name in names if name in groups]
-        parts = [tensor for name in stored for _, tensor in groups[name].parts.values()]
-        if len(parts) > 1 and len({tensor.digest() for tensor in parts}) > 1:
+        first, *others = [tensor.read() for name in stored for _, tensor in groups[name].parts.values()] or [None]
+        if any(first is None or not torch.equal(first, other) for other in others):
             raise NotStreamableError(f"its files hold different values for {' and '.join(stored)}, which are tied")
         if stored:
             yield (*stored, *(name for name in names if name not in groups))
 
 
-def _check_complete(
-    model: PreTrainedModel, groups: Iterable[str], ties: Iterable[tuple[str, ...]], unused: list[str], name: str
-) -> None:
-    known = {*groups, *(name for tied in ties for name in tied)}
-    missing = [name for name in model.state_dict() if name not in known]
-    info = {"missing_keys": missing, "mismatched_keys": [], "unexpected_keys": unused}
-    try:
-        checks.check_complete(model, info, name)
-    except ModelError as error:  # loading reports it, unless transformers knows better
-        raise NotStreamableError(error.problems[0].what) from None
-
-
-def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], torch.Tensor]:
+def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], Tensor]:
     """A reader of single weights as they were saved, before quantization.
 
     Returns:
@@ -283,14 +281,13 @@ def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[
         file has this weight.
     """
     directory = cached_directory(section)
-    files = {path: tensor_files.tensors(path) for path in directory.glob("*.safetensors")} if directory else {}
-    stored = {name: tensor for tensors in files.values() for name, tensor in tensors.items()}
+    stored = tensors(directory.glob("*.safetensors") if directory else ())
     prefix = f"{base.base_model_prefix}."
 
-    def read(layer: str) -> torch.Tensor:
+    def read(layer: str) -> Tensor:
         for name in (f"{layer}.weight", f"{layer}.weight".removeprefix(prefix)):
             if name in stored:
-                return _values(stored[name])
+                return stored[name].read()
         what = f"loftq needs {layer}.weight as it was before quantization, and no safetensors file has it"
         key, fix = "lora.init_lora_weights", "use another initialization"
         raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, key, fix))

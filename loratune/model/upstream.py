@@ -162,12 +162,6 @@ class CheckpointLayout:
         reverted: dict[str, Any] = self._loading.revert_weight_conversion(self._model, tensors)
         return reverted
 
-    def as_saved(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """All tensors of the model, which was not loaded from files, as `save_pretrained` stores them."""
-        self._model._weight_conversions = None
-        saved: dict[str, Any] = self._loading.revert_weight_conversion(self._model, tensors)
-        return saved
-
     def in_order(self, names: Any) -> list[str]:
         """Names in the order in which transformers collects what it stacks: numbers count as numbers."""
         return sorted(names, key=self._loading.dot_natural_key)
