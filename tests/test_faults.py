@@ -256,7 +256,7 @@ def heeds(pid: int, number: signal.Signals) -> bool:
 def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """Nothing is left where there is nothing to go on from."""
     rows = tmp_path / "many.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 300_000)
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 100_000)
     before = {path.name for path in tmp_path.iterdir()}
     child = processes.start("train", run_config(data={"train": str(rows)}))
     until(lambda: (tmp_path / "out.partial").exists() or "rows" in child.said(), child)
