@@ -7,11 +7,13 @@ are used. An editable installation has no libraries either.
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -59,9 +61,29 @@ def compiled(compiler: str, variant: object, define: str) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         build.compile_library(compiler, variant, define, scratch)
         content = Path(scratch, "library.so").read_bytes()
-    build.check_shippable(content)
+    check_shippable(content)
     sealed: bytes = build.sealed(variant.key(define), content)  # type: ignore[attr-defined]
     return sealed
+
+
+def check_shippable(library: bytes) -> None:
+    """Raises ValueError: a library lacks OpenMP, or wants a runtime of it that torch does not have, as clang's do."""
+    if b"GOMP_parallel" not in library or b"__kmpc_" in library:
+        raise ValueError("this compiler does not use GNU's OpenMP, which torch has; set CC to a gcc")
+
+
+def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
+    """The tag of a wheel with these libraries: `manylinux` with the oldest glibc that has all that they need (PEP 600).
+
+    default: the tag if they need anything else.
+    """
+    names = {name for library in libraries.values() for name in re.findall(rb"\0(lib[^\0]*\.so[^\0]*)(?=\0)", library)}
+    versions = {name for library in libraries.values() for name in re.findall(rb"\0GLIBC_([^\0]*)(?=\0)", library)}
+    numbers = [re.fullmatch(rb"2\.(\d+)(?:\.\d+)?", version) for version in versions]
+    if not names <= {b"libc.so.6", b"libm.so.6"} or not numbers or None in numbers:
+        return default
+    newest = max(int(number[1]) for number in numbers if number is not None)
+    return f"manylinux_2_{newest}_{platform.machine()}"
 
 
 class BuildPy(build_py):
@@ -92,4 +114,4 @@ class Wheel(bdist_wheel):
             tag: tuple[str, str, str] = super().get_tag()
             return tag
         default = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        return "py3", "none", self.plat_name if self.plat_name_supplied else build.platform_tag(libraries(), default)
+        return "py3", "none", self.plat_name if self.plat_name_supplied else platform_tag(libraries(), default)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import build_backend
 import pytest
 from conftest import Ran
 from fork_server import ForkServer
@@ -445,7 +446,7 @@ def test_what_came_with_loratune_and_cannot_be_used_is_compiled(
 def test_the_tag_of_a_wheel_is_what_its_libraries_need() -> None:
     def tag(*names: bytes) -> str:
         library = b"\0" + b"\0".join(names) + b"\0"
-        return build.platform_tag({"one": library, "other": b"\0libc.so.6\0GLIBC_2.14\0"}, "linux_x86_64")
+        return build_backend.platform_tag({"one": library, "other": b"\0libc.so.6\0GLIBC_2.14\0"}, "linux_x86_64")
 
     machine = platform.machine()
     assert tag(b"libm.so.6", b"libc.so.6", b"GLIBC_2.2.5", b"GLIBC_2.27") == f"manylinux_2_27_{machine}"
@@ -456,7 +457,7 @@ def test_the_tag_of_a_wheel_is_what_its_libraries_need() -> None:
 
 @on_x86_64
 def test_only_libraries_that_use_the_openmp_of_torch_are_shipped(built: Path) -> None:
-    build.check_shippable(built.read_bytes())
+    build_backend.check_shippable(built.read_bytes())
     for content in (b"omp_get_max_threads", b"GOMP_parallel __kmpc_fork_call"):
         with pytest.raises(ValueError, match="set CC to a gcc"):
-            build.check_shippable(content)
+            build_backend.check_shippable(content)

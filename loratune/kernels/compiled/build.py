@@ -10,7 +10,7 @@ import platform
 import re
 import signal
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,23 +139,3 @@ def unsealed(key: str, whole: bytes) -> bytes | None:
     """The library that was sealed with this key; None if it was another one, or is damaged."""
     content = whole[:-DIGEST_BYTES]
     return content if whole == sealed(key, content) else None
-
-
-def check_shippable(library: bytes) -> None:
-    """Raises ValueError: a library lacks OpenMP, or wants a runtime of it that torch does not have, as clang's do."""
-    if b"GOMP_parallel" not in library or b"__kmpc_" in library:
-        raise ValueError("this compiler does not use GNU's OpenMP, which torch has; set CC to a gcc")
-
-
-def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
-    """The tag of a wheel with these libraries: `manylinux` with the oldest glibc that has all that they need (PEP 600).
-
-    default: the tag if they need anything else.
-    """
-    names = {name for library in libraries.values() for name in re.findall(rb"\0(lib[^\0]*\.so[^\0]*)(?=\0)", library)}
-    versions = {name for library in libraries.values() for name in re.findall(rb"\0GLIBC_([^\0]*)(?=\0)", library)}
-    numbers = [re.fullmatch(rb"2\.(\d+)(?:\.\d+)?", version) for version in versions]
-    if not names <= {b"libc.so.6", b"libm.so.6"} or not numbers or None in numbers:
-        return default
-    newest = max(int(number[1]) for number in numbers if number is not None)
-    return f"manylinux_2_{newest}_{platform.machine()}"
