@@ -279,28 +279,28 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
         return None if any(wanted.items() <= one.items() for one in done) else wanted
 
     for name in names:
+        known_variants = ("scaled", INIT) if name == OURS else ("scaled", "own")
+        chosen = [variant for variant in known_variants if variant in variants]
+        wanted = {variant: known for variant in chosen if (known := missing(name, variant))}
         try:
             if name == OURS:
-                for variant in {"scaled", INIT} & {*variants}:
-                    if known := missing(name, variant):
-                        race_against_time(race, known, partial(train_ours, race, train_rows, variant), 0)
-                continue
-            wanted = {
-                variant: known for variant in {"scaled", "own"} & {*variants} if (known := missing(name, variant))
-            }
-            if not wanted:
-                continue
-            fits, own = steps_in_time(race, name, train_rows), RECIPES[name].own_steps(rows)
-            for variant, known in wanted.items():
-                if variant == "own" and own >= fits:
-                    continue
-                train = partial(train_other, race, name, train_rows)
-                if variant == "scaled":
-                    race_against_time(race, known, train, fits)
-                else:
-                    race_against_time(race, known, train, own, attempts=1)
+                for variant, known in wanted.items():
+                    race_against_time(race, known, partial(train_ours, race, train_rows, variant), 0)
+            elif wanted:
+                compete_as_peer(race, name, train_rows, rows, wanted)
         except bench.Failure as failure:
             print(f"{task}, {name}: {failure}", file=sys.stderr, flush=True)
+
+
+def compete_as_peer(race: Race, name: str, train_rows: Path, rows: int, wanted: Mapping[str, dict[str, Any]]) -> None:
+    """Train another tool. wanted: variant → what identifies its run."""
+    fits, own = steps_in_time(race, name, train_rows), RECIPES[name].own_steps(rows)
+    train = partial(train_other, race, name, train_rows)
+    for variant, known in wanted.items():
+        if variant == "scaled":
+            race_against_time(race, known, train, fits)
+        elif own < fits:
+            race_against_time(race, known, train, own, attempts=1)
 
 
 def main() -> None:

@@ -148,8 +148,8 @@ def test_the_kernels_keep_less() -> None:
 
 
 def test_activations_grow_with_rows_and_layers() -> None:
-    by_rows = [memory.estimate(deep(2), [(128, 128)] * rows, rows).activations for rows in (2, 4, 6)]
-    by_layers = [memory.estimate(deep(layers), ROWS, 2).activations for layers in (2, 4, 6)]
+    by_rows = [memory.estimate(deep(2), [(128, 128)] * rows, rows).activations for rows in (1, 2, 3)]
+    by_layers = [memory.estimate(deep(layers), ROWS, 2).activations for layers in (1, 2, 3)]
     for first, second, third in (by_rows, by_layers):
         assert 0 < third - second == second - first
 
@@ -196,14 +196,14 @@ def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_meta(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1), target_modules=["in_proj"])
-    rows = [(80, 40), (60, 25)]
+    rows = [(50, 40), (40, 25)]
     lengths = traced_lengths(monkeypatch)
     limit(monkeypatch, MIN_OPERATIONS=1_000_000)
     exact = memory.estimate(model, rows, 2)
     limit(monkeypatch, MIN_OPERATIONS=100, OPERATIONS_PER_MODULE=10)
     assert exact.traced
     assert memory.estimate(model, rows, 2) == exact
-    assert lengths == [80, 80, 16, 32, 48]
+    assert lengths == [50, 50, 16, 32, 48]
 
 
 def test_attention_over_all_pairs_lies_on_a_parabola(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def states(model: nn.Module) -> Iterator[tuple[object, ...]]:
 
 
 def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
-    model = adapted(tiny_llama(num_hidden_layers=20).to(torch.bfloat16), lora_dropout=0.5).eval()
+    model = adapted(tiny_llama(num_hidden_layers=4).to(torch.bfloat16), lora_dropout=0.5).eval()
     before, generator = list(states(model)), torch.get_rng_state()
     memory.estimate(model, ROWS, 2, TrainingSection(activation_checkpointing=True, gradient_accumulation_steps=2))
     assert list(states(model)) == before
