@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from loratune.config import yaml_reader
 from loratune.config.data_section import DataSection as DataSection
 from loratune.config.data_section import Source as Source
-from loratune.config.keys import groups
+from loratune.config.keys import dotted, groups
 from loratune.config.lora_section import LoraSection as LoraSection
 from loratune.config.lora_section import has_one_scale as has_one_scale
 from loratune.config.lora_section import highest_rank as highest_rank
@@ -27,7 +27,7 @@ from loratune.config.schema import TrainingSection as TrainingSection
 from loratune.config.section import AUTO as AUTO
 from loratune.config.section import PATH_FORMAT, Section
 from loratune.config.section import decided as decided
-from loratune.config.yaml_reader import dotted, translate
+from loratune.config.yaml_reader import translate
 from loratune.config.yaml_writer import Draft as Draft
 from loratune.config.yaml_writer import dump_values
 from loratune.errors import ConfigError

@@ -215,12 +215,12 @@ class _RowsOfLabels(NamedTuple):
 
     Attributes:
         rows: (labels,), the row of each.
-        count: How many rows there are.
+        number: How many rows there are.
         entries: (labels,), which of the states and targets each label has; None: they are in its order.
     """
 
     rows: Tensor
-    count: int
+    number: int
     entries: Tensor | None
 
 
@@ -333,7 +333,7 @@ class _RowSums(torch.autograd.Function):
             losses[chunk] = own
         of_labels = losses if labels.entries is None else losses[labels.entries]
         ctx.save_for_backward(gradient, labels.entries, labels.rows)
-        return losses.new_zeros(labels.count).index_add_(0, labels.rows, of_labels)
+        return losses.new_zeros(labels.number).index_add_(0, labels.rows, of_labels)
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:
