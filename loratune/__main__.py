@@ -13,7 +13,7 @@ except KeyboardInterrupt:  # before there is a handler
 def main() -> None:
     """Handle signals from the start, then load the command line and run it.
 
-    Of several processes only rank 0 prints; another one uses `sys.__stderr__` if rank 0 has gone.
+    Of several processes only rank 0 prints; another one uses `sys.__stderr__` if rank 0 has ended.
     """
     try:
         with signals.exit_on_signals():

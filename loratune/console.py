@@ -67,7 +67,7 @@ def escape_output() -> Iterator[None]:
         yield
     finally:
         for name, stream in streams.items():
-            if getattr(sys, name) is stream:  # else it was replaced because its reader has gone
+            if getattr(sys, name) is stream:  # else it was replaced because nobody reads it
                 setattr(sys, name, originals[name])
 
 
@@ -124,7 +124,7 @@ def print_json(values: Any) -> None:
 
 
 def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
-    """Print text whose supervised pieces are green in a terminal, and stand between ⟦ ⟧ elsewhere.
+    """Print text whose supervised pieces are green in a terminal, and are between ⟦ ⟧ elsewhere.
 
     pieces: each with whether it is supervised.
     """

@@ -36,7 +36,7 @@ class Problem:
         what: What is wrong, in plain words.
         where: A file, `file:line`, or `file:line:column`.
         key: A dotted config key, or an option of the command line.
-        fix: What to do about it. It stands last, so that a command in it can be copied.
+        fix: What to do about it. It comes last, so that a command in it can be copied.
     """
 
     code: Code

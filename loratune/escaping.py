@@ -15,9 +15,9 @@ _SPECIAL = (
 _IN_A_LINE = re.compile(f"[\t\n{_SPECIAL}]")
 _IN_A_TEXT = re.compile(f"[{_SPECIAL}]")
 _IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
-"""What a shell does not read as it stands between double quotes."""
+"""What a shell does not take literally between double quotes."""
 _IN_MARKDOWN = re.compile(r"[\\`*\[\]<>&#~|$]|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-"""What a line of Markdown does not show as it stands; `_` inside a word does stand for itself."""
+"""What a line of Markdown does not show literally; `_` inside a word is shown."""
 _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 

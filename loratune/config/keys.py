@@ -58,7 +58,8 @@ class Key:
 
     Attributes:
         label: Its name in full, e.g. `training.learning_rate`, or `Source.path` in a structure.
-        places: Where it stands, e.g. `training.learning_rate`; several for a key of a structure that several keys take.
+        places: Where it is in a config, e.g. `training.learning_rate`; several for a key of a structure that several
+            keys take.
         schema: The JSON schema of its values.
         required: Whether a config without it is refused.
     """
@@ -324,7 +325,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _as_read(schema: Any) -> Any:
-    """The schema of what stands in a file."""
+    """The schema of what is in a file."""
     if isinstance(schema, list):
         return [_as_read(item) for item in schema]
     if not isinstance(schema, dict):

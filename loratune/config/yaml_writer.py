@@ -14,7 +14,7 @@ from loratune.config.schema import RunConfig
 from loratune.config.yaml_reader import Document
 
 _WIDTH = 110
-"""Characters of a line with its comment; a longer comment stands above its key. Values are never broken."""
+"""Characters of a line with its comment; a longer comment is above its key. Values are never broken."""
 
 
 class _Dumper(yaml.SafeDumper):

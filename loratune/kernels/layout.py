@@ -61,7 +61,7 @@ class Layout:
     """Which tokens attend to which others, in a batch of packed rows or of a tree of them, tile by tile.
 
     A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
-    stand several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
+    occur several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
     tile: each is computed by itself, see `attention.attend_whole_rows`.
 
     Attributes:
@@ -69,8 +69,8 @@ class Layout:
             on that are shared, and to those from `begin` to `end`, the last of which is itself.
         keys: (any,), int32: the tokens of the keys of all tiles; -1 for none.
         tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
-            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then there is none up to
-            a multiple of LANES. Where `repeats` is 1, a token may stand among the keys several times.
+            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then nothing up to a
+            multiple of LANES. Where `repeats` is 1, a token may be among the keys several times.
         rows: The first token of each row that is in no tile, and the one after its last.
     """
 

@@ -237,7 +237,7 @@ class RowsMixedError(ValueError):
 class InferenceLinear(nn.Module):
     """y = W x + b + scaling * up (down x), without dropout and without gradients: two thin products, in W's dtype.
 
-    Several adapters stand side by side in `down` and `up`. Each row of a batch keeps the values of its own between the
+    Several adapters are side by side in `down` and `up`. Each row of a batch keeps the values of its own between the
     two products, and the others become zero: with few adapters that is faster than a product for each of them.
     """
 
@@ -283,7 +283,7 @@ Reader = Callable[[nn.Module], Adapted | None]
 
 @dataclass(frozen=True)
 class _Replaced:
-    """A layer with LoRA, where it is, and what stands for it with the adapters and where they are disabled."""
+    """A layer with LoRA, where it is, and what replaces it with the adapters and where they are disabled."""
 
     parent: nn.Module
     name: str
@@ -316,8 +316,8 @@ class InferenceLayers:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, they stand in the model, which must run under `torch.inference_mode`. Where its adapters are
-        disabled, the layers of the base stand there."""
+        """Inside, they are in the model, which must run under `torch.inference_mode`. Where its adapters are
+        disabled, the layers of the base are there."""
         adapted = next((one.layer for one in self._replaced if one.fast is not one.bare), None)
         read = None if adapted is None else self._reader(adapted)
         try:
@@ -331,6 +331,6 @@ class InferenceLayers:
 
 @contextmanager
 def inference_lora(model: Any, *readers: Reader, rows: Sequence[int] = (0,)) -> Iterator[None]:
-    """Inside, `InferenceLayers` stand in the model."""
+    """Inside, `InferenceLayers` are in the model."""
     with InferenceLayers(model, *readers, rows=rows).applied():
         yield

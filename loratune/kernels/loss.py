@@ -50,7 +50,7 @@ def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
     """The row that each label belongs to.
 
     Args:
-        labels: Of rows that stand end to end, (1, tokens of all rows); or padded, (rows, length).
+        labels: Of rows that are joined end to end, (1, tokens of all rows); or padded, (rows, length).
         lengths: (rows,), int64, the tokens of each row.
 
     Returns:
@@ -163,7 +163,7 @@ class LossHead(nn.Module):
         head: The output layer.
         scaling: What the model does with its output.
         labels: Of the next batch, (rows, length), -100 where nothing is supervised.
-        places: Where in its hidden states, row after row, the tokens stand that the labels belong to: of the shape of
+        places: Where in its hidden states, row after row, the tokens are that the labels belong to: of the shape of
             the labels. None: in that order.
         lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
         losses: What was computed in place of logits: the summed loss, a scalar, or that of each row, (rows,).
@@ -247,7 +247,7 @@ def _chunk_losses(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The summed loss of all labels. counts: (states,), how many labels each state stands for; None: one."""
+    """The summed loss of all labels. counts: (states,), how many labels each state counts for; None: one."""
 
     @staticmethod
     def forward(

@@ -127,7 +127,7 @@ class _Mask:
 
 
 def check_known(arguments: Mapping[str, Any], *known: str) -> None:
-    """Check what attention is called with. known: names that the caller looks after, besides `INERT`.
+    """Check what attention is called with. known: names that the caller handles, besides `INERT`.
 
     Raises:
         TypeError: An argument may change what is computed, such as a cache, and no kernel knows it.

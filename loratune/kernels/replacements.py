@@ -61,7 +61,7 @@ def restore(base: Any, replaced: Sequence[tuple[str, nn.Module]]) -> None:
 
 
 class FastAttention(Replacement):
-    """Replaces a layer of attention. Rows begin where positions are 0; padding stands at the end of rows."""
+    """Replaces a layer of attention. Rows begin where positions are 0; padding is at the end of rows."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ def _head_norms(children: Mapping[str, Any], added: float) -> HeadNorms | None:
 
 
 def _projection(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:
-    """The first choice of names that all exist, as one product; None if there is none, or one of them is not linear."""
+    """The first choice of names that all exist, as one product; None if none exists, or one is not linear."""
     for names in choices:
         if children.keys() >= set(names):
             layers = [layer for name in names if (layer := reader(children[name])) is not None]

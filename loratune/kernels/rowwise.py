@@ -237,7 +237,7 @@ def attention(
 
 
 def _stock(module: Any, own: str) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function of a layer by itself; that named "eager" stands in the file of its class."""
+    """The attention function of a layer by itself; that named "eager" is in the file of its class."""
     function: Callable[..., tuple[Tensor, Any]] = upstream.sdpa_attention_forward
     if own == "eager":
         function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
@@ -299,7 +299,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = Non
 def _as_module(
     module: Any, mask: RowMask, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The same by the attention function of the file that a layer stands in."""
+    """The same by the attention function of the file that defines a layer."""
     hidden = mask.mask(query.shape[2], key.shape[2], query) if hidden is None else hidden
     result: Tensor = _stock(module, "eager")(module, query, key, value, hidden[None, None], **options)[0]
     return result.transpose(1, 2)

@@ -1,6 +1,6 @@
 """What kernels and the estimate of memory use of other libraries although their documentation does not mention it.
 
-Each such name stands here once, with the reason why no documented one serves. tests/test_upstream_kernels.py names
+Each such name is here once, with the reason why no documented one serves. tests/test_upstream_kernels.py names
 those that a release takes away.
 """
 
@@ -22,7 +22,7 @@ from transformers.quantizers.base import get_keys_to_not_convert as get_keys_to_
 
 # apply_liger_kernel: Liger's documented functions patch a class before a model is built; this one patches a model.
 # sdpa_attention_forward, sdpa_mask, eager_mask: the stock attention and its masks. They are documented only as
-# registered under the names "sdpa" and "eager", and cannot be looked up there while others stand in for them.
+# registered under the names "sdpa" and "eager", where others may have replaced them.
 # FakeTensorMode, unset_fake_temporarily: operations on tensors without data, and one with data in between. torch
 # documents them for authors of compilers, under these underscored names only.
 # TorchDispatchMode: sees every operation, those of the backward included; hooks of modules see only calls of modules.

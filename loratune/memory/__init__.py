@@ -142,7 +142,7 @@ RUNTIME = 570 << 20
 and rows rendered (torch 2.13+cpu on Linux). On a GPU torch counts nothing of the process itself."""
 ALLOCATOR_OVERHEAD, ALLOCATOR_OVERHEAD_8BIT = 0.13, 0.24
 """What the CPU allocator holds beyond the tensors of a step, as a fraction of them (`scripts/measure_memory.py`). In 8
-bit it is more, as the inputs that are kept lie between tensors that are freed: per layer of SmolLM2-135M 73.6 MiB of
+bit it is more, as the inputs that are kept are between tensors that are freed: per layer of SmolLM2-135M 73.6 MiB of
 heap for 59.7 MiB of tensors with 2,048 tokens, and 36.8 for 29.8 with 1,024 (mallinfo2)."""
 PRIMITIVE_SIZE, PRIMITIVES_PER_SIZE, CHECKED_SIZES, CACHED_PRIMITIVES = 9 << 16, 22, 4, 1024
 """In 16 bit oneDNN compiles a primitive for each matrix product of other shapes, and keeps CACHED_PRIMITIVES of them.

@@ -1,7 +1,7 @@
 """One training step on fake tensors, which have no data: how many bytes are allocated at once.
 
 The step is that of a copy of the model with the modules that will run. `kernels.accelerated` accelerates its layers, by
-the list of checked layers alone; a stand-in computes for each quantized layer.
+the list of checked layers alone; a placeholder computes for each quantized layer.
 """
 
 import copy

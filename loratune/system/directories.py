@@ -160,7 +160,7 @@ def _digests(directory: Path) -> dict[str, Any] | None:
 
 
 def read_record(directory: Path) -> Any:
-    """The record of an adapter; None if there is none, or it cannot be read."""
+    """The record of an adapter; None if it is missing or cannot be read."""
     try:
         return json.loads(read_text(directory / records.ADAPTER))
     except FileNotFoundError:

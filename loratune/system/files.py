@@ -76,7 +76,7 @@ def is_directory(path: Path) -> bool:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading. No link is followed. Raises OSError: there is none, or it cannot be opened."""
+    """Open a regular file for reading; no link is followed. Raises OSError: it is of another kind, or cannot be opened."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
@@ -250,7 +250,7 @@ def notebook_original(name: str) -> str | None:
 
 
 def contains(directory: Path, path: Path) -> bool:
-    """Whether a path is a directory or lies in it, under any name: links, bind mounts, upper and lower case."""
+    """Whether a path is a directory or something in it, under any name: links, bind mounts, upper and lower case."""
     status = directory.stat()
     for start in (Path(os.path.abspath(path)), Path(os.path.realpath(path))):
         for candidate in (start, *start.parents):
@@ -260,7 +260,7 @@ def contains(directory: Path, path: Path) -> bool:
     return False
 
 
-# What lies in a cache is used without asking: code that is loaded, rows that are trained on. So it must have been put
+# What is in a cache is used without asking: code that is loaded, rows that are trained on. So it must have been put
 # there by this user, and nobody else may have had the right to write to it.
 
 

@@ -1,4 +1,4 @@
-"""A directory that a command writes: put together beside its place, published with one rename, whole or not at all."""
+"""A directory that a command writes: made in a sibling directory and published with one rename, whole or not at all."""
 
 import os
 import platform
@@ -158,7 +158,7 @@ class OutputDirectory:
         for name, read in self.inputs:
             is_whole = name == START_INPUT or self.kind == EXPORT
             if is_whole and os.path.isdir(read) and contains(Path(read), output):
-                what = f"is, or lies in, a directory that the command reads ({name}: {read})"
+                what = f"is, or is in, a directory that the command reads ({name}: {read})"
                 raise self._refuse(Code.OUTPUT_OVERWRITE, what, "choose another directory")
         for path in (output, self.partial):
             if path.exists():

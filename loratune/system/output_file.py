@@ -1,7 +1,7 @@
 """A file that a command writes to a path that the user names: whole, or not at all.
 
-A regular file is written as `.NAME.RANDOM.unfinished` beside its place, and renamed in one step when it is complete. So
-there is never half a file, and two commands that name the same file do not mix. What cannot be replaced in this way is
+A regular file is written as `.NAME.RANDOM.unfinished` in the same directory, and renamed when it is complete. So there
+is never half a file, and two commands that name the same file do not mix. What cannot be replaced in this way is
 written directly: named pipes, devices such as /dev/null, and open files of this process, such as /dev/stdout.
 """
 
@@ -37,7 +37,7 @@ class Output:
         named: The path as the user wrote it.
         key: The option that it is the value of.
         path: The path with symbolic links resolved.
-        handle: The open file of this process that the path stands for, if it does.
+        handle: The open file of this process that the path names, if it does.
         overwrite: Whether an existing file may be replaced; None if the command never does.
         inputs: Files, directories and globs that the command reads. None of them is ever replaced.
     """

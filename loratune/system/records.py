@@ -1,4 +1,4 @@
-"""Records that are written: their versions, and the fields of a row beside what a command found out about it.
+"""Records that are written: their versions, and the fields of a row together with results for it.
 
 A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
 before there were versions. Keys may be added within a version; whatever an older reader would take for something else

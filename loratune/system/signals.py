@@ -1,6 +1,6 @@
 """Signals that ask the command to end: they raise an exception, or, during training, are kept until the next step.
 
-SIGINT is Ctrl-C and ends with exit code 130. SIGTERM, SIGHUP (the terminal has gone), SIGUSR1 and SIGUSR2 (what batch
+SIGINT is Ctrl-C and ends with exit code 130. SIGTERM, SIGHUP (the terminal was closed), SIGUSR1 and SIGUSR2 (what batch
 systems send before a job's time is over, as `sbatch --signal`), and SIGXCPU (`ulimit -t`) end with 143 after a
 checkpoint.
 

@@ -1,7 +1,7 @@
 """The standard streams of the process, made safe before anything is opened or printed.
 
 A stream may be closed: its number would go to the next file that is opened, which then receives what is printed. Its
-encoding may lack a character that is printed, or it may lie on a full disk. None of these may cost a finished run.
+encoding may lack a character that is printed, or its file may be on a full disk. None of these may cost a finished run.
 """
 
 import io
@@ -65,7 +65,7 @@ class _StandardOutput(io.FileIO):
     """The bytes of standard output. The first that cannot be written raise an error, and the rest is dropped.
 
     Raises:
-        BrokenPipeError: The reader has gone.
+        BrokenPipeError: Nobody reads it any more.
         ResourceError: Anything else, such as a full disk.
     """
 
@@ -83,7 +83,7 @@ class _StandardOutput(io.FileIO):
         except BrokenPipeError:
             self._failed = True
             # without an error number, by which typer would end the process
-            raise BrokenPipeError("the reader of standard output has gone") from None
+            raise BrokenPipeError("nobody reads standard output any more") from None
         except OSError as error:
             self._failed = True
             reason, fix = f"it cannot be written: {error.strerror}", ""
@@ -94,7 +94,7 @@ class _StandardOutput(io.FileIO):
 
 
 class LossyStream(io.TextIOBase):
-    """A stream for messages, which may get lost: a run does not end because their reader has gone or the disk is full.
+    """A stream for messages, which may get lost: a run does not end because nobody reads them or the disk is full.
 
     Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
     the middle of a write, without a lock being held or anything being written twice.

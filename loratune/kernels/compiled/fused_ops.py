@@ -1,4 +1,4 @@
-"""Fused operations: what lies between the matrix products of a step, each in one pass over memory.
+"""Fused operations: what is between the matrix products of a step, each in one pass over memory.
 
 `reference` says what each of them computes, in torch. Here they are calls of the compiled library, where there is one.
 """
@@ -98,7 +98,7 @@ class CompiledOps:
         return getattr(self._functions, name)(*map(_c_argument, (*outputs, *inputs)))
 
     def _call_with_scratch(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float | None) -> None:
-        """Call a function that allocates memory of its own. Raises MemoryError: there is none."""
+        """Call a function that allocates memory of its own. Raises MemoryError: there is not enough."""
         if self._call(name, outputs, *inputs):
             raise MemoryError(f"out of memory in {name}")
 

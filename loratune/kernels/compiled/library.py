@@ -36,9 +36,9 @@ class Library:
     """A loaded library.
 
     Attributes:
-        functions: The library; None if there is none, and the reference in torch is used.
+        functions: The library; None if it is missing, and the reference in torch is used.
         note: A line for the user: what is wrong, and what to do about it; None if all is as it should be.
-        name: Its variant, and a hash that stands for what it computes; empty if there is none.
+        name: Its variant, and a hash of what it computes; empty without a library.
     """
 
     functions: ctypes.CDLL | None
