@@ -76,7 +76,7 @@ def is_directory(path: Path) -> bool:
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading; no link is followed. Raises OSError: it is of another kind, or cannot be opened."""
+    """Open a regular file for reading, not through a link. Raises OSError: it is of another kind, or cannot be read."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
