@@ -651,7 +651,6 @@ def public_dir() -> Iterator[Path]:
         ("rows.parquet", "rows.parquet", "rows.parquet"),
         (".", "rows.parquet", "rows.parquet"),
         (".", ".", "."),
-        ("*.jsonl", ".", "*.jsonl"),
     ],
 )
 def test_no_permission(public_dir: Path, pattern: str, locked: str, named: str) -> None:

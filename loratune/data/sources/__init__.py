@@ -26,7 +26,6 @@ from loratune.data.sources.files import (
     find_files,
     known_endings,
     looks_like_hub_id,
-    rows_per_batch,
     shown,
 )  # fmt: skip
 from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, reported, to_json_line, to_row
@@ -62,13 +61,10 @@ class HubSplit:
 
     def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
         """See `FileSlice.rows`."""
-        size, total, number = self.size, self.dataset.num_rows, 0
-        for batch in self.dataset.iter(rows_per_batch(size, total)):
-            first = number
-            for values in zip(*batch.values(), strict=True):
-                number += 1
-                yield Row(f"{self.name}:{number}", dict(zip(batch, values, strict=True)))
-            advance(size * number // total - size * first // total)
+        size, total = self.size, self.dataset.num_rows
+        for number, values in enumerate(self.dataset):
+            yield Row(f"{self.name}:{number + 1}", values)
+            advance(size * (number + 1) // total - size * number // total)
 
 
 @dataclass(frozen=True)

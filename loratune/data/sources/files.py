@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -73,7 +73,9 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
             return _data_files(path.iterdir(), path, "no data files in this directory")
         if not path.exists():
             if glob.has_magic(str(path)):
-                return _data_files(_glob(path), path, "no data files match this glob")
+                return _data_files(
+                    {*map(Path, glob.iglob(str(path), recursive=True))}, path, "no data files match this glob"
+                )
             raise DataError(Problem(Code.DATA_NOT_FOUND, "no such file", str(path), fix="check the path"))
         if not path.is_file():
             what, fix = "neither a file nor a directory", "write the rows to a file first"
@@ -101,14 +103,6 @@ def shown(paths: Sequence[Path]) -> str:
     """The names of the first few paths, and a count."""
     more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
     return ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths[:_SHOWN]) + more
-
-
-def _glob(pattern: Path) -> set[Path]:
-    """Raises OSError where the first directory may not be listed, which `glob` passes over in silence."""
-    fixed = next(parent for parent in pattern.parents if not glob.has_magic(str(parent)))
-    if fixed.is_dir():
-        os.listdir(fixed)
-    return {Path(name) for name in glob.iglob(str(pattern), recursive=True)}
 
 
 def known_endings() -> str:
@@ -148,43 +142,21 @@ class DataFile:
             digest = sha256(self.path)
         return hashlib.sha256(f"{data_ending(self.path)} {digest}".encode()).hexdigest()
 
-    @property
-    def length(self) -> int:
-        """How many rows it has, bad ones included. Raises DataError as `rows`."""
-        if data_ending(self.path) == ".parquet":
-            with _reading(self.path):
-                return _count_parquet_rows(self.path)
-        # JSON lines need not be parsed to be counted
-        ending = ".txt" if data_ending(self.path).startswith(".jsonl") else ""
-        return sum(1 for _ in self.rows(no_advance, ending))
-
-    def rows(self, advance: Advance, ending: str = "") -> Iterator[RowOrProblem]:
-        """All rows, as `RowSource.rows`. ending: how the file is read, if not by its own."""
-        name, ending = str(self.path), ending or data_ending(self.path).removesuffix(".gz")
-        with _reading(self.path):
+    def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
+        """All rows, see `FileSlice.rows`."""
+        ending = data_ending(self.path)
+        with _reading(self.path), self.path.open("rb", buffering=0) as raw:
             if ending == ".parquet":
-                yield from _parquet_rows(self.path, advance)
+                yield from _parquet_rows(raw, self, advance)
                 return
-            with self.path.open("rb", buffering=0) as raw:
-                file: BinaryIO = io.BufferedReader(_CountingFile(raw, advance), BLOCK)
-                if data_ending(self.path).endswith(".gz"):
-                    file = cast(BinaryIO, gzip.GzipFile(fileobj=file))
-                yield from _TEXT_READERS[ending](file, name)
-
-
-class _CountingFile(io.RawIOBase):
-    """A file that reports how many bytes are read from it."""
-
-    def __init__(self, raw: io.FileIO, advance: Advance):
-        self._raw, self._advance = raw, advance
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        count = self._raw.readinto(buffer)
-        self._advance(count)
-        return count
+            file: Any = io.BufferedReader(raw, BLOCK)
+            if ending.endswith(".gz"):
+                file = gzip.GzipFile(fileobj=file)
+            done = 0
+            for row in _TEXT_READERS[ending.removesuffix(".gz")](file, str(self.path)):
+                yield row
+                advance(raw.tell() - done)
+                done = raw.tell()
 
 
 @dataclass(frozen=True)
@@ -226,7 +198,16 @@ class FileSlice:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
-        """See `RowSource.rows`."""
+        """Stream the rows in order, with a problem in the place of each that cannot be read.
+
+        It may be called more than once.
+
+        Args:
+            advance: Called with numbers of bytes, which add up to `size` once all rows are read.
+
+        Raises:
+            DataError: The file cannot be read on: it is damaged, has changed, or is gone.
+        """
         bytes_read = 0
 
         def count(number: int) -> None:
@@ -254,7 +235,7 @@ def file_slices(paths: list[Path], source: Source) -> list[FileSlice]:
     _slice_bounds(split, 1_000, source)
     lengths = [UNBOUNDED]
     if files[1:] or "%" in split or "-" in split:
-        lengths = [file.length for file in files]
+        lengths = [sum(1 for _ in file.rows()) for file in files]
     starts = list(accumulate(lengths, initial=0))
     return [
         FileSlice(files, number, split, part, max(0, start - first), max(0, start - first, stop - first))
@@ -283,46 +264,24 @@ def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]
 _STREAMED = {"buffer_size": BLOCK, "pre_buffer": False, "page_checksum_verification": True}
 
 
-def _parquet_rows(path: Path, advance: Advance) -> Iterator[RowOrProblem]:
-    """Rows of a Parquet file, streamed by record batches.
-
-    Raises:
-        DataError: The file is damaged, or has two columns of one name.
-        OSError: It cannot be opened.
-    """
-    with path.open("rb") as raw:
-        try:
-            with pq.ParquetFile(raw, **_STREAMED) as file:
-                if problem := text_files.duplicate_columns(file.schema_arrow.names, str(path)):
-                    raise DataError(problem)
-                yield from _rows_of_batches(file, path, advance)
-        except (pa.ArrowException, OSError) as error:
-            raise _parquet_error(error, path) from None
-
-
-def _count_parquet_rows(path: Path) -> int:
-    """How many rows a Parquet file has by its metadata. Raises as `parquet_rows`."""
-    with path.open("rb") as raw:
-        try:
-            return int(pq.ParquetFile(raw).metadata.num_rows)
-        except (pa.ArrowException, OSError) as error:
-            raise _parquet_error(error, path) from None
-
-
-def _rows_of_batches(file: Any, path: Path, advance: Advance) -> Iterator[RowOrProblem]:
-    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-    size, total, number = path.stat().st_size, file.metadata.num_rows, 0
-    sizes = [rows_per_batch(group.total_byte_size, group.num_rows) for group in groups if group.num_rows]
-    for batch in file.iter_batches(batch_size=min(sizes, default=1), use_threads=False):
-        for values in _batch_values(batch):
-            number += 1
-            yield Row(f"{path}:row {number}", values)
-        advance(size * number // total - size * (number - batch.num_rows) // total)
-
-
-def rows_per_batch(size: int, rows: int) -> int:
-    """How many rows of a table to hold at once, where all its `rows` take `size` bytes."""
-    return max(1, min(2048, 8 * BLOCK * rows // max(size, 1)))
+def _parquet_rows(raw: BinaryIO, source: DataFile, advance: Advance) -> Iterator[RowOrProblem]:
+    """Rows of a Parquet file, by record batches. Raises DataError: it is damaged, or two columns have one name."""
+    try:
+        with pq.ParquetFile(raw, **_STREAMED) as file:
+            if problem := text_files.duplicate_columns(file.schema_arrow.names, str(source.path)):
+                raise DataError(problem)
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            sizes = [8 * BLOCK * group.num_rows // max(group.total_byte_size, 1) for group in groups if group.num_rows]
+            size, total, number = source.size, file.metadata.num_rows, 0
+            for batch in file.iter_batches(max(1, min([2048, *sizes])), use_threads=False):
+                for values in _batch_values(batch):
+                    number += 1
+                    yield Row(f"{source.path}:row {number}", values)
+                advance(size * number // total - size * (number - batch.num_rows) // total)
+    except (pa.ArrowException, OSError) as error:
+        what = f"damaged Parquet file: {_first_line(error)}"
+        problem = Problem(Code.DATA_UNREADABLE, what, str(source.path), fix="download it or write it again")
+        raise DataError(problem) from None
 
 
 def _batch_values(batch: Any) -> list[dict[str, Any]]:
@@ -343,11 +302,6 @@ def _value(column: Any) -> Any:
         return column[0].as_py()
     except (ValueError, OverflowError, pa.ArrowException) as error:
         return Unreadable(_first_line(error))
-
-
-def _parquet_error(error: Exception, path: Path) -> DataError:
-    what = f"damaged Parquet file: {_first_line(error)}"
-    return DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix="download it or write it again"))
 
 
 def _first_line(error: Exception) -> str:
