@@ -101,9 +101,7 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert cli("train", config).code == 0  # the rows have none of those tokens
     prompts = ("a", "a <more5>")
     rows = write_rows(tmp_path / "beyond.jsonl", [{"prompt": prompt, "completion": "b"} for prompt in prompts])
-    message = (
-        "the token '<more5>' has the id 266, but the model has 264 embeddings, from 0 on; the tokenizer has 267 tokens"
-    )
+    message = "the token '<more5>' has the id 266, but the model has 264 embeddings, from 0 on"
     other = run_config(
         "b.yaml", model={"name_or_path": str(path)}, data={"train": str(rows)}, output_dir=str(path / "b")
     )
@@ -125,7 +123,7 @@ def test_the_first_token_beyond_the_embedding_is_reported_once(larger: Callable[
         renderer.rows([*rows, Plain("rows:13", "", "<more4>")])
     assert meanings(caught.value) == [(Code.TOKENIZER_UNUSABLE, "rows:1", "")]
     (first,) = caught.value.problems
-    assert first.what.startswith("the token '<more5>'") and first.what.endswith("; 11 more rows have it")
+    assert first.what.startswith("the token '<more5>'")
 
 
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])

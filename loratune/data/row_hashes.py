@@ -91,32 +91,17 @@ def write(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, co
     Raises:
         OSError, SafetensorError: There is no room on the disk.
     """
-    nothing = np.zeros(0, np.int64)
-    before = (earlier.exact, earlier.folded) if earlier else (nothing, nothing)
-    exact, folded = (_distinct(split, column, known) for column, known in zip((EXACT, FOLDED), before, strict=True))
-    if exact is None or folded is None:
-        return
-    folded = folded[~_are_among(folded, exact)]
+    before = [(earlier.exact, earlier.folded)] if earlier else []
+    exact, folded = (
+        np.unique(np.concatenate([split.hashes(column), *(known[place] for known in before)]))
+        for place, column in enumerate((EXACT, FOLDED))
+    )
+    folded = np.setdiff1d(folded, exact, assume_unique=True)
     if len(exact) + len(folded) > MOST_HASHES:
         return
     metadata = {"hash": CONTENT_HASH, "complete": earlier.complete if earlier else not continued}
     # One key of metadata alone: safetensors writes several in an order that differs between processes.
     save_file({"exact": exact, "folded": folded}, directory / ROW_HASHES, {_METADATA: json.dumps(metadata)})
-
-
-def _distinct(split: DatasetSplit, column: int, known: NDArray[np.int64]) -> NDArray[np.int64] | None:
-    """The known hashes and those of a column of the index, each once and sorted; None if they are too many."""
-    known = np.sort(np.concatenate([known, split.hashes(column)]))  # np.union1d takes far longer
-    known = known[np.append(True, known[1:] != known[:-1])[: len(known)]]
-    return known if len(known) <= MOST_HASHES else None
-
-
-def _are_among(hashes: NDArray[np.int64], known: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Which hashes are known. known: sorted."""
-    if not len(known):
-        return np.zeros(len(hashes), np.bool_)
-    places = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
-    return np.asarray(known[places] == hashes)
 
 
 # Looked up by an evaluation
@@ -157,9 +142,9 @@ def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
     hashes = read(directory)
     if isinstance(hashes, str):
         return Overlap(len(split), None, f"whether evaluation rows are also in train is not known: {hashes}")
-    exact, folded = (split.index.columns[:, column] for column in (EXACT, FOLDED))
-    is_exact = _are_among(exact, hashes.exact)
-    is_folded = _are_among(folded, hashes.exact) | _are_among(folded, hashes.folded)
+    columns = split.index.columns
+    is_exact = np.isin(columns[:, EXACT], hashes.exact)
+    is_folded = np.isin(columns[:, FOLDED], np.concatenate([hashes.exact, hashes.folded]))
     in_exact, in_folded = (tally(split, np.flatnonzero(rows)) for rows in (is_exact, is_folded & ~is_exact))
     leaks = Leaks(in_exact, in_folded, "evaluation")
     unknown = "" if hashes.complete else "rows of the adapter that training started from are not known"

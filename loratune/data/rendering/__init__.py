@@ -208,16 +208,12 @@ class Renderer:
         """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
         if not self._has_ids_beyond_model or self._size is None:
             return
-        found = [(id, where) for where, ids in rows for id in dict.fromkeys(ids) if id >= self._size]
-        if found:
-            id, where = found[0]
-            what = f"the token {self.tokenizer.convert_ids_to_tokens(id)!r} has the id {id}, but the model has"
-            what += f" {self._size} embeddings, from 0 on"
-            what += f"; the tokenizer has {max(self.tokenizer.get_vocab().values()) + 1} tokens"
-            if more := sum(other == id for other, _ in found) - 1:
-                what += f"; {more:,} more {'row has' if more == 1 else 'rows have'} it"
-            where, fix = where or self.tokenizer.name_or_path, "use the tokenizer that belongs to the model"
-            raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where, fix=fix))
+        for where, ids in rows:
+            if (beyond := next((id for id in ids if id >= self._size), None)) is not None:
+                token = self.tokenizer.convert_ids_to_tokens(beyond)
+                what = f"the token {token!r} has the id {beyond}, but the model has {self._size} embeddings, from 0 on"
+                where, fix = where or self.tokenizer.name_or_path, "use the tokenizer that belongs to the model"
+                raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where, fix=fix))
 
     def _tokenizer_error(self, error: TokenizerFailure, where: str) -> LoratuneError:
         """Returns what to raise where the tokenizer fails on the text of a row; where: empty for any text."""
