@@ -111,50 +111,6 @@ def test_prompt_and_completion(real: Any, prompt: str, completion: str) -> None:
     assert row.ids.count(real.bos_token_id) == (real("a").input_ids[0] == real.bos_token_id)
 
 
-@pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_conversation(real: Any, messages: list[Message]) -> None:
-    renderer = Renderer(real)
-    row = renderer.row(Conversation("", tuple(messages)))
-    answers = [message["content"] for message in messages if message["role"] == "assistant"]
-    spans = supervised(real, row)
-    assert len(spans) == len(answers)
-    for span, (_, end), answer in zip(spans, row.spans, answers, strict=True):
-        turn_end = ends(real)[row.ids[end - 1]]
-        assert span in (answer + turn_end, f"<think>\n\n</think>\n\n{answer}{turn_end}")
-    assert row.labels[-1] == row.ids[-1] in renderer.end_ids
-    last = max(number for number, message in enumerate(messages) if message["role"] == "assistant")
-    whole = real.apply_chat_template(messages[: last + 1], tokenize=True, return_dict=False)
-    assert list(row.ids) == whole[: len(row.ids)]
-
-
-@pytest.mark.parametrize("messages", CHATS.values(), ids=CHATS)
-def test_conversation_begins_with_the_prompt_of_generate(real: Any, messages: list[Message]) -> None:
-    renderer = Renderer(real)
-    row = renderer.row(Conversation("", tuple(messages)))
-    history = messages[: max(number for number, message in enumerate(messages) if message["role"] == "assistant")]
-    prompt = renderer.prompt(history)
-    assert row.prompt == row.ids[: len(prompt)] == prompt
-    upstream = real.apply_chat_template(history, tokenize=True, add_generation_prompt=True, return_dict=False)
-    assert list(prompt) == upstream
-
-
-@pytest.mark.parametrize("name", ["llama3", "gemma3"])
-def test_one_bos(name: str) -> None:
-    """Both templates write it themselves; of the two tokenizers, only Gemma's would add it once more."""
-    real = loaded(fetched(name))
-    row = Renderer(real).row(Conversation("", tuple(CHATS["three turns"])))
-    prompt = Renderer(real).prompt(real.bos_token + "a")
-    for ids in (row.ids, prompt, Renderer(real).prompt(CHATS["one turn"][:1])):
-        assert (ids[0], ids.count(real.bos_token_id)) == (real.bos_token_id, 1)
-
-
-def test_only_the_completion_of_message_lists_is_supervised(real: Any) -> None:
-    messages = tuple(CHATS["three turns"])
-    row = Renderer(real).row(Conversation("", messages, first_supervised=3))
-    whole = Renderer(real).row(Conversation("", messages))
-    assert (row.ids, row.spans) == (whole.ids, whole.spans[1:])
-
-
 def test_loss_on_all(real: Any) -> None:
     renderer = Renderer(real)
     for example in (Plain("", "a b", " c"), Conversation("", tuple(CHATS["three turns"]))):

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -481,62 +482,39 @@ def test_progress_adds_up_to_the_size(tmp_path: Path, name: str, split: str | No
     assert len(advances) > (0 if split == "train[:5]" else 1)
 
 
-def write_many(path: Path, thousands: int) -> None:
-    """Write `thousands` times 1,000 rows of 200 letters."""
+AROUND = {"jsonl": ('{"text": "', '"}'), "csv": ("text\n", ""), "txt": ("", "")}
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """In a fresh process, 40 MB of rows take hardly more than 2 MB of them, and one row of 50 MB a few times its size
+    (csv holds four bytes for each letter of the cell that it is in)."""
     rows = [{"text": os.urandom(100).hex()} for _ in range(1_000)]
-    if path.suffix == ".parquet":
+    for size, thousands in (("small", 10), ("many", 200)):
+        with (tmp_path / f"{size}.jsonl").open("w") as file:
+            file.writelines("".join(f"{json.dumps(row)}\n" for row in rows) for _ in range(thousands))
         table = pa.concat_tables([pa.Table.from_pylist(rows)] * thousands)
-        pq.write_table(table, path, compression="none", use_dictionary=False)
-    else:
-        lines_of_rows = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-        with gzip.open(path, "wb", 1) if path.suffix == ".gz" else path.open("wb") as file:
-            for _ in range(thousands):
-                file.write(lines_of_rows)
-
-
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", pytest.param("jsonl.gz", marks=SLOW)])
-def test_memory_does_not_grow_with_the_file(tmp_path: Path, kind: str) -> None:
-    """40 MB of rows, read by a fresh process, take hardly more than 2 MB of them."""
-    small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
-    write_many(small, 10)
-    write_many(path, 200)
-    small_count, count, rise = read_in_process(small, path)
-    assert (small_count, count) == (10_000, 200_000)
-    assert rise < 25
-
-
-def read_in_process(*paths: Path) -> list[int]:
-    """Rows of each file, and by how many MiB the peak rose after the first (`ru_maxrss` would be the parent's)."""
+        pq.write_table(table, tmp_path / f"{size}.parquet", compression="none", use_dictionary=False)
+    for kind, (head, tail) in AROUND.items():
+        (tmp_path / f"long.{kind}").write_text(f"{head}{'word ' * 10_000_000}{tail}\n")
+    names = ["small.jsonl", "small.parquet", "many.jsonl", "many.parquet", "long.txt", "long.jsonl", "long.csv"]
     code = (
         "import re, sys; from pathlib import Path\n"
         "from loratune.config import Source; from loratune.data import sources\n"
         "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', Path('/proc/self/status').read_text())[1]) // 1024\n"
         "count = lambda path: sum(1 for part in sources.open_source(Source(path=path)) for _ in part.rows())\n"
-        "print(count(sys.argv[1])); before = peak(); print(count(sys.argv[2])); print(peak() - before)"
+        "for path in sys.argv[1:]: print(count(path), peak())"
     )
-    done = subprocess.run([sys.executable, "-c", code, *map(str, paths)], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0, done.stderr
-    return [int(number) for number in done.stdout.split()]
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "csv", *(pytest.param(one, marks=SLOW) for one in ("json", "txt"))])
-def test_one_row_of_50_mb(tmp_path: Path, kind: str) -> None:
-    """It passes, at a few times its size. csv holds four bytes for each letter of the cell that it is in."""
-    around = {"jsonl": ('{"text": "', '"}'), "json": ('[{"text": "', '"}]'), "csv": ("text\n", ""), "txt": ("", "")}
-    head, tail = around[kind]
-    small, path = tmp_path / f"small.{kind}", tmp_path / f"rows.{kind}"
-    small.write_text(f"{head}word{tail}\n")
-    with path.open("w") as file:
-        file.write(head)
-        for _ in range(50):
-            file.write("word " * 200_000)
-        file.write(f"{tail}\n")
-    small_count, count, rise = read_in_process(small, path)
-    assert (small_count, count) == (1, 1)
-    assert rise < (500 if kind == "csv" else 200)
+    counts, peaks = zip(*(map(int, line.split()) for line in done.stdout.splitlines()), strict=True)
+    assert counts == (10_000, 10_000, 200_000, 200_000, 1, 1, 1)
+    rises = [after - before for before, after in pairwise(peaks)]
+    assert max(rises[1:3]) < 25 and max(rises[3:5]) < 200 and rises[5] < 500
 
 
 @pytest.mark.parametrize("hub_id", ["nobody/nothing-of-this-name", "nothing-of-this-name", "not a name"])
