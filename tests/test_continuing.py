@@ -313,7 +313,7 @@ def test_forgetting_is_the_loss_on_the_old_validation_rows(
     assert line in ran.out
     assert f"**Earlier rows:** {line}" in card
     assert f"**Started from:** the adapter `{tmp_path / 'first'}`" in card
-    assert "stands alone" in card
+    assert "without the other" in card
     assert "stands alone" in ran.out
 
 

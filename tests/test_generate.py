@@ -221,7 +221,7 @@ def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
     assert found == [min((text.split(stop)[0] for stop in stops), key=len) for text in whole] != whole
     (ids,) = loaded.complete([loaded.renderer.prompt(UNEVEN[whole.index(long)], "")], 24, Sampling(stop=(stops[0],)))
     assert len(ids) == 4 and loaded.text(ids).endswith(stops[0])
-    assert torch.initial_seed() == (loaded.generate(["a"], 1, 1.0, seed=3), torch.initial_seed())[1]
+    assert torch.initial_seed() == (loaded.generate(["a"], 1, temperature=1.0, seed=3), torch.initial_seed())[1]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -45,29 +46,11 @@ def provenance(
     }
 
 
-def model_card(
-    settings: Mapping[str, Any],
-    metrics: Mapping[str, Any],
-    name: str,
-    *,
-    use: str,
-    gain: str,
-    forgetting: str,
-    unrelated: str,
-    held_out: Sequence[tuple[str, str]],
-    formats: Sequence[str],
-    changes: Sequence[Mapping[str, Any]],
-    objective: str = "",
-    processes: int = 1,
-) -> str:
-    """A model card as the hub reads it: metadata, then base, data, settings, result and use.
+@dataclass(frozen=True)
+class CardLines:
+    """What a run says of its adapter.
 
-    https://huggingface.co/docs/hub/model-cards
-
-    Args:
-        settings: The resolved config.
-        metrics: The result of the run.
-        name: The name of the adapter directory.
+    Attributes:
         use: How it is used, see `clients.sections`.
         gain: How the adapter compares with its base, in a line.
         forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
@@ -78,18 +61,43 @@ def model_card(
         objective: What was lowered, in a line, where answers are compared.
         processes: How many processes the run had.
     """
+
+    use: str
+    gain: str
+    forgetting: str
+    unrelated: str
+    held_out: Sequence[tuple[str, str]]
+    formats: Sequence[str]
+    changes: Sequence[Mapping[str, Any]]
+    objective: str = ""
+    processes: int = 1
+
+
+def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, lines: CardLines) -> str:
+    """A model card as the hub reads it: metadata, then base, data, settings, result and use.
+
+    https://huggingface.co/docs/hub/model-cards
+
+    Args:
+        settings: The resolved config.
+        metrics: The result of the run.
+        name: The name of the adapter directory.
+        lines: What the run says of it.
+    """
     model = settings["model"]
-    base, base_name = model["name_or_path"], f"{escaping.code_span(_base_name(model))}{_quantization(model)}"
+    base = model["name_or_path"]
+    base_name = escaping.code_span("/".join(model[key] for key in ("name_or_path", "gguf_file") if model[key]))
+    base_name += "" if model["quantization"] == "none" else f" in {model['quantization']}"
     on_hub = not base.startswith("/")
-    tags = ["lora", "loratune", *([settings["training"]["objective"]] if objective else [])]
+    tags = ["lora", "loratune", *([settings["training"]["objective"]] if lines.objective else [])]
     metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
     if on_hub:
         metadata |= {"base_model": base, "tags": [*tags, f"base_model:adapter:{base}"]}
     metadata |= _model_index(settings, metrics, name)
-    held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in held_out)
-    process_note = f", on {processes} processes" if processes > 1 else ""
-    objective_line = f"- **Objective:** {objective}\n" if objective else ""
-    history = _start_lines(settings, forgetting) + _change_lines(changes)
+    held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in lines.held_out)
+    process_note = f", on {lines.processes} processes" if lines.processes > 1 else ""
+    objective_line = f"- **Objective:** {lines.objective}\n" if lines.objective else ""
+    history = _start_lines(settings, lines.forgetting) + _change_lines(lines.changes)
     # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
@@ -98,16 +106,16 @@ def model_card(
 
 A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
-- **Data:** {_sources(settings["data"]["train"])} ({", ".join(formats)})
+- **Data:** {_sources(settings["data"]["train"])} ({", ".join(lines.formats)})
 {objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
-{held_out_lines}- **Gain:** {gain}
-- **Unrelated text:** {unrelated}
+{held_out_lines}- **Gain:** {lines.gain}
+- **Unrelated text:** {lines.unrelated}
 {history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use
 
-{use}
+{lines.use}
 
 ## Settings
 
@@ -127,9 +135,18 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
     """The shortest prompt of the first rows, as one types it after `loratune generate`; dots if none is suitable."""
-    texts = (text for text in map(_prompt_text, islice(rows.examples(), 100)) if 0 < len(text) <= max_length)
+    prompts = map(_recorded_prompt, islice(rows.examples(), 100))
+    texts = (text for text in map(_typed, prompts) if 0 < len(text) <= max_length)
     prompt = min(texts, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
     return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # `--`: it is not an option
+
+
+def _typed(prompt: Mapping[str, Any]) -> str:
+    """A prompt as text for a command line: raw, or a single turn of the user; empty for others."""
+    messages = prompt.get("messages", ())
+    if len(messages) == 1 and messages[0]["role"] == "user" and "tools" not in prompt:
+        return str(messages[0]["content"])
+    return str(prompt.get("prompt", ""))
 
 
 def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2000) -> list[dict[str, Any]]:
@@ -149,7 +166,7 @@ def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2
 
 
 def _recorded_prompt(of: Example) -> dict[str, Any]:
-    example: Single = sides(of)[0]  # Answers that are compared have one prompt.
+    example: Single = sides(of)[0]  # The sides of a pair have one prompt.
     if isinstance(example, Plain):
         prompt = " ".join(example.completion.split()[:8]) if example.whole else example.prompt
         return {"prompt": prompt} if prompt else {}
@@ -162,16 +179,6 @@ def _recorded_prompt(of: Example) -> dict[str, Any]:
     return {"input_ids": [*example.ids[: max(next(supervised, 8), 1)]]}
 
 
-def _prompt_text(of: Example) -> str:
-    """Raw text, or a single turn of the user; empty for a row whose prompt cannot be typed on a command line."""
-    example: Single = sides(of)[0]
-    if isinstance(example, Plain):
-        return " ".join(example.completion.split()[:8]) if example.whole else example.prompt
-    if isinstance(example, Conversation) and not example.tools and example.supervised_turns("assistant")[:1] == (1,):
-        return str(example.messages[0]["content"]) if example.messages[0]["role"] == "user" else ""
-    return ""
-
-
 def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
     """The adapter that this one started from, and what was forgotten of it."""
     start, replay = settings["lora"]["start_from"], settings["data"]["replay"]
@@ -179,7 +186,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
         return ""
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
     return f"""- **Started from:** the adapter {escaping.code_span(start)}{replayed}.
-  It is part of this one, which stands alone: use it on the base without the other
+  It is part of this one: use this one on the base without the other
 - **Earlier rows:** {forgetting}
 """
 
@@ -225,12 +232,9 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
 
 
 def _metric(kind: str, value: float, name: str, interval: Sequence[float] | None) -> dict[str, Any]:
-    return {"type": kind, "value": round(value, 4), "name": f"{name}{_ends(interval)}"}
-
-
-def _ends(interval: Sequence[float] | None) -> str:
-    """The interval of a figure as a part of its name, as the hub has no field for it."""
-    return f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    """A metric as the hub reads it, which has no field for an interval: the interval is a part of the name."""
+    ends = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
+    return {"type": kind, "value": round(value, 4), "name": f"{name}{ends}"}
 
 
 def _dataset(source: Any, train: Any) -> dict[str, str]:
@@ -251,11 +255,3 @@ def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     splits = [f" {escaping.markdown('[' + source['split'] + ']')}" if source["split"] else "" for source in sources]
     weights = [f" (weight {source['weight']:g})" if source["weight"] is not None else "" for source in sources]
     return ", ".join(map("".join, zip(names, splits, weights, strict=True)))
-
-
-def _quantization(base: Mapping[str, Any]) -> str:
-    return "" if base["quantization"] == "none" else f" in {base['quantization']}"
-
-
-def _base_name(base: Mapping[str, Any]) -> str:
-    return "/".join(base[key] for key in ("name_or_path", "gguf_file") if base[key])

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import kernels
-from loratune.adapter.sampling import GREEDY, Sampling
+from loratune.adapter.sampling import GREEDY, Sampling, SamplingOptions
 from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import DataSection
@@ -24,8 +24,6 @@ from loratune.model.fingerprints import Sampled
 
 BATCH = 32
 """How many prompts the commands hand to `complete` at once."""
-
-"""Takes a line for the user."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +87,20 @@ class LoadedAdapter:
         self,
         prompts: Sequence[str | list[Message]],
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        **options: Unpack[SamplingOptions],
     ) -> list[str]:
-        """Complete prompts as text, in batches. For the settings see `Sampling`.
+        """Complete prompts as text, in batches.
 
         Args:
             prompts: Texts or conversations, which are rendered as the rows of training were.
             max_new_tokens: The longest completion.
+            options: How tokens are chosen, see `Sampling`.
 
         Raises:
             ConfigError: A setting is out of range.
             DataError: A conversation cannot be rendered.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop))
+        sampling = Sampling(**options)
         sampling.check()
         rendered = [self.renderer.prompt(self.turns(prompt), f"prompt {n}") for n, prompt in enumerate(prompts, 1)]
         found: list[str] = []
@@ -133,28 +128,20 @@ Request = tuple[LoadedAdapter, Sequence[int]]
 """An adapter, and the ids of the prompt that it completes."""
 
 
-class _StopTexts(StoppingCriteria):
-    """Ends each completion that holds one of some texts."""
+class _Ends(StoppingCriteria):
+    """Ends each completion that holds one of some texts, and all as soon as a function says so."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int):
-        self._tokenizer, self._stop, self._start = tokenizer, stop, start
+    def __init__(self, tokenizer: Any, stop: Sequence[str], start: int, stopped: Callable[[], bool]):
+        self._tokenizer, self._stop, self._start, self._stopped = tokenizer, stop, start, stopped
         self._tokens = 4 * max(map(len, stop), default=0) + 8  # a token may be a single byte of a character
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        new = input_ids[:, self._start :][:, -self._tokens :]
-        texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
-        ended = [any(stop in text for stop in self._stop) for text in texts]
+        ended = [self._stopped()] * len(input_ids)
+        if self._stop:
+            new = input_ids[:, self._start :][:, -self._tokens :]
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in new]
+            ended = [ended[0] or any(stop in text for stop in self._stop) for text in texts]
         return torch.tensor(ended, device=input_ids.device)
-
-
-class _Stopped(StoppingCriteria):
-    """Ends all completions as soon as a function says so."""
-
-    def __init__(self, stopped: Callable[[], bool]):
-        self._stopped = stopped
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self._stopped(), device=input_ids.device)
 
 
 def complete(
@@ -234,14 +221,11 @@ def _complete(
     shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
         prompts = [ids for _, ids in requests]
-        batch = (
-            first.prompts.batch(prompts, "left", more=max_new_tokens)
-            if shares
-            else first.prompts.plain(prompts, "left")
-        )
+        batch = first.prompts.plain(prompts, "left")
+        if shares:
+            batch = first.prompts.batch(prompts, "left", more=max_new_tokens)
         start = batch["input_ids"].shape[1]
-        ends: list[StoppingCriteria] = [_Stopped(stopped)]
-        ends += [_StopTexts(first.tokenizer, sampling.stop, start)] if sampling.stop else []
+        ends = [_Ends(first.tokenizer, sampling.stop, start, stopped)]
         ids = first.model.generate(**batch, generation_config=settings, streamer=streamer, stopping_criteria=ends)
     rows = ids[:, start:].tolist()
     return (adapter.until_end(row) for (adapter, _), row in zip(requests, rows, strict=True))

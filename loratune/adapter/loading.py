@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -87,13 +86,9 @@ def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedA
     adapters = [adapter for adapter, _ in weighted]
     mixed = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
     first = adapters[0]
-    for other in adapters[1:]:
-        if other.chat != first.chat:
-            kinds = {True: "conversations", False: "raw prompts"}
-            note(
-                f"{other.files.path}: was trained on {kinds[other.chat]}; the mixture renders prompts as its first "
-                f"adapter does, {first.files.path}, which was trained on {kinds[first.chat]}"
-            )
+    for other in (adapter for adapter in adapters if adapter.chat != first.chat):
+        kind = "conversations" if other.chat else "raw prompts"
+        note(f"{other.path}: was trained on {kind}; the mixture renders prompts as its first adapter, {first.path}")
     base, check = _load_base(adapters, first.base)
     with TemporaryDirectory() as directory:
         return _attach_all(base, [(first, mixed.write(Path(directory)))], check)[0]
@@ -130,12 +125,8 @@ def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
         yield
     except ModelError as error:
         fix = f"if the base has moved, set base_model_name_or_path in {adapter.files.path / 'adapter_config.json'}"
-        raise ModelError(
-            [
-                replace(problem, key="", fix=f"{problem.fix}; {fix}" if problem.fix else fix)
-                for problem in error.problems
-            ]
-        ) from None
+        problems = [replace(one, key="", fix="; ".join(filter(None, (one.fix, fix)))) for one in error.problems]
+        raise ModelError(problems) from None
 
 
 def _load_base(
@@ -149,16 +140,14 @@ def _load_base(
     with finding_base(adapters[0]):
         base = load_base(section)
     fingerprint = fingerprints.fingerprint(base)
-    checks: list[Callable[[], None]] = []
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             note(line)
         tensors.check_copies(adapter.files, base)
-        checks.append(partial(check_base, adapter, section, fingerprint))
 
     def check() -> None:
-        for one in checks:
-            one()
+        for adapter in adapters:
+            check_base(adapter, section, fingerprint)
 
     return base, check
 
@@ -231,36 +220,32 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
     is_named = local_or_hub(adapter.base.name_or_path) == local_or_hub(base.name_or_path)
     if recorded == fingerprint or (recorded is None and is_named):
         return
-    code, fix = Code.ADAPTER_MISMATCH, "use its base"
+    fix = "use its base"
     what = f"was trained on another base than {base.name_or_path}, by its shape and a sample of its weights"
     if recorded is None:
         what = f"names the base {adapter.base.name_or_path}, not {base.name_or_path}, and has no record to compare"
     elif not fingerprints.is_comparable(recorded):
         fix = "upgrade loratune"
         what = "records the fingerprint of its base in a version that this release of loratune does not know"
+    problem = Problem(Code.ADAPTER_MISMATCH, what, where, fix=f"{fix}, or use the adapter all the same with --force")
     if not adapter.forced:
-        raise AdapterError(Problem(code, what, where, fix=f"{fix}, or use the adapter all the same with --force"))
-    note(str(Problem(code, what, where)))
+        raise AdapterError(problem)
+    note(str(replace(problem, fix="")))
 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, BaseSnapshot]]) -> None:
     """Raises AdapterError: one of several adapters changes the base; or they differ in `target_parameters`, which PEFT
     does not support: it identifies A and B of a parameter by how often it has wrapped the module."""
-    reasons: dict[str, str] = {}
-    parameters: list[set[str]] = []
+    problems, parameters = [], list[set[str]]()
     for adapter, before in adapters:
-        where, names = str(adapter.files.path), {*(adapter.files.config.get("target_parameters") or [])}
-        if before.refusal or before.values:
-            reasons[where] = before.refusal or "it changes weights or biases of the base"
-        elif names and any(names != others for others in parameters):
-            reasons[where] = "its target_parameters are not those of the others"
+        names = {*(adapter.files.config.get("target_parameters") or [])}
+        reason = before.refusal or ("it changes weights or biases of the base" if before.values else "")
+        if names and any(names != others for others in parameters):
+            reason = reason or "its target_parameters are not those of the others"
         parameters += [names] if names else []
-    problems = [
-        Problem(
-            Code.ADAPTER_UNSUPPORTED, f"cannot be loaded beside other adapters: {reason}", where, fix="use it alone"
-        )
-        for where, reason in reasons.items()
-    ]
+        if reason:
+            what, where = f"cannot be loaded beside other adapters: {reason}", str(adapter.path)
+            problems.append(Problem(Code.ADAPTER_UNSUPPORTED, what, where, fix="use it alone"))
     if problems:
         raise AdapterError(problems)
 

@@ -1,12 +1,24 @@
 """How the tokens of a completion are chosen, and where it ends."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
 
 _RANGES = {"temperature": (1e-3, 1000), "top_p": (1e-6, 1), "top_k": (1, 1 << 31), "seed": (0, (1 << 63) - 1)}
 """Setting → least and most; logits divided by a lower temperature would be inf."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The settings of `Sampling` as keyword arguments."""
+
+    temperature: float
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+    stop: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -26,7 +38,7 @@ class Sampling:
     top_p: float | None = None
     top_k: int | None = None
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
 
     def check(self, prefix: str = "") -> None:
         """Raises ConfigError: a setting is out of range, or has no effect. prefix: of the options, `--`."""

@@ -4,12 +4,13 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, Unpack
 
 from loratune import data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
+from loratune.adapter.sampling import SamplingOptions
 from loratune.commands import evaluate as evaluation
 from loratune.commands import export as exports
 from loratune.commands import merge as merges
@@ -80,24 +81,18 @@ class Adapter:
         prompts: Sequence[str | list[Message]],
         *,
         max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
         on_event: Listener | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[str]:
         """Complete prompts.
 
         Args:
             prompts: Texts, or conversations as lists of messages; rendered as the rows of training were.
             max_new_tokens: The longest completion, in tokens.
-            temperature: 0 for the likeliest token; above it, tokens are sampled.
-            top_p: Sample among the likeliest tokens of this total probability.
-            top_k: Sample among this many of the likeliest tokens.
-            seed: The same seed gives the same texts for the same prompts.
-            stop: Completions end before these texts.
             on_event: Receives events.
+            options: `temperature`: 0, the default, for the likeliest token; above it, tokens are sampled. `top_p`,
+                `top_k`: sample among the likeliest tokens of this total probability, among this many of them. `seed`:
+                the same seed gives the same texts for the same prompts. `stop`: completions end before these texts.
 
         Returns:
             The completions, in order.
@@ -107,7 +102,7 @@ class Adapter:
             ConfigError, DataError: A setting is out of range; a prompt cannot be rendered.
         """
         with listening(on_event):
-            return self._loaded.generate(prompts, max_new_tokens, temperature, top_p, top_k, seed, stop)
+            return self._loaded.generate(prompts, max_new_tokens, **options)
 
     def evaluate(
         self,

@@ -271,10 +271,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
     (directory.staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     findings, name = finished_run.findings, directory.output.name
     are_layers_known = not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
-    text = card.model_card(
-        plan.config.resolved(),
-        findings.metrics,
-        name,
+    lines = card.CardLines(
         use=clients.sections(plan.config, name, plan.example_prompt, are_layers_known=are_layers_known),
         gain=str(findings.gain),
         forgetting=str(findings.forgetting or ""),
@@ -285,6 +282,7 @@ def _stage(finished_run: _FinishedRun, directory: RunDirectory) -> int:
         objective=objectives.described(plan.config),
         processes=plan.processes,
     )
+    text = card.model_card(plan.config.resolved(), findings.metrics, name, lines)
     (directory.staging / "README.md").write_text(text, encoding="utf-8")
     trained_before = plan.earlier.start.trained_on if plan.earlier else None
     row_hashes.write(directory.staging, plan.train_split, trained_before, continued=plan.earlier is not None)

@@ -139,7 +139,7 @@ class Merge:
     def size(self) -> int:
         """About how many bytes will be written."""
         if self._stored is None:
-            return self.parameters * (self.dtype or torch.float32).itemsize
+            return int(self.parameters * (self.dtype or torch.float32).itemsize)
         shapes = ((tensor.shape, self._dtype_of(DTYPES[tensor.dtype])) for tensor in self._stored.tensors.values())
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in shapes)
 

@@ -63,7 +63,7 @@ def tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
     """The tensors of safetensors files by their names."""
     found = {}
     for path in paths:
-        file = safe_open(path, framework="pt")
+        file: Any = safe_open(path, framework="pt")
         for name in file.keys():  # noqa: SIM118
             part = file.get_slice(name)
             found[name] = StoredTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
@@ -266,8 +266,8 @@ def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator
     """
     for names in tied_names(model):
         stored = [name for name in names if name in groups]
-        first, *others = [tensor.read() for name in stored for _, tensor in groups[name].parts.values()] or [None]
-        if any(first is None or not torch.equal(first, other) for other in others):
+        values = [tensor.read() for name in stored for _, tensor in groups[name].parts.values()]
+        if any(not torch.equal(values[0], other) for other in values[1:]):
             raise NotStreamableError(f"its files hold different values for {' and '.join(stored)}, which are tied")
         if stored:
             yield (*stored, *(name for name in names if name not in groups))

@@ -151,12 +151,7 @@ def resolve(
         ConfigError: A regular expression does not compile or takes too long; a list is empty.
     """
     survey, key = take(model), "lora.{}_pattern"
-    roles, problems = {}, []
-    if target_modules or target_parameters is None:
-        roles, problems = entries.modules(survey, target_modules)
-    stacked, stacked_problems = entries.parameters(survey, target_parameters or ())
-    roles = {entry: (*roles.get(entry, ()), *stacked.get(entry, ())) for entry in [*roles, *stacked]}
-    problems += stacked_problems
+    roles, problems = _meaning(survey, target_modules, target_parameters)
     if layers is not None:
         roles, missing = entries.in_layers(roles, layers)
         problems += missing
@@ -173,13 +168,15 @@ def resolve(
         for path in paths
     ]
     problems += entries.without_effect(survey, modules)
-    ranks, *of_ranks = entries.resolve_pattern(survey, targets, rank_pattern or {}, key.format("rank"))
-    alphas, *of_alphas = entries.resolve_pattern(survey, targets, alpha_pattern or {}, key.format("alpha"))
-    saved, *of_saved = entries.modules_to_save(survey, targets, modules_to_save or ())
-    if problems := [*problems, *of_ranks[0], *of_alphas[0], *of_saved[0]]:
+    ranks, rank_problems, rank_notes = entries.resolve_pattern(survey, targets, rank_pattern or {}, key.format("rank"))
+    alphas, alpha_problems, alpha_notes = entries.resolve_pattern(
+        survey, targets, alpha_pattern or {}, key.format("alpha")
+    )
+    saved, saved_problems, saved_notes = entries.modules_to_save(survey, targets, modules_to_save or ())
+    if problems := [*problems, *rank_problems, *alpha_problems, *saved_problems]:
         raise ModelError(problems)
     fused = {module_names.pattern(path): tuple(survey.serves.get(path, "")) for path in modules}
-    remarks = dict.fromkeys([*notes(survey, list(roles), targets), *of_ranks[1], *of_alphas[1], *of_saved[1]])
+    remarks = dict.fromkeys([*notes(survey, list(roles), targets), *rank_notes, *alpha_notes, *saved_notes])
     return Targets(
         roles=roles,
         modules=modules,
@@ -192,6 +189,15 @@ def resolve(
         parameters=parameters,
         parameter_names=parameter_names,
     )
+
+
+def _meaning(survey: Survey, modules: Sequence[str] | str, parameters: Sequence[str] | str | None) -> entries.Meaning:
+    """The meaning of `target_modules` and `target_parameters` together. Raises ConfigError."""
+    none: entries.Meaning = ({}, [])
+    roles, problems = entries.modules(survey, modules) if modules or parameters is None else none
+    others, further = entries.parameters(survey, parameters or ())
+    joined = {entry: (*roles.get(entry, ()), *others.get(entry, ())) for entry in [*roles, *others]}
+    return joined, [*problems, *further]
 
 
 def notes(survey: Survey, asked: Sequence[str], targets: Sequence[str]) -> list[str]:

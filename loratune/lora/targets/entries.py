@@ -50,8 +50,8 @@ def modules(survey: Survey, wanted: Sequence[str] | str) -> Meaning:
     for entry in dict.fromkeys(() if isinstance(wanted, str) else wanted):
         if role := as_role(survey, entry):
             roles[role] = _serving(survey, role)
-        elif paths := named(survey, entry):
-            roles[entry] = tuple(paths)
+        elif matches := named(survey, entry):
+            roles[entry] = tuple(matches)
         else:
             what = f"`{entry}` matches no module of {survey.architecture}; {_nearest(survey, entry)}"
             alone = "auto, all-linear or a regular expression stands alone, without brackets"
