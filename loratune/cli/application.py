@@ -57,7 +57,7 @@ class _Commands(TyperGroup):
 
 app = typer.Typer(
     cls=_Commands,
-    help="LoRA fine-tuning of causal language models: a YAML file in, a small checked adapter directory out.",
+    help="LoRA fine-tuning of causal language models: a YAML config in, a verified adapter directory out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -65,13 +65,13 @@ app = typer.Typer(
 )
 
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, also of errors that do not end the command.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, including those of non-fatal errors.")]
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
-Force = Annotated[bool, typer.Option("--force", help="Use the adapter on another base, or with edited files.")]
+Force = Annotated[bool, typer.Option("--force", help="Skip verification: allow another base and edited files.")]
 
 
 Assignments = Annotated[
@@ -81,7 +81,7 @@ Assignments = Annotated[
 
 DataAssignments = Annotated[
     list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training: data.max_length=512."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training, e.g. data.max_length=512."),
 ]
 
 
@@ -90,14 +90,17 @@ MAX_COUNT = 2**31 - 1
 
 
 Adapters = Annotated[
-    list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="An adapter directory; several with their names.")
+    list[str],
+    typer.Option(
+        "--adapter", metavar="[NAME=]DIR", help="An adapter directory; repeat with names for several adapters."
+    ),
 ]
 
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
 
 
-Temperature = Annotated[float, typer.Option(min=0, help="0: the likeliest token; 0.001 to 1000: sample.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
 
 
 @contextmanager

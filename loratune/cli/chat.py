@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 _HELP = (
     "/base           answer the last turn without the adapter",
-    "/adapter NAME   let another adapter answer; without NAME, list them",
+    "/adapter NAME   switch to another adapter; without NAME, list them",
     "/system TEXT    set the system message; without TEXT, remove it",
-    "/save FILE      write the conversation to FILE, as rows to train on; to replace a file: /save --overwrite FILE",
-    "/reset          forget the turns so far",
+    "/save FILE      write the conversation to FILE as training rows; to replace a file: /save --overwrite FILE",
+    "/reset          remove all turns",
     "/help           show this",
     "/quit, /exit    end the chat, as Ctrl-D does",
     "//...           a turn that begins with /",
-    "Ctrl-C stops an answer, whose beginning is kept",
+    "Ctrl-C stops an answer; the partial answer is kept",
 )
 
 

@@ -34,14 +34,14 @@ def schema(debug: Debug = False) -> None:
 @app.command()
 def explain(
     key: Annotated[
-        str | None, typer.Argument(metavar="KEY", help="A key, or its beginning; without it, all are listed.")
+        str | None, typer.Argument(metavar="KEY", help="A key, a section, or the start of a key; by default all keys.")
     ] = None,
     config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Explain a key of the config. Its meaning, default and costs, and with CONFIG the value in force and its line."""
+    """Explain a key of the config. Prints its meaning, default and cost; with CONFIG, also its value and line."""
     with boundary(debug):
         from loratune.commands.explain import ExplainedConfig, as_json, find_keys
         from loratune.console import print_json

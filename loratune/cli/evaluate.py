@@ -50,26 +50,27 @@ def evaluate(
     context: typer.Context,
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Held-out rows, in the format of training.")
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Held-out rows, in the same format as the training rows."),
     ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
             "--tasks",
             metavar="NAME,...",
-            help="Tasks of the lm-evaluation-harness, or YAML files and directories of tasks, whose code is run.",
+            help="lm-evaluation-harness tasks, or YAML files or directories of tasks (their code is executed).",
         ),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, max=MAX_COUNT, help="At most N rows of each task.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="DIR", help="Compare with this adapter, not with the base.")
+        Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")
     ] = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", metavar="NAME", help="Repeatable: exact_match, label, contains, rouge_l, json, regex:PATTERN."
+            "--metric", metavar="NAME", help="exact_match, label, contains, rouge_l, json or regex:PATTERN; repeatable."
         ),
     ] = None,
     forgetting: Annotated[
@@ -79,7 +80,7 @@ def evaluate(
     worst: Annotated[
         int,
         typer.Option(
-            "--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows on which the adapter lost most."
+            "--worst", metavar="N", min=0, max=MAX_COUNT, help="Show the N rows with the largest loss increase."
         ),
     ] = 0,
     output: Annotated[
@@ -95,7 +96,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="METRIC<BOUND",
-            help="Repeatable: exit code 11 unless 'exact_match>=0.9', 'loss<base', 'TASK.METRIC>base'.",
+            help="Exit code 11 if not met, e.g. 'exact_match>=0.9', 'loss<base', 'TASK.METRIC>base'; repeatable.",
         ),
     ] = None,
     allow_overlap: Annotated[
@@ -106,7 +107,7 @@ def evaluate(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Score base and adapter on the same held-out rows, or on tasks."""
+    """Compare an adapter with its base on rows, or on tasks."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
         _check_options(context.params)

@@ -22,32 +22,38 @@ def export(
     to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
     merged: Annotated[
-        str | None, typer.Option("--merged", metavar="TYPE", help="One file of base and adapter: f32, f16, bf16, q8_0.")
+        str | None, typer.Option("--merged", metavar="TYPE", help="Export the merged model, as f32, f16, bf16 or q8_0.")
     ] = None,
     llama_cpp: Annotated[
         Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
     ] = None,
     base_gguf: Annotated[
-        Path | None, typer.Option("--base-gguf", metavar="FILE", help="A GGUF file of the base: its tokenizer is used.")
+        Path | None,
+        typer.Option(
+            "--base-gguf",
+            metavar="FILE",
+            help="A GGUF file of the base, to verify with; --merged copies its tokenizer.",
+        ),
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on, in the format of training.")
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Rows for the verification, in the same format as the training rows."
+        ),
     ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Export the weighted sum of adapters.")
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option(
-            "--verify/--no-verify", help="Run the export in its program and compare; by default if installed."
-        ),
+        typer.Option("--verify/--no-verify", help="Verify the export in its program; by default if that is installed."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at OUT.")] = False,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write an adapter for vLLM, llama.cpp, Ollama or PEFT. The result is read back, and compared."""
+    """Export an adapter for vLLM, llama.cpp, Ollama or PEFT. The export is verified."""
     with boundary(debug):
         check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
         options = ExportOptions(to, merged, llama_cpp, base_gguf, verify)

@@ -32,42 +32,46 @@ if TYPE_CHECKING:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to complete; without any, stdin is one prompt.")
+        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to complete; by default stdin is one prompt.")
     ] = None,
     adapters: Adapters = ...,  # type: ignore[assignment]
     use: Annotated[
         str | None,
-        typer.Option("--use", metavar="NAME", help="The adapter for rows that name none; by default the first."),
+        typer.Option(
+            "--use", metavar="NAME", help="The adapter for rows without the field `adapter`; by default the first."
+        ),
     ] = None,
     mix: Annotated[
         str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Answer with the weighted sum of adapters.")
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", metavar="FILE", help="Rows with prompts or messages; - for JSONL on stdin."),
+        typer.Option("--input", metavar="FILE", help="A file of rows with prompts or messages; - is JSONL on stdin."),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - for stdout."
+            "--output", metavar="FILE", help="Write rows to FILE: CSV if it ends in .csv, else JSONL; - is stdout."
         ),
     ] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: Annotated[
-        float | None, typer.Option("--top-p", help="Sample from the likeliest tokens with this total probability.")
+        float | None, typer.Option("--top-p", help="Sample from the most probable tokens with this total probability.")
     ] = None,
-    top_k: Annotated[int | None, typer.Option("--top-k", help="Sample from this many of the likeliest tokens.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", help="The same seed gives the same text.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="Sample from this number of most probable tokens.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Random seed: the same seed gives the same text.")] = None,
     stop: Annotated[
         list[str], typer.Option("--stop", metavar="TEXT", help="End the completion before this text; repeatable.")
     ] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
-    base: Annotated[bool, typer.Option("--base", help="Give the base model's answer too.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Also print the base model's answer.")] = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Complete prompts with an adapter on its base, or with several."""
+    """Complete prompts with one or several adapters of a base."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         check_paths(input=source, output=output)
         _check_answers(prompts, source, output, overwrite=overwrite)

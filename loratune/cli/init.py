@@ -16,15 +16,17 @@ if TYPE_CHECKING:
 
 @app.command()
 def init(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="Rows: a file, a directory, a glob, or a hub id.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="The training rows: a file, a directory, a glob, or a hub id.")
+    ],
     model: Annotated[str, typer.Option("--model", metavar="NAME_OR_DIR", help="The base model.")],
     output: Annotated[
-        str, typer.Option("--output", metavar="FILE", help="The config, which must not exist yet; - for stdout.")
+        str, typer.Option("--output", metavar="FILE", help="The config to write, which must not exist; - is stdout.")
     ] = "config.yaml",
     assignments: Assignments = [],  # noqa: B006  typer copies it
     debug: Debug = False,
 ) -> None:
-    """Write a config for rows and a model, with its reasons. No weights are loaded or downloaded."""
+    """Write a config for rows and a model, with reasons. No weights are loaded or downloaded."""
     with boundary(debug):
         check_paths(DATA=data, model=model, output=output)
         _check_named_once(assignments)

@@ -21,17 +21,20 @@ class Dtype(StrEnum):
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
-    out: Annotated[Path, typer.Option("--output", metavar="DIR", help="Where the model goes.")],
+    out: Annotated[Path, typer.Option("--output", metavar="DIR", help="The directory of the merged model.")],
     dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")] = None,
     data: Annotated[
-        str | None, typer.Option("--data", metavar="FILE", help="Rows to compare on; else prompts from training.")
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Rows for the verification; by default prompts recorded by training."
+        ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --output.")] = False,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Merge an adapter into its base, as one model. It is read back, and compared with the adapter and the base."""
+    """Merge an adapter into its base. The merged model is verified against the adapter and the base."""
     with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
         check_paths(adapter=adapter, output=out, data=data)
         with importing():

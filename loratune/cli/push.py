@@ -19,12 +19,14 @@ def push(
     ] = False,
     base: Annotated[
         str | None,
-        typer.Option("--base", metavar="USER/MODEL", help="The base on the hub, for a base that is a local path."),
+        typer.Option(
+            "--base", metavar="USER/MODEL", help="The name of the base on the hub, if it was trained from a local path."
+        ),
     ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Upload an adapter to the hub. In one commit, without local paths; what was uploaded is compared."""
+    """Upload an adapter to the hub. The upload is one commit without local paths, and is verified."""
     with boundary(debug):
         check_paths(adapter=adapter)
         with importing():

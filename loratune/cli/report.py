@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 def report(
     adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = None,
     study: Annotated[
-        Path | None, typer.Option("--study", metavar="DIR", help="The study of a sweep, in place of an adapter.")
+        Path | None,
+        typer.Option("--study", metavar="DIR", help="The study directory of a sweep, instead of an adapter."),
     ] = None,
     against: Annotated[
-        Path | None, typer.Option("--against", metavar="DIR", help="Another adapter, shown beside it.")
+        Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="FILE", help="Held-out rows to score; without them, no base is loaded."),
+        typer.Option("--data", metavar="FILE", help="Held-out rows to score; by default none, and no base is loaded."),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="The page; by default ADAPTER-report.html here.")
+        Path | None, typer.Option("--output", metavar="FILE", help="The HTML file; by default ./ADAPTER-report.html.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     assignments: DataAssignments = [],  # noqa: B006  typer copies it
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write a page on an adapter and its run, or on a sweep. One self-contained HTML file."""
+    """Write an HTML page on an adapter and its run, or on a sweep. The file is self-contained."""
     with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
         check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
         _check_subject(adapter, study, against, data)

@@ -25,25 +25,28 @@ def sweep(
         typer.Option(
             "--grid",
             metavar="KEY=VALUE,...",
-            help="Required, repeatable: values to try, or a range LOW..HIGH to draw from.",
+            help="Values to try, or a range LOW..HIGH to sample; required, repeatable.",
         ),
     ] = [],  # noqa: B006  typer copies it
     assignments: Assignments = [],  # noqa: B006  typer copies it
     trials: Annotated[
         int | None,
-        typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="Try N combinations at most."),
+        typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="Run at most N trials."),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            "--budget", metavar="TIME", help="Start no trial that would exceed this time: 30m, 1h, 90 (minutes)."
+            "--budget",
+            metavar="TIME",
+            help="Time limit: trials that would exceed it are not started; 30m, 1h, 90 (minutes).",
         ),
     ] = None,
     halving: Annotated[
-        bool, typer.Option("--halving", help="Stop trials early that do worse than others at the same step.")
+        bool, typer.Option("--halving", help="Stop trials early if they are worse than others at the same step.")
     ] = False,
     storage: Annotated[
-        str | None, typer.Option("--storage", metavar="URL", help="A database for the study, shared by machines.")
+        str | None,
+        typer.Option("--storage", metavar="URL", help="A database for the study, to share it between machines."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter at output_dir.")] = False,
     as_json: Json = False,
@@ -51,7 +54,7 @@ def sweep(
 ) -> None:
     """Train CONFIG with several settings; publish the best adapter.
 
-    All are compared on the validation rows. The study is kept in OUTPUT_DIR.study; rerun the same command to resume
+    Trials are compared on the validation rows. The study is kept in OUTPUT_DIR.study; rerun the same command to resume
     it, or run it in several processes at once.
     """
     with boundary(debug, memory_fix="free memory, or load the base in fewer bits with --set model.quantization=4bit"):

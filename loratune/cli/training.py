@@ -26,15 +26,16 @@ def train(
     assignments: Assignments = [],  # noqa: B006  typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     changes: Annotated[
-        list[str], typer.Option("--allow-change", metavar="KEY", help="With --resume: accept a changed value of KEY.")
+        list[str],
+        typer.Option("--allow-change", metavar="KEY", help="With --resume: accept a new value of KEY; repeatable."),
     ] = [],  # noqa: B006  typer copies it
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the adapter at output_dir, or an unfinished run.")
     ] = False,
     allow_worse: Annotated[
-        bool, typer.Option("--allow-worse", help="Publish the adapter even if it does worse than its base.")
+        bool, typer.Option("--allow-worse", help="Publish the adapter even if it is worse than its base.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be trained.")] = False,
     rows: Annotated[
         int, typer.Option("--rows", min=1, max=MAX_COUNT, metavar="N", help="With --dry-run: show N rendered rows.")
     ] = 1,
@@ -93,7 +94,7 @@ def params(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Count what would be trained, and the memory it takes. No weights of the base are loaded or downloaded."""
+    """Count trainable parameters, and estimate the memory of a run. No weights of the base are loaded or downloaded."""
     with boundary(debug):
         if sum(value is not None for value in (config_file, model, adapter)) != 1:
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))

@@ -9,7 +9,7 @@ from loratune.config.section import AUTO, Auto, FilePath, InvalidSettingError, S
 
 
 class Source(Section):
-    """One place that rows come from."""
+    """One source of rows."""
 
     path: FilePath = Field(description="a file, a directory, a glob, or a hub id")
     split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
@@ -49,32 +49,34 @@ class DataSection(Section):
         description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
     )
     validation: Annotated[Sources | Fraction | None, BeforeValidator(_as_sources)] = Field(
-        None, description="sources like train, or the fraction of train that is held out"
+        None, description="sources as in train, or the fraction of the training rows that is held out"
     )
     test: Annotated[Sources | None, BeforeValidator(_as_sources)] = Field(
-        None, description="sources like train; the adapter is scored on them once, after the last step"
+        None, description="sources as in train; the adapter is scored on them once, after training"
     )
     group_by: str | None = Field(
         None,
         min_length=1,
-        description="a field of the rows; rows with the same value of it stay in one split when a fraction is held out",
+        description="field name; rows with the same value of this field stay in one split when a fraction is held out",
     )
     format: Literal[
         "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
         "unpaired_preference",
-    ] = Field("auto", description="auto: recognised by the keys of the rows, file by file")  # fmt: skip
+    ] = Field("auto", description="auto: recognized for each file by the keys of its rows")  # fmt: skip
     columns: dict[str, str] = Field(
         {},
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
-        description="field of a row → its name in the data, e.g. {prompt: question}, which hides the data's prompt",
+        description="field → its name in the data, e.g. {prompt: question}; the data's prompt is then ignored",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
-        description="completion: completions, and every assistant turn of messages; assistant: every assistant turn, "
-        "those of a prompt too; all: every token up to the end of the last answer",
+        description="completion: completions, or all assistant turns of messages; assistant: also assistant turns in "
+        "the prompt; all: every token up to the end of the last answer",
     )
-    max_length: int = Field(1024, ge=2, lt=2**31, description="tokens of a row, its end-of-sequence token included")
+    max_length: int = Field(
+        1024, ge=2, lt=2**31, description="maximum number of tokens of a row, including the end-of-sequence token"
+    )
     truncation: Literal["keep_completion", "drop", "error"] = Field(
         "keep_completion",
         description="for rows over max_length: truncate the prompt from the left, drop the row, or stop the run",
@@ -82,21 +84,24 @@ class DataSection(Section):
     invalid_rows: Literal["error", "drop"] = Field(
         "error",
         description="for rows that cannot be used, such as a line that is not valid JSON or a row that lacks a field: "
-        "stop the run, or drop them, within max_dropped",
+        "stop the run, or drop up to max_dropped of the rows",
     )
     max_dropped: float = Field(
         0.1, ge=0, le=1, description="fraction of the rows that may be dropped; if more are, the run stops"
     )
     packing: Literal["none", "batch", "full"] = Field(
         "batch",
-        description="none: padding; batch: a batch without padding; full: batches filled with whole rows by best fit",
+        description="none: pad rows; batch: concatenate a batch's rows; full: fill batches with whole rows by best fit",
     )
     share_prefixes: bool | Auto = Field(
         AUTO,
-        description="compute shared prefixes of a packed batch once; auto: if exact, and 5 % of the tokens are saved",
+        description="compute shared prefixes of a packed batch once; auto: if exact and 5 % of the tokens are saved",
     )
     replay: float | None = Field(
-        None, gt=0, lt=1, description="fraction of the training rows that is drawn from those of lora.start_from"
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of the training rows that is drawn from the rows of the run of lora.start_from",
     )
 
     @property

@@ -17,22 +17,22 @@ from loratune.config.section import AUTO, Auto, Count, FilePath, InvalidSettingE
 
 
 class LoraSection(Section):
-    """What is trained: the fields of `peft.LoraConfig`, under its names."""
+    """The adapter: fields of `peft.LoraConfig`, under the same names."""
 
-    r: Count | Auto = Field(8, description="rank of the update; auto: by the number of supervised tokens")
+    r: Count | Auto = Field(8, description="rank; auto: from the number of supervised tokens")
     lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
-        description="roles q, k, v, o; exact names; a regular expression; all-linear; auto: all-linear",
+        description="roles (q, k, v, o), exact names, a regular expression, or all-linear; auto: all-linear",
     )
     target_parameters: list[str] | str | None = Field(
         None,
         min_length=1,
         json_schema_extra={"minItems": 1},
-        description="parameters of no linear layer, as fused experts: role experts; exact names; a regular expression",
+        description="parameters outside linear layers: [experts], exact names, or a regular expression",
     )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained as well")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
     use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
     init_lora_weights: (
@@ -40,13 +40,13 @@ class LoraSection(Section):
         | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
     ) = Field(
         True,
-        description="how A and B start; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
+        description="initial A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
     )
     use_lorafa: bool = Field(
-        False, description="LoRA-FA: only B is trained, with a corrected gradient, arXiv:2308.03303"
+        False, description="LoRA-FA: freeze A, train B with a corrected gradient, arXiv:2308.03303"
     )
     loraplus_lr_ratio: float | None = Field(
-        None, ge=1, le=1e6, description="LoRA+: B is trained at this many times the rate of A, arXiv:2402.12354"
+        None, ge=1, le=1e6, description="LoRA+: rate of B divided by the rate of A, arXiv:2402.12354"
     )
     layers_to_transform: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="indices of the layers to adapt, from 0"
@@ -54,7 +54,7 @@ class LoraSection(Section):
     rank_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own r, e.g. {q: 16}")
     alpha_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own lora_alpha")
     modules_to_save: list[str] | None = Field(
-        None, min_length=1, description="modules that are trained and saved in full, e.g. [lm_head]"
+        None, min_length=1, description="modules to train and save in full, e.g. [lm_head]"
     )
     trainable_token_indices: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
         None, min_length=1, description="ids of the tokens whose embeddings are trained"

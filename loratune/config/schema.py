@@ -32,25 +32,29 @@ PREFERENCE_KEYS = {
 
 
 class ModelSection(Section):
-    """Which base model, in which dtype or quantization it is held, and what computes it."""
+    """The base model, its dtype and quantization, and the implementation of its layers."""
 
     name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    gguf_file: FileName | None = Field(None, description="a GGUF file in name_or_path, which is dequantized")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="auto: bfloat16 if the machine computes in it natively, else float32"
+    gguf_file: FileName | None = Field(
+        None, description="name of a GGUF file in name_or_path; it is dequantized to dtype"
     )
-    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="bitsandbytes; 4bit is nf4")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto: bfloat16 if the hardware supports it natively, else float32"
+    )
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="quantization by bitsandbytes; 4bit is nf4"
+    )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
-        Field(None, description="null: what transformers chooses")
+        Field(None, description="attention implementation; null: chosen by transformers")
     )
     device_map: Literal["auto"] | None = Field(
-        None, description="auto: layers over all GPUs of one process; null: each process on its GPU"
+        None, description="auto: one process spreads the layers over all GPUs; null: one GPU per process"
     )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
-    torch_compile: bool = Field(False, description="compile each layer for training; on a GPU")
+    torch_compile: bool = Field(False, description="compile each layer with torch.compile, for training on a GPU")
     use_liger_kernel: bool = Field(
-        False, description="train with Liger's norms, rotary embeddings, activations; on a GPU"
+        False, description="use Liger's norms, rotary embeddings and activations, for training on a GPU"
     )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
@@ -74,27 +78,33 @@ Warmup = Annotated[
 
 
 class TrainingSection(Section):
-    """How it is trained: fields of `transformers.TrainingArguments`, under its names, and the objective."""
+    """The objective, and fields of `transformers.TrainingArguments` under the same names."""
 
     objective: Objective = Field(
         "sft", description="sft: supervised fine-tuning; dpo, orpo, simpo: preference pairs; kto: unpaired preferences"
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
         AUTO,
-        description="peak learning rate; auto: from the model's width and depth, lora_alpha, rows of a step, passes",
+        description="peak learning rate; auto: from the model's width and depth, lora_alpha, rows per step and passes",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
-        AUTO, description="passes over the data; auto: one, or two over few rows with q, k, v and o alone"
+        AUTO,
+        description="passes over the data; auto: one, or two if there are few rows and only q, k, v, o are adapted",
     )
     max_steps: Steps = Field(-1, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(
-        None, gt=0, le=1e5, description="minutes for the whole command, from which max_steps is fixed; null: no limit"
+        None,
+        gt=0,
+        le=1e5,
+        description="time limit for the whole command in minutes, which determines max_steps; null: no limit",
     )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
-    warmup_steps: Warmup | Auto = Field(AUTO, description="steps, or a fraction of all steps if below 1; auto: none")
+    warmup_steps: Warmup | Auto = Field(
+        AUTO, description="warmup steps, or a fraction of all steps if below 1; auto: no warmup"
+    )
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        AUTO, description="schedule of the learning rate; auto: linear to zero"
+        AUTO, description="learning rate schedule; auto: linear decay to zero"
     )
     weight_decay: float = Field(0.0, ge=0, le=1e30, description="AdamW's decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, le=1e30, description="gradients are clipped to this norm; 0: no clipping")
@@ -102,25 +112,28 @@ class TrainingSection(Section):
         Field("adamw_torch", description="optimizer")
     )
     seed: int = Field(
-        42, ge=0, lt=2**32, description="seed of the adapter's initial values, the order of rows, dropout"
+        42, ge=0, lt=2**32, description="random seed for the adapter's initial values, the order of rows and dropout"
     )
-    logging_steps: Count = Field(10, description="steps between two reports of the loss")
-    save_steps: Count = Field(200, description="steps between two checkpoints")
+    logging_steps: Count = Field(10, description="steps between reports of the loss")
+    save_steps: Count = Field(200, description="steps between checkpoints")
     eval_steps: Count | None = Field(
         None,
-        description="steps between evaluations, besides that of the last step; null: chosen from the counts of rows",
+        description="steps between evaluations; the last step is always evaluated; null: about ten evaluations",
     )
     keep: Literal["best", "last"] | None = Field(
-        None, description="which step's weights become the adapter; null: best, or last without validation rows"
+        None, description="the step whose weights become the adapter; null: best, or last without validation rows"
     )
     patience: Count | None = Field(
-        None, description="the run ends after this many evaluations without a lower held-out loss; null: never"
+        None, description="end the run after this number of evaluations without a lower held-out loss; null: never"
     )
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = Field(
-        [], description="experiment trackers, through the integrations of transformers"
+        [], description="experiment trackers, used through transformers' integrations"
     )
     ddp_timeout: int = Field(
-        1800, gt=0, le=10**7, description="seconds that a collective of several processes may take before the run ends"
+        1800,
+        gt=0,
+        le=10**7,
+        description="timeout in seconds for communication between processes, after which the run ends",
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
@@ -148,14 +161,14 @@ class TrainingSection(Section):
 
 
 class PreferenceSection(Section):
-    """Settings of the preference objectives; each key names those that read it."""
+    """Settings of the preference objectives. The meaning of each key starts with the objectives that use it."""
 
     beta: float | None = Field(
         None,
         gt=0,
         le=1e3,
-        description="dpo, kto: pull towards the reference; simpo: scale of rewards; orpo: weight of the odds ratio; "
-        "null: 0.1, for simpo 2",
+        description="dpo, kto: regularization towards the reference; simpo: scale of rewards; orpo: weight of the odds "
+        "ratio; null: 0.1, for simpo 2",
     )
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo, simpo: the fraction of pairs assumed to be in the wrong order, as in cDPO"
@@ -178,7 +191,7 @@ class RunConfig(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     preferences: PreferenceSection = PreferenceSection()
-    output_dir: FilePath = Field(description="the directory of the adapter")
+    output_dir: FilePath = Field(description="directory that the adapter is written to")
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         yield from self._row_conflicts()
