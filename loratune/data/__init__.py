@@ -14,18 +14,8 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import rendering, token_cache
-from loratune.data.formats import (
-    Conversation,
-    Example,
-    Ids,
-    Plain,
-    Preference,
-    PreferencePair,
-    UnpairedPreference,
-    drop_reason,
-    sides,
-)  # fmt: skip
+from loratune.data import formats, rendering, token_cache
+from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, drop_reason, sides
 from loratune.data.formats.parsers import check_ids
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
@@ -309,9 +299,9 @@ class _ExampleTokenizer:
 
 def _sides_of(example: Example) -> tuple[int, ...]:
     """Returns what the rows of an example are, as `TokenizedRow.side`."""
-    if isinstance(example, PreferencePair):
+    if isinstance(example, formats.PreferencePair):
         return rendering.CHOSEN, rendering.REJECTED
-    if isinstance(example, UnpairedPreference):
+    if isinstance(example, formats.UnpairedPreference):
         return (rendering.DESIRABLE if example.desirable else rendering.UNDESIRABLE,)
     return (0,)
 

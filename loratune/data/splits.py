@@ -57,7 +57,8 @@ class DatasetSplit:
 
     def hashes(self, column: int) -> NDArray[np.int64]:
         """(rows,) a column of the index."""
-        return self.index.columns[self.mask, column]
+        hashes: NDArray[np.int64] = self.index.columns[self.mask, column]
+        return hashes
 
     @property
     def formats(self) -> list[str]:

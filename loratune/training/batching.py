@@ -141,7 +141,6 @@ def _remarks_on_rendering(
     """Lines on what the tokenizer does to rows that may not be intended."""
     remarks = [
         renderer.remark_on_bos(rows.rows.row(0).ids),
-        renderer.remark_on_ends() if split.chat else None,
         data.remark_on_lost_characters(split, rows, renderer, section),
     ]
     return [remark for remark in remarks if remark]

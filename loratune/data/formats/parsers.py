@@ -8,21 +8,8 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import Any
 
-from loratune.data.formats import IGNORED, Conversation, Ids, Plain, PreferencePair, UnpairedPreference
-from loratune.data.formats.chats import (
-    ROLES,
-    Fields,
-    RowError,
-    Turn,
-    integers,
-    messages_or_text,
-    parse_list,
-    parse_tools,
-    parse_turns,
-    prompt_turns,
-    text,
-    type_error,
-)  # fmt: skip
+from loratune.data.formats import IGNORED, Conversation, Ids, Plain, PreferencePair, UnpairedPreference, chats
+from loratune.data.formats.chats import Fields, RowError, Turn
 from loratune.errors import Problem
 
 SIDES = ("chosen", "rejected")
@@ -33,16 +20,16 @@ _ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
 
 def parse_ids(where: str, fields: Fields) -> Ids:
     """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted."""
-    ids = integers(fields, "input_ids")
+    ids = chats.integers(fields, "input_ids")
     if min(ids) < 0:
         number = next(number for number, id in enumerate(ids, start=1) if id < 0)
         raise RowError(f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative")
-    mask = parse_list(fields, "attention_mask")
+    mask = chats.parse_list(fields, "attention_mask")
     if mask not in (None, "") and mask != [1] * len(ids):
         raise RowError("`attention_mask` is not a list with 1 for every token", "give `input_ids` without padding")
     if fields.get("labels") is None:
         return Ids(where, ids)
-    labels = integers(fields, "labels")
+    labels = chats.integers(fields, "labels")
     if len(labels) != len(ids):
         raise RowError(f"`labels` has {len(labels)} entries, but `input_ids` has {len(ids)}")
     if set(labels) == {IGNORED}:
@@ -66,32 +53,32 @@ def check_ids(example: Ids, vocabulary_size: int) -> Problem | None:
 
 def parse_text(where: str, fields: Fields) -> Plain:
     """`text`, all of it supervised."""
-    return Plain(where, "", text(fields, "text"), whole=True)
+    return Plain(where, "", chats.text(fields, "text"), whole=True)
 
 
 def parse_prompt_completion(where: str, fields: Fields) -> Plain:
     """`prompt` and `completion` as text."""
-    return Plain(where, text(fields, "prompt"), text(fields, "completion"))
+    return Plain(where, chats.text(fields, "prompt"), chats.text(fields, "completion"))
 
 
 def parse_two_lists(where: str, fields: Fields) -> Conversation:
     """`prompt` and `completion` as lists of messages, of which the second is supervised; `tools`."""
-    return _conversation(where, fields, parse_turns(fields, "prompt"), parse_turns(fields, "completion"))
+    return _conversation(where, fields, chats.parse_turns(fields, "prompt"), chats.parse_turns(fields, "completion"))
 
 
 def parse_conversation(name: str, where: str, fields: Fields) -> Conversation:
     """The turns of a field; `tools`, and `system` as a first turn."""
-    return _conversation(where, fields, [], prompt_turns(fields, name))
+    return _conversation(where, fields, [], chats.prompt_turns(fields, name))
 
 
 def parse_alpaca(where: str, fields: Fields) -> Conversation:
     """`instruction` with `input` below it, and `output`; `system`, `history`, `tools`."""
-    answer = Turn({"role": "assistant", "content": text(fields, "output")})
-    return _conversation(where, fields, prompt_turns(fields, "instruction"), [answer])
+    answer = Turn({"role": "assistant", "content": chats.text(fields, "output")})
+    return _conversation(where, fields, chats.prompt_turns(fields, "instruction"), [answer])
 
 
 def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn]) -> Conversation:
-    tools, turns = parse_tools(fields), [*prompt, *answer]
+    tools, turns = chats.parse_tools(fields), [*prompt, *answer]
     if not any(turn.message["role"] == "assistant" for turn in answer):
         raise RowError("no assistant message, so that no token is supervised")
     zero_weight = frozenset(number for number, turn in enumerate(turns) if turn.zero_weight)
@@ -103,7 +90,7 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
 
 def holds_messages(fields: Fields) -> bool:
     """Whether the prompt or an answer of a row is messages."""
-    values = (messages_or_text(fields, name) for name in ("prompt", *SIDES, "completion"))
+    values = (chats.messages_or_text(fields, name) for name in ("prompt", *SIDES, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
 
 
@@ -113,14 +100,14 @@ def is_answer_alone(value: Any) -> bool:
         return not value.startswith(_HUMAN)
     first = value[0] if isinstance(value, list) and value else value
     role = first.get("from", first.get("role")) if isinstance(first, Mapping) else None
-    return isinstance(role, str) and ROLES.get(role) == "assistant"
+    return isinstance(role, str) and chats.ROLES.get(role) == "assistant"
 
 
 def parse_pair(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts."""
-    chosen, rejected = (text(fields, name) for name in SIDES)
+    chosen, rejected = (chats.text(fields, name) for name in SIDES)
     if fields.get("prompt") is not None:
-        prompt = text(fields, "prompt")
+        prompt = chats.text(fields, "prompt")
         return PreferencePair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
     border = _border(chosen, rejected)
     return PreferencePair(where, *(Plain(where, side[:border], side[border:]) for side in (chosen, rejected)))
@@ -138,7 +125,7 @@ def _border(chosen: str, rejected: str) -> int:
 
 def parse_pair_of_messages(name: str, where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as answers to the field of this name, or as whole conversations; `tools`, `system`."""
-    prompt = prompt_turns(fields, name) if fields.get(name) is not None else None
+    prompt = chats.prompt_turns(fields, name) if fields.get(name) is not None else None
     if prompt and name != "prompt" and prompt[-1].message["role"] == "assistant":
         what = f"`{name}` ends with an answer, so it is not what `chosen` and `rejected` answer"
         raise RowError(what, "leave its last message out, or give a `prompt`")
@@ -165,7 +152,7 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
         where: The place of the row.
         fields: The row.
     """
-    prompt = prompt_turns(fields, name) if fields.get(name) is not None or name != "prompt" else []
+    prompt = chats.prompt_turns(fields, name) if fields.get(name) is not None or name != "prompt" else []
     if answer != name:
         turns = _answer(fields, answer, prompt) if prompt else []
     elif prompt[-1].message["role"] != "assistant":
@@ -179,14 +166,14 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
     """The turns of an answer, without those of the prompt, if it begins with them."""
-    value = messages_or_text(fields, name)
+    value = chats.messages_or_text(fields, name)
     if isinstance(value, str):
         if prompt is None:
             raise RowError(f"`{name}` must be a list of messages, as there is no `prompt`, got text")
-        return [Turn({"role": "assistant", "content": text(fields, name)})]
+        return [Turn({"role": "assistant", "content": chats.text(fields, name)})]
     if prompt is None:
-        return prompt_turns(fields, name)
-    turns = parse_turns(fields, name)
+        return chats.prompt_turns(fields, name)
+    turns = chats.parse_turns(fields, name)
     if turns[0].message["role"] == "assistant":
         return turns
     asked = [turn.message for turn in prompt]
@@ -216,4 +203,4 @@ def read_label(value: Any) -> bool | None:
 def _label(fields: Fields, name: str) -> bool:
     if (label := read_label(fields.get(name))) is not None:
         return label
-    raise type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))
+    raise chats.type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))

@@ -11,17 +11,8 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Message, parsers
-from loratune.data.formats.chats import (
-    Fields,
-    RowError,
-    messages_or_text,
-    parse_tools,
-    parse_turns,
-    prompt_turns,
-    quote,
-    text,
-)  # fmt: skip
+from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Message, chats, parsers
+from loratune.data.formats.chats import Fields, RowError, quote
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -120,7 +111,7 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
         return _BY_NAME[name]
     candidates = [format for format in FORMATS if keys >= set(format.keys) and format.name not in PREFERENCE_FORMATS]
     if len(candidates) == 1:
-        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
+        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(chats.messages_or_text(fields, "prompt"), list)
         return _TWO_LISTS if lists else candidates[0]
     names = ", ".join(format.name for format in candidates or FORMATS)
     if candidates:
@@ -174,7 +165,7 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
     Raises:
         DataError: The name of a field that is not read says that the prompt is there.
     """
-    answers = [messages_or_text(fields, name) for name in parsers.SIDES]
+    answers = [chats.messages_or_text(fields, name) for name in parsers.SIDES]
     if fields.get("prompt") is None and all(map(parsers.is_answer_alone, answers)):
         for name, optional in (("instruction", _ALPACA), ("messages", _CHAT), ("conversations", _CHAT)):
             if fields.get(name):
@@ -336,10 +327,10 @@ def parse_question(row: Row, section: DataSection) -> Question:
 def _question(fields: Mapping[str, Any], name: str, row: Row) -> Question:
     if not name:
         raise RowError(f"the row has no prompt; its fields are {quote(row.values)}")
-    tools = parse_tools(fields)
-    if name == "text" or (name == "prompt" and not isinstance(messages_or_text(fields, name), list)):
-        return Question(text(fields, name), tools)
-    turns = parse_turns(fields, name) if name == "prompt" else prompt_turns(fields, name)
+    tools = chats.parse_tools(fields)
+    if name == "text" or (name == "prompt" and not isinstance(chats.messages_or_text(fields, name), list)):
+        return Question(chats.text(fields, name), tools)
+    turns = chats.parse_turns(fields, name) if name == "prompt" else chats.prompt_turns(fields, name)
     if name in ("messages", "conversations") and turns[-1].message["role"] == "assistant":
         turns = turns[:-1]
     if not turns:

@@ -161,10 +161,6 @@ class Renderer:
             f"rows begin with {count} x {name}" if count else f"rows begin without {name}, which the tokenizer writes"
         )
 
-    def remark_on_ends(self) -> str | None:
-        """Returns a line about how the chat template ends answers; see `ChatTemplate.remark_on_ends`."""
-        return self._template.remark_on_ends
-
     def remark_on_lost_characters(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
         """Returns a line about letters and digits of answers that their ids do not give back; None if all are there.
 

@@ -201,26 +201,6 @@ class ChatTemplate:
         rendered = self._probe([_QUESTION], tools=(_TOOL,))
         return rendered is None or "loratune_tool" in rendered.text
 
-    @property
-    def remark_on_ends(self) -> str | None:
-        """A line for the user where the template does not end answers as they are trained; None where it does.
-
-        An answer is supervised up to the end of its turn, where `generate` stops. What the template writes behind the
-        turns is not, because it would teach the model to go on.
-        """
-        rendered, eos = self._probe([_QUESTION, _ANSWER]), str(self._tokenizer.eos_token)
-        if rendered is None or 1 not in rendered.content_ends:
-            return None
-        end = self.turn_end(rendered, 1, 0)
-        footer = rendered.text[max(rendered.turn_ends.values()) :].strip() if rendered.turn_ends else ""
-        footer = "" if footer.startswith(eos) else footer
-        end_token = self._special_token_at_end(rendered.text[:end].rstrip())
-        has_eos = rendered.text[end:].lstrip().startswith(eos)
-        lines = [] if end_token or has_eos else [f"answers end in {eos}, which the chat template does not write"]
-        if footer:
-            lines.append(f"what the chat template writes after the last turn is not supervised: {footer[:80]!r}")
-        return "; ".join(lines) or None
-
     def _source(self, chat: TemplateInput) -> str:
         """The template that is used, of a tokenizer that may have one of its own for tools."""
         return str(self._tokenizer.get_chat_template(None, list(chat.tools) or None))

@@ -20,14 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources.files import (
-    FileSlice,
-    file_slices,
-    find_files,
-    known_endings,
-    looks_like_hub_id,
-    shown,
-)  # fmt: skip
+from loratune.data.sources import files
 from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, reported, to_json_line, to_row
 from loratune.data.sources.text_files import jsonl_rows
 from loratune.errors import DataError, Problem
@@ -105,7 +98,7 @@ class GivenRows:
             advance(1)
 
 
-RowSource: TypeAlias = FileSlice | HubSplit | GivenRows
+RowSource: TypeAlias = files.FileSlice | HubSplit | GivenRows
 """Where rows are read from: a file, a split of a hub dataset, or a program. It has `name`, the path or
 `hub-id[split]`; `digest`, SHA-256 that changes with the content and not with the name; `size` in bytes; and `rows`.
 """
@@ -156,20 +149,24 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
         what, fix = "a program gave these rows, and they are in no file", "run that program, or name a file of the rows"
         raise DataError(Problem(Code.DATA_NOT_FOUND, what, source.path, fix=fix))
     path = _local_path(source)
-    return [*file_slices(find_files(path)[0], source)] if path else [_load_hub_split(source)]
+    return [*files.file_slices(files.find_files(path)[0], source)] if path else [_load_hub_split(source)]
 
 
 def left_out(source: Source | GivenRows) -> str:
     """A line on what a directory or a glob names and `open_source` does not read; empty if there is nothing."""
     path = _local_path(source)
-    others = find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
-    return f"{source.path}: not read: {shown(others)} (files that end in {known_endings()} are)" if others else ""
+    others = files.find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
+    return (
+        f"{source.path}: not read: {files.shown(others)} (files that end in {files.known_endings()} are)"
+        if others
+        else ""
+    )
 
 
 def _local_path(source: Source | GivenRows) -> Path | None:
     """The path of files; None for a hub id."""
     path = Path(source.path).expanduser()
-    return None if looks_like_hub_id(source.path) and not os.path.exists(path) else path
+    return None if files.looks_like_hub_id(source.path) and not os.path.exists(path) else path
 
 
 def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:

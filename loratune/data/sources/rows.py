@@ -32,15 +32,14 @@ def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
     by_kind: dict[tuple[Problem, str], list[Problem]] = {}
     for problem in problems:
         by_kind.setdefault(_kind(problem), []).append(problem)
-    shown = []
-    for problem in problems:
-        first, *others = by_kind[_kind(problem)]
+    shown = list[Problem]()
+    for first, *others in by_kind.values():
         if len(others) < _SINGLY:
-            shown.append(problem)
-        elif problem is first:
-            lines = [line_of(other.where) for other in others]
-            rest = f"{', '.join(lines[: MAX_PROBLEMS - 1])}{', ...' if lines[MAX_PROBLEMS - 1 :] else ''}"
-            shown.append(replace(problem, what=f"{problem.what} (and {at_least}{len(lines):,} more rows: {rest})"))
+            shown += [first, *others]
+            continue
+        lines = [line_of(other.where) for other in others]
+        rest = f"{', '.join(lines[: MAX_PROBLEMS - 1])}{', ...' if lines[MAX_PROBLEMS - 1 :] else ''}"
+        shown.append(replace(first, what=f"{first.what} (and {at_least}{len(lines):,} more rows: {rest})"))
     if at_least and shown[1:]:
         what, fix = f"there may be more problems than these {len(shown[:MAX_PROBLEMS])}", "mend these first"
         shown[MAX_PROBLEMS:] = [Problem(Code.MORE_PROBLEMS, what, source, fix=fix)]
