@@ -63,12 +63,7 @@ def wilson(matches: float, rows: float) -> Interval:
     Args:
         matches: Rows that match; a fraction where copies of rows are weighted.
         rows: How many rows there are, above 0.
-
-    Raises:
-        ValueError: `matches` is not between 0 and `rows`, or `rows` is not above 0.
     """
-    if not (0 < rows < math.inf and 0 <= matches <= rows):
-        raise ValueError(f"{matches} matches of {rows} rows are no share")
     share = matches / rows
     return _score_interval(share, share * (1 - share), rows)
 
@@ -108,11 +103,9 @@ def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
         The interval; None for fewer than `LEAST_ROWS` rows.
 
     Raises:
-        ValueError: A score is not between 0 and 1, or see `mean_ratio_interval`.
+        ValueError: See `mean_ratio_interval`.
     """
     values, weights = _checked(values, weights)
-    if not ((values >= 0) & (values <= 1)).all():
-        raise ValueError("a score is not between 0 and 1")
     drawn = mean_ratio_interval(weights * values, weights)
     if drawn is None:
         return None
@@ -134,11 +127,9 @@ def bounded_difference_interval(differences: Values, weights: Values) -> Interva
         The interval; None for fewer than `LEAST_ROWS` rows.
 
     Raises:
-        ValueError: A difference is not between -1 and 1, or see `mean_ratio_interval`.
+        ValueError: See `mean_ratio_interval`.
     """
     differences, weights = _checked(differences, weights)
-    if not (np.abs(differences) <= 1).all():
-        raise ValueError("a difference between scores is not between -1 and 1")
     drawn = mean_ratio_interval(weights * differences, weights)
     if drawn is None:
         return None
@@ -193,12 +184,7 @@ def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
     Raises:
         ValueError: See `mean_ratio_interval`.
     """
-    totals, counts = _checked(totals, counts)
-    if len(totals) < LEAST_ROWS or not np.isfinite(totals).all():
-        return None
-    ratio = mean_ratio(totals, counts)
-    half = float(stdtrit(len(totals) - 1, _UPPER)) * mean_ratio_error(totals, counts)
-    return Interval(ratio - half, ratio + half)
+    return sum_of_ratios_interval([(totals, counts)])
 
 
 def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
@@ -311,11 +297,7 @@ def share_difference_interval(first_only: float, second_only: float, rows: float
         first_only: Rows that match only the first time; a fraction where copies of rows are weighted.
         second_only: Rows that match only the second time.
         rows: How many rows there are, above 0.
-
-    Raises:
-        ValueError: The rows that match once are below 0 or more than all rows.
     """
-    _check_shares(first_only, second_only, rows)
     return _paired_interval((second_only - first_only) / rows, (second_only + first_only) / rows, rows)
 
 
@@ -329,25 +311,12 @@ def _paired_interval(mean: float, square: float, rows: float) -> Interval:
 
 def share_difference_error(first_only: float, second_only: float, rows: float) -> float:
     """The standard error of a second share less a first one, of the same rows; see `share_difference_interval`."""
-    _check_shares(first_only, second_only, rows)
     return math.sqrt(max(0.0, first_only + second_only - (second_only - first_only) ** 2 / rows)) / rows
-
-
-def _check_shares(first_only: float, second_only: float, rows: float) -> None:
-    most = rows * (1 + _ROUNDING)  # fractions of rows that add up to all of them may round to more
-    if not (0 < rows < math.inf and first_only >= 0 and second_only >= 0 and first_only + second_only <= most):
-        raise ValueError(f"{first_only} and {second_only} of {rows} rows are no shares")
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
     """The exact two-sided p of two shares of the same rows being equal: the sign test on rows that match once
-    (Q. McNemar, Psychometrika 12, 1947, p. 153).
-
-    Raises:
-        ValueError: A number is below 0.
-    """
-    if first_only < 0 or second_only < 0:
-        raise ValueError(f"{first_only} and {second_only} are no numbers of rows")
+    (Q. McNemar, Psychometrika 12, 1947, p. 153)."""
     fewer, either = min(first_only, second_only), first_only + second_only
     return min(1.0, 2 * float(bdtr(fewer, either, 0.5)))
 

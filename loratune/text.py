@@ -15,6 +15,11 @@ def format_size(count: int) -> str:
     return f"{count:,} bytes ({f'{count / 1e6:.1f} MB' if count >= 1e6 else f'{count / 1e3:.1f} kB'})"
 
 
+def short_size(count: int) -> str:
+    """`3.2 GiB`, or `220.1 MB`: without the exact number of bytes."""
+    return format_size(count).partition("(")[2].rstrip(")") or format_size(count)
+
+
 def format_duration(seconds: float) -> str:
     """`42 s`, `1:05 min`, `2:03:04 h`."""
     whole = round(seconds)

@@ -153,33 +153,27 @@ def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place
     assert metrics["held_out_loss"] == scores["adapter"]["loss"]
 
 
-def test_each_row_has_its_own_loss(place: Path) -> None:
-    """Rows of similar length are scored together; the losses stand in the order that was asked for."""
+def test_batches_change_nothing(scores: dict[str, Any], place: Path) -> None:
+    """Rows of similar length are scored together; the losses are in the order that was asked for."""
     loaded = loading.load(AdapterDirectory.open(place / "adapter"))
     split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
     dataset = data.prepare(split, loaded.renderer, loaded.data, 264)
-    numbers = [*reversed(range(len(dataset.rows)))]
-    assert len(set(dataset.rows.lengths.tolist())) > 2
+    rows, numbers = dataset.rows, [*reversed(range(len(dataset.rows)))]
+    assert len(set(rows.lengths.tolist())) > 2
     scorer = scorer_of(loaded)
     together = scorer.losses(dataset, dict.fromkeys(numbers, 1))
     alone = [float(scorer.losses(dataset, {number: 1}).nats[0]) for number in numbers]
     assert together.nats.tolist() == pytest.approx(alone, rel=1e-5)
-
-
-def test_batch_size_changes_nothing(scores: dict[str, Any], place: Path) -> None:
-    loaded = loading.load(AdapterDirectory.open(place / "adapter"))
-    split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
-    rows = data.prepare(split, loaded.renderer, loaded.data, 264).rows
     prompts = [row.prompt for row in rows.rows()]
-    alone = [loaded.complete([prompt], 6)[0] for prompt in prompts]
+    answers = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
         layout = BatchLayout(rows, rows.lengths, "none", size, 1024, 0)
-        numbers = range(len(rows))
-        losses = NextToken().losses(loaded.model, layout, [numbers[at : at + size] for at in numbers[::size]])
+        every = range(len(rows))
+        losses = NextToken().losses(loaded.model, layout, [every[at : at + size] for at in every[::size]])
         assert losses.tokens.sum() == scores["adapter"]["tokens"]
         assert losses.loss == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]
-        assert [ids for batch in batches for ids in batch] == alone
+        assert [ids for batch in batches for ids in batch] == answers
 
 
 def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:

@@ -195,7 +195,7 @@ KINDS: dict[str, dict[str, Any]] = {"plain": {}, "biases": {"bias": "all"}, "pis
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_figures_are_those_of_stock_peft(
+def test_the_metrics_are_those_of_stock_peft(
     kind: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, biased_dir: Path
 ) -> None:
     config = run_config(
@@ -213,27 +213,16 @@ def test_the_figures_are_those_of_stock_peft(
         assert value == (pytest.approx(expected[name], abs=2e-5) if isinstance(value, float) else expected[name]), name
     assert gain_line(ran).startswith(f"{expected['better_by']:.3f} nats per token on 40 training rows (95 % interval ")
     assert "\ncomparing the adapter with its base on 40 training rows\n" in ran.err
-    assert f"- **Gain:** {gain_line(ran)}\n" in (tmp_path / "out" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_lost_on_unrelated_text(
-    kind: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, biased_dir: Path
-) -> None:
-    """As much as stock PEFT says, at the end, in the card and in the record."""
-    settings: dict[str, Any] = {"model": {"name_or_path": str(biased_dir)}, "lora": KINDS[kind]}
-    ran = cli("train", run_config(**settings, training={"learning_rate": 0.02, "max_steps": 20}))
-    assert ran.code == 0, ran.err
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- **Gain:** {gain_line(ran)}\n" in card
     texts = UNRELATED_TEXT.read_text(encoding="utf-8").splitlines()[:12]
-    expected = Gain.of(*by_hand(biased_dir, tmp_path / "out", texts), "unrelated")
-    found = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["unrelated_text"]
-    figures = expected.base, expected.adapter, -expected.better_by
-    assert [found[name] for name in ("before", "after", "change")] == pytest.approx(figures, abs=2e-5)
+    lost, found = Gain.of(*by_hand(biased_dir, tmp_path / "out", texts), "unrelated"), metrics["unrelated_text"]
+    expected = dict(zip(("before", "after", "change"), (lost.base, lost.adapter, -lost.better_by), strict=True))
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=2e-5)
     assert found["low"] < found["change"] < found["high"] and found["rows"] == 12
     passages = "12 passages of general English, 128 tokens at most"
     line = f"base {found['before']:.4f} → {found['after']:.4f} on {passages} ({found['change']:+.4f}, "
-    assert f"  unrelated text  {line}" in ran.out
-    assert f"- **Unrelated text:** {line}" in (tmp_path / "out" / "README.md").read_text()
+    assert f"  unrelated text  {line}" in ran.out and f"- **Unrelated text:** {line}" in card
     assert (f"by {found['change']:.2f} nats per token on unrelated text; " in ran.err) == (found["low"] >= 0.1)
 
 
@@ -278,18 +267,6 @@ def test_what_is_not_finite_is_said() -> None:
     found = compared([math.nan] * 12)
     assert "has suffered, beyond measure on unrelated text" in Forgetting(found).remark
     assert Forgetting(compared([0.2] * 12)).remark and not Forgetting(compared([0.05] * 12)).remark
-
-
-def test_where_much_is_lost(cli: Callable[..., Ran], run_config: MakeConfig) -> None:
-    config = run_config(lora={"modules_to_save": ["lm_head"]}, training={"learning_rate": 0.1, "max_steps": 60})
-    ran = cli("train", config, "--json")
-    assert ran.code == 0, ran.err
-    change = json.loads(ran.out)["unrelated_text"]["change"]
-    assert change > 0.1
-    assert (
-        f"\nwhat the base could do elsewhere has suffered, by {change:.2f} nats per token on unrelated text; "
-        in ran.err
-    )
 
 
 def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
@@ -339,43 +316,34 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]["verdict"] == "worse"
 
 
-def test_a_worse_run_goes_on_when_it_has_steps_to_take(
+def test_held_out_rows_decide_where_there_are_any(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Or other rows to be compared on; its record is gone by then."""
-    held_out = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
-    path = str(write_rows(tmp_path / "held.jsonl", held_out))
-    config = run_config(
-        data={"validation": path},
-        lora={"modules_to_save": ["lm_head"]},
-        training={"learning_rate": 0.1, "max_steps": 60},
-    )
-    assert cli("train", config).code == 6
+    """What helps on the rows of training does not on others of another kind. A run that is worse there continues if it
+    has steps to take, or other rows to be compared on; its record is gone by then."""
+    away = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
+    held_out = str(write_rows(tmp_path / "held.jsonl", away))
+    hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.1, "max_steps": 60}}
+    config = run_config(data={"validation": held_out}, **hard)
+    ran = cli("train", config)
+    assert ran.code == 6 and "the adapter is worse than the base on 12 validation rows" in ran.err
     assert (tmp_path / "out.partial" / "ended").is_file()
     other = ("--set", f"data.validation={tmp_path / 'rows.jsonl'}", "--allow-change", "data.validation")
     more = ("--set", "training.max_steps=62", "--allow-change", "training.max_steps")
     ran = cli("train", config, "--resume", *more, *other)
     assert ran.code == 0, ran.err
     assert " nats per token on 40 validation rows" in gain_line(ran) and not (tmp_path / "out.partial").exists()
-
-
-def test_held_out_rows_decide_where_there_are_any(
-    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """What helps on the rows of training, and on others of another kind does not."""
-    away = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
-    held_out = str(write_rows(tmp_path / "held.jsonl", away))
-    hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.1, "max_steps": 60}}
-    ran = cli("train", run_config(data={"validation": held_out}, **hard))
-    assert ran.code == 6 and "the adapter is worse than the base on 12 validation rows" in ran.err
     few = str(write_rows(tmp_path / "few.jsonl", [*away[:4], *away[:4]]))
     config = run_config(data={"validation": few}, **hard, output_dir=str(tmp_path / "other"))
     ran = cli("train", config)
     assert ran.code == 0, ran.err
     assert " nats per token on 40 training rows (95 % interval " in gain_line(ran)
     assert gain_line(ran).endswith("; validation gave 4 distinct rows, too few)")
-    found = json.loads((tmp_path / "other" / "loratune.json").read_text())["metrics"]["gain"]
+    metrics = json.loads((tmp_path / "other" / "loratune.json").read_text())["metrics"]
+    found, change = metrics["gain"], metrics["unrelated_text"]["change"]
     assert (found["split"], found["verdict"], found["validation_rows"]) == ("training", "gain", 4)
+    lost = f"\nwhat the base could do elsewhere has suffered, by {change:.2f} nats per token on unrelated text; "
+    assert change > 0.1 and lost in ran.err
 
 
 def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Expected, Ran, check_refused, config_in, process, write_rows
+from conftest import Expected, Ran, check_refused, config_in, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
@@ -24,6 +24,7 @@ from loratune import statistics
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.compare import harness
+from loratune.compare import tasks as compared
 from loratune.compare.metrics import ADAPTER, BASE
 
 Cli = Callable[..., Ran]
@@ -378,9 +379,9 @@ def test_an_unknown_name_of_a_task(place: Path) -> None:
     assert "did you mean arc_easy" in ran.err
 
 
-def test_without_the_package(place: Path, tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['lm_eval'] = None\n")
-    ran = process("evaluate", "--adapter", place / "adapter", "--tasks", "arc_easy", PYTHONPATH=str(tmp_path))
+def test_without_the_package(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compared, "find_spec", lambda name: None)
+    ran = cli("evaluate", "--adapter", place / "adapter", "--tasks", "arc_easy")
     check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", "--tasks"))
     assert ran.out == "" and ran.err.endswith("; pip install 'loratune[eval]'\n") and ran.err.count("\n") == 1
 

@@ -25,9 +25,8 @@ from loratune.compare.comparison import compare_rows
 from loratune.data.report import Report
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.stats import Update
-from loratune.report import charts, facts, scores
+from loratune.report import charts, facts
 from loratune.report import page as report_page
-from loratune.report import record as run_record
 from loratune.report.charts import Line, Point, heat_map, histogram, line_chart, point_chart
 from loratune.report.loss_plot import loss_plot
 from loratune.report.study import BEST, DONE, StudyResults, TrialResult
@@ -314,7 +313,7 @@ def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles
 
     rows = [row(0, 1.0, 9.0), row(1, 0.0, 1.5), row(2, 0.0, 2.0), row(3, 1.0, 1.0)]
     evaluation = replace(compare_rows(rows), special_tokens=("<|im_start|>", "<|im_end|>"))
-    shown = scores.answers(evaluation)
+    shown = report_page.answers(evaluation)
     assert [(one.right["adapter"], one.shown_change) for one in shown] == [
         (False, "+1.000"), (False, "+0.500"), (True, "+8.000"), (True, "0.000"),
     ]  # fmt: skip
@@ -322,7 +321,7 @@ def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles
 
 
 def test_losses_of_two_objectives_have_an_axis_each() -> None:
-    read = run_record.read({"curve": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]})
+    read = facts.read({"curve": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]})
     subjects = [
         report_page.Subject(name, "base", objective, {"rank": "8", "size": "1 kB"}, read, [], {}, "", None, [])
         for name, objective in (("one", ""), ("two", "dpo with beta 0.1"))
@@ -339,7 +338,7 @@ def test_two_runs_side_by_side() -> None:
     split = dict.fromkeys(("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest"), 1)
     record = {"splits": {"train": split}, "fingerprints": {"base": "b"}, "seed": 1}
     tested = {"splits": {"train": split, "test": split}, "fingerprints": {"base": "b", "test": "t"}}
-    read = [run_record.read(one) for one in (record, tested, {})]
+    read = [facts.read(one) for one in (record, tested, {})]
     rows = {name: values for table in facts.tables(read, [{}] * 3).values() for name, values in table.items()}
     assert rows["test rows"] == ["none", "t", None] and rows["seed"] == ["1", None, None]
     assert rows["held-out loss"] == ["none", "none", None] and rows["loss of the last step"] == [None] * 3
@@ -401,10 +400,10 @@ def test_a_record_that_is_wrong_is_not_shown() -> None:
     nonsense: list[Any] = [None, 3, "x", [], {}, [1, "x", {"step": -1}, {"step": 1, "loss": float("nan")}]]
     keys = ("curve", "metrics", "splits", "machine", "versions", "fingerprints", "seed", "processes", "changes")
     for value in nonsense:
-        known = run_record.read(dict.fromkeys(keys, value))
+        known = facts.read(dict.fromkeys(keys, value))
         assert known.curve == [] and known.gain is None and known.splits == {} and known.metrics == {}
     test = {"loss": 1.5, "interval": [1.25, 1.75]}
-    known = run_record.read(
+    known = facts.read(
         {"metrics": {"kept_step": 7, "test": test, "seconds": float("inf"), "x": True, "held_out_interval": [1, "x"]}}
     )
     assert known.metrics == {"kept_step": 7, "test loss": 1.5} and known.intervals == {"test interval": (1.25, 1.75)}
@@ -497,7 +496,7 @@ def test_a_page_shows_any_text() -> None:
     updates = [Update(STRANGE, 1, (2, 2), 1.0, 1.0, 1.0, 4), Update(f"layers.0.{STRANGE}", 1, (2, 2), 1.0, 1.0, 1.0, 4)]
     adapter = {"rank": STRANGE, "size": STRANGE, STRANGE: STRANGE}
     names = [STRANGE, "other"]
-    record = run_record.read({"versions": {STRANGE: STRANGE}, "splits": {STRANGE: SPLIT | {"reasons": {STRANGE: 1}}}})
+    record = facts.read({"versions": {STRANGE: STRANGE}, "splits": {STRANGE: SPLIT | {"reasons": {STRANGE: 1}}}})
     subjects = [
         report_page.Subject(name, STRANGE, STRANGE, adapter, record, updates, {STRANGE: name}, STRANGE, 3, [STRANGE])
         for name in names

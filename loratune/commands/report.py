@@ -11,11 +11,11 @@ from loratune.compare.comparison import Comparison
 from loratune.config import keys
 from loratune.errors import AdapterError
 from loratune.lora.stats import AdapterStats, adapter_stats, span
-from loratune.report import page, record
-from loratune.report.facts import size
+from loratune.report import facts, page
 from loratune.report.page import Subject
 from loratune.report.study import StudyResults
 from loratune.system.files import is_directory
+from loratune.text import short_size
 
 
 def report(
@@ -57,7 +57,7 @@ def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subj
         base=base,
         objective=objective,
         adapter={"base": base, "rank": f"{files.config['r']}", "size": "not measured"},
-        record=record.read(files.record),
+        record=facts.read(files.record),
         updates=[],
         settings=keys.flat(run.resolved()) if run else {},
         config=config.dump(run) if run else "",
@@ -81,7 +81,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
         "variants": ", ".join(variants) or "none",
         "modules": f"{len(stats.updates):,}",
         "parameters": f"{stats.parameters:,}",
-        "size": size(stats.adapter_bytes),
+        "size": short_size(stats.adapter_bytes),
     }
     if stats.dora:
         facts["beyond ΔW"] = "DoRA's magnitudes, which the norms leave out"

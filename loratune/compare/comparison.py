@@ -9,7 +9,7 @@ import numpy as np
 
 from loratune import statistics
 from loratune.codes import Code
-from loratune.compare import requirements
+from loratune.compare import metrics, requirements
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.losses import (
@@ -23,23 +23,6 @@ from loratune.compare.losses import (
     mean_difference,
     score_difference,
     share_difference,
-)
-from loratune.compare.metrics import (
-    ADAPTER,
-    AGAINST,
-    BASE,
-    EXACT_MATCH,
-    FORGETTING,
-    LABEL_ACCURACY,
-    LOSS,
-    LOWER_IS_BETTER,
-    MAJORITY,
-    MEANS,
-    PERPLEXITY,
-    REWARD_ACCURACY,
-    REWARD_MARGIN,
-    has_direction,
-    is_bounded,
 )
 from loratune.compare.objectives import Formula
 from loratune.compare.requirements import Judgement, Requirement
@@ -163,9 +146,11 @@ class Comparison:
             ConfigError: One is not a valid requirement, or is about what was not computed.
             RequirementError: One is not met.
         """
-        computed = [name for name in self.scores[ADAPTER].metrics if name not in (LOSS, PERPLEXITY)]
+        computed = [
+            name for name in self.scores[metrics.ADAPTER].metrics if name not in (metrics.LOSS, metrics.PERPLEXITY)
+        ]
         required = requirements.parse(
-            texts, computed, against=AGAINST in self.scores, forgetting=self.forgetting is not None,
+            texts, computed, against=metrics.AGAINST in self.scores, forgetting=self.forgetting is not None,
             tasks=self.tasks is not None,
         )  # fmt: skip
         requirements.check_met(self.judged(required).requirements)
@@ -173,17 +158,19 @@ class Comparison:
     def _judge(self, one: Requirement) -> Judgement:
         if one.of_task and self.tasks is not None:
             return requirements.judge_task(one, self.tasks.metrics(), self.collapsed)
-        score = self.scores[ADAPTER]
+        score = self.scores[metrics.ADAPTER]
         value = score.value(one.metric)
         found = None if value is None else Difference(value, score.intervals.get(one.metric))
         reason = f"not computed, as no {self.item} gives it"
-        if one.metric == FORGETTING:
+        if one.metric == metrics.FORGETTING:
             found = self.forgetting
-        elif one.bound == MAJORITY and MAJORITY not in self.scores:
+        elif one.bound == metrics.MAJORITY and metrics.MAJORITY not in self.scores:
             found = None
             reason = f"the answers that the {self.item}s expect are not labels, so none is the most frequent"
         elif found is not None and (one.of_difference or isinstance(one.bound, str)):
-            metric = LOSS if one.metric == PERPLEXITY else one.metric  # of which it is a rising function
+            metric = (
+                metrics.LOSS if one.metric == metrics.PERPLEXITY else one.metric
+            )  # of which it is a rising function
             found = self.paired[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
         return requirements.judge(one, found, reason, self.collapsed)
 
@@ -191,7 +178,7 @@ class Comparison:
         """Plain values, without the rows."""
         values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
         if self.majority is not None:
-            values[MAJORITY]["answer"] = self.majority
+            values[metrics.MAJORITY]["answer"] = self.majority
         for model, differences in self.paired.items():
             key = "difference" if model == self.compared_with else f"difference_from_{model}"
             values[key] = {name: difference.as_json() for name, difference in differences.items()}
@@ -208,7 +195,7 @@ class Comparison:
 
 def compare_rows(
     rows: Sequence[ComparedRow],
-    metric: str = LOSS,
+    metric: str = metrics.LOSS,
     forgetting: Difference | None = None,
     remarks: Sequence[str] = (),
     majority: Sequence[ModelAnswer] = (),
@@ -225,26 +212,36 @@ def compare_rows(
     Raises:
         NumericError: The loss of an adapter is not finite.
     """
-    lines, models = [*remarks], [name for name in (AGAINST, BASE, ADAPTER) if name in rows[0].answers]
+    lines, models = (
+        [*remarks],
+        [name for name in (metrics.AGAINST, metrics.BASE, metrics.ADAPTER) if name in rows[0].answers],
+    )
     for name in models:
         if what := not_finite(rows, losses_of(rows, name).nats, name):
             lines.append(f"{what}, so there is no verdict on the loss against it")
-    scores = {name: _score(rows, name) for name in (BASE, ADAPTER, AGAINST) if name in models}
-    computed = [name for name, value in scores[ADAPTER].metrics.items() if value is not None and name != PERPLEXITY]
+    scores = {name: _score(rows, name) for name in (metrics.BASE, metrics.ADAPTER, metrics.AGAINST) if name in models}
+    computed = [
+        name
+        for name, value in scores[metrics.ADAPTER].metrics.items()
+        if value is not None and name != metrics.PERPLEXITY
+    ]
     paired = {model: {name: _difference(rows, name, model) for name in computed} for model in models[:-1]}
     if majority:
         answered = [
-            replace(row, answers={**row.answers, MAJORITY: one}) for row, one in zip(rows, majority, strict=True)
+            replace(row, answers={**row.answers, metrics.MAJORITY: one})
+            for row, one in zip(rows, majority, strict=True)
         ]
-        scores[MAJORITY] = _score(answered, MAJORITY)
-        paired[MAJORITY] = {name: _difference(answered, name, MAJORITY) for name in computed if is_bounded(name)}
+        scores[metrics.MAJORITY] = _score(answered, metrics.MAJORITY)
+        paired[metrics.MAJORITY] = {
+            name: _difference(answered, name, metrics.MAJORITY) for name in computed if metrics.is_bounded(name)
+        }
     if len(rows) < statistics.LEAST_ROWS:
         count = plural(len(rows), f"distinct {rows[0].item}")
         lines.append(
             f"{count} {'is' if len(rows) == 1 else 'are'} too few for an interval of the "
             f"loss, and for a verdict: {statistics.LEAST_ROWS} are needed"
         )
-    lines += _invalid_json(rows, [name for name in scores if name != MAJORITY])
+    lines += _invalid_json(rows, [name for name in scores if name != metrics.MAJORITY])
     constant = next((one.text for one in majority if one.text is not None), None)
     return Comparison(scores, paired, metric, rows, forgetting, lines, constant)
 
@@ -252,12 +249,16 @@ def compare_rows(
 def _score(rows: Sequence[ComparedRow], model: str) -> Score:
     """The metrics of one model with their intervals. rows: at least one."""
     found: dict[str, Difference | None] = {}
-    if model != MAJORITY:  # which has no probabilities
+    if model != metrics.MAJORITY:  # which has no probabilities
         losses = losses_of(rows, model)
-        found[LOSS] = Difference(losses.loss, interval := losses.interval)
+        found[metrics.LOSS] = Difference(losses.loss, interval := losses.interval)
         if not rows[0].compared:
             ends = interval and Interval(exp(interval.low), exp(interval.high))
-            found |= {PERPLEXITY: Difference(exp(losses.loss), ends), EXACT_MATCH: None, LABEL_ACCURACY: None}
+            found |= {
+                metrics.PERPLEXITY: Difference(exp(losses.loss), ends),
+                metrics.EXACT_MATCH: None,
+                metrics.LABEL_ACCURACY: None,
+            }
     names = dict.fromkeys(metric for row in rows for metric in row.answers[model].scores)
     found |= {metric: _mean(rows, metric, model) for metric in names}
     weights = _weights(rows)
@@ -270,7 +271,7 @@ def _score(rows: Sequence[ComparedRow], model: str) -> Score:
 def _mean(rows: Sequence[ComparedRow], metric: str, model: str) -> Difference:
     """A metric other than the loss, with its interval."""
     groups = [(_weights(group), _scores(group, metric, model)) for group in _groups(rows, metric)]
-    if not is_bounded(metric):
+    if not metrics.is_bounded(metric):
         return mean_difference([(weights * values, weights) for weights, values in groups], lower_is_better=True)
     ((weights, values),) = groups
     value = statistics.mean_ratio(weights * values, weights)
@@ -284,20 +285,20 @@ def _mean(rows: Sequence[ComparedRow], metric: str, model: str) -> Difference:
 
 def _difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Difference:
     """The difference of a metric other than the perplexity: adapter minus another model."""
-    if metric == LOSS:
-        return compare(losses_of(rows, other), losses_of(rows, ADAPTER))
+    if metric == metrics.LOSS:
+        return compare(losses_of(rows, other), losses_of(rows, metrics.ADAPTER))
     groups = [
-        (_weights(group), *(_scores(group, metric, model) for model in (other, ADAPTER)))
+        (_weights(group), *(_scores(group, metric, model) for model in (other, metrics.ADAPTER)))
         for group in _groups(rows, metric)
     ]
-    lower_is_better = metric in LOWER_IS_BETTER
-    if not is_bounded(metric):
+    lower_is_better = metric in metrics.LOWER_IS_BETTER
+    if not metrics.is_bounded(metric):
         samples = [(weights * (second - first), weights) for weights, first, second in groups]
         found = mean_difference(samples, lower_is_better=lower_is_better)
-        return found if has_direction(metric) else replace(found, verdict=None, rows_needed=None)
+        return found if metrics.has_direction(metric) else replace(found, verdict=None, rows_needed=None)
     ((weights, first, second),) = groups
     if _is_reference(metric, first):
-        own = _mean(rows, metric, ADAPTER)
+        own = _mean(rows, metric, metrics.ADAPTER)
         interval = own.interval and Interval(own.interval.low - _TIE, own.interval.high - _TIE)
         return judged(own.value - _TIE, interval, [(weights * second, weights)], lower_is_better)
     differ = share_difference if _are_shares(metric, first, second) else score_difference
@@ -307,20 +308,20 @@ def _difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Differe
 def _groups(rows: Sequence[ComparedRow], metric: str) -> list[list[ComparedRow]]:
     """The rows that add to a metric: one group, or, where it is the sum of the means of two groups, as the margin of
     unpaired preferences is, both."""
-    own = [row for row in rows if metric in row.answers[ADAPTER].scores]
-    sides = dict.fromkeys(tuple(row.compared) if metric == REWARD_MARGIN else () for row in own)
-    return [[row for row in own if metric != REWARD_MARGIN or tuple(row.compared) == side] for side in sides]
+    own = [row for row in rows if metric in row.answers[metrics.ADAPTER].scores]
+    sides = dict.fromkeys(tuple(row.compared) if metric == metrics.REWARD_MARGIN else () for row in own)
+    return [[row for row in own if metric != metrics.REWARD_MARGIN or tuple(row.compared) == side] for side in sides]
 
 
 def _is_reference(metric: str, values: Values) -> bool:
     """Whether they are of the reference itself, whose rewards are all 0, so that half of all ties count as right. Other
     rows would show the same."""
-    return metric == REWARD_ACCURACY and bool((values == _TIE).all())
+    return metric == metrics.REWARD_ACCURACY and bool((values == _TIE).all())
 
 
 def _are_shares(metric: str, *scores: Values) -> bool:
     """Whether a metric is a share of rows, each of which counts or does not."""
-    return metric not in MEANS and all(((values == 0) | (values == 1)).all() for values in scores)
+    return metric not in metrics.MEANS and all(((values == 0) | (values == 1)).all() for values in scores)
 
 
 def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
@@ -332,7 +333,7 @@ def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
     bad = [row.where for row, own in zip(rows, losses, strict=True) if not math.isfinite(own)]
     count = plural(len(rows), rows[0].item)
     what = f"the loss of {model} is NaN or inf on {len(bad):,} of {count} ({', '.join(bad[:_PLACES])})"
-    if bad and model != BASE:
+    if bad and model != metrics.BASE:
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what))
     return what if bad else ""
 

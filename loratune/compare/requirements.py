@@ -15,22 +15,6 @@ from typing import TYPE_CHECKING, Any
 from loratune.codes import Code
 from loratune.compare import metrics
 from loratune.compare.losses import Difference
-from loratune.compare.metrics import (
-    ADAPTER,
-    AGAINST,
-    BASE,
-    EXACT_MATCH,
-    FORGETTING,
-    INVALID_JSON,
-    LABEL_ACCURACY,
-    LOSS,
-    MAJORITY,
-    PERPLEXITY,
-    REWARD_ACCURACY,
-    REWARD_MARGIN,
-    has_direction,
-    is_bounded,
-)
 from loratune.config.yaml_reader import number
 from loratune.data import DatasetSplit
 from loratune.data.formats import PAIRS, UNPAIRED
@@ -49,11 +33,11 @@ _TASK_METRIC = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
 _NAMES = 12
 """Names of tasks or metrics that a message lists."""
-_OF_ROWS = (LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY)
+_OF_ROWS = (metrics.LOSS, metrics.PERPLEXITY, metrics.EXACT_MATCH, metrics.LABEL_ACCURACY)
 """The metrics of rows that have one answer, besides those of --metric."""
 _OF_PREFERENCES = {kind: metrics.metrics_of(paired=kind == PAIRS) for kind in (PAIRS, UNPAIRED)}
 """Kind of preference rows → their metrics besides the loss."""
-_SHORT = {"accuracy": REWARD_ACCURACY, "margin": REWARD_MARGIN}
+_SHORT = {"accuracy": metrics.REWARD_ACCURACY, "margin": metrics.REWARD_MARGIN}
 """Short names of metrics of preferences."""
 
 
@@ -127,9 +111,9 @@ def parse(
     Raises:
         ConfigError: Some are not valid, or are about what the evaluation will not compute.
     """
-    computed = [*_OF_ROWS, *asked, *([INVALID_JSON] if "json" in asked else [])]
+    computed = [*_OF_ROWS, *asked, *([metrics.INVALID_JSON] if "json" in asked else [])]
     computed += dict.fromkeys(metric for of_kind in _OF_PREFERENCES.values() for metric in of_kind)
-    computed += [FORGETTING] if forgetting else []
+    computed += [metrics.FORGETTING] if forgetting else []
     found, problems = [], list[Problem]()
     for value in dict.fromkeys(values):
         try:
@@ -137,7 +121,7 @@ def parse(
             for is_given, is_needed, what, fix in (
                 (tasks, one.of_task, "of a task", f"name it with --tasks {one.metric.split('.')[0]}"),
                 (rows, not one.of_task, "computed on rows", "name them with --data FILE"),
-                (against, one.bound == AGAINST, "compared with another adapter", "name it with --against DIR"),
+                (against, one.bound == metrics.AGAINST, "compared with another adapter", "name it with --against DIR"),
             ):
                 if is_needed and not is_given:
                     raise _refusal(f"`{one.metric}` is {what}", fix, Code.USAGE_CONFLICT)
@@ -157,16 +141,16 @@ def _parse(text: str, computed: Sequence[str]) -> Requirement:
     of_difference, metric = name.startswith(_DIFFERENCE), name.removeprefix(_DIFFERENCE)
     of_task = _TASK_METRIC.fullmatch(metric) is not None
     metric = metric if of_task else _metric(metric, computed, of_difference=of_difference)
-    if bound in (BASE, AGAINST, MAJORITY):
-        has_none = (of_task and bound != BASE) or (bound == MAJORITY and not is_bounded(metric))
-        if of_difference or metric == FORGETTING or has_none:
+    if bound in (metrics.BASE, metrics.AGAINST, metrics.MAJORITY):
+        has_none = (of_task and bound != metrics.BASE) or (bound == metrics.MAJORITY and not metrics.is_bounded(metric))
+        if of_difference or metric == metrics.FORGETTING or has_none:
             raise _refusal(f"`{text}` compares `{name}` with a model that it cannot be compared with", "give a number")
         return Requirement(text, metric, comparison, bound, False, of_task)
     if (value := number(bound)) is None or not math.isfinite(value):
         what = f"the bound of `{text}` is not a finite number"
-        raise _refusal(what, f"give one, or `{BASE}`, `{AGAINST}` or `{MAJORITY}`")
+        raise _refusal(what, f"give one, or `{metrics.BASE}`, `{metrics.AGAINST}` or `{metrics.MAJORITY}`")
     least = -1 if of_difference else 0
-    if not of_task and is_bounded(metric) and not least <= value <= 1:
+    if not of_task and metrics.is_bounded(metric) and not least <= value <= 1:
         raise _refusal(f"the bound of `{text}` is not between {least} and 1, as {metric} is", "90 % is 0.9")
     return Requirement(text, metric, comparison, value, of_difference, of_task)
 
@@ -175,7 +159,7 @@ def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     """A metric by the name that the user gives. Raises ConfigError: there is no such metric, or it is not computed."""
     metric, option = (
         _SHORT.get(name, name),
-        {FORGETTING: "--forgetting FILE", INVALID_JSON: "--metric 'json'"}.get(name),
+        {metrics.FORGETTING: "--forgetting FILE", metrics.INVALID_JSON: "--metric 'json'"}.get(name),
     )
     try:
         metric = metrics.parse([name])[0].name
@@ -183,13 +167,13 @@ def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     except ConfigError as error:
         if error.problems[0].code is Code.SYSTEM_MISSING_PACKAGE:
             option = f"{metrics.OPTION} '{metric}'"
-    if not (of_difference and metric in (PERPLEXITY, FORGETTING)):
+    if not (of_difference and metric in (metrics.PERPLEXITY, metrics.FORGETTING)):
         if metric in computed:
             return metric
         if option:
             raise _refusal(f"`{metric}` is not computed", f"add {option}", Code.USAGE_CONFLICT)
-    near = difflib.get_close_matches(metric, (*computed, FORGETTING), n=1, cutoff=0.5)
-    fix = f"the metrics are {', '.join(one for one in computed if has_direction(one))}"
+    near = difflib.get_close_matches(metric, (*computed, metrics.FORGETTING), n=1, cutoff=0.5)
+    fix = f"the metrics are {', '.join(one for one in computed if metrics.has_direction(one))}"
     fix = f"did you mean `{near[0]}`? {fix}" if near and near[0] != metric else fix
     raise _refusal(f"there is no metric `{_DIFFERENCE if of_difference else ''}{name}`", fix)
 
@@ -209,7 +193,7 @@ def check_rows(
             no row has one.
     """
     of_rows = [one for one in requirements if not one.of_task]
-    known = [LOSS, *_OF_PREFERENCES[split.kind], FORGETTING] if split.kind is not None else []
+    known = [metrics.LOSS, *_OF_PREFERENCES[split.kind], metrics.FORGETTING] if split.kind is not None else []
     others = {metric for of_kind in _OF_PREFERENCES.values() for metric in of_kind}
     fix = f"take one of {', '.join(known or _OF_ROWS)}{'' if known else f', or one that {metrics.OPTION} adds'}"
     kind = split.kind or "rows with one answer"
@@ -219,7 +203,7 @@ def check_rows(
         if (one.metric not in known if known else one.metric in others)
     ]:
         raise ConfigError(problems)
-    answers = [one for one in of_rows if is_bounded(one.metric)]
+    answers = [one for one in of_rows if metrics.is_bounded(one.metric)]
     if answers and split.formats == ["text"]:
         what = f"no row has a prompt, so there is no {answers[0].metric}"
         raise DataError(Problem(Code.DATA_FIELD, what, split.source, OPTION, "give rows with prompts"))
@@ -250,13 +234,15 @@ def _listed(names: Sequence[str]) -> str:
 # Whether it is met
 
 
-def judge_task(requirement: Requirement, metrics: "Mapping[str, TaskMetric]", collapsed: str = "") -> Judgement:
-    """Whether a requirement of a task is met. metrics: by `TASK.METRIC`. collapsed: see `Comparison`."""
-    one, found = metrics.get(requirement.metric), None
+def judge_task(requirement: Requirement, found_metrics: "Mapping[str, TaskMetric]", collapsed: str = "") -> Judgement:
+    """Whether a requirement of a task is met. found_metrics: by `TASK.METRIC`. collapsed: see `Comparison`."""
+    one, found = found_metrics.get(requirement.metric), None
     if one is not None:
-        is_paired = requirement.of_difference or requirement.bound == BASE
-        found = one.difference if is_paired else Difference(one.values[ADAPTER], one.intervals[ADAPTER])
-    return judge(requirement, found, f"no task gives it, but {_listed([*metrics]) or 'no metric at all'}", collapsed)
+        is_paired = requirement.of_difference or requirement.bound == metrics.BASE
+        found = one.difference if is_paired else Difference(one.values[metrics.ADAPTER], one.intervals[metrics.ADAPTER])
+    return judge(
+        requirement, found, f"no task gives it, but {_listed([*found_metrics]) or 'no metric at all'}", collapsed
+    )
 
 
 def judged_tasks(results: "TaskResults", requirements: Sequence[Requirement]) -> "TaskResults":
@@ -284,7 +270,7 @@ def _unmet(requirement: Requirement, found: Difference) -> str:
     value, interval, bound = found.value, found.interval, requirement.bound
     if not math.isfinite(value):
         return "NaN or inf"
-    what = "the difference of the loss" if requirement.metric == PERPLEXITY else "the difference"
+    what = "the difference of the loss" if requirement.metric == metrics.PERPLEXITY else "the difference"
     subject = f"{what} to {bound} is {value:.6g}" if isinstance(bound, str) else f"{value:.6g}"
     if interval is None:
         which = ", or it is not a mean over rows" if requirement.of_task else ""

@@ -3,21 +3,10 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from loratune.compare import metrics
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
 from loratune.compare.losses import Difference
-from loratune.compare.metrics import (
-    ADAPTER,
-    BASE,
-    LABEL_ACCURACY,
-    LOG_PROBABILITY,
-    LOSS,
-    MAJORITY,
-    MEANS,
-    PERPLEXITY,
-    has_direction,
-    is_bounded,
-)
 from loratune.compare.requirements import Judgement
 from loratune.compare.tasks import TaskResults
 from loratune.statistics import Interval
@@ -39,7 +28,7 @@ def name(metric: str) -> str:
 
 def rows(comparison: Comparison) -> str:
     """What the rows are: `48 rows, 900 supervised tokens`; of pairs and unpaired answers, their mean tokens."""
-    score = comparison.scores[ADAPTER]
+    score = comparison.scores[metrics.ADAPTER]
     count = plural(score.rows, comparison.item)
     sides = dict.fromkeys(side for row in comparison.rows for side in row.compared)
     if not sides:
@@ -63,11 +52,11 @@ def number(metric: str, value: float | None, *, signed: bool = False) -> str:
     if value is None or math.isnan(value):
         return "-"
     sign = "+" if signed else ""
-    if metric == PERPLEXITY:
+    if metric == metrics.PERPLEXITY:
         return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
-    if not has_direction(metric):  # log-probabilities of whole answers, and lengths
+    if not metrics.has_direction(metric):  # log-probabilities of whole answers, and lengths
         return f"{value:{sign}.2f}"
-    if not is_bounded(metric) or metric in MEANS:
+    if not metrics.is_bounded(metric) or metric in metrics.MEANS:
         return f"{value:{sign}.4f}"
     return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
 
@@ -93,13 +82,13 @@ def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     def cells(metric: str) -> Iterator[str]:
         return (with_interval(metric, one.value(metric), one.intervals.get(metric)) for one in models.values())
 
-    return ["", *models], [[name(metric), *cells(metric)] for metric in models[ADAPTER].metrics]
+    return ["", *models], [[name(metric), *cells(metric)] for metric in models[metrics.ADAPTER].metrics]
 
 
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a metric a row, and two columns for each model that the adapter is paired with."""
     paired = comparison.paired
-    header = [cell for model in paired for cell in (f"{ADAPTER} - {model}", "p (McNemar)")]
+    header = [cell for model in paired for cell in (f"{metrics.ADAPTER} - {model}", "p (McNemar)")]
     rows = [
         [name(metric), *(cell for one in paired.values() for cell in _difference(metric, one.get(metric)))]
         for metric in comparison.differences
@@ -117,22 +106,22 @@ def _difference(metric: str, one: Difference | None) -> tuple[str, str]:
 def verdict(comparison: Comparison) -> str:
     """What the comparison comes to, in a line."""
     metric, other = comparison.metric, comparison.compared_with
-    against = "the base" if other == BASE else "the other adapter"
+    against = "the base" if other == metrics.BASE else "the other adapter"
     one = comparison.differences[metric]
-    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (ADAPTER, other))
+    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (metrics.ADAPTER, other))
     difference = with_interval(metric, one.value, one.interval, signed=True)
     p = "" if one.p is None else f", p {p_value(one.p)}"
-    metrics = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
+    numbers = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
     if comparison.collapsed:
-        return f"collapsed: the adapter {comparison.collapsed}; {metrics}"
+        return f"collapsed: the adapter {comparison.collapsed}; {numbers}"
     if comparison.verdict is None:
         too_few = f"there are too few {comparison.item}s"
-        return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {metrics}"
+        return f"none, as {too_few if math.isfinite(one.value) else 'a loss is not finite'}: {numbers}"
     if comparison.verdict != "indistinguishable":
-        return f"{comparison.verdict} than {against}: {metrics}"
+        return f"{comparison.verdict} than {against}: {numbers}"
     count = plural(sum(row.copies for row in comparison.rows), comparison.item)
     needed = outlook(one, comparison.item)
-    return f"not distinguishable from {against} at {count}: {metrics}{'; ' if needed else ''}{needed}"
+    return f"not distinguishable from {against} at {count}: {numbers}{'; ' if needed else ''}{needed}"
 
 
 def majority(comparison: Comparison) -> str:
@@ -140,11 +129,13 @@ def majority(comparison: Comparison) -> str:
     answers = len({row.expected for row in comparison.rows if row.expected is not None})
     if comparison.majority is None or comparison.verdict != "better" or answers < 2:
         return ""
-    differences = comparison.paired[MAJORITY]
-    metric = comparison.metric if comparison.metric in differences else LABEL_ACCURACY
+    differences = comparison.paired[metrics.MAJORITY]
+    metric = comparison.metric if comparison.metric in differences else metrics.LABEL_ACCURACY
     if differences[metric].verdict == "better":
         return ""
-    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (ADAPTER, MAJORITY))
+    mine, its = (
+        number(metric, comparison.scores[model].value(metric)) for model in (metrics.ADAPTER, metrics.MAJORITY)
+    )
     constant = f"`{shorten(comparison.majority, _NAME)}`, the most frequent of {answers:,}"
     return f"{name(metric)} {mine}, not significantly above the {its} of always answering {constant}"
 
@@ -167,10 +158,10 @@ def outlook(difference: Difference, item: str = "row") -> str:
 
 def forgetting(difference: Difference) -> str:
     """The line about unrelated text."""
-    text = with_interval(LOSS, difference.value, difference.interval, signed=True)
+    text = with_interval(metrics.LOSS, difference.value, difference.interval, signed=True)
     is_unsure = difference.interval is None and math.isfinite(difference.value)
     too_few = ", of too few rows for an interval" if is_unsure else ""
-    return f"{text} nats per token on unrelated text{too_few}, {ADAPTER} - {BASE}"
+    return f"{text} nats per token on unrelated text{too_few}, {metrics.ADAPTER} - {metrics.BASE}"
 
 
 def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:
@@ -181,19 +172,19 @@ def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:
 def worst(comparison: Comparison, count: int) -> list[ComparedRow]:
     """The rows on which the adapter is worse than what it is compared with, by nats per token, the worst first."""
     other = comparison.compared_with
-    worse = [row for row in comparison.rows if row.worsening(ADAPTER, other) > 0]
-    return sorted(worse, key=lambda row: -row.worsening(ADAPTER, other))[:count]
+    worse = [row for row in comparison.rows if row.worsening(metrics.ADAPTER, other) > 0]
+    return sorted(worse, key=lambda row: -row.worsening(metrics.ADAPTER, other))[:count]
 
 
 def row_lines(row: ComparedRow, other: str) -> Iterator[tuple[str, str]]:
     """A row in a block: name and value of each line."""
     losses = {model: f"{answer.loss / row.count:.3f}" for model, answer in row.answers.items()}
     on = "" if row.compared else f", on {row.tokens:,} tokens"
-    yield "loss", f"{losses[ADAPTER]} instead of {losses[other]}{on}"
+    yield "loss", f"{losses[metrics.ADAPTER]} instead of {losses[other]}{on}"
     if row.prompt is not None:
         yield "prompt", shorten(row.prompt)
     for side, answer in row.compared.items():
-        metric = f"{side}_{LOG_PROBABILITY}"
+        metric = f"{side}_{metrics.LOG_PROBABILITY}"
         shown = (f"{model} {number(metric, one.scores.get(metric))}" for model, one in row.answers.items())
         yield side, f"{shorten(answer.text)} ({answer.tokens:,} tokens; log-probability {', '.join(shown)})"
     if row.prompt is not None and row.expected is not None:
@@ -212,13 +203,15 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
     """Header and rows of tasks of the harness: a metric a row."""
     rows = []
     for metric, one in results.metrics().items():
-        cells = [_plain_with_interval(one.values[model], one.intervals[model]) for model in (BASE, ADAPTER)]
+        cells = [
+            _plain_with_interval(one.values[model], one.intervals[model]) for model in (metrics.BASE, metrics.ADAPTER)
+        ]
         difference = one.difference
         cells.append(_plain_with_interval(difference.value, difference.interval, signed=True))
         cells.append("" if difference.p is None else p_value(difference.p))
         meaning = ", ".join(filter(None, (difference.verdict or "-", outlook(difference))))
         rows.append([metric, f"{one.rows:,}", *cells, meaning])
-    return ["", "rows", BASE, ADAPTER, "difference", "p (McNemar)", "verdict"], rows
+    return ["", "rows", metrics.BASE, metrics.ADAPTER, "difference", "p (McNemar)", "verdict"], rows
 
 
 def _plain_with_interval(value: float, interval: Interval | None, *, signed: bool = False) -> str:

@@ -5,6 +5,7 @@ is bounded in length and escaped twice: for HTML, and for characters that would 
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +14,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from loratune import __version__, escaping
 from loratune.compare import text as wording
+from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
+from loratune.compare.losses import Difference
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, MAJORITY, SIDES
 from loratune.events import progress
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
-from loratune.report import facts, scores
+from loratune.report import facts
 from loratune.report.charts import (
     LONGEST_TEXT,
     NARROW,
@@ -30,21 +34,24 @@ from loratune.report.charts import (
     line_chart,
     point_chart,
 )
-from loratune.report.facts import Tile
-from loratune.report.record import RunRecord
-from loratune.report.study import BEST, DONE, LIKE_BEST, StudyResults, TrialResult
+from loratune.report.facts import RunRecord, Tile
+from loratune.report.study import BEST, DONE, LIKE_BEST, StudyResults
+from loratune.statistics import Interval, finite
 from loratune.text import format_duration
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
-_SIDES = ("chosen", "rejected", "desirable", "undesirable")
 _PREFERENCE_PLOTS = {
     "reward_accuracy": "Reward accuracy",
     "reward_margin": "Reward margin",
-    **{f"{side}_log_probability": f"Log-probability of {side} answers, in nats" for side in _SIDES},
+    **{f"{side}_log_probability": f"Log-probability of {side} answers, in nats" for side in SIDES},
 }
 _MAPS = {"norm": "Norm of ΔW", "effective_rank": "Effective rank of ΔW"}
 _MOST_LAYERS = 1_000
 """Layers from the first to the last up to which those without a module are shown as gaps."""
+_MOST_ROWS = 50
+"""Rows whose answers are shown."""
+_LONGEST_TITLE = 96
+_MEANINGS = {"better": "better", "worse": "worse", "indistinguishable": "not distinguishable"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +102,12 @@ def render(
         subjects=subjects,
         evaluation=evaluation,
         data=data,
-        titles=scores.titles([subject.name for subject in subjects]),
-        answers=scores.answers(evaluation) if evaluation else [],
+        titles={
+            BASE: BASE,
+            MAJORITY: MAJORITY,
+            **dict(zip((ADAPTER, AGAINST), (one.name for one in subjects), strict=False)),
+        },
+        answers=answers(evaluation) if evaluation else [],
         tiles=[
             facts.tiles(one.record, one.adapter, keeps_last=one.settings.get("training.keep") == "last")
             for one in subjects
@@ -130,7 +141,7 @@ def _render(**content: Any) -> str:
         lstrip_blocks=True, finalize=lambda value: block(value) if type(value) is str else value,
     )  # fmt: skip
     environment.filters["label"] = label
-    environment.globals |= {"version": __version__, "study": None, "scores": scores, "wording": wording}
+    environment.globals |= {"version": __version__, "study": None, "wording": wording, "ends": ends, "meaning": meaning}
     return environment.get_template("page.html.jinja").render(content)
 
 
@@ -292,11 +303,82 @@ def _study_tiles(results: StudyResults) -> list[Tile]:
 def _study_chart(number: int, key: str, results: StudyResults) -> str | None:
     """The loss by a setting, if any trial has one."""
 
-    def point(trial: TrialResult, loss: float) -> Point:
-        return Point(trial.used(key), loss, trial.interval, int(trial.verdict == BEST))
-
-    points = [point(trial, trial.loss) for trial in results.trials if trial.loss is not None]
+    points = [
+        Point(trial.used(key), trial.loss, trial.interval, int(trial.verdict == BEST))
+        for trial in results.trials
+        if trial.loss is not None
+    ]
     by_number = sorted(results.trials, key=lambda trial: trial.number)
     order = [*dict.fromkeys(trial.used(key) for trial in by_number if trial.loss is not None)]
     title = f"Held-out loss by {key}, with its 95 % interval"
     return point_chart(f"by-{number}", title, points, key, order) if points else None
+
+
+# The evaluation: the rows on which the adapter does worst, and what differences mean
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row with the answers to it.
+
+    Attributes:
+        row: The row.
+        title: The end of its prompt, in a line, without special tokens and the lines that all prompts share.
+        change: By how much the adapter's loss is higher, per token, pair or answer; inf if that is not finite.
+        right: Model → whether its answer is the expected one, where it gives one.
+    """
+
+    row: ComparedRow
+    title: str
+    change: float
+    right: Mapping[str, bool]
+
+    @property
+    def shown_change(self) -> str:
+        """The change as text, with a sign unless it rounds to 0."""
+        change = self.change
+        return "not finite" if math.isinf(change) else f"{change:+.3f}" if abs(change) >= 5e-4 else "0.000"
+
+
+def ends(metric: str, interval: Interval | None, *, signed: bool = False) -> str:
+    """`0.12 to 0.15`, or nothing."""
+    return " to ".join(wording.number(metric, end, signed=signed) for end in finite(interval) or ())
+
+
+def meaning(difference: Difference, item: str = "row") -> str:
+    """What a difference means for the adapter, and how many rows would tell."""
+    unknown = f"too few {item}s for an interval" if difference.interval is None else "neither better nor worse"
+    known = _MEANINGS.get(difference.verdict or "", unknown)
+    return "; ".join(filter(None, (known, wording.outlook(difference, item))))
+
+
+def answers(evaluation: Comparison) -> list[ShownRow]:
+    """The rows that the adapter answers wrongly, then others; in either part those first on which it does worst."""
+    found = []
+    for row in evaluation.rows:
+        scores = {model: answer.scores.get(EXACT_MATCH) for model, answer in row.answers.items()}
+        right = {model: score >= 1 for model, score in scores.items() if score is not None}
+        change = row.worsening(ADAPTER, evaluation.compared_with)
+        found.append(ShownRow(row, "", change if math.isfinite(change) else math.inf, right))
+    found = sorted(found, key=lambda one: (one.right.get(ADAPTER, True), -one.change))[:_MOST_ROWS]
+    prompts = [one.row.prompt or one.row.expected or "" for one in found]
+    shown = _distinct_parts(prompts, evaluation.special_tokens)
+    return [ShownRow(one.row, _end(title), one.change, one.right) for one, title in zip(found, shown, strict=True)]
+
+
+def _distinct_parts(prompts: Sequence[str], special_tokens: Sequence[str]) -> list[str]:
+    """Prompts without special tokens, and without the first and last lines that all of them share."""
+    special = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) or r"(?!)")
+    lines = [[line for line in special.sub("\n", prompt).splitlines() if line.strip()] for prompt in prompts]
+    for end, rest in ((-1, slice(-1)), (0, slice(1, None))):
+        while len({*map(tuple, lines)}) > 1 < min(map(len, lines)) and len({one[end] for one in lines}) == 1:
+            lines = [one[rest] for one in lines]
+    return [" ".join(" ".join(one).split()) for one in lines]
+
+
+def _end(line: str) -> str:
+    """The last words of a line, in which prompts of one form differ."""
+    if len(line) <= _LONGEST_TITLE:
+        return line
+    end = line[-_LONGEST_TITLE:]
+    return "… " + (end.partition(" ")[2] or end)

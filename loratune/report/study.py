@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -13,9 +12,9 @@ from pydantic.dataclasses import dataclass
 from loratune.codes import Code
 from loratune.compare.losses import RowLosses, compare
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
-from loratune.statistics import Interval
+from loratune.statistics import finite
 from loratune.system.files import read_text
-from loratune.text import format_duration, format_size, plural
+from loratune.text import format_duration, plural, short_size
 
 FILE = "results.json"
 VERSION = 1
@@ -151,20 +150,17 @@ class StudyResults:
             ResumeError: They cannot be written.
             ResourceError: The disk is full.
         """
-        unfinished, where = directory / f"{FILE}.unfinished", str(directory / FILE)
+        unfinished = directory / f"{FILE}.unfinished"
         try:
-            unfinished.unlink(missing_ok=True)
-            with unfinished.open("x", encoding="utf-8") as file:  # never through a link, or into a pipe
-                file.write(json.dumps(self.as_json(), indent=2) + "\n")
+            unfinished.unlink(missing_ok=True)  # never through a link, or into a pipe
+            unfinished.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
             unfinished.replace(directory / FILE)
         except OSError as error:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
-            if is_disk_full(error):
-                what = "no room for the results"
-                raise ResourceError(Problem(Code.SYSTEM_DISK_FULL, what, where, fix="make room")) from None
-            what, fix = f"cannot be written: {error.strerror}", "repair that, then rerun the same command to resume"
-            raise ResumeError(Problem(Code.SWEEP_STUDY, what, where, fix=fix)) from None
+            kind, code = (
+                (ResourceError, Code.SYSTEM_DISK_FULL) if is_disk_full(error) else (ResumeError, Code.SWEEP_STUDY)
+            )
+            fix = "repair that, then rerun the same command to resume"
+            raise kind(Problem(code, f"cannot be written: {error.strerror}", str(directory / FILE), fix=fix)) from None
 
     @classmethod
     def read(cls, directory: Path, option: str = "") -> "StudyResults":
@@ -172,12 +168,10 @@ class StudyResults:
         path = directory / FILE
         try:
             values = json.loads(read_text(path))
-            if values.pop("version") != VERSION:
-                raise ValueError("of another version")
-            winner = values.pop("winner")
+            version, winner = values.pop("version"), values.pop("winner")
             results = cls(**values)
-            if winner != (results.winner.number if results.winner else None):
-                raise ValueError("another winner than that of the trials")
+            if (version, winner) != (VERSION, results.winner.number if results.winner else None):
+                raise ValueError("of another version, or with another winner than that of the trials")
             return results
         except FileNotFoundError:
             what, fix = f"there is no {FILE} in it", "name the directory OUTPUT_DIR.study of a sweep"
@@ -195,8 +189,6 @@ class StudyResults:
 
     def cells(self, trial: TrialResult) -> list[str]:
         """A trial's row of the table."""
-        size = format_size(trial.adapter_bytes) if trial.adapter_bytes else ""
-        size = size.partition("(")[2].rstrip(")") or size
         return [
             str(trial.number),
             *(trial.shown(key) for key in self.keys),
@@ -204,7 +196,7 @@ class StudyResults:
             f"{trial.interval[0]:.4f} to {trial.interval[1]:.4f}" if trial.interval else "",
             f"{trial.unrelated:+.3f}" if trial.unrelated is not None else "",
             format_duration(trial.seconds) if trial.seconds is not None else "",
-            size,
+            short_size(trial.adapter_bytes) if trial.adapter_bytes else "",
             compared(trial),
         ]
 
@@ -279,14 +271,10 @@ def rank(trials: Sequence[TrialResult], losses: Mapping[int, RowLosses]) -> list
 
 
 def _compared(trial: TrialResult, own: RowLosses, best: RowLosses) -> TrialResult:
-    trial = replace(trial, loss=own.loss, interval=_ends(own.interval))
+    trial = replace(trial, loss=own.loss, interval=finite(own.interval))
     if own is best:
         return replace(trial, verdict=BEST)
     found = compare(best, own)
-    ends = _ends(found.interval)
+    ends = finite(found.interval)
     verdict: Verdict = NOT_JUDGED if ends is None else WORSE if ends[0] > 0 else LIKE_BEST
     return replace(trial, difference=found.value, difference_interval=ends, verdict=verdict)
-
-
-def _ends(interval: Interval | None) -> tuple[float, float] | None:
-    return (interval.low, interval.high) if interval else None
