@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,7 +202,7 @@ def _open_tasks(names: list[str], limit: int | None, required: list["Requirement
     with importing(), kept_environment():
         from loratune.compare import harness
 
-    return harness.prepare(names, limit, required)
+    return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)
 
 
 def _evaluate_tasks(

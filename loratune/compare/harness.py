@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,30 +66,17 @@ class OpenedTasks:
     groups: Mapping[str, Any]
 
 
-def prepare(
-    specs: Sequence[str], limit: int | None, required: Sequence[Requirement]
-) -> Callable[[AnsweringModel], TaskResults]:
-    """Find tasks and load their rows, to be run later. Raises as `open_tasks` and `requirements.check_tasks` do.
-
-    Args:
-        specs: As of `open_tasks`.
-        limit: How many documents of each task to take at most.
-        required: What the user requires.
-    """
-    opened = open_tasks(specs)
-    requirements.check_tasks(required, [*opened.tasks, *opened.groups])
-    return partial(run, opened=opened, limit=limit)
-
-
-def open_tasks(specs: Sequence[str]) -> OpenedTasks:
+def open_tasks(specs: Sequence[str], required: Sequence[Requirement] = ()) -> OpenedTasks:
     """Find tasks and load their rows, before any model is loaded.
 
     Args:
         specs: Names of tasks, groups and tags of the harness; YAML files of tasks; directories, for all tasks in them.
             A YAML file can name Python functions beside it, which then run.
+        required: What the user requires.
 
     Raises:
-        ConfigError: There is no such task; it runs code that a model writes, or needs images or sound.
+        ConfigError: There is no such task; it runs code that a model writes, or needs images or sound; or see
+            `requirements.check_tasks`.
         DataError: It or its rows cannot be loaded.
     """
     tasks: dict[str, Any] = {}
@@ -118,6 +104,7 @@ def open_tasks(specs: Sequence[str]) -> OpenedTasks:
     ):
         if refused := [name for name, task in tasks.items() if getattr(task, attribute, False)]:
             raise ConfigError(Problem(Code.EVALUATE_TASK, f"{what}, which is not supported", refused[0], OPTION))
+    requirements.check_tasks(required, [*tasks, *groups])
     return OpenedTasks(tasks, groups)
 
 
