@@ -16,7 +16,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.lora import adapter_config
 from loratune.system import records
-from loratune.system.files import is_incidental_file, notebook_original, sha256
+from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, notebook_original, sha256
 
 _log = logging.getLogger(__name__)
 
@@ -220,6 +220,8 @@ def _check_links(directory: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(Problem(Code.ADAPTER_INVALID, f"not readable as JSON: {error}", str(path))) from None
