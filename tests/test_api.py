@@ -138,6 +138,11 @@ def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Callable[...
     comparison = adapter.evaluate(folder / "held-out.jsonl")
     ran = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl", "--json")
     assert json.loads(json.dumps(comparison.to_dict())) == json.loads(ran.out)
+    events: list[loratune.Event] = []
+    again = adapter.evaluate(folder / "held-out.jsonl", on_event=events.append)  # on the base that is loaded already
+    assert again.to_dict() == comparison.to_dict()
+    whats = {event.what for event in events if isinstance(event, loratune.ProgressEvent)}
+    assert "scoring base" in whats and not any("loading" in what or "attaching" in what for what in whats)
     comparison.require("loss<base")
     with pytest.raises(loratune.RequirementError) as failed:
         comparison.require("exact_match>=0.99")

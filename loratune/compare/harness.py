@@ -82,7 +82,7 @@ def open_tasks(specs: Sequence[str], required: Sequence[Requirement] = ()) -> Op
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     with contained():
-        for spec, manager, name in _found(specs):
+        for spec, manager, name in [*_found(specs)]:  # all are known before the rows of any are loaded
             if spec != name and (name in tasks or name in groups):
                 continue  # it came with a group of its directory
             try:
@@ -113,19 +113,21 @@ def _found(specs: Sequence[str]) -> Iterator[tuple[str, TaskManager, str]]:
     names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
     for spec in specs:
-        what, fix = "", "`lm-eval ls tasks` lists them"
-        if Path(spec).is_dir() and is_path(spec):
+        path, what, fix = Path(spec), "", ""
+        if not is_path(spec):
+            near = difflib.get_close_matches(spec, known.all_tasks, n=3, cutoff=0.6)
+            what = "" if spec in known.task_index else f"the lm-evaluation-harness has no task {spec!r}"
+            fix = f"did you mean {', '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
+        elif path.is_dir():
             local = TaskManager(include_path=spec, include_defaults=False)
             yield from ((f"{spec}: {name}", local, name) for name in (*local.all_groups, *local.all_subtasks))
             what = "" if local.all_tasks else "there is no YAML file with a key `task` in it"
-        elif Path(spec).is_file() if is_path(spec) else spec in known.task_index:
-            yield spec, known, spec
-        else:
-            what = "no such file or directory" if is_path(spec) else f"there is no task {spec!r}"
-            near = difflib.get_close_matches(spec, known.all_tasks, n=3, cutoff=0.6)
-            fix = f"did you mean {', '.join(near)}?" if near else fix
+        elif not path.is_file():
+            what = "no such file or directory"
         if what:
             raise ConfigError(Problem(Code.EVALUATE_TASK, what, spec if is_path(spec) else "", OPTION, fix))
+        if not path.is_dir() or not is_path(spec):
+            yield spec, known, spec
 
 
 class _ModelOfHarness:
