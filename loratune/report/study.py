@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -156,6 +157,8 @@ class StudyResults:
             unfinished.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
             unfinished.replace(directory / FILE)
         except OSError as error:
+            with suppress(OSError):
+                unfinished.unlink(missing_ok=True)
             kind, code = (
                 (ResourceError, Code.SYSTEM_DISK_FULL) if is_disk_full(error) else (ResumeError, Code.SWEEP_STUDY)
             )
