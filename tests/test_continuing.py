@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from conftest import (
     tree,
     write_rows,
 )
-from fork_server import ForkServer
 from peft import PeftModel
-from running import WEIGHTS, MakeConfig, checkpoints, flip, until
+from running import WEIGHTS, MakeConfig, flip, stopped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -548,18 +546,15 @@ def test_a_relative_path_is_recorded_whole(
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
-def test_killed_and_resumed_is_as_if_nothing_had_been(
-    processes: ForkServer, going_on: Make, cli: Callable[..., Ran], tmp_path: Path
+def test_interrupted_and_resumed_is_as_if_nothing_had_been(
+    going_on: Make, cli: Callable[..., Ran], tmp_path: Path
 ) -> None:
     """Not where the adapter that it started from has become another one, by a byte or as a whole."""
     path = going_on(
         lora={"lora_dropout": 0.3, "lora_alpha": 9}, data={"replay": 0.2},
-        training={"max_steps": 45, "save_steps": 3, "per_device_train_batch_size": 3},
+        training={"max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 3},
     )  # fmt: skip
-    child = processes.start("train", path)
-    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
-    child.send(signal.SIGKILL)
-    child.wait()
+    assert stopped(cli, tmp_path / "out.partial", "train", path).code == 130
     assert not (tmp_path / "out").exists()
     changed = (Code.RESUME_CHANGED, "", "lora.start_from")
     flip(tmp_path / "first" / WEIGHTS)

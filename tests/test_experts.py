@@ -1,7 +1,6 @@
 """`lora.target_parameters`: LoRA of fused experts, by the words of a config, the same as stock PEFT's."""
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Ran, check_refused, config_in, meanings, tiny_llama, write_rows
-from fork_server import ForkServer
 from peft import LoraConfig, PeftModel, get_peft_model
-from running import checkpoints, until
+from running import stopped
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
@@ -409,15 +407,12 @@ def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["mixtral"], indirect=True)
-def test_killed_and_resumed_is_as_if_nothing_had_been(processes: ForkServer, base: Path, tmp_path: Path) -> None:
-    run = run_config(tmp_path, base, training={"per_device_train_batch_size": 2, "max_steps": 300, "save_steps": 1})
-    child = processes.start("train", run, "--allow-worse", "--set", "training.max_steps=12")
-    until(lambda: checkpoints(tmp_path / "out.partial"), child)
-    child.send(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+def test_interrupted_and_resumed_is_as_if_nothing_had_been(cli: Cli, base: Path, tmp_path: Path) -> None:
+    run = run_config(tmp_path, base, training={"per_device_train_batch_size": 2, "max_steps": 8, "save_steps": 1})
+    assert stopped(cli, tmp_path / "out.partial", "train", run, "--allow-worse").code == 130
     for arguments in (("--resume",), ("--set", f"output_dir={tmp_path / 'straight'}")):
-        child = processes.start("train", run, "--allow-worse", "--set", "training.max_steps=12", *arguments)
-        assert child.wait() == 0, child.said()
+        ran = cli("train", run, "--allow-worse", *arguments)
+        assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
 
 

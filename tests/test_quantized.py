@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
-from fork_server import ForkServer
-from running import until
+from running import stopped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
@@ -157,20 +155,17 @@ def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_kill_and_resume_gives_the_same_bytes(
-    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig, processes: ForkServer
+def test_interrupted_and_resumed_gives_the_same_bytes(
+    quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     config = run_config(
         model={"name_or_path": str(wide), "dtype": "auto", "quantization": quantization},
         data={"validation": str(tmp_path / "rows.jsonl")},
         lora={"lora_dropout": 0.1},
-        training={"num_train_epochs": 4, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
+        training={"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
     )
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
-    running = processes.start("train", config)
-    until(lambda: list(tmp_path.glob("out.partial/checkpoints/*/manifest.json")), running)
-    running.send(signal.SIGKILL)
-    running.wait()
+    assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
     assert not (tmp_path / "out").exists()
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err
