@@ -145,14 +145,14 @@ def check(model: PreTrainedModel, findings: Findings) -> None:
     """Compare every layer of a model that has the structure of a replacement with it."""
     disturb(model)
     model = adapted(model)
-    sights = masks.survey(model).sights
+    specs = masks.survey(model).specs
     model.set_attn_implementation("eager")
     calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     decoder = model.get_decoder()
     modules = {}
     for module in decoder.modules():
         layer = Layer.of(module)
-        forms = {form: fast for form, fast in candidates(module, sights) if fast is not None}
+        forms = {form: fast for form, fast in candidates(module, specs) if fast is not None}
         if layer is not None and forms:
             modules[module] = (layer, forms)
             module.register_forward_pre_hook(_noted(calls), with_kwargs=True)
@@ -172,7 +172,9 @@ def _noted(calls: dict[nn.Module, Any]) -> Callable[..., None]:
     return note
 
 
-def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Iterator[tuple[str, nn.Module | None]]:
+def candidates(
+    module: nn.Module, specs: dict[nn.Module, masks.AttentionSpec]
+) -> Iterator[tuple[str, nn.Module | None]]:
     """Forms, and the replacement of each whose structure the layer has."""
     layouts = PerBatch(Layout.of)
     reader = attach.adapted_linear
@@ -182,8 +184,8 @@ def candidates(module: nn.Module, sights: dict[nn.Module, masks.Sight]) -> Itera
         yield form, replacements.replace_gated(module, reader, **options)
     for form, options in acceleration.EXPERTS.items():
         yield form, replacements.replace_experts(module, **options)
-    for form, options in acceleration.ATTENTION.items() if module in sights else ():
-        yield form, replacements.replace_attention(module, reader, sights[module], layouts, **options)
+    for form, options in acceleration.ATTENTION.items() if module in specs else ():
+        yield form, replacements.replace_attention(module, reader, specs[module], layouts, **options)
 
 
 def agrees(module: nn.Module, fast: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> bool:

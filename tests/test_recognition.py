@@ -230,7 +230,7 @@ def test_what_layers_see_is_what_their_model_makes_them_see(
 ) -> None:
     model = small(model_type, **changes).requires_grad_(False)
     own = model.config._attn_implementation
-    assert {sight.window for sight in masks.survey(model).sights.values()} == windows
+    assert {spec.window for spec in masks.survey(model).specs.values()} == windows
     assert model.config._attn_implementation == own
 
 

@@ -1,6 +1,5 @@
 """Targets: every role and name finds exactly its modules on real transformers classes, or says why not."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -188,12 +187,6 @@ def test_peft_adapts_exactly_these_modules(name: str) -> None:
     touched, trainable = attach(model, targets)
     assert touched == list(targets.modules)
     assert trainable == formula > 0
-
-
-@pytest.mark.parametrize("name", ["gpt2", "bloom", "mpt", "falcon", "gpt_neox"])
-def test_the_mlp_is_never_touched(name: str) -> None:
-    touched, _ = attach(small(name, "cpu"), resolve(small(name), list(ROLES)))
-    assert touched and not [path for path in touched if re.search(r"\b(mlp|ffn)\b", path)]
 
 
 @pytest.mark.parametrize("name", FURTHER)

@@ -8,26 +8,15 @@ from conftest import meanings
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from test_targets import GPT2_LIKE, LLAMA_LIKE, NEOX_LIKE, build
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, Targets, resolve
 
-LLAMA: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, pad_token_id=0,
-)  # fmt: skip
-GPT2: dict[str, Any] = dict(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-NEOX: dict[str, Any] = dict(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
-)
-
-
-def build(model_type: str, device: str = "meta", **config: Any) -> PreTrainedModel:
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**config))
+LLAMA = LLAMA_LIKE | {"num_hidden_layers": 3}
+GPT2, NEOX = GPT2_LIKE, NEOX_LIKE
 
 
 def attach(model: nn.Module, targets: Targets, **config: Any) -> PeftModel:

@@ -1,4 +1,4 @@
-"""A merged model beside its weights: configurations, tokenizer, card, and how it compares with base and adapter."""
+"""What a merged model has besides its weights: configurations, tokenizer, card, and its comparison with the adapter."""
 
 import json
 from collections.abc import Sequence

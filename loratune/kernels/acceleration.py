@@ -22,7 +22,7 @@ from loratune.kernels.compiled.fused_ops import fused_ops, refusal
 from loratune.kernels.layout import Layout, PerBatch
 from loratune.kernels.lora_linear import Reader
 from loratune.kernels.loss import LossHead, Scaling, output_layer
-from loratune.kernels.masks import AttentionSurvey, Sight
+from loratune.kernels.masks import AttentionSpec, AttentionSurvey
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import restore
@@ -278,8 +278,8 @@ class _Kind:
 
 def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
     """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
-    sights = survey.sights
-    are_bounded = any(sight.cap for sight in sights.values())  # torch's kernel has no caps.
+    specs = survey.specs
+    are_bounded = any(spec.cap for spec in specs.values())  # torch's kernel has no caps.
     fewest = None if are_bounded else attention.fewest_tokens(base.get_input_embeddings().weight)
     layouts = PerBatch(partial(Layout.of, whole=fewest))
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
@@ -287,15 +287,15 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
     others: dict[str, dict[str, str]] = {kind: {} for kind in KINDS}
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
-        kind, factory = _factory(module, reader, sights.get(module), layouts)
+        kind, factory = _factory(module, reader, specs.get(module), layouts)
         if name.endswith(".base_layer"):  # PEFT computes around it, as with LoRA on stacked experts.
             continue
         if factory() is not None:
             layers[kind].append((name, module, factory))
-        elif module in sights and sights[module].placed and not _drops_out_within(module):
-            windows[module] = sights[module].window
-        elif kind_by_name or module in sights:
-            others[kind_by_name or "attention"][name] = _why_not(module, sights.get(module))
+        elif module in specs and specs[module].placed and not _drops_out_within(module):
+            windows[module] = specs[module].window
+        elif kind_by_name or module in specs:
+            others[kind_by_name or "attention"][name] = _why_not(module, specs.get(module))
     implementation = attn_implementation(base)
     kinds, reasons = [], {}
     for name, members in layers.items():
@@ -331,12 +331,12 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     return bool(rest) and all(module in survey.fitting and not _drops_out_within(module) for module in rest)
 
 
-def _why_not(module: nn.Module, sight: Sight | None) -> str:
+def _why_not(module: nn.Module, spec: AttentionSpec | None) -> str:
     """Why a layer cannot be replaced."""
     name, form = type(module).__name__, form_of(module)
     if form is None:
         return f"{name}, as this model sets it up, was not compared with a kernel"
-    if form in ATTENTION and sight is None:
+    if form in ATTENTION and spec is None:
         return f"{name} has a mask, or an attention function, that no kernel knows"
     return f"{name} has weights, or an adapter, that no kernel knows"
 
@@ -346,7 +346,9 @@ def _decoder_path(base: Any) -> str:
     return next((name for name, module in base.named_modules() if module is decoder), "")
 
 
-def _factory(module: nn.Module, reader: Reader, sight: Sight | None, layouts: PerBatch[Layout]) -> tuple[str, Factory]:
+def _factory(
+    module: nn.Module, reader: Reader, spec: AttentionSpec | None, layouts: PerBatch[Layout]
+) -> tuple[str, Factory]:
     """The kind of a layer, and what makes its replacement."""
     form = form_of(module)
     if form in GATED:
@@ -355,9 +357,9 @@ def _factory(module: nn.Module, reader: Reader, sight: Sight | None, layouts: Pe
         return "feed-forward layers", partial(replacements.replace_experts, module, **EXPERTS[form])
     if form in NORM:
         return "norms", partial(replacements.replace_norm, module, **NORM[form])
-    if form in ATTENTION and sight is not None:
+    if form in ATTENTION and spec is not None:
         options = ATTENTION[form]
-        return "attention", partial(replacements.replace_attention, module, reader, sight, layouts, **options)
+        return "attention", partial(replacements.replace_attention, module, reader, spec, layouts, **options)
     return "", lambda: None
 
 

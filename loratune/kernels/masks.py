@@ -33,11 +33,11 @@ INERT = frozenset({
 })  # fmt: skip
 """Arguments that change nothing of what attention computes, or that the kernels read themselves."""
 HELD = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
-"""Arguments of attention functions that `Sight` holds."""
+"""Arguments of attention functions that `AttentionSpec` holds."""
 
 
 @dataclass(frozen=True)
-class Sight:
+class AttentionSpec:
     """How a layer attends: causally, within rows, and within a window.
 
     Attributes:
@@ -72,14 +72,14 @@ class _Probe:
     """A mask function and an attention function that record their arguments.
 
     Attributes:
-        sights: How each layer attends.
-        refused: Layers that do something that `Sight` cannot describe.
-        fitting: Layers of which the kernel computes all but the mask, which may be one that `Sight` cannot describe.
+        specs: How each layer attends.
+        refused: Layers that do something that `AttentionSpec` cannot describe.
+        fitting: Layers of which the kernel computes all but the mask, which `AttentionSpec` may not describe.
         altered: Whether a layer got another mask than transformers made, as in families that select keys.
     """
 
     def __init__(self) -> None:
-        self.sights: dict[nn.Module, Sight] = {}
+        self.specs: dict[nn.Module, AttentionSpec] = {}
         self.refused: set[nn.Module] = set()
         self.fitting: set[nn.Module] = set()
         self.altered = False
@@ -97,13 +97,13 @@ class _Probe:
         """Records how a layer attends, and returns zeros. query: (rows, heads, length, size)."""
         rows, heads, length, _ = query.shape
         self.altered |= not isinstance(attention_mask, _Mask)
-        sight = None
+        spec = None
         if _fits(query, key, value) and _is_known(arguments):
             self.fitting.add(module)
             window = self._window(attention_mask)
             if window != 0:
-                sight = _sight(query, key, value, window, arguments)
-        if sight is None or self.sights.setdefault(module, sight) != sight:
+                spec = _spec(query, key, value, window, arguments)
+        if spec is None or self.specs.setdefault(module, spec) != spec:
             self.refused.add(module)
         return query.new_zeros(rows, length, heads, value.shape[-1]), None
 
@@ -144,7 +144,7 @@ def _unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> Iterator[str
 
 
 def _is_known(arguments: dict[str, Any]) -> bool:
-    """Whether a layer asks for nothing but what `Sight` describes."""
+    """Whether a layer asks for nothing but what `AttentionSpec` describes."""
     if arguments.get("dropout") or any(_unknown(arguments, HELD)):
         return False
     cap, sinks = arguments.get("softcap"), arguments.get("s_aux")
@@ -160,11 +160,11 @@ def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return same_tokens and key.shape[-1] == size >= value.shape[-1] and size % 2 == 0 and heads % groups == 0
 
 
-def _sight(query: Tensor, key: Tensor, value: Tensor, window: int | None, arguments: dict[str, Any]) -> Sight:
+def _spec(query: Tensor, key: Tensor, value: Tensor, window: int | None, arguments: dict[str, Any]) -> AttentionSpec:
     """How a layer attends that was called with these arguments on a row from its first token on."""
     _, heads, length, size = query.shape
     scale, cap, positions = (arguments.get(name) for name in ("scaling", "softcap", "position_ids"))
-    return Sight(
+    return AttentionSpec(
         window, heads, key.shape[1], size, float(size**-0.5 if scale is None else scale), float(cap or 0),
         value.shape[-1], sinks=arguments.get("s_aux") is not None,
         placed=isinstance(positions, Tensor) and positions.shape[-1] == length and positions.dim() == 2,
@@ -206,13 +206,13 @@ class AttentionSurvey:
     """How the layers of a model attend that use transformers' attention interface.
 
     Attributes:
-        sights: Of the layers that `Sight` can describe.
+        specs: Of the layers that `AttentionSpec` can describe.
         modules: All layers that use the interface.
-        fitting: Those of which the kernel computes all but the mask, which may be one that `Sight` cannot describe.
+        fitting: Those of which the kernel computes all but the mask, which `AttentionSpec` may not describe.
         stock_masks: Whether all layers get their masks as transformers makes them, of whatever kind.
     """
 
-    sights: dict[nn.Module, Sight]
+    specs: dict[nn.Module, AttentionSpec]
     modules: set[nn.Module]
     fitting: set[nn.Module]
     stock_masks: bool
@@ -231,11 +231,11 @@ def survey(base: Any) -> AttentionSurvey:
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
         return AttentionSurvey({}, set(), set(), stock_masks=False)
-    modules = {*probe.sights, *probe.refused}
+    modules = {*probe.specs, *probe.refused}
     if any(map(has_hooks, modules)):
         return AttentionSurvey({}, modules, set(), stock_masks=False)
-    sights = {module: sight for module, sight in probe.sights.items() if module not in probe.refused}
-    return AttentionSurvey(sights, modules, probe.fitting, stock_masks=not probe.altered)
+    specs = {module: spec for module, spec in probe.specs.items() if module not in probe.refused}
+    return AttentionSurvey(specs, modules, probe.fitting, stock_masks=not probe.altered)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from loratune.kernels.compiled.reference import FusedOps
 from loratune.kernels.feed_forward import ExpertLayers, GatedLayer, rms_norm
 from loratune.kernels.layout import Layout, PerBatch, Scoring
 from loratune.kernels.lora_linear import Projection, Reader, project
-from loratune.kernels.masks import Sight, check_known
+from loratune.kernels.masks import AttentionSpec, check_known
 
 
 class Replacement(nn.Module):
@@ -155,7 +155,13 @@ class FastNorm(Replacement):
 
 
 def replace_attention(
-    module: Any, reader: Reader, sight: Sight, layouts: PerBatch[Layout], *, rotary: bool = True, added: float = 0.0
+    module: Any,
+    reader: Reader,
+    spec: AttentionSpec,
+    layouts: PerBatch[Layout],
+    *,
+    rotary: bool = True,
+    added: float = 0.0,
 ) -> FastAttention | None:
     """The replacement of a layer of attention, judged by its structure alone; None: it has another structure.
 
@@ -167,16 +173,16 @@ def replace_attention(
     others = children.keys() - {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}
     if joined is None or out is None or others or _has_own_tensors(module) or _has_dropout(module):
         return None
-    if not sight.is_plain or (norms is None) != ("q_norm" not in children and "k_norm" not in children):
+    if not spec.is_plain or (norms is None) != ("q_norm" not in children and "k_norm" not in children):
         return None
-    heads, size = sight.heads // sight.groups, sight.size
-    width = (sight.heads + 2 * sight.groups) * size
-    if joined.weight.shape[0] != width or out.weight.shape[1] != sight.heads * size:
+    heads, size = spec.heads // spec.groups, spec.size
+    width = (spec.heads + 2 * spec.groups) * size
+    if joined.weight.shape[0] != width or out.weight.shape[1] != spec.heads * size:
         return None
     ops = fused_ops(out.weight)
-    scoring = Scoring(sight.scale, sight.cap)
-    attention = SelfAttention(joined, out, sight.groups, heads, size, scoring, ops, norms)
-    return FastAttention(module, attention, sight.window, layouts, rotary=rotary)
+    scoring = Scoring(spec.scale, spec.cap)
+    attention = SelfAttention(joined, out, spec.groups, heads, size, scoring, ops, norms)
+    return FastAttention(module, attention, spec.window, layouts, rotary=rotary)
 
 
 def replace_gated(

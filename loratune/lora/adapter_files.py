@@ -37,7 +37,7 @@ safetensors they read no pickle."""
 _IGNORED_DIRECTORIES = (".git", ".cache")  # of git and of the hub's client; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
-_BESIDE_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """Values of `init_lora_weights` with which PEFT leaves the base as it is."""
 _FROM_BASE = ("pissa", "olora")
 """Those with which it takes a part out of the base, and the same part whenever it loads the adapter."""
@@ -267,7 +267,7 @@ def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
 
 def _check_init(files: AdapterFiles) -> None:
     """Raises AdapterError: PEFT changed the base as it initialized the adapter, and the files do not record how."""
-    if files.init in (*_BESIDE_BASE, *_FROM_BASE):
+    if files.init in (*_KEEPS_BASE, *_FROM_BASE):
         return
     init = str(files.init)
     reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))

@@ -198,8 +198,8 @@ def start_settings(files: AdapterFiles) -> dict[str, Any]:
     found = {"r": highest, "lora_alpha": files.config["lora_alpha"], "target_modules": files.config["target_modules"]}
     if isinstance(alpha := found["lora_alpha"], float) and alpha.is_integer():
         found["lora_alpha"] = int(alpha)
-    beside = {"target_parameters": files.config.get("target_parameters") or None}  # then there may be no modules
-    return {key: value for key, value in found.items() if _is_value({key: value} | beside, value)}
+    others = {"target_parameters": files.config.get("target_parameters") or None}  # then there may be no modules
+    return {key: value for key, value in found.items() if _is_value({key: value} | others, value)}
 
 
 def _is_value(section: dict[str, Any], value: Any) -> bool:
