@@ -150,6 +150,62 @@ BAD_IDS: dict[str, tuple[Any, Any, list[str]]] = {
 }
 
 
+FURTHER_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": [USER], "completion": [USER]}, "no assistant message"),
+    ({"prompt": [USER, BOT], "completion": [USER]}, "no assistant message"),
+    ({"prompt": [USER], "completion": "b"}, "`completion` must be a list of messages, got text"),
+    ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, "`functions`"),
+    ({"messages": [SYSTEM, USER, BOT], "system": "t"}, "`system`"),
+    ({"messages": [USER, BOT], "system": 3}, "`system` must be text, got a number"),
+    ({"messages": [BOT], "label": True}, "no message comes before"),
+    ({"messages": [USER, BOT, USER], "label": True}, "`label` is about no answer"),
+    ({"messages": [USER, BOT | {"weight": 0}], "kto_tag": True}, "compared whole"),
+    ({"prompt": "a", "chosen": [SYSTEM, OTHER], "rejected": [OTHER]}, "not `prompt`"),
+    ({"chosen": [BOT], "rejected": [OTHER]}, "no message comes before"),
+    ({"prompt": [USER], "chosen": [USER], "rejected": [BOT]}, "no assistant message"),
+    ({"chosen": [USER, BOT], "rejected": "c"}, "must be a list of messages"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "must be text"),
+    ({"messages": [USER, BOT], "chosen": "b", "rejected": "c"}, "ends with an answer"),
+    ({"instruction": 3, "chosen": "b", "rejected": "c"}, "`instruction` must be text"),
+    (
+        {"prompt": '[{"role": "user", "content": "\\ud800"}]', "chosen": "b", "rejected": "c"},
+        "`content` of message 1 of `prompt` holds a lone surrogate",
+    ),
+    (
+        {"prompt": [USER], "chosen": [BOT | {"weight": 0}], "rejected": [OTHER]},
+        "compared whole",
+    ),
+    *(
+        ({"messages": [USER, BOT], "tools": tools}, detail)
+        for tools, detail in [
+            ("{", "`tools` must be valid JSON"),
+            ("[" * 100_000, "`tools` must be valid JSON"),
+            ({"name": "f"}, "`tools` must be a list of JSON schemas, got an object"),
+            ([3], "entry 1 of `tools` must be a JSON schema, got a number"),
+            (["x"], "entry 1 of `tools` must be valid JSON"),
+            ([{"name": "\ud800"}], "`tools`"),
+            ([{"name": b"f"}], "`tools` cannot be written as JSON"),
+        ]
+    ),
+    *(
+        ({"instruction": "a", "output": "b"} | fields, detail)
+        for fields, detail in [
+            ({"instruction": None}, "`instruction` must be text, got null"),
+            ({"output": 3}, "`output` must be text, got a number"),
+            ({"input": ["i"]}, "`input` must be text, got a list"),
+            ({"history": "q"}, "`history` must be a list of pairs of question and answer, got text"),
+            ({"history": [["q"]]}, "entry 1 of `history` must be a pair of question and answer"),
+            ({"history": [["q", None]]}, "`answer` of entry 1 of `history` must be text, got null"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("values", "detail"), FURTHER_BAD)
+def test_further_bad_rows(values: dict[str, Any], detail: str) -> None:
+    check_row_error(row_error(values), detail)
+
+
 def test_padding_in_the_data_is_not_trained_on() -> None:
     for mask in ([1, 0], [1], [1, 1, 1], 1):
         error = row_error({"input_ids": [1, 0], "attention_mask": mask})
@@ -185,21 +241,6 @@ BAD_CHATS: dict[str, tuple[Any, list[str]]] = {
     "user's weight": ([USER | {"weight": 1}, BOT], [f"{FIRST} has the weight 1", "assistant"]),
     "user's call": ([USER | {"tool_calls": [CALL]}], [f"{FIRST} has `tool_calls`", "assistant"]),
 }
-
-
-@pytest.mark.parametrize(
-    ("values", "detail"),
-    [
-        ({"prompt": [USER], "completion": [USER]}, "no assistant message"),
-        ({"prompt": [USER, BOT], "completion": [USER]}, "no assistant message"),
-        ({"prompt": [USER], "completion": "b"}, "`completion` must be a list of messages, got text"),
-        ({"messages": [USER, BOT], "functions": [{"name": "f"}]}, "`functions`"),
-        ({"messages": [SYSTEM, USER, BOT], "system": "t"}, "`system`"),
-        ({"messages": [USER, BOT], "system": 3}, "`system` must be text, got a number"),
-    ],
-)
-def test_bad_conversation(values: dict[str, Any], detail: str) -> None:
-    check_row_error(row_error(values), detail)
 
 
 def test_functions_are_read_as_tools_by_columns() -> None:
@@ -328,22 +369,6 @@ def test_no_tools(none: Any) -> None:
     assert conversation(USER, BOT, tools=none).tools == ()
 
 
-@pytest.mark.parametrize(
-    ("tools", "detail"),
-    [
-        ("{", "`tools` must be valid JSON"),
-        ("[" * 100_000, "`tools` must be valid JSON"),
-        ({"name": "f"}, "`tools` must be a list of JSON schemas, got an object"),
-        ([3], "entry 1 of `tools` must be a JSON schema, got a number"),
-        (["x"], "entry 1 of `tools` must be valid JSON"),
-        ([{"name": "\ud800"}], "`tools`"),
-        ([{"name": b"f"}], "`tools` cannot be written as JSON"),
-    ],
-)
-def test_bad_tools(tools: Any, detail: str) -> None:
-    check_row_error(row_error({"messages": [USER, BOT], "tools": tools}), detail)
-
-
 @pytest.mark.parametrize("row", [{"messages": [USER, BOT]}, {"conversations": [HUMAN, GPT]}])
 def test_system_of_the_row_comes_first(row: dict[str, Any]) -> None:
     assert chat(row | {"system": "s"}).messages == (SYSTEM, USER, BOT)
@@ -410,21 +435,6 @@ def test_alpaca_in_full() -> None:
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
 def test_alpaca_without_its_options(blank: dict[str, Any]) -> None:
     assert chat({"instruction": "a", "output": "b"} | blank).messages == (USER, BOT)
-
-
-@pytest.mark.parametrize(
-    ("fields", "detail"),
-    [
-        ({"instruction": None}, "`instruction` must be text, got null"),
-        ({"output": 3}, "`output` must be text, got a number"),
-        ({"input": ["i"]}, "`input` must be text, got a list"),
-        ({"history": "q"}, "`history` must be a list of pairs of question and answer, got text"),
-        ({"history": [["q"]]}, "entry 1 of `history` must be a pair of question and answer"),
-        ({"history": [["q", None]]}, "`answer` of entry 1 of `history` must be text, got null"),
-    ],
-)
-def test_bad_alpaca(fields: dict[str, Any], detail: str) -> None:
-    check_row_error(row_error({"instruction": "a", "output": "b"} | fields), detail)
 
 
 def test_keys_that_fit_no_format() -> None:
@@ -573,47 +583,11 @@ def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[A
     assert isinstance(parse(row | {label: True}, format=plain), Conversation)
 
 
-@pytest.mark.parametrize(
-    ("row", "detail"),
-    [
-        ({"messages": [BOT], "label": True}, "no message comes before"),
-        ({"messages": [USER, BOT, USER], "label": True}, "`label` is about no answer"),
-        ({"messages": [USER, BOT | {"weight": 0}], "kto_tag": True}, "compared whole"),
-    ],
-)  # fmt: skip
-def test_bad_labels_beside_turns(row: dict[str, Any], detail: str) -> None:
-    check_row_error(row_error(row), detail)
-
-
 def test_labels_that_are_none_of_answers() -> None:
     assert parse(PAIR | {"label": "pos"}) == parse(PAIR | {"label": 1}) == Plain("f:1", "a", "b")
     assert isinstance(parse(PAIR | {"label": False}), UnpairedPreference)
     assert parse(PAIR | {"label": True}, format="prompt_completion") == Plain("f:1", "a", "b")
     check_row_error(row_error(PAIR | {"label": "x"}, PAIR | {"label": True}), "`label` must be true or false")
-
-
-@pytest.mark.parametrize(
-    ("row", "detail"),
-    [
-        ({"prompt": "a", "chosen": [SYSTEM, OTHER], "rejected": [OTHER]}, "not `prompt`"),
-        ({"chosen": [BOT], "rejected": [OTHER]}, "no message comes before"),
-        ({"prompt": [USER], "chosen": [USER], "rejected": [BOT]}, "no assistant message"),
-        ({"chosen": [USER, BOT], "rejected": "c"}, "must be a list of messages"),
-        ({"prompt": "a", "chosen": "b", "rejected": None}, "must be text"),
-        ({"messages": [USER, BOT], "chosen": "b", "rejected": "c"}, "ends with an answer"),
-        ({"instruction": 3, "chosen": "b", "rejected": "c"}, "`instruction` must be text"),
-        (
-            {"prompt": '[{"role": "user", "content": "\\ud800"}]', "chosen": "b", "rejected": "c"},
-            "`content` of message 1 of `prompt` holds a lone surrogate",
-        ),
-        (
-            {"prompt": [USER], "chosen": [BOT | {"weight": 0}], "rejected": [OTHER]},
-            "compared whole",
-        ),
-    ],
-)  # fmt: skip
-def test_bad_pairs(row: dict[str, Any], detail: str) -> None:
-    check_row_error(row_error(row), detail)
 
 
 def test_a_pair_in_a_file_of_another_format() -> None:
