@@ -222,7 +222,7 @@ def prepare() -> None:
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415
     import loratune.commands.train  # noqa: PLC0415
-    import loratune.training.distributed  # noqa: PLC0415
+    import loratune.training.processes  # noqa: PLC0415
 
     loratune.cli.terminal.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")

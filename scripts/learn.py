@@ -34,11 +34,11 @@ from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.commands.evaluate import scorer_of
-from loratune.commands.train import Result
 from loratune.commands.train import train as train_run
 from loratune.config import Source
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
+from loratune.training.results import TrainedAdapter
 
 RESULTS = Path(__file__).parent / "learning" / "results.jsonl"
 MODELS = {"135M": "models/SmolLM2-135M-Instruct", "57M": "", "narrow": ""}
@@ -92,7 +92,7 @@ def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) ->
     return values
 
 
-def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, Result, dict[float, Path]]:
+def train(one: Spec, paths: Mapping[str, Path], work: Path) -> tuple[Path, TrainedAdapter, dict[float, Path]]:
     """Train as the command does.
 
     Returns:
@@ -204,14 +204,12 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
     scores = score(adapter, paths["held_out"], text, base=False)
     figures: dict[str, Any] = {
-        "steps": result.findings.outcome.steps,
-        "tokens": result.findings.outcome.tokens,
+        "steps": result.steps,
+        "tokens": result.tokens,
         "seconds": round(middle - start, 1),
     }
     if one in EXPERIMENTS["early"]():
-        held_out = [
-            (entry["step"], entry["eval_loss"]) for entry in result.findings.outcome.curve if "eval_loss" in entry
-        ]
+        held_out = [(entry["step"], entry["eval_loss"]) for entry in result.curve if "eval_loss" in entry]
         figures["held_out"] = [[int(step), loss] for step, loss in held_out if step]
     for part, place in averaged.items():
         known = {"name": f"{name_of(one)} {part:g}", "average_of": name_of(one), "part": part, "task": one["task"]}

@@ -113,15 +113,16 @@ model.save_pretrained(directory)
 transformers.AutoTokenizer.from_pretrained(tokenizer).save_pretrained(directory)
 """
 TRAIN = """
-import functools, json, pathlib, sys, torch
+import json, pathlib, sys, torch
 from loratune.__main__ import main
-from loratune.commands import plan, train
+from loratune.commands import train
 result = pathlib.Path(sys.argv.pop(1))
+make_plan = train.make_plan
 def make_and_record(*arguments):
-    made = plan.make_plan(*arguments)
+    made = make_plan(*arguments)
     result.write_text(json.dumps(made.memory.parts()))
     return made
-train.train = functools.partial(train.train, planner=make_and_record)  # the name by which the command calls it
+train.make_plan = make_and_record
 try:
     main()
 finally:

@@ -13,6 +13,8 @@ import yaml
 from conftest import Ran
 from fork_server import Child, ForkServer
 
+from loratune.training.checkpoints.record import CheckpointRecord
+
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 
@@ -100,3 +102,15 @@ def stopped(cli: Cli, partial: Path, *arguments: object, number: int = 2) -> Ran
     finally:
         over.set()
         watcher.join()
+
+
+def run_record() -> CheckpointRecord:
+    """The record of a run, with as little as it can have."""
+    training = {"learning_rate": 1.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
+    counts = {"rows": 1, "tokens": 1}
+    return CheckpointRecord.model_validate(
+        {
+            "config": {"lora": {}, "training": training}, "fingerprints": {"base": "a", "data": "b"}, "rows": counts,
+            "changes": [],
+        }
+    )  # fmt: skip

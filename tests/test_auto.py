@@ -15,7 +15,6 @@ from running import WEIGHTS, Cli, MakeConfig, checkpoints, copy_of, interrupt, s
 from transformers import BltConfig, Gemma3nConfig, GPT2Config, OPTConfig, PretrainedConfig
 
 from loratune.codes import Code
-from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, LoraSection, ModelSection, RunConfig
 from loratune.errors import ConfigError
 from loratune.lora import initialize
@@ -24,6 +23,7 @@ from loratune.model import load
 from loratune.training import auto
 from loratune.training.auto import Facts
 from loratune.training.checkpoints.store import MANIFEST, RUN, seal
+from loratune.training.plan import unit_parameters
 
 FACTS = Facts(2048, 32, 1_600, 10_000, 1, lambda _: 1_000, {})
 UNDECIDED = {"learning_rate": AUTO, "num_train_epochs": AUTO}

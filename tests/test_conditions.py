@@ -12,8 +12,8 @@ from conftest import Ran, check_refused, config_in, is_problem
 from running import WEIGHTS, checkpoints, copy_of, stopped
 
 from loratune.codes import Code
-from loratune.training import conditions
 from loratune.training.checkpoints.store import seal
+from loratune.training.plan import COMPUTING_PACKAGES
 
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -46,7 +46,7 @@ def edited(partial: Path, edit: Edit) -> int:
 
 def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path: Path) -> None:
     kept = json.loads((checkpoints(tmp_path / "out.partial")[0] / "run.json").read_text())["conditions"]
-    assert {*conditions.COMPUTING_PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
+    assert {*COMPUTING_PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
     assert kept["the number of threads"] == str(torch.get_num_threads())
     assert re.fullmatch(r"in use \(build \w+\)", kept["the compiled CPU code"])
     assert kept["what PyTorch computes instead of fast code"] == "nothing"

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from loratune import config, data
 from loratune.codes import Code
-from loratune.commands.plan import Plan, make_plan
 from loratune.config import LoraSection
 from loratune.data import row_hashes
 from loratune.data.row_hashes import RowHashes
@@ -39,6 +38,7 @@ from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
 from loratune.lora.tensors import AdapterInit
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
+from loratune.training.plan import Plan, make_plan
 
 IDS = torch.arange(24).reshape(2, 12) * 7 % 250
 
@@ -359,9 +359,9 @@ def test_replayed_rows_are_training_rows_of_the_old_run(going_on: Make, earlier:
     assert plan.datasets.leaks == []
     leaking = plan_of(going_on(data={"replay": 0.6, "validation": str(earlier / "old.jsonl")}))
     assert leaking.datasets.leaks == ["40 of the validation rows are also replayed"]
-    assert plan.fingerprints["data"] == plan_of(going_on(data={"replay": 0.25})).fingerprints["data"]
-    others = plan_of(going_on(data={"replay": 0.25}), "training.seed=7").fingerprints["data"]
-    assert plan.fingerprints["data"] != others
+    assert plan.datasets.train.fingerprint == plan_of(going_on(data={"replay": 0.25})).datasets.train.fingerprint
+    others = plan_of(going_on(data={"replay": 0.25}), "training.seed=7").datasets.train.fingerprint
+    assert plan.datasets.train.fingerprint != others
 
 
 def test_a_third_run_replays_the_rows_of_the_second_alone(

@@ -29,8 +29,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.distributed import DistributedGroup
-from loratune.training.sampling import DistributedBatchSampler
+from loratune.training.batching import DistributedBatchSampler
+from loratune.training.processes import DistributedGroup
 
 pytestmark = pytest.mark.distributed
 

@@ -12,13 +12,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer
 from conftest import check_refused, is_problem, tiny_llama
 from fork_server import ForkServer
-from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, straight, until
+from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, run_record, straight, until
 from transformers import PreTrainedTokenizerFast
 
 from loratune.cli.boundary import boundary
@@ -26,7 +25,7 @@ from loratune.codes import Code
 from loratune.system import signals
 from loratune.system.signals import Stop
 from loratune.training.checkpoints.store import Checkpoints
-from loratune.training.run_context import RunContext
+from loratune.training.processes import SharedStop
 
 # Signals
 
@@ -349,13 +348,11 @@ def test_a_signal_that_comes_while_processes_agree_is_not_forgotten() -> None:
             stop.requested = signals.Termination
             return values
 
-    group: Any = Late()
-    nothing: Any = None
-    context = RunContext(nothing, stop, group)
-    assert not context.stopping() and stop.requested is signals.Termination
-    assert context.stopping()
+    shared = SharedStop(stop, Late())  # type: ignore[arg-type]
+    assert not shared.is_requested() and stop.requested is signals.Termination
+    assert shared.is_requested()
     with pytest.raises(signals.Termination):
-        context.check_not_stopping()
+        shared.check()
 
 
 # Locks
@@ -617,7 +614,7 @@ def test_everything_is_flushed_before_a_checkpoint_has_its_name(
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
-    kept = Checkpoints(tmp_path, {"x": 1}, 0)
+    kept = Checkpoints(tmp_path, run_record(), 0)
     with kept.writing(3):
         written = kept.unfinished / "checkpoint-3"
         written.mkdir(parents=True)
@@ -628,7 +625,7 @@ def test_everything_is_flushed_before_a_checkpoint_has_its_name(
 
 
 def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) -> None:
-    kept = Checkpoints(tmp_path, {}, 0)
+    kept = Checkpoints(tmp_path, run_record(), 0)
     for step in (1, 2, 9):
         with kept.writing(step):
             for name in ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 from conftest import meanings
+from running import run_record
 
 from loratune import config
+from loratune.codes import Code
 from loratune.config import OUTPUT, RunConfig, path_keys
 from loratune.config.keys import groups
 from loratune.errors import ResumeError
@@ -103,12 +105,11 @@ def test_nothing_that_is_read_may_be_written_over(run: RunConfig, tmp_path: Path
 def test_what_is_read_has_a_fingerprint_that_a_resumed_run_compares() -> None:
     assert {key for key, _ in CONTENTS.values()} == {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
     assert {key for key, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # what is there may have moved
-    rows = {"rows": {"rows": 1, "tokens": 2}}
-    before = rows | {"fingerprints": dict.fromkeys(CONTENTS, "a")}
-    point = ResumePoint(Path(), (), [], 1.0, before)
-    for name, (key, code, _) in CONTENTS.items():
-        now = rows | {"fingerprints": before["fingerprints"] | {name: "b"}}
+    before = run_record().model_copy(update={"fingerprints": dict.fromkeys(CONTENTS, "a")})
+    point = ResumePoint(Path(), before)
+    for name, (key, _) in CONTENTS.items():
+        now = before.model_copy(update={"fingerprints": before.fingerprints | {name: "b"}})
         with pytest.raises(ResumeError) as caught:
-            resume.check_same(point, now, (), base="b" if name == "base" else "a")
-        assert meanings(caught.value) == [(code, "", key)]
-    resume.check_same(point, before, (), base="a")
+            point.check_same(now, "b" if name == "base" else "a")
+        assert meanings(caught.value) == [(Code.RESUME_CHANGED, "", key)]
+    point.check_same(before, "a")

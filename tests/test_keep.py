@@ -5,6 +5,7 @@ import math
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
 from loratune.config import TrainingSection
+from loratune.training.auto import optimizer_steps
+from loratune.training.checkpoints.record import BestRecord, StepLosses
 from loratune.training.checkpoints.store import BEST_WEIGHTS, RUN, seal
-from loratune.training.curve import StepLosses
-from loratune.training.evaluations import BestRecord, evaluation_steps, interval, optimizer_steps
+from loratune.training.duration import evaluation_steps, interval
 
 LEARNT = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
 HELD_OUT = [
@@ -153,23 +155,23 @@ def test_of_equal_losses_the_earlier_counts() -> None:
     seen = BestRecord(5, 2.0).after(10, 2.0)
     assert seen == BestRecord(5, 2.0, 2, 1)
     assert seen.after(15, 1.5) == BestRecord(15, 1.5, 3, 0)
-    assert BestRecord.from_json(json.loads(json.dumps(vars(seen)))) == seen
+    assert BestRecord(**json.loads(json.dumps(asdict(seen)))) == seen
 
 
 @pytest.mark.parametrize(
     "read, values",
     [
-        (BestRecord.from_json, {"step": 5, "loss": math.nan, "evaluations": 1, "since": 0}),
-        (BestRecord.from_json, {"step": 0, "loss": 2.0, "evaluations": 1, "since": 0}),
-        (BestRecord.from_json, {"step": 5, "loss": 2.0, "evaluations": 1, "since": 1}),
-        (StepLosses.from_json, {"total": math.inf, "steps": 1}),
-        (StepLosses.from_json, {"total": 2.0, "steps": -1}),
-        (StepLosses.from_json, [2.0, 1]),
+        (BestRecord, {"step": 5, "loss": math.nan, "evaluations": 1, "since": 0}),
+        (BestRecord, {"step": 0, "loss": 2.0, "evaluations": 1, "since": 0}),
+        (BestRecord, {"step": 5, "loss": 2.0, "evaluations": 1, "since": 1}),
+        (StepLosses, {"total": math.inf, "steps": 1}),
+        (StepLosses, {"total": 2.0, "steps": -1}),
+        (StepLosses, {"total": 2.0, "steps": 1, "more": 1}),
     ],
 )
 def test_records_that_no_run_writes(read: Callable[[Any], object], values: Any) -> None:
     with pytest.raises(ValueError):
-        read(values)
+        read(**values)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -216,7 +218,8 @@ def test_every_kind_of_weight_is_put_back(
 KILLS = """
 import os, signal
 from loratune.commands import train
-from loratune.training import best_step, trainer
+from loratune.training import trainer
+from loratune.training.checkpoints import best_step
 
 def kill(owner, name, is_time, *, after=False):
     inner = getattr(owner, name)

@@ -31,10 +31,10 @@ from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
-from loratune.training import batching, duration, trainer
-from loratune.training.best_step import BestStep
-from loratune.training.evaluations import BestRecord
-from loratune.training.trackers import trackers
+from loratune.training import batching, time_budget, upstream
+from loratune.training.callbacks import trackers
+from loratune.training.checkpoints.best_step import BestStep
+from loratune.training.checkpoints.record import BestRecord
 
 LORA: dict[str, Any] = {
     "r": 4,
@@ -220,7 +220,7 @@ OURS = ("objective", "keep", "max_minutes", "patience", "report_to")
 )
 def test_training(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
-        trainer.training_arguments(section, tmp_path, has_validation=True).to_dict()
+        upstream.training_arguments(section, tmp_path, has_validation=True).to_dict()
         for section in (decided_training(), decided_training(**{name: value}))
     )
     follows = {
@@ -275,7 +275,7 @@ def test_numbers_of_objectives(name: str, value: float) -> None:
 def test_training_max_minutes() -> None:
     """What a time budget does to whole runs stands in `test_time_budget`."""
     second_steps = (np.ones(10) for _ in count())
-    assert duration.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
+    assert time_budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:

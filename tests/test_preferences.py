@@ -27,8 +27,7 @@ from loratune.compare.objectives import ComparedRows
 from loratune.config import DataSection
 from loratune.data import token_cache
 from loratune.data.rendering import Renderer
-from loratune.training import reference
-from loratune.training.preferences import PreferenceObjective
+from loratune.training import results
 
 Cli = Callable[..., Ran]
 
@@ -238,14 +237,8 @@ def test_dropout_does_not_disturb_the_check_of_the_first_step(cli: Cli, run_conf
 def test_a_wrong_reference_ends_the_run(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute = reference.compute
-
-    def wrong(objective: Any, *arguments: Any, **named: Any) -> None:
-        compute(objective, *arguments, **named)
-        for rows in objective.splits.values():
-            rows.reference = rows.reference - 0.5
-
-    monkeypatch.setattr(reference, "compute", wrong)
+    set_reference = results.set_reference
+    monkeypatch.setattr(results, "set_reference", lambda rows, values: set_reference(rows, values - 0.5))
     ran = cli("train", config(run_config, tmp_path, objective))
     check_refused(ran, 6, (Code.LORA_START, "", "training.objective"))
     assert "0.5 nats from that of the reference" in ran.err
@@ -379,48 +372,6 @@ def test_the_reference_is_computed_once_and_kept(
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "four" / WEIGHTS).read_bytes()
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_what_was_computed_of_the_reference_is_kept(
-    objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that ends in the middle leaves its parts, which the next one takes and removes, to the same bytes."""
-    monkeypatch.setattr(reference, "_PASS_TOKENS", 64)
-    monkeypatch.setattr(reference, "_PART_BATCHES", 2)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    path = config(run_config, tmp_path, objective)
-    read, parts = PreferenceObjective.read, []
-
-    def stopped(*arguments: Any, **options: Any) -> Any:
-        parts.append(arguments[3])
-        if len(parts) == 3:
-            raise KeyboardInterrupt
-        return read(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(PreferenceObjective, "read", stopped)
-        assert cli("train", path).code == 130
-    assert len(kept(tmp_path)) == 2 and {len(part) for part in parts} == {2}
-    ran = cli("train", path)
-    assert ran.code == 0 and "% is known from a run that ended early" in ran.err, ran.err
-    assert "100% of the reference is computed" in ran.err
-    splits = 1 if objective == "kto" else 2
-    assert len(kept(tmp_path)) == splits, "only the whole is kept"
-    with monkeypatch.context() as patched:  # as if it had been killed between the whole and the end of its parts
-        patched.setattr(reference, "_known", lambda key, group: None)
-        patched.setattr(token_cache, "discard_values", lambda key: None)
-        assert cli("train", path, "--overwrite").code == 0
-    assert len(kept(tmp_path)) > splits
-    assert cli("train", path, "--overwrite").code == 0 and len(kept(tmp_path)) == splits
-    shutil.rmtree(tmp_path / "cache")
-    again = config(run_config, tmp_path, objective, output_dir=str(tmp_path / "again"))
-    assert cli("train", again).code == 0
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
-
-
-def kept(place: Path) -> list[Path]:
-    return [*(place / "cache").rglob("*.values")]
-
-
 def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     first = cli("train", config(run_config, tmp_path, "orpo", output_dir=str(tmp_path / "first")))
     assert first.code == 0, first.err
@@ -441,7 +392,7 @@ def test_how_many_answers_are_good(cli: Cli, run_config: MakeConfig, tmp_path: P
     assert ran.code == 0 and "24 of the answers are desirable, 24 undesirable\n" in ran.err + ran.out
     write_rows(tmp_path / "compared.jsonl", UNPAIRED[::2])
     ran = cli("train", path, "--dry-run")
-    told = "24 of the answers are desirable, 0 undesirable: bad answers are shown by none of them\n"
+    told = "24 of the answers are desirable, 0 undesirable: undesirable answers are missing\n"
     assert ran.code == 0 and told in ran.err + ran.out
 
 

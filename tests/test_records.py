@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 from conftest import Ran, check_refused, meanings, tree
+from running import run_record
 
 from loratune.codes import Code
 from loratune.errors import ResumeError
 from loratune.system import records
-from loratune.training.checkpoints import contents
-from loratune.training.checkpoints.contents import RejectedAdapter
+from loratune.training.checkpoints import run_dir
+from loratune.training.checkpoints.run_dir import RejectedAdapter
 from loratune.training.checkpoints.store import Checkpoints, newest_whole
 
 Cli = Callable[..., Ran]
@@ -71,7 +72,7 @@ NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_stat
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """Two checkpoints of a run, as far as their records go."""
-    checkpoints = Checkpoints(tmp_path / "checkpoints", {"config": {}}, 0)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", run_record(), 0)
     for step in (1, 2):
         with checkpoints.writing(step):
             directory = checkpoints.unfinished / f"checkpoint-{step}"
@@ -94,7 +95,7 @@ def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
             edit(manifest, **{name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}})
         if version != 2:
             found, run, skipped = newest_whole(kept)
-            assert (found, run["config"], skipped) == (newest, {}, [])
+            assert (found, run, skipped) == (newest, run_record(), [])
             continue
         with pytest.raises(ResumeError) as caught:
             newest_whole(kept)
@@ -116,7 +117,7 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
 
 def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
     (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
-    assert contents.scan_checkpoint(kept / "checkpoint-1").foreign == ["schema_version"]
+    assert run_dir.scan_checkpoints(kept / "checkpoint-1").foreign == ["schema_version"]
 
 
 def test_the_record_of_an_end(tmp_path: Path) -> None:

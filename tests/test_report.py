@@ -30,7 +30,7 @@ from loratune.report import page as report_page
 from loratune.report.charts import Line, Point, heat_map, histogram, line_chart, point_chart
 from loratune.report.loss_plot import loss_plot
 from loratune.report.study import BEST, DONE, StudyResults, TrialResult
-from loratune.training.curve import MOST_HELD_OUT, MOST_LOSSES, thinned
+from loratune.training.results import MOST_HELD_OUT, MOST_LOSSES, thinned
 
 Cli = Callable[..., Ran]
 HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left\x1b[31m \u05e9\u05dc\u05d5\u05dd"

@@ -12,7 +12,7 @@ from conftest import meanings
 
 from loratune.codes import Code
 from loratune.errors import DataError
-from loratune.training import batching
+from loratune.training.rows import shared_rows
 
 
 @dataclass
@@ -47,7 +47,7 @@ def share(makes: list[Callable[[], Any]]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            results[rank] = batching.shared_rows(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
+            results[rank] = shared_rows(makes[rank], Pair(rank, box, barrier))  # type: ignore[arg-type]
         except DataError as error:
             results[rank] = error
 

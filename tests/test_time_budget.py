@@ -24,9 +24,10 @@ from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.data.packing import BatchLayout
 from loratune.system.launcher import SingleProcess
-from loratune.training.duration import FEWEST, WARM_UP, Costs, Speed, is_timed_enough, step_budget, step_seconds
-from loratune.training.evaluations import optimizer_steps
-from loratune.training.sampling import DistributedBatchSampler
+from loratune.training.auto import optimizer_steps
+from loratune.training.batching import DistributedBatchSampler
+from loratune.training.duration import Costs, Speed, step_seconds
+from loratune.training.time_budget import FEWEST, WARM_UP, is_timed_enough, step_budget
 
 UNBOUNDED = 2**40
 """More steps than a run can have."""
@@ -215,7 +216,7 @@ def test_what_comes_beside_the_steps_counts() -> None:
         return 5.0 + 3.0 * -(-steps // 10)
 
     found = step_budget(100.0, epochs(1), beside, UNBOUNDED)
-    assert (found.steps, found.taken, found.beside) == (71, 71.0, 29.0)
+    assert (found.steps, found.taken, found.others) == (71, 71.0, 29.0)
     assert step_budget(101.0, epochs(1), beside, UNBOUNDED).steps == 72
 
 
@@ -228,7 +229,7 @@ def test_epochs_are_an_upper_bound() -> None:
 
 def test_a_budget_without_room_says_what_there_should_be() -> None:
     found = step_budget(5.0, epochs(4), lambda _: 2.0, UNBOUNDED)
-    assert (found.steps, found.beside, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
+    assert (found.steps, found.others, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
     assert step_budget(-1.0, epochs(4), lambda _: 2.0, 1).fewest == 6.0
 
 

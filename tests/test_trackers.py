@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 from loratune.cli.application import importing
 from loratune.codes import Code
 from loratune.events import noted
-from loratune.training.trackers import Tracker
+from loratune.training.callbacks import Tracker
 
 MakeConfig = Callable[..., Path]
 Cli = Callable[..., Ran]

@@ -13,10 +13,11 @@ from conftest import tiny_llama
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainerState, TrainingArguments, get_linear_schedule_with_warmup
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments, get_linear_schedule_with_warmup
 
+from loratune.system.launcher import SINGLE_PROCESS
 from loratune.training import upstream
-from loratune.training.upstream import HookedTrainer
+from loratune.training.upstream import CheckpointTrainer
 
 
 @pytest.fixture
@@ -73,19 +74,10 @@ def test_scale_learning_rates() -> None:
     assert rates[0.1] == pytest.approx([0.1 * rate for rate in rates[1.0]]) and len({*rates[1.0]}) == 4
 
 
-def test_discard_deepspeed_step() -> None:
+def test_deepspeed_counts_micro_steps() -> None:
     engine = pytest.importorskip("deepspeed").DeepSpeedEngine
     assert "self.micro_steps += 1" in inspect.getsource(engine)
     assert "self.optimizer" in inspect.getsource(engine)
-
-
-def test_uses_deepspeed_and_fsdp(tmp_path: Path) -> None:
-    trainer = HookedTrainer(tiny_llama(), TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
-    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (False, False)
-    trainer.is_deepspeed_enabled = True
-    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, False)
-    trainer.is_fsdp_enabled = True
-    assert (trainer.uses_deepspeed, trainer.uses_fsdp) == (True, True)
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,25 +101,22 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert upstream.TensorBoard(tmp_path / "logs").logging_dir == str(tmp_path / "mine")
 
 
-HOOKS = {
-    "prepare_inputs": "_prepare_inputs",
-    "checkpoint_parent": "_get_output_dir",
-    "save_checkpoint": "_save_checkpoint",
-    "save_optimizer_and_scheduler": "_save_optimizer_and_scheduler",
-    "load_optimizer_and_scheduler": "_load_optimizer_and_scheduler",
-    "save_random_state": "_save_rng_state",
-    "load_random_state": "_load_rng_state",
-    "load_weights": "_load_from_checkpoint",
-}
-"""Public name → the private step of Trainer that it stands for."""
+HOOKS = (
+    "_prepare_inputs", "_get_output_dir", "_save_checkpoint", "_save_optimizer_and_scheduler",
+    "_load_optimizer_and_scheduler", "_save_rng_state", "_load_rng_state", "_load_from_checkpoint",
+)  # fmt: skip
+"""Private steps of Trainer that are overridden."""
 
 
-class Recorder(HookedTrainer):
-    """Lists the public names in the order of their calls."""
+class Recorder(CheckpointTrainer):
+    """Lists the private steps in the order of their calls."""
+
+    group = SINGLE_PROCESS
 
     def __init__(self, **arguments: Any):
         self.calls: list[str] = []
         super().__init__(**arguments)
+        self.checkpoint_parent = Path(self.args.output_dir)
 
     def __getattribute__(self, name: str) -> Any:
         if name in HOOKS:
@@ -170,11 +159,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Recorder, 
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_trainer_calls_its_hook(name: str, runs: tuple[Recorder, Recorder, Evaluations]) -> None:
-    """In place of the private step, which is still Trainer's own."""
+def test_trainer_calls_its_private_step(name: str, runs: tuple[Recorder, Recorder, Evaluations]) -> None:
     first, second, _ = runs
-    assert callable(getattr(HookedTrainer.__base__, HOOKS[name]))
-    assert name in second.calls and "load_weights" not in first.calls
+    assert callable(getattr(Trainer, name))
+    assert name in second.calls and "_load_from_checkpoint" not in first.calls
 
 
 def test_notify_evaluation(runs: tuple[Recorder, Recorder, Evaluations]) -> None:

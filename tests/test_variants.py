@@ -15,12 +15,14 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
+from running import run_record
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from loratune import config
 from loratune.codes import Code
 from loratune.commands import train
+from loratune.compare.engine import NextToken
 from loratune.config import LoraSection, ModelSection
 from loratune.data.packing import pad, put_rows
 from loratune.errors import DataError, ModelError
@@ -33,7 +35,8 @@ from loratune.model import load, stored
 from loratune.training import preflight, trainer
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.store import Checkpoints
-from loratune.training.run_context import RunContext, TrainingJob
+from loratune.training.processes import SharedStop
+from loratune.training.results import TrainedAdapter
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -89,14 +92,18 @@ def outputs(model: nn.Module) -> torch.Tensor:
         return model(PROBE).logits
 
 
-def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> trainer.Outcome:
+def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> TrainedAdapter:
     settings = decided_training(**({"learning_rate": 1e-2, "max_steps": 6, "logging_steps": 1} | training))
     size = settings.per_device_train_batch_size
     batches = SimpleNamespace(
         items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
     )
-    run = RunContext(Checkpoints(path / "checkpoints", {}, 0))
-    return trainer.fit(TrainingJob(settings, section, model, batches, None), run)
+    plan: Any = SimpleNamespace(
+        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None, output=path,
+        batches=SimpleNamespace(train=batches, held_out=None, objective=NextToken()), check_base_files=lambda: None,
+        checkpoints=Checkpoints(path / "checkpoints", run_record(), 0),
+    )  # fmt: skip
+    return trainer.fit(plan, SharedStop())
 
 
 def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
@@ -116,7 +123,8 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     assert torch.allclose(outputs(model), before, atol=1e-6)
     count = attach.count(model, start)
     outcome = fit(model, section, tmp_path)
-    assert outcome.last_loss < outcome.first_loss
+    losses = outcome.losses()
+    assert losses[-1] < losses[0]
     trained = outputs(model)
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()

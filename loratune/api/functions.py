@@ -24,7 +24,7 @@ from loratune.data.sources import GivenRows, given_rows
 from loratune.errors import ConfigError, Problem
 from loratune.events import Listener, listening
 from loratune.system import launcher, output_file
-from loratune.training import distributed, preflight
+from loratune.training import preflight, processes
 from loratune.training.checkpoints import run_dir
 
 
@@ -78,7 +78,7 @@ def train(
     """
     began = time.monotonic()
     given: dict[str, GivenRows] = {name: given_rows(values, name) for name, values in (rows or {}).items()}
-    group = distributed.join() if launcher.world_size() > 1 else launcher.SingleProcess()
+    group = processes.join() if launcher.world_size() > 1 else launcher.SingleProcess()
     allowed = None if resume is False else () if resume is True else tuple(resume)
     with listening(on_event if group.main else None):
         run = None

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from loratune.commands.init import Started
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
-    from loratune.commands.plan import Plan
     from loratune.commands.sweep.running import SweepResult
-    from loratune.commands.train import Result
     from loratune.compare.comparison import Comparison
     from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
     from loratune.memory import Estimate
+    from loratune.training.plan import Plan
+    from loratune.training.preflight import Run
+    from loratune.training.results import TrainedAdapter
 
 
 def print_plan(plan: "Plan", rows: int) -> None:
@@ -48,26 +49,28 @@ def print_plan(plan: "Plan", rows: int) -> None:
     print(f"memory at the longest batch: {_memory(plan.memory)}")
 
 
-def print_result(result: "Result", program: str, as_json: bool) -> None:
+def print_result(run: "Run", trained: "TrainedAdapter", program: str, as_json: bool) -> None:
     """The block at the end of a run, and a curve of its loss. program: what to type to start this program."""
-    findings, outcome = result.findings, result.findings.outcome
+    from loratune.adapter.card import example_prompt
+
+    directory, losses = run.directory, trained.losses()
     if as_json:
-        print_json(result.as_json())
+        result = {"adapter": str(directory.output), "adapter_bytes": trained.adapter_bytes, **trained.metrics}
+        print_json(result | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)})
         return
     lines = [
-        ("adapter", str(result.directory)),
-        ("size", format_size(result.adapter_bytes)),
-        ("trained", f"{outcome.tokens:,} tokens in {outcome.steps:,} steps, {format_duration(outcome.seconds)}"),
-        ("loss", f"{outcome.first_loss:.4f} → {outcome.last_loss:.4f}"),
+        ("adapter", str(directory.output)),
+        ("size", format_size(trained.adapter_bytes)),
+        ("trained", f"{trained.tokens:,} tokens in {trained.steps:,} steps, {format_duration(trained.seconds)}"),
+        ("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"),
     ]
-    lines += [*findings.held_out, ("gain", str(findings.gain)), *findings.beside]
-    if findings.forgetting is not None:
+    lines += [*trained.held_out, ("gain", str(trained.gain)), *trained.side_effects]
+    if trained.forgetting is not None:
         lines.append(("stands alone", "it holds the adapter that it started from"))
-    lines.append(
-        ("try it", f"{program} generate --adapter {escaping.shell(result.display_name)} {result.example_prompt}")
-    )
+    prompt = example_prompt(run.rows.train) if run.rows else ""
+    lines.append(("try it", f"{program} generate --adapter {escaping.shell(directory.display_name)} {prompt}"))
     print_block("done", lines)
-    for line in loss_plot(outcome.curve, sys.stdout.encoding or "ascii"):
+    for line in loss_plot(trained.curve, sys.stdout.encoding or "ascii"):
         print(line)
 
 

@@ -47,40 +47,39 @@ def train(
     memory_fix = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
     with boundary(debug, _join, memory_fix=memory_fix) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
-        validated_run = None
+        run = None
         if group.main:
             resumed = changes if resume else None
-            validated_run = _check_run(config_file, assignments, resumed, overwrite=overwrite, dry_run=dry_run)
+            run = _check_run(config_file, assignments, resumed, overwrite=overwrite, dry_run=dry_run)
 
         with importing(computes=True):
             from loratune.training import preflight
 
-        validated_run = preflight.broadcast_run(validated_run, group)
+        run = preflight.broadcast_run(run, group)
 
         with importing():
             from loratune.cli import printing
             from loratune.commands import train as training
-            from loratune.commands.plan import make_plan
             from loratune.training import time_budget
+            from loratune.training.plan import make_plan
 
         try:
             if dry_run:
-                plan = make_plan(validated_run, group)
-                plan = time_budget.estimate_length(plan, validated_run.config.training, began)
+                plan = time_budget.estimate_length(make_plan(run, group), began)
                 group.close()
                 if group.main:
                     printing.print_plan(plan, rows)
                 return
-            result = training.train(validated_run, group, allow_worse=allow_worse, began=began)
+            trained = training.train(run, group, allow_worse=allow_worse, began=began)
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
-            if not dry_run and validated_run.directory.is_resumable():
+            if not dry_run and run.directory.is_resumable():
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
                 fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
             raise stop_error(stop, fix) from None
-        if result is not None:
+        if trained is not None:
             with checked_output():
-                printing.print_result(result, program(), as_json)
+                printing.print_result(run, trained, program(), as_json)
 
 
 @app.command()
@@ -141,15 +140,15 @@ def _join() -> Group:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
 
     with importing():
-        from loratune.training import distributed
+        from loratune.training import processes
 
     with signals.default_actions():
-        return distributed.join()
+        return processes.join()
 
 
 def _check_run(
     config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool, dry_run: bool
-) -> "preflight.ValidatedRun":
+) -> "preflight.Run":
     """Check what can be known of a run before torch is imported, see `preflight.check`.
 
     resume: the keys whose values may have changed; None to start a run.

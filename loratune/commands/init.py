@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from loratune import config, data, memory
 from loratune.commands.init_start import SOURCE
-from loratune.commands.plan import unit_parameters
 from loratune.config import AUTO, DataSection, Draft, RunConfig
 from loratune.data import DatasetSplit, RawDatasets, fields
 from loratune.data.fields import Classes, ColumnChoice
@@ -28,6 +27,7 @@ from loratune.model import checks, load, quantization
 from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
+from loratune.training.plan import unit_parameters
 
 MOST_ROWS = 20_000
 """Rows that are tokenized; of more, so many are drawn."""

@@ -352,11 +352,6 @@ def _values_path(key: str) -> Path:
     return _root() / f"{key}.values"
 
 
-def has_values(key: str) -> bool:
-    """Whether `store_values` kept anything under a key."""
-    return _values_path(key).exists()
-
-
 def load_values(key: str) -> NDArray[np.float64] | None:
     """The numbers that `store_values` kept under a key of 64 hexadecimal digits; None if there are none."""
     path = _values_path(key)
@@ -378,9 +373,3 @@ def store_values(key: str, values: NDArray[np.float64]) -> None:
             unfinished.write_bytes(hashlib.sha256(key.encode() + content).digest() + content)
             unfinished.replace(_values_path(key))
         unfinished.unlink(missing_ok=True)
-
-
-def discard_values(key: str) -> None:
-    """Remove what `store_values` kept, if anything."""
-    with suppress(OSError):
-        _values_path(key).unlink(missing_ok=True)

@@ -1,10 +1,11 @@
 """Chooses values for `auto`: learning rate, schedule and length of a run, and the shape of its adapter.
 
-The choices rest on the experiments of scripts/learn.py, whose tables stand in scripts/README.md, and where those do not
+The choices rest on the experiments of scripts/learn.py, whose tables are in scripts/README.md, and where those do not
 reach, on the sources that are named with each number. The same config, rows and base give the same choices, in every
 process and on every machine; a resumed run keeps those that it began with.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,6 @@ from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decid
 from loratune.config.costs import DECIDED_BY_RUN
 from loratune.config.keys import yaml_flow
 from loratune.errors import ConfigError, Problem
-from loratune.training.evaluations import optimizer_steps
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
 """Learning rate at a hidden size, how fast it falls with that, and for which lora_alpha. Source: the sweep of 35 models
@@ -304,6 +304,22 @@ def _steps_of_pass(training: TrainingSection, facts: Facts) -> int:
     return optimizer_steps(one, facts.rows, training.per_device_train_batch_size, facts.processes)[1]
 
 
+def optimizer_steps(training: TrainingSection, items: int, size: int, processes: int) -> tuple[int, int]:
+    """The optimizer steps of a run and those of one pass over the rows, as Trainer counts them.
+
+    Args:
+        training: The section, without `auto`.
+        items: Training items, which are rows or packs of them.
+        size: Items of a micro-step for each process.
+        processes: How many processes there are.
+    """
+    micro_steps = -(-items // (size * processes))
+    per_epoch = -(-micro_steps // training.gradient_accumulation_steps)
+    if training.max_steps > 0:
+        return training.max_steps, per_epoch
+    return math.ceil(decided(training.num_train_epochs) * per_epoch), per_epoch
+
+
 def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSection:
     """The section for a check or a count without rows; a rank that these decide is the lowest that may be decided.
 
@@ -312,16 +328,9 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
     return decide_lora(lora, Facts(None, None, 0, 0, 1, lambda _: 0, start))[0]
 
 
-_SECTIONS: tuple[tuple[str, type[LoraSection] | type[TrainingSection]], ...] = (
-    ("lora", LoraSection), ("training", TrainingSection),
-)  # fmt: skip
-_LENGTH = "num_train_epochs"
-
-
-def _decided_keys(section: str) -> list[str]:
-    """The keys of a section that `auto` is a value of."""
-    keys = (key.split(".") for key, value in DECIDED_BY_RUN.items() if value == AUTO)
-    return [name for place, name in keys if place == section]
+_SECTIONS: dict[str, type[LoraSection] | type[TrainingSection]] = {"lora": LoraSection, "training": TrainingSection}
+_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
+"""Section and name of each key that `auto` is a value of."""
 
 
 def are_recorded(recorded: Mapping[str, Any]) -> bool:
@@ -329,16 +338,15 @@ def are_recorded(recorded: Mapping[str, Any]) -> bool:
 
     recorded: the config of an interrupted run as plain values. Where they came from is not known.
     """
-    for name, section in _SECTIONS:
-        values = recorded.get(name)
-        if not isinstance(values, dict):
-            return False
-        for key in values.keys() & _decided_keys(name):
+    if not all(isinstance(recorded.get(name), dict) for name in _SECTIONS):
+        return False
+    for name, key in _DECIDED:
+        if name in _SECTIONS and key in recorded[name]:
             try:
-                section.model_validate({key: values[key]})
+                _SECTIONS[name].model_validate({key: recorded[name][key]})
             except ValidationError:
                 return False
-            if values[key] == AUTO:
+            if recorded[name][key] == AUTO:
                 return False
     return True
 
@@ -352,9 +360,9 @@ def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
     is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
     return {
         f"{name}.{key}": recorded[name][key]
-        for name, _ in _SECTIONS
-        for key in _decided_keys(name)
-        if values[name][key] == AUTO and key in recorded[name] and not (key == _LENGTH and is_length_set)
+        for name, key in _DECIDED
+        if name in _SECTIONS and values[name][key] == AUTO and key in recorded[name]
+        if not (key == "num_train_epochs" and is_length_set)
     }
 
 
@@ -374,5 +382,5 @@ def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
     if training["max_minutes"] is not None:
         training |= {"max_minutes": None, "max_steps": recorded["training"]["max_steps"]}
     if training["max_steps"] > 0:
-        training[_LENGTH] = AUTO
+        training["num_train_epochs"] = AUTO
     return from_values(values, "the config, with what was decided before the interruption")

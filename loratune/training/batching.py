@@ -1,173 +1,28 @@
-"""The rows of a run: tokenized once for all of its processes, and laid out in batches that its model can take."""
+"""The batches of a run: how its rows are laid out for its model, and which rows each process takes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
 
-from loratune import data, kernels, memory
+from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass, check_positions
+from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass
 from loratune.compare.objectives import ComparedRows, Formula
-from loratune.config import AUTO, DataSection, PreferenceSection, RunConfig, TrainingSection
-from loratune.data import DatasetSplit, TokenizedDataset
+from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
+from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
 from loratune.data.packing_check import packing_refusal, padding_is_cheaper, padding_refusal
 from loratune.data.prefix_tree import PrefixTree
-from loratune.data.rendering import Renderer
-from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
+from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
 from loratune.lora import attach
-from loratune.lora.attach import PeftModel
-from loratune.model import load
 from loratune.system import launcher
-from loratune.system.launcher import Group, host
-from loratune.training.evaluations import EvaluationSteps, evaluation_steps
+from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.preferences import PreferenceObjective
-from loratune.training.preflight import ValidatedRun
-
-_FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
-"""The tokens of a passage of unrelated text, at least and at most. It has no more than a row may have."""
-
-
-@dataclass(frozen=True)
-class UnrelatedText:
-    """Text that no rows are about. rows: None where it cannot be read; unknown: then why not."""
-
-    rows: TokenizedDataset | None
-    unknown: str = ""
-
-
-@dataclass(frozen=True)
-class TokenizedDatasets:
-    """The rows of a run as tokens.
-
-    Attributes:
-        train: The training rows.
-        validation: The validation rows, if there are any.
-        remarks: For each split by its name, lines on how it was read. Known to the main process only.
-        leaks: Lines on validation and test rows that are also in another split. Known to the main process only.
-        max_length: The number of tokens to which rows were cut.
-        test: The test rows, if there are any.
-        unrelated: Text that no rows are about, on which is measured what is forgotten. It is no split of the rows.
-    """
-
-    train: TokenizedDataset
-    validation: TokenizedDataset | None
-    remarks: dict[str, list[str]]
-    leaks: list[str]
-    max_length: int
-    test: TokenizedDataset | None
-    unrelated: UnrelatedText
-
-    @property
-    def splits(self) -> dict[str, TokenizedDataset]:
-        """Those that there are, by their names."""
-        named = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: split for name, split in named.items() if split}
-
-    @property
-    def compared(self) -> dict[str, TokenizedDataset]:
-        """The splits on which an adapter may be compared with its base, by name, in order of preference."""
-        named = {"validation": self.validation, "training": self.train}
-        return {name: split for name, split in named.items() if split}
-
-
-def tokenize(ready: ValidatedRun, tokenizer: Any, group: Group) -> TokenizedDatasets:
-    """Tokenize the rows, or take them from the cache.
-
-    The main process does it for all processes that see its cache. On a machine that does not see it, one process does
-    it for the others there.
-
-    Args:
-        ready: The run.
-        tokenizer: Its tokenizer.
-        group: The processes of the run.
-
-    Raises:
-        DataError: See `data.prepare`; or the files of another machine hold other rows.
-        ConfigError: Rows are longer than the context of the model.
-    """
-    section, model_config = ready.config.data, load.load_config(ready.config.model)
-    vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
-    renderer = Renderer(tokenizer, vocabulary)
-
-    def prepare(name: str) -> TokenizedDataset:
-        raw = ready.rows or data.read_datasets(section, ready.config.training.seed)
-        return data.prepare(raw.splits[name], renderer, section, vocabulary)
-
-    values = {"train": section.train, "validation": section.validation, "test": section.test}
-    splits = {
-        name: shared_rows(partial(prepare, name), group) for name, sources in values.items() if sources is not None
-    }
-    for rows in splits.values():
-        check_positions(rows, section, context)
-    remarks: dict[str, list[str]] = {name: [] for name in splits}
-    leaks: list[str] = []
-    if ready.rows is not None:
-        for name, split in ready.rows.splits.items():
-            remarks[name] += [*split.remarks(), *([splits[name].rows.remark] if splits[name].rows.remark else [])]
-        remarks["train"] += _remarks_on_rendering(ready.rows.train, splits["train"], renderer, section)
-        leaks = [line for one in data.find_leaks(ready.rows) for line in one.remarks()]
-    train, validation, test = (splits.get(name) for name in values)
-    assert train is not None
-    longest = min(_UNRELATED_TOKENS, section.max_length, context or _UNRELATED_TOKENS)
-    unrelated = _unrelated(renderer, vocabulary, longest, group)
-    return TokenizedDatasets(train, validation, remarks, leaks, section.max_length, test, unrelated)
-
-
-def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> UnrelatedText:
-    """See `TokenizedDatasets`. No run fails because of it. longest: the most tokens of a passage."""
-    prepare = partial(data.prepare_unrelated_text, renderer, vocabulary, longest)
-    own, unknown = None, ""
-    if longest < _FEWEST_UNRELATED_TOKENS:
-        unknown = f"rows of {longest} tokens are too short for it"
-    elif group.main:
-        try:
-            own, unknown = prepare()
-        except (DataError, ModelError, ResourceError) as error:
-            unknown = error.problems[0].what
-    if unknown := group.broadcast(unknown):
-        return UnrelatedText(None, unknown)
-    return UnrelatedText(shared_rows(lambda: own or prepare()[0], group))
-
-
-def _remarks_on_rendering(
-    split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
-) -> list[str]:
-    """Lines on what the tokenizer does to rows that may not be intended."""
-    remarks = [
-        renderer.remark_on_bos(rows.rows.row(0).ids),
-        data.remark_on_lost_characters(split, rows, renderer, section),
-    ]
-    return [remark for remark in remarks if remark]
-
-
-def shared_rows(prepare: Callable[[], TokenizedDataset], group: Group) -> TokenizedDataset:
-    """The rows that the main process prepares, in all processes.
-
-    Raises:
-        DataError: See `tokenize`.
-    """
-    own = prepare() if group.main else None
-    directory, fingerprint = group.broadcast([str(own.rows.directory), own.fingerprint] if own else ["", ""])
-    main_directory = Path(directory)
-    rows = own or data.open_tokenized(main_directory)
-    hosts_without = {name for name, has_rows in group.all_gather([host(), rows is not None]) if not has_rows}
-    if host() in hosts_without and group.leads_machine:
-        rows = own or prepare()
-    directories = group.all_gather([host(), str(rows.rows.directory if rows else main_directory)])
-    if rows is None:
-        other = (Path(path) for name, path in directories if name == host() and path != directory)
-        rows = data.open_tokenized(next(other, main_directory))
-    if rows is None or rows.fingerprint != fingerprint:
-        what = f"the rows on {host()} are not those of the main process"
-        fix = "give all machines the same files"
-        raise DataError(Problem(Code.DISTRIBUTED_SETTING, what, key="data.train", fix=fix))
-    return rows
 
 
 @dataclass(frozen=True)
@@ -175,20 +30,16 @@ class BatchedDatasets:
     """The batches of a run.
 
     Attributes:
-        train: The training batches.
-        train_rows: Their rows.
-        validation: The validation batches, if there are validation rows.
-        pad_id: The token for padding.
+        layouts: The batches by the name of their split, but for test rows.
+        train_rows: The training rows.
         engine: Computes the losses of rows: of validation rows while training, and of all rows at its end.
         held_out: The pass over the validation rows, if there are any.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
     """
 
-    train: BatchLayout
+    layouts: dict[str, BatchLayout]
     train_rows: TokenizedDataset
-    validation: BatchLayout | None
-    pad_id: int
     engine: Engine
     held_out: ScoringPass | None
     notes: list[str]
@@ -200,9 +51,9 @@ class BatchedDatasets:
         return self.engine.acceleration
 
     @property
-    def layouts(self) -> dict[str, BatchLayout]:
-        """The batches by the name of their split."""
-        return {"train": self.train, **({"validation": self.validation} if self.validation else {})}
+    def train(self) -> BatchLayout:
+        """The training batches."""
+        return self.layouts["train"]
 
     def first(self, most: int = 64) -> list[Mapping[str, Any]]:
         """The first batches of the training rows, in their order."""
@@ -227,83 +78,50 @@ class BatchedDatasets:
         lengths = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in rows]
         return lengths, len(lengths)
 
-    def memory(self, model: PeftModel, training: TrainingSection) -> memory.Estimate:
-        """The estimate of the memory that training the model on these batches needs."""
-        tokens = self.train.total_tokens(training.max_steps).tolist()
-        return memory.estimate(model, *self.largest(), training, packed=self.train.flat, batch_tokens=tokens)
-
-    def evaluation_steps(
-        self, validation: TokenizedDataset | None, training: TrainingSection, processes: int
-    ) -> EvaluationSteps | None:
-        """When a run of so many processes is evaluated on some rows; None without any."""
-        if validation is None:
-            return None
-        trained, held_out = (int(split.rows.lengths.sum()) for split in (self.train_rows, validation))
-        return evaluation_steps(training, len(self.train.items), self.train.size, processes, trained, held_out)
-
-    def savings(self, model: PeftModel, training: TrainingSection) -> list[tuple[str, int]]:
-        """Settings that would save memory, each with about how many bytes."""
-        return [*memory.savings(model, *self.largest(), training, packed=self.train.flat)]
-
 
 @progress("trying batches on the base")
-def batch(
-    model: Any,
-    pad_id: int,
-    datasets: TokenizedDatasets,
-    data_section: DataSection,
-    training: TrainingSection,
-    preferences: PreferenceSection = PreferenceSection(),  # noqa: B008  it is frozen
-) -> BatchedDatasets:
-    """Lay out rows as the configuration says; or padded, where the model would mix packed rows.
+def batch(model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: RunConfig) -> BatchedDatasets:
+    """Lay out rows as the config says; or padded, where the model would mix packed rows.
 
     Args:
         model: A `PeftModel` with its weights, which stays as it is.
         pad_id: The token for padding.
-        datasets: The rows.
-        data_section: How rows are to be packed.
-        training: How many rows a batch has, and what is lowered.
-        preferences: The numbers of objectives that compare answers.
+        splits: The rows by the name of their split.
+        run: How rows are to be packed, how many a batch has, and what is lowered.
 
     Raises:
         ModelError: Rows cannot be packed, and the model would compute something else for padded ones.
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
-    size, length = training.per_device_train_batch_size, data_section.max_length
-    objective = objective_of(datasets.splits, data_section, training, preferences)
+    section, training, train = run.data, run.training, splits["train"]
+    objective = objective_of(splits, run)
     with acceleration.applied(model):
         mixed = not kernels.attends_by_rows(model)
-        packing, notes = _packing(model, datasets.train, data_section, training, mixed=mixed)
+        packing, notes = _packing(model, train, section, training, mixed=mixed)
         if packing == "none":
-            _check_padding(model, pad_id, training, datasets.train.rows_per_example)
-        layouts = {
-            name: BatchLayout(rows, split.rows.lengths, packing, size, length, pad_id, rows_per_example)
-            for name, split in datasets.splits.items()
-            if name != "test"
-            for rows, rows_per_example in [objective.items(split)]
-        }
-        saved, more = sharing(model, layouts["train"], data_section)
+            _check_padding(model, pad_id, training, train.rows_per_example)
+        layouts = {}
+        for name, split in splits.items():
+            if name != "test":
+                items, together = objective.items(split)
+                size, longest = training.per_device_train_batch_size, section.max_length
+                layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
+        saved, more = sharing(model, layouts["train"], section)
     if saved is not None:
         layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
-    train, validation = layouts["train"], layouts.get("validation")
-    trees = None if saved is None else True
-    engine = Engine(model, data_section, pad_id, acceleration, flat=None if mixed else packing != "none", trees=trees)
-    held_out = objective.held_out(engine, datasets.validation) if datasets.validation else None
-    return BatchedDatasets(train, datasets.train, validation, pad_id, engine, held_out, notes, objective)
+    flat, trees = None if mixed else packing != "none", None if saved is None else True
+    engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees)
+    held_out = objective.held_out(engine, splits["validation"]) if "validation" in splits else None
+    return BatchedDatasets(layouts, train, engine, held_out, notes, objective)
 
 
-def objective_of(
-    datasets: Mapping[str, TokenizedDataset],
-    section: DataSection,
-    training: TrainingSection,
-    preferences: PreferenceSection,
-) -> Objective:
+def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:
     """The objective of a run; for preferences with the rows of each split."""
-    if training.objective == "sft":
+    if run.training.objective == "sft":
         return NextToken()
-    splits = {name: ComparedRows(split, section.max_length, training.seed) for name, split in datasets.items()}
-    return PreferenceObjective(Formula.of(training.objective, preferences), splits)
+    compared = {name: ComparedRows(split, run.data.max_length, run.training.seed) for name, split in splits.items()}
+    return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
 
 
 def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
@@ -380,3 +198,87 @@ def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_
     if rows_per_example == 1:
         fix = f"set it to 1, and gradient_accumulation_steps to {size * training.gradient_accumulation_steps}"
     raise ModelError(Problem(Code.MODEL_UNSUPPORTED, reason, key="training.per_device_train_batch_size", fix=fix))
+
+
+# Which rows each process takes in each micro-step
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
+    if not (batch["labels"] >= 0).any():
+        return 0
+    mask = batch.get("attention_mask")
+    return batch["labels"].numel() if mask is None else int(mask.sum())
+
+
+class DistributedBatchSampler(Sampler[list[int]]):
+    """The batches of one process.
+
+    A micro-step takes the next `size` items for each process, in an order that is drawn again for each epoch. So the
+    number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
+    an epoch fewer items may be left; they are spread evenly, and a process may get none.
+
+    Args:
+        items: How many items there are.
+        size: Items of a micro-step for each process.
+        seed: Of the order; the number of the epoch is added to it.
+        group: The processes of the run.
+    """
+
+    def __init__(self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS):
+        self.items, self.size, self.seed, self.epoch = items, size, seed, 0
+        self.rank, self.processes = group.rank, group.count
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Micro-steps of an epoch, the same for every process."""
+        return -(-self.items // (self.size * self.processes))
+
+    def order(self) -> list[int]:
+        """The items in the order of this epoch, for all processes."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)  # as accelerate's SeedableRandomSampler
+        order: list[int] = torch.randperm(self.items, generator=generator).tolist()
+        return order
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self.order()
+        for start in range(0, self.items, self.size * self.processes):
+            yield self._share(order[start : start + self.size * self.processes])
+
+    def _share(self, numbers: list[int]) -> list[int]:
+        """The part of a micro-step's items that this process takes."""
+        least, more = divmod(len(numbers), self.processes)
+        start = self.rank * least + min(self.rank, more)
+        return numbers[start : start + least + (self.rank < more)]
+
+
+class Loader(DataLoader[Any]):
+    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate shares them out no further.
+
+    A micro-step without items for this process is a batch of the first row in which nothing is supervised, as all
+    processes must take every step.
+    """
+
+    def __init__(
+        self,
+        items: Any,
+        sampler: DistributedBatchSampler,
+        collate: Callable[[Sequence[Any]], dict[str, torch.Tensor]],
+        *,
+        pin_memory: bool,
+    ):
+        def batch(selected: Sequence[Any]) -> dict[str, torch.Tensor]:
+            if selected:
+                return collate(selected)
+            idle = collate([items[0]])
+            return idle | {"labels": torch.full_like(idle["labels"], -100)}
+
+        self.rows_sampler = sampler
+        super().__init__(items, batch_sampler=sampler, collate_fn=batch, pin_memory=pin_memory)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next pass."""
+        self.rows_sampler.set_epoch(epoch)

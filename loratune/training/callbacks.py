@@ -1,23 +1,41 @@
-"""Callbacks of the trainer: they check numbers, emit events, and stop the run when a signal has asked for it."""
+"""Callbacks of the trainer: they check numbers, emit events, stop the run on request, and pass it on to trackers.
 
+Trackers are the integrations of transformers: TensorBoard, W&B, Trackio and MLflow. They only watch. One that fails is
+reported once and then left out. The run draws the same random numbers with and without trackers. One that hangs, as on
+a network, holds up the run.
+"""
+
+import copy
 import math
+import random
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
+from transformers.integrations import get_reporting_integration_callbacks
 
 from loratune.codes import Code
 from loratune.compare.engine import Objective
-from loratune.data.packing import BatchLayout
-from loratune.errors import NumericError, Problem
-from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit
+from loratune.errors import LoratuneError, NumericError, Problem
+from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit, note
 from loratune.kernels import global_norm
 from loratune.system.launcher import Group
+from loratune.training.checkpoints.record import StepLosses
 from loratune.training.checkpoints.store import Checkpoints
-from loratune.training.curve import StepLosses
+from loratune.training.upstream import TensorBoard
+
+_METRICS = ("reward_accuracy", "reward_margin")
+"""Metrics of preferences that the trainer logs beside the loss."""
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -26,11 +44,13 @@ class NonFiniteGuard(TrainerCallback):
     Attributes:
         tokens: How many tokens this process has read since the last optimizer step.
         norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
+        before_first_step: Called before the first step; set as `norm`. It leaves model and trainer as they are.
         losses: Those of the steps that were not reported yet.
         objective: What the loss is.
     """
 
     norm: Callable[[], torch.Tensor]
+    before_first_step: Callable[[], None]
 
     def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
         self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
@@ -56,8 +76,9 @@ class NonFiniteGuard(TrainerCallback):
         self.sum = own if self.sum is None else self.sum + own
         return value
 
-    def reset(self) -> None:
-        """Forget the micro-steps since the last optimizer step."""
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step, also of a resumed run."""
+        self.before_first_step()
         self.sum, self.tokens = None, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -67,9 +88,9 @@ class NonFiniteGuard(TrainerCallback):
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
-        self.reset()
+        self.sum, self.tokens = None, 0
         for name, value in (("loss", loss), ("gradient norm", norm)):
-            if not abs(value) < float("inf"):
+            if not math.isfinite(value):
                 fix = "lower training.learning_rate, or train in float32"
                 if not state.global_step:
                     fix = "check that the base model works by itself"
@@ -102,63 +123,17 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
 
 
-def check_final_loss(
-    model: PreTrainedModel, train: BatchLayout, objective: Objective, checkpoints: Checkpoints, step: int
-) -> None:
-    """Check that the model gives a finite loss after the last step, which no later step has shown.
+class RunCallback(TrainerCallback):
+    """Emits events of what the trainer does, and ends a run after the current step once that is asked for.
 
-    Raises:
-        NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
-    """
-    loss = objective.losses(model, train, [range(min(train.size, len(train.items)))]).loss
-    if not loss < float("inf"):
-        what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
-        problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix)
-        raise diverged_error(problem, checkpoints, step)
-
-
-class OomDryRun(TrainerCallback):
-    """Computes the largest batch before all others, so that a lack of memory shows at once.
-
-    Attributes:
-        run: Computes it; set once there is a trainer to do so. Afterwards model, trainer and guard are as before.
+    Args:
+        stopping: Whether any process was asked to stop; all of them call it together.
+        after_checkpoint: Called after each checkpoint; an error that it raises ends the run.
+        at_evaluations: Whether the loss is reported at each evaluation too, since any may be the end of the run.
     """
 
-    run: Callable[[], None]
-
-    def __init__(self, guard: NonFiniteGuard):
-        self.guard = guard
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step, also of a resumed run."""
-        self.run()
-        self.guard.reset()
-
-
-class StopCallback(TrainerCallback):
-    """Ends a run after the current step, with a checkpoint, once that is asked for.
-
-    stopping: whether any process was asked to stop; all of them call it together.
-    """
-
-    def __init__(self, stopping: Callable[[], bool]):
-        self.stopping = stopping
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step."""
-        if self.stopping():
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-
-class EventCallback(TrainerCallback):
-    """Emits events of what the trainer does.
-
-    at_evaluations: whether the loss is reported at each evaluation too, since any may be the end of the run.
-    """
-
-    def __init__(self, *, at_evaluations: bool = False):
-        self.at_evaluations = at_evaluations
+    def __init__(self, stopping: Callable[[], bool], after_checkpoint: Callable[[], None], *, at_evaluations: bool):
+        self.stopping, self.after_checkpoint, self.at_evaluations = stopping, after_checkpoint, at_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
@@ -172,6 +147,13 @@ class EventCallback(TrainerCallback):
             control.should_log = True  # the last loss is reported as the result of the run
         if not control.should_log:
             self._emit_step(state, {})
+        if self.stopping():
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After a checkpoint."""
+        self.after_checkpoint()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """When a loss is reported."""
@@ -187,56 +169,6 @@ class EventCallback(TrainerCallback):
         metrics = {name: values[name] for name in _METRICS if name in values}
         loss, rate = values.get("loss"), values.get("learning_rate")
         emit(StepEvent(state.global_step, state.max_steps, tokens, loss, rate, metrics))
-
-
-_METRICS = ("reward_accuracy", "reward_margin")
-"""Metrics of preferences that the trainer logs beside the loss."""
-
-
-class CheckpointCallback(TrainerCallback):
-    """Calls a function after each checkpoint."""
-
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint."""
-        self.function()
-
-
-class StepTimer(TrainerCallback):
-    """Times the micro-steps of a run that accumulates nothing, and ends it when there are enough of them.
-
-    Attributes:
-        is_enough: From the number of micro-steps to whether the run ends; all processes call it together.
-        micro_steps: Seconds of each, without those of the optimizer.
-        optimizer: Seconds of the optimizer after each.
-        setup: Seconds that it takes to set up the trainer.
-        checkpoint: Seconds that a checkpoint takes.
-    """
-
-    def __init__(self, is_enough: Callable[[int], bool]):
-        self.is_enough = is_enough
-        self.micro_steps: list[float] = []
-        self.optimizer: list[float] = []
-        self.setup = self.checkpoint = self.start = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before the first step."""
-        self.start = time.monotonic()
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After the gradients of a step."""
-        now = time.monotonic()
-        self.micro_steps.append(now - self.start)
-        self.start = now
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step."""
-        now = time.monotonic()
-        self.optimizer.append(now - self.start)
-        self.start = now
-        control.should_training_stop = self.is_enough(len(self.micro_steps))
 
 
 class Pace(TrainerCallback):
@@ -266,7 +198,7 @@ class Pace(TrainerCallback):
         """After a checkpoint."""
         self.start = time.monotonic()
 
-    def figures(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
+    def metrics(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
         second since the report before; only the latter depends on the clock."""
         tokens = int(state.num_input_tokens_seen)
@@ -280,3 +212,150 @@ class Pace(TrainerCallback):
         """Tokens a second over all steps of this process; None if it took none."""
         tokens = int(state.num_input_tokens_seen) - self.first_tokens
         return round(tokens / self.total_seconds, 1) if tokens and self.total_seconds else None
+
+
+class StepTimer(TrainerCallback):
+    """Times the micro-steps of a run that accumulates nothing, and ends it when there are enough of them.
+
+    Attributes:
+        is_enough: From the number of micro-steps to whether the run ends; all processes call it together.
+        micro_steps: Seconds of each, without those of the optimizer.
+        optimizer: Seconds of the optimizer after each.
+        setup: Seconds that it takes to set up the trainer.
+        checkpoint: Seconds that a checkpoint takes.
+    """
+
+    def __init__(self, is_enough: Callable[[int], bool]):
+        self.is_enough = is_enough
+        self.micro_steps, self.optimizer = list[float](), list[float]()
+        self.setup = self.checkpoint = self.start = 0.0
+
+    def _lap(self) -> float:
+        start, self.start = self.start, time.monotonic()
+        return self.start - start
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self._lap()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the gradients of a step."""
+        self.micro_steps.append(self._lap())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each optimizer step."""
+        self.optimizer.append(self._lap())
+        control.should_training_stop = self.is_enough(len(self.micro_steps))
+
+
+class Tracker(TrainerCallback):
+    """Passes on to one integration what the trainer does, until that fails.
+
+    The end of training is passed on by `end`: upstream's integrations close their run then, and the last held-out loss
+    comes after it.
+    """
+
+    def __init__(self, name: str, make: Callable[[], TrainerCallback], run_name: str):
+        """A tracker that has not begun.
+
+        Args:
+            name: Its name in `training.report_to`.
+            make: Makes the integration, which imports its package.
+            run_name: What it is to call the run.
+        """
+        self._name, self._make, self._run_name = name, make, run_name
+        self._integration: TrainerCallback | None = None
+        self._last_call: tuple[Any, Any, Any, dict[str, Any]] | None = None
+        self._has_failed = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        self._pass_on("on_train_begin", args, state, control, kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """When a loss is reported. Not upstream's summary of the run, which counts packs as rows."""
+        if logs is not None and "train_runtime" not in logs:
+            self._pass_on("on_log", args, state, control, kwargs, logs=dict(logs))
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After each checkpoint, which some integrations upload if their environment asks for it."""
+        self._pass_on("on_save", args, state, control, kwargs)
+
+    def end(self) -> None:
+        """The run is over. The tracker records the error that is being handled, if there is one."""
+        if self._last_call is not None:
+            error, name = sys.exception(), self._name
+            args, state, control, kwargs = self._last_call
+            if name == "mlflow" and error is not None:
+                status = "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED"
+                self._attempt(state.global_step, lambda: import_module("mlflow").end_run(status))
+            self._pass_on("on_train_end", args, state, control, kwargs)
+            if name == "wandb":  # its integration leaves that to the end of the process
+                self._attempt(
+                    state.global_step, lambda: import_module("wandb").finish(exit_code=int(error is not None))
+                )
+        self._integration = self._last_call = None
+
+    def _pass_on(self, event: str, args: Any, state: Any, control: Any, kwargs: dict[str, Any], **others: Any) -> None:
+        arguments = copy.copy(args)
+        arguments.run_name = self._run_name
+
+        def call() -> None:
+            self._integration = self._integration or self._make()
+            getattr(self._integration, event)(arguments, state, control, **kwargs, **others)
+
+        self._last_call = arguments, state, control, kwargs
+        self._attempt(state.global_step, call)
+
+    def _attempt(self, step: int, action: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            # W&B prints on stderr by itself, and keeps hold of the streams that it finds.
+            with _same_random_numbers(), nullcontext() if self._name == "wandb" else redirect_stdout(sys.stderr):
+                action()
+        except LoratuneError:
+            raise
+        except (Exception, SystemExit) as error:  # whatever a package, its disk or its network comes up with
+            self._has_failed, self._integration = True, None
+            what = f"{self._name} failed at step {step}: {type(error).__name__}: {error}"
+            fix = "the run continues without it"
+            note(str(Problem(Code.TRAINING_TRACKER_FAILED, what, key="training.report_to", fix=fix)))
+
+
+def trackers(names: Iterable[str], output: Path, *, is_resumed: bool) -> Sequence[Tracker]:
+    """The trackers of a run, for the main process.
+
+    Args:
+        names: Those of `training.report_to`.
+        output: The output directory, after which the run is called, and beside which TensorBoard's files go.
+        is_resumed: Whether the run continues from a checkpoint, and so do TensorBoard's files.
+    """
+
+    def make(name: str) -> TrainerCallback:
+        if name == "tensorboard":
+            return TensorBoard(_log_directory(output, is_resumed=is_resumed))
+        (integration,) = get_reporting_integration_callbacks([name])
+        return integration()
+
+    return [Tracker(name, partial(make, name), output.name) for name in dict.fromkeys(names)]
+
+
+def _log_directory(output: Path, *, is_resumed: bool) -> Path:
+    """A new directory within `<output>.logs`, which is named by the time; that of the last run if it is resumed."""
+    logs = output.with_name(f"{output.name}.logs")
+    earlier = sorted(path for path in logs.glob("2*") if path.is_dir()) if is_resumed else []
+    return earlier[-1] if earlier else logs / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """After this, random numbers are drawn as if nothing had been drawn inside."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    state, array_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state)
+        np.random.set_state(array_state)

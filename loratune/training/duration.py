@@ -1,14 +1,16 @@
-"""How long training takes, and how many steps a time budget has room for.
+"""When a run is evaluated, and how long it takes.
+
+Evaluation steps are those of the config, or chosen before the first step from counts alone: the same rows and settings
+give the same steps, in every process, on every machine, and in a run that is resumed.
 
 The time of a batch is `a + b * operations`, where its floating-point operations are counted from the lengths of its
 rows, padding included: so the rows of each step decide, in the order in which the run reads them. Before a run,
 `seconds_per_operation` measures b by a layer with random weights, so that neither the base nor its weights are needed;
-a run with a time budget fits a and b to batches that it times, see `Speed.fitted`.
+a run with a time budget fits a and b to batches that it times, see `time_budget`.
 """
 
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Self
@@ -24,9 +26,8 @@ from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.lora import parameters
 from loratune.lora.module_names import without_wrappers
 from loratune.model import load
-from loratune.training.batching import would_share
-from loratune.training.evaluations import evaluation_steps
-from loratune.training.sampling import DistributedBatchSampler
+from loratune.training.auto import optimizer_steps
+from loratune.training.batching import DistributedBatchSampler, would_share
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
@@ -52,16 +53,80 @@ _WIDTH, _TOKENS = 4096, 2048
 _SECONDS, _SHARE, _REPEATS = 3.0, 0.01, 5
 """How long it is repeated at most, also as a part of the estimate, and how often at least. On a busy machine a process
 is fast in its first second, before its share of the processors is used up."""
+_EVALUATIONS = 10
+"""About how many evaluations a run has where their number is left to it."""
+_FORWARD = 3
+"""A token that is trained on costs as much as so many that are only read: the backward pass takes twice the forward's
+arithmetic."""
+_PARTS = 10
+"""All evaluations together cost at most this part of the training, beyond the one that ends the run."""
 
-WARM_UP = 2
-"""Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
-_LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
-"""Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
-_MOST_EPOCHS, _MOST_STEPS = 100, 2**31 - 1
-"""The steps of so many epochs are predicted one by one, and further epochs are taken to repeat them; and the most steps
-that a run can have."""
-FEWEST = 3
-"""A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
+
+@dataclass(frozen=True)
+class EvaluationSteps:
+    """When a run is evaluated.
+
+    Attributes:
+        interval: Optimizer steps between two evaluations. One more ends the run unless its last step has one anyway.
+        steps: Optimizer steps of the run.
+        trained: Tokens that these steps train on.
+        held_out: Tokens that one evaluation reads.
+    """
+
+    interval: int
+    steps: int
+    trained: int
+    held_out: int
+
+    @property
+    def count(self) -> int:
+        """How many evaluations there are."""
+        return -(-self.steps // self.interval)
+
+    @property
+    def share(self) -> float:
+        """What they cost, as a part of the training."""
+        return self.count * self.held_out / (_FORWARD * self.trained)
+
+    def __str__(self) -> str:
+        """`evaluating every 40 of 200 steps: 5 times, 7,642 tokens each, which costs 2.1 % of the training`."""
+        cost = (
+            f"{self.held_out:,} tokens{' each' if self.count > 1 else ''}, which costs {self.share:.1%} of the training"
+        )
+        if self.count == 1:
+            when = f"after the last of {self.steps:,} steps" if self.steps > 1 else "after the only step"
+            return f"evaluating once, {when}: {cost}"
+        return f"evaluating every {self.interval:,} of {self.steps:,} steps: {self.count:,} times, {cost}"
+
+
+def evaluation_steps(
+    training: TrainingSection, items: int, size: int, processes: int, trained: int, held_out: int
+) -> EvaluationSteps:
+    """When a run is evaluated.
+
+    Args:
+        training: The section, whose `eval_steps` is kept if it is set.
+        items: Training items, which are rows or packs of them.
+        size: Items of a micro-step for each process.
+        processes: How many processes there are.
+        trained: Tokens of one pass over the training rows.
+        held_out: Tokens of the validation rows.
+    """
+    steps, per_epoch = optimizer_steps(training, items, size, processes)
+    tokens = max(1, trained * steps // per_epoch)
+    return EvaluationSteps(training.eval_steps or interval(steps, tokens, held_out), steps, tokens, held_out)
+
+
+def interval(steps: int, trained: int, held_out: int) -> int:
+    """Steps between two evaluations such that there are about ten, which together cost at most a tenth of the training.
+
+    Args:
+        steps: Optimizer steps of the run.
+        trained: Tokens that these train on.
+        held_out: Tokens that one evaluation reads.
+    """
+    affordable = _FORWARD * trained // (_PARTS * max(1, held_out))
+    return -(-steps // max(1, min(_EVALUATIONS, affordable)))
 
 
 @dataclass(frozen=True)
@@ -298,17 +363,6 @@ class Speed:
         return self.per_batch * batches + self.per_operation * operations
 
 
-def is_timed_enough(batches: int, elapsed: float, left: float) -> bool:
-    """Whether enough batches were timed.
-
-    Args:
-        batches: How many, those of the warm-up included.
-        elapsed: Seconds since the first one began.
-        left: Seconds of the budget when it began.
-    """
-    return elapsed >= left or (batches >= WARM_UP + _LEAST_TIMED and elapsed >= min(_SHARE * left, _MOST_SECONDS))
-
-
 def step_seconds(
     micro_steps: Iterator[NDArray[np.float64]], speed: Speed, optimizer: float, accumulation: int
 ) -> Iterator[NDArray[np.float64]]:
@@ -323,52 +377,3 @@ def step_seconds(
     for operations in micro_steps:
         taken = speed.per_batch + speed.per_operation * operations
         yield np.add.reduceat(taken, np.arange(0, len(taken), accumulation)) + optimizer
-
-
-@dataclass(frozen=True)
-class StepBudget:
-    """What a budget has room for.
-
-    Attributes:
-        steps: Optimizer steps.
-        taken: Seconds that they take.
-        beside: Seconds that come beside them: evaluations, checkpoints, and what follows the last step.
-        fewest: Seconds from the first step on that the shortest run which is not refused takes.
-        limited: Whether there would be time for more steps than the epochs have.
-    """
-
-    steps: int
-    taken: float
-    beside: float
-    fewest: float
-    limited: bool
-
-
-def step_budget(
-    left: float, steps: Iterator[NDArray[np.float64]], beside: Callable[[int], float], most: int
-) -> StepBudget:
-    """How many steps there is time for.
-
-    Args:
-        left: Seconds that are left.
-        steps: For each epoch, the seconds of its steps.
-        beside: From a number of steps to the seconds that come beside them, which must not fall by much as it rises.
-        most: Steps at most.
-    """
-    least, bound = min(FEWEST, most), min(most, _MOST_STEPS)
-    parts: list[NDArray[np.float64]] = []
-    known, total = 0, 0.0
-    while known < least or (total <= left and known <= bound and len(parts) < _MOST_EPOCHS):
-        parts.append(next(steps))
-        known, total = known + len(parts[-1]), total + float(parts[-1].sum())
-    ends = np.cumsum(np.concatenate(([0.0], *parts)))
-
-    def taken(number: int) -> float:
-        rounds, rest = divmod(number, known)
-        return rounds * float(ends[-1]) + float(ends[rest])
-
-    def until(number: int) -> float:
-        return taken(number) + beside(number) if number else 0.0
-
-    found = bisect_right(range(1, bound + 1), left, key=until)
-    return StepBudget(found, taken(found), beside(found) if found else 0.0, until(least), found == most)

@@ -1,8 +1,11 @@
-"""Training on preferences: rows, log-probabilities of the reference, and the objective.
+"""Training on preferences: the objective, and the log-probabilities of its reference.
 
-A pair is two rows behind each other, an answer that is good or bad is one row; either is an item. The objective needs
-the summed log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in
-`objectives`, the log-probabilities of what answers are compared with in `reference`.
+A pair is two rows behind each other, an unpaired preference is one row; either is an item. The objective needs the
+summed log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in `objectives`.
+
+The reference is the model before its first step: the base with the adapter switched off, or with the adapter that is
+trained further. So no second model is needed: its log-probabilities are computed once, before the first step, and kept
+in the cache of the rows, under everything that decides them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,12 +13,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import Engine, Objective, ScoringPass, run_batch
+from loratune.compare.engine import BeforeBatch, Engine, Objective, ScoringLayout, ScoringPass, nothing, run_batch
 from loratune.compare.losses import RowLosses
 from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
 from loratune.compare.preferences import PreferenceMetrics
@@ -23,7 +28,7 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import Items
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
-from loratune.system.launcher import Group
+from loratune.system.launcher import SINGLE_PROCESS, Group
 
 _ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
@@ -34,6 +39,8 @@ _ROUNDING_BY_BATCH = 1.0
 gave an answer of about 28 tokens 3.1 nats more, half as much as this allows; a GPU was not tried."""
 MOST_COMPARED = 256
 """Training items whose preferences are measured if there are no validation rows."""
+_ORDERED = 0.5
+"""The share of pairs in order from which on that is pointed out."""
 
 
 @dataclass(frozen=True)
@@ -216,3 +223,52 @@ def _logged(metrics: PreferenceMetrics) -> dict[str, float]:
 def _no_answers() -> AnswerScores:
     nothing_there = torch.zeros(0, dtype=torch.float64)
     return AnswerScores(nothing_there, nothing_there, nothing_there)
+
+
+# The reference
+
+
+def score_reference(
+    objective: PreferenceObjective,
+    model: Any,
+    rows: ComparedRows,
+    layout: ScoringLayout,
+    before_batch: BeforeBatch = nothing,
+    group: Group = SINGLE_PROCESS,
+) -> NDArray[np.float64]:
+    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
+
+    Arguments as of `Objective.losses`; layout: how rows are batched.
+    """
+    together = rows.dataset.rows_per_example
+    items, each = objective.items(rows.dataset)
+    planned = layout.layout(items, rows.dataset.rows.lengths, each)
+    batches = layout.batches(planned, range(rows.dataset.items))
+    found = ScoredBatch.of(objective.read(model, planned, batches, before_batch, group))
+    order = np.argsort((np.concatenate(batches)[:, None] * together + np.arange(together)).reshape(-1))
+    parts = [part.log_probabilities.numpy() for part in (found.answers, found.mismatched)]
+    return np.concatenate([part[order] for part in parts if len(part)])
+
+
+def set_reference(rows: ComparedRows, values: NDArray[np.float64]) -> None:
+    """Give rows their log-probabilities in the reference, as `score_reference` returns them.
+
+    Raises:
+        NumericError: The reference gives an answer no log-probability that could be compared with.
+    """
+    if not np.isfinite(values).all():
+        first = int(np.flatnonzero(~np.isfinite(values))[0])
+        what = f"the reference, which is the model before training, gives an answer the log-probability {values[first]}"
+        fix = "check that the base model works by itself"
+        where = rows.dataset.rows.row(first % len(rows)).where
+        raise NumericError(Problem(Code.LORA_START, what, where, "training.objective", fix))
+    rows.reference = values[: len(rows)]
+    rows.mismatched = values[len(rows) :] if len(values) > len(rows) else None
+
+
+def order_note(rows: ComparedRows) -> str:
+    """A line on how many pairs the reference has in order."""
+    assert rows.reference is not None
+    share = float((rows.reference[::2] > rows.reference[1::2]).mean())
+    line = f"the chosen answer is the more likely one in {share:.0%} of the training pairs before training"
+    return f"{line}: more than half are in order already" if share > _ORDERED else line

@@ -32,46 +32,6 @@ from loratune.training.checkpoints.run_dir import RunDirectory
 
 
 @dataclass(frozen=True)
-class ValidatedRun:
-    """A run that may start.
-
-    Attributes:
-        config: The config, with absolute paths.
-        directory: Where the run works.
-        rows: The rows as they were read; None in a process that takes them as the main process tokenizes them.
-        allowed_changes: Keys that may have other values than before the interruption.
-        resume_point: Where the run is resumed, if it is.
-        start: The adapter that the run starts from, if it does from one.
-    """
-
-    config: RunConfig
-    directory: RunDirectory
-    rows: RawDatasets | None
-    allowed_changes: Sequence[str] = ()
-    resume_point: ResumePoint | None = None
-    start: "StartAdapter | None" = None
-
-    def as_json(self) -> dict[str, Any]:
-        """Everything but the rows, as plain values, for the other processes."""
-        plain = {name: _PLAIN[name].dump_python(getattr(self, name), mode="json") for name in _PLAIN}
-        return {"config": self.config.resolved(), **plain}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "ValidatedRun":
-        """The run of which `as_json` made these values, without rows."""
-        plain = {name: _PLAIN[name].validate_python(values[name]) for name in _PLAIN}
-        run = RunConfig.model_validate(values["config"])
-        return cls(run, rows=None, start=_open_start(run, reads_rows=False), **plain)
-
-
-_PLAIN: dict[str, TypeAdapter[Any]] = {
-    "directory": TypeAdapter(RunDirectory), "allowed_changes": TypeAdapter(tuple[str, ...]),
-    "resume_point": TypeAdapter(ResumePoint | None),
-}  # fmt: skip
-"""How the fields of `ValidatedRun` that are no sections become plain values and back, by their types."""
-
-
-@dataclass(frozen=True)
 class StartAdapter:
     """The adapter of `lora.start_from`, and the rows of the run that made it.
 
@@ -85,9 +45,45 @@ class StartAdapter:
 
     info: AdapterDirectory
     digest: str
-    rows: RawDatasets | None
-    unknown: str
+    rows: RawDatasets | None = None
+    unknown: str = ""
     trained_on: RowHashes | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that may start: where it works and continues, and the rows that were read for it.
+
+    Attributes:
+        config: The config, with absolute paths.
+        directory: Where the run works.
+        rows: The rows as they were read; None in a process that takes them as the main process tokenizes them.
+        resume_point: Where the run is resumed, if it is.
+        start: The adapter that the run starts from, if it does from one.
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    rows: RawDatasets | None
+    resume_point: ResumePoint | None = None
+    start: StartAdapter | None = None
+
+
+_DIRECTORY, _POINT = TypeAdapter(RunDirectory), TypeAdapter(ResumePoint | None)
+
+
+def broadcast_run(run: Run | None, group: Group) -> Run:
+    """The run that the main process has checked, in all processes; the others have no rows yet."""
+    own: list[Any] = []
+    if run is not None:
+        own = [run.config.resolved(), _DIRECTORY.dump_python(run.directory, mode="json")]
+        own.append(_POINT.dump_python(run.resume_point, mode="json"))
+    values = group.broadcast(own)
+    if run is not None:
+        return run
+    config = RunConfig.model_validate(values[0])
+    start = _open_start(config, reads_rows=False)
+    return Run(config, _DIRECTORY.validate_python(values[1]), None, _POINT.validate_python(values[2]), start)
 
 
 def check(
@@ -95,7 +91,7 @@ def check(
     directory: RunDirectory,
     resume: Sequence[str] | None = None,
     given: Mapping[str, GivenRows] | None = None,
-) -> ValidatedRun:
+) -> Run:
     """Look for the model, and read and check the rows, of a run whose output directory is free. Nothing is written.
 
     Args:
@@ -128,12 +124,12 @@ def check(
     point = None
     if resume is not None:
         point = find_resume_point(directory.checkpoints, absolute, resume)
-        absolute = auto.keep(absolute, point.identity["config"])
+        absolute = auto.keep(absolute, point.record.config)
     start = _open_start(absolute, point, reads_rows=True)
     rows = data.read_datasets(absolute.data, run.training.seed, given=given)
     for split in rows.splits.values():
         split.check_kind(KINDS[run.training.objective], run.training.objective)
-    return ValidatedRun(absolute, directory, rows, tuple(resume or ()), point, start)
+    return Run(absolute, directory, rows, point, start)
 
 
 def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows: bool) -> StartAdapter | None:
@@ -143,7 +139,7 @@ def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows:
     directory = Path(run.lora.start_from)
     try:
         digest = adapter_files.inspect(directory).digest
-        if point is not None and point.identity["fingerprints"].get("start", digest) != digest:
+        if point is not None and point.record.fingerprints.get("start", digest) != digest:
             raise ResumeError(content_problem("start"))
         fix = f"restore the file; or remove {adapter_files.RECORD_FILE}, and the adapter is used without verification"
         info = AdapterDirectory.open(directory, fix=fix)
@@ -152,42 +148,41 @@ def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows:
             [replace(problem, key=problem.key or "lora.start_from") for problem in error.problems]
         ) from None
     if not reads_rows:
-        return StartAdapter(info, digest, None, "")
+        return StartAdapter(info, digest)
     hashes = row_hashes.read(directory)
-    rows, unknown = _earlier_rows(run, info)
+    rows, unknown = _earlier_rows(info, is_replayed=run.data.replay is not None)
     return StartAdapter(info, digest, rows, unknown, hashes if isinstance(hashes, RowHashes) else None)
 
 
-def _earlier_rows(run: RunConfig, info: AdapterDirectory) -> tuple[RawDatasets | None, str]:
-    """The rows of the run that made an adapter; or why they are not known, which only a run without replay can be.
+def _earlier_rows(info: AdapterDirectory, *, is_replayed: bool) -> tuple[RawDatasets | None, str]:
+    """The rows of the run that made an adapter; or why they are not known.
 
-    Raises AdapterError, DataError.
+    Raises AdapterError, DataError: they are to be replayed, and are not known.
     """
-    earlier, where = info.run, str(info.files.path)
-    if earlier is None or not _records_rows(info):
-        unknown = "the adapter does not record the rows that it was trained on"
-        if run.data.replay is not None:
-            fix = "leave data.replay out, and name the rows in data.train"
-            raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix))
-        return None, unknown
-    if run.data.replay is not None and earlier.training.objective != "sft":
-        unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
-        raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", "leave data.replay out"))
-    try:
-        return data.read_datasets(earlier.data, earlier.training.seed, test=False), ""
-    except DataError as error:
-        place, what = error.problems[0].where, error.problems[0].what
-        if run.data.replay is not None:
-            unknown = f"the rows of the earlier run cannot be read: {place}: {what}"
-            fix = "put the rows back as they were, or leave data.replay out"
-            raise DataError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix)) from None
-        return None, f"the rows of the earlier run cannot be read: {Path(place).name}: {what}"  # in the card too
-
-
-def _records_rows(info: AdapterDirectory) -> bool:
-    """Whether the adapter records what its rows were, as a run does; an export keeps the config of its run alone."""
+    earlier, where, fix = info.run, str(info.files.path), "leave data.replay out"
     fingerprints = info.files.record.get("fingerprints")
-    return isinstance(fingerprints, dict) and "data" in fingerprints
+    if earlier is None or not isinstance(fingerprints, dict) or "data" not in fingerprints:
+        unknown, fix = (
+            "the adapter does not record the rows that it was trained on",
+            f"{fix}, and name the rows in data.train",
+        )
+    elif is_replayed and earlier.training.objective != "sft":
+        unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
+    else:
+        try:
+            return data.read_datasets(earlier.data, earlier.training.seed, test=False), ""
+        except DataError as error:
+            place, what = error.problems[0].where, error.problems[0].what
+            unknown = (
+                f"the rows of the earlier run cannot be read: {place if is_replayed else Path(place).name}: {what}"
+            )
+            if is_replayed:
+                fix = "put the rows back as they were, or leave data.replay out"
+                raise DataError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix)) from None
+            return None, unknown
+    if is_replayed:
+        raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix))
+    return None, unknown
 
 
 def _check_sharding(run: RunConfig) -> None:
@@ -228,13 +223,6 @@ def _check_trackers(names: Iterable[str]) -> None:
     if missing:
         what, fix = f"{' and '.join(missing)} is not installed", f"pip install {' '.join(missing)}, or leave it out"
         raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="training.report_to", fix=fix))
-
-
-def broadcast_run(validated_run: ValidatedRun | None, group: Group) -> ValidatedRun:
-    """The run that the main process has checked, in all processes; the others have no rows yet."""
-    values = group.broadcast(validated_run.as_json() if validated_run else None)
-    assert values is not None
-    return validated_run or ValidatedRun.from_json(values)
 
 
 def with_absolute_paths(run: RunConfig) -> RunConfig:

@@ -7,11 +7,13 @@ timed and rolled back, and the run that follows has a fixed number of steps.
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
@@ -21,26 +23,126 @@ from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
 from loratune.errors import ConfigError, Problem
 from loratune.events import note
+from loratune.lora import tensors
 from loratune.text import format_duration, plural
-from loratune.training import auto, duration, trainer
+from loratune.training import auto, trainer
 from loratune.training.callbacks import StepTimer
-from loratune.training.duration import FEWEST, READ, WARM_UP, WITH_MISMATCHED, Costs, Speed, StepBudget
-from loratune.training.evaluations import EvaluationSteps, optimizer_steps
+from loratune.training.duration import READ, WITH_MISMATCHED, Costs, Speed, seconds_per_operation, step_seconds
+from loratune.training.plan import Plan
 from loratune.training.preferences import MOST_COMPARED, PreferenceObjective
-from loratune.training.run_context import RunContext
-
-if TYPE_CHECKING:
-    from loratune.commands.plan import Plan
+from loratune.training.processes import SharedStop
 
 KEY = "training.max_minutes"
-_FORWARD_SHARE, _LEAST_FORWARD, _MOST_FORWARD = 0.01, 3, 8
-"""Forward passes of each kind are timed until that takes this part of the budget; so many at least, and at most."""
+WARM_UP = 2
+"""Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
+_LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
+"""Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
+_MOST_EPOCHS, _MOST_STEPS = 100, 2**31 - 1
+"""The steps of so many epochs are predicted one by one, and further epochs are taken to repeat them; and the most steps
+that a run can have."""
+FEWEST = 3
+"""A budget without room for so many steps is refused, unless the epochs that are asked for have fewer."""
 _CLOSING = 1.0
 """Seconds at the end that are not measured beforehand: the card, the record, the tokenizer's files, and the exit."""
 _WRITES = 2
 """Publishing takes about as long as so many checkpoints: the adapter is written, flushed, read back and compared."""
+_HARMLESS_RATE = 1e-9
+"""A learning rate at which a few steps change next to nothing."""
+
+
+def is_timed_enough(batches: int, elapsed: float, left: float) -> bool:
+    """Whether enough batches were timed.
+
+    Args:
+        batches: How many, those of the warm-up included.
+        elapsed: Seconds since the first one began.
+        left: Seconds of the budget when it began.
+    """
+    return elapsed >= left or (batches >= WARM_UP + _LEAST_TIMED and elapsed >= min(_SHARE * left, _MOST_SECONDS))
+
+
+@dataclass(frozen=True)
+class StepBudget:
+    """What a budget has room for.
+
+    Attributes:
+        steps: Optimizer steps.
+        taken: Seconds that they take.
+        others: Seconds that come beside them: evaluations, checkpoints, and what follows the last step.
+        fewest: Seconds from the first step on that the shortest run which is not refused takes.
+        limited: Whether there would be time for more steps than the epochs have.
+    """
+
+    steps: int
+    taken: float
+    others: float
+    fewest: float
+    limited: bool
+
+
+def step_budget(
+    left: float, steps: Iterator[NDArray[np.float64]], others: Callable[[int], float], most: int
+) -> StepBudget:
+    """How many steps there is time for.
+
+    Args:
+        left: Seconds that are left.
+        steps: For each epoch, the seconds of its steps.
+        others: From a number of steps to the seconds that come beside them, which must not fall by much as it rises.
+        most: Steps at most.
+    """
+    least, bound = min(FEWEST, most), min(most, _MOST_STEPS)
+    parts: list[NDArray[np.float64]] = []
+    known, total = 0, 0.0
+    while known < least or (total <= left and known <= bound and len(parts) < _MOST_EPOCHS):
+        parts.append(next(steps))
+        known, total = known + len(parts[-1]), total + float(parts[-1].sum())
+    ends = np.cumsum(np.concatenate(([0.0], *parts)))
+
+    def taken(number: int) -> float:
+        rounds, rest = divmod(number, known)
+        return rounds * float(ends[-1]) + float(ends[rest])
+
+    def until(number: int) -> float:
+        return taken(number) + others(number) if number else 0.0
+
+    found = bisect_right(range(1, bound + 1), left, key=until)
+    return StepBudget(found, taken(found), others(found) if found else 0.0, until(least), found == most)
+
+
 Pass = tuple[TokenizedDataset, Sequence[int], Objective]
 """Rows that are scored, their numbers, and the objective that they are scored by."""
+
+
+def time_steps(plan: Plan, stop: SharedStop, timer: StepTimer, *, oom_dry_run: bool) -> None:
+    """Time the first micro-steps of a run and one checkpoint, then restore everything.
+
+    The learning rate is next to nothing, so that no step can diverge. Trained weights are put back; optimizer and
+    checkpoint are dropped; the next trainer seeds the random generators anew.
+
+    Args:
+        plan: What is trained; of the validation batches only the largest is computed, in the dry run.
+        stop: Whether the run was asked to stop.
+        timer: Takes the times, and ends the steps.
+        oom_dry_run: As of `trainer.fit`.
+
+    Raises:
+        NumericError, OutOfMemory, ResourceError: As `trainer.fit`, because of the base or the batches.
+    """
+    changes = {
+        "learning_rate": _HARMLESS_RATE, "eval_steps": None, "patience": None, "save_steps": _MOST_STEPS,
+        "logging_steps": _MOST_STEPS, "max_steps": _MOST_STEPS, "gradient_accumulation_steps": 1,
+        "lr_scheduler_type": "constant", "warmup_steps": 0.0,
+    }  # fmt: skip
+    before, start = tensors.full_weights(plan.model), time.monotonic()
+    made = trainer.build(plan, stop, plan.training.model_copy(update=changes), [timer], oom_dry_run=oom_dry_run)
+    timer.setup = time.monotonic() - start
+    with made.out_of_memory_placed():
+        made.train()
+    if not stop.is_requested():
+        timer.checkpoint = made.checkpoint_seconds()
+    made.accelerator.free_memory()
+    tensors.restore(plan.model, before)
 
 
 @dataclass(frozen=True)
@@ -50,17 +152,13 @@ class _Estimator:
     Attributes:
         plan: The run.
         train: The speed of micro-steps.
-        scored: The speed of batches of rows that are scored at the end.
-        evaluation: The speed of validation batches; without any, that of the rows scored at the end.
         optimizer: Seconds of the optimizer in a step.
         checkpoint: Seconds that a checkpoint takes.
         closing: Seconds of setting up the trainer and publishing.
     """
 
-    plan: "Plan"
+    plan: Plan
     train: Speed
-    scored: Speed
-    evaluation: Speed
     optimizer: float = 0.0
     checkpoint: float = 0.0
     closing: float = _CLOSING
@@ -68,201 +166,163 @@ class _Estimator:
     def room(self, left: float) -> StepBudget:
         """The number of steps for which there is time, with evaluations, checkpoints and the end."""
         plan, costs, (most, per_epoch) = self.plan, _costs(self.plan), _steps_of_epochs(self.plan)
-        evaluation = self.evaluation_seconds()
+        evaluation = self._evaluation_seconds()
 
         def room(closing: float) -> StepBudget:
-            def beside(steps: int) -> float:
-                found = _evaluation_steps(plan, plan.config.training.model_copy(update={"max_steps": steps}))
+            def others(steps: int) -> float:
+                found = plan.evaluation_steps(plan.config.training.model_copy(update={"max_steps": steps}))
                 checkpoints = -(-steps // plan.training.save_steps) * self.checkpoint
                 return closing + checkpoints + (found.count * evaluation if found else 0.0)
 
-            micro_steps = costs.micro_steps(plan.training.seed, plan.processes)
+            micro_steps = costs.micro_steps(plan.training.seed, plan.group.count)
             accumulation = plan.training.gradient_accumulation_steps
-            steps = duration.step_seconds(micro_steps, self.train, self.optimizer, accumulation)
-            return duration.step_budget(left, steps, beside, most)
+            return step_budget(left, step_seconds(micro_steps, self.train, self.optimizer, accumulation), others, most)
 
         tokens = round(room(self.closing).steps * float(costs.lengths.sum()) / per_epoch)
-        return room(self.closing + self.end_seconds(tokens))
-
-    def evaluation_seconds(self) -> float:
-        """One evaluation."""
-        plan = self.plan
-        rows = plan.batches.held_out
-        if rows is None or plan.datasets.validation is None:
-            return 0.0
-        return self._seconds(self.evaluation, _costs_of(plan, rows.layout, plan.datasets.validation), rows.batches)
+        return room(self.closing + self._end_seconds(tokens))
 
     def reference_seconds(self) -> float:
         """The pass before the first step that scores preferences by the reference."""
         plan, objective = self.plan, self.plan.batches.objective
         if not isinstance(objective, PreferenceObjective):
             return 0.0
-        rows = {name: plan.datasets.splits[name] for name in objective.splits}
-        if not objective.formula.has_reference and plan.batches.validation is not None:
-            rows.pop("train", None)
-        return sum(self.scoring_seconds((one, range(one.items), objective)) for one in rows.values())
+        has_validation = "validation" in plan.batches.layouts
+        splits = [
+            plan.datasets.splits[name]
+            for name in objective.splits
+            if name != "train" or objective.formula.has_reference or not has_validation
+        ]
+        return sum(self._scoring_seconds((rows, range(rows.items), objective)) for rows in splits)
 
-    def end_seconds(self, tokens: int) -> float:
+    def _evaluation_seconds(self) -> float:
+        """One evaluation."""
+        plan, held_out = self.plan, self.plan.batches.held_out
+        if held_out is None or plan.datasets.validation is None:
+            return 0.0
+        return self._reading_seconds(_costs(plan, held_out.layout, plan.datasets.validation), held_out.batches)
+
+    def _end_seconds(self, tokens: int) -> float:
         """The passes after the last step, in a run that reads so many tokens."""
-        seconds = sum(map(self.scoring_seconds, _passes_at_the_end(self.plan, tokens)))
-        if isinstance(self.plan.batches.objective, PreferenceObjective):
-            seconds += self.evaluation_seconds() or self.pass_seconds(MOST_COMPARED)
-        return seconds + self.pass_seconds(self.plan.batches.train.size)  # see `check_final_loss`
+        plan = self.plan
+        seconds = sum(map(self._scoring_seconds, _passes_at_the_end(plan, tokens)))
+        count, size = len(plan.batches.train.items), plan.batches.train.size
+        most = size  # see `RunTrainer.check_final_loss`
+        if isinstance(plan.batches.objective, PreferenceObjective):
+            seconds += self._evaluation_seconds()
+            most += 0 if plan.batches.held_out else MOST_COMPARED
+        most = min(most, count)
+        batches = [[*range(start, min(start + size, most))] for start in range(0, most, size)]
+        return seconds + self._reading_seconds(_costs(plan), batches)
 
-    def scoring_seconds(self, one: Pass) -> float:
+    def _scoring_seconds(self, one: Pass) -> float:
         """Scoring rows."""
-        return self._seconds(self.scored, *_scored(self.plan, one))
+        rows, numbers, objective = one
+        scored = objective.plan(self.plan.batches.engine, rows, dict.fromkeys(numbers, 1))
+        return self._reading_seconds(_costs(self.plan, scored.layout, rows), scored.batches)
 
-    def pass_seconds(self, most: int) -> float:
-        """Reading the first training items, so many at most, in the batches of training."""
-        layout = self.plan.batches.train
-        return self._seconds(self.evaluation, _costs(self.plan), _slices(min(most, len(layout.items)), layout.size))
-
-    def _seconds(self, speed: Speed, costs: Costs, batches: Sequence[Sequence[int]]) -> float:
-        """Batches that the processes share."""
-        rounds = -(-len(batches) // self.plan.processes)
+    def _reading_seconds(self, costs: Costs, batches: Sequence[Sequence[int]]) -> float:
+        """Batches that the processes share, and that are only read. Of KTO each row is read twice."""
+        share = READ * (2 / WITH_MISMATCHED if self.plan.training.objective == "kto" else 1.0)
+        rounds = -(-len(batches) // self.plan.group.count)
         operations = sum(float(costs.of_batches(np.asarray(items))) for items in batches)
-        return speed.seconds(rounds, operations * rounds / max(1, len(batches)))
+        return share * self.train.seconds(rounds, operations * rounds / max(1, len(batches)))
 
 
-def fix_length(plan: "Plan", asked: TrainingSection, context: RunContext, began: float, *, scarce: bool) -> "Plan":
+def fix_length(plan: Plan, stop: SharedStop, began: float, *, scarce: bool) -> Plan:
     """The plan with as many steps as its minutes have room for, on which all processes agree.
 
     Args:
-        plan: The plan, whose model is ready to train and does not change.
-        asked: The section as the user wrote it; epochs that it sets are an upper bound.
-        context: Checkpoints and processes.
+        plan: The plan, whose model is ready to train and does not change. Epochs that its run sets are an upper bound.
+        stop: Whether the run was asked to stop.
         began: When the command began, by `time.monotonic`.
         scarce: Whether the largest batch is tried first.
 
     Raises:
         ConfigError: There is no time for a few steps, or not for those of the warm-up.
-        NumericError, OutOfMemory, ResourceError: See `trainer.time_steps`.
+        NumericError, OutOfMemory, ResourceError: See `time_steps`.
         KeyboardInterrupt: The run was stopped.
     """
-    group, seconds = context.group, 60 * (asked.max_minutes or 0.0)
-    start = time.monotonic()
+    asked, group = plan.run.config.training, plan.group
+    seconds, start = 60 * (asked.max_minutes or 0.0), time.monotonic()
     left = group.broadcast(seconds - (start - began))
     note(f"{KEY}: timing some steps, which are rolled back, to find out how many fit into {asked.max_minutes:g} min")
 
     def is_enough(batches: int) -> bool:
-        enough = duration.is_timed_enough(batches, time.monotonic() - start, left)
-        return context.stopping() or group.total([group.main and enough])[0] > 0
+        enough = is_timed_enough(batches, time.monotonic() - start, left)
+        return stop.is_requested() or group.total([group.main and enough])[0] > 0
 
     timer = StepTimer(is_enough)
     if left > 0:
-        trainer.time_steps(plan.job, context, timer, oom_dry_run=scarce)
+        time_steps(plan, stop, timer, oom_dry_run=scarce)
         gc.collect()  # the states of the optimizer go before those of the next one come
-    context.check_not_stopping()
+    stop.check()
     if len(timer.micro_steps) <= WARM_UP:
         gone = format_duration(seconds - left)
         raise _too_short(asked, f"{gone} have passed before the first step, and one takes longer than what is left")
-    estimator = _timed(plan, context, timer, left)
+    estimator = _estimator(plan, timer)
     left = group.broadcast(seconds - (time.monotonic() - began))
     found = StepBudget(**group.broadcast(asdict(estimator.room(left)) if group.main else {}))
-    _check(plan, asked, found, left)
-    return _fixed(plan, asked, found, left)
+    _check(plan, found, left)
+    return _fixed(plan, found, left)
 
 
-def estimate_length(plan: "Plan", asked: TrainingSection, began: float) -> "Plan":
+def estimate_length(plan: Plan, began: float) -> Plan:
     """The plan with about as many steps as its minutes have room for, if it has a budget. No step is taken."""
-    if asked.max_minutes is None:
+    minutes = plan.run.config.training.max_minutes
+    if minutes is None:
         return plan
-    costs, left = _costs(plan), 60 * asked.max_minutes - (time.monotonic() - began)
-    per_operation = duration.seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
-    mismatched = asked.objective == "kto"
-    train = Speed(0.0, per_operation * (WITH_MISMATCHED if mismatched else 1))
-    forward = Speed(0.0, per_operation * READ * (2 if mismatched else 1))
-    estimator = _Estimator(plan, train, forward, forward)
+    costs, left = _costs(plan), 60 * minutes - (time.monotonic() - began)
+    per_operation = seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
+    mismatched = plan.config.training.objective == "kto"
+    estimator = _Estimator(plan, Speed(0.0, per_operation * (WITH_MISMATCHED if mismatched else 1)))
     left -= estimator.reference_seconds()  # in a run that has passed when steps are timed
-    return _fixed(plan, asked, estimator.room(left), left, "about ")
+    return _fixed(plan, estimator.room(left), left, "about ")
 
 
-def _costs(plan: "Plan") -> Costs:
-    """The operations of the training batches."""
-    return _costs_of(plan, plan.batches.train, plan.datasets.train)
-
-
-def _costs_of(plan: "Plan", layout: BatchLayout, rows: TokenizedDataset) -> Costs:
-    checkpointed = plan.training.activation_checkpointing
-    return Costs.of_layout(plan.model, layout, rows.rows.lengths, rows.rows.supervised, checkpointed=checkpointed)
-
-
-def _scored(plan: "Plan", one: Pass) -> tuple[Costs, list[list[int]]]:
-    """The operations of rows that are scored, and their batches."""
-    rows, numbers, objective = one
-    scored = objective.plan(plan.batches.engine, rows, dict.fromkeys(numbers, 1))
-    return _costs_of(plan, scored.layout, rows), [[*batch] for batch in scored.batches]
-
-
-def _slices(items: int, size: int) -> list[list[int]]:
-    return [[*range(start, min(start + size, items))] for start in range(0, items, size)]
-
-
-def _passes_at_the_end(plan: "Plan", tokens: int) -> Iterator[Pass]:
-    """What is scored after the last step: each but the test rows by the base and by the adapter."""
-    objective = plan.batches.objective
-    split, sample, _ = gain.sample(plan.datasets.compared, tokens)
-    rows = plan.datasets.compared[split]
-    passes: list[Pass] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
-    if plan.earlier is not None and (earlier := plan.earlier.held_out) is not None:
-        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken()))
-    if (text := plan.datasets.unrelated.rows) is not None:
-        passes.append((text, gain.passages(text), NextToken()))
-    yield from passes * 2
-    if plan.datasets.test is not None:
-        yield plan.datasets.test, [*plan.datasets.test.copies()], objective
-
-
-def _timed(plan: "Plan", context: RunContext, timer: StepTimer, left: float) -> _Estimator:
-    """An estimator fitted to the timed steps, and to forward passes that are timed here."""
-    group, count, operations = context.group, len(timer.micro_steps), list[float]()
-    for epoch in _costs(plan).micro_steps(plan.training.seed, group.count):
+def _estimator(plan: Plan, timer: StepTimer) -> _Estimator:
+    """An estimator fitted to the timed steps."""
+    count, operations = len(timer.micro_steps), list[float]()
+    for epoch in _costs(plan).micro_steps(plan.training.seed, plan.group.count):
         operations += epoch.tolist()
         if len(operations) >= count:
             break
     train = Speed.fitted(operations[WARM_UP:count], timer.micro_steps[WARM_UP:])
-    split, sample, _ = gain.sample(plan.datasets.compared, 0)
-    kinds = [_scored(plan, (plan.datasets.compared[split], [*sample], plan.batches.objective))]
-    if (validation := plan.batches.held_out) is not None and plan.datasets.validation is not None:
-        batches = [[*batch] for batch in validation.batches]
-        kinds.append((_costs_of(plan, validation.layout, plan.datasets.validation), batches))
-    forward = []
-    for costs, batches in kinds:
-        timed = [*_forward(plan, context, costs, batches, left)]
-        forward.append(Speed.fitted(*zip(*(timed[1:] or timed), strict=True)))  # the first is slower than the others
     closing = timer.setup + _WRITES * timer.checkpoint + _CLOSING
-    optimizer = float(np.mean(timer.optimizer[WARM_UP:]))
-    return _Estimator(plan, train, forward[0], forward[-1], optimizer, timer.checkpoint, closing)
+    return _Estimator(plan, train, float(np.mean(timer.optimizer[WARM_UP:])), timer.checkpoint, closing)
 
 
-def _forward(
-    plan: "Plan", context: RunContext, costs: Costs, batches: list[list[int]], left: float
-) -> Iterator[tuple[float, float]]:
-    """Operations and seconds of some forward passes."""
-    begin = time.monotonic()
-    for number, items in enumerate(batches[:_MOST_FORWARD], 1):
-        start = time.monotonic()
-        plan.batches.objective.losses(plan.model, costs.layout, [items], group=context.group)
-        yield float(costs.of_batches(np.asarray(items))), time.monotonic() - start
-        late = number >= _LEAST_FORWARD and time.monotonic() - begin > _FORWARD_SHARE * left
-        if context.stopping() or context.group.total([context.group.main and late])[0]:
-            return
+def _costs(plan: Plan, layout: BatchLayout | None = None, rows: TokenizedDataset | None = None) -> Costs:
+    """The operations of rows in batches; of those of training, if none are given."""
+    rows = rows or plan.datasets.train
+    checkpointed = plan.training.activation_checkpointing
+    lengths, supervised = rows.rows.lengths, rows.rows.supervised
+    return Costs.of_layout(plan.model, layout or plan.batches.train, lengths, supervised, checkpointed=checkpointed)
 
 
-def _evaluation_steps(plan: "Plan", training: TrainingSection) -> EvaluationSteps | None:
-    return plan.batches.evaluation_steps(plan.datasets.validation, training, plan.processes)
+def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Pass]:
+    """What is scored after the last step: each but the test rows by the base and by the adapter."""
+    objective, datasets = plan.batches.objective, plan.datasets
+    split, sample, _ = gain.sample(datasets.compared, tokens)
+    rows = datasets.compared[split]
+    passes: list[Pass] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
+    if datasets.earlier is not None and (earlier := datasets.earlier.rows) is not None:
+        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken()))
+    if (text := datasets.unrelated.rows) is not None:
+        passes.append((text, gain.passages(text), NextToken()))
+    yield from passes * 2
+    if datasets.test is not None:
+        yield datasets.test, [*datasets.test.copies()], objective
 
 
-def _steps_of_epochs(plan: "Plan") -> tuple[int, int]:
+def _steps_of_epochs(plan: Plan) -> tuple[int, int]:
     """The optimizer steps of the epochs, and those of one pass over the rows."""
     batches = plan.batches.train
-    return optimizer_steps(plan.config.training, len(batches.items), batches.size, plan.processes)
+    return auto.optimizer_steps(plan.config.training, len(batches.items), batches.size, plan.group.count)
 
 
-def _check(plan: "Plan", asked: TrainingSection, found: StepBudget, left: float) -> None:
+def _check(plan: Plan, found: StepBudget, left: float) -> None:
     """Raises ConfigError: there is no time for a few steps, or not for those of the warm-up."""
-    least = min(FEWEST, _steps_of_epochs(plan)[0])
+    least, asked = min(FEWEST, _steps_of_epochs(plan)[0]), plan.run.config.training
     if found.steps < least:
         gone = 60 * (asked.max_minutes or 0.0) - left
         what = f"{format_duration(gone)} have passed before the first step, and a run of {plural(least, 'step')}"
@@ -281,26 +341,33 @@ def _too_short(asked: TrainingSection, why: str, least: float = 0.0) -> ConfigEr
     return ConfigError(Problem(Code.CONFIG_BUDGET, f"{asked.max_minutes:g} min is too short: {why}", key=KEY, fix=fix))
 
 
-def _fixed(plan: "Plan", asked: TrainingSection, found: StepBudget, left: float, about: str = "") -> "Plan":
+def _fixed(plan: Plan, found: StepBudget, left: float, about: str = "") -> Plan:
     """The plan of a run with the steps that were found. about: how exact they are."""
-    steps = max(1, found.steps)
+    steps, minutes = max(1, found.steps), plan.run.config.training.max_minutes
     changed: dict[str, Any] = {"max_steps": steps, "max_minutes": None}
-    lines = [*_lines(plan, asked, replace(found, steps=steps), left, about)]
+    lines = [*_lines(plan, replace(found, steps=steps), left, about)]
     passes, once = steps / _steps_of_epochs(plan)[1], decided(plan.config.training.learning_rate)
     rate, why = auto.over_passes(once, "rows that are read often are overfitted", passes, plan.config.lora)
-    if asked.learning_rate == AUTO and rate != once:
+    if plan.run.config.training.learning_rate == AUTO and rate != once:
         changed["learning_rate"] = rate
         lines.append(auto.line("training.learning_rate", rate, why))
-    training = plan.config.training.model_copy(update=changed)
-    config = plan.config.model_copy(update={"training": training})
-    return replace(plan, config=config, evaluations=_evaluation_steps(plan, training), notes=[*plan.notes, *lines])
+    config = plan.config.model_copy(update={"training": plan.config.training.model_copy(update=changed)})
+    record = plan.checkpoints.record.model_copy(update={"config": config.resolved(), "max_minutes": minutes})
+    return replace(
+        plan,
+        config=config,
+        checkpoints=replace(plan.checkpoints, record=record),
+        evaluations=plan.evaluation_steps(config.training),
+        notes=[*plan.notes, *lines],
+    )
 
 
-def _lines(plan: "Plan", asked: TrainingSection, found: StepBudget, left: float, about: str) -> Iterator[str]:
+def _lines(plan: Plan, found: StepBudget, left: float, about: str) -> Iterator[str]:
     """The budget in words."""
+    asked = plan.run.config.training
     minutes, passes = asked.max_minutes or 0.0, found.steps / _steps_of_epochs(plan)[1]
-    gone, taken, beside = (format_duration(part) for part in (60 * minutes - left, found.taken, found.beside))
-    parts = f"{gone} have passed, steps take about {taken}, evaluations, checkpoints and the end about {beside}"
+    gone, taken, others = (format_duration(part) for part in (60 * minutes - left, found.taken, found.others))
+    parts = f"{gone} have passed, steps take about {taken}, evaluations, checkpoints and the end about {others}"
     yield f"{KEY}: {about}{plural(found.steps, 'step')} in {minutes:g} min: {parts}"
     if found.limited and asked.num_train_epochs == AUTO:
         why = "as more passes overfit them; training.num_train_epochs can ask for more"

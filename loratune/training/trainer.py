@@ -1,4 +1,7 @@
-"""The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints."""
+"""The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints.
+
+It evaluates by tokens, keeps the best step, and writes checkpoints that are whole.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,36 +9,35 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from loratune.codes import Code
-from loratune.config import AUTO, TrainingSection
-from loratune.errors import Problem, ResourceError, is_out_of_memory
+from loratune.compare.engine import ScoringPass
+from loratune.compare.losses import RowLosses
+from loratune.config import TrainingSection
+from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.events import TrainingEvent, emit
-from loratune.lora import tensors
+from loratune.lora import attach, tensors
 from loratune.lora.parameters import choose_optimizer
 from loratune.system import launcher
-from loratune.training.best_step import BestStep
-from loratune.training.callbacks import (
-    CheckpointCallback,
-    EventCallback,
-    NonFiniteGuard,
-    OomDryRun,
-    StepTimer,
-    StopCallback,
-    check_final_loss,
+from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
+from loratune.training.callbacks import NonFiniteGuard, Pace, RunCallback, check_finite, diverged_error, trackers
+from loratune.training.checkpoints.best_step import BestStep
+from loratune.training.checkpoints.record import StepLosses
+from loratune.training.checkpoints.store import check_tensors
+from loratune.training.plan import Plan
+from loratune.training.processes import SharedStop
+from loratune.training.results import CURVE_KEYS, TrainedAdapter, thinned
+from loratune.training.upstream import (
+    CheckpointTrainer,
+    exclude_from_ddp,
+    scale_learning_rates,
+    training_arguments,
+    use_one_gpu,
 )
-from loratune.training.outcome import Outcome
-from loratune.training.run_context import RunContext, TrainingJob
-from loratune.training.run_trainer import NoStepLeft, RunTrainer
-from loratune.training.upstream import exclude_from_ddp, use_one_gpu
-
-_NEVER = 2**31 - 1
-"""More steps than are ever taken."""
-_HARMLESS_RATE = 1e-9
-"""A learning rate at which a few steps change next to nothing."""
 
 
 class OutOfMemory(ResourceError):
@@ -46,45 +48,24 @@ class OutOfMemory(ResourceError):
         self.evaluating = evaluating
 
 
-def training_arguments(
-    section: TrainingSection, checkpoints: Path, *, has_validation: bool, experts: bool = False, bfloat16: bool = False
-) -> TrainingArguments:
-    """The upstream arguments of a run.
+class NoStepLeft(Exception):
+    """The run ends where it is resumed. Trainer would take a step at least, if that is in the middle of an epoch."""
+
+
+class _EvaluationStopped(Exception):
+    """The run was stopped while it was evaluating."""
+
+
+def fit(plan: Plan, stop: SharedStop, *, oom_dry_run: bool = True) -> TrainedAdapter:
+    """Train the trainable weights of a plan's model in place.
 
     Args:
-        section: The config.
-        checkpoints: Where checkpoints go.
-        has_validation: Whether there are validation rows.
-        experts: Whether a step may leave some of the trained weights unused.
-        bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
-    """
-    unused = ["num_train_epochs"] if section.num_train_epochs == AUTO else []  # max_steps sets the length
-    return TrainingArguments(
-        output_dir=str(checkpoints),
-        **section.model_dump(exclude={"keep", "max_minutes", "objective", "patience", "report_to", *unused}),
-        per_device_eval_batch_size=section.per_device_train_batch_size,
-        activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
-        eval_strategy="steps" if has_validation and section.eval_steps else "no",
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
-        ddp_find_unused_parameters=experts,
-        ddp_broadcast_buffers=False,  # buffers such as rotation angles are the same in all processes
-        remove_unused_columns=False,
-        bf16=bfloat16,
-        use_cpu=not torch.accelerator.is_available(),  # otherwise accelerate takes many processes for one
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to="none",
-    )
-
-
-def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> Outcome:
-    """Train the trainable weights of the job's model in place.
-
-    Args:
-        job: What is trained.
-        context: Checkpoints and processes.
+        plan: What is trained, on what, and how.
+        stop: Whether the run was asked to stop.
         oom_dry_run: Whether the largest batch is computed before all others, so that a lack of memory shows at once.
+
+    Returns:
+        What the loop gives, without comparison.
 
     Raises:
         NumericError: A loss, gradient or weight is not finite; at most one step after it became so.
@@ -92,87 +73,40 @@ def fit(job: TrainingJob, context: RunContext, *, oom_dry_run: bool = True) -> O
         ResourceError: The disk is full.
         KeyboardInterrupt: The run was stopped, after a checkpoint.
     """
-    watchers = [
-        EventCallback(at_evaluations=job.training.patience is not None),
-        StopCallback(context.stopping),
-        CheckpointCallback(context.after_checkpoint),
-        *context.trackers,
-    ]
-    trainer = _build(job, context, watchers, oom_dry_run=oom_dry_run)
+    point, names = plan.resume_point, plan.training.report_to if stop.group.main else ()
+    following = trackers(names, plan.output, is_resumed=point is not None)
+    at_evaluations = plan.training.patience is not None
+    after_checkpoint = plan.check_base_files if stop.group.main else lambda: None
+    watching = RunCallback(stop.is_requested, after_checkpoint, at_evaluations=at_evaluations)
+    trainer = build(plan, stop, plan.training, [watching, *following], oom_dry_run=oom_dry_run)
     trainer.began = time.monotonic()
     try:
-        with _out_of_memory_placed(trainer):
+        with trainer.out_of_memory_placed():
             with suppress(NoStepLeft):
-                trainer.train(resume_from_checkpoint=str(context.resume_from) if context.resume_from else None)
+                trainer.train(resume_from_checkpoint=str(point.checkpoint) if point else None)
             seconds = trainer.seconds
-            if job.validation is not None and not context.stopping():
+            if plan.batches.held_out is not None and not stop.is_requested():
                 trainer.evaluate_once()
-        context.check_not_stopping()
+        stop.check()
     finally:
         emit(TrainingEvent(trainer.state.max_steps, trainer.state.global_step, finished=True))
-        for tracker in context.trackers:
+        for tracker in following:
             tracker.end()
     trainer.put_back_best()
-    if not context.stopping():  # The model is still accelerated here; afterwards its logits can need more memory.
-        check_final_loss(job.model, job.train, job.objective, context.checkpoints, trainer.state.global_step)
-    return trainer.outcome(seconds)
+    if not stop.is_requested():  # The model is still accelerated here; afterwards its logits can need more memory.
+        trainer.check_final_loss()
+    return trainer.trained(seconds)
 
 
-def time_steps(job: TrainingJob, context: RunContext, timer: StepTimer, *, oom_dry_run: bool) -> None:
-    """Time the first micro-steps of a run and one checkpoint, then restore everything.
-
-    The learning rate is next to nothing, so that no step can diverge. Trained weights are put back; optimizer and
-    checkpoint are dropped; the next trainer seeds the random generators anew.
-
-    Args:
-        job: What is trained; of the validation batches only the largest is computed, in the dry run.
-        context: Checkpoints and processes. Nothing of it reports.
-        timer: Takes the times, and ends the steps.
-        oom_dry_run: As in `fit`.
-
-    Raises:
-        NumericError, OutOfMemory, ResourceError: As `fit`, because of the base or the batches.
-    """
-    unwatched = {"eval_steps": None, "patience": None, "save_steps": _NEVER, "logging_steps": _NEVER}
-    short = {
-        "max_steps": _NEVER,
-        "gradient_accumulation_steps": 1,
-        "lr_scheduler_type": "constant",
-        "warmup_steps": 0.0,
-    }
-    changed = job.training.model_copy(update={"learning_rate": _HARMLESS_RATE, **unwatched, **short})
-    before, start = tensors.full_weights(job.model), time.monotonic()
-    trainer = _build(replace(job, training=changed), context, [timer], oom_dry_run=oom_dry_run)
-    timer.setup = time.monotonic() - start
-    with _out_of_memory_placed(trainer):
-        trainer.train()
-    if not context.stopping():
-        timer.checkpoint = trainer.checkpoint_seconds()
-    trainer.accelerator.free_memory()
-    tensors.restore(job.model, before)
-
-
-@contextmanager
-def _out_of_memory_placed(trainer: RunTrainer) -> Iterator[None]:
-    """Raises OutOfMemory: memory ran out inside; the error says at which batch."""
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(trainer.position(), evaluating=trainer.evaluating) from None
-
-
-def _build(
-    job: TrainingJob, context: RunContext, watchers: Sequence[TrainerCallback], *, oom_dry_run: bool
-) -> RunTrainer:
-    section, model, train, validation = job.training, job.model, job.train, job.validation
-    guard = NonFiniteGuard(context.checkpoints, context.group, replace(context.unreported), job.objective)
-    dry_run = OomDryRun(guard)
+def build(
+    plan: Plan, stop: SharedStop, section: TrainingSection, watchers: Sequence[TrainerCallback], *, oom_dry_run: bool
+) -> "RunTrainer":
+    """The trainer of a plan. section: its settings, without `auto`; others as of `fit`."""
+    model, batches = plan.model, plan.batches
     arguments = training_arguments(
-        section.model_copy(update={"per_device_train_batch_size": train.size}),
-        context.checkpoints.directory,
-        has_validation=validation is not None,
+        section.model_copy(update={"per_device_train_batch_size": batches.train.size}),
+        plan.checkpoints.directory,
+        has_validation=batches.held_out is not None,
         experts=any("expert" in name for name, parameter in model.named_parameters() if parameter.requires_grad),
         bfloat16=launcher.sharding() == "deepspeed" and model.dtype == torch.bfloat16,
     )
@@ -181,22 +115,282 @@ def _build(
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     exclude_from_ddp(model, [*frozen, *(name for name, _ in model.named_buffers())])
     trainer = RunTrainer(
-        context,
-        train,
-        guard,
-        BestStep(keep=section.keep == "best", patience=section.patience, record=context.evaluations),
-        model=model,
+        plan,
+        stop,
+        BestStep(keep=section.keep == "best", patience=section.patience, record=plan.best),
+        watchers,
+        oom_dry_run=oom_dry_run,
         args=arguments,
-        optimizer_cls_and_kwargs=choose_optimizer(model, job.lora, default, section.weight_decay),
-        train_dataset=train.items,
-        eval_dataset=validation,
-        data_collator=train.collate,
-        compute_loss_func=partial(guard.loss, model),
-        callbacks=[guard, dry_run, *watchers],
+        optimizer_cls_and_kwargs=choose_optimizer(model, plan.config.lora, default, section.weight_decay),
     )
-    trainer.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
-    guard.norm = trainer.gradient_norm
-    dry_run.run = partial(trainer.before_first_step, validation, oom_dry_run)
-    if context.group.rank:
-        torch.manual_seed(section.seed + context.group.rank)  # processes draw different dropout masks
+    if stop.group.rank:
+        torch.manual_seed(section.seed + stop.group.rank)  # processes draw different dropout masks
     return trainer
+
+
+class RunTrainer(CheckpointTrainer):
+    """A Trainer that writes whole checkpoints, and whose held-out loss is a mean over tokens, not over batches."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        stop: SharedStop,
+        best: BestStep,
+        watchers: Sequence[TrainerCallback],
+        *,
+        oom_dry_run: bool,
+        **arguments: Any,
+    ):
+        self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
+        self.checkpoint_parent, self.oom_dry_run = plan.checkpoints.unfinished, oom_dry_run
+        self.shape, self.keeps_checkpoints = tuple[int, ...](), True
+        self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
+        point = plan.resume_point
+        unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()
+        self.guard = NonFiniteGuard(plan.checkpoints, stop.group, unreported, plan.batches.objective)
+        self.guard.norm, self.guard.before_first_step = self.gradient_norm, self.before_first_step
+        super().__init__(
+            model=plan.model,
+            train_dataset=self.batches.items,
+            eval_dataset=plan.batches.held_out,
+            data_collator=self.batches.collate,
+            compute_loss_func=partial(self.guard.loss, plan.model),
+            callbacks=[self.guard, *watchers, self.pace],
+            **arguments,
+        )
+        self.remove_callback(PrinterCallback)  # Trainer adds it where its own progress bar is off
+
+    def get_train_dataloader(self) -> Loader:
+        """The batches of this process."""
+        sampler = DistributedBatchSampler(len(self.batches.items), self.batches.size, self.args.seed, self.group)
+        return Loader(self.batches.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
+
+    # Before and after the steps
+
+    def before_first_step(self) -> None:
+        """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
+
+        An evaluation is due where the run was stopped during one. Nothing of a dry run stays.
+
+        Raises:
+            ResumeError: More steps were taken than the config asks for, or none is left for a new learning rate.
+            NoStepLeft: All steps were taken, patience is at its end, or the evaluation was stopped.
+        """
+        done, steps, point = self.state.global_step, self.state.max_steps, self.plan.resume_point
+        if done > steps:
+            what = f"the run has taken {done} steps, but only {steps} are set"
+            fix = "set more, or start with --overwrite"
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix=fix))
+        if point is not None:
+            self.best.load(point.checkpoint, done)
+            if point.has_other_validation(self.plan.checkpoints.record):
+                self._forget_evaluations()
+        if done == steps or self.best.is_exhausted:
+            raise self._end(done, steps)
+        if done == 0:
+            self.guard.objective.check_start(self.model, self._first_batch)
+        if self.oom_dry_run:
+            batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
+            with torch.random.fork_rng():
+                self.dry_run_step(batch)
+        if (validation := self.plan.batches.held_out) is None:
+            return
+        if self.oom_dry_run:
+            self._held_out_loss(validation.heaviest())
+        if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
+            self.evaluate_once()
+            if self.stop.is_requested():
+                raise NoStepLeft
+            if self.best.is_exhausted:
+                raise self._end(done, steps)
+
+    def _first_batch(self) -> dict[str, Any]:
+        """The first batch of the run; no random number is drawn for it."""
+        with torch.random.fork_rng():
+            batch: dict[str, Any] = next(iter(self.get_train_dataloader()))
+            return batch
+
+    def _forget_evaluations(self, step: int | None = None) -> None:
+        """Remove the held-out loss of a step from the reports, or of all steps if none is given."""
+        history = self.state.log_history
+        self.state.log_history = [
+            entry for entry in history if "eval_loss" not in entry or step not in (None, entry["step"])
+        ]
+
+    def _end(self, done: int, steps: int) -> Exception:
+        """What ends a run that is resumed behind its last step: an error if the user expects more of it."""
+        if self._learning_rate_factor == 1:
+            return NoStepLeft()
+        what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
+        fix = "change it back, or set more steps with training.num_train_epochs or training.max_steps"
+        if done < steps:
+            what = f"patience ended the run at step {done} of {steps}, so a new learning rate has no effect"
+            fix = "change it back, or raise training.patience as well"
+        return ResumeError(Problem(Code.RESUME_CHANGED, what, key="training.learning_rate", fix=fix))
+
+    @property
+    def _learning_rate_factor(self) -> float:
+        return self.plan.resume_point.learning_rate_factor if self.plan.resume_point else 1.0
+
+    def put_back_best(self) -> None:
+        """Give the model the weights that become the adapter, where these are not those of the last step."""
+        if (weights := self.best.kept_weights(self.state.global_step)) is not None:
+            tensors.restore(self.model, weights)
+
+    def check_final_loss(self) -> None:
+        """Check that the model gives a finite loss after the last step, which no later step has shown.
+
+        Raises:
+            NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
+        """
+        first = range(min(self.batches.size, len(self.batches.items)))
+        loss = self.guard.objective.losses(self.model, self.batches, [first]).loss
+        if not loss < float("inf"):
+            what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
+            raise self._diverged(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
+
+    def _diverged(self, problem: Problem) -> Exception:
+        return diverged_error(problem, self.plan.checkpoints, self.state.global_step)
+
+    @property
+    def seconds(self) -> float:
+        """How long training has taken, with the time up to the checkpoint from which it is resumed."""
+        before = self.plan.resume_point.record.seconds if self.plan.resume_point else 0.0
+        return before + time.monotonic() - self.began
+
+    def trained(self, seconds: float) -> TrainedAdapter:
+        """What the run came to. seconds: how long it took."""
+        return TrainedAdapter(
+            config=self.plan.config,
+            steps=self.state.global_step,
+            planned_steps=self.state.max_steps,
+            keeps_best=self.best.keep,
+            evaluations=self.best.record,
+            tokens=int(self.state.num_input_tokens_seen),
+            seconds=seconds,
+            tokens_per_second=self.pace.overall(self.state),
+            curve=thinned(self.state.log_history, CURVE_KEYS),
+        )
+
+    @contextmanager
+    def out_of_memory_placed(self) -> Iterator[None]:
+        """Raises OutOfMemory: memory ran out inside; the error says at which batch."""
+        try:
+            yield
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            where = "in the evaluation after" if self.evaluating else "at"
+            step, shape = self.state.global_step + (not self.evaluating), " x ".join(map(str, self.shape))
+            position = f"{where} step {step}, on a batch of {shape} tokens"
+            raise OutOfMemory(position, evaluating=self.evaluating) from None
+
+    # Evaluations
+
+    def evaluate_once(self) -> None:
+        """Evaluate, unless that was done at this step, and counts."""
+        evaluation_steps = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
+        if self.best.record is None or self.state.global_step not in evaluation_steps:
+            self.evaluate()
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Compute the held-out loss, and record it. Raises NumericError: it is not finite."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        try:
+            loss = self._held_out_loss(rows).loss
+        except _EvaluationStopped:
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+        if not abs(loss) < float("inf"):
+            what = f"the held-out loss after step {self.state.global_step} is {loss}"
+            fix = "lower training.learning_rate"
+            raise self._diverged(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))
+        found = {"loss": loss, **self.guard.objective.logged()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self._forget_evaluations(self.state.global_step)
+        self.log(dict(metrics))
+        self.notify_evaluation(metrics)
+        self.best.add(self.state.global_step, loss, partial(tensors.full_weights, self.model))
+        if self.best.is_exhausted:
+            self.control.should_save = self.control.should_training_stop = True
+        return metrics
+
+    def _held_out_loss(self, rows: ScoringPass) -> RowLosses:
+        self.evaluating = True
+        losses = self.guard.objective.score(self.model, rows, self._before_batch, self.group)
+        self.evaluating = False
+        return losses
+
+    def _before_batch(self, batch: dict[str, torch.Tensor]) -> None:
+        if self.stop.is_requested():
+            self.evaluating = False
+            raise _EvaluationStopped
+        self.shape = tuple(batch["input_ids"].shape)
+
+    # Steps
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Report metrics, and how many tokens were read."""
+        means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
+        means |= self.guard.objective.logged_of_step() if means else {}
+        super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
+
+    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch as it goes into the model, without a cache.
+
+        With a key-value cache, which a model uses by default, it would treat packed rows as one row.
+        """
+        self.guard.tokens += count_tokens(inputs)
+        prepared = super().prepare_inputs(inputs)
+        self.shape = tuple(prepared["input_ids"].shape)
+        self.guard.objective.expect(self.model, prepared)
+        return prepared | {"use_cache": False}
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The micro-steps of an optimizer step, and what its loss is divided by."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self.guard.objective.begin_step(self.model, batches, count, self.group)
+
+    # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the trained weights, and no pickled arguments beside them. Raises NumericError: one is NaN or inf."""
+        state = tensors.full_weights(self.model)
+        check_finite(state.values(), self.state.global_step)
+        if self.group.main:
+            attach.write(self.model, Path(str(output_dir)), state)
+
+    @contextmanager
+    def writing_checkpoint(self) -> Iterator[None]:
+        """Inside, what is written becomes a checkpoint that is whole, or does not exist."""
+        step, checkpoints = self.state.global_step, self.plan.checkpoints
+        progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
+        with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
+            yield
+            if checkpoints.is_writer:
+                self.best.save(directory, step)
+
+    def checkpoint_seconds(self) -> float:
+        """How long it takes to write a checkpoint, which is removed again."""
+        start, self.keeps_checkpoints = time.monotonic(), False
+        self.save_checkpoint()
+        return time.monotonic() - start
+
+    def load_weights(self, checkpoint: str, model: Any = None) -> None:
+        """Restore the trained weights. Raises ResumeError: the checkpoint holds others; PEFT loads those that fit."""
+        if not launcher.sharding():
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.weights(self.model).items()}
+            check_tensors(Path(checkpoint), shapes)
+        super().load_weights(checkpoint, model)
+
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Restore optimizer and scheduler, with a new learning rate if the user has set one."""
+        super().load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._learning_rate_factor != 1:
+            scale_learning_rates(self.optimizer, self.lr_scheduler, self._learning_rate_factor)

@@ -1,19 +1,34 @@
-"""Undocumented parts of other libraries that this package uses.
+"""What training uses of other libraries: Trainer's arguments, and undocumented parts, each with the reason why no
+documented one serves.
 
-Each such name stands here once, with the reason why no documented one serves; tests/test_upstream_training.py names
-those that a release takes away.
+tests/test_upstream_training.py names those that a release takes away.
 """
 
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
+
+from loratune.config import AUTO, TrainingSection
+from loratune.kernels import full_tensor, global_norm
+from loratune.lora import tensors
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.system.launcher import Group
+
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+"""The names that Trainer gives these files."""
 
 
 def exclude_from_ddp(model: nn.Module, names: list[str]) -> None:
@@ -63,13 +78,36 @@ def scale_learning_rates(optimizer: Any, scheduler: Any, factor: float) -> None:
         rates[:] = [rate * factor for rate in rates]
 
 
-def discard_deepspeed_step(engine: Any) -> None:
-    """Forget the gradients of the last micro-step of a DeepSpeed engine, and that there was one.
+def training_arguments(
+    section: TrainingSection, checkpoints: Path, *, has_validation: bool, experts: bool = False, bfloat16: bool = False
+) -> TrainingArguments:
+    """The upstream arguments of a run.
 
-    The engine counts micro-steps to know when gradients are accumulated, and has no documented way back.
+    Args:
+        section: The config.
+        checkpoints: Where checkpoints go.
+        has_validation: Whether there are validation rows.
+        experts: Whether a step may leave some of the trained weights unused.
+        bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
     """
-    engine.optimizer.zero_grad()
-    engine.micro_steps -= 1
+    unused = ["num_train_epochs"] if section.num_train_epochs == AUTO else []  # max_steps sets the length
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        **section.model_dump(exclude={"keep", "max_minutes", "objective", "patience", "report_to", *unused}),
+        per_device_eval_batch_size=section.per_device_train_batch_size,
+        activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
+        eval_strategy="steps" if has_validation and section.eval_steps else "no",
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would show a NaN loss as 0.0
+        ddp_find_unused_parameters=experts,
+        ddp_broadcast_buffers=False,  # buffers such as rotation angles are the same in all processes
+        remove_unused_columns=False,
+        bf16=bfloat16,
+        use_cpu=not torch.accelerator.is_available(),  # otherwise accelerate takes many processes for one
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+    )
 
 
 class TensorBoard(TensorBoardCallback):
@@ -96,22 +134,19 @@ class TensorBoard(TensorBoardCallback):
         self.tb_writer = self._SummaryWriter(log_dir=self.logging_dir, purge_step=self._next_step)
 
 
-class HookedTrainer(Trainer):
-    """A Trainer whose private steps have public names, which subclasses override.
+class CheckpointTrainer(Trainer):
+    """A Trainer that writes its checkpoints elsewhere, as the same files however weights are sharded.
 
-    Trainer has no documented way to write a checkpoint elsewhere, or in another form. Its callbacks are called around
-    these steps, and cannot replace them.
+    Trainer has no documented way to do so: its callbacks are called around the steps that are overridden here. The main
+    process writes all files; with ZeRO-3, DeepSpeed's own are beside them.
+
+    Attributes:
+        group: The processes of the run.
+        checkpoint_parent: The directory in which a checkpoint is written under its name.
     """
 
-    @property
-    def uses_deepspeed(self) -> bool:
-        """Whether DeepSpeed trains the model."""
-        return bool(self.is_deepspeed_enabled)
-
-    @property
-    def uses_fsdp(self) -> bool:
-        """Whether FSDP shards the model."""
-        return bool(self.is_fsdp_enabled)
+    group: Group
+    checkpoint_parent: Path
 
     def notify_evaluation(self, metrics: dict[str, float]) -> None:
         """Call `on_evaluate` of all callbacks, as an `evaluate` that replaces Trainer's has to do."""
@@ -125,51 +160,119 @@ class HookedTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return self.prepare_inputs(inputs)
 
-    def checkpoint_parent(self) -> str:
-        """The directory in which a checkpoint is written under its name."""
-        return str(super()._get_output_dir(None))
+    # Checkpoints
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint now."""
+        self._save_checkpoint(self.model_wrapped, None)
+
+    def writing_checkpoint(self) -> AbstractContextManager[Any]:
+        """The context in which a checkpoint is written to `checkpoint_parent`."""
+        return nullcontext()
 
     def _get_output_dir(self, trial: Any) -> str:
-        return self.checkpoint_parent()
-
-    def save_checkpoint(self, model: Any) -> None:
-        """Write a whole checkpoint."""
-        super()._save_checkpoint(model, None)
+        return str(self.checkpoint_parent)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.save_checkpoint(model)
+        with self.writing_checkpoint():
+            super()._save_checkpoint(model, trial)
 
-    def save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the states of the optimizer and the scheduler to a checkpoint."""
-        super()._save_optimizer_and_scheduler(output_dir)
+    def load_weights(self, checkpoint: str, model: Any = None) -> None:
+        """Restore the trained weights, each process its shard of them."""
+        if self.is_fsdp_enabled:
+            tensors.restore(self.model, load_file(Path(checkpoint) / WEIGHTS_FILE))
+        else:
+            super()._load_from_checkpoint(checkpoint, model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.load_weights(resume_from_checkpoint, model)
+
+    # Gradients
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm over all gradients of an optimizer step, as a scalar."""
+        if self.is_deepspeed_enabled:  # which does not leave the gradients at the parameters
+            return torch.tensor(float(self.model_wrapped.get_global_grad_norm()), device=self.args.device)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
+        return global_norm([gradient for gradient in gradients if gradient is not None])
+
+    def dry_run_step(self, batch: dict[str, torch.Tensor]) -> None:
+        """Compute forward and backward of a batch, and discard the gradients."""
+        if not self.is_deepspeed_enabled:
+            self.training_step(self.model_wrapped, batch, None)
+            self.model.zero_grad()
+            return
+        self.accelerator.sync_gradients = False  # or accelerate's backward would take an optimizer step
+        self.training_step(self.model_wrapped, batch, None)
+        self.model_wrapped.optimizer.zero_grad()
+        self.model_wrapped.micro_steps -= 1  # DeepSpeed counts them, and has no documented way back
+        self.accelerator.sync_gradients = True
+
+    # Optimizer and scheduler
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        self.save_optimizer_and_scheduler(output_dir)
+        """Write the states of optimizer and scheduler, gathered from all processes."""
+        if self.is_deepspeed_enabled:
+            self._gather_files(output_dir, super()._save_optimizer_and_scheduler)
+        elif not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        else:
+            state = self.optimizer.state_dict()
+            values = {number: _whole(entry) for number, entry in state["state"].items()}
+            if self.group.main:
+                torch.save(state | {"state": values}, Path(output_dir) / OPTIMIZER)
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
     def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Restore the states of the optimizer and the scheduler; without a checkpoint, nothing is done."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        """Restore the states of optimizer and scheduler, each process its shard of them. Nothing is done for None."""
+        if checkpoint is None or not self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(Path(checkpoint) / OPTIMIZER, map_location="cpu", weights_only=True)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        for number, entry in state["state"].items():
+            entry |= {
+                name: tensors.distribute_like(value, parameters[number])
+                for name, value in entry.items()
+                if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
+            }
+        self.optimizer.load_state_dict(state)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         self.load_optimizer_and_scheduler(checkpoint)
 
-    def save_random_state(self, output_dir: str) -> None:
-        """Write the state of the random generators of this process to a checkpoint."""
-        super()._save_rng_state(output_dir)
+    # Random states
 
     def _save_rng_state(self, output_dir: str) -> None:
-        self.save_random_state(output_dir)
-
-    def load_random_state(self, checkpoint: str | None) -> None:
-        """Restore the state of the random generators; without a checkpoint, nothing is done."""
-        super()._load_rng_state(checkpoint)
+        """Write the random states of all processes."""
+        if self.group.count == 1:
+            super()._save_rng_state(output_dir)
+        else:
+            self._gather_files(output_dir, super()._save_rng_state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        self.load_random_state(checkpoint)
+        """Restore the random states if the run has as many processes as before; otherwise seed new ones."""
+        if checkpoint is not None and len(list(Path(checkpoint).glob("rng_state*.pth"))) != self.group.count:
+            torch.manual_seed(self.args.seed + self.group.rank + (self.state.global_step << 16))
+            return
+        super()._load_rng_state(checkpoint)
 
-    def load_weights(self, checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Restore the trained weights."""
-        super()._load_from_checkpoint(checkpoint, model)
+    def _gather_files(self, output_dir: str, save: Callable[[str], None]) -> None:
+        """Let each process save to a temporary directory of its own, and the main process write the files of all."""
+        with TemporaryDirectory() as directory:
+            save(directory)
+            paths = [path for path in sorted(Path(directory).rglob("*")) if path.is_file()]
+            own = [[str(path.relative_to(directory)), b64encode(path.read_bytes()).decode()] for path in paths]
+            files = self.group.all_gather(own)
+        for name, content in chain.from_iterable(files) if self.group.main else ():
+            path = Path(output_dir) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b64decode(content))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self.load_weights(resume_from_checkpoint, model)
+
+def _whole(entry: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state of one parameter, with whole tensors on the CPU."""
+    return {
+        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value for name, value in entry.items()
+    }

@@ -39,7 +39,7 @@ from loratune.system.launcher import host
 from loratune.text import format_duration, plural
 from loratune.training import auto
 from loratune.training.checkpoints.run_dir import RunDirectory
-from loratune.training.preflight import ValidatedRun
+from loratune.training.preflight import Run
 
 _NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
 """Keys that two commands on one study may have at different values, besides paths, which differ from machine to
@@ -102,7 +102,7 @@ class Request:
 
     grid: Grid
     runs: dict[str, RunConfig]
-    run: ValidatedRun
+    run: Run
     storage: str | None
     most: int | None
     budget: Budget

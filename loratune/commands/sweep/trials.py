@@ -14,11 +14,8 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
-from loratune.commands import measuring
 from loratune.commands import train as training
-from loratune.commands.plan import LoadedRun, Plan, adapted, facts, load_rows, load_run, template_fingerprint
 from loratune.commands.sweep.study import Study, TrialRecord
-from loratune.commands.train import Result
 from loratune.compare import objectives
 from loratune.compare.engine import Scorer
 from loratune.compare.losses import RowLosses
@@ -34,21 +31,22 @@ from loratune.errors import (
     ResumeError,
     is_out_of_memory,
 )
-from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, StepEvent, note
+from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, ProgressEvent, StepEvent, note
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import MAX_STEPS
 from loratune.system.files import is_directory, sha256
-from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.system.launcher import SINGLE_PROCESS
 from loratune.training import auto, batching, preflight
-from loratune.training.batching import TokenizedDatasets
 from loratune.training.checkpoints.resume import find_resume_point
 from loratune.training.checkpoints.run_dir import RunDirectory
-from loratune.training.continuing import EarlierRun
 from loratune.training.duration import Costs, seconds_per_operation
-from loratune.training.preflight import ValidatedRun
+from loratune.training.plan import Plan, facts, load_base, load_rows, make_plan, template_fingerprint
+from loratune.training.preflight import Run
+from loratune.training.results import TrainedAdapter, compute_reference
+from loratune.training.rows import TokenizedDatasets, tokenize
 
 DIGEST = "record"
 """The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
@@ -74,7 +72,7 @@ class TrialProgress:
     def __call__(self, event: Event) -> None:
         """Receive an event. Raises TrialPruned: the trial is among the worse ones."""
         self._outer(NoteEvent(event.summary) if isinstance(event, PlanEvent) and self._brief else event)
-        if isinstance(event, StepEvent):
+        if isinstance(event, StepEvent | ProgressEvent):
             self._study.show_life(self._record)
         if isinstance(event, EvaluationEvent) and self._halving:
             percent = 100 * event.step // max(1, event.steps)
@@ -109,12 +107,14 @@ class TrialOutcome:
 
     Attributes:
         adapter: The published adapter.
+        digest: The SHA-256 of its record.
         losses: Its losses on the held-out rows.
         seconds: The time of the whole trial, that before an interruption included.
         is_resumed: Whether it continued from a checkpoint, so that `seconds` leaves out what the interruption undid.
     """
 
-    adapter: Result
+    adapter: TrainedAdapter
+    digest: str
     losses: RowLosses
     seconds: float
     is_resumed: bool
@@ -122,15 +122,14 @@ class TrialOutcome:
     def record(self, run: RunConfig, varied: list[str]) -> dict[str, Any]:
         """What the study keeps. run: the config of the trial as requested; varied: the keys that trials differ in."""
         shown = {*varied, MAX_STEPS} if run.training.max_minutes is not None else {*varied}
-        findings = self.adapter.findings
         return {
             "values": {key: text for key, text in keys.flat(self.adapter.config.resolved()).items() if key in shown},
             "seconds": self.seconds,
-            "steps": findings.outcome.steps,
+            "steps": self.adapter.steps,
             "adapter_bytes": self.adapter.adapter_bytes,
-            "unrelated": findings.unrelated.as_json().get("change"),
+            "unrelated": self.adapter.unrelated.as_json().get("change"),
             "rows": self.losses.packed(),
-            DIGEST: sha256(self.adapter.directory / RECORD_FILE),
+            DIGEST: self.digest,
         }
 
 
@@ -138,26 +137,22 @@ class TrialRunner:
     """Trains adapters on one base and one set of rows.
 
     Attributes:
-        loaded: The tokenizer, rows and base of the config itself.
+        datasets: The rows of the config itself.
+        base: Its base.
         objective: What trials are compared by: the objective of the config itself, whatever theirs is.
         described: That objective in words where answers are compared; else empty.
         rows: The number of distinct held-out rows on which trials are compared.
         total: The number of all held-out rows.
     """
 
-    def __init__(
-        self,
-        run: ValidatedRun,
-    ):
-        """Load everything. Raises as `plan.load_run`."""
+    def __init__(self, run: Run):
+        """Load everything. Raises as `plan.load_rows` and `plan.load_base`."""
         self._run = run
-        self.loaded: LoadedRun = load_run(run)
-        self._state = BaseState(self.loaded.base.model)
+        self.datasets, self.base = load_rows(run), load_base(run)
+        self._state = BaseState(self.base.model)
         self._plan: Plan | None = None
-        self._rows: dict[str, tuple[TokenizedDatasets, EarlierRun | None]] = {
-            _rows_key(run.config): (self.loaded.datasets, self.loaded.earlier)
-        }
-        held_out = self.loaded.datasets.validation
+        self._rows = {_rows_key(run.config): self.datasets}
+        held_out = self.datasets.validation
         assert held_out is not None
         self._held_out, copies = held_out, held_out.copies()
         numbers = np.array([*copies])
@@ -166,41 +161,40 @@ class TrialRunner:
         self._copies = {int(number): len(copies[int(number)]) for number in numbers}
         self.rows, self.total = len(self._copies), held_out.items
         self._seconds_per_operation: float | None = None
-        sections = run.config.data, run.config.training, run.config.preferences
-        self.objective = batching.objective_of({"validation": held_out}, *sections)
+        self.objective = batching.objective_of({"validation": held_out}, run.config)
         self.described = objectives.described(run.config)
 
     @property
     def fingerprints(self) -> dict[str, str]:
         """The fingerprints of everything that the config reads."""
-        datasets = self.loaded.datasets
+        datasets = self.datasets
         found = {
-            "the base": self.loaded.base.fingerprint,
+            "the base": self.base.fingerprint,
             "the training rows": datasets.train.fingerprint,
             "the validation rows": self._held_out.fingerprint,
             "the test rows": datasets.test.fingerprint if datasets.test else "",
-            "the chat template": template_fingerprint(self._run.config, self.loaded.tokenizer),
+            "the chat template": template_fingerprint(self._run.config, datasets.tokenizer),
             "what trials are compared by": self.described,
             "the start": self._run.start.digest if self._run.start else "",
         }
         return {name: fingerprint for name, fingerprint in found.items() if fingerprint}
 
-    def prepare_rows(self, run: RunConfig) -> tuple[TokenizedDatasets, EarlierRun | None]:
+    def prepare_rows(self, run: RunConfig) -> TokenizedDatasets:
         """The rows of a trial, tokenized once for all trials with the same settings of rows. Raises DataError,
         ConfigError."""
         if (key := _rows_key(run)) not in self._rows:
-            self._rows[key] = load_rows(self._validated(run), self.loaded.tokenizer)
+            self._rows[key] = tokenize(self._with_config(run), self.datasets.tokenizer)
         return self._rows[key]
 
-    def _validated(self, run: RunConfig) -> ValidatedRun:
+    def _with_config(self, run: RunConfig) -> Run:
         return replace(self._run, config=preflight.with_absolute_paths(run), resume_point=None)
 
     def estimate(self, run: RunConfig) -> float:
         """The approximate seconds of a trial on this machine, see `duration`; the first call measures its speed."""
         if run.training.max_minutes is not None:
             return 60 * run.training.max_minutes
-        rows, _ = self.prepare_rows(run)
-        run, _ = auto.decide(run, facts(self._validated(run), rows))
+        rows = self.prepare_rows(run)
+        run, _ = auto.decide(run, facts(self._with_config(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
         model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
         train, rows_per_example = rows.train.rows, rows.train.rows_per_example
@@ -233,31 +227,27 @@ class TrialRunner:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
         directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
-        validated = self._resumed(replace(self._validated(run), directory=directory))
-        adapter = training.train(validated, planner=self._make_plan)
-        assert adapter is not None and self._plan is not None
-        losses, point = self._score(self._plan), validated.resume_point
-        seconds = time.monotonic() - start + (point.seconds if point else 0.0)
-        return TrialOutcome(adapter, losses, seconds, point is not None)
+        trial = self._resumed(replace(self._with_config(run), directory=directory))
+        with directory.locked():
+            plan = self._plan = make_plan(trial, datasets=self.prepare_rows(trial.config), base=self.base)
+            compute_reference(plan, self.objective)
+            adapter = training.carry_out(plan, began=start)
+        assert adapter is not None
+        losses, point = self._score(plan), trial.resume_point
+        seconds = time.monotonic() - start + (point.record.seconds if point else 0.0)
+        return TrialOutcome(adapter, sha256(output / RECORD_FILE), losses, seconds, point is not None)
 
-    def _resumed(self, validated: ValidatedRun) -> ValidatedRun:
+    def _resumed(self, trial: Run) -> Run:
         """The run with the checkpoint that it continues from, if there is one that fits."""
-        directory = validated.directory
+        directory = trial.directory
         if not is_directory(directory.partial) or not directory.is_resumable() or directory.rejected_adapter():
-            return validated
+            return trial
         try:
-            point = find_resume_point(directory.checkpoints, validated.config, ())
+            point = find_resume_point(directory.checkpoints, trial.config, ())
         except (ConfigError, ResumeError) as error:
             note(f"the trial starts again: {error.problems[0].what}")
-            return validated
-        config = auto.keep(validated.config, point.identity["config"])
-        return replace(validated, config=config, resume_point=point)
-
-    def _make_plan(self, run: ValidatedRun, group: Group = SINGLE_PROCESS) -> Plan:
-        datasets, earlier = self.prepare_rows(run.config)
-        self._plan = adapted(run, replace(self.loaded, datasets=datasets, earlier=earlier), group)
-        measuring.compute_reference(self._plan, self.objective)
-        return self._plan
+            return trial
+        return replace(trial, config=auto.keep(trial.config, point.record.config), resume_point=point)
 
     def _score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
@@ -278,19 +268,19 @@ class TrialRunner:
         del plan
         gc.unfreeze()  # A run freezes what it has; the next one would find what this one left.
         gc.collect()
-        section, base = self._run.config.model, self.loaded.base
+        section, base = self._run.config.model, self.base
         if not (section.torch_compile or section.use_liger_kernel) and self._state.restore(base.model):
             return
         note("the adapter has changed the base, which is loaded again")
         fingerprint = base.fingerprint
         del base
-        self.loaded = replace(self.loaded, base=None)  # type: ignore[arg-type]  # Two would take twice the memory.
+        del self.base  # Two would take twice the memory.
         gc.collect()
         fresh = load.load_for_run(section, SINGLE_PROCESS)
         if fresh.fingerprint != fingerprint:
             what, fix = "has changed since the sweep began", "restore it, then rerun the same command to resume"
             raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, "model.name_or_path", fix))
-        self.loaded = replace(self.loaded, base=fresh)
+        self.base = fresh
         self._state = BaseState(fresh.model)
 
 

@@ -1,4 +1,4 @@
-"""What a run is, by everything that decides its result, and whether a resumed run is the same one."""
+"""Where an interrupted run continues, and whether it is still the same run."""
 
 import json
 import math
@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from loratune.codes import Code
-from loratune.config import RunConfig, read_earlier
-from loratune.data import TokenizedDataset
+from loratune.config import AUTO, RunConfig, read_earlier
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training import auto
-from loratune.training.checkpoints.store import newest_whole, step_of
-from loratune.training.curve import SECONDS, UNREPORTED, StepLosses
-from loratune.training.evaluations import BEST, BestRecord
+from loratune.training.checkpoints.record import BestRecord, CheckpointRecord
+from loratune.training.checkpoints.store import BEST_WEIGHTS, newest_whole, step_of
 
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
@@ -42,8 +40,6 @@ CONTENTS = {
 path and is not here, a resumed run would read unchecked."""
 _ONLY_SCORED = ("data.validation", "data.test")
 """Keys of rows that are never trained on, so that other rows can be allowed."""
-MAX_MINUTES = "max_minutes"
-"""The key of a checkpoint's record that holds the time budget, from which `max_steps` was fixed as the run began."""
 _NOT_COMPARED = ("output_dir", "training.report_to", "training.ddp_timeout")
 """Keys that may change: the checkpoints were found, so the run directory may have been moved; the others change no
 step."""
@@ -56,102 +52,93 @@ class ResumePoint:
 
     Attributes:
         checkpoint: The directory of the checkpoint.
+        record: The record of the interrupted run, as its checkpoint holds it.
+        allowed: The keys that may have other values than before the interruption.
         skipped: A problem for each newer checkpoint that is not whole.
-        changes: The keys that were changed with --allow-change, now and in earlier resumptions: at which step, and
-            from which value to which.
+        changes: The keys that this resumption changes, in the form of `CheckpointRecord.changes`.
         learning_rate_factor: The new learning rate divided by the old one.
-        identity: The identity of the interrupted run, as its checkpoint holds it; see `identity`.
         dropped_keys: Keys without a value that the release which wrote the checkpoint knew, and this one does not.
         kept: Keys that are `auto`, with what they were when the run was interrupted.
     """
 
     checkpoint: Path
-    skipped: tuple[Problem, ...]
-    changes: list[dict[str, Any]]
-    learning_rate_factor: float
-    identity: Mapping[str, Any]
+    record: CheckpointRecord
+    allowed: tuple[str, ...] = ()
+    skipped: tuple[Problem, ...] = ()
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    learning_rate_factor: float = 1.0
     dropped_keys: tuple[str, ...] = ()
-    kept: Mapping[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """How many optimizer steps were taken."""
         return step_of(self.checkpoint)
 
-    @property
-    def unreported(self) -> StepLosses:
-        """The losses of the steps before it that no report has."""
-        return StepLosses.from_json(self.identity.get(UNREPORTED))
+    def check_same(self, current: CheckpointRecord, base: str) -> None:
+        """Check that rows and base are the same as before the interruption.
 
-    @property
-    def seconds(self) -> float:
-        """How long training took up to it; 0 if an earlier release wrote it."""
-        return float(self.identity.get(SECONDS, 0.0))
+        Args:
+            current: The record of this run.
+            base: The fingerprint of the base, in the version of the one that the checkpoint holds.
 
-    @property
-    def new_changes(self) -> list[dict[str, Any]]:
-        """Those of `changes` that this resumption makes."""
-        return self.changes[len(self.identity["changes"]) :]
+        Raises:
+            ResumeError: Rows or base have changed.
+        """
+        old, new = self.record.fingerprints, current.fingerprints | {"base": base}
+        problems = []
+        for name, (key, _) in CONTENTS.items():
+            if name not in old or old[name] == new.get(name) or (key in _ONLY_SCORED and key in self.allowed):
+                continue
+            counts = [f"{one.rows.rows:,} rows with {one.rows.tokens:,} tokens" for one in (self.record, current)]
+            is_counted = name == "data" and counts[0] != counts[1]
+            problems.append(content_problem(name, f" ({counts[0]}, now {counts[1]})" if is_counted else ""))
+        if problems:
+            raise ResumeError(problems)
 
-    @property
-    def base_fingerprint(self) -> str:
-        """The fingerprint of the base of the interrupted run."""
-        return str(self.identity["fingerprints"]["base"])
+    def evaluations(self, current: CheckpointRecord, *, keep: bool) -> tuple[BestRecord | None, str]:
+        """The evaluations that still count in the resumed run; and if they do not count, a line on the reason.
 
+        Args:
+            current: The record of this run.
+            keep: Whether the weights of the best step become the adapter.
+        """
+        best, reason = self.record.best, ""
+        if best is not None and self.has_other_validation(current):
+            reason = "they were on other rows"
+        elif best is not None and keep and best.step != self.step and not (self.checkpoint / BEST_WEIGHTS).is_file():
+            reason = f"the weights of step {best.step}, the best of them, were not kept"
+        return (None, f"evaluations up to step {self.step} do not count: {reason}") if reason else (best, "")
 
-def identity(
-    config: RunConfig,
-    fingerprints: Mapping[str, str | None],
-    rows: TokenizedDataset,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """What a checkpoint keeps of its run, as JSON.
+    def has_other_validation(self, current: CheckpointRecord) -> bool:
+        """Whether the resumed run is evaluated on other rows than before."""
+        return self.record.fingerprints.get("validation") != current.fingerprints.get("validation")
 
-    Args:
-        config: The config, with absolute paths.
-        fingerprints: Of all that the run reads, see `CONTENTS`.
-        rows: The training rows, whose counts are kept.
-        environment: What the run is computed with; see `conditions.environment`.
+    def notes(self, current: CheckpointRecord, *, keep: bool, dropout: bool) -> Iterator[str]:
+        """Lines about the checkpoint that the run continues from, and what has changed since.
 
-    Returns:
-        All of these, with the number of processes and how they shard the weights. The time budget is added as soon as
-        it is known how many steps it comes to.
-    """
-    return {
-        "config": config.resolved(),
-        "fingerprints": dict(fingerprints),
-        "rows": rows.report.counts(),
-        "conditions": dict(environment),
-        "processes": launcher.world_size(),
-        "sharding": launcher.sharding(),
-        "changes": [],
-        MAX_MINUTES: None,
-    }
-
-
-def notes(resume_point: ResumePoint, identity: Mapping[str, Any], *, dropout: bool) -> Iterator[str]:
-    """Lines about the checkpoint that the run continues from, and what has changed since.
-
-    Args:
-        resume_point: The checkpoint.
-        identity: That of the run as it continues, see `identity`.
-        dropout: Whether the run uses dropout.
-    """
-    yield from map(str, resume_point.skipped)
-    for key in resume_point.dropped_keys:
-        yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
-    if kept := [f"{key} {auto.shown(value)}" for key, value in resume_point.kept.items()]:
-        yield f"auto: as when the run was interrupted, {', '.join(kept)}"
-    for change in identity["changes"]:
-        yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
-    if environment_changes(resume_point, identity):
-        yield "so the result may differ in its last digits from that of an uninterrupted run"
-    elif "conditions" not in resume_point.identity:
-        yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
-    yield f"resuming from step {resume_point.step}"
-    before, now = resume_point.identity.get("processes", 1), identity["processes"]
-    if before != now and dropout:
-        yield f"dropout is drawn differently from here on: {now} processes instead of {before}"
+        Args:
+            current: The record of the run as it continues.
+            keep: As of `evaluations`.
+            dropout: Whether the run uses dropout.
+        """
+        yield from map(str, self.skipped)
+        for key in self.dropped_keys:
+            yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
+        if kept := [f"{key} {auto.shown(value)}" for key, value in self.kept.items()]:
+            yield f"auto: as when the run was interrupted, {', '.join(kept)}"
+        for change in current.changes:
+            yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
+        if self.record.changed_conditions(current.conditions or {}, self.step):
+            yield "so the result may differ in its last digits from that of an uninterrupted run"
+        elif self.record.conditions is None:
+            yield "the checkpoint does not record what it was computed with: the result may differ in its last digits"
+        yield f"resuming from step {self.step}"
+        before, now = self.record.processes, current.processes
+        if before != now and dropout:
+            yield f"dropout is drawn differently from here on: {now} processes instead of {before}"
+        if remark := self.evaluations(current, keep=keep)[1]:
+            yield remark
 
 
 def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str]) -> ResumePoint:
@@ -178,28 +165,32 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
         if key not in CHANGEABLE
     ]:
         raise ResumeError(problems)
-    checkpoint, before, skipped = newest_whole(checkpoints, _fault)
+    checkpoint, before, skipped = newest_whole(checkpoints)
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
-    config = auto.keep(run, before["config"]).resolved()
-    old, unknown = read_earlier(before["config"])
+    config = auto.keep(run, before.config).resolved()
+    old, unknown = read_earlier(before.config)
+    if "num_train_epochs" in config["training"]:  # which is left out where max_steps sets the length
+        old = old | {"training": {"num_train_epochs": AUTO} | old["training"]}
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
-    if problems := problems or [
-        *_changed_step_sizes(before, config, launcher.world_size()),
-        *_changed_processes(before),
-    ]:
+    if problems := problems or [*_changed_step_sizes(before, config), *_changed_processes(before)]:
         raise ResumeError([*skipped, *problems])
-    changes = [
-        {"step": step_of(checkpoint), "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)
-    ]
-    factor = config["training"]["learning_rate"] / old["training"]["learning_rate"]
-    all_changes, kept = before["changes"] + changes, auto.kept(run, before["config"])
-    return ResumePoint(checkpoint, tuple(skipped), all_changes, factor, before, tuple(unknown), kept)
+    step = step_of(checkpoint)
+    return ResumePoint(
+        checkpoint,
+        before,
+        tuple(allowed),
+        skipped=tuple(skipped),
+        changes=[{"step": step, "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)],
+        learning_rate_factor=config["training"]["learning_rate"] / old["training"]["learning_rate"],
+        dropped_keys=tuple(unknown),
+        kept=auto.kept(run, before.config),
+    )
 
 
-def _changed_budget(before: Mapping[str, Any], run: RunConfig) -> Iterator[Problem]:
+def _changed_budget(before: CheckpointRecord, run: RunConfig) -> Iterator[Problem]:
     """A time budget that is not the one from which the steps of the run were fixed."""
-    old, new = before.get(MAX_MINUTES), run.training.max_minutes
+    old, new = before.max_minutes, run.training.max_minutes
     if new is not None and old != new:
         what = f"was {'not set' if old is None else f'{old:g}'} when the run began, and its length is fixed since then"
         fix = "change it back; or for another length: --set training.max_minutes= --set training.max_steps=N"
@@ -207,72 +198,9 @@ def _changed_budget(before: Mapping[str, Any], run: RunConfig) -> Iterator[Probl
         yield Problem(Code.RESUME_CHANGED, what, key="training.max_minutes", fix=fix)
 
 
-def _fault(run: Any) -> str:
-    """What is wrong with an identity that was read from a checkpoint; empty if the run can be resumed by it."""
-    try:
-        training = run["config"]["training"]
-        rate = training["learning_rate"]
-        numbers = [training[key] for key in ("per_device_train_batch_size", "gradient_accumulation_steps")]
-        numbers += [run["rows"]["rows"], run["rows"]["tokens"], run.get("processes", 1)]
-        texts = [run["fingerprints"][key] for key in ("base", "data")] + [run.get("sharding", "")]
-        numbers += [max(training["max_steps"], 0)] if run.get(MAX_MINUTES) is not None else []
-        changes = [change[key] for change in run["changes"] for key in ("step", "key", "was", "is")]
-        if run.get(BEST) is not None:
-            BestRecord.from_json(run[BEST])
-        StepLosses.from_json(run.get(UNREPORTED))
-    except KeyError as error:
-        return f"{error} is missing"
-    except (TypeError, AttributeError, ValueError):
-        return "it is not the record of a run"
-    checks = (
-        all(type(number) is int and 0 <= number < 1 << 63 for number in numbers),
-        all(isinstance(text, str) for text in texts),
-        isinstance(run["fingerprints"].get("validation"), str | None),
-        isinstance(run.get("conditions", {}), dict),
-        isinstance(run.get(MAX_MINUTES), int | float | None),
-        run.get(MAX_MINUTES) is None or 0 < training["max_steps"] < 1 << 31,
-        len(changes) == 4 * len(run["changes"]) and isinstance(run["changes"], list),
-        type(rate) in (int, float) and 0 < rate < math.inf,
-        type(seconds := run.get(SECONDS, 0.0)) in (int, float) and 0 <= seconds < math.inf,
-        auto.are_recorded(run["config"]),
-    )
-    return "" if all(checks) else "it is not the record of a run"
-
-
-def check_same(point: ResumePoint, current: Mapping[str, Any], allowed: Sequence[str], *, base: str) -> None:
-    """Check that rows and base are the same as before the interruption.
-
-    Args:
-        point: Where the run is resumed.
-        current: The identity of this run.
-        allowed: Keys that may differ.
-        base: The fingerprint of the base, in the version of the one that the checkpoint holds.
-
-    Raises:
-        ResumeError: Rows or base have changed.
-    """
-    comparable = {**current, "fingerprints": current["fingerprints"] | {"base": base}}
-    if problems := list(_changed_contents(point.identity, comparable, allowed)):
-        raise ResumeError(problems)
-
-
-def environment_changes(point: ResumePoint, current: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a resumed run is computed with that it was not computed with before, in the form of `ResumePoint.changes`.
-
-    The run continues all the same: its numbers are as good, but their last bits may differ. Nothing is known of a
-    checkpoint whose release did not record the environment. current: the identity of this run.
-    """
-    old, new = point.identity.get("conditions", {}), current["conditions"]
-    return [
-        {"step": point.step, "key": name, "was": old[name], "is": new[name]}
-        for name in new
-        if name in old and old[name] != new[name]
-    ]
-
-
-def _lost_values(unknown: Mapping[str, Any], before: Mapping[str, Any]) -> Iterator[Problem]:
+def _lost_values(unknown: Mapping[str, Any], before: CheckpointRecord) -> Iterator[Problem]:
     """Unknown keys whose values had an effect that would end here. Empty ones are `ResumePoint.dropped_keys`."""
-    release = before.get("conditions", {}).get("loratune")
+    release = (before.conditions or {}).get("loratune")
     fix = f"finish the run with loratune {release}, which started it" if release else "finish the run with that release"
     for key, value in unknown.items():
         if value not in (None, False, "", "none", [], {}):
@@ -290,12 +218,12 @@ def _changed_keys(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Se
         yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
 
 
-def _changed_step_sizes(before: Mapping[str, Any], now: Mapping[str, Any], processes: int) -> Iterator[Problem]:
+def _changed_step_sizes(before: CheckpointRecord, now: Mapping[str, Any]) -> Iterator[Problem]:
     """Settings with which an optimizer step would take other rows: more, fewer, or packed in another way."""
     keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
     old, new = (
         (count, *(config["training"][key] for key in keys))
-        for count, config in ((before.get("processes", 1), before["config"]), (processes, now))
+        for count, config in ((before.processes, before.config), (launcher.world_size(), now))
     )
     rows = [f"{math.prod(sizes)} ({_processes(sizes[0])} x {sizes[1]} x {sizes[2]})" for sizes in (old, new)]
     if math.prod(old) != math.prod(new):
@@ -310,25 +238,17 @@ def _changed_step_sizes(before: Mapping[str, Any], now: Mapping[str, Any], proce
         yield Problem(Code.RESUME_CHANGED, what, key=f"training.{keys[0]}", fix=fix)
 
 
-def _changed_processes(before: Mapping[str, Any]) -> Iterator[Problem]:
+def _changed_processes(before: CheckpointRecord) -> Iterator[Problem]:
     """Processes that DeepSpeed's files do not fit: it writes a file with a part of the optimizer for each process."""
-    old = (before.get("sharding", ""), before.get("processes", 1))
-    new = (launcher.sharding(), launcher.world_size())
+    old, new = (before.sharding, before.processes), (launcher.sharding(), launcher.world_size())
     if old != new and "deepspeed" in (old[0], new[0]):
         was, now = (f"{_processes(count)} with {sharding or 'no sharding'}" for sharding, count in (old, new))
         what = f"the run had {was}, and now has {now}; a checkpoint of DeepSpeed needs the same processes"
         yield Problem(Code.RESUME_CHANGED, what, fix="start it as before")
 
 
-def _changed_contents(before: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str]) -> Iterator[Problem]:
-    """What is read and has another content than in the interrupted run, as far as its checkpoint records it."""
-    old, new = before["fingerprints"], now["fingerprints"]
-    for name, (key, _) in CONTENTS.items():
-        if name not in old or old[name] == new.get(name) or (key in _ONLY_SCORED and key in allowed):
-            continue
-        counts = [f"{run['rows']['rows']:,} rows with {run['rows']['tokens']:,} tokens" for run in (before, now)]
-        is_counted = name == "data" and counts[0] != counts[1]
-        yield content_problem(name, f" ({counts[0]}, now {counts[1]})" if is_counted else "")
+def _processes(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
 
 
 def content_problem(name: str, details: str = "") -> Problem:
@@ -347,10 +267,6 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
             yield from _differences(old, new, f"{prefix}{key}.")
         elif old != new and f"{prefix}{key}" not in _NOT_COMPARED:
             yield f"{prefix}{key}", old, new
-
-
-def _processes(number: int) -> str:
-    return f"{number} process" if number == 1 else f"{number} processes"
 
 
 def _json(value: Any) -> str:

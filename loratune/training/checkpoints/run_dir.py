@@ -1,22 +1,129 @@
 """The directory of a run: `<output_dir>.partial/`, with its checkpoints, until the adapter is published."""
 
+import json
+import logging
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
-from loratune.system.directories import Contents, Inputs
-from loratune.system.files import is_directory, is_file, sync
+from loratune.system import records
+from loratune.system.directories import TEMPLATES, Contents, Inputs, is_adapter_file, scan
+from loratune.system.files import is_directory, is_file, read_text, sync
 from loratune.system.output_dir import OutputDirectory
-from loratune.training.checkpoints.contents import (
-    CHECKPOINT,
-    MANIFEST,
-    PUBLISH_WORSE,
-    RejectedAdapter,
-    scan_checkpoints,
-    scan_staging,
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint-"
+"""How the name of a checkpoint begins; the step follows."""
+MANIFEST = records.MANIFEST
+"""The file that is written last to a checkpoint. It lists the others."""
+PUBLISH_WORSE = "publish it with --resume --allow-worse"
+"""What can be done with an adapter that does worse than its base."""
+_TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
+_STEP = rf"(unfinished/)?{CHECKPOINT}\d+"
+_IN_CHECKPOINT = re.compile(rf"(?P<checkpoint>{_STEP})/(?P<name>.+)")
+_CHECKPOINT_DIRECTORIES = re.compile(rf"unfinished|{_STEP}")
+_TRAINER_FILES = re.compile(
+    r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|trainer_state\.json|run\.json|best\.safetensors|latest|"
+    rf"{re.escape(MANIFEST)}|zero_to_fp32\.py|(global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+)/[^/]+|{_TEMPORARY}"
 )
+_TRAINER_DIRECTORIES = re.compile(r"global_step\d+|pytorch_model_fsdp_\d+|optimizer_\d+")
+_STAGED = re.compile(rf"{_TEMPORARY}|[^/]+\.py")
+"""Beside the files of an adapter: the code of a tokenizer that the user trusts is saved with it."""
+
+
+def scan_staging(directory: Path) -> Contents:
+    """What is in a directory in which an adapter is being put together."""
+    return scan(
+        directory,
+        lambda name: is_adapter_file(name) or _STAGED.fullmatch(name) is not None,
+        lambda name: name == TEMPLATES,
+    )
+
+
+def scan_checkpoints(directory: Path) -> Contents:
+    """What is in a checkpoint, or in a directory of checkpoints: what the manifest of each lists, and what the trainer
+    is known to write."""
+    manifests: dict[str, set[str]] = {}
+    is_checkpoint = directory.name.startswith(CHECKPOINT)
+
+    def split(name: str) -> tuple[str | None, str]:
+        """The checkpoint, and the name in it; None for the directory of checkpoints itself."""
+        match = None if is_checkpoint else _IN_CHECKPOINT.fullmatch(name)
+        return (match["checkpoint"], match["name"]) if match else ("." if is_checkpoint else None, name)
+
+    def is_own(name: str) -> bool:
+        checkpoint, inner = split(name)
+        if checkpoint is None:
+            return False
+        if checkpoint not in manifests:
+            manifests[checkpoint] = _listed_files(directory / checkpoint)
+        return inner in manifests[checkpoint] or is_adapter_file(inner) or _TRAINER_FILES.fullmatch(inner) is not None
+
+    def is_own_directory(name: str) -> bool:
+        checkpoint, inner = split(name)
+        pattern = _CHECKPOINT_DIRECTORIES if checkpoint is None else _TRAINER_DIRECTORIES
+        return pattern.fullmatch(inner) is not None
+
+    return scan(directory, is_own, is_own_directory)
+
+
+def _listed_files(checkpoint: Path) -> set[str]:
+    """The files that the manifest of a checkpoint lists; none if it cannot be read."""
+    try:
+        return set(json.loads(read_text(checkpoint / MANIFEST))) - {records.KEY}
+    except (OSError, ValueError, TypeError, RecursionError):
+        _log.debug("the manifest of %s counts as missing", checkpoint, exc_info=True)
+        return set()
+
+
+@dataclass(frozen=True)
+class RejectedAdapter:
+    """The record of a run that took all its steps, and whose adapter was not published as it does worse than its base.
+
+    Without it the checkpoints of such a run would look like those of an interrupted one. They are not: a run that
+    continues from them takes no step and is rejected again.
+
+    Attributes:
+        step: The last optimizer step.
+        comparison: How the adapter compares with its base, in one line.
+    """
+
+    step: int
+    comparison: str
+
+    def write(self, path: Path) -> None:
+        """Write the record. If the disk has no room for it, later messages are only less exact."""
+        values = {"step": self.step, "told": self.comparison}
+        try:
+            path.write_text(json.dumps(records.versioned(records.ENDED, values)) + "\n", encoding="utf-8")
+        except OSError:
+            _log.debug("%s cannot be written", path, exc_info=True)
+
+    @classmethod
+    def read(cls, path: Path) -> "RejectedAdapter | None":
+        """The record at a path; None if there is none, or it is damaged.
+
+        Raises:
+            ResumeError: The record was written by a newer release.
+        """
+        try:
+            values = json.loads(read_text(path))
+            if reason := records.newer(records.ENDED, values):
+                raise newer_record_error(path, reason)
+            return cls(int(values["step"]), str(values["told"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            _log.debug("%s counts as missing", path, exc_info=True)
+            return None
+
+
+def newer_record_error(path: Path, reason: str) -> ResumeError:
+    """The error of a record that a newer release wrote. reason: see `records.newer`."""
+    fix = "upgrade loratune, or start afresh with --overwrite"
+    return ResumeError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix=fix))
 
 
 def check(
@@ -91,16 +198,16 @@ class RunDirectory(OutputDirectory):
         super()._check_state(resume=resume)
         if not self.is_kept() or resume or self.overwrite:
             return
-        partial, fix = self.partial.name, "start afresh with --overwrite"
+        partial, restart = self.partial.name, "start afresh with --overwrite"
+        code, what = Code.RUN_INTERRUPTED, f"{partial} holds an interrupted run"
+        fix = f"continue it with --resume, or {restart}"
         if not self.is_resumable():
-            what = f"{partial} holds files of an interrupted run, but no whole checkpoint"
-            raise self._refuse(Code.RUN_INTERRUPTED, what, fix)
-        if self.rejected_adapter() is not None:
+            what, fix = f"{partial} holds files of an interrupted run, but no whole checkpoint", restart
+        elif self.rejected_adapter() is not None:
+            code = Code.TRAINING_WORSE_THAN_BASE
             what = f"{partial} holds a finished run whose adapter does worse than its base"
-            fix = f"{PUBLISH_WORSE}, or {fix} and a lower training.learning_rate"
-            raise self._refuse(Code.TRAINING_WORSE_THAN_BASE, what, fix)
-        what = f"{partial} holds an interrupted run"
-        raise self._refuse(Code.RUN_INTERRUPTED, what, f"continue it with --resume, or {fix}")
+            fix = f"{PUBLISH_WORSE}, or {restart} and a lower training.learning_rate"
+        raise self._refuse(code, what, fix)
 
     def prepare(self, *, resume: bool = False) -> None:
         """Make room for the work of a run. What an interrupted run left is removed, unless it is resumed.

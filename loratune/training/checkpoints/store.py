@@ -9,12 +9,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
 from safetensors import safe_open
 
 from loratune.codes import Code
@@ -23,13 +24,8 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system import records
 from loratune.system.directories import remove_own
 from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
-from loratune.training.checkpoints.contents import (
-    CHECKPOINT,
-    MANIFEST,
-    newer_record_error,
-    scan_checkpoint,
-    scan_checkpoints,
-)
+from loratune.training.checkpoints.record import CheckpointRecord
+from loratune.training.checkpoints.run_dir import CHECKPOINT, MANIFEST, newer_record_error, scan_checkpoints
 
 _log = logging.getLogger(__name__)
 
@@ -54,13 +50,13 @@ class Checkpoints:
 
     Attributes:
         directory: Where they are.
-        identity: What the run is, as JSON; see `resume.identity`. It is kept in each checkpoint.
+        record: What the run is; it is kept in each checkpoint.
         size: About how many bytes a checkpoint takes.
         is_writer: Whether this process writes them, and no other one.
     """
 
     directory: Path
-    identity: Mapping[str, Any]
+    record: CheckpointRecord
     size: int
     is_writer: bool = True
 
@@ -70,12 +66,12 @@ class Checkpoints:
         return self.directory / "unfinished"
 
     @contextmanager
-    def writing(self, step: int, record: Mapping[str, Any] | None = None, *, is_kept: bool = True) -> Iterator[Path]:
+    def writing(self, step: int, progress: Mapping[str, Any] | None = None, *, is_kept: bool = True) -> Iterator[Path]:
         """Turn what the trainer writes inside to the directory that is given into a checkpoint, or remove it.
 
         Args:
             step: The step.
-            record: What is kept of this step beside the identity of the run.
+            progress: Fields of `CheckpointRecord` as of this step.
             is_kept: Whether it becomes a checkpoint; otherwise it is removed as soon as it is whole.
 
         Raises:
@@ -95,7 +91,8 @@ class Checkpoints:
         try:
             with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {proceed}"):
                 yield source
-                write_json(source / RUN, records.versioned(RUN, {**self.identity, **(record or {})}))
+                record = self.record.model_copy(update=dict(progress or {}))
+                write_json(source / RUN, records.versioned(RUN, record.model_dump(mode="json")))
                 seal(source)
                 if not is_kept:
                     return
@@ -138,17 +135,14 @@ def seal(checkpoint: Path) -> None:
     sync(checkpoint)
 
 
-def newest_whole(
-    checkpoints: Path, identity_fault: Callable[[Any], str] = lambda _: ""
-) -> tuple[Path, Any, list[Problem]]:
+def newest_whole(checkpoints: Path) -> tuple[Path, CheckpointRecord, list[Problem]]:
     """Find the newest checkpoint whose files are what its manifest says.
 
     Args:
         checkpoints: The directory of all checkpoints.
-        identity_fault: What is wrong with the identity of a run, as read from a checkpoint; empty if nothing is.
 
     Returns:
-        The checkpoint, the identity that is kept in it, and a problem for each newer one that was skipped.
+        The checkpoint, the record of its run, and a problem for each newer one that was skipped.
 
     Raises:
         ResumeError: No checkpoint is whole, or a record was written by a newer release.
@@ -156,17 +150,15 @@ def newest_whole(
     skipped: list[Problem] = []
     for path in _newest_first(checkpoints):
         _check_version(path / MANIFEST)
-        fault, identity = _fault(path), None
-        if not fault:
+        if not (fault := _fault(path)):
             _check_version(path / RUN)
             try:
-                identity = json.loads(read_text(path / RUN))
-                fault = identity_fault(identity)
+                return path, CheckpointRecord.model_validate(json.loads(read_text(path / RUN))), skipped
+            except ValidationError:
+                fault = "it is not the record of a run"
             except (OSError, ValueError, RecursionError) as error:
-                fault = f"cannot be read: {error}"
-            fault = fault and f"{RUN} is damaged: {fault}"
-        if not fault:
-            return path, identity, skipped
+                fault = f"it cannot be read: {error}"
+            fault = f"{RUN} is damaged: {fault}"
         skipped.append(Problem(Code.RESUME_CHECKPOINT, f"checkpoint skipped: {fault}", str(path)))
     what, fix = "there is no whole checkpoint to resume from", "start afresh with --overwrite"
     raise ResumeError([*skipped, Problem(Code.RESUME_CHECKPOINT, what, str(checkpoints), fix=fix)])
@@ -220,9 +212,8 @@ def _remove(directory: Path) -> None:
     A link or a file in its place is left alone.
     """
     if is_directory(directory):
-        scan = scan_checkpoint if directory.name.startswith(CHECKPOINT) else scan_checkpoints
         try:
-            remove_own(directory, scan(directory))
+            remove_own(directory, scan_checkpoints(directory))
         except OSError:
             _log.debug("%s cannot be removed", directory, exc_info=True)
 

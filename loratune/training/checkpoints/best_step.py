@@ -1,22 +1,19 @@
-"""Which step of a run has the lowest held-out loss, and the weights of that step.
+"""The best step of a run, by its held-out loss, and the weights of that step.
 
 Each checkpoint holds both as of its own step: the record in `run.json`, and the weights in a file of their own unless
 they are those of the checkpoint itself. So a checkpoint is all that a resumed run needs, and nothing that a run found
 after it, before it was killed or under other settings, can win; what was found after the last one is found again.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import Weights, read_weights
-from loratune.training.checkpoints.resume import ResumePoint
+from loratune.training.checkpoints.record import BestRecord
 from loratune.training.checkpoints.store import BEST_WEIGHTS
-from loratune.training.evaluations import BEST, BestRecord
 
 
 class BestStep:
@@ -38,7 +35,7 @@ class BestStep:
         return self.record is not None and self.patience is not None and self.record.since >= self.patience
 
     def add(self, step: int, loss: float, weights: Callable[[], Weights]) -> None:
-        """Take note of an evaluation.
+        """Add an evaluation.
 
         Args:
             step: After which step it was.
@@ -66,36 +63,3 @@ class BestStep:
         """Read the weights back from a checkpoint of a step."""
         if self.keep and self.record is not None:
             self._weights = read_weights(checkpoint / (WEIGHTS_FILE if self.record.step == step else BEST_WEIGHTS))
-
-    def as_json(self) -> dict[str, Any]:
-        """What a checkpoint records."""
-        return {BEST: asdict(self.record) if self.record else None}
-
-
-def has_other_validation(point: ResumePoint, identity: Mapping[str, Any]) -> bool:
-    """Whether a resumed run is evaluated on other rows than before. Arguments as of `continued`."""
-    before, now = (run["fingerprints"].get("validation") for run in (point.identity, identity))
-    return bool(before != now)
-
-
-def continued(point: ResumePoint, identity: Mapping[str, Any], *, keep: bool) -> tuple[BestRecord | None, str]:
-    """The evaluations that still count in a resumed run.
-
-    Args:
-        point: Where the run is resumed.
-        identity: That of the run as it continues, see `resume.identity`.
-        keep: Whether the weights of the best step become the adapter.
-
-    Returns:
-        Their record; and if they do not count, a line on the reason.
-    """
-    values = point.identity.get(BEST)
-    if values is None:
-        return None, ""
-    record = BestRecord.from_json(values)
-    reason = ""
-    if has_other_validation(point, identity):
-        reason = "they were on other rows"
-    elif keep and record.step != point.step and not (point.checkpoint / BEST_WEIGHTS).is_file():
-        reason = f"the weights of step {record.step}, the best of them, were not kept"
-    return (None, f"evaluations up to step {point.step} do not count: {reason}") if reason else (record, "")

@@ -20,7 +20,8 @@ from accelerate import PartialState
 
 from loratune.codes import Code
 from loratune.errors import LostError, Problem
-from loratune.system.launcher import host
+from loratune.system.launcher import SINGLE_PROCESS, Group, host
+from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training import upstream
 
 T = TypeVar("T")
@@ -160,3 +161,30 @@ class DistributedGroup:
 
 def _decoded(content: torch.Tensor) -> Any:
     return json.loads(content.cpu().numpy().tobytes())
+
+
+class SharedStop:
+    """Whether any process of a run was asked to stop, on which all agree.
+
+    Attributes:
+        own: The signal that asked this process to stop, if any.
+        group: The processes of the run.
+    """
+
+    def __init__(self, own: Stop | None = None, group: Group = SINGLE_PROCESS) -> None:
+        self.own, self.group = own or Stop(), group
+
+    def is_requested(self) -> bool:
+        """Whether any process was asked to stop. All processes call it together, and from then on all know.
+
+        A signal that comes while they agree is not forgotten: the next call finds it.
+        """
+        requests = self.group.total([self.own.requested is kind for kind in (Interruption, Termination)])
+        if any(requests):
+            self.own.requested = Termination if requests[1] else Interruption
+        return any(requests)
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if any process was asked to stop. All processes call it together."""
+        if self.is_requested() and self.own.requested is not None:
+            raise self.own.requested

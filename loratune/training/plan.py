@@ -1,0 +1,393 @@
+"""The plan of a run: everything before its first step. `train --dry-run` shows it, and `train` carries it out."""
+
+import hashlib
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from loratune import kernels, memory
+from loratune.codes import Code
+from loratune.compare import objectives
+from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
+from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
+from loratune.errors import AdapterError, ConfigError, Problem
+from loratune.events import PlanEvent
+from loratune.lora import attach, parameters, tensors
+from loratune.lora.attach import PeftModel
+from loratune.lora.initialize import START_KEY, start_settings
+from loratune.lora.module_names import shared_module
+from loratune.lora.parameters import Count
+from loratune.lora.targets import Targets
+from loratune.lora.tensors import AdapterInit
+from loratune.model import fingerprints, load, stored
+from loratune.model.load import Base
+from loratune.system import launcher
+from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.text import align, plural
+from loratune.training import auto, batching
+from loratune.training.batching import BatchedDatasets
+from loratune.training.checkpoints.record import BestRecord, CheckpointRecord
+from loratune.training.checkpoints.resume import ResumePoint
+from loratune.training.checkpoints.store import Checkpoints
+from loratune.training.duration import EvaluationSteps, evaluation_steps
+from loratune.training.preflight import Run
+from loratune.training.rows import TokenizedDatasets, tokenize
+
+COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""The packages that compute. Others only read, and what they have read has a fingerprint."""
+_SIDES = {CHOSEN: ", chosen", REJECTED: ", rejected", DESIRABLE: ", desirable", UNDESIRABLE: ", undesirable"}
+_CHECKPOINT_OVERHEAD = 40_000
+"""Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is known before the first step.
+
+    Attributes:
+        run: The run as it was checked: its directory, where it continues, its rows as they were read.
+        config: The configuration, with absolute paths and without `auto`.
+        group: The processes of the run.
+        datasets: The rows as tokens.
+        base: The base, whose files must not change.
+        model: The base with the adapter attached.
+        targets: The modules that the adapter is attached to.
+        adapter_init: The adapter before its first step.
+        count: Trainable parameters, and all parameters.
+        batches: The rows in batches, and which layers the kernels compute.
+        memory: The estimate of the memory that training needs.
+        evaluations: When the run is evaluated; None without validation rows.
+        checkpoints: The checkpoints of the run, with its record.
+        notes: Lines that the user should see.
+        lower_rate: A learning rate to try should that of the run spoil the model.
+    """
+
+    run: Run
+    config: RunConfig
+    group: Group
+    datasets: TokenizedDatasets
+    base: Base
+    model: PeftModel
+    targets: Targets
+    adapter_init: AdapterInit
+    count: Count
+    batches: BatchedDatasets
+    memory: memory.Estimate
+    evaluations: EvaluationSteps | None
+    checkpoints: Checkpoints
+    notes: list[str]
+    lower_rate: float
+
+    @property
+    def resume_point(self) -> ResumePoint | None:
+        """Where the run continues, if it is resumed."""
+        return self.run.resume_point
+
+    @property
+    def output(self) -> Path:
+        """Where the adapter goes."""
+        return self.run.directory.output
+
+    @property
+    def best(self) -> BestRecord | None:
+        """What the evaluations before an interruption gave; None if there were none, or they do not count."""
+        if self.resume_point is None:
+            return None
+        return self.resume_point.evaluations(self.checkpoints.record, keep=self.config.keeps_best)[0]
+
+    @property
+    def training(self) -> TrainingSection:
+        """The section, with what it leaves to the rows: the steps between evaluations, and which step is kept."""
+        steps = {"eval_steps": self.evaluations.interval} if self.evaluations else {}
+        return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
+
+    def check_base_files(self) -> None:
+        """Raises ModelError: the files of the base have changed since they were loaded."""
+        self.base.files.check_unchanged_in_run()
+
+    def evaluation_steps(self, training: TrainingSection) -> EvaluationSteps | None:
+        """When a run with this section is evaluated; None without validation rows."""
+        return _evaluation_steps(self.batches, self.datasets, training, self.group)
+
+    def savings(self) -> list[tuple[str, int]]:
+        """Settings that would save memory, each with about how many bytes."""
+        return [*memory.savings(self.model, *self.batches.largest(), self.training, packed=self.batches.train.flat)]
+
+    def event(self) -> PlanEvent:
+        """The plan as users see it before the first step."""
+        titles = [f"first row{self.side_name(number)}, supervised text marked:" for number in self._first_example()]
+        texts = [tuple(_shortened(self.row_text(number))) for number in self._first_example()]
+        shared = [
+            shared_module(module_pattern, self.targets.fused[module_pattern], roles)
+            for module_pattern, roles in self.targets.shared_roles().items()
+            if roles
+        ]
+        return PlanEvent(
+            rows=tuple(self.dataset_lines()),
+            examples=tuple(zip(titles, texts, strict=True)),
+            notes=(*shared, *self.all_notes()),
+            summary=str(self.count),
+            trainable=self.count.trainable,
+            memory=self.memory.total,
+        )
+
+    def _first_example(self) -> range:
+        return range(self.datasets.train.rows_per_example)
+
+    def dataset_lines(self) -> Iterator[str]:
+        """A table of how many rows of each split are used, truncated or dropped, and remarks on them."""
+        datasets, context = self.datasets, load.context_length(self.model.config)
+        cells = [[name, *split.report.cells()] for name, split in datasets.splits.items()]
+        yield from align(["", *datasets.train.report.COLUMNS], cells)
+        for name, split in datasets.splits.items():
+            lines = [*datasets.remarks[name], *split.report.remarks(datasets.max_length, context)]
+            yield from (f"  {name}: {line}" for line in lines)
+        yield from (f"  {line}" for line in datasets.leaks)
+
+    def all_notes(self) -> Iterator[str]:
+        """What is allowed but may not be intended, and what was chosen."""
+        training = self.config.training
+        batch_size, accumulation = self.batches.train.size, training.gradient_accumulation_steps
+        batch = auto.rows_of_step(training, self.group.count)
+        if self.group.count > 1:
+            kinds = "packs of rows" if self.config.data.packing == "full" and self.batches.train.flat else "rows"
+            yield f"{self.group.count} processes: {self.group.count} x {batch_size} x {accumulation} {kinds} a step"
+        if (items := self.datasets.train.items) < batch and batch_size > 1:
+            yield f"rows: {items}, fewer than a batch of {batch}: each epoch is one step on all of them"
+        if self.evaluations is not None:
+            kept = "; the weights of the one with the lowest loss become the adapter" if self.config.keeps_best else ""
+            yield f"{self.evaluations}{kept if self.evaluations.count > 1 else ''}"
+            if training.patience is not None and training.patience + 1 >= self.evaluations.count:
+                yield f"training.patience: {training.patience} has no effect with so few evaluations"
+        yield from self.notes
+
+    def side_name(self, number: int) -> str:
+        """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""
+        return _SIDES.get(self.datasets.train.rows.side(number), "")
+
+    def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
+        """A training row as pieces of text, each with whether it is supervised."""
+        row, start = self.datasets.train.rows.row(number), 0
+        spans = [(max(first, 1), end) for first, end in row.spans]  # The first token has no token before it.
+        for span in [*spans, (len(row.ids), len(row.ids))]:
+            for ids, supervised in ((row.ids[start : span[0]], False), (row.ids[slice(*span)], True)):
+                if ids:
+                    yield self.datasets.tokenizer.decode(ids), supervised
+            start = span[1]
+
+
+def _shortened(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, with the middle of long ones left out."""
+    for text, supervised in pieces:
+        is_long = len(text) > limit
+        yield f"{text[: limit // 2]} [...] {text[-limit // 2 :]}" if is_long else text, supervised
+
+
+def load_rows(run: Run, group: Group = SINGLE_PROCESS) -> TokenizedDatasets:
+    """Load the tokenizer and tokenize the rows. Raises ModelError, ConfigError: this machine cannot hold the base;
+    and as `tokenize`."""
+    load.check_machine(run.config.model)
+    load.check_kernels(run.config.model, gpu=load.device().type != "cpu")
+    kernels.keep_pages()
+    return tokenize(run, load.load_tokenizer(run.config.model, run.config.data.chat_template), group)
+
+
+def load_base(run: Run, group: Group = SINGLE_PROCESS) -> Base:
+    """Load the base.
+
+    Raises:
+        ModelError: See `load.load_base`.
+        AdapterError: The adapter that the run starts from was trained on another base, or records a fingerprint that
+            this release cannot compute; as `tensors.check_copies`.
+    """
+    base = load.load_for_run(run.config.model, group)
+    if run.start is None:
+        return base
+    info = run.start.info
+    tensors.check_copies(info.files, base.model)
+    recorded, where = info.files.base_fingerprint, str(info.files.path)
+    if recorded is not None and not fingerprints.is_comparable(recorded):
+        what = "records the fingerprint of its base in a version that this release of loratune does not know"
+        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, where, START_KEY, "upgrade loratune"))
+    if recorded not in (None, base.fingerprint):
+        held = f" in {info.base.quantization}, dtype {info.base.dtype}" if info.base.quantization != "none" else ""
+        what = f"was trained on another base, by its settings and weights: {info.files.base}{held}"
+        raise AdapterError(Problem(Code.LORA_START, what, where, START_KEY, "set model to that base"))
+    return base
+
+
+def make_plan(
+    run: Run, group: Group = SINGLE_PROCESS, *, datasets: TokenizedDatasets | None = None, base: Base | None = None
+) -> Plan:
+    """Decide what the config leaves to the rows and the base, attach the adapter, and lay out the batches.
+
+    Args:
+        run: The run.
+        group: Its processes.
+        datasets: Its rows, if they are loaded.
+        base: Its base, if that is loaded.
+
+    Raises:
+        ModelError, DataError, AdapterError, ConfigError: As `load_rows` and `load_base`; or they do not fit the config.
+        ResumeError: Something that the run reads has changed since it was interrupted.
+    """
+    datasets, base = datasets or load_rows(run, group), base or load_base(run, group)
+    config, known = run.config, facts(run, datasets, group)
+    lora, choices = auto.decide_lora(config.lora, known)
+    dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
+    model, targets = attach.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
+    batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config)
+    items = len(batches.train.items)
+    known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
+    config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
+    _check_warmup(config.training, batches, group.count)
+    adapter_init = attach.initialize_adapter(
+        model,
+        config.lora,
+        batches=batches.first(),
+        originals=partial(stored.original_weights, config.model, base.model),
+        start_from=run.start.info.files if run.start else None,
+    )
+    record = _record(run, config, datasets, base, conditions(model, batches.acceleration.fallbacks))
+    estimate = _memory(model, batches, config.training)
+    size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
+    described = objectives.described(config)
+    notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
+    notes += [*auto.lines(choices | more), *load.machine_notes(config.model), *batches.notes, *targets.notes]
+    return Plan(
+        run=run,
+        config=config,
+        group=group,
+        datasets=datasets,
+        base=base,
+        model=model,
+        targets=targets,
+        adapter_init=adapter_init,
+        count=attach.count(model, adapter_init),
+        batches=batches,
+        memory=estimate,
+        evaluations=_evaluation_steps(batches, datasets, config.training, group),
+        checkpoints=Checkpoints(run.directory.checkpoints, record, size, is_writer=group.main),
+        notes=[*notes, *datasets.notes],
+        lower_rate=auto.lower_rate(config, known),
+    )
+
+
+def _memory(model: PeftModel, batches: BatchedDatasets, training: TrainingSection) -> memory.Estimate:
+    tokens = batches.train.total_tokens(training.max_steps).tolist()
+    return memory.estimate(model, *batches.largest(), training, packed=batches.train.flat, batch_tokens=tokens)
+
+
+def _record(
+    run: Run, config: RunConfig, datasets: TokenizedDatasets, base: Base, computed_with: dict[str, str]
+) -> CheckpointRecord:
+    """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
+    point, template = run.resume_point, template_fingerprint(config, datasets.tokenizer)
+    found = {
+        "base": base.fingerprint,
+        "data": datasets.train.fingerprint,
+        "validation": datasets.validation.fingerprint if datasets.validation else None,
+        **({"test": datasets.test.fingerprint} if datasets.test else {}),
+        **({"template": template} if template else {}),
+        **({"start": run.start.digest} if run.start else {}),
+    }
+    record = CheckpointRecord(
+        config=config.resolved(),
+        fingerprints=found,
+        rows=datasets.train.report.counts(),
+        conditions=computed_with,
+        processes=launcher.world_size(),
+        sharding=launcher.sharding(),
+        changes=[],
+        max_minutes=point.record.max_minutes if point else None,
+    )
+    if point is None:
+        return record
+    point.check_same(record, base.fingerprint)
+    changes = [*point.record.changes, *point.changes, *point.record.changed_conditions(computed_with, point.step)]
+    return record.model_copy(update={"changes": changes})
+
+
+def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, str]:
+    """The software and hardware that a run is computed with. Any of it may change the last bits of a result.
+
+    Args:
+        model: The model on the device on which it is trained.
+        fallbacks: What of it PyTorch computes as no kernel accelerates it, see `kernels.Acceleration`.
+
+    Returns:
+        Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
+    """
+    path, on_gpu = Path("/proc/cpuinfo"), model.device.type == "cuda"
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {
+        **{name: version(name) for name in COMPUTING_PACKAGES},
+        "the processor": next(processors, platform.processor() or platform.machine()),
+        "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "the number of threads": str(torch.get_num_threads()),
+        "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
+        "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",
+    }
+
+
+def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
+    """That of the chat template that the config names; empty where it is the tokenizer's own."""
+    return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
+
+
+def _evaluation_steps(
+    batches: BatchedDatasets, datasets: TokenizedDatasets, training: TrainingSection, group: Group
+) -> EvaluationSteps | None:
+    if datasets.validation is None:
+        return None
+    trained, held_out = (int(split.rows.lengths.sum()) for split in (datasets.train, datasets.validation))
+    count, size = len(batches.train.items), batches.train.size
+    return evaluation_steps(training, count, size, group.count, trained, held_out)
+
+
+def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:
+    """What `auto` is decided by, as far as it is known before the rows are in batches; full packs are estimated."""
+    config, rows, items = run.config, datasets.train.rows, datasets.train.items
+    model_config = load.load_config(config.model)
+    packs = -(-int(rows.lengths.sum()) // config.data.max_length) if config.data.packing == "full" else items
+    return auto.Facts(
+        hidden_size=load.hidden_size(model_config),
+        layers=load.layers(model_config),
+        rows=packs,
+        supervised=int(rows.supervised.sum()),
+        processes=group.count,
+        rows_in_pack=items / packs,
+        unit_parameters=partial(unit_parameters, config.model, model_config),
+        start=start_settings(run.start.info.files) if run.start else {},
+    )
+
+
+def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
+    """The parameters that each unit of `r` brings, see `auto.Facts`. No weights are loaded."""
+    return parameters.per_rank(attach.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
+
+
+def _unpaired_note(datasets: TokenizedDatasets) -> Iterator[str]:
+    """How many answers are desirable, for unpaired preferences."""
+    if (sides := datasets.train.rows.sides) is not None and datasets.train.is_unpaired:
+        good = int((sides == DESIRABLE).sum())
+        bad = len(sides) - good
+        absent = "" if good and bad else f": {'undesirable' if good else 'desirable'} answers are missing"
+        yield f"{good:,} of the answers are desirable, {bad:,} undesirable{absent}"
+
+
+def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:
+    """Raises ConfigError: the warmup is longer than the run. A time budget has a check of its own."""
+    steps = auto.optimizer_steps(training, len(batches.train.items), batches.train.size, processes)[0]
+    if training.max_minutes is None and decided(training.warmup_steps) > steps:
+        what = f"the run has {plural(steps, 'step')}, fewer than its warmup, so the rate would never reach its peak"
+        fix = "lower it, set a fraction of the steps, or set more epochs or steps"
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="training.warmup_steps", fix=fix))

@@ -1,0 +1,356 @@
+"""What training gives: the adapter's weights, the curve of the losses, and how the adapter compares with its base.
+
+Measured are: the reference of preferences before the first step; after the last one the gain over the base, what was
+lost on other rows, and the loss on test rows.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from loratune.codes import Code
+from loratune.compare import collapse, gain
+from loratune.compare.engine import Objective, Scorer, ScoringLayout
+from loratune.compare.gain import FinalScore, Forgetting, Gain
+from loratune.compare.preferences import PreferenceMetrics
+from loratune.config import RunConfig
+from loratune.data import token_cache
+from loratune.errors import Problem
+from loratune.events import note
+from loratune.lora import tensors
+from loratune.lora.tensors import Weights
+from loratune.text import plural
+from loratune.training.callbacks import diverged_error
+from loratune.training.checkpoints.record import BestRecord
+from loratune.training.plan import Plan
+from loratune.training.preferences import (
+    MOST_COMPARED,
+    PreferenceObjective,
+    order_note,
+    score_reference,
+    set_reference,
+)
+from loratune.training.processes import SharedStop
+
+CURVE_KEYS = ("loss", "eval_loss")
+"""Under which the trainer logs the loss of steps and the held-out loss."""
+MOST_LOSSES, MOST_HELD_OUT = 600, 300
+"""So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
+loratune.json, which then stays below 200 kB."""
+_PASS_TOKENS = 2048
+"""Tokens of a batch of the reference: they do not depend on the batches of the run, so that the numbers do not
+either."""
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter whose run has taken all its steps.
+
+    Attributes:
+        config: The config of the run, without `auto`.
+        steps: Optimizer steps that were taken.
+        planned_steps: Optimizer steps that the run was to take.
+        keeps_best: Whether the step with the lowest held-out loss becomes the adapter; otherwise it is the last one.
+        evaluations: What the evaluations gave, None without validation rows.
+        tokens: How many tokens were read in training, without padding.
+        seconds: How long it took.
+        tokens_per_second: How fast steps read tokens, without evaluations and checkpoints; None if there was no step.
+        curve: What the trainer logged with a loss or a held-out loss, see `thinned`.
+        weights: The adapter's tensors, whole; empty until they are compared with the base.
+        gain: How much better than its base the adapter does; None until it is measured, as what follows.
+        forgetting: What it does on the rows of the run before; None where it started from no adapter.
+        unrelated: What it does on text that no rows are about.
+        test: Its loss on the test rows; None without any.
+        preferences: What it prefers; None for objectives without preferences.
+        computed_by: Metric → how it was computed, see `Engine.computed_by`.
+        not_accelerated: Kinds of layers that were not accelerated, and why not.
+        peak_memory: The most bytes in use at once, see `memory.peak`; empty until the adapter is published.
+        adapter_bytes: The size of the file of weights; 0 until the adapter is published.
+    """
+
+    config: RunConfig
+    steps: int
+    planned_steps: int
+    keeps_best: bool
+    evaluations: BestRecord | None
+    tokens: int
+    seconds: float
+    tokens_per_second: float | None
+    curve: list[dict[str, float]]
+    weights: Weights = field(default_factory=dict)
+    gain: Gain | None = None
+    forgetting: Forgetting | None = None
+    unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
+    test: FinalScore | None = None
+    preferences: PreferenceMetrics | None = None
+    computed_by: dict[str, dict[str, str]] = field(default_factory=dict)
+    not_accelerated: Mapping[str, str] = field(default_factory=dict)
+    peak_memory: dict[str, int] = field(default_factory=dict)
+    adapter_bytes: int = 0
+
+    @property
+    def kept_step(self) -> int:
+        """The step whose weights become the adapter."""
+        return self.evaluations.step if self.evaluations and self.keeps_best else self.steps
+
+    def losses(self, key: str = "loss") -> list[float]:
+        """Those of the curve, or the held-out losses. key: one of `CURVE_KEYS`."""
+        return [entry[key] for entry in self.curve if key in entry]
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """The loss of the weights that become the adapter on the validation rows, None without any."""
+        if self.evaluations and self.keeps_best:
+            return self.evaluations.loss
+        return next(reversed(self.losses("eval_loss")), None)
+
+    @property
+    def held_out(self) -> list[tuple[str, str]]:
+        """How the adapter does on the rows that it was not trained on, as labels and texts."""
+        return [
+            *self._evaluation_lines(),
+            *([("test", str(self.test))] if self.test else []),
+            *(self.preferences.lines() if self.preferences else ()),
+        ]
+
+    def _evaluation_lines(self) -> list[tuple[str, str]]:
+        """What the evaluations gave; none without validation rows."""
+        best, loss, comparison = self.evaluations, self.held_out_loss, self.gain
+        if best is None or loss is None or comparison is None:
+            return []
+        text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
+        if interval := comparison.held_out_interval(loss):
+            text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
+        if best.evaluations > 1 and self.keeps_best:
+            text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
+            text += "" if self.test else ", so optimistic"
+            if self.kept_step != self.steps:
+                text += f"; {self.losses('eval_loss')[-1]:.4f} at step {self.steps:,}, the last"
+        elif best.step != self.steps:
+            text += f"; the lowest of {best.evaluations:,} evaluations was {best.loss:.4f}, at step {best.step:,}"
+        lines = [("held-out", text)]
+        if self.steps < self.planned_steps:
+            count = f"{best.since:,} evaluation{'s in a row' if best.since > 1 else ''} without a lower held-out loss"
+            lines.append(("stopped early", f"at step {self.steps:,} of {self.planned_steps:,}: {count}"))
+        return lines
+
+    @property
+    def side_effects(self) -> list[tuple[str, str]]:
+        """How much general ability was lost, as labels and texts."""
+        named = {"unrelated text": self.unrelated, "earlier rows": self.forgetting}
+        return [(label, str(found)) for label, found in named.items() if found]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """All of it as plain values, for a record. held_out_interval: null where it is not known."""
+        best, losses, loss = self.evaluations, self.losses(), self.held_out_loss
+        interval = self.gain.held_out_interval(loss) if self.gain is not None and loss is not None else None
+        metrics: dict[str, Any] = {
+            "steps": self.steps,
+            "kept_step": self.kept_step,
+            "stopped_early": self.steps < self.planned_steps,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "held_out_loss": loss,
+            "best_held_out_loss": best.loss if best else None,
+            "last_held_out_loss": next(reversed(self.losses("eval_loss")), None),
+            "evaluations": best.evaluations if best else 0,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
+            "held_out_interval": interval.as_json() if interval else None,
+        }
+        named = {
+            "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
+            "preferences": self.preferences, "test": self.test,
+        }  # fmt: skip
+        metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
+        return metrics | {
+            "computed_by": {name: way for name, way in self.computed_by.items() if metrics.get(name) is not None}
+        }
+
+
+def thinned(history: Sequence[dict[str, float]], keys: tuple[str, str] = CURVE_KEYS) -> list[dict[str, float]]:
+    """The reports of a trainer that hold a loss or a held-out loss, evenly thinned where there are very many.
+
+    The first and the last of either kind are always kept, and so is the lowest held-out loss. keys: of the two losses.
+    """
+    losses, held_out = ([number for number, entry in enumerate(history) if key in entry] for key in keys)
+    lowest = sorted(held_out, key=lambda number: history[number][keys[1]])[:1]
+    kept = {*_spread(losses, MOST_LOSSES), *_spread(held_out, MOST_HELD_OUT - 1), *lowest}
+    return [history[number] for number in sorted(kept)]
+
+
+def _spread(numbers: Sequence[int], most: int) -> list[int]:
+    if len(numbers) <= most:
+        return [*numbers]
+    return [numbers[place] for place in np.linspace(0, len(numbers) - 1, most).round().astype(int).tolist()]
+
+
+# Before the first step
+
+
+def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
+    """Give the rows of preferences their log-probabilities in the reference: the model before its first step, as it is
+    now. They come from the cache where they are known.
+
+    Objectives without a reference need those of held-out rows alone, to say what has changed.
+
+    Args:
+        plan: The run.
+        objective: That of the run, or another one that its adapter is measured by.
+        stop: Whether the run was asked to stop; None in one process that a signal just ends.
+
+    Raises:
+        NumericError: The model gives an answer no finite log-probability.
+        KeyboardInterrupt: The run was stopped.
+    """
+    if not isinstance(objective, PreferenceObjective):
+        return
+    start, batches, group = plan.run.start.digest if plan.run.start else "", plan.batches, plan.group
+    starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
+    identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
+    identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
+    identity |= {"seed": plan.config.training.seed}
+    train, inside = batches.train, nullcontext
+    if not starts_elsewhere:  # otherwise it is the model with the adapter that it starts from
+        weights = tensors.full_weights(plan.model)
+        inside = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)  # type: ignore[assignment]
+    tokens = _PASS_TOKENS if train.flat or train.size > 1 else 0  # the model may compute something else for padded rows
+    layout = ScoringLayout(train.flat, train.saved, batches.engine.pad_id, tokens)
+    for name, rows in objective.splits.items():
+        if name == "train" and not objective.formula.has_reference and "validation" in batches.layouts:
+            continue
+        parts = [
+            identity,
+            rows.dataset.fingerprint,
+            rows.partners_digest(),
+            train.flat,
+            train.saved is not None,
+            tokens,
+        ]
+        key = hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()
+        known = token_cache.load_values(key) if group.main else None
+        known = group.broadcast(known.tolist() if known is not None else None)
+        if known is not None:
+            values = np.array(known, np.float64)
+        else:
+            note(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
+            check = (lambda _: stop.check()) if stop else (lambda _: None)
+            with inside(), batches.acceleration.applied(plan.model):
+                values = score_reference(objective, plan.model, rows, layout, check, group)
+            if group.main and np.isfinite(values).all():
+                token_cache.store_values(key, values)
+        set_reference(rows, values)
+        if name == "train" and rows.dataset.rows_per_example == 2:
+            note(order_note(rows))
+
+
+# After the last step
+
+
+def _scorer(plan: Plan, objective: Objective = Objective()) -> Scorer:  # noqa: B008  no state
+    return Scorer(plan.model, plan.batches.engine, objective, plan.group)
+
+
+def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
+    """The adapter with its weights, and how it compares with the base; or with the adapter from which training
+    continued, where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see
+    `collapse`."""
+    weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.datasets.compared
+    base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+    if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
+        start = tensors.as_started(plan.model, plan.adapter_init, weights)
+        scorer = _scorer(plan, objective)
+        comparison = gain.measure(scorer, start, compared, trained.tokens, "the one it started from", "start")
+    else:
+        comparison = gain.measure(_scorer(plan, objective), base(), compared, trained.tokens)
+    problem = None
+    if not math.isfinite(comparison.adapter):
+        what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
+        problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix="lower it")
+    else:
+        numbers = gain.sample(compared, trained.tokens)[1]
+        rows = [row for number in numbers for row in compared[comparison.split].item(number)]
+        sensitivity = collapse.measure(plan.model, base(), rows)
+        vocabulary = plan.model.config.get_text_config().vocab_size
+        loss = comparison.adapter if comparison.unit == "token" else math.nan
+        why = collapse.reason(sensitivity, comparison.sampled_rows(), loss, comparison.base, vocabulary)
+        if why := plan.group.all_gather(why)[0]:
+            what, fix = f"the adapter {why}", f"lower it, to {plan.lower_rate:g} for example"
+            problem = Problem(Code.TRAINING_COLLAPSED, what, key="training.learning_rate", fix=fix)
+    if problem is not None:
+        raise diverged_error(problem, plan.checkpoints, trained.steps)
+    return replace(trained, weights=weights, gain=comparison)
+
+
+def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
+    """Measure what else is to be reported of an adapter; a line is logged where it may not be intended.
+
+    Args:
+        plan: The run, whose model has the adapter.
+        trained: The adapter, compared with its base.
+
+    Raises:
+        NumericError: The loss on the test rows is NaN or inf.
+    """
+    unrelated, text = Forgetting(None, unknown=plan.datasets.unrelated.unknown), plan.datasets.unrelated.rows
+    forgetting = _forgotten(plan, trained)
+    if text is not None:
+        base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
+        unrelated = gain.forgetting(_scorer(plan), base, text)
+    if unrelated.remark:
+        note(unrelated.remark)
+    test = None
+    if (rows := plan.datasets.test) is not None:
+        objective = plan.batches.objective
+        note(f"scoring the adapter on {plural(rows.items, f'test {gain.item(objective.unit)}')}")
+        test = gain.final_score(_scorer(plan, objective), rows)
+    names = ["held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences"]
+    names += ["kept_step"] if plan.batches.held_out else []
+    return replace(
+        trained,
+        forgetting=forgetting,
+        unrelated=unrelated,
+        test=test,
+        preferences=_measure_preferences(plan),
+        computed_by=dict.fromkeys(names, plan.batches.engine.computed_by),
+        not_accelerated=plan.batches.acceleration.fallbacks,
+    )
+
+
+def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
+    """How the adapter does on rows of the earlier run, compared with the adapter from which training continued."""
+    earlier, start = plan.datasets.earlier, plan.run.start
+    if earlier is None or start is None:
+        return None
+    if earlier.rows is None:
+        return Forgetting(None, unknown=earlier.unknown)
+    before = tensors.as_started(plan.model, plan.adapter_init, trained.weights)
+    name = f"the one it started from, {start.info.files.path},"
+    comparison = gain.measure(_scorer(plan), before, {earlier.split: earlier.rows}, trained.tokens, name)
+    return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
+
+
+def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
+    """What the adapter prefers, and a line on what of it may not be intended; None for other objectives."""
+    objective, batches = plan.batches.objective, plan.batches
+    if not isinstance(objective, PreferenceObjective):
+        return None
+    split = "training" if batches.held_out is None else "validation"
+    count = min(plan.datasets.train.items, MOST_COMPARED)
+    rows = batches.held_out or objective.plan(batches.engine, plan.datasets.train, dict.fromkeys(range(count), 1))
+    with batches.acceleration.applied(plan.model):
+        objective.score(plan.model, rows, group=plan.group)
+    metrics = objective.metrics(split)
+    assert metrics is not None
+    for line in metrics.warnings():
+        note(line)
+    return metrics
