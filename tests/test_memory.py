@@ -247,7 +247,7 @@ def test_a_model_without_weights_needs_the_same(
     )
     loaded = memory.estimate(adapted(base, target_modules=targets), ROWS, 2)
     planned = on_meta(base.config, target_modules=targets)
-    assert memory.estimate(planned, ROWS, 2, weight_format=quantization) == loaded
+    assert memory.estimate(planned, ROWS, 2, planned=memory.Planned(quantization)) == loaded
     assert loaded.traced
     wide = memory.estimate(on_meta(base.config, torch.float32, target_modules=targets), ROWS, 2)
     narrow = memory.estimate(planned, ROWS, 2)
@@ -257,7 +257,8 @@ def test_a_model_without_weights_needs_the_same(
 
 def test_eight_bit_keeps_the_inputs() -> None:
     model = deep(2)
-    four, eight = (memory.estimate(model, ROWS, 2, weight_format=kind).activations for kind in ("4bit", "8bit"))
+    formats = [memory.Planned(kind) for kind in ("4bit", "8bit")]
+    four, eight = (memory.estimate(model, ROWS, 2, planned=planned).activations for planned in formats)
     inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; that of o is what attention keeps
     first = 64  # what q, k and v of the first layer read needs no gradient
     assert eight - four == 2 * 32 * (2 * inputs - first) * 2

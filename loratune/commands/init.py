@@ -342,7 +342,7 @@ def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.We
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
     return memory.estimate(
-        model, largest, len(largest), run.training, packed=layout.flat, weight_format=weights, device=device,
+        model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),
         batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),
     )  # fmt: skip
 

@@ -131,7 +131,8 @@ def _memory(run: RunConfig, model: PeftModel) -> memory.Estimate:
     """The estimate for the configured batch of rows of `max_length`, all of whose tokens are supervised."""
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [(length, length - 1)] * batch
-    return memory.estimate(model, rows, batch, run.training, weight_format=run.model.quantization, device=load.device())
+    planned = memory.Planned(run.model.quantization, load.device())
+    return memory.estimate(model, rows, batch, run.training, planned=planned)
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:

@@ -5,7 +5,7 @@ import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -194,6 +194,18 @@ class Estimate:
         return parts | {"total": sum(parts.values())}
 
 
+class Planned(NamedTuple):
+    """How a model would be loaded.
+
+    Attributes:
+        weight_format: How its linear layers would be quantized; None: as they are.
+        device: Where its weights would be; None: where they are, or on the CPU.
+    """
+
+    weight_format: WeightFormat | None = None
+    device: torch.device | None = None
+
+
 @progress("estimating the memory")
 def estimate(
     model: Any,
@@ -202,8 +214,7 @@ def estimate(
     training: TrainingSection = _DEFAULTS,
     *,
     packed: bool = False,
-    weight_format: WeightFormat | None = None,
-    device: torch.device | None = None,
+    planned: Planned | None = None,
     batch_tokens: Sequence[int] = (),
 ) -> Estimate:
     """The peak of training steps, the largest of which has the `batch` longest rows.
@@ -221,13 +232,12 @@ def estimate(
         batch: Rows of a batch.
         training: The section of the configuration; optimizer, accumulation and checkpointing matter.
         packed: Whether the rows of a batch are packed, or padded.
-        weight_format: How linear layers would be quantized, for a model where they are not yet.
-        device: Where the weights would be, for a model on the meta device.
+        planned: How the model would be loaded, if it is not loaded in this way.
         batch_tokens: Tokens of batches of the run, with their padding. If there are none, all batches have equally
             many.
     """
-    weights_device = next(model.parameters()).device
-    device = device or (weights_device if weights_device.type != "meta" else torch.device("cpu"))
+    planned, weights_device = planned or Planned(), next(model.parameters()).device
+    device = planned.device or (weights_device if weights_device.type != "meta" else torch.device("cpu"))
     step = TracedStep(
         rows=tuple(sorted(rows)[-batch:]),
         device=device,
@@ -235,7 +245,7 @@ def estimate(
         checkpointed=training.activation_checkpointing,
         accumulated=training.gradient_accumulation_steps > 1,
     )
-    weight_format = weight_format or format_of(model)
+    weight_format = planned.weight_format or format_of(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = size(trainable)
     quantized = quantizable(model) if weight_format != "none" else set()
@@ -352,4 +362,4 @@ def _changes(
             arguments | {"rows": [(min(length, half), min(labels, half)) for length, labels in rows]},
         )
     if format_of(model) == "none":
-        yield "model.quantization: 4bit", arguments | {"weight_format": "4bit"}
+        yield "model.quantization: 4bit", arguments | {"planned": Planned("4bit")}
