@@ -37,7 +37,7 @@ from loratune.data.rendering.encoding import (
 )
 from loratune.data.sources.rows import reported
 from loratune.data.upstream import tokenizer_settings
-from loratune.errors import DataError, LoratuneError, ModelError, Problem
+from loratune.errors import DataError, ModelError, Problem
 
 __all__ = [
     "CHOSEN", "DESIRABLE", "IGNORED", "REJECTED", "UNDESIRABLE", "Renderer", "Span", "TokenizedRow", "truncate",
@@ -72,7 +72,7 @@ class Renderer:
             turn_ids = [id for token in self._template.end_tokens for id in self._encode.one(token)[-1:]]
             self.starts_with_bos = self._adds_bos()
         except TokenizerFailure as error:
-            raise self._tokenizer_error(error, "") from None
+            raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", name)) from None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
         self._bos = tokenizer.bos_token_id
         special = [self.eos, *turn_ids, tokenizer.pad_token_id or 0]
@@ -97,7 +97,7 @@ class Renderer:
             encoded = self._encode_texts(texts, loss_on)
         except TokenizerFailure as error:
             where = next((text.where for text in texts if error.text in text.text), "")
-            raise self._tokenizer_error(error, where) from None
+            raise _tokenizer_error(error, where) from None
         self._check_ids([(row.where, row.ids) for row in encoded])
         rows = iter(encoded)
         return [next(rows) if isinstance(row, RenderedText) else row for row in rendered]
@@ -121,7 +121,7 @@ class Renderer:
             else:
                 ids = self._encode.one(self.prompt_text(prompt, tools, where))
         except TokenizerFailure as error:
-            raise self._tokenizer_error(error, where) from None
+            raise _tokenizer_error(error, where) from None
         self._check_ids([(where, ids)])
         return tuple(ids)
 
@@ -211,14 +211,6 @@ class Renderer:
                 where, fix = where or self.tokenizer.name_or_path, "use the tokenizer that belongs to the model"
                 raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where, fix=fix))
 
-    def _tokenizer_error(self, error: TokenizerFailure, where: str) -> LoratuneError:
-        """Returns what to raise where the tokenizer fails on the text of a row; where: empty for any text."""
-        if error.any_text:
-            what = f"the tokenizer {error}"
-            return ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where or self.tokenizer.name_or_path))
-        fix = "take the row out, or use another tokenizer"
-        return DataError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", where, fix=fix))
-
     def _texts(self, examples: Sequence[Example], loss_on: str) -> list[RenderedText | TokenizedRow]:
         """Returns the texts of examples, and the rows of those that are ids already. Raises DataError."""
         texts: list[RenderedText | TokenizedRow] = []
@@ -297,6 +289,11 @@ class Renderer:
             spans = [(0, len(whole))]
         answer = prompt + len(before) if text.has_prompt else None
         return TokenizedRow(text.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
+
+
+def _tokenizer_error(error: TokenizerFailure, where: str) -> DataError:
+    fix = "take the row out, or use another tokenizer"
+    return DataError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", where, fix=fix))
 
 
 def _letters_and_digits(text: str) -> Counter[str]:

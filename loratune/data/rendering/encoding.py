@@ -123,16 +123,11 @@ def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | Non
 
 
 class TokenizerFailure(Exception):
-    """The tokenizer fails on a text.
+    """The tokenizer fails on a text."""
 
-    Attributes:
-        text: The text.
-        any_text: Whether it fails on every text.
-    """
-
-    def __init__(self, text: str, reason: str, any_text: bool):
-        super().__init__(reason)
-        self.text, self.any_text = text, any_text
+    def __init__(self, text: str, reason: str):
+        super().__init__(f"fails: {reason}")
+        self.text = text
 
 
 class Encoder:
@@ -145,7 +140,7 @@ class Encoder:
         """Try the tokenizer on a few texts.
 
         Raises:
-            TokenizerFailure: The tokenizer fails on every text.
+            TokenizerFailure: The tokenizer fails on one of them.
         """
         self._tokenizer = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
@@ -214,7 +209,7 @@ class Encoder:
             return encode(texts)
         except BaseException as error:
             _check_is_failure(error)
-            return [self._encode_one(text, encode, any_text=False) for text in texts]
+            return [self._encode_one(text, encode) for text in texts]
 
     def _encode_fast(self, texts: list[str]) -> list[list[int]]:
         self._backend.no_truncation()
@@ -224,16 +219,14 @@ class Encoder:
     def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
         return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
-    def _encode_one(
-        self, text: str, encode: Callable[[list[str]], list[list[int]]], *, any_text: bool = True
-    ) -> list[int]:
+    def _encode_one(self, text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[int]:
         """Encode one text. Raises TokenizerFailure."""
         try:
             return encode([text])[0]
         except BaseException as error:
             _check_is_failure(error)
             reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise TokenizerFailure(text, f"fails: {reason}", any_text) from None
+            raise TokenizerFailure(text, reason) from None
 
 
 def _check_is_failure(error: BaseException) -> None:
