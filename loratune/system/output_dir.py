@@ -2,6 +2,7 @@
 
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -138,9 +139,12 @@ class OutputDirectory:
         except OSError as error:
             what = f"cannot be looked at: {error.strerror}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "check the path") from None
-        if not os.access(self.output.parent, os.W_OK | os.X_OK):
-            what = f"{self.output.parent} is not writable"
-            raise self._refuse(Code.OUTPUT_UNUSABLE, what, "choose another directory, or change permissions")
+        try:
+            with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
+                tempfile.TemporaryDirectory(dir=self.output.parent, prefix=".loratune-").cleanup()
+        except OSError as error:
+            what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix) from None
         return self
 
     def _check_places(self, *, resume: bool) -> None:

@@ -193,8 +193,11 @@ class RunTrainer(CheckpointTrainer):
             batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
             with torch.random.fork_rng():
                 self.dry_run_step(batch)
-        if (validation := self.plan.batches.held_out) is None:
-            return
+        if (validation := self.plan.batches.held_out) is not None:
+            self._evaluate_if_due(validation, done, steps)
+
+    def _evaluate_if_due(self, validation: ScoringPass, done: int, steps: int) -> None:
+        """Dry-run the largest validation batch if that is wanted, and evaluate. Raises NoStepLeft."""
         if self.oom_dry_run:
             self._held_out_loss(validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
