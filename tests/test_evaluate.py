@@ -119,7 +119,7 @@ def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
                 total += torch.nn.functional.cross_entropy(logits, torch.tensor(piece), reduction="sum").item()
                 tokens += len(piece)
                 answer: list[int] = []
-                while len(answer) < 30 and not (answer and answer[-1] in ends):
+                while len(answer) <= len(piece) and not (answer and answer[-1] in ends):
                     answer.append(int(model(torch.tensor([ids + answer])).logits[0, -1].argmax()))
             ids += piece
         exact += answer == piece

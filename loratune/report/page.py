@@ -249,35 +249,24 @@ def _modules(number: int, subject: Subject) -> ModuleCharts:
     for update in subject.updates:
         if (layer := number_of(update.module)) is not None:
             cells.setdefault((pattern(update.module), layer), []).append(update)
-    maps = {}
-    if cells:
-        norms = {key: math.hypot(*(one.norm for one in group)) for key, group in cells.items()}
-        ranks = {key: math.fsum(one.effective_rank for one in group) / len(group) for key, group in cells.items()}
-        for values, quantity, lowest in ((norms, "norm", 0.0), (ranks, "effective_rank", min(ranks.values()))):
-            maps[_MAPS[quantity]] = _heat_maps(number, subject.name, quantity, values, names, lowest)
-    rows = [[names[kind], *table_row(group)] for kind, group in groups.items()]
-    return ModuleCharts(maps, TABLE_HEADER, rows, any(len(group) > 1 for group in cells.values()))
-
-
-def _heat_maps(
-    number: int,
-    name: str,
-    quantity: str,
-    values: Mapping[tuple[str, int], float],
-    names: Mapping[str, str],
-    lowest: float,
-) -> tuple[str, str]:
-    """Layers across a desktop page, and down a phone's."""
-    numbers = sorted({layer for _, layer in values})
-    is_dense = numbers[-1] - numbers[0] < _MOST_LAYERS  # no model has more layers than that
+    norms = {key: math.hypot(*(one.norm for one in group)) for key, group in cells.items()}
+    ranks = {key: math.fsum(one.effective_rank for one in group) / len(group) for key, group in cells.items()}
+    numbers = sorted({layer for _, layer in cells})
+    is_dense = bool(cells) and numbers[-1] - numbers[0] < _MOST_LAYERS  # no model has more layers than that
     layers = range(numbers[0], numbers[-1] + 1) if is_dense else numbers
-    kinds = [kind for kind in names if any(key[0] == kind for key in values)]
-    table = [[values.get((kind, layer)) for layer in layers] for kind in kinds]
-    rows, columns, unit = [names[kind] for kind in kinds], [str(layer) for layer in layers], quantity.replace("_", " ")
-    chart, title = f"{quantity}-{number}", f"{_MAPS[quantity]} of {name}, by layer and module"
-    wide = heat_map(chart, title, table, rows, columns, lowest, ("layer", unit))
-    turned = [*map(list, zip(*table, strict=True))]
-    return wide, heat_map(f"{chart}-n", title, turned, columns, rows, lowest, ("", unit))
+    kinds = [kind for kind in names if any(key[0] == kind for key in cells)]
+    rows, columns = [names[kind] for kind in kinds], [str(layer) for layer in layers]
+    maps = {}
+    for values, quantity, lowest in (
+        (norms, "norm", 0.0), (ranks, "effective_rank", min(ranks.values(), default=0.0)),
+    ) if cells else ():  # fmt: skip
+        table = [[values.get((kind, layer)) for layer in layers] for kind in kinds]
+        turned, unit = [*map(list, zip(*table, strict=True))], quantity.replace("_", " ")
+        chart, title = f"{quantity}-{number}", f"{_MAPS[quantity]} of {subject.name}, by layer and module"
+        wide = heat_map(chart, title, table, rows, columns, lowest, ("layer", unit))
+        maps[_MAPS[quantity]] = wide, heat_map(f"{chart}-n", title, turned, columns, rows, lowest, ("", unit))
+    table_rows = [[names[kind], *table_row(group)] for kind, group in groups.items()]
+    return ModuleCharts(maps, TABLE_HEADER, table_rows, any(len(group) > 1 for group in cells.values()))
 
 
 def _study_tiles(results: StudyResults) -> list[Tile]:
