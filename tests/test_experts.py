@@ -238,7 +238,10 @@ def test_why_lora_fa_is_refused() -> None:
 # --- training
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=["mixtral", "gpt_oss", *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen3_moe", "deepseek_v3"))],
+)
 def base(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
 ) -> Path:

@@ -252,16 +252,8 @@ def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments
         (["--adapter", "absent", "a"], 2, "[usage.bad_value]"),
     ],
 )
-@pytest.mark.parametrize("name", ["plain", "chat"])
-def test_refused(
-    cli: Callable[..., Ran],
-    request: pytest.FixtureRequest,
-    name: str,
-    arguments: list[Any],
-    code: int,
-    expected: str,
-) -> None:
-    ran = cli("generate", "--adapter", request.getfixturevalue(name), *arguments)
+def test_refused(cli: Callable[..., Ran], plain: Path, arguments: list[Any], code: int, expected: str) -> None:
+    ran = cli("generate", "--adapter", plain, *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert expected in ran.err
 
@@ -285,15 +277,10 @@ EMPTY, TOO_LONG, NO_DIRECTORY = Code.USAGE_NO_PROMPT, Code.DATA_TOO_LONG, Code.O
         (["--output", "absent/answers.jsonl", "a"], (NO_DIRECTORY, "absent/answers.jsonl", "--output")),
     ],
 )
-@pytest.mark.parametrize("name", ["plain", "chat"])
 def test_prompts_and_outputs_are_refused(
-    cli: Callable[..., Ran],
-    request: pytest.FixtureRequest,
-    name: str,
-    arguments: list[str],
-    expected: Expected,
+    cli: Callable[..., Ran], chat: Path, arguments: list[str], expected: Expected
 ) -> None:
-    ran = cli("generate", "--adapter", request.getfixturevalue(name), *arguments)
+    ran = cli("generate", "--adapter", chat, *arguments)
     check_refused(ran, 2, expected)
     assert ran.out == ""
     if len(arguments[0]) == 600:

@@ -56,7 +56,7 @@ def layers_of(out: Path) -> set[str]:
     return {type(module).__name__ for module in base.modules()}
 
 
-@pytest.mark.parametrize("quantization", LAYER)
+@pytest.mark.parametrize("quantization", MAINLY_4BIT)
 def test_trains_evaluates_and_generates(
     quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:

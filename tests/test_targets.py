@@ -406,7 +406,7 @@ def test_unknown_names_are_all_reported_with_their_nearest() -> None:
 @pytest.mark.parametrize("entry", ["all-linear", "auto", r".*q_proj"])
 def test_a_string_within_a_list(entry: str) -> None:
     message = failure(ModelError, small("llama"), [entry], Code.LORA_UNKNOWN_TARGET)
-    assert "auto, all-linear or a regular expression stands alone, without brackets" in message
+    assert "auto, all-linear or a regular expression is written without brackets" in message
 
 
 def test_a_name_of_something_that_is_not_a_linear_layer() -> None:
@@ -525,5 +525,5 @@ def test_a_module_that_no_ending_can_tell_from_another() -> None:
     model = small("llama")
     model.model.lm_head = nn.Linear(32, 64, device="meta")
     message = failure(ModelError, model, "lm_head", Code.LORA_UNSUPPORTED)
-    assert "PEFT cannot tell lm_head from" in message
+    assert "PEFT cannot distinguish lm_head from" in message
     assert resolve(model, r"model\.lm_head").names == ("model.lm_head",)

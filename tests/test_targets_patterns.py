@@ -192,7 +192,7 @@ def test_peft_takes_a_name_letter_by_letter() -> None:
     model = build("llama", **LLAMA)
     model.overlm_head = nn.Linear(32, 64, device="meta")
     message = failure(model, (Code.LORA_UNSUPPORTED, "modules_to_save"), modules_to_save=["lm_head"])
-    assert "PEFT cannot tell lm_head from overlm_head" in message
+    assert "PEFT cannot distinguish lm_head from overlm_head" in message
 
 
 def test_none_are_saved_unless_asked_for() -> None:
@@ -212,8 +212,8 @@ def test_none_are_saved_unless_asked_for() -> None:
          "`self_attn` is or holds targets (self_attn.q_proj ×3, self_attn.v_proj ×3)"),  # noqa: RUF001
         ("q", Code.LORA_UNSUPPORTED, "`q` is or holds targets (self_attn.q_proj ×3)"),  # noqa: RUF001
         ("layers", Code.LORA_UNSUPPORTED, "`layers` is or holds targets"),
-        ("head", Code.LORA_UNKNOWN_TARGET, "`head` is no module of llama; it has lm_head ×1 "),  # noqa: RUF001
-        ("zzz", Code.LORA_UNKNOWN_TARGET, "`zzz` is no module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
+        ("head", Code.LORA_UNKNOWN_TARGET, "`head` is not a module of llama; it has lm_head ×1 "),  # noqa: RUF001
+        ("zzz", Code.LORA_UNKNOWN_TARGET, "`zzz` is not a module of llama; its linear modules: self_attn.q_proj ×3"),  # noqa: RUF001
         ("act_fn", Code.LORA_UNSUPPORTED, "`act_fn` (SiLUActivation) has no parameters that can be trained"),
     ],
 )  # fmt: skip

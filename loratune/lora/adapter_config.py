@@ -134,7 +134,7 @@ def module_settings(
         parameters: Path → name of the parameter, where A and B do not belong to a module; see `parameters_of`.
 
     Raises:
-        AdapterError: A pattern is no regular expression or takes too long, or there are too many.
+        AdapterError: A pattern is not a regular expression or takes too long, or there are too many.
     """
     modules = adapted_modules(tensors)
     values: dict[str, dict[str, float]] = {}

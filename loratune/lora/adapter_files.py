@@ -115,7 +115,7 @@ class AdapterFiles:
     def edits(self) -> list[Problem]:
         """A problem for each file that has changed since the adapter was saved, or was added and would be read.
 
-        There are none if no record lists the files.
+        The list is empty if no record lists the files.
         """
         if not self.record:
             return []

@@ -67,7 +67,7 @@ def experts_of(layer: Any) -> int:
 
 
 def wrapped_parameters(model: PeftModel) -> dict[str, str]:
-    """Path of the A and B of a parameter → its name in the base. The files of an adapter do not tell it."""
+    """Path of the A and B of a parameter → its name in the base. The files of an adapter do not record it."""
     layers = (
         (name.removeprefix(WRAPPER_PREFIX), layer)
         for name, layer in model.named_modules()
@@ -79,7 +79,7 @@ def wrapped_parameters(model: PeftModel) -> dict[str, str]:
 def remade_sizes(model: PeftModel) -> dict[str, list[int]]:
     """Path of each module with adapted parameters → their bytes, in the order in which the backward pass comes to them.
 
-    PEFT makes each of them anew in a forward pass, as the sum of the parameter and its update.
+    PEFT computes each of them again in a forward pass, as the sum of the parameter and its update.
     """
     sizes: dict[str, list[int]] = {}
     for name, layer in layers_of(model).items():

@@ -27,7 +27,7 @@ class Update:
 
     Attributes:
         module: Path of the module or parameter in the base. Of a parameter whose name neither the files nor the record
-            of the adapter tell, it is where A and B are.
+            of the adapter record, the path of A and B.
         rank: Rank of A and B.
         shape: Inputs and outputs of the module, or of an expert.
         scaling: The factor of B·A.

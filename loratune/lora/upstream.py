@@ -1,6 +1,6 @@
 """What this package uses of other libraries although their documentation does not mention it.
 
-Each such name stands here once, with the reason why no documented one serves; tests/test_upstream_lora.py names those
+Each such name is used here only, with the reason why no documented one serves; tests/test_upstream_lora.py names those
 that a release takes away.
 """
 

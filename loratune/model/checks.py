@@ -70,7 +70,7 @@ def check_present(section: ModelSection) -> None:
     """Look at a model directory's files of weights without loading them.
 
     Raises:
-        ModelError: There is none, or one is damaged.
+        ModelError: There are no such files, or one is damaged.
     """
     directory = Path(local_or_hub(section.name_or_path))
     if section.gguf_file is not None or not directory.is_dir():

@@ -169,7 +169,7 @@ def _sample(tensor: torch.Tensor) -> bytes:
 
 
 class BaseState:
-    """A base as it was loaded, to check that it is the same again after an adapter was taken off.
+    """A base as it was loaded, to check that it is the same again after an adapter was removed.
 
     Adapters change more than they show: some initializations take a part out of the weights, biases are trained in
     place, checkpointing and hooks stay on. What can be restored is restored; the rest is found by comparing all bits.

@@ -42,11 +42,11 @@ transformers.logging.disable_progress_bar()
 
 
 def load_config(section: ModelSection) -> Any:
-    """The model's configuration, without its weights. It is that of the GGUF file where there is no other.
+    """The model's configuration, without its weights. A GGUF file has one if the directory does not.
 
     Raises:
-        ModelError: The model does not exist or cannot be had from the hub; it is no decoder-only causal language model,
-            or needs remote code that is not trusted; it is to be quantized and is quantized already.
+        ModelError: The model does not exist or cannot be downloaded from the hub; it is not a decoder-only
+            causal language model, or needs remote code that is not trusted; it is quantized twice.
     """
     return _read_config(section, locate(section))
 
@@ -60,7 +60,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
 
     Raises:
         ModelError: As `load_config`; the tokenizer cannot be read.
-        ConfigError: The template cannot be read, or is none.
+        ConfigError: The template cannot be read, or is not valid.
     """
     path = Path(local_or_hub(section.name_or_path))
     source = ModelSource(str(path))
@@ -71,7 +71,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
         tokenizer("loratune")  # some of its configuration is only read when it is used
-    except BaseException as error:  # a panic of tokenizers is no Exception
+    except BaseException as error:  # a panic of tokenizers is not an Exception
         if not isinstance(error, Exception) and not is_rust_panic(error):
             raise
         raise checks.unreadable("tokenizer", section, error) from None
@@ -195,7 +195,7 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
 def dense_model(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel:
     """The model in which targets are looked for: `base`, or a dense model of its shape on the meta device.
 
-    The layers of GPTQ, AWQ and the like are no `nn.Linear`; those of bitsandbytes are.
+    The layers of GPTQ, AWQ and the like are not `nn.Linear`; those of bitsandbytes are.
     """
     record = quantization.record_of(base.config.to_dict())
     is_dense = record is None or quantization.method(record) == "bitsandbytes"
@@ -315,7 +315,7 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
         ConfigError: A setting needs a GPU, or a package that is not installed.
     """
     settings = section.model_dump(include={"device_map", "torch_compile", "use_liger_kernel"})
-    what, fix = "needs a GPU, and there is none", "leave it out"
+    what, fix = "needs a GPU, and this machine has none", "leave it out"
     problems = [
         Problem(Code.MODEL_UNSUPPORTED, what, key=f"model.{name}", fix=fix)
         for name, value in settings.items()

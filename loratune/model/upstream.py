@@ -1,6 +1,6 @@
 """What this package uses of other libraries although their documentation does not mention it.
 
-Each such name stands here once, with the reason why no documented one serves; tests/test_upstream_model.py names those
+Each such name is used here only, with the reason why no documented one serves; tests/test_upstream_model.py names those
 that a release takes away. Importing this module imports no torch, which the checks before a run rely on.
 """
 
@@ -89,7 +89,7 @@ def as_in_training(model: Any) -> Iterator[None]:
     """Inside, `Linear8bitLt` layers on a CPU compute in evaluation what they compute in training.
 
     That is with unpacked weights. In evaluation they round activations to 8 bits but for columns with outliers, which
-    all rows of a batch decide. bitsandbytes tells both apart by the flag of the layer alone.
+    all rows of a batch decide. bitsandbytes distinguishes both by the flag of the layer alone.
     """
     layers = [layer for layer in _8bit_layers(model) if not layer.training and layer.weight.device.type == "cpu"]
     for layer in layers:

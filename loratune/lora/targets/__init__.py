@@ -86,7 +86,7 @@ class Targets:
     def shared_roles(self) -> dict[str, list[str]]:
         """Each fused pattern → its roles that were not asked for, and are adapted with those that were.
 
-        There are none where the module is a target by its name, or by an expression.
+        The list is empty where the module is a target by its name, or by an expression.
         """
         entries_by_pattern = self.module_patterns()
         return {
@@ -161,7 +161,7 @@ def resolve(
     targets = (*modules, *parameters)
     names, ambiguous = module_names.endings(modules, survey.modules, layers)
     parameter_names, ambiguous_parameters = module_names.endings(parameters, survey.parameters, dots=1)
-    what = "PEFT cannot tell {} from another one whose path ends in the same way"
+    what = "PEFT cannot distinguish {} from another one whose path ends in the same way"
     problems += [
         Problem(Code.LORA_UNSUPPORTED, what.format(path), key=key, fix="target both or neither")
         for key, paths in ((entries.KEY, ambiguous), (entries.PARAMETERS_KEY, ambiguous_parameters))

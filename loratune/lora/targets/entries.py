@@ -54,7 +54,7 @@ def modules(survey: Survey, wanted: Sequence[str] | str) -> Meaning:
             roles[entry] = tuple(matches)
         else:
             what = f"`{entry}` matches no module of {survey.architecture}; {_nearest(survey, entry)}"
-            alone = "auto, all-linear or a regular expression stands alone, without brackets"
+            alone = "auto, all-linear or a regular expression is written without brackets"
             fix = f"a list holds roles (q, k, v, o) and names; {alone}"
             problems.append(Problem(Code.LORA_UNKNOWN_TARGET, what, key=KEY, fix=fix))
     for entry, paths in roles.items():
@@ -129,17 +129,17 @@ def _unknown_parameter(survey: Survey, entry: str) -> Problem:
     others = f"those that can be: {join_first(short_names(candidates), 6) or 'none'}"
     suggestion = _nearest(survey, entry, candidates, others)
     what = f"`{entry}` matches no parameter of {survey.architecture}; {suggestion}"
-    fix = f"a list holds the role {EXPERTS} and names; a regular expression stands alone, without brackets"
+    fix = f"a list holds the role {EXPERTS} and names; a regular expression is written without brackets"
     return Problem(Code.LORA_UNKNOWN_TARGET, what, key=PARAMETERS_KEY, fix=fix)
 
 
 def named(survey: Survey, entry: str) -> list[str]:
-    """The modules that an entry names; a role is no name."""
+    """The modules that an entry names; roles name none."""
     return [] if entry in ROLES or not entry else [path for path in survey.modules if ends_in(path, entry)]
 
 
 def as_role(survey: Survey, entry: str) -> str | None:
-    """The role that an entry means: `q`, or `q_proj` where that is no layer's name (or a container's, as in Moshi)."""
+    """The role that an entry means: `q`, or `q_proj` where no layer has that name (or a container's, as in Moshi)."""
     if entry in ROLES:
         return entry
     paths = named(survey, entry)
@@ -155,7 +155,7 @@ def _is_adaptable(survey: Survey, path: str) -> bool:
 
 
 def _nearest(survey: Survey, entry: str, paths: Iterable[str] | None = None, otherwise: str = "") -> str:
-    """What could have been meant, such as `nearest: q_proj`; or all that there is."""
+    """What could have been meant, such as `nearest: q_proj`; else all linear modules."""
     # Compared with endings that have as many parts: `attn.q_prj` is near `attn.q_proj`, not near `q_proj`.
     depth = entry.count(".")
     known = survey.linears if paths is None else paths
@@ -255,7 +255,7 @@ def modules_to_save(
         if name := next((tail for tail, paths in wrong.items() if not paths), None):
             names.append(name)
         else:
-            what, fix = f"PEFT cannot tell {path} from {join_first(wrong[path], 2)}", "save both or neither"
+            what, fix = f"PEFT cannot distinguish {path} from {join_first(wrong[path], 2)}", "save both or neither"
             problems.append(Problem(Code.LORA_UNSUPPORTED, what, key=SAVED_KEY, fix=fix))
     return sorted(names), problems, _untied(survey, outer)
 
@@ -270,7 +270,10 @@ def _saving_problems(survey: Survey, targets: Sequence[str], entry: str, paths: 
             path for path in survey.modules if module_names.last(entry).lower() in module_names.last(path).lower()
         ]
         near = f"it has {join_counts(similar, 6)}" if similar and entry else _nearest(survey, entry)
-        what, fix = f"`{entry}` is no module of {survey.architecture}; {near}", "name a module by its path or its end"
+        what, fix = (
+            f"`{entry}` is not a module of {survey.architecture}; {near}",
+            "name a module by its path or its end",
+        )
         code = Code.LORA_UNKNOWN_TARGET
     elif within or inside:
         what = f"`{entry}` is or holds targets ({join_counts(within or inside, 3)}), which would get no adapter"

@@ -17,7 +17,7 @@ from loratune.lora.module_names import last, parent
 
 ROLES = ("q", "k", "v", "o")
 EXPERTS = "experts"
-"""The role of all tensors that hold the experts of a layer. Alone, it also stands for the list of it."""
+"""The role of all tensors that hold the experts of a layer. As a string, it means the list of it."""
 
 # Name of a projection within its attention module → the roles that it serves.
 SERVES = {
@@ -59,7 +59,7 @@ SERVES = {
     "kv_b_proj": "kv",
     "kv_proj": "kv",  # DeepSeek-V4, JetMoE
     "compressor.kv_proj": "kv",  # DeepSeek-V4: the keys and values of whole blocks
-    "o_b_proj": "o",  # DeepSeek-V4; its o_a_proj is no plain linear layer
+    "o_b_proj": "o",  # DeepSeek-V4; its o_a_proj is not a plain linear layer
     "q_proj.linear": "q",  # Moshi, Inkling 2
     "k_proj.linear": "k",
     "v_proj.linear": "v",
@@ -85,7 +85,7 @@ unless it attends to something else than the text. Roles mean the language model
 _RECURRENT = re.compile(
     r"(Mixer|MambaLayer|DeltaNet|DeltaAttention|LightningAttention|RecurrentBlock|ShortConv|xLSTMLayer|RwkvSelfAttention)$"
 )
-"""Classes of mixers with a recurrent state instead of a softmax: they are no attention, whatever their name. Kimi
+"""Classes of mixers with a recurrent state instead of a softmax: they are not attention, whatever their name. Kimi
 Linear has both kinds under the name `self_attn`."""
 
 _NO_MATRIX = re.compile(r"bias|embed|A_log")
@@ -282,7 +282,7 @@ def obstacle(path: str, modules: Mapping[str, nn.Module], model_type: str) -> st
 
 
 def chooser(path: str) -> str:
-    """The part that chooses by rank in which a module lies, "" where there is none."""
+    """The part around a module that chooses by rank; "" without one."""
     match = _CHOOSER.match(path)
     return match.group() if match else ""
 
