@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from loratune.api.functions import count_parameters as count_parameters
     from loratune.api.functions import init as init
     from loratune.api.functions import load_config as load_config
-    from loratune.api.functions import sweep as sweep
     from loratune.api.functions import train as train
+    from loratune.api.sweep import sweep as sweep
     from loratune.compare.comparison import Comparison as Comparison
     from loratune.config import RunConfig as RunConfig
     from loratune.errors import AdapterError as AdapterError
@@ -47,7 +47,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "api.adapter": ("Adapter",),
-    "api.functions": ("count_parameters", "init", "load_config", "sweep", "train"),
+    "api.functions": ("count_parameters", "init", "load_config", "train"),
+    "api.sweep": ("sweep",),
     "compare.comparison": ("Comparison",),
     "config": ("RunConfig",),
     "errors": (

@@ -15,24 +15,22 @@ import yaml
 from conftest import Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, until
-from test_sweep_grid import HELD_OUT, RATES, study_config
+from test_study_grid import HELD_OUT, RATES, study_config
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands.sweep.running import Budget, _Sweep
+from loratune.commands.sweep import _Sweep
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
 from loratune.lora import attach, tensors
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import BEST, WORSE, StudyResults
+from loratune.study.trials import Budget
 
 Cli = Callable[..., Ran]
 RANKS = ("--grid", "lora.r=2,4")
 SHORT: dict[str, Any] = {"training": {"max_steps": 3}}
-NO_TIME = (
-    "from loratune.commands.sweep.running import Budget\n"
-    "Budget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
-)
+NO_TIME = "from loratune.study.trials import Budget\nBudget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
 """After the first trial no time is left; the clock is set, so that the speed of the machine does not matter."""
 
 
@@ -133,7 +131,7 @@ def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path
     arguments = ("sweep", swept / "run.yaml", *RATES, *RANKS)
     ran = forked(*arguments)
     check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(swept / "out"), "output_dir"))
-    assert "--overwrite continues" in ran.err
+    assert "--overwrite" in ran.err
     ran = forked(*arguments, "--overwrite", "--json")
     assert ran.code == 0 and "trial 0:" not in ran.err, ran.err
     assert json.loads(ran.out)["published"] == str(swept / "out")
@@ -354,7 +352,7 @@ def test_a_better_one_replaces_what_the_study_published(
     """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
     gate, file = tmp_path / "gate", config()
     arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
-    waits = "from loratune.commands.sweep.running import _Sweep\nimport os, time\nwork, calls = _Sweep._work, []\n"
+    waits = "from loratune.commands.sweep import _Sweep\nimport os, time\nwork, calls = _Sweep._work, []\n"
     waits += "def later(self):\n    calls.append(1)\n"
     waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
     waits += "    return work(self)\n_Sweep._work = later"
@@ -376,7 +374,8 @@ def test_machines_share_a_database_and_keep_their_adapters(
     for name in ("one", "two"):
         folder = tmp_path / name
         folder.mkdir()
-        first = f"from loratune.commands.sweep import running, study\nrunning.host = study.host = lambda: {name!r}"
+        first = "from loratune.commands import sweep\nfrom loratune.study import study\n"
+        first += f"sweep.host = study.host = lambda: {name!r}"
         file = study_config(folder, config_in(folder, tiny_dir))
         children.append(processes.start("sweep", file, *arguments, first=first))
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
@@ -463,7 +462,7 @@ def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, le
 
 
 def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) -> None:
-    first = "from loratune.commands.sweep.running import _Sweep\nimport os\nend = _Sweep._finish\n"
+    first = "from loratune.commands.sweep import _Sweep\nimport os\nend = _Sweep._finish\n"
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
     first += "_Sweep._finish = later"
     child = processes.start("sweep", copied / "run.yaml", *RATES, *RANKS, first=first)

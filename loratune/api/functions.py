@@ -5,23 +5,17 @@ import time
 from collections.abc import Mapping, Sequence
 from os import fspath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from loratune import config as configs
 from loratune.api.adapter import Adapter, Rows, StrPath
-from loratune.codes import Code
 from loratune.commands import init as drafts
 from loratune.commands import params
 from loratune.commands import train as training
 from loratune.commands.init_start import SOURCE, checked, first_values
 from loratune.commands.params import Params
-from loratune.commands.sweep import grid as grids
-from loratune.commands.sweep import running, storage
-from loratune.commands.sweep.running import SweepResult
 from loratune.config import RunConfig
 from loratune.data.sources import GivenRows, given_rows
-from loratune.errors import ConfigError, Problem
 from loratune.events import Listener, listening
 from loratune.system import launcher, output_file
 from loratune.training import preflight, processes
@@ -121,51 +115,6 @@ def init(
         return started.run
 
 
-def sweep(
-    config: RunConfig,
-    grid: Mapping[str, Sequence[Any] | str],
-    *,
-    budget: str | None = None,
-    trials: int | None = None,
-    halving: bool = False,
-    overwrite: bool = False,
-    on_event: Listener | None = None,
-) -> SweepResult:
-    """Train a config with other settings, compare the trials on the validation rows, and publish the best.
-
-    Args:
-        config: The config; it needs validation rows.
-        grid: Dotted key → the values to try; or a range as text, `1e-4..1e-2`, from which values are drawn.
-        budget: How long it may take, such as `30m`.
-        trials: How many trials at most.
-        halving: Stop trials early that are among the worse ones.
-        overwrite: Replace the adapter at `output_dir`.
-        on_event: Receives events.
-
-    Raises:
-        ConfigError: The grid, or a config of it, is not valid; the budget is shorter than one trial.
-        NumericError: No trial has an adapter.
-        LoratuneError: As `train`.
-    """
-    began = time.monotonic()
-    axes = [f"{key}={_listed(values)}" for key, values in grid.items()]
-    with listening(on_event), TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(configs.dump(config), encoding="utf-8")
-        parsed = grids.parse(axes, file, [])
-        seconds = grids.parse_time(budget) if budget is not None else None
-        if parsed.has_ranges and trials is None and seconds is None:
-            what, fix = "a range has no end of values to try", "give trials or budget"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "grid", fix=fix))
-        runs = parsed.check(halving=halving)
-        place = run_dir.check(config.output_dir, overwrite=overwrite, inputs=configs.input_paths(None, config))
-        storage.check_place(storage.study_directory(place.output), place.output.name, None)
-        request = running.Request(
-            parsed, runs, preflight.check(config, place), None, trials, running.Budget(seconds, began), halving
-        )
-        return running.sweep(request)
-
-
 def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> Params:
     """Count what would be trained, and estimate the memory for it, from the model's configuration alone.
 
@@ -175,13 +124,6 @@ def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> 
     """
     with listening(on_event):
         return params.params(config)
-
-
-def _listed(values: Sequence[Any] | str) -> str:
-    """The values of an axis as the command line takes them; a text is a range."""
-    if isinstance(values, str):
-        return values
-    return ",".join(value if isinstance(value, str) else json.dumps(value) for value in values)
 
 
 def _assignments(overrides: Mapping[str, Any] | None) -> list[str]:

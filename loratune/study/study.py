@@ -1,10 +1,10 @@
 """The study of a sweep in Optuna's storage: its trials, who works on which, and their results.
 
 The storage is a journal in `<output_dir>.study/`, or a database that several machines share. A process claims a trial
-by setting it to running, which Optuna does atomically, and holds a lock named after the trial's directory as long as it
-works there. So on one machine a running trial whose lock is free was abandoned; on other machines that is known by the
-heartbeats in the database. Optuna's retry callback puts an abandoned trial into the queue again, and it continues from
-the checkpoint in its directory.
+by a lock named after the trial's directory, which ends with the process, and by setting the trial to running, which
+Optuna does atomically. So on one machine a running trial whose lock is free was abandoned, and is waiting again. On
+other machines Optuna's heartbeats and its retry callback do the same. A trial continues from the checkpoint in its
+directory.
 """
 
 import fcntl
@@ -12,39 +12,29 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, TrialState
+from pydantic import Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
-from loratune.commands.sweep.grid import Axis, Settings, label
-from loratune.commands.sweep.storage import (
-    BEATS_EVERY,
-    FIRST,
-    IDENTITY,
-    JOURNAL,
-    LOCKS,
-    check_place,
-    enqueue_again,
-    explained,
-    open_database,
-    open_journal,
-    other_program,
-    without_password,
-)
 from loratune.errors import ConfigError, LoratuneError, Problem
-from loratune.report.study import DONE
+from loratune.study import storage
+from loratune.study.grid import Axis, Settings, label
+from loratune.study.storage import IDENTITY, JOURNAL, LOCKS
 from loratune.system.files import open_lock, try_lock
 from loratune.system.launcher import host
 
-_SETTINGS, _HOST, _PLACE, _RESULT, _OUTCOME = "settings", "host", "place", "result", "outcome"
-"""Attributes of a trial in the storage, with `FIRST`."""
+DONE = "done"
+_FIRST, _SETTINGS, _HOST, _PLACE, _RESULT, _OUTCOME = "first", "settings", "host", "place", "result", "outcome"
+"""Attributes of a trial in the storage. first: the number under which its directory was made, before it was retried."""
+_STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: DONE}
 _MAX_DUPLICATES = 50
 """Draws in a row that were all tried before, after which no new one is expected."""
 _FOREIGN = "the study holds what no sweep has written"
@@ -64,7 +54,7 @@ class TrialRecord:
         optuna_number: Its number in Optuna's storage, which is another one after a retry.
     """
 
-    number: int
+    number: Annotated[int, Field(ge=0)]
     settings: Settings
     state: str
     result: dict[str, Any]
@@ -93,32 +83,34 @@ class Study:
             seed: The seed of what is drawn from ranges.
 
         Raises:
-            LoratuneError: See `check_place`; or the storage cannot be opened.
+            LoratuneError: See `storage.check_place`; or the storage cannot be opened.
         """
-        check_place(directory, name, url)
-        self.directory, self.name, self._url, self._seed = directory, name, url, seed
-        self.where = str(directory / JOURNAL) if url is None else without_password(url, url)
+        storage.check_place(directory, name, url)
+        self.directory, self._url, self._seed = directory, url, seed
+        self.where = str(directory / JOURNAL) if url is None else storage.shown(url)
         self.place = str(directory.resolve())
         self._last_beat = 0.0
         pruner = optuna.pruners.SuccessiveHalvingPruner() if halving else optuna.pruners.NopPruner()
         with self._explaining():
             (directory / LOCKS).mkdir(parents=True, exist_ok=True)
             with self.locked():
-                self._storage = open_journal(directory, name) if url is None else open_database(url)
+                self._storage: Any = (
+                    storage.open_journal(directory / JOURNAL) if url is None else storage.open_database(url)
+                )
                 is_new = name not in optuna.get_all_study_names(self._storage)
-                opened = optuna.create_study if is_new else optuna.load_study
-                self._study = opened(study_name=name, storage=self._storage, pruner=pruner)
+                begin = optuna.create_study if is_new else optuna.load_study
+                self._study = begin(study_name=name, storage=self._storage, pruner=pruner)
                 self._id = self._storage.get_study_id_from_name(name)
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
-        """Raises LoratuneError: something is wrong with the storage, see `explained`."""
+        """Raises LoratuneError: something is wrong with the storage, see `storage.explained`."""
         try:
             yield
         except LoratuneError:
             raise
         except Exception as error:  # of the file system, Optuna, SQLAlchemy, or a database's own client
-            raise explained(error, self.where, self._url) from error
+            raise storage.explained(error, self.where, self._url) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -141,7 +133,8 @@ class Study:
             recorded = self._study.user_attrs.get(IDENTITY)
             if recorded is None:
                 if self._trials() or self._study.directions != [StudyDirection.MINIMIZE]:
-                    raise other_program(self.name, self.where)
+                    what = f"holds a study called {self._study.study_name!r} that no sweep has begun"
+                    raise storage.other_program(what, self.where)
                 if record:
                     self._study.set_user_attr(IDENTITY, dict(identity))
                 return
@@ -164,7 +157,8 @@ class Study:
         """The trials in the order of their numbers: of each settings the first, as two machines that begin a study at
         once may both put them into the queue."""
         with self._explaining():
-            found = [_record(trial) for trial in self._trials() if _is_of_study(trial)]
+            of_study = [one for one in self._trials() if _SETTINGS in one.user_attrs and one.state != TrialState.FAIL]
+            found = [_record(trial) for trial in of_study]
         first = dict[str, TrialRecord]()
         for record in sorted(found, key=lambda one: (one.number, one.optuna_number)):
             first.setdefault(label(record.settings), record)
@@ -198,7 +192,13 @@ class Study:
     def _next(
         self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None, held: ExitStack
     ) -> TrialRecord | None:
-        self._return_abandoned()
+        fail_stale_trials(self._study)
+        for record in self.records():
+            is_here = self._url is None or (record.host, record.place) == (host(), self.place)
+            if record.state == "running" and is_here:
+                with try_lock(self._lock(record)) as is_free:
+                    if is_free:
+                        self._return(record)
         records = self.records()
         for record in records:
             if record.state == "waiting" and (wanted is None or label(record.settings) in wanted):
@@ -218,51 +218,41 @@ class Study:
 
     def _draw(self, axes: Sequence[Axis]) -> TrialRecord:
         self._study.sampler = optuna.samplers.TPESampler(seed=self._seed + len(self._trials()), constant_liar=True)
-        trial = self._study.ask()
-        trial.set_user_attr(_SETTINGS, {axis.key: _drawn(trial, axis) for axis in axes})
+        trial = self._study.ask({axis.key: axis.distribution for axis in axes})
+        drawn = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in trial.params.items()}
+        trial.set_user_attr(_SETTINGS, {axis.key: drawn[axis.key] for axis in axes})
         return _record(self._trials()[trial.number])
 
     def _hold(self, record: TrialRecord, held: ExitStack) -> bool:
         """Lock the directory of a trial and set the trial to running, unless another process has done so."""
         trial = self._trial_id(record)
+        self._last_beat = 0.0
         with ExitStack() as stack, suppress(UpdateFinishedTrialError):
-            is_free = stack.enter_context(try_lock(self._lock(record)))
-            if is_free and (
-                record.state == "running" or self._storage.set_trial_state_values(trial, TrialState.RUNNING)
-            ):
-                for name, value in ((FIRST, record.number), (_HOST, host()), (_PLACE, self.place)):
+            if not stack.enter_context(try_lock(self._lock(record))):
+                return False
+            self.show_life(record)  # an old heartbeat would let another machine retry it
+            if record.state == "running" or self._storage.set_trial_state_values(trial, TrialState.RUNNING):
+                for name, value in ((_FIRST, record.number), (_HOST, host()), (_PLACE, self.place)):
                     self._storage.set_trial_user_attr(trial, name, value)
-                self._last_beat = 0.0
-                self.show_life(record)
                 held.push(stack.pop_all())
                 return True
         return False
 
     def _trial_id(self, record: TrialRecord) -> int:
-        return self._storage.get_trial_id_from_study_id_trial_number(self._id, record.optuna_number)
+        return int(self._storage.get_trial_id_from_study_id_trial_number(self._id, record.optuna_number))
 
     def _lock(self, record: TrialRecord) -> Path:
         return self.directory / LOCKS / f"{record.number:04}"
 
-    def _return_abandoned(self) -> None:
-        fail_stale_trials(self._study)
-        for record in self.records():
-            is_here = self._url is None or (record.host, record.place) == (host(), self.place)
-            if record.state == "running" and is_here:
-                with try_lock(self._lock(record)) as is_free:
-                    if is_free:
-                        self._return(record)
-
     def _return(self, record: TrialRecord) -> None:
         """Put a trial into the queue again if it has no result."""
-        trial = self._study.get_trials()[record.optuna_number]
-        if trial.state == TrialState.RUNNING:
-            self._study.tell(record.optuna_number, state=TrialState.FAIL)
-            enqueue_again(self._study, trial)
+        trial = self._trial_id(record)
+        if self._storage.get_trial(trial).state == TrialState.RUNNING:
+            self._storage.set_trial_state_values(trial, TrialState.WAITING)
 
     def show_life(self, record: TrialRecord) -> None:
         """Record a heartbeat in the database, at most once a minute."""
-        if isinstance(self._storage, RDBStorage) and time.monotonic() - self._last_beat > BEATS_EVERY:
+        if isinstance(self._storage, RDBStorage) and time.monotonic() - self._last_beat > storage.BEATS_EVERY:
             self._last_beat = time.monotonic()
             with self._explaining():
                 self._storage.record_heartbeat(self._trial_id(record))
@@ -281,35 +271,23 @@ class Study:
             self._storage.set_trial_user_attr(trial, _RESULT, dict(result))
             if outcome:
                 self._storage.set_trial_user_attr(trial, _OUTCOME, outcome)
-            state = (
-                TrialState.COMPLETE if loss is not None else TrialState.PRUNED
-            )  # which counts as bad for later draws
+            # pruned counts as bad for later draws
+            state = TrialState.COMPLETE if loss is not None else TrialState.PRUNED
             self._study.tell(record.optuna_number, loss, state=state, skip_if_finished=True)
-
-
-def _is_of_study(trial: FrozenTrial) -> bool:
-    return _SETTINGS in trial.user_attrs and trial.state != TrialState.FAIL
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:
     """A trial of a storage. Raises ValueError: no sweep has written it."""
     attributes = trial.user_attrs
-    states = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: DONE}
-    state = states.get(trial.state) or attributes.get(_OUTCOME, "diverged")
-    number, result = attributes.get(FIRST, trial.number), attributes.get(_RESULT, {})
-    owner, place, settings = attributes.get(_HOST, ""), attributes.get(_PLACE, ""), attributes[_SETTINGS]
-    are_settings = isinstance(settings, dict) and all(isinstance(one, str) for pair in settings.items() for one in pair)
-    are_texts = all(isinstance(text, str) for text in (state, owner, place))
-    is_number = type(number) is int and 0 <= number <= trial.number
-    if not (are_settings and are_texts and is_number and isinstance(result, dict)):
-        raise ValueError(_FOREIGN)
-    return TrialRecord(number, settings, state, result, owner, place, trial.number)
-
-
-def _drawn(trial: Trial, axis: Axis) -> str:
-    if not axis.is_range:
-        return str(trial.suggest_categorical(axis.key, axis.values))
-    low, high = axis.bounds
-    if axis.is_whole:
-        return str(trial.suggest_int(axis.key, int(low), int(high), log=axis.is_logarithmic))
-    return f"{trial.suggest_float(axis.key, low, high, log=axis.is_logarithmic):.4g}"
+    try:
+        return TrialRecord(
+            number=attributes.get(_FIRST, trial.number),
+            settings=attributes[_SETTINGS],
+            state=_STATES.get(trial.state) or attributes.get(_OUTCOME, "diverged"),
+            result=attributes.get(_RESULT, {}),
+            host=attributes.get(_HOST, ""),
+            place=attributes.get(_PLACE, ""),
+            optuna_number=trial.number,
+        )
+    except ValidationError:
+        raise ValueError(_FOREIGN) from None

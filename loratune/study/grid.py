@@ -3,11 +3,12 @@
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from loratune import config
 from loratune.codes import Code
@@ -25,18 +26,18 @@ _MAX_PROBLEMS = 20
 """Problems that are reported at once."""
 _LOG_RATIO = 10.0
 """Ranges whose ends have at least this ratio are drawn from on a logarithmic scale."""
+_SECTIONS = ("lora", "training", "preferences")
 _OF_ROWS = (
     "data.max_length", "data.truncation", "data.packing", "data.loss_on", "data.invalid_rows", "data.max_dropped",
     "data.replay",
 )  # fmt: skip
-_FIXED = {
-    "lora.start_from": "each starting point is a study of its own",
-    "training.report_to": "it changes no adapter",
-    "training.save_steps": "it changes no adapter",
-    "training.ddp_timeout": "it changes no adapter",
-    "training.logging_steps": "it changes no adapter",
-    "output_dir": "the study is kept next to it",
-}
+"""Keys of the rows that do not change which rows are held out."""
+_FIXED = (
+    "lora.start_from", "training.report_to", "training.save_steps", "training.ddp_timeout", "training.logging_steps",
+)  # fmt: skip
+"""Keys that change no adapter; and one with which each value would be a study of its own."""
+_COMMA = re.compile(r",(?![^\[{]*[\]}])")
+"""A comma outside of brackets."""
 _RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*", re.ASCII)
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m(?:in)?)?(?:(\d+(?:\.\d+)?)s)?", re.ASCII)
 
@@ -56,20 +57,15 @@ class Axis:
     is_range: bool = False
 
     @property
-    def is_whole(self) -> bool:
-        """Whether a range is one of whole numbers."""
-        return all(re.fullmatch(r"[+-]?\d+", value) for value in self.values)
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """The ends of a range."""
-        return float(self.values[0]), float(self.values[1])
-
-    @property
-    def is_logarithmic(self) -> bool:
-        """Whether numbers of a range are drawn on a logarithmic scale."""
-        low, high = self.bounds
-        return low > 0 and high / low >= _LOG_RATIO
+    def distribution(self) -> BaseDistribution:
+        """What values are drawn from. Ends of a range that are whole numbers make a range of these."""
+        if not self.is_range:
+            return CategoricalDistribution(self.values)
+        low, high = map(float, self.values)
+        is_logarithmic = low > 0 and high / low >= _LOG_RATIO
+        if all(re.fullmatch(r"[+-]?\d+", value) for value in self.values):
+            return IntDistribution(int(low), int(high), log=is_logarithmic)
+        return FloatDistribution(low, high, log=is_logarithmic)
 
 
 @dataclass(frozen=True)
@@ -117,11 +113,12 @@ class Grid:
         """The config of a trial. Raises ConfigError."""
         return config.load(self.config_file, [*self.assignments, *(f"{key}={text}" for key, text in settings.items())])
 
-    def check(self, *, halving: bool) -> dict[str, RunConfig]:
+    def check(self, *, halving: bool, is_bounded: bool) -> dict[str, RunConfig]:
         """Check the config and every combination.
 
         Args:
             halving: Whether trials may be stopped early.
+            is_bounded: Whether the number of trials, or their time, is limited.
 
         Returns:
             `label` of each combination → its config.
@@ -130,6 +127,9 @@ class Grid:
             ConfigError: Of the config; or each problem of a combination, with the first that has it.
         """
         self._check_comparable(self.run({}), halving=halving)
+        if any(axis.is_range for axis in self.axes) and not is_bounded:
+            what, fix = "a range has no end of values to try", "give --trials or --budget"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key=OPTION, fix=fix))
         runs, resolved, found = dict[str, RunConfig](), dict[str, str](), dict[tuple[str, str], Problem]()
         for settings in self.combinations():
             name = label(settings)
@@ -140,27 +140,20 @@ class Grid:
                 runs[name] = run
             except ConfigError as error:
                 for problem in error.problems:
-                    found.setdefault((problem.key, problem.what), self._located(problem, name))
+                    is_of_set = problem.where.startswith("--set") and problem.key in self.keys
+                    where = OPTION if is_of_set else problem.where or f"{OPTION} {name}"
+                    what = problem.what if is_of_set or not problem.where else f"{problem.what} (with {name})"
+                    found.setdefault((problem.key, problem.what), replace(problem, what=what, where=where))
         if found:
             raise ConfigError([*found.values()][:_MAX_PROBLEMS])
         return runs
 
-    def _located(self, problem: Problem, name: str) -> Problem:
-        """A problem of a combination, with its place on the command line."""
-        if problem.where.startswith("--set") and problem.key in self.keys:
-            return replace(problem, where=OPTION)
-        if not problem.where:
-            return replace(problem, where=f"{OPTION} {name}")
-        return replace(problem, what=f"{problem.what} (with {name})")
-
     def _check_comparable(self, run: RunConfig, *, halving: bool) -> None:
         """Raises ConfigError: trials could not be compared, as their rows or losses would differ in meaning."""
         if run.data.validation is None:
-            what, fix = (
-                "trials are compared on validation rows, but there are none",
-                "set data.validation=0.1, or a file",
-            )
-            raise ConfigError(Problem(Code.CONFIG_MISSING_KEY, what, str(self.config_file), "data.validation", fix))
+            what = "trials are compared on validation rows, but there are none"
+            where, fix = str(self.config_file), "set data.validation=0.1, or a file"
+            raise ConfigError(Problem(Code.CONFIG_MISSING_KEY, what, where, "data.validation", fix))
         is_weighted = any(source.weight is not None for source in run.data.train_sources)
         if "training.seed" in self.keys and (isinstance(run.data.validation, float) or is_weighted):
             what = "cannot be varied: it decides which rows are held out, or drawn from weighted sources"
@@ -197,8 +190,10 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
         if keys.count(key) > 1 or key in fixed:
             what = "is given twice" if keys.count(key) > 1 else "is also set by --set"
             problems.append(Problem(Code.USAGE_CONFLICT, what, OPTION, key, "name it once"))
-        elif reason := _why_fixed(key):
-            problems += _refused(f"cannot be varied: {reason}", key).problems
+        elif key not in _OF_ROWS and (key in _FIXED or "." not in key or key.partition(".")[0] not in _SECTIONS):
+            what = "cannot be varied: trials are compared on the same rows and base, and each has an adapter"
+            fix = f"name keys of {', '.join(_SECTIONS)} that change the adapter, or of {', '.join(_OF_ROWS)}"
+            problems += _refused(what, key, fix).problems
     if (count := math.prod(len(axis.values) for axis in axes)) > _MAX_COMBINATIONS:
         what, fix = f"{count:,} combinations are too many", "give fewer values, or ranges such as 1e-5..1e-3"
         problems += _refused(what, fix=fix).problems
@@ -209,18 +204,6 @@ def parse(options: Sequence[str], config_file: Path, assignments: Sequence[str])
 
 def _refused(what: str, key: str = "", fix: str = "") -> ConfigError:
     return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, OPTION, key, fix))
-
-
-def _why_fixed(key: str) -> str:
-    """Why a key cannot be varied; empty if it can, or if the config has no such key."""
-    section = key.partition(".")[0]
-    if key in RunConfig.model_fields and key not in _FIXED:
-        return "it is a whole section; name a key of it, such as lora.r"
-    if section == "model":
-        return "all trials share one base"
-    if section == "data" and key not in _OF_ROWS:
-        return "it decides which rows are held out, by which trials are compared"
-    return _FIXED.get(key, "")
 
 
 def _axis(option: str) -> Axis:
@@ -234,24 +217,10 @@ def _axis(option: str) -> Axis:
             what, fix = f"{text.strip()} is not a range", "write the lower number first, such as 1e-5..1e-3"
             raise _refused(what, key, fix)
         return Axis(key, (match[1], match[2]), is_range=True)
-    values = [value.strip() for value in _split(text)]
+    values = [value.strip() for value in (_COMMA.split(text) if re.search(r"[\[{]", text) else text.split(","))]
     if not all(values):
         raise _refused("has an empty value", key, "give values with commas between them")
     return Axis(key, tuple(dict.fromkeys(values)))
-
-
-def _split(text: str) -> Iterator[str]:
-    """The parts between the commas outside of brackets and quotes."""
-    depth, quote, start = 0, "", 0
-    for position, character in enumerate(text):
-        if quote or character in "'\"":
-            quote = "" if character == quote else quote or character
-        elif character in "[{]}":
-            depth += 1 if character in "[{" else -1
-        elif character == "," and depth == 0:
-            yield text[start:position]
-            start = position + 1
-    yield text[start:]
 
 
 def label(settings: Mapping[str, object]) -> str:

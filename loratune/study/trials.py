@@ -1,25 +1,25 @@
-"""The base and the rows of a sweep, loaded once: one adapter after the other is attached, trained, scored and removed.
+"""The base and the rows of a sweep, loaded once, and a trial on them: its plan, its events, its errors, its time.
 
-A trial is `train` itself, with the loaded base and rows, in a directory of its own: its adapter has the bytes that
-`loratune train` would write. Afterwards every bit of the base is compared with what was loaded; where it differs, as
-after initializations that take a part out of it, the base is loaded again.
+One adapter after the other is attached, trained by `train`, scored and removed. Afterwards every bit of the base is
+compared with what was loaded; where it differs, as after initializations that take a part out of it, the base is loaded
+again. So an adapter has the bytes that `loratune train` would write.
 """
 
 import gc
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from loratune.codes import Code
-from loratune.commands import train as training
-from loratune.commands.sweep.study import Study, TrialRecord
 from loratune.compare import objectives
 from loratune.compare.engine import Scorer
 from loratune.compare.losses import RowLosses
-from loratune.config import RunConfig, keys
+from loratune.config import RunConfig
 from loratune.data.packing import BatchLayout
 from loratune.errors import (
     ConfigError,
@@ -33,27 +33,27 @@ from loratune.errors import (
 )
 from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, ProgressEvent, StepEvent, note
 from loratune.lora import attach, tensors
-from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
-from loratune.report.study import MAX_STEPS
-from loratune.system.files import is_directory, sha256
+from loratune.study.study import Study, TrialRecord
+from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS
+from loratune.text import format_duration
 from loratune.training import auto, batching, preflight
 from loratune.training.checkpoints.resume import find_resume_point
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import Plan, facts, load_base, load_rows, make_plan, template_fingerprint
 from loratune.training.preflight import Run
-from loratune.training.results import TrainedAdapter, compute_reference
+from loratune.training.results import compute_reference
 from loratune.training.rows import TokenizedDatasets, tokenize
 
-DIGEST = "record"
-"""The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
 _MAX_ROWS = 2048
 """Distinct held-out rows on which trials are compared, at most."""
 _FINITE = {Code.TRAINING_WORSE_THAN_BASE: "worse than base", Code.LORA_UNCHANGED: "learned nothing"}
 """Numeric errors other than divergence → the state of the trial."""
+_ESTIMATE_ERROR = 2.0
+"""The factor by which an estimate without any trial may be off, see `training.duration`."""
 
 
 class TrialPruned(Exception):
@@ -101,36 +101,42 @@ def failure(error: Exception) -> tuple[str, str] | None:
     return ("failed", why) if isinstance(error, ConfigError | ModelError | DataError) and not is_of_all else None
 
 
-@dataclass(frozen=True)
-class TrialOutcome:
-    """The result of a trial.
+@dataclass
+class Budget:
+    """The time that is left, and how long trials take.
 
     Attributes:
-        adapter: The published adapter.
-        digest: The SHA-256 of its record.
-        losses: Its losses on the held-out rows.
-        seconds: The time of the whole trial, that before an interruption included.
-        is_resumed: Whether it continued from a checkpoint, so that `seconds` leaves out what the interruption undid.
+        seconds: The budget; None without one.
+        started: When it began, by `time.monotonic`.
+        ratios: The seconds of each trial that ended here, over its estimate.
+        begun: Trials that were begun here.
     """
 
-    adapter: TrainedAdapter
-    digest: str
-    losses: RowLosses
-    seconds: float
-    is_resumed: bool
+    seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    ratios: list[float] = field(default_factory=list)
+    begun: int = 0
 
-    def record(self, run: RunConfig, varied: list[str]) -> dict[str, Any]:
-        """What the study keeps. run: the config of the trial as requested; varied: the keys that trials differ in."""
-        shown = {*varied, MAX_STEPS} if run.training.max_minutes is not None else {*varied}
-        return {
-            "values": {key: text for key, text in keys.flat(self.adapter.config.resolved()).items() if key in shown},
-            "seconds": self.seconds,
-            "steps": self.adapter.steps,
-            "adapter_bytes": self.adapter.adapter_bytes,
-            "unrelated": self.adapter.unrelated.as_json().get("change"),
-            "rows": self.losses.packed(),
-            DIGEST: self.digest,
-        }
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return float("inf") if self.seconds is None else self.seconds - (time.monotonic() - self.started)
+
+    def expected(self, estimate: float) -> float:
+        """Seconds of a trial, by the slowest of those that ended here, relative to their estimates."""
+        return estimate * max(self.ratios, default=1.0)
+
+    def fits(self, estimate: float) -> bool:
+        """Whether there is time for a trial. Raises ConfigError: not even the first one fits."""
+        if self.begun or self.ratios or self.seconds is None:
+            return self.expected(estimate) <= self.left
+        if estimate > _ESTIMATE_ERROR * max(self.left, 0.0):
+            gone = format_duration(self.seconds - self.left)
+            what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and it "
+            what += f"takes about {format_duration(estimate)} on this machine"
+            fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
+            raise ConfigError(Problem(Code.CONFIG_BUDGET, what, key="--budget", fix=fix))
+        return True
 
 
 class TrialRunner:
@@ -211,8 +217,9 @@ class TrialRunner:
             self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
         return operations * self._seconds_per_operation
 
-    def train(self, run: RunConfig, output: Path) -> TrialOutcome:
-        """Train the adapter of a trial, and score it. An interrupted trial continues from its checkpoint.
+    @contextmanager
+    def planned(self, run: RunConfig, output: Path) -> Iterator[Plan]:
+        """The plan of a trial, with the lock of its directory; an interrupted one continues from its checkpoint.
 
         The adapter stays on the base until `remove_adapter`, which has to follow whatever happens.
 
@@ -221,21 +228,16 @@ class TrialRunner:
             output: Where its adapter goes; an adapter that is there is replaced.
 
         Raises:
-            LoratuneError, KeyboardInterrupt: As `train.train`.
+            LoratuneError: As `make_plan`.
         """
-        start = time.monotonic()
         output.parent.mkdir(parents=True, exist_ok=True)
         partial, inputs = output.with_name(f"{output.name}.partial"), self._run.directory.inputs
         directory = RunDirectory(output, partial, str(output), overwrite=True, inputs=inputs)
         trial = self._resumed(replace(self._with_config(run), directory=directory))
         with directory.locked():
-            plan = self._plan = make_plan(trial, datasets=self.prepare_rows(trial.config), base=self.base)
-            compute_reference(plan, self.objective)
-            adapter = training.carry_out(plan, began=start)
-        assert adapter is not None
-        losses, point = self._score(plan), trial.resume_point
-        seconds = time.monotonic() - start + (point.record.seconds if point else 0.0)
-        return TrialOutcome(adapter, sha256(output / RECORD_FILE), losses, seconds, point is not None)
+            self._plan = make_plan(trial, datasets=self.prepare_rows(trial.config), base=self.base)
+            compute_reference(self._plan, self.objective)
+            yield self._plan
 
     def _resumed(self, trial: Run) -> Run:
         """The run with the checkpoint that it continues from, if there is one that fits."""
@@ -249,7 +251,7 @@ class TrialRunner:
             return trial
         return replace(trial, config=auto.keep(trial.config, point.record.config), resume_point=point)
 
-    def _score(self, plan: Plan) -> RowLosses:
+    def score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
         losses = Scorer(plan.model, plan.batches.engine, self.objective).losses(self._held_out, self._copies)
         if not losses.is_finite:

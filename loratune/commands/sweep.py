@@ -1,21 +1,17 @@
-"""A sweep from beginning to end: trials are claimed, trained and compared, and the best one is published."""
+"""`loratune sweep`: trains the same run with other settings, compares the trials, and publishes the best adapter."""
 
 import json
 import shutil
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic as now
 from typing import Any
 
 from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.commands.sweep import grid as grids
-from loratune.commands.sweep.grid import Grid, label
-from loratune.commands.sweep.storage import TRIALS, check_kind, study_directory
-from loratune.commands.sweep.study import Study, TrialRecord
-from loratune.commands.sweep.trials import DIGEST, TrialProgress, TrialRunner, failure
+from loratune.commands import train as training
 from loratune.compare.losses import RowLosses
 from loratune.config import RunConfig, keys, path_keys
 from loratune.data.formats import KINDS
@@ -33,8 +29,12 @@ from loratune.events import listener, listening, note
 from loratune.lora import attach
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
-from loratune.report.study import DONE, WORSE, StudyResults, TrialResult, rank
-from loratune.system.files import is_directory, is_file, sha256
+from loratune.report.study import MAX_STEPS, WORSE, StudyResults, TrialResult, rank
+from loratune.study.grid import OPTION, Grid, label
+from loratune.study.storage import RESULTS, TRIALS, check_kind, study_directory
+from loratune.study.study import DONE, Study, TrialRecord
+from loratune.study.trials import Budget, TrialProgress, TrialRunner, failure
+from loratune.system.files import is_directory, is_file, kind, sha256
 from loratune.system.launcher import host
 from loratune.text import format_duration, plural
 from loratune.training import auto
@@ -44,46 +44,10 @@ from loratune.training.preflight import Run
 _NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
 """Keys that two commands on one study may have at different values, besides paths, which differ from machine to
 machine: what is there is known by its fingerprint."""
-_ESTIMATE_ERROR = 2.0
-"""The factor by which an estimate without any trial may be off, see `training.duration`."""
-
-
-@dataclass
-class Budget:
-    """The time that is left, and how long trials take.
-
-    Attributes:
-        seconds: The budget; None without one.
-        started: When it began, by `time.monotonic`.
-        ratios: The seconds of each trial that ended here, over its estimate.
-        begun: Trials that were begun here.
-    """
-
-    seconds: float | None = None
-    started: float = field(default_factory=time.monotonic)
-    ratios: list[float] = field(default_factory=list)
-    begun: int = 0
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left."""
-        return float("inf") if self.seconds is None else self.seconds - (time.monotonic() - self.started)
-
-    def expected(self, estimate: float) -> float:
-        """Seconds of a trial, by the slowest of those that ended here, relative to their estimates."""
-        return estimate * max(self.ratios, default=1.0)
-
-    def fits(self, estimate: float) -> bool:
-        """Whether there is time for a trial. Raises ConfigError: not even the first one fits."""
-        if self.begun or self.ratios or self.seconds is None:
-            return self.expected(estimate) <= self.left
-        if estimate > _ESTIMATE_ERROR * max(self.left, 0.0):
-            gone = format_duration(self.seconds - self.left)
-            what = f"{format_duration(self.seconds)} is shorter than one trial: {gone} have passed before it, and it "
-            what += f"takes about {format_duration(estimate)} on this machine"
-            fix = "raise it, or shorten the trials: training.max_steps, training.num_train_epochs"
-            raise ConfigError(Problem(Code.CONFIG_BUDGET, what, key=grids.BUDGET, fix=fix))
-        return True
+_DIGEST = "record"
+"""The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
+_SHOWN = ("seconds", "steps", "adapter_bytes", "unrelated", "note")
+"""The keys of what the study keeps of a trial that its result has too."""
 
 
 @dataclass(frozen=True)
@@ -107,36 +71,6 @@ class Request:
     most: int | None
     budget: Budget
     halving: bool
-
-    def check(self) -> None:
-        """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which
-        is tried on a model without weights."""
-        kind = KINDS[self.run.config.training.objective]
-        others = {run.training.objective for run in self.runs.values()}
-        if wrong := sorted(one for one in others if KINDS[one] != kind):
-            what = f"cannot be {' or '.join(wrong)}, as the rows are {kind or 'neither pairs nor unpaired answers'}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, grids.OPTION, "training.objective"))
-        sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
-        for name in reversed(sections.values()):
-            model, lora = self.runs[name].model, auto.without_rows(self.runs[name].lora)
-            try:
-                attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
-            except (ModelError, ConfigError) as error:
-                problems = [replace(one, where=one.where or f"{grids.OPTION} {name}") for one in error.problems]
-                raise type(error)(problems) from None
-
-    def identity(self) -> dict[str, str]:
-        """The settings that all trials of the study share, and the keys that they differ in."""
-        places = (key.removesuffix(".path") for key in path_keys())
-        skipped = (*_NOT_COMPARED, *places, *self.grid.keys)
-        values = keys.flat(self.run.config.resolved())
-        shared = {
-            key: value
-            for key, value in values.items()
-            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
-        }
-        drawn = "ranges" if self.grid.has_ranges else "values"
-        return shared | {grids.OPTION: f"{drawn} of {', '.join(sorted(self.grid.keys))}"}
 
 
 @dataclass(frozen=True)
@@ -164,11 +98,42 @@ def sweep(request: Request) -> SweepResult:
     Raises:
         LoratuneError: As `train.train`, but for a trial that diverges or needs too much memory, which is a result.
         ConfigError: The study is of something else; a budget is shorter than one trial.
-        ResumeError: The study is damaged.
-        LockedError, LostError: The database of the study is locked, or cannot be reached.
+        ResumeError: The study is damaged, or its database cannot be reached.
+        LockedError: The database of the study is locked.
         NumericError: No trial has an adapter.
     """
     return _Sweep(request).run()
+
+
+def _check_grid(request: Request) -> None:
+    """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which is
+    tried on a model without weights."""
+    objectives = {run.training.objective for run in request.runs.values()}
+    kind_of_rows = KINDS[request.run.config.training.objective]
+    if wrong := sorted(one for one in objectives if KINDS[one] != kind_of_rows):
+        what = f"cannot be {' or '.join(wrong)}, as the rows are {kind_of_rows or 'neither pairs nor unpaired answers'}"
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, OPTION, "training.objective"))
+    sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(request.runs.items())}
+    for name in reversed(sections.values()):
+        model, lora = request.runs[name].model, auto.without_rows(request.runs[name].lora)
+        try:
+            attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
+        except (ModelError, ConfigError) as error:
+            problems = [replace(one, where=one.where or f"{OPTION} {name}") for one in error.problems]
+            raise type(error)(problems) from None
+
+
+def _identity(request: Request) -> dict[str, str]:
+    """The settings that all trials of the study share, and the keys that they differ in."""
+    places = (key.removesuffix(".path") for key in path_keys())
+    skipped = (*_NOT_COMPARED, *places, *request.grid.keys)
+    shared = {
+        key: value
+        for key, value in keys.flat(request.run.config.resolved()).items()
+        if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+    }
+    drawn = "ranges" if request.grid.has_ranges else "values"
+    return shared | {OPTION: f"{drawn} of {', '.join(sorted(request.grid.keys))}"}
 
 
 class _Sweep:
@@ -183,16 +148,18 @@ class _Sweep:
         self.request = request
         output = request.run.directory.output
         self.name, self.directory = output.name, study_directory(output)
-        request.check()
-        seed = request.run.config.training.seed
+        _check_grid(request)
+        if kind(self.directory / RESULTS):
+            StudyResults.read(self.directory)
+        seed, identity = request.run.config.training.seed, _identity(request)
         self.study = Study(self.directory, self.name, request.storage, halving=request.halving, seed=seed)
-        self.study.check(request.identity(), record=False)
+        self.study.check(identity, record=False)
         self.runner = TrialRunner(request.run)
         for run in request.runs.values():
             self.runner.prepare_rows(run)
         if request.budget.seconds is not None and not self.study.records():  # before anything is recorded
             request.budget.fits(self.runner.estimate(next(iter(request.runs.values()))))
-        self.study.check(request.identity() | self.runner.fingerprints, record=True)
+        self.study.check(identity | self.runner.fingerprints, record=True)
         self.notes, self.untried, self.wanted = list[str](), 0, None
         if not request.grid.has_ranges:
             combinations = request.grid.spread_out()
@@ -217,7 +184,7 @@ class _Sweep:
 
     def _work(self) -> bool:
         """Work on the next trial. Returns whether there was one, and time for it."""
-        budget, request = self.request.budget, self.request
+        request, budget = self.request, self.request.budget
         with self.study.claim(self.wanted, request.grid.axes, request.most) as record:
             if record is None:
                 return False
@@ -243,21 +210,34 @@ class _Sweep:
 
     def _try(self, record: TrialRecord, run: RunConfig, estimate: float) -> None:
         """Train a trial and record its result."""
-        budget, output = self.request.budget, self._adapter(record.number)
+        budget, varied, output, start = self.request.budget, self.request.grid.keys, self._adapter(record.number), now()
         halving, brief = self.request.halving, budget.begun > 0
-        progress = TrialProgress(listener(), self.study, record, halving=halving, brief=brief)
         budget.begun += 1
         try:
-            with listening(progress):
-                outcome = self.runner.train(run, output)
+            progress = TrialProgress(listener(), self.study, record, halving=halving, brief=brief)
+            with listening(progress), self.runner.planned(run, output) as plan:
+                adapter = training.carry_out(plan, began=start)
+            losses, point = self.runner.score(plan), plan.resume_point
         except Exception as error:
             if (failed := failure(error)) is None:
                 raise
             self._fail(record, *failed)
         else:
-            if not outcome.is_resumed and estimate > 0:
-                budget.ratios.append(outcome.seconds / estimate)
-            self.study.finish(record, outcome.record(run, self.request.grid.keys), outcome.losses.loss)
+            assert adapter is not None
+            seconds = now() - start
+            if point is None and estimate > 0:
+                budget.ratios.append(seconds / estimate)
+            shown = {*varied, *([MAX_STEPS] if run.training.max_minutes is not None else ())}
+            result = {
+                "values": {key: text for key, text in keys.flat(adapter.config.resolved()).items() if key in shown},
+                "seconds": seconds + (point.record.seconds if point else 0.0),
+                "steps": adapter.steps,
+                "adapter_bytes": adapter.adapter_bytes,
+                "unrelated": adapter.unrelated.as_json().get("change"),
+                "rows": losses.packed(),
+                _DIGEST: sha256(output / RECORD_FILE),
+            }
+            self.study.finish(record, result, losses.loss)
         finally:
             self.runner.remove_adapter()
 
@@ -300,8 +280,8 @@ class _Sweep:
         return StudyResults(self.name, base, keys, runner.rows, runner.total, trials, **measured)
 
     def _trial(self, record: TrialRecord) -> TrialResult:
-        adapter, shown = self._adapter(record.number), ("seconds", "steps", "adapter_bytes", "unrelated", "note")
-        known: dict[str, Any] = {name: record.result[name] for name in shown if name in record.result}
+        adapter = self._adapter(record.number)
+        known: dict[str, Any] = {name: record.result[name] for name in _SHOWN if name in record.result}
         kept = str(adapter) if is_directory(adapter) and record.state == DONE else None
         values = record.result.get("values", {})
         return TrialResult(record.number, record.settings, values, record.state, adapter=kept, **known)
@@ -309,33 +289,26 @@ class _Sweep:
     def _finish(self, stop: KeyboardInterrupt | None) -> SweepResult:
         """Publish the best adapter, unless there is more to come."""
         results, notes = self._results(), self.notes
+        running, waiting = results.count("running"), results.count("waiting")
         if stop is not None:
             notes.append("nothing is published yet; rerun the same command to resume")
-        elif running := results.count("running"):
+        elif running:
             notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
-        elif results.winner is not None:
-            if self._publish(results.winner):
+        else:
+            if results.winner is not None and self._publish(results.winner):
                 results = replace(results, published=str(self.request.run.directory.output))
-            self._note_untried(results)
-        elif results.count("waiting"):
-            notes.append("nothing is published, as no trial has an adapter yet; rerun the same command to resume")
+            if waiting:
+                option = " with --overwrite" if results.published else ""
+                notes.append(f"{plural(waiting, 'trial')} left; the command that named them{option} continues")
+            if self.untried:
+                left = plural(self.untried, "combination")
+                notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
         results.write(self.directory)
-        if stop is None and results.count("running", "waiting", DONE) == 0:
+        if stop is None and running + waiting + results.count(DONE) == 0:
             raise _nothing(results)
         split = self.request.run.rows
         prompt = card.example_prompt(split.train) if split is not None else "PROMPT"
         return SweepResult(results, self.directory, prompt, stop, notes)
-
-    def _note_untried(self, results: StudyResults) -> None:
-        waiting = [label(trial.settings) for trial in results.trials if trial.state == "waiting"]
-        own = len(waiting) if self.wanted is None else len(self.wanted.intersection(waiting))
-        if own:
-            self.notes.append(f"{plural(own, 'trial')} left; the same command with --overwrite continues")
-        if self.untried:
-            left = plural(self.untried, "combination")
-            self.notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
-        if others := len(waiting) - own:
-            self.notes.append(f"{plural(others, 'trial')} of other values left, for the command that named them")
 
     def _publish(self, winner: TrialResult) -> bool:
         """Copy the best adapter to the output directory, whole or not at all.
@@ -353,11 +326,19 @@ class _Sweep:
             self.notes.append(f"{where}; the same command publishes it there, if it has not done so")
             return False
         present = directory.output / RECORD_FILE
-        if is_file(present) and (found := sha256(present)) in {one.result.get(DIGEST) for one in records}:
-            if found == best.result.get(DIGEST):
+        if is_file(present) and (found := sha256(present)) in {one.result.get(_DIGEST) for one in records}:
+            if found == best.result.get(_DIGEST):
                 return True  # another process of the study was faster
             directory = replace(directory, overwrite=True)  # it published what was best then
-        self._check_adapter(source, best)
+        try:
+            AdapterDirectory.open(source)
+            is_whole = sha256(source / RECORD_FILE) == best.result.get(_DIGEST)
+        except AdapterError:
+            is_whole = False
+        if not is_whole:
+            what = f"the adapter of trial {best.number}, the best, is missing, or not as it was made in {best.place}"
+            fix = "put it back; or move the study away, and start again"
+            raise AdapterError(Problem(Code.SWEEP_STUDY, what, str(source), fix=fix))
         with directory.locked():
             directory.prepare(resume=False)
             directory.create_staging()
@@ -366,19 +347,6 @@ class _Sweep:
                 note(f"{path} is kept: this run did not write it")
         return True
 
-    def _check_adapter(self, source: Path, best: TrialRecord) -> None:
-        """Raises AdapterError: the adapter of the best trial is missing, damaged, or not the one that was recorded."""
-        try:
-            AdapterDirectory.open(source)
-            if sha256(source / RECORD_FILE) != best.result.get(DIGEST):
-                raise AdapterError(Problem(Code.SWEEP_STUDY, "it is not the one that the trial made", str(source)))
-        except AdapterError as error:
-            what = f"the adapter of trial {best.number}, the best, cannot be used: {error.problems[0].what}"
-            is_elsewhere = best.place not in ("", self.study.place)
-            fix = f"it was made in {best.place}: put it back; or " if is_elsewhere else ""
-            fix += "move the study away, and start again"
-            raise AdapterError(Problem(Code.SWEEP_STUDY, what, str(source), fix=fix)) from None
-
 
 def _nothing(results: StudyResults) -> LoratuneError:
     """The error of a study without an adapter."""
@@ -386,5 +354,5 @@ def _nothing(results: StudyResults) -> LoratuneError:
     counts = ", ".join(f"{results.count(state)} {state}" for state in states) or "none was run"
     first = next((f"; the first: {trial.note}" for trial in results.trials if trial.note), "")
     fix = "try other values, such as lower learning rates or smaller batches; those that failed are not tried again"
-    problem = Problem(Code.SWEEP_ALL_FAILED, f"no trial has an adapter: {counts}{first}", grids.OPTION, fix=fix)
+    problem = Problem(Code.SWEEP_ALL_FAILED, f"no trial has an adapter: {counts}{first}", OPTION, fix=fix)
     return ResourceError(problem) if states == ["out of memory"] else NumericError(problem)
