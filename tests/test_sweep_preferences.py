@@ -150,6 +150,7 @@ def test_an_objective_of_other_rows_is_refused(other: str, cli: Cli, run_config:
     assert f"cannot be {other}, as the rows are preference pairs" in ran.err and not (tmp_path / "out.study").exists()
 
 
+@pytest.mark.slow
 def test_halving_goes_by_the_objectives_loss(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     file = config(run_config, tmp_path, training={"max_steps": 8, "eval_steps": 1})
     ran = forked("sweep", file, "--grid", "training.learning_rate=1e-2,1e-7,1e-8,1e-6", "--halving")

@@ -139,12 +139,10 @@ def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path
 
 
 def test_more_values_continue_the_study(copied: Path, forked: Cli) -> None:
-    ran = forked("sweep", copied / "run.yaml", "--grid", "training.learning_rate=1e-3,1e-2,2e-2", *RANKS)
+    ran = forked("sweep", copied / "run.yaml", "--grid", "training.learning_rate=1e-3,2e-2", "--grid", "lora.r=2")
     assert ran.code == 0, ran.err
-    assert re.findall(r"^trial \d+: (.*)$", ran.err, flags=re.MULTILINE) == [
-        f"training.learning_rate=2e-2 lora.r={r}" for r in (4, 2)
-    ]
-    assert len(results(copied).trials) == 6
+    found = re.findall(r"^trial \d+: (.*)$", ran.err, flags=re.MULTILINE)
+    assert found == ["training.learning_rate=2e-2 lora.r=2"] and len(results(copied).trials) == 5
 
 
 @pytest.mark.parametrize(
@@ -274,10 +272,10 @@ def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeCo
     ran = forked("sweep", file, *RATES, "--budget", "0.001s")
     check_refused(ran, 2, (Code.CONFIG_BUDGET, "", "--budget"))
     assert "have passed before it" in ran.err
-    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", *RANKS, "--trials", "3")
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", *RANKS, "--trials", "2")
     assert ran.code == 0, ran.err
     rates = [float(trial.settings["training.learning_rate"]) for trial in results(tmp_path).trials]
-    assert len({*rates}) == 3 and all(1e-3 <= rate <= 2e-2 for rate in rates)
+    assert len({*rates}) == 2 and all(1e-3 <= rate <= 2e-2 for rate in rates)
 
 
 # Interrupted, and shared
@@ -310,7 +308,9 @@ def test_the_same_command_resumes(processes: ForkServer, forked: Cli, config: Ma
     assert first.settings["training.learning_rate"] == "1e-3"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["interrupted", "killed"]
+)
 def test_a_signal_between_the_end_of_a_trial_and_the_next(
     processes: ForkServer, forked: Cli, config: MakeConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -334,7 +334,7 @@ def test_a_signal_between_the_end_of_a_trial_and_the_next(
 
 
 def test_two_processes_share_one_study(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
-    file = config(training={"num_train_epochs": 10})
+    file = config(training={"num_train_epochs": 4})
     arguments = ("sweep", file, *RATES, *RANKS, "--json")
     children = [processes.start(*arguments), processes.start(*arguments)]
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
@@ -391,7 +391,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
 
 def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # tried in the order first, last, second, third
-    ran = forked("sweep", config(training={"num_train_epochs": 4, "eval_steps": 1}), "--grid", rates, "--halving")
+    ran = forked("sweep", config(training={"max_steps": 8, "eval_steps": 1}), "--grid", rates, "--halving")
     assert ran.code == 0, ran.err
     assert "stopped early" in states(tmp_path)
     assert results(tmp_path).trials[0].settings["training.learning_rate"] == "1e-2"
