@@ -23,15 +23,16 @@ LEVELS = {
     "data": 2, "model": 2, "lora": 2,
     "adapter": 3, "compare": 3, "memory": 3,
     "training": 4, "export": 4, "report": 4,
-    "commands": 5, "api": 5,
+    "study": 5, "commands": 5, "api": 5,
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 GROUPS = (
     ("codes", "escaping", "events", "text", "statistics", "__init__", "errors", "system", "console"),
-    ("commands", "api"),
+    ("study", "commands", "api"),
     ("cli", "__main__"),
 )
-"""What belongs together on a level: the foundation, the public API with the commands behind it, and the command line.
+"""What belongs together on a level: the foundation, the public API with the commands and the study of
+a sweep behind it, and the command line.
 Each may import those before it."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from loratune.commands.init import Started
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
-    from loratune.commands.sweep.running import SweepResult
+    from loratune.commands.sweep import SweepResult
     from loratune.compare.comparison import Comparison
     from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
