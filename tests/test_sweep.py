@@ -247,13 +247,12 @@ def fake() -> FakeTensorMode:
 REVIEWED = [line for line in GOLDEN.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
 TYPES = tuple(dict.fromkeys(line.partition(":")[0] for line in REVIEWED))
 SAMPLE = (
-    "axk2", "bart", "bert", "bloom", "deepseek_v2", "deepseek_v4", "falcon_h1", "gemma3", "gemma4_assistant", "gpt2",
-    "jetmoe", "laguna", "llama", "mamba", "minimax", "mixtral", "musicgen", "nemotron_h", "phi3", "qwen3_next", "rwkv",
-    "xlnet", "zamba2",
+    "axk2", "bart", "bert", "bloom", "falcon_h1", "gemma3", "gemma4_assistant", "gpt2", "jetmoe", "llama", "mamba",
+    "musicgen", "qwen3_next", "xlnet",
 )  # fmt: skip
 """One type of each structure, in the order of the table: attention that is plain, fused, latent, with an indexer, next
-to cross-attention, in some layers or none; experts, towers, shared blocks, keys and values of another model. The others
-are swept by `make test-all`."""
+to cross-attention, in some layers or none; experts, towers, keys and values of another model. The others are swept by
+`make test-all`."""
 SHARDS = 8
 PARTS = [SAMPLE, *(pytest.param(TYPES[shard::SHARDS], marks=pytest.mark.slow) for shard in range(SHARDS))]
 
