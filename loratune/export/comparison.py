@@ -156,15 +156,16 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
     Raises:
         AdapterError: The recorded prompts are not valid.
     """
+    rows: list[Row] = []
+    prompts: list[tuple[Row, tuple[int, ...]]] = []
     if split:
-        prompts = [
-            (row, _prompt_ids(row, loaded.renderer)) for row in card.recorded_prompts(split.examples(), MOST_TEXTS)
-        ]
+        rows += card.recorded_prompts(split.examples(), MOST_TEXTS)
     else:
         prompts = _recorded(source, loaded.renderer, loaded.model.config.get_text_config().vocab_size)
-        for text in FIXED:
-            row = {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text}
-            prompts.append((row, _prompt_ids(row, loaded.renderer)))
+        rows += [
+            {"messages": [{"role": "user", "content": text}]} if source.chat else {"prompt": text} for text in FIXED
+        ]
+    prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
     with progress("answering prompts"):
         answers = [loaded.complete([prompt], _LONGEST_ANSWER)[0] for _, prompt in prompts]
         pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
@@ -172,8 +173,8 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
         with loaded.without_adapter():
             base = [_log_probabilities(loaded, *pair) for pair in pairs]
     return [
-        ScoredAnswer({} if "input_ids" in row else row, prompt, *scored)
-        for (row, prompt), *scored in zip(prompts, answers, adapted, base, strict=True)
+        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone)
+        for (row, prompt), answer, first, alone in zip(prompts, answers, adapted, base, strict=True)
     ]
 
 

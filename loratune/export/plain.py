@@ -69,10 +69,11 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
     if dtypes == {torch.float32}:
         return plain
     if len(dtypes) == 1 and dtypes <= _DTYPES:
-        tensors = {name: tensor.to(*dtypes) for name, tensor in plain.tensors.items()}
+        (dtype,) = dtypes
+        tensors = {name: tensor.to(dtype) for name, tensor in plain.tensors.items()}
         if all(torch.equal(tensor.float(), plain.tensors[name]) for name, tensor in tensors.items()):
             return replace(plain, tensors=tensors)
-    named = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    named = ", ".join(sorted(str(one).removeprefix("torch.") for one in dtypes))
     note = f"stored in float32, as {named} does not hold the folded scales exactly, or is not read everywhere"
     return replace(plain, notes=(note,))
 
