@@ -192,13 +192,7 @@ class Study:
     def _next(
         self, wanted: set[str] | None, axes: Sequence[Axis], most: int | None, held: ExitStack
     ) -> TrialRecord | None:
-        fail_stale_trials(self._study)
-        for record in self.records():
-            is_here = self._url is None or (record.host, record.place) == (host(), self.place)
-            if record.state == "running" and is_here:
-                with try_lock(self._lock(record)) as is_free:
-                    if is_free:
-                        self._return(record)
+        self._return_abandoned()
         records = self.records()
         for record in records:
             if record.state == "waiting" and (wanted is None or label(record.settings) in wanted):
@@ -215,6 +209,15 @@ class Study:
                 return record
             self._study.tell(record.optuna_number, state=TrialState.FAIL)
         return None
+
+    def _return_abandoned(self) -> None:
+        fail_stale_trials(self._study)
+        for record in self.records():
+            is_here = self._url is None or (record.host, record.place) == (host(), self.place)
+            if record.state == "running" and is_here:
+                with try_lock(self._lock(record)) as is_free:
+                    if is_free:
+                        self._return(record)
 
     def _draw(self, axes: Sequence[Axis]) -> TrialRecord:
         self._study.sampler = optuna.samplers.TPESampler(seed=self._seed + len(self._trials()), constant_liar=True)
