@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizer
 from loratune.codes import Code
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
 from loratune.data.packing import pad
-from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, truncate
+from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, encoding, truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load
 
@@ -171,8 +171,12 @@ def test_an_end_that_is_spelt_out_is_not_doubled(real: Any) -> None:
 
 
 @pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
-def test_long_prompts(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str) -> None:
-    """Only the last words are encoded twice: the ids stay the same."""
+def test_long_prompts(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last words are encoded twice, and very long texts in pieces: the ids stay the same."""
+    monkeypatch.setattr(encoding, "LONG", 1 << 13)
+    monkeypatch.setattr(encoding, "_BATCH", 1 << 11)
     if name == "bytes":
         real: Any = tokenizer
     else:

@@ -6,6 +6,7 @@ Fast tokenizers encode in batches of their own; slow ones encode text by text.
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats import IGNORED as IGNORED
@@ -16,6 +17,8 @@ Span: TypeAlias = tuple[int, int]
 
 _BATCH = 2**18
 """Characters of the texts that are encoded in one call: the tokenizer needs some hundred bytes for each."""
+LONG = 2**20
+"""Characters from which on a text, such as a file of one document, is encoded in pieces of at most `_BATCH`."""
 
 _TAIL = 160
 """Characters at the end of a prompt that are encoded once more together with what follows it."""
@@ -26,6 +29,7 @@ Above 0 is what is to become more likely."""
 
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
 _WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
+_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,18 @@ class Encoder:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode texts. A text that occurs twice is encoded once; the empty text has no ids.
 
+        A text of more than a million characters is encoded in pieces that end at words or lines.
+
         Raises:
             TokenizerFailure: The tokenizer fails on one of the texts.
         """
         ids_of: dict[str, list[int]] = {"": []}
-        for batch in _batches([text for text in dict.fromkeys(texts) if text]):
+        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
             ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
+        for text in texts:
+            if text not in ids_of:
+                pieces = _pieces(text, without_space=self._adds_space)
+                ids_of[text] = [*chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)]
         return [ids_of[text] for text in texts]
 
     def one(self, text: str) -> list[int]:
@@ -247,3 +257,19 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
         size += len(text)
     if batch:
         yield batch
+
+
+def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
+    """Yields the pieces of a text; each ends at the last word or line that fits.
+
+    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
+    """
+    start = 0
+    while len(text) - start > _BATCH:
+        window = start + _BATCH // 2, start + _BATCH
+        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
+        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
+        end = [window[1], *lines, *words][-1]
+        yield text[start:end].removeprefix(" " if start and without_space else "")
+        start = end
+    yield text[start:].removeprefix(" " if start and without_space else "")
