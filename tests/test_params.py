@@ -174,11 +174,9 @@ def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Calla
     check_refused(cli("params", run_config(), "--model", tiny_dir), 2, (Code.USAGE_CONFLICT, "", ""))
 
 
-CLASSES = Code.MODEL_UNREADABLE
 CONFIG, MODEL = Code.MODEL_UNREADABLE, Code.MODEL_UNREADABLE
 ODD = {
-    "a number as class": ({"architectures": [5]}, CLASSES, "architectures: "),
-    "a text of a class": ({"architectures": "LlamaForCausalLM"}, CLASSES, "architectures: "),
+    "a number as class": ({"architectures": [5]}, Code.MODEL_UNSUPPORTED, "5 (model type llama) is not a causal "),
     "labels that are text": ({"id2label": "x"}, CONFIG, ""),
     "a tie that is text": ({"tie_word_embeddings": "yes"}, CONFIG, "Field 'tie_word_embeddings' expected bool"),
     "more kinds than layers": (

@@ -91,7 +91,7 @@ def check_decoder(config: Any, section: ModelSection) -> None:
     Raises:
         ModelError: It is not.
     """
-    architectures = config.architectures or []
+    architectures = [*map(str, config.architectures or [])]
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or section.trust_remote_code
     other_head = architectures and not any(
         name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
