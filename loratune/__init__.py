@@ -15,10 +15,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratune.adapter.sampling import Sampling as Sampling
     from loratune.api.adapter import Adapter as Adapter
+    from loratune.api.adapters import Adapters as Adapters
     from loratune.api.functions import count_parameters as count_parameters
+    from loratune.api.functions import explain as explain
     from loratune.api.functions import init as init
     from loratune.api.functions import load_config as load_config
+    from loratune.api.functions import plan as plan
+    from loratune.api.functions import report_study as report_study
     from loratune.api.functions import train as train
     from loratune.api.sweep import sweep as sweep
     from loratune.compare.comparison import Comparison as Comparison
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
     from loratune.errors import ResumeError as ResumeError
     from loratune.events import EvaluationEvent as EvaluationEvent
     from loratune.events import Event as Event
+    from loratune.events import FinishedEvent as FinishedEvent
     from loratune.events import NoteEvent as NoteEvent
     from loratune.events import PlanEvent as PlanEvent
     from loratune.events import ProgressEvent as ProgressEvent
@@ -46,20 +52,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "api.adapter": ("Adapter",),
-    "api.functions": ("count_parameters", "init", "load_config", "train"),
-    "api.sweep": ("sweep",),
-    "compare.comparison": ("Comparison",),
-    "config": ("RunConfig",),
-    "errors": (
-        "AdapterError", "ConfigError", "DataError", "LockedError", "LoratuneError", "LostError", "ModelError",
-        "NumericError", "Problem", "RequirementError", "ResourceError", "ResumeError",
-    ),
-    "events": (
-        "EvaluationEvent", "Event", "NoteEvent", "PlanEvent", "ProgressEvent", "StepEvent", "TrainingEvent",
-    ),
-}  # fmt: skip
-_PLACES = {name: module for module, names in _MODULES.items() for name in names}
+    "adapter.sampling": "Sampling",
+    "api.adapter": "Adapter",
+    "api.adapters": "Adapters",
+    "api.functions": "count_parameters explain init load_config plan report_study train",
+    "api.sweep": "sweep",
+    "compare.comparison": "Comparison",
+    "config": "RunConfig",
+    "errors": "AdapterError ConfigError DataError LockedError LoratuneError LostError ModelError NumericError Problem "
+    "RequirementError ResourceError ResumeError",
+    "events": "EvaluationEvent Event FinishedEvent NoteEvent PlanEvent ProgressEvent StepEvent TrainingEvent",
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [*_PLACES]
 

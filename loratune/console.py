@@ -3,7 +3,7 @@
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.text import Text
 
 from loratune import escaping
-from loratune.text import align
 
 
 class EscapedStream(io.TextIOBase):
@@ -71,10 +70,10 @@ def escape_output() -> Iterator[None]:
                 setattr(sys, name, originals[name])
 
 
-def print_raw(text: str) -> None:
-    """Print a line on stdout unchanged, for another program; on a terminal it is escaped like everything else."""
+def raw_output() -> Any:
+    """Standard output as another program reads it, without escapes; on a terminal with them."""
     stream = sys.stdout
-    print(text, file=stream.raw if isinstance(stream, EscapedStream) and not stream.isatty() else stream, flush=True)
+    return stream.raw if isinstance(stream, EscapedStream) and not stream.isatty() else stream
 
 
 class _Console(Console):
@@ -98,24 +97,16 @@ err = _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
-def log(text: str) -> None:
-    """Print one line on stderr about what is going on."""
-    err.print(escaping.line(text), markup=False)
+def log(*lines: str) -> None:
+    """Print lines on stderr about what is going on."""
+    for line in lines:
+        err.print(escaping.line(line), markup=False)
 
 
-def print_block(title: str, lines: Iterable[tuple[str, str]]) -> None:
-    """Print a title and `name  value` lines on stdout, values aligned."""
-    rows = list(lines)
-    width = max(len(name) for name, _ in rows)
-    print(title)
-    for name, value in rows:
-        print(escaping.line(f"  {name:<{width}}  {value}"))
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print an aligned table on stdout."""
-    for line in align(header, rows):
-        print(escaping.line(line))
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines on stdout."""
+    for line in lines:
+        print(line)
 
 
 def print_json(values: Any) -> None:

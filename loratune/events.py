@@ -11,6 +11,7 @@ ProgressEvent      how far a longer piece of work is: loading, reading, scoring
 TrainingEvent      training begins, and how many steps it has
 StepEvent          an optimizer step is done
 EvaluationEvent    the model was evaluated on the validation rows
+FinishedEvent      a function is done, with its result
 """
 
 import itertools
@@ -131,7 +132,19 @@ class EvaluationEvent:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-Event: TypeAlias = NoteEvent | PlanEvent | ProgressEvent | TrainingEvent | StepEvent | EvaluationEvent
+@dataclass(frozen=True)
+class FinishedEvent:
+    """A function is done.
+
+    Attributes:
+        result: What it found or made: of `train` the adapter's metrics, of `init` the config and what to expect of its
+            run, of `evaluate` the comparison.
+    """
+
+    result: Any = field(repr=False)
+
+
+Event: TypeAlias = NoteEvent | PlanEvent | ProgressEvent | TrainingEvent | StepEvent | EvaluationEvent | FinishedEvent
 Listener: TypeAlias = Callable[[Event], Any]
 Advance: TypeAlias = Callable[[int], None]
 """Called with how much was done since the last call."""
@@ -141,6 +154,8 @@ def no_advance(count: int) -> None:
     """An `Advance` that emits nothing."""
 
 
+LIBRARIES = "loading libraries"
+"""The piece of work that every function begins with; it is shown in a terminal only."""
 _INTERVAL = 0.1
 """Seconds between two events of one piece of work, at least."""
 

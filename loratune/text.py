@@ -1,6 +1,8 @@
-"""Numbers and tables as people read them."""
+"""Numbers, blocks and tables as people read them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from loratune import escaping
 
 
 def plural(number: int, what: str) -> str:
@@ -38,3 +40,16 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield "  " + "  ".join(cells).rstrip()
+
+
+def block(title: str, lines: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """A title, and `name  value` lines with the values aligned, each safe to print."""
+    rows = list(lines)
+    width = max(len(name) for name, _ in rows)
+    yield title
+    yield from (escaping.line(f"  {name:<{width}}  {value}") for name, value in rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of an aligned table, each safe to print."""
+    return map(escaping.line, align(header, rows))

@@ -24,9 +24,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loratune.cli import app
-from loratune.console import print_table
+from loratune.console import print_lines
 from loratune.errors import LoratuneError
 from loratune.export import gguf
+from loratune.text import table as table_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENIZER = ROOT / "models" / "SmolLM2-135M-Instruct"
@@ -173,7 +174,7 @@ def main() -> None:
         folder = options.folder or Path(temporary)
         table = list(rows(folder, options.families.split(","), options.variants.split(","), options.vllm))
     head = ["family", "variant", "transformers (merged)", "PEFT (plain)", "llama.cpp", "llama.cpp (merged)", "vLLM"]
-    print_table(head, table)
+    print_lines(table_lines(head, table))
 
 
 if __name__ == "__main__":

@@ -216,8 +216,8 @@ def prepare() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
+    import loratune.api.display  # noqa: PLC0415
     import loratune.cli  # noqa: PLC0415  once for all forks, and not where only `ForkServer` is wanted
-    import loratune.cli.printing  # noqa: PLC0415
     import loratune.cli.terminal  # noqa: PLC0415
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415

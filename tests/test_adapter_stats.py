@@ -2,15 +2,15 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, process, tiny_llama
+from conftest import check_refused, process, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from running import Cli, MakeConfig
 from safetensors.torch import load_file, save_file
 
 from loratune.codes import Code
@@ -88,7 +88,7 @@ def test_layers_come_in_their_order(tmp_path: Path) -> None:
     assert order == [*range(12)]
 
 
-def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path / "adapter")
     block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
     (tmp_path / "site").mkdir()
@@ -106,9 +106,7 @@ def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Callable[.
     assert len(values["updates"]) == 6
 
 
-def test_our_own_adapter(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, tiny_dir: Path
-) -> None:
+def test_our_own_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config).code == 0
     estimated = json.loads(cli("params", config, "--json").out)
@@ -132,7 +130,7 @@ def test_our_own_adapter(
         ),
     ],
 )
-def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
@@ -144,7 +142,7 @@ def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: C
     assert ran.out == "" and key.startswith("model.layers.")
 
 
-def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
@@ -154,7 +152,7 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Callable[..., 
 
 
 @pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "8"), ("lora_alpha", None), ("lora_alpha", True)])
-def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {key: value}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))

@@ -1,17 +1,17 @@
 """The Python API: what `import loratune` offers does what the commands do."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROWS, Ran, write_rows
+from conftest import ROWS, write_rows
 from datasets import Dataset
-from running import WEIGHTS, MakeConfig
+from running import WEIGHTS, Cli, MakeConfig
 
 import loratune
 from loratune.codes import Code
@@ -35,7 +35,7 @@ def config(folder: Path, tiny_dir: Path) -> loratune.RunConfig:
     write_rows(folder / "rows.jsonl", ROWS)
     write_rows(folder / "held-out.jsonl", HELD_OUT)
     values: dict[str, Any] = {
-        "model": {"name_or_path": str(tiny_dir)}, "output_dir": str(folder / "out"),
+        "model": {"name_or_path": f"{tiny_dir}/../{tiny_dir.name}"}, "output_dir": str(folder / "out"),
         "data": {"train": str(folder / "rows.jsonl"), "validation": 0.2},
         "training": {"max_steps": 6, "learning_rate": 0.01, "logging_steps": 2},
     }  # fmt: skip
@@ -68,7 +68,7 @@ def test_overrides_are_validated(folder: Path, config: loratune.RunConfig) -> No
 
 
 def test_training_gives_the_adapter_of_the_command(
-    adapter: loratune.Adapter, folder: Path, cli: Callable[..., Ran], capsys: pytest.CaptureFixture[str]
+    adapter: loratune.Adapter, folder: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ("--set", "training.max_steps=4", "--set", f"output_dir={folder / 'command'}")
     assert cli("train", folder / "run.yaml", *changes).code == 0
@@ -78,7 +78,8 @@ def test_training_gives_the_adapter_of_the_command(
 
 def test_events_tell_what_happens(adapter: loratune.Adapter, events: list[loratune.Event]) -> None:
     kinds = {type(event).__name__ for event in events}
-    assert kinds == {"NoteEvent", "PlanEvent", "ProgressEvent", "TrainingEvent", "StepEvent", "EvaluationEvent"}
+    assert kinds == {"NoteEvent", "PlanEvent", "ProgressEvent", "TrainingEvent", "StepEvent", "EvaluationEvent",
+                     "FinishedEvent"}  # fmt: skip
     steps = [event for event in events if isinstance(event, loratune.StepEvent)]
     assert [event.step for event in steps] == [1, 2, 3, 4]
     assert [event.step for event in steps if event.loss is not None] == [1, 2, 4]
@@ -134,7 +135,7 @@ def test_it_generates(adapter: loratune.Adapter) -> None:
     assert sampled[0] == sampled[1]
 
 
-def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Callable[..., Ran]) -> None:
+def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None:
     comparison = adapter.evaluate(folder / "held-out.jsonl")
     ran = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl", "--json")
     assert json.loads(json.dumps(comparison.to_dict())) == json.loads(ran.out)
@@ -160,8 +161,36 @@ def test_it_leaves_as_other_files(adapter: loratune.Adapter, folder: Path) -> No
         adapter.report(folder / "page.html")
 
 
+def test_several_adapters_share_a_base(adapter: loratune.Adapter, folder: Path) -> None:
+    paths = {"one": adapter.path, "two": shutil.copytree(adapter.path, folder / "two")}
+    rows = [{"prompt": "1 and 1 make", "adapter": name} for name in ("two", "one")]
+    named = loratune.Adapters(paths)
+    assert named.open() == [adapter.base] * 2
+    (alone,) = adapter.generate(["1 and 1 make"], max_new_tokens=4)
+    answers = list(named.answers(rows, max_new_tokens=4, base=True))
+    assert [(one.adapter, one.completion) for one in answers] == [("two", alone), ("one", alone)]
+    assert answers[0].base is not None and answers[0].to_dict()["completion"] == alone
+    half = loratune.Adapters(paths, mix={"one": 0.5, "two": 0.5})
+    assert [one.completion for one in half.answers(["1 and 1 make"], max_new_tokens=4)] == [alone]
+    with pytest.raises(loratune.ConfigError):
+        named.export("peft", folder / "both")
+
+
+def test_a_conversation(adapter: loratune.Adapter) -> None:
+    pieces: list[str] = []
+    talk = adapter.chat(max_new_tokens=4)
+    reply = talk.ask("1 and 1 make", on_text=pieces.append)
+    assert (
+        "".join(pieces) == f"{reply.text}\n" and reply.text == adapter.generate(["1 and 1 make"], max_new_tokens=4)[0]
+    )
+
+
 def test_further_functions(config: loratune.RunConfig, folder: Path, tiny_dir: Path, run_config: MakeConfig) -> None:
     assert loratune.count_parameters(config).count.trainable > 0
+    planned = loratune.plan(config, overwrite=True)
+    assert planned.count.trainable == loratune.count_parameters(config).count.trainable
+    (key,) = loratune.explain("learning_rate", folder / "run.yaml").to_dict()["keys"].values()
+    assert key["in_force"][0]["value"] == 0.01
     chosen = loratune.init(str(folder / "rows.jsonl"), model=str(tiny_dir), overrides={"training.max_steps": 2})
     assert chosen.training.max_steps == 2
     run = config.model_copy(update={"output_dir": str(folder / "best")})

@@ -7,7 +7,7 @@ import re
 import select
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 import yaml
 from conftest import Ran, check_refused, tiny_llama, tree, write_rows
 from fork_server import Child, ForkServer
+from running import Cli
 from typer.testing import CliRunner
 
 from loratune.adapter import loading, selection
@@ -25,7 +26,6 @@ from loratune.codes import Code
 from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
 
-Cli = Callable[..., Ran]
 NEW = 8
 HINT = "/help lists what can be typed"
 

@@ -1,9 +1,10 @@
 """The command line: light until it must be heavy, one line per problem, and nothing touched by a run that fails."""
 
+import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import typer
 from conftest import Expected, Ran, check_refused, meanings, process, tree
+from running import Cli, MakeConfig
 from typer.testing import CliRunner
 
 from loratune import __version__
@@ -31,17 +33,23 @@ COMMANDS = (
 ONE_STEP = {"max_steps": 1}
 
 
-def imported(*arguments: object) -> tuple[Ran, set[str]]:
-    """Runs `loratune ARGS` as a process; also returns which of the heavy libraries it imported."""
-    script = (
-        "import sys; from loratune.cli import app\n"
-        "try: app(sys.argv[1:], prog_name='loratune')\n"
-        f"finally: print('IMPORTED', *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr)"
-    )
-    command = [sys.executable, "-c", script, *map(str, arguments)]
+IN_ONE_PROCESS = f"""
+import json, sys
+from typer.testing import CliRunner
+from loratune.cli import app
+results = [CliRunner().invoke(app, arguments, prog_name="loratune") for arguments in json.loads(sys.argv[1])]
+ran = [[result.exit_code, result.stdout, result.stderr] for result in results]
+print(json.dumps([ran, [name for name in {HEAVY} if name in sys.modules]]))
+"""
+
+
+def imported(*commands: Sequence[object]) -> tuple[list[Ran], set[str]]:
+    """Runs commands one after another in a new process; also returns which of the heavy libraries they imported."""
+    arguments = json.dumps([[str(word) for word in command] for command in commands])
+    command = [sys.executable, "-c", IN_ONE_PROCESS, arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    err, _, names = done.stderr.rpartition("IMPORTED")
-    return Ran(done.returncode, done.stdout, err), set(names.split())
+    ran, heavy = json.loads(done.stdout.splitlines()[-1])
+    return [Ran(*one) for one in ran], set(heavy)
 
 
 def old_adapter(path: Path) -> Path:
@@ -54,17 +62,27 @@ def old_adapter(path: Path) -> Path:
 # Lightness
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["--version"], ["-h"], *([command, "--help"] for command in COMMANDS)], ids=" ".join
-)
-def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
-    ran, heavy = imported(*arguments)
-    assert ran.code == 0
-    assert (__version__ if "--version" in arguments else "Usage: loratune") in ran.out
+def test_help_version_and_errors_of_usage_and_config_import_nothing_heavy(run_config: MakeConfig) -> None:
+    path, rows = run_config(lora={"rank": 8}), run_config("rows.yaml", data={"validation": 0.2})
+    help_of, wrong = [[command, "--help"] for command in COMMANDS], [["train", path], ["params", path]]
+    usage = [["params"], ["train"], ["train", "x.yaml", "--nope"], ["generate"], ["nope"], []]
+    commands = [["--version"], ["--help"], ["-h"], *help_of, ["explain", "learning_rate", rows], *usage, *wrong]
+    (version, *others), heavy = imported(*commands, ["sweep", rows, "--grid", "lora.rank=8,16"])
     assert heavy == set()
+    assert version.code == 0 and __version__ in version.out
+    helped, explained, refused, (train, params, sweep) = others[:15], others[15], others[16:22], others[22:]
+    assert all(ran.code == 0 and "Usage: loratune" in ran.out for ran in helped)
+    assert explained.code == 0 and explained.out.startswith("training.learning_rate\n")
+    assert {ran.code for ran in refused} == {2}
+    line = path.read_text().splitlines().index("  rank: 8") + 1
+    for ran in (train, params):
+        check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
+        assert ran.out == "" and ran.err.endswith("; did you mean `lora.r`?\n") and ran.err.count("\n") == 1
+    check_refused(sweep, 2, (Code.CONFIG_UNKNOWN_KEY, "--grid", "lora.rank"))
+    assert "did you mean `lora.r`" in sweep.err
 
 
-def test_the_help_says_in_a_sentence_what_each_command_does(cli: Callable[..., Ran]) -> None:
+def test_the_help_says_in_a_sentence_what_each_command_does(cli: Cli) -> None:
     listed = cli("--help").out.partition("Commands:\n")[2].splitlines()
     assert tuple(line.split()[0] for line in listed) == COMMANDS
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
@@ -90,59 +108,36 @@ def test_a_shell_completes_commands_and_options(
     assert printed(**shell).split() == offered
 
 
-@pytest.mark.parametrize("command", ["train", "params"])
-def test_config_errors_import_nothing_heavy(command: str, run_config: Callable[..., Path]) -> None:
-    path = run_config(lora={"rank": 8})
-    ran, heavy = imported(command, path)
-    line = path.read_text().splitlines().index("  rank: 8") + 1
-    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))
-    assert ran.out == "" and ran.err.endswith("; did you mean `lora.r`?\n") and ran.err.count("\n") == 1
-    assert heavy == set()
+def test_a_run_that_needs_torch_imports_it(run_config: MakeConfig) -> None:
+    (ran,), heavy = imported(["params", run_config()])
+    assert ran.code == 0 and heavy >= {"torch", "transformers", "peft"}, ran.err
 
 
-def test_errors_of_a_grid_import_nothing_heavy(run_config: Callable[..., Path]) -> None:
-    ran, heavy = imported("sweep", run_config(data={"validation": 0.2}), "--grid", "lora.rank=8,16")
-    check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "--grid", "lora.rank"))
-    assert "did you mean `lora.r`" in ran.err and heavy == set()
+BAD_ROWS = {
+    "missing": (None, "", Code.DATA_NOT_FOUND),
+    "empty": ("", "", Code.DATA_EMPTY),
+    "type": ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD),
+    "cut": ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_SYNTAX),
+}
 
 
-@pytest.mark.parametrize(
-    "arguments", [["params"], ["train"], ["train", "x.yaml", "--nope"], ["generate"], ["nope"], []], ids=" ".join
-)
-def test_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
-    ran, heavy = imported(*arguments)
-    assert ran.code == 2
-    assert heavy == set()
-
-
-def test_a_run_that_needs_torch_imports_it(run_config: Callable[..., Path]) -> None:
-    ran, heavy = imported("params", run_config())
-    assert ran.code == 0, ran.err
-    assert heavy >= {"torch", "transformers", "peft"}
-
-
-@pytest.mark.parametrize(
-    "rows, place, code",
-    [
-        (None, "", Code.DATA_NOT_FOUND),
-        ("", "", Code.DATA_EMPTY),
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": 1, "completion": "b"}\n', ":2", Code.DATA_FIELD),
-        ('{"prompt": "a", "completion": "b"}\n{"prom', ":2", Code.DATA_SYNTAX),
-    ],
-    ids=["missing", "empty", "type", "cut"],
-)
-def test_bad_rows_stop_before_torch_is_imported(
-    run_config: Callable[..., Path], tmp_path: Path, rows: str | None, place: str, code: Code
-) -> None:
-    config = run_config()
-    path = tmp_path / "rows.jsonl"
-    path.unlink() if rows is None else path.write_text(rows)
+def test_bad_rows_and_outputs_stop_before_torch_is_imported(run_config: MakeConfig, tmp_path: Path) -> None:
+    """The output is judged before rows and model."""
+    config, commands = run_config(), list[list[object]]()
+    for name, (rows, _, _) in BAD_ROWS.items():
+        if rows is not None:
+            (tmp_path / name).with_suffix(".jsonl").write_text(rows)
+        commands.append(["train", config, "--set", f"data.train={tmp_path / name}.jsonl"])
+    old_adapter(tmp_path / "old")
+    absent = ["--set", "data.train=absent.jsonl", "--set", "model.name_or_path=./absent"]
     before = tree(tmp_path)
-    ran, heavy = imported("train", config)
-    check_refused(ran, 4, (code, f"{path}{place}", ""))
-    assert not heavy & {"torch", "peft", "bitsandbytes"}
-    assert tree(tmp_path) == before
-    assert not (tmp_path / "out.partial").exists()
+    (*refused, judged), heavy = imported(
+        *commands, ["train", config, "--set", f"output_dir={tmp_path / 'old'}", *absent]
+    )
+    for ran, (name, (_, place, code)) in zip(refused, BAD_ROWS.items(), strict=True):
+        check_refused(ran, 4, (code, f"{tmp_path / name}.jsonl{place}", ""))
+    check_refused(judged, 2, (Code.OUTPUT_EXISTS, str(tmp_path / "old"), "output_dir"))
+    assert not heavy & {"torch", "peft", "bitsandbytes"} and tree(tmp_path) == before
 
 
 # Usage
@@ -169,10 +164,7 @@ def test_bad_rows_stop_before_torch_is_imported(
         (["params", "a.yaml", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "--model", "b", "--adapter", "b"], f"one of CONFIG, --model and --adapter [{Code.USAGE_CONFLICT}]"),
         (["params", "--adapter", "b", "--set", "lora.r=4"], f"[{Code.USAGE_CONFLICT}]"),
-        (
-            ["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"],
-            f"not both [{Code.USAGE_CONFLICT}]",
-        ),
+        (["generate", "--adapter", "x", "hello", "--input", "rows.jsonl"], f"not both [{Code.USAGE_CONFLICT}]"),
         (["generate", "--adapter", "x", "hello", "--temperature", "0.0001"], f"[{Code.USAGE_BAD_VALUE}]"),
         (["generate", "--adapter", "x", "hello", "--overwrite"], f"--output [{Code.USAGE_CONFLICT}]"),
         (["train", "a.yaml", "--allow-change", "lora.r"], f"--resume [{Code.USAGE_CONFLICT}]"),
@@ -183,7 +175,7 @@ def test_bad_rows_stop_before_torch_is_imported(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_usage_errors(cli: Callable[..., Ran], arguments: list[str], expected: str) -> None:
+def test_usage_errors(cli: Cli, arguments: list[str], expected: str) -> None:
     ran = cli(*arguments)
     assert ran.code == 2
     assert expected in re.sub(r"\s+", " ", ran.err)
@@ -191,7 +183,7 @@ def test_usage_errors(cli: Callable[..., Ran], arguments: list[str], expected: s
 
 
 @pytest.mark.parametrize("stdin", ["", "\n \n"])
-def test_generate_without_a_prompt(cli: Callable[..., Ran], stdin: str) -> None:
+def test_generate_without_a_prompt(cli: Cli, stdin: str) -> None:
     ran = cli("generate", "--adapter", "x", stdin=stdin)
     check_refused(ran, 4, (Code.USAGE_NO_PROMPT, "", ""))
     assert ran.out == "" and ran.err.count("\n") == 1
@@ -269,9 +261,7 @@ def test_a_cache_that_cannot_be_used_names_what_sets_it(
         assert boundary._explain(error, "")[0][0].fix == cache_fix(error)
 
 
-def test_a_working_directory_that_is_gone(
-    cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_working_directory_that_is_gone(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -335,7 +325,7 @@ def test_a_context_that_was_entered_as_a_signal_came_is_left(tmp_path: Path) -> 
     ],
     ids=" ".join,
 )
-def test_debug_adds_a_traceback_and_nothing_else(cli: Callable[..., Ran], arguments: list[str]) -> None:
+def test_debug_adds_a_traceback_and_nothing_else(cli: Cli, arguments: list[str]) -> None:
     plain, debugged = cli(*arguments), cli(*arguments, "--debug")
     assert (debugged.code, debugged.out) == (plain.code, "")
     assert debugged.err.startswith("Traceback (most recent call last)") and debugged.err.endswith(plain.err)
@@ -397,14 +387,13 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:
     ["proc", "root", "parent missing", "parent is a file", "file", "dangling link", "long name", "partial of another",
      "partial is a file", "interrupted", "exists"],
 )  # fmt: skip
-def test_output_that_cannot_be(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, kind: str
-) -> None:
+def test_output_that_cannot_be(cli: Cli, run_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     config = run_config()
     output, expected, detail = blocked(kind, tmp_path)
     before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
     overridable = kind in ("interrupted", "exists")
-    for more in [[]] if overridable else [[], ["--overwrite"], ["--dry-run"]]:
+    checked_later = kind == "proc"  # by writing there, which a dry run does not
+    for more in [[]] if overridable else [[], ["--overwrite"]] + [["--dry-run"]] * (not checked_later):
         ran = cli("train", config, "--set", f"output_dir={output}", *more)
         check_refused(ran, 2, expected)
         assert ran.out == "" and detail in ran.err and ran.err.count("\n") == 1
@@ -420,16 +409,7 @@ def test_output_that_cannot_be(
     assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 
-def test_output_is_judged_before_rows_and_model(run_config: Callable[..., Path], tmp_path: Path) -> None:
-    old_adapter(tmp_path / "out")
-    ran, heavy = imported("train", run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"}))
-    check_refused(ran, 2, (Code.OUTPUT_EXISTS, str(tmp_path / "out"), "output_dir"))
-    assert not heavy & {"torch", "transformers", "peft"}
-
-
-def test_overwrite_leaves_alone_what_is_no_adapter(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_overwrite_leaves_alone_what_is_no_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
     config = run_config(training=ONE_STEP)
@@ -440,9 +420,7 @@ def test_overwrite_leaves_alone_what_is_no_adapter(
     assert tree(tmp_path) == before
 
 
-def test_resume_without_anything_to_resume(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_resume_without_anything_to_resume(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config()
     before = tree(tmp_path)
     ran = cli("train", config, "--resume")
@@ -451,7 +429,7 @@ def test_resume_without_anything_to_resume(
     assert tree(tmp_path) == before
 
 
-def test_resume_contradicts_overwrite(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_resume_contradicts_overwrite(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config()
     old_adapter(tmp_path / "out")
     before = tree(tmp_path)
@@ -472,7 +450,7 @@ def test_resume_contradicts_overwrite(cli: Callable[..., Ran], run_config: Calla
     ids=["model", "rows", "targets", "numbers"],
 )
 def test_failing_overwrite_keeps_the_old_adapter(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, changes: dict[str, Any], code: int
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], code: int
 ) -> None:
     config = run_config(**changes)
     old_adapter(tmp_path / "out")
@@ -484,9 +462,7 @@ def test_failing_overwrite_keeps_the_old_adapter(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_healthy_overwrite_replaces_it_whole(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_healthy_overwrite_replaces_it_whole(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training=ONE_STEP)
     (old_adapter(tmp_path / "out") / "vocab.txt").write_text("of the old adapter")
     ran = cli("train", config, "--overwrite")
@@ -535,7 +511,7 @@ def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     assert meanings(caught.value) == [(Code.OUTPUT_EXISTS, str(out), "output_dir")]
 
 
-def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config()
     before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
     ran = cli("train", config, "--dry-run")
@@ -544,7 +520,7 @@ def test_dry_run_writes_nothing(cli: Callable[..., Ran], run_config: Callable[..
     assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 
-def test_reader_that_goes_away_is_no_error(run_config: Callable[..., Path]) -> None:
+def test_reader_that_goes_away_is_no_error(run_config: MakeConfig) -> None:
     command = f'"{sys.executable}" -m loratune params "{run_config()}" | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.returncode == 0

@@ -3,13 +3,14 @@
 import ast
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, ROOT, Ran, write_rows
+from conftest import CHAT_TEMPLATE, ROOT, write_rows
+from running import Cli, MakeConfig
 from test_kernels import adapted
 from torch import nn
 
@@ -18,8 +19,6 @@ from loratune.cli.boundary import boundary
 from loratune.data.packing_check import packing_refusal
 from loratune.lora import attach
 
-Cli = Callable[..., Ran]
-MakeConfig = Callable[..., Path]
 SILENT = {"signals.py: write_line"}
 """The first writes to the screen from a signal handler, and there is no other place to report that this failed. The
 second sends the error of the work to the parent process, and does not report that this error cannot be pickled."""

@@ -13,6 +13,7 @@ import yaml
 from conftest import ROOT, Ran, check_refused
 from jsonschema import Draft202012Validator
 from pydantic import ValidationError
+from running import Cli, MakeConfig
 from test_cli import imported
 
 from loratune import config
@@ -30,7 +31,7 @@ KEYS = [key for group in groups() for key in group.keys]
 @pytest.fixture(scope="module")
 def validator() -> Draft202012Validator:
     """Of what the command prints."""
-    ran, heavy = imported("schema")
+    (ran,), heavy = imported(["schema"])
     assert ran.code == 0 and ran.err == "" and heavy == set()
     schema = json.loads(ran.out)
     assert schema == json_schema()
@@ -246,7 +247,7 @@ def test_every_key_is_found_in_each_of_its_places() -> None:
     ("quantisation", "model.quantization"),
     ("xyz", ""),
 ])  # fmt: skip
-def test_an_unknown_key_leads_to_the_nearest(cli: Callable[..., Ran], words: str, nearest: str) -> None:
+def test_an_unknown_key_leads_to_the_nearest(cli: Cli, words: str, nearest: str) -> None:
     ran = cli("explain", words)
     check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "", words))
     assert ran.out == "" and f"`{nearest}`" in ran.err if nearest else "loratune explain" in ran.err
@@ -255,12 +256,7 @@ def test_an_unknown_key_leads_to_the_nearest(cli: Callable[..., Ran], words: str
 # Explaining
 
 
-def test_explaining_imports_nothing_heavy(run_config: Callable[..., Path]) -> None:
-    ran, heavy = imported("explain", "learning_rate", run_config())
-    assert ran.code == 0 and ran.out.startswith("training.learning_rate\n") and heavy == set()
-
-
-def test_a_block_has_meaning_type_default_and_costs(cli: Callable[..., Ran]) -> None:
+def test_a_block_has_meaning_type_default_and_costs(cli: Cli) -> None:
     out = cli("explain", "quantization").out
     rows = {
         line[2:].partition("  ")[0]: line.partition("  ")[2].partition("  ")[2].strip() for line in out.splitlines()
@@ -271,7 +267,7 @@ def test_a_block_has_meaning_type_default_and_costs(cli: Callable[..., Ran]) -> 
     assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0", "or", "auto"]
 
 
-def test_without_a_key_there_is_a_line_for_each(cli: Callable[..., Ran]) -> None:
+def test_without_a_key_there_is_a_line_for_each(cli: Cli) -> None:
     lines = [line.split()[0] for line in cli("explain").out.splitlines() if line.startswith("  ")]
     assert lines == [key.name if key.label.startswith("Source") else key.label for key in KEYS]
 
@@ -283,7 +279,7 @@ def in_force(ran: Ran) -> Iterator[tuple[str, Any, str, bool, bool]]:
         yield from (tuple(setting.values())[:5] for setting in key["in_force"])
 
 
-def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+def test_the_value_in_force_and_where_it_comes_from(cli: Cli, run_config: MakeConfig) -> None:
     sources = [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}]
     path = run_config(data={"train": sources, "validation": "c.jsonl"}, training={"max_steps": 5})
     lines = path.read_text().splitlines()
@@ -326,7 +322,7 @@ def test_the_value_in_force_and_where_it_comes_from(cli: Callable[..., Ran], run
     ],
 )
 def test_numbers_that_the_objective_does_not_read(
-    objective: str, beta: str, used: list[str], cli: Callable[..., Ran], run_config: Callable[..., Path]
+    objective: str, beta: str, used: list[str], cli: Cli, run_config: MakeConfig
 ) -> None:
     path = run_config(training={"objective": objective})
     found = [(key, is_used) for key, _, _, _, is_used in in_force(cli("explain", "preferences", path, "--json"))]
@@ -334,7 +330,7 @@ def test_numbers_that_the_objective_does_not_read(
     assert f"null (the default); {beta}\n" in cli("explain", "preferences.beta", path).out
 
 
-def test_json_is_one_object_by_the_place_of_each_key(cli: Callable[..., Ran]) -> None:
+def test_json_is_one_object_by_the_place_of_each_key(cli: Cli) -> None:
     everything = json.loads(cli("explain", "--json").out)
     assert everything["config"] is None
     assert list(everything["keys"]) == [place for key in KEYS for place in key.places]
@@ -343,7 +339,7 @@ def test_json_is_one_object_by_the_place_of_each_key(cli: Callable[..., Ran]) ->
     assert one["data.train.weight"] == everything["keys"]["data.train.weight"]
 
 
-def test_what_is_wrong_with_the_config_is_said(cli: Callable[..., Ran], run_config: Callable[..., Path]) -> None:
+def test_what_is_wrong_with_the_config_is_said(cli: Cli, run_config: MakeConfig) -> None:
     path = run_config(lora={"rank": 8})
     line = path.read_text().splitlines().index("  rank: 8") + 1
     check_refused(cli("explain", "r", path), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))

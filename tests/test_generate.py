@@ -8,7 +8,6 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ import yaml
 from conftest import Expected, Ran, check_refused, process, tree, write_rows
 from fork_server import ForkServer
 from peft import PeftModel
-from running import until
+from running import Cli, MakeConfig, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
+import loratune
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.sampling import Sampling
@@ -93,7 +93,7 @@ class Stock:
 
 @pytest.mark.parametrize("name", ["plain", "chat"])
 def test_batches_of_uneven_prompts_equal_one_by_one(
-    cli: Callable[..., Ran], request: pytest.FixtureRequest, tiny_dir: Path, tmp_path: Path, name: str
+    cli: Cli, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path: Path, name: str
 ) -> None:
     """Greedy answers to more prompts than a batch holds, each rendered as its training row began."""
     adapter = request.getfixturevalue(name)
@@ -118,12 +118,12 @@ def test_batches_of_uneven_prompts_equal_one_by_one(
     assert len({row["completion"] for row in expected}) > 1
 
 
-def test_it_answers_as_it_was_trained(cli: Callable[..., Ran], chat: Path) -> None:
+def test_it_answers_as_it_was_trained(cli: Cli, chat: Path) -> None:
     ran = cli("generate", "--adapter", chat, *PROMPTS[:14])
     assert (ran.code, ran.out.splitlines(), ran.err) == (0, ANSWERS[:14], "")
 
 
-def test_all_ways_to_ask_give_the_same_answer(cli: Callable[..., Ran], chat: Path, tmp_path: Path) -> None:
+def test_all_ways_to_ask_give_the_same_answer(cli: Cli, chat: Path, tmp_path: Path) -> None:
     answered = [{"role": "assistant", "content": "not this"}]
     rows = [
         {"prompt": "a:"},
@@ -139,15 +139,13 @@ def test_all_ways_to_ask_give_the_same_answer(cli: Callable[..., Ran], chat: Pat
     assert cli("generate", "--adapter", chat, "--input", tmp_path / "asked.txt").out == "yes\nox\n"
 
 
-def test_stdin_is_one_prompt(cli: Callable[..., Ran], plain: Path) -> None:
+def test_stdin_is_one_prompt(cli: Cli, plain: Path) -> None:
     text = "several\n\nlines: é"
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 4)
     assert cli(*arguments, stdin=text + "\n").out == cli(*arguments, text).out != cli(*arguments, "several").out
 
 
-def test_message_lists_count_as_conversations(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, tiny_dir: Path
-) -> None:
+def test_message_lists_count_as_conversations(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
     """Bare text is a user's turn also for an adapter whose rows were two lists of messages."""
     rows = [{"prompt": user("a"), "completion": [{"role": "assistant", "content": "b"}]}]
     config = run_config(data={"train": str(write_rows(tmp_path / "data.jsonl", rows))})
@@ -156,9 +154,7 @@ def test_message_lists_count_as_conversations(
     assert ran.out.rstrip("\n") == Stock(tmp_path / "out", tiny_dir).answer("<|user|>what<|end|>\n<|assistant|>")
 
 
-def test_columns_of_training_are_understood(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_columns_of_training_are_understood(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"question": "a", "answer": "b"}])
     columns = {"prompt": "question", "completion": "answer"}
     assert cli("train", run_config(data={"train": str(path), "columns": columns})).code == 0
@@ -167,7 +163,7 @@ def test_columns_of_training_are_understood(
     assert (ran.code, ran.out) == (0, cli(*arguments, "a").out)
 
 
-def test_base_beside_adapter(cli: Callable[..., Ran], chat: Path) -> None:
+def test_base_beside_adapter(cli: Cli, chat: Path) -> None:
     ran = cli("generate", "--adapter", chat, "--base", "--max-new-tokens", 4, "a:", "b:")
     assert ran.code == 0, ran.err
     first, base, adapter, second, *_ = ran.out.splitlines()
@@ -176,20 +172,20 @@ def test_base_beside_adapter(cli: Callable[..., Ran], chat: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"messages": [*user("z"), *user("a:")]}, {"prompt": user("a:")}, {"text": "a:"}])
-def test_base_beside_adapter_for_rows(cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+def test_base_beside_adapter_for_rows(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
     ran = cli("generate", "--adapter", chat, "--base", "--input", write_rows(tmp_path / "asked.jsonl", [row]))
     assert ran.code == 0, ran.err
     assert (ran.out.splitlines()[0], ran.out.splitlines()[-1][:11]) == ("a:", "  adapter  ")
 
 
-def test_temperature(cli: Callable[..., Ran], plain: Path) -> None:
+def test_temperature(cli: Cli, plain: Path) -> None:
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, *PROMPTS[:8])
     greedy = cli(*arguments).out
     assert cli(*arguments).out == cli(*arguments, "--temperature", 0).out == greedy
     assert cli(*arguments, "--temperature", 1).out != greedy
 
 
-def test_the_same_seed_gives_the_same_text(cli: Callable[..., Ran], plain: Path) -> None:
+def test_the_same_seed_gives_the_same_text(cli: Cli, plain: Path) -> None:
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, "--temperature", 1, *PROMPTS, *PROMPTS)
 
     def answers(*more: object) -> list[str]:
@@ -202,7 +198,7 @@ def test_the_same_seed_gives_the_same_text(cli: Callable[..., Ran], plain: Path)
     assert found[: len(PROMPTS)] != found[len(PROMPTS) :]  # another place or batch has other random numbers
 
 
-def test_top_k_and_top_p_narrow_the_samples(cli: Callable[..., Ran], plain: Path) -> None:
+def test_top_k_and_top_p_narrow_the_samples(cli: Cli, plain: Path) -> None:
     """Of one token, or of the tokens up to a tiny probability, the likeliest is the only one."""
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, *PROMPTS[:8])
     greedy, hot = cli(*arguments).out, (*arguments, "--temperature", 100, "--seed", 1)
@@ -213,15 +209,17 @@ def test_top_k_and_top_p_narrow_the_samples(cli: Callable[..., Ran], plain: Path
 
 def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
     """Each row of a batch ends by itself, also where the text is made of several tokens; the longer ones continue."""
-    loaded = loading.load(AdapterDirectory.open(plain))
-    whole = loaded.generate(UNEVEN, 24)
+    adapter, loaded = loratune.Adapter(plain), loading.load(AdapterDirectory.open(plain))
+    whole = adapter.generate(UNEVEN, max_new_tokens=24)
     long, short = max(whole, key=len), min(filter(None, whole), key=len)
     stops = [long[2:4], short[-1]]
-    found = loaded.generate(UNEVEN, 24, stop=stops)
+    found = adapter.generate(UNEVEN, max_new_tokens=24, stop=stops)
     assert found == [min((text.split(stop)[0] for stop in stops), key=len) for text in whole] != whole
     (ids,) = loaded.complete([loaded.renderer.prompt(UNEVEN[whole.index(long)], "")], 24, Sampling(stop=(stops[0],)))
     assert len(ids) == 4 and loaded.text(ids).endswith(stops[0])
-    assert torch.initial_seed() == (loaded.generate(["a"], 1, temperature=1.0, seed=3), torch.initial_seed())[1]
+    seed = torch.initial_seed()
+    adapter.generate(["a"], max_new_tokens=1, temperature=1.0, seed=3)
+    assert torch.initial_seed() == seed
 
 
 @pytest.mark.parametrize(
@@ -237,7 +235,7 @@ def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
         (["--stop", ""], "--stop"),
     ],
 )
-def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments: list[Any], key: str) -> None:
+def test_sampling_that_cannot_be(cli: Cli, plain: Path, arguments: list[Any], key: str) -> None:
     ran = cli("generate", "--adapter", plain, *arguments, "a")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", key))
 
@@ -252,13 +250,13 @@ def test_sampling_that_cannot_be(cli: Callable[..., Ran], plain: Path, arguments
         (["--adapter", "absent", "a"], 2, "[usage.bad_value]"),
     ],
 )
-def test_refused(cli: Callable[..., Ran], plain: Path, arguments: list[Any], code: int, expected: str) -> None:
+def test_refused(cli: Cli, plain: Path, arguments: list[Any], code: int, expected: str) -> None:
     ran = cli("generate", "--adapter", plain, *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert expected in ran.err
 
 
-def test_no_such_directory(cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_no_such_directory(cli: Cli, tmp_path: Path) -> None:
     ran = cli("generate", "--adapter", tmp_path / "absent", "a")
     check_refused(ran, 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "absent"), ""))
     assert ran.out == ""
@@ -277,9 +275,7 @@ EMPTY, TOO_LONG, NO_DIRECTORY = Code.USAGE_NO_PROMPT, Code.DATA_TOO_LONG, Code.O
         (["--output", "absent/answers.jsonl", "a"], (NO_DIRECTORY, "absent/answers.jsonl", "--output")),
     ],
 )
-def test_prompts_and_outputs_are_refused(
-    cli: Callable[..., Ran], chat: Path, arguments: list[str], expected: Expected
-) -> None:
+def test_prompts_and_outputs_are_refused(cli: Cli, chat: Path, arguments: list[str], expected: Expected) -> None:
     ran = cli("generate", "--adapter", chat, *arguments)
     check_refused(ran, 2, expected)
     assert ran.out == ""
@@ -288,7 +284,7 @@ def test_prompts_and_outputs_are_refused(
         assert ran.err.endswith("; shorten the prompt\n")
 
 
-def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
+def test_too_long_says_what_fits(cli: Cli, plain: Path) -> None:
     ran = cli("generate", "--adapter", plain, "a" * 400)
     check_refused(ran, 2, (TOO_LONG, "prompt 1", ""))
     assert "exceed the model's context of 512 " in ran.err and ran.err.endswith("; set --max-new-tokens to 112\n")
@@ -304,16 +300,14 @@ def test_too_long_says_what_fits(cli: Callable[..., Ran], plain: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_FIELD),
     ],
 )
-def test_rows_that_ask_nothing(
-    cli: Callable[..., Ran], chat: Path, tmp_path: Path, row: dict[str, Any], code: Code
-) -> None:
+def test_rows_that_ask_nothing(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any], code: Code) -> None:
     path = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
     ran = cli("generate", "--adapter", chat, "--input", path)
     check_refused(ran, 4, (code, f"{path}:2", ""))
     assert ran.out == ""
 
 
-def test_a_refusal_leaves_the_output_alone(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+def test_a_refusal_leaves_the_output_alone(cli: Cli, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")
     assert cli("generate", "--adapter", plain, "--output", out, "").code == 2
@@ -321,7 +315,7 @@ def test_a_refusal_leaves_the_output_alone(cli: Callable[..., Ran], plain: Path,
 
 
 @pytest.mark.parametrize("stdin", ["", "  \n"])
-def test_nothing_on_stdin(cli: Callable[..., Ran], plain: Path, stdin: str) -> None:
+def test_nothing_on_stdin(cli: Cli, plain: Path, stdin: str) -> None:
     ran = cli("generate", "--adapter", plain, stdin=stdin)
     check_refused(ran, 4, (Code.USAGE_NO_PROMPT, "", ""))
     assert ran.out == ""
@@ -351,7 +345,7 @@ def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: ForkServer)
     assert (running.wait(), running.said()) == (0, "")
 
 
-def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+def test_output_to_a_pipe_a_link_and_a_directory(cli: Cli, plain: Path, tmp_path: Path) -> None:
     """A device stays a device, a link stays a link, and a directory is refused before anything is loaded."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "target").touch()
@@ -364,9 +358,7 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Callable[..., Ran], plain:
     assert ran.out == ""
 
 
-def test_an_output_is_replaced_only_if_asked(
-    cli: Callable[..., Ran], plain: Path, tiny_dir: Path, tmp_path: Path
-) -> None:
+def test_an_output_is_replaced_only_if_asked(cli: Cli, plain: Path, tiny_dir: Path, tmp_path: Path) -> None:
     """Refused before anything is loaded; what is read is never replaced."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
     out = tmp_path / "answers.jsonl"
@@ -426,7 +418,7 @@ def test_no_field_is_lost_to_an_answer(own: dict[str, Any], renamed: dict[str, s
     assert with_own_fields(own, found) == {renamed.get(name, name): value for name, value in own.items()} | found
 
 
-def test_rows_from_stdin_to_stdout(cli: Callable[..., Ran], plain: Path) -> None:
+def test_rows_from_stdin_to_stdout(cli: Cli, plain: Path) -> None:
     """Nothing else is on stdout, and every field has its value."""
     rows = [{"prompt": "a:", **OWN, "base": 1, "completion": "right"}, {"prompt": "b:"}]
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2)
@@ -439,14 +431,14 @@ def test_rows_from_stdin_to_stdout(cli: Callable[..., Ran], plain: Path) -> None
     assert [answer for answer, _ in answers] == cli(*command, "a:", "b:").out.splitlines()
 
 
-def test_files_that_are_not_read_are_named(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_read_are_named(cli: Cli, plain: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "a:"}])
     (tmp_path / "more.md").touch()
     ran = cli("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", tmp_path)
     assert ran.code == 0 and "not read: more.md" in ran.err
 
 
-def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Path) -> None:
+def test_csv_in_gives_csv_out(cli: Cli, plain: Path, tmp_path: Path) -> None:
     """A table stays a table, with its cells as they were; fields of JSON become columns, and JSON in cells."""
     cells = {"id": "007", "prompt": 'a,"\nb:', "none": "", "formula": "=1+1", "completion": "right"}
     with (tmp_path / "asked.csv").open("w", newline="") as file:
@@ -483,7 +475,7 @@ def test_csv_in_gives_csv_out(cli: Callable[..., Ran], plain: Path, tmp_path: Pa
         ('{"prompt": "a"}\n\n{"id": 1}\n', Code.DATA_FIELD, "stdin:3"),
     ],
 )
-def test_stdin_that_is_no_rows(cli: Callable[..., Ran], plain: Path, stdin: str, code: Code, place: str) -> None:
+def test_stdin_that_is_no_rows(cli: Cli, plain: Path, stdin: str, code: Code, place: str) -> None:
     ran = cli("generate", "--adapter", plain, "--input", "-", "--output", "-", stdin=stdin)
     check_refused(ran, 4, (code, place, ""))
     assert ran.out == ""
@@ -538,7 +530,7 @@ def test_no_disk_space_for_the_output(plain: Path, processes: ForkServer, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]
 
 
-def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Callable[..., Ran]) -> None:
+def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
     """Conversations under two names train a chat, which bare text is put to; run.yaml repeats it anywhere."""
     turns = [("user", "human", "a"), ("assistant", "gpt", "b")]
     for name, key, role, content in (("m", "messages", "role", "content"), ("s", "conversations", "from", "value")):

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, write_rows
+from conftest import ROWS, check_refused, meanings, tiny_llama, write_rows
+from running import Cli
 from transformers import PreTrainedTokenizerFast
 
 from loratune import config
@@ -26,8 +26,6 @@ from loratune.errors import DataError
 from loratune.lora import attach
 from loratune.training import auto
 from loratune.training.duration import Costs, Work
-
-Cli = Callable[..., Ran]
 
 LABELS = [{"prompt": f"{number} is", "completion": f" {'odd' if number % 2 else 'even'}"} for number in range(60)]
 CHAT = [
@@ -352,11 +350,7 @@ def test_choices_by_counts() -> None:
 
 @pytest.mark.parametrize(
     ("free", "quantizable", "chosen"),
-    [
-        (1 << 40, True, (8, "none", False)),
-        (0, True, (1, "4bit", True)),
-        (0, False, (1, "none", True)),
-    ],
+    [(1 << 40, True, (8, "none", False)), (0, True, (1, "4bit", True)), (0, False, (1, "none", True))],
 )
 def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path) -> None:
     values: dict[str, Any] = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl"}, "output_dir": "out"}

@@ -12,6 +12,7 @@ import typer
 from conftest import ROOT
 from setuptools import find_packages
 
+import loratune
 from loratune.cli import app
 from loratune.codes import Code
 
@@ -151,9 +152,64 @@ def config_is_not_probed(root: Path) -> Iterator[str]:
 
 def imports_stand_on_top(root: Path) -> Iterator[str]:
     for path, package, tree in modules(root):
-        if package not in ("cli", "__main__"):
+        if package not in ("api", "cli", "__main__"):
             for function in functions(tree):
                 yield from (f"{path}:{line}: {name} in {function.name}" for line, name in imports(function))
+
+
+BELOW_CLI = {"api", "cli", "codes", "config", "console", "errors", "escaping", "events", "system", "text"}
+"""What the command line is made of besides names of the public API: `system` is the operating system."""
+
+
+def cli_only_calls_the_public_api(root: Path) -> Iterator[str]:
+    for path, package, tree in modules(root):
+        for line, name in imports(tree) if package == "cli" else ():
+            first, second = f"{name}.".split(".")[:2]
+            if first == "loratune" and second and second not in {*BELOW_CLI, *loratune.__all__, "__version__"}:
+                yield f"{path}:{line}: {name}"
+
+
+OF_PROCESS = {
+    "print", "exit", "quit", "sys.exit", "os._exit", "os.abort", "signal.signal", "signal.set_wakeup_fd",
+    "warnings.simplefilter", "warnings.filterwarnings", "warnings.resetwarnings", "logging.basicConfig",
+    "torch.set_num_threads", "torch.set_num_interop_threads", "os.putenv", "os.unsetenv", "os.environ.update",
+    "os.environ.setdefault", "os.environ.pop", "os.environ.clear", "threading.Thread", "sys.stdout.write",
+    "sys.stderr.write", "sys.stdout.flush",
+    "raise_on_signals", "exit_on_signals", "hold_signals", "default_actions", "ignore_signals", "write_line",
+    "limit_threads", "secure",
+}  # fmt: skip
+"""Calls that print, end the process, or change it for other code; the last ones are those of `system`."""
+OF_THE_COMMAND_LINE = ("cli/", "__main__.py", "console.py", "system/signals.py", "system/streams.py")
+RESTORED = {
+    "system/environment.py": "os.environ", "compare/harness.py": "os.environ",
+    "export/llama_cpp_process.py": "print",
+}  # fmt: skip
+"""File → what it may do: set variables for the command line, restore them at the end, or print in its own process."""
+
+
+def only_the_command_line_changes_the_process(root: Path) -> Iterator[str]:
+    """Filters of warnings may be set inside `warnings.catch_warnings`, which restores them."""
+    for path, _, tree in modules(root):
+        if str(path).startswith(OF_THE_COMMAND_LINE):
+            continue
+        restored = [
+            node for outer in ast.walk(tree) if isinstance(outer, ast.With)
+            and any(ast.unparse(item.context_expr) == "warnings.catch_warnings()" for item in outer.items)
+            for node in ast.walk(outer)
+        ]  # fmt: skip
+        for node in ast.walk(tree):
+            found = ""
+            if isinstance(node, ast.Call) and node not in restored:
+                name = ast.unparse(node.func)
+                found = name if OF_PROCESS & {name, name.rpartition(".")[2] if "." in name else name} else ""
+            elif isinstance(node, ast.Assign | ast.Delete | ast.AugAssign):
+                targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+                names = [ast.unparse(target) for target in targets]
+                found = next(
+                    (name for name in names if re.match(r"os\.environ\[|sys\.(stdin|stdout|stderr)$", name)), ""
+                )
+            if found and not found.startswith(RESTORED.get(path.as_posix(), " ")):
+                yield f"{path}:{node.lineno}: {found}"
 
 
 def public_things_are_documented(root: Path) -> Iterator[str]:
@@ -261,6 +317,26 @@ RULES: list[tuple[Rule, str, str]] = [
     (config_is_not_probed, "training/trainer.py", "def f(section): return getattr(section, 'r', 8)"),
     (config_is_not_probed, "model.py", "def f(self): return hasattr(self.run.lora, 'r')"),
     (imports_stand_on_top, "model.py", "class C:\n    def f(self):\n        import torch"),
+    (cli_only_calls_the_public_api, "cli/train.py", "def f():\n    from loratune.adapter import loading"),
+    (cli_only_calls_the_public_api, "cli/train.py", "from loratune import data"),
+    *(
+        (only_the_command_line_changes_the_process, "commands/train.py", text)
+        for text in (
+            "print(1)",
+            "sys.exit(2)",
+            "os._exit(1)",
+            "signal.signal(2, f)",
+            "warnings.simplefilter('ignore')",
+            "torch.set_num_threads(1)",
+            "os.environ['A'] = '1'",
+            "del os.environ['A']",
+            "os.environ.setdefault('A', '1')",
+            "sys.stdout = None",
+            "Thread = threading.Thread(target=f)",
+            "signals.raise_on_signals()",
+            "with warnings.catch_warnings():\n    pass\nwarnings.filterwarnings('ignore')",
+        )
+    ),
     (public_things_are_documented, "model.py", '"""Doc."""\ndef f(): pass'),
     (public_things_are_documented, "model.py", '"""Doc."""\nclass C:\n    """Doc."""\n    def f(self): pass'),
     (public_things_are_documented, "model.py", "x = 1"),
@@ -307,6 +383,22 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
         (files_are_short, "codes.py", "class Code:\n" + "    ONE = 'a.one', 'One.'\n" * 2 + "x = 1\n" * 398),
         (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),
         (imports_stand_on_top, "cli.py", "def f():\n    import torch"),
+        (
+            cli_only_calls_the_public_api,
+            "cli/train.py",
+            "import loratune\nfrom loratune import Adapter, config, errors",
+        ),
+        (
+            cli_only_calls_the_public_api,
+            "cli/train.py",
+            "if TYPE_CHECKING:\n    from loratune.commands.train import Plan",
+        ),
+        (only_the_command_line_changes_the_process, "cli/boundary.py", "print(1)\nos.environ['A'] = '1'"),
+        (
+            only_the_command_line_changes_the_process,
+            "lora/attach.py",
+            "with warnings.catch_warnings():\n    warnings.filterwarnings('ignore')\nx = os.environ['A']",
+        ),
         (only_upstream_modules_use_private_names, "lora/upstream.py", "from peft.utils import _set_trainable"),
         (only_upstream_modules_use_private_names, "model.py", "class C:\n    def f(self): self._x = self.__dict__"),
         (public_things_are_documented, "model.py", '"""Doc."""\nclass _C:\n    def f(self): pass\ndef _g(): pass'),

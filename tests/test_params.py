@@ -3,12 +3,12 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Ran, check_refused
+from running import Cli, MakeConfig
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
 from loratune import config
@@ -53,7 +53,7 @@ def counted(ran: Ran) -> dict[str, Any]:
     return counts
 
 
-def test_counts_by_formula(cli: Callable[..., Ran], tiny_dir: Path) -> None:
+def test_counts_by_formula(cli: Cli, tiny_dir: Path) -> None:
     counts = counted(cli("params", "--model", tiny_dir, "--json"))
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
@@ -93,12 +93,7 @@ OTHERWISE = {"float32": (3, 4, 9, 10), "bfloat16": (0, 1, 2, 3, 4, 6, 7, 8, 9, 1
     ],
 )
 def test_the_size_of_the_file_is_known_before_training(
-    lora: dict[str, Any],
-    dtype: str,
-    cli: Callable[..., Ran],
-    run_config: Callable[..., Path],
-    tmp_path: Path,
-    tiny_dir: Path,
+    lora: dict[str, Any], dtype: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
     path = run_config(lora=lora, model={"name_or_path": str(tiny_dir), "dtype": dtype}, training={"max_steps": 1})
     estimated = counted(cli("params", path, "--json"))
@@ -109,14 +104,12 @@ def test_the_size_of_the_file_is_known_before_training(
     assert sum(estimated["roles"].values()) + sum(estimated["others"].values()) == estimated["trainable"]
 
 
-def test_a_model_is_counted_with_the_default_lora(
-    cli: Callable[..., Ran], run_config: Callable[..., Path], tiny_dir: Path
-) -> None:
+def test_a_model_is_counted_with_the_default_lora(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
     config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"})
     assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
 
 
-def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_the_text_begins_with_the_line_of_peft(cli: Cli, tmp_path: Path) -> None:
     ran = cli("params", "--model", config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_7B)))
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
@@ -135,7 +128,7 @@ def test_the_text_begins_with_the_line_of_peft(cli: Callable[..., Ran], tmp_path
     ],
 )
 def test_fused_modules_are_named(
-    config: Any, role: list[str], line: str, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
+    config: Any, role: list[str], line: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     directory = config_only(tmp_path / "fused", config(**shape, vocab_size=264, pad_token_id=0, multi_query=False))
@@ -169,7 +162,7 @@ def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
     assert kilobytes < 1 << 20
 
 
-def test_exactly_one_thing_is_counted(cli: Callable[..., Ran], run_config: Callable[..., Path], tiny_dir: Path) -> None:
+def test_exactly_one_thing_is_counted(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
     check_refused(cli("params"), 2, (Code.USAGE_CONFLICT, "", ""))
     check_refused(cli("params", run_config(), "--model", tiny_dir), 2, (Code.USAGE_CONFLICT, "", ""))
 
@@ -195,9 +188,7 @@ ODD = {
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), ODD.values(), ids=ODD)
-def test_odd_configurations(
-    changes: dict[str, Any], code: Code | None, text: str, tmp_path: Path, cli: Callable[..., Ran]
-) -> None:
+def test_odd_configurations(changes: dict[str, Any], code: Code | None, text: str, tmp_path: Path, cli: Cli) -> None:
     """Each ends soon, in an error of the model."""
     path = config_only(tmp_path / "odd", LlamaConfig(**SMALL))
     values = json.loads((path / "config.json").read_text())

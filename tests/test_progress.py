@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Ran, config_in, write_rows
+from conftest import config_in, write_rows
+from running import Cli
 
 from loratune import console, events
 from loratune.cli import terminal
 from loratune.cli.terminal import Terminal
 
-Cli = Callable[..., Ran]
 ROWS = [{"prompt": f"{number}:", "completion": f" {number}"} for number in range(8)]
 
 

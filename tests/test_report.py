@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_stats import save_adapter
 from test_preferences import config as preferences_config
 
+from loratune.cli.loss_plot import loss_plot
 from loratune.codes import Code
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.comparison import compare_rows
@@ -28,7 +29,6 @@ from loratune.lora.stats import Update
 from loratune.report import charts, facts
 from loratune.report import page as report_page
 from loratune.report.charts import Line, Point, heat_map, histogram, line_chart, point_chart
-from loratune.report.loss_plot import loss_plot
 from loratune.report.study import BEST, DONE, StudyResults, TrialResult
 from loratune.training.results import MOST_HELD_OUT, MOST_LOSSES, thinned
 

@@ -377,6 +377,6 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(place: Path,
     ran = cli(*command, "--require", "los<1", "--require", "loss<against")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", OPTION), (Code.USAGE_CONFLICT, "", OPTION))
     check_refused(cli(*command, "--allow-overlap"), 2, (Code.USAGE_CONFLICT, "", "--allow-overlap"))
-    ran, heavy = imported(*command, "--require", "label>0.5")  # which reads the rows, as the others do not
+    (ran,), heavy = imported([*command, "--require", "label>0.5"])  # which reads the rows, as the others do not
     check_refused(ran, 4, (Code.DATA_FIELD, str(rows), OPTION))
     assert not heavy & {"torch", "peft", "bitsandbytes"}

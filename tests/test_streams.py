@@ -4,17 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 from conftest import Expected, Ran, check_refused
-from running import WEIGHTS
+from running import WEIGHTS, Cli, MakeConfig
 
 from loratune.codes import Code
 
-MakeConfig = Callable[..., Path]
 NO_ROOM: Expected = (Code.OUTPUT_FAILED, "standard output", "")
 ARROWS = [{"prompt": f"é → {number}", "completion": " ö"} for number in range(16)]
 
@@ -79,7 +77,7 @@ def test_an_error_keeps_its_code(redirected: str) -> None:
         assert ran.err.count("\n") == 1
 
 
-def test_signs_that_ascii_lacks(arrows: Path, tmp_path: Path, forked: Callable[..., Ran]) -> None:
+def test_signs_that_ascii_lacks(arrows: Path, tmp_path: Path, forked: Cli) -> None:
     """Rows, marks of what is supervised and the block at the end are escaped, and the adapter is published."""
     settled = (
         "import sys; sys.stdout.reconfigure(encoding='ascii');"
@@ -96,7 +94,7 @@ def test_signs_that_the_encoding_lacks(encoding: str, arrows: Path, tmp_path: Pa
     check_escaped(run, "→" if encoding == "utf-8" else "\\u2192", arrows, tmp_path)
 
 
-def check_escaped(run: Callable[..., Ran], arrow: str, arrows: Path, tmp_path: Path) -> None:
+def check_escaped(run: Cli, arrow: str, arrows: Path, tmp_path: Path) -> None:
     ran = run("train", arrows)
     assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS).is_file()

@@ -3,7 +3,6 @@
 import json
 import random
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, check_refused
-from running import until
+from conftest import check_refused
+from running import Cli, MakeConfig, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from loratune.cli.application import importing
+from loratune.api import libraries
 from loratune.codes import Code
 from loratune.events import noted
 from loratune.training.callbacks import Tracker
 
-MakeConfig = Callable[..., Path]
-Cli = Callable[..., Ran]
 WEIGHTS = "adapter_model.safetensors"
 NAMES = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
 NAMES |= {"eval_loss": "eval/loss"}
@@ -147,7 +144,7 @@ def test_a_careless_tracker(error: type[BaseException], tmp_path: Path, capsys: 
 
 def test_what_a_library_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
     """transformers prints a line on stdout as it is imported, if W&B is installed and to stay offline."""
-    with importing():
+    with libraries():
         print("[INFO] Running in WANDB offline mode")
     assert capsys.readouterr() == ("", "[INFO] Running in WANDB offline mode\n")
 

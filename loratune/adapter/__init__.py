@@ -2,7 +2,7 @@
 
     directory = AdapterDirectory.open(Path("out"))      # verified against its record, without torch
     loaded = loading.load(directory)                    # the base and the adapter, checked to belong together
-    loaded.generate(["..."], 64, temperature=0.7, seed=0)   # prompts rendered as in training
+    loaded.complete([loaded.renderer.prompt("...", "prompt 1")], 64)
     with loaded.without_adapter(): ...                  # the base alone
 
 `loading.load_all` attaches several adapters to one base, and `loading.load_selection` also their weighted sum.

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Unpack
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 
 from loratune import kernels
-from loratune.adapter.sampling import GREEDY, Sampling, SamplingOptions
+from loratune.adapter.sampling import GREEDY, Sampling
 from loratune.adapter.shared_prompts import SharedPrompts
 from loratune.codes import Code
 from loratune.config import DataSection
@@ -83,32 +83,6 @@ class LoadedAdapter:
         """Complete a batch of prompts with this adapter, see `complete`."""
         return complete([(self, ids) for ids in prompts], max_new_tokens, sampling)
 
-    def generate(
-        self,
-        prompts: Sequence[str | list[Message]],
-        max_new_tokens: int = 256,
-        **options: Unpack[SamplingOptions],
-    ) -> list[str]:
-        """Complete prompts as text, in batches.
-
-        Args:
-            prompts: Texts or conversations, which are rendered as the rows of training were.
-            max_new_tokens: The longest completion.
-            options: How tokens are chosen, see `Sampling`.
-
-        Raises:
-            ConfigError: A setting is out of range.
-            DataError: A conversation cannot be rendered.
-        """
-        sampling = Sampling(**options)
-        sampling.check()
-        rendered = [self.renderer.prompt(self.turns(prompt), f"prompt {n}") for n, prompt in enumerate(prompts, 1)]
-        found: list[str] = []
-        for number, start in enumerate(range(0, len(rendered), BATCH)):
-            batch = [(self, ids) for ids in rendered[start : start + BATCH]]
-            found += complete_as_text(batch, max_new_tokens, sampling.for_batch(number))
-        return found
-
     def turns(self, prompt: str | list[Message]) -> str | list[Message]:
         """The prompt as it is rendered: text is the user's turn if the adapter was trained on conversations."""
         return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
@@ -126,6 +100,18 @@ class LoadedAdapter:
 
 Request = tuple[LoadedAdapter, Sequence[int]]
 """An adapter, and the ids of the prompt that it completes."""
+
+
+class TextPieces(TextStreamer):
+    """Hands a completion on as text, piece by piece, and a line break at its end."""
+
+    def __init__(self, tokenizer: Any, receive: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._receive = receive
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with each piece."""
+        self._receive(f"{text}\n" if stream_end else text)
 
 
 class _Ends(StoppingCriteria):

@@ -40,21 +40,21 @@ class Sampling:
     seed: int | None = None
     stop: Sequence[str] = ()
 
-    def check(self, prefix: str = "") -> None:
-        """Raises ConfigError: a setting is out of range, or has no effect. prefix: of the options, `--`."""
+    def check(self) -> None:
+        """Raises ConfigError: a setting is out of range, or has no effect."""
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most and not (name == "temperature" and value == 0):
-                raise self._error(prefix, name, f"{value:g} is not between {least:g} and {most:,}")
+                raise self._error(name, f"{value:g} is not between {least:g} and {most:,}")
         for name in ("top_p", "top_k"):
             if not self.temperature and getattr(self, name) is not None:
-                raise self._error(prefix, name, "only works with a temperature above 0")
+                raise self._error(name, "only works with a temperature above 0")
         if "" in self.stop:
-            raise self._error(prefix, "stop", "is empty")
+            raise self._error("stop", "is empty")
 
     @staticmethod
-    def _error(prefix: str, name: str, what: str) -> ConfigError:
-        key = f"{prefix}{name.replace('_', '-')}" if prefix else name
+    def _error(name: str, what: str) -> ConfigError:
+        key = f"--{name.replace('_', '-')}"
         fix = "0 takes the likeliest token" if name == "temperature" else ""
         return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=key, fix=fix))
 

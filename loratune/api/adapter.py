@@ -1,70 +1,106 @@
 """The public `Adapter`: an adapter directory, and all that can be done with it."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
-from loratune import data
-from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.generation import LoadedAdapter
-from loratune.adapter.sampling import SamplingOptions
-from loratune.commands import evaluate as evaluation
-from loratune.commands import export as exports
-from loratune.commands import merge as merges
-from loratune.commands import push as uploads
-from loratune.commands import report as pages
-from loratune.commands.export import Exported
-from loratune.commands.merge import Merged
-from loratune.compare import metrics as known_metrics
-from loratune.compare.answers import Judging
-from loratune.compare.comparison import Comparison
-from loratune.config import DataSection, Source
-from loratune.data import DatasetSplit
-from loratune.data.formats import Message
-from loratune.data.sources import GIVEN, GivenRows, given_rows
-from loratune.events import Listener, listening
-from loratune.export import output as outputs
-from loratune.export.clients import ExportOptions
-from loratune.export.hub import Upload
-from loratune.model.source import local_or_hub
+from loratune.adapter.sampling import Sampling, SamplingOptions
+from loratune.adapter.selection import UNNAMED
+from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.api.adapters import Adapters, output_directory, source_of
+from loratune.api.functions import push
+from loratune.codes import Code
+from loratune.config import DataSection, RunConfig, Source
+from loratune.errors import ConfigError, Problem
+from loratune.events import FinishedEvent, Listener, emit, listening, note, noted
 from loratune.system import output_file
 
-StrPath: TypeAlias = str | PathLike[str]
-Rows: TypeAlias = Any
-"""The path of a file, a directory or a glob, or a hub id; or rows: a list of dicts, a `datasets.Dataset` or a pandas
-frame."""
+if TYPE_CHECKING:
+    from loratune.commands.evaluate import Tasks
+    from loratune.commands.merge import Merged
+    from loratune.compare.comparison import Comparison
+    from loratune.compare.requirements import Requirement
+    from loratune.compare.tasks import TaskResults
+    from loratune.data import DatasetSplit
+    from loratune.data.formats import Message
+    from loratune.export.hub import Upload
+
+Found = TypeVar("Found", "Comparison", "TaskResults")
+BUILTIN = "builtin"
+"""The text about other things that comes with loratune."""
 
 
-class Adapter:
+class Adapter(Adapters):
     """An adapter directory, opened and verified. Its base is loaded when it is needed, and then stays in memory.
 
     Attributes:
         path: The directory.
-        record: What loratune.json says: versions, fingerprints, seeds, metrics, loss curve; empty for adapters of other
-            programs.
-        config: The config of the run that made it; None for adapters of other programs.
     """
 
-    def __init__(self, path: StrPath, *, force: bool = False):
+    def __init__(self, path: StrPath, *, force: bool = False, overrides: Overrides = ()):
         """Open and verify the directory.
 
         Args:
             path: The directory.
             force: Also use it with edited files, or on another base.
+            overrides: Values for keys of its data section, by which rows are read.
 
         Raises:
             AdapterError: It is not an adapter directory, or its files have changed since they were saved.
+            ConfigError: A value is not valid.
         """
-        self.path, self._force = Path(path), force
-        self._directory = AdapterDirectory.open(self.path, forced=force)
-        self.record: Mapping[str, Any] = self._directory.files.record
-        self.config = self._directory.run
+        super().__init__({UNNAMED: path}, force=force)
+        self.path, self._overrides = Path(path), assignments(overrides)
+        self.open()
+
+    @classmethod
+    def later(cls, path: StrPath) -> "Adapter":
+        """The adapter of a directory that another process may still be writing. It is opened when it is first used."""
+        adapter = cls.__new__(cls)
+        Adapters.__init__(adapter, {UNNAMED: path})
+        adapter.path, adapter._overrides = Path(path), []
+        return adapter
+
+    @cached_property
+    def _noted(self) -> tuple[AdapterDirectory, tuple[str, ...]]:
+        with noted() as notes:
+            opened = AdapterDirectory.open(self.path, forced=self._force, assignments=self._overrides)
+        return opened, tuple(notes)
+
+    @property
+    def _directory(self) -> AdapterDirectory:
+        return self._noted[0]
+
+    @cached_property
+    def _opened(self) -> Mapping[str, AdapterDirectory]:
+        return {UNNAMED: self._directory}
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Lines about the directory: what could not be verified, or has changed."""
+        return self._noted[1]
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What loratune.json says: versions, fingerprints, seeds, metrics, loss curve; empty for adapters of other
+        programs."""
+        return self._directory.files.record
+
+    @property
+    def config(self) -> RunConfig | None:
+        """The config of the run that made it; None for adapters of other programs."""
+        return self._directory.run
 
     def __repr__(self) -> str:
         return f"Adapter({fspath(self.path)!r})"
+
+    @property
+    def base(self) -> str:
+        """The directory or the hub id of its base."""
+        return self._directory.base.name_or_path
 
     @property
     def metrics(self) -> Mapping[str, Any]:
@@ -72,13 +108,9 @@ class Adapter:
         found: Mapping[str, Any] = self.record.get("metrics", {})
         return found
 
-    @cached_property
-    def _loaded(self) -> LoadedAdapter:
-        return loading.load(self._directory)
-
     def generate(
         self,
-        prompts: Sequence[str | list[Message]],
+        prompts: "Sequence[str | list[Message]]",
         *,
         max_new_tokens: int = 256,
         on_event: Listener | None = None,
@@ -99,10 +131,13 @@ class Adapter:
 
         Raises:
             AdapterError, ModelError: The adapter or its base cannot be used.
-            ConfigError, DataError: A setting is out of range; a prompt cannot be rendered.
+            ConfigError: A setting is out of range, or a prompt leaves too little of the model's context.
+            DataError: A prompt cannot be rendered.
         """
         with listening(on_event):
-            return self._loaded.generate(prompts, max_new_tokens, **options)
+            sampling = Sampling(**options)
+            answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens)
+            return [answer.completion for answer in answers]
 
     def evaluate(
         self,
@@ -111,8 +146,14 @@ class Adapter:
         against: "Adapter | StrPath | None" = None,
         metrics: Sequence[str] = (),
         forgetting: Rows | None = None,
+        tasks: Sequence[str] = (),
+        limit: int | None = None,
+        require: Sequence[str] = (),
+        allow_overlap: bool = False,
+        whole_answers: bool = False,
+        keep_fields: bool = False,
         on_event: Listener | None = None,
-    ) -> Comparison:
+    ) -> "Comparison":
         """Compare the adapter with its base, or with another adapter, on held-out rows.
 
         Args:
@@ -120,7 +161,13 @@ class Adapter:
             against: Another adapter of the same base, which takes the base's place in the comparison.
             metrics: Metrics of greedy answers: exact_match, label, contains, rouge_l, json, regex:PATTERN.
             forgetting: Unrelated text that should not get worse; `builtin` for the text that comes with loratune.
-            on_event: Receives events.
+            tasks: Tasks of the lm-evaluation-harness that are run as well, or files of them, whose code is run.
+            limit: How many rows of each task are taken at most.
+            require: Requirements such as `exact_match>=0.9`, see `Comparison.require`; they are parsed first.
+            allow_overlap: Accept rows that the adapter was trained on where something is required.
+            whole_answers: Let answers be longer than the expected ones, for readers of `Comparison.rows`.
+            keep_fields: Keep the fields of the rows for `Comparison.every_row`.
+            on_event: Receives events; the last one has the comparison, also where a requirement is not met.
 
         Returns:
             The metrics of each model with intervals, their differences, and the verdict.
@@ -128,18 +175,60 @@ class Adapter:
         Raises:
             AdapterError, ModelError, DataError, ConfigError: An adapter, the base, the rows or a metric cannot be used.
             NumericError: The loss of an adapter is not finite.
+            RequirementError: A requirement is not met.
         """
         with listening(on_event):
-            other = None if against is None else against if isinstance(against, Adapter) else Adapter(against)
+            with libraries():
+                from loratune.compare import metrics as known_metrics
+                from loratune.compare import requirements
+                from loratune.data import row_hashes
+
+            parsed = known_metrics.parse(metrics)
+            known = {"against": against is not None, "forgetting": forgetting is not None, "tasks": bool(tasks)}
+            required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
+            other = _opened(against)
+            opened = _open_tasks(tasks, limit, required) if tasks else None
             split = self._read(rows)
-            return evaluation.evaluate(
-                self._directory,
-                split,
-                against=other._directory if other is not None else None,
-                judging=Judging(known_metrics.parse(metrics)),
-                forgetting=self._unrelated(forgetting) if forgetting is not None else None,
-                loaded=self._loaded if other is None else None,
-            )
+            if any(not one.of_task for one in required):
+                overlap = row_hashes.find_overlap(split, self.path)
+                requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
+                if overlap.unknown:
+                    note(overlap.unknown)
+            if parsed and split.kind is not None:
+                what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
+                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, known_metrics.OPTION, fix))
+            unrelated = self._unrelated(forgetting) if forgetting is not None else None
+            with libraries():
+                from loratune.commands import evaluate
+                from loratune.compare.answers import Judging
+
+            found = evaluate.evaluate(
+                self._directory, split, against=other._directory if other is not None else None,
+                judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
+                loaded=self._loaded.default if other is None else None,
+            ).judged(required)  # fmt: skip
+            if keep_fields:
+                found = found.with_fields(split.own_fields())
+            return _finish(found)
+
+    def run_tasks(
+        self,
+        tasks: Sequence[str],
+        *,
+        limit: int | None = None,
+        require: Sequence[str] = (),
+        on_event: Listener | None = None,
+    ) -> "TaskResults":
+        """Run tasks of the lm-evaluation-harness on base and adapter. Arguments and errors are those of `evaluate`."""
+        with listening(on_event):
+            from loratune.compare import requirements
+
+            required = requirements.parse(require, [], rows=False, tasks=True)
+            opened = _open_tasks(tasks, limit, required)
+            with libraries():
+                from loratune.commands import evaluate
+
+            return _finish(evaluate.evaluate_tasks(self._directory, opened, required))
 
     def merge(
         self,
@@ -149,7 +238,7 @@ class Adapter:
         rows: Rows | None = None,
         overwrite: bool = False,
         on_event: Listener | None = None,
-    ) -> Merged:
+    ) -> "Merged":
         """Write base and adapter as one model, read it back, and compare it with both.
 
         Args:
@@ -164,45 +253,16 @@ class Adapter:
             ConfigError, ModelError, DataError, ResourceError, LockedError: Output, base or rows cannot be used.
         """
         with listening(on_event):
-            directory = self._output(output, rows, overwrite=overwrite)
+            directory = output_directory(output, self._opened, rows, overwrite=overwrite)
             split = self._read(rows) if rows is not None else None
-            return merges.merge(self._directory, directory, split, dtype=dtype)
+            with libraries():
+                from loratune.commands import merge
 
-    def export(
-        self,
-        to: Literal["peft", "vllm", "gguf", "ollama"],
-        output: StrPath,
-        *,
-        merged: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
-        verify: bool | None = None,
-        rows: Rows | None = None,
-        overwrite: bool = False,
-        on_event: Listener | None = None,
-    ) -> Exported:
-        """Write the adapter for another program, read it back, and compare.
-
-        Args:
-            to: The program.
-            output: The directory.
-            merged: For gguf and ollama: one file of base and adapter in this type, instead of the adapter alone.
-            verify: Run it in its program and compare; by default where that is installed.
-            rows: Rows to compare on; by default prompts of the training.
-            overwrite: Replace an earlier export at `output`.
-            on_event: Receives events.
-
-        Raises:
-            AdapterError: The program cannot read the adapter, or computes something else.
-            ConfigError, ModelError, DataError, ResourceError: Output, base or rows cannot be used.
-        """
-        with listening(on_event):
-            directory = self._output(output, rows, overwrite=overwrite)
-            split = self._read(rows) if rows is not None else None
-            options = ExportOptions(to, merged, None, None, verify)
-            return exports.export(self._directory, directory, options, split=split)
+            return merge.merge(self._directory, directory, split, dtype=dtype)
 
     def push(
         self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
-    ) -> Upload:
+    ) -> "Upload":
         """Upload the adapter to the hub in one commit, and verify what is there.
 
         Args:
@@ -215,8 +275,7 @@ class Adapter:
             AdapterError: Its files have changed, or name a path of this machine.
             ConfigError, ModelError, ResourceError, LockedError: The hub refuses it or cannot be reached.
         """
-        with listening(on_event):
-            return uploads.push(self.path, repository, public=public, base=base)
+        return push(self.path, repository, public=public, base=base, on_event=on_event)
 
     def report(
         self,
@@ -243,30 +302,61 @@ class Adapter:
             ConfigError, AdapterError, ModelError, DataError: The file, an adapter, the base or the rows cannot be used.
         """
         with listening(on_event):
-            file = output_file.output(Path(output), "output", overwrite=overwrite, inputs=[self.path])
-            other = None if against is None else against if isinstance(against, Adapter) else Adapter(against)
-            comparison = self.evaluate(rows, against=other) if rows is not None else None
-            subjects = [(one._directory, list[str]()) for one in (self, other) if one is not None]
-            text = pages.report(subjects, comparison, rows if isinstance(rows, str) else None)
+            other = _opened(against)
+            subjects = [one for one in (self, other) if one is not None]
+            inputs = [one.path for one in subjects] + ([Path(rows)] if isinstance(rows, str | PathLike) else [])
+            inputs += [Path(self.base)] if rows is not None else []
+            file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
+            with libraries():
+                from loratune.commands import report
+
+            comparison = self.evaluate(rows, against=other, whole_answers=True) if rows is not None else None
+            pages = [(one._directory, one.notes) for one in subjects]
+            name = fspath(rows) if isinstance(rows, str | PathLike) else None
             with file.opened() as writable:
-                writable.write(text)
+                writable.write(report.report(pages, comparison, name))
             return file.path
 
-    def _read(self, rows: Rows) -> DatasetSplit:
-        return data.read_source(_source(rows), self._directory.data)
+    def _read(self, rows: Rows) -> "DatasetSplit":
+        with libraries():
+            from loratune import data
 
-    def _unrelated(self, rows: Rows) -> DatasetSplit:
-        source = Source(path=str(data.UNRELATED_TEXT)) if rows == "builtin" else _source(rows)
+        return data.read_source(source_of(rows), self._directory.data)
+
+    def _unrelated(self, rows: Rows) -> "DatasetSplit":
+        """Rows in whatever format, but no preferences. Raises DataError."""
+        from loratune import data
+        from loratune.data.sources import GIVEN
+
+        source = source_of(data.UNRELATED_TEXT if isinstance(rows, str) and rows == BUILTIN else rows)
         section = DataSection(train=Source(path=GIVEN), max_length=self._directory.data.max_length)
         split = data.read_source(source, section)
         split.check_kind(None)
         return split
 
-    def _output(self, output: StrPath, rows: Rows | None, *, overwrite: bool) -> Any:
-        inputs = {"adapter": self.path, "the base": Path(local_or_hub(self._directory.base.name_or_path))}
-        inputs |= {"rows": Path(rows)} if isinstance(rows, str | PathLike) else {}
-        return outputs.check(Path(output), overwrite=overwrite, inputs=inputs)
+
+def _finish(found: Found) -> Found:
+    """Hand a result to the listener. Raises RequirementError: it does not meet its requirements."""
+    from loratune.compare import requirements
+
+    for line in found.remarks:
+        note(line)
+    emit(FinishedEvent(found))
+    requirements.check_met(found.requirements)
+    return found
 
 
-def _source(rows: Rows) -> Source | GivenRows:
-    return Source(path=fspath(rows)) if isinstance(rows, str | PathLike) else given_rows(rows, "rows")
+def _opened(other: Adapter | StrPath | None) -> Adapter | None:
+    return other if other is None or isinstance(other, Adapter) else Adapter(other)
+
+
+def _open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requirement]") -> "Tasks":
+    """Find tasks, with the harness, which is imported for them only."""
+    from loratune.compare import tasks as known_tasks
+    from loratune.system.environment import kept_environment
+
+    names = known_tasks.parse(",".join(tasks))
+    with libraries(), kept_environment():
+        from loratune.compare import harness
+
+    return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)

@@ -1,28 +1,52 @@
 """The functions of the public API."""
 
-import json
 import time
 from collections.abc import Mapping, Sequence
-from os import fspath
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loratune import config as configs
-from loratune.api.adapter import Adapter, Rows, StrPath
-from loratune.commands import init as drafts
-from loratune.commands import params
-from loratune.commands import train as training
-from loratune.commands.init_start import SOURCE, checked, first_values
-from loratune.commands.params import Params
+from loratune import escaping
+from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.codes import Code
+from loratune.commands.explain import Explanation
+from loratune.commands.explain import explain as explain_keys
 from loratune.config import RunConfig
-from loratune.data.sources import GivenRows, given_rows
-from loratune.events import Listener, listening
+from loratune.errors import ConfigError, Problem
+from loratune.events import FinishedEvent, Listener, emit, listening, note
 from loratune.system import launcher, output_file
-from loratune.training import preflight, processes
-from loratune.training.checkpoints import run_dir
+from loratune.system.launcher import Group
+from loratune.system.signals import StopSignal
+
+if TYPE_CHECKING:
+    from loratune.api.adapter import Adapter
+    from loratune.commands.params import Params
+    from loratune.export.hub import Upload
+    from loratune.lora.stats import AdapterStats
+    from loratune.training.checkpoints.run_dir import RunDirectory
+    from loratune.training.plan import Plan
+    from loratune.training.preflight import Run
+    from loratune.training.results import TrainedAdapter
+
+GivenSplits = Mapping[Literal["train", "validation", "test"], Rows]
 
 
-def load_config(path: StrPath, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+@dataclass(frozen=True)
+class PublishedAdapter:
+    """What `train` has published, and what was found out about it."""
+
+    run: "Run"
+    trained: "TrainedAdapter"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values: the directory, the metrics, and how it was computed."""
+        trained = self.trained
+        values = {"adapter": str(self.run.directory.output), "adapter_bytes": trained.adapter_bytes, **trained.metrics}
+        return values | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)}
+
+
+def load_config(path: StrPath, overrides: Overrides = ()) -> RunConfig:
     """Read a config file.
 
     Args:
@@ -32,7 +56,21 @@ def load_config(path: StrPath, overrides: Mapping[str, Any] | None = None) -> Ru
     Raises:
         ConfigError: With every problem of the file.
     """
-    return configs.load(Path(path), _assignments(overrides))
+    return configs.load(Path(path), assignments(overrides))
+
+
+def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
+    """What keys of a config mean and cost, and with a config file the values in force.
+
+    Args:
+        key: A key, its beginning, or another tool's name for it; without it, all.
+        path: The config file.
+        overrides: As of `load_config`.
+
+    Raises:
+        ConfigError: There is no such key, or the config is not valid.
+    """
+    return explain_keys(key, None if path is None else Path(path), assignments(overrides))
 
 
 def train(
@@ -41,9 +79,11 @@ def train(
     resume: bool | Sequence[str] = False,
     overwrite: bool = False,
     allow_worse: bool = False,
-    rows: Mapping[Literal["train", "validation", "test"], Rows] | None = None,
+    rows: GivenSplits | None = None,
+    config_file: StrPath | None = None,
+    group: Group | None = None,
     on_event: Listener | None = None,
-) -> Adapter:
+) -> "Adapter":
     """Train an adapter and publish its directory, `config.output_dir`.
 
     Under a launcher such as torchrun all processes call it, and the main process publishes.
@@ -56,10 +96,13 @@ def train(
         allow_worse: Publish the adapter even if it does worse than its base.
         rows: Rows of this program for some of the splits, instead of those that the config names: each a list of
             dicts, a `datasets.Dataset` or a pandas frame.
-        on_event: Receives events.
+        config_file: The file of the config, which is then not removed together with an old adapter.
+        group: The processes of the run; by default those of the launcher, see `join_processes`.
+        on_event: Receives events; the last one has what was found out about the adapter.
 
     Returns:
-        The adapter, opened and verified.
+        The adapter, opened and verified. In other processes than the main one it may not be published yet, and is
+        opened when it is first used.
 
     Raises:
         ConfigError, ModelError, DataError: The config, the base or the rows cannot be used.
@@ -71,27 +114,67 @@ def train(
         KeyboardInterrupt: The run was interrupted; its last step is kept as a checkpoint.
     """
     began = time.monotonic()
-    given: dict[str, GivenRows] = {name: given_rows(values, name) for name, values in (rows or {}).items()}
-    group = processes.join() if launcher.world_size() > 1 else launcher.SingleProcess()
-    allowed = None if resume is False else () if resume is True else tuple(resume)
+    group = group or join_processes()
     with listening(on_event if group.main else None):
-        run = None
-        if group.main:
-            inputs = configs.input_paths(None, config)
-            place = run_dir.check(config.output_dir, resume=allowed is not None, overwrite=overwrite, inputs=inputs)
-            run = preflight.check(config, place, allowed, given)
-        run = preflight.broadcast_run(run, group)
-        training.train(run, group, allow_worse=allow_worse, began=began)
+        place = _run_directory(config, config_file, resume=resume, overwrite=overwrite) if group.main else None
+        run = validated(config, place, group, resume=resume, rows=rows)
+        with libraries():
+            from loratune.api.adapter import Adapter
+            from loratune.commands import train
+
+        try:
+            trained = train.train(run, group, allow_worse=allow_worse, began=began)
+        except StopSignal as stop:
+            stop.is_resumable = run.directory.is_resumable()
+            raise
+        if trained is None:  # the main process may not be done
+            return Adapter.later(run.directory.output)
+        emit(FinishedEvent(PublishedAdapter(run, trained)))
         return Adapter(run.directory.output)
 
 
-def init(
-    rows: str,
+def plan(
+    config: RunConfig,
     *,
-    model: str,
-    output: StrPath | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    resume: bool | Sequence[str] = False,
+    overwrite: bool = False,
+    rows: GivenSplits | None = None,
+    config_file: StrPath | None = None,
+    group: Group | None = None,
     on_event: Listener | None = None,
+) -> "Plan":
+    """What `train` would do, with the same arguments, up to its first step: rows, targets, batches, memory.
+
+    Nothing is written. Raises as `train`.
+    """
+    began = time.monotonic()
+    group = group or join_processes()
+    with listening(on_event if group.main else None):
+        place = None
+        if group.main:
+            place = _run_directory(config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
+        run = validated(config, place, group, resume=resume, rows=rows)
+        with libraries():
+            from loratune.training import time_budget
+            from loratune.training.plan import make_plan
+
+        made = time_budget.estimate_length(make_plan(run, group), began)
+        group.close()
+        return made
+
+
+def join_processes() -> Group:
+    """Join the processes that a launcher such as torchrun has started. Raises LostError: one cannot be reached."""
+    if launcher.world_size() == 1:
+        return launcher.SingleProcess()
+    with libraries():
+        from loratune.training import processes
+
+    return processes.join()
+
+
+def init(
+    rows: str, *, model: str, output: StrPath | None = None, overrides: Overrides = (), on_event: Listener | None = None
 ) -> RunConfig:
     """Choose a config for rows and a model. No weights are loaded or downloaded.
 
@@ -100,22 +183,29 @@ def init(
         model: The directory of the model, or a hub id.
         output: Write the config there as well, with the reason for each choice; the file must not exist.
         overrides: Dotted key → value, for what is not to be chosen.
-        on_event: Receives events.
+        on_event: Receives events; the last one has the config as text, and what to expect of its run.
 
     Raises:
         ConfigError, ModelError, DataError: A value, the model or the rows cannot be used.
     """
     with listening(on_event):
-        file = output_file.output(Path(output), "output", overwrite=None) if output is not None else None
-        draft = configs.draft(first_values(rows, model), SOURCE, _assignments(overrides))
-        started = drafts.init(checked(draft), draft)
+        file = output_file.output(Path(output), "--output", overwrite=None) if output is not None else None
+        with libraries():
+            from loratune.commands import init_start
+
+        draft, run = init_start.start(rows, model, assignments(overrides), file)
+        with libraries():
+            from loratune.commands import init
+
+        started = init.init(run, draft)
         if file is not None:
             with file.opened() as writable:
                 writable.write(started.text)
+        emit(FinishedEvent(started))
         return started.run
 
 
-def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> Params:
+def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> "Params":
     """Count what would be trained, and estimate the memory for it, from the model's configuration alone.
 
     Raises:
@@ -123,9 +213,95 @@ def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> 
             cannot be used.
     """
     with listening(on_event):
+        note_portability(config)
+        with libraries():
+            from loratune.commands import params
+
         return params.params(config)
 
 
-def _assignments(overrides: Mapping[str, Any] | None) -> list[str]:
-    """Overrides as `--set` takes them."""
-    return [f"{key}={json.dumps(value, default=fspath)}" for key, value in (overrides or {}).items()]
+def push(
+    path: StrPath, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
+) -> "Upload":
+    """Upload an adapter directory to the hub, see `Adapter.push`."""
+    with listening(on_event):
+        with libraries():
+            from loratune.commands import push
+
+        return push.push(Path(path), repository, public=public, base=base)
+
+
+def adapter_stats(path: StrPath) -> "AdapterStats":
+    """What the files of an adapter say, without its base: rank, scaling, norm and effective rank of each update.
+
+    Raises AdapterError: It is not an adapter directory, or has tensors that are not finite or do not fit each other.
+    """
+    with libraries():
+        from loratune.lora import adapter_files, stats
+
+    return stats.adapter_stats(adapter_files.inspect(Path(path)))
+
+
+def report_study(directory: StrPath, output: StrPath, *, overwrite: bool = False) -> Path:
+    """Write an HTML page on the study of a sweep. Returns the file.
+
+    Raises ConfigError: The directory does not hold a study, or the file cannot be written.
+    """
+    file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=[Path(directory)])
+    with libraries():
+        from loratune.commands import report
+
+    text = report.study_report(Path(directory))
+    with file.opened() as writable:
+        writable.write(text)
+    return file.path
+
+
+def _run_directory(
+    config: RunConfig,
+    config_file: StrPath | None,
+    *,
+    resume: bool | Sequence[str] = False,
+    overwrite: bool = False,
+    dry_run: bool = False,
+) -> "RunDirectory":
+    """The directory of a run that may start. Raises ConfigError, ResumeError, LockedError, ResourceError."""
+    from loratune.training.checkpoints import run_dir
+
+    file = None if config_file is None else Path(config_file)
+    if config.model.device_map is not None and (size := launcher.world_size()) > 1:
+        what = f"auto spreads one model over all GPUs, and each of {size} processes would do so"
+        fix = "leave it out, or start one process" + (f": loratune train {escaping.shell(str(file))}" if file else "")
+        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, str(file or ""), "model.device_map", fix))
+    note_portability(config)
+    return run_dir.check(
+        config.output_dir, resume=resume is not False, overwrite=overwrite,
+        inputs=configs.input_paths(file, config), dry_run=dry_run,
+    )  # fmt: skip
+
+
+def validated(
+    config: RunConfig,
+    place: "RunDirectory | None",
+    group: Group,
+    *,
+    resume: bool | Sequence[str] = False,
+    rows: GivenSplits | None = None,
+) -> "Run":
+    """Check the run in the main process, before torch is imported, and hand it to the others."""
+    with libraries():
+        from loratune.data.sources import given_rows
+        from loratune.training import preflight
+
+    run = None
+    if place is not None:
+        given = {str(name): given_rows(values, name) for name, values in (rows or {}).items()}
+        allowed = None if resume is False else () if resume is True else tuple(resume)
+        run = preflight.check(config, place, allowed, given)
+    return preflight.broadcast_run(run, group)
+
+
+def note_portability(config: RunConfig) -> None:
+    """Note which programs cannot read the adapter that a config asks for."""
+    for line in configs.portability(config.lora):
+        note(line)

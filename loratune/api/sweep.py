@@ -3,41 +3,51 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune import config as configs
-from loratune.commands import sweep as sweeps
-from loratune.commands.sweep import Request, SweepResult
+from loratune.api import Overrides, StrPath, assignments, libraries
+from loratune.api.functions import note_portability, validated
+from loratune.codes import Code
 from loratune.config import RunConfig
+from loratune.errors import ConfigError, missing_package
 from loratune.events import Listener, listening
-from loratune.study import grid as grids
-from loratune.study.storage import check_output
-from loratune.study.trials import Budget
-from loratune.training import preflight
+from loratune.system import launcher
+
+if TYPE_CHECKING:
+    from loratune.commands.sweep import SweepResult
 
 
 def sweep(
-    config: RunConfig,
-    grid: Mapping[str, Sequence[Any] | str],
+    config: RunConfig | StrPath,
+    grid: Mapping[str, Sequence[Any] | str] | Sequence[str],
     *,
+    overrides: Overrides = (),
     budget: str | None = None,
     trials: int | None = None,
     halving: bool = False,
+    storage: str | None = None,
     overwrite: bool = False,
     on_event: Listener | None = None,
-) -> SweepResult:
+) -> "SweepResult":
     """Train a config with other settings, compare the trials on the validation rows, and publish the best.
 
     Args:
-        config: The config; it needs validation rows.
+        config: The config, or its file; it needs validation rows.
         grid: Dotted key → the values to try; or a range as text, `1e-4..1e-2`, from which values are drawn.
+        overrides: Of the keys of a config file.
         budget: How long it may take, such as `30m`.
         trials: How many trials at most.
         halving: Stop trials early that are among the worse ones.
+        storage: The URL of a database for the study, which several machines share.
         overwrite: Replace the adapter at `output_dir`.
         on_event: Receives events.
+
+    Returns:
+        The trials, the best first. A signal that ended the sweep is in `stop`; the same call continues it.
 
     Raises:
         ConfigError: The grid, or a config of it, is not valid; the budget is shorter than one trial.
@@ -45,15 +55,33 @@ def sweep(
         LoratuneError: As `train`.
     """
     began = time.monotonic()
-    axes = [f"{key}={_listed(values)}" for key, values in grid.items()]
+    if find_spec("optuna") is None:
+        raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "optuna", "keeps the study", "sweep"))
+    import optuna
+
+    from loratune.study import grid as grids
+    from loratune.study.storage import check_output
+
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     with listening(on_event), TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(configs.dump(config), encoding="utf-8")
-        parsed = grids.parse(axes, file, [])
+        if isinstance(grid, Mapping):
+            grid = [f"{key}={_listed(values)}" for key, values in grid.items()]
+        given = None if isinstance(config, RunConfig) else Path(config)
+        if isinstance(config, RunConfig):
+            (Path(folder) / "config.yaml").write_text(configs.dump(config), encoding="utf-8")
         seconds = grids.parse_time(budget) if budget is not None else None
-        runs = parsed.check(halving=halving, is_bounded=trials is not None or seconds is not None)
-        run = preflight.check(config, check_output(config, None, None, overwrite=overwrite))
-        return sweeps.sweep(Request(parsed, runs, run, None, trials, Budget(seconds, began), halving))
+        axes = grids.parse(grid, given or Path(folder) / "config.yaml", assignments(overrides))
+        runs = axes.check(halving=halving, is_bounded=trials is not None or seconds is not None)
+        run = axes.run({})
+        note_portability(run)
+        place = check_output(run, given, storage, overwrite=overwrite)
+        checked = validated(run, place, launcher.SINGLE_PROCESS)
+        with libraries():
+            from loratune.commands import sweep as sweeps
+            from loratune.study.trials import Budget
+
+        limit = Budget(seconds, began)
+        return sweeps.sweep(sweeps.Request(axes, runs, checked, storage, trials, limit, halving))
 
 
 def _listed(values: Sequence[Any] | str) -> str:

@@ -1,14 +1,13 @@
-"""The command line: parse, call one command, print. Everything heavy is imported inside the commands."""
+"""The command line: parse, call the public API, print. Everything heavy is imported inside the commands.
+
+`application` has the options that commands share, `boundary` turns errors into lines and exit codes, and `terminal`
+shows events. Besides the API, only the config, errors, events, the console and the operating system are imported.
+"""
 
 from loratune.cli import chat as chat
 from loratune.cli import config as config
 from loratune.cli import evaluate as evaluate
-from loratune.cli import export as export
+from loratune.cli import exports as exports
 from loratune.cli import generate as generate
-from loratune.cli import init as init
-from loratune.cli import merge as merge
-from loratune.cli import push as push
-from loratune.cli import report as report
-from loratune.cli import sweep as sweep
 from loratune.cli import training as training
 from loratune.cli.application import app as app

@@ -1,45 +1,32 @@
 """The application that commands are registered with, and the options that several of them share."""
 
-import gc
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from loratune import __version__
+from loratune.cli.boundary import checked_output
 from loratune.codes import Code
-from loratune.console import EscapedStream, err, escape_output
+from loratune.console import EscapedStream, escape_output, print_json, print_lines, raw_output
 from loratune.errors import ConfigError, Problem
-from loratune.events import progress
-from loratune.system import environment
+from loratune.system import output_file
 from loratune.system.files import path_problem
-
-if TYPE_CHECKING:
-    from loratune.system.output_file import Output
+from loratune.system.output_file import Output
 
 STDOUT = "-"
 """The value of --output that stands for stdout, and of --input that stands for stdin."""
+MAX_COUNT = 2**31 - 1
+"""The largest number of tokens or rows that an option takes."""
 
 _COMMANDS = (
-    "init",
-    "train",
-    "sweep",
-    "params",
-    "schema",
-    "explain",
-    "evaluate",
-    "report",
-    "generate",
-    "chat",
-    "merge",
-    "export",
-    "push",
-)
+    "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
+    "export", "push",
+)  # fmt: skip
 
 
 class _Commands(TyperGroup):
@@ -64,62 +51,26 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, including those of non-fatal errors.")]
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-
-
 Force = Annotated[bool, typer.Option("--force", help="Skip verification: allow another base and edited files.")]
-
-
-Assignments = Annotated[
-    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
-]
-
-
-DataAssignments = Annotated[
-    list[str],
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training, e.g. data.max_length=512."),
-]
-
-
-MAX_COUNT = 2**31 - 1
-"""The largest number of tokens or rows that an option takes."""
-
-
+AdapterPath = Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")]
 Adapters = Annotated[
     list[str],
     typer.Option(
         "--adapter", metavar="[NAME=]DIR", help="An adapter directory; repeat with names for several adapters."
     ),
 ]
-
-
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")]
+Assignments = Annotated[
+    list[str], typer.Option("--set", metavar="KEY=VALUE", help="Override a key, e.g. training.learning_rate=1e-4.")
+]
+DataAssignments = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training, e.g. data.max_length=512."),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
-
-
 Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
-
-
-@contextmanager
-def importing(*, computes: bool = False) -> Iterator[None]:
-    """Keep the garbage collector from walking the million objects that imports make and that stay, now and later.
-
-    What a library prints as it is imported goes to stderr, as transformers does where WANDB_MODE is offline.
-
-    computes: The first imports of a command that computes for long; see `environment.limit_threads`.
-    """
-    gc.disable()
-    try:
-        with redirect_stdout(sys.stderr), progress("loading libraries") if err.is_interactive else nullcontext():
-            if computes and (line := environment.limit_threads()):
-                log_all([line])
-            yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 def _version(requested: bool) -> None:
@@ -137,14 +88,6 @@ def _options(
     pass
 
 
-def log_all(lines: Iterable[str]) -> None:
-    """Show lines on stderr."""
-    from loratune.console import log
-
-    for line in lines:
-        log(line)
-
-
 def program() -> str:
     """What to type to run this program: its path, if the shell would not find it by its name."""
     path = sys.argv[0]
@@ -159,10 +102,23 @@ def check_paths(**options: str | Path | None) -> None:
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key))
 
 
-def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> "Output | None":
-    """The file that rows are to be written to; None for stdout, or where there is no option. Raises as `output`."""
-    from loratune.system import output_file
+def needs(options: Mapping[str, object], needed: str) -> list[Problem]:
+    """A problem for each of these options that is given, as what they need is not: an option, or `a CONFIG`."""
+    what = f"only works with {needed}"
+    return [Problem(Code.USAGE_CONFLICT, what, key=f"--{name}") for name, value in options.items() if value]
 
+
+def show(lines: Iterable[str], values: Any, as_json: bool) -> None:
+    """Print a result, when all other work is done: as lines, or its values as JSON. Raises as `checked_output`."""
+    with checked_output():
+        if as_json:
+            print_json(values)
+        else:
+            print_lines(lines)
+
+
+def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> Output | None:
+    """The file that rows are to be written to; None for stdout, or where there is no option. Raises as `output`."""
     if output is None or str(output) == STDOUT:
         return None
     if output.suffix.lower() in (".gz", ".parquet"):
@@ -171,19 +127,14 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
     return output_file.output(output, "--output", overwrite=overwrite, inputs=tuple(inputs))
 
 
-def write_rows(rows: Iterable[dict[str, Any]], file: "Output | None") -> None:
+def write_rows(rows: Iterable[dict[str, Any]], file: Output | None) -> None:
     """Write rows: as CSV if the name of the file ends in .csv, else as JSON lines. file: None for stdout."""
-    from loratune.console import print_raw
-    from loratune.data.sources.rows import to_json_line, write_csv
+    from loratune.api import display
 
     if file is None:
-        for row in rows:
-            print_raw(to_json_line(row))
+        display.write_rows(rows, raw_output())
         return
     with file.opened() as writable:
-        if file.named.lower().endswith(".csv"):
-            write_csv(rows, writable)
-            return
-        stream = EscapedStream(writable) if writable.isatty() else writable
-        for row in rows:
-            print(to_json_line(row), file=stream)
+        is_csv = file.named.lower().endswith(".csv")
+        stream: Any = EscapedStream(writable) if writable.isatty() and not is_csv else writable
+        display.write_rows(rows, stream, as_csv=is_csv)

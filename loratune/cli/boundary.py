@@ -14,7 +14,7 @@ import typer
 
 from loratune.cli.terminal import Terminal
 from loratune.codes import Code
-from loratune.console import EscapedStream
+from loratune.console import EscapedStream, log
 from loratune.errors import (
     ConfigError,
     Interrupted,
@@ -26,7 +26,7 @@ from loratune.errors import (
     is_out_of_memory,
 )
 from loratune.events import listening
-from loratune.system import launcher, signals
+from loratune.system import environment, launcher, signals
 from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group, SingleProcess
 from loratune.system.signals import Stop, Termination, raise_on_signals
@@ -46,7 +46,9 @@ _OS_ERRORS = {
 def boundary(
     debug: bool, join: Callable[[], Group] = SingleProcess, *, memory_fix: str = "free memory"
 ) -> Iterator[Group]:
-    """Turn errors into `error:` lines and an exit code, and keep the warnings of libraries off the screen.
+    """Turn errors into `error:` lines and an exit code, show events, and keep warnings of libraries off the screen.
+
+    Nothing else sets signal handlers, filters of warnings, loggers and the number of threads for a whole command.
 
     Args:
         debug: Print tracebacks, warnings, and what the package logs, such as errors that are no reason to stop.
@@ -64,12 +66,14 @@ def boundary(
     group: Group = SingleProcess()
     stop = Stop()
     try:
-        with raise_on_signals() as stop, listening(Terminal()):
+        with raise_on_signals(signals.write_line) as stop, listening(Terminal()):
             _check_working_directory()
             if join is SingleProcess and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"
                 fix = "start it without a launcher"
                 raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix=fix))
+            if line := environment.limit_threads():
+                log(line)
             group = join()
             yield group
         with checked_output():

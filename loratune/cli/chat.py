@@ -4,29 +4,21 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import (
-    Adapters,
-    Debug,
-    Force,
-    MaxNewTokens,
-    Temperature,
-    app,
-    importing,
-    log_all,
-)
+from loratune.cli.application import Adapters, Debug, Force, MaxNewTokens, Temperature, app
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.console import log, print_raw
+from loratune.console import log, raw_output
 from loratune.errors import ConfigError, DataError, LoratuneError, Problem
-from loratune.system import signals
+from loratune.system import output_file, signals
 from loratune.system.files import path_problem
+from loratune.text import plural
 
 if TYPE_CHECKING:
-    from loratune.commands.chat import Chat
+    from loratune.commands.chat import Chat, Reply
 
 _HELP = (
     "/base           answer the last turn without the adapter",
@@ -52,28 +44,13 @@ def chat(
 ) -> None:
     """Chat with an adapter; /help lists the commands. From a pipe, each line is a turn."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
-        from loratune.adapter import selection
-        from loratune.adapter.sampling import Sampling
+        import loratune
 
-        sampling = Sampling(temperature)
-        sampling.check("--")
-
-        selected = selection.parse(adapters)
-
-        with importing():
-            from loratune.adapter.directory import AdapterDirectory
-
-        opened = {name: AdapterDirectory.open(path, forced=force) for name, path in selected.directories.items()}
-
-        with importing():
-            from loratune.adapter import loading
-            from loratune.commands.chat import RAW_NOTE, Chat
-
-        loaded = loading.load_selection(opened, selected)
-        talk = Chat(loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
-        log_all(f"{one.where}: {RAW_NOTE}" for one in (loaded.by_name.values() or [loaded.default]) if not one.chat)
-        inputs = [*selected.directories.values(), *(Path(info.base.name_or_path) for info in opened.values())]
-        _Session(talk, tuple(inputs), terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
+        named = loratune.Adapters(adapters, force=force)
+        talk = named.chat(system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+        log(*talk.notes())
+        inputs = (*named.paths.values(), *map(Path, named.open()))
+        _Session(talk, inputs, terminal=sys.stdin.isatty() and sys.stdout.isatty()).run()
 
 
 class _Session:
@@ -84,10 +61,10 @@ class _Session:
         self._commands: dict[str, Callable[[str], None]] = {
             "/base": lambda _: self._answer(talk.ask_base),
             "/adapter": self._use,
-            "/system": self._set_system,
+            "/system": talk.set_system,
             "/save": self._save,
             "/reset": lambda _: talk.reset(),
-            "/help": lambda _: log_all(_HELP),
+            "/help": lambda _: log(*_HELP),
         }
 
     def run(self) -> None:
@@ -106,7 +83,7 @@ class _Session:
             except LoratuneError as error:
                 if not self._terminal or any(one.code is Code.OUTPUT_FAILED for one in error.problems):
                     raise
-                log_all(f"error: {problem}" for problem in error.problems)
+                log(*(f"error: {problem}" for problem in error.problems))
 
     def _typed(self) -> Iterator[str]:
         """The lines that are typed. Editing and history are those of Python's readline, which needs no dependency."""
@@ -132,7 +109,7 @@ class _Session:
             raise DataError(Problem(Code.USAGE_BAD_VALUE, "not UTF-8", "the line", fix="give it as text"))
         if not line.startswith("/") or line.startswith("//"):
             text = line[1:] if line.startswith("/") else line
-            self._answer(lambda *how: self._talk.ask(text, *how))
+            self._answer(lambda **how: self._talk.ask(text, **how))
             return
         name, _, argument = line.partition(" ")
         if name not in self._commands:
@@ -140,15 +117,17 @@ class _Session:
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no command {name}", fix=fix))
         self._commands[name](argument.strip())
 
-    def _answer(self, ask: Callable[..., Any]) -> None:
-        """Print an answer, in a terminal as it comes. ask: takes a streamer, and what says whether to stop."""
+    def _answer(self, ask: "Callable[..., Reply]") -> None:
+        """Print an answer, in a terminal as it comes. ask: takes what prints the pieces, and what says to stop."""
         if not self._terminal:
             reply = ask()
-            print_raw(reply.text)
+            print(reply.text, file=raw_output(), flush=True)
         else:
             with signals.defer_signals(_report_stop) as stop:
                 try:
-                    reply = ask(_streamer(self._talk), lambda: stop.requested is not None)
+                    reply = ask(
+                        on_text=lambda text: print(text, end="", flush=True), stopped=lambda: stop.requested is not None
+                    )
                 finally:  # a terminal that has gone sends a signal, and cannot be printed on
                     if stop.requested is signals.Termination:
                         raise signals.Termination
@@ -162,28 +141,18 @@ class _Session:
         else:
             log(f"{self._talk.name} answers, of {', '.join(self._talk.names) or 'one adapter without a name'}")
 
-    def _set_system(self, text: str) -> None:
-        self._talk.set_system(text)
-
     def _save(self, argument: str) -> None:
-        from loratune.data.sources.rows import to_json_line
-        from loratune.system import output_file
-
         rows = self._talk.rows()
         name = argument.removeprefix("--overwrite ").strip()
         if reason := path_problem(name) or ("" if name else "is empty"):
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key="/save", fix="write /save FILE"))
         file = output_file.output(Path(name).expanduser(), "/save", overwrite=name != argument, inputs=self._inputs)
-        with file.opened() as opened:
-            opened.writelines(f"{to_json_line(row)}\n" for row in rows)
-        log(f"{name}: {len(rows)} {'row' if len(rows) == 1 else 'rows'} written")
 
+        from loratune.api import display
 
-def _streamer(talk: "Chat") -> Any:
-    """Prints the answer token by token."""
-    from transformers import TextStreamer
-
-    return TextStreamer(talk.adapter.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        with file.opened() as writable:
+            display.write_rows(rows, writable)
+        log(f"{name}: {plural(len(rows), 'row')} written")
 
 
 def _report_stop(_: str) -> None:

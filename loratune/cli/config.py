@@ -1,23 +1,110 @@
-"""`loratune schema` and `loratune explain`: what a config may say."""
+"""`loratune init`, `params`, `schema` and `explain`: what a config may say, and what follows from it."""
 
 import shutil
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from loratune.cli.application import Assignments, Debug, Json, app
+from loratune import escaping
+from loratune.cli.application import STDOUT, Assignments, Debug, Json, app, check_paths, needs, program, show
 from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
+from loratune.console import log, print_json, print_lines
 from loratune.errors import ConfigError, Problem
-
-if TYPE_CHECKING:
-    from loratune.commands.explain import ExplainedConfig
-    from loratune.config.keys import Key, KeyGroup
+from loratune.events import Event, FinishedEvent, listener
+from loratune.text import block
 
 _YAML = (".yaml", ".yml")
+OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
+
+
+@app.command()
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="The training rows: a file, a directory, a glob, or a hub id.")
+    ],
+    model: Annotated[str, typer.Option("--model", metavar="NAME_OR_DIR", help="The base model.")],
+    output: Annotated[
+        str, typer.Option("--output", metavar="FILE", help="The config to write, which must not exist; - is stdout.")
+    ] = "config.yaml",
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    debug: Debug = False,
+) -> None:
+    """Write a config for rows and a model, with reasons. No weights are loaded or downloaded."""
+    with boundary(debug):
+        check_paths(DATA=data, model=model, output=output)
+
+        import loratune
+
+        terminal, to_file = listener(), output != STDOUT
+
+        def listen(event: Event) -> None:
+            terminal(event)
+            if isinstance(event, FinishedEvent):
+                if not to_file:
+                    print(event.result.text, end="")
+                _show_started(event, output)
+
+        loratune.init(data, model=model, output=output if to_file else None, overrides=assignments, on_event=listen)
+
+
+def _show_started(event: FinishedEvent, output: str) -> None:
+    """Say what `init` has found: on stderr if stdout, a pipe or a device has the config."""
+    from loratune.api import display
+
+    lines = display.started(event.result)
+    with checked_output():
+        if Path(output).is_file() and not output.startswith(("/dev/", "/proc/")):
+            command = f"{program()} train {escaping.shell(output)}"
+            lines += [("config", output), ("look", f"{command} --dry-run"), ("train", command)]
+            print_lines(block("started", lines))
+        else:
+            log(*(f"{name}: {value}" for name, value in lines))
+        log(*display.started_notes(event.result))
+
+
+@app.command()
+def params(
+    config_file: OptionalConfig = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA settings.")
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Count trainable parameters, and estimate the memory of a run. No weights of the base are loaded or downloaded."""
+    with boundary(debug):
+        if sum(value is not None for value in (config_file, model, adapter)) != 1:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))
+        check_paths(adapter=adapter)
+        if adapter and assignments:
+            what = "does not work with --adapter, which has its settings"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix="leave it out"))
+
+        import loratune
+        from loratune import config
+
+        if adapter:
+            from loratune.api.functions import adapter_stats
+
+            stats = adapter_stats(adapter)
+
+            from loratune.api import display
+
+            show(display.stats(str(adapter), stats), asdict(stats), as_json)
+            return
+        run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
+        found = loratune.count_parameters(run)
+
+        from loratune.api import display
+
+        log(*display.params_notes(found))
+        show(display.params(found), found.as_json(), as_json)
 
 
 @app.command()
@@ -25,7 +112,6 @@ def schema(debug: Debug = False) -> None:
     """Print the JSON schema of a config, for editors."""
     with boundary(debug):
         from loratune.config.keys import json_schema
-        from loratune.console import print_json
 
         with checked_output():
             print_json(json_schema())
@@ -36,66 +122,32 @@ def explain(
     key: Annotated[
         str | None, typer.Argument(metavar="KEY", help="A key, a section, or the start of a key; by default all keys.")
     ] = None,
-    config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
+    config_file: OptionalConfig = None,
     assignments: Assignments = [],  # noqa: B006  typer copies it
-    json: Json = False,
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Explain a key of the config. Prints its meaning, default and cost; with CONFIG, also its value and line."""
     with boundary(debug):
-        from loratune.commands.explain import ExplainedConfig, as_json, find_keys
-        from loratune.console import print_json
+        import loratune
 
         if key and key.endswith(_YAML) and not (config_file and config_file.name.endswith(_YAML)):
             config_file, key = Path(key), str(config_file) if config_file else None
-        if assignments and config_file is None:
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with a CONFIG", key="--set"))
+        if config_file is None and (problems := needs({"set": assignments}, "a CONFIG")):
+            raise ConfigError(problems)
+        found = loratune.explain(key, config_file, assignments)
         with checked_output():
-            config = ExplainedConfig.read(config_file, assignments) if config_file else None
-            found = find_keys(key)
-            if json:
-                print_json(as_json(found, config))
-            else:
-                _print_found(found, config)
-
-
-def _print_found(found: "list[KeyGroup | Key]", config: "ExplainedConfig | None") -> None:
-    """A block for each key, and one for each section with a line for each of its keys."""
-    from loratune.config.keys import KeyGroup
-    from loratune.console import print_block
-
-    for number, item in enumerate(found):
-        if number:
-            print()
-        if not isinstance(item, KeyGroup):
-            print_block(", ".join(item.places), _key_lines(item, config))
-        elif lines := [*_group_lines(item, config)]:
-            title = item.name or "Outside the sections"
+            if as_json:
+                print_json(found.to_dict())
+                return
             width = max(60, shutil.get_terminal_size().columns) if sys.stdout.isatty() else sys.maxsize
-            room = width - max(len(label) for label, _ in lines) - 4
-            shown = [(label, text if len(text) <= room else f"{text[: room - 1]}…") for label, text in lines]
-            print_block(f"{title}: {item.description}" if item.description else title, shown)
+            for number, (title, lines) in enumerate(found.blocks()):
+                if number:
+                    print()
+                is_key = lines[0][0] == "meaning"
+                room = sys.maxsize if is_key else width - max(len(name) for name, _ in lines) - 4
+                print_lines(block(title, [(name, _shortened(text, room)) for name, text in lines]))
 
 
-def _key_lines(key: "Key", config: "ExplainedConfig | None") -> Iterator[tuple[str, str]]:
-    yield "meaning", key.meaning
-    yield "type", key.kind
-    yield "default", key.default
-    yield "memory and time", key.costs
-    if key.other_names:
-        yield "elsewhere called", ", ".join(key.other_names)
-    settings = config.settings(key) if config else []
-    for setting in settings:
-        place = "" if setting.key in key.places and len(settings) == 1 else f"{setting.key}: "
-        yield "in force", f"{place}{setting}"
-    if config and not settings:
-        yield "in force", "nothing, as the config has no such entry"
-
-
-def _group_lines(group: "KeyGroup", config: "ExplainedConfig | None") -> Iterator[tuple[str, str]]:
-    """For each key, its meaning or the value in force."""
-    for key in group.keys:
-        if config is None:
-            yield key.label if group.is_section else key.name, key.meaning
-        else:
-            yield from ((setting.key, str(setting)) for setting in config.settings(key))
+def _shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else f"{text[: room - 1]}…"

@@ -1,55 +1,39 @@
-"""`loratune evaluate`."""
+"""`loratune evaluate` and `report`."""
 
 import glob
-from collections.abc import Mapping
-from dataclasses import replace
-from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from loratune.cli.application import (
     MAX_COUNT,
     STDOUT,
+    AdapterPath,
     DataAssignments,
     Debug,
     Force,
     Json,
     app,
     check_paths,
-    importing,
-    log_all,
+    needs,
     rows_output,
+    show,
     write_rows,
 )
 from loratune.cli.boundary import boundary, unread_output
 from loratune.codes import Code
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, Problem, missing_package
+from loratune.events import Event, FinishedEvent, listener
+from loratune.system.output_file import Output
 
-if TYPE_CHECKING:
-    from loratune.adapter.directory import AdapterDirectory
-    from loratune.commands.evaluate import Tasks
-    from loratune.compare.comparison import Comparison
-    from loratune.compare.requirements import Requirement
-    from loratune.data import DatasetSplit
-    from loratune.system.output_file import Output
-
-
-_NEEDED = {
-    **dict.fromkeys(("against", "metrics", "forgetting", "worst", "output", "assignments"), "data"),
-    "limit": "tasks",
-    "overwrite": "output",
-    "allow_overlap": "require",
-}
-"""Option → the option that it only works with, by the names of their parameters."""
-_SPELLED = {"metrics": "metric", "allow_overlap": "allow-overlap", "assignments": "set"}
+_MEMORY_FIX = "free memory, or shorten the rows with --set data.max_length"
 
 
 @app.command()
 def evaluate(
-    context: typer.Context,
-    adapter: Annotated[Path, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")],
+    adapter: AdapterPath,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="FILE", help="Held-out rows, in the same format as the training rows."),
@@ -109,145 +93,118 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Compare an adapter with its base on rows, or on tasks."""
-    with boundary(debug, memory_fix="free memory, or shorten the rows with --set data.max_length"):
+    with boundary(debug, memory_fix=_MEMORY_FIX):
         check_paths(adapter=adapter, data=data, against=against, forgetting=forgetting, output=output)
-        _check_options(context.params)
-        names, task_paths = _task_names(tasks)
-        with importing(computes=True):
-            from loratune.adapter.directory import AdapterDirectory
-            from loratune.compare import metrics as known_metrics
-            from loratune.compare import requirements
+        if data is None and tasks is None:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
+        if str(output) == STDOUT:
+            what, fix = "stdout has the metrics", "name a file for the rows"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
+        of_data = {"against": against, "metric": metrics, "forgetting": forgetting, "worst": worst, "output": output}
+        problems = [] if data else needs(of_data | {"set": assignments}, "--data")
+        problems += [] if tasks else needs({"limit": limit}, "--tasks")
+        problems += [] if output else needs({"overwrite": overwrite}, "--output")
+        problems += [] if require else needs({"allow-overlap": allow_overlap}, "--require")
+        if problems:
+            raise ConfigError(problems)
 
-        parsed = known_metrics.parse(metrics or [])
-        known = {"against": bool(against), "forgetting": bool(forgetting), "rows": bool(data), "tasks": bool(names)}
-        required = requirements.parse(require or [], [metric.name for metric in parsed], **known)
-        inputs = [Path(path) for path in (adapter, data, against, forgetting, *task_paths) if path is not None]
+        import loratune
+
+        names, required = tasks.split(",") if tasks is not None else [], require or []
+        inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
+        inputs += [Path(f"{glob.escape(name)}/**/*.y*ml" if Path(name).is_dir() else name) for name in names]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        info = AdapterDirectory.open(adapter, forced=force, assignments=assignments)
-        other = AdapterDirectory.open(against, forced=force) if against is not None else None
-        if file is not None:
-            file = file.reading(Path(info.base.name_or_path))
+        opened = loratune.Adapter(adapter, force=force, overrides=assignments)
         if data is None:
-            return _evaluate_tasks(info, names, limit, required, as_json)
-        opened = _open_tasks(names, limit, required) if names else None
-        split = _read_rows(data, info, required, allow_overlap=allow_overlap)
-        fields = split.own_fields() if file is not None or worst else {}
-        if parsed and split.kind is not None:
-            what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, known_metrics.OPTION, fix))
-        unrelated = _unrelated_text(forgetting, info.data.max_length) if forgetting is not None else None
-
-        with importing():
-            from loratune.commands.evaluate import evaluate
-            from loratune.compare.answers import Judging
-
-        judging = Judging(parsed, file is not None)
-        found = evaluate(info, split, against=other, judging=judging, forgetting=unrelated, tasks=opened)
-        found = found.judged(required)
-        log_all(found.remarks)
-        _show(found, file, fields, worst, as_json)
-        requirements.check_met(found.requirements)
-
-
-def _read_rows(
-    data: str, info: "AdapterDirectory", required: list["Requirement"], *, allow_overlap: bool
-) -> "DatasetSplit":
-    """The rows, with what is required of them. Raises as `requirements.check_rows` does."""
-    from loratune.compare import requirements
-    from loratune.config import Source
-    from loratune.console import log
-    from loratune.data import read_source, row_hashes
-
-    split = read_source(Source(path=data), info.data)
-    if any(not one.of_task for one in required):
-        overlap = row_hashes.find_overlap(split, info.files.path)
-        requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
-        if overlap.unknown:
-            log(overlap.unknown)
-    return split
-
-
-def _check_options(values: Mapping[str, object]) -> None:
-    """Raises ConfigError: there is nothing to score the adapter on, or an option comes without the one that it needs.
-
-    values: of all options, by the names of their parameters.
-    """
-    if values["data"] is None and values["tasks"] is None:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --data, --tasks, or both"))
-    if str(values["output"]) == STDOUT:
-        what, fix = "stdout has the metrics", "name a file for the rows"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--output", fix=fix))
-    problems = [
-        Problem(Code.USAGE_CONFLICT, f"only works with --{needed}", key=f"--{_SPELLED.get(option, option)}")
-        for option, needed in _NEEDED.items()
-        if values[option] and not values[needed]
-    ]
-    if problems:
-        raise ConfigError(problems)
-
-
-def _task_names(tasks: str | None) -> tuple[list[str], list[str]]:
-    """What --tasks names, and the files that this stands for, as paths and globs. Raises as `tasks.parse` does."""
-    from loratune.compare import tasks as known_tasks
-
-    names = known_tasks.parse(tasks) if tasks is not None else []
-    paths = [name for name in names if known_tasks.is_path(name)]
-    return names, [f"{glob.escape(path)}/**/*.y*ml" if Path(path).is_dir() else path for path in paths]
-
-
-def _open_tasks(names: list[str], limit: int | None, required: list["Requirement"]) -> "Tasks":
-    """Find the tasks, with the harness, which is imported for them only."""
-    from loratune.system.environment import kept_environment
-
-    with importing(), kept_environment():
-        from loratune.compare import harness
-
-    return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)
-
-
-def _evaluate_tasks(
-    info: "AdapterDirectory", names: list[str], limit: int | None, required: list["Requirement"], as_json: bool
-) -> None:
-    """Run tasks alone, without rows."""
-
-    tasks = _open_tasks(names, limit, required)
-    with importing():
-        from loratune.cli import printing
-        from loratune.commands.evaluate import evaluate_tasks
-        from loratune.compare import requirements
-
-    results = evaluate_tasks(info, tasks, required)
-    log_all(results.remarks)
-    printing.print_tasks(results, as_json)
-    requirements.check_met(results.requirements)
-
-
-def _unrelated_text(name: str, max_length: int) -> "DatasetSplit":
-    """The rows of a file, or of the text that comes with loratune, in whatever format they are, but no answers that are
-    compared. Raises DataError: they are."""
-    from loratune import data
-    from loratune.config import DataSection, Source
-
-    source = Source(path=str(data.UNRELATED_TEXT) if name == "builtin" else name)
-    split = data.read_source(source, DataSection(train=source, max_length=max_length))
-    split.check_kind(None)
-    return split
-
-
-def _show(
-    found: "Comparison", file: "Output | None", fields: Mapping[str, Mapping[str, Any]], worst: int, as_json: bool
-) -> None:
-    """Write the rows and print the metrics, which are printed also where there is no room for the rows.
-
-    fields: place → the row's own fields, where rows are written or printed.
-    """
-    from loratune.cli import printing
-
-    try:
+            opened.run_tasks(names, limit=limit, require=required, on_event=_Shown(None, 0, as_json))
+            return
+        other = loratune.Adapter(against, force=force) if against is not None else None
         if file is not None:
-            write_rows((copy.as_json() for row in found.rows for copy in row.at_places(fields)), file)
-    finally:
-        with unread_output():
-            if fields:
-                found = replace(found, rows=[next(row.at_places(fields)) for row in found.rows])
-            printing.print_evaluation(found, worst, as_json)
+            file = file.reading(Path(opened.base))
+        opened.evaluate(
+            data, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
+            require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
+            keep_fields=bool(file is not None or worst), on_event=_Shown(file, worst, as_json),
+        )  # fmt: skip
+
+
+class _Shown:
+    """Shows events, and at the end writes the rows and prints the metrics.
+
+    Metrics are printed also where there is no room for the rows, and where a requirement is not met.
+    """
+
+    def __init__(self, file: Output | None, worst: int, as_json: bool):
+        self._file, self._worst, self._as_json = file, worst, as_json
+        self._terminal = listener()
+
+    def __call__(self, event: Event) -> None:
+        """Take an event."""
+        self._terminal(event)
+        if isinstance(event, FinishedEvent):
+            try:
+                if self._file is not None:
+                    write_rows((row.as_json() for row in event.result.every_row()), self._file)
+            finally:
+                with unread_output():
+                    self._print(event)
+
+    def _print(self, event: FinishedEvent) -> None:
+        from loratune.api import display
+
+        result, worst = event.result, self._worst
+        if hasattr(result, "rows"):
+            rows = {"worst": display.worst_rows(result, worst)} if worst and self._as_json else {}
+            show(display.comparison(result, worst), result.to_dict() | rows, self._as_json)
+        else:
+            show(display.tasks(result), result.as_json(), self._as_json)
+
+
+@app.command()
+def report(
+    adapter: Annotated[Path | None, typer.Option("--adapter", metavar="DIR", help="The adapter directory.")] = None,
+    study: Annotated[
+        Path | None,
+        typer.Option("--study", metavar="DIR", help="The study directory of a sweep, instead of an adapter."),
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option("--data", metavar="FILE", help="Held-out rows to score; by default none, and no base is loaded."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The HTML file; by default ./ADAPTER-report.html.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write an HTML page on an adapter and its run, or on a sweep. The file is self-contained."""
+    with boundary(debug, memory_fix=_MEMORY_FIX):
+        check_paths(adapter=adapter, study=study, against=against, data=data, output=output)
+        if (adapter is None) == (study is None):
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
+        problems = [] if adapter else needs({"against": against, "data": data}, "--adapter")
+        problems += [] if data else needs({"set": assignments}, "--data")
+        if problems:
+            raise ConfigError(problems)
+        if find_spec("matplotlib") is None:
+            raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "matplotlib", "draws the charts", "report"))
+
+        import loratune
+
+        if study is not None:
+            target = output or Path(f"{study.resolve().name}-report.html")
+            page = loratune.report_study(study, target, overwrite=overwrite)
+        else:
+            assert adapter is not None
+            target = output or Path(f"{adapter.resolve().name}-report.html")
+            forced = force or data is None  # the page lists what was edited
+            opened = loratune.Adapter(adapter, force=forced, overrides=assignments)
+            other = loratune.Adapter(against, force=forced) if against is not None else None
+            page = opened.report(target, rows=data, against=other, overwrite=overwrite)
+        if page.is_file() and not str(page).startswith(("/dev/", "/proc/")):
+            print(target)

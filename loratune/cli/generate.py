@@ -16,13 +16,13 @@ from loratune.cli.application import (
     Temperature,
     app,
     check_paths,
-    importing,
+    needs,
     rows_output,
     write_rows,
 )
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.console import log, print_raw
+from loratune.console import raw_output
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -74,62 +74,42 @@ def generate(
     """Complete prompts with one or several adapters of a base."""
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or give fewer prompts at once"):
         check_paths(input=source, output=output)
-        _check_answers(prompts, source, output, overwrite=overwrite)
+        if prompts and source:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
+        if output is None and (problems := needs({"overwrite": overwrite}, "--output")):
+            raise ConfigError(problems)
 
-        from loratune.adapter import selection
-        from loratune.adapter.sampling import Sampling
+        import loratune
 
-        sampling = Sampling(temperature, top_p, top_k, seed, tuple(stop))
-        sampling.check("--")
-
-        selected = selection.parse(adapters, use, mix)
-        inputs = (*selected.directories.values(), *([source] if source and str(source) != STDOUT else []))
+        sampling = loratune.Sampling(temperature, top_p, top_k, seed, tuple(stop))
+        sampling.check()
+        named = loratune.Adapters(adapters, use=use, mix=mix, force=force)
+        inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-
-        rows = _prompt_rows(prompts, source)
-
-        with importing(computes=True):
-            from loratune.adapter.directory import AdapterDirectory
-
-        opened = {name: AdapterDirectory.open(path, forced=force) for name, path in selected.directories.items()}
+        rows = _rows(prompts, source)
         if file is not None:
-            file = file.reading(*(Path(adapter.base.name_or_path) for adapter in opened.values()))
-
-        with importing():
-            from loratune.commands.generate import generate
-
-        stream = len(rows) == 1 and output is None and not base and not stop and sys.stdout.isatty()
-        answers = generate(
-            opened, selected, rows, max_new_tokens=max_new_tokens, sampling=sampling, base=base, stream=stream,
-            shows_progress=output is not None or not sys.stdout.isatty(),
+            file = file.reading(*map(Path, named.open()))
+        on_terminal = sys.stdout.isatty() and output is None
+        streams = on_terminal and not (base or stop or source) and len(prompts or [""]) == 1
+        answers = named.answers(
+            rows, max_new_tokens=max_new_tokens, sampling=sampling, base=base, progress=not on_terminal,
+            on_text=(lambda text: print(text, end="", flush=True)) if streams else None,
         )  # fmt: skip
         if output is not None:
-            write_rows(map(_as_row, answers), file)
+            write_rows((answer.to_dict() for answer in answers), file)
         else:
-            _print_answers(answers, base=base, streamed=stream)
+            _print_answers(answers, base=base, streamed=streams)
 
 
-def _prompt_rows(prompts: list[str] | None, source: Path | None) -> list[Any]:
-    """The prompts as rows; they come from arguments, a file, or stdin as a whole."""
-    from loratune.config import Source
-    from loratune.data import sources
-    from loratune.data.sources.rows import Row
-
-    if source is not None and str(source) == STDOUT:
-        return sources.read_rows(Source(path="stdin"), _stdin("rows as JSON, one a line").buffer)
+def _rows(prompts: list[str] | None, source: Path | None) -> Any:
+    """The prompts, which come from arguments, a file, or stdin as a whole."""
     if source is not None:
-        named = Source(path=str(source))
-        rows = sources.read_rows(named)
-        if line := sources.left_out(named):
-            log(line)
-        return rows
-    texts = {f"prompt {number}": prompt for number, prompt in enumerate(prompts or [], start=1)} or {
-        "stdin": _read_prompt()
-    }
-    for name, prompt in texts.items():
-        if any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
+        return _stdin("rows as JSON, one a line").buffer if str(source) == STDOUT else source
+    texts = {f"prompt {number}": text for number, text in enumerate(prompts or [], 1)} or {"stdin": _read_prompt()}
+    for name, text in texts.items():
+        if any("\ud800" <= character <= "\udfff" for character in text):  # how Python represents undecodable bytes
             raise DataError(Problem(Code.USAGE_BAD_VALUE, "not UTF-8", name, fix="give the prompt as text"))
-    return [Row(name, {"prompt": prompt}) for name, prompt in texts.items()]
+    return [*texts.values()]
 
 
 def _stdin(what: str) -> TextIO:
@@ -148,30 +128,14 @@ def _read_prompt() -> str:
     return text.rstrip("\n")
 
 
-def _check_answers(prompts: list[str] | None, source: Path | None, output: Path | None, *, overwrite: bool) -> None:
-    """Raises ConfigError: options of `generate` that do not go together."""
-    if prompts and source:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
-    if overwrite and output is None:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --output", key="--overwrite"))
-
-
-def _print_answers(answers: Iterable["Answer"], *, base: bool, streamed: bool) -> None:
+def _print_answers(answers: "Iterable[Answer]", *, base: bool, streamed: bool) -> None:
     """Print answers as soon as they are there. streamed: they have been printed already, token by token."""
     for answer in answers:
         if base:
             print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")
             print(f"  {answer.adapter:<7}  {_one_line(answer.completion)}", flush=True)
         elif not streamed:
-            print_raw(answer.completion)
-
-
-def _as_row(answer: "Answer") -> dict[str, Any]:
-    """The row with its answer as `completion`, and as `base` that of the base."""
-    from loratune.system.records import with_own_fields
-
-    found = {"completion": answer.completion} | ({"base": answer.base} if answer.base is not None else {})
-    return with_own_fields(answer.row.values, found)
+            print(answer.completion, file=raw_output(), flush=True)
 
 
 def _one_line(text: str | None) -> str:

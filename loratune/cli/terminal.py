@@ -21,6 +21,7 @@ from rich.progress import (
 from loratune import escaping
 from loratune.console import err, log, print_marked
 from loratune.events import (
+    LIBRARIES,
     EvaluationEvent,
     Event,
     NoteEvent,
@@ -53,7 +54,8 @@ class Terminal:
             case PlanEvent():
                 _show_plan(event)
             case ProgressEvent():
-                self._progress(event)
+                if err.is_interactive or event.what != LIBRARIES:
+                    self._progress(event)
             case TrainingEvent(finished=False):
                 self._training = _Training(event)
             case TrainingEvent():

@@ -1,28 +1,33 @@
-"""`loratune train` and `loratune params`: what begins with a config."""
+"""`loratune train` and `sweep`."""
 
 import os
-import time
-from collections.abc import Iterable
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from loratune import escaping
-from loratune.cli.application import MAX_COUNT, Assignments, Debug, Json, app, check_paths, importing, log_all, program
-from loratune.cli.boundary import boundary, checked_output, stop_error
+from loratune.cli.application import MAX_COUNT, Assignments, ConfigFile, Debug, Json, app, needs, program, show
+from loratune.cli.boundary import boundary, stop_error, unread_output
+from loratune.cli.loss_plot import loss_plot
 from loratune.codes import Code
+from loratune.console import log, print_lines, print_marked
 from loratune.errors import ConfigError, Problem
+from loratune.events import Event, FinishedEvent, listener
 from loratune.system import launcher, signals
 from loratune.system.launcher import Group
+from loratune.system.signals import StopSignal
 
 if TYPE_CHECKING:
-    from loratune.training import preflight
+    from loratune.training.plan import Plan
+
+_MEMORY_FIX = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
 
 
 @app.command()
 def train(
-    config_file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file of the run.")],
+    config_file: ConfigFile,
     assignments: Assignments = [],  # noqa: B006  typer copies it
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     changes: Annotated[
@@ -43,81 +48,36 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Train an adapter as CONFIG says, and write it to its output_dir."""
-    began = time.monotonic()
-    memory_fix = "free memory, or load the base in fewer bits with --set model.quantization=4bit"
-    with boundary(debug, _join, memory_fix=memory_fix) as group:
+    with boundary(debug, _join, memory_fix=_MEMORY_FIX) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
-        run = None
-        if group.main:
-            resumed = changes if resume else None
-            run = _check_run(config_file, assignments, resumed, overwrite=overwrite, dry_run=dry_run)
 
-        with importing(computes=True):
-            from loratune.training import preflight
+        import loratune
 
-        run = preflight.broadcast_run(run, group)
+        run: Any = loratune.load_config(config_file, assignments) if group.main else None  # the others receive it
+        allowed = changes if resume else False
+        if dry_run:
+            plan = loratune.plan(run, resume=allowed, overwrite=overwrite, config_file=config_file, group=group)
+            if group.main:
+                _print_plan(plan, rows)
+            return
+        terminal = listener()
 
-        with importing():
-            from loratune.cli import printing
-            from loratune.commands import train as training
-            from loratune.training import time_budget
-            from loratune.training.plan import make_plan
+        def listen(event: Event) -> None:
+            terminal(event)
+            if isinstance(event, FinishedEvent):
+                _show_adapter(event, as_json)
 
         try:
-            if dry_run:
-                plan = time_budget.estimate_length(make_plan(run, group), began)
-                group.close()
-                if group.main:
-                    printing.print_plan(plan, rows)
-                return
-            trained = training.train(run, group, allow_worse=allow_worse, began=began)
+            loratune.train(
+                run, resume=allowed, overwrite=overwrite, allow_worse=allow_worse, config_file=config_file,
+                group=group, on_event=listen,
+            )  # fmt: skip
         except KeyboardInterrupt as stop:
             fix = "the tokenized rows are kept, so that the same command continues from there"
-            if not dry_run and run.directory.is_resumable():
+            if isinstance(stop, StopSignal) and stop.is_resumable:
                 processes = f"on {group.count} processes, as before, " if group.count > 1 else ""
                 fix = f"{processes}continue with: {_resume_command(config_file, assignments, changes)}"
             raise stop_error(stop, fix) from None
-        if trained is not None:
-            with checked_output():
-                printing.print_result(run, trained, program(), as_json)
-
-
-@app.command()
-def params(
-    config_file: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME_OR_DIR", help="A model, with the default LoRA settings.")
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(metavar="DIR", help="An adapter directory.")] = None,
-    assignments: Assignments = [],  # noqa: B006  typer copies it
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Count trainable parameters, and estimate the memory of a run. No weights of the base are loaded or downloaded."""
-    with boundary(debug):
-        if sum(value is not None for value in (config_file, model, adapter)) != 1:
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of CONFIG, --model and --adapter"))
-        check_paths(adapter=adapter)
-        if adapter and assignments:
-            what = "does not work with --adapter, which has its settings"
-            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--set", fix="leave it out"))
-
-        from loratune import config
-
-        if adapter:
-            from loratune.commands.adapter_stats import print_stats
-            from loratune.lora import adapter_files, stats
-
-            print_stats(str(adapter), stats.adapter_stats(adapter_files.inspect(adapter)), as_json)
-            return
-        run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
-        log_all(config.portability(run.lora))
-
-        with importing():
-            from loratune.cli import printing
-            from loratune.commands.params import params
-
-        printing.print_params(params(run), as_json)
 
 
 def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run: bool, as_json: bool) -> None:
@@ -125,8 +85,8 @@ def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run
     if resume and overwrite:
         what = "--resume and --overwrite contradict each other"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
-    if changes and not resume:
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --resume", key="--allow-change"))
+    if not resume and (problems := needs({"allow-change": changes}, "--resume")):
+        raise ConfigError(problems)
     if as_json and dry_run:
         what = "--dry-run shows rows, and has no JSON"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--json", fix="leave one of them out"))
@@ -136,46 +96,98 @@ def _join() -> Group:
     """Join the processes of this run; torch is imported for it only where there are several."""
     if launcher.world_size() == 1:
         return launcher.SingleProcess()
-
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
 
-    with importing():
-        from loratune.training import processes
+    from loratune.api.functions import join_processes
 
     with signals.default_actions():
-        return processes.join()
+        return join_processes()
 
 
-def _check_run(
-    config_file: Path, assignments: list[str], resume: list[str] | None, *, overwrite: bool, dry_run: bool
-) -> "preflight.Run":
-    """Check what can be known of a run before torch is imported, see `preflight.check`.
+def _print_plan(plan: "Plan", rows: int) -> None:
+    """What `train --dry-run` shows, with this many training rows."""
+    from loratune.api import display
 
-    resume: the keys whose values may have changed; None to start a run.
-    """
-    from loratune import config
-    from loratune.training.checkpoints import run_dir
-
-    run = config.load(config_file, assignments)
-    if run.model.device_map is not None and (size := launcher.world_size()) > 1:
-        what = f"auto spreads one model over all GPUs, and each of {size} processes would do so"
-        fix = f"leave it out, or start one process: loratune train {escaping.shell(str(config_file))}"
-        raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, str(config_file), "model.device_map", fix))
-    log_all(config.portability(run.lora))
-    inputs = config.input_paths(config_file, run)
-    directory = run_dir.check(
-        run.output_dir, resume=resume is not None, overwrite=overwrite, inputs=inputs, dry_run=dry_run
-    )
-
-    with importing():
-        from loratune.training import preflight
-
-    return preflight.check(run, directory, resume)
+    before, behind = display.plan(plan)
+    print_lines(before)
+    log(*plan.all_notes())
+    train = plan.datasets.train
+    for number in range(min(rows * train.rows_per_example, len(train.rows))):
+        print(f"{escaping.line(train.rows.row(number).where)}{plan.side_name(number)}, supervised text marked")
+        print_marked(plan.row_text(number))
+    print_lines(behind)
 
 
-def _resume_command(config_file: Path, assignments: Iterable[str], changes: Iterable[str]) -> str:
+def _show_adapter(event: FinishedEvent, as_json: bool) -> None:
+    """The block at the end of a run, and a curve of its loss."""
+    from loratune.api import display
+
+    result = event.result
+    plot = loss_plot(result.trained.curve, sys.stdout.encoding or "ascii")
+    show([*display.trained(result, program()), *plot], result.to_dict(), as_json)
+
+
+def _resume_command(config_file: Path, assignments: list[str], changes: list[str]) -> str:
     """The command that continues a run."""
     overrides = [word for assignment in assignments for word in ("--set", assignment)]
     allowed = [word for key in changes for word in ("--allow-change", key)]
     words = [program(), "train", str(config_file), *overrides, "--resume", *allowed]
     return " ".join(map(escaping.shell, words))
+
+
+@app.command()
+def sweep(
+    config_file: ConfigFile,
+    grid: Annotated[
+        list[str],
+        typer.Option(
+            "--grid",
+            metavar="KEY=VALUE,...",
+            help="Values to try, or a range LOW..HIGH to sample; required, repeatable.",
+        ),
+    ] = [],  # noqa: B006  typer copies it
+    assignments: Assignments = [],  # noqa: B006  typer copies it
+    trials: Annotated[
+        int | None, typer.Option("--trials", metavar="N", min=1, max=MAX_COUNT, help="Run at most N trials.")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="TIME",
+            help="Time limit: trials that would exceed it are not started; 30m, 1h, 90 (minutes).",
+        ),
+    ] = None,
+    halving: Annotated[
+        bool, typer.Option("--halving", help="Stop trials early if they are worse than others at the same step.")
+    ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", metavar="URL", help="A database for the study, to share it between machines."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the adapter at output_dir.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train CONFIG with several settings; publish the best adapter.
+
+    All are compared on the validation rows. The study is kept in OUTPUT_DIR.study; rerun the same command to resume
+    it, or run it in several processes at once.
+    """
+    with boundary(debug, memory_fix=_MEMORY_FIX):
+        import loratune
+
+        swept = loratune.sweep(
+            config_file, grid, overrides=assignments, budget=budget, trials=trials, halving=halving, storage=storage,
+            overwrite=overwrite,
+        )  # fmt: skip
+
+        from loratune.api import display
+
+        values = swept.results.as_json() | {"notes": [*swept.results.remarks(), *swept.notes]}
+        if swept.stop is None:
+            show(display.study(swept, program()), values, as_json)
+            return
+        with unread_output():
+            show(display.study(swept, program()), values, as_json)
+        raise stop_error(swept.stop, "rerun the same command to resume") from None

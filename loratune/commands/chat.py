@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratune.adapter import generation
-from loratune.adapter.generation import LoadedAdapter
+from loratune.adapter.generation import LoadedAdapter, TextPieces
 from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.sampling import GREEDY, Sampling
 from loratune.codes import Code
@@ -42,6 +42,7 @@ class Chat:
     Attributes:
         name: Of the adapter that answers.
         exchanges: What has been said, whichever adapters answered.
+        system: The system message; empty without one.
     """
 
     def __init__(
@@ -54,10 +55,8 @@ class Chat:
     ):
         """Raises ConfigError: a system message is given for an adapter that was trained on raw prompts."""
         self._loaded, self._new_tokens, self._sampling = loaded, max_new_tokens, sampling
-        self.name, self.exchanges = loaded.label, list[Exchange]()
-        self.system = ""
-        if system is not None:
-            self.set_system(system)
+        self.name, self.exchanges, self.system = loaded.label, list[Exchange](), ""
+        self.set_system(system or "")
 
     @property
     def adapter(self) -> LoadedAdapter:
@@ -69,8 +68,13 @@ class Chat:
         """The names of all adapters; none where the only one has no name."""
         return list(self._loaded.by_name)
 
+    def notes(self) -> list[str]:
+        """A line for each adapter that was trained on raw prompts."""
+        adapters = self._loaded.by_name.values() or [self._loaded.default]
+        return [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
+
     def use(self, name: str) -> None:
-        """Let another adapter answer from here on. Raises ConfigError: there is none of this name."""
+        """Let another adapter answer from here on. Raises ConfigError: there is no adapter of this name."""
         if name not in self._loaded.by_name:
             fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with --adapter NAME=DIR"
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
@@ -87,24 +91,28 @@ class Chat:
         """Forget what has been said; the system message and the adapter stay."""
         self.exchanges.clear()
 
-    def ask(self, question: str, streamer: Any = None, stopped: Callable[[], bool] = lambda: False) -> Reply:
+    def ask(
+        self, question: str, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Reply:
         """Answer a turn. The answer becomes part of the conversation, also one that was cut off, unless it is empty.
 
         Args:
             question: The user's turn.
-            streamer: A streamer of transformers.
-            stopped: Asked after each token whether to stop here.
+            on_text: Receives the answer piece by piece.
+            stopped: Called after each token; says whether to stop here.
 
         Raises:
             ConfigError: The conversation fills the context.
             DataError, ModelError: It cannot be rendered.
         """
-        reply = self._answer(self.exchanges, question, streamer, stopped)
+        reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
             self.exchanges.append(Exchange(question, reply.text, is_whole=not reply.cut))
         return reply
 
-    def ask_base(self, streamer: Any = None, stopped: Callable[[], bool] = lambda: False) -> Reply:
+    def ask_base(
+        self, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> Reply:
         """Answer the last turn without the adapter; the conversation stays as it is.
 
         Raises:
@@ -114,7 +122,7 @@ class Chat:
             what, fix = "there is no turn to answer yet", "ask something first"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/base", fix=fix))
         with self.adapter.without_adapter():
-            return self._answer(self.exchanges[:-1], self.exchanges[-1].question, streamer, stopped)
+            return self._answer(self.exchanges[:-1], self.exchanges[-1].question, on_text, stopped)
 
     def rows(self) -> list[dict[str, Any]]:
         """The conversation as rows to train on: one of messages, or for raw prompts one of each prompt and completion.
@@ -124,27 +132,30 @@ class Chat:
         Raises:
             ConfigError: No answer is whole.
         """
-        if not any(exchange.is_whole for exchange in self.exchanges):
+        whole = [exchange for exchange in self.exchanges if exchange.is_whole]
+        if not whole:
             what, fix = "there is no whole answer to train on", "ask something first"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="/save", fix=fix))
         if not self.adapter.chat:
-            whole = (exchange for exchange in self.exchanges if exchange.is_whole)
             return [{"prompt": exchange.question, "completion": exchange.answer} for exchange in whole]
-        messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        for exchange in self.exchanges:
-            messages += _messages(exchange)
-            if not exchange.is_whole:
-                messages[-1]["weight"] = 0
+        messages = self._messages(self.exchanges)
+        answers = [message for message in messages if message["role"] == "assistant"]
+        for message, exchange in zip(answers, self.exchanges, strict=True):
+            message |= {} if exchange.is_whole else {"weight": 0}
         return [{"messages": messages}]
 
-    def _answer(self, before: list[Exchange], question: str, streamer: Any, stopped: Callable[[], bool]) -> Reply:
+    def _answer(
+        self, before: list[Exchange], question: str, on_text: Callable[[str], None] | None, stopped: Callable[[], bool]
+    ) -> Reply:
         adapter = self.adapter
-        ids = adapter.renderer.prompt(self._prompt(before, question), "the conversation")
+        prompt = [*self._messages(before), {"role": "user", "content": question}] if adapter.chat else question
+        ids = adapter.renderer.prompt(prompt, "the conversation")
         limit = load.context_length(adapter.model.config)
         room = self._new_tokens if limit is None else min(self._new_tokens, limit - len(ids))
         if room < 1:
             what = f"the context is full: the conversation has {len(ids)} tokens, and the model's context {limit}"
             raise ConfigError(Problem(Code.DATA_TOO_LONG, what, fix="begin anew with /reset"))
+        streamer = TextPieces(adapter.tokenizer, on_text) if on_text else None
         (new,) = generation.complete([(adapter, ids)], room, self._sampling, streamer, stopped)
         cut = ""
         if new[-1] not in adapter.renderer.end_ids:
@@ -153,14 +164,12 @@ class Chat:
             cut = "stopped" if len(new) < room or stopped() else cut
         return Reply(adapter.text(new), cut)
 
-    def _prompt(self, before: list[Exchange], question: str) -> str | list[Message]:
-        if not self.adapter.chat:
-            return question
+    def _messages(self, exchanges: list[Exchange]) -> list[Message]:
+        """The system message and the exchanges as messages."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        for exchange in before:
-            messages += _messages(exchange)
-        return [*messages, {"role": "user", "content": question}]
-
-
-def _messages(exchange: Exchange) -> list[Message]:
-    return [{"role": "user", "content": exchange.question}, {"role": "assistant", "content": exchange.answer}]
+        for exchange in exchanges:
+            messages += [
+                {"role": "user", "content": exchange.question},
+                {"role": "assistant", "content": exchange.answer},
+            ]
+        return messages

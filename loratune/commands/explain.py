@@ -12,10 +12,6 @@ from loratune.config.schema import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.config.yaml_reader import Document
 from loratune.errors import ConfigError, Problem
 
-_DEFAULT = "the default"
-_UNUSED = "not used, as another key sets the length of the run"
-_DECIDED = "the run decides"
-
 
 @dataclass(frozen=True)
 class Setting:
@@ -42,46 +38,89 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class ExplainedConfig:
-    """A config whose values are explained.
+class Explanation:
+    """Keys and sections of the config, and their values in force.
 
     Attributes:
-        path: Its file.
-        run: The config, validated.
-        document: What is written, and where.
+        found: The keys and sections.
+        path: The config file, if there is one.
+        config: The validated config and what is written in its file, if there is one.
     """
 
-    path: Path
-    run: RunConfig
-    document: Document
-
-    @classmethod
-    def read(cls, path: Path, assignments: Sequence[str]) -> "ExplainedConfig":
-        """Read a config. Raises ConfigError, as `config.load`."""
-        return cls(path, *load_with_lines(path, assignments))
+    found: Sequence[KeyGroup | Key]
+    path: Path | None
+    config: tuple[RunConfig, Document] | None
 
     def settings(self, key: Key) -> list[Setting]:
-        """The value of a key in each of its places that the config has."""
+        """The value of a key in each of its places that the config has; none without a config."""
+        if self.config is None:
+            return []
+        run, document = self.config
         given, written, used, known = (
             {path: value for place in key.places for path, value in _at(values, place.split("."))}
-            for values in (
-                self.run.model_dump(exclude_unset=True), self.document.values, self.run.resolved(),
-                self.run.model_dump(),
-            )
-        )  # fmt: skip
-        objective, found = self.run.training.objective, []
+            for values in (run.model_dump(exclude_unset=True), document.values, run.resolved(), run.model_dump())
+        )
+        objective, settings = run.training.objective, []
         for path, default in known.items():
             value = written.get(path, default)
             is_read = path[0] != "preferences" or objective in PREFERENCE_KEYS[str(path[1])]
             is_used = path in used and is_read
-            is_decided = is_used and key.is_decided_by_run(value)
-            remark = "" if is_used else _UNUSED if is_read else f"not read by {objective}"
+            is_decided, remark = is_used and key.is_decided_by_run(value), ""
             if is_decided:
                 has_beta = key.label == "preferences.beta" and objective in DEFAULT_BETA
-                remark = f"{DEFAULT_BETA[objective]:g} with {objective}" if has_beta else _DECIDED
-            source = self.document.where(path) if path in given else _DEFAULT
-            found.append(Setting(dotted(path), value, source, is_decided, is_used, remark))
-        return found
+                remark = f"{DEFAULT_BETA[objective]:g} with {objective}" if has_beta else "the run decides"
+            elif not is_used:
+                remark = "not used, as another key sets the length of the run"
+                remark = remark if is_read else f"not read by {objective}"
+            source = document.where(path) if path in given else "the default"
+            settings.append(Setting(dotted(path), value, source, is_decided, is_used, remark))
+        return settings
+
+    def blocks(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+        """A title with named lines for each key, and one for each section with a line for each of its keys."""
+        for item in self.found:
+            if isinstance(item, Key):
+                yield ", ".join(item.places), [*self._lines_of_key(item)]
+            elif lines := [line for key in item.keys for line in self._lines_in_group(item, key)]:
+                title = item.name or "Outside the sections"
+                yield f"{title}: {item.description}" if item.description else title, lines
+
+    def _lines_of_key(self, key: Key) -> Iterator[tuple[str, str]]:
+        yield "meaning", key.meaning
+        yield "type", key.kind
+        yield "default", key.default
+        yield "memory and time", key.costs
+        if key.other_names:
+            yield "elsewhere called", ", ".join(key.other_names)
+        settings = self.settings(key)
+        for setting in settings:
+            place = "" if setting.key in key.places and len(settings) == 1 else f"{setting.key}: "
+            yield "in force", f"{place}{setting}"
+        if self.config and not settings:
+            yield "in force", "nothing, as the config has no such entry"
+
+    def _lines_in_group(self, group: KeyGroup, key: Key) -> list[tuple[str, str]]:
+        if self.config is None:
+            return [(key.label if group.is_section else key.name, key.meaning)]
+        return [(setting.key, str(setting)) for setting in self.settings(key)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known of the keys, by the places of each."""
+        keys = [key for item in self.found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
+        described = {
+            place: {
+                "meaning": key.meaning,
+                "type": key.kind,
+                "required": key.required,
+                "default": key.schema.get("default"),
+                "memory_and_time": key.costs,
+                "other_names": list(key.other_names),
+                "in_force": [asdict(one) for one in self.settings(replace(key, places=(place,)))],
+            }
+            for key in keys
+            for place in key.places
+        }
+        return {"config": str(self.path) if self.path else None, "keys": described}
 
 
 def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -95,34 +134,21 @@ def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[Key
         yield from _at(values[names[0]], names[1:], (*path, names[0]))
 
 
-def find_keys(words: str | None) -> list[KeyGroup | Key]:
-    """The keys and sections that some words may mean, see `keys.find`; all sections without any.
+def explain(words: str | None, path: Path | None, assignments: Sequence[str]) -> Explanation:
+    """Explain the keys and sections that some words may mean, see `keys.find`; all of them without any.
+
+    Args:
+        words: A name, or its beginning.
+        path: A config file.
+        assignments: Assignments over it, as of `config.load`.
 
     Raises:
-        ConfigError: There is no such key.
+        ConfigError: The config is not valid, or there is no such key.
     """
+    config = load_with_lines(path, assignments) if path else None
     found: list[KeyGroup | Key] = [*groups()] if words is None else find(words)
     if not found:
         fix = suggestion(tuple(str(words).strip().split(".")))
         fix = fix if fix.startswith("did") else "loratune explain lists all keys"
         raise ConfigError(Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", key=str(words), fix=fix))
-    return found
-
-
-def as_json(found: Sequence[KeyGroup | Key], config: ExplainedConfig | None) -> dict[str, Any]:
-    """What is known of some keys, by the places of each."""
-    keys = [key for item in found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
-    described = {
-        place: {
-            "meaning": key.meaning,
-            "type": key.kind,
-            "required": key.required,
-            "default": key.schema.get("default"),
-            "memory_and_time": key.costs,
-            "other_names": list(key.other_names),
-            "in_force": [asdict(one) for one in config.settings(replace(key, places=(place,)))] if config else [],
-        }
-        for key in keys
-        for place in key.places
-    }
-    return {"config": str(config.path) if config else None, "keys": described}
+    return Explanation(found, path, config)

@@ -1,14 +1,13 @@
 """`loratune generate`: completes prompts, which are rendered as in training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
-from transformers import TextStreamer
-
-from loratune.adapter import generation, loading
-from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.generation import LoadedAdapter, Request
+from loratune.adapter import generation
+from loratune.adapter.generation import LoadedAdapter, Request, TextPieces
+from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.sampling import Sampling
 from loratune.adapter.selection import UNNAMED, Selection
 from loratune.codes import Code
@@ -17,6 +16,7 @@ from loratune.data.sources.rows import Row, reported
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance
 from loratune.model import load
+from loratune.system.records import with_own_fields
 
 
 @dataclass(frozen=True)
@@ -37,38 +37,40 @@ class Answer:
     completion: str
     base: str | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row with its answer as `completion`, and as `base` that of the base."""
+        found = {"completion": self.completion} | ({"base": self.base} if self.base is not None else {})
+        return with_own_fields(self.row.values, found)
 
-def generate(
-    adapters: Mapping[str, AdapterDirectory],
-    selection: Selection,
+
+def answers(
+    loaded: LoadedAdapters,
+    names: Sequence[str],
     rows: Sequence[Row],
-    *,
-    max_new_tokens: int,
     sampling: Sampling,
-    base: bool,
-    stream: bool,
+    max_new_tokens: int,
+    *,
+    base: bool = False,
+    on_text: Callable[[str], None] | None = None,
     shows_progress: bool = True,
 ) -> Iterator[Answer]:
     """Answer every row, in order. Everything is checked before the iterator is returned.
 
     Args:
-        adapters: Name → adapter directory, as the user has selected them.
-        selection: Which of them answers what.
+        loaded: The adapters.
+        names: The name of the adapter that answers each row, see `names`.
         rows: Rows of any format but input_ids; they need no completion. Text is used as in training: raw, or as the
-            user's turn if the adapter was trained on conversations. Where adapters have names, a field `adapter` of a
-            row says which one answers it.
-        max_new_tokens: The longest completion.
+            user's turn if the adapter was trained on conversations.
         sampling: How tokens are chosen, and where completions end.
+        max_new_tokens: The longest completion.
         base: Also answer with the base alone.
-        stream: Print the completion of a single prompt while it is computed.
+        on_text: Receives the completion of a single prompt piece by piece.
         shows_progress: Emit how many rows are answered.
 
     Raises:
-        AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
+        DataError: A row cannot be used or rendered.
         ConfigError: A prompt is empty, or leaves too little of the model's context for new tokens.
     """
-    names = _names(selection, rows)
-    loaded = loading.load_selection(adapters, selection)
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
     requests = [
@@ -76,9 +78,9 @@ def generate(
         for adapter, question, row in zip(answering, questions, rows, strict=True)
     ]
     _check_lengths(requests, rows, max_new_tokens)
-    streamer = TextStreamer(answering[0].tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = TextPieces(answering[0].tokenizer, on_text) if on_text else None
 
-    def answers() -> Iterator[Answer]:
+    def answered() -> Iterator[Answer]:
         progress = counting("answering", len(requests)) if shows_progress else nullcontext(no_advance)
         with progress as advance:
             for start in range(0, len(requests), generation.BATCH):
@@ -94,33 +96,31 @@ def generate(
                     yield Answer(names[number] or loaded.label, rows[number], shown, text, base_text)
                 advance(len(batch))
 
-    return answers()
+    return answered()
 
 
-def _names(selection: Selection, rows: Sequence[Row]) -> list[str]:
-    """The name of the adapter that each row asks for, the default's where it asks for none.
+def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
+    """The name of the adapter that each row asks for in its field `adapter`, the default's where it asks for none.
 
-    A field `adapter` of a row means nothing where the only adapter has no name.
+    The field means nothing where the only adapter has no name.
 
     Raises:
-        DataError: A row names an adapter that the command does not have; with a mixture, it names any.
+        DataError: A row names an adapter that was not given; with a mixture, it names any.
     """
     known = {} if selection.mix else selection.directories
     if UNNAMED in known:
         return [UNNAMED] * len(rows)
-    names, problems = [], []
+    found, problems = [], []
     for row in rows:
         name = row.values.get("adapter")
         if name is not None and not (isinstance(name, str) and name in known):
-            what = f"there is no adapter {name!r}"
-            fix = (
-                f"the adapters are {', '.join(known)}" if known else "with --mix, all rows are answered by the mixture"
-            )
+            what, fix = f"there is no adapter {name!r}", "with --mix, all rows are answered by the mixture"
+            fix = f"the adapters are {', '.join(known)}" if known else fix
             problems.append(Problem(Code.USAGE_BAD_VALUE, what, row.where, "adapter", fix))
-        names.append(UNNAMED if selection.mix else name or selection.default)
+        found.append(UNNAMED if selection.mix else name or selection.default)
     if problems:
         raise DataError(reported(problems))
-    return names
+    return found
 
 
 def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[Question]:

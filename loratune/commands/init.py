@@ -146,10 +146,7 @@ class Started:
     seconds: float
 
 
-def init(
-    run: RunConfig,
-    draft: Draft,
-) -> Started:
+def init(run: RunConfig, draft: Draft) -> Started:
     """Choose what a config leaves open.
 
     Args:

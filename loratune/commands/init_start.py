@@ -4,13 +4,19 @@ with, and where the adapter goes.
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from loratune import config
+from loratune.codes import Code
 from loratune.config import Draft, RunConfig
+from loratune.data.sources import open_source
 from loratune.data.sources.files import data_ending
+from loratune.errors import ConfigError, Problem
 from loratune.events import note
+from loratune.model.source import is_directory
+from loratune.system.output_file import Output
+from loratune.training.checkpoints import run_dir
 
 SOURCE = "init"
 """What the config is called in messages until it is a file."""
@@ -29,29 +35,45 @@ _SHOWN = 5
 """Names of files in a message."""
 
 
-def first_values(rows: str, model: str) -> dict[str, Any]:
-    """The values that a config begins with.
+def start(rows: str, model: str, assignments: Sequence[str], output: Output | None = None) -> tuple[Draft, RunConfig]:
+    """The config that the choices of `init.init` begin with, without validation rows unless they are set.
 
     Args:
         rows: The path of the rows, or a hub id.
         model: The directory of the model, or a hub id.
+        assignments: Assignments to keys, as of `config.load`.
+        output: The file that the config will be written to.
+
+    Raises:
+        ConfigError: A value is invalid whatever will be chosen; rows or model are named twice; the config would be
+            among the rows; nothing can be written at output_dir.
+        DataError, ModelError: There are no such rows, or there is no such model.
     """
+    given = {"data.train": "DATA", "model.name_or_path": "--model"}
+    for key in (assignment.partition("=")[0].strip() for assignment in assignments):
+        if key in given:
+            what = f"is also given by {given[key]}"
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, what, "--set", key, "name it once"))
+    if output is not None and data_ending(output.path):
+        output.reading(Path(rows).expanduser())  # it would be read as rows itself
     found, others = _find_splits(rows)
     if others:
         names = ", ".join(others[:_SHOWN]) + (f", and {len(others) - _SHOWN:,} more" if others[_SHOWN:] else "")
         note(f"rows: left out, as the other files are named after splits: {names}")
     splits = {key: paths if paths[1:] else paths[0] for key, paths in found.items()}
-    return {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
+    values = {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
+    draft = config.draft(values, SOURCE, assignments)
+    run = _checked(draft)
+    run_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(output.path if output else None, run))
+    for source in run.data.train_sources:
+        open_source(source)
+    base = run.model
+    is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
+    return draft, run
 
 
-def checked(draft: Draft) -> RunConfig:
-    """The config so far, without validation rows unless they are set.
-
-    They may still be chosen, so keys that need them are only refused once that is known.
-
-    Raises:
-        ConfigError: A value is invalid whatever will be chosen.
-    """
+def _checked(draft: Draft) -> RunConfig:
+    """The config so far. Validation rows may still be chosen, so keys that need them are refused once that is known."""
     rows = draft.values.get("data")
     if not isinstance(rows, dict) or "validation" in rows:
         return config.from_draft(draft)

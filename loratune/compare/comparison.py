@@ -87,6 +87,7 @@ class Comparison:
             it; empty if it is one.
         special_tokens: Special tokens of the tokenizer, as text; prompts may have them.
         computed_by: How losses were computed: dtype, layers and batches; see `Engine.computed_by`.
+        own_fields: Place → the fields of the row there, if they were kept.
     """
 
     scores: Mapping[str, Score]
@@ -104,6 +105,7 @@ class Comparison:
     collapsed: str = ""
     special_tokens: Sequence[str] = ()
     computed_by: Mapping[str, str] = field(default_factory=dict)
+    own_fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, dict[str, float | None]]:
@@ -173,6 +175,14 @@ class Comparison:
             )  # of which it is a rising function
             found = self.paired[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
         return requirements.judge(one, found, reason, self.collapsed)
+
+    def with_fields(self, fields: Mapping[str, Mapping[str, Any]]) -> "Comparison":
+        """The comparison whose rows have their own fields. fields: place → fields."""
+        return replace(self, rows=[next(row.at_places(fields)) for row in self.rows], own_fields=fields)
+
+    def every_row(self) -> Iterator[ComparedRow]:
+        """Each row that was read, copies too, with its own fields; see `with_fields`."""
+        return (copy for row in self.rows for copy in row.at_places(self.own_fields))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without the rows."""

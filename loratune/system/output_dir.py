@@ -208,6 +208,19 @@ class OutputDirectory:
 
     # Work
 
+    def _make_partial(self) -> None:
+        try:
+            self.partial.mkdir(exist_ok=True)
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
+            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix) from None
+
+    def _remove_empty_partial(self) -> None:
+        with suppress(OSError):
+            self.partial.rmdir()
+
     @contextmanager
     def locked(self) -> Iterator[Self]:
         """Create the work in progress and hold its lock inside. At the end, see `clean_up`.
@@ -219,7 +232,8 @@ class OutputDirectory:
         """
         with ExitStack() as stack:
             with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
-                self.partial.mkdir(exist_ok=True)
+                self._make_partial()
+                stack.callback(self._remove_empty_partial)  # a signal may come before there is a lock
                 self._check_partial("", str(self.partial))
                 lock = self._hold(stack)
                 stack.callback(self.clean_up)

@@ -23,16 +23,22 @@ from types import FrameType
 from typing import Any
 
 
-class Interruption(KeyboardInterrupt):
+class StopSignal(KeyboardInterrupt):
+    """A signal that asks for the end. is_resumable: a run has left a checkpoint from which it can be continued."""
+
+    is_resumable = False
+
+
+class Interruption(StopSignal):
     """SIGINT. A class of its own: once a plain KeyboardInterrupt has passed through the `exec` of a string, as
     dataclasses and namedtuples run it, Python kills the process by SIGINT as it exits, whatever its exit code."""
 
 
-class Termination(KeyboardInterrupt):
+class Termination(StopSignal):
     """Any other signal that asks for the end."""
 
 
-_EXCEPTIONS: dict[signal.Signals, type[KeyboardInterrupt]] = {
+_EXCEPTIONS: dict[signal.Signals, type[StopSignal]] = {
     signal.SIGINT: Interruption,
     signal.SIGTERM: Termination,
     signal.SIGHUP: Termination,
@@ -48,14 +54,23 @@ RELAY_SECONDS = 2.0
 """Seconds within which a launcher passes a signal on to its processes."""
 
 
+def _silent(line: str) -> None:
+    pass
+
+
 class Stop:
     """Whether a signal has asked the run to stop. requested: the exception of the first signal; None without one."""
 
-    requested: type[KeyboardInterrupt] | None = None
+    requested: type[StopSignal] | None = None
 
 
 class _Handler(Stop):
-    """A handler that remembers the first signal, and does nothing else."""
+    """A handler that remembers the first signal, and does nothing else.
+
+    report: Takes a line about a signal that is deferred.
+    """
+
+    report: Callable[[str], None] = staticmethod(_silent)
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Called with each signal."""
@@ -65,6 +80,9 @@ class _Handler(Stop):
 class _RaisingHandler(_Handler):
     """A handler that raises, and remembers what: Python drops what is raised in a destructor or a weak reference, and
     some libraries turn what is raised during their imports into an error of their own."""
+
+    def __init__(self, report: Callable[[str], None]):
+        self.report = report
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         again = self.requested is not None
@@ -78,7 +96,7 @@ class _DeferringHandler(_Handler):
 
     def __init__(self, report: Callable[[str], None], *, repeated: bool):
         self.requested = _requested()
-        self._report, self._repeated = report, repeated
+        self.report, self._repeated = report, repeated
         self._first = time.monotonic() if self.requested else None  # of the repeatable signals
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -86,19 +104,23 @@ class _DeferringHandler(_Handler):
         self.requested = self.requested or _EXCEPTIONS[signal.Signals(number)]
         if number not in _REPEATABLE:
             if new:
-                self._report("stopping after this step")
+                self.report("stopping after this step")
         elif self._first is None:
             self._first = time.monotonic()
-            self._report("stopping after this step; once more stops at once")
+            self.report("stopping after this step; once more stops at once")
         elif not self._repeated or time.monotonic() > self._first + RELAY_SECONDS:
             raise _EXCEPTIONS[signal.Signals(number)]
 
 
-def _requested() -> type[KeyboardInterrupt] | None:
-    """What the current handlers remember. Some signals may have no handler, see `_handled`."""
+def _requested() -> type[StopSignal] | None:
+    """What the current handlers remember."""
+    return next((handler.requested for handler in _handlers() if handler.requested is not None), None)
+
+
+def _handlers() -> Iterator[_Handler]:
+    """The current handlers of this module. Some signals may have none, see `_handled`."""
     handlers = (signal.getsignal(number) for number in _EXCEPTIONS)
-    remembered = (handler.requested for handler in handlers if isinstance(handler, _Handler))
-    return next((exception for exception in remembered if exception is not None), None)
+    return (handler for handler in handlers if isinstance(handler, _Handler))
 
 
 def write_line(line: str) -> None:
@@ -116,14 +138,16 @@ def write_line(line: str) -> None:
 
 
 @contextmanager
-def raise_on_signals() -> Iterator[Stop]:
+def raise_on_signals(report: Callable[[str], None] = _silent) -> Iterator[Stop]:
     """Inside, a signal raises `Interruption` or `Termination`, so that unfinished work is cleaned up.
+
+    report: Takes a line about each signal that `defer_signals` defers inside, see there.
 
     Gives the `Stop`, which remembers the signal even where the exception was lost on its way.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, KeyboardInterrupt) else hook(dropped)
-    handler = _RaisingHandler()
+    handler = _RaisingHandler(report)
     try:
         with _handled(handler):
             yield handler
@@ -132,17 +156,20 @@ def raise_on_signals() -> Iterator[Stop]:
 
 
 @contextmanager
-def defer_signals(report: Callable[[str], None] = write_line, *, repeated: bool = False) -> Iterator[Stop]:
+def defer_signals(report: Callable[[str], None] | None = None, *, repeated: bool = False) -> Iterator[Stop]:
     """Inside, the first signal is only remembered and reported; a second SIGINT or SIGTERM raises.
 
     A signal that came before, and whose exception Python dropped, counts as the first. Look at the `Stop` once more
     when all is done, or a signal after the last look is lost.
 
     Args:
-        report: Is called by the signal handler, and may do nothing that such a handler may not.
+        report: Is called by the signal handler, and may do nothing that such a handler may not. By default, what the
+            handlers outside report to: `write_line` of the command line, nothing in other programs.
         repeated: A launcher passes on a signal that the terminal has sent already, so one that follows within
             `RELAY_SECONDS` is the same.
     """
+    if report is None:
+        report = next((handler.report for handler in _handlers()), _silent)
     handler = _DeferringHandler(report, repeated=repeated)
     with _handled(handler):
         yield handler

@@ -235,7 +235,9 @@ def with_absolute_paths(run: RunConfig) -> RunConfig:
     def absolute(key: str, path: str) -> str:
         expanded = Path(path).expanduser()
         may_be_hub_id = key == BASE or (key != config.OUTPUT and looks_like_hub_id(path))
-        return path if may_be_hub_id and not expanded.exists() else str(expanded.absolute())
+        if may_be_hub_id and not expanded.exists():
+            return path
+        return str(expanded.resolve() if ".." in expanded.parts else expanded.absolute())  # adapters refuse `..`
 
     result = config.with_paths(run, absolute)
     fix = "start from a directory whose name is UTF-8"

@@ -169,7 +169,7 @@ def _local_path(source: Source | GivenRows) -> Path | None:
     return None if files.looks_like_hub_id(source.path) and not os.path.exists(path) else path
 
 
-def read_rows(source: Source, file: BinaryIO | None = None) -> list[Row]:
+def read_rows(source: Source | GivenRows, file: BinaryIO | None = None) -> list[Row]:
     """All rows of a source at once, in order, after its slice.
 
     Args:

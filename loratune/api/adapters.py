@@ -1,0 +1,240 @@
+"""The public `Adapters`: one or several adapters of one base, loaded together, or their weighted sum."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from os import PathLike, fspath
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, BinaryIO, Literal
+
+from loratune.adapter import selection
+from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.sampling import Sampling
+from loratune.adapter.selection import UNNAMED, Selection
+from loratune.api import Rows, StrPath, libraries
+from loratune.codes import Code
+from loratune.config import Source
+from loratune.errors import ConfigError, Problem
+from loratune.events import Listener, listening, note
+
+if TYPE_CHECKING:
+    from loratune.adapter.loading import LoadedAdapters
+    from loratune.commands.chat import Chat
+    from loratune.commands.export import Exported
+    from loratune.commands.generate import Answer
+    from loratune.data.sources import GivenRows
+    from loratune.data.sources.rows import Row
+    from loratune.system.output_dir import OutputDirectory
+
+Client = Literal["peft", "vllm", "gguf", "ollama"]
+
+
+class Adapters:
+    """Several adapters of one base, which are loaded together; or their weighted sum.
+
+    They are opened and verified when they are first used.
+
+    Attributes:
+        paths: Name → directory.
+    """
+
+    def __init__(
+        self,
+        adapters: Mapping[str, StrPath] | Sequence[str],
+        *,
+        use: str | None = None,
+        mix: Mapping[str, float] | str | None = None,
+        force: bool = False,
+    ):
+        """Name the adapters.
+
+        Args:
+            adapters: Name → directory; or texts as the command line takes them, `NAME=DIR`, or `DIR` alone.
+            use: The name of the adapter for prompts that name none; by default the first.
+            mix: Name → weight: the weighted sum of these adapters is used instead of single ones. As text,
+                `sql:0.7,tone:0.3`.
+            force: Also use them with edited files, or on another base.
+
+        Raises:
+            ConfigError: A name is not valid, unknown or repeated; a weight is not a finite number.
+        """
+        if isinstance(mix, Mapping):
+            mix = ",".join(f"{name}:{weight}" for name, weight in mix.items())
+        if isinstance(adapters, Mapping) and [*adapters] == [UNNAMED]:  # also where the path has a `=`
+            self._selection = Selection({UNNAMED: Path(adapters[UNNAMED])}, UNNAMED, {})
+        else:
+            if isinstance(adapters, Mapping):
+                adapters = [f"{name}={fspath(path)}" for name, path in adapters.items()]
+            self._selection = selection.parse(adapters, use, mix)
+        self._force = force
+        self.paths: Mapping[str, Path] = self._selection.directories
+
+    @cached_property
+    def _opened(self) -> Mapping[str, AdapterDirectory]:
+        return {name: AdapterDirectory.open(path, forced=self._force) for name, path in self.paths.items()}
+
+    def open(self) -> list[str]:
+        """Open and verify them now. Returns the directory or the hub id of each base. Raises AdapterError."""
+        return [one.base.name_or_path for one in self._opened.values()]
+
+    @cached_property
+    def _loaded(self) -> "LoadedAdapters":
+        with libraries():
+            from loratune.adapter import loading
+
+        return loading.load_selection(self._opened, self._selection)
+
+    def answers(
+        self,
+        rows: Rows | BinaryIO,
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling = Sampling(),  # noqa: B008  it is frozen
+        base: bool = False,
+        on_text: Callable[[str], None] | None = None,
+        progress: bool = True,
+    ) -> "Iterator[Answer]":
+        """Complete the prompts of rows. All is checked before the first completion.
+
+        Args:
+            rows: Rows, texts or conversations. A field `adapter` of a row names the adapter that answers it. A binary
+                file has JSON lines.
+            max_new_tokens: The longest completion, in tokens.
+            sampling: How tokens are chosen, and where completions end.
+            base: Also complete with the base alone.
+            on_text: Receives the completion of a single prompt piece by piece.
+            progress: Emit events on how many rows are done.
+
+        Raises:
+            AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
+            ConfigError: As `Adapter.generate`.
+        """
+        sampling.check()
+        read = _read_prompts(rows)
+        self.open()
+        with libraries():
+            from loratune.commands import generate
+
+        names = generate.names(self._selection, read)
+        return generate.answers(
+            self._loaded, names, read, sampling, max_new_tokens, base=base, on_text=on_text, shows_progress=progress
+        )
+
+    def chat(self, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> "Chat":
+        """Begin a conversation, whose `ask` answers a turn.
+
+        Args:
+            system: The system message.
+            max_new_tokens: The longest answer, in tokens.
+            temperature: 0 for the likeliest token; above it, tokens are sampled.
+
+        Raises:
+            AdapterError, ModelError: An adapter or the base cannot be used.
+            ConfigError: The temperature is out of range; a system message is given to an adapter that was trained on
+                raw prompts.
+        """
+        sampling = Sampling(temperature)
+        sampling.check()
+        self.open()
+        with libraries():
+            from loratune.commands.chat import Chat
+
+        return Chat(self._loaded, system=system, max_new_tokens=max_new_tokens, sampling=sampling)
+
+    def export(
+        self,
+        to: Client,
+        output: StrPath,
+        *,
+        merged: Literal["f32", "f16", "bf16", "q8_0"] | None = None,
+        llama_cpp: StrPath | None = None,
+        base_gguf: StrPath | None = None,
+        verify: bool | None = None,
+        rows: Rows | None = None,
+        overwrite: bool = False,
+        on_event: Listener | None = None,
+    ) -> "Exported":
+        """Write the adapter, or the weighted sum, for another program, read it back, and compare.
+
+        Args:
+            to: The program.
+            output: The directory.
+            merged: For gguf and ollama: one file of base and adapter in this type, instead of the adapter alone.
+            llama_cpp: A checkout of llama.cpp, for its converters.
+            base_gguf: A GGUF file of the base, whose tokenizer is used.
+            verify: Run it in its program and compare; by default where that is installed.
+            rows: Rows to compare on; by default prompts of the training.
+            overwrite: Replace an earlier export at `output`.
+            on_event: Receives events.
+
+        Raises:
+            AdapterError: The program cannot read the adapter, or computes something else.
+            ConfigError, ModelError, DataError, ResourceError: Output, base or rows cannot be used.
+        """
+        from loratune.export.clients import ExportOptions
+
+        with listening(on_event), TemporaryDirectory() as place:
+            converters, tokenizer = (Path(path) if path else None for path in (llama_cpp, base_gguf))
+            options = ExportOptions(to, merged, converters, tokenizer, verify)
+            weights = self._selection.mix
+            if len(self.paths) > 1 and not weights:
+                what, fix = "several adapters are exported as one, their sum", "give weights: --mix sql:0.7,tone:0.3"
+                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--mix", fix=fix))
+            files = {"--llama-cpp": converters, "--base-gguf": tokenizer}
+            directory = output_directory(output, self._opened, rows, overwrite=overwrite, **files)
+            with libraries():
+                from loratune import data
+                from loratune.adapter import loading
+                from loratune.commands import export
+
+            source = next(iter(self._opened.values()))
+            split = data.read_source(source_of(rows), source.data) if rows is not None else None
+            if weights:
+                weighted = [(self._opened[name], weight) for name, weight in weights.items()]
+                source = loading.write_mixture(Path(place), weighted)
+            return export.export(source, directory, options, mix=weights, split=split)
+
+
+def source_of(rows: Rows) -> "Source | GivenRows":
+    """Rows as what `read_source` takes. Raises DataError: they are something else."""
+    if isinstance(rows, str | PathLike):
+        return Source(path=fspath(rows))
+    from loratune.data.sources import given_rows
+
+    return given_rows(rows, "rows")
+
+
+def _read_prompts(rows: Rows | BinaryIO) -> "list[Row]":
+    """The rows to answer. Raises DataError: they cannot be read."""
+    from loratune.data import sources
+    from loratune.data.sources.rows import Row
+
+    if hasattr(rows, "readline"):
+        return sources.read_rows(Source(path="stdin"), rows)
+    if isinstance(rows, Sequence) and not isinstance(rows, str) and all(isinstance(row, str | list) for row in rows):
+        named = [{"prompt" if isinstance(row, str) else "messages": row} for row in rows]
+        return [Row(f"prompt {number}", row) for number, row in enumerate(named, start=1)]
+    source = source_of(rows)
+    if line := sources.left_out(source):
+        note(line)
+    return sources.read_rows(source)
+
+
+def output_directory(
+    output: StrPath,
+    adapters: Mapping[str, AdapterDirectory],
+    rows: Rows | None,
+    *,
+    overwrite: bool,
+    **files: StrPath | None,
+) -> "OutputDirectory":
+    """Check that a directory may be written. files: option → file that is read. Raises as `output.check`."""
+    from loratune.export import output as outputs
+    from loratune.model.source import local_or_hub
+
+    inputs = {option: Path(path) for option, path in files.items() if path is not None}
+    inputs |= {"--data": Path(rows)} if isinstance(rows, str | PathLike) else {}
+    for name, one in adapters.items():
+        inputs[f"--adapter {name}".strip()] = one.path
+        inputs[f"the base of {name}" if name else "the base"] = Path(local_or_hub(one.base.name_or_path))
+    return outputs.check(Path(output), overwrite=overwrite, inputs=inputs)

@@ -1,0 +1,320 @@
+"""Results as text, the lines that the command line prints. Each line is safe to print, as `escaping.line` makes it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+
+from loratune import escaping
+from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, shape_text, shared_module, shortest
+from loratune.text import block, format_duration, format_size, plural, table
+
+if TYPE_CHECKING:
+    from loratune.api.functions import PublishedAdapter
+    from loratune.commands.export import Exported
+    from loratune.commands.init import Started
+    from loratune.commands.merge import Merged
+    from loratune.commands.params import Params
+    from loratune.commands.sweep import SweepResult
+    from loratune.compare.comparison import Comparison
+    from loratune.compare.tasks import TaskResults
+    from loratune.export.hub import Upload
+    from loratune.lora.stats import AdapterStats, Update
+    from loratune.memory import Estimate
+    from loratune.training.plan import Plan
+
+
+def plan(plan: "Plan") -> tuple[list[str], list[str]]:
+    """The lines before and behind the rendered rows of `train --dry-run`."""
+    lines = []
+    for module_pattern, roles in plan.targets.module_patterns().items():
+        count = sum(pattern(path) == module_pattern for path in plan.targets.paths)
+        shared = plan.targets.shared_roles().get(module_pattern)
+        fused = f", fused: {adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
+        lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
+    before = [*block("targets", lines), str(plan.count), *map(escaping.line, plan.dataset_lines())]
+    size = f"adapter file: {format_size(plan.count.adapter_bytes)}"
+    return before, [size, f"memory at the longest batch: {_memory(plan.memory)}"]
+
+
+def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
+    """A published adapter. program: what to type to start the program."""
+    from loratune.adapter.card import example_prompt
+
+    found, directory, losses = result.trained, result.run.directory, result.trained.losses()
+    lines = [
+        ("adapter", str(directory.output)),
+        ("size", format_size(found.adapter_bytes)),
+        ("trained", f"{found.tokens:,} tokens in {found.steps:,} steps, {format_duration(found.seconds)}"),
+        ("loss", f"{losses[0]:.4f} → {losses[-1]:.4f}"),
+        *found.held_out,
+        ("gain", str(found.gain)),
+        *found.side_effects,
+    ]
+    if found.forgetting is not None:
+        lines.append(("stands alone", "it holds the adapter that it started from"))
+    prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
+    lines.append(("try it", f"{program} generate --adapter {escaping.shell(directory.display_name)} {prompt}"))
+    return block("done", lines)
+
+
+def params(params: "Params") -> Iterator[str]:
+    """Counts, a table of the modules, and the memory that training will need."""
+    yield str(params.count)
+    rows = [
+        [one.role, one.pattern, f"{one.modules}", shape_text(*one.shape, one.experts), f"{one.rank}",
+         f"{one.trainable:,}"]
+        for one in params.groups
+    ]  # fmt: skip
+    rows += [["", name, "", "", "", f"{trainable:,}"] for name, trainable in params.others.items()]
+    yield from table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
+    for module_pattern, fused_roles in params.fused.items():
+        yield f"  {', '.join(fused_roles)}: {module_pattern}, fused"
+    yield f"per layer: {_per_layer(params.layers)}"
+    yield f"adapter file: {format_size(params.count.adapter_bytes)}"
+    yield f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}"
+
+
+def params_notes(params: "Params") -> list[str]:
+    """What of the targets may not be intended."""
+    shared = params.shared_roles.items()
+    return [*params.notes, *(shared_module(name, params.fused[name], roles) for name, roles in shared)]
+
+
+def stats(path: str, stats: "AdapterStats") -> Iterator[str]:
+    """The statistics of an adapter: as a whole, of each kind of module, and of each layer."""
+    from loratune.lora.stats import TABLE_HEADER, by_pattern, span, table_row
+
+    variants = [name for name, used in (("rsLoRA", stats.rslora), ("DoRA", stats.dora)) if used]
+    scalings = [f"scaling {span([update.scaling for update in stats.updates], '.4g')}"] if stats.updates else []
+    rank = span([update.rank for update in stats.updates] or [stats.r], "d")
+    lines = [
+        ("adapter", path),
+        ("base", stats.base),
+        ("rank", ", ".join([rank, f"lora_alpha {stats.lora_alpha:g}", *variants, *scalings])),
+        ("size", f"{format_size(stats.adapter_bytes)}, {stats.parameters:,} numbers"),
+    ]
+    experts, unchanged = (sum(getattr(one, key) for one in stats.updates) for key in ("experts", "unchanged"))
+    if any(update.experts > 1 for update in stats.updates) and unchanged:
+        lines.append(("unchanged", f"{unchanged:,} of {experts:,} modules and experts have an update of zero"))
+    lines += [("also", f"{name}: {count:,} numbers") for name, count in stats.others.items()]
+    width = max(len(name) for name, _ in lines)
+    yield from (escaping.line(f"{name:<{width}}  {value}") for name, value in lines)
+    groups = by_pattern(stats.updates)
+    yield from table(TABLE_HEADER, [[kind, *table_row(group)] for kind, group in groups.items()])
+    yield from _norms(groups)
+
+
+def _norms(groups: "Mapping[str, Sequence[Update]]") -> Iterator[str]:
+    """One row per layer: the norm of ΔW, and the effective rank in brackets."""
+    cells = {
+        (number_of(update.module), module_pattern): f"{update.norm:.3g} ({update.effective_rank:.1f})"
+        for module_pattern, group in groups.items()
+        for update in group
+    }
+    layers = sorted({number for number, _ in cells if number is not None})
+    rows = [[f"{number}", *(cells.get((number, name), "-") for name in groups)] for number in layers]
+    if rows:
+        yield "norm of ΔW (effective rank) by layer"
+        yield from table(["layer", *shortest([*groups])], rows)
+
+
+def started(started: "Started") -> list[tuple[str, str]]:
+    """What `init` found, and what to expect of the run, line by line with names."""
+    rows, fit, run = started.rows, started.fit, started.run
+    lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
+    answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
+    sampled = f", of {len(lengths) // rows.rows_per_example:,} drawn from them" if rows.is_sample else ""
+    median, high = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="inverted_cdf"))
+    sampled += ", of each answer with its prompt" * paired
+    steps = plural(started.steps, "step")
+    duration = f"about {format_duration(max(1, float(f'{started.seconds:.2g}')))} for {steps}"
+    duration += ", within a factor of two; timed under the current load"
+    if run.training.max_minutes is not None:
+        duration = f"at most {run.training.max_minutes:g} min, for about {steps}, within a factor of two"
+    context = f", {started.context:,} positions" if started.context else ""
+    return [
+        ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
+        ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {lengths.max():,} at most{sampled}"),
+        ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
+        ("machine", f"{started.machine}, {fit.free / (1 << 30):.1f} GiB free"),
+        ("time", duration),
+        ("memory", _memory(fit.estimate)),
+        ("adapter", format_size(started.count.adapter_bytes)),
+    ]
+
+
+def started_notes(started: "Started") -> list[str]:
+    """What of the config may not be intended."""
+    lines = [f"data.max_length: {line}" for line in started.cut]
+    if not started.fit.is_roomy:
+        batch = started.run.training.per_device_train_batch_size
+        lines.append(f"memory: even a batch of {batch} takes more than half of what is free, and the run may not fit")
+    return lines
+
+
+def _memory(estimate: "Estimate") -> str:
+    """`about 3.2 GiB (weights 1.0, activations 2.1, runtime 0.1)`, without parts that are negligible."""
+    parts = estimate.parts()
+    total = parts.pop("total")
+    texts = [f"{name} {value / (1 << 30):.1f}" for name, value in parts.items() if value >= 0.05 * (1 << 30)]
+    coarse = "" if estimate.traced else ", by a coarse formula"
+    return f"about {format_size(total)} ({', '.join(texts)}{coarse})"
+
+
+def _per_layer(layers: Mapping[int, int]) -> str:
+    """`30,720 in each of layers 0-29`; several of these where layers differ."""
+    numbers_by_count: dict[int, list[int]] = {}
+    for number, trainable in layers.items():
+        numbers_by_count.setdefault(trainable, []).append(number)
+    return "; ".join(
+        f"{trainable:,} in {'each of layers' if len(numbers) > 1 else 'layer'} {ranges(numbers)}"
+        for trainable, numbers in numbers_by_count.items()
+    )
+
+
+def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
+    """The metrics of each model, how the adapter differs, and the verdict.
+
+    worst: how many of the rows that got worse most are shown.
+    """
+    from loratune.compare import text
+
+    if measured := text.measured(found):
+        yield measured
+    yield f"{text.rows(found)}, 95 % intervals in brackets"
+    yield from table(*text.scores_table(found))
+    yield from table(*text.differences_table(found))
+    rows = text.worst(found, worst)
+    for row in rows:
+        copies = f", {row.copies:,} copies" if row.copies > 1 else ""
+        yield from block(f"{row.where}{copies}", text.row_lines(row, found.compared_with))
+    if worst and not rows:
+        yield f"no {found.item} got worse"
+    lines = [("verdict", text.verdict(found))]
+    if majority := text.majority(found):
+        lines.append(("majority", majority))
+    if found.forgetting is not None:
+        lines.append(("forgetting", text.forgetting(found.forgetting)))
+    yield from block("result", [*lines, *text.required(found.requirements)])
+    if found.tasks is not None:
+        yield from tasks(found.tasks)
+
+
+def tasks(results: "TaskResults") -> Iterator[str]:
+    """The metrics of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    from loratune.compare import text
+
+    limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
+    yield f"tasks of lm-evaluation-harness {results.version}{limit}, 95 % intervals in brackets"
+    yield from table(*text.tasks_table(results))
+    if results.requirements:
+        yield from block("result", text.required(results.requirements))
+
+
+def study(swept: "SweepResult", program: str) -> Iterator[str]:
+    """The trials of a study, the best first, and what became of the best. program: what starts the program."""
+    results = swept.results
+    yield results.summary()
+    yield from table(results.header(), [results.cells(trial) for trial in results.trials])
+    for trial in results.trials:
+        if trial.note:
+            yield escaping.line(f"  trial {trial.number}: {trial.state}: {trial.note}")
+    lines = [("best", results.conclusion())]
+    if results.published is not None:
+        command = f"{program} generate --adapter {escaping.shell(results.published)} {swept.example_prompt}"
+        lines += [("adapter", results.published), ("try it", command)]
+    lines += [
+        ("study", str(swept.directory)),
+        ("look", f"{program} report --study {escaping.shell(str(swept.directory))}"),
+    ]
+    lines += [("note", note) for note in (*results.remarks(), *swept.notes)]
+    yield from block("swept" if swept.stop is None else "interrupted", lines)
+
+
+def upload(upload: "Upload") -> Iterator[str]:
+    """Where an adapter was uploaded to, what of it, and how that was checked."""
+    count, size = len(upload.files), format_size(sum(file.bytes for file in upload.files))
+    lines = [
+        ("repository", upload.url),
+        ("visibility", f"{'public' if upload.public else 'private'}{', new' if upload.created else ''}"),
+        ("base", upload.base),
+        ("files", f"{count}, {size}: {', '.join(file.name for file in upload.files)}"),
+        ("commit", f"{upload.commit}{', which held these files already' if upload.unchanged else ''}"),
+        ("checked", f"{count} files re-read, equal"),
+    ]
+    optional = {
+        "paths replaced": upload.paths_replaced, "removed there": upload.removed, "left out": upload.left_out
+    }  # fmt: skip
+    lines += [(name, ", ".join(names)) for name, names in optional.items() if names]
+    lines.append(("get it", f"hf download {upload.repository} --local-dir {upload.repository.rpartition('/')[2]}"))
+    return block("pushed", lines)
+
+
+def merged_notes(merged: "Merged") -> list[str]:
+    """A line on parameters that lose much of their change to rounding."""
+    if not merged.low:
+        return []
+    worst = merged.low[0]
+    return [
+        f"{len(merged.low)} of {len(merged.written.kept)} parameters keep less than {merged.LOW_SHARE:.0%} of their "
+        f"change in {worst.dtype}, the least {worst.share:.1%} ({worst.name}); --dtype float32 keeps all of it"
+    ]
+
+
+def merged(merged: "Merged") -> Iterator[str]:
+    """What was merged, how it compares with base and adapter, and how it is used."""
+    written, found = merged.written, merged.comparison
+    changed: dict[str, int] = {}
+    for kept in written.kept:
+        changed[pattern(kept.name)] = changed.get(pattern(kept.name), 0) + 1
+    shares = sorted(kept.share for kept in written.kept)
+    files = plural(written.files, "file")
+    lines = [
+        ("model", str(merged.directory)),
+        ("weights", f"{format_size(written.size)} in {files}, {', '.join(written.dtypes)}"),
+        ("merged", ", ".join(f"{name} x {count}" for name, count in changed.items())),
+    ]
+    if written.untied:
+        lines.append(("embeddings", "stored apart, tie_word_embeddings is false"))
+    if shares:
+        lines.append(("change kept", f"{shares[len(shares) // 2]:.1%} (median), {shares[0]:.1%} (least)"))
+    if "tensors" in found:
+        what = f"{found['tensors']} tensors were read back: all are equal, byte for byte"
+        lines.append(("compared", f"{what}; there is too little memory to compute logits"))
+    else:
+        count = f"{found['adapter']['positions']:,} tokens, in {found['dtype']}"
+        lines.append(("compared", f"on {merged.texts.origin}, {count}"))
+    lines.append(("use it", f"AutoModelForCausalLM.from_pretrained({str(merged.directory)!r})"))
+    yield from block("merged", lines)
+    if "tensors" not in found:
+        rows = [
+            [name, f"{one['largest']:.3g}", f"{one['divergence']:.3g}", f"{one['top1']:.1%}"]
+            for name, one in (("base and adapter", found["adapter"]), ("base", found["base"]))
+        ]
+        yield from table(["merged against", "largest logit difference", "KL (nats a token)", "same top-1"], rows)
+
+
+def exported(exported: "Exported") -> Iterator[str]:
+    """What was written and compared, and what to type."""
+    lines = [("written", str(exported.directory)), *exported.lines]
+    return block(f"exported for {exported.client}", [*lines, *(("type", line) for line in exported.commands)])
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], file: TextIO, *, as_csv: bool = False) -> None:
+    """Write rows, as JSON lines or as CSV with a column for each field."""
+    from loratune.data.sources.rows import to_json_line, write_csv
+
+    if as_csv:
+        write_csv(rows, file)
+        return
+    for row in rows:
+        file.write(f"{to_json_line(row)}\n")
+        file.flush()
+
+
+def worst_rows(found: "Comparison", count: int) -> list[dict[str, Any]]:
+    """The rows that got worse most, as plain values."""
+    from loratune.compare import text
+
+    return [row.as_json() for row in text.worst(found, count)]

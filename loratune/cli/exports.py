@@ -1,0 +1,141 @@
+"""`loratune export`, `merge` and `push`: what other programs and people get of an adapter."""
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loratune.cli.application import AdapterPath, Debug, Force, Json, app, check_paths, show
+from loratune.cli.boundary import boundary, stop_error
+from loratune.console import log
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export at --output.")]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FILE", help="Rows for the verification; by default prompts recorded by training."),
+]
+
+
+class Dtype(StrEnum):
+    """The dtypes of a merged model."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+@app.command()
+def export(
+    adapters: Annotated[
+        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; several with --mix.")
+    ],
+    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
+    output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
+    merged: Annotated[
+        str | None, typer.Option("--merged", metavar="TYPE", help="Export the merged model, as f32, f16, bf16 or q8_0.")
+    ] = None,
+    llama_cpp: Annotated[
+        Path | None, typer.Option("--llama-cpp", metavar="DIR", help="A checkout of llama.cpp, for its converters.")
+    ] = None,
+    base_gguf: Annotated[
+        Path | None,
+        typer.Option(
+            "--base-gguf",
+            metavar="FILE",
+            help="A GGUF file of the base, to verify with; --merged copies its tokenizer.",
+        ),
+    ] = None,
+    data: Data = None,
+    mix: Annotated[
+        str | None, typer.Option("--mix", metavar="NAME:WEIGHT,...", help="Export the weighted sum of adapters.")
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Verify the export in its program; by default if that is installed."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Export an adapter for vLLM, llama.cpp, Ollama or PEFT. The export is verified."""
+    with boundary(debug):
+        check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
+
+        import loratune
+
+        client: Any = to
+        weights: Any = merged
+        result = loratune.Adapters(adapters, mix=mix, force=force).export(
+            client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify, rows=data,
+            overwrite=overwrite,
+        )  # fmt: skip
+
+        from loratune.api import display
+
+        show(display.exported(result), result.as_json(), as_json)
+
+
+@app.command()
+def merge(
+    adapter: AdapterPath,
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The directory of the merged model.")],
+    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")] = None,
+    data: Data = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base. The merged model is verified against the adapter and the base."""
+    with boundary(debug, memory_fix="free memory, or merge on a larger machine"):
+        check_paths(adapter=adapter, output=output, data=data)
+
+        import loratune
+
+        chosen: Any = dtype and dtype.value
+        opened = loratune.Adapter(adapter, force=force)
+        result = opened.merge(output, dtype=chosen, rows=data, overwrite=overwrite)
+
+        from loratune.api import display
+
+        log(*display.merged_notes(result))
+        show(display.merged(result), result.as_json(), as_json)
+
+
+@app.command()
+def push(
+    repository: Annotated[str, typer.Argument(metavar="USER/NAME", help="The repository on the hub.")],
+    adapter: AdapterPath,
+    public: Annotated[
+        bool, typer.Option("--public", help="Make the repository public; by default it is private.")
+    ] = False,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            "--base", metavar="USER/MODEL", help="The name of the base on the hub, if it was trained from a local path."
+        ),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Upload an adapter to the hub. The upload is one commit without local paths, and is verified."""
+    with boundary(debug):
+        check_paths(adapter=adapter)
+        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # exported lazily
+
+        from loratune.api.functions import push
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+        try:
+            upload = push(adapter, repository, public=public, base=base)
+        except KeyboardInterrupt as stop:
+            fix = "the repository holds the whole adapter or nothing of it; the same command completes it"
+            raise stop_error(stop, fix) from None
+
+        from loratune.api import display
+
+        show(display.upload(upload), upload.as_json(), as_json)

@@ -1,0 +1,52 @@
+"""The notebook of the quickstart: it has the outputs of a real run, and its cells run in a Jupyter kernel."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from conftest import ROOT
+from nbclient import NotebookClient
+
+NOTEBOOK = ROOT / "configs" / "quickstart" / "quickstart.ipynb"
+
+
+def cells() -> list[Any]:
+    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+
+
+def printed(cell: Any) -> str:
+    """What a cell has printed, and its value."""
+    return "".join(
+        out.get("text", "") or out["data"]["text/plain"] for out in cell.outputs if out.output_type != "error"
+    )
+
+
+def test_it_has_the_outputs_of_a_real_run() -> None:
+    parameters, *others = cells()
+    assert parameters.outputs == [] and "parameters" in parameters.metadata.tags
+    assert [cell.execution_count for cell in cells()] == [*range(1, len(others) + 2)]
+    assert not [
+        out for cell in others for out in cell.outputs if out.output_type == "error" or out.get("name") == "stderr"
+    ]
+    assert "held-out loss" in printed(others[1]) and printed(others[-1]).rstrip().endswith("better")
+    assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
+
+
+def test_its_cells_run_on_a_tiny_model(tiny_dir: Path, tmp_path: Path) -> None:
+    """In a kernel, with other parameters; what is required of a real model is not required of this one."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    first, *others = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert "parameters" in first.metadata.tags
+    rows = tmp_path / "quickstart"
+    rows.mkdir()
+    for name, count in (("train.jsonl", 64), ("eval.jsonl", 8), ("demo.jsonl", 3)):
+        lines = (NOTEBOOK.parent / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (rows / name).write_text("".join(lines[:count]), encoding="utf-8")
+    (rows / "config.yaml").write_bytes((NOTEBOOK.parent / "config.yaml").read_bytes())
+    given = {"QUICKSTART": rows, "MODEL": tiny_dir, "OUTPUT": tmp_path / "out"}
+    first.source = "from pathlib import Path\n\nSTEPS = 8\n"
+    first.source += "".join(f"{name} = Path({json.dumps(str(path))})\n" for name, path in given.items())
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert printed(others[1]).count("held-out loss") >= 1 and "'steps': 8" in printed(others[2])
