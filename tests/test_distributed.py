@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,6 +59,24 @@ def shared(size: int, accumulated: int = 1) -> tuple[str, str]:
     )  # fmt: skip
 
 
+Alone = Callable[[str], tuple[Path, dict[str, Any], Path]]
+
+
+@pytest.fixture(scope="module")
+def alone(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Alone:
+    """Trains on uneven rows in one process, once for each way of packing: the config, the record and the weights."""
+
+    @cache
+    def trained_alone(packing: str) -> tuple[Path, dict[str, Any], Path]:
+        folder = tmp_path_factory.mktemp("alone")
+        rows = str(write_rows(folder / "uneven.jsonl", UNEVEN))
+        data, training = {"train": rows, "packing": packing, **EVALUATED}, {"num_train_epochs": 3, "eval_steps": 4}
+        config = config_in(folder, tiny_dir)(data=data, training=training)
+        return config, trained(processes, config, folder / "1", 1, *shared(8)), folder / "1" / WEIGHTS
+
+    return trained_alone
+
+
 SLOW = pytest.mark.slow
 LAYOUTS = ((2, shared(2, 2)), (4, shared(2)), (2, shared(4)), (4, shared(1, 2)))
 
@@ -75,17 +95,14 @@ def test_two_and_four_processes_do_what_one_does(
     packing: str,
     layouts: tuple[tuple[int, tuple[str, str]], ...],
     processes: ForkServer,
-    run_config: MakeConfig,
+    alone: Alone,
     tmp_path: Path,
 ) -> None:
-    rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
-    training = {"num_train_epochs": 3, "eval_steps": 4}
-    config = run_config(data={"train": rows, "packing": packing, **EVALUATED}, training=training)
-    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    config, record, weights = alone(packing)
     for count, settings in layouts:
         out = tmp_path / f"{count} {settings}"
-        same(trained(processes, config, out, count, *settings), alone)
-        tensors, expected = load_file(out / WEIGHTS), load_file(tmp_path / "1" / WEIGHTS)
+        same(trained(processes, config, out, count, *settings), record)
+        tensors, expected = load_file(out / WEIGHTS), load_file(weights)
         assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
@@ -100,7 +117,7 @@ def test_packs_are_shared_out(
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
-@pytest.mark.parametrize("objective", ["dpo", pytest.param("kto", marks=SLOW)])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=SLOW), "kto"])
 def test_compared_answers_are_shared_out(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -278,6 +295,7 @@ from loratune import data
 prepare = data.prepare
 def slowly(*arguments):
     time.sleep(5)
+    data.prepare = prepare
     return prepare(*arguments)
 data.prepare = slowly
 """
@@ -548,20 +566,22 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
     [("fsdp2", "none"), pytest.param("fsdp2", "4bit", marks=SLOW), pytest.param("zero3", "none", marks=[ZERO3, SLOW])],
 )
 def test_a_base_that_is_spread_learns_the_same(
-    how: str, quantization: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    how: str, quantization: str, processes: ForkServer, alone: Alone, tmp_path: Path
 ) -> None:
-    rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
-    model = {"quantization": quantization, "dtype": "float32" if quantization == "none" else "bfloat16"}
-    config = run_config(
-        model=model, data={"train": rows, **EVALUATED}, training={"num_train_epochs": 2, "eval_steps": 4}
-    )
-    alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
+    config, expected, _ = alone("batch")
+    if quantization != "none":
+        values = yaml.safe_load(config.read_text())
+        values["model"] |= {"quantization": quantization, "dtype": "bfloat16"}
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(values))
+        expected = trained(processes, config, tmp_path / "1", 1, *shared(8))
     settings = [part for one in shared(4) for part in ("--set", one)]
     spread_to_the_end(how, processes, config, tmp_path / "2", *settings)
     record = json.loads((tmp_path / "2" / "loratune.json").read_text())
     if quantization == "none":
-        same(record, alone)
-    for entry, known in zip(curve(record), curve(alone), strict=True):  # which computes LoRA in bfloat16 where it can
+        same(record, expected)
+    # The other one computes LoRA in bfloat16 where it can.
+    for entry, known in zip(curve(record), curve(expected), strict=True):
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
 
 
@@ -594,7 +614,7 @@ def test_experts_learn_the_same_in_several_processes(
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", pytest.param("orpo", marks=SLOW), "kto"])
+@pytest.mark.parametrize("objective", ["dpo", *(pytest.param(one, marks=SLOW) for one in ("orpo", "kto"))])
 def test_answers_are_compared_over_a_spread_base(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:

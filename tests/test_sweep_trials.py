@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +23,11 @@ from loratune.codes import Code
 from loratune.commands.sweep import _Sweep
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
+from loratune.events import Event, NoteEvent, ProgressEvent, StepEvent
 from loratune.lora import attach, tensors
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import BEST, WORSE, StudyResults
-from loratune.study.trials import Budget
+from loratune.study.trials import Budget, TrialProgress
 
 Cli = Callable[..., Ran]
 RANKS = ("--grid", "lora.r=2,4")
@@ -511,3 +513,14 @@ def test_one_bit_of_a_base_is_seen() -> None:
     assert not state.restore(base)
     weight.view(torch.int32)[3, 5] ^= 1
     assert state.restore(base)
+
+
+def test_a_trial_shows_life_in_steps_and_while_rows_are_read() -> None:
+    beats, seen = list[object](), list[Event]()
+    study: Any = SimpleNamespace(show_life=beats.append)
+    record: Any = object()
+    listen = TrialProgress(seen.append, study, record, halving=False, brief=False)
+    events = [NoteEvent("a"), ProgressEvent(1, "tokenizing"), StepEvent(1, 2, 3)]
+    for event in events:
+        listen(event)
+    assert beats == [record] * 2 and seen == events

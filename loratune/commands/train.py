@@ -72,7 +72,7 @@ def train(
         return carry_out(make_plan(run, group), allow_worse=allow_worse, began=began)
 
 
-def carry_out(plan: Plan, *, allow_worse: bool = False, began: float = 0.0) -> TrainedAdapter | None:
+def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> TrainedAdapter | None:
     """Train the adapter of a plan, and publish it. The lock of the run's directory is held outside.
 
     Arguments, result and errors as of `train`.

@@ -39,8 +39,6 @@ from loratune.training.preferences import (
 )
 from loratune.training.processes import SharedStop
 
-CURVE_KEYS = ("loss", "eval_loss")
-"""Under which the trainer logs the loss of steps and the held-out loss."""
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
 loratune.json, which then stays below 200 kB."""
@@ -101,7 +99,7 @@ class TrainedAdapter:
         return self.evaluations.step if self.evaluations and self.keeps_best else self.steps
 
     def losses(self, key: str = "loss") -> list[float]:
-        """Those of the curve, or the held-out losses. key: one of `CURVE_KEYS`."""
+        """Those of the curve. key: `loss` for those of steps, `eval_loss` for the held-out losses."""
         return [entry[key] for entry in self.curve if key in entry]
 
     @property
@@ -177,13 +175,15 @@ class TrainedAdapter:
         }
 
 
-def thinned(history: Sequence[dict[str, float]], keys: tuple[str, str] = CURVE_KEYS) -> list[dict[str, float]]:
+def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     """The reports of a trainer that hold a loss or a held-out loss, evenly thinned where there are very many.
 
-    The first and the last of either kind are always kept, and so is the lowest held-out loss. keys: of the two losses.
+    The first and the last of either kind are always kept, and so is the lowest held-out loss.
     """
-    losses, held_out = ([number for number, entry in enumerate(history) if key in entry] for key in keys)
-    lowest = sorted(held_out, key=lambda number: history[number][keys[1]])[:1]
+    losses, held_out = (
+        [number for number, entry in enumerate(history) if key in entry] for key in ("loss", "eval_loss")
+    )
+    lowest = sorted(held_out, key=lambda number: history[number]["eval_loss"])[:1]
     kept = {*_spread(losses, MOST_LOSSES), *_spread(held_out, MOST_HELD_OUT - 1), *lowest}
     return [history[number] for number in sorted(kept)]
 

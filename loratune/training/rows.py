@@ -26,7 +26,6 @@ from loratune.model import load
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.preflight import Run, StartAdapter
 
-REPLAY = "data.replay"
 _FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
 """The tokens of a passage of unrelated text, at least and at most. It has no more than a row may have."""
 
@@ -261,7 +260,7 @@ def _prepare_earlier(run: Run, start: StartAdapter, name: str) -> TokenizedDatas
     if rows.fingerprint != recorded:
         what = f"the {name} rows of the earlier run are not those that it recorded"
         fix = "put the rows back as they were, or leave data.replay out"
-        raise DataError(Problem(Code.DATA_REPLAY, what, str(path), REPLAY, fix))
+        raise DataError(Problem(Code.DATA_REPLAY, what, str(path), "data.replay", fix))
     return rows
 
 

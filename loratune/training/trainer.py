@@ -30,7 +30,7 @@ from loratune.training.checkpoints.record import StepLosses
 from loratune.training.checkpoints.store import check_tensors
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
-from loratune.training.results import CURVE_KEYS, TrainedAdapter, thinned
+from loratune.training.results import TrainedAdapter, thinned
 from loratune.training.upstream import (
     CheckpointTrainer,
     exclude_from_ddp,
@@ -272,7 +272,7 @@ class RunTrainer(CheckpointTrainer):
             tokens=int(self.state.num_input_tokens_seen),
             seconds=seconds,
             tokens_per_second=self.pace.overall(self.state),
-            curve=thinned(self.state.log_history, CURVE_KEYS),
+            curve=thinned(self.state.log_history),
         )
 
     @contextmanager
