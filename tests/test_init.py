@@ -177,12 +177,6 @@ def test_no_config_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
 BASES: dict[str, tuple[dict[str, Any], bytes | None, Code | None]] = {
     "no weights": ({}, None, Code.MODEL_DAMAGED),
     "damaged weights": ({}, b"\xff" * 50, Code.MODEL_DAMAGED),
-    "packages missing": (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        b"",
-        Code.SYSTEM_MISSING_PACKAGE,
-    ),
-    "implausibly wide": ({"hidden_size": 10**12}, b"", Code.MODEL_UNREADABLE),
     "no positions": ({"max_position_embeddings": -1}, b"", None),
 }
 
