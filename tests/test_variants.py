@@ -30,7 +30,7 @@ from loratune.events import Event, Listener, StepEvent, listening
 from loratune.lora import attach, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
-from loratune.lora.initialize import AdapterInit
+from loratune.lora.tensors import AdapterInit
 from loratune.model import load, stored
 from loratune.training import preflight, trainer
 from loratune.training.checkpoints import run_dir
