@@ -153,8 +153,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
         run, draft: The config so far, see `init_start.checked`; values that are set in the draft do not change.
 
     Raises:
-        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`; a quantized
-            base lacks its packages.
+        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`.
         DataError: As `measure` and `data.prepare`.
         ConfigError: A key needs validation rows, and there are too few rows to hold any out.
     """
