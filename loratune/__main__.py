@@ -1,4 +1,4 @@
-"""`loratune` and `python -m loratune`, so that `accelerate launch -m` and `torchrun -m` can start it."""
+"""The entry point of `loratune` and `python -m loratune`. `accelerate launch -m` and `torchrun -m` can start it too."""
 
 import os
 import sys

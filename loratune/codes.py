@@ -1,4 +1,4 @@
-"""The stable codes of everything that can be wrong; loratune/codes.md is written from here."""
+"""The stable codes of all errors and warnings. loratune/codes.md is generated from this module."""
 
 from enum import StrEnum
 

@@ -1,4 +1,4 @@
-"""What the user sees: progress and messages on stderr, results in small aligned blocks on stdout."""
+"""Prints messages and progress to stderr, and results in small aligned blocks to stdout."""
 
 import io
 import json

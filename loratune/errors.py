@@ -14,8 +14,8 @@ LoratuneError           1   unexpected
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
-An error holds every problem, so that the user can fix all of them at once. `commands.boundary` is the one place that
-turns an error into lines on stderr and an exit code.
+An error holds every problem, so that the user can fix all of them at once. `cli.boundary` is the one place that turns
+an error into lines on stderr and an exit code.
 """
 
 import errno

@@ -1,7 +1,7 @@
 """Escaping of untrusted text: for a terminal, one line of a log, a shell into which it is pasted, and a model card.
 
 Escape sequences in data, file names or a model's answer could otherwise set a terminal's title, write to its clipboard
-(OSC 52) or clear the screen, and marks of direction show text in another order than it has.
+(OSC 52) or clear the screen, and bidirectional control characters change the displayed order of text.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Events: what happens inside loratune while it works, as plain values that a listener receives.
+"""Events: notes, progress and results as plain values, which a listener receives while loratune works.
 
 The library emits events and prints nothing. Every function of the public API takes `on_event`, a function that is
 called with each event in the thread that works; the command line passes one that draws progress bars and lines.

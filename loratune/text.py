@@ -1,4 +1,4 @@
-"""Numbers, blocks and tables as people read them."""
+"""Formats numbers, blocks and tables for people."""
 
 from collections.abc import Iterable, Iterator, Sequence
 

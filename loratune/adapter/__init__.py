@@ -5,6 +5,6 @@
     loaded.complete([loaded.renderer.prompt("...", "prompt 1")], 64)
     with loaded.without_adapter(): ...                  # the base alone
 
-`loading.load_all` attaches several adapters to one base, and `loading.load_selection` also their weighted sum.
-`card` writes what a directory says about itself. Nothing here knows how an adapter is trained.
+`loading.load_all` attaches several adapters to one base, and `loading.load_selection` also their weighted sum. `card`
+writes the model card and the record of a directory. This package does not depend on training.
 """

@@ -1,4 +1,4 @@
-"""What an adapter directory says about itself: the model card (README.md) and the provenance (loratune.json)."""
+"""The model card (README.md) and the provenance record (loratune.json) of an adapter directory."""
 
 import json
 import platform

@@ -1,4 +1,4 @@
-"""An adapter directory: its files, verified against their record, and what they say about base, rows and prompts."""
+"""An adapter directory: its files, verified against their record, and its settings for base, rows and prompts."""
 
 import shutil
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""An adapter on its base, and the completion of prompts by it; prompts of several adapters may share a batch."""
+"""Generation with an adapter on its base. Prompts for several adapters may share a batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Loading adapter directories for use: one base, checked to be theirs, and the adapters attached to it."""
+"""Loads adapter directories for use: loads the base once, checks that it is theirs, and attaches the adapters."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

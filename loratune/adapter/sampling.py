@@ -1,4 +1,4 @@
-"""How the tokens of a completion are chosen, and where it ends."""
+"""Sampling: how the tokens of a completion are chosen, and where the completion ends."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

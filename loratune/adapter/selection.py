@@ -1,4 +1,4 @@
-"""Which adapters a command is given: `--adapter DIR`, or several as `--adapter NAME=DIR`, `--use` and `--mix`."""
+"""The adapters of a command: `--adapter DIR`, or several as `--adapter NAME=DIR`, with `--use` and `--mix`."""
 
 import math
 import re

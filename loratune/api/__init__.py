@@ -1,11 +1,11 @@
 """The public API: what `import loratune` offers.
 
-Functions that take long take `on_event`, which is called with what happens meanwhile, see `loratune.events`. Nothing is
+Long-running functions take `on_event`, a function that is called with events, see `loratune.events`. Nothing is
 printed; signal handlers, warnings and environment variables stay as they are, or are put back. Errors are those of
 `loratune.errors`, and each has `.problems`, which name a parameter as the command line does, such as `--output`.
 
-Modules of this package import torch and the like inside functions, so that what is wrong with a config or with rows is
-found without them.
+Modules of this package import torch and other large libraries inside functions, so that errors in a config or in rows
+are found without them.
 """
 
 import gc

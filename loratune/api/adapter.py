@@ -1,4 +1,4 @@
-"""The public `Adapter`: an adapter directory, and all that can be done with it."""
+"""The public class `Adapter`: an adapter directory and its operations (generate, evaluate, merge, export, push)."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial

@@ -1,4 +1,4 @@
-"""The public `Adapters`: one or several adapters of one base, loaded together, or their weighted sum."""
+"""The public class `Adapters`: one or several adapters of one base, loaded together, or their weighted sum."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Results as text, the lines that the command line prints. Each line is safe to print, as `escaping.line` makes it."""
+"""Formats results as the lines that the command line prints. Each line is escaped by `escaping.line`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO

@@ -1,4 +1,4 @@
-"""`loratune.sweep`, which needs the package optuna."""
+"""The public function `loratune.sweep`. It needs the package optuna."""
 
 import json
 import time

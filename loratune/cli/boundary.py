@@ -1,4 +1,4 @@
-"""Where errors become `error:` lines and exit codes: the one place, around every command."""
+"""Turns errors into `error:` lines and exit codes. `boundary` surrounds every command."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""`loratune chat`: a conversation in the terminal, or over pipes."""
+"""The command `chat`: a conversation in a terminal or through pipes."""
 
 import sys
 from collections.abc import Callable, Iterator

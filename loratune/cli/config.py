@@ -1,4 +1,4 @@
-"""`loratune init`, `params`, `schema` and `explain`: what a config may say, and what follows from it."""
+"""The commands `init`, `params`, `schema` and `explain`, which create and explain configs."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""`loratune evaluate` and `report`."""
+"""The commands `evaluate` and `report`."""
 
 import glob
 from importlib.util import find_spec

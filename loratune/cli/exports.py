@@ -1,4 +1,4 @@
-"""`loratune export`, `merge` and `push`: what other programs and people get of an adapter."""
+"""The commands `export`, `merge` and `push`, which make output for other programs and for the hub."""
 
 import sys
 from enum import StrEnum

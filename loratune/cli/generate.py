@@ -1,4 +1,4 @@
-"""`loratune generate`."""
+"""The command `generate`."""
 
 import sys
 from collections.abc import Iterable

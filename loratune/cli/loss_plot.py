@@ -1,4 +1,4 @@
-"""The curve of the loss in the terminal, drawn by uniplot."""
+"""Plots the loss curve in the terminal, with uniplot."""
 
 from collections.abc import Mapping, Sequence
 

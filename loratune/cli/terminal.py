@@ -1,4 +1,4 @@
-"""What a person sees while a command works: events as progress bars in a terminal, and as lines elsewhere."""
+"""Shows events while a command runs: as progress bars in a terminal, as lines elsewhere."""
 
 import threading
 import time

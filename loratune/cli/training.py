@@ -1,4 +1,4 @@
-"""`loratune train` and `sweep`."""
+"""The commands `train` and `sweep`."""
 
 import os
 import sys

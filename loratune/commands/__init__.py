@@ -1,1 +1,1 @@
-"""One module for each command, and what several commands share."""
+"""The work of each command, one module per command, without parsing and printing."""

@@ -1,4 +1,4 @@
-"""`loratune chat`: a conversation with adapters, each of whose turns is rendered as the rows of its training were."""
+"""`loratune chat`: a conversation with adapters. Each turn is rendered as the rows of training were."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

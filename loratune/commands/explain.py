@@ -1,4 +1,4 @@
-"""`loratune explain`: what a key means and costs, and with a config the value in force and where it comes from."""
+"""`loratune explain`: the meaning and cost of a config key and, with a config file, its value and where that is set."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

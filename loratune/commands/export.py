@@ -1,7 +1,7 @@
-"""`loratune export`: writes an adapter as another program reads it, reads it back, and compares.
+"""`loratune export`: writes an adapter in the format of another program, reads it back, and compares it.
 
-For PEFT and vLLM it is a plain LoRA directory, compared as stock PEFT reads it. For llama.cpp and Ollama it is a GGUF
-file by llama.cpp's own converters, run in llama.cpp.
+For PEFT and vLLM the output is a plain LoRA directory, which is compared as stock PEFT reads it. For llama.cpp and
+Ollama it is a GGUF file, which llama.cpp's own converters write and llama.cpp runs.
 """
 
 from collections.abc import Mapping, Sequence

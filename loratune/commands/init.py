@@ -1,4 +1,4 @@
-"""`loratune init`: rows and a model's name become a commented config that can be trained. No weights are loaded."""
+"""`loratune init`: chooses a config for rows and a model, with a comment on each choice. No weights are loaded."""
 
 import itertools
 import os

@@ -1,5 +1,5 @@
-"""What `loratune init` begins with, before torch is imported: which files are rows to train on and to validate and test
-with, and where the adapter goes.
+"""The first part of `loratune init`, before torch is imported: which files are training, validation and test rows, and
+where the adapter is written.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""`loratune merge`: an adapter and its base as one model, for programs that do not load adapters."""
+"""`loratune merge`: writes base and adapter as one model, for programs that do not load adapters."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`loratune params`: exact counts from the model's configuration alone, before anything is downloaded."""
+"""`loratune params`: counts parameters exactly, from the model's configuration alone. No weights are downloaded."""
 
 from dataclasses import dataclass
 from pathlib import Path

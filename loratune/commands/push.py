@@ -1,4 +1,4 @@
-"""`loratune push`: an adapter directory becomes a repository of the hub."""
+"""`loratune push`: uploads an adapter directory to a repository of the hub."""
 
 import re
 import tempfile

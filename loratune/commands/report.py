@@ -1,4 +1,4 @@
-"""`loratune report`: a page on an adapter, the run that made it, and how well it does; or on a sweep."""
+"""`loratune report`: writes an HTML page about an adapter, its run and its evaluation, or about a sweep."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

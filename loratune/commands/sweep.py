@@ -1,4 +1,4 @@
-"""`loratune sweep`: trains the same run with other settings, compares the trials, and publishes the best adapter."""
+"""`loratune sweep`: trains one run with different settings, compares the trials, and publishes the best adapter."""
 
 import json
 import shutil

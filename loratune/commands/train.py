@@ -1,6 +1,6 @@
-"""`loratune train`: a config and its rows become an adapter directory.
+"""`loratune train`: trains an adapter from a config and its rows, and publishes its directory.
 
-`train` is the whole run from top to bottom; `training.plan.make_plan` is the part of it before the first step.
+`train` is the whole run. `training.plan.make_plan` is the part of it before the first step.
 """
 
 import gc

@@ -1,8 +1,8 @@
-"""What models do on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
+"""Scores models on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
 
-The loss and the rewards of preferences are those of the objective that the adapter was trained with, if that fits the
-rows, and the reference is the base. All models are measured by them, also an adapter that was trained with another
-objective.
+The loss and the rewards of preferences are those of the objective that the adapter was trained with, if that objective
+fits the rows; the reference is the base. All models are measured in this way, including an adapter that was trained
+with another objective.
 """
 
 import math

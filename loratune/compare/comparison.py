@@ -1,4 +1,4 @@
-"""From what models do on rows to their metrics, the differences between them, and the verdict: `Comparison`."""
+"""`Comparison`: metrics of each model from its scores on rows, the differences between models, and the verdict."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence

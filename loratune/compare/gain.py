@@ -1,9 +1,10 @@
-"""What training measures of a new adapter: its gain over the base on held-out rows, what it has cost on other text, and
-its loss on test rows.
+"""Measures a new adapter at the end of training: the gain over the base on held-out rows, how much the loss on other
+text has changed, and the loss on test rows.
 
-All losses come from `losses`, as those of `evaluate` do: nats per supervised token over all supervised tokens, or the
-objective's loss per preference pair or answer. The sample is one of rows, as the tokens of a row depend on each other.
-A copy of a row adds no information: it is computed once, has the weight of all copies, and counts as one row.
+All losses come from `losses`, as in `evaluate`: nats per supervised token over all supervised tokens, or the
+objective's loss per preference pair or answer. The unit of sampling is the row, because the tokens of a row depend on
+each other. A copy of a row adds no information: it is computed once, has the weight of all copies, and counts as one
+row.
 """
 
 import math

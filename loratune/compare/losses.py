@@ -1,7 +1,8 @@
 """The losses of a model on rows, and how two models differ on the same rows, compared in pairs.
 
-Every distinct row is one draw, with the weight of its copies: copies add no information. So shares have the interval of
-Kish's effective number of rows, see `statistics.effective_rows`. Without copies that is the number of rows.
+Every distinct row counts as one row of the sample, with the weight of its copies: copies add no information. So shares
+have the interval of Kish's effective number of rows, see `statistics.effective_rows`. Without copies that is the number
+of rows.
 """
 
 import base64

@@ -1,6 +1,6 @@
-"""The names of models and metrics; and the metrics of an answer, given the text that is expected.
+"""The names of models and metrics, and the metrics that compare an answer with the expected text.
 
-The latter are `--metric contains`, `rouge_l`, `json`, `regex:PATTERN`. `exact_match` and `label` compare tokens and
+The latter are `--metric contains`, `rouge_l`, `json` and `regex:PATTERN`. `exact_match` and `label` compare tokens and
 beginnings, see `answers`; they are always computed.
 """
 

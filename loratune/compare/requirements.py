@@ -1,7 +1,8 @@
-"""What a user requires of an adapter, so that a pipeline stops where it is not met: `--require 'exact_match>=0.9'`.
+"""Requirements on an adapter; a pipeline stops if one is not met: `--require 'exact_match>=0.9'`.
 
-A requirement is judged on the cautious end of the 95 % interval: `exact_match>=0.9` asks that the low end be at least
-0.9, and `loss<base` that the high end of the paired difference be below 0. So what too few rows cannot show is not met.
+A requirement is judged on the end of the 95 % interval that is nearer to failing: for `exact_match>=0.9` the low end
+must be at least 0.9, for `loss<base` the high end of the paired difference must be below 0. So a requirement that too
+few rows cannot show is not met.
 """
 
 import difflib

@@ -1,4 +1,5 @@
-"""Metrics of tasks of the lm-evaluation-harness, base and adapter compared document by document; `harness` runs them.
+"""Metrics of tasks of the lm-evaluation-harness, with base and adapter compared document by document; `harness` runs
+them.
 
 The harness gives each metric a standard error of its own. Base and adapter answer the same documents, so the difference
 is compared in pairs here, which is more exact than two intervals.

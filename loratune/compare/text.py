@@ -1,4 +1,4 @@
-"""A comparison as text: tables of metrics with their intervals, the verdict in a sentence, and rows as blocks."""
+"""Formats a comparison as text: tables of metrics with intervals, the verdict as a sentence, and rows as blocks."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The configuration of a run: read from YAML, validated once, frozen. Imports no torch."""
+"""The configuration of a run: read from YAML, validated once, frozen. This package does not import torch."""
 
 import glob
 import os

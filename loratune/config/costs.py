@@ -1,4 +1,4 @@
-"""What each key of the configuration does to memory and time, and which values leave a choice to the run."""
+"""The effect of each config key on memory and time, and the values that leave a choice to the run."""
 
 _NEITHER = (
     "model.revision", "model.trust_remote_code", "lora.lora_alpha", "lora.use_rslora", "lora.loraplus_lr_ratio",

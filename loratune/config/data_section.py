@@ -1,4 +1,4 @@
-"""The section `data`: which rows, and which of their tokens are supervised."""
+"""The section `data`: the rows of a run, and which of their tokens are supervised."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal

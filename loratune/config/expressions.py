@@ -1,6 +1,6 @@
 """Regular expressions of users and of downloaded adapters, matched within a time limit.
 
-An expression may take exponentially long to match: `re` has no limit, the package regex has a timeout.
+An expression may need exponential time to match. `re` has no limit; the package regex has a timeout.
 """
 
 import math

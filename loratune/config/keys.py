@@ -1,4 +1,4 @@
-"""The keys of a config, read from its schema: to list, explain, find and suggest them, and the JSON schema itself."""
+"""The keys of a config, read from its schema: lists, explains, finds and suggests them, and gives the JSON schema."""
 
 import difflib
 import json

@@ -1,10 +1,10 @@
-"""The section `lora`: what is trained, and which clients read such an adapter.
+"""The section `lora`: the shape of the adapter, and which clients can read it.
 
-`portability` says which clients cannot read the adapter that a config asks for; better known before the run than after.
-Portable is plain LoRA of linear layers with r ≤ 16, whole lora_alpha and no biases. Sources, as of 2026:
+`portability` lists the clients that cannot read the adapter of a config, so that this is known before the run. Portable
+is plain LoRA of linear layers with r ≤ 16, whole lora_alpha and no biases. Sources, as of 2026:
 vllm/lora/peft_helper.py: one scale, lora_alpha / r, for all modules; no DoRA, biases or saved modules; ranks above 16
-need --max-lora-rank. llama.cpp's convert_lora_to_gguf.py: lora_alpha unchanged, r by the tensors' shapes; A and B
-only. Ollama reads what llama.cpp converts.
+need --max-lora-rank. llama.cpp's convert_lora_to_gguf.py: lora_alpha unchanged, r by the tensors' shapes; A and B only.
+Ollama reads what llama.cpp converts.
 """
 
 from collections.abc import Iterator

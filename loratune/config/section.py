@@ -1,7 +1,7 @@
-"""What all sections of a run have in common: frozen, complete, and strict about unknown keys and types.
+"""The base class of all sections of a run: frozen, complete, and strict about unknown keys and types.
 
-Fields that belong to an upstream object carry upstream's name and are handed over by `model_dump`, so a field that
-is added here reaches its object without being copied by hand.
+Fields that belong to an upstream object carry upstream's name and are passed on by `model_dump`, so a field that is
+added here reaches its object without being copied by hand.
 """
 
 from collections.abc import Iterator

@@ -1,8 +1,8 @@
-"""YAML text → plain values, with the line of every key and the traps of YAML 1.1 closed; errors → problems.
+"""Reads YAML text as plain values with the line of every key, refuses ambiguous YAML, and turns errors into problems.
 
 Refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read
-differently (`no`, `010`, `12:30`). `1e-4` is a number, as people mean it. Errors of pydantic become problems with file,
-line, key, what was expected, and what to do.
+differently (`no`, `010`, `12:30`). `1e-4` is a number. Errors of pydantic become problems with file, line, key, what
+was expected, and what to do.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Plain values → YAML text that our reader reads back to the same values, bare or with a reason for each choice."""
+"""Writes plain values as YAML text that our reader reads back as the same values, with or without comments."""
 
 import sys
 import textwrap

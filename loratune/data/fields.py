@@ -1,4 +1,4 @@
-"""Which fields of rows hold questions, texts, answers and classes, for `loratune init`: by their values and names."""
+"""Finds the fields of rows that hold questions, texts, answers and classes, by value and name, for `loratune init`."""
 
 import re
 import unicodedata

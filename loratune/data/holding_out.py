@@ -1,9 +1,10 @@
-"""A fraction of the rows is held out: at random, but what belongs together stays on one side.
+"""Holds out a fraction of the rows at random, and keeps related rows in one split.
 
-Rows are linked by equal content, equal prompts and equal values of `group_by`, and what is linked, through other rows
-too, is a unit. Units are numbered by their first rows, so that what is drawn follows from the rows and the seed alone.
+Rows are linked by equal content, equal prompts and equal values of `group_by`; rows that are linked directly or through
+other rows form a unit. Units are numbered by their first rows, so that what is drawn follows from the rows and the seed
+alone.
 
-Memory: arrays of 8 bytes a row each, below 100 bytes a row in all, which are gone once the mask is there.
+Memory: arrays of 8 bytes a row each, below 100 bytes a row in total, which are freed once the mask is computed.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Batching: rows of token ids → tensors, padded or end to end. `BatchLayout` is what the trainer iterates."""
+"""Batching: turns rows of token ids into tensors, padded or end to end. The trainer iterates over a `BatchLayout`."""
 
 import copy
 from bisect import bisect_left, insort

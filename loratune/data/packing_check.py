@@ -1,6 +1,6 @@
-"""Whether a model may be given several rows at once, end to end or padded: it must not mix them. And what costs less.
+"""Checks whether a model computes several rows at once (packed or padded) without mixing them, and which is cheaper.
 
-The first is found out by running the model, not looked up in a list of model families.
+The check runs the model; there is no list of model families.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What became of the rows: counts that are taken while they are tokenized, and the lines that report them."""
+"""Counts of rows that were used, truncated or dropped while they were tokenized, and the lines that report them."""
 
 import unicodedata
 from collections import Counter

@@ -1,10 +1,10 @@
 """Hashes of the rows that an adapter was trained on, kept in its directory, so that the rows of an evaluation can be
-looked up among them long after, and without the rows themselves.
+looked up among them later, without the rows themselves.
 
 The file is of safetensors, with two sorted vectors of int64: `exact`, hashes of the content of rows, and `folded`,
-those of the content with white space folded, where that is another one. Both are those of the row index. So a row that
-is there more than once counts once, and most rows take 8 bytes. The metadata say which hash it is: what one release
-computes is never looked up among the hashes of another.
+those of the content with white space folded, if that differs. Both are hashes of the row index. A repeated row has one
+hash, and most rows take 8 bytes. The metadata name the hash function: hashes of one function are never looked up among
+those of another.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The first pass over the data: every row of every file is read and checked, and an index of them is made.
+"""The first pass over the data: every row of every file is read, checked and added to an index.
 
-The index has six numbers a row, 48 bytes of memory: hashes of its content, prompt, completion and group, and its line.
+The index has six numbers a row (48 bytes of memory): hashes of its content, prompt, completion and group, and its line.
 """
 
 import difflib

@@ -1,4 +1,4 @@
-"""Which rows a run trains on and which it is evaluated on, and what the two have in common.
+"""The splits of a run: its training, validation and test rows, and the rows that they have in common.
 
 Rows are read and checked here one by one, before torch is imported.
 """

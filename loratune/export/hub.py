@@ -2,7 +2,7 @@
 
 A repository is created; or one of the same visibility that holds an adapter, or nothing yet, is brought up to date.
 Files of the former adapter that the new one does not have are removed in the same commit; others stay, unless they
-would be read with the adapter. So what is downloaded afterwards is this adapter, or the one that was there before.
+would be read with the adapter. So a download afterwards gives either this adapter or the former one.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""A GGUF file run in llama.cpp, and its answers compared with those of the adapter on its base."""
+"""Runs a GGUF file in llama.cpp, and compares its answers with those of the adapter on its base."""
 
 import json
 import math

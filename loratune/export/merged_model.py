@@ -1,4 +1,4 @@
-"""What a merged model has besides its weights: configurations, tokenizer, card, and its comparison with the adapter."""
+"""The configurations, tokenizer and card of a merged model, and its comparison with the adapter."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,6 @@
-"""The directory that a command makes from an adapter: put together beside its place, published whole or not at all."""
+"""The output directory of a command that reads an adapter: written as a temporary sibling, published whole or not at
+all.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -1,9 +1,9 @@
-"""A copy of an adapter directory that names no path of this machine, for others to download.
+"""Makes a copy of an adapter directory without paths of this machine, for others to download.
 
-Such a path tells who trained on what, and leads nowhere on another machine. The card, run.yaml, loratune.json,
-adapter_config.json and tokenizer_config.json hold paths; each is replaced by the name of its file, that of the base by
-its id on the hub. `config.with_paths` rewrites run.yaml; in the other files every absolute path that is a value in one
-of them is replaced wherever it is mentioned. Weights, vocabularies and chat templates are copied unchanged.
+Such a path reveals names, and does not exist on another machine. The card, run.yaml, loratune.json, adapter_config.json
+and tokenizer_config.json hold paths; each is replaced by the name of its file, that of the base by its id on the hub.
+`config.with_paths` rewrites run.yaml; in the other files every absolute path that is a value in one of them is replaced
+wherever it is mentioned. Weights, vocabularies and chat templates are copied unchanged.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Which layers of a model are replaced by kernels while it is trained: those that are known to compute the same.
+"""Selects the layers of a model that kernels replace during training: those that are known to compute the same.
 
 There are two safeguards. The class of a layer must be in the list of those that were compared with their replacement
 (`recognition`), and what a layer attends to must be what the model's own mask says (`masks`). Then the whole model must

@@ -1,4 +1,4 @@
-"""Causal self-attention over packed rows on a CPU: tile by tile, and very long rows by torch's own kernel."""
+"""Causal self-attention over packed rows on a CPU: in tiles, and for very long rows by torch's own kernel."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

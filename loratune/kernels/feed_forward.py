@@ -1,4 +1,4 @@
-"""Feed-forward layers between norms: gated ones, mixtures of frozen experts, and RMS norms."""
+"""Feed-forward layers: gated layers, mixtures of frozen experts, and RMS norms."""
 
 from dataclasses import dataclass
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""What is accelerated on a GPU: LoRA in the dtype of the base, and attention row by row.
+"""Acceleration on a GPU: LoRA in the dtype of the base, and attention row by row.
 
 The other layers are accelerated by `compile_layers` and by Liger's kernels, if the config asks for them.
 """

@@ -1,4 +1,4 @@
-"""Which tokens of a batch attend to which others: the layout that the kernels of attention read."""
+"""The layout of a batch: which tokens attend to which others. The attention kernels read it."""
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass

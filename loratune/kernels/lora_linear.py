@@ -1,6 +1,7 @@
-"""Layers with LoRA in the dtype of the base: fewer products, fewer saved tensors, no float32 copy of the activations.
+"""Linear layers with LoRA in the dtype of the base: fewer matrix products, fewer saved tensors, and no float32 copy of
+the activations.
 
-`Projection` is for training, `inference_lora` for everything after it.
+`Projection` is used in training, `inference_lora` afterwards.
 """
 
 from collections.abc import Callable, Iterator, Sequence

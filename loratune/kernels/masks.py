@@ -1,4 +1,4 @@
-"""What each layer of attention attends to, and with which arguments, as the model itself does it.
+"""Finds out what each attention layer attends to and with which arguments, from the model's own masks.
 
 transformers gives every layer a mask, which a function computes from positions of queries and keys; and every layer
 gives its queries, keys and values to a function that is looked up by name. A probe is registered for both: it calls the

@@ -1,4 +1,4 @@
-"""Whether a model computes the same as before its layers were replaced: the second safeguard, after `recognition`.
+"""Checks that a model computes the same as before its layers were replaced: the second safeguard, after `recognition`.
 
 Two packed rows, and a row far from the first position, go through the whole decoder, forward and backward.
 """

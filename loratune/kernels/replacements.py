@@ -1,4 +1,4 @@
-"""Modules that replace layers of a model, and which layers have the structure that they need."""
+"""Modules that replace layers of a model, and checks that a layer has the structure that its replacement needs."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Attention within the rows of a batch, on a CPU, for layers of attention that are not replaced.
+"""Attention within the rows of a batch, on a CPU, for attention layers that are not replaced.
 
 For packed rows transformers gives attention a mask over the whole batch, so that the cost is quadratic in the tokens of
 the batch. Here the rows are determined from the function that would make the mask, and attention goes over each row by

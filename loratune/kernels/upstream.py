@@ -1,7 +1,7 @@
-"""What kernels and the estimate of memory use of other libraries although their documentation does not mention it.
+"""Undocumented names of other libraries that kernels and the memory estimate use.
 
-Each such name is here once, with the reason why no documented one serves. tests/test_upstream_kernels.py names
-those that a release takes away.
+Each name is used only here, with the reason why no documented one is sufficient. tests/test_upstream_kernels.py fails
+if a release removes one.
 """
 
 import logging

@@ -1,1 +1,1 @@
-"""LoRA on a base model, by PEFT: its target modules, its initialization, and its adapter directory."""
+"""LoRA on a base model, through PEFT: target modules, initialization, and the adapter directory."""

@@ -1,7 +1,7 @@
-"""What a saved `adapter_config.json` says of the modules of an adapter, which may come from anybody.
+"""Reads and checks a saved `adapter_config.json`, which may come from an untrusted source.
 
 PEFT checks few of its values, and matches its expressions by `re`, which has no time limit. So the values are checked
-here, and PEFT gets exact names in place of the expressions.
+here, and PEFT receives exact names instead of the expressions.
 """
 
 import math

@@ -1,5 +1,5 @@
-"""How an adapter is initialized: from the base (PiSSA, OLoRA), from the data (EVA), from what 4 bits lose (LoftQ), or
-from another adapter.
+"""How an adapter is initialized: from the base (PiSSA, OLoRA), from the data (EVA), from the quantization error of 4
+bits (LoftQ), or from another adapter.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775) move a part of the base into
 the adapter, which is moved back on saving. With W = R + s·B0·A0 at the start, the result of training, R + s·B·A, is

@@ -1,4 +1,4 @@
-"""What a saved adapter makes of each parameter of its base, computed in float32, one parameter or block at a time.
+"""Merges a saved adapter into each parameter of its base, in float32, one parameter or block at a time.
 
 The adapter is attached to the base on the meta device, so that PEFT decides which parameters it changes and by which
 factor, whatever the size of the base. Plain LoRA and DoRA on linear layers are computed by their formulas, on blocks of

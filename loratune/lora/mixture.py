@@ -1,8 +1,8 @@
-"""Plain LoRA: nothing but A and B of single layers, and every B·A is added as it is.
+"""Plain LoRA: only A and B of single layers, without scales. Weighted sums of adapters are computed in this form.
 
 Scales and weights are multiplied into B, and all modules have one rank, padded with zeros. In this form adapters are
 added to each other: with weights w, the sum of w·s·B·A is one product of stacked matrices, so nothing is approximated.
-And it is what programs compute that know only `r` and `lora_alpha` of an adapter.
+Programs that read only `r` and `lora_alpha` of an adapter can read this form.
 """
 
 import json

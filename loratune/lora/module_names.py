@@ -1,4 +1,4 @@
-"""Names of modules as text: their layers, their endings, and how they are shown. No model is needed."""
+"""Names of modules as text: their layers, their endings, and how they are displayed. No model is needed."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The trained parameters: how many there are, what is noteworthy about them, and the optimizer that they get."""
+"""The trained parameters: their number, notes on them, and their optimizer."""
 
 import json
 import re

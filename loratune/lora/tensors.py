@@ -1,4 +1,4 @@
-"""The adapter's tensors: as they were initialized, gathered whole from all processes, and taken out to compare."""
+"""The tensors of an adapter: their initial values, gathering from all processes, and resetting for comparisons."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager

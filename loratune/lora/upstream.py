@@ -1,7 +1,7 @@
-"""What this package uses of other libraries although their documentation does not mention it.
+"""Undocumented names of other libraries that this package uses.
 
-Each such name is used here only, with the reason why no documented one serves; tests/test_upstream_lora.py names those
-that a release takes away.
+Each name is used only here, with the reason why no documented one is sufficient. tests/test_upstream_lora.py fails if a
+release removes one.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""How much memory a training run needs at its peak, from shapes alone, and how much the machine has left."""
+"""Estimates the peak memory of a training run from shapes alone, and determines the free memory of the machine."""
 
 import os
 import resource

@@ -1,7 +1,7 @@
-"""One training step on fake tensors, which have no data: how many bytes are allocated at once.
+"""Runs one training step on fake tensors, which have no data, to find the most bytes that are allocated at once.
 
-The step is that of a copy of the model with the modules that will run. `kernels.accelerated` accelerates its layers, by
-the list of checked layers alone; a placeholder computes for each quantized layer.
+The step runs on a copy of the model with the modules that training will use. `kernels.accelerated` accelerates its
+layers, by the list of checked layers alone; a placeholder computes for each quantized layer.
 """
 
 import copy

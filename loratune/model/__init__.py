@@ -1,1 +1,1 @@
-"""The base model and its tokenizer: where they come from, how they are loaded, and whether they are sound."""
+"""The base model and its tokenizer: where they come from, how they are loaded, and checks of their files."""

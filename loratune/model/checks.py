@@ -1,4 +1,4 @@
-"""What can be wrong with a model's files: what a library could not load, damaged weights, code of strangers."""
+"""Checks of a model's files: weights that a library could not load, damaged weights, and code of third parties."""
 
 import json
 import logging

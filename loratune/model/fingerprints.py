@@ -1,4 +1,4 @@
-"""Whether two bases are the same model, by their weights and by the settings that decide what they compute.
+"""Fingerprints, which show whether two bases are the same model: same weights, and same settings that affect results.
 
 A fingerprint is written into checkpoints and published adapters. It begins with the version of the method that computed
 it. `Sampled` and `BaseState` compare a base in memory with what it was, `FileStates` its files.

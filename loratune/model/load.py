@@ -1,4 +1,4 @@
-"""Loading the tokenizer and the base model: from where, in which dtype, on which device, if this machine can."""
+"""Loads the tokenizer and the base model: source, dtype and device, and whether this machine can hold the base."""
 
 import io
 from collections.abc import Iterator

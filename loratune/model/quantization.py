@@ -1,4 +1,4 @@
-"""Quantized bases: what config.json records, and how transformers is to load them."""
+"""Quantized bases: what their config.json records, and how transformers loads them."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

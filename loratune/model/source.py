@@ -1,4 +1,4 @@
-"""Where a base model comes from: a directory of this machine, or a repository of the hub. Needs no torch."""
+"""The source of a base model: a local directory or a repository of the hub. This module does not import torch."""
 
 import mmap
 import struct

@@ -1,7 +1,7 @@
-"""What this package uses of other libraries although their documentation does not mention it.
+"""Undocumented names of other libraries that this package uses.
 
-Each such name is used here only, with the reason why no documented one serves; tests/test_upstream_model.py names those
-that a release takes away. Importing this module imports no torch, which the checks before a run rely on.
+Each name is used only here, with the reason why no documented one is sufficient. tests/test_upstream_model.py fails if
+a release removes one. This module does not import torch, which the checks before a run rely on.
 """
 
 import copy

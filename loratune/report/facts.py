@@ -1,6 +1,6 @@
-"""A run as its loratune.json records it, and as the tiles and tables of a report.
+"""The facts about a run that a report shows as tiles and tables, read from its loratune.json.
 
-Of a file of an earlier release, or a stranger's, whatever is invalid is left out.
+Invalid values, in files of earlier releases or of other programs, are left out.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""The page of `loratune report`: one HTML file on adapters and their runs, or on a sweep.
+"""The page of `loratune report`: one HTML file about adapters and their runs, or about a sweep.
 
-The page loads nothing and runs nothing: it has no scripts, and its policy forbids both. Text of data, files and models
-is bounded in length and escaped twice: for HTML, and for characters that would hide or reorder it.
+The page loads nothing and runs nothing: it has no scripts, and its content security policy forbids both. Text from
+data, files and models is shortened and escaped twice: for HTML, and for characters that would hide or reorder it.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""The study of a sweep: `grid` says what is tried, `study` keeps the trials in a `storage`, `trials` is one of them.
+"""The study of a sweep: `grid` has the values that are tried, `study` keeps the trials in a `storage`, `trials` runs
+them.
 
-`commands.sweep` trains and compares them. How trials compare is in `report.study`.
+`commands.sweep` trains and compares the trials. `report.study` shows how they compare.
 """

@@ -1,4 +1,7 @@
-"""What a sweep tries: values of config keys, or ranges of numbers, checked before the first trial. Imports no torch."""
+"""The values that a sweep tries: values of config keys, or ranges of numbers, checked before the first trial.
+
+This module does not import torch.
+"""
 
 import itertools
 import math

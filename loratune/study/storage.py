@@ -1,6 +1,6 @@
-"""Where a study is kept: Optuna's journal in the directory next to `output_dir`, or a database.
+"""The storage of a study: Optuna's journal in the directory next to `output_dir`, or a database.
 
-Nothing is written before everything that has a name of the study is known to be a study's.
+Nothing is written until every existing file with a name of the study is known to belong to a study.
 """
 
 import json

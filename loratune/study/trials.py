@@ -1,7 +1,7 @@
-"""The base and the rows of a sweep, loaded once, and a trial on them: its plan, its events, its errors, its time.
+"""The base and the rows of a sweep, loaded once, and the trials on them: plan, events, errors and time of each.
 
 One adapter after the other is attached, trained by `train`, scored and removed. Afterwards every bit of the base is
-compared with what was loaded; where it differs, as after initializations that take a part out of it, the base is loaded
+compared with the loaded values. If it differs, as after initializations that remove a part of it, the base is loaded
 again. So an adapter has the bytes that `loratune train` would write.
 """
 

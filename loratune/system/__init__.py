@@ -1,1 +1,1 @@
-"""What `loratune` asks of the operating system: files, signals, processes, and limits for foreign code."""
+"""Operating system services: files, signals, processes, and limits for third-party code."""

@@ -1,8 +1,8 @@
-"""What the process is given: processors and memory of its container, environment variables, and the caches they name.
+"""The environment of the process: processors and memory of its container, environment variables, cache directories.
 
-Of the control groups of Linux, files of both versions are read, see cgroups(7). The limits of a group hold for the
-groups in it, so those of all groups are read from the process's own up to the outermost one that it can see, which in a
-container is the container's.
+Control groups of Linux are read in both versions, see cgroups(7). The limits of a group also apply to the groups inside
+it. So all groups are read, from that of the process up to the outermost visible one, which in a container is that of
+the container.
 """
 
 import errno

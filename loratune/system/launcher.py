@@ -1,7 +1,7 @@
 """One process, or several that a launcher started: their ranks, and how they communicate.
 
 torchrun, and accelerate through it, describe a process in its environment
-(docs.pytorch.org/docs/stable/elastic/run.html). `SingleProcess` is a group of one; `training.distributed.join`, which
+(docs.pytorch.org/docs/stable/elastic/run.html). `SingleProcess` is a group of one; `training.processes.join`, which
 needs torch, makes a group of several.
 """
 

@@ -1,4 +1,4 @@
-"""A directory that a command writes: made in a sibling directory and published with one rename, whole or not at all."""
+"""The output directory of a command: written as a sibling, and published whole or not at all by one rename."""
 
 import os
 import platform

@@ -1,7 +1,7 @@
-"""A file that a command writes to a path that the user names: whole, or not at all.
+"""A file that a command writes to a path given by the user: complete, or not at all.
 
 A regular file is written as `.NAME.RANDOM.unfinished` in the same directory, and renamed when it is complete. So there
-is never half a file, and two commands that name the same file do not mix. What cannot be replaced in this way is
+is never half a file, and two commands that name the same file do not mix. Files that cannot be replaced in this way are
 written directly: named pipes, devices such as /dev/null, and open files of this process, such as /dev/stdout.
 """
 

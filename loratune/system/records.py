@@ -1,8 +1,8 @@
 """Records that are written: their versions, and the fields of a row together with results for it.
 
 A record is a JSON object with its version as `schema_version`; without one it is of version 1, as releases wrote it
-before there were versions. Keys may be added within a version; whatever an older reader would take for something else
-makes a new one. Readers go on reading all older versions, and refuse newer ones.
+before there were versions. Keys may be added within a version; a change that an older reader would misread requires a
+new version. Readers read all older versions, and refuse newer ones.
 """
 
 from collections.abc import Mapping

@@ -1,10 +1,10 @@
-"""Signals that ask the command to end: they raise an exception, or, during training, are kept until the next step.
+"""Signals that ask the command to end: they raise an exception, or, during training, are deferred to the next step.
 
 SIGINT is Ctrl-C and ends with exit code 130. SIGTERM, SIGHUP (the terminal was closed), SIGUSR1 and SIGUSR2 (what batch
 systems send before a job's time is over, as `sbatch --signal`), and SIGXCPU (`ulimit -t`) end with 143 after a
 checkpoint.
 
-Left as they are: SIGQUIT, which is sent for its core dump; SIGPIPE and SIGXFSZ, which Python ignores, so that the write
+Not handled: SIGQUIT, which is sent for its core dump; SIGPIPE and SIGXFSZ, which Python ignores, so that the write
 fails with an error of its own; SIGCONT, which SLURM sends along with SIGTERM; SIGTSTP.
 
 A handler writes with `write_line` only. Python runs it between any two instructions, also in the middle of a write to

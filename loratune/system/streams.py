@@ -1,7 +1,8 @@
-"""The standard streams of the process, made safe before anything is opened or printed.
+"""Makes the standard streams of the process safe before anything is opened or printed.
 
-A stream may be closed: its number would go to the next file that is opened, which then receives what is printed. Its
-encoding may lack a character that is printed, or its file may be on a full disk. None of these may cost a finished run.
+A stream may be closed: its number would go to the next file that is opened, which would then receive what is printed.
+Its encoding may lack a character that is printed, or its file may be on a full disk. A finished run must survive all of
+these.
 """
 
 import io

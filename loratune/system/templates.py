@@ -1,4 +1,4 @@
-"""What goes wrong in code that came with a model: chat templates in Jinja, and tokenizers in Rust."""
+"""Errors of code that comes with a model: chat templates in Jinja, and tokenizers in Rust."""
 
 from jinja2 import TemplateSyntaxError
 

@@ -1,1 +1,1 @@
-"""From rows and a model with LoRA to a finished run: batches, Trainer, checkpoints, run directory, processes."""
+"""Training, from rows and a model with LoRA to a finished run: batches, Trainer, checkpoints, processes."""

@@ -1,8 +1,8 @@
 """Chooses values for `auto`: learning rate, schedule and length of a run, and the shape of its adapter.
 
-The choices rest on the experiments of scripts/learn.py, whose tables are in scripts/README.md, and where those do not
-reach, on the sources that are named with each number. The same config, rows and base give the same choices, in every
-process and on every machine; a resumed run keeps those that it began with.
+The choices are based on the experiments of scripts/learn.py (tables in scripts/learning/README.md), and where there are
+none, on the sources that are named with each number. The same config, rows and base give the same choices, in every
+process and on every machine; a resumed run keeps its own.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Trackers are the integrations of transformers: TensorBoard, W&B, Trackio and MLflow. They only watch. One that fails is
 reported once and then left out. The run draws the same random numbers with and without trackers. One that hangs, as on
-a network, holds up the run.
+a network, blocks the run.
 """
 
 import copy

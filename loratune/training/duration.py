@@ -1,4 +1,4 @@
-"""When a run is evaluated, and how long it takes.
+"""Chooses the steps at which a run is evaluated, and estimates how long the run takes.
 
 Evaluation steps are those of the config, or chosen before the first step from counts alone: the same rows and settings
 give the same steps, in every process, on every machine, and in a run that is resumed.

@@ -1,4 +1,4 @@
-"""The plan of a run: everything before its first step. `train --dry-run` shows it, and `train` carries it out."""
+"""The plan of a run: everything before its first step. `train --dry-run` shows it, and `train` executes it."""
 
 import hashlib
 import platform

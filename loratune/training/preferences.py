@@ -1,7 +1,7 @@
 """Training on preferences: the objective, and the log-probabilities of its reference.
 
-A pair is two rows behind each other, an unpaired preference is one row; either is an item. The objective needs the
-summed log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in `objectives`.
+A pair is two consecutive rows, an unpaired preference is one row; either is an item. The objective needs the summed
+log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in `objectives`.
 
 The reference is the model before its first step: the base with the adapter switched off, or with the adapter that is
 trained further. So no second model is needed: its log-probabilities are computed once, before the first step, and kept

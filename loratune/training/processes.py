@@ -1,8 +1,9 @@
 """Several processes as one run, on torch.distributed as accelerate sets it up.
 
 The launcher starts the processes and supervises them. Collectives carry numbers, and objects as JSON in tensors of
-bytes, never as pickles. Before objects are exchanged, processes that are ready early wait outside of any collective, by
-a counter in the store of the process group, so that tokenizing or hashing may take longer than `training.ddp_timeout`.
+bytes, never as pickles. Before objects are exchanged, processes that are ready early wait outside of any collective, on
+a counter in the key-value store of the process group, so that tokenizing or hashing may take longer than
+`training.ddp_timeout`.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""What training gives: the adapter's weights, the curve of the losses, and how the adapter compares with its base.
+"""The results of training: the adapter's weights, the loss curve, and the comparison of the adapter with its base.
 
-Measured are: the reference of preferences before the first step; after the last one the gain over the base, what was
-lost on other rows, and the loss on test rows.
+The reference of preferences is computed before the first step. After the last step, the gain over the base, the change
+of the loss on other rows, and the loss on test rows are measured.
 """
 
 import hashlib

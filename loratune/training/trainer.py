@@ -1,6 +1,6 @@
 """The training loop: `transformers.Trainer` with this package's batches, callbacks and checkpoints.
 
-It evaluates by tokens, keeps the best step, and writes checkpoints that are whole.
+Evaluation is by tokens, the best step is kept, and checkpoints are complete or absent.
 """
 
 import time

@@ -1,7 +1,7 @@
-"""What training uses of other libraries: Trainer's arguments, and undocumented parts, each with the reason why no
-documented one serves.
+"""Trainer's arguments, and undocumented names of other libraries that training uses, each with the reason why no
+documented one is sufficient.
 
-tests/test_upstream_training.py names those that a release takes away.
+tests/test_upstream_training.py fails if a release removes one.
 """
 
 from base64 import b64decode, b64encode

@@ -1,8 +1,8 @@
-"""Fields and conversations in every shape that the field uses: turns of OpenAI or ShareGPT, fields of Alpaca, tools.
+"""Fields and conversations in all common shapes: turns of OpenAI or ShareGPT, fields of Alpaca, tools.
 
 A turn is a message under OpenAI's names. `name`, `tool_call_id`, `reasoning_content` and `thinking` reach the chat
-template with role, content and tool calls; any other field of a turn is refused, as it would not. Whatever a field may
-not hold is a `RowError`.
+template with role, content and tool calls; any other field of a turn is refused, because it would not reach it. An
+invalid value of a field is a `RowError`.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""The formats of rows, and which of them the first row of a file has.
+"""The formats of rows, and the recognition of a file's format by its first row.
 
-A new format is one entry in `FORMATS`: its name, the fields it is known by, the function that turns the fields of a row
-into an Example, and the further fields that it reads.
+A new format is one entry in `FORMATS`: its name, the fields that identify it, the function that turns the fields of a
+row into an Example, and the further fields that it reads.
 """
 
 from collections.abc import Callable, Iterator, Mapping

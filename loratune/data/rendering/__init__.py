@@ -1,8 +1,8 @@
-"""Tokenizing and masking: an Example → `input_ids` and `labels`. Train, evaluate and generate share it.
+"""Tokenizing and masking: turns an Example into `input_ids` and `labels`, for training, evaluation and generation.
 
 The prompt that `generate` feeds is rendered by the same function as the prompt inside a training row, and its ids are
-verified to be the beginning of the ids of the row. Where the tokenizer merges characters across that border, prompt and
-answer are encoded separately.
+verified to be the beginning of the ids of the row. Where the tokenizer merges characters across that boundary, prompt
+and answer are encoded separately.
 """
 
 import datetime

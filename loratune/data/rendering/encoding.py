@@ -1,4 +1,4 @@
-"""Encoding: texts → token ids, many at once, and the tokenized row that comes of them.
+"""Encodes texts as token ids, many at once, and holds the result as tokenized rows.
 
 Fast tokenizers encode in batches of their own; slow ones encode text by text.
 """

@@ -1,6 +1,6 @@
-"""Reading rows from files, directories, globs and hub datasets; each row knows the place it comes from.
+"""Reads rows from files, directories, globs and hub datasets. Each row records its place in its source.
 
-Rows are streamed: what is held in memory is a block of a file, or one row, where that is longer; a JSON document whole.
+Rows are streamed: a block of a file, or one row if that is longer, is held in memory. A JSON document is read whole.
 """
 
 import hashlib

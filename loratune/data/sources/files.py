@@ -1,4 +1,4 @@
-"""Local data files: which ones a path, a directory or a glob names, their rows, and the slices that `split` makes."""
+"""Local data files: the files that a path, a directory or a glob names, their rows, and the slices of `split`."""
 
 import glob
 import gzip

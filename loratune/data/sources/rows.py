@@ -1,4 +1,4 @@
-"""Rows, the place that each comes from, and how they are written."""
+"""Rows, the place of each row in its source, and how rows are written."""
 
 import base64
 import csv

@@ -1,7 +1,7 @@
-"""Reading text files as rows: JSON lines, CSV and plain text block by block, JSON documents whole.
+"""Reads text files as rows: JSON lines, CSV and plain text block by block, JSON documents whole.
 
-The readers keep what those of other libraries lose: the line of every row and problem, the rows behind a bad one, and
-the byte that is not UTF-8. A BOM, CRLF and blank lines are accepted in every kind of file.
+The readers keep information that those of other libraries lose: the line of every row and problem, the rows after an
+invalid one, and the byte that is not UTF-8. A BOM, CRLF and blank lines are accepted in every kind of file.
 """
 
 import csv

@@ -1,1 +1,1 @@
-"""The fused operations: C compiled for the processor, and the reference in torch that runs where it cannot be."""
+"""The fused operations: C code compiled for the processor, and a reference in torch for other machines."""

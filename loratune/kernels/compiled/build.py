@@ -1,7 +1,7 @@
-"""How the fused operations are compiled: for the processor of one machine, or for each kind of processor, into a wheel.
+"""Compiles the fused operations: for the processor of one machine, or for each processor variant into a wheel.
 
-`scripts/build_backend.py` runs this file by its path, where nothing else is installed. It needs the standard library
-alone.
+`scripts/build_backend.py` runs this file by its path before any dependency is installed. So it needs only the standard
+library.
 """
 
 import hashlib

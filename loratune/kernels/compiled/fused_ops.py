@@ -1,6 +1,6 @@
-"""Fused operations: what is between the matrix products of a step, each in one pass over memory.
+"""Fused operations: everything between the matrix products of a step, each in one pass over memory.
 
-`reference` says what each of them computes, in torch. Here they are calls of the compiled library, where there is one.
+`reference` defines each operation in torch. This module calls the compiled library if there is one.
 """
 
 import ctypes

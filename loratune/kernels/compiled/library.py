@@ -1,8 +1,8 @@
-"""The compiled library of fused operations: one that came with loratune, or one that this machine's compiler makes.
+"""The compiled library of fused operations: shipped with loratune, or compiled on this machine.
 
-What is compiled here is kept in a cache. A library becomes part of the process that loads it. So the owner and the mode
-of the cache's directory and of the file are checked, and a digest shows whether the file is damaged. The checked bytes
-are copied into memory and loaded from there: nobody can change or truncate them while they are used.
+A library that is compiled here is kept in a cache. A library becomes part of the process that loads it. So the owner
+and the mode of the cache's directory and of the file are checked, and a digest shows whether the file is damaged. The
+checked bytes are copied into memory and loaded from there: nobody can change or truncate them while they are used.
 """
 
 import ctypes

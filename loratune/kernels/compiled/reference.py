@@ -1,4 +1,4 @@
-"""The reference of the fused operations, in torch. It is also what runs where the compiled ones cannot be built.
+"""The reference of the fused operations, in torch. It is used if the C code cannot be compiled.
 
 Arithmetic is in float32; results have the dtype of the inputs.
 """

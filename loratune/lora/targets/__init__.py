@@ -1,10 +1,9 @@
-"""What gets an adapter: attention roles (q, k, v, o) and names → modules of this architecture; experts → parameters.
+"""Maps targets to a model: attention roles (q, k, v, o) and names to modules, experts to parameters.
 
 PEFT raises an error only when no target matches at all, so a name that this model does not have is ignored without a
 message. Here every entry of `lora.target_modules` means some modules or is an error, and the names that PEFT gets
 select exactly the modules that were meant. A model with another name for a projection needs one line in
-`survey.SERVES`. What may surprise, such as layers that roles do not adapt or what all-linear leaves out, is reported in
-notes.
+`survey.SERVES`. Notes report layers that roles do not adapt, and what all-linear leaves out.
 """
 
 from collections import Counter

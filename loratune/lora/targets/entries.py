@@ -1,4 +1,4 @@
-"""What the entries of a lora section mean on a model, or why they mean nothing.
+"""Resolves the entries of a lora section on a model, with an error for entries that match nothing.
 
 `target_modules` and `modules_to_save` name modules, `target_parameters` names tensors that belong to no linear layer:
 transformers keeps the projections of all experts of a layer in one tensor of three dimensions. PEFT adds to such a

@@ -1,5 +1,5 @@
-"""What a model is made of, as far as targets are concerned: its linear layers, which of them serve attention, and on
-which of them an adapter has an effect.
+"""The possible targets of a model: its linear layers, the attention role of each, and whether an adapter has an effect
+on it.
 
 `SERVES` is the table that a new architecture extends by one line.
 """

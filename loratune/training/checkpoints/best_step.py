@@ -1,8 +1,8 @@
 """The best step of a run, by its held-out loss, and the weights of that step.
 
 Each checkpoint holds both as of its own step: the record in `run.json`, and the weights in a file of their own unless
-they are those of the checkpoint itself. So a checkpoint is all that a resumed run needs, and nothing that a run found
-after it, before it was killed or under other settings, can win; what was found after the last one is found again.
+they are those of the checkpoint itself. So a resumed run needs only the checkpoint. Evaluations after the checkpoint do
+not count; the resumed run repeats them.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,6 @@
-"""The record in a checkpoint, `run.json`: what decides the result of a run, and its progress. Imports no torch."""
+"""The record of a checkpoint, `run.json`: everything that determines the result of a run, and its progress. This module
+does not import torch.
+"""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

@@ -1,4 +1,4 @@
-"""Where an interrupted run continues, and whether it is still the same run."""
+"""Finds the checkpoint from which an interrupted run continues, and checks that it is the same run."""
 
 import json
 import math

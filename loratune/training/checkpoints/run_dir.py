@@ -1,4 +1,4 @@
-"""The directory of a run: `<output_dir>.partial/`, with its checkpoints, until the adapter is published."""
+"""The run directory `<output_dir>.partial/`, which holds the checkpoints until the adapter is published."""
 
 import json
 import logging
