@@ -124,7 +124,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
 def _step(model: Any, batch: Mapping[str, Any]) -> None:
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    kernels.expect(model, labels)
+    kernels.set_loss_targets(model, labels)
     total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()  # type: ignore[no-untyped-call]
     model.zero_grad()

@@ -394,7 +394,7 @@ def step(model: Any, batch: dict[str, Tensor], seed: int = 0) -> tuple[float, Te
     labels = inputs.pop("labels")
     torch.manual_seed(seed)
     try:
-        kernels.expect(model, labels)
+        kernels.set_loss_targets(model, labels)
         total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
         (total / count).backward()  # type: ignore[no-untyped-call]
     except Exception as error:

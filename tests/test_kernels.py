@@ -291,7 +291,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
     """The loss of a batch, and the gradients."""
     inputs = dict(batch)
     labels = inputs.pop("labels")
-    kernels.expect(model, labels)
+    kernels.set_loss_targets(model, labels)
     torch.manual_seed(0)
     total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()

@@ -100,7 +100,7 @@ def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
     ids = torch.ones(rows, length, dtype=torch.long)
     with kernels.accelerated(model, attach.adapted_linear):
         known = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
-        kernels.expect(model, ids)
+        kernels.set_loss_targets(model, ids)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
     return sum(size for pointer, size in saved.items() if pointer != logits.untyped_storage().data_ptr())

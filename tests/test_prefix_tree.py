@@ -169,7 +169,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
     """The loss of a batch, and the gradients."""
     inputs = dict(batch)
     labels, places = inputs.pop("labels"), inputs.pop("places", None)
-    kernels.expect(model, labels, places)
+    kernels.set_loss_targets(model, labels, places)
     total, count = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)
     (total / count).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
@@ -253,7 +253,7 @@ def test_fifty_steps_give_the_same_curve() -> None:
             for _ in range(50):
                 batch = collate([rows[number] for number in order.permutation(len(rows))[:8]])
                 labels, places = batch.pop("labels"), batch.pop("places", None)
-                kernels.expect(model, labels, places)
+                kernels.set_loss_targets(model, labels, places)
                 total, count = kernels.next_token_loss(model, model(**batch, use_cache=False).logits, labels)
                 (total / count).backward()
                 optimizer.step()

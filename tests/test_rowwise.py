@@ -188,7 +188,7 @@ def test_attention_that_drops_out_does_so() -> None:
         for number in range(draws):
             inputs = dict(batch)
             labels = inputs.pop("labels")
-            kernels.expect(model, labels)
+            kernels.set_loss_targets(model, labels)
             torch.manual_seed(number)
             total.append(kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)[0].detach())
         return torch.stack(total)

@@ -218,13 +218,13 @@ def test_the_loss_head_knows_what_a_family_does(family: str) -> None:
     outcomes, (name, head, scaling) = [], found
     for layer in (head, LossHead(head, scaling)):
         model.set_submodule(name, layer)
-        kernels.expect(model, labels, lengths=lengths)
+        kernels.set_loss_targets(model, labels, lengths=lengths)
         sums = kernels.row_sums(model, model(**batch, use_cache=False).logits, labels, lengths)
         assert type(sums) is Tensor
         gradients = torch.autograd.grad((sums.square() * weights).sum(), trained, allow_unused=True)
         outcomes.append([sums.detach(), torch.cat([one.flatten() for one in gradients if one is not None])])
     assert all(relative_rms(*pair) < 1e-5 for pair in zip(*outcomes, strict=True))
-    kernels.expect(model, labels)
+    kernels.set_loss_targets(model, labels)
     logits = model(**batch, use_cache=False).logits
     assert not logits.isfinite().any()
     total, _ = kernels.next_token_loss(model, logits, labels)

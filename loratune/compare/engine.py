@@ -240,14 +240,14 @@ class Objective:
         processes. count: supervised tokens of the step, as Trainer counts them."""
         return count
 
-    def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
+    def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
         """Remove from a batch what is not an input of the model, and keep it for the loss. Called before the forward
         pass. by_row: no sum over rows."""
         lengths = batch.pop("lengths", None)
-        kernels.expect(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
+        kernels.set_loss_targets(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
     def total(self, model: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss of the batch that `expect` was called with, and over how many tokens, pairs or answers."""
+        """The summed loss of the batch given to `set_loss_targets`, and its number of tokens, pairs or answers."""
         return next_token_loss(model, logits, labels)
 
     def losses(
@@ -344,7 +344,7 @@ def run_batch(
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
     lengths = given["lengths"]
-    objective.expect(model, given, by_row=True)
+    objective.set_loss_targets(model, given, by_row=True)
     labels = given.pop("labels")
     with objective.reading(model):
         return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)

@@ -7,9 +7,9 @@ the model is trained.
 from loratune.kernels.acceleration import Acceleration as Acceleration
 from loratune.kernels.acceleration import accelerate as accelerate
 from loratune.kernels.acceleration import accelerated as accelerated
-from loratune.kernels.acceleration import expect as expect
 from loratune.kernels.acceleration import give_back_pages as give_back_pages
 from loratune.kernels.acceleration import keep_pages as keep_pages
+from loratune.kernels.acceleration import set_loss_targets as set_loss_targets
 from loratune.kernels.acceleration import tree_refusal as tree_refusal
 from loratune.kernels.compiled.fused_ops import notes as notes
 from loratune.kernels.compiled.fused_ops import variant as variant

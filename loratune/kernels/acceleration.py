@@ -113,7 +113,7 @@ def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterato
         yield [*acceleration.fallbacks]
 
 
-def expect(model: Any, labels: Tensor, places: Tensor | None = None, lengths: Tensor | None = None) -> None:
+def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, lengths: Tensor | None = None) -> None:
     """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
 
     places, lengths: see `LossHead`.

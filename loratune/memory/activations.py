@@ -191,7 +191,7 @@ def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, i
         parameter.grad = parameter.detach().clone() if has_gradient else None
     tracker = AllocationTracker(fake, limited=limited)
     with tracker:
-        kernels.expect(fake, labels)
+        kernels.set_loss_targets(fake, labels)
         logits = fake(**batch, use_cache=False).logits
         activations = tracker.current - logits.untyped_storage().nbytes()
         loss, _ = kernels.next_token_loss(fake, logits, labels)

@@ -113,11 +113,11 @@ class PreferenceObjective(Objective):
         self._divergence = max(0.0, difference / prompts) if prompts else 0.0
         return torch.tensor(rows / rows_per_example, device=model.device)
 
-    def expect(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
+    def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
         """See `Objective`; the loss is always wanted row by row."""
         names = ("lengths", "sides", "references", "mismatched")
         self._given = {name: batch.pop(name, None) for name in names}
-        kernels.expect(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
+        kernels.set_loss_targets(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
 
     def total(self, model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """See `Objective`."""

@@ -350,7 +350,7 @@ class RunTrainer(CheckpointTrainer):
         self.guard.tokens += count_tokens(inputs)
         prepared = super().prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
-        self.guard.objective.expect(self.model, prepared)
+        self.guard.objective.set_loss_targets(self.model, prepared)
         return prepared | {"use_cache": False}
 
     def get_batch_samples(
