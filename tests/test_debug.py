@@ -20,8 +20,7 @@ from loratune.data.packing_check import packing_refusal
 from loratune.lora import attach
 
 SILENT = {"signals.py: write_line"}
-"""The first writes to the screen from a signal handler, and there is no other place to report that this failed. The
-second sends the error of the work to the parent process, and does not report that this error cannot be pickled."""
+"""It writes to the screen from a signal handler, and there is no other place to report that this failed."""
 
 
 def catches_all(handled: ast.expr | None) -> bool:

@@ -290,7 +290,7 @@ def halves(tensors: dict[str, torch.Tensor], part: str) -> dict[str, torch.Tenso
 
 Change = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 BAD_TENSORS: dict[str, tuple[Change, Code]] = {
-    "none": (lambda _: {}, Code.ADAPTER_MISMATCH),
+    "none": (lambda _: {}, Code.ADAPTER_INVALID),
     "only A": (lambda t: halves(t, "lora_A"), Code.ADAPTER_MISMATCH),
     "only B": (lambda t: halves(t, "lora_B"), Code.ADAPTER_MISMATCH),
     "an A alone": (lambda t: dict(sorted(t.items())[:-1]), Code.ADAPTER_MISMATCH),

@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Ran, check_refused, meanings
-from typer.testing import CliRunner
+from conftest import meanings
 
 from loratune import statistics
-from loratune.cli import app
 from loratune.codes import Code
 from loratune.compare import comparison, metrics, tasks
 from loratune.compare import text as wording
@@ -68,9 +66,9 @@ def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
 
 @pytest.mark.parametrize("value", ["exact", "regex:", "regex:(", "regex:" + "(a|" * 10_000, "label "])
 def test_no_metric(value: str) -> None:
-    """Told before the adapter is looked at."""
-    result = CliRunner().invoke(app, ["evaluate", "--adapter", "no", "--data", "no.jsonl", "--metric", value])
-    check_refused(Ran(result.exit_code, result.stdout, result.stderr), 2, (Code.USAGE_BAD_VALUE, "", "--metric"))
+    with pytest.raises(ConfigError) as caught:
+        metrics.parse([value])
+    assert meanings(caught.value) == [(Code.USAGE_BAD_VALUE, "", "--metric")]
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

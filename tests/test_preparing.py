@@ -707,16 +707,3 @@ def test_what_a_tokenizer_drops_is_remarked_on(
         return
     line = next(line for line in (ran.out + ran.err).splitlines() if "the tokenizer drops" in line)
     assert f"{remark} of answers, e.g. " in line and f"{rows}:2: '1x' -> '" in line
-
-
-def test_a_template_without_an_end_is_remarked_on(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    template = tmp_path / "chat.jinja"
-    turn = "{{ {'role': m.role, 'content': m.content}|tojson }}"
-    footer = "{% if not add_generation_prompt %}]{% endif %}"
-    template.write_text(f"[{{% for m in messages %}}{turn}{{% endfor %}}{footer}")
-    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}]
-    path = write_rows(tmp_path / "data.jsonl", [{"messages": turns}])
-    ran = cli("train", run_config(data={"train": str(path), "chat_template": str(template)}), "--dry-run")
-    assert ran.code == 0, ran.err
-    remark = "answers end in <|endoftext|>, which the chat template does not write; what the chat template writes after"
-    assert (ran.out + ran.err).count(remark) == 1

@@ -7,10 +7,10 @@ wherever it is mentioned. Weights, vocabularies and chat templates are copied un
 """
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, AdapterFiles
 from loratune.system import directories
 from loratune.system.files import is_incidental_file, read_text, sha256, write_json
 from loratune.system.records import ROW_HASHES
+
+_log = logging.getLogger(__name__)
 
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
 _BASE = "model.name_or_path"
@@ -157,13 +159,15 @@ def _with_repository(card: str, name: str, repository: str) -> str:
 
 def _with_base(card: str, base: str) -> str:
     """A card whose metadata name the base, which the hub makes a link of; unchanged if they are not YAML."""
-    with suppress(Exception):  # the hub will report it
+    try:
         made = ModelCard(card if card.startswith("---") else f"---\n{{}}\n---\n\n{card}")
         data: Any = made.data
         link, tags = f"base_model:adapter:{base}", data.tags if isinstance(data.tags, list) else []
         data.base_model, data.tags = base, [*(tag for tag in tags if tag != link), link]
         return str(made)
-    return card
+    except Exception:  # the hub will report it
+        _log.debug("the metadata of the card cannot be changed", exc_info=True)
+        return card
 
 
 class _Paths:

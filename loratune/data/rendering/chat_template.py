@@ -9,6 +9,7 @@ template one at the beginning of each iteration of every outermost loop and one 
 and inside blocks whose text is stored first, get no marks.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from loratune.data.rendering.encoding import Span
 from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
 from loratune.errors import DataError, ModelError, Problem
 from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
+
+_log = logging.getLogger(__name__)
 
 KEY = "data.chat_template"
 OTHER_FILE = "set data.chat_template to another Jinja file"
@@ -152,6 +155,7 @@ class ChatTemplate:
             try:
                 marked = self._marked[self._source(chat)].render(**values)
             except Exception:  # a template may fail on marks alone
+                _log.debug("the chat template fails on messages with marks", exc_info=True)
                 return RenderedMessages(text, marked=False)
             if MARK.sub("", marked) == text and (rendered := read_marks(marked, text)) is not None:
                 return rendered
