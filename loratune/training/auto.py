@@ -272,10 +272,10 @@ def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tupl
     """The rate for rows that are read several times, and why: that of one pass for as many as `most_passes`, and a
     quarter of it for four.
 
-    SmolLM2-135M (scripts/README.md): with q, k, v and o, over two passes half of the rate had 0.2 % less loss on one
-    task and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more than
-    half. With all linear layers, over two passes half of it had 0.5 to 33 % less on five of eight sets of rows, and 0
-    to 35 % more on three.
+    SmolLM2-135M (scripts/learning/README.md): with q, k, v and o, over two passes half of the rate had 0.2 % less loss
+    on one task and 1 to 23 % more on two; over four, a quarter had 1 to 10 % less than the whole and half, or 1 % more
+    than half. With all linear layers, over two passes half of it had 0.5 to 33 % less on five of eight sets of rows,
+    and 0 to 35 % more on three.
 
     Args:
         rate: For one pass.
