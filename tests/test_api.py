@@ -202,3 +202,20 @@ def test_what_is_not_an_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(loratune.LoratuneError) as refused:
         loratune.Adapter(tmp_path)
     assert isinstance(refused.value, loratune.AdapterError)
+
+
+def test_what_the_command_line_would_refuse_is_refused(
+    adapter: loratune.Adapter, config: loratune.RunConfig, folder: Path
+) -> None:
+    """Before anything is computed or written, with an exception of loratune."""
+    calls = {
+        "rows": lambda: loratune.plan(config, rows={"trian": [{"prompt": "a", "completion": "b"}]}),  # type: ignore[dict-item]
+        "max_new_tokens": lambda: adapter.generate(["a"], max_new_tokens=0),
+        "dtype": lambda: adapter.merge(folder / "merged-int8", dtype="int8"),  # type: ignore[arg-type]
+    }
+    for key, call in calls.items():
+        with pytest.raises(loratune.ConfigError) as caught:
+            call()
+        assert [problem.key for problem in caught.value.problems] == [key]
+    assert not (folder / "merged-int8").exists()
+    assert adapter.generate("1 and 2", max_new_tokens=2) == adapter.generate(["1 and 2"], max_new_tokens=2)

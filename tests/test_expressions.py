@@ -75,10 +75,11 @@ def test_matches_share_a_limit() -> None:
         ("(" * 20_000 + ")" * 20_000, "is too large for a regular expression"),
         ("(?:(?:(?:a{1000}){1000}){1000})", "is too large for a regular expression"),
         ("a|" * 6000, "is too large for a regular expression"),
+        ("(" * 6000, "is too large for a regular expression"),  # before it is compiled, which may take a minute
         ("(?:foo){e<=1}", r"has `\{e`, which needs a backslash"),
         ("[[:alpha:]]", r"has `\[\[:`, which needs a backslash"),
     ],
-    ids=["open", "count", "deep", "counts", "long", "approximate", "class"],
+    ids=["open", "count", "deep", "counts", "long", "long, open", "approximate", "class"],
 )
 def test_what_is_no_expression(text: str, what: str) -> None:
     with pytest.raises(BadPatternError, match=what):

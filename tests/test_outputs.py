@@ -110,6 +110,17 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
     assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(named), "--output")]
 
 
+@pytest.mark.parametrize("read", ["~/rows/a.jsonl", "~/rows", "~/rows/*.jsonl"])
+def test_what_is_read_from_the_home_directory_is_never_replaced(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "a.jsonl").write_text("precious")
+    problem = refused(Code.OUTPUT_UNUSABLE, tmp_path / "rows" / "a.jsonl", Path(read), overwrite=True)
+    assert problem.what == f"is, or belongs to, an input ({read})"
+
+
 def test_nothing_planted_is_followed(tmp_path: Path) -> None:
     """Neither under the old name of unfinished files, nor, as names are random and files always new, under another."""
     (tmp_path / "victim").write_text("precious")

@@ -61,9 +61,10 @@ def optunas(study: Path, name: str, *, trials: int = 0, cut: bytes = b"") -> Non
         journal.write(cut)
 
 
-def database(path: Path) -> Path:
+def database(path: Path, *tables: str) -> Path:
     with closing(sqlite3.connect(path)) as made:
-        made.execute("CREATE TABLE notes (note TEXT)")
+        for table in tables or ("notes",):
+            made.execute(f"CREATE TABLE {table} (note TEXT)")
     return path
 
 
@@ -111,6 +112,10 @@ NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "a link to a trial": ("trials/0000", lambda study: inside(study, "trials", "0000").symlink_to("../../elsewhere")),
     "another database by its URI": ("uri", lambda study: database(study.parent / "storage")),
     "another database": ("storage", lambda study: database(study.parent / "storage")),
+    "a database with a table that Optuna has too": (
+        "storage",
+        lambda study: database(study.parent / "storage", "users", "alembic_version"),
+    ),
     "a text in place of a database": ("storage", lambda study: (study.parent / "storage").write_text("mine " * 200)),
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, get_args
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.sampling import Sampling, SamplingOptions
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", "Comparison", "TaskResults")
 BUILTIN = "builtin"
 """The text about other things that comes with loratune."""
+
+MergedDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Adapter(Adapters):
@@ -110,7 +112,7 @@ class Adapter(Adapters):
 
     def generate(
         self,
-        prompts: "Sequence[str | list[Message]]",
+        prompts: "str | Sequence[str | list[Message]]",
         *,
         max_new_tokens: int = 256,
         on_event: Listener | None = None,
@@ -119,7 +121,7 @@ class Adapter(Adapters):
         """Complete prompts.
 
         Args:
-            prompts: Texts, or conversations as lists of messages; rendered as the rows of training were.
+            prompts: Texts, or conversations as lists of messages, or one text; rendered as the rows of training were.
             max_new_tokens: The longest completion, in tokens.
             on_event: Receives events.
             options: `temperature`: 0, the default, for the likeliest token; above it, tokens are sampled. `top_p`,
@@ -134,6 +136,9 @@ class Adapter(Adapters):
             ConfigError: A setting is out of range, or a prompt leaves too little of the model's context.
             DataError: A prompt cannot be rendered.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"{max_new_tokens} is less than 1", key="max_new_tokens"))
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with listening(on_event):
             sampling = Sampling(**options)
             answers = self.answers(prompts, sampling=sampling, max_new_tokens=max_new_tokens)
@@ -234,7 +239,7 @@ class Adapter(Adapters):
         self,
         output: StrPath,
         *,
-        dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        dtype: MergedDtype | None = None,
         rows: Rows | None = None,
         overwrite: bool = False,
         on_event: Listener | None = None,
@@ -252,6 +257,9 @@ class Adapter(Adapters):
             AdapterError: The adapter cannot be merged, or the model is not nearer to it than to its base.
             ConfigError, ModelError, DataError, ResourceError, LockedError: Output, base or rows cannot be used.
         """
+        if dtype is not None and dtype not in get_args(MergedDtype):
+            what, fix = f"{dtype} is not a dtype of a model", f"use {', '.join(get_args(MergedDtype))}"
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="dtype", fix=fix))
         with listening(on_event):
             directory = output_directory(output, self._opened, rows, overwrite=overwrite)
             split = self._read(rows) if rows is not None else None

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loratune.training.preflight import Run
     from loratune.training.results import TrainedAdapter
 
+SPLITS = ("train", "validation", "test")
 GivenSplits = Mapping[Literal["train", "validation", "test"], Rows]
 
 
@@ -295,6 +296,9 @@ def validated(
 
     run = None
     if place is not None:
+        if unknown := [name for name in rows or {} if name not in SPLITS]:
+            what, fix = f"there is no split {unknown[0]!r}", f"the splits are {', '.join(SPLITS)}"
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="rows", fix=fix))
         given = {str(name): given_rows(values, name) for name, values in (rows or {}).items()}
         allowed = None if resume is False else () if resume is True else tuple(resume)
         run = preflight.check(config, place, allowed, given)

@@ -31,6 +31,8 @@ class BadPatternError(ValueError):
 
 def compile_pattern(text: str) -> Pattern:
     """Compile an expression of the syntax of `re`. Raises BadPatternError: it is not one, or is too large."""
+    if len(text) > MAX_CHARACTERS:
+        raise BadPatternError("is too large for a regular expression")
     try:
         re.compile(text)
     except re.error as error:
@@ -38,7 +40,7 @@ def compile_pattern(text: str) -> Pattern:
     except (OverflowError, RecursionError, MemoryError):
         raise BadPatternError("is too large for a regular expression") from None
     repeats = math.prod(max(1, *(int(count or 0) for count in counts)) for counts in _COUNT.findall(text))
-    if len(text) > MAX_CHARACTERS or repeats > MAX_REPEATS:
+    if repeats > MAX_REPEATS:
         raise BadPatternError("is too large for a regular expression")
     if found := _OTHER_DIALECT.search(text):
         raise BadPatternError(f"has `{found[0]}`, which needs a backslash if it is meant literally")

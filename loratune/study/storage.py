@@ -42,7 +42,7 @@ IDENTITY = "identity"
 _CREATE_STUDY, _SET_STUDY_ATTRIBUTE, _CREATE_TRIAL = 0, 2, 4
 """Codes of operations in a journal of Optuna's."""
 _TABLES = {"studies", "version_info", "alembic_version"}
-"""The tables that Optuna makes first, and their versions."""
+"""The tables that Optuna makes first, and their versions; other programs have some of these names too."""
 BEATS_EVERY, _GRACE = 60, 1800
 """Seconds between heartbeats, and without one after which a trial of another machine is retried."""
 _LOCKED = re.compile(r"(?i)\b(?:dead)?lock(?:ed)?\b")
@@ -162,7 +162,7 @@ def _check_database(url: str) -> None:
         found = {*inspect(engine).get_table_names()} if os.path.exists(path) else set()
     except Exception as error:
         raise explained(error, shown(url), url) from error
-    if found and not _TABLES & found:
+    if found and not found >= _TABLES:
         raise _no_database("is a database of something else", url)
 
 

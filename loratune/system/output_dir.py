@@ -238,8 +238,9 @@ class OutputDirectory:
                 lock = self._hold(stack)
                 stack.callback(self.clean_up)
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {platform.node()}\n")
-                lock.flush()
+                os.write(
+                    lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode()
+                )  # no buffer to flush later
             self.restore_old()  # the last command may have been killed between the two renames of `publish`
             yield self
 

@@ -90,9 +90,10 @@ class Output:
     def _input_at_path(self) -> Path | None:
         """The input that the file is or belongs to, or would belong to when it is written, by whatever name."""
         for source in self.inputs:
-            for path in [source] if os.path.lexists(source) else map(Path, glob.iglob(str(source), recursive=True)):
+            given = os.path.expanduser(source)  # as where inputs are read
+            for path in [given] if os.path.lexists(given) else glob.iglob(given, recursive=True):
                 with suppress(OSError):
-                    if contains(path, self.path):
+                    if contains(Path(path), self.path):
                         return source
         return None
 
