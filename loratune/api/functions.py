@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loratune import config as configs
 from loratune import escaping
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from loratune.training.preflight import Run
     from loratune.training.results import TrainedAdapter
 
-SPLITS = ("train", "validation", "test")
-GivenSplits = Mapping[Literal["train", "validation", "test"], Rows]
+SplitName = Literal["train", "validation", "test"]
+GivenSplits = Mapping[SplitName, Rows]
 
 
 @dataclass(frozen=True)
@@ -296,8 +296,9 @@ def validated(
 
     run = None
     if place is not None:
-        if unknown := [name for name in rows or {} if name not in SPLITS]:
-            what, fix = f"there is no split {unknown[0]!r}", f"the splits are {', '.join(SPLITS)}"
+        names = get_args(SplitName)
+        if unknown := [name for name in rows or {} if name not in names]:
+            what, fix = f"there is no split {unknown[0]!r}", f"the splits are {', '.join(names)}"
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="rows", fix=fix))
         given = {str(name): given_rows(values, name) for name, values in (rows or {}).items()}
         allowed = None if resume is False else () if resume is True else tuple(resume)

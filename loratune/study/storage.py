@@ -42,7 +42,9 @@ IDENTITY = "identity"
 _CREATE_STUDY, _SET_STUDY_ATTRIBUTE, _CREATE_TRIAL = 0, 2, 4
 """Codes of operations in a journal of Optuna's."""
 _TABLES = {"studies", "version_info", "alembic_version"}
-"""The tables that Optuna makes first, and their versions; other programs have some of these names too."""
+"""Tables of every database of Optuna's; other programs have some of these names too."""
+_OTHER_TABLES = ("study_", "trial")
+"""How the names of Optuna's other tables begin."""
 BEATS_EVERY, _GRACE = 60, 1800
 """Seconds between heartbeats, and without one after which a trial of another machine is retried."""
 _LOCKED = re.compile(r"(?i)\b(?:dead)?lock(?:ed)?\b")
@@ -162,7 +164,8 @@ def _check_database(url: str) -> None:
         found = {*inspect(engine).get_table_names()} if os.path.exists(path) else set()
     except Exception as error:
         raise explained(error, shown(url), url) from error
-    if found and not found >= _TABLES:
+    is_being_made = "studies" in found and all(name in _TABLES or name.startswith(_OTHER_TABLES) for name in found)
+    if found and not (found >= _TABLES or is_being_made):  # another process may have begun to make them
         raise _no_database("is a database of something else", url)
 
 
