@@ -5,9 +5,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from conftest import ROWS, write_rows
 from datasets import Dataset
@@ -67,6 +70,15 @@ def test_overrides_are_validated(folder: Path, config: loratune.RunConfig) -> No
     assert [problem.code for problem in refused.value.problems] == [Code.CONFIG_UNKNOWN_KEY]
 
 
+def test_a_config_may_be_plain_values(folder: Path, config: loratune.RunConfig) -> None:
+    values = json.loads((folder / "run.yaml").read_text())
+    changes = {"training.max_steps": 4, "output_dir": folder / "out"}
+    assert loratune.load_config(values, changes) == config and values["training"]["max_steps"] == 6
+    with pytest.raises(loratune.ConfigError) as refused:
+        loratune.load_config(values | {"training": {"learning_rate": -1.0, "steps": 3}})
+    assert [problem.key for problem in refused.value.problems] == ["training.learning_rate", "training.steps"]
+
+
 def test_training_gives_the_adapter_of_the_command(
     adapter: loratune.Adapter, folder: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -80,6 +92,7 @@ def test_events_tell_what_happens(adapter: loratune.Adapter, events: list[loratu
     kinds = {type(event).__name__ for event in events}
     assert kinds == {"NoteEvent", "PlanEvent", "ProgressEvent", "TrainingEvent", "StepEvent", "EvaluationEvent",
                      "FinishedEvent"}  # fmt: skip
+    assert isinstance(events[-1], loratune.FinishedEvent)
     steps = [event for event in events if isinstance(event, loratune.StepEvent)]
     assert [event.step for event in steps] == [1, 2, 3, 4]
     assert [event.step for event in steps if event.loss is not None] == [1, 2, 4]
@@ -144,6 +157,7 @@ def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None
     assert again.to_dict() == comparison.to_dict()
     whats = {event.what for event in events if isinstance(event, loratune.ProgressEvent)}
     assert "scoring base" in whats and not any("loading" in what or "attaching" in what for what in whats)
+    assert adapter.evaluate(folder / "held-out.jsonl", metrics="contains").to_dict()["adapter"]["contains"] is not None
     comparison.require("loss<base")
     with pytest.raises(loratune.RequirementError) as failed:
         comparison.require("exact_match>=0.99")
@@ -194,7 +208,11 @@ def test_further_functions(config: loratune.RunConfig, folder: Path, tiny_dir: P
     chosen = loratune.init(str(folder / "rows.jsonl"), model=str(tiny_dir), overrides={"training.max_steps": 2})
     assert chosen.training.max_steps == 2
     run = config.model_copy(update={"output_dir": str(folder / "best")})
-    result = loratune.sweep(run, grid={"training.learning_rate": [1e-2, 1e-3]})
+    before = optuna.logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", optuna.exceptions.ExperimentalWarning)
+        result = loratune.sweep(run, grid={"training.learning_rate": [1e-2, 1e-3]})
+    assert optuna.logging.get_verbosity() == before
     assert len(result.results.trials) == 2 and (folder / "best" / WEIGHTS).is_file()
 
 
@@ -208,7 +226,7 @@ def test_what_the_command_line_would_refuse_is_refused(
     adapter: loratune.Adapter, config: loratune.RunConfig, folder: Path
 ) -> None:
     """Before anything is computed or written, with an exception of loratune."""
-    calls = {
+    calls: dict[str, Callable[[], object]] = {
         "rows": lambda: loratune.plan(config, rows={"trian": [{"prompt": "a", "completion": "b"}]}),  # type: ignore[dict-item]
         "max_new_tokens": lambda: adapter.generate(["a"], max_new_tokens=0),
         "dtype": lambda: adapter.merge(folder / "merged-int8", dtype="int8"),  # type: ignore[arg-type]

@@ -149,11 +149,11 @@ class Adapter(Adapters):
         rows: Rows,
         *,
         against: "Adapter | StrPath | None" = None,
-        metrics: Sequence[str] = (),
+        metrics: str | Sequence[str] = (),
         forgetting: Rows | None = None,
-        tasks: Sequence[str] = (),
+        tasks: str | Sequence[str] = (),
         limit: int | None = None,
-        require: Sequence[str] = (),
+        require: str | Sequence[str] = (),
         allow_overlap: bool = False,
         whole_answers: bool = False,
         keep_fields: bool = False,
@@ -188,6 +188,7 @@ class Adapter(Adapters):
                 from loratune.compare import requirements
                 from loratune.data import row_hashes
 
+            metrics, tasks, require = (_listed(names) for names in (metrics, tasks, require))
             parsed = known_metrics.parse(metrics)
             known = {"against": against is not None, "forgetting": forgetting is not None, "tasks": bool(tasks)}
             required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
@@ -218,18 +219,18 @@ class Adapter(Adapters):
 
     def run_tasks(
         self,
-        tasks: Sequence[str],
+        tasks: str | Sequence[str],
         *,
         limit: int | None = None,
-        require: Sequence[str] = (),
+        require: str | Sequence[str] = (),
         on_event: Listener | None = None,
     ) -> "TaskResults":
         """Run tasks of the lm-evaluation-harness on base and adapter. Arguments and errors are those of `evaluate`."""
         with listening(on_event):
             from loratune.compare import requirements
 
-            required = requirements.parse(require, [], rows=False, tasks=True)
-            opened = _open_tasks(tasks, limit, required)
+            required = requirements.parse(_listed(require), [], rows=False, tasks=True)
+            opened = _open_tasks(_listed(tasks), limit, required)
             with libraries():
                 from loratune.commands import evaluate
 
@@ -352,6 +353,11 @@ def _finish(found: Found) -> Found:
     emit(FinishedEvent(found))
     requirements.check_met(found.requirements)
     return found
+
+
+def _listed(names: str | Sequence[str]) -> Sequence[str]:
+    """One name, or several."""
+    return [names] if isinstance(names, str) else names
 
 
 def _opened(other: Adapter | StrPath | None) -> Adapter | None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -47,17 +48,19 @@ class PublishedAdapter:
         return values | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)}
 
 
-def load_config(path: StrPath, overrides: Overrides = ()) -> RunConfig:
-    """Read a config file.
+def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) -> RunConfig:
+    """Read a config from a YAML file, or from plain values.
 
     Args:
-        path: The YAML file.
+        source: The file; or the values as they are in a file, section by section: `{"model": {"name_or_path": ...}}`.
         overrides: Dotted key → value, such as `{"training.max_steps": 50}`.
 
     Raises:
-        ConfigError: With every problem of the file.
+        ConfigError: With every problem. (`RunConfig(...)` itself raises the `ValidationError` of pydantic.)
     """
-    return configs.load(Path(path), assignments(overrides))
+    if isinstance(source, Mapping):
+        return configs.from_values(deepcopy(dict(source)), "the config", assignments(overrides))
+    return configs.load(Path(source), assignments(overrides))
 
 
 def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
@@ -130,8 +133,9 @@ def train(
             raise
         if trained is None:  # the main process may not be done
             return Adapter.later(run.directory.output)
+        adapter = Adapter(run.directory.output)
         emit(FinishedEvent(PublishedAdapter(run, trained)))
-        return Adapter(run.directory.output)
+        return adapter
 
 
 def plan(

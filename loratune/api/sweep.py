@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,13 +59,10 @@ def sweep(
     began = time.monotonic()
     if find_spec("optuna") is None:
         raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "optuna", "keeps the study", "sweep"))
-    import optuna
-
     from loratune.study import grid as grids
     from loratune.study.storage import check_output
 
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    with listening(on_event), TemporaryDirectory() as folder:
+    with listening(on_event), _quiet_optuna(), TemporaryDirectory() as folder:
         if isinstance(grid, Mapping):
             grid = [f"{key}={_listed(values)}" for key, values in grid.items()]
         given = None if isinstance(config, RunConfig) else Path(config)
@@ -82,6 +81,21 @@ def sweep(
 
         limit = Budget(seconds, began)
         return sweeps.sweep(sweeps.Request(axes, runs, checked, storage, trials, limit, halving))
+
+
+@contextmanager
+def _quiet_optuna() -> Iterator[None]:
+    """Without what optuna logs, and without its warnings that functions are experimental."""
+    from optuna import exceptions, logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", exceptions.ExperimentalWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _listed(values: Sequence[Any] | str) -> str:
