@@ -248,9 +248,13 @@ def tree(path: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="session")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Where commands are run as processes of their own."""
-    with fork_server(tmp_path_factory.mktemp("processes"), PYTHONHASHSEED="2") as made:
+def processes(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[ForkServer]:
+    """Where commands are run as processes of their own. The server has trained and used the tiny model once."""
+    folder = tmp_path_factory.mktemp("processes")
+    make = config_in(folder, tiny_dir)
+    train = ("train", make(training={"max_steps": 2, "save_steps": 1}, data={"validation": 0.2}))
+    generate = ("generate", "--adapter", folder / "out", "1 and", "--max-new-tokens", 2)
+    with fork_server(folder, (train, ("train", make("all.yaml"), "--overwrite"), generate), PYTHONHASHSEED="2") as made:
         yield made
 
 
