@@ -254,8 +254,8 @@ def run_here(command: Sequence[str]) -> None:
         except SystemExit as end:
             if end.code:
                 raise RuntimeError(said.getvalue()) from end
-    AcceleratorState._reset_state(True)  # noqa: SLF001  each fork has a run of its own
-    GradientState._reset_state()  # noqa: SLF001
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
     tempfile.tempdir = None
 
 
