@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loratune.adapter.sampling import Sampling as Sampling
+    from loratune.adapter.options import Sampling as Sampling
     from loratune.api.adapter import Adapter as Adapter
     from loratune.api.adapters import Adapters as Adapters
     from loratune.api.functions import count_parameters as count_parameters
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
-    "adapter.sampling": "Sampling",
+    "adapter.options": "Sampling",
     "api.adapter": "Adapter",
     "api.adapters": "Adapters",
     "api.functions": "count_parameters explain init load_config plan report_study train",

@@ -23,17 +23,18 @@ def main() -> None:
 
 
 def _run() -> None:
+    from loratune import console
     from loratune.codes import Code
     from loratune.errors import LoratuneError, Problem, ResourceError, is_out_of_memory
-    from loratune.system import launcher, streams
+    from loratune.system import launcher
 
-    streams.secure()
+    console.secure()
     if launcher.rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:
         from loratune.cli import app
 
-        sys.stderr = streams.LossyStream(sys.stderr)
+        sys.stderr = console.LossyStream(sys.stderr)
         try:
             app(prog_name="loratune")
         finally:  # by SystemExit

@@ -23,8 +23,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loratune import escaping
 from loratune.codes import Code
+from loratune.text import one_line
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Problem:
         where, key, what, fix = map(_with_short_values, (self.where, self.key, self.what, self.fix))
         head = ": ".join(part for part in (where, key, what) if part)
         code = f" [{self.code}]" if "." in self.code else ""
-        return escaping.line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
+        return one_line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
 
 
 _VALUE = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|(?<!\w)"[^"]*"|\S+""")
@@ -121,6 +121,21 @@ _OUT_OF_MEMORY = (
     "can't start new thread",
     "std::bad_alloc",
 )
+
+
+def is_rust_panic(error: BaseException) -> bool:
+    """Whether a library in Rust gave up; the class of such an error is no `Exception`, and cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def template_error_reason(error: BaseException) -> str:
+    """Why a chat template cannot be compiled.
+
+    error: Jinja's TemplateSyntaxError; SyntaxError or RecursionError of Python, for a text that is nested too deeply.
+    """
+    if isinstance(error, SyntaxError | RecursionError):
+        return "it is nested too deeply" + (f": {error.msg}" if isinstance(error, SyntaxError) else "")
+    return str(getattr(error, "message", error))
 
 
 class ConfigError(LoratuneError):

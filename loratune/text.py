@@ -1,8 +1,87 @@
-"""Formats numbers, blocks and tables for people."""
+"""Text for people: escapes what is untrusted, and formats numbers, blocks and tables.
 
+Escape sequences in data, file names or a model's answer could otherwise set a terminal's title, write to its clipboard
+(OSC 52) or clear the screen, and bidirectional control characters change the displayed order of text.
+"""
+
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Sequence
 
-from loratune import escaping
+_SPECIAL = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, C0 and C1, except tabs and line breaks
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"  # line separators and marks of direction, as of Unicode's TR 36
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # lone surrogates, and characters that show as nothing
+)
+_IN_A_LINE = re.compile(f"[\t\n{_SPECIAL}]")
+_IN_A_TEXT = re.compile(f"[{_SPECIAL}]")
+_IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
+"""What a shell does not take literally between double quotes."""
+_IN_MARKDOWN = re.compile(r"[\\`*\[\]<>&#~|$]|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+"""What a line of Markdown does not show literally; `_` inside a word is shown."""
+_NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
+
+
+def printable(value: str) -> str:
+    """The text with `\\x1b` and the like in place of what a terminal would obey; tabs and line breaks stay."""
+    return value if value.isascii() and value.isprintable() else _IN_A_TEXT.sub(_escaped, value)
+
+
+def one_line(value: str) -> str:
+    """The text as one line: like `printable`, and tabs and line breaks are escaped too."""
+    return value if value.isascii() and value.isprintable() else _IN_A_LINE.sub(_escaped, value)
+
+
+def is_printable_line(value: str) -> bool:
+    """Whether nothing in the text would be escaped in one line."""
+    return one_line(value) == value
+
+
+def shell_word(value: str) -> str:
+    """The text as one word of a shell, safe to paste: `$'...'` if there is something to escape.
+
+    bash, zsh and ksh read that (POSIX.1-2024, 2.2.4).
+    """
+    if is_printable_line(value):
+        return f'"{value}"' if "'" in value and not _IN_DOUBLE_QUOTES.search(value) else shlex.quote(value)
+    quoted = "".join(
+        f"\\{character}" if character in "\\'" else _IN_A_LINE.sub(_octal, character) for character in value
+    )
+    return f"$'{quoted}'"
+
+
+def markdown(value: str) -> str:
+    """The text as words in a line of Markdown (https://spec.commonmark.org/0.31.2/#backslash-escapes)."""
+    return _IN_MARKDOWN.sub(r"\\\g<0>", one_line(value))
+
+
+def code_span(value: str) -> str:
+    """The text as code in a line of Markdown (https://spec.commonmark.org/0.31.2/#code-spans)."""
+    code = one_line(value)
+    fence, space = "`" * (_longest_backticks(code) + 1), " " if {code[:1], code[-1:]} & {"`", " "} else ""
+    return f"{fence}{space}{code}{space}{fence}"
+
+
+def code_block(value: str, language: str) -> str:
+    """The text as a block of code in Markdown, without a line break at its end."""
+    fence = "`" * max(3, _longest_backticks(value) + 1)
+    return f"{fence}{language}\n{value.rstrip()}\n{fence}"
+
+
+def _longest_backticks(value: str) -> int:
+    return max(map(len, re.findall("`+", value)), default=0)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    if match[0] in _NAMED:
+        return _NAMED[match[0]]
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def _octal(match: re.Match[str]) -> str:
+    """The bytes of a character, which every such shell reads in whatever locale."""
+    return "".join(f"\\{byte:03o}" for byte in match[0].encode("utf-8", "surrogateescape"))
 
 
 def plural(number: int, what: str) -> str:
@@ -47,9 +126,9 @@ def block(title: str, lines: Iterable[tuple[str, str]]) -> Iterator[str]:
     rows = list(lines)
     width = max(len(name) for name, _ in rows)
     yield title
-    yield from (escaping.line(f"  {name:<{width}}  {value}") for name, value in rows)
+    yield from (one_line(f"  {name:<{width}}  {value}") for name, value in rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """The lines of an aligned table, each safe to print."""
-    return map(escaping.line, align(header, rows))
+    return map(one_line, align(header, rows))

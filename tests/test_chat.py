@@ -19,7 +19,7 @@ from fork_server import Child, ForkServer
 from running import Cli
 from typer.testing import CliRunner
 
-from loratune.adapter import loading, selection
+from loratune.adapter import loading, options
 from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
@@ -215,7 +215,7 @@ def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
     """An answer that was cut off has the weight 0, and of raw prompts it is left out; without a whole one, no rows."""
     cut, whole = Exchange("a", "b", is_whole=False), Exchange("c", "d", is_whole=True)
     paths = {"short": short, "raw": raw}
-    selected = selection.parse([f"{name}={path}" for name, path in paths.items()])
+    selected = options.parse_selection([f"{name}={path}" for name, path in paths.items()])
     opened = {name: AdapterDirectory.open(path) for name, path in paths.items()}
     talk = Chat(loading.load_selection(opened, selected), system="s")
     talk.exchanges.extend([cut, whole])

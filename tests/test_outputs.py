@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from conftest import meanings, tree
 
-from loratune import escaping
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError
 from loratune.system import output_file
 from loratune.system.output_file import Output
+from loratune.text import one_line
 
 
 def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
@@ -283,7 +283,7 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
     ):
         problem = refused(code, path, overwrite=True)
         assert detail in problem.what
-        assert str(problem).startswith(f"{escaping.line(path)}: --output: ")
+        assert str(problem).startswith(f"{one_line(path)}: --output: ")
     os.close(reading)
 
 

@@ -18,7 +18,7 @@ from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "codes": 0, "escaping": 0, "events": 0, "text": 0, "statistics": 0, "__init__": 0, "errors": 0, "system": 0,
+    "codes": 0, "events": 0, "text": 0, "statistics": 0, "__init__": 0, "errors": 0, "system": 0,
     "console": 0,
     "config": 1, "kernels": 1,
     "data": 2, "model": 2, "lora": 2,
@@ -28,7 +28,7 @@ LEVELS = {
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 GROUPS = (
-    ("codes", "escaping", "events", "text", "statistics", "__init__", "errors", "system", "console"),
+    ("codes", "events", "text", "statistics", "__init__", "errors", "system", "console"),
     ("study", "commands", "api"),
     ("cli", "__main__"),
 )
@@ -157,7 +157,7 @@ def imports_stand_on_top(root: Path) -> Iterator[str]:
                 yield from (f"{path}:{line}: {name} in {function.name}" for line, name in imports(function))
 
 
-BELOW_CLI = {"api", "cli", "codes", "config", "console", "errors", "escaping", "events", "system", "text"}
+BELOW_CLI = {"api", "cli", "codes", "config", "console", "errors", "events", "system", "text"}
 """What the command line is made of besides names of the public API: `system` is the operating system."""
 
 
@@ -179,7 +179,7 @@ OF_PROCESS = {
     "limit_threads", "secure",
 }  # fmt: skip
 """Calls that print, end the process, or change it for other code; the last ones are those of `system`."""
-OF_THE_COMMAND_LINE = ("cli/", "__main__.py", "console.py", "system/signals.py", "system/streams.py")
+OF_THE_COMMAND_LINE = ("cli/", "__main__.py", "console.py", "system/signals.py")
 RESTORED = {
     "system/environment.py": "os.environ", "compare/harness.py": "os.environ",
     "export/llama_cpp_process.py": "print",
@@ -378,7 +378,7 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
         (imports_point_down, "model.py", "if TYPE_CHECKING:\n    from loratune.commands.train import Plan"),
         (only_lora_imports_peft, "lora/attach.py", "import peft"),
         (only_config_reads_yaml, "card.py", "import yaml\nyaml.safe_dump({})"),
-        (only_config_reads_yaml, "config/yaml_reader.py", "import yaml\nyaml.safe_load('')"),
+        (only_config_reads_yaml, "config/yaml_files.py", "import yaml\nyaml.safe_load('')"),
         (files_are_short, "model.py", "x = 1\n" * 400),
         (files_are_short, "codes.py", "class Code:\n" + "    ONE = 'a.one', 'One.'\n" * 2 + "x = 1\n" * 398),
         (functions_are_short, "model.py", LONG_BODY.replace("    x = 1\n", "", 1)),

@@ -18,13 +18,14 @@ from fork_server import Child, ForkServer, fork_server
 from hub_server import READ_ONLY, TOKEN, Fault, Files, Handler, Hub, State
 from running import WEIGHTS, flip, until
 
-from loratune import config, escaping
+from loratune import config
 from loratune.adapter import card
 from loratune.codes import Code
 from loratune.export import portable
 from loratune.lora import adapter_files
+from loratune.system.directories import ROW_HASHES
 from loratune.system.files import sha256
-from loratune.system.records import ROW_HASHES
+from loratune.text import printable
 
 Cli = Callable[..., Ran]
 Push = Callable[..., Ran]
@@ -176,7 +177,7 @@ def test_no_place_of_a_run_is_uploaded(
         {"step": 3, "key": "lora.start_from", "was": f"{secret}/was", "is": run.lora.start_from},
     ]
     with (adapter / "README.md").open("a") as file:
-        file.write(escaping.text(card._change_lines(changes) + card._start_lines(run.resolved(), "none")))
+        file.write(printable(card._change_lines(changes) + card._start_lines(run.resolved(), "none")))
     record = json.loads((adapter / "loratune.json").read_text())
     record |= {"changes": changes, "start_from": {"adapter": run.lora.start_from}}
     record["files"] = adapter_files.manifest(adapter)

@@ -12,7 +12,7 @@ from running import run_record
 
 from loratune.codes import Code
 from loratune.errors import ResumeError
-from loratune.system import records
+from loratune.system import files
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.run_dir import RejectedAdapter
 from loratune.training.checkpoints.store import Checkpoints, newest_whole
@@ -30,10 +30,9 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_only_whole_numbers_up_to_the_own_version_are_read() -> None:
-    for kind, version in records.VERSIONS.items():
-        assert records.newer(kind, {}) == records.newer(kind, records.versioned(kind, {})) == ""
-        for other in (*WRONG, version + 1):
-            assert (records.newer(kind, {records.KEY: other}) != "") == (type(other) is not int or other != version)
+    assert files.newer({}) == files.newer(files.versioned({})) == ""
+    for other in (*WRONG, files.VERSION + 1):
+        assert (files.newer({files.VERSION_KEY: other}) != "") == (type(other) is not int or other != files.VERSION)
 
 
 def test_the_record_of_an_adapter(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from loratune.config import DataSection, Source
 from loratune.data import row_hashes
 from loratune.data.row_hashes import Overlap, RowHashes
 from loratune.data.row_index import CONTENT_HASH
-from loratune.system.records import ROW_HASHES
+from loratune.system.directories import ROW_HASHES
 
 SPACED = {"prompt": "a  3", "completion": "b"}
 ROWS = [{"prompt": f"a {number}", "completion": "b"} for number in range(9)]

@@ -7,8 +7,8 @@ import torch
 from families import small
 from peft import LoraConfig, get_peft_model
 
-from loratune.adapter import shared_prompts
-from loratune.adapter.shared_prompts import SharedPrompts
+from loratune.adapter import generation
+from loratune.adapter.generation import SharedPrompts
 from loratune.data.packing import pad
 from loratune.kernels import row_sums
 
@@ -19,7 +19,7 @@ ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows are short here."""
-    monkeypatch.setattr(shared_prompts, "_FEWEST", 1)
+    monkeypatch.setattr(generation, "_FEWEST", 1)
 
 
 def adapted(model_type: str, **changes: Any) -> Any:

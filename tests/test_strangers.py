@@ -23,11 +23,11 @@ from markdown_it import MarkdownIt
 from running import Cli, MakeConfig
 from typer.testing import CliRunner
 
-from loratune import escaping
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.errors import Problem
 from loratune.lora import adapter_files
+from loratune.text import code_block, code_span, markdown, one_line, printable, shell_word
 
 # Code of other repositories
 
@@ -263,17 +263,15 @@ def clean(text: str) -> None:
 
 
 def test_escaping() -> None:
-    assert escaping.line("a\tb\nc\x1b\x9b\u202e\ud800é🙂\U000e0041") == (
-        "a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041"
-    )
-    assert escaping.text("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
+    assert one_line("a\tb\nc\x1b\x9b\u202e\ud800é🙂\U000e0041") == ("a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041")
+    assert printable("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
     for word in ("plain", "it's", "it's `$HOME` \\ \"!", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
-        quoted = escaping.shell(word)
+        quoted = shell_word(word)
         clean(quoted)
         assert "\n" not in quoted
         said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True).stdout
         assert said == word.encode("utf-8", "surrogateescape")
-    assert [escaping.shell(word) for word in ("it's", "it's $5", "it's new!")] == [
+    assert [shell_word(word) for word in ("it's", "it's $5", "it's new!")] == [
         '"it\'s"', "'it'\"'\"'s $5'", "'it'\"'\"'s new!'",
     ]  # fmt: skip
     problem = Problem(Code.UNEXPECTED, "a\nb", "c\nd", "e\x1b", "f\r")
@@ -286,8 +284,8 @@ def test_escaping() -> None:
 )
 def test_escaping_for_markdown(word: str) -> None:
     """As words and as code, a renderer shows the text itself, and no markup or link in it."""
-    block = escaping.code_block(f"{word}\n```", "sh")
-    text = f"# {escaping.markdown(word)}\n\n{escaping.code_span(word)}\n\n{block}\n"
+    block = code_block(f"{word}\n```", "sh")
+    text = f"# {markdown(word)}\n\n{code_span(word)}\n\n{block}\n"
     words, code, fence = (token for token in MARKDOWN.parse(text) if token.type in ("inline", "fence"))
     assert {token.type for token in words.children or ()} <= {"text", "text_special"}
     assert "".join(token.content for token in words.children or ()) == word.strip()

@@ -118,7 +118,7 @@ def test_a_run_whose_streams_are_all_closed(arrows: Path, tmp_path: Path) -> Non
 
 def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
     code = (
-        "from loratune.system import streams; streams.secure(); import sys; file = open(sys.argv[1], 'w');"
+        "from loratune import console; console.secure(); import sys; file = open(sys.argv[1], 'w');"
         "print('told', flush=True); print('erred', file=sys.stderr, flush=True);"
         "print(file.fileno(), repr(sys.stdin.read()), file=file)"
     )

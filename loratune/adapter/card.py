@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 
-from loratune import escaping
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.data import DatasetSplit
 from loratune.data.formats import IGNORED, Conversation, Example, Plain, Single, sides
-from loratune.system import records
+from loratune.system.files import versioned
+from loratune.text import code_block, code_span, is_printable_line, markdown, one_line, printable, shell_word
 
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -34,16 +34,17 @@ def provenance(
         curve: Losses by step.
         fingerprints: Of the base and the rows.
     """
-    return {
-        records.KEY: records.VERSIONS[records.ADAPTER],
-        "versions": {name: version(name) for name in PACKAGES},
-        "machine": {"python": platform.python_version(), "platform": platform.platform()},
-        "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")},
-        "fingerprints": dict(fingerprints),
-        "seed": settings["training"]["seed"],
-        "metrics": dict(metrics),
-        "curve": [dict(entry) for entry in curve],
-    }
+    return versioned(
+        {
+            "versions": {name: version(name) for name in PACKAGES},
+            "machine": {"python": platform.python_version(), "platform": platform.platform()},
+            "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")},
+            "fingerprints": dict(fingerprints),
+            "seed": settings["training"]["seed"],
+            "metrics": dict(metrics),
+            "curve": [dict(entry) for entry in curve],
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
     """
     model = settings["model"]
     base = model["name_or_path"]
-    base_name = escaping.code_span("/".join(model[key] for key in ("name_or_path", "gguf_file") if model[key]))
+    base_name = code_span("/".join(model[key] for key in ("name_or_path", "gguf_file") if model[key]))
     base_name += "" if model["quantization"] == "none" else f" in {model['quantization']}"
     on_hub = not base.startswith("/")
     tags = ["lora", "loratune", *([settings["training"]["objective"]] if lines.objective else [])]
@@ -102,7 +103,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
-# {escaping.markdown(name)}
+# {markdown(name)}
 
 A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
@@ -119,9 +120,9 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 ## Settings
 
-{escaping.code_block(yaml.safe_dump(_shown_settings(settings), sort_keys=False), "yaml")}
+{code_block(yaml.safe_dump(_shown_settings(settings), sort_keys=False), "yaml")}
 """
-    return escaping.text(text)
+    return printable(text)
 
 
 def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,8 +138,8 @@ def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
     """The shortest prompt of the first rows, as one types it after `loratune generate`; dots if none is suitable."""
     prompts = map(_recorded_prompt, islice(rows.examples(), 100))
     texts = (text for text in map(_typed, prompts) if 0 < len(text) <= max_length)
-    prompt = min(texts, key=lambda text: (not escaping.is_plain(text), len(text)), default="...")
-    return ("-- " if prompt.startswith("-") else "") + escaping.shell(prompt)  # `--`: it is not an option
+    prompt = min(texts, key=lambda text: (not is_printable_line(text), len(text)), default="...")
+    return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--`: it is not an option
 
 
 def _typed(prompt: Mapping[str, Any]) -> str:
@@ -185,7 +186,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
     if start is None:
         return ""
     replayed = f"; {replay:.1%} of the rows are replayed from its run" if replay is not None else ""
-    return f"""- **Started from:** the adapter {escaping.code_span(start)}{replayed}.
+    return f"""- **Started from:** the adapter {code_span(start)}{replayed}.
   It is part of this one: use this one on the base without the other
 - **Earlier rows:** {forgetting}
 """
@@ -194,8 +195,8 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
 def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
     """Settings that were changed during the run: run.yaml holds only their last value."""
     lines = (
-        f"{change['key']} was {escaping.markdown(str(change['was']))} up to step {change['step']}, "
-        f"then {escaping.markdown(str(change['is']))}"
+        f"{change['key']} was {markdown(str(change['was']))} up to step {change['step']}, "
+        f"then {markdown(str(change['is']))}"
         for change in changes
     )
     return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
@@ -228,7 +229,7 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
         for split, loss, interval in losses
         if loss is not None
     ]
-    return {"model-index": [{"name": escaping.line(name), "results": results}]} if results else {}
+    return {"model-index": [{"name": one_line(name), "results": results}]} if results else {}
 
 
 def _metric(kind: str, value: float, name: str, interval: Sequence[float] | None) -> dict[str, Any]:
@@ -244,14 +245,14 @@ def _dataset(source: Any, train: Any) -> dict[str, str]:
     """
     sources = train if isinstance(source, float) else source
     paths = [one["path"] for one in ([sources] if isinstance(sources, Mapping) else sources)]
-    names = ", ".join(escaping.line(Path(path).name if path.startswith("/") else path) for path in paths)
+    names = ", ".join(one_line(Path(path).name if path.startswith("/") else path) for path in paths)
     return {"type": names, "name": f"{source:g} of {names}, held out" if isinstance(source, float) else names}
 
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
     """One source, or several with their weights."""
     sources = [train] if isinstance(train, Mapping) else train
-    names = [escaping.code_span(source["path"]) for source in sources]
-    splits = [f" {escaping.markdown('[' + source['split'] + ']')}" if source["split"] else "" for source in sources]
+    names = [code_span(source["path"]) for source in sources]
+    splits = [f" {markdown('[' + source['split'] + ']')}" if source["split"] else "" for source in sources]
     weights = [f" (weight {source['weight']:g})" if source["weight"] is not None else "" for source in sources]
     return ", ".join(map("".join, zip(names, splits, weights, strict=True)))

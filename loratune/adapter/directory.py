@@ -16,9 +16,8 @@ from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import note
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.system import records
-from loratune.system.directories import is_adapter_file
-from loratune.system.files import write_json
+from loratune.system.directories import ROW_HASHES, is_adapter_file
+from loratune.system.files import versioned, write_json
 
 RUN_FILE = "run.yaml"
 """The resolved config of the run that made the adapter."""
@@ -27,7 +26,7 @@ _PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
 """Packages whose versions the record of an export holds."""
 _NOT_TOKENIZER = frozenset({
     CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "training_args.bin", RECORD_FILE, "README.md", RUN_FILE,
-    records.ROW_HASHES,
+    ROW_HASHES,
 })  # fmt: skip
 _VOCABULARIES = (".tiktoken", ".model", ".spm", ".bpe", ".codes", ".vocab")
 """Suffixes of vocabularies that tokenizers with code of their own read."""
@@ -132,7 +131,7 @@ class AdapterDirectory:
             **details,
             "files": adapter_files.manifest(staging),
         }
-        write_json(staging / RECORD_FILE, records.versioned(RECORD_FILE, record))
+        write_json(staging / RECORD_FILE, versioned(record))
 
 
 def _base(files: AdapterFiles) -> ModelSection:

@@ -12,9 +12,8 @@ from transformers import PreTrainedModel
 
 from loratune import kernels
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.generation import LoadedAdapter, reader
-from loratune.adapter.selection import Selection
-from loratune.adapter.shared_prompts import SharedPrompts
+from loratune.adapter.generation import LoadedAdapter, SharedPrompts, reader
+from loratune.adapter.options import Selection
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.data.rendering import Renderer

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, get_args
 
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.sampling import Sampling, SamplingOptions
-from loratune.adapter.selection import UNNAMED
+from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
 from loratune.api import Overrides, Rows, StrPath, assignments, libraries
 from loratune.api.adapters import Adapters, output_directory, source_of
 from loratune.api.functions import push

@@ -7,15 +7,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, BinaryIO, Literal
 
-from loratune.adapter import selection
+from loratune.adapter import options
 from loratune.adapter.directory import AdapterDirectory
-from loratune.adapter.sampling import Sampling
-from loratune.adapter.selection import UNNAMED, Selection
+from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.api import Rows, StrPath, libraries
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.errors import ConfigError, Problem
 from loratune.events import Listener, listening, note
+from loratune.system.directories import EXPORT
+from loratune.system.output_dir import OutputDirectory
 
 if TYPE_CHECKING:
     from loratune.adapter.loading import LoadedAdapters
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from loratune.commands.generate import Answer
     from loratune.data.sources import GivenRows
     from loratune.data.sources.rows import Row
-    from loratune.system.output_dir import OutputDirectory
 
 Client = Literal["peft", "vllm", "gguf", "ollama"]
 
@@ -65,7 +65,7 @@ class Adapters:
         else:
             if isinstance(adapters, Mapping):
                 adapters = [f"{name}={fspath(path)}" for name, path in adapters.items()]
-            self._selection = selection.parse(adapters, use, mix)
+            self._selection = options.parse_selection(adapters, use, mix)
         self._force = force
         self.paths: Mapping[str, Path] = self._selection.directories
 
@@ -227,14 +227,14 @@ def output_directory(
     *,
     overwrite: bool,
     **files: StrPath | None,
-) -> "OutputDirectory":
-    """Check that a directory may be written. files: option → file that is read. Raises as `output.check`."""
-    from loratune.export import output as outputs
+) -> OutputDirectory:
+    """Check that a directory may be written. files: option → file that is read. Raises as
+    `OutputDirectory.check`."""
     from loratune.model.source import local_or_hub
 
-    inputs = {option: Path(path) for option, path in files.items() if path is not None}
-    inputs |= {"--data": Path(rows)} if isinstance(rows, str | PathLike) else {}
+    inputs = {option: fspath(path) for option, path in files.items() if path is not None}
+    inputs |= {"--data": fspath(rows)} if isinstance(rows, str | PathLike) else {}
     for name, one in adapters.items():
-        inputs[f"--adapter {name}".strip()] = one.path
-        inputs[f"the base of {name}" if name else "the base"] = Path(local_or_hub(one.base.name_or_path))
-    return outputs.check(Path(output), overwrite=overwrite, inputs=inputs)
+        inputs[f"--adapter {name}".strip()] = str(one.path)
+        inputs[f"the base of {name}" if name else "the base"] = local_or_hub(one.base.name_or_path)
+    return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs.items()], kind=EXPORT).check()

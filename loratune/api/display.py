@@ -1,13 +1,12 @@
-"""Formats results as the lines that the command line prints. Each line is escaped by `escaping.line`."""
+"""Formats results as the lines that the command line prints. Each line is escaped by `one_line`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from loratune import escaping
 from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, shape_text, shared_module, shortest
-from loratune.text import block, format_duration, format_size, plural, table
+from loratune.text import block, format_duration, format_size, one_line, plural, shell_word, table
 
 if TYPE_CHECKING:
     from loratune.api.functions import PublishedAdapter
@@ -32,7 +31,7 @@ def plan(plan: "Plan") -> tuple[list[str], list[str]]:
         shared = plan.targets.shared_roles().get(module_pattern)
         fused = f", fused: {adapted_too(shared)}" if shared else ", fused" if shared is not None else ""
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
-    before = [*block("targets", lines), str(plan.count), *map(escaping.line, plan.dataset_lines())]
+    before = [*block("targets", lines), str(plan.count), *map(one_line, plan.dataset_lines())]
     size = f"adapter file: {format_size(plan.count.adapter_bytes)}"
     return before, [size, f"memory at the longest batch: {_memory(plan.memory)}"]
 
@@ -54,7 +53,7 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
     if found.forgetting is not None:
         lines.append(("stands alone", "it holds the adapter that it started from"))
     prompt = example_prompt(result.run.rows.train) if result.run.rows else ""
-    lines.append(("try it", f"{program} generate --adapter {escaping.shell(directory.display_name)} {prompt}"))
+    lines.append(("try it", f"{program} generate --adapter {shell_word(directory.display_name)} {prompt}"))
     return block("done", lines)
 
 
@@ -99,7 +98,7 @@ def stats(path: str, stats: "AdapterStats") -> Iterator[str]:
         lines.append(("unchanged", f"{unchanged:,} of {experts:,} modules and experts have an update of zero"))
     lines += [("also", f"{name}: {count:,} numbers") for name, count in stats.others.items()]
     width = max(len(name) for name, _ in lines)
-    yield from (escaping.line(f"{name:<{width}}  {value}") for name, value in lines)
+    yield from (one_line(f"{name:<{width}}  {value}") for name, value in lines)
     groups = by_pattern(stats.updates)
     yield from table(TABLE_HEADER, [[kind, *table_row(group)] for kind, group in groups.items()])
     yield from _norms(groups)
@@ -219,14 +218,14 @@ def study(swept: "SweepResult", program: str) -> Iterator[str]:
     yield from table(results.header(), [results.cells(trial) for trial in results.trials])
     for trial in results.trials:
         if trial.note:
-            yield escaping.line(f"  trial {trial.number}: {trial.state}: {trial.note}")
+            yield one_line(f"  trial {trial.number}: {trial.state}: {trial.note}")
     lines = [("best", results.conclusion())]
     if results.published is not None:
-        command = f"{program} generate --adapter {escaping.shell(results.published)} {swept.example_prompt}"
+        command = f"{program} generate --adapter {shell_word(results.published)} {swept.example_prompt}"
         lines += [("adapter", results.published), ("try it", command)]
     lines += [
         ("study", str(swept.directory)),
-        ("look", f"{program} report --study {escaping.shell(str(swept.directory))}"),
+        ("look", f"{program} report --study {shell_word(str(swept.directory))}"),
     ]
     lines += [("note", note) for note in (*results.remarks(), *swept.notes)]
     yield from block("swept" if swept.stop is None else "interrupted", lines)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loratune import config as configs
-from loratune import escaping
 from loratune.api import Overrides, Rows, StrPath, assignments, libraries
 from loratune.codes import Code
 from loratune.commands.explain import Explanation
@@ -19,6 +18,7 @@ from loratune.events import FinishedEvent, Listener, emit, listening, note
 from loratune.system import launcher, output_file
 from loratune.system.launcher import Group
 from loratune.system.signals import StopSignal
+from loratune.text import shell_word
 
 if TYPE_CHECKING:
     from loratune.api.adapter import Adapter
@@ -276,7 +276,7 @@ def _run_directory(
     file = None if config_file is None else Path(config_file)
     if config.model.device_map is not None and (size := launcher.world_size()) > 1:
         what = f"auto spreads one model over all GPUs, and each of {size} processes would do so"
-        fix = "leave it out, or start one process" + (f": loratune train {escaping.shell(str(file))}" if file else "")
+        fix = "leave it out, or start one process" + (f": loratune train {shell_word(str(file))}" if file else "")
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, str(file or ""), "model.device_map", fix))
     note_portability(config)
     return run_dir.check(

@@ -8,14 +8,13 @@ from typing import Annotated
 
 import typer
 
-from loratune import escaping
 from loratune.cli.application import STDOUT, Assignments, Debug, Json, app, check_paths, needs, program, show
 from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
 from loratune.console import log, print_json, print_lines
 from loratune.errors import ConfigError, Problem
 from loratune.events import Event, FinishedEvent, listener
-from loratune.text import block
+from loratune.text import block, shell_word
 
 _YAML = (".yaml", ".yml")
 OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
@@ -58,7 +57,7 @@ def _show_started(event: FinishedEvent, output: str) -> None:
     lines = display.started(event.result)
     with checked_output():
         if Path(output).is_file() and not output.startswith(("/dev/", "/proc/")):
-            command = f"{program()} train {escaping.shell(output)}"
+            command = f"{program()} train {shell_word(output)}"
             lines += [("config", output), ("look", f"{command} --dry-run"), ("train", command)]
             print_lines(block("started", lines))
         else:

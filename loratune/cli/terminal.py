@@ -18,7 +18,6 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from loratune import escaping
 from loratune.console import err, log, print_marked
 from loratune.events import (
     LIBRARIES,
@@ -31,7 +30,7 @@ from loratune.events import (
     TrainingEvent,
     Unit,
 )
-from loratune.text import format_duration
+from loratune.text import format_duration, one_line
 
 PATIENCE, _PAUSE = 2.0, 30.0
 """Seconds for which work is done without a word, and between the lines on it where there is no terminal."""
@@ -111,7 +110,7 @@ class _Piece:
             while not self._ended.wait(_PAUSE):
                 log(f"{self.what}: {self._line()}")
             return
-        label = TextColumn(escaping.line(self.what), markup=False)
+        label = TextColumn(one_line(self.what), markup=False)
         with Progress(
             label, *self._columns(), console=err, transient=True, refresh_per_second=2, **_NO_REDIRECT
         ) as bar:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loratune import escaping
 from loratune.cli.application import MAX_COUNT, Assignments, ConfigFile, Debug, Json, app, needs, program, show
 from loratune.cli.boundary import boundary, stop_error, unread_output
 from loratune.cli.loss_plot import loss_plot
@@ -18,6 +17,7 @@ from loratune.events import Event, FinishedEvent, listener
 from loratune.system import launcher, signals
 from loratune.system.launcher import Group
 from loratune.system.signals import StopSignal
+from loratune.text import one_line, shell_word
 
 if TYPE_CHECKING:
     from loratune.training.plan import Plan
@@ -113,7 +113,7 @@ def _print_plan(plan: "Plan", rows: int) -> None:
     log(*plan.all_notes())
     train = plan.datasets.train
     for number in range(min(rows * train.rows_per_example, len(train.rows))):
-        print(f"{escaping.line(train.rows.row(number).where)}{plan.side_name(number)}, supervised text marked")
+        print(f"{one_line(train.rows.row(number).where)}{plan.side_name(number)}, supervised text marked")
         print_marked(plan.row_text(number))
     print_lines(behind)
 
@@ -132,7 +132,7 @@ def _resume_command(config_file: Path, assignments: list[str], changes: list[str
     overrides = [word for assignment in assignments for word in ("--set", assignment)]
     allowed = [word for key in changes for word in ("--allow-change", key)]
     words = [program(), "train", str(config_file), *overrides, "--resume", *allowed]
-    return " ".join(map(escaping.shell, words))
+    return " ".join(map(shell_word, words))
 
 
 @app.command()

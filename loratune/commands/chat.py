@@ -7,7 +7,7 @@ from typing import Any
 from loratune.adapter import generation
 from loratune.adapter.generation import LoadedAdapter, TextPieces
 from loratune.adapter.loading import LoadedAdapters
-from loratune.adapter.sampling import GREEDY, Sampling
+from loratune.adapter.options import GREEDY, Sampling
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.errors import ConfigError, Problem

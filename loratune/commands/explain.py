@@ -9,7 +9,7 @@ from loratune.codes import Code
 from loratune.config import RunConfig, load_with_lines
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
 from loratune.config.schema import DEFAULT_BETA, PREFERENCE_KEYS
-from loratune.config.yaml_reader import Document
+from loratune.config.yaml_files import Document
 from loratune.errors import ConfigError, Problem
 
 

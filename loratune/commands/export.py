@@ -16,11 +16,10 @@ from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
-from loratune.export import clients, gguf, llama_cpp, ollama, output, plain
+from loratune.export import clients, gguf, ollama
 from loratune.export.clients import CLIENTS, ExportOptions
-from loratune.export.comparison import scored_answers, texts
-from loratune.export.gguf import TEMPLATE, Conversion
-from loratune.export.llama_cpp import LlamaCppResult, ScoredAnswer
+from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
+from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult, ScoredAnswer
 from loratune.lora import tensors
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import file_bytes
@@ -68,7 +67,7 @@ def export(
 
     Args:
         source: The adapter.
-        directory: The output, see `output.check`.
+        directory: The output, see `OutputDirectory.check`.
         options: The program, and how the adapter is written for it.
         mix: Name → weight of the adapters whose sum it is, for the record.
         split: The rows that the user wants it compared on.
@@ -88,10 +87,10 @@ def export(
 
 def _fold(source: AdapterDirectory, options: ExportOptions) -> tuple[PlainAdapter, Any]:
     """The adapter as plain LoRA, and its base without weights."""
-    plain.check_plain(source.files, options.to)
+    check_plain(source.files, options.to)
     with loading.finding_base(source):
         base = load.build_meta(load.load_config(source.base), source.base)
-    return plain.fold(source.files, [path for path, _ in base.named_modules()]), base
+    return fold(source.files, [path for path, _ in base.named_modules()]), base
 
 
 def _export_plain(
@@ -111,13 +110,13 @@ def _export_plain(
     fingerprint, in_peft = source.files.base_fingerprint, f"not compared: {not_compared}"
     loaded = None if not_compared else loading.load(source)
     compared = loaded and texts(source, loaded.renderer, meta.config.get_text_config().vocab_size, split)
-    with output.staged(directory, file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
+    with directory.staged(file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
         source.copy_tokenizer(staging, RUN_FILE)
-        metrics["tensors"] = plain.check_tensors(source.files, staging)
+        metrics["tensors"] = check_tensors(source.files, staging)
         if loaded and compared:
             metrics["texts"] = compared.origin
-            metrics["logits"] = plain.check_logits(source.files, loaded.model, staging, compared.ids)
+            metrics["logits"] = check_logits(source.files, loaded.model, staging, compared.ids)
             in_peft = f"logits {_difference(metrics['logits'], 'the largest')}, on {compared.origin}"
             fingerprint = fingerprint or fingerprints.fingerprint(tensors.detached(loaded.model))
         details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
@@ -158,7 +157,7 @@ def _export_gguf(
     answers = [] if not_run else scored_answers(loaded, source, split)
     is_small = adapter and (not_run or base_gguf)  # no model is written, not even to run the adapter on it
     size = 2 * file_bytes(adapter.tensors) if adapter and is_small else 8 * loaded.model.num_parameters()
-    with output.staged(directory, size, "the GGUF file") as staging:
+    with directory.staged(size, "the GGUF file") as staging:
         file = staging / f"{name}.gguf"
         with TemporaryDirectory(dir=staging) as work:
             conversion = Conversion(loaded, source.base.name_or_path, converters, Path(work), base_gguf)
@@ -196,10 +195,10 @@ def _run(
     """The answers of a GGUF file in llama.cpp, compared with those of the adapter; or why it cannot be run."""
     ends = conversion.loaded.renderer.end_ids
     if not is_adapter:
-        return llama_cpp.compare(file, None, None, answers, ends)
+        return gguf.compare(file, None, None, answers, ends)
     try:
         model = conversion.base_gguf or conversion.write_base()
     except AdapterError as error:
         reasons = "; ".join(problem.what for problem in error.problems)
         return f"no GGUF file of the base can be made ({reasons}); name one with --base-gguf"
-    return llama_cpp.compare(model, file, conversion.template, answers, ends)
+    return gguf.compare(model, file, conversion.template, answers, ends)

@@ -8,15 +8,13 @@ from typing import Any
 from loratune.adapter import generation
 from loratune.adapter.generation import LoadedAdapter, Request, TextPieces
 from loratune.adapter.loading import LoadedAdapters
-from loratune.adapter.sampling import Sampling
-from loratune.adapter.selection import UNNAMED, Selection
+from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.codes import Code
 from loratune.data.formats.recognition import Question, parse_question
-from loratune.data.sources.rows import Row, reported
+from loratune.data.sources.rows import Row, reported, with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance
 from loratune.model import load
-from loratune.system.records import with_own_fields
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from loratune.data import DatasetSplit
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.events import note
-from loratune.export import merged_model, output
+from loratune.export import merged_model
 from loratune.export.comparison import Texts, texts
 from loratune.export.merging import Kept, Merge, Written
 from loratune.lora import attach
@@ -82,7 +82,7 @@ def merge(
 
     Args:
         adapter: The adapter.
-        directory: The output, see `output.check`.
+        directory: The output, see `OutputDirectory.check`.
         split: Rows to compare on.
         dtype: The dtype of the merged model; None keeps that of the base.
 
@@ -90,7 +90,7 @@ def merge(
         AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
             its base.
         ModelError: Files of the base changed in the meantime, or as `loading.load`.
-        ConfigError, DataError, ResourceError, LockedError: See `output.staged`, `loading.load`, `texts`.
+        ConfigError, DataError, ResourceError, LockedError: See `OutputDirectory.staged`, `loading.load`, `texts`.
     """
     load.check_machine(adapter.base)
     for line in attach.unknown_keys(adapter.files):
@@ -107,7 +107,7 @@ def merge(
     vocabulary = plan.config.get_text_config().vocab_size
     renderer = Renderer(tokenizer, vocabulary)
     compared_on = texts(adapter, renderer, vocabulary, split)
-    with output.staged(directory, plan.size + (64 << 20), "the merged model") as staging:
+    with directory.staged(plan.size + (64 << 20), "the merged model") as staging:
         written = plan.write(staging)
         merged_model.write_configs(staging, adapter, plan, renderer.end_ids)
         merged_model.write_tokenizer(staging, adapter, tokenizer)

@@ -15,7 +15,7 @@ from loratune.export.hub import Upload
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
 from loratune.model import source
-from loratune.system.records import ROW_HASHES
+from loratune.system.directories import ROW_HASHES
 
 
 def push(directory: Path, repository: str, *, public: bool, base: str | None) -> Upload:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from loratune import config, escaping
+from loratune import config
 from loratune.adapter.directory import AdapterDirectory
 from loratune.compare import objectives
 from loratune.compare.comparison import Comparison
@@ -15,7 +15,7 @@ from loratune.report import facts, page
 from loratune.report.page import Subject
 from loratune.report.study import StudyResults
 from loratune.system.files import is_directory
-from loratune.text import short_size
+from loratune.text import shell_word, short_size
 
 
 def report(
@@ -43,7 +43,7 @@ def study_report(directory: Path) -> str:
     results = StudyResults.read(directory, "--study")
     paths = [results.published, *(trial.adapter for trial in results.trials)]
     kept = [path for path in paths if path is not None and is_directory(Path(path))]  # a study may have moved
-    commands = [f"loratune report --adapter {escaping.shell(path)}" for path in kept]
+    commands = [f"loratune report --adapter {shell_word(path)}" for path in kept]
     return page.render_study(results, commands or ["no adapter is kept"])
 
 
@@ -104,4 +104,4 @@ def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterato
 
 def _absolute(path: str) -> str:
     """A path that works in any directory, as a word of a shell; a hub id stays as it is."""
-    return escaping.shell(str(Path(path).absolute()) if Path(path).exists() else path)
+    return shell_word(str(Path(path).absolute()) if Path(path).exists() else path)

@@ -26,11 +26,11 @@ from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
 from loratune.data.rendering import TokenizedRow
+from loratune.data.sources.rows import with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting
 from loratune.model import load
 from loratune.statistics import finite
-from loratune.system.records import with_own_fields
 
 Values = NDArray[np.float64]
 

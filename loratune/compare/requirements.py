@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loratune.codes import Code
 from loratune.compare import metrics
 from loratune.compare.losses import Difference
-from loratune.config.yaml_reader import number
+from loratune.config.yaml_files import number
 from loratune.data import DatasetSplit
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.data.row_hashes import Overlap

@@ -8,29 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from loratune.config import yaml_reader
-from loratune.config.data_section import DataSection as DataSection
-from loratune.config.data_section import Source as Source
-from loratune.config.keys import dotted, groups
-from loratune.config.lora_section import LoraSection as LoraSection
-from loratune.config.lora_section import has_one_scale as has_one_scale
-from loratune.config.lora_section import highest_rank as highest_rank
-from loratune.config.lora_section import is_plain as is_plain
-from loratune.config.lora_section import portability as portability
+from loratune.codes import Code
+from loratune.config import yaml_files
+from loratune.config.keys import KeyPath, dotted, groups, nearest_name, suggestion
 from loratune.config.schema import DEFAULT_BETA as DEFAULT_BETA
 from loratune.config.schema import PREFERENCE_KEYS as PREFERENCE_KEYS
 from loratune.config.schema import ModelSection as ModelSection
 from loratune.config.schema import PreferenceSection as PreferenceSection
 from loratune.config.schema import RunConfig as RunConfig
 from loratune.config.schema import TrainingSection as TrainingSection
-from loratune.config.section import AUTO as AUTO
-from loratune.config.section import PATH_FORMAT, Section
-from loratune.config.section import decided as decided
-from loratune.config.yaml_reader import translate
-from loratune.config.yaml_writer import Draft as Draft
-from loratune.config.yaml_writer import dump_values
-from loratune.errors import ConfigError
+from loratune.config.sections import AUTO as AUTO
+from loratune.config.sections import PATH_FORMAT, InvalidSettingError, Section
+from loratune.config.sections import DataSection as DataSection
+from loratune.config.sections import LoraSection as LoraSection
+from loratune.config.sections import Source as Source
+from loratune.config.sections import decided as decided
+from loratune.config.sections import has_one_scale as has_one_scale
+from loratune.config.sections import highest_rank as highest_rank
+from loratune.config.sections import is_plain as is_plain
+from loratune.config.sections import portability as portability
+from loratune.config.yaml_files import MAX_PROBLEMS, Document, dump_values, first_problems, kind_of
+from loratune.config.yaml_files import Draft as Draft
+from loratune.errors import ConfigError, Problem
 
 
 def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
@@ -41,10 +42,10 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
     return load_with_lines(path, assignments)[0]
 
 
-def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_reader.Document]:
+def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_files.Document]:
     """As `load`; also returns the values as they are written, and the line of each."""
-    document = yaml_reader.read(path)
-    yaml_reader.override(document, assignments)
+    document = yaml_files.read(path)
+    yaml_files.override(document, assignments)
     return _validated(document), document
 
 
@@ -64,8 +65,8 @@ def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] 
 
 def draft(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> Draft:
     """A config that is not complete or validated yet; arguments as of `from_values`."""
-    document = yaml_reader.Document(source, values)
-    yaml_reader.override(document, assignments)
+    document = yaml_files.Document(source, values)
+    yaml_files.override(document, assignments)
     return Draft(document)
 
 
@@ -76,10 +77,10 @@ def from_draft(draft: Draft) -> RunConfig:
 
 def parse(text: str, source: str) -> RunConfig:
     """Validate YAML text as that of a file called `source`. Raises ConfigError."""
-    return _validated(yaml_reader.parse(text, source))
+    return _validated(yaml_files.parse(text, source))
 
 
-def _validated(document: yaml_reader.Document) -> RunConfig:
+def _validated(document: yaml_files.Document) -> RunConfig:
     try:
         return RunConfig.model_validate(document.values)
     except ValidationError as error:
@@ -103,7 +104,7 @@ def read_earlier(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         return RunConfig.model_validate(values).resolved(), {}
     except ValidationError as error:
         details = [one for one in error.errors() if one["type"] == "extra_forbidden"]
-        unknown = {dotted(yaml_reader.key_path(one)): one["input"] for one in details}
+        unknown = {dotted(key_path(one)): one["input"] for one in details}
     try:
         return RunConfig.model_validate(values, extra="ignore").resolved(), unknown
     except ValidationError:  # What was valid then is not valid now.
@@ -171,3 +172,79 @@ def _inputs(config_file: Path | None, run: RunConfig) -> Iterator[tuple[str, str
             path = str(next(parent for parent in Path(path).parents if not glob.has_magic(str(parent))))
         if key != OUTPUT:
             yield key.removesuffix(".path"), path
+
+
+# Errors of pydantic
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "string_type": "text",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a section",
+    "model_attributes_type": "a section",
+}
+
+
+def translate(error: ValidationError, document: Document) -> list[Problem]:
+    """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
+    groups: dict[KeyPath, list[ErrorDetails]] = {}
+    for details in error.errors():
+        groups.setdefault(key_path(details), []).append(details)
+    groups = _without_alternatives(groups)
+    problems = [_problem(path, group, document) for path, group in [*groups.items()][:MAX_PROBLEMS]]
+    return first_problems(problems, len(groups))
+
+
+def key_path(details: ErrorDetails) -> KeyPath:
+    """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
+    alternatives = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "Source"}
+    location = details["loc"]
+    own = location[-1:] if details["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
+    above = location[: len(location) - len(own)]
+    return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
+
+
+def _without_alternatives(groups: dict[KeyPath, list[ErrorDetails]]) -> dict[KeyPath, list[ErrorDetails]]:
+    """Drop `a: not a number` where `a.b: unknown key` says what is wrong with the alternative that was meant."""
+    parents = {path[:end] for path in groups for end in range(1, len(path))}
+    return {
+        path: group
+        for path, group in groups.items()
+        if path not in parents or not all(details["type"] in _EXPECTED for details in group)
+    }
+
+
+def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Problem:
+    details = next((details for details in group if details["type"] not in _EXPECTED), group[0])
+    where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
+    kind, error = details["type"], details.get("ctx", {}).get("error")
+    if group[0]["type"] == "extra_forbidden":
+        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
+    if group[0]["type"] == "missing":
+        return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
+    if isinstance(error, InvalidSettingError) and error.keys:
+        paths = [(*path, *name.split(".")) for name in error.keys]
+        return Problem(error.code, str(error), document.where(paths[0]), " and ".join(map(dotted, paths)), error.fix)
+    fix = ""
+    if kind in _EXPECTED or kind == "literal_error":
+        what, fix = _expectation(group)
+    elif kind.endswith("too_short"):
+        return Problem(Code.CONFIG_BAD_VALUE, "must not be empty", where, key)
+    else:
+        what = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
+    return Problem(Code.CONFIG_BAD_VALUE, f"{what}, {value}", where, key, fix)
+
+
+def _expectation(group: list[ErrorDetails]) -> tuple[str, str]:
+    """Which types or choices a value may have, and the choice that it is most like, as a question."""
+    literals = [each for each in group if each["type"] == "literal_error"]
+    named = literals if any(each["ctx"]["expected"] != "'auto'" for each in literals) else group
+    expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
+    choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
+    given = group[0]["input"]
+    near = nearest_name(str(given).strip().lower(), choices) if literals and given not in (None, "") else ""
+    return f"expected {' or '.join(dict.fromkeys(expected))}", f"did you mean `{near}`?" if near else ""

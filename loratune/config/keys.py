@@ -11,13 +11,72 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from loratune import __version__, escaping
-from loratune.config.costs import DECIDED_BY_RUN, MEMORY_AND_TIME
-from loratune.config.data_section import Source
+from loratune import __version__
 from loratune.config.schema import RunConfig
+from loratune.config.sections import Source
+from loratune.text import shell_word
 
 KeyPath = tuple[str | int, ...]
 Schema = Mapping[str, Any]
+
+MEMORY_AND_TIME = {
+    "model.name_or_path": "the base dominates both: 2 bytes of memory per parameter in 16 bit, 4 in float32",
+    "model.gguf_file": "like an unquantized base in dtype",
+    "model.dtype": "float32 takes twice the memory; the others are slow on hardware without native support",
+    "model.quantization": "linear layers take 1 byte per parameter in 8bit, 0.5 in 4bit; dequantization slows steps",
+    "model.attn_implementation": "eager stores the attention scores of all pairs of tokens; the others do not",
+    "model.device_map": "auto: the base is distributed over several GPUs, which compute one after another",
+    "model.torch_compile": "compilation takes time at the start, steps are faster",
+    "model.use_liger_kernel": "intended to save both: fewer intermediate values, and fewer passes over memory",
+    "lora.r": "the adapter, its gradients, its optimizer states and the file grow with it; little next to the base",
+    "lora.lora_dropout": "above 0: each adapted module keeps a mask for the backward pass",
+    "lora.target_modules": "each adapted module adds A and B, and keeps its input for the backward pass",
+    "lora.target_parameters": "each step recomputes the adapted tensors, and keeps them for the backward pass",
+    "lora.bias": "little: biases are small next to the modules",
+    "lora.use_dora": "slower steps: each computes the norms of all adapted weights",
+    "lora.init_lora_weights": "only at the start: pissa, olora, loftq decompose the weights, eva reads rows",
+    "lora.use_lorafa": "saves the gradients and optimizer states of A",
+    "lora.layers_to_transform": "as target_modules: fewer layers take less of both",
+    "lora.rank_pattern": "as r, for these modules",
+    "lora.modules_to_save": "each is copied in float32: 16 bytes a parameter with gradients and AdamW",
+    "lora.trainable_token_indices": "little to train, but each step makes a copy of the embeddings",
+    "lora.start_from": "only at the start, when its files are read and checked",
+    "data.train": "time grows with the tokens of all rows, memory with those of the longest",
+    "data.validation": "each evaluation is a forward pass over its rows, see training.eval_steps",
+    "data.test": "one forward pass over its rows, at the end",
+    "data.loss_on": "all takes most: accelerated models compute logits of supervised tokens only",
+    "data.max_length": "the longest rows determine peak memory; attention time grows with the square of the length",
+    "data.truncation": "drop leaves fewer rows, which take less time",
+    "data.invalid_rows": "drop makes reading the rows slightly slower",
+    "data.packing": "none computes padding too; full fills all batches: more memory, fewer steps",
+    "data.share_prefixes": "both fall with the number of computed tokens: often by half with a long prompt",
+    "data.replay": "adds rows and their time: 0.05 makes the run about 5 % longer",
+    "training.objective": "dpo, orpo, simpo: two answers per prompt; dpo, kto: a forward pass over all rows first",
+    "training.num_train_epochs": "time grows with it, memory does not",
+    "training.max_steps": "time grows with it, memory does not",
+    "training.max_minutes": "the command takes about this long, including loading, evaluations and publishing",
+    "training.per_device_train_batch_size": "activations and logits grow with it, and so does the time of a step",
+    "training.gradient_accumulation_steps": "step time is multiplied by this number; memory is that of one micro-step",
+    "training.optim": "bytes per trained parameter: AdamW 8, 8-bit AdamW about 2, adafactor few, sgd 0",
+    "training.save_steps": "each checkpoint writes the trained weights and the states of the optimizer to disk",
+    "training.eval_steps": "each evaluation is a forward pass over all validation rows",
+    "training.keep": "best keeps another copy of the trained weights in host memory",
+    "training.patience": "may end the run early",
+    "training.report_to": "little: the work of the tracker at each report",
+    "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
+    "Source.split": "fewer rows take less time",
+    "Source.weight": "fewer of its rows take less time",
+    "output_dir": "disk for the adapter, and for checkpoints while the run lasts",
+}
+"""Key → its effect on memory and time, of those that have one."""
+
+_AUTO = (
+    "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.format", "data.share_prefixes",
+    "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
+)  # fmt: skip
+_NULL = ("model.attn_implementation", "preferences.beta", "training.eval_steps", "training.keep")
+DECIDED_BY_RUN = dict.fromkeys(_AUTO, "auto") | dict.fromkeys(_NULL, "null") | {"training.max_steps": "-1"}
+"""Key → the value, as in YAML, with which a run chooses its own."""
 
 TECHNICAL_LIMIT = 1e6
 """Upper bounds from here on only keep numbers within what torch can count, and are not shown."""
@@ -92,7 +151,7 @@ class Key:
     @property
     def costs(self) -> str:
         """What it does to memory and time; `none` for nothing worth mentioning."""
-        return MEMORY_AND_TIME.get(self.label, "")
+        return MEMORY_AND_TIME.get(self.label, "none")
 
     @property
     def other_names(self) -> tuple[str, ...]:
@@ -207,7 +266,7 @@ _PLAIN = re.compile(r"[\w./][\w./+-]*( [\w./+-]+)*")
 
 def assignment(key: str, value: Any) -> str:
     """The option of a command that sets a key, as one types it in a shell."""
-    return f"--set {key}={escaping.shell(yaml_flow(value))}"
+    return f"--set {key}={shell_word(yaml_flow(value))}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -292,7 +351,6 @@ def suggestion(path: KeyPath) -> str:
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-_TEXT = {"type": "string", "minLength": 1}
 _NUMBER_AS_TEXT = {
     "type": "string",
     "pattern": r"^[-+]?([0-9]+[eE][-+]?[0-9]+|([0-9]+\.[0-9]*|\.[0-9]+)[eE][0-9]+)$",
@@ -334,7 +392,7 @@ def _as_read(schema: Any) -> Any:
         name: _as_read(value) for name, value in schema.items() if not (name == "title" and isinstance(value, str))
     }
     if "$ref" in values and reference_of(values) == Source.__name__:
-        return {"anyOf": [_TEXT, values]}
+        return {"anyOf": [{"type": "string", "minLength": 1}, values]}
     if values.get("type") == "number":
         outside = {name: values.pop(name) for name in ("description", "default") if name in values}
         least = max(values.get("minimum", -1), values.get("exclusiveMinimum", -1))

@@ -8,9 +8,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, WithJsonSchema
 
-from loratune.config.data_section import DataSection
-from loratune.config.lora_section import LoraSection
-from loratune.config.section import AUTO, Auto, Count, FileName, FilePath, InvalidSettingError, Section
+from loratune.config.sections import (
+    AUTO,
+    Auto,
+    Count,
+    DataSection,
+    FileName,
+    FilePath,
+    InvalidSettingError,
+    LoraSection,
+    Section,
+)
 
 Objective = Literal["sft", "dpo", "orpo", "simpo", "kto"]
 """What training lowers; see `compare.objectives` for the formulas and their papers."""

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from loratune.data.report import Leaks
 from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED
 from loratune.data.splits import DatasetSplit, tally
-from loratune.system.records import ROW_HASHES
+from loratune.system.directories import ROW_HASHES
 
 _log = logging.getLogger(__name__)
 

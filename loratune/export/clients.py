@@ -4,13 +4,14 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from loratune import config, escaping
+from loratune import config
 from loratune.codes import Code
 from loratune.config import ModelSection, RunConfig
 from loratune.errors import ConfigError, Problem, install, missing_package
-from loratune.export import llama_cpp
+from loratune.text import code_block, code_span, is_printable_line, one_line, shell_word
 
 CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
 """Value of `--to` → name of the program."""
@@ -23,6 +24,15 @@ _QUANTIZATION_CODE = {
     "8bit": "load_in_8bit=True",
     "4bit": 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
 }
+
+
+_LLAMA_CPP = "xllamacpp"
+"""The package that runs llama.cpp."""
+
+
+def is_installed() -> bool:
+    """Whether llama.cpp can be run."""
+    return find_spec(_LLAMA_CPP) is not None
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,9 @@ class ExportOptions:
         what = "only works with --to gguf and --to ollama"
         if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
             raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
-        if self.uses_llama_cpp and self.verify and not llama_cpp.is_installed():
+        if self.uses_llama_cpp and self.verify and not is_installed():
             code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
-            raise ConfigError(missing_package(code, llama_cpp.PACKAGE, purpose, "llama-cpp", key="--verify"))
+            raise ConfigError(missing_package(code, _LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
 
     @property
     def uses_llama_cpp(self) -> bool:
@@ -76,7 +86,7 @@ class ExportOptions:
         """Why the export is not run in its program; empty if it is."""
         if self.verify is False:
             return "--no-verify"
-        return install("llama-cpp") if self.uses_llama_cpp and not llama_cpp.is_installed() else ""
+        return install("llama-cpp") if self.uses_llama_cpp and not is_installed() else ""
 
 
 def name_of(directory: str) -> str:
@@ -95,9 +105,9 @@ def vllm(base: str, name: str, directory: str, rank: int, template: str | None =
         template: A chat template that replaces that of the base.
     """
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
-    rendering = f" --chat-template {escaping.shell(template)}" if template else ""
-    module = escaping.shell(f"{name}={directory}")
-    return f"vllm serve {escaping.shell(base)} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
+    rendering = f" --chat-template {shell_word(template)}" if template else ""
+    module = shell_word(f"{name}={directory}")
+    return f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
 
 
 def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> str:
@@ -109,11 +119,11 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> s
         chat: Whether the chat template next to an adapter is used; by default if there is one.
     """
     if base is None:
-        return f"llama-server --jinja -m {escaping.shell(str(file))}"
+        return f"llama-server --jinja -m {shell_word(str(file))}"
     template, rendering = file.with_name("chat_template.jinja"), ""
     if template.is_file() if chat is None else chat:
-        rendering = f" --jinja --chat-template-file {escaping.shell(str(template))}"
-    return f"llama-server -m {escaping.shell(base)} --lora {escaping.shell(str(file))}{rendering}"
+        rendering = f" --jinja --chat-template-file {shell_word(str(template))}"
+    return f"llama-server -m {shell_word(base)} --lora {shell_word(str(file))}{rendering}"
 
 
 def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) -> str:
@@ -125,8 +135,8 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) 
         prompt: A prompt to try it with, quoted for a shell.
         are_layers_known: Whether llama.cpp and vLLM have adapters for the kinds of layers that are adapted.
     """
-    command = escaping.code_span(f"loratune generate --adapter {escaping.shell(name)} {prompt}")
-    blocks = [f"{escaping.code_block(_peft(run.model, name), 'python')}\n\nor {command}"]
+    command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
+    blocks = [f"{code_block(_peft(run.model, name), 'python')}\n\nor {command}"]
     if are_layers_known and config.is_plain(run.lora):
         if run.model.gguf_file is None:
             blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name))}")
@@ -136,21 +146,21 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) 
 
 
 def _shell_block(commands: Iterable[str]) -> str:
-    return escaping.code_block("\n".join(commands), "sh")
+    return code_block("\n".join(commands), "sh")
 
 
 def _vllm(run: RunConfig, name: str) -> Iterator[str]:
     directory = name
     if not config.has_one_scale(run.lora):
         directory = f"{name}-vllm"
-        yield f"loratune export --adapter {escaping.shell(name)} --to vllm --output {escaping.shell(directory)}"
+        yield f"loratune export --adapter {shell_word(name)} --to vllm --output {shell_word(directory)}"
     template = f"{directory}/chat_template.jinja" if run.data.chat_template else None
     yield vllm(run.model.name_or_path, name_of(name), directory, config.highest_rank(run.lora), template)
 
 
 def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
     directory = f"{name}-gguf"
-    yield f"loratune export --adapter {escaping.shell(name)} --to gguf --output {escaping.shell(directory)}"
+    yield f"loratune export --adapter {shell_word(name)} --to gguf --output {shell_word(directory)}"
     base = f"{run.model.name_or_path}/{run.model.gguf_file}" if run.model.gguf_file else "BASE.gguf"
     yield llama_server(Path(directory) / f"{name_of(directory)}.gguf", base, chat=run.data.chat_template is not None)
 
@@ -180,4 +190,4 @@ def _peft(base: ModelSection, name: str) -> str:
 
 def _quoted(text: str) -> str:
     """A text as a literal of Python."""
-    return escaping.line(json.dumps(text, ensure_ascii=not escaping.is_plain(text)))
+    return one_line(json.dumps(text, ensure_ascii=not is_printable_line(text)))

@@ -4,7 +4,7 @@
     python -P llama_cpp_process.py convert CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
 
 `answer` asks llama.cpp (the package xllamacpp) about the answers of an adapter. It reads a request as JSON, see
-`llama_cpp.compare`, and writes one line of JSON for each question.
+`gguf.compare`, and writes one line of JSON for each question.
 
 `convert` is llama.cpp's converter of models with the tokenizer of an existing GGUF file. The converter recognizes a
 tokenizer by a hash of what it makes of a text, and refuses unknown ones, such as those that transformers made from a
@@ -99,7 +99,7 @@ def content(choice: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def convert(converters: Path, directory: Path, file: Path, outtype: str, tokenizer: Path) -> None:
-    """Convert a model directory. Arguments as in `llama_cpp.convert_model`."""
+    """Convert a model directory. Arguments as in `gguf.convert_model`."""
     sys.path[:0] = [str(converters), str(converters / "gguf-py")]
     gguf, conversion = import_module("gguf"), import_module("conversion")
     hparams = conversion.ModelBase.load_hparams(directory, False)

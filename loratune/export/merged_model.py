@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from loratune import escaping, memory
+from loratune import memory
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
@@ -20,6 +20,7 @@ from loratune.export.merging import Merge, name_of
 from loratune.model import load, stored
 from loratune.model.source import local_or_hub
 from loratune.system.files import write_json
+from loratune.text import markdown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _NEW_TOKENS = 32
@@ -92,8 +93,8 @@ def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) ->
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()
     base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
     head = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "---"])
-    listed = "\n".join(f"- {escaping.markdown(line)}" for line in lines)
-    title = escaping.markdown(f"{Path(source.files.path).resolve().name}, merged")
+    listed = "\n".join(f"- {markdown(line)}" for line in lines)
+    title = markdown(f"{Path(source.files.path).resolve().name}, merged")
     (staging / "README.md").write_text(f"{head}\n\n# {title}\n\n{listed}\n", encoding="utf-8")
 
 

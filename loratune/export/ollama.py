@@ -13,10 +13,10 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from loratune import escaping
 from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, DataError, Problem
+from loratune.text import shell_word
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
 _WORDS = re.compile("|".join((_SYSTEM, _USER, _ANSWER, _NEXT)))
@@ -132,8 +132,8 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
 def commands(name: str, file: Path) -> list[str]:
     """The commands that make a model of a Modelfile, and run it."""
     return [
-        f"ollama create {escaping.shell(name)} -f {escaping.shell(str(file))}",
-        f"ollama run {escaping.shell(name)}",
+        f"ollama create {shell_word(name)} -f {shell_word(str(file))}",
+        f"ollama run {shell_word(name)}",
     ]
 
 

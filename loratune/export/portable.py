@@ -17,15 +17,16 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from loratune import config, escaping
+from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, AdapterFiles
 from loratune.system import directories
+from loratune.system.directories import ROW_HASHES
 from loratune.system.files import is_incidental_file, read_text, sha256, write_json
-from loratune.system.records import ROW_HASHES
+from loratune.text import markdown, one_line, printable
 
 _log = logging.getLogger(__name__)
 
@@ -232,5 +233,5 @@ def _texts(values: Any) -> Iterator[str]:
 def _spellings(path: str) -> Iterator[str]:
     """A path as it is written in text, in JSON, in a list, and in a card."""
     quoted = (json.dumps(path), json.dumps(path, ensure_ascii=False), repr(path))
-    plain = {path, escaping.line(path), escaping.text(path), *(text[1:-1] for text in quoted)}
-    yield from plain | {escaping.markdown(text) for text in plain}
+    plain = {path, one_line(path), printable(path), *(text[1:-1] for text in quoted)}
+    yield from plain | {markdown(text) for text in plain}

@@ -15,14 +15,14 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.lora import adapter_config
-from loratune.system import records
-from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, notebook_original, sha256
+from loratune.system.directories import RECORD
+from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256
 
 _log = logging.getLogger(__name__)
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-RECORD_FILE = records.ADAPTER
+RECORD_FILE = RECORD
 
 _UNLISTED = ("README.md", RECORD_FILE)
 """Files without a digest: users may edit the card, and the record cannot hold its own digest."""
@@ -232,7 +232,7 @@ def _read_record(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     record = _read_json(path)
-    if reason := records.newer(RECORD_FILE, record):
+    if reason := newer(record):
         raise AdapterError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix="upgrade loratune"))
     fingerprints, files = record.get("fingerprints"), record.get("files")
     lists_files = isinstance(files, dict) and {CONFIG_FILE, WEIGHTS_FILE} <= files.keys()

@@ -16,12 +16,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, ModelError, Problem, template_error_reason
 from loratune.events import progress
 from loratune.model import upstream
 from loratune.model.source import LFS_START, cached_directory, lfs_pointer, local_or_hub, summary
 from loratune.system.environment import cache_fix
-from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
 
 _log = logging.getLogger(__name__)
 
@@ -192,7 +191,7 @@ def read_template(tokenizer: Any, path: str) -> None:
         what = "" if tokenizer.chat_template.strip() else "the file is empty"
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read: {error.strerror if isinstance(error, OSError) else 'it is not UTF-8'}"
-    except TEMPLATE_ERRORS as error:
+    except (TemplateSyntaxError, SyntaxError, RecursionError) as error:
         where = f"{path}:{error.lineno}" if isinstance(error, TemplateSyntaxError) else path
         what = f"not a Jinja template: {template_error_reason(error)}"
     except Exception:

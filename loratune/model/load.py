@@ -24,13 +24,12 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import ConfigError, ModelError, Problem
+from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
 from loratune.model import checks, fingerprints, quantization, upstream
 from loratune.model.fingerprints import FileStates
 from loratune.model.source import KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
-from loratune.system.templates import is_rust_panic
 
 _LOADING_ERRORS = (
     OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError,

@@ -20,7 +20,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from loratune import escaping
+from loratune.text import one_line
 
 LONGEST_TEXT, LONGEST_LABEL = 2_000, 60
 """Characters of a text, and of a label, that are shown."""
@@ -258,7 +258,7 @@ def label(value: str, longest: int = LONGEST_LABEL) -> str:
         end = longest // 3
         return text if len(text) <= longest else f"{text[: longest - end - 1]}…{text[-end:]}"
 
-    return cut(escaping.line(cut(value)))
+    return cut(one_line(cut(value)))
 
 
 def _number(text: str) -> float:

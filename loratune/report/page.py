@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from loratune import __version__, escaping
+from loratune import __version__
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
@@ -37,7 +37,7 @@ from loratune.report.charts import (
 from loratune.report.facts import RunRecord, Tile
 from loratune.report.study import BEST, DONE, LIKE_BEST, StudyResults
 from loratune.statistics import Interval, finite
-from loratune.text import format_duration
+from loratune.text import format_duration, printable
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
 _PREFERENCE_PLOTS = {
@@ -151,7 +151,7 @@ def block(value: str) -> str:
         half = LONGEST_TEXT // 2
         left_out = f"\n[... {len(value) - 2 * half:,} characters left out ...]\n"
         value = f"{value[:half]}{left_out}{value[-half:]}"
-    return escaping.text(value)
+    return printable(value)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
-from loratune.config.yaml_reader import number
+from loratune.config.yaml_files import number
 from loratune.errors import ConfigError, Problem
 
 OPTION, BUDGET = "--grid", "--budget"

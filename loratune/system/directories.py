@@ -20,13 +20,13 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
-from loratune.system import records
 from loratune.system.files import (
     contains,
     is_directory,
     is_file,
     is_incidental_directory,
     is_incidental_file,
+    newer,
     notebook_original,
     read_text,
     sha256,
@@ -34,14 +34,16 @@ from loratune.system.files import (
 
 _log = logging.getLogger(__name__)
 
+RECORD, ROW_HASHES = "loratune.json", "train_rows.hashes"
+"""What made an adapter, and hashes of its training rows."""
 CONFIG = "adapter_config.json"
 """The file without which a directory is no adapter."""
-_UNLISTED = frozenset({records.ADAPTER, "README.md"})
+_UNLISTED = frozenset({RECORD, "README.md"})
 """Files that the record does not list: users may edit the card, and the record cannot hold its own digest."""
 _MOST_NAMES = 3
 
 ADAPTER_FILES = frozenset({
-    records.ADAPTER, records.ROW_HASHES, CONFIG, "adapter_model.safetensors", "adapter_model.bin",
+    RECORD, ROW_HASHES, CONFIG, "adapter_model.safetensors", "adapter_model.bin",
     "README.md", "run.yaml", "training_args.bin", "chat_template.jinja", "chat_template.json",
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model",
@@ -162,7 +164,7 @@ def _digests(directory: Path) -> dict[str, Any] | None:
 def read_record(directory: Path) -> Any:
     """The record of an adapter; None if it is missing or cannot be read."""
     try:
-        return json.loads(read_text(directory / records.ADAPTER))
+        return json.loads(read_text(directory / RECORD))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
@@ -245,9 +247,9 @@ def check_replaceable(directory: Path, where: str, inputs: Inputs, output: Outpu
     def refuse(code: Code, what: str, fix: str = f"move it away, {alternative}", where: str = where) -> ConfigError:
         return ConfigError(Problem(code, what, where, output.key, fix))
 
-    if reason := records.newer(records.ADAPTER, read_record(directory)):
+    if reason := newer(read_record(directory)):
         what = f"{reason}, so --overwrite does not replace it"
-        raise refuse(Code.ADAPTER_NEWER_RECORD, what, where=str(directory / records.ADAPTER))
+        raise refuse(Code.ADAPTER_NEWER_RECORD, what, where=str(directory / RECORD))
     contents = scan_recorded(directory)
     if not output.is_in(directory) and not all(map(is_incidental_file, (*contents.files, *contents.foreign))):
         raise refuse(Code.OUTPUT_OVERWRITE, f"holds no {output.noun}, so --overwrite does not replace it")

@@ -12,7 +12,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
@@ -116,6 +116,25 @@ def sync(path: Path) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON with a final newline; keys keep their order."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+VERSION_KEY, VERSION = "schema_version", 1
+"""The field of a record with its version, and the version that this release writes and reads. A record without one, as
+releases wrote it before there were versions, is of version 1. Keys may be added within a version; a change that an
+older release would misread requires a new one."""
+
+
+def versioned(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record to be written."""
+    return {VERSION_KEY: VERSION, **values}
+
+
+def newer(record: Any) -> str:
+    """Why this release cannot read a record, in words; empty if it can, or if it is no JSON object at all."""
+    version = record.get(VERSION_KEY, 1) if isinstance(record, Mapping) else 1
+    if type(version) is int and 1 <= version <= VERSION:
+        return ""
+    return f"has {VERSION_KEY} {version!r}, and this release of loratune reads versions up to {VERSION}"
 
 
 def check_free_space(

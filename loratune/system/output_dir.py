@@ -28,6 +28,7 @@ from loratune.system.directories import (
     shortened,
 )
 from loratune.system.files import (
+    check_free_space,
     contains,
     explain_full_disk,
     hold_lock,
@@ -321,6 +322,27 @@ class OutputDirectory:
             raise
         sync(self.output.parent)
         return self._remove_work()
+
+    @contextmanager
+    def staged(self, size: int, what: str) -> Iterator[Path]:
+        """A new directory beside the output, which takes the output's place at the end unless there is an error.
+
+        What an interrupted command left is removed first.
+
+        Args:
+            size: About how many bytes will be written.
+            what: What is written, for a message about a full disk.
+
+        Raises:
+            ConfigError, LockedError: Something has come to the output in the meantime; another process writes there.
+            ResourceError: The disk is too small, or full.
+        """
+        with self.locked(), explain_full_disk(what, size, self.partial, "make room, and start again"):
+            self.prepare()
+            check_free_space(self.partial, size, what, self.kind.key)
+            self.create_staging()
+            yield self.staging
+            self.publish()
 
     def restore_old(self) -> None:
         """Move the old result back if the new one has not taken its place."""

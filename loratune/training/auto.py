@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided, from_values
-from loratune.config.costs import DECIDED_BY_RUN
-from loratune.config.keys import yaml_flow
+from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
 from loratune.errors import ConfigError, Problem
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from jinja2 import Template, nodes
+from jinja2 import Template, TemplateSyntaxError, nodes
 
 from loratune.codes import Code
 from loratune.data.formats import Message
 from loratune.data.rendering.encoding import Span
 from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
-from loratune.errors import DataError, ModelError, Problem
-from loratune.system.templates import TEMPLATE_ERRORS, template_error_reason
+from loratune.errors import DataError, ModelError, Problem, template_error_reason
 
 _log = logging.getLogger(__name__)
 
@@ -107,7 +106,7 @@ class ChatTemplate:
         self._syntax_error, self._marked = "", dict[str, Template]()
         try:
             self._marked = {source: _mark_loops(source) for source in self._sources}
-        except TEMPLATE_ERRORS as error:
+        except (TemplateSyntaxError, SyntaxError, RecursionError) as error:
             self._syntax_error = template_error_reason(error)
         self.end_tokens = self._find_end_tokens()
 
@@ -266,7 +265,7 @@ def _mark_loops(source: str) -> Template:
     """Returns a template with marks around the iterations of its loops.
 
     Raises:
-        One of `TEMPLATE_ERRORS`: The source is not a template.
+        TemplateSyntaxError, SyntaxError, RecursionError: The source is not a template.
     """
     environment = chat_template_environment(source)
     tree = environment.parse(source)

@@ -10,7 +10,7 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 from loratune.data.formats import IGNORED as IGNORED
-from loratune.system.templates import is_rust_panic
+from loratune.errors import is_rust_panic
 
 Span: TypeAlias = tuple[int, int]
 """Half-open range of supervised positions: of tokens in a row, or of characters in a text."""

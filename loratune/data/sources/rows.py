@@ -148,3 +148,21 @@ def _to_json_value(value: Any) -> str | None:
         except UnicodeDecodeError:
             return base64.b64encode(value).decode()
     return None if isinstance(value, Unreadable) else str(value)
+
+
+def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a row, and behind them what a command found out about it.
+
+    No field is lost. One whose name is among the results is called `row_NAME`; a `completion`, which is the expected
+    answer, is called `reference` if the row has no other field of that name.
+    """
+    kept = {}
+    for name, value in own.items():
+        if name == "completion" and name in found and "reference" not in {*own, *found}:
+            name = "reference"
+        elif name in found:
+            name = f"row_{name}"
+            while name in own or name in found:
+                name = f"row_{name}"
+        kept[name] = value
+    return kept | dict(found)

@@ -9,16 +9,15 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
-from loratune.system import records
 from loratune.system.directories import TEMPLATES, Contents, Inputs, is_adapter_file, scan
-from loratune.system.files import is_directory, is_file, read_text, sync
+from loratune.system.files import VERSION_KEY, is_directory, is_file, newer, read_text, sync, versioned
 from loratune.system.output_dir import OutputDirectory
 
 _log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 """How the name of a checkpoint begins; the step follows."""
-MANIFEST = records.MANIFEST
+MANIFEST = "manifest.json"
 """The file that is written last to a checkpoint. It lists the others."""
 PUBLISH_WORSE = "publish it with --resume --allow-worse"
 """What can be done with an adapter that does worse than its base."""
@@ -74,7 +73,7 @@ def scan_checkpoints(directory: Path) -> Contents:
 def _listed_files(checkpoint: Path) -> set[str]:
     """The files that the manifest of a checkpoint lists; none if it cannot be read."""
     try:
-        return set(json.loads(read_text(checkpoint / MANIFEST))) - {records.KEY}
+        return set(json.loads(read_text(checkpoint / MANIFEST))) - {VERSION_KEY}
     except (OSError, ValueError, TypeError, RecursionError):
         _log.debug("the manifest of %s counts as missing", checkpoint, exc_info=True)
         return set()
@@ -99,7 +98,7 @@ class RejectedAdapter:
         """Write the record. If the disk has no room for it, later messages are only less exact."""
         values = {"step": self.step, "told": self.comparison}
         try:
-            path.write_text(json.dumps(records.versioned(records.ENDED, values)) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(versioned(values)) + "\n", encoding="utf-8")
         except OSError:
             _log.debug("%s cannot be written", path, exc_info=True)
 
@@ -112,7 +111,7 @@ class RejectedAdapter:
         """
         try:
             values = json.loads(read_text(path))
-            if reason := records.newer(records.ENDED, values):
+            if reason := newer(values):
                 raise newer_record_error(path, reason)
             return cls(int(values["step"]), str(values["told"]))
         except (OSError, ValueError, KeyError, TypeError):
@@ -121,7 +120,7 @@ class RejectedAdapter:
 
 
 def newer_record_error(path: Path, reason: str) -> ResumeError:
-    """The error of a record that a newer release wrote. reason: see `records.newer`."""
+    """The error of a record that a newer release wrote. reason: see `files.newer`."""
     fix = "upgrade loratune, or start afresh with --overwrite"
     return ResumeError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix=fix))
 

@@ -21,15 +21,26 @@ from safetensors import safe_open
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, ResumeError
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.system import records
 from loratune.system.directories import remove_own
-from loratune.system.files import explain_full_disk, is_directory, is_file, kind, read_text, sha256, sync, write_json
+from loratune.system.files import (
+    VERSION_KEY,
+    explain_full_disk,
+    is_directory,
+    is_file,
+    kind,
+    newer,
+    read_text,
+    sha256,
+    sync,
+    versioned,
+    write_json,
+)
 from loratune.training.checkpoints.record import CheckpointRecord
 from loratune.training.checkpoints.run_dir import CHECKPOINT, MANIFEST, newer_record_error, scan_checkpoints
 
 _log = logging.getLogger(__name__)
 
-RUN = records.RUN
+RUN = "run.json"
 BEST_WEIGHTS = "best.safetensors"
 """The weights of the best step so far, where that is not the step of the checkpoint."""
 MOST_CHECKPOINTS = 2
@@ -92,7 +103,7 @@ class Checkpoints:
             with explain_full_disk("a checkpoint", self.size, self.directory, f"make room, and {proceed}"):
                 yield source
                 record = self.record.model_copy(update=dict(progress or {}))
-                write_json(source / RUN, records.versioned(RUN, record.model_dump(mode="json")))
+                write_json(source / RUN, versioned(record.model_dump(mode="json")))
                 seal(source)
                 if not is_kept:
                     return
@@ -130,7 +141,7 @@ def seal(checkpoint: Path) -> None:
         if path.is_file():
             name = str(path.relative_to(checkpoint))
             files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(checkpoint / MANIFEST, records.versioned(MANIFEST, files))
+    write_json(checkpoint / MANIFEST, versioned(files))
     sync(checkpoint / MANIFEST)
     sync(checkpoint)
 
@@ -187,7 +198,7 @@ def check_tensors(checkpoint: Path, expected: Mapping[str, tuple[int, ...]]) -> 
 def _check_version(path: Path) -> None:
     """Raises ResumeError: a record is of a newer version. One that cannot be read is left to its reader."""
     try:
-        reason = records.newer(path.name, json.loads(read_text(path)))
+        reason = newer(json.loads(read_text(path)))
     except (OSError, ValueError, RecursionError):
         return
     if reason:
@@ -226,7 +237,7 @@ def _fault(checkpoint: Path) -> str:
         files = json.loads(read_text(checkpoint / MANIFEST))
         if missing := [prefixes for prefixes in _NEEDED if not any(name.startswith(prefixes) for name in files)]:
             return f"{MANIFEST} does not name {missing[0][0]}"
-        names = files.keys() - {records.KEY}
+        names = files.keys() - {VERSION_KEY}
         expected = [(checkpoint / name, files[name]["bytes"], files[name]["sha256"]) for name in sorted(names)]
         if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in files):
             return f"{MANIFEST} names files outside of the checkpoint"

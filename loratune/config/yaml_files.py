@@ -1,26 +1,26 @@
-"""Reads YAML text as plain values with the line of every key, refuses ambiguous YAML, and turns errors into problems.
+"""Reads YAML text as plain values with the line of every key, refuses ambiguous YAML, and writes text that reads back.
 
 Refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read
-differently (`no`, `010`, `12:30`). `1e-4` is a number. Errors of pydantic become problems with file, line, key, what
-was expected, and what to do.
+differently (`no`, `010`, `12:30`). `1e-4` is a number.
 """
 
 import errno
 import re
-from collections.abc import Iterator, Sequence
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from yaml.reader import ReaderError
 
 from loratune.codes import Code
-from loratune.config.keys import KeyPath, dotted, nearest_name, suggestion
-from loratune.config.section import InvalidSettingError
+from loratune.config.keys import KeyPath, dotted
+from loratune.config.schema import RunConfig
 from loratune.errors import ConfigError, Problem
+from loratune.text import one_line
 
 MAX_BYTES = 1 << 18
 MAX_DEPTH = 32
@@ -259,75 +259,102 @@ def kind_of(value: object) -> str:
     return kinds.get(type(value), "nothing") + shown
 
 
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a section",
-    "model_attributes_type": "a section",
-}
+# Writing
+
+_WIDTH = 110
+"""Characters of a line with its comment; a longer comment is above its key. Values are never broken."""
 
 
-def translate(error: ValidationError, document: Document) -> list[Problem]:
-    """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
-    groups: dict[KeyPath, list[ErrorDetails]] = {}
-    for details in error.errors():
-        groups.setdefault(key_path(details), []).append(details)
-    groups = _without_alternatives(groups)
-    problems = [_problem(path, group, document) for path, group in [*groups.items()][:MAX_PROBLEMS]]
-    return first_problems(problems, len(groups))
+class _Dumper(yaml.SafeDumper):
+    """Quotes all text that our reader would not read as text."""
 
 
-def key_path(details: ErrorDetails) -> KeyPath:
-    """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
-    alternatives = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "Source"}
-    location = details["loc"]
-    own = location[-1:] if details["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
-    above = location[: len(location) - len(own)]
-    return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    plain = text.isprintable() and reads_as_text(text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, None if plain else '"')
 
 
-def _without_alternatives(groups: dict[KeyPath, list[ErrorDetails]]) -> dict[KeyPath, list[ErrorDetails]]:
-    """Drop `a: not a number` where `a.b: unknown key` says what is wrong with the alternative that was meant."""
-    parents = {path[:end] for path in groups for end in range(1, len(path))}
-    return {
-        path: group
-        for path, group in groups.items()
-        if path not in parents or not all(details["type"] in _EXPECTED for details in group)
-    }
+_Dumper.add_representer(str, _text)
 
 
-def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Problem:
-    details = next((details for details in group if details["type"] not in _EXPECTED), group[0])
-    where, key, value = document.where(path), dotted(path), f"got {kind_of(details['input'])}"
-    kind, error = details["type"], details.get("ctx", {}).get("error")
-    if group[0]["type"] == "extra_forbidden":
-        return Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", where, key, suggestion(path))
-    if group[0]["type"] == "missing":
-        return Problem(Code.CONFIG_MISSING_KEY, "missing", where, key, "this key has no default")
-    if isinstance(error, InvalidSettingError) and error.keys:
-        paths = [(*path, *name.split(".")) for name in error.keys]
-        return Problem(error.code, str(error), document.where(paths[0]), " and ".join(map(dotted, paths)), error.fix)
-    fix = ""
-    if kind in _EXPECTED or kind == "literal_error":
-        what, fix = _expectation(group)
-    elif kind.endswith("too_short"):
-        return Problem(Code.CONFIG_BAD_VALUE, "must not be empty", where, key)
+def dump_values(values: Mapping[str, Any]) -> str:
+    """A config of plain values as YAML text."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _in_a_line(value: Any) -> str:
+    """A value as YAML in one line, whatever is in it."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize, default_flow_style=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+@dataclass
+class Draft:
+    """A config in the making.
+
+    Attributes:
+        document: What is set, and where.
+        reasons: `section.key` → why it has its value.
+    """
+
+    document: Document
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What is set, by section and key."""
+        return self.document.values
+
+    def has(self, key: str) -> bool:
+        """Whether `section.key`, or a key outside the sections, is set."""
+        section, _, name = key.rpartition(".")
+        return name in (self.values.get(section, {}) if section else self.values)
+
+    def choose(self, key: str, value: Any, reason: str) -> None:
+        """Set `section.key`, or a key outside the sections, unless it is set already."""
+        if self.has(key):
+            return
+        section, _, name = key.rpartition(".")
+        (self.values.setdefault(section, {}) if section else self.values)[name] = value
+        self.reasons[key] = reason
+
+    def text(self, title: str) -> str:
+        """The config as YAML, in the order of the schema, each value with its reason; `title` is a comment on top."""
+        return "\n".join([*_comment(title, ""), "", *self._lines()]) + "\n"
+
+    def _lines(self) -> Iterator[str]:
+        for name, information in RunConfig.model_fields.items():
+            value = self.values.get(name)
+            if isinstance(value, dict):
+                section: Any = information.annotation
+                yield f"{name}:"
+                for key in sorted(value, key=[*section.model_fields].index):
+                    yield from _line(f"  {key}: {_in_a_line(value[key])}", self.reasons.get(f"{name}.{key}", ""))
+                yield ""
+            elif name in self.values:
+                yield from _line(f"{name}: {_in_a_line(value)}", self.reasons.get(name, ""))
+
+
+def _line(text: str, reason: str) -> Iterator[str]:
+    """A line with its reason behind it, or above it where there is no room."""
+    if not reason:
+        yield text
+    elif len(text) + len(reason) + 4 <= _WIDTH:
+        yield f"{text}  # {_printable(reason)}"
     else:
-        what = details["msg"].removeprefix("Value error, ").removeprefix("Input ").replace("should be", "must be")
-    return Problem(Code.CONFIG_BAD_VALUE, f"{what}, {value}", where, key, fix)
+        yield from _comment(reason, text[: len(text) - len(text.lstrip())])
+        yield text
 
 
-def _expectation(group: list[ErrorDetails]) -> tuple[str, str]:
-    """Which types or choices a value may have, and the choice that it is most like, as a question."""
-    literals = [each for each in group if each["type"] == "literal_error"]
-    named = literals if any(each["ctx"]["expected"] != "'auto'" for each in literals) else group
-    expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]
-    choices = [part.strip("'") for text in expected for part in text.replace(" or ", ", ").split(", ")]
-    given = group[0]["input"]
-    near = nearest_name(str(given).strip().lower(), choices) if literals and given not in (None, "") else ""
-    return f"expected {' or '.join(dict.fromkeys(expected))}", f"did you mean `{near}`?" if near else ""
+def _comment(text: str, indent: str) -> list[str]:
+    prefix = f"{indent}# "
+    return textwrap.wrap(
+        _printable(text), _WIDTH, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
+    )
+
+
+def _printable(text: str) -> str:
+    """The text without what YAML allows in no comment, such as line breaks in the names of files."""
+    return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in one_line(text))

@@ -1,0 +1,394 @@
+"""The base class of all sections of a config, and the sections `data` and `lora`.
+
+Sections are frozen, complete, and strict about unknown keys and types. Fields that belong to an upstream object carry
+upstream's name and are passed on by `model_dump`, so a field that is added here reaches its object without being copied
+by hand.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from loratune.codes import Code
+from loratune.config.expressions import BadPatternError, compile_pattern
+from loratune.system.files import path_problem
+
+PATH_FORMAT = "path"
+"""The format, in the JSON schema, of text that names a file or directory of this machine."""
+AUTO: Literal["auto"] = "auto"
+Auto = Literal["auto"]
+"""A value that the run chooses itself, see `training.auto`."""
+_Value = TypeVar("_Value")
+
+
+def decided(value: _Value | Auto) -> _Value:
+    """A setting for which `auto` was allowed, once `training.auto` has chosen. Raises AssertionError: it has not."""
+    assert value != AUTO, "a setting is still `auto`"
+    return value
+
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+"""How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
+
+
+class InvalidSettingError(ValueError):
+    """A value that a check of ours refuses, or several that contradict each other.
+
+    Attributes:
+        keys: Relative to the section that is being validated; none for the key itself.
+        fix: What to do about it.
+        code: What kind of problem it is.
+    """
+
+    def __init__(self, message: str, *keys: str, fix: str = ""):
+        super().__init__(message)
+        self.keys, self.fix = keys, fix
+        self.code = Code.CONFIG_CONFLICT if len(keys) > 1 else Code.CONFIG_BAD_VALUE
+
+
+def _check_path(path: str) -> str:
+    if reason := path_problem(path):
+        raise InvalidSettingError(reason)
+    return path
+
+
+FileName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
+"""The name of a file within a directory that another key names."""
+FilePath = Annotated[FileName, WithJsonSchema({"type": "string", "minLength": 1, "format": PATH_FORMAT})]
+"""A path, or a glob or hub id in the place of one. `path_keys` finds the keys of this type."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no coercion between types, no NaN or inf."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        for conflict in self._conflicts():
+            raise conflict
+        return self
+
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        """What is wrong with the values together; the first is reported."""
+        yield from ()
+
+
+class Source(Section):
+    """One source of rows."""
+
+    path: FilePath = Field(description="a file, a directory, a glob, or a hub id")
+    split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
+    weight: float | None = Field(
+        None, gt=0, le=1e6, description="its share of the rows, relative to the other sources; null: all its rows"
+    )
+
+
+def _as_sources(value: Any) -> Any:
+    """Sources from paths, as text."""
+    if isinstance(value, list):
+        return [_as_sources(source) for source in value]
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _listed(sources: Source | list[Source] | float | None) -> list[Source]:
+    return [sources] if isinstance(sources, Source) else sources if isinstance(sources, list) else []
+
+
+Sources = Source | Annotated[list[Source], Field(min_length=1)]
+"""One source, or several."""
+
+Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
+"""A share of the rows; `DataSection` checks it, as only there it differs from sources."""
+
+COLUMNS = (
+    "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
+    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
+)  # fmt: skip
+"""The names of the fields of a row; `data.columns` maps them to those in the data."""
+
+
+class DataSection(Section):
+    """Which rows, and which of their tokens are supervised."""
+
+    train: Annotated[Sources, BeforeValidator(_as_sources)] = Field(
+        description="a path, a glob, a hub id, {path, split, weight}, or a list of these"
+    )
+    validation: Annotated[Sources | Fraction | None, BeforeValidator(_as_sources)] = Field(
+        None, description="sources as in train, or the fraction of the training rows that is held out"
+    )
+    test: Annotated[Sources | None, BeforeValidator(_as_sources)] = Field(
+        None, description="sources as in train; the adapter is scored on them once, after training"
+    )
+    group_by: str | None = Field(
+        None,
+        min_length=1,
+        description="field name; rows with the same value of this field stay in one split when a fraction is held out",
+    )
+    format: Literal[
+        "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
+        "unpaired_preference",
+    ] = Field("auto", description="auto: recognized for each file by the keys of its rows")  # fmt: skip
+    columns: dict[str, str] = Field(
+        {},
+        json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
+        description="field → its name in the data, e.g. {prompt: question}; the data's prompt is then ignored",
+    )
+    chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    loss_on: Literal["completion", "assistant", "all"] = Field(
+        "completion",
+        description="completion: completions, or all assistant turns of messages; assistant: also assistant turns in "
+        "the prompt; all: every token up to the end of the last answer",
+    )
+    max_length: int = Field(
+        1024, ge=2, lt=2**31, description="maximum number of tokens of a row, including the end-of-sequence token"
+    )
+    truncation: Literal["keep_completion", "drop", "error"] = Field(
+        "keep_completion",
+        description="for rows over max_length: truncate the prompt from the left, drop the row, or stop the run",
+    )
+    invalid_rows: Literal["error", "drop"] = Field(
+        "error",
+        description="for rows that cannot be used, such as a line that is not valid JSON or a row that lacks a field: "
+        "stop the run, or drop up to max_dropped of the rows",
+    )
+    max_dropped: float = Field(
+        0.1, ge=0, le=1, description="fraction of the rows that may be dropped; if more are, the run stops"
+    )
+    packing: Literal["none", "batch", "full"] = Field(
+        "batch",
+        description="none: pad rows; batch: concatenate a batch's rows; full: fill batches with whole rows by best fit",
+    )
+    share_prefixes: bool | Auto = Field(
+        AUTO,
+        description="compute shared prefixes of a packed batch once; auto: if exact and 5 % of the tokens are saved",
+    )
+    replay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="fraction of the training rows that is drawn from the rows of the run of lora.start_from",
+    )
+
+    @property
+    def train_sources(self) -> list[Source]:
+        """The sources of training, one or several."""
+        return _listed(self.train)
+
+    @property
+    def validation_sources(self) -> list[Source]:
+        """The sources of validation; none where a fraction of training is held out, or nothing."""
+        return _listed(self.validation)
+
+    @property
+    def test_sources(self) -> list[Source]:
+        """The sources of the test rows; none where nothing is tested."""
+        return _listed(self.test)
+
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        yield from self._column_conflicts()
+        yield from self._source_conflicts()
+        if self.share_prefixes is True and self.packing == "none":
+            message, fix = "padded rows share no prefix", "set packing to batch or full, or leave share_prefixes out"
+            yield InvalidSettingError(message, "share_prefixes", "packing", fix=fix)
+        if self.format in ("text", "input_ids") and self.chat_template is not None:
+            message = f"{self.format} rows do not go through a chat template"
+            yield InvalidSettingError(message, "format", "chat_template")
+        if self.format in ("text", "input_ids") and self.loss_on == "assistant":
+            yield InvalidSettingError(f"{self.format} rows have no assistant turns", "format", "loss_on")
+
+    def _column_conflicts(self) -> Iterator[InvalidSettingError]:
+        names = list(self.columns.values())
+        for field, name in self.columns.items():
+            if field not in COLUMNS:
+                message = f"`{field}` is not a field of a row; the fields are {', '.join(COLUMNS)}"
+                yield InvalidSettingError(message, "columns")
+            if names.count(name) > 1:
+                message = f"the data's `{name}` is given for two fields of a row"
+                yield InvalidSettingError(message, "columns", fix="give each field its own")
+
+    def _source_conflicts(self) -> Iterator[InvalidSettingError]:
+        sources = {"train": self.train_sources, "validation": self.validation_sources, "test": self.test_sources}
+        for key, listed in sources.items():
+            weighted = sum(source.weight is not None for source in listed)
+            if 0 < weighted < len(listed):
+                message, fix = "some sources have a weight and some have none", "give one to each, or to none"
+                yield InvalidSettingError(message, key, fix=fix)
+            if weighted == len(listed) == 1:
+                yield InvalidSettingError("a single source takes no weight", key, fix="leave the weight out")
+        if isinstance(self.validation, float) and not 0 < self.validation < 1:
+            yield InvalidSettingError("a fraction must lie between 0 and 1", "validation")
+        if self.group_by is not None and not isinstance(self.validation, float):
+            message = "groups only matter where a fraction of the rows is held out"
+            fix = "set data.validation to a fraction, or leave group_by out"
+            yield InvalidSettingError(message, "group_by", "validation", fix=fix)
+
+
+class LoraSection(Section):
+    """The adapter: fields of `peft.LoraConfig`, under the same names."""
+
+    r: Count | Auto = Field(8, description="rank; auto: from the number of supervised tokens")
+    lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
+    target_modules: list[str] | str = Field(
+        ["q", "k", "v", "o"],
+        description="roles (q, k, v, o), exact names, a regular expression, or all-linear; auto: all-linear",
+    )
+    target_parameters: list[str] | str | None = Field(
+        None,
+        min_length=1,
+        json_schema_extra={"minItems": 1},
+        description="parameters outside linear layers: [experts], exact names, or a regular expression",
+    )
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
+    use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
+    init_lora_weights: (
+        Annotated[bool, WithJsonSchema({"const": True})]
+        | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
+    ) = Field(
+        True,
+        description="initial A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
+    )
+    use_lorafa: bool = Field(
+        False, description="LoRA-FA: freeze A, train B with a corrected gradient, arXiv:2308.03303"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        None, ge=1, le=1e6, description="LoRA+: rate of B divided by the rate of A, arXiv:2402.12354"
+    )
+    layers_to_transform: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None, min_length=1, description="indices of the layers to adapt, from 0"
+    )
+    rank_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own r, e.g. {q: 16}")
+    alpha_pattern: dict[str, Count] = Field({}, description="role, name or regular expression → its own lora_alpha")
+    modules_to_save: list[str] | None = Field(
+        None, min_length=1, description="modules to train and save in full, e.g. [lm_head]"
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0, lt=2**31)]] | None = Field(
+        None, min_length=1, description="ids of the tokens whose embeddings are trained"
+    )
+    start_from: FilePath | None = Field(None, description="an adapter directory from which training continues")
+
+    def _conflicts(self) -> Iterator[InvalidSettingError]:
+        yield from self._bad_patterns()
+        if not self.target_modules and self.target_parameters is None:
+            message = "must not be empty where lora.target_parameters names nothing either"
+            yield InvalidSettingError(message, "target_modules")
+        if self.init_lora_weights is False:
+            message = "false starts from a random update, which is meant for PEFT's own tests"
+            yield InvalidSettingError(message, "init_lora_weights", fix="leave it out")
+        ranks = (rank for rank in (self.r, *self.rank_pattern.values()) if rank != AUTO)
+        if self.init_lora_weights == "orthogonal" and any(rank % 2 for rank in ranks):
+            message = "orthogonal initialization splits the rank into two halves, so the rank must be even"
+            yield InvalidSettingError(message, "init_lora_weights", "r")
+        for first, second, message in (*self._variant_conflicts(), *self._parameter_conflicts()):
+            yield InvalidSettingError(message, first, second, fix="choose one of the two")
+
+    def _bad_patterns(self) -> Iterator[InvalidSettingError]:
+        texts = {"target_modules": self.target_modules, "target_parameters": self.target_parameters}
+        patterns = [(key, text) for key, text in texts.items() if isinstance(text, str) and text != AUTO]
+        patterns += [("rank_pattern", text) for text in self.rank_pattern]
+        patterns += [("alpha_pattern", text) for text in self.alpha_pattern]
+        for key, text in patterns:
+            try:
+                compile_pattern(text)
+            except BadPatternError as error:
+                yield InvalidSettingError(f"`{text}` {error}", key)
+
+    def _variant_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """Two keys, and why they contradict each other."""
+        init = str(self.init_lora_weights)
+        if self.use_lorafa and self.loraplus_lr_ratio is not None:
+            message = "LoRA+ makes B learn faster than A, but LoRA-FA does not train A"
+            yield "use_lorafa", "loraplus_lr_ratio", message
+        if self.use_lorafa and self.use_dora:
+            message = "PEFT's LoRA-FA pairs each A with its B, and miscounts where DoRA has a third tensor"
+            yield "use_lorafa", "use_dora", message
+        if init.startswith(("pissa", "olora")) and self.use_dora:
+            message = f"{init} takes a part out of the base, and DoRA would measure the rest"
+            yield "init_lora_weights", "use_dora", message
+        if init == "eva" and self.rank_pattern:
+            message = "eva shares directions between layers that read the same input, so they must have one rank"
+            yield "init_lora_weights", "rank_pattern", message
+        if self.start_from is not None and self.init_lora_weights is not True:
+            yield "start_from", "init_lora_weights", "the values of the adapter it starts from are its start"
+
+    def _parameter_conflicts(self) -> Iterator[tuple[str, str, str]]:
+        """What is only possible for modules, and not for `target_parameters`."""
+        if self.target_parameters is None:
+            return
+        if self.lora_dropout > 0:
+            message = "the update is added to the tensor itself, where there is no input to drop out; set it to 0"
+            yield "lora_dropout", "target_parameters", message
+        if self.use_dora:
+            yield "use_dora", "target_parameters", "PEFT has DoRA for modules only"
+        if self.use_lorafa:
+            message = "A and B of stacked experts have their ranks in different orders, which LoRA-FA would mix up"
+            yield "use_lorafa", "target_parameters", message
+        if self.init_lora_weights not in (True, "gaussian"):
+            message = f"PEFT has {self.init_lora_weights} for modules only; true and gaussian go with it"
+            yield "init_lora_weights", "target_parameters", message
+
+
+VLLM_RANK = 16
+"""The highest rank that vLLM reads without --max-lora-rank."""
+_NOT_PLAIN = {
+    "use_dora": "vLLM, llama.cpp and Ollama do not read DoRA",
+    "bias": "vLLM, llama.cpp and Ollama do not read biases",
+    "target_parameters": "llama.cpp and Ollama do not read LoRA of experts, and vLLM of some models only; loratune "
+    "merge makes a model for them",
+    "modules_to_save": "vLLM, llama.cpp and Ollama do not read whole modules",
+    "trainable_token_indices": "vLLM, llama.cpp and Ollama do not read trained tokens",
+}
+"""Key → what a value other than its default means to clients: the adapter is not plain LoRA."""
+_LOFTQ = "loftq compensates for what 4bit loses, so the adapter is off on an unquantized base"
+_SCALES = {
+    "use_rslora": "llama.cpp and Ollama apply such an adapter with another scale, without saying so",
+    "alpha_pattern": "vLLM, llama.cpp and Ollama apply one scale to all modules, without saying so",
+}
+"""The same of settings that change the scale of the update."""
+_RANKS = "vLLM applies such an adapter with one scale for all modules, without saying so"
+
+
+def is_rank_doubled(lora: LoraSection) -> bool:
+    """Whether the adapter's file has twice the rank that is trained."""
+    return str(lora.init_lora_weights).startswith(("pissa", "olora"))
+
+
+def highest_rank(lora: LoraSection) -> int:
+    """The largest rank in the adapter's file."""
+    return max([decided(lora.r), *lora.rank_pattern.values()]) * (2 if is_rank_doubled(lora) else 1)
+
+
+def is_plain(lora: LoraSection) -> bool:
+    """Whether the adapter is plain LoRA, so that `loratune export` can make it readable for vLLM and llama.cpp."""
+    return lora.init_lora_weights != "loftq" and not _NOT_PLAIN.keys() & lora.model_dump(exclude_defaults=True)
+
+
+def has_one_scale(lora: LoraSection) -> bool:
+    """Whether all modules have one scale, so that vLLM reads the adapter as it is."""
+    return not lora.rank_pattern and not lora.alpha_pattern
+
+
+def portability(lora: LoraSection) -> Iterator[str]:
+    """One line for each choice that is not portable, with the clients that cannot read the adapter.
+
+    A rank that is still `auto` counts as portable.
+    """
+    changed = lora.model_dump(exclude_defaults=True)
+    yield from (f"lora.{key}: {reason}" for key, reason in (_NOT_PLAIN | _SCALES).items() if key in changed)
+    if lora.rank_pattern and not lora.alpha_pattern:
+        yield f"lora.rank_pattern: {_RANKS}"
+    if lora.init_lora_weights == "loftq":
+        yield f"lora.init_lora_weights: {_LOFTQ}"
+    if lora.r == AUTO:
+        return
+    init, rank = lora.init_lora_weights, highest_rank(lora)
+    if is_rank_doubled(lora):
+        yield f"lora.init_lora_weights: {init} is saved as plain LoRA of twice the rank, {rank}"
+    if is_rank_doubled(lora) and lora.use_rslora:
+        yield f"lora.use_rslora: with {init}, lora_alpha is saved times √2; llama.cpp and Ollama need a whole number"
+    if rank > VLLM_RANK:
+        key = "lora.r" if lora.r == max([lora.r, *lora.rank_pattern.values()]) else "lora.rank_pattern"
+        yield f"{key}: the file's rank is {rank}; vLLM reads it with --max-lora-rank {rank} only"
