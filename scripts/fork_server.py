@@ -176,6 +176,25 @@ def fork_server(scratch: Path, warm: Sequence[Sequence[object]] = (), **environm
         made.close()
 
 
+class SharedTraces(dict[str, Any]):
+    """`memory.activations._TRACED`, the result of each step that was traced, for all processes of a test session."""
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self._folder = folder
+
+    def __contains__(self, key: object) -> bool:
+        return (self._folder / str(key)).exists()
+
+    def __getitem__(self, key: str) -> Any:
+        return json.loads((self._folder / key).read_text())
+
+    def __setitem__(self, key: str, traced: Any) -> None:
+        unfinished = self._folder / f"{key}.{os.getpid()}"
+        unfinished.write_text(json.dumps(traced))
+        unfinished.rename(self._folder / key)
+
+
 def born(order: dict[str, Any]) -> int:
     """Fork, and be `loratune` in the child."""
     if child := os.fork():
@@ -230,9 +249,14 @@ def prepare(warm: Sequence[Sequence[str]]) -> None:
     import loratune.cli.terminal  # noqa: PLC0415
     import loratune.commands.evaluate  # noqa: PLC0415
     import loratune.commands.generate  # noqa: PLC0415
+    import loratune.commands.sweep  # noqa: PLC0415
     import loratune.commands.train  # noqa: PLC0415
+    import loratune.memory.activations  # noqa: PLC0415
+    import loratune.study.storage  # noqa: PLC0415
     import loratune.training.processes  # noqa: PLC0415
 
+    if folder := os.environ.get("SHARED_TRACES"):
+        loratune.memory.activations._TRACED = SharedTraces(Path(folder))
     loratune.cli.terminal.PATIENCE = 3600.0  # or lines about slow work would come as it suits the machine
     get_checkpoint_conversion_mapping("llama")
     for command in warm:

@@ -1,6 +1,7 @@
 """What the tests share: a tiny model and tokenizer built in process, the real model, and the command line."""
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import datasets
 import pytest
 import torch
 import yaml
-from fork_server import ForkServer, fork_server
+from fork_server import ForkServer, SharedTraces, fork_server
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -27,6 +28,7 @@ from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
 from loratune.errors import LoratuneError
+from loratune.memory import activations
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
@@ -43,6 +45,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_model)
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector leaves alone what imports have made, as in a command, see `loratune.api.libraries`."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,16 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(path))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", path)  # which was read when `datasets` was imported
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tracing a training step finds, half of the time of a short run, is kept for all processes of the session."""
+    path = once(tmp_path_factory, "traces", lambda folder: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHARED_TRACES", str(path))
+        patch.setattr(activations, "_TRACED", SharedTraces(path))
         yield
 
 

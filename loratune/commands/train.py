@@ -69,7 +69,10 @@ def train(
     with group.connected(), run.directory.locked() if group.main else nullcontext():
         if group.main and not allow_worse:
             _check_not_rejected(run)
-        return carry_out(make_plan(run, group), allow_worse=allow_worse, began=began)
+        plan = make_plan(run, group)
+        gc.collect()
+        gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
+        return carry_out(plan, allow_worse=allow_worse, began=began)
 
 
 def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> TrainedAdapter | None:
@@ -130,8 +133,6 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     try:
         if plan.config.model.use_liger_kernel:
             kernels.use_liger(plan.model)
-        gc.collect()
-        gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
         with plan.batches.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)

@@ -268,7 +268,6 @@ class TrialRunner:
         if plan is not None:
             tensors.detached(plan.model)
         del plan
-        gc.unfreeze()  # A run freezes what it has; the next one would find what this one left.
         gc.collect()
         section, base = self._run.config.model, self.base
         if not (section.torch_compile or section.use_liger_kernel) and self._state.restore(base.model):
