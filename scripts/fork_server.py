@@ -128,10 +128,9 @@ class ForkServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-        own = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": port} for rank in range(count)]
         more: Sequence[dict[str, Any]] = each or [{}] * count
-        return [self.start(*arguments, **shared | one | further) for one, further in zip(own, more, strict=True)]
+        variables = [launch_variables(rank, count, port) for rank in range(count)]
+        return [self.start(*arguments, **own | further) for own, further in zip(variables, more, strict=True)]
 
     def listen(self, seconds: float) -> None:
         """Read what the server reports, waiting at most so many seconds."""
@@ -157,6 +156,12 @@ class ForkServer:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
+
+
+def launch_variables(rank: int, count: int, port: str) -> dict[str, str]:
+    """What torchrun sets for one of several processes on this machine."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
 @contextmanager

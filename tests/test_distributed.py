@@ -24,9 +24,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
-from fork_server import Child, ForkServer
+from fork_server import Child, ForkServer, launch_variables
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
+from torch.distributed import run as torchrun
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
@@ -70,7 +71,7 @@ def alone(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_
     def trained_alone(packing: str) -> tuple[Path, dict[str, Any], Path]:
         folder = tmp_path_factory.mktemp("alone")
         rows = str(write_rows(folder / "uneven.jsonl", UNEVEN))
-        data, training = {"train": rows, "packing": packing, **EVALUATED}, {"num_train_epochs": 3, "eval_steps": 4}
+        data, training = {"train": rows, "packing": packing, **EVALUATED}, {"num_train_epochs": 2, "eval_steps": 4}
         config = config_in(folder, tiny_dir)(data=data, training=training)
         return config, trained(processes, config, folder / "1", 1, *shared(8)), folder / "1" / WEIGHTS
 
@@ -112,7 +113,7 @@ def test_packs_are_shared_out(
 ) -> None:
     """A pack is what one process takes in a micro-step, so two processes take what one accumulates."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), "packing": "full", "max_length": 60}
-    config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 3, "eval_steps": 4})
+    config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 2, "eval_steps": 4})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
@@ -125,7 +126,7 @@ def test_compared_answers_are_shared_out(
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " none"} for row in UNEVEN]
     judged = [row | {"label": number % 2 == 0} for number, row in enumerate(UNEVEN)]
     rows = write_rows(tmp_path / "uneven.jsonl", judged if objective == "kto" else pairs)
-    training = {"num_train_epochs": 2, "eval_steps": 4, "objective": objective}
+    training = {"num_train_epochs": 1, "eval_steps": 4, "objective": objective}
     config = run_config(data={"train": str(rows), "validation": str(rows)}, training=training)
     alone = trained(processes, config, tmp_path / "1", 1, *shared(8))
     same(trained(processes, config, tmp_path / "2", 2, *shared(4)), alone)
@@ -136,7 +137,7 @@ def test_compared_answers_are_shared_out(
 def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """EVA looks at the first batches, which all processes have; PEFT would count them once for each."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))}
-    config = run_config(lora={"init_lora_weights": "eva"}, data=data)
+    config = run_config(lora={"init_lora_weights": "eva"}, data=data, training={"max_steps": 3})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(4, 2))
     same(trained(processes, config, tmp_path / "2", 2, *shared(4)), alone)
 
@@ -221,7 +222,7 @@ def test_values_are_exchanged_as_json() -> None:
 RUNNING: dict[str, Any] = {
     "lora": {"lora_dropout": 0.3},
     "training": {
-        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 10, "save_steps": 10,
+        "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 8, "save_steps": 4,
         "logging_steps": 1,
     },
 }  # fmt: skip
@@ -253,33 +254,46 @@ def finished(children: list[Child]) -> list[int]:
     return [child.wait() for child in children]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
-    """The adapter of `RUNNING` when nothing happens to it."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return straight(processes, config_in(folder, tiny_dir)(**RUNNING), folder)
-
-
-def straight(processes: ForkServer, config: Path, tmp_path: Path) -> bytes:
-    trained(processes, config, tmp_path / "straight", 2)
-    return (tmp_path / "straight" / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=SLOW)])
-def test_one_is_killed(
-    rank: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, undisturbed: bytes
+@pytest.mark.parametrize(
+    "signals, killed",
+    [
+        ((((0, 1), signal.SIGTERM, 143, "terminated"), ((1,), signal.SIGINT, 130, "interrupted")), 0),
+        pytest.param(
+            (((0,), signal.SIGTERM, 143, "terminated"), ((0, 1, 0, 1), signal.SIGINT, 130, "interrupted")),
+            1,
+            marks=SLOW,
+        ),
+    ],
+)
+def test_stopped_by_signals_and_one_killed(
+    signals: tuple[tuple[tuple[int, ...], int, int, str], ...],
+    killed: int,
+    processes: ForkServer,
+    run_config: MakeConfig,
+    tmp_path: Path,
 ) -> None:
-    """The other one ends in its next collective and reports that, and the run continues to the same bytes."""
+    """A signal stops all at one step, however many receive it; when one is killed, the other one ends in its next
+    collective and reports that. The run resumes each time, and ends with the bytes of an undisturbed one."""
     config = run_config(**RUNNING)
-    children = begun(processes, config, tmp_path)
-    until(lambda: checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-20", children[0])
-    until(lambda: "step    22/" in children[0].said(), children[0])
-    children[rank].send(signal.SIGKILL)
+    resume: tuple[str, ...] = ()
+    for ranks, number, code, word in signals:
+        children = begun(processes, config, tmp_path, *resume)
+        for rank in ranks:
+            children[rank].send(number)
+        assert ended(children) == [code, code], children[0].said()
+        line = children[0].said().splitlines()[-1]
+        assert line.startswith(f"error: {word}; on 2 processes, as before, continue with: ")
+        assert line.endswith(" --resume") and children[1].said() == ""
+        resume = ("--resume",)
+    children = begun(processes, config, tmp_path, *resume)
+    newest = checkpoints(tmp_path / "out.partial")[0].name
+    until(lambda: f"step {int(newest.removeprefix('checkpoint-')) + 1:5}/" in children[0].said(), children[0])
+    children[killed].send(signal.SIGKILL)
     assert sorted(ended(children)) == [-signal.SIGKILL, 10]
-    assert is_lost(children[1 - rank], "" if rank else f"process 1 on {os.uname().nodename}: ")
-    assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-20"
+    assert is_lost(children[1 - killed], "" if killed else f"process 1 on {os.uname().nodename}: ")
     assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
+    trained(processes, config, tmp_path / "straight", 2)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
 def is_lost(child: Child, who: str) -> bool:
@@ -294,7 +308,7 @@ import time
 from loratune import data
 prepare = data.prepare
 def slowly(*arguments):
-    time.sleep(5)
+    time.sleep(3)
     data.prepare = prepare
     return prepare(*arguments)
 data.prepare = slowly
@@ -303,7 +317,7 @@ data.prepare = slowly
 
 def test_a_process_that_does_not_answer(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """It ends the run after `ddp_timeout`, without another checkpoint. Tokenizing for longer than that does not."""
-    config = run_config(training=RUNNING["training"] | {"save_steps": 500, "num_train_epochs": 500, "ddp_timeout": 4})
+    config = run_config(training=RUNNING["training"] | {"save_steps": 500, "num_train_epochs": 500, "ddp_timeout": 2})
     children = processes.launch(2, "train", config, each=[{"first": SLOW_ROWS}, {}])
     until(lambda: "step     2/" in children[0].said(), children[0])
     children[1].send(signal.SIGSTOP)
@@ -313,39 +327,6 @@ def test_a_process_that_does_not_answer(processes: ForkServer, run_config: MakeC
         children[1].send(signal.SIGKILL)
     assert is_lost(children[0], "")
     assert checkpoints(tmp_path / "out.partial") == [] and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "signalled_ranks, number, code, word",
-    [
-        pytest.param((0,), signal.SIGTERM, 143, "terminated", marks=SLOW),
-        ((1,), signal.SIGINT, 130, "interrupted"),
-        ((0, 1), signal.SIGTERM, 143, "terminated"),
-        pytest.param((0, 1, 0, 1), signal.SIGINT, 130, "interrupted", marks=SLOW),
-    ],
-)
-def test_a_signal_stops_all_at_one_step(
-    signalled_ranks: tuple[int, ...],
-    number: int,
-    code: int,
-    word: str,
-    processes: ForkServer,
-    run_config: MakeConfig,
-    tmp_path: Path,
-    undisturbed: bytes,
-) -> None:
-    """However many hear it, and if the launcher passes it on as well."""
-    config = run_config(**RUNNING)
-    children = begun(processes, config, tmp_path)
-    for rank in signalled_ranks:
-        children[rank].send(number)
-    assert ended(children) == [code, code], children[0].said()
-    line = children[0].said().splitlines()[-1]
-    assert line.startswith(f"error: {word}; on 2 processes, as before, continue with: ") and line.endswith(" --resume")
-    assert children[1].said() == ""
-    if signalled_ranks == (0, 1):
-        assert finished(processes.launch(2, "train", config, "--resume")) == [0, 0]
-        assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
 def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -455,49 +436,31 @@ WHOLE_STEP = ("--set", f"{ACCUMULATION}=4", "--allow-change", ACCUMULATION)
 
 
 def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Refused where a step would take other rows; exact where it takes the same."""
-    training = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "save_steps": 3,
-        "num_train_epochs": 4,
-    }
+    """Refused where a step would take other rows, or where DeepSpeed would read another one's checkpoints; exact where
+    it takes the same."""
+    training = {"save_steps": 3, "num_train_epochs": 4}
     config = run_config(training=training, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
-    expected = trained(processes, config, tmp_path / "straight", 2)
-    children = begun(processes, config, tmp_path)
+    settings = [part for one in shared(2, 2) for part in ("--set", one)]
+    children = begun(processes, config, tmp_path, *settings)
     for child in children:
         child.send(signal.SIGKILL)
     ended(children)
-    refused = processes.start("train", config, "--resume")
-    assert refused.wait() == 7
-    line = refused.said().splitlines()[-1]
-    assert is_problem(line.removeprefix("error: "), (Code.RESUME_CHANGED, "", ACCUMULATION)), line
-    assert " 8 (2 processes x 2 x 2) rows " in line and " 4 (1 process x 2 x 2) [" in line
-    assert "; start 2 processes, or change" in line and "--allow-change" in line
-    changed = (
-        "--set",
-        "training.gradient_accumulation_steps=4",
-        "--allow-change",
-        "training.gradient_accumulation_steps",
-    )
-    children = processes.launch(1, "train", config, "--resume", *changed)
+    for arguments, environment, key, parts in (
+        ((), {}, ACCUMULATION, (" 8 (2 processes x 2 x 2) rows ", " 4 (1 process x 2 x 2) [", "; start 2 processes, ")),
+        (
+            WHOLE_STEP, {"ACCELERATE_USE_DEEPSPEED": "true"}, "",
+            (" 2 processes with no sharding", " 1 process with deepspeed"),
+        ),
+    ):  # fmt: skip
+        child = processes.start("train", config, *settings, "--resume", *arguments, **environment)
+        assert child.wait() == 7
+        line = child.said().splitlines()[-1].removeprefix("error: ")
+        assert is_problem(line, (Code.RESUME_CHANGED, "", key)) if key else f"[{Code.RESUME_CHANGED}]" in line, line
+        assert all(part in line for part in parts), line
+    children = processes.launch(1, "train", config, *settings, "--resume", *WHOLE_STEP)
     assert finished(children) == [0], children[0].said()
+    expected = trained(processes, config, tmp_path / "straight", 2, *shared(2, 2))
     same(json.loads((tmp_path / "out" / "loratune.json").read_text()), expected)
-
-
-def test_deepspeed_reads_its_own_checkpoints_only(
-    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = run_config(**RUNNING)
-    children = begun(processes, config, tmp_path)
-    for child in children:
-        child.send(signal.SIGKILL)
-    ended(children)
-    child = processes.start("train", config, "--resume", *WHOLE_STEP, ACCELERATE_USE_DEEPSPEED="true")
-    assert child.wait() == 7
-    line = child.said().splitlines()[-1]
-    assert f"[{Code.RESUME_CHANGED}]" in line and line.startswith("error: ")
-    assert " 2 processes with no sharding" in line and " 1 process with deepspeed" in line
 
 
 # As the README has it
@@ -507,12 +470,11 @@ def test_deepspeed_reads_its_own_checkpoints_only(
     "launcher",
     [
         ("torchrun", "--nproc-per-node", "2"),
-        pytest.param(
-            ("accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")), marks=SLOW
-        ),
+        ("accelerate", "launch", "--config_file", str(ROOT / "configs" / "accelerate" / "cpu.yaml")),
     ],
     ids=["torchrun", "accelerate"],
 )
+@SLOW
 def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(launcher[0])
     command = [program, *launcher[1:], "-m", "loratune", "train", run_config()]
@@ -520,6 +482,15 @@ def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("done\n  adapter ")
     assert (tmp_path / "out" / WEIGHTS).is_file()
+
+
+def test_torchrun_sets_what_the_other_tests_set(tmp_path: Path) -> None:
+    """The processes that it starts have the variables of `ForkServer.launch`, with the same values."""
+    torchrun.main(["--nproc-per-node", "2", "--no-python", "sh", "-c", "env > $0/$RANK", str(tmp_path)])
+    for rank in (0, 1):
+        found = dict(line.split("=", 1) for line in (tmp_path / str(rank)).read_text().splitlines() if "=" in line)
+        expected = launch_variables(rank, 2, found["MASTER_PORT"])
+        assert {name: found.get(name) for name in expected} == expected | {"MASTER_ADDR": found["MASTER_ADDR"]}
 
 
 # The base spread over processes
@@ -646,7 +617,7 @@ def test_the_base_beside_a_spread_adapter_is_the_base(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_dir / name, tmp_path / "biased")
     config = run_config(
-        model={"name_or_path": str(tmp_path / "biased")}, lora={"bias": "all"}, training={"max_steps": 5}
+        model={"name_or_path": str(tmp_path / "biased")}, lora={"bias": "all"}, training={"max_steps": 3}
     )
     alone = trained(processes, config, tmp_path / "1", 1, *shared(8))["metrics"]["gain"]
     settings = [part for one in shared(4) for part in ("--set", one)]
