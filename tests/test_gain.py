@@ -21,7 +21,7 @@ from loratune import data
 from loratune.codes import Code
 from loratune.compare import gain
 from loratune.compare.gain import Forgetting, Gain
-from loratune.compare.losses import RowLosses
+from loratune.compare.metrics import RowLosses
 from loratune.data import UNRELATED_TEXT, TokenizedDataset
 from loratune.data.rendering import TokenizedRow
 from loratune.errors import Problem, ResourceError

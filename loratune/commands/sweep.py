@@ -12,7 +12,7 @@ from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands import train as training
-from loratune.compare.losses import RowLosses
+from loratune.compare.metrics import RowLosses
 from loratune.config import RunConfig, keys, path_keys
 from loratune.data.formats import KINDS
 from loratune.errors import (

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from loratune import config, data, kernels, memory
 from loratune.adapter import card
 from loratune.codes import Code
-from loratune.compare import objectives
+from loratune.compare import preferences
 from loratune.data import row_hashes
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
@@ -207,7 +207,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
         held_out=trained.held_out,
         formats=rows.train.formats,
         changes=plan.checkpoints.record.changes,
-        objective=objectives.described(plan.config),
+        objective=preferences.described(plan.config),
         processes=plan.group.count,
     )
     text = card.model_card(plan.config.resolved(), trained.metrics, name, lines)

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
-from loratune.compare import objectives
-from loratune.compare.engine import Scorer
-from loratune.compare.losses import RowLosses
+from loratune.compare import preferences
+from loratune.compare.metrics import RowLosses
 from loratune.config import RunConfig
 from loratune.data.packing import BatchLayout
 from loratune.errors import (
@@ -168,7 +167,7 @@ class TrialRunner:
         self.rows, self.total = len(self._copies), held_out.items
         self._seconds_per_operation: float | None = None
         self.objective = batching.objective_of({"validation": held_out}, run.config)
-        self.described = objectives.described(run.config)
+        self.described = preferences.described(run.config)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -253,7 +252,7 @@ class TrialRunner:
 
     def score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
-        losses = Scorer(plan.model, plan.batches.engine, self.objective).losses(self._held_out, self._copies)
+        losses = plan.batches.engine.losses(self._held_out, self._copies, self.objective)
         if not losses.is_finite:
             what, fix = f"the loss on the validation rows is {losses.loss}", "lower training.learning_rate"
             raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))

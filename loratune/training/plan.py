@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from loratune import kernels, memory
 from loratune.codes import Code
-from loratune.compare import objectives
+from loratune.compare import preferences
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
@@ -243,7 +243,7 @@ def make_plan(
     lora, choices = auto.decide_lora(config.lora, known)
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = attach.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
-    batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config)
+    batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group)
     items = len(batches.train.items)
     known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
@@ -258,7 +258,7 @@ def make_plan(
     record = _record(run, config, datasets, base, conditions(model, batches.acceleration.fallbacks))
     estimate = _memory(model, batches, config.training)
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
-    described = objectives.described(config)
+    described = preferences.described(config)
     notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
     notes += [*auto.lines(choices | more), *load.machine_notes(config.model), *batches.notes, *targets.notes]
     return Plan(

@@ -17,9 +17,16 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
-from loratune.compare.engine import Objective, Scorer, ScoringLayout
+from loratune.compare.engine import SFT, Objective, ScoringLayout
 from loratune.compare.gain import FinalScore, Forgetting, Gain
-from loratune.compare.preferences import PreferenceMetrics
+from loratune.compare.objectives import PreferenceMetrics
+from loratune.compare.preferences import (
+    MOST_COMPARED,
+    PreferenceObjective,
+    order_note,
+    score_reference,
+    set_reference,
+)
 from loratune.config import RunConfig
 from loratune.data import token_cache
 from loratune.errors import Problem
@@ -30,13 +37,6 @@ from loratune.text import plural
 from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.record import BestRecord
 from loratune.training.plan import Plan
-from loratune.training.preferences import (
-    MOST_COMPARED,
-    PreferenceObjective,
-    order_note,
-    score_reference,
-    set_reference,
-)
 from loratune.training.processes import SharedStop
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
@@ -256,22 +256,18 @@ def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None 
 # After the last step
 
 
-def _scorer(plan: Plan, objective: Objective = Objective()) -> Scorer:  # noqa: B008  no state
-    return Scorer(plan.model, plan.batches.engine, objective, plan.group)
-
-
 def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     """The adapter with its weights, and how it compares with the base; or with the adapter from which training
     continued, where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see
     `collapse`."""
     weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.datasets.compared
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+    engine, tokens = plan.batches.engine, trained.tokens
     if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         start = tensors.as_started(plan.model, plan.adapter_init, weights)
-        scorer = _scorer(plan, objective)
-        comparison = gain.measure(scorer, start, compared, trained.tokens, "the one it started from", "start")
+        comparison = gain.measure(engine, objective, start, compared, tokens, "start")
     else:
-        comparison = gain.measure(_scorer(plan, objective), base(), compared, trained.tokens)
+        comparison = gain.measure(engine, objective, base(), compared, tokens)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
@@ -305,14 +301,14 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     forgetting = _forgotten(plan, trained)
     if text is not None:
         base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
-        unrelated = gain.forgetting(_scorer(plan), base, text)
+        unrelated = gain.forgetting(plan.batches.engine, base, text)
     if unrelated.remark:
         note(unrelated.remark)
     test = None
     if (rows := plan.datasets.test) is not None:
         objective = plan.batches.objective
         note(f"scoring the adapter on {plural(rows.items, f'test {gain.item(objective.unit)}')}")
-        test = gain.final_score(_scorer(plan, objective), rows)
+        test = gain.final_score(plan.batches.engine, objective, rows)
     names = ["held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences"]
     names += ["kept_step"] if plan.batches.held_out else []
     return replace(
@@ -334,8 +330,8 @@ def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
     if earlier.rows is None:
         return Forgetting(None, unknown=earlier.unknown)
     before = tensors.as_started(plan.model, plan.adapter_init, trained.weights)
-    name = f"the one it started from, {start.info.files.path},"
-    comparison = gain.measure(_scorer(plan), before, {earlier.split: earlier.rows}, trained.tokens, name)
+    rows = {earlier.split: earlier.rows}
+    comparison = gain.measure(plan.batches.engine, SFT, before, rows, trained.tokens, "start")
     return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
 
 
@@ -346,11 +342,13 @@ def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
         return None
     split = "training" if batches.held_out is None else "validation"
     count = min(plan.datasets.train.items, MOST_COMPARED)
-    rows = batches.held_out or objective.plan(batches.engine, plan.datasets.train, dict.fromkeys(range(count), 1))
+    rows = batches.held_out
+    if rows is None:
+        rows = batches.engine.plan(plan.datasets.train, dict.fromkeys(range(count), 1), objective)
     with batches.acceleration.applied(plan.model):
         objective.score(plan.model, rows, group=plan.group)
-    metrics = objective.metrics(split)
-    assert metrics is not None
+    assert objective.last is not None
+    metrics = objective.metrics(split, objective.last)
     for line in metrics.warnings():
         note(line)
     return metrics

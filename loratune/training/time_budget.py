@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
-from loratune.compare.engine import NextToken, Objective
+from loratune.compare.engine import SFT, Objective
+from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.config import AUTO, TrainingSection, decided
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout
@@ -29,7 +30,6 @@ from loratune.training import auto, trainer
 from loratune.training.callbacks import StepTimer
 from loratune.training.duration import READ, WITH_MISMATCHED, Costs, Speed, seconds_per_operation, step_seconds
 from loratune.training.plan import Plan
-from loratune.training.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.training.processes import SharedStop
 
 KEY = "training.max_minutes"
@@ -217,7 +217,7 @@ class _Estimator:
     def _scoring_seconds(self, one: Pass) -> float:
         """Scoring rows."""
         rows, numbers, objective = one
-        scored = objective.plan(self.plan.batches.engine, rows, dict.fromkeys(numbers, 1))
+        scored = self.plan.batches.engine.plan(rows, dict.fromkeys(numbers, 1), objective)
         return self._reading_seconds(_costs(self.plan, scored.layout, rows), scored.batches)
 
     def _reading_seconds(self, costs: Costs, batches: Sequence[Sequence[int]]) -> float:
@@ -306,9 +306,9 @@ def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Pass]:
     rows = datasets.compared[split]
     passes: list[Pass] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
     if datasets.earlier is not None and (earlier := datasets.earlier.rows) is not None:
-        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], NextToken()))
+        passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], SFT))
     if (text := datasets.unrelated.rows) is not None:
-        passes.append((text, gain.passages(text), NextToken()))
+        passes.append((text, gain.passages(text), SFT))
     yield from passes * 2
     if datasets.test is not None:
         yield datasets.test, [*datasets.test.copies()], objective

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from loratune.codes import Code
 from loratune.compare.engine import ScoringPass
-from loratune.compare.losses import RowLosses
+from loratune.compare.metrics import RowLosses
 from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.events import TrainingEvent, emit
@@ -247,7 +247,8 @@ class RunTrainer(CheckpointTrainer):
             NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
         """
         first = range(min(self.batches.size, len(self.batches.items)))
-        loss = self.guard.objective.losses(self.model, self.batches, [first]).loss
+        objective, rows = self.guard.objective, ScoringPass(self.batches, [first], {})
+        loss = objective.row_losses(objective.read(self.model, rows)).loss
         if not loss < float("inf"):
             what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
             raise self._diverged(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
@@ -339,7 +340,7 @@ class RunTrainer(CheckpointTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Report metrics, and how many tokens were read."""
         means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
-        means |= self.guard.objective.logged_of_step() if means else {}
+        means |= self.guard.objective.logged(of_step=True) if means else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
