@@ -311,6 +311,7 @@ def test_stopped_in_its_evaluation(
     for resume in ([], ["--resume"]):
         child = processes.start("train", config, *resume, first=STOP)
         assert child.wait() == 130, child.said()
+        assert child.said().count("held-out loss") == (0 if resume else 4)
         assert checkpoints(tmp_path / "out.partial")[0].name == f"checkpoint-{BEST}"
     ran = cli("train", config, "--resume")
     assert ran.code == 0, ran.err
