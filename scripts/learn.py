@@ -33,7 +33,7 @@ from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
-from loratune.commands.evaluate import scorer_of
+from loratune.commands.evaluate import engine_of
 from loratune.commands.train import train as train_run
 from loratune.config import Source
 from loratune.training import preflight
@@ -136,7 +136,7 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
         split = data.read_source(Source(path=str(path)), section)
         dataset = data.prepare(split, loaded.renderer, section, vocabulary)
         with loaded.without_adapter() if base else nullcontext():
-            nats = scorer_of(loaded).losses(dataset, dict.fromkeys(range(len(dataset.rows)), 1)).nats
+            nats = engine_of(loaded).losses(dataset, dict.fromkeys(range(len(dataset.rows)), 1)).nats
         tokens = dataset.rows.supervised.tolist()
         found |= {
             f"{name}_nats": packed(nats.tolist()),

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import yaml
 from conftest import Ran
 from fork_server import Child, ForkServer
 
-from loratune.training.checkpoints.store import CheckpointRecord
+from loratune.training.checkpoints.record import CheckpointRecord
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
@@ -35,7 +36,7 @@ def until(seen: Callable[[], Any], child: Child, pause: float = 0.002) -> None:
         time.sleep(pause)
 
 
-def handles(child: Child, number: signal.Signals) -> bool:
+def handles(child: "Child | subprocess.Popen[str]", number: signal.Signals) -> bool:
     """Whether a process has a handler for a signal, as every command has from its start on."""
     status = Path(f"/proc/{child.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]

@@ -15,9 +15,10 @@ from test_kernels import SHAPE, adapted
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from loratune import kernels
-from loratune.compare.engine import NextToken, Objective, ScoringLayout
-from loratune.compare.losses import RowLosses
-from loratune.compare.objectives import ComparedRows, Formula
+from loratune.compare.engine import SFT, Objective, ScoringLayout
+from loratune.compare.metrics import RowLosses
+from loratune.compare.objectives import Formula
+from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import PreferenceSection
 from loratune.data import TokenizedDataset
 from loratune.data.packing_check import padding_is_cheaper
@@ -25,7 +26,6 @@ from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
 from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
-from loratune.training.preferences import PreferenceObjective
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def scored(
 
 
 OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objective]]] = {
-    "sft": ((0,), lambda _: NextToken()),
+    "sft": ((0,), lambda _: SFT),
     "dpo": ((CHOSEN, -CHOSEN), lambda dataset: comparing("dpo", dataset)),
     "simpo": ((CHOSEN, -CHOSEN), lambda dataset: comparing("simpo", dataset)),
     "kto": ((DESIRABLE, UNDESIRABLE), lambda dataset: comparing("kto", dataset)),

@@ -22,8 +22,8 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.cli import app
 from loratune.codes import Code
-from loratune.commands.evaluate import scorer_of
-from loratune.compare.engine import NextToken
+from loratune.commands.evaluate import engine_of
+from loratune.compare.engine import SFT, ScoringPass
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
 
@@ -160,16 +160,17 @@ def test_batches_change_nothing(scores: dict[str, Any], place: Path) -> None:
     dataset = data.prepare(split, loaded.renderer, loaded.data, 264)
     rows, numbers = dataset.rows, [*reversed(range(len(dataset.rows)))]
     assert len(set(rows.lengths.tolist())) > 2
-    scorer = scorer_of(loaded)
-    together = scorer.losses(dataset, dict.fromkeys(numbers, 1))
-    alone = [float(scorer.losses(dataset, {number: 1}).nats[0]) for number in numbers]
+    engine = engine_of(loaded)
+    together = engine.losses(dataset, dict.fromkeys(numbers, 1))
+    alone = [float(engine.losses(dataset, {number: 1}).nats[0]) for number in numbers]
     assert together.nats.tolist() == pytest.approx(alone, rel=1e-5)
     prompts = [row.prompt for row in rows.rows()]
     answers = [loaded.complete([prompt], 6)[0] for prompt in prompts]
     for size in (1, 7, 64):
         layout = BatchLayout(rows, rows.lengths, "none", size, 1024, 0)
         every = range(len(rows))
-        losses = NextToken().losses(loaded.model, layout, [every[at : at + size] for at in every[::size]])
+        batches = [every[at : at + size] for at in every[::size]]
+        losses = SFT.score(loaded.model, ScoringPass(layout, batches, dict.fromkeys(every, 1)))
         assert losses.tokens.sum() == scores["adapter"]["tokens"]
         assert losses.loss == pytest.approx(scores["adapter"]["loss"], abs=1e-6)
         batches = [loaded.complete(prompts[at : at + size], 6) for at in range(0, len(prompts), size)]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import check_refused, is_problem, tiny_llama
+from conftest import check_refused, config_in, is_problem, tiny_llama
 from fork_server import ForkServer
-from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, run_record, straight, until
+from running import LONG, WEIGHTS, Cli, MakeConfig, checkpoints, handles, run_record, straight, until
 from transformers import PreTrainedTokenizerFast
 
 from loratune.cli.boundary import boundary
@@ -60,8 +60,9 @@ def test_a_signal_in_a_step(
     line = f"loratune train {config} --set training.num_train_epochs=12 --resume"
     assert last == f"error: {word}; continue with: {line}"
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
-    child = processes.start(*line.split()[1:])
-    assert child.wait() == 0, child.said()
+    if number is signal.SIGINT:
+        child = processes.start(*line.split()[1:])
+        assert child.wait() == 0, child.said()
 
 
 @pytest.fixture
@@ -111,55 +112,55 @@ def left(end: int) -> bytes:
     return b"".join(parts)
 
 
-def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The trainer has taken all of its steps; the run ends as it has reported, and nothing is published."""
-    script = """
-import signal
+AFTER_LAST_STEP = """
+import pathlib, shutil, signal
 from loratune.commands import train
-from loratune.training.trainer import fit
 
-def fit_and_be_stopped(*arguments, **keywords):
+fit = train.trainer.fit
+def fit_and(*arguments, **keywords):
     outcome = fit(*arguments, **keywords)
-    signal.raise_signal(signal.SIGTERM)
+    {statement}
     return outcome
 
-train.trainer.fit = fit_and_be_stopped
+train.trainer.fit = fit_and
 """
-    child = processes.start("train", run_config(), first=script)
+IN_FIRST_STEP = """
+import signal
+from loratune.training.trainer import RunTrainer
+
+waiting = {numbers}
+prepare = RunTrainer.prepare_inputs
+def prepare_and_be_stopped(*arguments):
+    for number in waiting.pop(0) if waiting else []:
+        signal.raise_signal(number)
+    return prepare(*arguments)
+
+RunTrainer.prepare_inputs = prepare_and_be_stopped
+"""
+"""Signals that come at the first batch, the second and so on."""
+LONG_STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+
+
+def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The trainer has taken all of its steps; the run ends as it has reported, and nothing is published."""
+    child = processes.start(
+        "train", run_config(), first=AFTER_LAST_STEP.format(statement="signal.raise_signal(signal.SIGTERM)")
+    )
     assert child.wait() == 143, child.said()
     assert "stopping after this step" in child.said() and "error: terminated; continue with: " in child.said()
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_signal_in_an_evaluation(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """It is left at the next batch, and the step before it is kept."""
-    held = tmp_path / "held.jsonl"
-    held.write_text("".join(f'{{"prompt": "{one} and 2 make", "completion": " 3"}}\n' for one in range(30_000)))
-    training = {"eval_steps": 1, "save_steps": 1000}
-    child = processes.start("train", run_config(data={"validation": str(held)}, training=training))
-    until(lambda: "step     1/" in child.said(), child)
-    time.sleep(0.3)
-    child.send(signal.SIGINT)
-    assert child.wait() == 130
-    assert "held-out loss" not in child.said()
-    assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
-
-
 def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """In a step of 4,000 batches, which lasts for many seconds; the first signal alone does not end it."""
-    rows = tmp_path / "many.jsonl"
-    rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 4_000)
-    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4_000}
-    child = processes.start("train", run_config(data={"train": str(rows)}, training=training))
-    until(lambda: "trainable params" in child.said(), child)
-    time.sleep(1)
-    child.send(signal.SIGINT)
-    until(lambda: "stopping after this step; once more stops at once" in child.said(), child)
-    time.sleep(1)
-    assert child.poll() is None and "step     1/" not in child.said()
-    child.send(signal.SIGINT)
+    """In a step of eight batches; the first signal alone does not end it."""
+    first = IN_FIRST_STEP.format(numbers=[[], [int(signal.SIGINT)], [], [int(signal.SIGINT)]])
+    child = processes.start("train", run_config(training=LONG_STEP), first=first)
     assert child.wait() == 130
+    assert "stopping after this step; once more stops at once" in child.said()
     assert "step     1/" not in child.said() and not (tmp_path / "out.partial").exists()
+    first = IN_FIRST_STEP.format(numbers=[[], [int(signal.SIGINT)], []])
+    child = processes.start("train", run_config(training=LONG_STEP), first=first)
+    assert child.wait() == 130 and "step     1/" in child.said()
 
 
 def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -189,16 +190,8 @@ def test_signals_that_come_more_than_once_unasked(
     numbers: list[signal.Signals], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
-    rows = tmp_path / "many.jsonl"
-    rows.write_text('{"prompt": "1 and 2 make", "completion": " 3"}\n' * 1_000)
-    training = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 500}
-    child = processes.start("train", run_config(data={"train": str(rows)}, training=training))
-    until(lambda: "trainable params" in child.said(), child)
-    time.sleep(0.5)
-    for number in numbers:
-        child.send(number)
-        time.sleep(0.1)
-    assert child.poll() is None and "step     1/" not in child.said()
+    first = IN_FIRST_STEP.format(numbers=[[], [int(number) for number in numbers]])
+    child = processes.start("train", run_config(training=LONG_STEP), first=first)
     assert child.wait() == 143
     assert child.said().splitlines()[-1].startswith("error: terminated; continue with: ")
     assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
@@ -206,8 +199,8 @@ def test_signals_that_come_more_than_once_unasked(
 
 def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """As nohup ignores SIGHUP for the program that it starts."""
-    child = processes.start("train", run_config(training={"num_train_epochs": 30}), ignored=signal.SIGHUP)
-    until(lambda: not heeds(child.pid, signal.SIGHUP) and heeds(child.pid, signal.SIGTERM), child)
+    child = processes.start("train", run_config(training={"num_train_epochs": 4}), ignored=signal.SIGHUP)
+    until(lambda: not handles(child, signal.SIGHUP) and handles(child, signal.SIGTERM), child)
     while not (tmp_path / "out.partial").exists():
         assert child.poll() is None
         child.send(signal.SIGHUP)
@@ -226,7 +219,7 @@ def test_a_signal_in_the_first_moments(
     for pause in pauses:
         command = [sys.executable, "-m", "loratune", *arguments]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        while child.poll() is None and not heeds(child.pid, signal.SIGUSR2):
+        while child.poll() is None and not handles(child, signal.SIGUSR2):
             time.sleep(0.001)
         time.sleep(pause)
         child.send_signal(number)
@@ -246,20 +239,14 @@ def test_a_signal_that_a_library_makes_an_error_of_its_own(capsys: pytest.Captur
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def heeds(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal."""
-    caught = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigCgt:"))
-    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
-
-
 def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     """Nothing is left where there is nothing to go on from."""
     rows = tmp_path / "many.jsonl"
-    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 100_000)
+    rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50_000)
     before = {path.name for path in tmp_path.iterdir()}
     child = processes.start("train", run_config(data={"train": str(rows)}))
     until(lambda: (tmp_path / "out.partial").exists() or "rows" in child.said(), child)
-    time.sleep(0.3)
+    time.sleep(0.1)
     child.send(signal.SIGTERM)
     assert child.wait() == 143
     assert child.said().splitlines()[-1].startswith("error: terminated")
@@ -391,6 +378,16 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+STEPS = 28  # in the middle of an epoch
+
+
+@pytest.fixture(scope="module")
+def undisturbed(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
+    """The adapter of a run of so many steps."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return straight(processes, config_in(folder, tiny_dir)(training={"max_steps": STEPS}), folder)
+
+
 def fill(disk: Path, left: int) -> None:
     """Take all of a disk but so many bytes."""
     free = shutil.disk_usage(disk).free
@@ -398,11 +395,10 @@ def fill(disk: Path, left: int) -> None:
 
 
 def test_a_disk_that_is_full_at_a_checkpoint(
-    disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    disk: Path, processes: ForkServer, run_config: MakeConfig, undisturbed: bytes
 ) -> None:
     """The checkpoint before it stays, what was half written goes; with room the run goes on to the same end."""
-    config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 20, "save_steps": 1})
-    expected = straight(processes, config, tmp_path)
+    config = run_config(output_dir=str(disk / "out"), training={"max_steps": STEPS, "save_steps": 1})
     child = processes.start("train", config)
     until(lambda: len(checkpoints(disk / "out.partial")) > 1, child)
     child.send(signal.SIGSTOP)
@@ -415,28 +411,25 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     (disk / "ballast").unlink()
     child = processes.start("train", config, "--resume")
     assert child.wait() == 0, child.said()
-    assert (disk / "out" / WEIGHTS).read_bytes() == expected
+    assert (disk / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
 def test_a_disk_that_is_full_at_the_end(
-    disk: Path, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    disk: Path, processes: ForkServer, run_config: MakeConfig, undisturbed: bytes
 ) -> None:
     """The last step is kept as a checkpoint, so that only the publishing has to be done again."""
-    config = run_config(output_dir=str(disk / "out"), training={"num_train_epochs": 8, "save_steps": 1000})
-    expected = straight(processes, config, tmp_path)
-    child = processes.start("train", config)
-    until(lambda: checkpoints(disk / "out.partial"), child, 0)
-    child.send(signal.SIGSTOP)
-    fill(disk, 8_000)
-    child.send(signal.SIGCONT)
+    config = run_config(output_dir=str(disk / "out"), training={"max_steps": STEPS, "save_steps": 1000})
+    ballast = disk / "ballast"
+    statement = f"pathlib.Path('{ballast}').write_bytes(bytes(shutil.disk_usage('{disk}').free - 8_000))"
+    child = processes.start("train", config, first=AFTER_LAST_STEP.format(statement=statement))
     assert child.wait() == 8, child.said()
     assert "no room for the adapter directory: it takes " in child.said()
     assert not (disk / "out").exists()
-    assert [path.name for path in checkpoints(disk / "out.partial")] == ["checkpoint-40"]
+    assert [path.name for path in checkpoints(disk / "out.partial")] == [f"checkpoint-{STEPS}"]
     (disk / "ballast").unlink()
     child = processes.start("train", config, "--resume")
     assert child.wait() == 0, child.said()
-    assert (disk / "out" / WEIGHTS).read_bytes() == expected
+    assert (disk / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
 def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
@@ -457,18 +450,21 @@ def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, 
 # Memory
 
 
-def test_memory_that_is_short_shows_at_once(
-    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
-) -> None:
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A model whose activations take much memory."""
+    folder = tmp_path_factory.mktemp("wide")
+    tiny_llama(max_position_embeddings=8192, hidden_size=64, intermediate_size=16384).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_memory_that_is_short_shows_at_once(run_config: MakeConfig, tmp_path: Path, wide: Path, forked: Cli) -> None:
     """One long row among short ones needs too much memory: that shows at the first step, wherever the row is."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(
-        tmp_path / "wide"
-    )
-    tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 2000, "completion": "b"}]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_config(
-        model={"name_or_path": str(tmp_path / "wide")},
+        model={"name_or_path": str(wide)},
         data={"train": str(tmp_path / "uneven.jsonl"), "max_length": 8192, "packing": "none"},
         training={"per_device_train_batch_size": 8},
     )
@@ -486,17 +482,13 @@ def test_memory_that_is_short_shows_at_once(
 
 
 def test_memory_that_is_short_for_an_evaluation(
-    run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, forked: Cli
+    run_config: MakeConfig, tmp_path: Path, wide: Path, forked: Cli
 ) -> None:
     """It shows before the first step too, and is not blamed on a batch of training."""
-    tiny_llama(max_position_embeddings=8192, hidden_size=256, intermediate_size=16384).save_pretrained(
-        tmp_path / "wide"
-    )
-    tokenizer.save_pretrained(tmp_path / "wide")
     rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
-    done = forked("train", run_config(model={"name_or_path": str(tmp_path / "wide")}, data=data), memory=3 << 28)
+    done = forked("train", run_config(model={"name_or_path": str(wide)}, data=data), memory=3 << 28)
     assert done.code == 8, done.err
     line = done.err.splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.SYSTEM_OUT_OF_MEMORY, "", "")), line
@@ -529,9 +521,6 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
     assert "**Changed on the way:** training.learning_rate was 1e+30 up to step 1" in (
         (tmp_path / "out" / "README.md").read_text()
     )
-    config = run_config(training={"learning_rate": 1e30, "save_steps": 1}, output_dir=str(tmp_path / "other"))
-    assert cli("train", config).code == 6
-    assert not (tmp_path / "other.partial").exists()
 
 
 # What others do meanwhile
@@ -563,24 +552,22 @@ def test_a_resumed_run_that_diverges_at_its_end(
 
 
 def test_what_appears_at_the_output_is_left_alone(
-    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli, undisturbed: bytes
 ) -> None:
     """The last step, in the middle of an epoch, is kept, so that only the publishing is done again."""
-    config = run_config(training={"max_steps": 103})
-    expected = straight(processes, config, tmp_path)
-    child = processes.start("train", config)
-    until(lambda: "step     1/" in child.said(), child)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    config = run_config(training={"max_steps": STEPS})
+    mine = tmp_path / "out" / "thesis.txt"
+    statement = f"pathlib.Path('{mine.parent}').mkdir(); pathlib.Path('{mine}').write_text('mine')"
+    child = processes.start("train", config, first=AFTER_LAST_STEP.format(statement=statement))
     assert child.wait() == 2
     line = child.said().splitlines()[-1]
     assert is_problem(line.removeprefix("error: "), (Code.OUTPUT_UNUSABLE, str(tmp_path / "out"), "output_dir")), line
     assert line.endswith("; move it away, and continue with --resume")
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+    assert mine.read_text() == "mine"
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     assert cli("train", config, "--resume").code == 0
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
-    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 103
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
+    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == STEPS
 
 
 def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
@@ -673,7 +660,7 @@ def test_signals_one_after_the_other_end_without_a_traceback(
     """Wherever the second one comes: while the first is reported, or as the program ends."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not heeds(child.pid, signal.SIGTERM):
+    while not handles(child, signal.SIGTERM):
         time.sleep(0.01)
     time.sleep(1)
     for _ in range(2):

@@ -29,11 +29,12 @@ LEVELS = {
 }  # fmt: skip
 GROUPS = (
     ("codes", "events", "text", "statistics", "__init__", "errors", "system", "console"),
+    ("adapter", "compare"),
     ("study", "commands", "api"),
     ("cli", "__main__"),
 )
-"""What belongs together on a level: the foundation, the public API with the commands, and the study of a
-sweep, behind it, and the command line. Each may import those before it."""
+"""What belongs together on a level: the foundation, a loaded adapter and what scores it, the public API with the
+commands, and the study of a sweep, behind it, and the command line. Each may import those before it."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Rule = Callable[[Path], Iterator[str]]

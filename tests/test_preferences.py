@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import data
 from loratune.codes import Code
-from loratune.compare.objectives import ComparedRows
+from loratune.compare.preferences import ComparedRows
 from loratune.config import DataSection
 from loratune.data import token_cache
 from loratune.data.rendering import Renderer

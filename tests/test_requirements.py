@@ -18,8 +18,7 @@ from loratune.compare import comparison, requirements, tasks
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.comparison import Comparison
-from loratune.compare.losses import Difference
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, Difference
 from loratune.compare.requirements import OPTION, Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.errors import ConfigError, RequirementError

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from loratune import data, kernels
 from loratune.codes import Code
-from loratune.compare.objectives import ComparedRows
+from loratune.compare.preferences import ComparedRows
 from loratune.config import DataSection, LoraSection
 from loratune.data.packing import pad, put_rows
 from loratune.data.rendering import Renderer

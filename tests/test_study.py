@@ -20,7 +20,7 @@ from running import MakeConfig
 from test_study_grid import RATES, parsed, study_config
 
 from loratune.codes import Code
-from loratune.compare.losses import RowLosses
+from loratune.compare.metrics import RowLosses
 from loratune.errors import ConfigError, LockedError, ResourceError, ResumeError
 from loratune.report.study import BEST, DONE, LIKE_BEST, WORSE, StudyResults, TrialResult, rank
 from loratune.study import storage

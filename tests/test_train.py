@@ -247,7 +247,7 @@ def test_resume_refuses_what_is_not_the_same_run(
 
 
 def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config(training={"learning_rate": 1e30})
+    config = run_config(training={"learning_rate": 1e30, "save_steps": 1})
     before = tree(tmp_path)
     ran = cli("train", config)
     assert ran.code == 6
@@ -271,13 +271,6 @@ def test_weights_are_looked_at_before_they_are_kept(value: float) -> None:
     with pytest.raises(NumericError, match="step 7 ") as caught:
         check_finite([weight], 7)
     assert meanings(caught.value) == [(Code.TRAINING_NOT_FINITE, "", "training.learning_rate")]
-
-
-def test_a_diverging_run_keeps_its_last_good_checkpoint(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    ran = cli("train", run_config(training={"learning_rate": 1e30, "save_steps": 1, "warmup_steps": 2}))
-    assert ran.code == 6
-    assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-1" / "manifest.json").exists()
 
 
 def test_a_base_with_nan_weights(

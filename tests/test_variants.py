@@ -22,7 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from loratune import config
 from loratune.codes import Code
 from loratune.commands import train
-from loratune.compare.engine import NextToken
+from loratune.compare.engine import SFT
 from loratune.config import LoraSection, ModelSection
 from loratune.data.packing import pad, put_rows
 from loratune.errors import DataError, ModelError
@@ -99,10 +99,8 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
         items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
     )
     plan: Any = SimpleNamespace(
-        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None,
-        run=SimpleNamespace(directory=SimpleNamespace(output=path)),
-        batches=SimpleNamespace(train=batches, held_out=None, objective=NextToken()), 
-        base=SimpleNamespace(files=SimpleNamespace(check_unchanged_in_run=lambda: None)),
+        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None, output=path,
+        batches=SimpleNamespace(train=batches, held_out=None, objective=SFT), check_base_files=lambda: None,
         checkpoints=Checkpoints(path / "checkpoints", run_record(), 0),
     )  # fmt: skip
     return trainer.fit(plan, SharedStop())

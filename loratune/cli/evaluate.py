@@ -172,7 +172,7 @@ def report(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", metavar="FILE", help="Held-out rows to score; by default none, and no base is loaded."),
+        typer.Option("--data", metavar="FILE", help="Held-out rows to score; this loads the base."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="The HTML file; by default ./ADAPTER-report.html.")

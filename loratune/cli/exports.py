@@ -29,7 +29,8 @@ class Dtype(StrEnum):
 @app.command()
 def export(
     adapters: Annotated[
-        list[str], typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; several with --mix.")
+        list[str],
+        typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; for --mix, repeat with names."),
     ],
     to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
@@ -44,7 +45,7 @@ def export(
         typer.Option(
             "--base-gguf",
             metavar="FILE",
-            help="A GGUF file of the base, to verify with; --merged copies its tokenizer.",
+            help="A GGUF file of the base, for the verification; --merged copies its tokenizer.",
         ),
     ] = None,
     data: Data = None,
@@ -53,7 +54,9 @@ def export(
     ] = None,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="Verify the export in its program; by default if that is installed."),
+        typer.Option(
+            "--verify/--no-verify", help="Verify the export in the target program; by default if it is installed."
+        ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -115,7 +118,9 @@ def push(
     base: Annotated[
         str | None,
         typer.Option(
-            "--base", metavar="USER/MODEL", help="The name of the base on the hub, if it was trained from a local path."
+            "--base",
+            metavar="USER/MODEL",
+            help="The name of the base on the hub; required if the base is a local path.",
         ),
     ] = None,
     as_json: Json = False,

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT", help="Prompts to complete; by default stdin is one prompt.")
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="Prompts to complete; by default one prompt, from stdin."),
     ] = None,
     adapters: Adapters = ...,  # type: ignore[assignment]
     use: Annotated[

@@ -38,7 +38,7 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the adapter at output_dir, or an unfinished run.")
     ] = False,
     allow_worse: Annotated[
-        bool, typer.Option("--allow-worse", help="Publish the adapter even if it is worse than its base.")
+        bool, typer.Option("--allow-worse", help="Write the adapter even if it is worse than its base.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be trained.")] = False,
     rows: Annotated[
@@ -47,7 +47,7 @@ def train(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter as CONFIG says, and write it to its output_dir."""
+    """Train an adapter from CONFIG, and write it to its output_dir."""
     with boundary(debug, _join, memory_fix=_MEMORY_FIX) as group:
         _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
 
@@ -169,10 +169,10 @@ def sweep(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train CONFIG with several settings; publish the best adapter.
+    """Train CONFIG with several settings; output the best adapter.
 
-    All are compared on the validation rows. The study is kept in OUTPUT_DIR.study; rerun the same command to resume
-    it, or run it in several processes at once.
+    The adapters are compared on the validation rows. The study is kept in OUTPUT_DIR.study; rerun the same command to
+    resume it, or run it in several processes at once.
     """
     with boundary(debug, memory_fix=_MEMORY_FIX):
         import loratune

@@ -24,10 +24,10 @@ from loratune.compare.answers import (
 )
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
-from loratune.compare.engine import Engine, Scorer, check_positions
-from loratune.compare.losses import Difference, compare
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS
-from loratune.compare.objectives import Formula, formula_for, formula_of
+from loratune.compare.engine import Engine, check_positions
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS, Difference, compare
+from loratune.compare.objectives import Formula
+from loratune.compare.preferences import formula_for, formula_of
 from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.data import DatasetSplit, TokenizedDataset, row_hashes
@@ -78,13 +78,13 @@ def evaluate(
     check_positions(dataset, first.data, load.context_length(first.model.config))
     rows, overlap = _rows(adapter, first, dataset, judging), row_hashes.find_overlap(split, adapter.path)
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
-    scorer = scorer_of(first)
+    engine = engine_of(first)
     with first.without_adapter():
-        found = {BASE: rows.answers(BASE, first, scorer)}
-    found[ADAPTER] = rows.answers(ADAPTER, first, scorer)
-    forgotten = _forgetting(first, scorer, forgetting, remarks) if forgetting else None
+        found = {BASE: rows.answers(BASE, first, engine)}
+    found[ADAPTER] = rows.answers(ADAPTER, first, engine)
+    forgotten = _forgetting(first, engine, forgetting, remarks) if forgetting else None
     facts: dict[str, Any] = {
-        "computed_by": scorer.engine.computed_by,
+        "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
         "sensitivity": _sensitivity(first, dataset, [row.number for row in rows.rows]),
         "tasks": tasks(first) if tasks else None,
@@ -94,14 +94,14 @@ def evaluate(
     if against is not None:
         asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer, "data": adapter.data}
         if len(models) == 1:
-            del first, scorer, loaded
+            del first, engine, loaded
             models.clear()
             gc.collect()  # else there would be two bases in memory
             models = loading.load_all([against], adapter.base)
         same_tokens = asked["renderer"].digest == models[-1].renderer.digest
         remarks += _rendering_remarks(adapter, against, same_tokens=same_tokens)
         other = replace(models[-1], **asked)
-        found[AGAINST] = rows.answers(AGAINST, other, scorer_of(other))
+        found[AGAINST] = rows.answers(AGAINST, other, engine_of(other))
     if isinstance(rows, PreferenceAnswers):
         remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
         facts["objective"] = rows.formula
@@ -146,11 +146,11 @@ def _rows(
     return PreferenceAnswers(formula, loaded, dataset, adapter.run.training.seed if adapter.run is not None else 0)
 
 
-def scorer_of(loaded: LoadedAdapter) -> Scorer:
+def engine_of(loaded: LoadedAdapter) -> Engine:
     """What computes the losses of an adapter, and, while it is off, of its base."""
     loaded.activate()
     acceleration = kernels.accelerate(loaded.model, partial(attach.adapted_linear, name=loaded.key))
-    return Scorer(loaded.model, Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration))
+    return Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration)
 
 
 def _sensitivity(loaded: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int]) -> PromptSensitivity | None:
@@ -202,7 +202,7 @@ def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, 
         )
 
 
-def _forgetting(loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, remarks: list[str]) -> Difference:
+def _forgetting(loaded: LoadedAdapter, engine: Engine, split: DatasetSplit, remarks: list[str]) -> Difference:
     """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
 
     remarks: lines about its rows are added to it.
@@ -219,8 +219,8 @@ def _forgetting(loaded: LoadedAdapter, scorer: Scorer, split: DatasetSplit, rema
     copies = {row.number: row.copies for row in rows}
     loaded.activate()
     with loaded.without_adapter():
-        before = scorer.losses(dataset, copies)
-    after = scorer.losses(dataset, copies)
+        before = engine.losses(dataset, copies)
+    after = engine.losses(dataset, copies)
     not_finite(rows, after.nats, ADAPTER)
     if what := not_finite(rows, before.nats, BASE):
         remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loratune import config
 from loratune.adapter.directory import AdapterDirectory
-from loratune.compare import objectives
+from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
 from loratune.config import keys
 from loratune.errors import AdapterError
@@ -50,7 +50,7 @@ def study_report(directory: Path) -> str:
 def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subject:
     files, run = adapter.files, adapter.run
     base = "/".join(part for part in (files.base, adapter.base.gguf_file) if part)
-    objective = objectives.described(run) if run else ""
+    objective = preferences.described(run) if run else ""
     extra = {"objective": objective, "revision": str(files.config.get("revision") or "")}
     subject = Subject(
         name=name,

@@ -8,20 +8,15 @@ with another objective.
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
-from loratune.compare.engine import Scorer
-from loratune.compare.metrics import BASE, EXACT_MATCH, LABEL_ACCURACY, OPTION, ExpectedTextError, Metric, sides
-from loratune.compare.objectives import AnswerScores, ComparedRows, Formula, divergence
-from loratune.compare.preferences import PreferenceMetrics
-from loratune.config import DataSection
+from loratune.compare.engine import Engine
+from loratune.compare.metrics import EXACT_MATCH, LABEL_ACCURACY, OPTION, ExpectedTextError, Metric, sides
+from loratune.compare.objectives import Formula, PreferenceMetrics
+from loratune.compare.preferences import ComparedRows, PreferenceObjective, ScoredAnswers
 from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
@@ -32,53 +27,12 @@ from loratune.events import counting
 from loratune.model import load
 from loratune.statistics import finite
 
-Values = NDArray[np.float64]
-
 _BATCH = 32
 """Prompts that are completed at once."""
 _TIMES, _MORE = 2, 32
 """A whole answer may have so many times the tokens of the expected one, and so many more."""
 _ROWS_PER_LABEL = 4
 """Expected answers are labels where each is in so many rows on average, and there are not too many of them."""
-
-
-class AnsweringModel(Protocol):
-    """A loaded adapter as this package needs it, see `adapter.generation.LoadedAdapter`, which is of the same level."""
-
-    @property
-    def model(self) -> Any:
-        """The `PeftModel`."""
-
-    @property
-    def tokenizer(self) -> Any:
-        """Its tokenizer."""
-
-    @property
-    def data(self) -> DataSection:
-        """How the rows of training were read."""
-
-    @property
-    def chat(self) -> bool:
-        """Whether the adapter was trained on conversations."""
-
-    @property
-    def where(self) -> str:
-        """Its path, for messages."""
-
-    def activate(self) -> None:
-        """Make it the active adapter."""
-
-    def computing(self) -> AbstractContextManager[None]:
-        """Inside, the model computes with this adapter."""
-
-    def without_adapter(self) -> AbstractContextManager[None]:
-        """Inside, the model is the base alone."""
-
-    def complete(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
-        """The new ids that follow each prompt, by the likeliest token."""
-
-    def text(self, ids: Sequence[int]) -> str:
-        """A completion as text, without the token that ends it."""
 
 
 @dataclass(frozen=True)
@@ -205,28 +159,28 @@ class RowAnswers:
         rows: The distinct rows, without what models do on them.
     """
 
-    def __init__(self, loaded: AnsweringModel, dataset: TokenizedDataset, judging: Judging):
+    def __init__(self, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging):
         """Raises as `check_expected` does. loaded: the adapter, as which the rows are rendered."""
         self.rows = distinct_rows(loaded, dataset)
         self._dataset, self._judging = dataset, judging
         check_expected(self.rows, judging)
 
-    def answers(self, name: str, model: AnsweringModel, scorer: Scorer) -> list[ModelAnswer]:
+    def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:
         """What a model does on each row.
 
         Args:
             name: `BASE`, which comes first, or another model.
             model: The adapter; while it is off, the base.
-            scorer: Computes its losses.
+            engine: Computes its losses.
         """
         model.activate()
-        nats = scorer.losses(self._dataset, {row.number: row.copies for row in self.rows}).nats.tolist()
+        nats = engine.losses(self._dataset, {row.number: row.copies for row in self.rows}).nats.tolist()
         found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
         return [
             ModelAnswer(total, *found.get(row.number, (None, {}))) for row, total in zip(self.rows, nats, strict=True)
         ]
 
-    def _answered(self, name: str, model: AnsweringModel) -> dict[int, tuple[str, dict[str, float]]]:
+    def _answered(self, name: str, model: LoadedAdapter) -> dict[int, tuple[str, dict[str, float]]]:
         """Number of a row with a prompt → the answer and its scores."""
         context = load.context_length(model.model.config)
         expected = {row.number: row for row in self.rows if row.expected is not None}
@@ -242,7 +196,7 @@ class RowAnswers:
         return found
 
     def _judged(
-        self, model: AnsweringModel, row: ComparedRow, completion: Sequence[int], ids: list[int], limit: int
+        self, model: LoadedAdapter, row: ComparedRow, completion: Sequence[int], ids: list[int], limit: int
     ) -> tuple[str, dict[str, float]]:
         """An answer as text, and its scores. completion: what is expected. ids: of the answer, perhaps beyond limit."""
         right, text, beginning = row.expected or "", model.text(ids[:limit]), ids[: len(completion)]
@@ -264,46 +218,28 @@ class PreferenceAnswers:
         metrics: Model → its metrics.
     """
 
-    def __init__(self, formula: Formula, loaded: AnsweringModel, dataset: TokenizedDataset, seed: int):
+    def __init__(self, formula: Formula, loaded: LoadedAdapter, dataset: TokenizedDataset, seed: int):
         """dataset: all pairs or all answers. seed: of the training, see `ComparedRows`."""
         self.formula, self.rows, self._dataset = formula, distinct_rows(loaded, dataset), dataset
-        each = dataset.rows_per_example
-        self._numbers = [row.number * each + place for row in self.rows for place in range(each)]
-        self._signs = np.asarray(dataset.rows.sides)[self._numbers].astype(np.int64)
-        self._tokens = dataset.rows.supervised[self._numbers].astype(np.float64)
-        self._mismatched: list[dict[str, Any]] = []
-        if dataset.is_unpaired:
-            compared = ComparedRows(dataset, loaded.data.max_length, seed)
-            self._mismatched = [compared[number]["mismatched"] for number in range(len(compared))]
-        self._reference: tuple[Values, Values] | None = None
+        compared = ComparedRows(dataset, loaded.data.max_length, seed)
+        self._objective = PreferenceObjective(formula, {"held-out": compared})
+        self._reference: ScoredAnswers | None = None
         self.metrics: dict[str, PreferenceMetrics] = {}
 
-    def answers(self, name: str, model: AnsweringModel, scorer: Scorer) -> list[ModelAnswer]:
+    def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:
         """See `RowAnswers.answers`; the base, which is the reference, comes first."""
         model.activate()
-        own, others = -scorer.losses(self._dataset, dict.fromkeys(self._numbers, 1)).nats, np.empty(0)
-        if self._mismatched:
-            lengths = np.array([len(row["input_ids"]) for row in self._mismatched])
-            others = -scorer.losses_of(self._mismatched, lengths, dict.fromkeys(range(len(lengths)), 1)).nats
-        if name == BASE:
-            self._reference = own, others
-        assert self._reference is not None
-        answers = AnswerScores(*map(torch.from_numpy, (own, self._tokens, self._reference[0])))
-        mismatched = AnswerScores(*map(torch.from_numpy, (others, np.ones_like(others), self._reference[1])))
-        estimate, signs = divergence(mismatched), torch.from_numpy(self._signs)
-        losses = self.formula.item_losses(answers, signs, estimate).tolist()
-        self.metrics[name] = metrics = PreferenceMetrics.of("held-out", self.formula, answers, signs, estimate)
-        return [ModelAnswer(loss, None, one) for loss, one in zip(losses, self._scores(metrics), strict=True)]
-
-    def _scores(self, metrics: PreferenceMetrics) -> list[dict[str, float]]:
-        """Metric → what each row adds to it."""
-        scores: list[dict[str, float]] = [{} for _ in self.rows]
-        # Answers are desirable ones, then undesirable ones there; pairs have the order of the rows.
-        order = np.arange(len(self.rows)) if metrics.paired else np.argsort(self._signs < 0, kind="stable")
-        for name, (places, values) in metrics.by_item().items():
-            for place, value in zip(order[places].tolist(), values.tolist(), strict=True):
-                scores[place][name] = value
-        return scores
+        engine.losses(self._dataset, self._objective.copies(self._dataset), self._objective)
+        assert self._objective.last is not None
+        self._reference = self._reference or self._objective.last
+        found = self._objective.last.compared_with(self._reference)
+        self.metrics[name] = metrics = self._objective.metrics("held-out", found)
+        scores: list[dict[str, float]] = [{} for _ in range(self._dataset.items)]
+        for metric, (items, values) in metrics.by_item().items():
+            for item, value in zip(items.tolist(), values.tolist(), strict=True):
+                scores[item][metric] = value
+        losses = self._objective.item_losses(found)
+        return [ModelAnswer(losses[row.number], None, scores[row.number]) for row in self.rows]
 
 
 def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[ModelAnswer]:
@@ -325,7 +261,7 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
     return [ModelAnswer(math.nan, None, {}) if row.expected is None else answer(row.expected) for row in rows]
 
 
-def distinct_rows(loaded: AnsweringModel, dataset: TokenizedDataset) -> list[ComparedRow]:
+def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[ComparedRow]:
     """The rows, pairs or answers that differ and have supervised tokens, without what models do on them, in the order
     in which they first occur."""
     names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()

@@ -12,7 +12,7 @@ from loratune.codes import Code
 from loratune.compare import metrics, requirements
 from loratune.compare.answers import ComparedRow, ModelAnswer
 from loratune.compare.collapse import PromptSensitivity
-from loratune.compare.losses import (
+from loratune.compare.metrics import (
     Difference,
     RowLosses,
     Values,

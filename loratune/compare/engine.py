@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.losses import RowLosses, Values
+from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Items, Packing
@@ -27,7 +27,6 @@ from loratune.data.prefix_tree import PrefixTree, common_prefix
 from loratune.errors import ConfigError, Problem
 from loratune.events import counting
 from loratune.kernels import next_token_loss
-from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
 BATCH_TOKENS = 2048
@@ -38,6 +37,8 @@ WORTH_SHARING = 0.05
 _SAMPLED_ROWS = 4096
 """Rows by which the saving of shared prefixes is estimated, at most."""
 
+Scores = Mapping[str, Sequence[float]]
+"""Name → numbers of rows, see `Objective.scores`."""
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch that is read; it may raise an error, which ends the pass."""
 
@@ -72,9 +73,8 @@ class ScoringLayout:
         return layout.sharing(self.saved) if self.saved is not None else layout
 
     def plan(self, layout: BatchLayout, copies: Mapping[int, int]) -> "ScoringPass":
-        """A pass over some items of a layout. copies: as of `Engine.plan`."""
-        times = np.array([*copies.values()], np.float64)
-        return ScoringPass(layout, self.batches(layout, [*copies]), [*copies], times)
+        """A pass over some items of a layout. copies: see `ScoringPass`."""
+        return ScoringPass(layout, self.batches(layout, [*copies]), copies)
 
     def batches(self, layout: BatchLayout, numbers: Sequence[int]) -> list[list[int]]:
         """The numbers of some items of a layout, batch by batch: items of about one length, or, where prefixes are
@@ -110,116 +110,24 @@ class ScoringPass:
     Attributes:
         layout: The rows.
         batches: The numbers of the items of each batch.
-        numbers: The items in the order in which their losses are wanted.
-        copies: (items,), how often each occurs, in the order of `numbers`.
+        copies: Number of an item → how often it occurs, in the order in which the losses are wanted.
     """
 
     layout: BatchLayout
     batches: Sequence[Sequence[int]]
-    numbers: Sequence[int]
-    copies: Values
+    copies: Mapping[int, int]
 
     def heaviest(self) -> "ScoringPass":
         """The batch with the most tokens, as a pass of its own."""
         batch = max(self.batches, key=lambda batch: sum(map(self.layout.tokens, batch)))
-        return ScoringPass(self.layout, [batch], batch, np.ones(len(batch)))
+        return ScoringPass(self.layout, [batch], dict.fromkeys(batch, 1))
 
-    def ordered(self, losses: RowLosses) -> RowLosses:
-        """Losses in the order of the batches, put into that of `numbers`, with the copies."""
+    def ordered(self, scores: Scores) -> dict[str, list[float]]:
+        """Scores in the order of the batches, as many of each item, put into the order of `copies`."""
         places = {number: place for place, number in enumerate(chain.from_iterable(self.batches))}
-        return replace(losses.take([places[number] for number in self.numbers]), copies=self.copies)
-
-
-class Engine:
-    """How the losses of a model with an adapter, and of its base, are computed.
-
-    Attributes:
-        acceleration: Which layers the kernels compute.
-        flat: Whether rows are put end to end.
-        padded: Whether rows that are not are padded; otherwise each is a batch by itself.
-        pad_id: The token for padding.
-    """
-
-    def __init__(
-        self, model: Any, section: DataSection, pad_id: int, acceleration: kernels.Acceleration | None = None,
-        *, flat: bool | None = None, trees: bool | None = None,
-    ) -> None:  # fmt: skip
-        """Find out how the model can be given rows.
-
-        Args:
-            model: A `PeftModel` with its weights, whose adapter is active.
-            section: Whether rows may be packed and prefixes shared.
-            pad_id: See the attributes.
-            acceleration: What `kernels.accelerate` found, if that is known.
-            flat: Whether the model, if its attention is accelerated, computes packed rows as it computes them alone;
-                None if that is not known.
-            trees: The same of rows that share prefixes.
-        """
-        self._model, self._section, self.pad_id = model, section, pad_id
-        self.acceleration = acceleration or kernels.accelerate(model, attach.adapted_linear)
-        self._trees = False if section.share_prefixes is False else trees
-        with self.acceleration.applied(model):
-            self.flat = section.packing != "none" and kernels.attends_by_rows(model)
-            if self.flat:
-                self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
-            self.padded = self.flat or padding_refusal(model, pad_id) is None
-
-    def _scoring(self, layout: BatchLayout, numbers: Sequence[int]) -> ScoringLayout:
-        """How some items of a layout are batched. Prefixes are shared where that saves enough."""
-        tokens = BATCH_TOKENS if self.padded else 0
-        saved = _saving(layout, numbers) if self.flat and self._trees is not False else 0.0
-        if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
-            return ScoringLayout(True, saved, self.pad_id, tokens)
-        return ScoringLayout(self.flat, None, self.pad_id, tokens)
-
-    def _computes_trees(self) -> bool:
-        if self._trees is None and "loss" in self.acceleration.fallbacks:
-            self._trees = False
-        elif self._trees is None:
-            is_applied = isinstance(self._model.get_output_embeddings(), kernels.LossHead)
-            with nullcontext() if is_applied else self.acceleration.applied(self._model):
-                self._trees = kernels.tree_refusal(self._model) is None
-        return self._trees
-
-    def plan(
-        self, items: Items, lengths: NDArray[np.integer[Any]], copies: Mapping[int, int], rows_per_example: int = 0
-    ) -> ScoringPass:
-        """A pass over some items. copies: number of an item → how often it occurs. Others as of `BatchLayout`."""
-        layout = ScoringLayout(self.flat, None, self.pad_id, 0).layout(items, lengths, rows_per_example)
-        scoring = self._scoring(layout, [*copies])
-        return scoring.plan(layout if scoring.saved is None else layout.sharing(scoring.saved), copies)
-
-    @property
-    def computed_by(self) -> dict[str, str]:
-        """How losses are computed, as plain values; another way differs by rounding. Whether prefixes are shared is
-        decided by the rows."""
-        layers = "accelerated" if self.acceleration.steps else "stock"
-        batches = "packed" if self.flat else "padded" if self.padded else "one by one"
-        return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
-
-
-def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
-    """The fraction of tokens that shared prefixes save, estimated on a sample of items."""
-    if len(numbers) > _SAMPLED_ROWS:
-        numbers = [numbers[place] for place in np.random.default_rng(0).permutation(len(numbers))[:_SAMPLED_ROWS]]
-    every = sum(layout.tokens(number) for number in numbers)
-    trees = ScoringLayout(True, 0.0, 0, 0)
-    return 1 - sum(added for _, _, added in trees._in_order(layout, numbers)) / every
-
-
-def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
-    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
-
-    Raises:
-        ConfigError: A row is longer.
-    """
-    longest = int(rows.rows.lengths.max())
-    if limit is not None and longest > limit:
-        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))
-
-
-# What losses are
+        order = [places[number] for number in self.copies]
+        by_item = {name: np.reshape(values, (len(order), -1)) for name, values in scores.items()}
+        return {name: values[order].reshape(-1).tolist() for name, values in by_item.items()}
 
 
 class Objective:
@@ -250,30 +158,26 @@ class Objective:
         """The summed loss of the batch given to `set_loss_targets`, and its number of tokens, pairs or answers."""
         return next_token_loss(model, logits, labels)
 
-    def losses(
-        self,
-        model: Any,
-        layout: BatchLayout,
-        batches: Sequence[Sequence[int]],
-        before_batch: BeforeBatch = nothing,
-        group: Group = SINGLE_PROCESS,
+    def score(
+        self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> RowLosses:
-        """The loss of each row, pair or answer, in the order of the batches. All processes get all of them.
-
-        Args:
-            model: Accelerated, and left in the mode, training or evaluation, in which it is.
-            layout: The rows.
-            batches: The numbers of the items of each batch.
-            before_batch: See `BeforeBatch`.
-            group: The processes, each of which takes a share of the batches.
-        """
-        return self.row_losses(self.read(model, layout, batches, before_batch, group))
+        """The loss of each row, pair or answer. All processes get all of them. Arguments as of `read`."""
+        found = self.row_losses(rows.ordered(self.read(model, rows, before_batch, group)))
+        return replace(found, copies=np.array([*rows.copies.values()], np.float64))
 
     @torch.no_grad()
     def read(
-        self, model: Any, layout: BatchLayout, batches: Sequence[Sequence[int]], before_batch: BeforeBatch, group: Group
+        self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> dict[str, list[float]]:
-        """What `scores` gives of all batches, without gradients and dropout. Arguments as of `losses`."""
+        """What `scores` gives of all batches, in their order, without gradients and dropout.
+
+        Args:
+            model: Accelerated, and left in the mode, training or evaluation, in which it is.
+            rows: The rows.
+            before_batch: See `BeforeBatch`.
+            group: The processes, each of which takes a share of the batches.
+        """
+        layout, batches = rows.layout, rows.batches
         own: list[tuple[int, dict[str, list[float]]]] = []
         was_training = model.training
         model.eval()
@@ -295,44 +199,29 @@ class Objective:
         labels, lengths, sums = run_batch(self, model, batch)
         return {"nats": sums.tolist(), "tokens": kernels.row_counts(labels, lengths).tolist()}
 
-    def row_losses(self, scores: Mapping[str, list[float]]) -> RowLosses:
+    def row_losses(self, scores: Scores) -> RowLosses:
         """The losses that follow from what `read` gives."""
         return RowLosses.of(scores["nats"], scores["tokens"])
 
-    def score(
-        self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
-    ) -> RowLosses:
-        """The losses of one pass. Arguments as of `losses`."""
-        return rows.ordered(self.losses(model, rows.layout, rows.batches, before_batch, group))
-
-    def plan(self, engine: Engine, dataset: TokenizedDataset, copies: Mapping[int, int]) -> ScoringPass:
-        """A pass over some items of a dataset. copies: see `Engine.plan`."""
-        items, rows_per_example = self.items(dataset)
-        return engine.plan(items, dataset.rows.lengths, copies, rows_per_example)
-
-    def held_out(self, engine: Engine, dataset: TokenizedDataset) -> ScoringPass:
-        """The pass over all rows of a dataset. Copies of a row are computed once."""
-        return self.plan(engine, dataset, {number: len(copies) for number, copies in dataset.copies().items()})
+    def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
+        """The items by which a whole dataset is scored, and how often each occurs: copies are computed once."""
+        return {number: len(copies) for number, copies in dataset.copies().items()}
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """The context in which a model is scored, without gradients. model: as given to `losses`."""
+        """The context in which a model is scored, without gradients. model: as given to `read`."""
         return nullcontext()
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
         """Check that the model is what the objective expects before its first step. first: makes the first batch, on
         the CPU. Raises NumericError: it is not."""
 
-    def logged(self) -> dict[str, float]:
-        """Further metrics of the last pass over held-out rows, by their names."""
-        return {}
-
-    def logged_of_step(self) -> dict[str, float]:
-        """Further metrics of the last micro-step."""
+    def logged(self, *, of_step: bool = False) -> dict[str, float]:
+        """Further metrics, by their names, of the last pass over rows; or of the last micro-step."""
         return {}
 
 
-class NextToken(Objective):
-    """The objective `sft`: every supervised token, given those before it."""
+SFT = Objective()
+"""The objective `sft`: every supervised token, given those before it."""
 
 
 @torch.no_grad()
@@ -350,32 +239,93 @@ def run_batch(
         return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)
 
 
-@dataclass(frozen=True)
-class Scorer:
-    """A model, and how its losses are computed.
+class Engine:
+    """How the losses of a model with an adapter, and of its base, are computed.
 
     Attributes:
-        model: A `PeftModel`, with its adapter; inside a context in which it computes as its base, the base.
-        engine: Which layers compute it, and how rows are batched.
-        objective: What the loss is.
-        group: The processes, each of which takes a share of the rows.
+        acceleration: Which layers the kernels compute.
+        flat: Whether rows are put end to end.
+        padded: Whether rows that are not are padded; otherwise each is a batch by itself.
+        pad_id: The token for padding.
     """
 
-    model: Any
-    engine: Engine
-    objective: Objective = Objective()  # noqa: RUF009  it has no state
-    group: Group = SINGLE_PROCESS
+    def __init__(
+        self, model: Any, section: DataSection, pad_id: int, acceleration: kernels.Acceleration,
+        *, flat: bool | None = None, trees: bool | None = None, group: Group = SINGLE_PROCESS,
+    ) -> None:  # fmt: skip
+        """Find out how the model can be given rows.
 
-    def losses(self, dataset: TokenizedDataset, copies: Mapping[int, int]) -> RowLosses:
-        """The losses of some rows of a dataset, or of its pairs or answers. copies: see `Engine.plan`."""
-        return self._score(self.objective.plan(self.engine, dataset, copies))
+        Args:
+            model: A `PeftModel` with its weights, whose adapter is active. Inside a context in which it computes as its
+                base, the losses are those of the base.
+            section: Whether rows may be packed and prefixes shared.
+            pad_id: See the attributes.
+            acceleration: What `kernels.accelerate` found.
+            flat: Whether the model, if its attention is accelerated, computes packed rows as it computes them alone;
+                None if that is not known.
+            trees: The same of rows that share prefixes.
+            group: The processes, each of which takes a share of the rows.
+        """
+        self._model, self._section, self.pad_id = model, section, pad_id
+        self.acceleration, self._group = acceleration, group
+        self._trees = False if section.share_prefixes is False else trees
+        with self.acceleration.applied(model):
+            self.flat = section.packing != "none" and kernels.attends_by_rows(model)
+            if self.flat:
+                self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
+            self.padded = self.flat or padding_refusal(model, pad_id) is None
 
-    def losses_of(
-        self, rows: Sequence[dict[str, Any]], lengths: NDArray[np.integer[Any]], copies: Mapping[int, int]
-    ) -> RowLosses:
-        """The losses of rows of `input_ids` and `labels`. lengths: (rows,), their tokens. copies: see `Engine.plan`."""
-        return self._score(self.engine.plan(rows, lengths, copies))
+    def losses(self, dataset: TokenizedDataset, copies: Mapping[int, int], objective: Objective = SFT) -> RowLosses:
+        """The losses of some rows of a dataset, or of its pairs or answers. Arguments as of `plan`."""
+        planned = self.plan(dataset, copies, objective)
+        with self.acceleration.applied(self._model):
+            return objective.score(self._model, planned, group=self._group)
 
-    def _score(self, planned: ScoringPass) -> RowLosses:
-        with self.engine.acceleration.applied(self.model):
-            return self.objective.score(self.model, planned, group=self.group)
+    def plan(self, dataset: TokenizedDataset, copies: Mapping[int, int], objective: Objective = SFT) -> ScoringPass:
+        """A pass over some items of a dataset. Prefixes are shared where that saves enough. copies: see `ScoringPass`.
+        objective: what the loss is."""
+        items, rows_per_example = objective.items(dataset)
+        scoring = ScoringLayout(self.flat, None, self.pad_id, BATCH_TOKENS if self.padded else 0)
+        layout = scoring.layout(items, dataset.rows.lengths, rows_per_example)
+        saved = _saving(layout, [*copies]) if self.flat and self._trees is not False else 0.0
+        if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
+            scoring, layout = replace(scoring, saved=saved), layout.sharing(saved)
+        return scoring.plan(layout, copies)
+
+    def _computes_trees(self) -> bool:
+        if self._trees is None and "loss" in self.acceleration.fallbacks:
+            self._trees = False
+        elif self._trees is None:
+            is_applied = isinstance(self._model.get_output_embeddings(), kernels.LossHead)
+            with nullcontext() if is_applied else self.acceleration.applied(self._model):
+                self._trees = kernels.tree_refusal(self._model) is None
+        return self._trees
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """How losses are computed, as plain values; another way differs by rounding. Whether prefixes are shared is
+        decided by the rows."""
+        layers = "accelerated" if self.acceleration.steps else "stock"
+        batches = "packed" if self.flat else "padded" if self.padded else "one by one"
+        return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
+
+
+def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
+    """The fraction of tokens that shared prefixes save, estimated on a sample of items."""
+    if len(numbers) > _SAMPLED_ROWS:
+        numbers = [numbers[place] for place in np.random.default_rng(0).permutation(len(numbers))[:_SAMPLED_ROWS]]
+    every = sum(layout.tokens(number) for number in numbers)
+    trees = ScoringLayout(True, 0.0, 0, 0)
+    return 1 - sum(added for _, _, added in trees._in_order(layout, numbers)) / every
+
+
+def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
+    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
+
+    Raises:
+        ConfigError: A row is longer.
+    """
+    longest = int(rows.rows.lengths.max())
+    if limit is not None and longest > limit:
+        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))

@@ -1,7 +1,7 @@
 """Measures a new adapter at the end of training: the gain over the base on held-out rows, how much the loss on other
 text has changed, and the loss on test rows.
 
-All losses come from `losses`, as in `evaluate`: nats per supervised token over all supervised tokens, or the
+All losses come from `engine`, as in `evaluate`: nats per supervised token over all supervised tokens, or the
 objective's loss per preference pair or answer. The unit of sampling is the row, because the tokens of a row depend on
 each other. A copy of a row adds no information: it is computed once, has the weight of all copies, and counts as one
 row.
@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from loratune.codes import Code
-from loratune.compare.engine import Scorer
-from loratune.compare.losses import RowLosses, compare
+from loratune.compare.engine import SFT, Engine, Objective
+from loratune.compare.metrics import RowLosses, compare
 from loratune.data import TokenizedDataset
 from loratune.errors import NumericError, Problem
 from loratune.events import note
@@ -257,52 +257,52 @@ def _nats(value: float) -> str:
 
 
 def measure(
-    scorer: Scorer,
+    engine: Engine,
+    objective: Objective,
     other: AbstractContextManager[None],
     splits: Mapping[str, TokenizedDataset],
     budget: int,
-    name: str = "its base",
     compared_with: Model = "base",
 ) -> Gain:
     """Compare a trained adapter with its base, or another model, on a sample of rows.
 
     Args:
-        scorer: The base with the adapter, as it was trained.
+        engine: Computes the losses of the base with the adapter, as it was trained.
+        objective: What the loss is.
         other: Inside, the model computes what it is compared with, see `tensors.as_initialized`.
         splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
             from the last if there is none; it is the same sample for the same rows and budget.
         budget: Tokens that the run was trained on.
-        name: What the adapter is compared with.
         compared_with: See `Gain.other`.
     """
     split, drawn, too_few = sample(splits, budget)
-    unit = scorer.objective.unit
-    note(f"comparing the adapter with {name} on {plural(len(drawn), f'{split} {item(unit)}')}")
-    adapter = scorer.losses(splits[split], drawn)
+    rows = plural(len(drawn), f"{split} {item(objective.unit)}")
+    note(f"comparing the adapter with {'its base' if compared_with == 'base' else 'the one it started from'} on {rows}")
+    adapter = engine.losses(splits[split], drawn, objective)
     with other:
-        base = scorer.losses(splits[split], drawn)
+        base = engine.losses(splits[split], drawn, objective)
     total = splits[split].items
-    return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=unit, other=compared_with)
+    return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=objective.unit, other=compared_with)
 
 
-def forgetting(scorer: Scorer, base: AbstractContextManager[None], text: TokenizedDataset) -> Forgetting:
+def forgetting(engine: Engine, base: AbstractContextManager[None], text: TokenizedDataset) -> Forgetting:
     """Compare a trained adapter with its base on passages of an unrelated text. Arguments as of `measure`."""
     numbers = dict.fromkeys(passages(text), 1)
-    after = scorer.losses(text, numbers)
+    after = engine.losses(text, numbers)
     with base:
-        before = scorer.losses(text, numbers)
+        before = engine.losses(text, numbers)
     longest = max(text.rows.lengths[number] for number in numbers)
     what = f"{plural(len(numbers), 'passage')} of general English, {longest} tokens at most"
     return Forgetting(Gain.of(before, after, "unrelated", total=text.items), what, before="base")
 
 
-def final_score(scorer: Scorer, test: TokenizedDataset) -> FinalScore:
+def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) -> FinalScore:
     """The loss of an adapter on all test rows. Raises NumericError: it is NaN or inf."""
-    losses = scorer.losses(test, {number: len(copies) for number, copies in test.copies().items()})
+    losses = engine.losses(test, SFT.copies(test), objective)
     if not math.isfinite(losses.loss):
         what, fix = f"the loss on the test rows is {losses.loss}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.test", fix=fix))
-    return FinalScore(losses, scorer.objective.unit)
+    return FinalScore(losses, objective.unit)
 
 
 def passages(rows: TokenizedDataset) -> range:

@@ -29,9 +29,9 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.compare import requirements
-from loratune.compare.answers import AnsweringModel
 from loratune.compare.metrics import ADAPTER, BASE
 from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import MEAN, OPTION, TaskMetric, TaskResults, compare_metric, is_path
@@ -136,7 +136,7 @@ class _ModelOfHarness:
     It is no module, so that the harness does not tie or move weights.
     """
 
-    def __init__(self, loaded: AnsweringModel):
+    def __init__(self, loaded: LoadedAdapter):
         self.config, self.device, self._loaded = loaded.model.config, loaded.model.device, loaded
 
     @torch.inference_mode()
@@ -161,7 +161,7 @@ class _HarnessedModel(HFLM):
         responses: Kind of request → the response to each.
     """
 
-    def __init__(self, loaded: AnsweringModel, name: str, stderr: Any):
+    def __init__(self, loaded: LoadedAdapter, name: str, stderr: Any):
         """name: of the model, for the progress."""
         super().__init__(
             _ModelOfHarness(loaded),
@@ -215,7 +215,7 @@ class _HarnessedModel(HFLM):
         return responses
 
 
-def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskResults:
+def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None) -> TaskResults:
     """Run tasks on base and adapter.
 
     Args:
@@ -224,7 +224,7 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskR
         limit: How many documents of each task to take at most.
 
     Raises:
-        AdapterError: The base cannot be computed alone, see `AnsweringModel.without_adapter`.
+        AdapterError: The base cannot be computed alone, see `LoadedAdapter.without_adapter`.
         DataError: A task fails, or does not ask both models the same.
         NumericError: The adapter has no effect.
     """
@@ -244,7 +244,7 @@ def run(loaded: AnsweringModel, opened: OpenedTasks, limit: int | None) -> TaskR
 
 
 def _run_one(
-    loaded: AnsweringModel, opened: OpenedTasks, limit: int | None, name: str
+    loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, name: str
 ) -> tuple[_HarnessedModel, dict[str, Any]]:
     """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
     stderr = sys.stderr

@@ -1,4 +1,4 @@
-"""The loss functions of preference objectives, as functions of the summed log-probabilities of answers.
+"""The losses of preference objectives, as functions of the summed log-probabilities of answers, and their metrics.
 
 y is an answer to the prompt x, y_w the chosen one of a pair and y_l the rejected one, |y| the tokens of an answer,
 p(y|x) the probability that what is trained gives it, and ref(y|x) that of what it is compared with. Each objective
@@ -19,10 +19,22 @@ gives a loss for every pair, or every answer, and its mean over all of an optimi
 
 With `sft_weight`, `dpo` and `simpo` also lower -sft_weight a(y_w), which holds up the probability of chosen answers
 (Pang et al. 2024, arXiv:2404.19733).
+
+The metrics:
+- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of unpaired
+  preferences whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
+- `reward_margin`: by how much rewards of chosen answers are higher than those of rejected ones, in the mean; or those
+  of desirable answers than those of undesirable ones.
+- `ranking_accuracy`: the share of pairs whose chosen answer is the more probable one (Chen et al. 2024,
+  arXiv:2405.19534), whatever the reference says.
+- `chosen_log_probability`, and the same of the other sides: summed over an answer, in the mean over answers.
+- `preferred_length`: the mean tokens of the more probable answer of each pair.
+
+Shares have Wilson's interval, means that of `metrics.sum_interval`; a pair is one draw.
 """
 
-import hashlib
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,24 +43,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection, RunConfig
-from loratune.data import TokenizedDataset
-from loratune.data.formats import KINDS, PAIRS
-from loratune.data.rendering import TokenizedRow
-
-Values = NDArray[np.float64]
+from loratune import statistics
+from loratune.compare.metrics import (
+    LOG_PROBABILITY,
+    PREFERRED_LENGTH,
+    RANKING_ACCURACY,
+    REWARD_ACCURACY,
+    REWARD_MARGIN,
+    Values,
+    sides,
+    sum_interval,
+)
+from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
+from loratune.data.rendering import CHOSEN
+from loratune.statistics import Interval, finite
+from loratune.text import plural
 
 WITH_REFERENCE = ("dpo", "kto")
 """The objectives that compare what is trained with a reference."""
-_WITHOUT_EFFECT = {
-    "beta": None, "label_smoothing": 0, "simpo_gamma": 0, "sft_weight": 0, "desirable_weight": 1,
-    "undesirable_weight": 1,
-}  # fmt: skip
-"""Key of `PreferenceSection` → the value with which an objective is the one without it."""
-
-
-_PARTNERS_TRIED = 64
-"""Rows among which one with another prompt is looked for."""
+SATURATED = 4.6
+"""A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
+_MOST_SATURATED = 0.9
+"""The share of saturated pairs from which on that is reported."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +93,7 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class Formula:
-    """One of the objectives, with its numbers.
-
-    Attributes:
-        name: `dpo`, `orpo`, `simpo` or `kto`.
-        beta: As in `PreferenceSection`, but never null.
-        label_smoothing: As in `PreferenceSection`.
-        simpo_gamma: As in `PreferenceSection`.
-        sft_weight: As in `PreferenceSection`.
-        desirable_weight: As in `PreferenceSection`.
-        undesirable_weight: As in `PreferenceSection`.
-    """
+    """One of the objectives, with its numbers, which are those of `PreferenceSection`; but `beta` is never null."""
 
     name: str
     beta: float
@@ -114,8 +120,8 @@ class Formula:
 
     def __str__(self) -> str:
         """`dpo with beta 0.1`; numbers that change nothing are left out."""
-        numbers = self.numbers()
-        own = [f"{key} {numbers[key]:g}" for key in numbers if key != "name" and numbers[key] != _WITHOUT_EFFECT[key]]
+        defaults = {field.name: field.default for field in fields(self)}
+        own = [f"{key} {one:g}" for key, one in self.numbers().items() if key != "name" and one != defaults[key]]
         return f"{self.name} with {', '.join(own)}"
 
     def compared_with(self, reference: str) -> str:
@@ -171,38 +177,9 @@ class Formula:
         return 0.5 * self.desirable_weight if self.name == "kto" and both else None
 
 
-def formula_for(run: RunConfig | None, kind: str) -> Formula:
-    """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
-    rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
-    trained = formula_of(run)
-    if trained is not None and KINDS[trained.name] == kind:
-        return trained
-    name = "dpo" if kind == PAIRS else "kto"
-    return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])
-
-
-def formula_of(run: RunConfig | None) -> Formula | None:
-    """The objective of a run; None where it was not trained on preferences, or is not known."""
-    if run is None or run.training.objective == "sft":
-        return None
-    return Formula.of(run.training.objective, run.preferences)
-
-
-def described(run: RunConfig) -> str:
-    """The objective of a run with its numbers and its reference; empty for `sft`."""
-    if run.training.objective == "sft":
-        return ""
-    reference = "the base"
-    if run.lora.start_from is not None:
-        reference = "the adapter that it started from"
-    elif run.lora.init_lora_weights == "loftq":
-        reference = "base and adapter before the first step"
-    return Formula.of(run.training.objective, run.preferences).compared_with(reference)
-
-
-def divergence(answers: AnswerScores) -> float:
+def divergence(answers: AnswerScores | None) -> float:
     """KTO's estimate of the divergence from the reference, by prompts with answers to others; 0 without any."""
-    if not len(answers.log_probabilities):
+    if answers is None or not len(answers.log_probabilities):
         return 0.0
     return max(0.0, float((answers.log_probabilities - answers.reference).mean()))
 
@@ -213,59 +190,210 @@ def _log_odds(log_probabilities: Tensor) -> Tensor:
     return x - torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
 
-class ComparedRows:
-    """The rows of a split of preferences, with the fields that their batches need.
+# Metrics
+
+
+@dataclass(frozen=True)
+class Side:
+    """The answers on one side; arrays (answers,).
 
     Attributes:
-        dataset: The rows.
-        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
-        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
+        items: The numbers of their items.
+        tokens: Their supervised tokens.
+        before: Their log-probabilities in the reference, or the base.
+        after: Those of the model that is measured.
+        rewards: Their rewards.
     """
 
-    def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
-        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
-        self.dataset, self._max_length = dataset, max_length
-        self.reference: Values | None = None
-        self.mismatched: Values | None = None
-        self._partners = _partners(dataset, seed) if dataset.is_unpaired else None
+    items: NDArray[np.int64]
+    tokens: Values
+    before: Values
+    after: Values
+    rewards: Values
 
-    def __len__(self) -> int:
-        return len(self.dataset.rows)
-
-    def __getitem__(self, number: int, /) -> dict[str, Any]:
-        row = self.dataset.rows.row(number)
-        found: dict[str, Any] = {"input_ids": list(row.ids), "labels": row.labels, "side": row.side}
-        if self.reference is not None:
-            found["reference"] = float(self.reference[number])
-        if self._partners is not None:
-            found["mismatched"] = self._mismatched(row, self.dataset.rows.row(int(self._partners[number])))
-            if self.mismatched is not None:
-                found["mismatched"]["reference"] = float(self.mismatched[number])
-        return found
-
-    def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
-        """The prompt of a row, cut at its left if need be, with the answer of another one."""
-        start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
-        prompt = row.ids[: row.spans[0][0]]
-        prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
-        spans = tuple((one - start + len(prompt), other - start + len(prompt)) for one, other in partner.spans)
-        mixed = TokenizedRow(row.where, prompt + answer, spans)
-        return {"input_ids": list(mixed.ids), "labels": mixed.labels}
-
-    def partners_digest(self) -> str:
-        """SHA-256 of which answers stand behind other prompts; empty where none do."""
-        return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
+    def as_json(self) -> dict[str, Any]:
+        """The means: of tokens, log-probabilities and their change, with the interval of the change."""
+        change = _measured(self.after - self.before)
+        return {
+            "answers": len(self.after),
+            "tokens": _mean(self.tokens),
+            "log_probability_before": _mean(self.before),
+            "log_probability": _mean(self.after),
+            "change": change.value,
+            "change_interval": finite(change.interval),
+        }
 
 
-def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
-    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
-    for about one other."""
-    count = len(dataset.rows)
-    order = np.random.default_rng([seed, 3]).permutation(count)
-    prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
-    partners = np.empty(count, np.int64)
-    for place, number in enumerate(order.tolist()):
-        others = (int(order[(place + step) % count]) for step in range(1, min(count, _PARTNERS_TRIED) + 1))
-        nearest = int(order[(place + 1) % count])
-        partners[number] = next((other for other in others if prompts[other] != prompts[number]), nearest)
-    return partners
+@dataclass(frozen=True)
+class PreferenceMetric:
+    """A share or a mean, with its interval; None where there are too few answers for one."""
+
+    value: float
+    interval: Interval | None
+
+    def __str__(self) -> str:
+        """`0.712 (95 % interval 0.655 to 0.763)`."""
+        ends = f" (95 % interval {self.interval.low:.3f} to {self.interval.high:.3f})" if self.interval else ""
+        return f"{self.value:.3f}{ends}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"value": self.value, "interval": finite(self.interval)}
+
+
+@dataclass(frozen=True)
+class PreferenceMetrics:
+    """Metrics over pairs, or over unpaired preferences.
+
+    Attributes:
+        split: The name of the rows.
+        paired: Whether they are pairs.
+        good: The chosen answers, or the desirable ones.
+        bad: The rejected ones, or the undesirable ones.
+        border: The reward from which on an answer of unpaired preferences counts as desirable.
+    """
+
+    split: str
+    paired: bool
+    good: Side
+    bad: Side
+    border: float = 0.0
+
+    @classmethod
+    def of(
+        cls, split: str, formula: Formula, answers: AnswerScores, sides: Tensor, estimate: float
+    ) -> "PreferenceMetrics":
+        """From what a model gives to answers, in the order of the items. Arguments as of `Formula.item_losses`."""
+        signs = sides.cpu().numpy()
+        paired = bool(len(signs)) and abs(int(signs[0])) == CHOSEN
+        items = np.arange(len(signs)) // (2 if paired else 1)
+        columns = answers.tokens, answers.reference, answers.log_probabilities, formula.rewards(answers)
+        values = np.stack([one.double().cpu().numpy() for one in columns])
+        good, bad = (Side(items[which], *values[:, which]) for which in (signs > 0, signs < 0))
+        return cls(split, paired, good, bad, formula.beta * estimate)
+
+    def by_item(self) -> dict[str, tuple[NDArray[np.int64], Values]]:
+        """Metric → the items that it is a mean over, and what each of them adds. The margin of unpaired preferences is
+        a sum of two means, one of them of undesirable rewards with the other sign."""
+        good, bad = self.good, self.bad
+        names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]
+        of_sides = {names[0]: (good.items, good.after), names[1]: (bad.items, bad.after)}
+        if self.paired:
+            margins, ranked = good.rewards - bad.rewards, good.after - bad.after
+            return {
+                REWARD_ACCURACY: (good.items, _higher(margins)),
+                REWARD_MARGIN: (good.items, margins),
+                RANKING_ACCURACY: (good.items, _higher(ranked)),
+                **of_sides,
+                PREFERRED_LENGTH: (good.items, np.where(ranked >= 0, good.tokens, bad.tokens)),
+            }
+        every = np.concatenate([good.items, bad.items])
+        right = np.concatenate([_higher(good.rewards - self.border), _higher(self.border - bad.rewards)])
+        has_margin = len(good.after) and len(bad.after)
+        margin = {REWARD_MARGIN: (every, np.concatenate([good.rewards, -bad.rewards]))} if has_margin else {}
+        return {REWARD_ACCURACY: (every, right), **margin, **of_sides}
+
+    def before(self) -> "PreferenceMetrics":
+        """The same of the reference, whose rewards are not known."""
+        good, bad = (replace(one, after=one.before, rewards=0 * one.rewards) for one in (self.good, self.bad))
+        return replace(self, good=good, bad=bad, border=0.0)
+
+    def share(self, metric: str) -> PreferenceMetric:
+        """One of the accuracies."""
+        right = self.by_item()[metric][1]
+        interval = statistics.wilson(float(right.sum()), len(right)) if len(right) else None
+        return PreferenceMetric(_mean(right), interval)
+
+    @property
+    def accuracy(self) -> PreferenceMetric:
+        """`reward_accuracy`."""
+        return self.share(REWARD_ACCURACY)
+
+    @property
+    def margin(self) -> PreferenceMetric:
+        """`reward_margin`."""
+        return _measured(*self.margins)
+
+    @property
+    def margins(self) -> tuple[Values, ...]:
+        """The sum of the means of these is `reward_margin`."""
+        good, bad = self.good.rewards, self.bad.rewards
+        return (good - bad,) if self.paired else (good, -bad)
+
+    def logged(self) -> dict[str, float]:
+        """Metrics for a report of the trainer, without intervals."""
+        names = zip(self.names, (self.good, self.bad), strict=True)
+        own = {f"{name}_{LOG_PROBABILITY}": _mean(side.after) for name, side in names if len(side.after)}
+        accuracy, margin = _mean(self.by_item()[REWARD_ACCURACY][1]), sum(map(_mean, self.margins))
+        return {REWARD_ACCURACY: accuracy, REWARD_MARGIN: margin, **own}
+
+    @property
+    def preferred_length(self) -> float:
+        """`preferred_length`; of pairs."""
+        return _mean(self.by_item()[PREFERRED_LENGTH][1])
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What the two sides are called."""
+        return sides(paired=self.paired)
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """Labels and texts for the end of a run."""
+        count = len(self.good.tokens) if self.paired else len(self.good.tokens) + len(self.bad.tokens)
+        rows = plural(count, f"{self.split} {'pair' if self.paired else 'answer'}")
+        yield "reward accuracy", f"{self.accuracy} on {rows}, margin {self.margin}"
+        before = self.before()
+        if self.paired:
+            what = "of the pairs have the chosen answer as the more probable one"
+            first, last = (one.share(RANKING_ACCURACY) for one in (before, self))
+            yield "ranking accuracy", f"{first.value:.3f} → {last} {what}"
+        parts = [
+            f"{name} {_mean(side.before):.2f} → {_mean(side.after):.2f}"
+            for name, side in zip(self.names, (self.good, self.bad), strict=True)
+            if len(side.after)
+        ]
+        yield "log-probability", f"{', '.join(parts)} nats an answer"
+        if self.paired:
+            lengths = f"{before.preferred_length:.1f} → {self.preferred_length:.1f} tokens of the more probable answers"
+            yield "length", f"{lengths} (chosen {_mean(self.good.tokens):.1f}, rejected {_mean(self.bad.tokens):.1f})"
+
+    def warnings(self) -> Iterator[str]:
+        """What may not be intended."""
+        if not self.paired:
+            return
+        change, margins = _measured(self.good.after - self.good.before), self.good.rewards - self.bad.rewards
+        if change.interval and change.interval.high < 0 and _mean(margins) > 0:
+            yield (
+                f"chosen answers became less likely, by {-change.value:.2f} nats in the mean, while the margin grew: "
+                "rejected ones only fell further; preferences.sft_weight holds them up"
+            )
+        saturated = _mean(margins > SATURATED)
+        if saturated > _MOST_SATURATED:
+            yield (
+                f"{saturated:.0%} of the pairs have a margin above {SATURATED}, and teach next to nothing any more: "
+                "fewer steps, a lower training.learning_rate or a lower preferences.beta would do"
+            )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        metrics: dict[str, Any] = {"split": self.split, REWARD_ACCURACY: self.accuracy.as_json()}
+        metrics |= {REWARD_MARGIN: self.margin.as_json()}
+        metrics |= {name: side.as_json() for name, side in zip(self.names, (self.good, self.bad), strict=True)}
+        for name, one in (("before", self.before()), ("after", self)) if self.paired else ():
+            metrics[f"{RANKING_ACCURACY}_{name}"] = one.share(RANKING_ACCURACY).as_json()
+            metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
+        return metrics
+
+
+def _higher(difference: Values) -> Values:
+    return np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+def _measured(*groups: Values) -> PreferenceMetric:
+    """The sum of the means of groups, with its interval."""
+    interval = sum_interval([(values, np.ones_like(values)) for values in groups])
+    return PreferenceMetric(sum(map(_mean, groups)), interval)

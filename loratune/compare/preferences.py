@@ -1,236 +1,352 @@
-"""Metrics of preferences: how often the chosen answer is preferred, and how probabilities changed.
+"""Scores preferences: the rows, the objective, and the log-probabilities of its reference.
 
-- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of unpaired
-  preferences whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
-- `reward_margin`: by how much rewards of chosen answers are higher than those of rejected ones, in the mean; or those
-  of desirable answers than those of undesirable ones.
-- `ranking_accuracy`: the share of pairs whose chosen answer is the more probable one (Chen et al. 2024,
-  arXiv:2405.19534), whatever the reference says.
-- `chosen_log_probability`, and the same of the other sides: summed over an answer, in the mean over answers.
-- `preferred_length`: the mean tokens of the more probable answer of each pair.
+A pair is two consecutive rows, an unpaired preference is one row; either is an item. The objective needs the summed
+log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in `objectives`.
 
-Shares have Wilson's interval, means that of the delete-one jackknife; a pair is one draw.
+The reference of training is the model before its first step: the base with the adapter switched off, or with the
+adapter that is trained further. So no second model is needed: its log-probabilities are computed once, before the first
+step, and kept in the cache of the rows, under everything that decides them. `evaluate` takes the base.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune import statistics
-from loratune.compare.metrics import (
-    LOG_PROBABILITY,
-    PREFERRED_LENGTH,
-    RANKING_ACCURACY,
-    REWARD_ACCURACY,
-    REWARD_MARGIN,
-    sides,
-)
-from loratune.compare.objectives import AnswerScores, Formula
-from loratune.data.rendering import CHOSEN
-from loratune.statistics import Interval, finite
-from loratune.text import plural
+from loratune import kernels
+from loratune.codes import Code
+from loratune.compare.engine import BeforeBatch, Objective, Scores, ScoringLayout, nothing, run_batch
+from loratune.compare.metrics import RowLosses, Values
+from loratune.compare.objectives import AnswerScores, Formula, PreferenceMetrics, divergence
+from loratune.config import DEFAULT_BETA, RunConfig
+from loratune.data import TokenizedDataset
+from loratune.data.formats import KINDS, PAIRS
+from loratune.data.packing import Items
+from loratune.data.rendering import TokenizedRow
+from loratune.errors import NumericError, Problem
+from loratune.model.upstream import as_in_training, has_8bit_layers
+from loratune.system.launcher import SINGLE_PROCESS, Group
 
-Values = NDArray[np.float64]
-
-SATURATED = 4.6
-"""A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
-_MOST_SATURATED = 0.9
-"""The share of saturated pairs from which on that is reported."""
-
-
-@dataclass(frozen=True)
-class Side:
-    """The answers on one side; arrays (answers,).
-
-    Attributes:
-        tokens: Their supervised tokens.
-        before: Their log-probabilities in the reference, or the base.
-        after: Those of the model that is measured.
-        rewards: Their rewards.
-    """
-
-    tokens: Values
-    before: Values
-    after: Values
-    rewards: Values
-
-    def as_json(self) -> dict[str, Any]:
-        """The means: of tokens, log-probabilities and their change, with the interval of the change."""
-        change = _measured(self.after - self.before)
-        return {
-            "answers": len(self.after),
-            "tokens": _mean(self.tokens),
-            "log_probability_before": _mean(self.before),
-            "log_probability": _mean(self.after),
-            "change": change.value,
-            "change_interval": finite(change.interval),
-        }
+_ROUNDING = {False: 0.25, True: 1e-3}
+"""Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
+in other batches, for 1 plus the root of its tokens. SmolLM2-135M in bfloat16 gave one of about 20 tokens 0.35 nats more
+in a tree of eight pairs than in one of the reference."""
+_ROUNDING_BY_BATCH = 1.0
+"""The same where bitsandbytes rounds activations to 8 bits, as on a GPU, by what else is in a batch. On a CPU the same
+gave an answer of about 28 tokens 3.1 nats more, half as much as this allows; a GPU was not tried."""
+MOST_COMPARED = 256
+"""Training items whose preferences are measured if there are no validation rows."""
+_PARTNERS_TRIED = 64
+"""Rows among which one with another prompt is looked for."""
 
 
-@dataclass(frozen=True)
-class PreferenceMetric:
-    """A share or a mean, with its interval; None where there are too few answers for one."""
-
-    value: float
-    interval: Interval | None
-
-    def __str__(self) -> str:
-        """`0.712 (95 % interval 0.655 to 0.763)`."""
-        ends = f" (95 % interval {self.interval.low:.3f} to {self.interval.high:.3f})" if self.interval else ""
-        return f"{self.value:.3f}{ends}"
-
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"value": self.value, "interval": finite(self.interval)}
+# The objective and the rows of a run
 
 
-@dataclass(frozen=True)
-class PreferenceMetrics:
-    """Metrics over pairs, or over unpaired preferences.
+def formula_for(run: RunConfig | None, kind: str) -> Formula:
+    """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
+    rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
+    trained = formula_of(run)
+    if trained is not None and KINDS[trained.name] == kind:
+        return trained
+    name = "dpo" if kind == PAIRS else "kto"
+    return Formula(name, trained.beta if trained is not None and trained.has_reference else DEFAULT_BETA[name])
+
+
+def formula_of(run: RunConfig | None) -> Formula | None:
+    """The objective of a run; None where it was not trained on preferences, or is not known."""
+    if run is None or run.training.objective == "sft":
+        return None
+    return Formula.of(run.training.objective, run.preferences)
+
+
+def described(run: RunConfig) -> str:
+    """The objective of a run with its numbers and its reference; empty for `sft`."""
+    if run.training.objective == "sft":
+        return ""
+    reference = "the base"
+    if run.lora.start_from is not None:
+        reference = "the adapter that it started from"
+    elif run.lora.init_lora_weights == "loftq":
+        reference = "base and adapter before the first step"
+    return Formula.of(run.training.objective, run.preferences).compared_with(reference)
+
+
+class ComparedRows:
+    """The rows of a split of preferences, with the fields that their batches need.
 
     Attributes:
-        split: The name of the rows.
-        paired: Whether they are pairs.
-        good: The chosen answers, or the desirable ones.
-        bad: The rejected ones, or the undesirable ones.
-        border: The reward from which on an answer of unpaired preferences counts as desirable.
+        dataset: The rows.
+        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
+        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
     """
 
-    split: str
-    paired: bool
-    good: Side
-    bad: Side
-    border: float = 0.0
+    def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
+        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
+        self.dataset, self._max_length = dataset, max_length
+        self.reference: Values | None = None
+        self.mismatched: Values | None = None
+        self._partners = _partners(dataset, seed) if dataset.is_unpaired else None
+
+    def __len__(self) -> int:
+        return len(self.dataset.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, Any]:
+        row = self.dataset.rows.row(number)
+        found: dict[str, Any] = {"input_ids": list(row.ids), "labels": row.labels, "side": row.side}
+        if self.reference is not None:
+            found["reference"] = float(self.reference[number])
+        if self._partners is not None:
+            found["mismatched"] = self._mismatched(row, self.dataset.rows.row(int(self._partners[number])))
+            if self.mismatched is not None:
+                found["mismatched"]["reference"] = float(self.mismatched[number])
+        return found
+
+    def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
+        """The prompt of a row, cut at its left if need be, with the answer of another one."""
+        start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
+        prompt = row.ids[: row.spans[0][0]]
+        prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
+        spans = tuple((one - start + len(prompt), other - start + len(prompt)) for one, other in partner.spans)
+        mixed = TokenizedRow(row.where, prompt + answer, spans)
+        return {"input_ids": list(mixed.ids), "labels": mixed.labels}
+
+    def partners_digest(self) -> str:
+        """SHA-256 of which answers stand behind other prompts; empty where none do."""
+        return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
+
+
+def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
+    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
+    for about one other."""
+    count = len(dataset.rows)
+    order = np.random.default_rng([seed, 3]).permutation(count)
+    prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
+    partners = np.empty(count, np.int64)
+    for place, number in enumerate(order.tolist()):
+        others = (int(order[(place + step) % count]) for step in range(1, min(count, _PARTNERS_TRIED) + 1))
+        nearest = int(order[(place + 1) % count])
+        partners[number] = next((other for other in others if prompts[other] != prompts[number]), nearest)
+    return partners
+
+
+# What models give to answers
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """What a model gives to the answers of items, in the order of the items.
+
+    Attributes:
+        answers: Of the rows.
+        sides: (rows,), see `TokenizedRow.side`.
+        divergence: KTO's estimate of the divergence from the reference.
+        mismatched: Of prompts with the answers to others; None where the objective has none.
+    """
+
+    answers: AnswerScores
+    sides: Tensor
+    divergence: float
+    mismatched: AnswerScores | None = None
 
     @classmethod
-    def of(
-        cls, split: str, formula: Formula, answers: AnswerScores, signs: Tensor, estimate: float
-    ) -> "PreferenceMetrics":
-        """From what a model gives to answers.
+    def of(cls, scores: Scores) -> "ScoredAnswers":
+        """From plain numbers, see `PreferenceObjective.scores`."""
+        numbers = {name: torch.tensor([*values], dtype=torch.float64) for name, values in scores.items()}
+        answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
+        mismatched = None
+        if (other := numbers.get("mismatched")) is not None:
+            mismatched = AnswerScores(other, torch.ones_like(other), numbers["mismatched_references"])
+        return cls(answers, numbers["sides"].long(), divergence(mismatched), mismatched)
 
-        signs: (answers,), see `TokenizedRow.side`. estimate: see `divergence`.
-        """
-        columns = answers.tokens, answers.reference, answers.log_probabilities, formula.rewards(answers)
-        good, bad = (Side(*(one[which].double().cpu().numpy() for one in columns)) for which in (signs > 0, signs < 0))
-        paired = bool(len(signs)) and abs(int(signs[0])) == CHOSEN
-        return cls(split, paired, good, bad, formula.beta * estimate)
+    def compared_with(self, reference: "ScoredAnswers") -> "ScoredAnswers":
+        """The same answers with what another model gives to them as the reference."""
+        answers, mismatched = replace(self.answers, reference=reference.answers.log_probabilities), self.mismatched
+        if mismatched and reference.mismatched:
+            mismatched = replace(mismatched, reference=reference.mismatched.log_probabilities)
+        return ScoredAnswers(answers, self.sides, divergence(mismatched), mismatched)
 
-    def by_item(self) -> dict[str, tuple[slice, Values]]:
-        """Metric → which pairs, or which of the desirable answers and then the undesirable ones, it is a mean over, and
-        what each of them adds. The margin of unpaired preferences is a sum of two means, one of them of undesirable
-        rewards with the other sign."""
-        good, bad, every, first = self.good, self.bad, slice(None), slice(len(self.good.after))
-        names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]
-        if self.paired:
-            return {
-                REWARD_ACCURACY: (every, _higher(good.rewards - bad.rewards)),
-                REWARD_MARGIN: (every, good.rewards - bad.rewards),
-                RANKING_ACCURACY: (every, _higher(good.after - bad.after)),
-                names[0]: (every, good.after),
-                names[1]: (every, bad.after),
-                PREFERRED_LENGTH: (every, np.where(good.after >= bad.after, good.tokens, bad.tokens)),
-            }
-        right = np.concatenate([_higher(good.rewards - self.border), _higher(self.border - bad.rewards)])
-        has_margin = len(good.after) and len(bad.after)
-        margin = {REWARD_MARGIN: (every, np.concatenate([good.rewards, -bad.rewards]))} if has_margin else {}
-        others = {names[0]: (first, good.after), names[1]: (slice(first.stop, None), bad.after)}
-        return {REWARD_ACCURACY: (every, right), **margin, **others}
 
-    def before(self) -> "PreferenceMetrics":
-        """The same of the reference, whose rewards are not known."""
-        good, bad = (
-            replace(one, after=one.before, rewards=np.zeros_like(one.rewards)) for one in (self.good, self.bad)
-        )
-        return PreferenceMetrics(self.split, self.paired, good, bad)
+class PreferenceObjective(Objective):
+    """An objective on preferences.
 
-    def share(self, metric: str) -> PreferenceMetric:
-        """One of the accuracies."""
-        right = self.by_item()[metric][1]
-        interval = statistics.wilson(float(right.sum()), len(right)) if len(right) else None
-        return PreferenceMetric(_mean(right), interval)
+    Attributes:
+        formula: Which.
+        unit: `pair` or `answer`.
+        last: What the last pass gave; None before the first.
+    """
 
-    @property
-    def accuracy(self) -> PreferenceMetric:
-        """`reward_accuracy`."""
-        return self.share(REWARD_ACCURACY)
+    def __init__(self, formula: Formula, splits: Mapping[str, ComparedRows]):
+        """splits: The rows by the name of their split."""
+        self.formula, self.splits = formula, splits
+        self.unit = "answer" if formula.name == "kto" else "pair"
+        self.last: ScoredAnswers | None = None
+        self._step: ScoredAnswers | None = None
+        self._given: dict[str, Any] = {}
+        self._divergence = 0.0
 
-    @property
-    def margin(self) -> PreferenceMetric:
-        """`reward_margin`."""
-        good, bad = self.good.rewards, self.bad.rewards
-        return _measured(good - bad) if self.paired else _measured(good, -bad)
+    # As an `Objective`
 
-    @property
-    def preferred_length(self) -> float:
-        """`preferred_length`; of pairs."""
-        return _mean(self.by_item()[PREFERRED_LENGTH][1])
+    def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
+        """See `Objective`."""
+        return next(rows for rows in self.splits.values() if rows.dataset is dataset), dataset.rows_per_example
 
-    @property
-    def names(self) -> tuple[str, str]:
-        """What the two sides are called."""
-        return sides(paired=self.paired)
+    def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
+        """See `Objective`; estimates KTO's divergence over all of the step."""
+        own = [batch for batch in batches if (batch["labels"] >= 0).any()]
+        rows, rows_per_example = sum(len(batch["sides"]) for batch in own), 2 if self.unit == "pair" else 1
+        difference, prompts = 0.0, 0
+        if self.formula.name == "kto":
+            was_training = model.training
+            model.eval()
+            for batch in batches:  # All processes take part in every forward pass.
+                found = self._mismatched_answers(model, batch["mismatched"])
+                if (batch["labels"] >= 0).any():
+                    difference += float((found.log_probabilities - found.reference).sum())
+                    prompts += len(found.tokens)
+            model.train(was_training)
+        rows, difference, prompts = group.total([rows, difference, prompts])  # type: ignore[assignment]
+        self._divergence = max(0.0, difference / prompts) if prompts else 0.0
+        return torch.tensor(rows / rows_per_example, device=model.device)
 
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """Labels and texts for the end of a run."""
-        count = len(self.good.tokens) if self.paired else len(self.good.tokens) + len(self.bad.tokens)
-        rows = plural(count, f"{self.split} {'pair' if self.paired else 'answer'}")
-        yield "reward accuracy", f"{self.accuracy} on {rows}, margin {self.margin}"
-        before = self.before()
-        if self.paired:
-            what = "of the pairs have the chosen answer as the more probable one"
-            first, last = (one.share(RANKING_ACCURACY) for one in (before, self))
-            yield "ranking accuracy", f"{first.value:.3f} → {last} {what}"
-        parts = [
-            f"{name} {_mean(side.before):.2f} → {_mean(side.after):.2f}"
-            for name, side in zip(self.names, (self.good, self.bad), strict=True)
-            if len(side.after)
-        ]
-        yield "log-probability", f"{', '.join(parts)} nats an answer"
-        if self.paired:
-            lengths = f"{before.preferred_length:.1f} → {self.preferred_length:.1f} tokens of the more probable answers"
-            yield "length", f"{lengths} (chosen {_mean(self.good.tokens):.1f}, rejected {_mean(self.bad.tokens):.1f})"
+    def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
+        """See `Objective`; the loss is always wanted row by row."""
+        names = ("lengths", "sides", "references", "mismatched")
+        self._given = {name: batch.pop(name, None) for name in names}
+        kernels.set_loss_targets(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
 
-    def warnings(self) -> Iterator[str]:
-        """What may not be intended."""
-        if not self.paired:
+    def total(self, model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Objective`."""
+        answers = self._answers(kernels.row_sums(model, logits, labels, self._given["lengths"]), labels)
+        losses = self.formula.item_losses(answers, self._given["sides"], self._divergence)
+        is_there = answers.tokens.view(len(losses), -1)[:, 0] > 0
+        held = replace(answers, log_probabilities=answers.log_probabilities.detach())
+        self._step = ScoredAnswers(held, self._given["sides"], self._divergence)
+        return (losses * is_there).sum().float(), is_there.sum()
+
+    def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
+        """See `Objective`: log-probabilities, tokens and sides of answers, and the same of mismatched ones."""
+        labels, _, sums = run_batch(self, model, batch)
+        answers, sides, mismatched = self._answers(sums, labels), self._given["sides"], self._given["mismatched"]
+        found = {"answers": answers.log_probabilities, "tokens": answers.tokens, "references": answers.reference}
+        if mismatched is not None:
+            other = self._mismatched_answers(model, mismatched)
+            found |= {"mismatched": other.log_probabilities, "mismatched_references": other.reference}
+        return {name: values.tolist() for name, values in (found | {"sides": sides}).items()}
+
+    def row_losses(self, scores: Scores) -> RowLosses:
+        """See `Objective`."""
+        self.last = ScoredAnswers.of(scores)
+        losses = self.item_losses(self.last)
+        return RowLosses.of(losses, [1] * len(losses))
+
+    def item_losses(self, scored: ScoredAnswers) -> list[float]:
+        """(items,), the loss of each."""
+        losses: list[float] = self.formula.item_losses(scored.answers, scored.sides, scored.divergence).tolist()
+        return losses
+
+    def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
+        """See `Objective`; all items are computed, also copies, whose mismatched answers differ."""
+        return dict.fromkeys(range(dataset.items), 1)
+
+    def metrics(self, split: str, scored: ScoredAnswers) -> PreferenceMetrics:
+        """Of answers, compared with their reference. split: the name of the rows."""
+        return PreferenceMetrics.of(split, self.formula, scored.answers, scored.sides, scored.divergence)
+
+    def logged(self, *, of_step: bool = False) -> dict[str, float]:
+        """See `Objective`."""
+        scored = self._step if of_step else self.last
+        return {} if scored is None else self.metrics("", scored).logged()
+
+    def reading(self, model: Any) -> AbstractContextManager[None]:
+        """See `Objective`: what training gives to answers is compared with what was read of the reference."""
+        return as_in_training(model)
+
+    def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
+        """See `Objective`: rewards start at 0, which a wrong reference would show in."""
+        if not self.formula.has_reference:
             return
-        change, margins = _measured(self.good.after - self.good.before), self.good.rewards - self.bad.rewards
-        if change.interval and change.interval.high < 0 and _mean(margins) > 0:
-            yield (
-                f"chosen answers became less likely, by {-change.value:.2f} nats in the mean, while the margin grew: "
-                "rejected ones only fell further; preferences.sft_weight holds them up"
-            )
-        saturated = _mean(margins > SATURATED)
-        if saturated > _MOST_SATURATED:
-            yield (
-                f"{saturated:.0%} of the pairs have a margin above {SATURATED}, and teach next to nothing any more: "
-                "fewer steps, a lower training.learning_rate or a lower preferences.beta would do"
-            )
+        was_training = model.training
+        model.eval()
+        labels, _, sums = run_batch(self, model, first())
+        model.train(was_training)
+        answers, sides = self._answers(sums, labels), self._given["sides"]
+        if self._given["references"] is None or not len(sides) or not bool((answers.tokens > 0).all()):
+            return
+        difference = (answers.log_probabilities - answers.reference).abs()
+        rounding = _ROUNDING[model.dtype.itemsize > 2]
+        if model.device.type != "cpu" and has_8bit_layers(model):
+            rounding = _ROUNDING_BY_BATCH
+        allowed = rounding * (1 + answers.tokens.double().sqrt())
+        if bool((difference <= allowed).all()):
+            return
+        loss = float(self.formula.item_losses(answers, sides, 0.0).mean())
+        expected = self.formula.first_loss()
+        what = f"before the first step, the model gives an answer a log-probability {float(difference.max()):.3g} nats "
+        what += f"from that of the reference, which is to be the same; the first {self.formula.name} loss is {loss:.6f}"
+        what += f" instead of {expected:.6f}" if expected is not None else ""
+        fix = "the reference or the model is not what it is taken for: run again with another HF_DATASETS_CACHE"
+        raise NumericError(Problem(Code.LORA_START, what, key="training.objective", fix=fix))
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain values."""
-        metrics: dict[str, Any] = {"split": self.split, REWARD_ACCURACY: self.accuracy.as_json()}
-        metrics |= {REWARD_MARGIN: self.margin.as_json()}
-        metrics |= {name: side.as_json() for name, side in zip(self.names, (self.good, self.bad), strict=True)}
-        for name, one in (("before", self.before()), ("after", self)) if self.paired else ():
-            metrics[f"{RANKING_ACCURACY}_{name}"] = one.share(RANKING_ACCURACY).as_json()
-            metrics[f"{PREFERRED_LENGTH}_{name}"] = one.preferred_length
-        return metrics
+    def _mismatched_answers(self, model: Any, batch: Mapping[str, Any]) -> AnswerScores:
+        labels, _, sums = run_batch(self, model, batch)
+        return self._answers(sums, labels)
+
+    def _answers(self, sums: Tensor, labels: Tensor) -> AnswerScores:
+        """What a model gives to the rows of the batch that was expected last. sums: the loss of each."""
+        lengths, reference = self._given["lengths"], self._given["references"]
+        tokens = kernels.row_counts(labels, lengths)
+        known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
+        return AnswerScores(-sums, tokens, known)
 
 
-def _higher(difference: Values) -> Values:
-    return np.where(difference > 0, 1.0, np.where(difference < 0, 0.0, 0.5))
+# The reference
 
 
-def _mean(values: NDArray[Any]) -> float:
-    return float(values.mean()) if len(values) else 0.0
+def score_reference(
+    objective: PreferenceObjective,
+    model: Any,
+    rows: ComparedRows,
+    layout: ScoringLayout,
+    before_batch: BeforeBatch = nothing,
+    group: Group = SINGLE_PROCESS,
+) -> NDArray[np.float64]:
+    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
+
+    Arguments as of `Objective.read`; layout: how rows are batched.
+    """
+    items, rows_per_example = objective.items(rows.dataset)
+    planned = layout.layout(items, rows.dataset.rows.lengths, rows_per_example)
+    every = layout.plan(planned, objective.copies(rows.dataset))
+    found = ScoredAnswers.of(every.ordered(objective.read(model, every, before_batch, group)))
+    return np.concatenate([part.log_probabilities.numpy() for part in (found.answers, found.mismatched) if part])
 
 
-def _measured(*groups: Values) -> PreferenceMetric:
-    """The sum of the means of groups, with its interval."""
-    interval = statistics.sum_of_ratios_interval([(values, np.ones_like(values)) for values in groups])
-    return PreferenceMetric(sum(map(_mean, groups)), interval)
+def set_reference(rows: ComparedRows, values: NDArray[np.float64]) -> None:
+    """Give rows their log-probabilities in the reference, as `score_reference` returns them.
+
+    Raises:
+        NumericError: The reference gives an answer no log-probability that could be compared with.
+    """
+    if not np.isfinite(values).all():
+        first = int(np.flatnonzero(~np.isfinite(values))[0])
+        what = f"the reference, which is the model before training, gives an answer the log-probability {values[first]}"
+        fix = "check that the base model works by itself"
+        where = rows.dataset.rows.row(first % len(rows)).where
+        raise NumericError(Problem(Code.LORA_START, what, where, "training.objective", fix))
+    rows.reference = values[: len(rows)]
+    rows.mismatched = values[len(rows) :] if len(values) > len(rows) else None
+
+
+def order_note(rows: ComparedRows) -> str:
+    """A line on how many pairs the reference has in order."""
+    assert rows.reference is not None
+    share = float((rows.reference[::2] > rows.reference[1::2]).mean())
+    line = f"the chosen answer is the more likely one in {share:.0%} of the training pairs before training"
+    return f"{line}: more than half are in order already" if share > 0.5 else line

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratune.codes import Code
 from loratune.compare import metrics
-from loratune.compare.losses import Difference
+from loratune.compare.metrics import Difference
 from loratune.config.yaml_files import number
 from loratune.data import DatasetSplit
 from loratune.data.formats import PAIRS, UNPAIRED

@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from loratune import statistics
 from loratune.codes import Code
-from loratune.compare.losses import Difference, exp, mean_difference, score_difference, share_difference
-from loratune.compare.metrics import ADAPTER, BASE
+from loratune.compare.metrics import ADAPTER, BASE, Difference, exp, mean_difference, score_difference, share_difference
 from loratune.compare.requirements import Judgement
 from loratune.errors import ConfigError, Problem, missing_package
 from loratune.statistics import Interval, finite

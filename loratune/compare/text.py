@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from loratune.compare import metrics
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
-from loratune.compare.losses import Difference
+from loratune.compare.metrics import Difference
 from loratune.compare.requirements import Judgement
 from loratune.compare.tasks import TaskResults
 from loratune.statistics import Interval

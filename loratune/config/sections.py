@@ -81,7 +81,7 @@ class Source(Section):
     path: FilePath = Field(description="a file, a directory, a glob, or a hub id")
     split: str | None = Field(None, description="a split or a slice of one, e.g. train[:2000]")
     weight: float | None = Field(
-        None, gt=0, le=1e6, description="its share of the rows, relative to the other sources; null: all its rows"
+        None, gt=0, le=1e6, description="share of the rows, relative to the other sources; null: all rows of the source"
     )
 
 
@@ -133,7 +133,7 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         {},
         json_schema_extra={"propertyNames": {"enum": list(COLUMNS)}},
-        description="field → its name in the data, e.g. {prompt: question}; the data's prompt is then ignored",
+        description="field → its name in the data, e.g. {prompt: question}; then a field `prompt` is ignored",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
     loss_on: Literal["completion", "assistant", "all"] = Field(
@@ -162,13 +162,14 @@ class DataSection(Section):
     )
     share_prefixes: bool | Auto = Field(
         AUTO,
-        description="compute shared prefixes of a packed batch once; auto: if exact and 5 % of the tokens are saved",
+        description="compute shared prefixes of a packed batch once; auto: if this saves 5 % of the tokens and the "
+        "results are the same",
     )
     replay: float | None = Field(
         None,
         gt=0,
         lt=1,
-        description="fraction of the training rows that is drawn from the rows of the run of lora.start_from",
+        description="fraction of the training rows that is drawn from the training rows of the lora.start_from adapter",
     )
 
     @property
@@ -233,7 +234,8 @@ class LoraSection(Section):
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
         ["q", "k", "v", "o"],
-        description="roles (q, k, v, o), exact names, a regular expression, or all-linear; auto: all-linear",
+        description="roles (q, k, v, o), exact names, a regular expression, or all-linear, which leaves out stacked "
+        "experts and routers; auto: all-linear",
     )
     target_parameters: list[str] | str | None = Field(
         None,
@@ -241,7 +243,7 @@ class LoraSection(Section):
         json_schema_extra={"minItems": 1},
         description="parameters outside linear layers: [experts], exact names, or a regular expression",
     )
-    bias: Literal["none", "all", "lora_only"] = Field("none", description="which biases are trained too")
+    bias: Literal["none", "all", "lora_only"] = Field("none", description="biases that are trained as well")
     use_rslora: bool = Field(False, description="scale by lora_alpha / sqrt(r), arXiv:2312.03732")
     use_dora: bool = Field(False, description="weight-decomposed LoRA, arXiv:2402.09353")
     init_lora_weights: (

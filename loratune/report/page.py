@@ -16,8 +16,7 @@ from loratune import __version__
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
-from loratune.compare.losses import Difference
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, MAJORITY, SIDES
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, MAJORITY, SIDES, Difference
 from loratune.events import progress
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row

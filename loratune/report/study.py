@@ -11,7 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from loratune.codes import Code
-from loratune.compare.losses import RowLosses, compare
+from loratune.compare.metrics import RowLosses, compare
 from loratune.errors import ConfigError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.statistics import finite
 from loratune.system.files import read_text

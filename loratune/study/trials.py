@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
-from loratune.compare import objectives
-from loratune.compare.engine import Scorer
-from loratune.compare.losses import RowLosses
+from loratune.compare import preferences
+from loratune.compare.metrics import RowLosses
 from loratune.config import RunConfig
 from loratune.data.packing import BatchLayout
 from loratune.errors import (
@@ -36,7 +35,7 @@ from loratune.lora import attach, tensors
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
 from loratune.study.study import Study, TrialRecord
-from loratune.system.files import is_directory, is_file
+from loratune.system.files import is_directory
 from loratune.system.launcher import SINGLE_PROCESS
 from loratune.text import format_duration
 from loratune.training import auto, batching, preflight
@@ -168,7 +167,7 @@ class TrialRunner:
         self.rows, self.total = len(self._copies), held_out.items
         self._seconds_per_operation: float | None = None
         self.objective = batching.objective_of({"validation": held_out}, run.config)
-        self.described = objectives.described(run.config)
+        self.described = preferences.described(run.config)
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -212,7 +211,7 @@ class TrialRunner:
             column.reshape(-1, rows_per_example).sum(1) for column in (train.lengths, train.supervised)
         )
         costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), rows_per_example)
-        operations = costs.work(run.training, held_out)[1]
+        operations = costs.work(run.training, held_out).operations
         if self._seconds_per_operation is None:
             self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
         return operations * self._seconds_per_operation
@@ -242,7 +241,7 @@ class TrialRunner:
     def _resumed(self, trial: Run) -> Run:
         """The run with the checkpoint that it continues from, if there is one that fits."""
         directory = trial.directory
-        if not is_directory(directory.partial) or not directory.is_resumable() or is_file(directory.rejection):
+        if not is_directory(directory.partial) or not directory.is_resumable() or directory.rejected_adapter():
             return trial
         try:
             point = find_resume_point(directory.checkpoints, trial.config, ())
@@ -253,7 +252,7 @@ class TrialRunner:
 
     def score(self, plan: Plan) -> RowLosses:
         """The losses of the adapter on the held-out rows of the config itself, which are the same for all trials."""
-        losses = Scorer(plan.model, plan.batches.engine, self.objective).losses(self._held_out, self._copies)
+        losses = plan.batches.engine.losses(self._held_out, self._copies, self.objective)
         if not losses.is_finite:
             what, fix = f"the loss on the validation rows is {losses.loss}", "lower training.learning_rate"
             raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))

@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader, Sampler
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import WORTH_SHARING, Engine, NextToken, Objective, ScoringPass
-from loratune.compare.objectives import ComparedRows, Formula
+from loratune.compare.engine import SFT, WORTH_SHARING, Engine, Objective, ScoringPass
+from loratune.compare.objectives import Formula
+from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
 from loratune.data import TokenizedDataset
 from loratune.data.packing import BatchLayout, Packing, flatten
@@ -22,7 +23,6 @@ from loratune.events import progress
 from loratune.lora import attach
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training.preferences import PreferenceObjective
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class BatchedDatasets:
 
 
 @progress("trying batches on the base")
-def batch(model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: RunConfig) -> BatchedDatasets:
+def batch(
+    model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: RunConfig, group: Group = SINGLE_PROCESS
+) -> BatchedDatasets:
     """Lay out rows as the config says; or padded, where the model would mix packed rows.
 
     Args:
@@ -88,6 +90,7 @@ def batch(model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: 
         pad_id: The token for padding.
         splits: The rows by the name of their split.
         run: How rows are to be packed, how many a batch has, and what is lowered.
+        group: The processes of the run.
 
     Raises:
         ModelError: Rows cannot be packed, and the model would compute something else for padded ones.
@@ -111,15 +114,17 @@ def batch(model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: 
         layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
     flat, trees = None if mixed else packing != "none", None if saved is None else True
-    engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees)
-    held_out = objective.held_out(engine, splits["validation"]) if "validation" in splits else None
+    engine = Engine(model, section, pad_id, acceleration, flat=flat, trees=trees, group=group)
+    held_out = None
+    if (validation := splits.get("validation")) is not None:
+        held_out = engine.plan(validation, objective.copies(validation), objective)
     return BatchedDatasets(layouts, train, engine, held_out, notes, objective)
 
 
 def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:
     """The objective of a run; for preferences with the rows of each split."""
     if run.training.objective == "sft":
-        return NextToken()
+        return SFT
     compared = {name: ComparedRows(split, run.data.max_length, run.training.seed) for name, split in splits.items()}
     return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
 

@@ -17,9 +17,16 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
-from loratune.compare.engine import Objective, Scorer, ScoringLayout
+from loratune.compare.engine import SFT, Objective, ScoringLayout
 from loratune.compare.gain import FinalScore, Forgetting, Gain
-from loratune.compare.preferences import PreferenceMetrics
+from loratune.compare.objectives import PreferenceMetrics
+from loratune.compare.preferences import (
+    MOST_COMPARED,
+    PreferenceObjective,
+    order_note,
+    score_reference,
+    set_reference,
+)
 from loratune.config import RunConfig
 from loratune.data import token_cache
 from loratune.errors import Problem
@@ -28,15 +35,8 @@ from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.text import plural
 from loratune.training.callbacks import diverged_error
-from loratune.training.checkpoints.store import BestRecord
+from loratune.training.checkpoints.record import BestRecord
 from loratune.training.plan import Plan
-from loratune.training.preferences import (
-    MOST_COMPARED,
-    PreferenceObjective,
-    order_note,
-    score_reference,
-    set_reference,
-)
 from loratune.training.processes import SharedStop
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
@@ -55,6 +55,7 @@ class TrainedAdapter:
         config: The config of the run, without `auto`.
         steps: Optimizer steps that were taken.
         planned_steps: Optimizer steps that the run was to take.
+        keeps_best: Whether the step with the lowest held-out loss becomes the adapter; otherwise it is the last one.
         evaluations: What the evaluations gave, None without validation rows.
         tokens: How many tokens were read in training, without padding.
         seconds: How long it took.
@@ -66,7 +67,7 @@ class TrainedAdapter:
         unrelated: What it does on text that no rows are about.
         test: Its loss on the test rows; None without any.
         preferences: What it prefers; None for objectives without preferences.
-        computed_by: How the metrics were computed, see `Engine.computed_by`.
+        computed_by: Metric → how it was computed, see `Engine.computed_by`.
         not_accelerated: Kinds of layers that were not accelerated, and why not.
         peak_memory: The most bytes in use at once, see `memory.peak`; empty until the adapter is published.
         adapter_bytes: The size of the file of weights; 0 until the adapter is published.
@@ -75,6 +76,7 @@ class TrainedAdapter:
     config: RunConfig
     steps: int
     planned_steps: int
+    keeps_best: bool
     evaluations: BestRecord | None
     tokens: int
     seconds: float
@@ -86,7 +88,7 @@ class TrainedAdapter:
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
     test: FinalScore | None = None
     preferences: PreferenceMetrics | None = None
-    computed_by: dict[str, str] = field(default_factory=dict)
+    computed_by: dict[str, dict[str, str]] = field(default_factory=dict)
     not_accelerated: Mapping[str, str] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     adapter_bytes: int = 0
@@ -94,7 +96,7 @@ class TrainedAdapter:
     @property
     def kept_step(self) -> int:
         """The step whose weights become the adapter."""
-        return self.evaluations.step if self.evaluations and self.config.keeps_best else self.steps
+        return self.evaluations.step if self.evaluations and self.keeps_best else self.steps
 
     def losses(self, key: str = "loss") -> list[float]:
         """Those of the curve. key: `loss` for those of steps, `eval_loss` for the held-out losses."""
@@ -103,7 +105,7 @@ class TrainedAdapter:
     @property
     def held_out_loss(self) -> float | None:
         """The loss of the weights that become the adapter on the validation rows, None without any."""
-        if self.evaluations and self.config.keeps_best:
+        if self.evaluations and self.keeps_best:
             return self.evaluations.loss
         return next(reversed(self.losses("eval_loss")), None)
 
@@ -124,7 +126,7 @@ class TrainedAdapter:
         text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
         if interval := comparison.held_out_interval(loss):
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
-        if best.evaluations > 1 and self.config.keeps_best:
+        if best.evaluations > 1 and self.keeps_best:
             text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
             text += "" if self.test else ", so optimistic"
             if self.kept_step != self.steps:
@@ -168,8 +170,9 @@ class TrainedAdapter:
             "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
         metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
-        computed = ["held_out_loss", *named, *(["kept_step"] if best else [])]
-        return metrics | {"computed_by": {one: self.computed_by for one in computed if metrics.get(one) is not None}}
+        return metrics | {
+            "computed_by": {name: way for name, way in self.computed_by.items() if metrics.get(name) is not None}
+        }
 
 
 def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -253,22 +256,18 @@ def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None 
 # After the last step
 
 
-def _scorer(plan: Plan, objective: Objective = Objective()) -> Scorer:  # noqa: B008  no state
-    return Scorer(plan.model, plan.batches.engine, objective, plan.group)
-
-
 def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     """The adapter with its weights, and how it compares with the base; or with the adapter from which training
     continued, where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see
     `collapse`."""
     weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.datasets.compared
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+    engine, tokens = plan.batches.engine, trained.tokens
     if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
         start = tensors.as_started(plan.model, plan.adapter_init, weights)
-        scorer = _scorer(plan, objective)
-        comparison = gain.measure(scorer, start, compared, trained.tokens, "the one it started from", "start")
+        comparison = gain.measure(engine, objective, start, compared, tokens, "start")
     else:
-        comparison = gain.measure(_scorer(plan, objective), base(), compared, trained.tokens)
+        comparison = gain.measure(engine, objective, base(), compared, tokens)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
@@ -302,21 +301,23 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     forgetting = _forgotten(plan, trained)
     if text is not None:
         base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
-        unrelated = gain.forgetting(_scorer(plan), base, text)
+        unrelated = gain.forgetting(plan.batches.engine, base, text)
     if unrelated.remark:
         note(unrelated.remark)
     test = None
     if (rows := plan.datasets.test) is not None:
         objective = plan.batches.objective
         note(f"scoring the adapter on {plural(rows.items, f'test {gain.item(objective.unit)}')}")
-        test = gain.final_score(_scorer(plan, objective), rows)
+        test = gain.final_score(plan.batches.engine, objective, rows)
+    names = ["held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences"]
+    names += ["kept_step"] if plan.batches.held_out else []
     return replace(
         trained,
         forgetting=forgetting,
         unrelated=unrelated,
         test=test,
         preferences=_measure_preferences(plan),
-        computed_by=plan.batches.engine.computed_by,
+        computed_by=dict.fromkeys(names, plan.batches.engine.computed_by),
         not_accelerated=plan.batches.acceleration.fallbacks,
     )
 
@@ -329,8 +330,8 @@ def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
     if earlier.rows is None:
         return Forgetting(None, unknown=earlier.unknown)
     before = tensors.as_started(plan.model, plan.adapter_init, trained.weights)
-    name = f"the one it started from, {start.info.files.path},"
-    comparison = gain.measure(_scorer(plan), before, {earlier.split: earlier.rows}, trained.tokens, name)
+    rows = {earlier.split: earlier.rows}
+    comparison = gain.measure(plan.batches.engine, SFT, before, rows, trained.tokens, "start")
     return Forgetting(comparison, f"{comparison.sampled_rows()} of the earlier run")
 
 
@@ -341,11 +342,13 @@ def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
         return None
     split = "training" if batches.held_out is None else "validation"
     count = min(plan.datasets.train.items, MOST_COMPARED)
-    rows = batches.held_out or objective.plan(batches.engine, plan.datasets.train, dict.fromkeys(range(count), 1))
+    rows = batches.held_out
+    if rows is None:
+        rows = batches.engine.plan(plan.datasets.train, dict.fromkeys(range(count), 1), objective)
     with batches.acceleration.applied(plan.model):
         objective.score(plan.model, rows, group=plan.group)
-    metrics = objective.metrics(split)
-    assert metrics is not None
+    assert objective.last is not None
+    metrics = objective.metrics(split, objective.last)
     for line in metrics.warnings():
         note(line)
     return metrics
