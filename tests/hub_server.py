@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+READ_SETTINGS = "import importlib, huggingface_hub.constants as hub; importlib.reload(hub)\n"
+"""Code for a forked process, whose client has read its environment before."""
 TOKEN, READ_ONLY = "hf_secretsecretsecretsecret", "hf_readonlyreadonlyreadonly"
 Files = dict[str, bytes]
 Fault = Callable[["Handler", str], bool]

@@ -18,7 +18,8 @@ import gguf
 import pytest
 import torch
 from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
-from fork_server import ForkServer, fork_server
+from fork_server import ForkServer
+from hub_server import READ_SETTINGS
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.adapter import loading
@@ -371,19 +372,18 @@ def hub(pair: tuple[Path, Path]) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
-    with fork_server(tmp_path, **local) as processes:
-        train = processes.start("train", config)
-        assert train.wait() == 0, train.said()
-        params = processes.start("params", run_config(model=base | {"gguf_file": "gone.gguf"}))
-        params.wait()
-        offline = "import huggingface_hub.constants as hub; hub.HF_HUB_OFFLINE = True"
-        words = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
-        generate = processes.start(*words, first=offline)
-        assert generate.wait() == 0, generate.said()
+    train = processes.start("train", config, first=READ_SETTINGS, **local)
+    assert train.wait() == 0, train.said()
+    absent = run_config(model=base | {"gguf_file": "gone.gguf"})
+    params = processes.start("params", absent, first=READ_SETTINGS, **local)
+    params.wait()
+    words = ("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")
+    generate = processes.start(*words, first=READ_SETTINGS, **local | {"HF_HUB_OFFLINE": "1"})
+    assert generate.wait() == 0, generate.said()
     saved = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == "who/packed"
     assert params.code == 3 and params.out.read_text() == ""

@@ -1,11 +1,8 @@
 """`loratune push`, as processes, against a hub on this machine that speaks what huggingface_hub speaks."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +11,8 @@ from typing import Any
 
 import pytest
 from conftest import Ran, check_refused, config_in, process, tree
-from fork_server import Child, ForkServer, fork_server
-from hub_server import READ_ONLY, TOKEN, Fault, Files, Handler, Hub, State
+from fork_server import Child, ForkServer
+from hub_server import READ_ONLY, READ_SETTINGS, TOKEN, Fault, Files, Handler, Hub, State
 from running import WEIGHTS, flip, until
 
 from loratune import config
@@ -29,6 +26,7 @@ from loratune.text import printable
 
 Cli = Callable[..., Ran]
 Push = Callable[..., Ran]
+Start = Callable[..., Child]
 BASE = "who/base"
 ME = "me/skill"
 
@@ -62,17 +60,22 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def clients(hub: Hub, home: Path) -> Iterator[ForkServer]:
-    with fork_server(home, **environment(hub, home)) as made:
-        yield made
+def start(processes: ForkServer, hub: Hub, home: Path) -> Start:
+    """Starts `loratune push ARGS`, logged in with a token that may write."""
+
+    def run(*arguments: object, first: str = "", token: str = TOKEN, **more: Any) -> Child:
+        settings = environment(hub, home) | {"HF_TOKEN": token}
+        return processes.start("push", *arguments, first=READ_SETTINGS + first, **settings | more)
+
+    return run
 
 
 @pytest.fixture
-def push(clients: ForkServer) -> Push:
-    """Runs `loratune push ARGS`, logged in with a token that may write. Nothing of it is ever printed."""
+def push(start: Start) -> Push:
+    """Runs it. Nothing of the token is ever printed."""
 
-    def run(*arguments: object, token: str = TOKEN) -> Ran:
-        child = clients.start("push", *arguments, HF_TOKEN=token)
+    def run(*arguments: object, token: str = TOKEN, **more: Any) -> Ran:
+        child = start(*arguments, token=token, **more)
         ran = Ran(child.wait(), child.out.read_text(), child.said())
         assert not token or token not in ran.out + ran.err
         return ran
@@ -240,21 +243,18 @@ def test_an_adapter_that_loratune_did_not_write(adapter: Path, state: State, pus
     assert card.endswith("Trained at x y, by run.sh.\n")
 
 
-def test_a_new_repository_is_public_where_that_is_asked_for(adapter: Path, state: State, push: Push) -> None:
-    ran = push("--adapter", adapter, ME, "--public")
-    assert ran.code == 0, ran.err
-    assert not state.repositories[ME].private and "visibility      public, new" in ran.out
-    assert push("--adapter", adapter, ME, "--public").code == 0
-
-
-def test_the_login_of_the_hubs_own_client_is_used(adapter: Path, state: State, push: Push, home: Path) -> None:
+def test_a_new_repository_is_public_where_that_is_asked_for(
+    adapter: Path, state: State, push: Push, home: Path
+) -> None:
+    """The first time by the login of the hub's own client."""
     (home / "token").write_text(TOKEN)
     try:
-        ran = push("--adapter", adapter, ME, token="")
+        ran = push("--adapter", adapter, ME, "--public", token="")
     finally:
         (home / "token").unlink()
-    assert ran.code == 0, ran.err
-    assert TOKEN not in ran.out + ran.err
+    assert ran.code == 0 and TOKEN not in ran.out + ran.err, ran.err
+    assert not state.repositories[ME].private and "visibility      public, new" in ran.out
+    assert push("--adapter", adapter, ME, "--public").code == 0
 
 
 # Refused before anything is sent
@@ -325,9 +325,9 @@ def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: P
     assert state.seen == []
 
 
-def test_no_room_for_the_copy(adapter: Path, state: State, clients: ForkServer) -> None:
-    child = clients.start("push", "--adapter", adapter, ME, limit=5_000, HF_TOKEN=TOKEN)
-    assert child.wait() == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in child.said() and child.said().count("\n") == 1
+def test_no_room_for_the_copy(adapter: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, ME, limit=5_000)
+    assert ran.code == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in ran.err and ran.err.count("\n") == 1
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
 
@@ -514,12 +514,11 @@ def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, stat
     assert push("--adapter", adapter, ME).code == 0
 
 
-@pytest.mark.parametrize("place", [INFO, CREATE, COMMIT])
-def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, clients: ForkServer) -> None:
+@pytest.mark.parametrize("place", [*(pytest.param(place, marks=pytest.mark.slow) for place in (INFO, CREATE)), COMMIT])
+def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, start: Start) -> None:
     hold = Hold()
     state.fault = at(place, hold)
-    patience = "from loratune.export import hub; hub._SECONDS = 1.0"
-    child = clients.start("push", "--adapter", adapter, ME, first=patience, HF_TOKEN=TOKEN)
+    child = start("--adapter", adapter, ME, first="from loratune.export import hub; hub._SECONDS = 0.5")
     code = child.wait(20)
     hold.over.set()
     assert (
@@ -528,28 +527,19 @@ def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, cli
     )
 
 
-# Processes of their own: what is read when the client is imported
-
-
-def test_no_network(adapter: Path, state: State, hub: Hub, home: Path) -> None:
-    settings = environment(hub, home) | {"HF_TOKEN": TOKEN}
-    ran = process("push", "--adapter", adapter, ME, **settings | {"HF_HUB_OFFLINE": "1"})
+def test_no_network(adapter: Path, trained: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, ME, HF_HUB_OFFLINE="1")
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "HF_HUB_OFFLINE" in ran.err and state.seen == []
-    ran = process("push", "--adapter", adapter, ME, **settings | {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    ran = push("--adapter", adapter, ME, HF_ENDPOINT="http://127.0.0.1:9")
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
-
-
-def test_no_network_to_look_up_the_base(trained: Path, hub: Hub, home: Path) -> None:
-    settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_ENDPOINT": "http://127.0.0.1:9"}
-    ran = process("push", "--adapter", trained, ME, "--base", BASE, **settings)
+    ran = push("--adapter", trained, ME, "--base", BASE, HF_ENDPOINT="http://127.0.0.1:9")
     check_refused(ran, 8, (Code.PUSH_HUB, BASE, "--base"))
     assert "directory" not in ran.err and ran.err.endswith("; check the connection\n")
 
 
-def test_a_hub_without_xet(adapter: Path, state: State, hub: Hub, home: Path) -> None:
-    settings = environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
-    ran = process("push", "--adapter", adapter, ME, **settings)
+def test_a_hub_without_xet(adapter: Path, state: State, push: Push) -> None:
+    ran = push("--adapter", adapter, ME, HF_HUB_DISABLE_XET="0")
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "HF_HUB_DISABLE_XET=1" in ran.err and state.repositories[ME].files.keys() == {".gitattributes"}
 
@@ -588,13 +578,15 @@ class Hold:
         return code
 
 
-@pytest.mark.parametrize("number, expected", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize("number, expected", [
+    (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9),
+])  # fmt: skip
 def test_stopped_while_the_weights_are_sent(
-    number: int, expected: int, adapter: Path, state: State, clients: ForkServer, push: Push
+    number: int, expected: int, adapter: Path, state: State, start: Start, push: Push
 ) -> None:
     hold = Hold()
     state.fault = at("PUT", hold)
-    child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
+    child = start("--adapter", adapter, ME)
     assert hold.stop(child, number) == expected
     assert child.said().count("error: ") == child.said().count("the same command completes it") == (expected > 0)
     assert state.repositories[ME].files.keys() == {".gitattributes"}
@@ -602,30 +594,23 @@ def test_stopped_while_the_weights_are_sent(
     assert push("--adapter", adapter, ME).code == 0
 
 
-def test_stopped_while_xet_waits(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+def test_stopped_while_xet_waits(adapter: Path, state: State, start: Start) -> None:
     """Its library waits for the network in code of its own, where Python handles no signal."""
     hold = Hold()
     state.fault = at("xet-write-token", hold)
-    settings = os.environ | environment(hub, home) | {"HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "0"}
-    command = [sys.executable, "-m", "loratune", "push", "--adapter", str(adapter), ME]
-    with subprocess.Popen(command, env=settings, stderr=subprocess.PIPE, text=True) as child:
-        assert hold.reached.wait(60)
-        time.sleep(0.2)
-        child.send_signal(signal.SIGINT)
-        said = child.communicate(timeout=20)[1]
-    hold.over.set()
-    assert child.returncode == 130 and said.count("error: ") == 1
+    child = start("--adapter", adapter, ME, HF_HUB_DISABLE_XET="0")
+    assert hold.stop(child) == 130 and child.said().count("error: ") == 1
     assert state.repositories[ME].files.keys() == {".gitattributes"}
 
 
-def test_stopped_while_the_commit_is_made(adapter: Path, state: State, clients: ForkServer, push: Push) -> None:
+def test_stopped_while_the_commit_is_made(adapter: Path, state: State, start: Start, push: Push) -> None:
     def commit(handler: Handler) -> None:
         handler.send = lambda *arguments, **headers: None  # type: ignore[method-assign]
         handler.respond(handler.path)
 
     hold = Hold(commit)
     state.fault = at(COMMIT, hold)
-    child = clients.start("push", "--adapter", adapter, ME, HF_TOKEN=TOKEN)
+    child = start("--adapter", adapter, ME)
     assert hold.stop(child) == 130 and child.said().count("error: ") == 1
     assert state.repositories[ME].files.keys() == {*tree(adapter), ".gitattributes"} - {ROW_HASHES}
     state.fault = State().fault
