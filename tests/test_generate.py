@@ -33,7 +33,7 @@ from loratune.system.files import kind
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
 ANSWERS = ["ox" if number % 2 else "yes" for number in range(28)]
 UNEVEN = [*PROMPTS, *("?" * length for length in range(1, 60, 5)), "Übermut\nand\ttabs"]
-NEW = 12
+NEW = 8
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -173,7 +173,8 @@ def test_base_beside_adapter(cli: Cli, chat: Path) -> None:
 
 @pytest.mark.parametrize("row", [{"messages": [*user("z"), *user("a:")]}, {"prompt": user("a:")}, {"text": "a:"}])
 def test_base_beside_adapter_for_rows(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
-    ran = cli("generate", "--adapter", chat, "--base", "--input", write_rows(tmp_path / "asked.jsonl", [row]))
+    asked = write_rows(tmp_path / "asked.jsonl", [row])
+    ran = cli("generate", "--adapter", chat, "--base", "--max-new-tokens", 4, "--input", asked)
     assert ran.code == 0, ran.err
     assert (ran.out.splitlines()[0], ran.out.splitlines()[-1][:11]) == ("a:", "  adapter  ")
 
@@ -328,8 +329,11 @@ def test_stdin_closed(plain: Path) -> None:
     assert done.stdout == ""
 
 
-def test_stdout_holds_the_completions_only(chat: Path) -> None:
-    assert process("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
+@pytest.mark.parametrize("imports", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stdout_holds_the_completions_only(imports: bool, chat: Path, forked: Cli) -> None:
+    """imports: also where libraries are imported, as in a test of `train` in `test_quantized.py`."""
+    run = process if imports else forked
+    assert run("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
 
 
 def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: ForkServer) -> None:

@@ -15,7 +15,7 @@ from conftest import ROWS, check_refused, meanings, tiny_llama, write_rows
 from running import Cli
 from transformers import PreTrainedTokenizerFast
 
-from loratune import config
+from loratune import config, memory
 from loratune.codes import Code
 from loratune.commands.init import MeasuredRows, fit
 from loratune.config import DataSection, LoraSection, RunConfig, Source, keys
@@ -35,6 +35,14 @@ CHAT = [
 TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
 
 
+@pytest.fixture(autouse=True)
+def _untraced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations are estimated by the formula for models that do not run without data, where no test is about them:
+    each other length of rows has a trace of its own, which takes a second."""
+    if "traced" not in request.keywords:
+        monkeypatch.setattr(memory, "trace", lambda *arguments, **keywords: None)
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory."""
@@ -51,6 +59,7 @@ def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
     return config.load(Path("config.yaml"))
 
 
+@pytest.mark.traced
 def test_labels(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "parity.jsonl", LABELS)
     ran = cli("init", "parity.jsonl", "--model", tiny_dir)
@@ -342,6 +351,7 @@ def test_choices_by_counts() -> None:
     assert [auto.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize(
     ("free", "quantizable", "chosen"),
     [(1 << 40, True, (8, "none", False)), (0, True, (1, "4bit", True)), (0, False, (1, "none", True))],
@@ -382,6 +392,7 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
     return MeasuredRows(RawDatasets(split, None), ColumnChoice(), tokenized.lengths, tokenized, saved)
 
 
+@pytest.mark.traced
 @pytest.mark.parametrize("packing", ["batch", "full"])
 def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None:
     """Where they will be shared: of 8 rows, 12 + 8 * 4 tokens are computed. What is cut begins later."""

@@ -12,7 +12,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
-from conftest import Expected, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
+from conftest import ROWS, Expected, Ran, check_refused, meanings, process, tiny_llama, tree, write_rows
 from running import stopped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
@@ -160,9 +160,9 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
 ) -> None:
     config = run_config(
         model={"name_or_path": str(wide), "dtype": "auto", "quantization": quantization},
-        data={"validation": str(tmp_path / "rows.jsonl")},
+        data={"validation": str(write_rows(tmp_path / "few.jsonl", ROWS[:8]))},
         lora={"lora_dropout": 0.1},
-        training={"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
+        training={"max_steps": 6, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_steps": 3},
     )
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
     assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
@@ -306,13 +306,19 @@ def packed(method: str, wide: Path, path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def plain_counts(wide: Path, cli: Cli) -> str:
+    return cli("params", "--model", wide, "--json").out
+
+
 @pytest.mark.parametrize("method", FOR_TRAINING)
-def test_counts_are_those_of_the_plain_model(method: str, wide: Path, tmp_path: Path, cli: Cli) -> None:
+def test_counts_are_those_of_the_plain_model(
+    method: str, wide: Path, plain_counts: str, tmp_path: Path, cli: Cli
+) -> None:
     """From the configuration alone, with or without the packages."""
     path = packed(method, wide, tmp_path / "packed")
     (path / "model.safetensors").unlink()
-    counted, plain = (json.loads(cli("params", "--model", base, "--json").out) for base in (path, wide))
-    assert counted == plain
+    assert cli("params", "--model", path, "--json").out == plain_counts
 
 
 def test_a_base_that_comes_quantized_trains(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:

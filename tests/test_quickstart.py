@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, Ran, once, process
+from conftest import ROOT, Ran, once, process, write_rows
 from fork_server import ForkServer
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -93,10 +93,15 @@ def stock_logits(adapter: Path, smollm2: Path) -> tuple[torch.Tensor, torch.Tens
         return stock(ids).logits, ours(ids).logits
 
 
-def test_four_steps(smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
-    """What the tests below look at after 24 steps, as far as four show it."""
+@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_four_steps(few: bool, smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
+    """What the tests below look at after 24 steps, as far as four show it. few: four rows of one label."""
     before = digest(smollm2 / "model.safetensors")
     words = [*settings(smollm2, tmp_path / "adapter", 4, logged=1), "--set", "training.warmup_steps=2"]
+    if few:
+        some = [row for row in rows("train.jsonl") if row["completion"] == rows("train.jsonl")[0]["completion"]][:4]
+        words += ["--set", f"data.train={write_rows(tmp_path / 'few.jsonl', some)}"]
+        words += ["--set", "training.per_device_train_batch_size=2"]
     child = processes.start("train", FOLDER / "config.yaml", *words)
     assert child.wait(600) == 0, child.said()
     assert digest(smollm2 / "model.safetensors") == before

@@ -274,7 +274,7 @@ def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeCo
     ran = forked("sweep", file, *RATES, "--budget", "0.001s")
     check_refused(ran, 2, (Code.CONFIG_BUDGET, "", "--budget"))
     assert "have passed before it" in ran.err
-    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", *RANKS, "--trials", "2")
+    ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3..2e-2", "--grid", "lora.r=2", "--trials", "2")
     assert ran.code == 0, ran.err
     rates = [float(trial.settings["training.learning_rate"]) for trial in results(tmp_path).trials]
     assert len({*rates}) == 2 and all(1e-3 <= rate <= 2e-2 for rate in rates)
@@ -285,11 +285,12 @@ def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeCo
 
 def test_the_same_command_resumes(processes: ForkServer, forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     """After SIGINT, and after SIGKILL: each time the trial continues from its checkpoint, to the same bytes."""
-    file = config(training={"num_train_epochs": 6, "save_steps": 4})
+    file = config(training={"num_train_epochs": 4, "save_steps": 3})
+    sweep = ("sweep", file, "--grid", "training.learning_rate=1e-2,1e-3")  # the first one is the better one
     checkpoints = tmp_path / "out.study" / "trials" / "0000" / "out.partial" / "checkpoints"
-    for number, least in ((signal.SIGINT, 4), (signal.SIGKILL, 8)):
-        child = processes.start("sweep", file, *RATES)
-        written = (checkpoints / f"checkpoint-{n}" / "manifest.json" for n in range(least, 31, 4))
+    for number, least in ((signal.SIGINT, 3), (signal.SIGKILL, 9)):
+        child = processes.start(*sweep)
+        written = (checkpoints / f"checkpoint-{n}" / "manifest.json" for n in range(least, 21, 3))
         until(lambda paths=[*written]: any(path.exists() for path in paths), child)
         child.send(number)
         assert child.wait() == (-9 if number == signal.SIGKILL else 130), child.said()
@@ -299,15 +300,12 @@ def test_the_same_command_resumes(processes: ForkServer, forked: Cli, config: Ma
             assert "0 with an adapter" in child.out.read_text()
         else:
             assert "continuing" in child.said() or "resum" in child.said()
-    ran = forked("sweep", file, *RATES)
+    ran = forked(*sweep)
     assert ran.code == 0 and ("continuing" in ran.err or "resum" in ran.err), ran.err
-    assert states(tmp_path) == ["done", "done"] and {trial.number for trial in results(tmp_path).trials} == {0, 1}
-    first = next(trial for trial in results(tmp_path).trials if trial.number == 0)
-    best = results(tmp_path).trials[0].settings["training.learning_rate"]
+    assert states(tmp_path) == ["done", "done"] and [trial.number for trial in results(tmp_path).trials] == [0, 1]
     straight = tmp_path / "straight"
-    again = forked("train", file, "--set", f"training.learning_rate={best}", "--set", f"output_dir={straight}")
+    again = forked("train", file, "--set", "training.learning_rate=1e-2", "--set", f"output_dir={straight}")
     assert again.code == 0 and (straight / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
-    assert first.settings["training.learning_rate"] == "1e-3"
 
 
 @pytest.mark.parametrize(
@@ -336,7 +334,7 @@ def test_a_signal_between_the_end_of_a_trial_and_the_next(
 
 
 def test_two_processes_share_one_study(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
-    file = config(training={"num_train_epochs": 4})
+    file = config(training={"num_train_epochs": 2})
     arguments = ("sweep", file, *RATES, *RANKS, "--json")
     children = [processes.start(*arguments), processes.start(*arguments)]
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
@@ -352,7 +350,7 @@ def test_a_better_one_replaces_what_the_study_published(
     processes: ForkServer, config: MakeConfig, tmp_path: Path
 ) -> None:
     """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
-    gate, file = tmp_path / "gate", config()
+    gate, file = tmp_path / "gate", config(training={"max_steps": 4})
     arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
     waits = "from loratune.commands.sweep import _Sweep\nimport os, time\nwork, calls = _Sweep._work, []\n"
     waits += "def later(self):\n    calls.append(1)\n"
@@ -393,7 +391,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
 
 def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # tried in the order first, last, second, third
-    ran = forked("sweep", config(training={"max_steps": 8, "eval_steps": 1}), "--grid", rates, "--halving")
+    ran = forked("sweep", config(training={"max_steps": 5, "eval_steps": 1}), "--grid", rates, "--halving")
     assert ran.code == 0, ran.err
     assert "stopped early" in states(tmp_path)
     assert results(tmp_path).trials[0].settings["training.learning_rate"] == "1e-2"
