@@ -14,7 +14,7 @@ import yaml
 from conftest import Ran
 from fork_server import Child, ForkServer
 
-from loratune.training.checkpoints.record import CheckpointRecord
+from loratune.training.checkpoints.store import CheckpointRecord
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]

@@ -25,7 +25,7 @@ from loratune.data.sources.rows import Row
 from loratune.errors import DataError
 from loratune.lora import attach
 from loratune.training import auto
-from loratune.training.duration import Costs, Work
+from loratune.training.duration import Costs
 
 LABELS = [{"prompt": f"{number} is", "completion": f" {'odd' if number % 2 else 'even'}"} for number in range(60)]
 CHAT = [
@@ -431,10 +431,10 @@ def test_the_arithmetic_of_training() -> None:
             run = config.from_values({**values, "training": training, "output_dir": "out"}, "test")
             costs = Costs.of_run(model, run, lengths, supervised, 0.0)
             expected = factor * weights * tokens + logits * 6 + attention * pairs
-            assert costs.work(run.training, held_out=0) == Work(2, expected)
+            assert costs.work(run.training, held_out=0) == (2, expected)
             evaluations = 4 / (3 * 16)  # one more is more than a tenth of the training
-            assert costs.work(run.training, held_out=4) == Work(2, pytest.approx(expected * (1 + evaluations)))
-            assert costs.work(run.training, held_out=0, share=0.5).operations == pytest.approx(expected / 2)
+            assert costs.work(run.training, held_out=4) == (2, pytest.approx(expected * (1 + evaluations)))
+            assert costs.work(run.training, held_out=0, share=0.5)[1] == pytest.approx(expected / 2)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.training.auto import optimizer_steps
-from loratune.training.checkpoints.record import BestRecord, StepLosses
-from loratune.training.checkpoints.store import BEST_WEIGHTS, RUN, seal
+from loratune.training.checkpoints.store import BEST_WEIGHTS, RUN, BestRecord, StepLosses, seal
 from loratune.training.duration import evaluation_steps, interval
 
 LEARNT = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
@@ -219,7 +218,7 @@ KILLS = """
 import os, signal
 from loratune.commands import train
 from loratune.training import trainer
-from loratune.training.checkpoints import best_step
+from loratune.training import callbacks
 
 def kill(owner, name, is_time, *, after=False):
     inner = getattr(owner, name)
@@ -240,11 +239,11 @@ def has_best(best):
 
 """.replace("BEST_STEP", str(BEST))
 MOMENTS = {
-    "before it": "kill(trainer.RunTrainer, 'prepare_inputs', at(11))",
+    "before it": "kill(trainer.RunTrainer, '_prepare_inputs', at(11))",
     "in its evaluation": f"kill(trainer.RunTrainer, '_before_batch', at({BEST}))",
     "after its evaluation": f"kill(trainer.RunTrainer, 'evaluate', at({BEST}), after=True)",
-    "while it is written": "kill(best_step.BestStep, 'save', has_best, after=True)",
-    "after it": "kill(trainer.RunTrainer, 'prepare_inputs', at(17))",
+    "while it is written": "kill(callbacks.BestStep, 'save', has_best, after=True)",
+    "after it": "kill(trainer.RunTrainer, '_prepare_inputs', at(17))",
     "after the last step": "kill(train, '_publish', lambda run: True)",
 }
 """How a run is killed, in the order in which one run can be killed at all of these moments."""
@@ -379,7 +378,7 @@ def test_a_checkpoint_of_the_best_step(
 ) -> None:  # fmt: skip
     """One of an earlier release, without a record of it, is evaluated again; and no file but its own is read."""
     config = overfitting(tmp_path, run_config, training={"save_steps": 5, "logging_steps": 3})
-    killed(processes, f"kill(trainer.RunTrainer, 'prepare_inputs', at({BEST}))", config)
+    killed(processes, f"kill(trainer.RunTrainer, '_prepare_inputs', at({BEST}))", config)
     checkpoint = checkpoints(tmp_path / "out.partial")[0]
     if is_earlier_release:
         values = json.loads((checkpoint / RUN).read_text())

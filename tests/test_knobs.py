@@ -32,9 +32,8 @@ from loratune.errors import DataError, ModelError
 from loratune.lora import adapter_files, attach, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import batching, time_budget, upstream
-from loratune.training.callbacks import trackers
-from loratune.training.checkpoints.best_step import BestStep
-from loratune.training.checkpoints.record import BestRecord
+from loratune.training.callbacks import BestStep, trackers
+from loratune.training.checkpoints.store import BestRecord
 
 LORA: dict[str, Any] = {
     "r": 4,

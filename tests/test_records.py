@@ -14,7 +14,6 @@ from loratune.codes import Code
 from loratune.errors import ResumeError
 from loratune.system import files
 from loratune.training.checkpoints import run_dir
-from loratune.training.checkpoints.run_dir import RejectedAdapter
 from loratune.training.checkpoints.store import Checkpoints, newest_whole
 
 Cli = Callable[..., Ran]
@@ -117,16 +116,3 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
 def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
     (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
     assert run_dir.scan_checkpoints(kept / "checkpoint-1").foreign == ["schema_version"]
-
-
-def test_the_record_of_an_end(tmp_path: Path) -> None:
-    path = tmp_path / "ended"
-    RejectedAdapter(3, "worse").write(path)
-    assert json.loads(path.read_text()) == {"schema_version": 1, "step": 3, "told": "worse"}
-    assert RejectedAdapter.read(path) == RejectedAdapter(3, "worse")
-    edit(path, schema_version=None)
-    assert RejectedAdapter.read(path) == RejectedAdapter(3, "worse")
-    edit(path, schema_version=2)
-    with pytest.raises(ResumeError, match=NEWER) as caught:
-        RejectedAdapter.read(path)
-    assert meanings(caught.value) == [(Code.ADAPTER_NEWER_RECORD, str(path), "")]

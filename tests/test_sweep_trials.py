@@ -20,7 +20,7 @@ from test_study_grid import HELD_OUT, RATES, study_config
 from transformers import PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.commands.sweep import _Sweep
+from loratune.commands.sweep import Sweep
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
 from loratune.events import Event, NoteEvent, ProgressEvent, StepEvent
@@ -352,10 +352,10 @@ def test_a_better_one_replaces_what_the_study_published(
     """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
     gate, file = tmp_path / "gate", config(training={"max_steps": 4})
     arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
-    waits = "from loratune.commands.sweep import _Sweep\nimport os, time\nwork, calls = _Sweep._work, []\n"
+    waits = "from loratune.commands.sweep import Sweep\nimport os, time\nwork, calls = Sweep._next_trial, []\n"
     waits += "def later(self):\n    calls.append(1)\n"
     waits += f"    while len(calls) > 1 and not os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
-    waits += "    return work(self)\n_Sweep._work = later"
+    waits += "    return work(self)\nSweep._next_trial = later"
     slow = processes.start(*arguments, first=waits)
     until(lambda: (tmp_path / "out.study" / "results.json").exists(), slow)
     quick = processes.start(*arguments, "--budget", "1h", first=NO_TIME)
@@ -450,7 +450,7 @@ def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, le
     place.rename(copied / "elsewhere")
     place.symlink_to(copied / "elsewhere")
     kept = tree(copied / "elsewhere")
-    sweep: Any = object.__new__(_Sweep)
+    sweep: Any = object.__new__(Sweep)
     sweep.directory, sweep.name, sweep.log = copied / "out.study", "out", print
     with pytest.raises(ConfigError) as refused:
         sweep._remove(int(found.parent.name))
@@ -462,9 +462,9 @@ def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, le
 
 
 def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) -> None:
-    first = "from loratune.commands.sweep import _Sweep\nimport os\nend = _Sweep._finish\n"
+    first = "from loratune.commands.sweep import Sweep\nimport os\nend = Sweep._finish\n"
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
-    first += "_Sweep._finish = later"
+    first += "Sweep._finish = later"
     child = processes.start("sweep", copied / "run.yaml", *RATES, *RANKS, first=first)
     assert child.wait() == 2 and f"[{Code.OUTPUT_UNUSABLE}]" in child.said()
     assert [*(copied / "out").iterdir()] == []

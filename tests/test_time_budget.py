@@ -132,7 +132,7 @@ def test_the_pass_before_the_first_step_is_work() -> None:
     """With a reference all rows are read once more; KTO also reads each prompt with another answer."""
     found = costs("batch")
     work = {
-        objective: found.work(TrainingSection(num_train_epochs=2, objective=objective), held_out=0).operations
+        objective: found.work(TrainingSection(num_train_epochs=2, objective=objective), held_out=0)[1]
         for objective in ("sft", "orpo", "dpo", "kto")
     }
     once = sum(map(row, range(len(LENGTHS))))

@@ -124,7 +124,7 @@ class Recorder(CheckpointTrainer):
         return super().__getattribute__(name)
 
     def evaluate(self, *_: Any, **__: Any) -> Any:
-        self.notify_evaluation({"eval_loss": 1.5})
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": 1.5})
 
 
 class Evaluations(TrainerCallback):
@@ -165,5 +165,5 @@ def test_trainer_calls_its_private_step(name: str, runs: tuple[Recorder, Recorde
     assert name in second.calls and "_load_from_checkpoint" not in first.calls
 
 
-def test_notify_evaluation(runs: tuple[Recorder, Recorder, Evaluations]) -> None:
+def test_callbacks_hear_of_evaluations(runs: tuple[Recorder, Recorder, Evaluations]) -> None:
     assert runs[2].metrics == [{"eval_loss": 1.5}] * 2

@@ -99,8 +99,10 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
         items=ROWS, size=size, collate=partial(put_rows, PAD), flat=False, heaviest=lambda: range(size)
     )
     plan: Any = SimpleNamespace(
-        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None, output=path,
-        batches=SimpleNamespace(train=batches, held_out=None, objective=SFT), check_base_files=lambda: None,
+        training=settings, config=SimpleNamespace(lora=section), model=model, resume_point=None, best=None,
+        run=SimpleNamespace(directory=SimpleNamespace(output=path)),
+        batches=SimpleNamespace(train=batches, held_out=None, objective=SFT),
+        base=SimpleNamespace(files=SimpleNamespace(check_unchanged_in_run=lambda: None)),
         checkpoints=Checkpoints(path / "checkpoints", run_record(), 0),
     )  # fmt: skip
     return trainer.fit(plan, SharedStop())

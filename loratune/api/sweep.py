@@ -80,7 +80,7 @@ def sweep(
             from loratune.study.trials import Budget
 
         limit = Budget(seconds, began)
-        return sweeps.sweep(sweeps.Request(axes, runs, checked, storage, trials, limit, halving))
+        return sweeps.Sweep(axes, runs, checked, storage, trials, limit, halving).work()
 
 
 @contextmanager

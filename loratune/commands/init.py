@@ -380,9 +380,10 @@ def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel
     lengths, supervised = rows.cut(run.data.max_length)
     held_out = rows.held_out or len(rows.train) - trained
     costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)
-    work = costs.work(run.training, round(float(lengths.mean()) * held_out), share=trained / len(lengths))
-    seconds = work.operations * seconds_per_operation(model, run.model, costs, work.operations)
+    tokens = round(float(lengths.mean()) * held_out)
+    steps, operations = costs.work(run.training, tokens, share=trained / len(lengths))
+    seconds = operations * seconds_per_operation(model, run.model, costs, operations)
     budget = 60 * (run.training.max_minutes or 0.0)
     if not budget or budget >= seconds:
-        return work.steps, seconds
-    return max(1, int(work.steps * budget / seconds)), budget
+        return steps, seconds
+    return max(1, int(steps * budget / seconds)), budget

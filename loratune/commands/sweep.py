@@ -51,8 +51,27 @@ _SHOWN = ("seconds", "steps", "adapter_bytes", "unrelated", "note")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a sweep is to do.
+class SweepResult:
+    """The result of a sweep.
+
+    Attributes:
+        results: The trials.
+        directory: The directory of the study.
+        example_prompt: A prompt to try the adapter with, quoted for a shell.
+        stop: The signal that ended it.
+        notes: Lines on what is left to do.
+    """
+
+    results: StudyResults
+    directory: Path
+    example_prompt: str
+    stop: KeyboardInterrupt | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Sweep:
+    """A sweep in this process.
 
     Attributes:
         grid: What is tried.
@@ -72,106 +91,61 @@ class Request:
     budget: Budget
     halving: bool
 
-
-@dataclass(frozen=True)
-class SweepResult:
-    """The result of a sweep.
-
-    Attributes:
-        results: The trials.
-        directory: The directory of the study.
-        example_prompt: A prompt to try the adapter with, quoted for a shell.
-        stop: The signal that ended it.
-        notes: Lines on what is left to do.
-    """
-
-    results: StudyResults
-    directory: Path
-    example_prompt: str
-    stop: KeyboardInterrupt | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-def sweep(request: Request) -> SweepResult:
-    """Train what is to be tried, compare it, and publish the best.
-
-    Raises:
-        LoratuneError: As `train.train`, but for a trial that diverges or needs too much memory, which is a result.
-        ConfigError: The study is of something else; a budget is shorter than one trial.
-        ResumeError: The study is damaged, or its database cannot be reached.
-        LockedError: The database of the study is locked.
-        NumericError: No trial has an adapter.
-    """
-    return _Sweep(request).run()
-
-
-def _check_grid(request: Request) -> None:
-    """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model, which is
-    tried on a model without weights."""
-    objectives = {run.training.objective for run in request.runs.values()}
-    kind_of_rows = KINDS[request.run.config.training.objective]
-    if wrong := sorted(one for one in objectives if KINDS[one] != kind_of_rows):
-        what = f"cannot be {' or '.join(wrong)}, as the rows are {kind_of_rows or 'neither pairs nor unpaired answers'}"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, OPTION, "training.objective"))
-    sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(request.runs.items())}
-    for name in reversed(sections.values()):
-        model, lora = request.runs[name].model, auto.without_rows(request.runs[name].lora)
-        try:
-            attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
-        except (ModelError, ConfigError) as error:
-            problems = [replace(one, where=one.where or f"{OPTION} {name}") for one in error.problems]
-            raise type(error)(problems) from None
-
-
-def _identity(request: Request) -> dict[str, str]:
-    """The settings that all trials of the study share, and the keys that they differ in."""
-    places = (key.removesuffix(".path") for key in path_keys())
-    skipped = (*_NOT_COMPARED, *places, *request.grid.keys)
-    shared = {
-        key: value
-        for key, value in keys.flat(request.run.config.resolved()).items()
-        if not any(key == name or key.startswith(f"{name}.") for name in skipped)
-    }
-    drawn = "ranges" if request.grid.has_ranges else "values"
-    return shared | {OPTION: f"{drawn} of {', '.join(sorted(request.grid.keys))}"}
-
-
-class _Sweep:
-    """A sweep in this process.
-
-    Attributes:
-        wanted: The labels of what is tried; None where values are drawn.
-        untried: The number of combinations beyond the most trials.
-    """
-
-    def __init__(self, request: Request):
-        self.request = request
-        output = request.run.directory.output
-        self.name, self.directory = output.name, study_directory(output)
-        _check_grid(request)
+    def __post_init__(self) -> None:
+        """Open the study, load base and rows, and put the combinations into the queue. Raises as `train`."""
+        self.name, self.directory = self.run.directory.output.name, study_directory(self.run.directory.output)
+        self._check_grid()
         if kind(self.directory / RESULTS):
             StudyResults.read(self.directory)
-        seed, identity = request.run.config.training.seed, _identity(request)
-        self.study = Study(self.directory, self.name, request.storage, halving=request.halving, seed=seed)
+        seed, identity = self.run.config.training.seed, self._identity()
+        self.study = Study(self.directory, self.name, self.storage, halving=self.halving, seed=seed)
         self.study.check(identity, record=False)
-        self.runner = TrialRunner(request.run)
-        for run in request.runs.values():
+        self.runner = TrialRunner(self.run)
+        for run in self.runs.values():
             self.runner.prepare_rows(run)
-        if request.budget.seconds is not None and not self.study.records():  # before anything is recorded
-            request.budget.fits(self.runner.estimate(next(iter(request.runs.values()))))
+        if self.budget.seconds is not None and not self.study.records():  # before anything is recorded
+            self.budget.fits(self.runner.estimate(next(iter(self.runs.values()))))
         self.study.check(identity | self.runner.fingerprints, record=True)
-        self.notes, self.untried, self.wanted = list[str](), 0, None
-        if not request.grid.has_ranges:
-            combinations = request.grid.spread_out()
-            self.untried = len(combinations[request.most :]) if request.most else 0
-            self.study.enqueue(combinations[: request.most])
-            self.wanted = {label(settings) for settings in combinations[: request.most]}
+        self.notes = list[str]()
+        self.wanted: set[str] | None = None  # where values are drawn; else the labels of what is tried
+        if not self.grid.has_ranges:
+            combinations = self.grid.spread_out()
+            self.study.enqueue(combinations[: self.most])
+            self.wanted = {label(settings) for settings in combinations[: self.most]}
 
-    def run(self) -> SweepResult:
+    def _check_grid(self) -> None:
+        """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model."""
+        objectives = {run.training.objective for run in self.runs.values()}
+        rows = KINDS[self.run.config.training.objective]
+        if wrong := sorted(one for one in objectives if KINDS[one] != rows):
+            what = f"cannot be {' or '.join(wrong)}, as the rows are {rows or 'neither pairs nor unpaired answers'}"
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, OPTION, "training.objective"))
+        sections = {json.dumps(run.lora.model_dump(mode="json")): name for name, run in reversed(self.runs.items())}
+        for name in reversed(sections.values()):
+            model, lora = self.runs[name].model, auto.without_rows(self.runs[name].lora)
+            try:
+                attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
+            except (ModelError, ConfigError) as error:
+                problems = [replace(one, where=one.where or f"{OPTION} {name}") for one in error.problems]
+                raise type(error)(problems) from None
+
+    def _identity(self) -> dict[str, str]:
+        """The settings that all trials of the study share, and the keys that they differ in."""
+        places = (key.removesuffix(".path") for key in path_keys())
+        skipped = (*_NOT_COMPARED, *places, *self.grid.keys)
+        shared = {
+            key: value
+            for key, value in keys.flat(self.run.config.resolved()).items()
+            if not any(key == name or key.startswith(f"{name}.") for name in skipped)
+        }
+        drawn = "ranges" if self.grid.has_ranges else "values"
+        return shared | {OPTION: f"{drawn} of {', '.join(sorted(self.grid.keys))}"}
+
+    def work(self) -> SweepResult:
         """Work on trials until none is left."""
         stop: KeyboardInterrupt | None = None
         try:
-            while self._work():
+            while self._next_trial():
                 pass
         except KeyboardInterrupt as interruption:
             stop = interruption
@@ -182,14 +156,14 @@ class _Sweep:
         with self.study.locked():
             return self._finish(stop)
 
-    def _work(self) -> bool:
+    def _next_trial(self) -> bool:
         """Work on the next trial. Returns whether there was one, and time for it."""
-        request, budget = self.request, self.request.budget
-        with self.study.claim(self.wanted, request.grid.axes, request.most) as record:
+        budget = self.budget
+        with self.study.claim(self.wanted, self.grid.axes, self.most) as record:
             if record is None:
                 return False
             try:
-                run = request.runs.get(label(record.settings)) or request.grid.run(record.settings)
+                run = self.runs.get(label(record.settings)) or self.grid.run(record.settings)
             except ConfigError as error:  # of a number that was drawn between the ends of a range, which are valid
                 self._fail(record, "invalid", error.problems[0].what)
                 return True
@@ -210,8 +184,8 @@ class _Sweep:
 
     def _try(self, record: TrialRecord, run: RunConfig, estimate: float) -> None:
         """Train a trial and record its result."""
-        budget, varied, output, start = self.request.budget, self.request.grid.keys, self._adapter(record.number), now()
-        halving, brief = self.request.halving, budget.begun > 0
+        budget, varied, output, start = self.budget, self.grid.keys, self._adapter(record.number), now()
+        halving, brief = self.halving, budget.begun > 0
         budget.begun += 1
         try:
             progress = TrialProgress(listener(), self.study, record, halving=halving, brief=brief)
@@ -275,7 +249,7 @@ class _Sweep:
         except (KeyError, ValueError, TypeError):
             what, fix = "the study holds what no sweep has written", "move the study away, and start again"
             raise ResumeError(Problem(Code.SWEEP_STUDY, what, self.study.where, fix=fix)) from None
-        base, keys = Path(self.request.run.config.model.name_or_path).name, self.request.grid.keys
+        base, keys = Path(self.run.config.model.name_or_path).name, self.grid.keys
         measured: dict[str, Any] = {"unit": runner.objective.unit, "measured_by": runner.described}
         return StudyResults(self.name, base, keys, runner.rows, runner.total, trials, **measured)
 
@@ -296,17 +270,16 @@ class _Sweep:
             notes.append(f"{running} of the trials run in other processes; the last of these publishes the best")
         else:
             if results.winner is not None and self._publish(results.winner):
-                results = replace(results, published=str(self.request.run.directory.output))
+                results = replace(results, published=str(self.run.directory.output))
             if waiting:
                 option = " with --overwrite" if results.published else ""
                 notes.append(f"{plural(waiting, 'trial')} left; the command that named them{option} continues")
-            if self.untried:
-                left = plural(self.untried, "combination")
-                notes.append(f"{left} of the grid not tried, as --trials is {self.request.most}")
+            if self.most and not self.grid.has_ranges and (left := len(self.grid.combinations()) - self.most) > 0:
+                notes.append(f"{plural(left, 'combination')} of the grid not tried, as --trials is {self.most}")
         results.write(self.directory)
         if stop is None and running + waiting + results.count(DONE) == 0:
             raise _nothing(results)
-        split = self.request.run.rows
+        split = self.run.rows
         prompt = card.example_prompt(split.train) if split is not None else "PROMPT"
         return SweepResult(results, self.directory, prompt, stop, notes)
 
@@ -319,7 +292,7 @@ class _Sweep:
         Raises:
             AdapterError: It is missing or damaged.
         """
-        source, directory, records = self._adapter(winner.number), self.request.run.directory, self.study.records()
+        source, directory, records = self._adapter(winner.number), self.run.directory, self.study.records()
         best = next(one for one in records if one.number == winner.number)
         if best.host != host() and not is_directory(source):
             where = f"the adapter of trial {winner.number}, the best, is on {best.host}, in {best.place}"

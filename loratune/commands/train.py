@@ -6,7 +6,7 @@
 import gc
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -21,10 +21,10 @@ from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import load
 from loratune.system import signals
-from loratune.system.files import check_free_space, explain_full_disk, write_json
+from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import results, time_budget, trainer
-from loratune.training.checkpoints.run_dir import PUBLISH_WORSE, RejectedAdapter
+from loratune.training.checkpoints.run_dir import PUBLISH_WORSE
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS
 from loratune.training.plan import Plan, make_plan
 from loratune.training.preflight import Run
@@ -67,8 +67,6 @@ def train(
     began = time.monotonic() if began is None else began
     group.set_timeout(run.config.training.ddp_timeout)
     with group.connected(), run.directory.locked() if group.main else nullcontext():
-        if group.main and not allow_worse:
-            _check_not_rejected(run)
         plan = make_plan(run, group)
         gc.collect()
         gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
@@ -105,7 +103,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         _reject(plan, trained)
     trained = results.measure(plan, trained)
     if group.main:
-        plan.check_base_files()
+        plan.base.files.check_unchanged_in_run()
     group.close()
     return _publish(plan, replace(trained, peak_memory=memory.peak())) if group.main else None
 
@@ -143,33 +141,18 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
         problem, evaluating = error.problems[0], error.evaluating
     fix = "lower data.max_length, or leave out data.validation"
     if not evaluating:
-        savings = [f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in plan.savings()]
-        fix = "set " + ", or ".join(savings)
+        packed = plan.batches.train.flat
+        savings = memory.savings(plan.model, *plan.batches.largest(), plan.training, packed=packed)
+        fix = "set " + ", or ".join(f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings)
     raise ResourceError(replace(problem, fix=fix))
-
-
-def _check_not_rejected(run: Run) -> None:
-    """Check that a resumed run would not end as it did before, without taking a step.
-
-    Raises:
-        NumericError: The run that is resumed ended worse than its base.
-    """
-    if (point := run.resume_point) is None:
-        return
-    rejected, changed = run.directory.rejected_adapter(), {change["key"] for change in point.changes}
-    if rejected is None or rejected.step != point.step or changed - {"training.learning_rate"}:
-        return
-    what = f"the run has taken all its {rejected.step:,} steps, and its adapter is {rejected.comparison}"
-    if changed:
-        what += "; no step is left for the new training.learning_rate"
-    fix = f"{PUBLISH_WORSE}, or start afresh with --overwrite and a lower training.learning_rate"
-    raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, what, run.directory.display_name, fix=fix))
 
 
 def _reject(plan: Plan, trained: TrainedAdapter) -> NoReturn:
     """End a run whose adapter does worse than its base, and record that beside its checkpoints."""
     if plan.group.main:
-        RejectedAdapter(trained.steps, str(trained.gain)).write(plan.run.directory.rejection)
+        record = versioned({"step": trained.steps, "told": str(trained.gain)})
+        with suppress(OSError):  # without it, later messages are only less exact
+            write_json(plan.run.directory.rejection, record)
     plan.group.all_gather(None)  # the others end only once the record is written
     fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH_WORSE}"
     raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, f"the adapter is {trained.gain}", fix=fix))
@@ -194,7 +177,7 @@ def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
 
 def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     """Write to the staged adapter everything but its weights: tokenizer, config, card, hashes of its rows, record."""
-    staging, name, rows = plan.run.directory.staging, plan.output.name, plan.run.rows
+    staging, name, rows = plan.run.directory.staging, plan.run.directory.output.name, plan.run.rows
     assert rows is not None
     plan.datasets.tokenizer.save_pretrained(staging)
     (staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")

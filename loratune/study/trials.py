@@ -35,7 +35,7 @@ from loratune.lora import attach, tensors
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
 from loratune.study.study import Study, TrialRecord
-from loratune.system.files import is_directory
+from loratune.system.files import is_directory, is_file
 from loratune.system.launcher import SINGLE_PROCESS
 from loratune.text import format_duration
 from loratune.training import auto, batching, preflight
@@ -211,7 +211,7 @@ class TrialRunner:
             column.reshape(-1, rows_per_example).sum(1) for column in (train.lengths, train.supervised)
         )
         costs = Costs.of_run(model, run, lengths, supervised, layout.saving(), rows_per_example)
-        operations = costs.work(run.training, held_out).operations
+        operations = costs.work(run.training, held_out)[1]
         if self._seconds_per_operation is None:
             self._seconds_per_operation = seconds_per_operation(model, run.model, costs, operations)
         return operations * self._seconds_per_operation
@@ -241,7 +241,7 @@ class TrialRunner:
     def _resumed(self, trial: Run) -> Run:
         """The run with the checkpoint that it continues from, if there is one that fits."""
         directory = trial.directory
-        if not is_directory(directory.partial) or not directory.is_resumable() or directory.rejected_adapter():
+        if not is_directory(directory.partial) or not directory.is_resumable() or is_file(directory.rejection):
             return trial
         try:
             point = find_resume_point(directory.checkpoints, trial.config, ())

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from transformers import TrainerCallback
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -29,9 +30,10 @@ from loratune.compare.engine import Objective
 from loratune.errors import LoratuneError, NumericError, Problem
 from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit, note
 from loratune.kernels import global_norm
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.lora.tensors import Weights, read_weights
 from loratune.system.launcher import Group
-from loratune.training.checkpoints.record import StepLosses
-from loratune.training.checkpoints.store import Checkpoints
+from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkpoints, StepLosses
 from loratune.training.upstream import TensorBoard
 
 _METRICS = ("reward_accuracy", "reward_margin")
@@ -123,17 +125,68 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
 
 
+class BestStep:
+    """The best step so far, by its held-out loss.
+
+    Each checkpoint holds the record and the weights of its own time, so a resumed run needs only the checkpoint, and
+    repeats the evaluations after it. The weights are in a file of their own unless they are the checkpoint's.
+
+    Attributes:
+        record: What the evaluations gave; None before the first.
+        keep: Whether the weights of that step become the adapter.
+        patience: After how many evaluations in a row without a lower loss the run ends; None for never.
+    """
+
+    def __init__(self, *, keep: bool, patience: int | None, record: BestRecord | None = None) -> None:
+        self.record, self.keep, self.patience = record, keep, patience
+        self._weights: Weights | None = None
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether patience is at its end."""
+        return self.record is not None and self.patience is not None and self.record.since >= self.patience
+
+    def add(self, step: int, loss: float, weights: Callable[[], Weights]) -> None:
+        """Add an evaluation.
+
+        Args:
+            step: After which step it was.
+            loss: The held-out loss.
+            weights: Returns the trained weights as whole tensors, see `tensors.full_weights`; called in all processes
+                or in none.
+        """
+        self.record = self.record.after(step, loss) if self.record else BestRecord(step, loss)
+        if self.keep and self.record.step == step:
+            self._weights = {name: tensor.cpu() for name, tensor in weights().items()}
+
+    def kept_weights(self, step: int) -> Weights | None:
+        """The weights that become the adapter; None if they are those of the last step, which is given."""
+        if not self.keep or self.record is None or self.record.step == step:
+            return None
+        assert self._weights is not None
+        return self._weights
+
+    def save(self, checkpoint: Path, step: int) -> None:
+        """Write the weights to a checkpoint of a step, unless they are its own."""
+        if (weights := self.kept_weights(step)) is not None:
+            save_file(weights, checkpoint / BEST_WEIGHTS)
+
+    def load(self, checkpoint: Path, step: int) -> None:
+        """Read the weights back from a checkpoint of a step."""
+        if self.keep and self.record is not None:
+            self._weights = read_weights(checkpoint / (WEIGHTS_FILE if self.record.step == step else BEST_WEIGHTS))
+
+
 class RunCallback(TrainerCallback):
     """Emits events of what the trainer does, and ends a run after the current step once that is asked for.
 
     Args:
         stopping: Whether any process was asked to stop; all of them call it together.
-        after_checkpoint: Called after each checkpoint; an error that it raises ends the run.
         at_evaluations: Whether the loss is reported at each evaluation too, since any may be the end of the run.
     """
 
-    def __init__(self, stopping: Callable[[], bool], after_checkpoint: Callable[[], None], *, at_evaluations: bool):
-        self.stopping, self.after_checkpoint, self.at_evaluations = stopping, after_checkpoint, at_evaluations
+    def __init__(self, stopping: Callable[[], bool], *, at_evaluations: bool):
+        self.stopping, self.at_evaluations = stopping, at_evaluations
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
@@ -150,10 +203,6 @@ class RunCallback(TrainerCallback):
         if self.stopping():
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint."""
-        self.after_checkpoint()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """When a loss is reported."""
@@ -175,28 +224,24 @@ class Pace(TrainerCallback):
     """Measures how fast tokens are read in training. Evaluations and checkpoints do not count."""
 
     def __init__(self) -> None:
-        self.seconds = self.total_seconds = self.start = 0.0
-        self.tokens = self.first_tokens = 0
+        self.seconds = self.start = self.reported_seconds = 0.0
+        self.first_tokens = self.reported_tokens = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
-        self.tokens = self.first_tokens = int(state.num_input_tokens_seen)
+        self.reported_tokens = self.first_tokens = int(state.num_input_tokens_seen)
         self.start = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """After each optimizer step."""
-        now = time.monotonic()
-        self.seconds += now - self.start
-        self.total_seconds += now - self.start
-        self.start = now
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After an evaluation."""
-        self.start = time.monotonic()
+        before, self.start = self.start, time.monotonic()
+        self.seconds += self.start - before
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After a checkpoint."""
+        """After a checkpoint, or an evaluation."""
         self.start = time.monotonic()
+
+    on_evaluate = on_save
 
     def metrics(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
         """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
@@ -204,14 +249,14 @@ class Pace(TrainerCallback):
         tokens = int(state.num_input_tokens_seen)
         if "loss" not in logs:
             return {"tokens": tokens}
-        rate = (tokens - self.tokens) / max(self.seconds, 1e-9)
-        self.tokens, self.seconds = tokens, 0.0
+        rate = (tokens - self.reported_tokens) / max(self.seconds - self.reported_seconds, 1e-9)
+        self.reported_tokens, self.reported_seconds = tokens, self.seconds
         return {"tokens": tokens, "tokens_per_second": round(rate, 1)}
 
     def overall(self, state: Any) -> float | None:
         """Tokens a second over all steps of this process; None if it took none."""
         tokens = int(state.num_input_tokens_seen) - self.first_tokens
-        return round(tokens / self.total_seconds, 1) if tokens and self.total_seconds else None
+        return round(tokens / self.seconds, 1) if tokens and self.seconds else None
 
 
 class StepTimer(TrainerCallback):
@@ -256,13 +301,8 @@ class Tracker(TrainerCallback):
     """
 
     def __init__(self, name: str, make: Callable[[], TrainerCallback], run_name: str):
-        """A tracker that has not begun.
-
-        Args:
-            name: Its name in `training.report_to`.
-            make: Makes the integration, which imports its package.
-            run_name: What it is to call the run.
-        """
+        """name: its name in `training.report_to`; make: makes the integration, which imports its package; run_name:
+        what it is to call the run."""
         self._name, self._make, self._run_name = name, make, run_name
         self._integration: TrainerCallback | None = None
         self._last_call: tuple[Any, Any, Any, dict[str, Any]] | None = None
@@ -324,13 +364,8 @@ class Tracker(TrainerCallback):
 
 
 def trackers(names: Iterable[str], output: Path, *, is_resumed: bool) -> Sequence[Tracker]:
-    """The trackers of a run, for the main process.
-
-    Args:
-        names: Those of `training.report_to`.
-        output: The output directory, after which the run is called, and beside which TensorBoard's files go.
-        is_resumed: Whether the run continues from a checkpoint, and so do TensorBoard's files.
-    """
+    """The trackers of a run, for the main process. The run is called after the output directory, beside which
+    TensorBoard's files go; these are continued if the run `is_resumed`."""
 
     def make(name: str) -> TrainerCallback:
         if name == "tensorboard":

@@ -130,19 +130,6 @@ def interval(steps: int, trained: int, held_out: int) -> int:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a run computes.
-
-    Attributes:
-        steps: Optimizer steps.
-        operations: Of these steps, and of the evaluations beside them.
-    """
-
-    steps: int
-    operations: float
-
-
-@dataclass(frozen=True)
 class Costs:
     """Floating-point operations of the batches of one layout.
 
@@ -191,13 +178,8 @@ class Costs:
             layout = layout.sharing(saved)
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
 
-    @property
-    def tokens_of_batch(self) -> int:
-        """Tokens of a batch in the mean, without padding."""
-        return int(self.lengths.sum()) // self.of_pass()[0]
-
-    def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> "Work":
-        """What training in one process computes, with the pass before it that some objectives have a reference by.
+    def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> tuple[int, float]:
+        """The steps of training in one process, and their operations, with evaluations and the pass for a reference.
 
         Args:
             training: The section, without `auto`.
@@ -209,18 +191,15 @@ class Costs:
         one_pass = float(next(self.micro_steps(training.seed, 1)).sum())
         steps = one_pass * plan.trained / tokens * (1 + plan.share)
         if training.objective not in WITH_REFERENCE:
-            return Work(plan.steps, steps)
+            return plan.steps, steps
         twice = WITH_MISMATCHED if training.objective == "kto" else 1.0
-        return Work(plan.steps, twice * (steps + READ * one_pass * (share + held_out / tokens)))
+        return plan.steps, twice * (steps + READ * one_pass * (share + held_out / tokens))
 
     @property
     def of_rows(self) -> NDArray[np.float64]:
         """(rows,), the operations of each row without padding."""
-        return self._of(self.lengths.astype(np.float64), self.supervised)
-
-    def _of(self, lengths: NDArray[np.float64], supervised: NDArray[np.int64]) -> NDArray[np.float64]:
-        token, label, pair = self.weights
-        return np.asarray(token * lengths + label * supervised + pair * lengths * lengths)
+        (token, label, pair), lengths = self.weights, self.lengths.astype(np.float64)
+        return np.asarray(token * lengths + label * self.supervised + pair * lengths * lengths)
 
     def of_batches(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
         """The operations of batches. items: (..., items of a batch), the numbers of the items. Returns (...)."""
@@ -297,7 +276,7 @@ def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, opera
     """
     dtype, device = load.compute_dtype(section), load.device()
     side = min(int(model.get_input_embeddings().weight.shape[1]), _WIDTH)
-    tokens = min(max(costs.tokens_of_batch, 1), _TOKENS)
+    tokens = min(max(int(costs.lengths.sum()) // costs.of_pass()[0], 1), _TOKENS)
     layer = _StandIn(side).to(device=device, dtype=dtype).requires_grad_(False)
     states = torch.randn(tokens, side, dtype=dtype, device=device).requires_grad_()
     weights = sum(parameter.numel() for parameter in layer.parameters())

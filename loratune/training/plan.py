@@ -33,9 +33,8 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
 from loratune.training import auto, batching
 from loratune.training.batching import BatchedDatasets
-from loratune.training.checkpoints.record import BestRecord, CheckpointRecord
 from loratune.training.checkpoints.resume import ResumePoint
-from loratune.training.checkpoints.store import Checkpoints
+from loratune.training.checkpoints.store import BestRecord, CheckpointRecord, Checkpoints
 from loratune.training.duration import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import Run
 from loratune.training.rows import TokenizedDatasets, tokenize
@@ -63,7 +62,6 @@ class Plan:
         count: Trainable parameters, and all parameters.
         batches: The rows in batches, and which layers the kernels compute.
         memory: The estimate of the memory that training needs.
-        evaluations: When the run is evaluated; None without validation rows.
         checkpoints: The checkpoints of the run, with its record.
         notes: Lines that the user should see.
         lower_rate: A learning rate to try should that of the run spoil the model.
@@ -80,7 +78,6 @@ class Plan:
     count: Count
     batches: BatchedDatasets
     memory: memory.Estimate
-    evaluations: EvaluationSteps | None
     checkpoints: Checkpoints
     notes: list[str]
     lower_rate: float
@@ -89,11 +86,6 @@ class Plan:
     def resume_point(self) -> ResumePoint | None:
         """Where the run continues, if it is resumed."""
         return self.run.resume_point
-
-    @property
-    def output(self) -> Path:
-        """Where the adapter goes."""
-        return self.run.directory.output
 
     @property
     def best(self) -> BestRecord | None:
@@ -105,25 +97,28 @@ class Plan:
     @property
     def training(self) -> TrainingSection:
         """The section, with what it leaves to the rows: the steps between evaluations, and which step is kept."""
-        steps = {"eval_steps": self.evaluations.interval} if self.evaluations else {}
+        steps = {"eval_steps": evaluations.interval} if (evaluations := self.evaluations) else {}
         return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
 
-    def check_base_files(self) -> None:
-        """Raises ModelError: the files of the base have changed since they were loaded."""
-        self.base.files.check_unchanged_in_run()
+    @property
+    def evaluations(self) -> EvaluationSteps | None:
+        """When the run is evaluated; None without validation rows."""
+        return self.evaluation_steps(self.config.training)
 
     def evaluation_steps(self, training: TrainingSection) -> EvaluationSteps | None:
         """When a run with this section is evaluated; None without validation rows."""
-        return _evaluation_steps(self.batches, self.datasets, training, self.group)
-
-    def savings(self) -> list[tuple[str, int]]:
-        """Settings that would save memory, each with about how many bytes."""
-        return [*memory.savings(self.model, *self.batches.largest(), self.training, packed=self.batches.train.flat)]
+        if (held_out := self.datasets.validation) is None:
+            return None
+        trained, tokens = (int(split.rows.lengths.sum()) for split in (self.datasets.train, held_out))
+        count, size = len(self.batches.train.items), self.batches.train.size
+        return evaluation_steps(training, count, size, self.group.count, trained, tokens)
 
     def event(self) -> PlanEvent:
         """The plan as users see it before the first step."""
-        titles = [f"first row{self.side_name(number)}, supervised text marked:" for number in self._first_example()]
-        texts = [tuple(_shortened(self.row_text(number))) for number in self._first_example()]
+        examples = [
+            (f"first row{self.side_name(number)}, supervised text marked:", tuple(_shortened(self.row_text(number))))
+            for number in range(self.datasets.train.rows_per_example)
+        ]
         shared = [
             shared_module(module_pattern, self.targets.fused[module_pattern], roles)
             for module_pattern, roles in self.targets.shared_roles().items()
@@ -131,15 +126,12 @@ class Plan:
         ]
         return PlanEvent(
             rows=tuple(self.dataset_lines()),
-            examples=tuple(zip(titles, texts, strict=True)),
+            examples=tuple(examples),
             notes=(*shared, *self.all_notes()),
             summary=str(self.count),
             trainable=self.count.trainable,
             memory=self.memory.total,
         )
-
-    def _first_example(self) -> range:
-        return range(self.datasets.train.rows_per_example)
 
     def dataset_lines(self) -> Iterator[str]:
         """A table of how many rows of each split are used, truncated or dropped, and remarks on them."""
@@ -161,10 +153,10 @@ class Plan:
             yield f"{self.group.count} processes: {self.group.count} x {batch_size} x {accumulation} {kinds} a step"
         if (items := self.datasets.train.items) < batch and batch_size > 1:
             yield f"rows: {items}, fewer than a batch of {batch}: each epoch is one step on all of them"
-        if self.evaluations is not None:
+        if (evaluations := self.evaluations) is not None:
             kept = "; the weights of the one with the lowest loss become the adapter" if self.config.keeps_best else ""
-            yield f"{self.evaluations}{kept if self.evaluations.count > 1 else ''}"
-            if training.patience is not None and training.patience + 1 >= self.evaluations.count:
+            yield f"{evaluations}{kept if evaluations.count > 1 else ''}"
+            if training.patience is not None and training.patience + 1 >= evaluations.count:
                 yield f"training.patience: {training.patience} has no effect with so few evaluations"
         yield from self.notes
 
@@ -256,7 +248,8 @@ def make_plan(
         start_from=run.start.info.files if run.start else None,
     )
     record = _record(run, config, datasets, base, conditions(model, batches.acceleration.fallbacks))
-    estimate = _memory(model, batches, config.training)
+    packed, tokens = batches.train.flat, batches.train.total_tokens(config.training.max_steps).tolist()
+    estimate = memory.estimate(model, *batches.largest(), config.training, packed=packed, batch_tokens=tokens)
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
     notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
@@ -273,16 +266,10 @@ def make_plan(
         count=attach.count(model, adapter_init),
         batches=batches,
         memory=estimate,
-        evaluations=_evaluation_steps(batches, datasets, config.training, group),
         checkpoints=Checkpoints(run.directory.checkpoints, record, size, is_writer=group.main),
         notes=[*notes, *datasets.notes],
         lower_rate=auto.lower_rate(config, known),
     )
-
-
-def _memory(model: PeftModel, batches: BatchedDatasets, training: TrainingSection) -> memory.Estimate:
-    tokens = batches.train.total_tokens(training.max_steps).tolist()
-    return memory.estimate(model, *batches.largest(), training, packed=batches.train.flat, batch_tokens=tokens)
 
 
 def _record(
@@ -341,16 +328,6 @@ def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, st
 def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
     """That of the chat template that the config names; empty where it is the tokenizer's own."""
     return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
-
-
-def _evaluation_steps(
-    batches: BatchedDatasets, datasets: TokenizedDatasets, training: TrainingSection, group: Group
-) -> EvaluationSteps | None:
-    if datasets.validation is None:
-        return None
-    trained, held_out = (int(split.rows.lengths.sum()) for split in (datasets.train, datasets.validation))
-    count, size = len(batches.train.items), batches.train.size
-    return evaluation_steps(training, count, size, group.count, trained, held_out)
 
 
 def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:

@@ -69,21 +69,21 @@ class Run:
     start: StartAdapter | None = None
 
 
-_DIRECTORY, _POINT = TypeAdapter(RunDirectory), TypeAdapter(ResumePoint | None)
+_POINT = TypeAdapter(ResumePoint | None)
 
 
 def broadcast_run(run: Run | None, group: Group) -> Run:
     """The run that the main process has checked, in all processes; the others have no rows yet."""
     own: list[Any] = []
     if run is not None:
-        own = [run.config.resolved(), _DIRECTORY.dump_python(run.directory, mode="json")]
-        own.append(_POINT.dump_python(run.resume_point, mode="json"))
+        own = [run.config.resolved(), _POINT.dump_python(run.resume_point, mode="json")]
     values = group.broadcast(own)
     if run is not None:
         return run
     config = RunConfig.model_validate(values[0])
     start = _open_start(config, reads_rows=False)
-    return Run(config, _DIRECTORY.validate_python(values[1]), None, _POINT.validate_python(values[2]), start)
+    directory = RunDirectory.at(config.output_dir, overwrite=False)  # only the main process writes
+    return Run(config, directory, None, _POINT.validate_python(values[1]), start)
 
 
 def check(
@@ -159,29 +159,23 @@ def _earlier_rows(info: AdapterDirectory, *, is_replayed: bool) -> tuple[RawData
 
     Raises AdapterError, DataError: they are to be replayed, and are not known.
     """
-    earlier, where, fix = info.run, str(info.files.path), "leave data.replay out"
+    earlier, fix = info.run, "leave data.replay out"
+    error: type[AdapterError | DataError] = AdapterError
     fingerprints = info.files.record.get("fingerprints")
     if earlier is None or not isinstance(fingerprints, dict) or "data" not in fingerprints:
-        unknown, fix = (
-            "the adapter does not record the rows that it was trained on",
-            f"{fix}, and name the rows in data.train",
-        )
+        unknown = "the adapter does not record the rows that it was trained on"
+        fix += ", and name the rows in data.train"
     elif is_replayed and earlier.training.objective != "sft":
         unknown = f"the adapter was trained on compared answers ({earlier.training.objective}), which are not replayed"
     else:
         try:
             return data.read_datasets(earlier.data, earlier.training.seed, test=False), ""
-        except DataError as error:
-            place, what = error.problems[0].where, error.problems[0].what
-            unknown = (
-                f"the rows of the earlier run cannot be read: {place if is_replayed else Path(place).name}: {what}"
-            )
-            if is_replayed:
-                fix = "put the rows back as they were, or leave data.replay out"
-                raise DataError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix)) from None
-            return None, unknown
+        except DataError as unreadable:
+            error, first, fix = DataError, unreadable.problems[0], f"put the rows back as they were, or {fix}"
+            place = first.where if is_replayed else Path(first.where).name
+            unknown = f"the rows of the earlier run cannot be read: {place}: {first.what}"
     if is_replayed:
-        raise AdapterError(Problem(Code.DATA_REPLAY, unknown, where, "data.replay", fix))
+        raise error(Problem(Code.DATA_REPLAY, unknown, str(info.files.path), "data.replay", fix))
     return None, unknown
 
 
@@ -190,22 +184,17 @@ def _check_sharding(run: RunConfig) -> None:
     if not (sharding := launcher.sharding()):
         return
     excluded = {"fsdp": ("8bit",), "deepspeed": ("8bit", "4bit")}[sharding]
-    quantized, optim, minutes = run.model.quantization, run.training.optim, run.training.max_minutes
-    stacked = run.lora.target_parameters if sharding == "deepspeed" else None  # PEFT does not gather their A and B
-    settings = {
-        "model.quantization": quantized if quantized in excluded else None,
-        "lora.target_parameters": ", ".join([stacked] if isinstance(stacked, str) else stacked or []),
-        "lora.use_lorafa": "true" if run.lora.use_lorafa else None,
-        "training.optim": optim if optim not in ("adamw_torch", "adamw_torch_fused") else None,
-        "training.max_minutes": minutes if minutes is None else f"{minutes:g}",
+    refused = {
+        "model.quantization": run.model.quantization in excluded,
+        # PEFT does not gather A and B of these
+        "lora.target_parameters": sharding == "deepspeed" and bool(run.lora.target_parameters),
+        "lora.use_lorafa": run.lora.use_lorafa,
+        "training.optim": run.training.optim not in ("adamw_torch", "adamw_torch_fused"),
+        "training.max_minutes": run.training.max_minutes is not None,
     }
     what, fix = f"does not work with weights that {sharding} shards", "change it, or start without sharding"
-    if problems := [
-        Problem(Code.DISTRIBUTED_SETTING, f"{value} {what}", key=key, fix=fix)
-        for key, value in settings.items()
-        if value
-    ]:
-        raise ConfigError(problems)
+    if keys := [key for key, is_refused in refused.items() if is_refused]:
+        raise ConfigError([Problem(Code.DISTRIBUTED_SETTING, what, key=key, fix=fix) for key in keys])
 
 
 _TRACKER_MODULES = {"tensorboard": ("tensorboard", "tensorboardX")}

@@ -35,7 +35,7 @@ from loratune.lora import tensors
 from loratune.lora.tensors import Weights
 from loratune.text import plural
 from loratune.training.callbacks import diverged_error
-from loratune.training.checkpoints.record import BestRecord
+from loratune.training.checkpoints.store import BestRecord
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
 
@@ -55,7 +55,6 @@ class TrainedAdapter:
         config: The config of the run, without `auto`.
         steps: Optimizer steps that were taken.
         planned_steps: Optimizer steps that the run was to take.
-        keeps_best: Whether the step with the lowest held-out loss becomes the adapter; otherwise it is the last one.
         evaluations: What the evaluations gave, None without validation rows.
         tokens: How many tokens were read in training, without padding.
         seconds: How long it took.
@@ -67,7 +66,7 @@ class TrainedAdapter:
         unrelated: What it does on text that no rows are about.
         test: Its loss on the test rows; None without any.
         preferences: What it prefers; None for objectives without preferences.
-        computed_by: Metric → how it was computed, see `Engine.computed_by`.
+        computed_by: How the metrics were computed, see `Engine.computed_by`.
         not_accelerated: Kinds of layers that were not accelerated, and why not.
         peak_memory: The most bytes in use at once, see `memory.peak`; empty until the adapter is published.
         adapter_bytes: The size of the file of weights; 0 until the adapter is published.
@@ -76,7 +75,6 @@ class TrainedAdapter:
     config: RunConfig
     steps: int
     planned_steps: int
-    keeps_best: bool
     evaluations: BestRecord | None
     tokens: int
     seconds: float
@@ -88,7 +86,7 @@ class TrainedAdapter:
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
     test: FinalScore | None = None
     preferences: PreferenceMetrics | None = None
-    computed_by: dict[str, dict[str, str]] = field(default_factory=dict)
+    computed_by: dict[str, str] = field(default_factory=dict)
     not_accelerated: Mapping[str, str] = field(default_factory=dict)
     peak_memory: dict[str, int] = field(default_factory=dict)
     adapter_bytes: int = 0
@@ -96,7 +94,7 @@ class TrainedAdapter:
     @property
     def kept_step(self) -> int:
         """The step whose weights become the adapter."""
-        return self.evaluations.step if self.evaluations and self.keeps_best else self.steps
+        return self.evaluations.step if self.evaluations and self.config.keeps_best else self.steps
 
     def losses(self, key: str = "loss") -> list[float]:
         """Those of the curve. key: `loss` for those of steps, `eval_loss` for the held-out losses."""
@@ -105,7 +103,7 @@ class TrainedAdapter:
     @property
     def held_out_loss(self) -> float | None:
         """The loss of the weights that become the adapter on the validation rows, None without any."""
-        if self.evaluations and self.keeps_best:
+        if self.evaluations and self.config.keeps_best:
             return self.evaluations.loss
         return next(reversed(self.losses("eval_loss")), None)
 
@@ -126,7 +124,7 @@ class TrainedAdapter:
         text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
         if interval := comparison.held_out_interval(loss):
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
-        if best.evaluations > 1 and self.keeps_best:
+        if best.evaluations > 1 and self.config.keeps_best:
             text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
             text += "" if self.test else ", so optimistic"
             if self.kept_step != self.steps:
@@ -170,9 +168,8 @@ class TrainedAdapter:
             "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
         metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
-        return metrics | {
-            "computed_by": {name: way for name, way in self.computed_by.items() if metrics.get(name) is not None}
-        }
+        computed = ["held_out_loss", *named, *(["kept_step"] if best else [])]
+        return metrics | {"computed_by": {one: self.computed_by for one in computed if metrics.get(one) is not None}}
 
 
 def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
@@ -309,15 +306,13 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         objective = plan.batches.objective
         note(f"scoring the adapter on {plural(rows.items, f'test {gain.item(objective.unit)}')}")
         test = gain.final_score(plan.batches.engine, objective, rows)
-    names = ["held_out_loss", "gain", "forgetting", "unrelated_text", "test", "preferences"]
-    names += ["kept_step"] if plan.batches.held_out else []
     return replace(
         trained,
         forgetting=forgetting,
         unrelated=unrelated,
         test=test,
         preferences=_measure_preferences(plan),
-        computed_by=dict.fromkeys(names, plan.batches.engine.computed_by),
+        computed_by=plan.batches.engine.computed_by,
         not_accelerated=plan.batches.acceleration.fallbacks,
     )
 

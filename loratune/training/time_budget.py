@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
-from loratune.compare.engine import SFT, Objective
+from loratune.compare.engine import SFT, Objective, ScoringPass
+from loratune.compare.objectives import WITH_REFERENCE
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.config import AUTO, TrainingSection, decided
 from loratune.data import TokenizedDataset
@@ -110,7 +111,7 @@ def step_budget(
     return StepBudget(found, taken(found), others(found) if found else 0.0, until(least), found == most)
 
 
-Pass = tuple[TokenizedDataset, Sequence[int], Objective]
+Scoring = tuple[TokenizedDataset, Sequence[int], Objective]
 """Rows that are scored, their numbers, and the objective that they are scored by."""
 
 
@@ -179,53 +180,25 @@ class _Estimator:
             return step_budget(left, step_seconds(micro_steps, self.train, self.optimizer, accumulation), others, most)
 
         tokens = round(room(self.closing).steps * float(costs.lengths.sum()) / per_epoch)
-        return room(self.closing + self._end_seconds(tokens))
-
-    def reference_seconds(self) -> float:
-        """The pass before the first step that scores preferences by the reference."""
-        plan, objective = self.plan, self.plan.batches.objective
-        if not isinstance(objective, PreferenceObjective):
-            return 0.0
-        has_validation = "validation" in plan.batches.layouts
-        splits = [
-            plan.datasets.splits[name]
-            for name in objective.splits
-            if name != "train" or objective.formula.has_reference or not has_validation
-        ]
-        return sum(self._scoring_seconds((rows, range(rows.items), objective)) for rows in splits)
+        return room(self.closing + sum(map(self.scoring_seconds, _passes_at_the_end(plan, tokens))))
 
     def _evaluation_seconds(self) -> float:
         """One evaluation."""
-        plan, held_out = self.plan, self.plan.batches.held_out
-        if held_out is None or plan.datasets.validation is None:
-            return 0.0
-        return self._reading_seconds(_costs(plan, held_out.layout, plan.datasets.validation), held_out.batches)
+        held_out, rows = self.plan.batches.held_out, self.plan.datasets.validation
+        return self._pass_seconds(held_out, rows) if held_out is not None and rows is not None else 0.0
 
-    def _end_seconds(self, tokens: int) -> float:
-        """The passes after the last step, in a run that reads so many tokens."""
-        plan = self.plan
-        seconds = sum(map(self._scoring_seconds, _passes_at_the_end(plan, tokens)))
-        count, size = len(plan.batches.train.items), plan.batches.train.size
-        most = size  # see `RunTrainer.check_final_loss`
-        if isinstance(plan.batches.objective, PreferenceObjective):
-            seconds += self._evaluation_seconds()
-            most += 0 if plan.batches.held_out else MOST_COMPARED
-        most = min(most, count)
-        batches = [[*range(start, min(start + size, most))] for start in range(0, most, size)]
-        return seconds + self._reading_seconds(_costs(plan), batches)
-
-    def _scoring_seconds(self, one: Pass) -> float:
+    def scoring_seconds(self, one: Scoring) -> float:
         """Scoring rows."""
         rows, numbers, objective = one
-        scored = self.plan.batches.engine.plan(rows, dict.fromkeys(numbers, 1), objective)
-        return self._reading_seconds(_costs(self.plan, scored.layout, rows), scored.batches)
+        return self._pass_seconds(self.plan.batches.engine.plan(rows, dict.fromkeys(numbers, 1), objective), rows)
 
-    def _reading_seconds(self, costs: Costs, batches: Sequence[Sequence[int]]) -> float:
+    def _pass_seconds(self, scored: ScoringPass, rows: TokenizedDataset) -> float:
         """Batches that the processes share, and that are only read. Of KTO each row is read twice."""
+        costs, count = _costs(self.plan, scored.layout, rows), len(scored.batches)
         share = READ * (2 / WITH_MISMATCHED if self.plan.training.objective == "kto" else 1.0)
-        rounds = -(-len(batches) // self.plan.group.count)
-        operations = sum(float(costs.of_batches(np.asarray(items))) for items in batches)
-        return share * self.train.seconds(rounds, operations * rounds / max(1, len(batches)))
+        rounds = -(-count // self.plan.group.count)
+        operations = sum(float(costs.of_batches(np.asarray(items))) for items in scored.batches)
+        return share * self.train.seconds(rounds, operations * rounds / max(1, count))
 
 
 def fix_length(plan: Plan, stop: SharedStop, began: float, *, scarce: bool) -> Plan:
@@ -275,7 +248,9 @@ def estimate_length(plan: Plan, began: float) -> Plan:
     per_operation = seconds_per_operation(plan.model, plan.config.model, costs, costs.of_pass()[1])
     mismatched = plan.config.training.objective == "kto"
     estimator = _Estimator(plan, Speed(0.0, per_operation * (WITH_MISMATCHED if mismatched else 1)))
-    left -= estimator.reference_seconds()  # in a run that has passed when steps are timed
+    if plan.config.training.objective in WITH_REFERENCE:  # in a run that has passed when steps are timed
+        splits = plan.datasets.splits.values()
+        left -= sum(estimator.scoring_seconds((rows, range(rows.items), plan.batches.objective)) for rows in splits)
     return _fixed(plan, estimator.room(left), left, "about ")
 
 
@@ -299,17 +274,20 @@ def _costs(plan: Plan, layout: BatchLayout | None = None, rows: TokenizedDataset
     return Costs.of_layout(plan.model, layout or plan.batches.train, lengths, supervised, checkpointed=checkpointed)
 
 
-def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Pass]:
-    """What is scored after the last step: each but the test rows by the base and by the adapter."""
+def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Scoring]:
+    """What is scored after the last step of a run that reads so many tokens; some by the base and by the adapter."""
     objective, datasets = plan.batches.objective, plan.datasets
     split, sample, _ = gain.sample(datasets.compared, tokens)
     rows = datasets.compared[split]
-    passes: list[Pass] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
+    passes: list[Scoring] = [(rows, [*sample], objective), (rows, [*sample][: collapse.PROMPTS], objective)]
     if datasets.earlier is not None and (earlier := datasets.earlier.rows) is not None:
         passes.append((earlier, [*gain.sample({"earlier": earlier}, tokens)[1]], SFT))
     if (text := datasets.unrelated.rows) is not None:
         passes.append((text, gain.passages(text), SFT))
     yield from passes * 2
+    if isinstance(objective, PreferenceObjective):
+        rows = datasets.validation or datasets.train
+        yield rows, range(rows.items if datasets.validation else min(rows.items, MOST_COMPARED)), objective
     if datasets.test is not None:
         yield datasets.test, [*datasets.test.copies()], objective
 
@@ -357,7 +335,6 @@ def _fixed(plan: Plan, found: StepBudget, left: float, about: str = "") -> Plan:
         plan,
         config=config,
         checkpoints=replace(plan.checkpoints, record=record),
-        evaluations=plan.evaluation_steps(config.training),
         notes=[*plan.notes, *lines],
     )
 

@@ -21,13 +21,13 @@ from loratune.config import TrainingSection
 from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
 from loratune.events import TrainingEvent, emit
 from loratune.lora import attach, tensors
+from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.parameters import choose_optimizer
 from loratune.system import launcher
+from loratune.training import callbacks
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
-from loratune.training.callbacks import NonFiniteGuard, Pace, RunCallback, check_finite, diverged_error, trackers
-from loratune.training.checkpoints.best_step import BestStep
-from loratune.training.checkpoints.record import StepLosses
-from loratune.training.checkpoints.store import check_tensors
+from loratune.training.callbacks import BestStep, NonFiniteGuard, Pace, RunCallback, diverged_error
+from loratune.training.checkpoints.store import StepLosses
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
 from loratune.training.results import TrainedAdapter, thinned
@@ -74,10 +74,9 @@ def fit(plan: Plan, stop: SharedStop, *, oom_dry_run: bool = True) -> TrainedAda
         KeyboardInterrupt: The run was stopped, after a checkpoint.
     """
     point, names = plan.resume_point, plan.training.report_to if stop.group.main else ()
-    following = trackers(names, plan.output, is_resumed=point is not None)
+    following = callbacks.trackers(names, plan.run.directory.output, is_resumed=point is not None)
     at_evaluations = plan.training.patience is not None
-    after_checkpoint = plan.check_base_files if stop.group.main else lambda: None
-    watching = RunCallback(stop.is_requested, after_checkpoint, at_evaluations=at_evaluations)
+    watching = RunCallback(stop.is_requested, at_evaluations=at_evaluations)
     trainer = build(plan, stop, plan.training, [watching, *following], oom_dry_run=oom_dry_run)
     trainer.began = time.monotonic()
     try:
@@ -92,7 +91,8 @@ def fit(plan: Plan, stop: SharedStop, *, oom_dry_run: bool = True) -> TrainedAda
         emit(TrainingEvent(trainer.state.max_steps, trainer.state.global_step, finished=True))
         for tracker in following:
             tracker.end()
-    trainer.put_back_best()
+    if (weights := trainer.best.kept_weights(trainer.state.global_step)) is not None:
+        tensors.restore(plan.model, weights)
     if not stop.is_requested():  # The model is still accelerated here; afterwards its logits can need more memory.
         trainer.check_final_loss()
     return trainer.trained(seconds)
@@ -235,26 +235,16 @@ class RunTrainer(CheckpointTrainer):
     def _learning_rate_factor(self) -> float:
         return self.plan.resume_point.learning_rate_factor if self.plan.resume_point else 1.0
 
-    def put_back_best(self) -> None:
-        """Give the model the weights that become the adapter, where these are not those of the last step."""
-        if (weights := self.best.kept_weights(self.state.global_step)) is not None:
-            tensors.restore(self.model, weights)
-
     def check_final_loss(self) -> None:
-        """Check that the model gives a finite loss after the last step, which no later step has shown.
-
-        Raises:
-            NumericError: The loss of the first rows is NaN or inf. The checkpoint of the step is removed then.
-        """
+        """Check that the model gives a finite loss after the last step, which no later step has shown. Raises
+        NumericError: the loss of the first rows is NaN or inf. The checkpoint of the step is removed then."""
         first = range(min(self.batches.size, len(self.batches.items)))
         objective, rows = self.guard.objective, ScoringPass(self.batches, [first], {})
         loss = objective.row_losses(objective.read(self.model, rows)).loss
         if not loss < float("inf"):
             what, fix = f"after the last step the loss is {loss}", "lower training.learning_rate"
-            raise self._diverged(Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix))
-
-    def _diverged(self, problem: Problem) -> Exception:
-        return diverged_error(problem, self.plan.checkpoints, self.state.global_step)
+            problem = Problem(Code.TRAINING_NOT_FINITE, what, key="training.learning_rate", fix=fix)
+            raise diverged_error(problem, self.plan.checkpoints, self.state.global_step)
 
     @property
     def seconds(self) -> float:
@@ -268,7 +258,6 @@ class RunTrainer(CheckpointTrainer):
             config=self.plan.config,
             steps=self.state.global_step,
             planned_steps=self.state.max_steps,
-            keeps_best=self.best.keep,
             evaluations=self.best.record,
             tokens=int(self.state.num_input_tokens_seen),
             seconds=seconds,
@@ -308,12 +297,13 @@ class RunTrainer(CheckpointTrainer):
         if not abs(loss) < float("inf"):
             what = f"the held-out loss after step {self.state.global_step} is {loss}"
             fix = "lower training.learning_rate"
-            raise self._diverged(Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix))
+            problem = Problem(Code.TRAINING_NOT_FINITE, what, key="data.validation", fix=fix)
+            raise diverged_error(problem, self.plan.checkpoints, self.state.global_step)
         found = {"loss": loss, **self.guard.objective.logged()}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self._forget_evaluations(self.state.global_step)
         self.log(dict(metrics))
-        self.notify_evaluation(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.best.add(self.state.global_step, loss, partial(tensors.full_weights, self.model))
         if self.best.is_exhausted:
             self.control.should_save = self.control.should_training_stop = True
@@ -343,13 +333,13 @@ class RunTrainer(CheckpointTrainer):
         means |= self.guard.objective.logged(of_step=True) if means else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
-    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """A batch as it goes into the model, without a cache.
 
         With a key-value cache, which a model uses by default, it would treat packed rows as one row.
         """
         self.guard.tokens += count_tokens(inputs)
-        prepared = super().prepare_inputs(inputs)
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         self.guard.objective.set_loss_targets(self.model, prepared)
         return prepared | {"use_cache": False}
@@ -366,7 +356,7 @@ class RunTrainer(CheckpointTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights, and no pickled arguments beside them. Raises NumericError: one is NaN or inf."""
         state = tensors.full_weights(self.model)
-        check_finite(state.values(), self.state.global_step)
+        callbacks.check_finite(state.values(), self.state.global_step)
         if self.group.main:
             attach.write(self.model, Path(str(output_dir)), state)
 
@@ -379,22 +369,30 @@ class RunTrainer(CheckpointTrainer):
             yield
             if checkpoints.is_writer:
                 self.best.save(directory, step)
+        if self.group.main:
+            self.plan.base.files.check_unchanged_in_run()
 
     def checkpoint_seconds(self) -> float:
         """How long it takes to write a checkpoint, which is removed again."""
         start, self.keeps_checkpoints = time.monotonic(), False
-        self.save_checkpoint()
+        self._save_checkpoint(self.model_wrapped, None)
         return time.monotonic() - start
 
-    def load_weights(self, checkpoint: str, model: Any = None) -> None:
-        """Restore the trained weights. Raises ResumeError: the checkpoint holds others; PEFT loads those that fit."""
-        if not launcher.sharding():
-            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.weights(self.model).items()}
-            check_tensors(Path(checkpoint), shapes)
-        super().load_weights(checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restore the trained weights, each process its shard of them; not called with DeepSpeed. Raises ResumeError:
+        the checkpoint holds others, of which PEFT would load those that fit."""
+        found = tensors.read_weights(Path(resume_from_checkpoint) / WEIGHTS_FILE)
+        own = tensors.weights(self.model)
+        differing = [name for name, tensor in own.items() if name not in found or found[name].shape != tensor.shape]
+        differing += [name for name in found if name not in own and ".lora_" in name]  # PEFT may add embeddings
+        if differing:
+            what = f"{len(differing)} tensors are not those that the run trains, among them {differing[0]}"
+            fix = "its record is not the one that it was written with; start afresh with --overwrite"
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, resume_from_checkpoint, fix=fix))
+        tensors.restore(self.model, found)
 
-    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore optimizer and scheduler, with a new learning rate if the user has set one."""
-        super().load_optimizer_and_scheduler(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self._learning_rate_factor != 1:
             scale_learning_rates(self.optimizer, self.lr_scheduler, self._learning_rate_factor)

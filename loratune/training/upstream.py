@@ -14,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.distributed import distributed_c10d
 from torch.nn.parallel import DistributedDataParallel
@@ -24,7 +23,6 @@ from transformers.integrations import TensorBoardCallback
 from loratune.config import AUTO, TrainingSection
 from loratune.kernels import full_tensor, global_norm
 from loratune.lora import tensors
-from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.system.launcher import Group
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -148,23 +146,7 @@ class CheckpointTrainer(Trainer):
     group: Group
     checkpoint_parent: Path
 
-    def notify_evaluation(self, metrics: dict[str, float]) -> None:
-        """Call `on_evaluate` of all callbacks, as an `evaluate` that replaces Trainer's has to do."""
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-
-    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch of the data loader as it goes into the model."""
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        return prepared
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return self.prepare_inputs(inputs)
-
     # Checkpoints
-
-    def save_checkpoint(self) -> None:
-        """Write a checkpoint now."""
-        self._save_checkpoint(self.model_wrapped, None)
 
     def writing_checkpoint(self) -> AbstractContextManager[Any]:
         """The context in which a checkpoint is written to `checkpoint_parent`."""
@@ -176,16 +158,6 @@ class CheckpointTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         with self.writing_checkpoint():
             super()._save_checkpoint(model, trial)
-
-    def load_weights(self, checkpoint: str, model: Any = None) -> None:
-        """Restore the trained weights, each process its shard of them."""
-        if self.is_fsdp_enabled:
-            tensors.restore(self.model, load_file(Path(checkpoint) / WEIGHTS_FILE))
-        else:
-            super()._load_from_checkpoint(checkpoint, model)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.load_weights(resume_from_checkpoint, model)
 
     # Gradients
 
@@ -223,7 +195,7 @@ class CheckpointTrainer(Trainer):
                 torch.save(state | {"state": values}, Path(output_dir) / OPTIMIZER)
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)
 
-    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Restore the states of optimizer and scheduler, each process its shard of them. Nothing is done for None."""
         if checkpoint is None or not self.is_fsdp_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -238,9 +210,6 @@ class CheckpointTrainer(Trainer):
             }
         self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER, weights_only=True))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        self.load_optimizer_and_scheduler(checkpoint)
 
     # Random states
 

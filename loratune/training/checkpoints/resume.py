@@ -12,8 +12,7 @@ from loratune.config import AUTO, RunConfig, read_earlier
 from loratune.errors import Problem, ResumeError
 from loratune.system import launcher
 from loratune.training import auto
-from loratune.training.checkpoints.record import BestRecord, CheckpointRecord
-from loratune.training.checkpoints.store import BEST_WEIGHTS, newest_whole, step_of
+from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, CheckpointRecord, newest_whole, step_of
 
 CHANGEABLE = (
     "training.learning_rate", "training.num_train_epochs", "training.max_steps", "training.max_grad_norm",
@@ -57,7 +56,6 @@ class ResumePoint:
         skipped: A problem for each newer checkpoint that is not whole.
         changes: The keys that this resumption changes, in the form of `CheckpointRecord.changes`.
         learning_rate_factor: The new learning rate divided by the old one.
-        dropped_keys: Keys without a value that the release which wrote the checkpoint knew, and this one does not.
         kept: Keys that are `auto`, with what they were when the run was interrupted.
     """
 
@@ -67,7 +65,6 @@ class ResumePoint:
     skipped: tuple[Problem, ...] = ()
     changes: list[dict[str, Any]] = field(default_factory=list)
     learning_rate_factor: float = 1.0
-    dropped_keys: tuple[str, ...] = ()
     kept: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -90,7 +87,7 @@ class ResumePoint:
         for name, (key, _) in CONTENTS.items():
             if name not in old or old[name] == new.get(name) or (key in _ONLY_SCORED and key in self.allowed):
                 continue
-            counts = [f"{one.rows.rows:,} rows with {one.rows.tokens:,} tokens" for one in (self.record, current)]
+            counts = [f"{one.rows['rows']:,} rows with {one.rows['tokens']:,} tokens" for one in (self.record, current)]
             is_counted = name == "data" and counts[0] != counts[1]
             problems.append(content_problem(name, f" ({counts[0]}, now {counts[1]})" if is_counted else ""))
         if problems:
@@ -123,8 +120,6 @@ class ResumePoint:
             dropout: Whether the run uses dropout.
         """
         yield from map(str, self.skipped)
-        for key in self.dropped_keys:
-            yield f"{key}: was empty in the release of loratune that began the run; this release has no such key"
         if kept := [f"{key} {auto.shown(value)}" for key, value in self.kept.items()]:
             yield f"auto: as when the run was interrupted, {', '.join(kept)}"
         for change in current.changes:
@@ -183,7 +178,6 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
         skipped=tuple(skipped),
         changes=[{"step": step, "key": key, "was": was, "is": now} for key, was, now in _differences(old, config)],
         learning_rate_factor=config["training"]["learning_rate"] / old["training"]["learning_rate"],
-        dropped_keys=tuple(unknown),
         kept=auto.kept(run, before.config),
     )
 
@@ -199,7 +193,7 @@ def _changed_budget(before: CheckpointRecord, run: RunConfig) -> Iterator[Proble
 
 
 def _lost_values(unknown: Mapping[str, Any], before: CheckpointRecord) -> Iterator[Problem]:
-    """Unknown keys whose values had an effect that would end here. Empty ones are `ResumePoint.dropped_keys`."""
+    """Unknown keys whose values had an effect that would end here."""
     release = (before.conditions or {}).get("loratune")
     fix = f"finish the run with loratune {release}, which started it" if release else "finish the run with that release"
     for key, value in unknown.items():

@@ -1,7 +1,5 @@
 """The run directory `<output_dir>.partial/`, which holds the checkpoints until the adapter is published."""
 
-import json
-import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +8,8 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
 from loratune.system.directories import TEMPLATES, Contents, Inputs, is_adapter_file, scan
-from loratune.system.files import VERSION_KEY, is_directory, is_file, newer, read_text, sync, versioned
+from loratune.system.files import is_directory, is_file, sync
 from loratune.system.output_dir import OutputDirectory
-
-_log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint-"
 """How the name of a checkpoint begins; the step follows."""
@@ -22,8 +18,7 @@ MANIFEST = "manifest.json"
 PUBLISH_WORSE = "publish it with --resume --allow-worse"
 """What can be done with an adapter that does worse than its base."""
 _TEMPORARY = r"(.*/)?\.tmp\w{6}"  # safetensors writes under such a name before it renames the file
-_STEP = rf"(unfinished/)?{CHECKPOINT}\d+"
-_IN_CHECKPOINT = re.compile(rf"(?P<checkpoint>{_STEP})/(?P<name>.+)")
+_STEP = rf"(?:unfinished/)?{CHECKPOINT}\d+"
 _CHECKPOINT_DIRECTORIES = re.compile(rf"unfinished|{_STEP}")
 _TRAINER_FILES = re.compile(
     r"(optimizer|scheduler|scaler)\.(pt|bin)|rng_state(_\d+)?\.pth|trainer_state\.json|run\.json|best\.safetensors|latest|"
@@ -44,85 +39,19 @@ def scan_staging(directory: Path) -> Contents:
 
 
 def scan_checkpoints(directory: Path) -> Contents:
-    """What is in a checkpoint, or in a directory of checkpoints: what the manifest of each lists, and what the trainer
-    is known to write."""
-    manifests: dict[str, set[str]] = {}
-    is_checkpoint = directory.name.startswith(CHECKPOINT)
-
-    def split(name: str) -> tuple[str | None, str]:
-        """The checkpoint, and the name in it; None for the directory of checkpoints itself."""
-        match = None if is_checkpoint else _IN_CHECKPOINT.fullmatch(name)
-        return (match["checkpoint"], match["name"]) if match else ("." if is_checkpoint else None, name)
+    """What is in a checkpoint, or in a directory of checkpoints: what the trainer is known to write."""
+    in_checkpoint = re.compile("(.+)" if directory.name.startswith(CHECKPOINT) else rf"{_STEP}/(.+)")
 
     def is_own(name: str) -> bool:
-        checkpoint, inner = split(name)
-        if checkpoint is None:
-            return False
-        if checkpoint not in manifests:
-            manifests[checkpoint] = _listed_files(directory / checkpoint)
-        return inner in manifests[checkpoint] or is_adapter_file(inner) or _TRAINER_FILES.fullmatch(inner) is not None
+        match = in_checkpoint.fullmatch(name)
+        return match is not None and (is_adapter_file(match[1]) or _TRAINER_FILES.fullmatch(match[1]) is not None)
 
     def is_own_directory(name: str) -> bool:
-        checkpoint, inner = split(name)
-        pattern = _CHECKPOINT_DIRECTORIES if checkpoint is None else _TRAINER_DIRECTORIES
+        match = in_checkpoint.fullmatch(name)
+        pattern, inner = (_TRAINER_DIRECTORIES, match[1]) if match else (_CHECKPOINT_DIRECTORIES, name)
         return pattern.fullmatch(inner) is not None
 
     return scan(directory, is_own, is_own_directory)
-
-
-def _listed_files(checkpoint: Path) -> set[str]:
-    """The files that the manifest of a checkpoint lists; none if it cannot be read."""
-    try:
-        return set(json.loads(read_text(checkpoint / MANIFEST))) - {VERSION_KEY}
-    except (OSError, ValueError, TypeError, RecursionError):
-        _log.debug("the manifest of %s counts as missing", checkpoint, exc_info=True)
-        return set()
-
-
-@dataclass(frozen=True)
-class RejectedAdapter:
-    """The record of a run that took all its steps, and whose adapter was not published as it does worse than its base.
-
-    Without it the checkpoints of such a run would look like those of an interrupted one. They are not: a run that
-    continues from them takes no step and is rejected again.
-
-    Attributes:
-        step: The last optimizer step.
-        comparison: How the adapter compares with its base, in one line.
-    """
-
-    step: int
-    comparison: str
-
-    def write(self, path: Path) -> None:
-        """Write the record. If the disk has no room for it, later messages are only less exact."""
-        values = {"step": self.step, "told": self.comparison}
-        try:
-            path.write_text(json.dumps(versioned(values)) + "\n", encoding="utf-8")
-        except OSError:
-            _log.debug("%s cannot be written", path, exc_info=True)
-
-    @classmethod
-    def read(cls, path: Path) -> "RejectedAdapter | None":
-        """The record at a path; None if there is none, or it is damaged.
-
-        Raises:
-            ResumeError: The record was written by a newer release.
-        """
-        try:
-            values = json.loads(read_text(path))
-            if reason := newer(values):
-                raise newer_record_error(path, reason)
-            return cls(int(values["step"]), str(values["told"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            _log.debug("%s counts as missing", path, exc_info=True)
-            return None
-
-
-def newer_record_error(path: Path, reason: str) -> ResumeError:
-    """The error of a record that a newer release wrote. reason: see `files.newer`."""
-    fix = "upgrade loratune, or start afresh with --overwrite"
-    return ResumeError(Problem(Code.ADAPTER_NEWER_RECORD, reason, str(path), fix=fix))
 
 
 def check(
@@ -153,7 +82,7 @@ class RunDirectory(OutputDirectory):
 
     @property
     def rejection(self) -> Path:
-        """The record of an adapter that was not published; see `RejectedAdapter`."""
+        """The record of a run that took all its steps, and whose adapter does worse than its base."""
         return self.partial / "ended"
 
     @property
@@ -183,10 +112,6 @@ class RunDirectory(OutputDirectory):
         """Whether there is a checkpoint that was written to its end, so that `--resume` may be suggested."""
         return any(is_file(path / MANIFEST) for path in self.checkpoints.glob(f"{CHECKPOINT}*") if is_directory(path))
 
-    def rejected_adapter(self) -> RejectedAdapter | None:
-        """The adapter that the last run did not publish; None if that run was interrupted."""
-        return RejectedAdapter.read(self.rejection)
-
     def _check_places(self, *, resume: bool) -> None:
         super()._check_places(resume=resume)
         if resume and not self.partial.is_dir():
@@ -202,7 +127,7 @@ class RunDirectory(OutputDirectory):
         fix = f"continue it with --resume, or {restart}"
         if not self.is_resumable():
             what, fix = f"{partial} holds files of an interrupted run, but no whole checkpoint", restart
-        elif self.rejected_adapter() is not None:
+        elif is_file(self.rejection):
             code = Code.TRAINING_WORSE_THAN_BASE
             what = f"{partial} holds a finished run whose adapter does worse than its base"
             fix = f"{PUBLISH_WORSE}, or {restart} and a lower training.learning_rate"
