@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from loratune import kernels
 from loratune.config import LoraSection
-from loratune.data.packing import flatten, pad
+from loratune.data.batches import flatten, pad
 from loratune.lora import attach, targets
 
 ROOT = Path(__file__).resolve().parent.parent

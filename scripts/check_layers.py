@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune import kernels
-from loratune.data.packing import flatten, pad
+from loratune.data.batches import flatten, pad
 from loratune.errors import ModelError
 from loratune.kernels import acceleration, masks, replacements
 from loratune.kernels.layout import Layout, PerBatch

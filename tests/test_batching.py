@@ -21,8 +21,8 @@ from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import PreferenceSection
 from loratune.data import TokenizedDataset
-from loratune.data.packing_check import padding_is_cheaper
-from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
+from loratune.data.batches import padding_is_cheaper
+from loratune.data.packing import LEAST_SHARED, PrefixTree
 from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, SingleProcess

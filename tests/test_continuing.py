@@ -30,8 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 from loratune import config, data
 from loratune.codes import Code
 from loratune.config import LoraSection
-from loratune.data import row_hashes
-from loratune.data.row_hashes import RowHashes
+from loratune.data import splits
+from loratune.data.splits import RowHashes
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
 from loratune.lora import attach, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
@@ -303,7 +303,7 @@ def test_forgetting_is_the_loss_on_the_old_validation_rows(
         "adapter": str(tmp_path / "first"), "digest": inspect(tmp_path / "away").digest, "replay": None,
     }  # fmt: skip
     assert record["fingerprints"]["start"] == record["start_from"]["digest"]
-    hashes = row_hashes.read(tmp_path / "out")
+    hashes = splits.read_row_hashes(tmp_path / "out")
     assert isinstance(hashes, RowHashes) and hashes.complete
     assert len(hashes.exact) == len({str(row) for row in [*OLD_ROWS, *NEW_ROWS]})  # none of them replayed
     line = f"loss {before:.4f} → {after:.4f} on 9 validation rows of the earlier run"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from loratune import kernels
-from loratune.data.packing import flatten, pad
+from loratune.data.batches import flatten, pad
 from loratune.kernels import acceleration, gpu, replacements
 from loratune.kernels.compiled import fused_ops, reference
 from loratune.kernels.layout import LANES, Layout, Scoring

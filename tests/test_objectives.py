@@ -10,7 +10,8 @@ from conftest import tiny_llama
 
 from loratune.compare.objectives import AnswerScores, Formula, divergence
 from loratune.config import PreferenceSection
-from loratune.data.packing import flatten, pad, put_rows, share_prefixes
+from loratune.data.batches import flatten, pad, put_rows
+from loratune.data.packing import share_prefixes
 from loratune.kernels import LossHead, row_counts, row_sums
 from loratune.kernels.loss import Scaling
 

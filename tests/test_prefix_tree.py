@@ -12,8 +12,8 @@ from test_kernels import FAMILIES, ROLES, TARGETS, adapted, normal, seen
 from torch import Tensor
 
 from loratune import kernels
-from loratune.data.packing import flatten, share_prefixes
-from loratune.data.prefix_tree import LEAST_SHARED, PrefixTree
+from loratune.data.batches import flatten
+from loratune.data.packing import LEAST_SHARED, PrefixTree, share_prefixes
 from loratune.kernels.layout import Layout
 from loratune.lora import attach
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, splits, token_cache
+from loratune.data import TokenizedDataset, holding_out, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
@@ -100,7 +100,7 @@ def test_weights_set_the_shares(tmp_path: Path) -> None:
     ],
 )
 def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int]) -> None:
-    assert splits.mix_counts(counts, weights) == expected
+    assert holding_out.mix_counts(counts, weights) == expected
 
 
 def test_a_fraction_is_held_out(tmp_path: Path) -> None:

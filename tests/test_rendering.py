@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from loratune.codes import Code
+from loratune.data.batches import pad
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain
-from loratune.data.packing import pad
 from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, encoding, truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load

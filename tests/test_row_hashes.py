@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from loratune import data
 from loratune.config import DataSection, Source
-from loratune.data import row_hashes
-from loratune.data.row_hashes import Overlap, RowHashes
+from loratune.data import splits
 from loratune.data.row_index import CONTENT_HASH
+from loratune.data.splits import Overlap, RowHashes
 from loratune.system.directories import ROW_HASHES
 
 SPACED = {"prompt": "a  3", "completion": "b"}
@@ -36,13 +36,13 @@ def keep(directory: Path, rows: list[dict[str, Any]], **section: Any) -> Path:
     """Keeps the hashes of rows in a directory."""
     values = {"train": str(write_rows(directory / "rows.jsonl", rows)), **section}
     train = data.read_datasets(DataSection.model_validate(values), 0).train
-    row_hashes.write(directory, train, None, continued=False)
+    splits.write_row_hashes(directory, train, None, continued=False)
     return directory
 
 
 def look_up(path: Path, directory: Path, **section: Any) -> Overlap:
     read = DataSection.model_validate({"train": "unknown", **section})
-    return row_hashes.find_overlap(data.read_source(Source(path=str(path)), read), directory)
+    return splits.find_overlap(data.read_source(Source(path=str(path)), read), directory)
 
 
 def test_what_is_kept(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_what_cannot_be_read_is_unknown(name: str, tmp_path: Path) -> None:
 
 
 def test_too_many_rows_keep_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_hashes, "MOST_HASHES", 8)
+    monkeypatch.setattr(splits, "MOST_HASHES", 8)
     assert not (keep(tmp_path, ROWS) / ROW_HASHES).exists()
     assert (keep(tmp_path, ROWS[1:]) / ROW_HASHES).exists()
     spaced = [{"prompt": f"a  {number}", "completion": "b"} for number in range(5)]
@@ -128,12 +128,12 @@ def test_rows_of_the_adapter_that_training_started_from(tmp_path: Path) -> None:
     for name, rows in (("first", [SPACED, ROWS[0]]), ("second", ROWS[:4])):
         (tmp_path / name).mkdir()
         keep(tmp_path / name, rows)
-    first = row_hashes.read(tmp_path / "first")
+    first = splits.read_row_hashes(tmp_path / "first")
     assert isinstance(first, RowHashes)
     values = {"train": str(tmp_path / "second" / "rows.jsonl")}
     train = data.read_datasets(DataSection.model_validate(values), 0).train
     for earlier, is_complete in ((first, True), (None, False)):
-        row_hashes.write(tmp_path, train, earlier, continued=True)
+        splits.write_row_hashes(tmp_path, train, earlier, continued=True)
         overlap = look_up(tmp_path / "first" / "rows.jsonl", tmp_path)
         assert (overlap.unknown == "") is is_complete
         # the spaced row itself is of the first alone; folded, it is a row of the second

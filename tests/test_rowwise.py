@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loratune import kernels
-from loratune.data.packing import flatten, pad
+from loratune.data.batches import flatten, pad
 from loratune.kernels import rowwise
 from loratune.lora import attach
 

@@ -21,7 +21,7 @@ from loratune import data, kernels
 from loratune.codes import Code
 from loratune.compare.preferences import ComparedRows
 from loratune.config import DataSection, LoraSection
-from loratune.data.packing import pad, put_rows
+from loratune.data.batches import pad, put_rows
 from loratune.data.rendering import Renderer
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.parity_check import relative_rms

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from loratune.adapter import generation
 from loratune.adapter.generation import SharedPrompts
-from loratune.data.packing import pad
+from loratune.data.batches import pad
 from loratune.kernels import row_sums
 
 PREFIX, LENGTHS = 12, (24, 20, 13)

@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
     "Latin-1 in CSV": (
         "rows.csv",
         b"prompt,completion\n\xe9,b\nc\n",
-        [(":2", BAD, "byte 1 of the line (0xe9)"), (":3", BAD, "1 cells")],
+        [(":2", BAD, "the byte 0xe9, which is not UTF-8"), (":3", BAD, "1 cells")],
     ),
     "ragged": (
         "rows.csv",
@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
     "list of lists": ("rows.json", b"[[], 1]", [(f":row {n}", BAD, "") for n in (1, 2)]),
     "two objects on a line": ("rows.json", PAIR + b" " + PAIR, [(":1", BAD, "Extra data at column 36")]),
     "deep list": ("rows.json", b"[" * 100_000, [("", BAD, "")]),
-    "digits in a list": ("rows.json", b"[\n\n" + b"1" * 5000 + b"]", [(":row 1", BAD, "got a number")]),
+    "digits in a list": ("rows.json", b"[\n\n" + b"1" * 5000 + b"]", [("", BAD, "a number of too many digits")]),
     "cut in a letter": ("rows.json", b'[{"a": "\xc3', [(":1", BAD, "byte 9 of the line (0xc3)")]),
     "ten of many": ("rows.txt", b"\xff\n" * 12, [(":1", BAD, "(0xff) is not UTF-8 (and at least 9 more rows: 2, ")]),
     "both at once": ("rows.jsonl", b"{]\n\xff\n[]\n", [(":1", BAD, ""), (":2", BAD, "byte 1"), (":3", BAD, "")]),

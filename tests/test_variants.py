@@ -24,7 +24,7 @@ from loratune.codes import Code
 from loratune.commands import train
 from loratune.compare.engine import SFT
 from loratune.config import LoraSection, ModelSection
-from loratune.data.packing import pad, put_rows
+from loratune.data.batches import pad, put_rows
 from loratune.errors import DataError, ModelError
 from loratune.events import Event, Listener, StepEvent, listening
 from loratune.lora import attach, parameters, targets, tensors

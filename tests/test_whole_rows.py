@@ -11,7 +11,7 @@ from test_kernels import adapted, normal, relative_rms, rows, step
 from torch import Tensor
 
 from loratune import kernels
-from loratune.data.packing import flatten
+from loratune.data.batches import flatten
 from loratune.kernels import attention, upstream
 from loratune.kernels.layout import Layout, Scoring
 from loratune.lora import attach

@@ -22,9 +22,8 @@ from loratune import kernels
 from loratune.adapter.options import GREEDY, Sampling
 from loratune.codes import Code
 from loratune.config import DataSection
+from loratune.data.batches import pad, padding_refusal
 from loratune.data.formats import Message
-from loratune.data.packing import pad
-from loratune.data.packing_check import padding_refusal
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.lora import attach

@@ -185,7 +185,7 @@ class Adapter(Adapters):
             with libraries():
                 from loratune.compare import metrics as known_metrics
                 from loratune.compare import requirements
-                from loratune.data import row_hashes
+                from loratune.data import splits
 
             metrics, tasks, require = (_listed(names) for names in (metrics, tasks, require))
             parsed = known_metrics.parse(metrics)
@@ -195,7 +195,7 @@ class Adapter(Adapters):
             opened = _open_tasks(tasks, limit, required) if tasks else None
             split = self._read(rows)
             if any(not one.of_task for one in required):
-                overlap = row_hashes.find_overlap(split, self.path)
+                overlap = splits.find_overlap(split, self.path)
                 requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
                 if overlap.unknown:
                     note(overlap.unknown)

@@ -30,7 +30,7 @@ from loratune.compare.objectives import Formula
 from loratune.compare.preferences import formula_for, formula_of
 from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
-from loratune.data import DatasetSplit, TokenizedDataset, row_hashes
+from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.errors import AdapterError
 from loratune.lora import attach
@@ -76,7 +76,7 @@ def evaluate(
     first, vocabulary = models[0], _vocabulary_size(models[0])
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
     check_positions(dataset, first.data, load.context_length(first.model.config))
-    rows, overlap = _rows(adapter, first, dataset, judging), row_hashes.find_overlap(split, adapter.path)
+    rows, overlap = _rows(adapter, first, dataset, judging), splits.find_overlap(split, adapter.path)
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
     engine = engine_of(first)
     with first.without_adapter():

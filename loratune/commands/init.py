@@ -15,7 +15,7 @@ from loratune.config import AUTO, DataSection, Draft, RunConfig
 from loratune.data import DatasetSplit, RawDatasets, fields
 from loratune.data.fields import Classes, ColumnChoice
 from loratune.data.formats import PAIRS, UNPAIRED
-from loratune.data.holding_out import random_mask
+from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.events import note
@@ -256,7 +256,7 @@ def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
-        _, mask, remarks = data.divide(rows.train, fraction, run.data.group_by, run.training.seed)
+        mask, remarks = hold_out(rows.train.index, rows.train.mask, fraction, run.data.group_by, run.training.seed)
         held_out = int(mask.sum())
         if held_out < len(rows.train) or draft.has("data.validation"):
             labels = f", stratified by {rows.classes.labels} labels" if rows.classes.labels else ""

@@ -14,7 +14,7 @@ from loratune import config, data, kernels, memory
 from loratune.adapter import card
 from loratune.codes import Code
 from loratune.compare import preferences
-from loratune.data import row_hashes
+from loratune.data import splits
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
 from loratune.export import clients
@@ -196,7 +196,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     text = card.model_card(plan.config.resolved(), trained.metrics, name, lines)
     (staging / "README.md").write_text(text, encoding="utf-8")
     start = plan.run.start
-    row_hashes.write(staging, rows.train, start.trained_on if start else None, continued=start is not None)
+    splits.write_row_hashes(staging, rows.train, start.trained_on if start else None, continued=start is not None)
     record = _record(plan, trained) | {"files": adapter_files.manifest(staging)}
     write_json(staging / adapter_files.RECORD_FILE, record)
 

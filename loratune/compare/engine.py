@@ -21,9 +21,8 @@ from loratune.codes import Code
 from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout, Items, Packing
-from loratune.data.packing_check import LONGEST, packing_refusal, padding_refusal
-from loratune.data.prefix_tree import PrefixTree, common_prefix
+from loratune.data.batches import LONGEST, packing_refusal, padding_refusal
+from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree, common_prefix
 from loratune.errors import ConfigError, Problem
 from loratune.events import counting
 from loratune.kernels import next_token_loss

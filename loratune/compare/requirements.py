@@ -19,7 +19,7 @@ from loratune.compare.metrics import Difference
 from loratune.config.yaml_files import number
 from loratune.data import DatasetSplit
 from loratune.data.formats import PAIRS, UNPAIRED
-from loratune.data.row_hashes import Overlap
+from loratune.data.splits import Overlap
 from loratune.errors import ConfigError, DataError, Problem, RequirementError
 from loratune.statistics import Interval, finite
 

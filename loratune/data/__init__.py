@@ -17,25 +17,17 @@ from loratune.config import DataSection, Source
 from loratune.data import formats, rendering, token_cache
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, drop_reason, sides
 from loratune.data.formats.parsers import check_ids
+from loratune.data.holding_out import replay_numbers
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.sources.rows import place_in_cache, reported
-from loratune.data.splits import (
-    DatasetSplit,
-    RawDatasets,
-    divide,
-    find_duplicates,
-    find_leaks,
-    read_datasets,
-    read_source,
-    replay_numbers,
-)  # fmt: skip
+from loratune.data.splits import DatasetSplit, RawDatasets, find_duplicates, find_leaks, read_datasets, read_source
 from loratune.data.token_cache import TokenCache, TokenCacheWriter, remove_old_entries
 from loratune.errors import DataError, Problem
 from loratune.events import reading
 
 __all__ = [
-    "DatasetSplit", "RawDatasets", "TokenizedDataset", "divide", "find_leaks",
+    "DatasetSplit", "RawDatasets", "TokenizedDataset", "find_leaks",
     "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
     "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
 ]  # fmt: skip
@@ -122,7 +114,7 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
 
     def write(writer: TokenCacheWriter) -> None:
         with reading(f"tokenizing {split.name}", split.size) as advance:
-            for batch in _batches(split.examples(writer.read, advance)):
+            for batch in _batches(islice(split.examples(advance), writer.read, None)):
                 writer.add(*tokenizer.tokenize(batch))
 
     rows = token_cache.load_or_write(key, write)

@@ -95,6 +95,37 @@ def random_mask(count: int, share: int, random: np.random.Generator) -> RowMask:
     return mask
 
 
+def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """How many rows to take of each source, so that they are in the proportion of the weights.
+
+    No row is taken twice, so the source that is scarcest for its weight gives all its rows and sets the size of the
+    mix; every source gives at least one row. As `datasets.interleave_datasets` with probabilities and
+    stopping_strategy="first_exhausted", but exact instead of drawn.
+    """
+    size = min(count / weight for count, weight in zip(counts, weights, strict=True))
+    exact = (round(size * weight) for weight in weights)
+    return [min(count, max(1, share)) for count, share in zip(counts, exact, strict=True)]
+
+
+def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]:
+    """Which rows of an earlier run are mixed into those of a run, so that they are a share of the whole.
+
+    Where there are too few of them, each is taken once, or as often as all can be, before some are drawn once more.
+
+    Args:
+        own: Rows of the run.
+        earlier: Rows of the earlier run.
+        share: Their share of all rows, between 0 and 1; at least one row is taken.
+        seed: Decides which are drawn.
+
+    Returns:
+        Numbers of rows of the earlier run.
+    """
+    whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
+    drawn = np.flatnonzero(random_mask(earlier, rest, np.random.default_rng([seed, 2])))
+    return [*range(earlier)] * whole + drawn.tolist()
+
+
 def _remarks(
     index: RowIndex, mask: RowMask, rows: NDArray[np.int64], units: _Units, group_by: str | None
 ) -> Iterator[str]:
@@ -125,8 +156,10 @@ def _find_units(index: RowIndex, mask: RowMask, count: int, group_by: str | None
         units.templates += _link(units, index.columns[mask, column], most)
         if len(units.sizes) < before:
             units.reasons.append(reason)
-    if units.reasons:
-        _number_by_first_row(units)
+    if units.reasons:  # number the units by their first rows
+        _, first, units.of_rows = np.unique(units.of_rows, return_index=True, return_inverse=True)
+        units.of_rows = np.argsort(np.argsort(first))[units.of_rows]
+        units.sizes = np.bincount(units.of_rows)
     return units
 
 
@@ -169,15 +202,6 @@ def _long_runs(linked: NDArray[np.bool_], most: float) -> list[tuple[int, int]]:
     starts = np.append(0, ends + 1)
     lengths = np.diff(starts, append=len(linked) + 1)
     return [(int(starts[run]), int(starts[run] + lengths[run])) for run in np.flatnonzero(lengths > most)]
-
-
-def _number_by_first_row(units: _Units) -> None:
-    first_rows = np.empty(len(units.sizes), dtype=np.int64)
-    first_rows[units.of_rows[::-1]] = np.arange(len(units.of_rows))[::-1]  # of equal indices the last one counts
-    order = np.argsort(first_rows)
-    numbers = np.empty_like(order)
-    numbers[order] = np.arange(len(order))
-    units.of_rows, units.sizes = numbers[units.of_rows], units.sizes[order]
 
 
 # Labels

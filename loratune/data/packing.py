@@ -1,4 +1,4 @@
-"""Batching: turns rows of token ids into tensors, padded or end to end. The trainer iterates over a `BatchLayout`."""
+"""Which rows make a batch: packs by best fit, trees of shared prefixes. The trainer iterates over a `BatchLayout`."""
 
 import copy
 from bisect import bisect_left, insort
@@ -12,10 +12,72 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loratune.data.prefix_tree import PrefixTree, common_prefix
-from loratune.data.rendering import IGNORED
+from loratune.data.batches import Put, flatten, pad, put_rows
+
+LEAST_SHARED = 8
+"""Tokens that a branch of the tree must save: it is computed a little less efficiently than the end of a row."""
 
 Numbers = NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class PrefixTree:
+    """Rows of token ids as a tree.
+
+    The tokens of the tree are in depth-first order. So a token follows the last one before it with a lower position,
+    and positions alone tell which tokens each one attends to.
+
+    Attributes:
+        ids: (tokens of the tree,), their ids.
+        positions: (tokens of the tree,), the position of each in the rows that it is part of.
+        places: For each row, (tokens of the row,): where in the tree its tokens are.
+    """
+
+    ids: Numbers
+    positions: Numbers
+    places: list[Numbers]
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> "PrefixTree":
+        """The tree of some rows, of one token at least each. The same rows in another order give the same tree."""
+        order = sorted(range(len(rows)), key=lambda number: list(rows[number]))
+        places: list[Numbers] = [np.empty(0, np.int64)] * len(rows)
+        ids, positions = [], []
+        previous, path, branches, total = np.empty(0, np.int64), np.empty(0, np.int64), [0], 0
+        for number in order:
+            row = np.asarray(rows[number], np.int64)
+            depth = _branch(row, previous, branches)
+            path = np.concatenate([path[:depth], np.arange(total, total + len(row) - depth)])
+            ids.append(row[depth:])
+            positions.append(np.arange(depth, len(row)))
+            places[number], previous, total = path, row, total + len(row) - depth
+        return cls(np.concatenate(ids), np.concatenate(positions), places)
+
+
+def common_prefix(one: Sequence[int] | Numbers, other: Sequence[int] | Numbers) -> int:
+    """The number of equal tokens at the beginning of two rows."""
+    least = min(len(one), len(other))
+    different = np.flatnonzero(np.asarray(one[:least]) != np.asarray(other[:least]))
+    return int(different[0]) if len(different) else least
+
+
+def _branch(row: Numbers, previous: Numbers, branches: list[int]) -> int:
+    """How many tokens a row takes from the one before it.
+
+    branches: the depths at which that one left the rows before it, and others left it, ascending from 0; brought up to
+    date.
+    """
+    least, common = min(len(row), len(previous)), common_prefix(row, previous)
+    while branches[-1] > common:
+        branches.pop()
+    if common < least and common - branches[-1] < LEAST_SHARED:
+        return branches[-1]
+    if common > branches[-1]:
+        branches.append(common)
+    return common
+
+
+# Packs
 
 
 @dataclass(frozen=True)
@@ -137,9 +199,6 @@ many for each row of a batch; and of all others, as many as have so many tokens.
 
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
-
-Put: TypeAlias = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
-"""Makes rows a dict of tensors: `flatten`, `share_prefixes`, or `pad` with its padding token."""
 
 
 class Items(Protocol):
@@ -298,28 +357,6 @@ class BatchLayout:
         return np.asarray(batches.sum(1) if self.flat else batches.max(1) * self.size)
 
 
-def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Put rows end to end.
-
-    There is no `attention_mask`: without one, and without a cache, transformers reads from the positions where a row
-    begins, and lets a token attend to its own row only (`masking_utils.find_packed_sequence_indices`). So the caller
-    must call the model with `use_cache=False` and without a mask; with either, tokens attend to other rows, and there
-    is no error. `packing_refusal` finds out whether a model understands the positions.
-
-    Args:
-        rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
-
-    Returns:
-        int64 tensors of shape (1, tokens of all rows): `input_ids`; `labels`, in which the first of each row is -100,
-        because the token before it is another row's; `position_ids`, which begin at 0 in each row.
-    """
-    return {
-        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
-        "labels": torch.tensor([[label for row in rows for label in (IGNORED, *row["labels"][1:])]]),
-        "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),
-    }
-
-
 def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Put rows into a tree.
 
@@ -342,57 +379,6 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     }
 
 
-def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put rows into a batch.
-
-    Args:
-        put: What makes them tensors.
-        rows: Where answers are compared, each has its `side`, see `TokenizedRow`, and perhaps its log-probability as
-            `reference`, and a further row as `mismatched`, which is its prompt with the answer to another one.
-
-    Returns:
-        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; and as
-        `mismatched` the same of the further rows.
-    """
-    batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
-    if "side" in rows[0]:
-        batch["sides"] = torch.tensor([row["side"] for row in rows])
-    if "reference" in rows[0]:
-        batch["references"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
-    if "mismatched" in rows[0]:
-        batch["mismatched"] = put_rows(put, [row["mismatched"] for row in rows])
-    return batch
-
-
 def _put_packs(put: Put, packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
     """Put the rows of all packs into one batch."""
     return put_rows(put, [row for pack in packs for row in pack])
-
-
-def pad(
-    rows: Sequence[dict[str, Any]], pad_id: int, side: Literal["left", "right"] = "right"
-) -> dict[str, torch.Tensor]:
-    """Pad rows to the longest of them. Padding is masked by position, never by token id.
-
-    Args:
-        rows: `input_ids` and optionally `labels`, lists of equal length for each row.
-        pad_id: The id of the padding token.
-        side: Where the padding goes.
-
-    Returns:
-        int64 tensors of shape (rows, longest): `input_ids`, `attention_mask` (1 on tokens, 0 on padding), and `labels`
-        (-100 on padding) if the rows have them.
-    """
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(values: Sequence[int], filler: int) -> list[int]:
-        padding = [filler] * (longest - len(values))
-        return [*values, *padding] if side == "right" else [*padding, *values]
-
-    batch = {
-        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
-        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
-    }
-    if "labels" in rows[0]:
-        batch["labels"] = torch.tensor([padded(row["labels"], IGNORED) for row in rows])
-    return batch

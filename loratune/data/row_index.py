@@ -9,7 +9,7 @@ import json
 import math
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -83,23 +83,16 @@ class RowIndex:
         before, _, behind = place_parts(file.first)
         return f"{before}{self.columns[number, LINE]}{behind}"
 
-    def examples(self, mask: RowMask, skip: int, advance: Advance) -> Iterator[Example]:
-        """Read the rows once more, in order, as examples.
-
-        Args:
-            mask: Which rows.
-            skip: How many of those to leave out at the beginning.
-            advance: See `FileSlice.rows`.
+    def examples(self, mask: RowMask, advance: Advance) -> Iterator[Example]:
+        """Read the rows of a mask once more, in order, as examples. advance: see `FileSlice.rows`.
 
         Raises:
             DataError: A file has changed since it was indexed.
         """
         for file in self.files:
-            numbers = slice(file.start, file.start + file.rows)
-            lines, found = self.columns[numbers, LINE].tolist(), 0
-            wanted = mask[numbers].tolist()
-            if skip >= (count := sum(wanted)):
-                skip -= count
+            lines = self.columns[file.start : file.start + file.rows, LINE].tolist()
+            wanted, found = mask[file.start : file.start + file.rows].tolist(), 0
+            if not any(wanted):
                 advance(file.source.size)
                 continue
             for row in file.source.rows(advance):
@@ -108,9 +101,7 @@ class RowIndex:
                         raise _changed_error(file)
                     continue
                 found += 1
-                if wanted[found - 1] and skip:
-                    skip -= 1
-                elif wanted[found - 1]:
+                if wanted[found - 1]:
                     try:
                         yield file.parser(row)
                     except RowError:
@@ -137,19 +128,16 @@ def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, grou
             there may be more, unless such rows are dropped; a source without rows; or none has a value of `group_by`.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
-    size = sum(part.size for _, parts in parts_by_source for part in parts)
-    numbers, files, counts = array("q"), list[IndexedFile](), list[int]()
-    invalid = Report() if section.invalid_rows == "drop" else None
-    with reading("reading", size) as advance:
+    indexer = _Indexer(section, group_by, Report() if section.invalid_rows == "drop" else None)
+    files, counts, invalid = list[IndexedFile](), list[int](), indexer.invalid
+    with reading("reading", sum(part.size for _, parts in parts_by_source for part in parts)) as advance:
         for source, parts in parts_by_source:
-            before = len(numbers)
-            for part in parts:
-                if file := _index_file(part, _Reading(section, group_by, numbers, invalid), advance):
-                    files.append(file)
-            if len(numbers) == before:
+            found = [file for part in parts if (file := indexer.add_file(part, advance))]
+            counts.append(sum(file.rows for file in found))
+            if not counts[-1]:
                 raise no_rows_error(source, "; ".join(invalid.reasons()) if invalid else "")
-            counts.append((len(numbers) - before) // 6)
-    columns = np.frombuffer(numbers, dtype=np.int64).reshape(-1, 6)
+            files += found
+    columns = np.frombuffer(indexer.numbers, dtype=np.int64).reshape(-1, 6)
     if group_by is not None and bool((columns[:, GROUP] == columns[:, FOLDED]).all()):
         raise _no_groups_error(files, group_by)
     return RowIndex(tuple(files), tuple(counts), columns, invalid)
@@ -166,55 +154,50 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
 
 
 @dataclass(frozen=True)
-class _Reading:
-    """How rows are read, and what takes them. invalid: takes those that cannot be used; None: they are an error."""
+class _Indexer:
+    """Adds the rows of files to `numbers`. invalid: takes those that cannot be used; None: they are an error."""
 
     section: DataSection
     group_by: str | None
-    numbers: "array[int]"
     invalid: Report | None
+    numbers: "array[int]" = field(default_factory=lambda: array("q"))
 
-    def add(self, example: Example, row: Row) -> None:
-        """Add a row to the index. Raises RowError: its value of `group_by` cannot be read."""
-        exact, folded = content_key(example), content_key(example, folded=True)
-        exact_hash = _hash(exact)
-        folded_hash = exact_hash if folded == exact else _hash(folded)
+    def add_file(self, source: RowSource, advance: Advance) -> IndexedFile | None:
+        """Index one file; None if it has no rows."""
+        start, parser, first = len(self.numbers) // 6, None, ""
+        problems: list[Problem] = []
+        try:
+            for row in source.rows(advance):
+                problem = row if isinstance(row, Problem) else None
+                if isinstance(row, Row):
+                    if parser is None:
+                        parser, first = Parser(row, self.section), row.where
+                    try:
+                        self._add(parser(row), row)
+                    except RowError as error:
+                        problem = error.at(row.where)
+                if problem and self.invalid is not None:
+                    self.invalid.rows += 1
+                    self.invalid.drop_invalid(problem)
+                elif problem:
+                    problems.append(problem)
+                    if len(problems) == MAX_PROBLEMS:
+                        break
+        except DataError as error:
+            problems += error.problems
+        if problems:
+            raise DataError(reported(problems, source.name))
+        return None if parser is None else IndexedFile(source, parser, start, len(self.numbers) // 6 - start, first)
+
+    def _add(self, example: Example, row: Row) -> None:
+        """Add a row. Raises RowError: its value of `group_by` cannot be read."""
         loss_on = self.section.loss_on
+        exact, folded = _hash(content_key(example)), _hash(content_key(example, folded=True))
         prompt = prompt_key(example, loss_on)
         group = group_key(row.values, self.group_by) if self.group_by is not None else None
-        prompt_hash, group_hash = (folded_hash if key is None else _hash(key) for key in (prompt, group))
-        completion_hash = _hash(completion_key(example, loss_on))
-        self.numbers.extend(
-            (exact_hash, folded_hash, int(line_of(row.where)), prompt_hash, completion_hash, group_hash)
-        )
-
-
-def _index_file(source: RowSource, how: _Reading, advance: Advance) -> IndexedFile | None:
-    """Index one file; None if it has no rows."""
-    start, parser, first = len(how.numbers) // 6, None, ""
-    problems: list[Problem] = []
-    try:
-        for row in source.rows(advance):
-            problem = row if isinstance(row, Problem) else None
-            if isinstance(row, Row):
-                if parser is None:
-                    parser, first = Parser(row, how.section), row.where
-                try:
-                    how.add(parser(row), row)
-                except RowError as error:
-                    problem = error.at(row.where)
-            if problem and how.invalid is not None:
-                how.invalid.rows += 1
-                how.invalid.drop_invalid(problem)
-            elif problem:
-                problems.append(problem)
-                if len(problems) == MAX_PROBLEMS:
-                    break
-    except DataError as error:
-        problems += error.problems
-    if problems:
-        raise DataError(reported(problems, source.name))
-    return None if parser is None else IndexedFile(source, parser, start, len(how.numbers) // 6 - start, first)
+        prompt_hash, group_hash = (folded if key is None else _hash(key) for key in (prompt, group))
+        completion = _hash(completion_key(example, loss_on))
+        self.numbers.extend((exact, folded, int(line_of(row.where)), prompt_hash, completion, group_hash))
 
 
 def _hash(content: bytes) -> int:

@@ -1,30 +1,36 @@
-"""The splits of a run: its training, validation and test rows, and the rows that they have in common.
-
-Rows are read and checked here one by one, before torch is imported.
+"""The splits of a run: its training, validation and test rows, and the rows that they share, also with those that an
+adapter was trained on.
 """
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data.formats import PAIRS, UNPAIRED, Example, sides
 from loratune.data.formats.chats import quote
 from loratune.data.formats.recognition import CHAT_FORMATS, PREFERENCE_FORMATS
-from loratune.data.holding_out import hold_out, random_mask
+from loratune.data.holding_out import hold_out, mix_counts, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators
-from loratune.data.row_index import EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
+from loratune.data.row_index import CONTENT_HASH, EXACT, FOLDED, LINE, RowIndex, RowMask, index_rows
 from loratune.data.sources import GivenRows, left_out
 from loratune.data.sources.rows import Row, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance
+from loratune.system.directories import ROW_HASHES
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,22 +87,21 @@ class DatasetSplit:
             DataError: A file holds something else.
         """
         for file in self.index.files:
-            found = PREFERENCE_FORMATS.get(file.parser.format_name)
-            if found == kind:
+            name = file.parser.format_name
+            if (found := PREFERENCE_FORMATS.get(name)) == kind:
                 continue
-            where = self.index.where(file.start)
-            what = f"the rows are {found or f'of the format {file.parser.format_name}'}"
+            needed = kind or "rows without preferences"
+            what = f"the rows are {found or f'of the format {name}'}"
             if objective is None:
-                what += f", where {kind or 'rows without preferences'} are needed"
-                raise DataError(Problem(Code.DATA_FORMAT, what, where, fix="give only files of that kind"))
-            what += f", and {objective} trains on {kind or 'rows without preferences'}"
-            by_kind = {PAIRS: "dpo, orpo or simpo", UNPAIRED: "kto", None: "sft"}
-            fix = f"set training.objective to {by_kind[found]}"
-            if found is None:
-                fix = f"give rows that are {kind}, or {fix}"
-                if kind == UNPAIRED:
+                what, key, fix = f"{what}, where {needed} are needed", "", "give only files of that kind"
+            else:
+                by_kind = {PAIRS: "dpo, orpo or simpo", UNPAIRED: "kto", None: "sft"}
+                what, key = f"{what}, and {objective} trains on {needed}", "training.objective"
+                fix = f"set training.objective to {by_kind[found]}"
+                fix = fix if found else f"give rows that are {kind}, or {fix}"
+                if found is None and kind == UNPAIRED:
                     fix += "; where a label says which answers are desirable, set data.format to unpaired_preference"
-            raise DataError(Problem(Code.DATA_FORMAT, what, where, "training.objective", fix))
+            raise DataError(Problem(Code.DATA_FORMAT, what, self.index.where(file.start), key, fix))
 
     @property
     def chat(self) -> bool:
@@ -137,9 +142,9 @@ class DatasetSplit:
         """Where the rows come from, for a message about all of them."""
         return ", ".join(dict.fromkeys(file.source.name for file in self.index.files[:3]))
 
-    def examples(self, skip: int = 0, advance: Advance = no_advance) -> Iterator[Example]:
+    def examples(self, advance: Advance = no_advance) -> Iterator[Example]:
         """Read the rows once more, in order; see `RowIndex.examples`."""
-        return self.index.examples(self.mask, skip, advance)
+        return self.index.examples(self.mask, advance)
 
     def own_fields(self) -> dict[str, dict[str, Any]]:
         """Place → the fields of the row there, as plain values. The files are read once more."""
@@ -159,13 +164,7 @@ class DatasetSplit:
 
 @dataclass(frozen=True)
 class RawDatasets:
-    """The rows of a run before they are tokenized.
-
-    Attributes:
-        train: The rows to train on.
-        validation: The rows to evaluate on; None where nothing is evaluated.
-        test: The rows to score once, at the end; None where nothing is tested.
-    """
+    """The rows of a run before they are tokenized: to train on, to evaluate on, and to score once at the end."""
 
     train: DatasetSplit
     validation: DatasetSplit | None
@@ -208,30 +207,16 @@ def read_datasets(
     tested = read("test", section.test_sources) if test else None
     if fraction is None:
         return RawDatasets(train, validation, tested)
-    train_mask, validation_mask, remarks = divide(train, fraction, section.group_by, seed)
+    held_out_mask, remarks = hold_out(train.index, train.mask, fraction, section.group_by, seed)
+    train_mask = train.mask & ~held_out_mask
     if not train_mask.any():
         what = f"a fraction of {fraction} of {len(train)} rows leaves none to train on"
         if remarks:
             what = f"{what} ({'; '.join(remarks)})"
         fix = "name a validation file, or leave it out" if remarks else "lower it, or name a validation file"
         raise DataError(Problem(Code.DATA_EMPTY, what, key="data.validation", fix=fix))
-    validation = DatasetSplit("validation", train.index, validation_mask, section, remarks)
+    validation = DatasetSplit("validation", train.index, held_out_mask, section, remarks)
     return RawDatasets(replace(train, mask=train_mask), validation, tested)
-
-
-def divide(
-    train: DatasetSplit, fraction: float, group_by: str | None, seed: int
-) -> tuple[RowMask, RowMask, tuple[str, ...]]:
-    """Masks of the rows that are trained on, which may be none, and of those that are held out, and remarks on these.
-
-    Args:
-        train: The rows.
-        fraction: How many to hold out.
-        group_by: The field whose values keep rows together.
-        seed: Decides which.
-    """
-    held_out, remarks = hold_out(train.index, train.mask, fraction, group_by, seed)
-    return train.mask & ~held_out, held_out, remarks
 
 
 def read_source(source: Source | GivenRows, section: DataSection) -> DatasetSplit:
@@ -260,40 +245,6 @@ def _read_split(
     return DatasetSplit(name, index, mask, section, tuple(notes), index.invalid)
 
 
-# Mixing by weight, and replay
-
-
-def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows to take of each source, so that they are in the proportion of the weights.
-
-    No row is taken twice, so the source that is scarcest for its weight gives all its rows and sets the size of the
-    mix; every source gives at least one row. As `datasets.interleave_datasets` with probabilities and
-    stopping_strategy="first_exhausted", but exact instead of drawn.
-    """
-    size = min(count / weight for count, weight in zip(counts, weights, strict=True))
-    exact = (round(size * weight) for weight in weights)
-    return [min(count, max(1, share)) for count, share in zip(counts, exact, strict=True)]
-
-
-def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]:
-    """Which rows of an earlier run are mixed into those of a run, so that they are a share of the whole.
-
-    Where there are too few of them, each is taken once, or as often as all can be, before some are drawn once more.
-
-    Args:
-        own: Rows of the run.
-        earlier: Rows of the earlier run.
-        share: Their share of all rows, between 0 and 1; at least one row is taken.
-        seed: Decides which are drawn.
-
-    Returns:
-        Numbers of rows of the earlier run.
-    """
-    whole, rest = divmod(max(1, round(own * share / (1 - share))), earlier)
-    drawn = np.flatnonzero(random_mask(earlier, rest, np.random.default_rng([seed, 2])))
-    return [*range(earlier)] * whole + drawn.tolist()
-
-
 # Rows that are in the data twice, by the hashes of the index
 
 
@@ -311,7 +262,7 @@ def find_leaks(datasets: RawDatasets) -> list[Leaks]:
 
 
 def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
-    """Rows of a split, which is to be new to the model, that are also in another one."""
+    """Rows of a held-out split that are also in another one."""
     exact, folded = (np.isin(held_out.hashes(column), earlier.hashes(column)) for column in (EXACT, FOLDED))
     in_exact, in_folded = (tally(held_out, held_out.numbers[rows]) for rows in (exact, folded & ~exact))
     return Leaks(in_exact, in_folded, held_out.name, earlier.name)
@@ -320,3 +271,126 @@ def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
 def tally(split: DatasetSplit, numbers: NDArray[np.int64]) -> RowTally:
     """How many row numbers there are, and the places of the first."""
     return RowTally(len(numbers), [split.index.where(int(number)) for number in np.sort(numbers)[:MAX_PLACES]])
+
+
+# Hashes of the rows that an adapter was trained on, in its directory
+
+MOST_HASHES = 1 << 23
+"""How many hashes are kept at most, in 64 MiB; where there are more, none are kept."""
+_MOST_BYTES = 8 * MOST_HASHES + 4096
+_METADATA = "loratune"
+
+
+@dataclass(frozen=True, eq=False)
+class RowHashes:
+    """Hashes of rows, each once and sorted.
+
+    Attributes:
+        exact: (n,) int64: of the content of rows.
+        folded: (m,) int64: of the content with white space folded, where it is not in `exact`.
+        complete: Whether these are all rows that an adapter was trained on.
+    """
+
+    exact: NDArray[np.int64]
+    folded: NDArray[np.int64]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What the rows of an evaluation have in common with those that an adapter was trained on.
+
+    Attributes:
+        rows: How many rows the evaluation has.
+        leaks: Those of them that are also in train; None where that is not known.
+        unknown: What is not known, and why; empty if all is.
+    """
+
+    rows: int
+    leaks: Leaks | None
+    unknown: str
+
+    @property
+    def found(self) -> bool:
+        """Whether rows are known to be in train."""
+        return self.leaks is not None and self.leaks.exact.count + self.leaks.folded.count > 0
+
+    def remarks(self) -> list[str]:
+        """A line for each kind of rows in common."""
+        return self.leaks.remarks() if self.leaks else []
+
+    def as_json(self) -> dict[str, int] | None:
+        """Plain values; None where it is not known."""
+        if self.leaks is None:
+            return None
+        return {"exact": self.leaks.exact.count, "folded": self.leaks.folded.count, "rows": self.rows}
+
+
+def write_row_hashes(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, continued: bool) -> None:
+    """Write the hashes of all rows that an adapter was trained on, unless they are more than `MOST_HASHES`.
+
+    A repeated row has one hash. The metadata name the hash function: hashes of one function are never looked up among
+    those of another.
+
+    Args:
+        directory: The adapter directory.
+        split: The training rows.
+        earlier: Those of the adapter that training started from; None where they are not known.
+        continued: Whether training started from an adapter.
+
+    Raises:
+        OSError, SafetensorError: There is no room on the disk.
+    """
+    none = np.empty(0, np.int64)
+    known = earlier or RowHashes(none, none, complete=not continued)
+    exact = np.union1d(split.hashes(EXACT), known.exact)
+    folded = np.setdiff1d(np.union1d(split.hashes(FOLDED), known.folded), exact, assume_unique=True)
+    if len(exact) + len(folded) > MOST_HASHES:
+        return
+    # One key of metadata alone: safetensors writes several in an order that differs between processes.
+    metadata = {_METADATA: json.dumps({"hash": CONTENT_HASH, "complete": known.complete})}
+    save_file({"exact": exact, "folded": folded}, directory / ROW_HASHES, metadata)
+
+
+def read_row_hashes(directory: Path) -> RowHashes | str:
+    """The hashes that an adapter keeps; or why they are not known. At most 64 MiB are read."""
+    path = directory / ROW_HASHES
+    if not path.is_file():
+        return "it keeps no hashes of them"
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError("larger than any that is written")
+        with safe_open(path, framework="np") as file:
+            metadata: Any = json.loads((file.metadata() or {})[_METADATA])
+            kept, complete = metadata["hash"], metadata["complete"] is True
+            exact, folded = (file.get_tensor(name) for name in ("exact", "folded"))
+        for hashes in (exact, folded):
+            if hashes.dtype != np.int64 or hashes.ndim != 1 or not (hashes[1:] > hashes[:-1]).all():
+                raise ValueError("no sorted vectors of int64")
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        _log.debug("%s cannot be read", path, exc_info=True)
+        return f"{ROW_HASHES} is damaged"
+    return (
+        RowHashes(exact, folded, complete)
+        if kept == CONTENT_HASH
+        else f"{ROW_HASHES} is of another release of loratune"
+    )
+
+
+def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
+    """Look up the rows of an evaluation among those that an adapter was trained on.
+
+    Args:
+        split: The rows of the evaluation.
+        directory: The adapter directory.
+    """
+    hashes = read_row_hashes(directory)
+    if isinstance(hashes, str):
+        return Overlap(len(split), None, f"whether evaluation rows are also in train is not known: {hashes}")
+    columns = split.index.columns
+    is_exact = np.isin(columns[:, EXACT], hashes.exact)
+    is_folded = np.isin(columns[:, FOLDED], np.concatenate([hashes.exact, hashes.folded]))
+    in_exact, in_folded = (tally(split, np.flatnonzero(rows)) for rows in (is_exact, is_folded & ~is_exact))
+    leaks = Leaks(in_exact, in_folded, "evaluation")
+    unknown = "" if hashes.complete else "rows of the adapter that training started from are not known"
+    return Overlap(len(split), leaks, unknown)

@@ -15,9 +15,8 @@ from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
 from loratune.data import TokenizedDataset
-from loratune.data.packing import BatchLayout, Packing, flatten
-from loratune.data.packing_check import packing_refusal, padding_is_cheaper, padding_refusal
-from loratune.data.prefix_tree import PrefixTree
+from loratune.data.batches import flatten, packing_refusal, padding_is_cheaper, padding_refusal
+from loratune.data.packing import BatchLayout, Packing, PrefixTree
 from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
 from loratune.lora import attach

@@ -13,11 +13,11 @@ from loratune import config, data
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import RunConfig, Source
-from loratune.data import RawDatasets, row_hashes
+from loratune.data import RawDatasets, splits
 from loratune.data.formats import KINDS
-from loratune.data.row_hashes import RowHashes
 from loratune.data.sources import GIVEN, GivenRows
 from loratune.data.sources.files import looks_like_hub_id
+from loratune.data.splits import RowHashes
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
 from loratune.model import quantization
@@ -149,7 +149,7 @@ def _open_start(run: RunConfig, point: ResumePoint | None = None, *, reads_rows:
         ) from None
     if not reads_rows:
         return StartAdapter(info, digest)
-    hashes = row_hashes.read(directory)
+    hashes = splits.read_row_hashes(directory)
     rows, unknown = _earlier_rows(info, is_replayed=run.data.replay is not None)
     return StartAdapter(info, digest, rows, unknown, hashes if isinstance(hashes, RowHashes) else None)
 

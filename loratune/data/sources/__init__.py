@@ -21,8 +21,7 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
 from loratune.data.sources import files
-from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, reported, to_json_line, to_row
-from loratune.data.sources.text_files import jsonl_rows
+from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, jsonl_rows, reported, to_json_line, to_row
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance
 from loratune.system.environment import cache_fix
@@ -157,7 +156,7 @@ def left_out(source: Source | GivenRows) -> str:
     path = _local_path(source)
     others = files.find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
     return (
-        f"{source.path}: not read: {files.shown(others)} (files that end in {files.known_endings()} are)"
+        f"{source.path}: not read: {files.shown(others)} (files that end in {files.KNOWN_ENDINGS} are)"
         if others
         else ""
     )

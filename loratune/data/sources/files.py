@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from loratune.codes import Code
 from loratune.config import Source
 from loratune.data import upstream
-from loratune.data.sources import text_files
+from loratune.data.sources import rows as readers
 from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance, progress
@@ -30,15 +30,16 @@ from loratune.system.files import sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
-UNBOUNDED = sys.maxsize
+KNOWN_ENDINGS = ", ".join(ENDINGS[:-1]) + " (each also as .gz), .parquet"
+_UNBOUNDED = sys.maxsize
 _SHOWN = 5
 """How many names of files a message has."""
 
 _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
-    ".jsonl": text_files.jsonl_rows,
-    ".json": text_files.json_document,
-    ".csv": text_files.csv_rows,
-    ".txt": text_files.text_rows,
+    ".jsonl": readers.jsonl_rows,
+    ".json": readers.json_document,
+    ".csv": readers.csv_rows,
+    ".txt": readers.text_rows,
 }
 
 
@@ -84,7 +85,7 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
         raise _unreadable_error(error, path) from None
     if not data_ending(path):
         what = f"files of the type `{path.suffix}` are not read"
-        raise DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix=f"use {known_endings()}"))
+        raise DataError(Problem(Code.DATA_UNREADABLE, what, str(path), fix=f"use {KNOWN_ENDINGS}"))
     return [path], []
 
 
@@ -96,18 +97,13 @@ def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[li
     if files:
         return files, others
     what = f"{otherwise}, only {shown(others)}" if others else otherwise
-    raise DataError(Problem(Code.DATA_NOT_FOUND, what, str(parent), fix=f"name files that end in {known_endings()}"))
+    raise DataError(Problem(Code.DATA_NOT_FOUND, what, str(parent), fix=f"name files that end in {KNOWN_ENDINGS}"))
 
 
 def shown(paths: Sequence[Path]) -> str:
     """The names of the first few paths, and a count."""
     more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
     return ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths[:_SHOWN]) + more
-
-
-def known_endings() -> str:
-    """The endings of the files that are read, for a message."""
-    return ", ".join(ending for ending in ENDINGS if ending != ".parquet") + " (each also as .gz), .parquet"
 
 
 def _unreadable_error(error: OSError, path: Path) -> DataError:
@@ -151,7 +147,7 @@ class DataFile:
                 return
             file: Any = io.BufferedReader(raw, BLOCK)
             if ending.endswith(".gz"):
-                file = gzip.GzipFile(fileobj=file)
+                file = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK)
             done = 0
             for row in _TEXT_READERS[ending.removesuffix(".gz")](file, str(self.path)):
                 yield row
@@ -177,7 +173,7 @@ class FileSlice:
     split: str | None = None
     part: int = 0
     start: int = 0
-    stop: int = UNBOUNDED
+    stop: int = _UNBOUNDED
 
     @property
     def name(self) -> str:
@@ -233,7 +229,7 @@ def file_slices(paths: list[Path], source: Source) -> list[FileSlice]:
     if split is None:
         return [FileSlice(files, number) for number in range(len(files))]
     _slice_bounds(split, 1_000, source)
-    lengths = [UNBOUNDED]
+    lengths = [_UNBOUNDED]
     if files[1:] or "%" in split or "-" in split:
         lengths = [sum(1 for _ in file.rows()) for file in files]
     starts = list(accumulate(lengths, initial=0))
@@ -268,15 +264,15 @@ def _parquet_rows(raw: BinaryIO, source: DataFile, advance: Advance) -> Iterator
     """Rows of a Parquet file, by record batches. Raises DataError: it is damaged, or two columns have one name."""
     try:
         with pq.ParquetFile(raw, **_STREAMED) as file:
-            if problem := text_files.duplicate_columns(file.schema_arrow.names, str(source.path)):
+            if problem := readers.duplicate_columns(file.schema_arrow.names, str(source.path)):
                 raise DataError(problem)
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             sizes = [8 * BLOCK * group.num_rows // max(group.total_byte_size, 1) for group in groups if group.num_rows]
             size, total, number = source.size, file.metadata.num_rows, 0
             for batch in file.iter_batches(max(1, min([2048, *sizes])), use_threads=False):
-                for values in _batch_values(batch):
+                for values in zip(*map(_values, batch.columns), strict=True):
                     number += 1
-                    yield Row(f"{source.path}:row {number}", values)
+                    yield Row(f"{source.path}:row {number}", dict(zip(batch.schema.names, values, strict=True)))
                 advance(size * number // total - size * (number - batch.num_rows) // total)
     except (pa.ArrowException, OSError) as error:
         what = f"damaged Parquet file: {_first_line(error)}"
@@ -284,22 +280,17 @@ def _parquet_rows(raw: BinaryIO, source: DataFile, advance: Advance) -> Iterator
         raise DataError(problem) from None
 
 
-def _batch_values(batch: Any) -> list[dict[str, Any]]:
-    """The fields of each row of a batch; a value that Python has no type for becomes `Unreadable`.
-
-    That is not an error: the format may not read that field.
-    """
+def _values(column: Any) -> list[Any]:
+    """The values of a column; one that Python has no type for becomes `Unreadable`: its field may not be read."""
     try:
-        return list(batch.to_pylist())
+        return list(column.to_pylist())
     except (ValueError, OverflowError, pa.ArrowException):
-        if batch.num_rows > 1:
-            return [values for number in range(batch.num_rows) for values in _batch_values(batch.slice(number, 1))]
-        return [{name: _value(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}]
+        return [_value(scalar) for scalar in column]
 
 
-def _value(column: Any) -> Any:
+def _value(scalar: Any) -> Any:
     try:
-        return column[0].as_py()
+        return scalar.as_py()
     except (ValueError, OverflowError, pa.ArrowException) as error:
         return Unreadable(_first_line(error))
 

@@ -1,15 +1,33 @@
-"""Rows, the place of each row in its source, and how rows are written."""
+"""Rows, the place of each in its source, and how rows are written; text files as rows.
+
+JSON lines, CSV and plain text are read block by block, JSON documents whole. The readers keep information that those of
+other libraries lose: the line of every row and problem, the rows after an invalid one, and the byte that is not UTF-8.
+A BOM, CRLF and blank lines are accepted in every kind of file.
+"""
 
 import base64
 import csv
 import datetime
+import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TextIO
+from itertools import compress
+from typing import Any, BinaryIO, TextIO
 
 from loratune.codes import Code
-from loratune.errors import Problem
+from loratune.errors import DataError, Problem
+
+BLOCK = 1 << 20
+"""Bytes that are read and held at a time."""
+csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter than a document
+_BOM = "\ufeff"
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
+"""A byte that is not UTF-8, as `surrogateescape` decodes it: what is UTF-8 never becomes one of these."""
+_FIX_LINE, _FIX_FILE = "correct the line, or remove it", "correct the file, or write it again"
+_FIX_ENCODING = "save the file as UTF-8"
 
 MAX_PROBLEMS = 10
 """How many problems of a source are collected before reading stops."""
@@ -61,10 +79,6 @@ def place_parts(where: str) -> tuple[str, str, str]:
     body = where.removesuffix("]")
     before = body.rstrip("0123456789")
     return before, body[len(before) :], where[len(body) :]
-
-
-BLOCK = 1 << 20
-"""Bytes that are read and held at a time."""
 
 
 @dataclass(frozen=True)
@@ -166,3 +180,167 @@ def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
                 name = f"row_{name}"
         kept[name] = value
     return kept | dict(found)
+
+
+# Text files
+
+
+def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | Problem]:
+    """The lines of a file that are not blank, each with its number, or the problem of one that is not UTF-8."""
+    number = 1
+    while lines := file.readlines(BLOCK):
+        for place, raw in compress(enumerate(lines, number), map(bytes.strip, lines)):
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError as error:
+                yield _encoding_problem(error.start + 1, raw[error.start], f"{name}:{place}")
+                continue
+            text = (text.removeprefix(_BOM) if place == 1 else text).rstrip("\r\n")
+            if text.strip():
+                yield place, text
+        number += len(lines)
+
+
+def _encoding_problem(byte: int, value: int, where: str) -> Problem:
+    what = f"byte {byte} of the line (0x{value:02x}) is not UTF-8"
+    return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_ENCODING)
+
+
+def text_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a plain text file: one text per line; blank lines are skipped. name: the path, for messages."""
+    for line in _text_lines(file, name):
+        yield line if isinstance(line, Problem) else Row(f"{name}:{line[0]}", {"text": line[1]})
+
+
+def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
+
+    Raises:
+        DataError: The header cannot be used, or a record of several lines is not valid: nobody knows how many records
+            its quoted cell has swallowed.
+    """
+    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
+    reader, header, line = csv.reader(text, strict=True), list[str](), 1
+    while True:
+        try:
+            for cells in reader:
+                if cells and header:
+                    yield _record(cells, header, f"{name}:{line}")
+                elif cells:
+                    header = _header(cells, f"{name}:{line}")
+                line = reader.line_num + 1
+            return
+        except csv.Error as error:
+            problem = Problem(Code.DATA_SYNTAX, f"not valid CSV: {error}", f"{name}:{line}", fix=_FIX_LINE)
+            if not header or reader.line_num > line:
+                raise DataError(problem) from None
+            yield problem
+            line = reader.line_num + 1
+
+
+def _record(cells: list[str], header: list[str], where: str) -> RowOrProblem:
+    if problem := _byte_problem(cells, where):
+        return problem
+    if len(cells) != len(header):
+        what = f"{len(cells)} cells, but the header has {len(header)} columns"
+        return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_LINE)
+    return Row(where, {name: cell.replace("\r\n", "\n") for name, cell in zip(header, cells, strict=True)})
+
+
+def _byte_problem(cells: list[str], where: str) -> Problem | None:
+    text = "".join(cells)
+    if text.isascii() or not (bad := _BAD_BYTE.search(text)):
+        return None
+    what = f"the record has the byte 0x{ord(bad[0]) - 0xDC00:02x}, which is not UTF-8"
+    return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_ENCODING)
+
+
+def _header(names: list[str], where: str) -> list[str]:
+    """The names of the columns. Raises DataError: they cannot be used."""
+    problem = _byte_problem(names, where) or duplicate_columns(names, where)
+    if len(names) == 1 and (separators := {";", "\t"}.intersection(names[0])):
+        what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
+        problem = Problem(Code.DATA_SYNTAX, what, where, fix="write the file with commas between the cells")
+    if problem:
+        raise DataError(problem)
+    return names
+
+
+def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
+    """A problem if two columns of a table have one name."""
+    if names := [f"`{name}`" for name, count in sorted(Counter(names).items()) if count > 1]:
+        what = f"more than one column is called {', '.join(names)}"
+        return Problem(Code.DATA_SYNTAX, what, where, fix="rename one of the columns")
+    return None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | Unreadable:
+    values = dict(pairs)
+    if len(values) == len(pairs):
+        return values
+    name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+    return Unreadable(f"an object with the key `{name}` twice")
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+
+
+def jsonl_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a file with one JSON object per line; blank lines are skipped. name: the path, for messages."""
+    for line in _text_lines(file, name):
+        if isinstance(line, Problem):
+            yield line
+            continue
+        where = f"{name}:{line[0]}"
+        try:
+            yield to_row(_decode(line[1]), where)
+        except (ValueError, RecursionError) as error:
+            yield _json_problem(error, where, _FIX_LINE)
+
+
+def _json_problem(error: ValueError | RecursionError, where: str, fix: str) -> Problem:
+    if isinstance(error, RecursionError):
+        what = "the JSON is nested too deeply to be read"
+    elif not isinstance(error, json.JSONDecodeError):  # Python reads numbers of at most 4,300 digits
+        what = "the JSON has a number of too many digits to be read"
+    elif error.pos >= len(error.doc.rstrip()) or "Unterminated" in error.msg:
+        what = f"the JSON is cut off at column {error.colno}"
+    else:
+        what = f"not valid JSON: {error.msg} at column {error.colno}"
+    return Problem(Code.DATA_SYNTAX, what, where, fix=fix)
+
+
+def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a JSON document: a list of objects, the list under its key `data`, or one object.
+
+    The document is held in memory. JSON lines in a file that is called .json are read as such.
+
+    Raises:
+        DataError: It is not a JSON document, or not UTF-8.
+    """
+    raw = file.read()
+    try:
+        text = raw.decode().removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        raise DataError(_encoding_problem(byte, raw[error.start], f"{name}:{line}")) from None
+    del raw
+    if not text or text.isspace():
+        return
+    try:
+        rows = _decode(text)
+    except (ValueError, RecursionError) as error:
+        where = name
+        if isinstance(error, json.JSONDecodeError):
+            where, (first, newline, rest) = f"{name}:{error.lineno}", text[: error.pos].lstrip().partition("\n")
+            if error.msg == "Extra data" and first[:1] == "{" and newline and not rest.strip():
+                file.seek(0)
+                yield from jsonl_rows(file, name)
+                return
+        raise DataError(_json_problem(error, where, _FIX_FILE)) from None
+    if isinstance(rows, dict):
+        rows = rows["data"] if isinstance(rows.get("data"), list) else [rows]
+    if not isinstance(rows, list):
+        what = "a JSON file must hold a list of objects, or one object for one row"
+        raise DataError(Problem(Code.DATA_SYNTAX, what, name, fix="write it as [{...}, {...}]"))
+    yield from (to_row(row, f"{name}:row {number}") for number, row in enumerate(rows, start=1))

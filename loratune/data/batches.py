@@ -1,22 +1,25 @@
-"""Checks whether a model computes several rows at once (packed or padded) without mixing them, and which is cheaper.
+"""Turns rows of token ids into tensors, and checks whether a model keeps the rows of such a batch apart.
 
 The check runs the model; there is no list of model families.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.data.packing import flatten, pad
+from loratune.data.rendering import IGNORED
 
 _log = logging.getLogger(__name__)
+
+Put: TypeAlias = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
+"""Makes rows a dict of tensors: `flatten`, `share_prefixes`, or `pad` with its padding token."""
 
 Row = dict[str, list[int]]
 Layout = Callable[[list[Row], int], tuple[dict[str, Tensor], Tensor]]
@@ -43,6 +46,82 @@ _MASKED_PAIR_COST = 4
 Measured with Gemma 3 on a CPU, 8 rows of 1,024 tokens: 20.2 s end to end and 3.5 s padded, which is a cost of 8. The
 smaller value favours rows end to end."""
 _SAMPLED_BATCHES = 256
+
+
+def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Put rows end to end.
+
+    There is no `attention_mask`: without one, and without a cache, transformers reads from the positions where a row
+    begins, and lets a token attend to its own row only (`masking_utils.find_packed_sequence_indices`). So the caller
+    must call the model with `use_cache=False` and without a mask; with either, tokens attend to other rows, and there
+    is no error. `packing_refusal` finds out whether a model understands the positions.
+
+    Args:
+        rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
+
+    Returns:
+        int64 tensors of shape (1, tokens of all rows): `input_ids`; `labels`, in which the first of each row is -100,
+        because the token before it is another row's; `position_ids`, which begin at 0 in each row.
+    """
+    return {
+        "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
+        "labels": torch.tensor([[label for row in rows for label in (IGNORED, *row["labels"][1:])]]),
+        "position_ids": torch.tensor([[position for row in rows for position in range(len(row["input_ids"]))]]),
+    }
+
+
+def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put rows into a batch.
+
+    Args:
+        put: What makes them tensors.
+        rows: Where answers are compared, each has its `side`, see `TokenizedRow`, and perhaps its log-probability as
+            `reference`, and a further row as `mismatched`, which is its prompt with the answer to another one.
+
+    Returns:
+        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; and as
+        `mismatched` the same of the further rows.
+    """
+    batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+    if "side" in rows[0]:
+        batch["sides"] = torch.tensor([row["side"] for row in rows])
+    if "reference" in rows[0]:
+        batch["references"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
+    if "mismatched" in rows[0]:
+        batch["mismatched"] = put_rows(put, [row["mismatched"] for row in rows])
+    return batch
+
+
+def pad(
+    rows: Sequence[dict[str, Any]], pad_id: int, side: Literal["left", "right"] = "right"
+) -> dict[str, torch.Tensor]:
+    """Pad rows to the longest of them. Padding is masked by position, never by token id.
+
+    Args:
+        rows: `input_ids` and optionally `labels`, lists of equal length for each row.
+        pad_id: The id of the padding token.
+        side: Where the padding goes.
+
+    Returns:
+        int64 tensors of shape (rows, longest): `input_ids`, `attention_mask` (1 on tokens, 0 on padding), and `labels`
+        (-100 on padding) if the rows have them.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(values: Sequence[int], filler: int) -> list[int]:
+        padding = [filler] * (longest - len(values))
+        return [*values, *padding] if side == "right" else [*padding, *values]
+
+    batch = {
+        "input_ids": torch.tensor([padded(row["input_ids"], pad_id) for row in rows]),
+        "attention_mask": torch.tensor([padded([1] * len(row["input_ids"]), 0) for row in rows]),
+    }
+    if "labels" in rows[0]:
+        batch["labels"] = torch.tensor([padded(row["labels"], IGNORED) for row in rows])
+    return batch
+
+
+# Whether a model keeps the rows of a batch apart
 
 
 def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
