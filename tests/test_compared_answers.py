@@ -305,7 +305,7 @@ def test_the_margin_of_judged_answers_has_welchs_interval() -> None:
     assert own is not None and difference.interval is not None
     assert [own.low, own.high] == pytest.approx([interval.low, interval.high], rel=1e-6)
     assert [difference.interval.low, difference.interval.high] == pytest.approx([own.low, own.high], rel=1e-9)
-    assert found.scores[ADAPTER].value(REWARD_MARGIN) == pytest.approx(float(good.mean() - bad.mean()), rel=1e-6)
+    assert found.scores[ADAPTER].metrics[REWARD_MARGIN] == pytest.approx(float(good.mean() - bad.mean()), rel=1e-6)
     few = comparison.compare_rows([*rows[:9], *rows[9:12]])
     assert few.scores[ADAPTER].intervals[REWARD_MARGIN] is None and few.differences[REWARD_MARGIN].verdict is None
 

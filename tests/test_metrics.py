@@ -224,7 +224,7 @@ def test_copies_weigh_and_are_no_evidence() -> None:
     copied = comparison.compare_rows([row(0, *WON, copies=200), *few[1:]])
     score = copied.scores["adapter"]
     assert (score.rows, score.tokens) == (205, 2 * 200 + 3 + 4 + 5 + 6 + 7)
-    assert score.value("loss") == pytest.approx(205 / score.tokens)
+    assert score.metrics["loss"] == pytest.approx(205 / score.tokens)
     one, other = (found.scores["adapter"].intervals["exact_match"] for found in (once, copied))
     assert one and other and other.low < one.low
     assert copied.differences["exact_match"].p == once.differences["exact_match"].p
@@ -252,7 +252,7 @@ def test_figures_lie_in_their_intervals() -> None:
     for one in (same, same[::-1]):
         score = comparison.compare_rows(one).scores["adapter"]
         for name in ("loss", "perplexity"):
-            interval, value = score.intervals[name], score.value(name)
+            interval, value = score.intervals[name], score.metrics[name]
             assert interval and value is not None and interval.low <= value <= interval.high
 
 
@@ -272,7 +272,7 @@ def test_losses_that_are_not_finite() -> None:
 
 def test_a_loss_beyond_any_perplexity() -> None:
     found = comparison.compare_rows([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
-    assert found.scores["base"].value("perplexity") == math.inf and found.verdict == "better"
+    assert found.scores["base"].metrics["perplexity"] == math.inf and found.verdict == "better"
     assert found.to_dict()["base"]["perplexity"] is None
     json.dumps(found.to_dict(), allow_nan=False)
 

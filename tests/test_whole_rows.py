@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loratune import kernels
 from loratune.data.batches import flatten
-from loratune.kernels import attention, upstream
+from loratune.kernels import sublayers, upstream
 from loratune.kernels.layout import Layout, Scoring
 from loratune.lora import attach
 
@@ -31,9 +31,9 @@ def positions_of(branches: Any) -> Tensor:
 def attended(ops: Any, layout: Layout, states: Any, gradient: Tensor) -> list[Tensor]:
     """Results and gradients, as a layer of attention computes them."""
     results = ops.attend(*states, layout, Scoring(SCALE))
-    attention.attend_whole_rows(layout.rows, results, *states, SCALE)
+    sublayers.attend_whole_rows(layout.rows, results, *states, SCALE)
     gradients = ops.attend_backward(gradient, results, states, layout, Scoring(SCALE))
-    attention.attend_whole_rows_backward(layout.rows, gradients, gradient, results, states, SCALE)
+    sublayers.attend_whole_rows_backward(layout.rows, gradients, gradient, results, states, SCALE)
     return [*results, *gradients]
 
 
@@ -79,7 +79,7 @@ def test_a_step_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = flatten(rows())
     loss, gradients = step(model, batch)
     lengths = [len(row["input_ids"]) for row in rows()]
-    monkeypatch.setattr(attention, "fewest_tokens", lambda like: sorted(lengths)[1])
+    monkeypatch.setattr(sublayers, "fewest_tokens", lambda like: sorted(lengths)[1])
     for name in ("attend_to_rows", "attend_to_rows_backward"):
         monkeypatch.setattr(upstream, name, partial(counted, getattr(upstream, name)))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:

@@ -1,7 +1,6 @@
 """`loratune report`: writes an HTML page about an adapter, its run and its evaluation, or about a sweep."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from loratune import config
@@ -10,7 +9,7 @@ from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
 from loratune.config import keys
 from loratune.errors import AdapterError
-from loratune.lora.stats import AdapterStats, adapter_stats, span
+from loratune.lora.stats import AdapterStats, Update, adapter_stats, span
 from loratune.report import facts, page
 from loratune.report.page import Subject
 from loratune.report.study import StudyResults
@@ -50,26 +49,26 @@ def study_report(directory: Path) -> str:
 def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subject:
     files, run = adapter.files, adapter.run
     base = "/".join(part for part in (files.base, adapter.base.gguf_file) if part)
+    known, updates = {"base": base, "rank": f"{files.config['r']}", "size": "not measured"}, list[Update]()
+    try:
+        stats = adapter_stats(files)
+        known, updates = known | _facts(stats), stats.updates
+    except AdapterError as error:  # the page of a broken adapter says so
+        notes = [*notes, *map(str, error.problems)]
     objective = preferences.described(run) if run else ""
     extra = {"objective": objective, "revision": str(files.config.get("revision") or "")}
-    subject = Subject(
+    return Subject(
         name=name,
         base=base,
         objective=objective,
-        adapter={"base": base, "rank": f"{files.config['r']}", "size": "not measured"},
+        adapter=known | {name: value for name, value in extra.items() if value},
         record=facts.read(files.record),
-        updates=[],
+        updates=updates,
         settings=keys.flat(run.resolved()) if run else {},
         config=config.dump(run) if run else "",
         max_length=run.data.max_length if run else None,
         notes=notes,
     )
-    try:
-        stats = adapter_stats(files)
-        subject = replace(subject, adapter={**subject.adapter, **_facts(stats)}, updates=stats.updates)
-    except AdapterError as error:  # the page of a broken adapter says so
-        subject = replace(subject, notes=[*notes, *map(str, error.problems)])
-    return replace(subject, adapter={**subject.adapter, **{name: value for name, value in extra.items() if value}})
 
 
 def _facts(stats: AdapterStats) -> dict[str, str]:

@@ -16,7 +16,7 @@ from loratune.codes import Code
 from loratune.compare.engine import Engine
 from loratune.compare.metrics import EXACT_MATCH, LABEL_ACCURACY, OPTION, ExpectedTextError, Metric, sides
 from loratune.compare.objectives import Formula, PreferenceMetrics
-from loratune.compare.preferences import ComparedRows, PreferenceObjective, ScoredAnswers
+from loratune.compare.preferences import ComparedRows, PreferenceObjective, PreferenceScores
 from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
@@ -223,7 +223,7 @@ class PreferenceAnswers:
         self.formula, self.rows, self._dataset = formula, distinct_rows(loaded, dataset), dataset
         compared = ComparedRows(dataset, loaded.data.max_length, seed)
         self._objective = PreferenceObjective(formula, {"held-out": compared})
-        self._reference: ScoredAnswers | None = None
+        self._reference: PreferenceScores | None = None
         self.metrics: dict[str, PreferenceMetrics] = {}
 
     def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:

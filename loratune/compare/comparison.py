@@ -56,10 +56,6 @@ class Score:
     tokens: int
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
 
-    def value(self, name: str) -> float | None:
-        """A metric by its name; None where it was not computed."""
-        return self.metrics.get(name)
-
     def as_json(self) -> dict[str, Any]:
         """Plain values. Metrics that are not finite are null, as JSON has no word for them."""
         others = {"rows": self.rows, "tokens": self.tokens, "intervals": finite(self.intervals)}
@@ -161,7 +157,7 @@ class Comparison:
         if one.of_task and self.tasks is not None:
             return requirements.judge_task(one, self.tasks.metrics(), self.collapsed)
         score = self.scores[metrics.ADAPTER]
-        value = score.value(one.metric)
+        value = score.metrics.get(one.metric)
         found = None if value is None else Difference(value, score.intervals.get(one.metric))
         reason = f"not computed, as no {self.item} gives it"
         if one.metric == metrics.FORGETTING:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import BeforeBatch, Objective, Scores, ScoringLayout, nothing, run_batch
+from loratune.compare.engine import Objective, Scores, run_batch
 from loratune.compare.metrics import RowLosses, Values
 from loratune.compare.objectives import AnswerScores, Formula, PreferenceMetrics, divergence
 from loratune.config import DEFAULT_BETA, RunConfig
@@ -31,7 +31,7 @@ from loratune.data.packing import Items
 from loratune.data.rendering import TokenizedRow
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
-from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.system.launcher import Group
 
 _ROUNDING = {False: 0.25, True: 1e-3}
 """Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
@@ -140,7 +140,7 @@ def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class ScoredAnswers:
+class PreferenceScores:
     """What a model gives to the answers of items, in the order of the items.
 
     Attributes:
@@ -156,7 +156,7 @@ class ScoredAnswers:
     mismatched: AnswerScores | None = None
 
     @classmethod
-    def of(cls, scores: Scores) -> "ScoredAnswers":
+    def of(cls, scores: Scores) -> "PreferenceScores":
         """From plain numbers, see `PreferenceObjective.scores`."""
         numbers = {name: torch.tensor([*values], dtype=torch.float64) for name, values in scores.items()}
         answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
@@ -165,12 +165,18 @@ class ScoredAnswers:
             mismatched = AnswerScores(other, torch.ones_like(other), numbers["mismatched_references"])
         return cls(answers, numbers["sides"].long(), divergence(mismatched), mismatched)
 
-    def compared_with(self, reference: "ScoredAnswers") -> "ScoredAnswers":
+    @property
+    def log_probabilities(self) -> NDArray[np.float64]:
+        """(rows,), and behind them those of the mismatched answers, if there are any."""
+        parts = [self.answers, self.mismatched] if self.mismatched else [self.answers]
+        return np.concatenate([part.log_probabilities.numpy() for part in parts])
+
+    def compared_with(self, reference: "PreferenceScores") -> "PreferenceScores":
         """The same answers with what another model gives to them as the reference."""
         answers, mismatched = replace(self.answers, reference=reference.answers.log_probabilities), self.mismatched
         if mismatched and reference.mismatched:
             mismatched = replace(mismatched, reference=reference.mismatched.log_probabilities)
-        return ScoredAnswers(answers, self.sides, divergence(mismatched), mismatched)
+        return PreferenceScores(answers, self.sides, divergence(mismatched), mismatched)
 
 
 class PreferenceObjective(Objective):
@@ -186,8 +192,8 @@ class PreferenceObjective(Objective):
         """splits: The rows by the name of their split."""
         self.formula, self.splits = formula, splits
         self.unit = "answer" if formula.name == "kto" else "pair"
-        self.last: ScoredAnswers | None = None
-        self._step: ScoredAnswers | None = None
+        self.last: PreferenceScores | None = None
+        self._step: PreferenceScores | None = None
         self._given: dict[str, Any] = {}
         self._divergence = 0.0
 
@@ -227,7 +233,7 @@ class PreferenceObjective(Objective):
         losses = self.formula.item_losses(answers, self._given["sides"], self._divergence)
         is_there = answers.tokens.view(len(losses), -1)[:, 0] > 0
         held = replace(answers, log_probabilities=answers.log_probabilities.detach())
-        self._step = ScoredAnswers(held, self._given["sides"], self._divergence)
+        self._step = PreferenceScores(held, self._given["sides"], self._divergence)
         return (losses * is_there).sum().float(), is_there.sum()
 
     def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
@@ -242,11 +248,11 @@ class PreferenceObjective(Objective):
 
     def row_losses(self, scores: Scores) -> RowLosses:
         """See `Objective`."""
-        self.last = ScoredAnswers.of(scores)
+        self.last = PreferenceScores.of(scores)
         losses = self.item_losses(self.last)
         return RowLosses.of(losses, [1] * len(losses))
 
-    def item_losses(self, scored: ScoredAnswers) -> list[float]:
+    def item_losses(self, scored: PreferenceScores) -> list[float]:
         """(items,), the loss of each."""
         losses: list[float] = self.formula.item_losses(scored.answers, scored.sides, scored.divergence).tolist()
         return losses
@@ -255,7 +261,7 @@ class PreferenceObjective(Objective):
         """See `Objective`; all items are computed, also copies, whose mismatched answers differ."""
         return dict.fromkeys(range(dataset.items), 1)
 
-    def metrics(self, split: str, scored: ScoredAnswers) -> PreferenceMetrics:
+    def metrics(self, split: str, scored: PreferenceScores) -> PreferenceMetrics:
         """Of answers, compared with their reference. split: the name of the rows."""
         return PreferenceMetrics.of(split, self.formula, scored.answers, scored.sides, scored.divergence)
 
@@ -309,27 +315,8 @@ class PreferenceObjective(Objective):
 # The reference
 
 
-def score_reference(
-    objective: PreferenceObjective,
-    model: Any,
-    rows: ComparedRows,
-    layout: ScoringLayout,
-    before_batch: BeforeBatch = nothing,
-    group: Group = SINGLE_PROCESS,
-) -> NDArray[np.float64]:
-    """The log-probabilities of all rows in the order of the dataset, and behind them those of the mismatched ones.
-
-    Arguments as of `Objective.read`; layout: how rows are batched.
-    """
-    items, rows_per_example = objective.items(rows.dataset)
-    planned = layout.layout(items, rows.dataset.rows.lengths, rows_per_example)
-    every = layout.plan(planned, objective.copies(rows.dataset))
-    found = ScoredAnswers.of(every.ordered(objective.read(model, every, before_batch, group)))
-    return np.concatenate([part.log_probabilities.numpy() for part in (found.answers, found.mismatched) if part])
-
-
 def set_reference(rows: ComparedRows, values: NDArray[np.float64]) -> None:
-    """Give rows their log-probabilities in the reference, as `score_reference` returns them.
+    """Give rows their log-probabilities in the reference, see `PreferenceScores.log_probabilities`.
 
     Raises:
         NumericError: The reference gives an answer no log-probability that could be compared with.

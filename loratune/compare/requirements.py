@@ -32,8 +32,6 @@ _FORM = re.compile(r"(?P<metric>.+)(?P<comparison><=|>=|<|>)(?P<bound>[^<>=]+)",
 _DIFFERENCE = "difference."
 _TASK_METRIC = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
-_NAMES = 12
-"""Names of tasks or metrics that a message lists."""
 _OF_ROWS = (metrics.LOSS, metrics.PERPLEXITY, metrics.EXACT_MATCH, metrics.LABEL_ACCURACY)
 """The metrics of rows that have one answer, besides those of --metric."""
 _OF_PREFERENCES = {kind: metrics.metrics_of(paired=kind == PAIRS) for kind in (PAIRS, UNPAIRED)}
@@ -221,15 +219,10 @@ def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> No
     Raises:
         ConfigError: Some is not. Which metrics a task gives shows only when it has run.
     """
-    fix = f"take one of {_listed(names)}, and its metric behind a dot"
+    fix = f"take one of {', '.join(names)}, and its metric behind a dot"
     for one in requirements:
         if one.of_task and not any(one.metric.startswith(f"{name}.") for name in names):
             raise _refusal(f"`{one.text}` is about none of the tasks", fix)
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Names in a list, of which the end is left out where there are many."""
-    return ", ".join(names[:_NAMES]) + (f", and {len(names) - _NAMES:,} more" if len(names) > _NAMES else "")
 
 
 # Whether it is met
@@ -241,9 +234,8 @@ def judge_task(requirement: Requirement, found_metrics: "Mapping[str, TaskMetric
     if one is not None:
         is_paired = requirement.of_difference or requirement.bound == metrics.BASE
         found = one.difference if is_paired else Difference(one.values[metrics.ADAPTER], one.intervals[metrics.ADAPTER])
-    return judge(
-        requirement, found, f"no task gives it, but {_listed([*found_metrics]) or 'no metric at all'}", collapsed
-    )
+    missing = f"no task gives it, but {', '.join(found_metrics) or 'no metric at all'}"
+    return judge(requirement, found, missing, collapsed)
 
 
 def judged_tasks(results: "TaskResults", requirements: Sequence[Requirement]) -> "TaskResults":

@@ -120,8 +120,9 @@ def compare_metric(
     totals, counts = {BASE: sign * base[0], ADAPTER: sign * adapter[0]}, base[1]
     every = np.concatenate([*totals.values()])
     if aggregation == MEAN and ((every >= 0) & (every <= 1)).all():
-        are_shares = bool(np.isin(every, (0, 1)).all())
-        differ, interval = (share_difference, _share) if are_shares else (score_difference, _score)
+        differ, interval = score_difference, statistics.bounded_mean_interval
+        if np.isin(every, (0, 1)).all():
+            differ, interval = share_difference, _share
         difference = differ(totals[BASE], totals[ADAPTER], counts, lower_is_better=lower_is_better)
     else:
         difference = _on_scale(totals, counts, scale, lower_is_better)
@@ -141,10 +142,6 @@ def _table(values: Sequence[Any]) -> NDArray[np.float64] | None:
 
 def _share(values: Any, counts: Any) -> Interval | None:
     return statistics.wilson(int(sum(values)), len(values))
-
-
-def _score(values: Any, counts: Any) -> Interval | None:
-    return statistics.bounded_mean_interval(values, counts)
 
 
 def _ratio(totals: Any, counts: Any, scale: Scale) -> Interval | None:

@@ -80,7 +80,7 @@ def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     models = comparison.scores
 
     def cells(metric: str) -> Iterator[str]:
-        return (with_interval(metric, one.value(metric), one.intervals.get(metric)) for one in models.values())
+        return (with_interval(metric, one.metrics.get(metric), one.intervals.get(metric)) for one in models.values())
 
     return ["", *models], [[name(metric), *cells(metric)] for metric in models[metrics.ADAPTER].metrics]
 
@@ -108,7 +108,7 @@ def verdict(comparison: Comparison) -> str:
     metric, other = comparison.metric, comparison.compared_with
     against = "the base" if other == metrics.BASE else "the other adapter"
     one = comparison.differences[metric]
-    mine, its = (number(metric, comparison.scores[model].value(metric)) for model in (metrics.ADAPTER, other))
+    mine, its = (number(metric, comparison.scores[model].metrics.get(metric)) for model in (metrics.ADAPTER, other))
     difference = with_interval(metric, one.value, one.interval, signed=True)
     p = "" if one.p is None else f", p {p_value(one.p)}"
     numbers = f"{name(metric)} {mine} instead of {its}, {difference}{p}"
@@ -134,7 +134,7 @@ def majority(comparison: Comparison) -> str:
     if differences[metric].verdict == "better":
         return ""
     mine, its = (
-        number(metric, comparison.scores[model].value(metric)) for model in (metrics.ADAPTER, metrics.MAJORITY)
+        number(metric, comparison.scores[model].metrics.get(metric)) for model in (metrics.ADAPTER, metrics.MAJORITY)
     )
     constant = f"`{shorten(comparison.majority, _NAME)}`, the most frequent of {answers:,}"
     return f"{name(metric)} {mine}, not significantly above the {its} of always answering {constant}"

@@ -361,7 +361,7 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Put rows into a tree.
 
     It is for models all of whose layers of attention are replaced by ours, which read from positions what each token
-    attends to (`kernels.attention`), and whose loss is computed by `kernels.LossHead`.
+    attends to (`kernels.sublayers`), and whose loss is computed by `kernels.LossHead`.
 
     Args:
         rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loratune.kernels import attention, gpu, masks, replacements, rowwise
+from loratune.kernels import gpu, masks, replacements, rowwise, sublayers
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops, refusal
 from loratune.kernels.layout import Layout, PerBatch
@@ -280,7 +280,7 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
     """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
     specs = survey.specs
     are_bounded = any(spec.cap for spec in specs.values())  # torch's kernel has no caps.
-    fewest = None if are_bounded else attention.fewest_tokens(base.get_input_embeddings().weight)
+    fewest = None if are_bounded else sublayers.fewest_tokens(base.get_input_embeddings().weight)
     layouts = PerBatch(partial(Layout.of, whole=fewest))
     layers: dict[str, list[tuple[str, nn.Module, Factory]]] = {kind: [] for kind in KINDS}
     windows: dict[nn.Module, int | None] = {}

@@ -7,14 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratune.kernels.attention import HeadNorms, SelfAttention
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.compiled.reference import FusedOps
-from loratune.kernels.feed_forward import ExpertLayers, GatedLayer, rms_norm
 from loratune.kernels.layout import Layout, PerBatch, Scoring
 from loratune.kernels.lora_linear import Projection, Reader, project
 from loratune.kernels.masks import AttentionSpec, check_known
+from loratune.kernels.sublayers import ExpertLayers, GatedLayer, HeadNorms, SelfAttention, rms_norm
 
 
 class Replacement(nn.Module):

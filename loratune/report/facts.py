@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from loratune.compare.gain import Gain
 from loratune.text import format_duration, short_size
 
 _LARGEST, _LARGEST_COUNT = 1e100, 10**15
@@ -19,7 +20,6 @@ _DEEPEST = 4
 """Groups of metrics within groups."""
 
 _Count = Annotated[int, Field(ge=0, le=_LARGEST_COUNT)]
-_Metric = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST, allow_inf_nan=False)]
 _Plain = str | int | float | bool | None
 _Setting = _Plain | list[_Plain] | dict[str, _Plain | list[_Plain]]
 NOT_RECORDED = "not recorded"
@@ -66,23 +66,6 @@ _EXPECTED = {
 
 
 @dataclass(frozen=True)
-class RecordedGain:
-    """How base and adapter compared at the end of the run."""
-
-    split: str
-    rows: _Count
-    total: _Count
-    base: _Metric
-    adapter: _Metric
-    better_by: _Metric
-    low: _Metric | None
-    high: _Metric | None
-    verdict: Literal["gain", "no gain", "worse", "not judged"]
-    unit: Literal["token", "pair", "answer"] = "token"
-    other: Literal["base", "start"] = "base"
-
-
-@dataclass(frozen=True)
 class RecordedSplit:
     """What became of the rows of a split."""
 
@@ -120,7 +103,7 @@ class RunRecord(BaseModel):
     curve: list[dict[str, int | float]] = []
     metrics: dict[str, int | float] = {}
     intervals: dict[str, tuple[float, float]] = {}
-    gain: RecordedGain | None = None
+    gain: Gain | None = None
     splits: Annotated[dict[str, RecordedSplit], Field(max_length=_MOST_SPLITS)] = {}
     machine: dict[str, str] = {}
     peak_memory: dict[str, _Count] = {}

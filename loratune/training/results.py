@@ -17,14 +17,13 @@ import numpy as np
 
 from loratune.codes import Code
 from loratune.compare import collapse, gain
-from loratune.compare.engine import SFT, Objective, ScoringLayout
+from loratune.compare.engine import SFT, Objective, nothing
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import (
     MOST_COMPARED,
     PreferenceObjective,
     order_note,
-    score_reference,
     set_reference,
 )
 from loratune.config import RunConfig
@@ -42,9 +41,6 @@ from loratune.training.processes import SharedStop
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
 loratune.json, which then stays below 200 kB."""
-_PASS_TOKENS = 2048
-"""Tokens of a batch of the reference: they do not depend on the batches of the run, so that the numbers do not
-either."""
 
 
 @dataclass(frozen=True)
@@ -212,41 +208,37 @@ def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None 
     if not isinstance(objective, PreferenceObjective):
         return
     start, batches, group = plan.run.start.digest if plan.run.start else "", plan.batches, plan.group
-    starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
+    starts_elsewhere, engine = bool(start) or plan.config.lora.init_lora_weights == "loftq", batches.engine
     identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
     identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
-    identity |= {"seed": plan.config.training.seed}
-    train, inside = batches.train, nullcontext
+    identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
+    identity |= {"flat": engine.flat, "padded": engine.padded}
+    inside = nullcontext
     if not starts_elsewhere:  # otherwise it is the model with the adapter that it starts from
         weights = tensors.full_weights(plan.model)
         inside = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)  # type: ignore[assignment]
-    tokens = _PASS_TOKENS if train.flat or train.size > 1 else 0  # the model may compute something else for padded rows
-    layout = ScoringLayout(train.flat, train.saved, batches.engine.pad_id, tokens)
     for name, rows in objective.splits.items():
+        dataset = rows.dataset
         if name == "train" and not objective.formula.has_reference and "validation" in batches.layouts:
             continue
-        parts = [
-            identity,
-            rows.dataset.fingerprint,
-            rows.partners_digest(),
-            train.flat,
-            train.saved is not None,
-            tokens,
-        ]
+        parts = [identity, dataset.fingerprint, rows.partners_digest()]
         key = hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()
         known = token_cache.load_values(key) if group.main else None
         known = group.broadcast(known.tolist() if known is not None else None)
         if known is not None:
             values = np.array(known, np.float64)
         else:
-            note(f"computing the reference of {plural(rows.dataset.items, f'{name} {objective.unit}')}")
-            check = (lambda _: stop.check()) if stop else (lambda _: None)
+            note(f"computing the reference of {plural(dataset.items, f'{name} {objective.unit}')}")
+            planned = engine.plan(dataset, objective.copies(dataset), objective)
+            check = (lambda _: stop.check()) if stop else nothing
             with inside(), batches.acceleration.applied(plan.model):
-                values = score_reference(objective, plan.model, rows, layout, check, group)
+                objective.score(plan.model, planned, check, group)
+            assert objective.last is not None
+            values = objective.last.log_probabilities
             if group.main and np.isfinite(values).all():
                 token_cache.store_values(key, values)
         set_reference(rows, values)
-        if name == "train" and rows.dataset.rows_per_example == 2:
+        if name == "train" and dataset.rows_per_example == 2:
             note(order_note(rows))
 
 
