@@ -28,6 +28,7 @@ from loratune.errors import ConfigError, Problem, missing_package
 from loratune.events import Event, FinishedEvent, listener
 from loratune.system.output_file import Output
 
+Against = Annotated[Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")]
 _MEMORY_FIX = "free memory, or shorten the rows with --set data.max_length"
 
 
@@ -49,9 +50,7 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option("--limit", metavar="N", min=1, max=MAX_COUNT, help="At most N rows of each task.")
     ] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")
-    ] = None,
+    against: Against = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(
@@ -167,9 +166,7 @@ def report(
         Path | None,
         typer.Option("--study", metavar="DIR", help="The study directory of a sweep, instead of an adapter."),
     ] = None,
-    against: Annotated[
-        Path | None, typer.Option("--against", metavar="DIR", help="A second adapter to compare with.")
-    ] = None,
+    against: Against = None,
     data: Annotated[
         str | None,
         typer.Option("--data", metavar="FILE", help="Held-out rows to score; this loads the base."),
