@@ -119,6 +119,7 @@ def compare_metric(
     (sign, scale), lower_is_better = _SCALES[aggregation], not higher_is_better
     totals, counts = {BASE: sign * base[0], ADAPTER: sign * adapter[0]}, base[1]
     every = np.concatenate([*totals.values()])
+    interval: Callable[[Any, Any], Interval | None]
     if aggregation == MEAN and ((every >= 0) & (every <= 1)).all():
         differ, interval = score_difference, statistics.bounded_mean_interval
         if np.isin(every, (0, 1)).all():
