@@ -25,10 +25,7 @@ class Code(StrEnum):
     MORE_PROBLEMS = "more_problems", "There are more problems than are shown."
 
     # Command line
-    USAGE_CONFLICT = (
-        "usage.conflict",
-        "Options contradict each other, or need one another, or do not suit this command.",
-    )
+    USAGE_CONFLICT = "usage.conflict", "Options contradict each other, need one another, or do not suit this command."
     USAGE_BAD_VALUE = "usage.bad_value", "The value of an option or argument is not valid."
     USAGE_NO_PROMPT = "usage.no_prompt", "There is no prompt, or an empty one."
 
@@ -50,10 +47,7 @@ class Code(StrEnum):
 
     # Rows
     DATA_NOT_FOUND = "data.not_found", "A data path names nothing that exists, or no file of a type that is read."
-    DATA_UNREADABLE = (
-        "data.unreadable",
-        "A data file cannot be read: its type, its encoding, damage, or a change while it was in use.",
-    )
+    DATA_UNREADABLE = "data.unreadable", "A data file cannot be read, is damaged, or changed while it was in use."
     DATA_HUB = "data.hub", "A dataset of the hub cannot be loaded."
     DATA_EMPTY = "data.empty", "A source or split has no rows, or no row with a supervised token."
     DATA_SYNTAX = "data.syntax", "A row is not valid JSON or CSV, or not an object with named fields."
@@ -66,45 +60,27 @@ class Code(StrEnum):
     TEMPLATE_MISSING = "template.missing", "Conversations need a chat template, and the tokenizer has none."
     TEMPLATE_INVALID = "template.invalid", "A chat template cannot be read or compiled, or fails on a conversation."
     TEMPLATE_OMITS = "template.omits", "The chat template leaves out something of a conversation."
-    TEMPLATE_ANSWER = (
-        "template.answer",
-        "Where a supervised answer begins and ends in the rendered text cannot be found.",
-    )
+    TEMPLATE_ANSWER = "template.answer", "The beginning or end of an answer is not found in the rendered text."
 
     # Base
     MODEL_NOT_FOUND = "model.not_found", "There is no such model, revision or file."
     MODEL_GATED = "model.gated", "The repository is gated, and this account has no access to it."
     MODEL_HUB_UNREACHABLE = "model.hub_unreachable", "The hub cannot be reached, or a download failed."
-    MODEL_FOREIGN_CODE = (
-        "model.foreign_code",
-        "The model needs code that is not trusted, or that lies outside of its repository.",
-    )
+    MODEL_FOREIGN_CODE = "model.foreign_code", "The model needs code that is not trusted, or outside of its repository."
     MODEL_DAMAGED = "model.damaged", "A file of the model is damaged, cut off, or does not fit config.json."
-    MODEL_UNREADABLE = (
-        "model.unreadable",
-        "The transformers library cannot load the model, its configuration or its tokenizer.",
-    )
+    MODEL_UNREADABLE = "model.unreadable", "transformers cannot load the model, its configuration or its tokenizer."
     MODEL_CHANGED = "model.changed", "A file of the model changed during the run, or differs between processes."
-    MODEL_UNSUPPORTED = (
-        "model.unsupported",
-        "The model is not a decoder-only causal language model, or it or this machine does not support a setting.",
-    )
+    MODEL_UNSUPPORTED = "model.unsupported", "Not a decoder-only causal language model, or a setting is not supported."
 
     # LoRA
-    LORA_UNKNOWN_TARGET = (
-        "lora.unknown_target",
-        "A setting of LoRA names modules or tokens that the model does not have.",
-    )
+    LORA_UNKNOWN_TARGET = "lora.unknown_target", "A setting of LoRA names modules or tokens that the model lacks."
     LORA_UNSUPPORTED = "lora.unsupported", "PEFT, or a setting of LoRA, does not support these modules."
     LORA_START = "lora.start", "The adapter to start from does not fit the settings or the base."
     LORA_UNCHANGED = "lora.unchanged", "Training did not change the adapter."
 
     # Adapter directories
     ADAPTER_NOT_FOUND = "adapter.not_found", "The adapter directory, or one of its two files, is missing."
-    ADAPTER_UNSAFE = (
-        "adapter.unsafe",
-        "The adapter directory has links that lead out of it, special files, or names code.",
-    )
+    ADAPTER_UNSAFE = "adapter.unsafe", "The adapter directory has links that lead out of it, special files, or code."
     ADAPTER_INVALID = "adapter.invalid", "A file of the adapter is damaged, or not one of a LoRA adapter."
     ADAPTER_NEWER_RECORD = "adapter.newer_record", "A newer release of loratune wrote the record."
     ADAPTER_CHANGED = "adapter.changed", "A file of the adapter was added, removed or changed since it was saved."
@@ -121,14 +97,8 @@ class Code(StrEnum):
     RUN_INTERRUPTED = "run.interrupted", "An interrupted run is there, and neither --resume nor --overwrite is given."
 
     # Resuming
-    RESUME_CHANGED = (
-        "resume.changed",
-        "The run is not the one that was interrupted: its config, rows, base, processes or release.",
-    )
-    RESUME_CHECKPOINT = (
-        "resume.checkpoint",
-        "There is no interrupted run, or a checkpoint of it is damaged or incomplete.",
-    )
+    RESUME_CHANGED = "resume.changed", "Config, rows, base, processes or release are not those of that run."
+    RESUME_CHECKPOINT = "resume.checkpoint", "There is no interrupted run, or its checkpoint is damaged or incomplete."
 
     # Training
     TRAINING_NOT_FINITE = "training.not_finite", "A loss, a gradient or a weight is NaN or inf."
@@ -141,10 +111,7 @@ class Code(StrEnum):
     DISTRIBUTED_SETTING = "distributed.setting", "A setting, or the rows of one machine, do not suit several processes."
 
     # Sweeps
-    SWEEP_STUDY = (
-        "sweep.study",
-        "A study cannot be opened, is damaged, or belongs to another config, other rows or another base.",
-    )
+    SWEEP_STUDY = "sweep.study", "A study is damaged, or belongs to another config, other rows or another base."
     SWEEP_ALL_FAILED = "sweep.all_failed", "Every trial of a study diverged, or did worse than the base."
 
     # Evaluation
@@ -153,14 +120,8 @@ class Code(StrEnum):
     EVALUATE_REQUIREMENT = "evaluate.requirement", "The adapter failed a requirement."
 
     # Export
-    EXPORT_DIFFERS = (
-        "export.differs",
-        "What was written does not compute what the adapter computes, or is not what was sent.",
-    )
-    EXPORT_UNSUPPORTED = (
-        "export.unsupported",
-        "llama.cpp, Ollama or vLLM cannot read this adapter, base, tokenizer or template.",
-    )
+    EXPORT_DIFFERS = "export.differs", "What was written does not compute the same, or is not what was sent."
+    EXPORT_UNSUPPORTED = "export.unsupported", "The program cannot read this adapter, base, tokenizer or template."
     EXPORT_FAILED = "export.failed", "A converter of llama.cpp, llama.cpp itself or Ollama failed."
 
     # Push

@@ -100,66 +100,11 @@ class _StandardOutput(io.FileIO):
             raise ResourceError(Problem(Code.OUTPUT_FAILED, what, "standard output", fix=fix)) from None
 
 
-class LossyStream(io.TextIOBase):
-    """A stream for messages, which may get lost: a run does not end because nobody reads them or the disk is full.
-
-    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
-    the middle of a write, without a lock being held or anything being written twice.
-    """
-
-    def __init__(self, stream: Any):
-        self._stream, self._pending = stream, ""
-
-    def write(self, text: str) -> int:
-        """Write, or pretend to."""
-        self._pending += text
-        if "\n" in text or "\r" in text:
-            self.flush()
-        return len(text)
-
-    def flush(self) -> None:
-        """Write what is pending, or drop it."""
-        data, self._pending = self._pending.encode(self.encoding, self._stream.errors), ""
-        with suppress(OSError, ValueError):
-            while data:
-                data = data[os.write(self.fileno(), data[: select.PIPE_BUF]) :]
-
-    def isatty(self) -> bool:
-        """As the stream behind it."""
-        return bool(self._stream.isatty())
-
-    def fileno(self) -> int:
-        """As the stream behind it."""
-        return int(self._stream.fileno())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        """As the stream behind it."""
-        return str(self._stream.encoding)
-
-
-class EscapedStream(io.TextIOBase):
-    """A stream that escapes everything that a terminal would interpret, whichever code writes it.
-
-    raw: the stream behind it, to which `err` and `out` write their own bars and colours.
-    """
+class _Stream(io.TextIOBase):
+    """A stream over another one. raw: the stream behind it."""
 
     def __init__(self, stream: Any):
         self.raw = stream
-
-    def write(self, text: str) -> int:
-        """Write the text escaped; only a carriage return at its start stays, for progress bars of libraries."""
-        restarts_line = text.startswith("\r") and self.isatty()
-        safe = f"\r{printable(text[1:])}" if restarts_line else printable(text)
-        self.raw.write(safe)
-        return len(text)
-
-    def flush(self) -> None:
-        """As the stream behind it."""
-        self.raw.flush()
-
-    def close(self) -> None:
-        """Nothing: Python closes an unreferenced stream, which would hide that the one behind it cannot be written."""
 
     def isatty(self) -> bool:
         """As the stream behind it."""
@@ -178,6 +123,50 @@ class EscapedStream(io.TextIOBase):
     def errors(self) -> str:  # type: ignore[override]
         """As the stream behind it; `input` edits lines only where it knows them."""
         return str(self.raw.errors)
+
+
+class LossyStream(_Stream):
+    """A stream for messages, which may get lost: a run does not end because nobody reads them or the disk is full.
+
+    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
+    the middle of a write, without a lock being held or anything being written twice.
+    """
+
+    _pending = ""
+
+    def write(self, text: str) -> int:
+        """Write, or pretend to."""
+        self._pending += text
+        if "\n" in text or "\r" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is pending, or drop it."""
+        data, self._pending = self._pending.encode(self.encoding, self.errors), ""
+        with suppress(OSError, ValueError):
+            while data:
+                data = data[os.write(self.fileno(), data[: select.PIPE_BUF]) :]
+
+
+class EscapedStream(_Stream):
+    """A stream that escapes everything that a terminal would interpret, whichever code writes it.
+
+    `err` and `out` write their own bars and colours to the stream behind it.
+    """
+
+    def write(self, text: str) -> int:
+        """Write the text escaped; only a carriage return at its start stays, for progress bars of libraries."""
+        restarts_line = text.startswith("\r") and self.isatty()
+        self.raw.write(f"\r{printable(text[1:])}" if restarts_line else printable(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream behind it."""
+        self.raw.flush()
+
+    def close(self) -> None:
+        """Nothing: Python closes an unreferenced stream, which would hide that the one behind it cannot be written."""
 
 
 @contextmanager

@@ -106,13 +106,9 @@ def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
         ValueError: See `mean_ratio_interval`.
     """
     values, weights = _checked(values, weights)
-    drawn = mean_ratio_interval(weights * values, weights)
-    if drawn is None:
-        return None
     mean = min(1.0, mean_ratio(weights * values, weights))
     variance = mean_ratio(weights * (values - mean) ** 2, weights)
-    wide = _score_interval(mean, variance, effective_rows(weights))
-    return Interval(max(0.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
+    return _wider(values, weights, _score_interval(mean, variance, effective_rows(weights)), 0.0)
 
 
 def bounded_difference_interval(differences: Values, weights: Values) -> Interval | None:
@@ -130,12 +126,14 @@ def bounded_difference_interval(differences: Values, weights: Values) -> Interva
         ValueError: See `mean_ratio_interval`.
     """
     differences, weights = _checked(differences, weights)
-    drawn = mean_ratio_interval(weights * differences, weights)
-    if drawn is None:
-        return None
     mean, square = (mean_ratio(weights * one, weights) for one in (differences, differences**2))
-    wide = _paired_interval(mean, square, effective_rows(weights))
-    return Interval(max(-1.0, min(drawn.low, wide.low)), min(1.0, max(drawn.high, wide.high)))
+    return _wider(differences, weights, _paired_interval(mean, square, effective_rows(weights)), -1.0)
+
+
+def _wider(values: Array, weights: Array, other: Interval, least: float) -> Interval | None:
+    """The ends of `mean_ratio_interval`, or those of another interval where they are farther out, from `least` to 1."""
+    drawn = mean_ratio_interval(weights * values, weights)
+    return drawn and Interval(max(least, min(drawn.low, other.low)), min(1.0, max(drawn.high, other.high)))
 
 
 def effective_rows(weights: Values) -> float:

@@ -25,7 +25,7 @@ from loratune.data.batches import padding_is_cheaper
 from loratune.data.packing import LEAST_SHARED, PrefixTree
 from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach
-from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
+from loratune.system.launcher import SINGLE_PROCESS, Group
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_an_item_has_the_loss_that_it_has_alone(name: str, way: str, fast: bool)
     assert len(set(found.nats.tolist())) > len(found) // 2
 
 
-class OneOf(SingleProcess):
+class OneOf(Group):
     """A process of several, which are run one after the other, the first one last."""
 
     def __init__(self, rank: int, gathered: list[list[Any]]):

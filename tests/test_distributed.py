@@ -31,7 +31,7 @@ from torch.distributed import run as torchrun
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from loratune.codes import Code
-from loratune.system.launcher import SINGLE_PROCESS, SingleProcess
+from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training.batching import DistributedBatchSampler
 from loratune.training.processes import DistributedGroup
 
@@ -150,7 +150,7 @@ def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
     assert record["metrics"]["tokens"] == expected["metrics"]["tokens"]
 
 
-class Member(SingleProcess):
+class Member(Group):
     """One of several, who says nothing."""
 
     def __init__(self, rank: int, count: int):

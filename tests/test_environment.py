@@ -32,17 +32,13 @@ def ask(groups: Path, own: Path, **environment: str) -> tuple[str, str | None]:
 
 
 GROUPS: dict[str, tuple[str, dict[str, str]]] = {
-    "the second version": ("0::/", {"cpu.max": "100000 100000"}),
+    "a container": ("0::/", {"cpu.max": "100000 100000"}),
     "a group of its own": ("0::/jobs/7", {"jobs/cpu.max": "50000 100000", "jobs/7/cpu.max": "max 100000"}),
-    "the first version": (
-        "4:cpu,cpuacct:/docker/0f3", {"cpu/cpu.cfs_quota_us": "100000\n", "cpu/cpu.cfs_period_us": "100000\n"},
-    ),
-}  # fmt: skip
+}
 UNLIMITED: dict[str, tuple[str, dict[str, str]]] = {
     "no limit": ("0::/", {"cpu.max": "max 100000"}),
-    "no limit, the first version": ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}),
-    "one file is missing": ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "100000"}),
-    "odd": ("neither", {"cpu.max": "1 0", "cpu/cpu.cfs_quota_us": "", "cpu/cpu.cfs_period_us": "x"}),
+    "the first version": ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "100000", "cpu/cpu.cfs_period_us": "100000"}),
+    "odd": ("neither", {"cpu.max": "1 0"}),
     "more than there is": ("0::/", {"cpu.max": f"{(os.cpu_count() or 1) * 200000} 100000"}),
     "outside of what is seen": ("0::/../..", {}),
     "more than a number can be": ("0::/", {"cpu.max": f"{'9' * 400} 1"}),
@@ -78,7 +74,7 @@ def test_without_a_limit_the_runtime_decides(name: str, tmp_path: Path) -> None:
 
 MEMORY: dict[str, tuple[str, dict[str, str], float]] = {
     "no files": ("0::/", {}, float("inf")),
-    "the second version": (
+    "a limit": (
         "0::/a", {"a/memory.max": "1000\n", "a/memory.current": "700\n", "a/memory.stat": "anon 500\n"
         "inactive_file 150\nactive_file 40\nshmem 10\n"}, 490,
     ),
@@ -88,14 +84,6 @@ MEMORY: dict[str, tuple[str, dict[str, str], float]] = {
     "the outer limit": (
         "0::/a/b", {"a/memory.max": "1000", "a/memory.current": "900", "a/b/memory.max": "500",
         "a/b/memory.current": "100"}, 100,
-    ),
-    "the first version": (
-        "9:memory:/docker/7", {"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "600",
-        "memory/memory.stat": "inactive_file 5\ntotal_inactive_file 50\ntotal_active_file 7\n"}, 457,
-    ),
-    "no limit, the first version": (
-        "9:memory:/", {"memory/memory.limit_in_bytes": str(2**63 - 4096), "memory/memory.usage_in_bytes": "4096"},
-        2**63 - 8192,
     ),
 }  # fmt: skip
 

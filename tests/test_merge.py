@@ -42,7 +42,6 @@ from loratune.export.merging import Merge
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
 from loratune.model import fingerprints, load, stored
-from loratune.system.directories import EXPORT
 from loratune.system.output_dir import OutputDirectory
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
@@ -459,7 +458,7 @@ def test_a_full_disk_leaves_nothing(
 
 
 def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
-    directory = OutputDirectory.at(str(tmp_path / "out"), overwrite=False, kind=EXPORT).check()
+    directory = OutputDirectory.at(str(tmp_path / "out"), overwrite=False).check()
     with directory.locked():
         ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
     check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))

@@ -9,8 +9,6 @@ from peft import LoraConfig, get_peft_model
 
 from loratune.adapter import generation
 from loratune.adapter.generation import SharedPrompts
-from loratune.data.batches import pad
-from loratune.kernels import row_sums
 
 PREFIX, LENGTHS = 12, (24, 20, 13)
 ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -38,27 +36,14 @@ def rows_of(shared: int = PREFIX) -> list[list[int]]:
     return [rows[0][:shared] + row[shared:length] for row, length in zip(rows, LENGTHS, strict=True)]
 
 
-def losses(model: Any, prompts: SharedPrompts, rows: list[list[int]], *, shared: bool) -> list[float]:
-    """Of rows of which all but the prefix is supervised."""
-    labelled = [{"input_ids": row, "labels": [-100] * PREFIX + row[PREFIX:]} for row in rows]
-    batch = prompts.batch(rows, "right", first=PREFIX - 1) if shared else prompts.plain(rows, "right")
-    assert ("cache" in batch) is shared
-    labels = pad(labelled, 0)["labels"][:, -batch["input_ids"].shape[1] :]
-    logits = model(**batch | {"use_cache": shared}).logits
-    found: list[float] = row_sums(model, logits, labels, torch.full((len(rows),), labels.shape[1])).tolist()
-    return found
-
-
 @torch.inference_mode()
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "phi", "mixtral", "falcon", "cohere"])
-def test_losses_and_answers_are_those_of_each_row_alone(model_type: str) -> None:
+def test_answers_are_those_of_each_row_alone(model_type: str) -> None:
     """Of prompts with padding between the prefix and the rest."""
     changes = {"sliding_window": 512} if model_type == "gemma3_text" else {}
     model, rows = adapted(model_type, **changes), rows_of()
     prompts = SharedPrompts(model, 0)
-    expected = losses(model, prompts, rows, shared=False)
-    assert losses(model, prompts, rows, shared=True) == pytest.approx(expected, rel=1e-5)
-    batch = prompts.batch(rows, "left", more=4)
+    batch = prompts.batch(rows, 4)
     assert "cache" in batch
     answers = model.generate(**batch, **ALONE)[:, -4:].tolist()
     alone = [model.generate(input_ids=torch.tensor([row]), **ALONE)[0, -4:].tolist() for row in rows]
@@ -79,25 +64,15 @@ def test_losses_and_answers_are_those_of_each_row_alone(model_type: str) -> None
 )
 def test_where_nothing_is_shared(model_type: str, changes: dict[str, Any], rows: list[list[int]]) -> None:
     model = adapted(model_type, **changes)
-    assert "cache" not in SharedPrompts(model, 0).batch(rows, "left", more=4)
-
-
-@torch.inference_mode()
-def test_what_is_asked_for_is_not_in_the_prefix() -> None:
-    """Losses of tokens that rows have in common are those of each row."""
-    model = adapted("llama")
-    rows = [row[:PREFIX] * 2 for row in rows_of()]
-    assert "cache" not in SharedPrompts(model, 0).batch(rows, "right", first=0)
-    batch = SharedPrompts(model, 0).batch(rows, "right", first=5)
-    assert batch["input_ids"].shape == (3, 2 * PREFIX - 5)
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, 4)
 
 
 @torch.inference_mode()
 def test_a_few_tokens_are_not_worth_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     model, rows = adapted("llama"), rows_of()
-    assert "cache" not in SharedPrompts(model, 0).batch(rows, "left", more=4)  # It would save 24.
-    assert "cache" in SharedPrompts(model, 0).batch(rows * 3, "left", more=4)
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, 4)  # It would save 24.
+    assert "cache" in SharedPrompts(model, 0).batch(rows * 3, 4)
 
 
 @torch.inference_mode()
@@ -113,12 +88,12 @@ def test_prompts_that_are_the_prefix_themselves(rows: list[list[int]]) -> None:
     """Its last token is computed for each row; and with the same seed, the same tokens are drawn."""
     model = adapted("llama")
     prompts = SharedPrompts(model, 0)
-    batch = prompts.batch(rows, "left", more=4)
+    batch = prompts.batch(rows, 4)
     assert batch["cache"].get_seq_length() == min(map(len, rows)) - 1
     alone = [model.generate(input_ids=torch.tensor([row]), **ALONE)[0, -4:].tolist() for row in rows]
     assert model.generate(**batch, **ALONE)[:, -4:].tolist() == alone
     drawn = []
-    for one in (prompts.batch(rows, "left", more=4), prompts.plain(rows, "left")):
+    for one in (prompts.batch(rows, 4), prompts.plain(rows)):
         torch.manual_seed(7)
         drawn.append(model.generate(**one, **ALONE | {"do_sample": True, "temperature": 2.0})[:, -4:].tolist())
     assert drawn[0] == drawn[1] != alone

@@ -23,7 +23,7 @@ from test_preferences import config as compared_config
 from loratune.codes import Code
 from loratune.config import TrainingSection
 from loratune.data.packing import BatchLayout
-from loratune.system.launcher import SingleProcess
+from loratune.system.launcher import Group
 from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler
 from loratune.training.duration import Costs, Speed, step_seconds
@@ -140,7 +140,7 @@ def test_the_pass_before_the_first_step_is_work() -> None:
     assert work["dpo"] == pytest.approx(2.5 * once) and work["kto"] == pytest.approx(1.5 * 2.5 * once)
 
 
-class Process(SingleProcess):
+class Process(Group):
     """One of several processes."""
 
     def __init__(self, rank: int, number: int):

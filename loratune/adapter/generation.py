@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 _log = logging.getLogger(__name__)
 
 Ids = Sequence[int]
-Side = Literal["left", "right"]
 
 
 class SharedPrompts:
@@ -52,56 +51,45 @@ class SharedPrompts:
     def __init__(self, model: PeftModel, padding: int):
         """Arguments as the attributes."""
         self._model, self.padding = model, padding
-        self._is_right: dict[str, bool] = {}  # by the side on which rows are padded
+        self._tried: bool | None = None
 
     @cached_property
     def mixes_padding(self) -> bool:
         """Whether padding changes what the model computes for a row; tried once."""
         return padding_refusal(self._model, self.padding) is not None
 
-    def batch(self, rows: Sequence[Ids], side: Side, *, first: int | None = None, more: int = 0) -> dict[str, Any]:
-        """The keywords with which the model is called for a batch. The adapter must be active.
+    def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
+        """The keywords with which `generate` is called for a batch. The adapter must be active.
 
         Args:
             rows: The ids of each row.
-            side: Where rows are padded, "left" or "right".
-            first: The first position in all rows whose output is needed; by default the last one of each.
             more: How many tokens will be generated.
 
         Returns:
-            input_ids, attention_mask, and, where a prefix is shared, `cache` of it. Then input_ids are with it
-            where rows are padded on the left, as `generate` expects them, and else without it.
+            input_ids and attention_mask, padded on the left, and, where all rows share a prefix, the `cache` of it.
         """
-        length = self._shared(rows, first)
+        lowest, highest, shortest = min(map(tuple, rows)), max(map(tuple, rows)), min(map(len, rows)) - 1
+        length = next((at for at in range(shortest) if lowest[at] != highest[at]), shortest)
         saved = length * (len(rows) - 1)
         is_worthwhile = saved >= _FEWEST and saved > _WORTHWHILE * sum(map(len, rows))
-        if is_worthwhile and self._supported(max(map(len, rows)) + more) and self._tried(rows, length, side):
-            return self._with_cache(rows, length, side)
-        return self.plain(rows, side)
+        if is_worthwhile and self._supported(max(map(len, rows)) + more) and self._is_right(max(rows, key=len), length):
+            return self._with_cache(rows, length)
+        return self.plain(rows)
 
-    @staticmethod
-    def _shared(rows: Sequence[Ids], first: int | None) -> int:
-        """The length of the prefix that all rows share, before the positions whose output is needed."""
-        limit = min(map(len, rows)) - 1 if first is None else first
-        lowest, highest = min(map(tuple, rows)), max(map(tuple, rows))
-        return next((at for at in range(limit) if lowest[at] != highest[at]), limit)
-
-    def plain(self, rows: Sequence[Ids], side: Side) -> dict[str, Any]:
+    def plain(self, rows: Sequence[Ids]) -> dict[str, Any]:
         """Like `batch`, without a shared prefix."""
-        batch = pad([{"input_ids": ids} for ids in rows], self.padding, side)
+        batch = pad([{"input_ids": ids} for ids in rows], self.padding, "left")
         return {name: tensor.to(self._model.device) for name, tensor in batch.items()}
 
-    def _with_cache(self, rows: Sequence[Ids], length: int, side: Side) -> dict[str, Any]:
+    def _with_cache(self, rows: Sequence[Ids], length: int) -> dict[str, Any]:
         prefix = torch.tensor([list(rows[0][:length])], device=self._model.device)
         cache = self._cache()
         self._model(input_ids=prefix, cache=cache, use_cache=True, logits_to_keep=1)
         cache.batch_repeat_interleave(len(rows))
-        batch = self.plain([row[length:] for row in rows], side)
+        batch = self.plain([row[length:] for row in rows])
         prefixes = prefix.expand(len(rows), -1)
         batch["attention_mask"] = torch.cat([torch.ones_like(prefixes), batch["attention_mask"]], dim=1)
-        if side == "left":
-            batch["input_ids"] = torch.cat([prefixes, batch["input_ids"]], dim=1)
-        return {**batch, "cache": cache}
+        return {**batch, "input_ids": torch.cat([prefixes, batch["input_ids"]], dim=1), "cache": cache}
 
     def _cache(self) -> DynamicCache:
         return DynamicCache(config=self._model.get_base_model().config)
@@ -118,33 +106,28 @@ class SharedPrompts:
             for layer in layers
         )
 
-    def _tried(self, rows: Sequence[Ids], length: int, side: Side) -> bool:
-        """Whether the model computes the same with the prefix in its cache; tried once."""
-        if side not in self._is_right:
-            longest = max(rows, key=len)
+    def _is_right(self, longest: Ids, length: int) -> bool:
+        """Whether the model computes the same with a prefix of a row in its cache; tried once."""
+        if self._tried is None:
             short, padded_to = longest[: length + 1], [*longest, longest[-1]]
             try:
-                found = [self._last_logits(self._with_cache([short, padded_to], length, side), side, len(short))]
-                found += [self._last_logits(self.plain([short], side), side, len(short))]
+                found = [self._next_logits(self._with_cache([short, padded_to], length))]
+                found += [self._next_logits(self.plain([short]))]
             except (AssertionError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
                 _log.debug("prefixes are not shared", exc_info=error)
                 found = [torch.zeros(1), torch.ones(1)]
             difference = float((found[0] - found[1]).abs().max() / found[1].abs().max())
-            self._is_right[side] = difference <= _TOLERANCE.get(self._model.dtype, 0.0)
+            self._tried = difference <= _TOLERANCE.get(self._model.dtype, 0.0)
             _log.debug("shared prefixes: logits differ by %.1e", difference)
-        return self._is_right[side]
+        return self._tried
 
-    def _last_logits(self, batch: Mapping[str, Any], side: Side, length: int) -> Tensor:
-        """The logits that follow the first row, which has this many tokens."""
-        if side == "left":
-            settings = GenerationConfig(
-                max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
-            )
-            found: Any = self._model.generate(**batch, generation_config=settings)
-            return found.logits[0][0].float()  # type: ignore[no-any-return]
-        logits: Tensor = self._model(**batch).logits
-        cached = batch["attention_mask"].shape[1] - batch["input_ids"].shape[1]
-        return logits[0, length - cached - 1].float()
+    def _next_logits(self, batch: Mapping[str, Any]) -> Tensor:
+        """The logits that follow the first row."""
+        settings = GenerationConfig(
+            max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
+        )
+        found: Any = self._model.generate(**batch, generation_config=settings)
+        return found.logits[0][0].float()  # type: ignore[no-any-return]
 
 
 BATCH = 32
@@ -284,22 +267,13 @@ def complete(
         key = (adapter.renderer.end_ids, None if adapter.mixes else adapter.key, alone)
         batches.setdefault(key, []).append(number)
     answers: dict[int, list[int]] = {}
-    with _seeded(sampling.seed):
+    with torch.random.fork_rng(enabled=sampling.seed is not None):  # afterwards random numbers continue as before
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
         for numbers in batches.values():
             batch = [requests[number] for number in numbers]
             answers |= zip(numbers, _complete(batch, max_new_tokens, sampling, streamer, stopped), strict=True)
     return [answers[number] for number in range(len(requests))]
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Inside, torch's random numbers are those of the seed; afterwards they continue as before."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 def complete_as_text(
@@ -312,11 +286,7 @@ def complete_as_text(
 
 @torch.inference_mode()
 def _complete(
-    requests: Sequence[Request],
-    max_new_tokens: int,
-    sampling: Sampling,
-    streamer: Any,
-    stopped: Callable[[], bool],
+    requests: Sequence[Request], max_new_tokens: int, sampling: Sampling, streamer: Any, stopped: Callable[[], bool]
 ) -> Iterator[list[int]]:
     """The completions of one batch."""
     first = requests[0][0]
@@ -332,9 +302,7 @@ def _complete(
     shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
         prompts = [ids for _, ids in requests]
-        batch = first.prompts.plain(prompts, "left")
-        if shares:
-            batch = first.prompts.batch(prompts, "left", more=max_new_tokens)
+        batch = first.prompts.batch(prompts, max_new_tokens) if shares else first.prompts.plain(prompts)
         start = batch["input_ids"].shape[1]
         ends = [_Ends(first.tokenizer, sampling.stop, start, stopped)]
         ids = first.model.generate(**batch, generation_config=settings, streamer=streamer, stopping_criteria=ends)

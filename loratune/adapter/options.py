@@ -36,6 +36,10 @@ class Selection:
     mix: Mapping[str, float]
 
 
+def _refused(what: str, option: str, fix: str = "", where: str = "") -> ConfigError:
+    return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, where, option, fix))
+
+
 def parse_selection(values: Sequence[str], use: str | None = None, mix: str | None = None) -> Selection:
     """Read the options.
 
@@ -51,16 +55,15 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
         bare = next(str(path) for name, path in named if name == UNNAMED)
-        what, fix = "several adapters need names", "give each as --adapter NAME=DIR"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, bare, "--adapter", fix))
+        raise _refused("several adapters need names", "--adapter", "give each as --adapter NAME=DIR", bare)
     directories: dict[str, Path] = {}
     places: dict[Path, str] = {}
     for name, path in named:
         place = path.resolve()
         if name in directories or place in places:
             clash = f"the name {name}" if name in directories else f"the directory of {places[place]}"
-            what, fix = f"{clash} is given twice", "give each adapter once, with a name of its own"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, str(path), "--adapter", fix))
+            fix = "give each adapter once, with a name of its own"
+            raise _refused(f"{clash} is given twice", "--adapter", fix, str(path))
         directories[name], places[place] = path, name
     if use is not None and mix is not None:
         raise ConfigError(Problem(Code.USAGE_CONFLICT, "give --use or --mix, not both"))
@@ -76,9 +79,9 @@ def _split(value: str) -> tuple[str, Path]:
         name, directory = UNNAMED, value
     elif not _NAME.fullmatch(name) or name in _RESERVED:
         what = f"{name!r} cannot be the name of an adapter" if name else "the name before = is empty"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter", fix=_NAME_RULE))
+        raise _refused(what, "--adapter", _NAME_RULE)
     if reason := path_problem(directory) or ("" if directory else "is empty"):
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key="--adapter"))
+        raise _refused(f"the path {reason}", "--adapter")
     return name, Path(directory)
 
 
@@ -86,7 +89,7 @@ def _check_known(name: str, directories: Mapping[str, Path], key: str) -> None:
     if name not in directories or name == UNNAMED:
         names = ", ".join(filter(None, directories))
         fix = f"the adapters are {names}" if names else "give it as --adapter NAME=DIR"
-        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key=key, fix=fix))
+        raise _refused(f"there is no adapter {name!r}", key, fix)
 
 
 def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, float]:
@@ -96,12 +99,10 @@ def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, floa
         name, _, text = entry.strip().rpartition(":")
         weight = number(text)
         if not name or weight is None or not math.isfinite(weight):
-            what, fix = f"{entry!r} is not NAME:WEIGHT", "write it like sql:0.7,tone:0.3"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--mix", fix=fix))
+            raise _refused(f"{entry!r} is not NAME:WEIGHT", "--mix", "write it like sql:0.7,tone:0.3")
         _check_known(name, directories, "--mix")
         if name in weights:
-            what = f"{name} has two weights"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--mix", fix="give it one"))
+            raise _refused(f"{name} has two weights", "--mix", "give it one")
         weights[name] = weight
     return weights
 
@@ -144,18 +145,13 @@ class Sampling:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most and not (name == "temperature" and value == 0):
-                raise self._error(name, f"{value:g} is not between {least:g} and {most:,}")
+                fix = "0 takes the likeliest token" if name == "temperature" else ""
+                raise _refused(f"{value:g} is not between {least:g} and {most:,}", f"--{name.replace('_', '-')}", fix)
         for name in ("top_p", "top_k"):
             if not self.temperature and getattr(self, name) is not None:
-                raise self._error(name, "only works with a temperature above 0")
+                raise _refused("only works with a temperature above 0", f"--{name.replace('_', '-')}")
         if "" in self.stop:
-            raise self._error("stop", "is empty")
-
-    @staticmethod
-    def _error(name: str, what: str) -> ConfigError:
-        key = f"--{name.replace('_', '-')}"
-        fix = "0 takes the likeliest token" if name == "temperature" else ""
-        return ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key=key, fix=fix))
+            raise _refused("is empty", "--stop")
 
     def cut(self, text: str) -> str:
         """The completion up to the first text that ends it."""

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from os import PathLike, fspath
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from loratune.events import LIBRARIES, progress
 
@@ -24,6 +24,7 @@ Rows: TypeAlias = Any
 frame."""
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[str]
 """Values of a config by their dotted keys, such as `{"training.max_steps": 50}`; or texts, `training.max_steps=50`."""
+MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def assignments(overrides: Overrides) -> list[str]:

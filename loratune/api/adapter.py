@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
-from loratune.api import Overrides, Rows, StrPath, assignments, libraries
+from loratune.api import MergedDtype, Overrides, Rows, StrPath, assignments, libraries
 from loratune.api.adapters import Adapters, output_directory, source_of
 from loratune.api.functions import push
 from loratune.codes import Code
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 Found = TypeVar("Found", "Comparison", "TaskResults")
 BUILTIN = "builtin"
 """The text about other things that comes with loratune."""
-
-MergedDtype = Literal["float32", "float16", "bfloat16"]
 
 
 class Adapter(Adapters):

@@ -15,7 +15,6 @@ from loratune.codes import Code
 from loratune.config import Source
 from loratune.errors import ConfigError, Problem
 from loratune.events import Listener, listening, note
-from loratune.system.directories import EXPORT
 from loratune.system.output_dir import OutputDirectory
 
 if TYPE_CHECKING:
@@ -237,4 +236,4 @@ def output_directory(
     for name, one in adapters.items():
         inputs[f"--adapter {name}".strip()] = str(one.path)
         inputs[f"the base of {name}" if name else "the base"] = local_or_hub(one.base.name_or_path)
-    return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs.items()], kind=EXPORT).check()
+    return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs.items()]).check()

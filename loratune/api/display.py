@@ -233,19 +233,20 @@ def study(swept: "SweepResult", program: str) -> Iterator[str]:
 
 def upload(upload: "Upload") -> Iterator[str]:
     """Where an adapter was uploaded to, what of it, and how that was checked."""
-    count, size = len(upload.files), format_size(sum(file.bytes for file in upload.files))
+    count, size = len(upload.files), format_size(sum(file["bytes"] for file in upload.files))
+    names = ", ".join(file["name"] for file in upload.files)
     lines = [
         ("repository", upload.url),
         ("visibility", f"{'public' if upload.public else 'private'}{', new' if upload.created else ''}"),
         ("base", upload.base),
-        ("files", f"{count}, {size}: {', '.join(file.name for file in upload.files)}"),
+        ("files", f"{count}, {size}: {names}"),
         ("commit", f"{upload.commit}{', which held these files already' if upload.unchanged else ''}"),
         ("checked", f"{count} files re-read, equal"),
     ]
     optional = {
         "paths replaced": upload.paths_replaced, "removed there": upload.removed, "left out": upload.left_out
     }  # fmt: skip
-    lines += [(name, ", ".join(names)) for name, names in optional.items() if names]
+    lines += [(name, ", ".join(listed)) for name, listed in optional.items() if listed]
     lines.append(("get it", f"hf download {upload.repository} --local-dir {upload.repository.rpartition('/')[2]}"))
     return block("pushed", lines)
 

@@ -171,7 +171,7 @@ def plan(
 def join_processes() -> Group:
     """Join the processes that a launcher such as torchrun has started. Raises LostError: one cannot be reached."""
     if launcher.world_size() == 1:
-        return launcher.SingleProcess()
+        return launcher.Group()
     with libraries():
         from loratune.training import processes
 

@@ -28,7 +28,7 @@ from loratune.errors import (
 from loratune.events import listening
 from loratune.system import environment, launcher, signals
 from loratune.system.environment import cache_fix
-from loratune.system.launcher import Group, SingleProcess
+from loratune.system.launcher import Group
 from loratune.system.signals import Stop, Termination, raise_on_signals
 
 _DISK_FULL = (Code.SYSTEM_DISK_FULL, 8, "make room")
@@ -43,9 +43,7 @@ _OS_ERRORS = {
 
 
 @contextmanager
-def boundary(
-    debug: bool, join: Callable[[], Group] = SingleProcess, *, memory_fix: str = "free memory"
-) -> Iterator[Group]:
+def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str = "free memory") -> Iterator[Group]:
     """Turn errors into `error:` lines and an exit code, show events, and keep warnings of libraries off the screen.
 
     Nothing else sets signal handlers, filters of warnings, loggers and the number of threads for a whole command.
@@ -63,12 +61,12 @@ def boundary(
     else:
         warnings.simplefilter("ignore")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    group: Group = SingleProcess()
+    group: Group = Group()
     stop = Stop()
     try:
         with raise_on_signals(signals.write_line) as stop, listening(Terminal()):
             _check_working_directory()
-            if join is SingleProcess and (size := launcher.world_size()) > 1:
+            if join is Group and (size := launcher.world_size()) > 1:
                 what = f"was started {size} times, but this command runs in one process"
                 fix = "start it without a launcher"
                 raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix=fix))

@@ -1,12 +1,12 @@
 """The commands `export`, `merge` and `push`, which make output for other programs and for the hub."""
 
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from loratune.api import MergedDtype
 from loratune.cli.application import AdapterPath, Debug, Force, Json, app, check_paths, show
 from loratune.cli.boundary import boundary, stop_error
 from loratune.console import log
@@ -16,14 +16,6 @@ Data = Annotated[
     str | None,
     typer.Option("--data", metavar="FILE", help="Rows for the verification; by default prompts recorded by training."),
 ]
-
-
-class Dtype(StrEnum):
-    """The dtypes of a merged model."""
-
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 @app.command()
@@ -85,7 +77,9 @@ def export(
 def merge(
     adapter: AdapterPath,
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The directory of the merged model.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")] = None,
+    dtype: Annotated[
+        MergedDtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")
+    ] = None,
     data: Data = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -98,9 +92,7 @@ def merge(
 
         import loratune
 
-        chosen: Any = dtype and dtype.value
-        opened = loratune.Adapter(adapter, force=force)
-        result = opened.merge(output, dtype=chosen, rows=data, overwrite=overwrite)
+        result = loratune.Adapter(adapter, force=force).merge(output, dtype=dtype, rows=data, overwrite=overwrite)
 
         from loratune.api import display
 

@@ -95,7 +95,7 @@ def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run
 def _join() -> Group:
     """Join the processes of this run; torch is imported for it only where there are several."""
     if launcher.world_size() == 1:
-        return launcher.SingleProcess()
+        return launcher.Group()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
 
     from loratune.api.functions import join_processes

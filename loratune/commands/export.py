@@ -5,7 +5,7 @@ Ollama it is a GGUF file, which llama.cpp's own converters write and llama.cpp r
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -169,7 +169,7 @@ def _export_gguf(
                 metrics = {"type": outtype, "tensors": conversion.write_merged(file, outtype)}
                 lines = [("weights", outtype)]
             compared = not_run or _run(conversion, file, answers, is_adapter=adapter is not None)
-        metrics["llama.cpp"] = None if isinstance(compared, str) else compared.as_json()
+        metrics["llama.cpp"] = None if isinstance(compared, str) else asdict(compared)
         lines.append(("llama.cpp", f"not run: {compared}" if isinstance(compared, str) else str(compared)))
         if modelfile:
             metrics["conversations"] = modelfile.compared

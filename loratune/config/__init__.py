@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -160,18 +160,14 @@ def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, st
     Returns:
         The name of each in messages, e.g. `data.train`, and its path; of a glob, the directory that it searches.
     """
-    return tuple((name, path) for name, path in _inputs(config_file, run) if os.path.lexists(path))
-
-
-def _inputs(config_file: Path | None, run: RunConfig) -> Iterator[tuple[str, str]]:
-    if config_file is not None:
-        yield "the config file", str(config_file)
+    found = [("the config file", str(config_file))] if config_file is not None else []
     for key, named in paths(run):
         path = os.path.expanduser(named)
         if glob.has_magic(path) and not os.path.lexists(path):
             path = str(next(parent for parent in Path(path).parents if not glob.has_magic(str(parent))))
         if key != OUTPUT:
-            yield key.removesuffix(".path"), path
+            found.append((key.removesuffix(".path"), path))
+    return tuple((name, path) for name, path in found if os.path.lexists(path))
 
 
 # Errors of pydantic

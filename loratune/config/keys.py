@@ -32,7 +32,6 @@ MEMORY_AND_TIME = {
     "lora.lora_dropout": "above 0: each adapted module keeps a mask for the backward pass",
     "lora.target_modules": "each adapted module adds A and B, and keeps its input for the backward pass",
     "lora.target_parameters": "each step recomputes the adapted tensors, and keeps them for the backward pass",
-    "lora.bias": "little: biases are small next to the modules",
     "lora.use_dora": "slower steps: each computes the norms of all adapted weights",
     "lora.init_lora_weights": "only at the start: pissa, olora, loftq decompose the weights, eva reads rows",
     "lora.use_lorafa": "saves the gradients and optimizer states of A",
@@ -47,7 +46,6 @@ MEMORY_AND_TIME = {
     "data.loss_on": "all takes most: accelerated models compute logits of supervised tokens only",
     "data.max_length": "the longest rows determine peak memory; attention time grows with the square of the length",
     "data.truncation": "drop leaves fewer rows, which take less time",
-    "data.invalid_rows": "drop makes reading the rows slightly slower",
     "data.packing": "none computes padding too; full fills all batches: more memory, fewer steps",
     "data.share_prefixes": "both fall with the number of computed tokens: often by half with a long prompt",
     "data.replay": "adds rows and their time: 0.05 makes the run about 5 % longer",
@@ -61,11 +59,7 @@ MEMORY_AND_TIME = {
     "training.save_steps": "each checkpoint writes the trained weights and the states of the optimizer to disk",
     "training.eval_steps": "each evaluation is a forward pass over all validation rows",
     "training.keep": "best keeps another copy of the trained weights in host memory",
-    "training.patience": "may end the run early",
-    "training.report_to": "little: the work of the tracker at each report",
     "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
-    "Source.split": "fewer rows take less time",
-    "Source.weight": "fewer of its rows take less time",
     "output_dir": "disk for the adapter, and for checkpoints while the run lasts",
 }
 """Key → its effect on memory and time, of those that have one."""
@@ -351,21 +345,12 @@ def suggestion(path: KeyPath) -> str:
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
-_NUMBER_AS_TEXT = {
-    "type": "string",
-    "pattern": r"^[-+]?([0-9]+[eE][-+]?[0-9]+|([0-9]+\.[0-9]*|\.[0-9]+)[eE][0-9]+)$",
-}
-"""Numbers of our reader, and of YAML 1.2, that YAML 1.1 takes for text: `1e-4`, and `1.5e3`, whose exponent has no sign
-(https://yaml.org/type/float.html)."""
-_NOT_NEGATIVE_AS_TEXT = {**_NUMBER_AS_TEXT, "pattern": str(_NUMBER_AS_TEXT["pattern"]).replace("[-+]?", r"\+?", 1)}
-
 
 def json_schema() -> dict[str, Any]:
-    """The schema of `RunConfig` by draft 2020-12, opened for what our reader does before pydantic sees a value.
+    """The schema of `RunConfig` by draft 2020-12, in which a source may also be plain text, its path.
 
-    A source may be plain text, its path, and a number may be what a reader of YAML 1.1 takes for text. Descriptions
-    also say what a key does to memory and time. Titles are the keys themselves, not what pydantic makes of them, and
-    whole sections have no default, which an editor would write out.
+    Descriptions also say what a key does to memory and time. Titles are the keys themselves, not what pydantic makes of
+    them, and whole sections have no default, which an editor would write out.
     """
     schema: dict[str, Any] = _as_read(RunConfig.model_json_schema())
     for group in groups():
@@ -393,8 +378,4 @@ def _as_read(schema: Any) -> Any:
     }
     if "$ref" in values and reference_of(values) == Source.__name__:
         return {"anyOf": [{"type": "string", "minLength": 1}, values]}
-    if values.get("type") == "number":
-        outside = {name: values.pop(name) for name in ("description", "default") if name in values}
-        least = max(values.get("minimum", -1), values.get("exclusiveMinimum", -1))
-        return outside | {"anyOf": [values, _NUMBER_AS_TEXT if least < 0 else _NOT_NEGATIVE_AS_TEXT]}
     return values

@@ -44,15 +44,11 @@ class ModelSection(Section):
 
     name_or_path: FilePath = Field(description="a local directory or a hub id")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    gguf_file: FileName | None = Field(
-        None, description="name of a GGUF file in name_or_path; it is dequantized to dtype"
-    )
+    gguf_file: FileName | None = Field(None, description="a GGUF file in name_or_path; it is dequantized to dtype")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: bfloat16 if the hardware supports it natively, else float32"
     )
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="quantization by bitsandbytes; 4bit is nf4"
-    )
+    quantization: Literal["none", "8bit", "4bit"] = Field("none", description="by bitsandbytes; 4bit is nf4")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = (
         Field(None, description="attention implementation; null: chosen by transformers")
     )
@@ -61,9 +57,7 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
     torch_compile: bool = Field(False, description="compile each layer with torch.compile, for training on a GPU")
-    use_liger_kernel: bool = Field(
-        False, description="use Liger's norms, rotary embeddings and activations, for training on a GPU"
-    )
+    use_liger_kernel: bool = Field(False, description="Liger's norms, rotary embeddings and activations, on a GPU")
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         if self.trust_remote_code and self.revision is None:
@@ -92,25 +86,18 @@ class TrainingSection(Section):
         "sft", description="sft: supervised fine-tuning; dpo, orpo, simpo: preference pairs; kto: unpaired preferences"
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
-        AUTO,
-        description="peak learning rate; auto: from the model's width and depth, lora_alpha, rows per step and passes",
+        AUTO, description="peak learning rate; auto: from the model's size, lora_alpha, rows per step and passes"
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
-        AUTO,
-        description="passes over the data; auto: one, or two if there are few rows and only q, k, v, o are adapted",
+        AUTO, description="passes over the data; auto: one, or two for few rows if only q, k, v, o are adapted"
     )
     max_steps: Steps = Field(-1, description="optimizer steps; -1: num_train_epochs sets the length")
     max_minutes: float | None = Field(
-        None,
-        gt=0,
-        le=1e5,
-        description="time limit for the whole command in minutes, which determines max_steps; null: no limit",
+        None, gt=0, le=1e5, description="time limit of the whole command, which determines max_steps; null: no limit"
     )
     per_device_train_batch_size: Count = Field(8, description="rows per device and micro-step")
     gradient_accumulation_steps: Count = Field(1, description="micro-steps per optimizer step")
-    warmup_steps: Warmup | Auto = Field(
-        AUTO, description="warmup steps, or a fraction of all steps if below 1; auto: no warmup"
-    )
+    warmup_steps: Warmup | Auto = Field(AUTO, description="warmup steps, or below 1 a fraction; auto: no warmup")
     lr_scheduler_type: Literal["auto", "linear", "cosine", "constant", "constant_with_warmup"] = Field(
         AUTO, description="learning rate schedule; auto: linear decay to zero"
     )
@@ -125,8 +112,7 @@ class TrainingSection(Section):
     logging_steps: Count = Field(10, description="steps between reports of the loss")
     save_steps: Count = Field(200, description="steps between checkpoints")
     eval_steps: Count | None = Field(
-        None,
-        description="steps between evaluations; the last step is always evaluated; null: about ten evaluations",
+        None, description="steps between evaluations; the last step is always evaluated; null: about ten evaluations"
     )
     keep: Literal["best", "last"] | None = Field(
         None, description="the step whose weights become the adapter; null: best, or last without validation rows"
@@ -138,10 +124,7 @@ class TrainingSection(Section):
         [], description="experiment trackers, used through transformers' integrations"
     )
     ddp_timeout: int = Field(
-        1800,
-        gt=0,
-        le=10**7,
-        description="timeout in seconds for communication between processes, after which the run ends",
+        1800, gt=0, le=10**7, description="seconds that processes wait for each other before the run ends"
     )
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
 
@@ -181,9 +164,7 @@ class PreferenceSection(Section):
     label_smoothing: float = Field(
         0.0, ge=0, lt=0.5, description="dpo, simpo: the fraction of pairs assumed to be in the wrong order, as in cDPO"
     )
-    simpo_gamma: float = Field(
-        1.0, ge=0, le=1e3, description="simpo: the target margin of the rewards, arXiv:2405.14734"
-    )
+    simpo_gamma: float = Field(1.0, ge=0, le=1e3, description="simpo: target margin of the rewards, arXiv:2405.14734")
     sft_weight: float = Field(
         0.0, ge=0, le=1e3, description="dpo, simpo: weight of the chosen answer's own loss per token, arXiv:2404.19733"
     )

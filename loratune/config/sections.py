@@ -104,7 +104,7 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
-    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
+    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label"
 )  # fmt: skip
 """The names of the fields of a row; `data.columns` maps them to those in the data."""
 
@@ -122,13 +122,11 @@ class DataSection(Section):
         None, description="sources as in train; the adapter is scored on them once, after training"
     )
     group_by: str | None = Field(
-        None,
-        min_length=1,
-        description="field name; rows with the same value of this field stay in one split when a fraction is held out",
+        None, min_length=1, description="rows equal in this field stay in one split when a fraction is held out"
     )
     format: Literal[
         "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
-        "unpaired_preference",
+        "unpaired_preference"
     ] = Field("auto", description="auto: recognized for each file by the keys of its rows")  # fmt: skip
     columns: dict[str, str] = Field(
         {},
@@ -141,24 +139,16 @@ class DataSection(Section):
         description="completion: completions, or all assistant turns of messages; assistant: also assistant turns in "
         "the prompt; all: every token up to the end of the last answer",
     )
-    max_length: int = Field(
-        1024, ge=2, lt=2**31, description="maximum number of tokens of a row, including the end-of-sequence token"
-    )
+    max_length: int = Field(1024, ge=2, lt=2**31, description="maximum tokens of a row, with the end-of-sequence token")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
-        "keep_completion",
-        description="for rows over max_length: truncate the prompt from the left, drop the row, or stop the run",
+        "keep_completion", description="rows over max_length: truncate the prompt from the left, drop, or stop the run"
     )
     invalid_rows: Literal["error", "drop"] = Field(
-        "error",
-        description="for rows that cannot be used, such as a line that is not valid JSON or a row that lacks a field: "
-        "stop the run, or drop up to max_dropped of the rows",
+        "error", description="unusable rows, e.g. invalid JSON or without a field: stop, or drop up to max_dropped"
     )
-    max_dropped: float = Field(
-        0.1, ge=0, le=1, description="fraction of the rows that may be dropped; if more are, the run stops"
-    )
+    max_dropped: float = Field(0.1, ge=0, le=1, description="fraction of rows that may be dropped before the run stops")
     packing: Literal["none", "batch", "full"] = Field(
-        "batch",
-        description="none: pad rows; batch: concatenate a batch's rows; full: fill batches with whole rows by best fit",
+        "batch", description="none: pad rows; batch: join a batch's rows; full: fill batches with rows by best fit"
     )
     share_prefixes: bool | Auto = Field(
         AUTO,
@@ -249,13 +239,8 @@ class LoraSection(Section):
     init_lora_weights: (
         Annotated[bool, WithJsonSchema({"const": True})]
         | Literal["gaussian", "orthogonal", "pissa", "pissa_niter_4", "pissa_niter_16", "olora", "eva", "loftq"]
-    ) = Field(
-        True,
-        description="initial A and B; true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data",
-    )
-    use_lorafa: bool = Field(
-        False, description="LoRA-FA: freeze A, train B with a corrected gradient, arXiv:2308.03303"
-    )
+    ) = Field(True, description="true: Kaiming and zero; pissa, olora, loftq: from the base; eva: from the data")
+    use_lorafa: bool = Field(False, description="LoRA-FA: freeze A, train B by a corrected gradient, arXiv:2308.03303")
     loraplus_lr_ratio: float | None = Field(
         None, ge=1, le=1e6, description="LoRA+: rate of B divided by the rate of A, arXiv:2402.12354"
     )

@@ -26,13 +26,13 @@ _QUANTIZATION_CODE = {
 }
 
 
-_LLAMA_CPP = "xllamacpp"
+LLAMA_CPP = "xllamacpp"
 """The package that runs llama.cpp."""
 
 
 def is_installed() -> bool:
     """Whether llama.cpp can be run."""
-    return find_spec(_LLAMA_CPP) is not None
+    return find_spec(LLAMA_CPP) is not None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ExportOptions:
             raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
         if self.uses_llama_cpp and self.verify and not is_installed():
             code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
-            raise ConfigError(missing_package(code, _LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
+            raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
 
     @property
     def uses_llama_cpp(self) -> bool:

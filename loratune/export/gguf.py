@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
@@ -312,10 +312,6 @@ class LlamaCppResult:
     exact: int
     ties: int
     counts: int
-
-    def as_json(self) -> dict[str, Any]:
-        """All metrics by name."""
-        return asdict(self)
 
     def __str__(self) -> str:
         return (

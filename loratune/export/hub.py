@@ -8,7 +8,7 @@ would be read with the adapter. So a download afterwards gives either this adapt
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,15 +50,6 @@ _REFUSALS = ("LFS batch API returned errors", "Invalid metadata in README.md")
 
 
 @dataclass(frozen=True)
-class UploadedFile:
-    """A file in the repository. bytes: its size. sha256: of what was sent, and of what was downloaded again."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Upload:
     """What was uploaded.
 
@@ -70,7 +61,7 @@ class Upload:
         commit: The commit that holds these files.
         unchanged: The repository held them already, and no commit was made.
         base: The id of the base that the uploaded configuration names.
-        files: Each was downloaded again, and is equal.
+        files: Name, bytes and SHA-256 of each. All were downloaded again, and are equal.
         paths_replaced: The files in which paths of this machine were replaced.
         removed: Files of the former adapter.
         left_out: What the directory holds and is no part of the adapter.
@@ -83,14 +74,14 @@ class Upload:
     commit: str
     unchanged: bool
     base: str
-    files: tuple[UploadedFile, ...]
+    files: tuple[Mapping[str, Any], ...]
     paths_replaced: tuple[str, ...]
     removed: tuple[str, ...]
     left_out: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, with the sums."""
-        totals = {"bytes": sum(file.bytes for file in self.files), "files_equal": len(self.files)}
+        totals = {"bytes": sum(file["bytes"] for file in self.files), "files_equal": len(self.files)}
         return asdict(self) | totals
 
 
@@ -142,7 +133,7 @@ def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> 
     return Upload(
         repository=repository, url=url, public=public, created=found is None, commit=commit,
         unchanged=commit == info.sha, base=copy.base, removed=removed, left_out=copy.left_out,
-        files=tuple(UploadedFile(name, sizes[name], digest) for name, digest in copy.files.items()),
+        files=tuple({"name": name, "bytes": sizes[name], "sha256": copy.files[name]} for name in copy.files),
         paths_replaced=copy.changed,
     )  # fmt: skip
 

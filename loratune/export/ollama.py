@@ -20,9 +20,7 @@ from loratune.text import shell_word
 
 _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
 _WORDS = re.compile("|".join((_SYSTEM, _USER, _ANSWER, _NEXT)))
-_TOOLS = (
-    {"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}},
-)
+_TOOLS = [{"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}}]
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
 """How turns begin."""
 _ALTERNATIVE = (
@@ -131,10 +129,7 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
 
 def commands(name: str, file: Path) -> list[str]:
     """The commands that make a model of a Modelfile, and run it."""
-    return [
-        f"ollama create {shell_word(name)} -f {shell_word(str(file))}",
-        f"ollama run {shell_word(name)}",
-    ]
+    return [f"ollama create {shell_word(name)} -f {shell_word(str(file))}", f"ollama run {shell_word(name)}"]
 
 
 def find_turns(renderer: Renderer) -> tuple[Turns, int]:

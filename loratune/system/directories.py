@@ -1,12 +1,11 @@
-"""Directories that programs write to: which of their files are known, and which directories may be replaced.
+"""Directories that programs write to: which of their files are known.
 
 No directory is removed together with whatever happens to be in it. Each file that a run or an adapter consists of is
 known by its name and kind; everything else is foreign and stays. A symbolic link counts as a file, and an empty
 directory that no run makes is foreign as well.
 
 `loratune.json` lists the files of an adapter, a merged model or an export. Without that record, an adapter may consist
-of the files that PEFT and tokenizers are known to write. `--overwrite` replaces a directory of the same kind that holds
-nothing else, and that nothing else needs.
+of the files that PEFT and tokenizers are known to write.
 """
 
 import json
@@ -18,15 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratune.codes import Code
-from loratune.errors import ConfigError, Problem
 from loratune.system.files import (
     contains,
     is_directory,
     is_file,
     is_incidental_directory,
     is_incidental_file,
-    newer,
     notebook_original,
     read_text,
     sha256,
@@ -112,21 +108,12 @@ def remove_own(directory: Path, contents: Contents) -> bool:
 
 def is_adapter_file(name: str) -> bool:
     """Whether an adapter may have a file of this name, by its path relative to the directory, with `/`."""
-    return name in ADAPTER_FILES or _is_template(name)
+    return name in ADAPTER_FILES or (_parent(name) == TEMPLATES and name.endswith(".jinja"))
 
 
 def scan_adapter(directory: Path) -> Contents:
     """What is in an adapter directory that has no record of its files."""
     return scan(directory, is_adapter_file)
-
-
-def scan_all(directory: Path) -> Contents:
-    """What is in a directory to which only one program writes: all of it belongs to it."""
-    return scan(directory, lambda _: True, lambda _: True)
-
-
-def _is_template(name: str) -> bool:
-    return _parent(name) == TEMPLATES and name.endswith(".jinja")
 
 
 def shortened(names: Sequence[str]) -> str:
@@ -194,94 +181,18 @@ Inputs = Sequence[tuple[str, str]]
 """What a command reads: how the user names it, e.g. `data.train`, and its path."""
 CONFIG_INPUT = "the config file"
 """How the config of a run is named among its inputs. It is not read again once the run has started."""
-START_INPUT = "lora.start_from"
-"""How the adapter that a run starts from is named. Every file in its directory belongs to it."""
 
 
-@dataclass(frozen=True)
-class OutputKind:
-    """What is written to an output directory.
+def why_in_use(directory: Path, inputs: Inputs) -> tuple[str, str]:
+    """Why a directory cannot be moved or removed without harm to something else, and what to do; empty if it can.
 
-    Attributes:
-        noun: What messages call it.
-        key: The config key, or the option, by which the user names the directory.
-        unfinished: The end of the name of the sibling directory in which it is put together.
+    It may be a mount point, or be, or hold, the working directory or what the command reads.
     """
-
-    noun: str
-    key: str
-    unfinished: str
-
-    def is_in(self, directory: Path) -> bool:
-        """Whether the directory holds one."""
-        if self == ADAPTER:
-            return is_file(directory / CONFIG)
-        record = read_record(directory)
-        return isinstance(record, dict) and isinstance(record.get("kind"), str)
-
-
-ADAPTER = OutputKind("adapter", "output_dir", "partial")
-"""What training writes."""
-EXPORT = OutputKind("exported model or adapter", "--output", "export")
-"""What is made from an adapter. Its record says of which kind it is."""
-
-
-def check_replaceable(directory: Path, where: str, inputs: Inputs, output: OutputKind, proceed: str = "") -> None:
-    """Check that a directory may be replaced.
-
-    Args:
-        directory: The directory.
-        where: The directory as messages name it.
-        inputs: What the command reads.
-        output: What is to be written there.
-        proceed: What to do after the directory was moved away; by default, or instead, another one may be chosen.
-
-    Raises:
-        ConfigError: It is in use, see `check_unused`; it holds no such output, one of a newer release, or other files;
-            its files may not be removed.
-        OSError: It cannot be read.
-    """
-    check_unused(directory, where, inputs, output)
-    alternative = f"and {proceed}" if proceed else f"or choose another {output.key}"
-
-    def refuse(code: Code, what: str, fix: str = f"move it away, {alternative}", where: str = where) -> ConfigError:
-        return ConfigError(Problem(code, what, where, output.key, fix))
-
-    if reason := newer(read_record(directory)):
-        what = f"{reason}, so --overwrite does not replace it"
-        raise refuse(Code.ADAPTER_NEWER_RECORD, what, where=str(directory / RECORD))
-    contents = scan_recorded(directory)
-    if not output.is_in(directory) and not all(map(is_incidental_file, (*contents.files, *contents.foreign))):
-        raise refuse(Code.OUTPUT_OVERWRITE, f"holds no {output.noun}, so --overwrite does not replace it")
-    if contents.foreign:
-        names = shortened(contents.foreign)
-        what = f"also holds {names}, not part of the {output.noun}, so --overwrite does not replace it"
-        raise refuse(Code.OUTPUT_OVERWRITE, what, f"move or delete these files, {alternative}")
-    for place, _, _ in os.walk(directory):
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise refuse(Code.OUTPUT_UNUSABLE, f"cannot be replaced: {place} is not writable")
-
-
-def check_unused(directory: Path, where: str, inputs: Inputs, output: OutputKind) -> None:
-    """Check that a directory can be moved and removed without harm to anything else. Arguments as of the above.
-
-    Raises:
-        ConfigError: It is a mount point; it is, or holds, the working directory or what the command reads.
-    """
-
-    def refuse(code: Code, what: str, fix: str) -> ConfigError:
-        return ConfigError(Problem(code, f"{what}, so it cannot be replaced", where, output.key, fix))
-
     if os.path.ismount(directory):
-        fix = "name a directory inside it that does not exist yet"
-        raise refuse(Code.OUTPUT_OVERWRITE, "is a mount point", fix)
+        return "is a mount point", "name a directory inside it that does not exist yet"
     if contains(directory, Path.cwd()):
-        fix = "choose another directory, or start loratune from elsewhere"
-        raise refuse(Code.OUTPUT_OVERWRITE, "is, or holds, the working directory", fix)
+        return "is, or holds, the working directory", "choose another directory, or start loratune from elsewhere"
     for name, path in inputs:
         if contains(directory, Path(path)) and not (name == CONFIG_INPUT and is_recorded(directory, Path(path))):
-            what, fix = (
-                f"is, or holds, what the command reads ({name}: {path})",
-                "choose another directory, or move that",
-            )
-            raise refuse(Code.OUTPUT_OVERWRITE, what, fix)
+            return f"is, or holds, what the command reads ({name}: {path})", "choose another directory, or move that"
+    return "", ""

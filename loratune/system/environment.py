@@ -1,8 +1,8 @@
 """The environment of the process: processors and memory of its container, environment variables, cache directories.
 
-Control groups of Linux are read in both versions, see cgroups(7). The limits of a group also apply to the groups inside
-it. So all groups are read, from that of the process up to the outermost visible one, which in a container is that of
-the container.
+Control groups of Linux are read, in their second version, see cgroups(7). The limits of a group also apply to the
+groups inside it. So all groups are read, from that of the process up to the outermost visible one, which in a container
+is that of the container.
 """
 
 import errno
@@ -22,12 +22,11 @@ _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 def processors() -> float:
     """How many processors' time the process may use; infinity without a limit."""
     limits = [float("inf")]
-    for group in _groups("cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            with suppress(OSError, ValueError, OverflowError):
-                quota, period = " ".join((group / name).read_text() for name in names).split()
-                if quota != "max" and min(int(quota), int(period)) > 0:
-                    limits.append(int(quota) / int(period))
+    for group in _groups():
+        with suppress(OSError, ValueError, OverflowError):
+            quota, period = (group / "cpu.max").read_text().split()
+            if quota != "max" and min(int(quota), int(period)) > 0:
+                limits.append(int(quota) / int(period))
     return min(limits)
 
 
@@ -61,37 +60,33 @@ def free_memory() -> float:
     What the kernel keeps of files counts as free: it gives that back when it is needed.
     """
     limits = [float("inf")]
-    names = ("memory.max", "memory.current", ""), ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
-    for group in _groups("memory"):
-        for limit, usage, prefix in names:
-            with suppress(OSError, ValueError):
-                if (most := (group / limit).read_text().strip()) != "max":
-                    limits.append(int(most) - int((group / usage).read_text()) + _file_pages(group, prefix))
+    for group in _groups():
+        with suppress(OSError, ValueError):
+            if (most := (group / "memory.max").read_text().strip()) != "max":
+                used = int((group / "memory.current").read_text())
+                limits.append(int(most) - used + _file_pages(group / "memory.stat"))
     return min(limits)
 
 
-def _file_pages(group: Path, prefix: str) -> int:
-    """Bytes of files that a group's memory holds. prefix: of the names that count the groups in it too."""
+def _file_pages(statistics: Path) -> int:
+    """Bytes of files that a group's memory holds."""
     try:
-        pairs = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        pairs = (line.split() for line in statistics.read_text().splitlines())
         values = {name: int(value) for name, value in pairs}
     except (OSError, ValueError):
         return 0
-    return sum(values.get(f"{prefix}{kind}_file", 0) for kind in ("active", "inactive"))
+    return values.get("active_file", 0) + values.get("inactive_file", 0)
 
 
-def _groups(controller: str) -> Iterator[Path]:
+def _groups() -> Iterator[Path]:
     """The directories of the groups of this process, from its own outwards, as far as they can be seen."""
-    places = {_ROOT: _ROOT, _ROOT / controller: _ROOT / controller}  # where groups of either version are → its own
+    own = _ROOT
     with suppress(OSError, ValueError):
         for line in _OWN.read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            root = _ROOT if number == "0" else _ROOT / controller
-            if number == "0" or controller in controllers.split(","):
-                places[root] = root / path.lstrip("/")
-    for root, own in places.items():
-        yield own
-        yield from (parent for parent in own.parents if parent.is_relative_to(root))
+            number, _, path = line.split(":", 2)
+            own = _ROOT / path.lstrip("/") if number == "0" else own
+    yield own
+    yield from (parent for parent in own.parents if parent.is_relative_to(_ROOT))
 
 
 @contextmanager

@@ -181,38 +181,15 @@ def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[N
 def try_lock(path: Path) -> Iterator[bool]:
     """Hold a lock that only one process has at a time; gives whether this process has it. Never waits.
 
-    The lock is on a file that exists only while the lock is held. Only its holder removes the file, and whoever gets
-    a lock checks that its file still has the name, so there are never two holders. The kernel releases the lock when
-    the process ends. Raises OSError if the file cannot be made.
+    The kernel releases the lock when the process ends; its file stays. Raises OSError if the file cannot be made.
     """
-    handle = _lock(path)
-    try:
-        yield handle is not None
-    finally:
-        if handle is not None:
-            path.unlink(missing_ok=True)
-            os.close(handle)
-
-
-def _lock(path: Path) -> int | None:
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    with open_lock(path, os.O_RDWR | os.O_CREAT) as file:
         try:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, "not a regular file", str(path))
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(status, path.lstat()):
-                return handle
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:
-            pass  # the previous holder has just removed it
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
+            yield False
+        else:
+            yield True
 
 
 def open_lock(path: Path, flags: int) -> TextIO:

@@ -1,98 +1,64 @@
 """One process, or several that a launcher started: their ranks, and how they communicate.
 
 torchrun, and accelerate through it, describe a process in its environment
-(docs.pytorch.org/docs/stable/elastic/run.html). `SingleProcess` is a group of one; `training.processes.join`, which
-needs torch, makes a group of several.
+(docs.pytorch.org/docs/stable/elastic/run.html).
 """
 
 import os
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from loratune.errors import Problem
 
 T = TypeVar("T")
 
 
-class Group(Protocol):
-    """The processes of a run. Rank 0 is the main process, the only one that writes files and prints.
+class Group:
+    """The processes of a run, here a single one; `training.processes.join` makes a group of several.
 
-    All processes must call the same methods in the same order.
+    Rank 0 is the main process, the only one that writes files and prints. All processes must call the same methods in
+    the same order.
 
     Attributes:
         rank: The number of this process.
         count: How many processes there are.
+        main: Whether this is the main process.
+        leads_machine: Whether this is the first process of its machine.
     """
 
-    rank: int
-    count: int
-
-    @property
-    def main(self) -> bool:
-        """Whether this is the main process."""
-
-    @property
-    def leads_machine(self) -> bool:
-        """Whether this is the first process of its machine."""
+    rank, count, main, leads_machine = 0, 1, True, True
 
     def broadcast(self, value: T) -> T:
         """The main process's value, in all processes; they wait for each other as long as it takes. Between several
         processes, a value must be such as JSON has."""
+        return value
 
     def all_gather(self, value: T) -> list[T]:
         """The values of all processes, by rank. Processes wait, and values are, as in `broadcast`."""
+        return [value]
 
     def total(self, values: Sequence[float]) -> list[float]:
         """The sums of numbers over all processes, which must all have theirs within the timeout of a collective."""
+        return list(values)
 
     def connected(self) -> AbstractContextManager[None]:
         """Inside, a collective that fails raises LostError."""
+        return nullcontext()
 
     def set_timeout(self, seconds: int) -> None:
         """Set the timeout of collectives."""
 
     def fail(self, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
         """Record that this process ends with an error. Returns the problems that it is to print, and its exit code."""
+        return list(problems), code
 
     def close(self) -> None:
         """Leave the group once all processes call this: from then on the end of one does not end the others."""
 
 
-class SingleProcess:
-    """The group of a process that was started alone."""
-
-    rank, count, main, leads_machine = 0, 1, True, True
-
-    def broadcast(self, value: T) -> T:
-        """The value itself."""
-        return value
-
-    def all_gather(self, value: T) -> list[T]:
-        """The value, alone in a list."""
-        return [value]
-
-    def total(self, values: Sequence[float]) -> list[float]:
-        """The numbers themselves."""
-        return list(values)
-
-    def connected(self) -> AbstractContextManager[None]:
-        """A context without effect."""
-        return nullcontext()
-
-    def set_timeout(self, seconds: int) -> None:
-        """Nothing: there are no collectives."""
-
-    def fail(self, problems: Sequence[Problem], code: int) -> tuple[list[Problem], int]:
-        """All problems are to be printed."""
-        return list(problems), code
-
-    def close(self) -> None:
-        """Nothing: there is no other process."""
-
-
-SINGLE_PROCESS = SingleProcess()
+SINGLE_PROCESS = Group()
 
 
 def world_size() -> int:

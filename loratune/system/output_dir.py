@@ -1,74 +1,56 @@
-"""The output directory of a command: written as a sibling, and published whole or not at all by one rename."""
+"""The output directory of a command: written as a sibling, and published whole or not at all by one rename.
+
+`--overwrite` replaces a directory of the same kind that holds nothing else, and that nothing else needs.
+"""
 
 import os
-import platform
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TextIO
+from typing import ClassVar, Self, TextIO
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LockedError, Problem, is_disk_full
 from loratune.events import note
-from loratune.system.directories import (
-    ADAPTER,
-    CONFIG_INPUT,
-    EXPORT,
-    START_INPUT,
-    Contents,
-    Inputs,
-    OutputKind,
-    check_replaceable,
-    check_unused,
-    remove_own,
-    scan_all,
-    scan_recorded,
-    shortened,
-)
-from loratune.system.files import (
-    check_free_space,
-    contains,
-    explain_full_disk,
-    hold_lock,
-    is_directory,
-    is_file,
-    is_incidental_file,
-    kind,
-    open_lock,
-    sync,
-)
+from loratune.system import directories, files
+from loratune.system.directories import CONFIG_INPUT, Contents, Inputs, scan, scan_recorded, shortened
+from loratune.system.launcher import host
 
 
 @dataclass(frozen=True)
 class OutputDirectory:
-    """Where a command works and where its result goes.
+    """Where a command works and where its result goes; here, a model or adapter that is made from an adapter.
 
     Attributes:
+        noun: What messages call the result.
+        key: The config key, or the option, by which the user names the directory.
+        suffix: The end of the name of `partial`.
         output: The output directory.
         partial: The work in progress, a sibling of `output` on the same file system.
         display_name: The output directory as the user named it.
         overwrite: Whether an earlier result at `output`, and the work of an interrupted run, may be replaced.
         inputs: What the command reads and must therefore not remove.
-        kind: What is put together and published.
     """
 
+    noun: ClassVar = "exported model or adapter"
+    key: ClassVar = "--output"
+    suffix: ClassVar = "export"
     output: Path
     partial: Path
     display_name: str
     overwrite: bool = False
     inputs: Inputs = ()
-    kind: OutputKind = ADAPTER
 
     @classmethod
-    def at(cls, named: str, *, overwrite: bool, inputs: Inputs = (), kind: OutputKind = ADAPTER) -> Self:
+    def at(cls, named: str, *, overwrite: bool, inputs: Inputs = ()) -> Self:
         """The directory that the user names. Raises ConfigError: it is the root of the file system."""
         output = Path(os.path.abspath(Path(named).expanduser()))
         if not output.name:
             what, fix = "is the root of the file system", "name a directory in it"
-            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, named, kind.key, fix))
-        return cls(output, output.with_name(f"{output.name}.{kind.unfinished}"), named, overwrite, inputs, kind)
+            raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, named, cls.key, fix))
+        return cls(output, output.with_name(f"{output.name}.{cls.suffix}"), named, overwrite, inputs)
 
     @property
     def staging(self) -> Path:
@@ -88,7 +70,7 @@ class OutputDirectory:
     @property
     def _scanners(self) -> dict[Path, Callable[[Path], Contents]]:
         """Directory in `partial` → what finds the files in it that a command made."""
-        return {self.staging: scan_all, self.replaced: scan_recorded}
+        return {self.staging: lambda path: scan(path, lambda _: True, lambda _: True), self.replaced: scan_recorded}
 
     @property
     def _files(self) -> tuple[Path, ...]:
@@ -103,12 +85,21 @@ class OutputDirectory:
     def _proceed(self) -> str:
         return "start again"
 
+    def _holds_output(self, directory: Path) -> bool:
+        """Whether a directory holds such a result."""
+        record = directories.read_record(directory)
+        return isinstance(record, dict) and isinstance(record.get("kind"), str)
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether every file in an input belongs to it, if it is a directory. name: that of the input."""
+        return True
+
     def is_kept(self) -> bool:
         """Whether the work in progress holds anything that a user may need."""
         return False
 
     def _refuse(self, code: Code, what: str, fix: str, where: str = "") -> ConfigError:
-        return ConfigError(Problem(code, what, where or self.display_name, self.kind.key, fix))
+        return ConfigError(Problem(code, what, where or self.display_name, self.key, fix))
 
     # Checks before anything is read or changed
 
@@ -121,15 +112,15 @@ class OutputDirectory:
 
         Raises:
             ConfigError: The directory exists, is a file, a link or a mount point, or cannot be written; its parent is
-                missing; an unfinished run is there; it may not be replaced, see `check_replaceable`.
+                missing; an unfinished run is there; it may not be replaced, see `_check_replaceable`.
             ResumeError: `resume` where no run was interrupted.
             LockedError: Another command is working there.
             ResourceError: The disk is full.
         """
         try:
-            if is_directory(self.partial) and is_file(self.lock):
-                with open_lock(self.lock, os.O_RDONLY) as file:
-                    hold_lock(file, self.display_name, self.kind.key)
+            if files.is_directory(self.partial) and files.is_file(self.lock):
+                with files.open_lock(self.lock, os.O_RDONLY) as file:
+                    files.hold_lock(file, self.display_name, self.key)
             self._check_places(resume=resume)
             try:
                 self._check_state(resume=resume)
@@ -141,7 +132,7 @@ class OutputDirectory:
             what = f"cannot be looked at: {error.strerror}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "check the path") from None
         try:
-            with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
+            with files.explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
                 tempfile.TemporaryDirectory(dir=self.output.parent, prefix=".loratune-").cleanup()
         except OSError as error:
             what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
@@ -161,32 +152,60 @@ class OutputDirectory:
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "create it first")
         self._check_partial(f"{self.partial.name}, where work in progress is kept, ", self.display_name)
         for name, read in self.inputs:
-            is_whole = name == START_INPUT or self.kind == EXPORT
-            if is_whole and os.path.isdir(read) and contains(Path(read), output):
+            if self._is_whole(name) and os.path.isdir(read) and files.contains(Path(read), output):
                 what = f"is, or is in, a directory that the command reads ({name}: {read})"
                 raise self._refuse(Code.OUTPUT_OVERWRITE, what, "choose another directory")
         for path in (output, self.partial):
             if path.exists():
-                check_unused(path, self.display_name if path == output else str(path), self.inputs, self.kind)
+                self._check_unused(path, self.display_name if path == output else str(path))
 
     def _check_state(self, *, resume: bool) -> None:
         """Check that the user wants to replace, or to resume, what earlier commands left."""
         if self.output.exists() and not self.overwrite and not (resume and self._may_replace):
-            inside = any(name == CONFIG_INPUT and contains(self.output, Path(path)) for name, path in self.inputs)
+            configs = [Path(path) for name, path in self.inputs if name == CONFIG_INPUT]
+            inside = any(files.contains(self.output, path) for path in configs)
             fix = f"choose another{' with --set output_dir=NEW' if inside else ''}, or replace it with --overwrite"
             if self.is_kept():
                 name = self.partial.name
                 fix = f"if it is the adapter you want, remove {name}; to train again and replace both, use --overwrite"
             raise self._refuse(Code.OUTPUT_EXISTS, "already exists", fix)
         if self.output.exists():
-            check_replaceable(self.output, self.display_name, self.inputs, self.kind)
+            self._check_replaceable(self.output, self.display_name)
+
+    def _check_replaceable(self, directory: Path, where: str, alternative: str = "") -> None:
+        """Check that a directory may be replaced. where: it, in messages. alternative: to moving it away.
+
+        Raises ConfigError: it is in use; it holds no such result, one of a newer release, or other files; or its files
+        may not be removed.
+        """
+        self._check_unused(directory, where)
+        alternative = alternative or f"or choose another {self.key}"
+        fix, code = f"move it away, {alternative}", Code.OUTPUT_OVERWRITE
+        if reason := files.newer(directories.read_record(directory)):
+            what = f"{reason}, so --overwrite does not replace it"
+            raise self._refuse(Code.ADAPTER_NEWER_RECORD, what, fix, str(directory / directories.RECORD))
+        contents = scan_recorded(directory)
+        is_empty = all(map(files.is_incidental_file, contents.files + contents.foreign))
+        if not is_empty and not self._holds_output(directory):
+            raise self._refuse(code, f"holds no {self.noun}, so --overwrite does not replace it", fix, where)
+        if contents.foreign:
+            what = f"also holds {shortened(contents.foreign)}, not part of the {self.noun}, so --overwrite does not "
+            raise self._refuse(code, f"{what}replace it", f"move or delete these files, {alternative}", where)
+        for place, _, _ in os.walk(directory):
+            if not os.access(place, os.W_OK | os.X_OK):
+                what = f"cannot be replaced: {place} is not writable"
+                raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix, where)
+
+    def _check_unused(self, directory: Path, where: str) -> None:
+        """Check that a directory, `where` in messages, is not in use. Raises ConfigError: see `why_in_use`."""
+        what, fix = directories.why_in_use(directory, self.inputs)
+        if what:
+            raise self._refuse(Code.OUTPUT_OVERWRITE, f"{what}, so it cannot be replaced", fix, where)
 
     def _check_partial(self, subject: str, where: str) -> None:
-        """Check that the work in progress is a directory, or absent, and holds nothing that no command made.
-
-        Raises ConfigError with a message about the place `where` that begins with `subject`.
-        """
-        if (actual := kind(self.partial)) not in ("", "a directory"):
+        """Check that the work in progress is a directory, or absent, and holds nothing that no command made; else raise
+        ConfigError with a message about the place `where` that begins with `subject`."""
+        if (actual := files.kind(self.partial)) not in ("", "a directory"):
             what = f"{subject}is {actual}" + (", which is not followed" if self.partial.is_symlink() else "")
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "move it away", where)
         if foreign := self.foreign_files():
@@ -194,33 +213,16 @@ class OutputDirectory:
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, "move that away", where)
 
     def foreign_files(self) -> list[str]:
-        """What is in `partial` although no command made it, by paths relative to it; links and pipes always are.
-
-        Raises:
-            OSError: The directory cannot be read.
-        """
+        """What is in `partial` although no command made it, by paths relative to it; links and pipes always are."""
         foreign = []
-        for path in sorted(self.partial.iterdir()) if is_directory(self.partial) else []:
-            if path in self._scanners and is_directory(path):
+        for path in sorted(self.partial.iterdir()) if files.is_directory(self.partial) else []:
+            if path in self._scanners and files.is_directory(path):
                 foreign += [f"{path.name}/{name}" for name in self._scanners[path](path).foreign]
-            elif not (path in self._files and is_file(path)) and not is_incidental_file(path.name):
+            elif not (path in self._files and files.is_file(path)) and not files.is_incidental_file(path.name):
                 foreign.append(path.name)
         return foreign
 
     # Work
-
-    def _make_partial(self) -> None:
-        try:
-            self.partial.mkdir(exist_ok=True)
-        except OSError as error:
-            if is_disk_full(error):
-                raise
-            what, fix = f"cannot be written: {error.strerror}", "choose another, or change permissions"
-            raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix) from None
-
-    def _remove_empty_partial(self) -> None:
-        with suppress(OSError):
-            self.partial.rmdir()
 
     @contextmanager
     def locked(self) -> Iterator[Self]:
@@ -232,48 +234,49 @@ class OutputDirectory:
             ResourceError: The disk is full.
         """
         with ExitStack() as stack:
-            with explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
-                self._make_partial()
+            with files.explain_full_disk("the work in progress", 4096, self.output.parent, "make room"):
+                self.partial.mkdir(exist_ok=True)
                 stack.callback(self._remove_empty_partial)  # a signal may come before there is a lock
                 self._check_partial("", str(self.partial))
                 lock = self._hold(stack)
                 stack.callback(self.clean_up)
                 lock.truncate(0)
-                os.write(
-                    lock.fileno(), f"process {os.getpid()} on {platform.node()}\n".encode()
-                )  # no buffer to flush later
+                os.write(lock.fileno(), f"process {os.getpid()} on {host()}\n".encode())  # no buffer to flush later
             self.restore_old()  # the last command may have been killed between the two renames of `publish`
             yield self
 
     def _hold(self, stack: ExitStack) -> TextIO:
         """The lock file, whose lock is held until the stack is closed, or the process ends in whatever way."""
         try:
-            file = stack.enter_context(open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
-            hold_lock(file, str(self.output), self.kind.key)
+            file = stack.enter_context(files.open_lock(self.lock, os.O_RDWR | os.O_APPEND | os.O_CREAT))
+            files.hold_lock(file, str(self.output), self.key)
             if os.path.samestat(os.fstat(file.fileno()), self.lock.stat()):
                 return file
         except FileNotFoundError:
             pass
-        what, fix = "another run has just ended there", "start loratune again"
-        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.kind.key, fix))
+        what = "another run has just ended there"
+        raise LockedError(Problem(Code.SYSTEM_LOCKED, what, str(self.output), self.key, "start loratune again"))
 
-    def prepare(self, *, resume: bool = False) -> None:
-        """Make room for the work. What an interrupted command left is removed, unless it is resumed.
+    def _remove_empty_partial(self) -> None:
+        with suppress(OSError):
+            self.partial.rmdir()
 
-        Raises:
-            ConfigError: Something has come to the output directory, or what is there cannot be replaced.
+    def prepare(self) -> None:
+        """Remove an earlier command's result that was not published.
+
+        Raises ConfigError: something has come to the output directory, or what is there cannot be replaced.
         """
         self._remove(self.staging, self.replaced)
         self._check_partial("", str(self.partial))
         self._check_output()
-        sync(self.partial)
-        sync(self.partial.parent)
+        files.sync(self.partial)
+        files.sync(self.partial.parent)
 
     def _check_output(self) -> None:
         if os.path.lexists(self.output):
-            if not self._may_replace or not is_directory(self.output):
+            if not self._may_replace or not files.is_directory(self.output):
                 raise self._appeared(self.output)
-            check_replaceable(self.output, str(self.output), self.inputs, self.kind, self._proceed)
+            self._check_replaceable(self.output, str(self.output), f"and {self._proceed}")
 
     def _appeared(self, path: Path) -> ConfigError:
         what = "has appeared since the run started, and is not replaced"
@@ -281,20 +284,18 @@ class OutputDirectory:
 
     def create_staging(self) -> None:
         """Make the directory in which the result is put together. Raises ConfigError: something has its name."""
-        if os.path.lexists(self.staging):
-            raise self._appeared(self.staging)
-        self.staging.mkdir()
+        try:
+            self.staging.mkdir()
+        except FileExistsError:
+            raise self._appeared(self.staging) from None
 
     def publish(self) -> list[Path]:
         """Flush the staged files to the disk, move them to the output directory, and remove the work in progress.
 
-        Returns:
-            The foreign files that are left in the work in progress.
+        Returns the foreign files that are left in the work in progress.
 
-        Raises:
-            ConfigError: Something has come to the output directory, which is not replaced then; or the result cannot
-                be moved there.
-            OSError: The disk is full.
+        Raises ConfigError: something has come to the output directory, which is not replaced then; or the result cannot
+        be moved there. OSError: the disk is full.
         """
         self._check_output()
         umask = os.umask(0)
@@ -302,25 +303,22 @@ class OutputDirectory:
         for path in sorted(self.staging.rglob("*")):
             if path.is_file():
                 path.chmod(0o666 & ~umask)
-            sync(path)
-        sync(self.staging)
+            files.sync(path)
+        files.sync(self.staging)
         try:
             if os.path.lexists(self.output):
                 self.output.rename(self.replaced)
                 # Nobody finds the old result by its name any more, so this is the last look at what is in it.
-                check_replaceable(self.replaced, str(self.output), self.inputs, self.kind)
+                self._check_replaceable(self.replaced, str(self.output))
             self.staging.rename(self.output)
-        except OSError as error:
+        except BaseException as error:
             self.restore_old()
-            if is_disk_full(error):
+            if not isinstance(error, OSError) or is_disk_full(error):
                 raise
-            what = f"the finished {self.kind.noun} cannot be moved there: {error.strerror}"
+            what = f"the finished {self.noun} cannot be moved there: {error.strerror}"
             fix = f"repair that, or move away what is there, and {self._proceed}"
             raise self._refuse(Code.OUTPUT_UNUSABLE, what, fix, str(self.output)) from None
-        except BaseException:
-            self.restore_old()
-            raise
-        sync(self.output.parent)
+        files.sync(self.output.parent)
         return self._remove_work()
 
     @contextmanager
@@ -337,46 +335,45 @@ class OutputDirectory:
             ConfigError, LockedError: Something has come to the output in the meantime; another process writes there.
             ResourceError: The disk is too small, or full.
         """
-        with self.locked(), explain_full_disk(what, size, self.partial, "make room, and start again"):
+        with self.locked(), files.explain_full_disk(what, size, self.partial, "make room, and start again"):
             self.prepare()
-            check_free_space(self.partial, size, what, self.kind.key)
+            files.check_free_space(self.partial, size, what, self.key)
             self.create_staging()
             yield self.staging
             self.publish()
 
     def restore_old(self) -> None:
         """Move the old result back if the new one has not taken its place."""
-        if is_directory(self.replaced) and not os.path.lexists(self.output):
+        if files.is_directory(self.replaced) and not os.path.lexists(self.output):
             self.replaced.rename(self.output)
 
     def clean_up(self) -> None:
         """Remove a staged result that was not published; and all work in progress if nothing in it is needed."""
         self.restore_old()
         self._remove(self.staging)
-        if is_directory(self.partial) and not self.is_kept():
+        if files.is_directory(self.partial) and not self.is_kept():
             self._remove_work()
 
     def remove_all(self) -> list[Path]:
         """Remove the result and the work in progress. Foreign files, and their directories, stay and are returned."""
-        left = self._remove_work() if is_directory(self.partial) else []
-        if is_directory(self.output):
+        left = self._remove_work() if files.is_directory(self.partial) else []
+        if files.is_directory(self.output):
             contents = scan_recorded(self.output)
-            remove_own(self.output, contents)
+            directories.remove_own(self.output, contents)
             left += [self.output / name for name in contents.foreign]
         return left
 
     def _remove_work(self) -> list[Path]:
         """Remove the work in progress. Foreign files, and the directory they are in, stay and are returned."""
         self._remove(*self._scanners)
-        incidental = [path for path in self.partial.iterdir() if is_incidental_file(path.name)]
-        for path in (*self._files, *(path for path in incidental if not is_directory(path))):
+        incidental = [path for path in self.partial.iterdir() if files.is_incidental_file(path.name)]
+        for path in (*self._files, *(path for path in incidental if not files.is_directory(path))):
             path.unlink(missing_ok=True)
-        with suppress(OSError):
-            self.partial.rmdir()
+        self._remove_empty_partial()
         return [self.partial / name for name in self.foreign_files()]
 
-    def _remove(self, *directories: Path) -> None:
+    def _remove(self, *paths: Path) -> None:
         """Remove directories of the work in progress except for foreign files."""
-        for path in directories:
-            if is_directory(path):
-                remove_own(path, self._scanners[path](path))
+        for path in paths:
+            if files.is_directory(path):
+                directories.remove_own(path, self._scanners[path](path))

@@ -70,57 +70,49 @@ class _Handler(Stop):
     report: Takes a line about a signal that is deferred.
     """
 
-    report: Callable[[str], None] = staticmethod(_silent)
+    def __init__(self, report: Callable[[str], None] = _silent):
+        self.report = report
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Called with each signal."""
+        is_first = self.requested is None
         self.requested = self.requested or _EXCEPTIONS[signal.Signals(number)]
+        self.react(number, is_first=is_first)
+
+    def react(self, number: int, *, is_first: bool) -> None:
+        """Do nothing else."""
 
 
 class _RaisingHandler(_Handler):
     """A handler that raises, and remembers what: Python drops what is raised in a destructor or a weak reference, and
     some libraries turn what is raised during their imports into an error of their own."""
 
-    def __init__(self, report: Callable[[str], None]):
-        self.report = report
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        again = self.requested is not None
-        self.requested = self.requested or _EXCEPTIONS[signal.Signals(number)]
-        if not again or number in _REPEATABLE:
+    def react(self, number: int, *, is_first: bool) -> None:
+        """Raise the exception of the signal."""
+        if is_first or number in _REPEATABLE:
             raise _EXCEPTIONS[signal.Signals(number)]
 
 
 class _DeferringHandler(_Handler):
     """A handler that remembers the first signal and reports it, see `defer_signals`."""
 
-    def __init__(self, report: Callable[[str], None], *, repeated: bool):
-        self.requested = _requested()
-        self.report, self._repeated = report, repeated
+    def __init__(self, *, repeated: bool):
+        outer = [handler for handler in map(signal.getsignal, _EXCEPTIONS) if isinstance(handler, _Handler)]
+        super().__init__(outer[0].report if outer else _silent)
+        self.requested = next((handler.requested for handler in outer if handler.requested), None)
+        self._repeated = repeated
         self._first = time.monotonic() if self.requested else None  # of the repeatable signals
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        new = self.requested is None
-        self.requested = self.requested or _EXCEPTIONS[signal.Signals(number)]
+    def react(self, number: int, *, is_first: bool) -> None:
+        """Report the first signal, and raise at a second one."""
         if number not in _REPEATABLE:
-            if new:
+            if is_first:
                 self.report("stopping after this step")
         elif self._first is None:
             self._first = time.monotonic()
             self.report("stopping after this step; once more stops at once")
         elif not self._repeated or time.monotonic() > self._first + RELAY_SECONDS:
             raise _EXCEPTIONS[signal.Signals(number)]
-
-
-def _requested() -> type[StopSignal] | None:
-    """What the current handlers remember."""
-    return next((handler.requested for handler in _handlers() if handler.requested is not None), None)
-
-
-def _handlers() -> Iterator[_Handler]:
-    """The current handlers of this module. Some signals may have none, see `_handled`."""
-    handlers = (signal.getsignal(number) for number in _EXCEPTIONS)
-    return (handler for handler in handlers if isinstance(handler, _Handler))
 
 
 def write_line(line: str) -> None:
@@ -168,9 +160,8 @@ def defer_signals(report: Callable[[str], None] | None = None, *, repeated: bool
         repeated: A launcher passes on a signal that the terminal has sent already, so one that follows within
             `RELAY_SECONDS` is the same.
     """
-    if report is None:
-        report = next((handler.report for handler in _handlers()), _silent)
-    handler = _DeferringHandler(report, repeated=repeated)
+    handler = _DeferringHandler(repeated=repeated)
+    handler.report = report or handler.report
     with _handled(handler):
         yield handler
 
@@ -182,7 +173,11 @@ def exit_on_signals() -> Iterator[None]:
     An exception would not do: typer turns a KeyboardInterrupt into an exit without a message.
     """
 
-    with _handled(lambda number, frame: _exit(number)):
+    def _exit(number: int, frame: FrameType | None) -> None:
+        write_line("error: interrupted" if number == signal.SIGINT else "error: terminated")
+        os._exit(130 if number == signal.SIGINT else 143)
+
+    with _handled(_exit):
         yield
 
 
@@ -194,13 +189,6 @@ def default_actions() -> Iterator[None]:
     """
     with _handled(signal.SIG_DFL):
         yield
-
-
-def _exit(number: int) -> None:
-    """End the process because of a signal, and say so."""
-    interrupted = number == signal.SIGINT
-    write_line("error: interrupted" if interrupted else "error: terminated")
-    os._exit(130 if interrupted else 143)
 
 
 @contextmanager

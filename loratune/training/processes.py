@@ -65,7 +65,7 @@ def _connected() -> Iterator[None]:
         raise LostError(Problem(Code.DISTRIBUTED_LOST, what, fix=_RESUME)) from error
 
 
-class DistributedGroup:
+class DistributedGroup(Group):
     """A group of several processes; see `launcher.Group`."""
 
     def __init__(self, state: PartialState):

@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResumeError
-from loratune.system.directories import TEMPLATES, Contents, Inputs, is_adapter_file, scan
+from loratune.system.directories import CONFIG, TEMPLATES, Contents, Inputs, is_adapter_file, scan
 from loratune.system.files import is_directory, is_file, sync
 from loratune.system.output_dir import OutputDirectory
 
@@ -70,6 +71,10 @@ def check(
 class RunDirectory(OutputDirectory):
     """Where a run works and where its adapter goes. For the attributes see `OutputDirectory`."""
 
+    noun: ClassVar = "adapter"
+    key: ClassVar = "output_dir"
+    suffix: ClassVar = "partial"
+
     @property
     def checkpoints(self) -> Path:
         """The directory of the trainer's checkpoints."""
@@ -100,6 +105,12 @@ class RunDirectory(OutputDirectory):
     @property
     def _proceed(self) -> str:
         return "continue with --resume" if self.is_resumable() else "start again"
+
+    def _holds_output(self, directory: Path) -> bool:
+        return is_file(directory / CONFIG)
+
+    def _is_whole(self, name: str) -> bool:
+        return name == "lora.start_from"
 
     def is_kept(self) -> bool:
         """Whether `checkpoints` holds anything that a user may need: checkpoints, even damaged, or foreign files."""
@@ -145,7 +156,7 @@ class RunDirectory(OutputDirectory):
         self.rejection.unlink(missing_ok=True)
         if self.overwrite:
             self.overwrite_mark.touch()
-        super().prepare(resume=resume)
+        super().prepare()
         self.checkpoints.mkdir(exist_ok=True)
         sync(self.partial)
 
