@@ -49,13 +49,29 @@ def checkpoints(partial: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
+def before_batch(number: int, statement: str) -> str:
+    """Python code for `ForkServer.start` that runs a statement before a batch that is trained on, counted from 1."""
+    return f"""
+import os, signal
+from loratune.training.trainer import RunTrainer
+
+prepare, count = RunTrainer.prepare_inputs, 0
+def prepare_after(*arguments):
+    global count
+    count += 1
+    if count == {number}:
+        {statement}
+    return prepare(*arguments)
+
+RunTrainer.prepare_inputs = prepare_after
+"""
+
+
 def interrupt(processes: ForkServer, config: Path, partial: Path) -> None:
-    """Start a run and stop it with two checkpoints."""
-    child = processes.start("train", config)
-    until(lambda: len(checkpoints(partial)) > 1, child)
-    child.send(signal.SIGINT)
-    assert child.wait() == 130
-    assert len(checkpoints(partial)) == 2
+    """Start a run that saves every step, and stop it in its third one, with two checkpoints."""
+    child = processes.start("train", config, first=before_batch(3, "signal.raise_signal(signal.SIGINT)"))
+    assert child.wait() == 130, child.said()
+    assert [path.name for path in checkpoints(partial)] == ["checkpoint-3", "checkpoint-2"]
 
 
 def copy_of(run: Path, folder: Path) -> Path:

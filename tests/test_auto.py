@@ -150,44 +150,47 @@ def test_full_packs_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path
     assert rows == [1, 7]
 
 
-def test_a_resumed_run_keeps_what_was_decided(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config(training=SAVED)
+Copied = Callable[[Path, Callable[[dict[str, Any]], object]], Path]
+
+
+def test_a_resumed_run_keeps_what_was_decided(
+    processes: ForkServer, interrupted: Copied, cli: Cli, tmp_path: Path
+) -> None:
+    config = interrupted(tmp_path, lambda _: None)
     expected = straight(processes, config, tmp_path)
-    interrupt(processes, config, tmp_path / "out.partial")
-    child = processes.start("train", config, "--resume")
-    assert child.wait() == 0, child.said()
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
     values = [yaml.safe_load((tmp_path / name / "run.yaml").read_text())["training"] for name in ("out", "straight")]
     assert values[0] == values[1] and math.isfinite(values[0]["learning_rate"])
 
 
-def test_a_rate_may_be_changed_on_resuming(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config(training=SAVED)
-    interrupt(processes, config, tmp_path / "out.partial")
+def test_a_rate_may_be_changed_on_resuming(interrupted: Copied, cli: Cli, tmp_path: Path) -> None:
     key = "training.learning_rate"
-    child = processes.start("train", config, "--resume", "--set", f"{key}=1e-3", "--allow-change", key)
-    assert child.wait() == 0, child.said()
+    config = interrupted(tmp_path, lambda _: None)
+    ran = cli("train", config, "--resume", "--set", f"{key}=1e-3", "--allow-change", key)
+    assert ran.code == 0, ran.err
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]["learning_rate"] == 1e-3
 
 
-def test_what_was_decided_is_said_on_resuming(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_what_was_decided_is_said_on_resuming(
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
     """A number that has become `auto` stays the number; what does not go with the rest is refused."""
     config = run_config(training=SAVED | {"learning_rate": 0.002, "warmup_steps": 3})
     interrupt(processes, config, tmp_path / "out.partial")
     now_auto = ("--set", "training.learning_rate=auto", "--set", "training.warmup_steps=auto")
-    child = processes.start("train", config, "--resume", *now_auto, "--set", "training.lr_scheduler_type=constant")
-    assert child.wait() == 2 and Code.CONFIG_CONFLICT in child.said(), child.said()
-    child = processes.start("train", config, "--resume", *now_auto)
-    assert child.wait() == 0, child.said()
-    line = next(line for line in child.said().splitlines() if line.startswith("auto: "))
+    ran = cli("train", config, "--resume", *now_auto, "--set", "training.lr_scheduler_type=constant")
+    assert ran.code == 2 and Code.CONFIG_CONFLICT in ran.err, ran.err
+    ran = cli("train", config, "--resume", *now_auto)
+    assert ran.code == 0, ran.err
+    line = next(line for line in ran.err.splitlines() if line.startswith("auto: "))
     assert "training.learning_rate 0.002" in line and "training.warmup_steps 3" in line and "lora.r" not in line
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]["learning_rate"] == 0.002
 
 
 @pytest.fixture(scope="module")
-def interrupted(
-    processes: ForkServer, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Path, Callable[[dict[str, Any]], object]], Path]:
+def interrupted(processes: ForkServer, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Copied:
     """Copies an interrupted run to a folder, with what a function makes of its recorded config. Returns its config."""
     folder = tmp_path_factory.mktemp("interrupted")
     interrupt(processes, config_in(folder, tiny_dir)(lora=SHAPE, training=SAVED), folder / "out.partial")
@@ -222,14 +225,14 @@ def test_forged_values_are_no_record(section: str, key: str, value: Any) -> None
 
 
 @pytest.mark.parametrize("lora", [None, [8], "r"])
-def test_a_forged_section_is_no_record(cli: Cli, interrupted: Any, tmp_path: Path, lora: Any) -> None:
+def test_a_forged_section_is_no_record(cli: Cli, interrupted: Copied, tmp_path: Path, lora: Any) -> None:
     ran = cli("train", interrupted(tmp_path, lambda config: config.update(lora=lora)), "--resume")
     assert ran.code == 7 and ran.err.count("it is not the record of a run") == 2, ran.err
 
 
 @pytest.mark.parametrize("forged", [{"r": 4}, {"r": 16}, {"target_modules": ["q", "v"]}])
 def test_a_record_of_another_shape_does_not_fit(
-    cli: Cli, interrupted: Any, tmp_path: Path, forged: dict[str, Any]
+    cli: Cli, interrupted: Copied, tmp_path: Path, forged: dict[str, Any]
 ) -> None:
     """PEFT would load the tensors that fit, and train the others from their start."""
     config = interrupted(tmp_path, lambda recorded: recorded["lora"].update(forged))

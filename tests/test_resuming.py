@@ -20,6 +20,7 @@ from running import (
     WEIGHTS,
     Cli,
     MakeConfig,
+    before_batch,
     checkpoints,
     copy_of,
     curve,
@@ -37,21 +38,20 @@ from loratune.training.checkpoints.store import newest_whole
 
 SKIPPED = Code.RESUME_CHECKPOINT
 VARIANTS: dict[str, dict[str, Any]] = {
+    "bfloat16, evaluated on the way": {
+        "model": {"dtype": "bfloat16"}, "data": {"validation": 0.2}, "training": {"eval_steps": 3}
+    },
     "float32": {},
-    "bfloat16": {"model": {"dtype": "bfloat16"}},
     "packed in batches": {"data": {"packing": "batch"}},
     "packed in full": {"data": {"packing": "full", "max_length": 20}},
-    "evaluated on the way": {"data": {"validation": 0.2}, "training": {"eval_steps": 3}},
     "adafactor": {"training": {"optim": "adafactor"}},
     "cosine": {"training": {"lr_scheduler_type": "cosine", "warmup_steps": 3}},
     "checkpointed": {"training": {"activation_checkpointing": True}},
-}
-SOME = ("bfloat16", "evaluated on the way")
-"""`test_train.py` has float32 and packs."""
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", [one if one in SOME else pytest.param(one, marks=pytest.mark.slow) for one in VARIANTS]
+    "name", [pytest.param(one, marks=pytest.mark.slow if number else ()) for number, one in enumerate(VARIANTS)]
 )
 def test_killed_and_resumed_is_as_if_nothing_had_been(
     name: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
@@ -75,7 +75,7 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
     assert not (tmp_path / "out.partial").exists()
 
 
-@pytest.mark.parametrize("asked", [4, *(pytest.param(kills, marks=pytest.mark.slow) for kills in (10, 50))])
+@pytest.mark.parametrize("asked", [3, *(pytest.param(kills, marks=pytest.mark.slow) for kills in (10, 50))])
 def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """Many kills, some of them while a checkpoint is being written; there is a checkpoint at each step."""
     training = RESTLESS["training"] | {"num_train_epochs": 6 if asked < 50 else 30, "save_steps": 1}
@@ -105,7 +105,7 @@ def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config:
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
 
 
-STEPS = 40
+STEPS = 20
 STOPPED: dict[str, Any] = {"training": {"save_steps": 1, "num_train_epochs": STEPS // 5}}
 
 
@@ -151,9 +151,11 @@ def test_a_damaged_checkpoint_is_seen(name: str, interrupted: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    "name", [one if one in ("partial", "a bit") else pytest.param(one, marks=pytest.mark.slow) for one in DAMAGES]
+    "name", [pytest.param(one, marks=() if one == "a bit" else pytest.mark.slow) for one in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    name: str, interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes, stopped_run: Path
+) -> None:
     """The older checkpoint gives the same adapter."""
     damage, reason = DAMAGES[name]
     newest, older = checkpoints(tmp_path / "out.partial")
@@ -163,14 +165,6 @@ def test_a_damaged_checkpoint_is_passed_over(name: str, interrupted: Path, cli: 
     (skipped,) = [line for line in ran.err.splitlines() if is_problem(line, (SKIPPED, str(newest), ""))]
     assert f": checkpoint skipped: {reason}" in skipped
     assert f"resuming from step {older.name.split('-')[1]}\n" in ran.err
-
-
-def test_the_older_checkpoint_gives_the_same_adapter(
-    interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes, stopped_run: Path
-) -> None:
-    flip(checkpoints(tmp_path / "out.partial")[0] / WEIGHTS)
-    assert cli("train", interrupted, "--resume").code == 0
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == undisturbed
     hashes = [folder / "train_rows.hashes" for folder in (tmp_path / "out", stopped_run / "straight")]
     assert hashes[0].read_bytes() == hashes[1].read_bytes()
 
@@ -323,7 +317,7 @@ def test_what_has_changed_since_is_refused(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, tiny_dir: Path
 ) -> None:
     """This run is not shared with other tests, because its rows are changed."""
-    interrupted = run_config(**STOPPED)
+    rows, interrupted = tmp_path / "rows.jsonl", run_config(**STOPPED)
     interrupt(processes, interrupted, tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
     changed = Code.RESUME_CHANGED
@@ -331,7 +325,6 @@ def test_what_has_changed_since_is_refused(
     rank, rate = ran.errors
     assert "was 8 when the run was interrupted, and is now 4 [" in rank and rank.endswith("; change it back")
     assert rate.endswith("; change it back, or allow the change with --allow-change training.learning_rate")
-    rows = tmp_path / "rows.jsonl"
     kept = rows.read_text()
     rows.write_text(kept.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", interrupted, "--resume")
@@ -400,25 +393,25 @@ def test_a_change_that_is_allowed_takes_effect(interrupted: Path, cli: Cli, tmp_
     assert record["changes"] == [{"step": step, "key": "training.learning_rate", "was": 0.01, "is": 0.001}]
 
 
-EFFECTS: dict[str, tuple[str, Any]] = {
-    "training.num_train_epochs": ("9", lambda record: record["metrics"]["steps"] == 9 * 5),
-    "training.logging_steps": ("5", lambda record: 7 not in {entry["step"] for entry in record["curve"]}),
-    "training.max_grad_norm": ("0.001", None),
-    "lora.lora_dropout": ("0.5", None),
-}
-
-
-@pytest.mark.parametrize("key", EFFECTS)
-def test_other_changes_take_effect(key: str, interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes) -> None:
-    value, seen = EFFECTS[key]
-    for path in checkpoints(tmp_path / "out.partial"):
-        assert int(path.name.split("-")[1]) < 7
-    ran = cli("train", interrupted, "--resume", "--set", f"{key}={value}", "--allow-change", key)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"training.num_train_epochs": "6", "training.logging_steps": "5"},
+        {"training.max_grad_norm": "0.001"},
+        {"lora.lora_dropout": "0.5"},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_other_changes_take_effect(
+    settings: dict[str, str], interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes
+) -> None:
+    changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}", "--allow-change", key)]
+    ran = cli("train", interrupted, "--resume", *changes)
     assert ran.code == 0, ran.err
-    if seen:
-        assert seen(json.loads((tmp_path / "out" / "loratune.json").read_text()))
-    else:
-        assert (tmp_path / "out" / WEIGHTS).read_bytes() != undisturbed
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() != undisturbed
+    if "training.logging_steps" in settings:
+        record = json.loads((tmp_path / "out" / "loratune.json").read_text())
+        assert record["metrics"]["steps"] == 6 * 5 and 7 not in {entry["step"] for entry in record["curve"]}
 
 
 def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
@@ -448,22 +441,18 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
 @pytest.mark.parametrize(
     "kind", ["a link", *(pytest.param(one, marks=pytest.mark.slow) for one in ("a file", "a named pipe"))]
 )
-def test_a_checkpoint_has_no_place(
-    kind: str, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
-) -> None:
+def test_a_checkpoint_has_no_place(kind: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     """What appears during the run under its name, or where it is written, is reported and left alone."""
     (tmp_path / "outside").mkdir()
-    make: dict[str, Callable[[Path], Any]] = {
-        "a file": lambda path: path.write_text("mine"),
-        "a link": lambda path: path.symlink_to(tmp_path / "outside"),
-        "a named pipe": os.mkfifo,
-    }
-    config = run_config(training={"save_steps": 100, "num_train_epochs": 60})
-    for name in ("unfinished", "checkpoint-100"):
-        child = processes.start("train", config)
+    make = {
+        "a file": "open('{place}', 'w').close()",
+        "a link": f"os.symlink('{tmp_path / 'outside'}', '{{place}}')",
+        "a named pipe": "os.mkfifo('{place}')",
+    }[kind]
+    config = run_config(training={"save_steps": 2})
+    for name in ("unfinished", "checkpoint-2"):
         place = tmp_path / "out.partial" / "checkpoints" / name
-        until(lambda child=child: "step     1/" in child.said(), child)
-        make[kind](place)
+        child = processes.start("train", config, first=before_batch(1, make.format(place=place)))
         assert child.wait() == 8, child.said()
         line = child.said().splitlines()[-1].removeprefix("error: ")
         assert is_problem(line, (Code.OUTPUT_UNUSABLE, str(place), "")), line

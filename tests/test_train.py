@@ -149,22 +149,6 @@ def test_run_yaml_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Pa
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == first
 
 
-def test_kill_and_resume_gives_the_same_bytes(
-    run_config: MakeConfig, tmp_path: Path, cli: Cli, processes: ForkServer
-) -> None:
-    config = run_config(**RESTLESS)
-    assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
-    stop_midway(processes, config, tmp_path / "out.partial")
-    assert not (tmp_path / "out").exists()
-    assert cli("train", config).code == 2  # an interrupted run is neither forgotten nor overwritten in silence
-    ran = cli("train", config, "--resume")
-    assert ran.code == 0, ran.err
-    assert "resuming from step" in ran.err
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
-    assert losses(tmp_path / "out") == losses(tmp_path / "straight")
-    assert not (tmp_path / "out.partial").exists()
-
-
 def test_rows_end_to_end_learn_as_padded_ones(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     assert cli("train", run_config(data={"packing": "batch"})).code == 0
     assert losses(tmp_path / "out") == pytest.approx(GOLDEN, abs=2e-4)
@@ -223,27 +207,6 @@ def stop_midway(processes: ForkServer, config: Path, partial: Path) -> None:
     running.send(signal.SIGKILL)
     running.wait()
     assert partial.exists()
-
-
-def test_resume_refuses_what_is_not_the_same_run(
-    cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
-) -> None:
-    config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
-    stop_midway(processes, config, tmp_path / "out.partial")
-    ran = cli("train", config, "--resume", "--set", "training.learning_rate=0.5")
-    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.learning_rate"))
-    assert "was 0.01 when the run was interrupted, and is now 0.5 [" in ran.err and "; change it back" in ran.err
-    rows = (tmp_path / "rows.jsonl").read_text()
-    (tmp_path / "rows.jsonl").write_text(rows.replace("0 and 0 make", "9 and 9 make"))
-    ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
-    (tmp_path / "rows.jsonl").write_text(rows)
-    newest = max(
-        (tmp_path / "out.partial" / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
-    )
-    (newest / "optimizer.pt").write_bytes(b"")
-    ran = cli("train", config, "--resume")
-    assert f"{newest}: checkpoint skipped: optimizer.pt is damaged [{Code.RESUME_CHECKPOINT}]" in ran.err
 
 
 def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
