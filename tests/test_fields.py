@@ -36,8 +36,6 @@ JSON = {
     "a lone surrogate": r'"\ud800"',
     "a key with one": r'{"\ud800": 1}',
     "NaN": "[NaN, Infinity, -Infinity]",
-    "many digits": "1" * 5000,
-    "many digits within": '{"a": [-' + "1" * 5000 + "]}",
     "deep": "[" * 900 + "]" * 900,
 }
 
@@ -118,11 +116,10 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_a_number_of_many_digits_is_named(ending: str, tmp_path: Path) -> None:
-    """In a field that is read, and with no advice about the interpreter."""
+    """Without advice about the interpreter."""
     rows = ['{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": ' + "1" * 5000 + "}"]
     path = tmp_path / f"rows.{ending}"
     path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")
     with pytest.raises(DataError) as caught:
         count(path)
-    got = "`completion` must be text, got a value that cannot be read (a number of 5,000 digits)"
-    assert got in str(caught.value) and "set_int_max" not in str(caught.value)
+    assert "the JSON has a number of too many digits" in str(caught.value) and "set_int_max" not in str(caught.value)

@@ -15,16 +15,14 @@ from loratune.data.formats import (
     Ids,
     Plain,
     PreferencePair,
+    RowError,
     UnpairedPreference,
-    completion_key,
-    content_key,
+    check_ids,
     drop_reason,
     no_loss_reason,
-    prompt_key,
-)  # fmt: skip
-from loratune.data.formats.chats import RowError
-from loratune.data.formats.parsers import check_ids
+)
 from loratune.data.formats.recognition import CHAT_FORMATS, FORMATS, Parser, parse_question
+from loratune.data.row_index import completion_key, content_key, prompt_key
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -229,7 +227,7 @@ BAD_CHATS: dict[str, tuple[Any, list[str]]] = {
     "no parts": ([USER | {"content": []}], [f"`content` of {FIRST}", "got an empty list"]),
     "part without text": ([USER | {"content": [{"type": "text"}]}], [f"`text` of a part of {FIRST}"]),
     "image": ([USER | {"content": [{"type": "image_url"}]}], [f"{FIRST} has a part of the type 'image_url'"]),
-    "string part": ([USER | {"content": ["a"]}], [f"{FIRST} has text as a part"]),
+    "string part": ([USER | {"content": ["a"]}], [f"{FIRST} has a part that is text"]),
     "text": ("hello", ["`messages` must be a list of messages, got text"]),
     "null": (None, ["`messages` must be a list of messages, got null"]),
     "empty": ([], ["`messages` must be a list of messages, got an empty list"]),

@@ -19,8 +19,8 @@ from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import holding_out
-from loratune.data.formats import Conversation, Example, Ids, Plain, completion_key, prompt_key
-from loratune.data.row_index import RowIndex, group_key
+from loratune.data.formats import Conversation, Example, Ids, Plain
+from loratune.data.row_index import RowIndex, completion_key, group_key, prompt_key
 from loratune.errors import DataError
 
 Rows = list[dict[str, Any]]

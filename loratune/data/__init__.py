@@ -15,8 +15,7 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import formats, rendering, token_cache
-from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, drop_reason, sides
-from loratune.data.formats.parsers import check_ids
+from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, check_ids, drop_reason, sides
 from loratune.data.holding_out import replay_numbers
 from loratune.data.rendering import Renderer, TokenizedRow
 from loratune.data.report import Report, total
@@ -130,12 +129,11 @@ def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: in
     Returns:
         The rows, and why a loss on them says nothing, or an empty text. Raises as `prepare`.
     """
-    source = Source(path=str(UNRELATED_TEXT))
-    section = DataSection(train=source, max_length=longest, max_dropped=1.0)
-    split = read_source(source, section)
-    rows = prepare(split, renderer, section, vocabulary_size)
-    lost = remark_on_lost_characters(split, rows, renderer, section)
-    return rows, "the tokenizer does not know all letters of English" if lost else ""
+    section = DataSection(train=Source(path=str(UNRELATED_TEXT)), max_length=longest, max_dropped=1.0)
+    rows = prepare(read_source(section.train_sources[0], section), renderer, section, vocabulary_size)
+    unknown = {renderer.tokenizer.unk_token_id} - {None, renderer.eos}
+    count = sum(id in unknown for row in rows.rows.rows() for id in row.ids) if unknown else 0
+    return rows, "the tokenizer does not know all letters of English" if count > 0.01 * rows.report.tokens else ""
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:

@@ -10,11 +10,11 @@ from typing import Any
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.config.keys import assignment, yaml_flow
-from loratune.data.formats import Conversation, Example, Plain, completion_key
-from loratune.data.formats.chats import quote
+from loratune.data.formats import Conversation, Example, Plain, quote
 from loratune.data.formats.recognition import FORMATS
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
+from loratune.data.row_index import completion_key
 from loratune.data.sources import open_source
 from loratune.data.sources.rows import Row
 from loratune.data.splits import DatasetSplit, RawDatasets, read_datasets

@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import TypeAdapter
 
-from loratune.data.formats import Plain, Single
-from loratune.data.formats.chats import quote
+from loratune.data.formats import Plain, Single, quote
 from loratune.errors import Problem
 
 MAX_PLACES = 3

@@ -18,8 +18,7 @@ from safetensors.numpy import save_file
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import PAIRS, UNPAIRED, Example, sides
-from loratune.data.formats.chats import quote
+from loratune.data.formats import PAIRS, UNPAIRED, Example, quote, sides
 from loratune.data.formats.recognition import CHAT_FORMATS, PREFERENCE_FORMATS
 from loratune.data.holding_out import hold_out, mix_counts, random_mask
 from loratune.data.report import MAX_PLACES, Leaks, Report, RowTally, Separators

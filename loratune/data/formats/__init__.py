@@ -1,16 +1,17 @@
-"""Examples: what a row of any format is once it was read; why it may have nothing to train on; and keys that compare
-rows.
+"""Examples: what a row of any format is once it was read; and how its fields are read.
 
 Reading: the fields of a file's first row → one of the usual formats (`recognition`) → every row an Example (`parsers`).
-
-A key is bytes that are equal for two rows exactly if their contents are, or their prompts, or their completions. It may
-be as long as its row: hash it to keep it.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeAlias
+
+from loratune.codes import Code
+from loratune.data.sources.rows import Unreadable
+from loratune.errors import Problem
 
 Message: TypeAlias = dict[str, Any]
 """A message as chat templates take it. `role` and `content` are always there, and always text."""
@@ -180,93 +181,175 @@ def _answer_text(answer: Plain | Conversation) -> str:
     )
 
 
-# Keys
-
-_SEPARATOR = "\ud800"
-"""Separates the texts of a key; no text of a row holds it."""
-_OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
-"""Separates the keys of preferred answers and others."""
+def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many characters or items two sequences have in common at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def content_key(example: Example, folded: bool = False) -> bytes:
-    """The content of an example.
+# Fields
 
-    What is supervised does not count; which answer is preferred does.
-
-    Args:
-        example: Any example.
-        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
-    """
-    if isinstance(example, Preference):
-        kind = f"{example.desirable}".encode() if isinstance(example, UnpairedPreference) else b"pair"
-        return _OTHER_SIDE.join([*(content_key(side, folded) for side in sides(example)), kind])
-    if isinstance(example, Ids):
-        return _join_ids(example.ids)
-    if isinstance(example, Plain):
-        return _join([example.prompt, example.completion], folded)
-    return _join(_text_parts(example.messages, example.tools), folded)
+Fields = Mapping[str, Any]
+"""The fields of a row, under the names that loratune gives to them."""
 
 
-def prompt_key(example: Example, loss_on: str) -> bytes | None:
-    """What an example asks: everything before what is supervised first, with white space folded.
+class RowError(ValueError):
+    """What is wrong with one row, without its place.
 
     Args:
-        example: Any example.
-        loss_on: As in the configuration; with `all`, the prompt is that of `completion`.
-
-    Returns:
-        None where nothing comes before it, or nothing but white space.
+        what: What is wrong.
+        fix: What to do about it.
     """
-    if isinstance(example, Preference):
-        return prompt_key(sides(example)[0], "completion")
-    if isinstance(example, Plain):
-        return _join([example.prompt, ""], folded=True) if example.prompt.strip() else None
-    first = _first_supervised(example, loss_on)
-    if first == 0:
+
+    def __init__(self, what: str, fix: str = "correct the row, or remove it"):
+        super().__init__(what)
+        self.fix = fix
+
+    def at(self, where: str) -> Problem:
+        """As a problem of the row at this place."""
+        return Problem(Code.DATA_FIELD, str(self), where, fix=self.fix)
+
+
+def type_error(place: str, needed: str, value: Any) -> RowError:
+    """The error for a value of the wrong type."""
+    return RowError(f"{place} must be {needed}, got {describe(value)}")
+
+
+def text(fields: Fields, name: str, place: str = "") -> str:
+    """The text of a field.
+
+    Args:
+        fields: The row, or an object within it.
+        name: Of the field.
+        place: Which object within the row has the field, for messages; empty for the row itself.
+
+    Raises:
+        RowError: The field holds something else, or a character that UTF-8 cannot encode.
+    """
+    value = fields.get(name)
+    field = f"`{name}` of {place}" if place else f"`{name}`"
+    if not isinstance(value, str):
+        raise type_error(field, "text", value)
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise _surrogate_error(field) from None
+    return value
+
+
+def optional_text(fields: Fields, name: str) -> str:
+    """The text of a field; empty where the row lacks it or has null."""
+    return "" if fields.get(name) is None else text(fields, name)
+
+
+def parse_json(value: Any, place: str) -> Any:
+    """A value that may be written as JSON in text.
+
+    Args:
+        value: Text is parsed, everything else is returned unchanged.
+        place: Where the value is, for messages.
+
+    Raises:
+        RowError: Text that is not valid JSON, or a value that cannot be written as JSON in UTF-8.
+    """
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _surrogate_error(place) from None
+    except (ValueError, RecursionError):
+        raise RowError(f"{place} must be valid JSON") from None
+    except TypeError as error:
+        raise RowError(f"{place} cannot be written as JSON: {error}") from None
+    return value
+
+
+def _surrogate_error(place: str) -> RowError:
+    return RowError(f"{place} holds a lone surrogate, which is not a character")
+
+
+def parse_list(fields: Fields, name: str) -> Any:
+    """The value of a field; text that begins as a JSON list, as in a cell of CSV, is parsed. Raises RowError."""
+    value = fields.get(name)
+    return parse_json(value, f"`{name}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
+
+
+def messages_or_text(fields: Fields, name: str) -> Any:
+    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
+
+    Any other text is one, also where it begins as such a list: `[1] says so`.
+    """
+    value = fields.get(name)
+    if not isinstance(value, str) or value.lstrip()[:1] != "[":
+        return value
+    try:
+        found = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    return found if found and all(isinstance(one, dict) and one.keys() & {"role", "from"} for one in found) else value
+
+
+def integers(fields: Fields, name: str) -> tuple[int, ...]:
+    """The whole numbers of a field, in order. Raises RowError: it is no list, is empty, or holds something else."""
+    value = parse_list(fields, name)
+    if not isinstance(value, list) or not value:
+        raise type_error(f"`{name}`", "a list of whole numbers", value)
+    if set(map(type, value)) != {int}:
+        number, item = next((number, item) for number, item in enumerate(value, start=1) if type(item) is not int)
+        kind = f"the number {item}" if isinstance(item, float) else describe(item)
+        raise RowError(f"entry {number} of `{name}` must be a whole number, got {kind}")
+    return tuple(value)
+
+
+def describe(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    if value == [] and isinstance(value, list):
+        return "an empty list"
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({value.reason})"
+    kinds = {type(None): "null", bool: "true or false", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+_SHOWN_NAMES, _SHOWN_LETTERS = 20, 60
+
+
+def quote(names: Iterable[str]) -> str:
+    """Names of fields for a message, in alphabetical order; of many the first, of long ones the beginning."""
+    listed = sorted(names)
+    cut = [name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…" for name in listed[:_SHOWN_NAMES]]
+    more = f", and {len(listed) - _SHOWN_NAMES:,} more" if len(listed) > _SHOWN_NAMES else ""
+    return (", ".join(f"`{name}`" for name in cut) or "(none)") + more
+
+
+def parse_ids(where: str, fields: Fields) -> Ids:
+    """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted."""
+    ids = integers(fields, "input_ids")
+    if min(ids) < 0:
+        number = next(number for number, id in enumerate(ids, start=1) if id < 0)
+        raise RowError(f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative")
+    mask = parse_list(fields, "attention_mask")
+    if mask not in (None, "") and mask != [1] * len(ids):
+        raise RowError("`attention_mask` is not a list with 1 for every token", "give `input_ids` without padding")
+    if fields.get("labels") is None:
+        return Ids(where, ids)
+    labels = integers(fields, "labels")
+    if len(labels) != len(ids):
+        raise RowError(f"`labels` has {len(labels)} entries, but `input_ids` has {len(ids)}")
+    if set(labels) == {IGNORED}:
+        raise RowError("no token is supervised: all `labels` are -100")
+    for number, (label, id) in enumerate(zip(labels, ids, strict=True), start=1):
+        if label not in (id, IGNORED):
+            what = f"entry {number} of `labels` is {label}, but that of `input_ids` is {id}"
+            raise RowError(what, "set each label to the id at its own place, or to -100")
+    return Ids(where, ids, labels)
+
+
+def check_ids(example: Ids, vocabulary_size: int) -> Problem | None:
+    """What is wrong if an id is not in the vocabulary."""
+    number = next((number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size), 0)
+    if not number:
         return None
-    if isinstance(example, Ids):
-        return _join_ids(example.ids[:first])
-    return _join(_text_parts(example.messages[:first], example.tools), folded=True)
-
-
-def completion_key(example: Example, loss_on: str) -> bytes:
-    """The part of an example that `prompt_key` leaves out, with white space folded."""
-    if isinstance(example, Preference):
-        return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
-    if isinstance(example, Plain):
-        return _join([example.completion, ""], folded=True)
-    first = _first_supervised(example, loss_on)
-    if isinstance(example, Ids):
-        return _join_ids(example.ids[first:])
-    return _join(_text_parts(example.messages[first:], ()), folded=True)
-
-
-def _first_supervised(example: Conversation | Ids, loss_on: str) -> int:
-    """The number of the first message, or token, that the loss is taken over."""
-    if isinstance(example, Conversation):
-        turns = example.selected_turns("completion" if loss_on == "all" else loss_on)
-        return min(turns, default=len(example.messages))
-    if example.labels is None:
-        return 0
-    return next(number for number, label in enumerate(example.labels) if label != IGNORED)
-
-
-def _join_ids(ids: Sequence[int]) -> bytes:
-    return repr(tuple(ids)).encode()
-
-
-def _join(texts: Iterable[str], folded: bool) -> bytes:
-    if folded:
-        texts = (" ".join(text.split()) for text in texts)
-    return _SEPARATOR.join(texts).encode(errors="surrogatepass")
-
-
-def _text_parts(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
-    yield ""  # at least three texts, where a Plain has two
-    for message in messages:
-        yield message["role"]
-        yield message["content"]
-        if len(message) > 2:
-            yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
-    if tools:
-        yield json.dumps(tools, sort_keys=True)
+    what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
+    what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
+    return RowError(what, "use the tokenizer of this model for `input_ids`").at(example.where)

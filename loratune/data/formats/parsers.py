@@ -1,84 +1,89 @@
 """The fields of a row → an example, one function for each family of formats. All of them raise RowError.
 
+Conversations come in all common shapes: turns of OpenAI or ShareGPT, fields of Alpaca, tools. `name`, `tool_call_id`,
+`reasoning_content` and `thinking` reach the chat template with role, content and tool calls; any other field of a turn
+is refused, because it would not reach it.
+
 Preference data: a prompt may be text or messages, or may be missing: then it is the common beginning of both answers.
 An answer may be text, a message, or a list of messages.
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
+from dataclasses import dataclass, replace
 from typing import Any
 
-from loratune.data.formats import IGNORED, Conversation, Ids, Plain, PreferencePair, UnpairedPreference, chats
-from loratune.data.formats.chats import Fields, RowError, Turn
-from loratune.errors import Problem
+from loratune.data.formats import (
+    Conversation,
+    Fields,
+    Message,
+    Plain,
+    PreferencePair,
+    RowError,
+    UnpairedPreference,
+    common_prefix,
+    describe,
+    messages_or_text,
+    optional_text,
+    parse_json,
+    parse_list,
+    quote,
+    text,
+    type_error,
+)
 
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
-_ASSISTANT, _HUMAN = "\n\nAssistant:", "\n\nHuman:"
-"""What turns begin with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
+_ASSISTANT = "\n\nAssistant:"
+"""What an answer begins with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
+ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
+    "human": "user",
+    "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+    "observation": "tool",
+}  # fmt: skip
+"""The role of a turn, in OpenAI's or ShareGPT's words → the role for the template."""
+
+_TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
+_MESSAGE_FIELDS = {"role", "content", "tool_calls", "weight", *_TEXT_FIELDS}
+_NULLABLE_SCHEMA_FIELDS = {"default", "const"}
+"""Fields of a JSON schema in which null has a meaning."""
 
 
-def parse_ids(where: str, fields: Fields) -> Ids:
-    """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted."""
-    ids = chats.integers(fields, "input_ids")
-    if min(ids) < 0:
-        number = next(number for number, id in enumerate(ids, start=1) if id < 0)
-        raise RowError(f"entry {number} of `input_ids` is {ids[number - 1]}, and token ids are not negative")
-    mask = chats.parse_list(fields, "attention_mask")
-    if mask not in (None, "") and mask != [1] * len(ids):
-        raise RowError("`attention_mask` is not a list with 1 for every token", "give `input_ids` without padding")
-    if fields.get("labels") is None:
-        return Ids(where, ids)
-    labels = chats.integers(fields, "labels")
-    if len(labels) != len(ids):
-        raise RowError(f"`labels` has {len(labels)} entries, but `input_ids` has {len(ids)}")
-    if set(labels) == {IGNORED}:
-        raise RowError("no token is supervised: all `labels` are -100")
-    for number, (label, id) in enumerate(zip(labels, ids, strict=True), start=1):
-        if label not in (id, IGNORED):
-            what = f"entry {number} of `labels` is {label}, but that of `input_ids` is {id}"
-            raise RowError(what, "set each label to the id at its own place, or to -100")
-    return Ids(where, ids, labels)
+@dataclass(frozen=True)
+class Turn:
+    """A message for the template, and whether it is an assistant turn of weight 0."""
 
-
-def check_ids(example: Ids, vocabulary_size: int) -> Problem | None:
-    """What is wrong if an id is not in the vocabulary."""
-    number = next((number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size), 0)
-    if not number:
-        return None
-    what = f"entry {number} of `input_ids` is {example.ids[number - 1]}"
-    what = f"{what}, but the vocabulary has {vocabulary_size} tokens, from 0 to {vocabulary_size - 1}"
-    return RowError(what, "use the tokenizer of this model for `input_ids`").at(example.where)
+    message: Message
+    zero_weight: bool = False
 
 
 def parse_text(where: str, fields: Fields) -> Plain:
     """`text`, all of it supervised."""
-    return Plain(where, "", chats.text(fields, "text"), whole=True)
+    return Plain(where, "", text(fields, "text"), whole=True)
 
 
 def parse_prompt_completion(where: str, fields: Fields) -> Plain:
     """`prompt` and `completion` as text."""
-    return Plain(where, chats.text(fields, "prompt"), chats.text(fields, "completion"))
+    return Plain(where, text(fields, "prompt"), text(fields, "completion"))
 
 
 def parse_two_lists(where: str, fields: Fields) -> Conversation:
     """`prompt` and `completion` as lists of messages, of which the second is supervised; `tools`."""
-    return _conversation(where, fields, chats.parse_turns(fields, "prompt"), chats.parse_turns(fields, "completion"))
+    return _conversation(where, fields, parse_turns(fields, "prompt"), parse_turns(fields, "completion"))
 
 
 def parse_conversation(name: str, where: str, fields: Fields) -> Conversation:
     """The turns of a field; `tools`, and `system` as a first turn."""
-    return _conversation(where, fields, [], chats.prompt_turns(fields, name))
+    return _conversation(where, fields, [], prompt_turns(fields, name))
 
 
 def parse_alpaca(where: str, fields: Fields) -> Conversation:
     """`instruction` with `input` below it, and `output`; `system`, `history`, `tools`."""
-    answer = Turn({"role": "assistant", "content": chats.text(fields, "output")})
-    return _conversation(where, fields, chats.prompt_turns(fields, "instruction"), [answer])
+    answer = Turn({"role": "assistant", "content": text(fields, "output")})
+    return _conversation(where, fields, prompt_turns(fields, "instruction"), [answer])
 
 
 def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequence[Turn]) -> Conversation:
-    tools, turns = chats.parse_tools(fields), [*prompt, *answer]
+    tools, turns = parse_tools(fields), [*prompt, *answer]
     if not any(turn.message["role"] == "assistant" for turn in answer):
         raise RowError("no assistant message, so that no token is supervised")
     zero_weight = frozenset(number for number, turn in enumerate(turns) if turn.zero_weight)
@@ -88,26 +93,11 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
 # Preference data
 
 
-def holds_messages(fields: Fields) -> bool:
-    """Whether the prompt or an answer of a row is messages."""
-    values = (chats.messages_or_text(fields, name) for name in ("prompt", *SIDES, "completion"))
-    return any(isinstance(value, list | Mapping) for value in values)
-
-
-def is_answer_alone(value: Any) -> bool:
-    """Whether an answer can be what an assistant says, rather than a whole conversation with a prompt."""
-    if isinstance(value, str):
-        return not value.startswith(_HUMAN)
-    first = value[0] if isinstance(value, list) and value else value
-    role = first.get("from", first.get("role")) if isinstance(first, Mapping) else None
-    return isinstance(role, str) and chats.ROLES.get(role) == "assistant"
-
-
 def parse_pair(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts."""
-    chosen, rejected = (chats.text(fields, name) for name in SIDES)
+    chosen, rejected = (text(fields, name) for name in SIDES)
     if fields.get("prompt") is not None:
-        prompt = chats.text(fields, "prompt")
+        prompt = text(fields, "prompt")
         return PreferencePair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
     border = _border(chosen, rejected)
     return PreferencePair(where, *(Plain(where, side[:border], side[border:]) for side in (chosen, rejected)))
@@ -115,7 +105,7 @@ def parse_pair(where: str, fields: Fields) -> PreferencePair:
 
 def _border(chosen: str, rejected: str) -> int:
     """Where the prompt ends that two texts begin with: behind the last name of a turn, or else between two words."""
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    common = common_prefix(chosen, rejected)
     if (place := chosen.rfind(_ASSISTANT, 0, common)) >= 0:
         return place + len(_ASSISTANT)
     while common and not chosen[common - 1 : common].isspace():
@@ -125,14 +115,13 @@ def _border(chosen: str, rejected: str) -> int:
 
 def parse_pair_of_messages(name: str, where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as answers to the field of this name, or as whole conversations; `tools`, `system`."""
-    prompt = chats.prompt_turns(fields, name) if fields.get(name) is not None else None
+    prompt = prompt_turns(fields, name) if fields.get(name) is not None else None
     if prompt and name != "prompt" and prompt[-1].message["role"] == "assistant":
         what = f"`{name}` ends with an answer, so it is not what `chosen` and `rejected` answer"
         raise RowError(what, "leave its last message out, or give a `prompt`")
     chosen, rejected = (_answer(fields, side, prompt) for side in SIDES)
     if prompt is None:
-        pairs = zip(chosen[:-1], rejected[:-1], strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        common = common_prefix(chosen[:-1], rejected[:-1])
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     return PreferencePair(where, *(_preference(where, fields, prompt, answer) for answer in (chosen, rejected)))
 
@@ -152,7 +141,7 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
         where: The place of the row.
         fields: The row.
     """
-    prompt = chats.prompt_turns(fields, name) if fields.get(name) is not None or name != "prompt" else []
+    prompt = prompt_turns(fields, name) if fields.get(name) is not None or name != "prompt" else []
     if answer != name:
         turns = _answer(fields, answer, prompt) if prompt else []
     elif prompt[-1].message["role"] != "assistant":
@@ -166,14 +155,14 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
     """The turns of an answer, without those of the prompt, if it begins with them."""
-    value = chats.messages_or_text(fields, name)
+    value = messages_or_text(fields, name)
     if isinstance(value, str):
         if prompt is None:
             raise RowError(f"`{name}` must be a list of messages, as there is no `prompt`, got text")
-        return [Turn({"role": "assistant", "content": chats.text(fields, name)})]
+        return [Turn({"role": "assistant", "content": text(fields, name)})]
     if prompt is None:
-        return chats.prompt_turns(fields, name)
-    turns = chats.parse_turns(fields, name)
+        return prompt_turns(fields, name)
+    turns = parse_turns(fields, name)
     if turns[0].message["role"] == "assistant":
         return turns
     asked = [turn.message for turn in prompt]
@@ -191,7 +180,7 @@ def _preference(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequ
     chat = _conversation(where, fields, prompt, answer)
     if any(turn.zero_weight for turn in answer):
         raise RowError("a turn of an answer has the weight 0, and answers are compared whole")
-    return Conversation(where, chat.messages, chat.first_supervised, chat.tools)
+    return replace(chat, zero_weight=frozenset())
 
 
 def read_label(value: Any) -> bool | None:
@@ -203,4 +192,205 @@ def read_label(value: Any) -> bool | None:
 def _label(fields: Fields, name: str) -> bool:
     if (label := read_label(fields.get(name))) is not None:
         return label
-    raise chats.type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))
+    raise type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))
+
+
+# Turns
+
+
+def prompt_turns(fields: Fields, name: str) -> list[Turn]:
+    """The turns of a field, after the row's `system`.
+
+    Args:
+        fields: The row.
+        name: `messages`, `conversations`, `prompt`, which may also be text, or `instruction`, with `input` on the next
+            line and `history` before it, as in LLaMA-Factory.
+
+    Raises:
+        RowError: A field holds something else; the turns begin with another system message than `system`.
+    """
+    if name == "instruction":
+        parts = [text(fields, "instruction"), optional_text(fields, "input")]
+        question = Turn({"role": "user", "content": "\n".join(part for part in parts if part)})
+        return _with_system(fields, [*_history(parse_list(fields, "history")), question])
+    if name == "prompt" and isinstance(messages_or_text(fields, name), str):
+        return _with_system(fields, [Turn({"role": "user", "content": text(fields, name)})])
+    return _with_system(fields, parse_turns(fields, name))
+
+
+def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
+    system = optional_text(fields, "system")
+    if not system:
+        return turns
+    if turns[0].message["role"] != "system":
+        return [Turn({"role": "system", "content": system}), *turns]
+    if turns[0].message["content"] != system:
+        raise RowError("`system` and the system message differ, and only one of them can be trained on")
+    return turns
+
+
+def _history(value: Any) -> list[Turn]:
+    if value in (None, ""):
+        return []
+    if not isinstance(value, list):
+        raise type_error("`history`", "a list of pairs of question and answer", value)
+    turns = []
+    for number, pair in enumerate(value, start=1):
+        place = f"entry {number} of `history`"
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RowError(f"{place} must be a pair of question and answer")
+        named = {"question": pair[0], "answer": pair[1]}
+        turns += [
+            Turn({"role": role, "content": text(named, name, place)})
+            for role, name in (("user", "question"), ("assistant", "answer"))
+        ]
+    return turns
+
+
+def parse_turns(fields: Fields, name: str) -> list[Turn]:
+    """The turns of a field: a list of messages, or a single one.
+
+    Raises:
+        RowError: The field holds something else, or a turn is wrong or holds more than reaches the template.
+    """
+    value = messages_or_text(fields, name)
+    value = parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
+    if not isinstance(value, list) or not value:
+        raise type_error(f"`{name}`", "a list of messages", value)
+    turns = []
+    for number, item in enumerate(value, start=1):
+        place = f"message {number} of `{name}`"
+        if not isinstance(item, Mapping):
+            raise type_error(place, "an object with role and content", item)
+        turns.append(_turn(_sharegpt_to_openai(item, place), place))
+    return turns
+
+
+def _turn(item: Fields, place: str) -> Turn:
+    name = item.get("role")
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(f"{place} has the role {name!r}, not one of {', '.join(ROLES)}")
+    _check_unused(item, _MESSAGE_FIELDS, place)
+    message: Message = {"role": role, "content": ""}
+    if item.get("tool_calls"):
+        if role != "assistant":
+            raise RowError(f"{place} has `tool_calls`, but only the assistant calls tools")
+        if not isinstance(calls := item["tool_calls"], list):
+            raise type_error(f"`tool_calls` of {place}", "a list", calls)
+        message["tool_calls"] = [
+            _tool_call(call, f"tool call {number} of {place}") for number, call in enumerate(calls, start=1)
+        ]
+    if item.get("content") or not item.get("tool_calls"):
+        message["content"] = _content(item, place)
+    message |= {field: text(item, field, place) for field in _TEXT_FIELDS if item.get(field) is not None}
+    weight = item.get("weight")
+    if weight not in (0, 1, None):
+        raise RowError(f"{place} has the weight {weight!r}, not 0 or 1")
+    if weight == 1 and role != "assistant":
+        raise RowError(f"{place} has the weight 1, but only assistant turns are supervised")
+    return Turn(message, role == "assistant" and weight == 0)
+
+
+def _check_unused(item: Fields, known: set[str], place: str) -> None:
+    if extra := {field for field, value in item.items() if value is not None} - known:
+        raise RowError(f"{place} has {quote(extra)}, which would be left out of training")
+
+
+def _content(item: Fields, place: str) -> str:
+    """The text of a turn; parts of text are joined unchanged."""
+    parts = item.get("content")
+    if not isinstance(parts, list) or not parts:
+        return text(item, "content", place)
+    for part in parts:
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else f"that is {describe(part)}"
+            raise RowError(f"{place} has a part {kind}, and only parts of the type 'text' can be trained on")
+    return "".join(text(part, "text", f"a part of {place}") for part in parts)
+
+
+def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
+    """A turn of ShareGPT under the names of OpenAI; a function call becomes a tool call."""
+    if "from" in item:
+        if clash := {"role", "content"} & {field for field, value in item.items() if value is not None}:
+            raise RowError(f"{place} has both `from` and `{min(clash)}`")
+        rest = {field: value for field, value in item.items() if field not in ("from", "value")}
+        item = {**rest, "role": item["from"], "content": text(item, "value", place)}
+    if item.get("role") != "function_call" or not isinstance(item.get("content"), str):
+        return item
+    place = f"the function call of {place}"
+    calls = parse_json(item["content"], place)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls) or not calls:
+        raise RowError(f"{place} must be JSON with name and arguments")
+    return {**item, "role": "assistant", "content": None, "tool_calls": calls}
+
+
+# Tools
+
+
+def parse_tools(fields: Fields) -> tuple[Any, ...]:
+    """The `tools` of a row: a list of JSON schemas, JSON of one, or null.
+
+    A function alone is wrapped as `{type: function, function: ...}`, as clients send it. Nulls are removed that a table
+    holds where the schema of another row has a field.
+
+    Raises:
+        RowError: `tools` is something else, or the row has `functions`.
+    """
+    if fields.get("functions"):
+        what = "the row has `functions`, which would be left out of training"
+        raise RowError(what, "set data.columns to {tools: functions}")
+    value = parse_json(fields.get("tools") or None, "`tools`")
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise type_error("`tools`", "a list of JSON schemas", value)
+    tools = []
+    for number, item in enumerate(value, start=1):
+        place = f"entry {number} of `tools`"
+        tool = parse_json(item, place) if isinstance(item, str) else item
+        if not isinstance(tool, Mapping):
+            raise type_error(place, "a JSON schema", tool)
+        try:
+            tool = _without_nulls(tool)
+        except RecursionError:
+            raise RowError(f"{place} is nested too deeply") from None
+        tools.append(_wrapped(tool, set(tool) - {"type"}) if "name" in tool and "function" not in tool else tool)
+    return tuple(tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        kept = {name: inner for name, inner in value.items() if inner is not None or name in _NULLABLE_SCHEMA_FIELDS}
+        return {name: _without_nulls(inner) for name, inner in kept.items()}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _wrapped(value: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """The value with these of its fields moved into a field `function`."""
+    function = {name: value[name] for name in value if name in names}
+    rest = {name: value[name] for name in value if name not in names}
+    return {**rest, "type": "function", "function": function}
+
+
+def _tool_call(item: Any, place: str) -> dict[str, Any]:
+    """Arguments that are JSON in text become an object, as servers pass them to templates."""
+    if not isinstance(item, Mapping):
+        raise type_error(place, "an object with a function", item)
+    call = {name: value for name, value in item.items() if value is not None}
+    if "function" not in call:
+        call = _wrapped(call, {"name", "arguments"} & call.keys())
+    function = call["function"]
+    if not isinstance(function, Mapping):
+        raise type_error(f"`function` of {place}", "an object with name and arguments", function)
+    _check_unused(call, {"id", "type", "index", "function"}, place)
+    _check_unused(function, {"name", "arguments"}, place)
+    if not text(function, "name", place):
+        raise RowError(f"{place} names no function")
+    arguments = function.get("arguments")
+    arguments = {} if arguments in (None, "") else parse_json(arguments, f"`arguments` of {place}")
+    if not isinstance(arguments, dict):
+        raise type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
+    ids = {"id": text(call, "id", place)} if "id" in call else {}
+    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

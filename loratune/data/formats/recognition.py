@@ -11,8 +11,20 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Message, chats, parsers
-from loratune.data.formats.chats import Fields, RowError, quote
+from loratune.data.formats import (
+    PAIRS,
+    UNPAIRED,
+    Conversation,
+    Example,
+    Fields,
+    Message,
+    RowError,
+    messages_or_text,
+    parse_ids,
+    parsers,
+    quote,
+    text,
+)
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -62,7 +74,7 @@ def _unpaired_texts(label: str = "label") -> Format:
 
 
 FORMATS = (
-    Format("input_ids", ("input_ids",), parsers.parse_ids, ("labels",)),
+    Format("input_ids", ("input_ids",), parse_ids, ("labels",)),
     Format("prompt_completion", ("prompt", "completion"), parsers.parse_prompt_completion),
     Format("messages", ("messages",), partial(parsers.parse_conversation, "messages"), _CHAT),
     Format("conversations", ("conversations",), partial(parsers.parse_conversation, "conversations"), _CHAT),
@@ -101,7 +113,7 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
         if found := _unpaired_format(fields):
             return found
         if name != "auto":
-            return _unpaired_messages("prompt") if parsers.holds_messages(fields) else _BY_NAME[name]
+            return _unpaired_messages("prompt") if _holds_messages(fields) else _BY_NAME[name]
     if keys >= set(_TWO_LISTS.keys) and (
         (name == "messages" and "messages" not in keys)
         or (name == "prompt_completion" and isinstance(fields["prompt"], list))
@@ -111,7 +123,7 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
         return _BY_NAME[name]
     candidates = [format for format in FORMATS if keys >= set(format.keys) and format.name not in PREFERENCE_FORMATS]
     if len(candidates) == 1:
-        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(chats.messages_or_text(fields, "prompt"), list)
+        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
         return _TWO_LISTS if lists else candidates[0]
     names = ", ".join(format.name for format in candidates or FORMATS)
     if candidates:
@@ -153,7 +165,7 @@ def _unpaired_format(fields: Fields) -> Format | None:
     prompt = _prompt_of(fields)
     if not (label and prompt):
         return None
-    is_text = prompt == "prompt" and not parsers.holds_messages(fields)
+    is_text = prompt == "prompt" and not _holds_messages(fields)
     return _unpaired_texts(label) if is_text else _unpaired_messages(prompt, label)
 
 
@@ -165,8 +177,8 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
     Raises:
         DataError: The name of a field that is not read says that the prompt is there.
     """
-    answers = [chats.messages_or_text(fields, name) for name in parsers.SIDES]
-    if fields.get("prompt") is None and all(map(parsers.is_answer_alone, answers)):
+    answers = [messages_or_text(fields, name) for name in parsers.SIDES]
+    if fields.get("prompt") is None and all(map(_is_answer_alone, answers)):
         for name, optional in (("instruction", _ALPACA), ("messages", _CHAT), ("conversations", _CHAT)):
             if fields.get(name):
                 return _pair_of_messages(name, optional)
@@ -176,7 +188,22 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
             fix = f"set data.columns to {{instruction: {name}}} for the chat template, or {{prompt: {name}}}"
             fix += " to join texts; or data.format to preference, if the answers begin with what they answer"
             raise DataError(Problem(Code.DATA_FORMAT, what, where, "data.columns", fix))
-    return _pair_of_messages("prompt", ("prompt", *_CHAT)) if parsers.holds_messages(fields) else _BY_NAME["preference"]
+    return _pair_of_messages("prompt", ("prompt", *_CHAT)) if _holds_messages(fields) else _BY_NAME["preference"]
+
+
+def _holds_messages(fields: Fields) -> bool:
+    """Whether the prompt or an answer of a row is messages."""
+    values = (messages_or_text(fields, name) for name in ("prompt", *parsers.SIDES, "completion"))
+    return any(isinstance(value, list | Mapping) for value in values)
+
+
+def _is_answer_alone(value: Any) -> bool:
+    """Whether an answer can be what an assistant says, rather than a whole conversation with a prompt."""
+    if isinstance(value, str):
+        return not value.startswith("\n\nHuman:")  # as whole dialogues of HH-RLHF do
+    first = value[0] if isinstance(value, list) and value else value
+    role = first.get("from", first.get("role")) if isinstance(first, Mapping) else None
+    return isinstance(role, str) and parsers.ROLES.get(role) == "assistant"
 
 
 def _is_question(name: str, value: Any, chosen: Any) -> bool:
@@ -327,10 +354,10 @@ def parse_question(row: Row, section: DataSection) -> Question:
 def _question(fields: Mapping[str, Any], name: str, row: Row) -> Question:
     if not name:
         raise RowError(f"the row has no prompt; its fields are {quote(row.values)}")
-    tools = chats.parse_tools(fields)
-    if name == "text" or (name == "prompt" and not isinstance(chats.messages_or_text(fields, name), list)):
-        return Question(chats.text(fields, name), tools)
-    turns = chats.parse_turns(fields, name) if name == "prompt" else chats.prompt_turns(fields, name)
+    tools = parsers.parse_tools(fields)
+    if name == "text" or (name == "prompt" and not isinstance(messages_or_text(fields, name), list)):
+        return Question(text(fields, name), tools)
+    turns = parsers.parse_turns(fields, name) if name == "prompt" else parsers.prompt_turns(fields, name)
     if name in ("messages", "conversations") and turns[-1].message["role"] == "assistant":
         turns = turns[:-1]
     if not turns:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from loratune.codes import Code
-from loratune.data.formats import Message
+from loratune.data.formats import Message, common_prefix
 from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
 from loratune.data.rendering.encoding import Span
 from loratune.errors import DataError
@@ -170,12 +170,6 @@ def _written_forms(content: str) -> Iterator[str]:
         yield json.dumps(content, ensure_ascii=ascii_alone)[1:-1]
 
 
-def _common_prefix(text: str, other: str) -> int:
-    """Returns how many characters two texts have in common at their beginning."""
-    pairs = zip(text, other, strict=False)
-    return next((place for place, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(text), len(other)))
-
-
 class _TurnFinder:
     """Finds turns in one rendered text of a conversation."""
 
@@ -239,7 +233,7 @@ class _TurnFinder:
         place = text.find(header, begin, stop) if header.strip() else -1
         if place >= 0:  # a system prompt of the template may come before it
             return place + len(header), ""
-        common = len(_INCOMPLETE_TAG.sub("", header[: _common_prefix(header, text[begin:])]))
+        common = len(_INCOMPLETE_TAG.sub("", header[: common_prefix(header, text[begin:])]))
         return min(begin + common, stop), header[common:] if text[begin:stop].strip() else ""
 
     def _content_start(self, number: int) -> int | None:
@@ -256,7 +250,7 @@ class _TurnFinder:
             if self._rendered.text.startswith(form, end - len(form)):
                 return end - len(form)
         written = self._rendered.text[max(0, end - len(content)) : end]
-        hidden = len(content) - _common_prefix(content[::-1], written[::-1])
+        hidden = len(content) - common_prefix(content[::-1], written[::-1])
         tags = [tag.end() for tag in _CLOSING_TAG.finditer(content) if tag.end() >= len(content[:hidden].rstrip())]
         if not tags:
             raise self._hidden(number)
