@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
+from loratune import memory
 from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, TrainingSection
@@ -107,6 +108,29 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARED_TRACES", str(path))
         patch.setattr(activations, "_TRACED", SharedTraces(path))
+        yield
+
+
+@contextmanager
+def formula_for_memory() -> Iterator[None]:
+    """Inside, memory is estimated by the formula for models that do not run without data. For tests that are about
+    something else: the trace of each model and each length of rows takes half a second or more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "trace", lambda *arguments, **keywords: None)
+        yield
+
+
+@pytest.fixture
+def untraced() -> Iterator[None]:
+    """See `formula_for_memory`."""
+    with formula_for_memory():
+        yield
+
+
+@pytest.fixture(scope="module")
+def untraced_module() -> Iterator[None]:
+    """The same for all tests of a file and their fixtures."""
+    with formula_for_memory():
         yield
 
 

@@ -88,7 +88,7 @@ def test_layers_come_in_their_order(tmp_path: Path) -> None:
     assert order == [*range(12)]
 
 
-def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli) -> None:
+def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli, forked: Cli) -> None:
     save_adapter(tmp_path / "adapter")
     block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
     (tmp_path / "site").mkdir()

@@ -19,6 +19,8 @@ from running import WEIGHTS, Cli, MakeConfig
 import loratune
 from loratune.codes import Code
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 pandas = pytest.importorskip("pandas")
 HELD_OUT = [{"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(50, 70)]
 

@@ -20,6 +20,8 @@ from loratune.config import LoraSection
 from loratune.errors import AdapterError
 from loratune.lora import attach, targets, tensors
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34]])
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -14,6 +14,8 @@ from test_preferences import config
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source
 from loratune.export import clients
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 MakeConfig = Callable[..., Path]
 
 

@@ -26,6 +26,8 @@ from loratune.codes import Code
 from loratune.commands.chat import Chat, Exchange
 from loratune.errors import ConfigError
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 NEW = 8
 HINT = "/help lists what can be typed"
 

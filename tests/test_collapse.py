@@ -18,6 +18,8 @@ from loratune.compare import collapse
 from loratune.compare.collapse import PromptSensitivity
 from loratune.data.rendering import TokenizedRow
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 ALL_LAYERS = {"r": 8, "target_modules": "all-linear"}
 SAME = [row | {"completion": " yes"} for row in ROWS]
 DEAD = {"learning_rate": 1e10, "max_steps": 3, "save_steps": 1}

@@ -23,6 +23,8 @@ from loratune.compare.answers import ComparedAnswer, ComparedRow, ModelAnswer
 from loratune.compare.metrics import ADAPTER, BASE, RANKING_ACCURACY, REWARD_ACCURACY, REWARD_MARGIN, metrics_of
 from loratune.compare.requirements import OPTION
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 Cli = Callable[..., Ran]
 
 SWAPPED = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in HELD_OUT[:3]]

@@ -27,6 +27,8 @@ from loratune.compare.engine import SFT, ScoringPass
 from loratune.config import Source
 from loratune.data.packing import BatchLayout
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 ENDS = ["<|endoftext|>", "<|end|>"]
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(45)]
 ANSWERS = ["ox" if number % 2 else "yes" for number in range(45)]

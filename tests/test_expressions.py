@@ -24,6 +24,12 @@ ENDLESS = "(?:.|.)*?(?:.+)+[0-9]{2}"
 PROJECTION = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is 0.3 s rather than two."""
+    monkeypatch.setattr(TimeLimit.__init__, "__defaults__", (0.3,))
+
+
 def one_endless(cases: list[Any]) -> list[Any]:
     """Cases, of which all with `ENDLESS` but the first are slow: each runs until the limit of seconds is over."""
     _, *others = [case for case in cases if ENDLESS in str(case)]

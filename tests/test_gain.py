@@ -27,6 +27,8 @@ from loratune.data.rendering import TokenizedRow
 from loratune.errors import Problem, ResourceError
 from loratune.statistics import mean_ratio_interval
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 
 def compared(
     differences: Sequence[float], tokens: Sequence[int] = (), copies: Sequence[int] | None = None, **others: Any

@@ -30,6 +30,8 @@ from loratune.codes import Code
 from loratune.data.sources.rows import with_own_fields
 from loratune.system.files import kind
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 PROMPTS = ["go " * (number % 7) + "ab"[number % 2] + ":" for number in range(28)]
 ANSWERS = ["ox" if number % 2 else "yes" for number in range(28)]
 UNEVEN = [*PROMPTS, *("?" * length for length in range(1, 60, 5)), "Übermut\nand\ttabs"]

@@ -27,6 +27,8 @@ from loratune.compare import harness
 from loratune.compare import tasks as compared
 from loratune.compare.metrics import ADAPTER, BASE
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 Cli = Callable[..., Ran]
 QUESTIONS = [f"{number} and {number} make" for number in range(12)]
 ANSWERS = [str(2 * number) for number in range(12)]

@@ -15,7 +15,7 @@ from conftest import ROWS, check_refused, meanings, tiny_llama, write_rows
 from running import Cli
 from transformers import PreTrainedTokenizerFast
 
-from loratune import config, memory
+from loratune import config
 from loratune.codes import Code
 from loratune.commands.init import MeasuredRows, fit
 from loratune.config import DataSection, LoraSection, RunConfig, Source, keys
@@ -36,11 +36,9 @@ TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
 
 
 @pytest.fixture(autouse=True)
-def _untraced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Activations are estimated by the formula for models that do not run without data, where no test is about them:
-    each other length of rows has a trace of its own, which takes a second."""
+def _untraced(request: pytest.FixtureRequest) -> None:
     if "traced" not in request.keywords:
-        monkeypatch.setattr(memory, "trace", lambda *arguments, **keywords: None)
+        request.getfixturevalue("untraced")
 
 
 @pytest.fixture

@@ -27,6 +27,8 @@ from loratune.kernels.lora_linear import InferenceLinear
 from loratune.lora import attach, mixture
 from loratune.lora.adapter_files import inspect
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 Cli = Callable[..., Ran]
 NEW = 8
 PROMPTS = ["go:", "a much longer question, with more tokens:", "x", "Übermut\nand tabs:"]

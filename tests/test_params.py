@@ -84,6 +84,7 @@ OTHERWISE = {"float32": (3, 4, 9, 10), "bfloat16": (0, 1, 2, 3, 4, 6, 7, 8, 9, 1
 """For each dtype the places of those that `make test-all` alone tries in it: others of their kind are tried always."""
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize(
     ("dtype", "lora"),
     [
@@ -109,6 +110,7 @@ def test_a_model_is_counted_with_the_default_lora(cli: Cli, run_config: MakeConf
     assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
 
 
+@pytest.mark.usefixtures("untraced")
 def test_the_text_begins_with_the_line_of_peft(cli: Cli, tmp_path: Path) -> None:
     ran = cli("params", "--model", config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_7B)))
     assert ran.code == 0, ran.err

@@ -39,8 +39,11 @@ def counted(model_type: str, where: Path) -> str:
     [SAMPLE, *(pytest.param(part, marks=pytest.mark.slow) for part in PARTS)],
     ids=["sample", *(f"{shard + 1} of {SHARDS}" for shard in range(SHARDS))],
 )
-def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path) -> None:
-    """With few layers, where the configuration allows for it; every exception but a ModelError fails."""
+def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """With few layers, where the configuration allows for it; every exception but a ModelError fails. The sample is
+    traced by other tests."""
+    if types is SAMPLE:
+        request.getfixturevalue("untraced")
     ends = {}
     for model_type in types:
         where = tmp_path / model_type
@@ -58,6 +61,7 @@ def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path) 
     assert [*ends.values()].count("counts") > len(ends) / 2
 
 
+@pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("model_type", ["blt", pytest.param("dory", marks=pytest.mark.slow)])
 def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
     """Several stacks without a number of layers of their own; more kinds of layers listed than there are layers."""
@@ -65,6 +69,7 @@ def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
     assert counted(model_type, tmp_path / model_type) == "counts"
 
 
+@pytest.mark.usefixtures("untraced")
 def test_what_a_projection_computes_besides_is_reported(tmp_path: Path) -> None:
     configure("axk2").save_pretrained(tmp_path / "axk2")
     found = params(config.for_model(str(tmp_path / "axk2"), SMALL))

@@ -27,6 +27,8 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load, upstream
 from loratune.model.load import Machine
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}

@@ -93,22 +93,33 @@ def stock_logits(adapter: Path, smollm2: Path) -> tuple[torch.Tensor, torch.Tens
         return stock(ids).logits, ours(ids).logits
 
 
-@pytest.mark.parametrize("few", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_four_steps(few: bool, smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
-    """What the tests below look at after 24 steps, as far as four show it. few: four rows of one label."""
-    before = digest(smollm2 / "model.safetensors")
-    words = [*settings(smollm2, tmp_path / "adapter", 4, logged=1), "--set", "training.warmup_steps=2"]
-    if few:
-        some = [row for row in rows("train.jsonl") if row["completion"] == rows("train.jsonl")[0]["completion"]][:4]
-        words += ["--set", f"data.train={write_rows(tmp_path / 'few.jsonl', some)}"]
+@pytest.fixture(scope="module")
+def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first four layers of the model."""
+    path = tmp_path_factory.mktemp("shallow") / "model"
+    shutil.copytree(smollm2, path, ignore=shutil.ignore_patterns("*.safetensors"))
+    AutoModelForCausalLM.from_pretrained(smollm2, num_hidden_layers=4, dtype=torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("place", ["shallow", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_four_steps(place: str, tmp_path: Path, processes: ForkServer, request: pytest.FixtureRequest) -> None:
+    """What the tests below look at after 24 steps, as far as four show it."""
+    model = request.getfixturevalue(place)
+    before = digest(model / "model.safetensors")
+    words = [*settings(model, tmp_path / "adapter", 4, logged=1), "--set", "training.warmup_steps=2"]
+    if place == "shallow":  # and few rows
+        label = rows("train.jsonl")[0]["completion"]
+        few = [row for row in rows("train.jsonl") if row["completion"] == label][:4]
+        words += ["--set", f"data.train={write_rows(tmp_path / 'few.jsonl', few)}"]
         words += ["--set", "training.per_device_train_batch_size=2"]
     child = processes.start("train", FOLDER / "config.yaml", *words)
     assert child.wait(600) == 0, child.said()
-    assert digest(smollm2 / "model.safetensors") == before
+    assert digest(model / "model.safetensors") == before
     curve = [entry["loss"] for entry in json.loads((tmp_path / "adapter" / "loratune.json").read_text())["curve"]]
     assert len(curve) == 4 and curve[-1] < curve[0]
     assert (tmp_path / "adapter" / WEIGHTS).stat().st_size <= 5_000_000
-    assert torch.equal(*stock_logits(tmp_path / "adapter", smollm2))
+    assert torch.equal(*stock_logits(tmp_path / "adapter", model))
 
 
 @pytest.mark.slow

@@ -32,6 +32,8 @@ from loratune.report.charts import Line, Point, heat_map, histogram, line_chart,
 from loratune.report.study import BEST, DONE, StudyResults, TrialResult
 from loratune.training.results import MOST_HELD_OUT, MOST_LOSSES, thinned
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 Cli = Callable[..., Ran]
 HOSTILE = "<script>alert(1)</script>\"'& \u202eright to left\x1b[31m \u05e9\u05dc\u05d5\u05dd"
 KEYS = ["training.learning_rate", "lora.target_modules", "lora.r", "training.lr_scheduler_type"]
@@ -134,6 +136,7 @@ def test_the_record_has_the_whole_curve(runs: tuple[Path, dict[str, Any]]) -> No
     assert record["machine"].keys() >= {"processor", "device", "threads"}
 
 
+@pytest.mark.slow  # as `test_resuming.py` has it for losses and rates
 def test_the_curve_of_a_resumed_run_is_that_of_a_straight_one(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     config = run_config(data={"validation": 0.2}, **RESTLESS)
     ran = stopped(cli, tmp_path / "out.partial", "train", config)

@@ -24,6 +24,8 @@ from loratune.compare.tasks import TaskResults
 from loratune.errors import ConfigError, RequirementError
 from loratune.statistics import Interval
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 ASKED = ["json", "regex:(\\d+)<=>"]
 
 

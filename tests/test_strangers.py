@@ -29,6 +29,8 @@ from loratune.errors import Problem
 from loratune.lora import adapter_files
 from loratune.text import code_block, code_span, markdown, one_line, printable, shell_word
 
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
 # Code of other repositories
 
 

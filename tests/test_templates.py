@@ -196,8 +196,8 @@ def renderer(name: str, request: pytest.FixtureRequest) -> Renderer:
 @cache
 def rendering(name: str, place: Path) -> Renderer:
     tokenizer = loaded(place)
-    if MODELS[name].template:
-        tokenizer = copy.deepcopy(tokenizer)
+    if MODELS[name].template:  # a deep copy takes a second, and is needed only where tokens are added
+        tokenizer = copy.deepcopy(tokenizer) if name.startswith("Phi") else copy.copy(tokenizer)
         tokenizer.chat_template = (templates() / f"{MODELS[name].template}.jinja").read_text(encoding="utf-8")
     if name.startswith("Phi"):
         special = [AddedToken(token, rstrip=True, normalized=False, special=True) for token in PHI]
