@@ -38,6 +38,8 @@ _SAMPLED_ROWS = 4096
 
 Scores = Mapping[str, Sequence[float]]
 """Name → numbers of rows, see `Objective.scores`."""
+Copies = Mapping[int, int]
+"""Number of an item → how often it occurs."""
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch that is read; it may raise an error, which ends the pass."""
 
@@ -71,7 +73,7 @@ class ScoringLayout:
         layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, rows_per_example)
         return layout.sharing(self.saved) if self.saved is not None else layout
 
-    def plan(self, layout: BatchLayout, copies: Mapping[int, int]) -> "ScoringPass":
+    def plan(self, layout: BatchLayout, copies: Copies) -> "ScoringPass":
         """A pass over some items of a layout. copies: see `ScoringPass`."""
         return ScoringPass(layout, self.batches(layout, [*copies]), copies)
 
@@ -109,12 +111,12 @@ class ScoringPass:
     Attributes:
         layout: The rows.
         batches: The numbers of the items of each batch.
-        copies: Number of an item → how often it occurs, in the order in which the losses are wanted.
+        copies: The items, in the order in which their losses are wanted.
     """
 
     layout: BatchLayout
     batches: Sequence[Sequence[int]]
-    copies: Mapping[int, int]
+    copies: Copies
 
     def heaviest(self) -> "ScoringPass":
         """The batch with the most tokens, as a pass of its own."""
@@ -274,13 +276,16 @@ class Engine:
                 self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
             self.padded = self.flat or padding_refusal(model, pad_id) is None
 
-    def losses(self, dataset: TokenizedDataset, copies: Mapping[int, int], objective: Objective = SFT) -> RowLosses:
-        """The losses of some rows of a dataset, or of its pairs or answers. Arguments as of `plan`."""
+    def losses(
+        self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing
+    ) -> RowLosses:
+        """The losses of some rows of a dataset, or of its pairs or answers. before_batch: see `BeforeBatch`. Others as
+        of `plan`."""
         planned = self.plan(dataset, copies, objective)
         with self.acceleration.applied(self._model):
-            return objective.score(self._model, planned, group=self._group)
+            return objective.score(self._model, planned, before_batch, self._group)
 
-    def plan(self, dataset: TokenizedDataset, copies: Mapping[int, int], objective: Objective = SFT) -> ScoringPass:
+    def plan(self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT) -> ScoringPass:
         """A pass over some items of a dataset. Prefixes are shared where that saves enough. copies: see `ScoringPass`.
         objective: what the loss is."""
         items, rows_per_example = objective.items(dataset)

@@ -229,10 +229,10 @@ def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None 
             values = np.array(known, np.float64)
         else:
             note(f"computing the reference of {plural(dataset.items, f'{name} {objective.unit}')}")
-            planned = engine.plan(dataset, objective.copies(dataset), objective)
-            check = (lambda _: stop.check()) if stop else nothing
-            with inside(), batches.acceleration.applied(plan.model):
-                objective.score(plan.model, planned, check, group)
+            with inside():
+                engine.losses(
+                    dataset, objective.copies(dataset), objective, (lambda _: stop.check()) if stop else nothing
+                )
             assert objective.last is not None
             values = objective.last.log_probabilities
             if group.main and np.isfinite(values).all():
@@ -251,12 +251,11 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     `collapse`."""
     weights, objective, compared = tensors.full_weights(plan.model), plan.batches.objective, plan.datasets.compared
     base = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
-    engine, tokens = plan.batches.engine, trained.tokens
+    other = base()
+    name: gain.Model = "base"
     if plan.run.start is not None and isinstance(objective, PreferenceObjective) and objective.formula.has_reference:
-        start = tensors.as_started(plan.model, plan.adapter_init, weights)
-        comparison = gain.measure(engine, objective, start, compared, tokens, "start")
-    else:
-        comparison = gain.measure(engine, objective, base(), compared, tokens)
+        other, name = tensors.as_started(plan.model, plan.adapter_init, weights), "start"
+    comparison = gain.measure(plan.batches.engine, objective, other, compared, trained.tokens, name)
     problem = None
     if not math.isfinite(comparison.adapter):
         what = f"after the last step the loss of some {comparison.split} rows is NaN or inf"
@@ -324,16 +323,14 @@ def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
 
 def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
     """What the adapter prefers, and a line on what of it may not be intended; None for other objectives."""
-    objective, batches = plan.batches.objective, plan.batches
+    objective = plan.batches.objective
     if not isinstance(objective, PreferenceObjective):
         return None
-    split = "training" if batches.held_out is None else "validation"
-    count = min(plan.datasets.train.items, MOST_COMPARED)
-    rows = batches.held_out
+    split, rows = "validation", plan.datasets.validation
     if rows is None:
-        rows = batches.engine.plan(plan.datasets.train, dict.fromkeys(range(count), 1), objective)
-    with batches.acceleration.applied(plan.model):
-        objective.score(plan.model, rows, group=plan.group)
+        split, rows = "training", plan.datasets.train
+    count = rows.items if split == "validation" else min(rows.items, MOST_COMPARED)
+    plan.batches.engine.losses(rows, dict.fromkeys(range(count), 1), objective)
     assert objective.last is not None
     metrics = objective.metrics(split, objective.last)
     for line in metrics.warnings():
