@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loratune import kernels
+from loratune.config import LoraSection
 from loratune.data.batches import flatten, pad
 from loratune.errors import ModelError
 from loratune.kernels import acceleration, masks, replacements
@@ -42,8 +43,9 @@ from loratune.kernels.layout import Layout, PerBatch
 from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.recognition import LIST, Layer, checked
 from loratune.lora import attach
-from loratune.lora.targets import resolve
+from loratune.lora.targets import find
 
+ALL_LINEAR = LoraSection(target_modules="all-linear")
 TABLE = Path(__file__).parent.parent / "tests" / "golden_kernels.txt"
 TOLERANCE = 2e-4
 """Of the size of outputs and gradients of a layer; float32 rounds less than a tenth of it."""
@@ -130,7 +132,7 @@ def adapted(model: PreTrainedModel) -> PreTrainedModel:
     """The model with an adapter that has been trained on all linear layers, if PEFT can."""
     torch.manual_seed(1)
     try:
-        targets = resolve(model, "all-linear").peft()
+        targets = find(model, ALL_LINEAR).peft()
         lora: Any = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, **targets))
     except (ModelError, ValueError, TypeError):
         model.requires_grad_(False)
@@ -285,7 +287,7 @@ def compare(model_type: str, dtype: torch.dtype, *, mean: float = 0.0, **changes
     base.get_input_embeddings().weight.data += mean
     torch.manual_seed(1)
     try:
-        model: Any = get_peft_model(base, LoraConfig(r=4, **resolve(base, "all-linear").peft()))
+        model: Any = get_peft_model(base, LoraConfig(r=4, **find(base, ALL_LINEAR).peft()))
     except (ModelError, ValueError, TypeError) as error:
         row.note = f"no adapter: {type(error).__name__}"
         return row
@@ -326,7 +328,7 @@ def rounding(model_type: str, draw: int, width: int = 128) -> tuple[float, float
         weight.data = weight.data.flatten()[torch.randperm(weight.numel(), generator=drawn)].view(weight.shape)
     disturb(base)
     torch.manual_seed(draw)
-    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, **resolve(base, "all-linear").peft())).train()
+    model: Any = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, **find(base, ALL_LINEAR).peft())).train()
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(weight, std=0.05)

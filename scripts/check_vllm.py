@@ -113,7 +113,6 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     from loratune.data import read_source  # noqa: PLC0415
     from loratune.export.clients import VLLM_RANKS  # noqa: PLC0415
     from loratune.export.comparison import scored_answers  # noqa: PLC0415
-    from loratune.lora import adapter_config  # noqa: PLC0415
 
     source = AdapterDirectory.open(adapter)
     split = read_source(Source(path=data), source.data) if data else None
@@ -122,7 +121,7 @@ def questions(adapter: Path, export: Path, data: str | None) -> tuple[dict[str, 
     rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in asked]
     config = json.loads((export / "adapter_config.json").read_text())
     rank = next(most for most in VLLM_RANKS if config["r"] <= most)
-    modules = len(adapter_config.adapted_modules(AdapterDirectory.open(export).files.tensors))
+    modules = len(AdapterDirectory.open(export).files.ranks)
     request = {
         "base": source.base.name_or_path, "export": str(export.absolute()), "rank": rank, "rows": rows,
         "modules": modules,

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from loratune import memory
 from loratune.cli import app, terminal
 from loratune.codes import Code
-from loratune.config import AUTO, TrainingSection
+from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
 from loratune.memory import activations
 
@@ -89,6 +89,14 @@ def check_refused(ran: Ran, exit_code: int, *expected: Expected) -> None:
 def meanings(error: LoratuneError) -> list[Expected]:
     """Code, place and key of each problem of an error."""
     return [(problem.code, problem.where, problem.key) for problem in error.problems]
+
+
+def resolve(model: Any, target_modules: list[str] | str, layers: list[int] | None = None, **values: Any) -> Any:
+    """The targets of a lora section with these values, which are not checked."""
+    from loratune.lora import targets  # noqa: PLC0415
+
+    values |= {"target_modules": target_modules, "layers_to_transform": layers}
+    return targets.find(model, LoraSection.model_construct(**values))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,8 +12,10 @@ from typing import Any
 
 import optuna
 import pytest
+import transformers
 from conftest import ROWS, write_rows
 from datasets import Dataset
+from huggingface_hub.utils import are_progress_bars_disabled
 from running import WEIGHTS, Cli, MakeConfig
 
 import loratune
@@ -112,6 +114,8 @@ def test_nothing_is_printed_and_handlers_stay(
     adapter = loratune.train(quiet)
     adapter.generate(["1 and 1 make"], max_new_tokens=2)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert transformers.logging.get_verbosity() == transformers.logging.WARNING
+    assert transformers.logging.is_progress_bar_enabled() and not are_progress_bars_disabled()
     assert capfd.readouterr() == ("", "")
 
 

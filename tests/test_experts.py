@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, config_in, meanings, tiny_llama, write_rows
+from conftest import Ran, check_refused, config_in, meanings, resolve, tiny_llama, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import stopped
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ from loratune.export import comparison
 from loratune.lora import attach, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.stats import adapter_stats
-from loratune.lora.targets import Targets, resolve
+from loratune.lora.targets import Targets
 from loratune.memory.activations import AllocationTracker
 from loratune.model import load
 

@@ -14,7 +14,7 @@ from conftest import Ran, meanings
 from loratune.codes import Code
 from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern
 from loratune.errors import AdapterError
-from loratune.lora.adapter_config import check_values, module_settings, peft_values
+from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.lora.adapter_files import CONFIG_FILE, inspect
 
 Cli = Callable[..., Ran]
@@ -175,9 +175,9 @@ def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) 
     config = {"base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | values
     tensors = {f"base_model.model.{PROJECTION}.lora_A.weight": (4, 8)}
     with pytest.raises(AdapterError) as caught:
-        check_values(config, "x")
-        peft_values(config, tensors, [PROJECTION], [], "x")
-    assert meanings(caught.value) == [(code, "x", key)]
+        check_values(config, f"x/{CONFIG_FILE}")
+        AdapterConfig(Path("x"), config, tensors).peft_values([PROJECTION], [])
+    assert meanings(caught.value) == [(code, f"x/{CONFIG_FILE}", key)]
 
 
 @pytest.mark.parametrize(("key", "value"), one_endless(BAD), ids=lambda one: str(one)[:24])
@@ -216,10 +216,10 @@ def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> Non
     }  # fmt: skip
     path = edited(trained, tmp_path / "adapter", **changes)
     saved = inspect(path)
-    settings = module_settings(saved.config, saved.tensors, "x")
+    settings = saved.settings()
     assert {module.rank for module in settings.values()} == {4.0}
     assert settings[PROJECTION].scaling == 0.5
-    values = peft_values(saved.config, saved.tensors, [*settings, "model.layers.0.mlp.up_proj"], [], "x")
+    values = saved.peft_values([*settings, "model.layers.0.mlp.up_proj"], [])
     assert values["r"] == 5 and values["target_modules"] == {*settings}
     assert [*values["rank_pattern"].values()] == [4] and values["alpha_pattern"] == {re.escape(PROJECTION): 2}
     assert cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello").code == 0
@@ -244,7 +244,7 @@ def test_peft_reads_the_exact_names_as_it_reads_the_expressions(settings: dict[s
     kinds = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj", "mlp")
     modules = [f"model.layers.{layer}.{kind}" for layer in range(12) for kind in kinds] + ["model", "lm_head"]
     values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | settings
-    found = peft_values(values, {}, modules, [], "x")
+    found = AdapterConfig(Path(), values, {}).peft_values(modules, [])
     original, exact = LoraConfig(**values), LoraConfig(**values | found | {"r": 4})
     for path in modules:
         assert bool(check_target_module_exists(original, path)) == bool(check_target_module_exists(exact, path)), path

@@ -115,7 +115,7 @@ def by_hand(
     items = ComparedRows(dataset, section.max_length, 42) if objective != "sft" else dataset.rows
     given = [items[number] for number in range(len(items))]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = attach.attach(stock, LORA, targets.resolve(stock, LORA.target_modules).peft(), seed=42).eval()
+    model = attach.attach(stock, LORA, targets.find(stock, LORA).peft(), seed=42).eval()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     with torch.no_grad():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import resolve
 from families import DECODERS, LAYERS, build, small
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -28,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from loratune.errors import ModelError
 from loratune.lora import parameters
-from loratune.lora.targets import ROLES, Targets, resolve
+from loratune.lora.targets import ROLES, Targets
 from loratune.lora.targets.survey import EXPERTS
 
 GOLDEN = Path(__file__).parent / "golden_targets.txt"

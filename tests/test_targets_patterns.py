@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import meanings
+from conftest import meanings, resolve
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -13,7 +13,7 @@ from torch import nn
 
 from loratune.codes import Code
 from loratune.errors import ConfigError, LoratuneError, ModelError
-from loratune.lora.targets import ROLES, Targets, resolve
+from loratune.lora.targets import ROLES, Targets
 
 LLAMA = LLAMA_LIKE | {"num_hidden_layers": 3}
 GPT2, NEOX = GPT2_LIKE, NEOX_LIKE

@@ -36,7 +36,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 
 def attach(base: nn.Module) -> PeftModel:
-    found = targets.resolve(base, ["fc1", "fc2"])
+    found = targets.find(base, LoraSection(target_modules=["fc1", "fc2"]))
     return attach_module.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
 
 
@@ -140,7 +140,9 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
 def test_a_4096_by_4096_layer_counts_65536() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
-    ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["fc"]).peft(), seed=0)
+    ours = attach_module.attach(
+        base, LoraSection(r=8), targets.find(base, LoraSection(target_modules=["fc"])).peft(), seed=0
+    )
     count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
     assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
@@ -150,7 +152,7 @@ def test_llama_2_7b() -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
     base = load.build_meta(shape)
-    ours = attach_module.attach(base, LoraSection(r=8), targets.resolve(base, ["q", "k", "v", "o"]).peft(), seed=0)
+    ours = attach_module.attach(base, LoraSection(r=8), targets.find(base, LoraSection()).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
     count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
     assert str(count) == line

@@ -3,8 +3,10 @@
 import bitsandbytes
 import pytest
 import torch
+import transformers
 from bitsandbytes import cextension
 from conftest import tiny_llama
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -89,6 +91,26 @@ def test_bitsandbytes_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert upstream.bitsandbytes_lacks() == ""
     monkeypatch.setattr(cextension, "lib", cextension.ErrorHandlerMockBNBNativeLibrary("no such library"))
     assert "native library" in upstream.bitsandbytes_lacks()
+
+
+@pytest.mark.parametrize(("bars", "hub_bars"), [(True, True), (True, False), (False, False)])
+def test_quiet_transformers(bars: bool, hub_bars: bool) -> None:
+    """It is as it was afterwards; the default is put back at the end."""
+    settings = transformers.logging
+    try:
+        settings.set_verbosity_info()
+        (settings.enable_progress_bar if bars else settings.disable_progress_bar)()
+        if not hub_bars:
+            disable_progress_bars()
+        with pytest.raises(ValueError, match="inside"), upstream.quiet_transformers():
+            assert settings.get_verbosity() == settings.ERROR and not settings.is_progress_bar_enabled()
+            assert are_progress_bars_disabled()
+            raise ValueError("inside")
+        assert settings.get_verbosity() == settings.INFO
+        assert (settings.is_progress_bar_enabled(), not are_progress_bars_disabled()) == (bars, hub_bars)
+    finally:
+        settings.set_verbosity_warning()
+        settings.enable_progress_bar()
 
 
 def test_layout_of_a_checkpoint() -> None:

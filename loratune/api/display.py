@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, shape_text, shared_module, shortest
+from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, shape_text, shortest
 from loratune.text import block, format_duration, format_size, one_line, plural, shell_word, table
 
 if TYPE_CHECKING:
@@ -67,17 +67,11 @@ def params(params: "Params") -> Iterator[str]:
     ]  # fmt: skip
     rows += [["", name, "", "", "", f"{trainable:,}"] for name, trainable in params.others.items()]
     yield from table(["role", "modules", "count", "shape", "rank", "trainable"], rows)
-    for module_pattern, fused_roles in params.fused.items():
+    for module_pattern, fused_roles in params.targets.fused.items():
         yield f"  {', '.join(fused_roles)}: {module_pattern}, fused"
     yield f"per layer: {_per_layer(params.layers)}"
     yield f"adapter file: {format_size(params.count.adapter_bytes)}"
     yield f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}"
-
-
-def params_notes(params: "Params") -> list[str]:
-    """What of the targets may not be intended."""
-    shared = params.shared_roles.items()
-    return [*params.notes, *(shared_module(name, params.fused[name], roles) for name, roles in shared)]
 
 
 def stats(path: str, stats: "AdapterStats") -> Iterator[str]:

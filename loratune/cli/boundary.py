@@ -60,6 +60,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
         logger.setLevel(logging.DEBUG)
     else:
         warnings.simplefilter("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # which transformers reads as it is imported
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = Group()
     stop = Stop()

@@ -102,7 +102,7 @@ def params(
 
         from loratune.api import display
 
-        log(*display.params_notes(found))
+        log(*found.notes)
         show(display.params(found), found.as_json(), as_json)
 
 

@@ -25,6 +25,7 @@ from loratune.lora.mixture import PlainAdapter
 from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
+from loratune.model.upstream import quiet_transformers
 from loratune.system.output_dir import OutputDirectory
 from loratune.text import format_size
 
@@ -55,6 +56,7 @@ class Exported:
         }  # fmt: skip
 
 
+@quiet_transformers()
 def export(
     source: AdapterDirectory,
     directory: OutputDirectory,

@@ -49,11 +49,9 @@ class Params:
         groups: The adapted modules.
         layers: Number of a layer → trained parameters in it.
         others: Pattern → trained parameters outside the adapted modules: whole modules, tokens, biases.
-        targets: Role → patterns of its modules.
-        fused: Pattern → the roles that one module serves.
-        shared_roles: Pattern → those of its roles that the config does not name, and that are adapted all the same.
+        targets: What is adapted.
         notes: Lines that the user should see.
-        memory: The estimate for a batch of `batch` rows of `length` tokens.
+        memory: The estimate for a batch of `batch` rows of `length` tokens, all of which are supervised.
         batch: Rows of a batch.
         length: Tokens of a row.
     """
@@ -62,9 +60,7 @@ class Params:
     groups: list[ModuleGroup]
     layers: dict[int, int]
     others: dict[str, int]
-    targets: dict[str, list[str]]
-    fused: dict[str, tuple[str, ...]]
-    shared_roles: dict[str, list[str]]
+    targets: Targets
     notes: list[str]
     memory: memory.Estimate
     batch: int
@@ -85,7 +81,7 @@ class Params:
             "total": self.count.total,
             "percent": self.count.percent,
             "adapter_bytes": self.count.adapter_bytes,
-            "targets": self.targets,
+            "targets": self.targets.entry_patterns(),
             "roles": self.roles,
             "layers": self.layers,
             "others": self.others,
@@ -108,6 +104,8 @@ def params(run: RunConfig) -> Params:
     base = load.build_meta(load.load_config(run.model), run.model)
     model, targets = attach.adapt(base, run.lora, seed=0)
     adapter_init = attach.initialize_adapter(model, run.lora, start_from=start_from)
+    batch, length = run.training.per_device_train_batch_size, run.data.max_length
+    planned = memory.Planned(run.model.quantization, load.device())
     layers: dict[int, int] = {}
     for path, layer in parameters.layers_of(model).items():
         if (number := number_of(path)) is not None:
@@ -117,22 +115,12 @@ def params(run: RunConfig) -> Params:
         groups=_groups(model, targets),
         layers=layers,
         others=_others(model, targets),
-        targets=targets.entry_patterns(),
-        fused=targets.fused,
-        shared_roles={module_pattern: roles for module_pattern, roles in targets.shared_roles().items() if roles},
-        notes=[*targets.notes],
-        memory=_memory(run, model),
-        batch=run.training.per_device_train_batch_size,
-        length=run.data.max_length,
+        targets=targets,
+        notes=[*targets.notes, *targets.shared_lines()],
+        memory=memory.estimate(model, [(length, length - 1)] * batch, batch, run.training, planned=planned),
+        batch=batch,
+        length=length,
     )
-
-
-def _memory(run: RunConfig, model: PeftModel) -> memory.Estimate:
-    """The estimate for the configured batch of rows of `max_length`, all of whose tokens are supervised."""
-    batch, length = run.training.per_device_train_batch_size, run.data.max_length
-    rows = [(length, length - 1)] * batch
-    planned = memory.Planned(run.model.quantization, load.device())
-    return memory.estimate(model, rows, batch, run.training, planned=planned)
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:

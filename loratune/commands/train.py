@@ -20,6 +20,7 @@ from loratune.events import emit, note
 from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import load
+from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
@@ -73,6 +74,7 @@ def train(
         return carry_out(plan, allow_worse=allow_worse, began=began)
 
 
+@quiet_transformers()
 def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> TrainedAdapter | None:
     """Train the adapter of a plan, and publish it. The lock of the run's directory is held outside.
 

@@ -24,8 +24,8 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.clients import CLIENTS
 from loratune.export.gguf import ScoredAnswer
-from loratune.lora import adapter_config, mixture
-from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, AdapterFiles
+from loratune.lora import mixture
+from loratune.lora.adapter_files import RECORD_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.mixture import PlainAdapter
 from loratune.lora.module_names import endings, join_first
 from loratune.lora.tensors import read_adapter, read_weights
@@ -280,11 +280,9 @@ def check_tensors(files: AdapterFiles, directory: Path) -> float:
     Raises:
         AdapterError: It is larger than `CLOSENESS`, or not finite.
     """
-    settings = adapter_config.module_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
     stored, written = read_adapter(files), read_weights(directory / WEIGHTS_FILE)
-    names = mixture.factors(stored)
-    errors = {}
-    for path, setting in settings.items():
+    names, errors = files.factors, {}
+    for path, setting in files.settings().items():
         down, up = names[path]["A"], names[path]["B"]
         change = setting.scaling * (stored[up].double() @ stored[down].double())
         difference = float((written[up].double() @ written[down].double() - change).norm())

@@ -233,13 +233,13 @@ class Conversion:
     def write_base(self) -> Path:
         """Convert the base alone, in float32; the model is left without the adapter. Returns the file."""
         file = self.work / "base.gguf"
-        self._convert(tensors.unloaded(self.loaded.model, self.loaded.where), file, "f32")
+        self._convert(tensors.dense(self.loaded.model, self.loaded.where, merged=False), file, "f32")
         return file
 
     def write_merged(self, file: Path, outtype: str) -> int:
         """Merge, and convert the merged model. Arguments as of `convert_model`. Returns the number of its tensors."""
         with progress("merging"):
-            merged = tensors.merged(self.loaded.model, self.loaded.where)
+            merged = tensors.dense(self.loaded.model, self.loaded.where, merged=True)
         self._convert(merged, file, outtype, self.base_gguf)
         vocabulary_size = merged.config.get_text_config().vocab_size if self.base_gguf else None
         return check_model(file, merged.num_parameters(), vocabulary_size)

@@ -19,6 +19,7 @@ from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge, name_of
 from loratune.model import load, stored
 from loratune.model.source import local_or_hub
+from loratune.model.upstream import quiet_transformers
 from loratune.system.files import write_json
 from loratune.text import markdown
 
@@ -115,6 +116,7 @@ def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None
 
 @progress("comparing the merged model")
 @torch.inference_mode()
+@quiet_transformers()
 def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
     """Compare the logits of the merged model, loaded by stock transformers, with those of the adapter and the base.
 

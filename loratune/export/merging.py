@@ -23,8 +23,10 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import reading
 from loratune.lora import merging, tensors
-from loratune.model import fingerprints, load, quantization, stored
+from loratune.model import fingerprints, load, stored
+from loratune.model.source import record_of
 from loratune.model.stored import DTYPES, NotStreamableError, StoredBase
+from loratune.model.upstream import quiet_transformers
 from loratune.text import format_size
 
 MOST_BYTES = 2_000_000_000
@@ -192,7 +194,7 @@ class Merge:
         if self.dtype is None:
             is_recorded = isinstance(config.dtype, torch.dtype) and not section.gguf_file
             self.dtype = config.dtype if is_recorded else computed
-        is_quantized = section.gguf_file or section.quantization != "none" or quantization.record_of(config.to_dict())
+        is_quantized = section.gguf_file or section.quantization != "none" or record_of(config.to_dict())
         self.note = f"the base was loaded: {reason}"
         if is_quantized:
             name = name_of(self._dtype_of(computed))
@@ -231,6 +233,7 @@ class Merge:
                 (renamed,) = base.layout.revert({name: torch.empty(0, device="meta")})
                 yield renamed, self._rounded(name, base.members(base.groups[first])[first], kept)
 
+    @quiet_transformers()
     def _save_loaded(self, staging: Path, kept: list[Kept], most: int) -> None:
         """Merge a base that is in memory, and let transformers store the result."""
         if self.untied:

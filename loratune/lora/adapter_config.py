@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from pathlib import Path
 from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,33 +17,36 @@ from pydantic_core import PydanticCustomError
 from loratune.codes import Code
 from loratune.config.expressions import BadPatternError, TimeLimit, compile_pattern, full_matches
 from loratune.errors import AdapterError, Problem
+from loratune.lora.module_names import ends_in, last, without_wrappers
 
-MAX_LAYERS = 1_000
-"""Layers that `layer_replication` may make; each is a copy of its own."""
-MAX_PARAMETERS = 1_000
-"""Entries of `target_parameters`: each layer has a few tensors that it can mean."""
+CONFIG_FILE = "adapter_config.json"
+MAX_ENTRIES = 1_000
+"""Layers that `layer_replication` may make, each of which is a copy; entries of `target_parameters`."""
 MIN_ALLOWED = 64
 """How many names and patterns are always allowed, even if there are fewer modules."""
 
 _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
-_LORA_A = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?A(\.weight)?$")
+FACTOR = re.compile(
+    r"^base_model\.model\.(?P<path>.*)\.lora_(?P<embedding>embedding_)?(?P<kind>A|B|magnitude_vector)(\.weight)?$"
+)
+"""Names of the tensors of LoRA in an adapter file; the groups path and kind say whose they are, and which."""
+_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` with which PEFT leaves the base as it is."""
+_FROM_BASE = ("pissa", "olora")
+"""Those with which it takes a part out of the base, and the same part whenever it loads the adapter."""
 _ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 def _few_layers(ranges: list[list[int]]) -> list[list[int]]:
-    if sum(max(0, end - start) for start, end in ranges) > MAX_LAYERS:
-        raise ValueError(f"more than {MAX_LAYERS:,} layers")
+    if sum(max(0, end - start) for start, end in ranges) > MAX_ENTRIES:
+        raise ValueError(f"more than {MAX_ENTRIES:,} layers")
     return ranges
 
 
 _Number = Annotated[float, Field(gt=0, le=1e300)]  # a larger number has no float, or is inf
 _Names: TypeAlias = list[str] | str | None
-_Ranges = Annotated[
-    list[Annotated[list[int], Field(min_length=2, max_length=2)]],
-    Field(max_length=MAX_LAYERS),
-    AfterValidator(_few_layers),
-]
+_Ranges = Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]], AfterValidator(_few_layers)]
 
 
 class _SavedConfig(BaseModel):
@@ -65,7 +68,7 @@ class _SavedConfig(BaseModel):
     exclude_modules: _Names = None
     layers_pattern: _Names = None
     modules_to_save: _Names = None
-    target_parameters: Annotated[list[str], Field(max_length=MAX_PARAMETERS)] | None = None
+    target_parameters: Annotated[list[str], Field(max_length=MAX_ENTRIES)] | None = None
     rank_pattern: dict[str, _Number] | None = None
     alpha_pattern: dict[str, _Number] | None = None
     layers_to_transform: list[int] | int | None = None
@@ -87,28 +90,8 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
             str((*details["loc"], "target_modules")[0]): details["msg"].removeprefix("Input ")
             for details in error.errors()
         }
-        raise AdapterError([_invalid(f"not valid: {what}", where, key) for key, what in messages.items()]) from None
-
-
-def _invalid(what: str, where: str, key: str) -> Problem:
-    return Problem(Code.ADAPTER_INVALID, what, where, key)
-
-
-def adapted_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Path → rank of each module, by the shapes of an adapter's tensors."""
-    matches = {name: _LORA_A.match(name) for name in tensors}
-    return {match["path"]: tensors[name][0] for name, match in matches.items() if match and tensors[name]}
-
-
-def parameters_of(config: Mapping[str, Any], path: str) -> list[str]:
-    """The names of the parameters that the A and B at a path may belong to, none where they are those of a module.
-
-    With `target_parameters` PEFT wraps the module that holds a parameter, once for each that it adapts, so that the
-    paths of A and B are `experts` and `experts.base_layer`, and no name of a parameter is in the file.
-    """
-    owner = re.sub(r"\.base_layer(?=\.|$)", "", path)
-    names = {entry: f"{owner}.{entry.rpartition('.')[2]}" for entry in config.get("target_parameters") or []}
-    return [name for entry, name in names.items() if name == entry or name.endswith(f".{entry}")]
+        problems = [Problem(Code.ADAPTER_INVALID, f"not valid: {what}", where, key) for key, what in messages.items()]
+        raise AdapterError(problems) from None
 
 
 @dataclass(frozen=True)
@@ -119,40 +102,163 @@ class ModuleSettings:
     scaling: float
 
 
-def module_settings(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[int, ...]],
-    where: str,
-    parameters: Mapping[str, str] = MappingProxyType({}),
-) -> dict[str, ModuleSettings]:
-    """Path → what the configuration says of each module that an adapter's tensors belong to.
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A saved configuration, and what it says of the modules that the tensors of the adapter belong to.
 
-    Args:
-        config: The adapter's configuration.
-        tensors: Name → shape of each of its tensors.
-        where: The configuration's file.
-        parameters: Path → name of the parameter, where A and B do not belong to a module; see `parameters_of`.
-
-    Raises:
-        AdapterError: A pattern is not a regular expression or takes too long, or there are too many.
+    Attributes:
+        path: The adapter directory.
+        config: Content of adapter_config.json.
+        tensors: Name → shape of the adapter's tensors.
     """
-    modules = adapted_modules(tensors)
-    values: dict[str, dict[str, float]] = {}
-    for key, default in _PATTERNS.items():
-        entries = config.get(key) or {}
-        _check_number(len(entries), len(modules), where, key)
-        try:
-            found = _first_matches(entries, [parameters.get(path, path) for path in modules])
-            for path in modules:
-                value = found.get(parameters.get(path, path), config[default])
-                values.setdefault(path, {})[key] = float(value)
-        except BadPatternError as error:
-            raise AdapterError(_invalid(f"one of its patterns {error}", where, key)) from None
-    settings: dict[str, ModuleSettings] = {}
-    for path, by_key in values.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
-        rank, alpha = by_key["rank_pattern"], by_key["alpha_pattern"]
-        settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
-    return settings
+
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+
+    @property
+    def where(self) -> str:
+        """The file of the configuration."""
+        return str(self.path / CONFIG_FILE)
+
+    @property
+    def base(self) -> str:
+        """The directory or hub id of the base model."""
+        return str(self.config["base_model_name_or_path"])
+
+    @property
+    def init(self) -> Any:
+        """How the adapter was initialized: `init_lora_weights`, in lower case as PEFT compares it."""
+        value = self.config.get("init_lora_weights", True)
+        return value.lower() if isinstance(value, str) else value
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether PEFT takes a part out of the base when it loads the adapter."""
+        return self.init in _FROM_BASE
+
+    @property
+    def is_reproducible(self) -> bool:
+        """Whether the files are enough: PEFT left the base as it was, or takes the same part out of it again."""
+        return self.init in (*_KEEPS_BASE, *_FROM_BASE)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Path → rank of each module, by the shapes of the tensors."""
+        return ranks_of(self.tensors)
+
+    @property
+    def factors(self) -> dict[str, dict[str, str]]:
+        """Path of each adapted layer → `A` and `B`, as far as there are such tensors → the name of the tensor."""
+        return factors_in(self.tensors)
+
+    def parameters_of(self, path: str) -> list[str]:
+        """The names of the parameters that the A and B at a path may belong to, none where they are those of a module.
+
+        With `target_parameters` PEFT wraps the module that holds a parameter, once for each that it adapts, so that the
+        paths of A and B are `experts` and `experts.base_layer`, and no name of a parameter is in the file.
+        """
+        owner = without_wrappers(path)
+        names = {entry: f"{owner}.{last(entry)}" for entry in self.config.get("target_parameters") or []}
+        return [name for entry, name in names.items() if ends_in(name, entry)]
+
+    def settings(self, parameters: Mapping[str, str] | None = None) -> dict[str, ModuleSettings]:
+        """Path → what the configuration says of each module that the tensors belong to.
+
+        Args:
+            parameters: Path → name of the parameter, where A and B do not belong to a module; see `parameters_of`.
+
+        Raises:
+            AdapterError: A pattern is not a regular expression or takes too long, or there are too many.
+        """
+        names = {path: (parameters or {}).get(path, path) for path in self.ranks}
+        values: list[dict[str, Any]] = []
+        for key, default in _PATTERNS.items():
+            entries = self.config.get(key) or {}
+            self._check_number(len(entries), len(names), key)
+            try:
+                values.append(_first_matches(entries, names.values()) | {"": self.config[default]})
+            except BadPatternError as error:
+                raise self._invalid(f"one of its patterns {error}", key) from None
+        ranks, alphas = values
+        settings: dict[str, ModuleSettings] = {}
+        for path, name in names.items():  # PEFT multiplies B·A by lora_alpha over the rank, or over its root
+            rank, alpha = float(ranks.get(name, ranks[""])), float(alphas.get(name, alphas[""]))
+            settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+        return settings
+
+    def checked_settings(self) -> dict[str, ModuleSettings]:
+        """`settings`. Raises AdapterError also if a rank is not that of the tensor."""
+        settings = self.settings()
+        for path, rank in self.ranks.items():  # the A of a parameter holds the rows of all experts
+            if settings[path].rank != rank and not self.parameters_of(path):
+                raise self._invalid(f"has rank {rank} where the configuration says {settings[path].rank:g}", path)
+        return settings
+
+    def peft_values(self, modules: Sequence[str], parameters: Sequence[str]) -> dict[str, Any]:
+        """Values for fields of `peft.LoraConfig` that replace those that are saved: exact names for its expressions.
+
+        Ranks are at most one more than the largest of the tensors. The modules of the tensors have their own rank; any
+        other module that PEFT matches is an error, whatever its rank, and should not cost the memory of a rank of 10⁹.
+
+        Args:
+            modules: The paths of the modules of the model.
+            parameters: The names of its parameters.
+
+        Raises:
+            AdapterError: An expression is not one or takes too long, there are more entries than modules, or a rank is
+                not that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
+        """
+        self.checked_settings()
+        self._check_lists(modules)
+        most = max(self.ranks.values(), default=0) + 1
+        values: dict[str, Any] = {"r": min(int(self.config["r"]), most)}
+        for key in ("target_modules", "exclude_modules", *_PATTERNS):
+            entry = self.config.get(key)
+            try:
+                if isinstance(entry, str) and entry != _ALL_LINEAR:
+                    values[key] = set(full_matches(entry, modules))
+                elif isinstance(entry, dict) and key in _PATTERNS:
+                    names = [*modules, *(parameters if self.config.get("target_parameters") else ())]
+                    values[key] = _exact(_first_matches(entry, names))
+            except BadPatternError as error:
+                raise self._invalid(f"its expression {error}", key) from None
+        if "rank_pattern" in values:
+            values["rank_pattern"] = {name: min(int(rank), most) for name, rank in values["rank_pattern"].items()}
+        return values
+
+    def _check_lists(self, modules: Sequence[str]) -> None:
+        """Check the lists in a configuration. Arguments and errors as of `peft_values`."""
+        layers = sum(end - start for start, end in self.config.get("layer_replication") or [] if end > start)
+        self._check_number(layers, len(self.ranks), "layer_replication")
+        for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            entries = [value] if isinstance(value := self.config.get(key) or [], str) else value
+            self._check_number(len(entries), len(modules), key)
+            others = [entry for entry in entries if not _PLAIN_NAME.fullmatch(entry)]
+            if others and key in ("layers_pattern", "modules_to_save"):  # PEFT makes expressions of them
+                raise self._invalid(f"`{others[0]}` is not the name of a module", key)
+
+    def _check_number(self, count: int, modules: int, key: str) -> None:
+        if count > max(MIN_ALLOWED, modules):
+            raise self._invalid(f"has {count:,} entries for {modules:,} modules", key)
+
+    def _invalid(self, what: str, key: str) -> AdapterError:
+        return AdapterError(Problem(Code.ADAPTER_INVALID, what, self.where, key))
+
+
+def ranks_of(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Path → rank of each module, by the shapes of an adapter's tensors."""
+    shapes = {name: shape for name, shape in tensors.items() if shape}
+    return {path: shapes[names["A"]][0] for path, names in factors_in(shapes).items() if "A" in names}
+
+
+def factors_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Path of each adapted layer → `A` and `B`, as far as there are such tensors → the name of the tensor."""
+    found: dict[str, dict[str, str]] = {}
+    for name in names:
+        if (match := FACTOR.match(name)) and match["kind"] in "AB":
+            found.setdefault(match["path"], {})[match["kind"]] = name
+    return found
 
 
 def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
@@ -169,85 +275,6 @@ def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[s
                 found[name] = value
                 break
     return found
-
-
-def _check_number(count: int, modules: int, where: str, key: str) -> None:
-    if count > max(MIN_ALLOWED, modules):
-        what = f"has {count:,} entries for {modules:,} modules"
-        raise AdapterError(_invalid(what, where, key))
-
-
-def checked_settings(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], where: str
-) -> dict[str, ModuleSettings]:
-    """`module_settings`, with the same arguments and errors.
-
-    Raises:
-        AdapterError: Also if a rank is not that of the tensor.
-    """
-    modules, settings = adapted_modules(tensors), module_settings(config, tensors, where)
-    wrongs = (path for path, rank in modules.items() if settings[path].rank != rank and not parameters_of(config, path))
-    if wrong := next(wrongs, None):  # the A of a parameter holds the rows of all experts
-        what = f"has rank {modules[wrong]} where the configuration says {settings[wrong].rank:g}"
-        raise AdapterError(_invalid(what, where, wrong))
-    return settings
-
-
-def peft_values(
-    config: Mapping[str, Any],
-    tensors: Mapping[str, tuple[int, ...]],
-    modules: Sequence[str],
-    parameters: Sequence[str],
-    where: str,
-) -> dict[str, Any]:
-    """Values for fields of `peft.LoraConfig` that replace those of a saved adapter: exact names for its expressions.
-
-    Ranks are at most one more than the largest of the tensors. The modules of the tensors have their own rank; any
-    other module that PEFT matches is an error, whatever its rank, and should not cost the memory of a rank of 10⁹.
-
-    Args:
-        config: The adapter's configuration.
-        tensors: Name → shape of each of its tensors.
-        modules: The paths of the modules of the model.
-        parameters: The names of its parameters.
-        where: The configuration's file.
-
-    Raises:
-        AdapterError: An expression is not one or takes too long, there are more entries than modules, or a rank is not
-            that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
-    """
-    checked_settings(config, tensors, where)
-    _check_lists(config, tensors, modules, where)
-    most = max(adapted_modules(tensors).values(), default=0) + 1
-    values: dict[str, Any] = {"r": min(int(config["r"]), most)}
-    for key in ("target_modules", "exclude_modules", *_PATTERNS):
-        entry = config.get(key)
-        try:
-            if isinstance(entry, str) and entry != _ALL_LINEAR:
-                values[key] = set(full_matches(entry, modules))
-            elif isinstance(entry, dict) and key in _PATTERNS:
-                names = [*modules, *(parameters if config.get("target_parameters") else ())]
-                values[key] = _exact(_first_matches(entry, names))
-        except BadPatternError as error:
-            raise AdapterError(_invalid(f"its expression {error}", where, key)) from None
-    if "rank_pattern" in values:
-        values["rank_pattern"] = {name: min(int(rank), most) for name, rank in values["rank_pattern"].items()}
-    return values
-
-
-def _check_lists(
-    config: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], modules: Sequence[str], where: str
-) -> None:
-    """Check the lists in a configuration. Arguments and errors as of `peft_values`."""
-    layers = sum(end - start for start, end in config.get("layer_replication") or [] if end > start)
-    _check_number(layers, len(adapted_modules(tensors)), where, "layer_replication")
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
-        if isinstance(value := config.get(key), list):
-            _check_number(len(value), len(modules), where, key)
-    for key in ("layers_pattern", "modules_to_save"):  # PEFT makes expressions of them
-        entries = [value] if isinstance(value := config.get(key) or [], str) else value
-        if other := next((entry for entry in entries if not _PLAIN_NAME.fullmatch(entry)), None):
-            raise AdapterError(_invalid(f"`{other}` is not the name of a module", where, key))
 
 
 def _exact(found: Mapping[str, float]) -> dict[str, float]:

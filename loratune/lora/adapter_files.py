@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
-from loratune.lora import adapter_config
+from loratune.lora.adapter_config import CONFIG_FILE as CONFIG_FILE
+from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.system.directories import RECORD
 from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256
 
 _log = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 RECORD_FILE = RECORD
 
@@ -37,10 +37,6 @@ safetensors they read no pickle."""
 _IGNORED_DIRECTORIES = (".git", ".cache")  # of git and of the hub's client; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
-_KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` with which PEFT leaves the base as it is."""
-_FROM_BASE = ("pissa", "olora")
-"""Those with which it takes a part out of the base, and the same part whenever it loads the adapter."""
 _CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, where it was trained"
 _NOT_RECORDED = {
     "pissa_niter_": ("subtracts a part of the base, by random numbers that differ at each load", _CONVERT),
@@ -53,39 +49,17 @@ _NOT_RECORDED = {
 
 
 @dataclass(frozen=True)
-class AdapterFiles:
+class AdapterFiles(AdapterConfig):
     """An adapter directory whose files are readable.
 
     Attributes:
-        path: The directory.
-        config: Content of adapter_config.json.
-        tensors: Name → shape of the adapter's tensors.
         record: Content of loratune.json; empty if there is none.
         copies: File and name → shape of tensors of the base, which PEFT saves beside LoRA on embeddings and on the
             output layer. They have to be the base's own, see `tensors.check_copies`, and are not read otherwise.
     """
 
-    path: Path
-    config: dict[str, Any]
-    tensors: dict[str, tuple[int, ...]]
     record: dict[str, Any]
     copies: dict[tuple[Path, str], tuple[int, ...]] = field(default_factory=dict)
-
-    @property
-    def base(self) -> str:
-        """The directory or hub id of the base model."""
-        return str(self.config["base_model_name_or_path"])
-
-    @property
-    def init(self) -> Any:
-        """How the adapter was initialized: `init_lora_weights`, in lower case as PEFT compares it."""
-        value = self.config.get("init_lora_weights", True)
-        return value.lower() if isinstance(value, str) else value
-
-    @property
-    def changes_base(self) -> bool:
-        """Whether PEFT takes a part out of the base when it loads the adapter."""
-        return self.init in _FROM_BASE
 
     @property
     def base_fingerprint(self) -> str | None:
@@ -100,8 +74,8 @@ class AdapterFiles:
         recorded = self.record.get("target_parameters")
         known = recorded if isinstance(recorded, Mapping) else {}
         found = {}
-        for path in adapter_config.adapted_modules(self.tensors):
-            names = adapter_config.parameters_of(self.config, path)
+        for path in self.ranks:
+            names = self.parameters_of(path)
             if len(names) == 1 or known.get(path) in names:
                 found[path] = names[0] if len(names) == 1 else known[path]
         return found
@@ -149,7 +123,11 @@ def inspect(path: Path) -> AdapterFiles:
     shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE
     copies = {(file, name): shapes.pop(name) for name in [*shapes] if _is_copy(name, config)}
     files = AdapterFiles(path, config, shapes, _read_record(path / RECORD_FILE), copies)
-    _check_init(files)
+    if not files.is_reproducible:
+        init = str(files.init)
+        reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))
+        what = f"what was trained cannot be computed from its files: with {init}, PEFT {reason}"
+        raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, files.where, "init_lora_weights", fix))
     return files
 
 
@@ -246,7 +224,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     where, key, config = str(path), "base_model_name_or_path", _read_json(path)
     if config.get("peft_type") != "LORA":
         raise AdapterError(Problem(Code.ADAPTER_INVALID, "not the configuration of a LoRA adapter", where))
-    adapter_config.check_values(config, where)
+    check_values(config, where)
     if keys := [key for key in _CODE if config.get(key)]:
         what = "names code, and code of an adapter is not run"
         raise AdapterError(Problem(Code.ADAPTER_UNSAFE, what, where, keys[0], "set it to null"))
@@ -263,17 +241,6 @@ def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
         return False
     is_trained = kind == "bias" and config.get("bias") not in (None, "none")
     return not is_trained and (path.endswith(".base_layer") or not config.get("modules_to_save"))
-
-
-def _check_init(files: AdapterFiles) -> None:
-    """Raises AdapterError: PEFT changed the base as it initialized the adapter, and the files do not record how."""
-    if files.init in (*_KEEPS_BASE, *_FROM_BASE):
-        return
-    init = str(files.init)
-    reason, fix = next(found for start, found in _NOT_RECORDED.items() if init.startswith(start))
-    what = f"what was trained cannot be computed from its files: with {init}, PEFT {reason}"
-    where, key = str(files.path / CONFIG_FILE), "init_lora_weights"
-    raise AdapterError(Problem(Code.ADAPTER_NOT_REPRODUCIBLE, what, where, key, fix))
 
 
 def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:

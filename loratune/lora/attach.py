@@ -26,7 +26,7 @@ from loratune.config import LoraSection
 from loratune.errors import AdapterError, ModelError, NumericError, Problem
 from loratune.events import progress
 from loratune.kernels import Adapted
-from loratune.lora import adapter_config, initialize, parameters, targets
+from loratune.lora import initialize, parameters, targets
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import join_first
 from loratune.lora.parameters import Count, file_bytes
@@ -239,7 +239,7 @@ def unknown_keys(files: AdapterFiles) -> list[str]:
     Raises:
         AdapterError: Such a key has a value, which PEFT would ignore.
     """
-    where, known = str(files.path / CONFIG_FILE), {field.name for field in fields(LoraConfig)}
+    where, known = files.where, {field.name for field in fields(LoraConfig)}
     unknown = {key: value for key, value in files.config.items() if key not in known}
     if effective := sorted(key for key, value in unknown.items() if value not in (None, False, {}, [])):
         what, fix = "this version of PEFT does not know it", "upgrade peft, or remove it"
@@ -256,7 +256,7 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
         name: PEFT's name for it.
 
     Raises:
-        AdapterError: As `adapter_config.peft_values`; the configuration does not fit the base; tensors are missing from
+        AdapterError: As `AdapterConfig.peft_values`; the configuration does not fit the base; tensors are missing from
             the file, or it has others, or of other shapes, than this base needs.
     """
     config = _saved_config(base, files)
@@ -283,11 +283,11 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> BaseSnapshot:
 
 
 def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
-    """A saved configuration as PEFT is given it, with exact names. Raises as `adapter_config.peft_values`."""
+    """A saved configuration as PEFT is given it, with exact names. Raises as `AdapterConfig.peft_values`."""
     plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
     modules = [path for path, _ in plain.named_modules() if path]
     parameters = [name for name, _ in plain.named_parameters()]
-    values = adapter_config.peft_values(files.config, files.tensors, modules, parameters, str(files.path / CONFIG_FILE))
+    values = files.peft_values(modules, parameters)
     with _as_mismatch(files):
         return replace(LoraConfig.from_pretrained(str(files.path)), **values)
 

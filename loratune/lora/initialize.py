@@ -7,7 +7,6 @@ W + s·[B, -B0]·[A; A0], so the file holds a plain LoRA of rank 2r that fits th
 """
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -24,8 +23,8 @@ from loratune.codes import Code
 from loratune.config import AUTO, LoraSection
 from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Problem
 from loratune.lora import upstream
-from loratune.lora.adapter_config import adapted_modules, checked_settings, module_settings, parameters_of
-from loratune.lora.adapter_files import CONFIG_FILE, AdapterFiles
+from loratune.lora.adapter_config import FACTOR, ranks_of
+from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.mixture import effective_keys
 from loratune.lora.module_names import WRAPPER_PREFIX, ends_in, join_counts, join_first, without_wrappers
 from loratune.lora.parameters import experts_of, wrapped_parameters
@@ -178,9 +177,6 @@ def _lora_layers(model: PeftModel) -> Iterable[tuple[str, LoraLayer]]:
 
 START_KEY = "lora.start_from"
 
-_FACTOR = re.compile(
-    rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?$"
-)
 _COMPARED = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "target_parameters"}
 """Keys of an adapter's configuration that may be set, and are compared with those of the run."""
 
@@ -191,10 +187,10 @@ def start_settings(files: AdapterFiles) -> dict[str, Any]:
     The rank is the highest of its tensors, as those of a run may not be lower; of tensors of several experts, it is the
     one in the configuration. Whatever else is in its configuration is a stranger's, and left out.
     """
-    ranks = adapted_modules(files.tensors)
-    of_modules = [rank for path, rank in ranks.items() if not parameters_of(files.config, path)]
-    of_parameters = [files.config["r"], *(files.config.get("rank_pattern") or {}).values()]
-    highest = max(of_modules if len(of_modules) == len(ranks) else [*of_modules, *of_parameters], default=0)
+    ranks = [rank for path, rank in files.ranks.items() if not files.parameters_of(path)]
+    if len(ranks) < len(files.ranks):
+        ranks += [files.config["r"], *(files.config.get("rank_pattern") or {}).values()]
+    highest = max(ranks, default=0)
     found = {"r": highest, "lora_alpha": files.config["lora_alpha"], "target_modules": files.config["target_modules"]}
     if isinstance(alpha := found["lora_alpha"], float) and alpha.is_integer():
         found["lora_alpha"] = int(alpha)
@@ -229,19 +225,18 @@ def start_values(
         AdapterError: As `adapter_config.checked_settings` and `tensors.read_adapter`; the saved adapter does not fit
             the base, or is of a kind that is not trained further.
     """
-    where = str(files.path / CONFIG_FILE)
     unknown = {key: "is not trained here" for key in {*effective_keys(files)} - _COMPARED}
     unknown |= {"init_lora_weights": f"{files.init} changes the base itself"} if files.changes_base else {}
     if unknown:
-        raise AdapterError([Problem(Code.LORA_START, what, where, key) for key, what in sorted(unknown.items())])
-    checked_settings(files.config, files.tensors, where)
+        raise AdapterError([Problem(Code.LORA_START, what, files.where, key) for key, what in sorted(unknown.items())])
+    files.checked_settings()
     layers = {name.removeprefix(WRAPPER_PREFIX): layer for name, layer in _lora_layers(model)}
     if problems := [*_contradictions(model, section, files, fresh)] or [*_lost_ranks(layers, files)]:
         raise ConfigError(problems)
     _check_shapes(fresh, files)
     if next(iter(fresh.values())).is_meta:
         return dict(fresh)
-    settings = module_settings(files.config, files.tensors, where, wrapped_parameters(model))
+    settings = files.settings(wrapped_parameters(model))
     scales = {path: old.scaling / float(layers[path].scaling["default"]) for path, old in settings.items()}
     saved = read_adapter(files)
     return {
@@ -262,12 +257,12 @@ def _grown(
         scales: Path → factor of B.
         layers: Path → the adapted layer.
     """
-    match = _FACTOR.match(name)
+    match = FACTOR.match(name)
     values = fresh.clone()
-    if match and match["kind"].endswith("B"):
+    if match and match["kind"] == "B":
         scaled = saved.double() * scales[match["path"]] if scales[match["path"]] != 1 else saved
         values[:, : saved.shape[1]] = scaled.to(fresh)
-    elif match and match["kind"].endswith("A"):
+    elif match and match["kind"] == "A":
         experts = experts_of(layers[match["path"]])  # whose rows follow each other; the columns of B are by rank
         by_expert, old = values.view(experts, -1, fresh.shape[-1]), saved.to(fresh)
         by_expert[:, : len(saved) // experts] = old.reshape(experts, -1, fresh.shape[-1])
@@ -295,12 +290,12 @@ def _contradictions(
     entries, stacked = old.get("target_parameters") or [], {*wrapped_parameters(model).values()}
     names = (without_wrappers(name) for name, _ in model.get_base_model().named_parameters())
     only = stacked ^ {name for name in names if any(ends_in(name, entry) for entry in entries)}
-    targets = adapted_modules({name: tuple(tensor.shape) for name, tensor in fresh.items()})
-    only |= {path for path in adapted_modules(files.tensors) if not parameters_of(old, path) and path not in targets}
+    targets = ranks_of({name: tuple(tensor.shape) for name, tensor in fresh.items()})
+    only |= {path for path in files.ranks if not files.parameters_of(path) and path not in targets}
     if not changed:
-        new = {name for name in fresh if not _FACTOR.match(name) and not name.endswith("bias")}
+        new = {name for name in fresh if not FACTOR.match(name) and not name.endswith("bias")}
         only |= new - {*files.tensors}  # biases are also those of modules that are adapted for the first time
-        only |= {name for name in files.tensors if not _FACTOR.match(name) and name not in fresh}
+        only |= {name for name in files.tensors if not FACTOR.match(name) and name not in fresh}
     if only:
         shown = join_counts(sorted(name.removeprefix(WRAPPER_PREFIX) for name in only), 4)
         what = f"only one of the adapter and this run trains {shown}"
@@ -310,8 +305,9 @@ def _contradictions(
 
 def _lost_ranks(layers: Mapping[str, LoraLayer], files: AdapterFiles) -> Iterator[Problem]:
     """Modules whose rank would become smaller."""
-    saved = adapted_modules(files.tensors)
-    ranks = {path: (rank // experts_of(layers[path]), int(layers[path].r["default"])) for path, rank in saved.items()}
+    ranks = {
+        path: (rank // experts_of(layers[path]), int(layers[path].r["default"])) for path, rank in files.ranks.items()
+    }
     if lower := [path for path, (old, new) in ranks.items() if new < old]:
         what = (
             f"a part of the adapter would be lost on {join_counts(lower, 4)}: its rank is higher than that of this run"
@@ -322,13 +318,13 @@ def _lost_ranks(layers: Mapping[str, LoraLayer], files: AdapterFiles) -> Iterato
 
 def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
     """Raises AdapterError: tensors are missing, or have another shape than this base needs, ranks left aside."""
-    ranks, wrong = adapted_modules(files.tensors), []
+    ranks, wrong = files.ranks, []
     for name, tensor in fresh.items():
-        match, shape = _FACTOR.match(name), list(tensor.shape)
+        match, shape = FACTOR.match(name), list(tensor.shape)
         if name not in files.tensors and not (match and match["path"] in ranks):
             continue  # of a module that is adapted for the first time
-        if match and match["kind"].endswith(("A", "B")):
-            shape[0 if match["kind"].endswith("A") else 1] = ranks[match["path"]]
+        if match and match["kind"] in "AB":
+            shape[0 if match["kind"] == "A" else 1] = ranks[match["path"]]
         if shape != [*files.tensors.get(name, ())]:
             wrong.append(f"{name}, where the base needs {tuple(shape)}")
     if wrong:

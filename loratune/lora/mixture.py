@@ -6,8 +6,7 @@ Programs that read only `r` and `lora_alpha` of an adapter can read this form.
 """
 
 import json
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from torch.nn.functional import pad
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
-from loratune.lora import adapter_config, adapter_files, upstream
+from loratune.lora import adapter_files, upstream
+from loratune.lora.adapter_config import FACTOR
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import join_first
 from loratune.lora.tensors import Weights, not_finite, read_adapter
 
-_FACTOR = re.compile(r"^base_model\.model\.(?P<path>.*)\.lora_(embedding_)?(?P<factor>[AB])(\.weight)?$")
 _KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
 _HARMLESS = {
     *_KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
@@ -71,15 +70,6 @@ class PlainAdapter:
         return adapter_files.inspect(directory)
 
 
-def factors(tensors: Collection[str]) -> dict[str, dict[str, str]]:
-    """Path of each adapted layer → `A` and `B`, as far as there are such tensors → the name of the tensor."""
-    found: dict[str, dict[str, str]] = {}
-    for name, match in ((name, _FACTOR.match(name)) for name in tensors):
-        if match:
-            found.setdefault(match["path"], {})[match["factor"]] = name
-    return found
-
-
 def effective_keys(files: AdapterFiles) -> list[str]:
     """The keys of an adapter's configuration by which it computes something else than plain LoRA does."""
     defaults = {field.name: field.default for field in fields(upstream.LoraConfig)}
@@ -98,7 +88,7 @@ def obstacles(files: AdapterFiles) -> dict[str, str]:
     found = {key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA") for key in keys}
     if files.changes_base:
         found["init_lora_weights"] = f"PEFT changes the base's own weights as it loads it ({files.init})"
-    others = [name for name, shape in files.tensors.items() if not _FACTOR.match(name) or len(shape) != 2]
+    others = [name for name, shape in files.tensors.items() if not FACTOR.match(name) or len(shape) != 2]
     if others and not found:
         found[""] = f"it holds {join_first(others, 2)}, which are not A or B of a linear layer"
     return found
@@ -118,7 +108,7 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
             B is missing or has another rank; the sum is not finite.
     """
     if problems := [
-        Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be mixed: {reason}", str(files.path / CONFIG_FILE), key)
+        Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be mixed: {reason}", files.where, key)
         for files, _ in weighted
         for key, reason in obstacles(files).items()
     ]:
@@ -142,15 +132,14 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
 
 def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
     """Path of each module → its A and B. Raises AdapterError: one is missing, of another rank, or not finite."""
-    settings = adapter_config.checked_settings(files.config, files.tensors, str(files.path / CONFIG_FILE))
-    tensors, names = read_adapter(files), factors(files.tensors)
-    if missing := [path for path, found in names.items() if len(found) < 2]:
-        what = f"{len(missing)} modules have only one of A and B, among them {join_first(missing, 2)}"
-        raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path / WEIGHTS_FILE)))
-    return {
-        path: ((a, b), tensors[a].float(), tensors[b].float() * (weight * settings[path].scaling))
-        for path, a, b in ((path, found["A"], found["B"]) for path, found in names.items())
-    }
+    settings, tensors, layers = files.checked_settings(), read_adapter(files), {}
+    for path, names in files.factors.items():
+        if len(names) < 2:
+            what = f"{path} has only one of A and B"
+            raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path / WEIGHTS_FILE)))
+        a, b = names["A"], names["B"]
+        layers[path] = (a, b), tensors[a].float(), tensors[b].float() * (weight * settings[path].scaling)
+    return layers
 
 
 def _stacked(layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles]) -> PlainAdapter:

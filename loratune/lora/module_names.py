@@ -130,11 +130,6 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join(f"{first}-{last}" if last > first else f"{first}" for first, last in spans)
 
 
-def shared_module(module_pattern: str, fused: Sequence[str], shared_roles: Sequence[str]) -> str:
-    """`*.qkv_proj is one module for q, k, v: k and v are adapted as well`."""
-    return f"{module_pattern} is one module for {', '.join(fused)}: {adapted_too(shared_roles)}"
-
-
 def adapted_too(roles: Sequence[str]) -> str:
     """`k is adapted as well`, `k and v are adapted as well`."""
     return f"{' and '.join(roles)} {'is' if len(roles) == 1 else 'are'} adapted as well"

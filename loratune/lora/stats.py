@@ -5,7 +5,6 @@ s·Rb·Raᵀ, a matrix of rank x rank. The full update is never formed, and neit
 """
 
 import math
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,9 @@ from safetensors import safe_open
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
-from loratune.lora.adapter_config import ModuleSettings, adapted_modules, module_settings, parameters_of
+from loratune.lora.adapter_config import ModuleSettings
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import WRAPPER_PREFIX, natural_sort_key, pattern, shape_text, without_wrappers
-
-_A = re.compile(rf"^{re.escape(WRAPPER_PREFIX)}(?P<path>.*)\.lora_(?P<kind>embedding_)?A(?P<end>\.weight)?$")
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Update:
     unchanged: int = 0
 
 
-def updates(files: AdapterFiles) -> list[Update]:
+def measure(files: AdapterFiles) -> list[Update]:
     """Measure the update of each module of an adapter directory, in the order of its layers.
 
     Raises:
@@ -58,31 +55,27 @@ def updates(files: AdapterFiles) -> list[Update]:
     """
     module_updates, settings, parameters = [], _settings(files), files.parameters
     with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
-        for name in files.tensors:
-            if match := _A.match(name):
-                path = match["path"]
-                partner = f"{WRAPPER_PREFIX}{path}.lora_{match['kind'] or ''}B{match['end'] or ''}"
-                shapes = files.tensors[name], files.tensors.get(partner, ())
-                if min(map(len, shapes)) < 2 or shapes[1][1] != shapes[0][0]:
-                    what, where = "has no lora_B of its rank", str(files.path / WEIGHTS_FILE)
-                    raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, path))
-                factors = file.get_tensor(name), file.get_tensor(partner)
-                is_stacked = bool(parameters_of(files.config, path))
-                module_updates.append(
-                    _update(files, settings[path], parameters.get(path, path), *factors, is_stacked=is_stacked)
-                )
+        for path, names in files.factors.items():
+            down, up = (files.tensors.get(names.get(kind, ""), ()) for kind in "AB")
+            if min(len(down), len(up)) < 2 or up[1] != down[0]:
+                what, where = "lacks A or B, or they have different ranks", str(files.path / WEIGHTS_FILE)
+                raise AdapterError(Problem(Code.ADAPTER_INVALID, what, where, path))
+            factors = file.get_tensor(names["A"]), file.get_tensor(names["B"])
+            is_stacked = bool(files.parameters_of(path))
+            module_updates.append(
+                _update(files, settings[path], parameters.get(path, path), *factors, is_stacked=is_stacked)
+            )
     return sorted(module_updates, key=lambda update: natural_sort_key(update.module))
 
 
 def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
     """What the configuration says of each path. Raises AdapterError: it may say several things of a parameter."""
-    where, names = str(files.path / CONFIG_FILE), files.parameters
-    has_patterns = bool(files.config.get("rank_pattern") or files.config.get("alpha_pattern"))
-    for path in adapted_modules(files.tensors):
-        if has_patterns and path not in names and parameters_of(files.config, path):
+    has_patterns, names = bool(files.config.get("rank_pattern") or files.config.get("alpha_pattern")), files.parameters
+    for path in files.ranks:
+        if has_patterns and path not in names and files.parameters_of(path):
             what = "has ranks or scales of its own for some modules, and the files do not say whose tensors these are"
-            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, where, path))
-    return module_settings(files.config, files.tensors, where, names)
+            raise AdapterError(Problem(Code.ADAPTER_UNSUPPORTED, what, files.where, path))
+    return files.settings(names)
 
 
 def _update(
@@ -142,8 +135,8 @@ class AdapterStats:
 
 
 def adapter_stats(files: AdapterFiles) -> AdapterStats:
-    """Compute the statistics of an adapter. Raises AdapterError: see `updates`."""
-    module_updates = updates(files)
+    """Compute the statistics of an adapter. Raises AdapterError: see `measure`."""
+    module_updates = measure(files)
     targets: dict[str, list[str]] = {}
     for module_pattern in by_pattern(module_updates):
         targets.setdefault(module_pattern.rpartition(".")[2], []).append(module_pattern)

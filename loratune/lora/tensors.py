@@ -91,24 +91,21 @@ def full_weights(model: PeftModel) -> Weights:
         return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
-def merged(model: PeftModel, where: str) -> Any:
-    """The base with the adapter merged into it, which uses up the model.
+def dense(model: PeftModel, where: str, *, merged: bool) -> Any:
+    """The base with the adapter merged into it, or without the adapter, which uses up the model.
 
     Args:
         model: The base, with its weights as they are, and the adapter.
         where: The adapter, for messages.
+        merged: Whether the adapter is merged.
 
     Raises:
         AdapterError: The base is quantized.
     """
-    _check_dense(model, where)
-    return model.merge_and_unload(safe_merge=True)
-
-
-def unloaded(model: PeftModel, where: str) -> Any:
-    """The base without the adapter, which uses up the model. Arguments and errors as in `merged`."""
-    _check_dense(model, where)
-    return model.unload()
+    if getattr(model.get_base_model(), "is_quantized", False):
+        what, fix = "its base is quantized, and this writes whole weights", "train or merge on the base as it is"
+        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
+    return model.merge_and_unload(safe_merge=True) if merged else model.unload()
 
 
 def detached(model: PeftModel) -> Any:
@@ -117,12 +114,6 @@ def detached(model: PeftModel) -> Any:
     What the adapter changed in the weights of the base stays changed.
     """
     return model.unload()
-
-
-def _check_dense(model: PeftModel, where: str) -> None:
-    if getattr(model.get_base_model(), "is_quantized", False):
-        what, fix = "its base is quantized, and this writes whole weights", "train or merge on the base as it is"
-        raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
 
 
 def distribute_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

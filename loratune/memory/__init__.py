@@ -238,18 +238,19 @@ def estimate(
     """
     planned, weights_device = planned or Planned(), next(model.parameters()).device
     device = planned.device or (weights_device if weights_device.type != "meta" else torch.device("cpu"))
+    weight_format = planned.weight_format or format_of(model)
     step = TracedStep(
         rows=tuple(sorted(rows)[-batch:]),
         device=device,
         packed=packed,
         checkpointed=training.activation_checkpointing,
         accumulated=training.gradient_accumulation_steps > 1,
+        quantized=tuple(sorted(quantizable(model))) if weight_format != "none" else (),
+        keeps_input=weight_format == "8bit",
     )
-    weight_format = planned.weight_format or format_of(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = size(trainable)
-    quantized = quantizable(model) if weight_format != "none" else set()
-    traced = trace(model, step, adapted_linear, quantized, keeps_input=weight_format == "8bit")
+    traced = trace(model, step, adapted_linear)
     activations, peak = traced or _by_formula(model, step)
     tensors = Estimate(
         weights=weights(model, weight_format),

@@ -8,8 +8,8 @@ import copy
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,8 @@ class TracedStep:
         packed: Whether the rows are packed; otherwise all are padded to the longest.
         checkpointed: Whether activations are recomputed in the backward pass.
         accumulated: Whether gradients of earlier steps are held.
+        quantized: Sorted names of the modules that are quantized, or would be.
+        keeps_input: Whether these keep their inputs for the backward pass.
     """
 
     rows: tuple[tuple[int, int], ...]
@@ -61,6 +63,8 @@ class TracedStep:
     packed: bool = False
     checkpointed: bool = False
     accumulated: bool = False
+    quantized: tuple[str, ...] = ()
+    keeps_input: bool = False
 
     @property
     def length(self) -> int:
@@ -94,31 +98,29 @@ class _TooLong(Exception):
     """Tracing the rows in their full length would take too long, or too much memory."""
 
 
-def trace(
-    model: Any,
-    step: TracedStep,
-    reader: Callable[[nn.Module], Adapted | None],
-    quantized: Set[str],
-    *,
-    keeps_input: bool,
-) -> tuple[int, int] | None:
+def trace(model: Any, step: TracedStep, reader: Callable[[nn.Module], Adapted | None]) -> tuple[int, int] | None:
     """Trace one training step.
 
     Args:
         model: A `PeftModel` on any device; it stays as it is.
         step: The step. Where its rows are too long, shorter ones are traced, and the result is extrapolated.
         reader: Takes a module to its linear layer and LoRA; see `kernels.accelerate`.
-        quantized: Names of the modules that are quantized, or would be.
-        keeps_input: Whether these keep their inputs for the backward pass.
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, and the most that is allocated at once, gradients
         included; None if the code of the model does not run without data. A step is traced once per process: the
         trials of a sweep that differ in their learning rate only take the result of the first.
     """
-    key = _key(model, step, quantized, keeps_input=keeps_input)
+    key = _key(model, step)
     if any(map(has_hooks, model.modules())) or key not in _TRACED:  # a hook may do anything
-        _TRACED[key] = _run_trace(model, step, reader, quantized, keeps_input=keeps_input)
+        was_disabled, FAKE_TENSOR_LOG.disabled = FAKE_TENSOR_LOG.disabled, True  # of operations that fail without data
+        try:
+            _TRACED[key] = _trace_or_extrapolate(model, step, reader)
+        except Exception:  # Code that reads data fails without it, in as many ways as there are models.
+            _log.debug("activations are estimated by a formula: the model does not run without data", exc_info=True)
+            _TRACED[key] = None
+        finally:
+            FAKE_TENSOR_LOG.disabled = was_disabled
     return _TRACED[key]
 
 
@@ -126,48 +128,27 @@ _TRACED: dict[str, tuple[int, int] | None] = {}
 """The results of `trace` in this process."""
 
 
-def _key(model: Any, step: TracedStep, quantized: Set[str], *, keeps_input: bool) -> str:
+def _key(model: Any, step: TracedStep) -> str:
     """SHA-256 of all that decides the allocations of a step: modules, tensors, configuration, compiled code, step."""
     base = model.get_base_model()
     tensors = [(name, one.shape, one.dtype, one.requires_grad) for name, one in model.named_parameters()]
     hooks = [name for name, module in model.named_modules() if has_hooks(module)]
     code = kernels.variant(base.get_input_embeddings().weight), attn_implementation(base)
-    settings = base.config.to_json_string(use_diff=False)
-    parts = (model, settings, tensors, hooks, code, step, sorted(quantized), keeps_input)
+    parts = (model, base.config.to_json_string(use_diff=False), tensors, hooks, code, step)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _run_trace(
-    model: Any,
-    step: TracedStep,
-    reader: Callable[[nn.Module], Adapted | None],
-    quantized: Set[str],
-    *,
-    keeps_input: bool,
-) -> tuple[int, int] | None:
-    """See `trace`."""
-    with _silenced():
-        try:
-            fake = _fake_copy(model, step, quantized, keeps_input=keeps_input)
-            with kernels.accelerated(fake, reader):
-                with suppress(_TooLong):
-                    return _trace(fake, step)
-                with suppress(_TooLong):
-                    return _extrapolate(fake, step, SHORT_LENGTHS[0])
-                return _extrapolate(fake, step, SHORT_LENGTHS[1], limited=False)
-        except Exception:  # Code that reads data fails without it, in as many ways as there are models.
-            _log.debug("activations are estimated by a formula: the model does not run without data", exc_info=True)
-            return None
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    """Inside, torch does not log operations that fail without data."""
-    disabled, FAKE_TENSOR_LOG.disabled = FAKE_TENSOR_LOG.disabled, True
-    try:
-        yield
-    finally:
-        FAKE_TENSOR_LOG.disabled = disabled
+def _trace_or_extrapolate(
+    model: Any, step: TracedStep, reader: Callable[[nn.Module], Adapted | None]
+) -> tuple[int, int]:
+    """See `trace`. Raises whatever the model raises without data."""
+    fake = _fake_copy(model, step)
+    with kernels.accelerated(fake, reader):
+        with suppress(_TooLong):
+            return _trace(fake, step)
+        with suppress(_TooLong):
+            return _extrapolate(fake, step, SHORT_LENGTHS[0])
+        return _extrapolate(fake, step, SHORT_LENGTHS[1], limited=False)
 
 
 def _extrapolate(fake: Any, step: TracedStep, unit: int, *, limited: bool = True) -> tuple[int, int]:
@@ -200,7 +181,7 @@ def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, i
     return activations, tracker.peak
 
 
-def _fake_copy(model: Any, step: TracedStep, quantized: Set[str], *, keeps_input: bool) -> Any:
+def _fake_copy(model: Any, step: TracedStep) -> Any:
     """A copy of a model that is ready to train, and whose tensors are fake."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -210,10 +191,10 @@ def _fake_copy(model: Any, step: TracedStep, quantized: Set[str], *, keeps_input
 
     memo: dict[int, Any] = {}
     dtype = model.get_base_model().dtype
-    for name in quantized:
+    for name in step.quantized:
         module = model.get_submodule(name)
         with mode:
-            memo[id(module)] = _Quantized(module, dtype, step.device, keeps_input=keeps_input)
+            memo[id(module)] = _Quantized(module, dtype, step.device, keeps_input=step.keeps_input)
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(empty(parameter), requires_grad=parameter.requires_grad)
     for buffer in model.buffers():

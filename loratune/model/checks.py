@@ -267,7 +267,7 @@ def check_files(files: Iterable[Path], own: str = "") -> None:
             continue
         names = _code_names(values)
         if own and file.name == "adapter_config.json" and isinstance(values, dict):
-            names = chain(names, _texts(("base_model_name_or_path",), values.get("base_model_name_or_path")))
+            names = chain(names, _code_names(values.get(key := "base_model_name_or_path"), (key,), inside=True))
         problems += [
             Problem(Code.MODEL_FOREIGN_CODE, what, str(file), ".".join(keys), _FIX)
             for keys, text in names
@@ -291,20 +291,15 @@ def check_hub_kernels(config: Any, where: str) -> None:
             raise ModelError(Problem(Code.MODEL_FOREIGN_CODE, what, where, key, "take it out of config.json"))
 
 
-def _code_names(values: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Keys and text of everything that names code, at any depth."""
-    entries = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in entries:
-        path = (*keys, str(key))
-        yield from _texts(path, value) if key in _CODE else _code_names(value, path)
-
-
-def _texts(keys: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    if isinstance(value, str):
+def _code_names(
+    value: Any, keys: tuple[str, ...] = (), *, inside: bool = False
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Keys and text of everything that names code, at any depth. inside: the keys say that all texts do."""
+    if isinstance(value, str) and inside:
         yield keys, value
     elif isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _texts((*keys, str(key)), inner)
+            yield from _code_names(inner, (*keys, str(key)), inside=inside or key in _CODE)
 
 
 def _objection(keys: tuple[str, ...], text: str, own: str) -> str:

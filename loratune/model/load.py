@@ -9,7 +9,6 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -26,9 +25,20 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
-from loratune.model import checks, fingerprints, quantization, upstream
+from loratune.model import checks, fingerprints, upstream
 from loratune.model.fingerprints import FileStates
-from loratune.model.source import KEY, ModelSource, local_or_hub, locate
+from loratune.model.source import (
+    KEY,
+    QUANTIZATION_KEY,
+    ModelSource,
+    check_bitsandbytes,
+    check_trainable,
+    loading_config,
+    local_or_hub,
+    locate,
+    method,
+    record_of,
+)
 from loratune.system import launcher
 
 _LOADING_ERRORS = (
@@ -36,20 +46,36 @@ _LOADING_ERRORS = (
 )  # fmt: skip
 """What transformers, torch and safetensors raise for a model that cannot be loaded."""
 
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
 
-
-def load_config(section: ModelSection) -> Any:
+@upstream.quiet_transformers()
+def load_config(section: ModelSection, source: ModelSource | None = None) -> Any:
     """The model's configuration, without its weights. A GGUF file has one if the directory does not.
+
+    Args:
+        section: The settings of the model.
+        source: The model, if it is located already.
 
     Raises:
         ModelError: The model does not exist or cannot be downloaded from the hub; it is not a decoder-only
             causal language model, or needs remote code that is not trusted; it is quantized twice.
     """
-    return _read_config(section, locate(section))
+    source = source or locate(section)
+    try:
+        config = AutoConfig.from_pretrained(
+            source.name, **source.gguf_unless("config.json"), **_trusted_origin(section)
+        )
+    except Exception as error:  # a wrong value in config.json fails wherever it is first used
+        raise checks.unreadable("configuration", section, error) from None
+    checks.check_hub_kernels(config, section.name_or_path)
+    checks.check_decoder(config, section)
+    if section.quantization != "none" and (record := record_of(config.to_dict())) is not None:
+        what = f"{section.quantization} cannot be applied: the base is quantized already ({method(record)})"
+        fix = "set it to none, or use the base that is not quantized"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, QUANTIZATION_KEY, fix))
+    return config
 
 
+@upstream.quiet_transformers()
 def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> Any:
     """The model's tokenizer, or that of an adapter directory, which has no model configuration.
 
@@ -65,7 +91,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
     source = ModelSource(str(path))
     if (path / "config.json").is_file() or not (path / "tokenizer_config.json").is_file():
         source = locate(section)
-        _read_config(section, source)  # AutoTokenizer reads it too, and would blame the tokenizer for what is wrong
+        load_config(section, source)  # AutoTokenizer reads it too, and would blame the tokenizer for what is wrong
     file = source.gguf_unless("tokenizer_config.json", "tokenizer.json")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **file, **_trusted_origin(section))
@@ -80,6 +106,7 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
 
 
 @progress("loading the base")
+@upstream.quiet_transformers()
 def load_base(section: ModelSection) -> PreTrainedModel:
     """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is dequantized.
 
@@ -90,9 +117,9 @@ def load_base(section: ModelSection) -> PreTrainedModel:
             configuration; a quantized base lacks its packages or cannot be trained.
     """
     source = locate(section)
-    config = _read_config(section, source)
-    quantization_config = quantization.loading_config(section, config, compute_dtype(section))
-    is_packed = quantization_config is not None or quantization.record_of(config.to_dict()) is not None
+    config = load_config(section, source)
+    quantization_config = loading_config(section, config, compute_dtype(section))
+    is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
     before = FileStates(section)
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
@@ -117,7 +144,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     _copy_weights(model)
     before.check_unchanged()
     checks.check_complete(model, info, section.name_or_path)
-    quantization.check_trainable(model, section.name_or_path)
+    check_trainable(model, section.name_or_path)
     for module in model.modules():
         upstream.keep_4bit_backward(module)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
@@ -169,6 +196,7 @@ def _device_map(section: ModelSection, *, packed: bool) -> Any:
     return {"": device()} if packed or torch.cuda.is_available() else None
 
 
+@upstream.quiet_transformers()
 def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedModel:
     """The model on the meta device: every shape and no values, whatever its size. A quantized one is dense here.
 
@@ -196,8 +224,8 @@ def dense_model(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel
 
     The layers of GPTQ, AWQ and the like are not `nn.Linear`; those of bitsandbytes are.
     """
-    record = quantization.record_of(base.config.to_dict())
-    is_dense = record is None or quantization.method(record) == "bitsandbytes"
+    record = record_of(base.config.to_dict())
+    is_dense = record is None or method(record) == "bitsandbytes"
     return base if is_dense else build_meta(base.config, section)
 
 
@@ -235,19 +263,6 @@ def _largest(config: Any, name: str) -> int | None:
     parts = [text] if hasattr(text, name) else [getattr(text, part) for part in text.sub_configs]
     values = (getattr(part, name, None) for part in parts)
     return max((value for value in values if type(value) is int), default=None)
-
-
-def _read_config(section: ModelSection, source: ModelSource) -> Any:
-    origin, file = _trusted_origin(section), source.gguf_unless("config.json")
-    try:
-        config = AutoConfig.from_pretrained(source.name, **file, **origin)
-    except Exception as error:  # a wrong value in config.json fails wherever it is first used
-        raise checks.unreadable("configuration", section, error) from None
-    checks.check_hub_kernels(config, section.name_or_path)
-    checks.check_decoder(config, section)
-    record = quantization.record_of(config.to_dict())
-    quantization.check_not_quantized(record, section.name_or_path, section.quantization)
-    return config
 
 
 def _trusted_origin(section: ModelSection) -> dict[str, Any]:
@@ -302,7 +317,7 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
         if section.dtype == "bfloat16" and machine.gpu and not machine.bfloat16:
             what, fix = f"{machine.gpu} does not compute in bfloat16", "set it to float16 or float32"
             problems.append(Problem(Code.MODEL_UNSUPPORTED, what, key="model.dtype", fix=fix))
-        quantization.check_bitsandbytes(section.quantization, machine.bitsandbytes)
+        check_bitsandbytes(section.quantization, machine.bitsandbytes)
     if problems:
         raise ConfigError(problems)
 

@@ -1,23 +1,29 @@
-"""The source of a base model: a local directory or a repository of the hub. This module does not import torch."""
+"""The source of a base model, a local directory or a repository of the hub, and how the base is quantized. This module
+does not import torch."""
 
-import mmap
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path, PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import transformers
 from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from loratune.codes import Code
 from loratune.config import ModelSection
-from loratune.errors import ModelError, Problem, missing_package
+from loratune.errors import ConfigError, ModelError, Problem, missing_package
+from loratune.model import upstream
 from loratune.system.environment import cache_fix
+from loratune.system.launcher import sharding
+
+if TYPE_CHECKING:
+    import torch
 
 KEY = "model.name_or_path"
 GGUF_KEY = "model.gguf_file"
+QUANTIZATION_KEY = "model.quantization"
 
 
 @dataclass(frozen=True)
@@ -82,8 +88,9 @@ def is_directory(
             as `check_gguf`.
     """
     path, key, fix = Path(name_or_path).expanduser(), KEY, ""
-    if gguf_file is not None:
-        check_gguf_name(gguf_file)
+    if gguf_file is not None and (PurePath(gguf_file).is_absolute() or ".." in PurePath(gguf_file).parts):
+        fix = "name the directory in model.name_or_path, and only the file here"
+        raise ModelError(Problem(Code.MODEL_NOT_FOUND, "leads out of the model directory", gguf_file, GGUF_KEY, fix))
     if path.is_dir() and revision is not None and not trusted:
         what, key, fix = "a directory has no revisions", "model.revision", "leave it out"
     elif path.is_dir():
@@ -169,29 +176,13 @@ def summary(error: BaseException) -> str:
     return text.partition(". ")[0]
 
 
-# --- GGUF files: whether a file is one, and whether it is complete. The format:
-# https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+# --- GGUF files: whether a file is one, and whether it is complete
 
 LFS_START = b"version https://git-lfs"
 """How a file begins that Git LFS left as a pointer to the real one."""
 
-# Value types of metadata → their code in struct. 8 is a string, 9 an array.
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
-
 _checked: set[tuple[int, ...]] = set()
 """Device, inode, size and time of change of the files that this process has found to be whole."""
-
-
-def check_gguf_name(gguf_file: str) -> None:
-    """Check that the file is within its directory.
-
-    Raises:
-        ModelError: An absolute path, or one that leads out of the directory.
-    """
-    if PurePath(gguf_file).is_absolute() or ".." in PurePath(gguf_file).parts:
-        fix = "name the directory in model.name_or_path, and only the file here"
-        raise ModelError(Problem(Code.MODEL_NOT_FOUND, "leads out of the model directory", gguf_file, GGUF_KEY, fix))
 
 
 def check_gguf(path: Path) -> None:
@@ -214,13 +205,17 @@ def check_gguf(path: Path) -> None:
     if version in _checked:
         return
     with path.open("rb") as file:
-        start = file.read(len(LFS_START))
-        if start == LFS_START:
+        if file.read(len(LFS_START)) == LFS_START:
             raise ModelError(lfs_pointer(path))
-        if start[:4] != b"GGUF":
-            raise _damaged(path, "not a GGUF file", "")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check_complete(_Reader(data), path)
+    try:
+        split = import_module("gguf").GGUFReader(path).get_field("split.count")
+        parts = 1 if split is None else int(split.parts[-1][0])
+    except (ValueError, KeyError, IndexError, OverflowError, RecursionError) as error:
+        what, fix = f"damaged, cut off or of another format: {summary(error)}", "download it again"
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, where, GGUF_KEY, fix)) from None
+    if parts > 1:
+        what, fix = f"one of {parts} parts, which transformers does not join", "join them: llama-gguf-split --merge"
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, where, GGUF_KEY, fix))
     _checked.add(version)
 
 
@@ -230,80 +225,92 @@ def lfs_pointer(path: Path) -> Problem:
     return Problem(Code.MODEL_DAMAGED, what, str(path), fix=fix)
 
 
-class _Reader:
-    """Reads values one after another. Raises struct.error at the end of the file."""
+# --- Quantized bases: what their config.json records, and how transformers loads them
 
-    def __init__(self, data: mmap.mmap):
-        self.data, self.at = data, 4
-
-    def take(self, form: str) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{form}", self.data, self.at)
-        self.skip(struct.calcsize(f"<{form}"))
-        return values
-
-    def skip(self, count: int) -> None:
-        self.at += count
-        if self.at > len(self.data):
-            raise struct.error("past the end")
-
-    def text(self) -> bytes:
-        (length,) = self.take("Q")
-        start = self.at
-        self.skip(length)
-        return self.data[start : self.at]
-
-    def value(self, kind: int) -> Any:
-        """A value of metadata; None for an array, which is skipped."""
-        if kind in _SCALARS:
-            return self.take(_SCALARS[kind])[0]
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"metadata of the unknown type {kind}")
-        inner, length = self.take("IQ")
-        if inner in _SCALARS:
-            self.skip(length * struct.calcsize(f"<{_SCALARS[inner]}"))
-        else:
-            for _ in range(length):
-                self.value(inner)
-        return None
+_DEQUANTIZED = {
+    "compressed-tensors": "CompressedTensorsConfig",
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+    "mxfp8": "FineGrainedFP8Config",
+}
+"""`quant_method` → transformers' class of its settings, for bases that are dequantized as they are loaded: transformers
+computes with them, but does not have a backward for them on every machine."""
 
 
-def _check_complete(reader: _Reader, path: Path) -> None:
-    """Read the metadata and the table of tensors, and check that the last tensor ends within the file."""
-    try:
-        version, tensors, entries = reader.take("IQQ")
-        if version not in (2, 3):
-            raise _damaged(path, f"GGUF version {version}; only versions 2 and 3 can be read", "")
-        metadata = {}
-        for _ in range(entries):
-            key = reader.text()
-            metadata[key] = reader.value(*reader.take("I"))
-        end = _end_of_tensors(reader, tensors, int(metadata.get(b"general.alignment") or 32))
-    except struct.error:
-        raise _damaged(path, "cut off within its header") from None
-    except (ValueError, OverflowError) as error:
-        raise _damaged(path, f"damaged: {error}") from None
-    if (parts := metadata.get(b"split.count") or 1) > 1:
-        what = f"one of {parts} parts, which transformers does not join"
-        raise _damaged(path, what, "join them: llama-gguf-split --merge")
-    if end > (size := path.stat().st_size):
-        raise _damaged(path, f"cut off: it has {size:,} bytes of at least {end:,}")
+def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a model's configuration records of its quantization; None for a plain model. Multimodal ones may nest it."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping):
+            for key in ("quantization_config", "compression_config"):
+                if isinstance(part.get(key), Mapping) and part[key]:
+                    return dict(part[key])
+    return None
 
 
-def _damaged(path: Path, what: str, fix: str = "download it again") -> ModelError:
-    return ModelError(Problem(Code.MODEL_DAMAGED, what, str(path), GGUF_KEY, fix))
+def method(record: Mapping[str, Any]) -> str:
+    """The name of a recorded quantization."""
+    if record.get("load_in_4bit") or record.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(record.get("quant_method") or "unknown")
 
 
-def _end_of_tensors(reader: _Reader, tensors: int, alignment: int) -> int:
-    """How many bytes the file needs for all of its tensors; a tensor of an unknown type counts as empty. The package
-    gguf says how many numbers and how many bytes a block of each type has."""
-    end, sizes = 0, import_module("gguf").GGML_QUANT_SIZES
-    for _ in range(tensors):
-        reader.text()
-        (rank,) = reader.take("I")
-        shape = reader.take(f"{rank}Q")
-        kind, offset = reader.take("IQ")
-        numbers, width = sizes.get(kind, (1, 0))
-        end = max(end, offset + prod(shape) // numbers * width)
-    return -(-reader.at // alignment) * alignment + end
+def check_bitsandbytes(quantization: str, reason: str | None = None) -> None:
+    """Check that bitsandbytes works, which is imported only if it is needed.
+
+    Args:
+        quantization: The setting.
+        reason: Why it does not work; empty if it does, None to find out.
+
+    Raises:
+        ConfigError: 8bit or 4bit is set, and bitsandbytes does not work here.
+    """
+    if quantization != "none" and (reason := upstream.bitsandbytes_lacks() if reason is None else reason):
+        what, fix = f"{quantization} does not work here: {reason}", "repair bitsandbytes, or set it to none"
+        raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key=QUANTIZATION_KEY, fix=fix))
+
+
+def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dtype") -> Any:
+    """The `quantization_config` for `from_pretrained`; None leaves it to the model's own configuration.
+
+    Args:
+        section: The settings of the model.
+        config: The model's configuration.
+        compute_dtype: What 4-bit layers compute in.
+
+    Raises:
+        ModelError: transformers does not know how the base is quantized, or a package is missing.
+    """
+    if section.gguf_file is not None:
+        return transformers.GgufConfig(dequantize=True)
+    if (record := record_of(config.to_dict())) is not None:
+        name = method(record)
+        if name != "bitsandbytes" and not upstream.is_quantization_known(name):
+            what = f"the base is quantized by a method that transformers does not know ({name})"
+            fix = "use one that is not quantized, or by GPTQ"
+            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix))
+        try:
+            return getattr(transformers, _DEQUANTIZED[name])(dequantize=True) if name in _DEQUANTIZED else None
+        except ImportError as error:
+            raise ModelError(Problem(Code.SYSTEM_MISSING_PACKAGE, str(error), section.name_or_path)) from None
+    if section.quantization == "8bit":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    if section.quantization == "4bit":
+        return transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype,
+            bnb_4bit_quant_storage=compute_dtype if sharding() == "fsdp" else None,  # FSDP does not shard bytes
+        )  # fmt: skip
+    return None
+
+
+def check_trainable(model: "transformers.PreTrainedModel", name: str) -> None:
+    """Check that transformers has a backward for the quantization in which this base is held.
+
+    Raises:
+        ModelError: It has none.
+    """
+    quantizer = upstream.quantizer(model)
+    if quantizer is not None and not quantizer.is_trainable:
+        what = f"a base quantized with {quantizer.quantization_config.quant_method.value} cannot be trained"
+        fix = "use one that is not quantized, or by bitsandbytes or GPTQ"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, fix=fix))

@@ -21,8 +21,8 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
-from loratune.model import checks, quantization
-from loratune.model.source import cached_directory, local_or_hub, summary
+from loratune.model import checks
+from loratune.model.source import cached_directory, local_or_hub, method, record_of, summary
 from loratune.model.upstream import CheckpointLayout
 
 DTYPES = {
@@ -148,9 +148,9 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     """
     if section.gguf_file is not None:
         raise NotStreamableError("it is a GGUF file")
-    record = quantization.record_of(config.to_dict())
+    record = record_of(config.to_dict())
     if record is not None or section.quantization != "none":
-        name = section.quantization if record is None else quantization.method(record)
+        name = section.quantization if record is None else method(record)
         raise NotStreamableError(f"it is quantized ({name})")
     paths = _paths(section)
     if problems := list(checks.damaged_weights(section)):

@@ -12,6 +12,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import transformers
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # exported lazily
+    are_progress_bars_disabled,
+    disable_progress_bars,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -171,3 +175,25 @@ def hooks(module: Any) -> int:
     """How many hooks a module has. torch lists them in no documented place."""
     kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return sum(map(len, kinds))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers logs nothing but errors and shows no progress bars; at the end it does as before.
+
+    transformers switches the bars of huggingface_hub together with its own.
+    """
+    settings = transformers.logging
+    level, has_bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    hub_has_none = are_progress_bars_disabled()
+    settings.set_verbosity_error()
+    if has_bars:
+        settings.disable_progress_bar()
+    try:
+        yield
+    finally:
+        settings.set_verbosity(level)
+        if has_bars:
+            settings.enable_progress_bar()
+        if has_bars and hub_has_none:
+            disable_progress_bars()

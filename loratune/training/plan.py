@@ -22,7 +22,6 @@ from loratune.events import PlanEvent
 from loratune.lora import attach, parameters, tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import START_KEY, start_settings
-from loratune.lora.module_names import shared_module
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.lora.tensors import AdapterInit
@@ -119,15 +118,10 @@ class Plan:
             (f"first row{self.side_name(number)}, supervised text marked:", tuple(_shortened(self.row_text(number))))
             for number in range(self.datasets.train.rows_per_example)
         ]
-        shared = [
-            shared_module(module_pattern, self.targets.fused[module_pattern], roles)
-            for module_pattern, roles in self.targets.shared_roles().items()
-            if roles
-        ]
         return PlanEvent(
             rows=tuple(self.dataset_lines()),
             examples=tuple(examples),
-            notes=(*shared, *self.all_notes()),
+            notes=(*self.targets.shared_lines(), *self.all_notes()),
             summary=str(self.count),
             trainable=self.count.trainable,
             memory=self.memory.total,

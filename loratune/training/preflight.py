@@ -20,9 +20,8 @@ from loratune.data.sources.files import looks_like_hub_id
 from loratune.data.splits import RowHashes
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
-from loratune.model import quantization
 from loratune.model.source import KEY as BASE
-from loratune.model.source import is_directory
+from loratune.model.source import check_bitsandbytes, is_directory
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
@@ -101,7 +100,7 @@ def check(
         given: The rows of a program for some splits, instead of those that the config names.
 
     Raises:
-        ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
+        ConfigError: See `source.check_bitsandbytes`; there is no such chat template; a setting does not work
             with sharded weights; the package of a tracker is not installed.
         ModelError: See `source.is_directory`.
         AdapterError: The adapter to start from cannot be used, see `AdapterDirectory.open`; or it does not say which
@@ -115,7 +114,7 @@ def check(
         raise ConfigError(Problem(Code.TEMPLATE_INVALID, what, template, "data.chat_template", fix))
     _check_sharding(run)
     _check_trackers(run.training.report_to)
-    quantization.check_bitsandbytes(base.quantization)
+    check_bitsandbytes(base.quantization)
     is_directory(base.name_or_path, base.revision, base.gguf_file, trusted=base.trust_remote_code)
     absolute = with_absolute_paths(run)
     if given:

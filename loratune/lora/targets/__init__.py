@@ -8,7 +8,7 @@ select exactly the modules that were meant. A model with another name for a proj
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import ModelError, Problem
 from loratune.lora import module_names
-from loratune.lora.targets import entries
+from loratune.lora.targets.entries import KEY, PARAMETERS_KEY, Resolver
 from loratune.lora.targets.survey import (
     EXPERTS,
     SHARED_ROLES,
@@ -42,7 +42,7 @@ class Targets:
         roles: Each role or entry → full paths, in model order.
         modules: All of these paths that are modules, once each, in model order.
         names: For `LoraConfig.target_modules`: sorted suffixes that select exactly `modules`, together with the
-            `layers_to_transform` that `resolve` was given.
+            `layers_to_transform` of the section.
         fused: Path with layer numbers as `*` → the roles that one module serves, where it serves several; all of them
             are adapted together.
         notes: Notes for the user, one line each, on what may surprise.
@@ -94,6 +94,14 @@ class Targets:
             for entries in [entries_by_pattern[pattern]]
         }
 
+    def shared_lines(self) -> list[str]:
+        """Lines such as `*.qkv_proj is one module for q, k, v: k and v are adapted as well`."""
+        return [
+            f"{place} is one module for {', '.join(self.fused[place])}: {module_names.adapted_too(roles)}"
+            for place, roles in self.shared_roles().items()
+            if roles
+        ]
+
     def peft(self) -> dict[str, Any]:
         """Keyword arguments for `LoraConfig`, which gets `layers_to_transform` from the section."""
         return {
@@ -106,97 +114,50 @@ class Targets:
 
 
 def find(model: nn.Module, section: LoraSection) -> Targets:
-    """`resolve` for a whole section."""
-    return resolve(
-        model,
-        section.target_modules,
-        section.layers_to_transform,
-        target_parameters=section.target_parameters,
-        rank_pattern=section.rank_pattern,
-        alpha_pattern=section.alpha_pattern,
-        modules_to_save=section.modules_to_save,
-    )
-
-
-def resolve(
-    model: nn.Module,
-    target_modules: Sequence[str] | str,
-    layers: Sequence[int] | None = None,
-    *,
-    target_parameters: Sequence[str] | str | None = None,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha_pattern: Mapping[str, int] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-) -> Targets:
     """Find what a lora section adapts on this model.
 
     Source: https://huggingface.co/docs/peft/package_reference/lora (target_modules, target_parameters).
 
     Args:
         model: The model, which may be on the meta device.
-        target_modules: A list of roles and names (PEFT's rule: the whole path, or its end after a dot), where `q_proj`,
-            `k_proj`, `v_proj`, `o_proj` stand for the roles if the model has no such name. Or a string: `all-linear`
-            (every linear layer except the output embedding on which an adapter has an effect, with a note on what it
-            leaves out) or a regular expression for whole paths.
-        layers: `lora.layers_to_transform`, the numbers of the layers to adapt.
-        target_parameters: See `entries.parameters`.
-        rank_pattern: Role, name or regular expression → r of the targets that it matches.
-        alpha_pattern: The same for lora_alpha.
-        modules_to_save: Roles and names of modules that are trained whole.
+        section: The section. `target_modules` is a list of roles and names (PEFT's rule: the whole path, or its end
+            after a dot), where `q_proj`, `k_proj`, `v_proj`, `o_proj` stand for the roles if the model has no such
+            name. Or a string: `all-linear` (every linear layer except the output embedding on which an adapter has an
+            effect, with a note on what it leaves out) or a regular expression for whole paths.
 
     Raises:
         ModelError: With every entry that means nothing, or means modules only in some layers, or modules that LoRA
             cannot adapt, or contradicts another entry.
-        ConfigError: A regular expression does not compile or takes too long; a list is empty.
+        ConfigError: A regular expression does not compile or takes too long.
     """
-    survey, key = take(model), "lora.{}_pattern"
-    roles, problems = _meaning(survey, target_modules, target_parameters)
+    survey = take(model)
+    resolver, layers = Resolver(survey), section.layers_to_transform
+    by_module = resolver.modules(section.target_modules) if section.target_modules else {}
+    by_parameter = resolver.parameters(section.target_parameters or ())
+    roles = {entry: (*by_module.get(entry, ()), *by_parameter.get(entry, ())) for entry in [*by_module, *by_parameter]}
     if layers is not None:
-        roles, missing = entries.in_layers(roles, layers)
-        problems += missing
+        roles = resolver.in_layers(roles, layers)
     chosen = {path for paths in roles.values() for path in paths}
     modules = tuple(path for path in survey.modules if path in chosen)
     parameters = tuple(name for name in survey.parameters if name in chosen)
-    targets = (*modules, *parameters)
-    names, ambiguous = module_names.endings(modules, survey.modules, layers)
-    parameter_names, ambiguous_parameters = module_names.endings(parameters, survey.parameters, dots=1)
-    what = "PEFT cannot distinguish {} from another one whose path ends in the same way"
-    problems += [
-        Problem(Code.LORA_UNSUPPORTED, what.format(path), key=key, fix="target both or neither")
-        for key, paths in ((entries.KEY, ambiguous), (entries.PARAMETERS_KEY, ambiguous_parameters))
-        for path in paths
-    ]
-    problems += entries.without_effect(survey, modules)
-    ranks, rank_problems, rank_notes = entries.resolve_pattern(survey, targets, rank_pattern or {}, key.format("rank"))
-    alphas, alpha_problems, alpha_notes = entries.resolve_pattern(
-        survey, targets, alpha_pattern or {}, key.format("alpha")
-    )
-    saved, saved_problems, saved_notes = entries.modules_to_save(survey, targets, modules_to_save or ())
-    if problems := [*problems, *rank_problems, *alpha_problems, *saved_problems]:
-        raise ModelError(problems)
+    targets, saved = (*modules, *parameters), section.modules_to_save
     fused = {module_names.pattern(path): tuple(survey.serves.get(path, "")) for path in modules}
-    remarks = dict.fromkeys([*notes(survey, list(roles), targets), *rank_notes, *alpha_notes, *saved_notes])
-    return Targets(
+    names, parameter_names = resolver.endings(modules, KEY, layers), resolver.endings(parameters, PARAMETERS_KEY)
+    resolver.check_effects(modules)
+    found = Targets(
         roles=roles,
         modules=modules,
         names=names,
         fused={place: served for place, served in fused.items() if len(served) > 1},
-        notes=tuple(remarks),
-        rank_pattern=ranks,
-        alpha_pattern=alphas,
-        modules_to_save=tuple(saved) if modules_to_save is not None else None,
+        rank_pattern=resolver.pattern(targets, section.rank_pattern, "lora.rank_pattern"),
+        alpha_pattern=resolver.pattern(targets, section.alpha_pattern, "lora.alpha_pattern"),
+        modules_to_save=None if saved is None else resolver.modules_to_save(targets, saved),
         parameters=parameters,
         parameter_names=parameter_names,
     )
-
-
-def _meaning(survey: Survey, modules: Sequence[str] | str, parameters: Sequence[str] | str | None) -> entries.Meaning:
-    """The meaning of `target_modules` and `target_parameters` together. Raises ConfigError."""
-    none: entries.Meaning = ({}, [])
-    roles, problems = entries.modules(survey, modules) if modules or parameters is None else none
-    others, further = entries.parameters(survey, parameters or ())
-    joined = {entry: (*roles.get(entry, ()), *others.get(entry, ())) for entry in [*roles, *others]}
-    return joined, [*problems, *further]
+    if resolver.problems:
+        raise ModelError(resolver.problems)
+    return replace(found, notes=tuple(dict.fromkeys([*notes(survey, list(roles), targets), *resolver.notes])))
 
 
 def notes(survey: Survey, asked: Sequence[str], targets: Sequence[str]) -> list[str]:
@@ -269,7 +230,7 @@ def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
     left_out = [name for name in survey.raw if name not in {*targets}]
     experts = [name for name in left_out if name in survey.experts and not parameter_obstacle(survey, name)]
     others = [name for name in left_out if name not in experts]
-    hint = f"no linear layers, but experts in one tensor; {entries.PARAMETERS_KEY}: [{EXPERTS}] adapts them"
+    hint = f"no linear layers, but experts in one tensor; {PARAMETERS_KEY}: [{EXPERTS}] adapts them"
     parts |= {
         hint: list(short_names(experts)),
         "no linear layers, but tensors of another form": list(short_names(others)),
