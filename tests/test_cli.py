@@ -400,33 +400,28 @@ def test_output_that_cannot_be(cli: Cli, run_config: MakeConfig, tmp_path: Path,
     assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 
-def test_overwrite_leaves_alone_what_is_no_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("precious")
-    config = run_config(training=ONE_STEP)
+OPTIONS: dict[str, tuple[list[str], dict[str, bytes], int, Expected]] = {
+    "overwrite what is no adapter": (
+        ["--overwrite"], {"thesis.txt": b"precious"}, 2, (Code.OUTPUT_OVERWRITE, "{out}", "output_dir"),
+    ),
+    "resume nothing": (["--resume"], {}, 7, (Code.RESUME_CHECKPOINT, "{out}", "")),
+    "resume and overwrite": (["--resume", "--overwrite"], OLD, 2, (Code.USAGE_CONFLICT, "", "")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "files", "exit_code", "expected"), OPTIONS.values(), ids=OPTIONS)
+def test_options_that_do_not_fit_the_output(
+    options: list[str], files: dict[str, bytes], exit_code: int, expected: Expected, cli: Cli,
+    run_config: MakeConfig, tmp_path: Path,
+) -> None:  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(content)
+    config, (code, where, key) = run_config(training=ONE_STEP), expected
     before = tree(tmp_path)
-    ran = cli("train", config, "--overwrite")
-    check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"))
+    ran = cli("train", config, *options)
+    check_refused(ran, exit_code, (code, where.format(out=tmp_path / "out"), key))
     assert ran.out == "" and ran.err.count("\n") == 1
-    assert tree(tmp_path) == before
-
-
-def test_resume_without_anything_to_resume(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config()
-    before = tree(tmp_path)
-    ran = cli("train", config, "--resume")
-    check_refused(ran, 7, (Code.RESUME_CHECKPOINT, str(tmp_path / "out"), ""))
-    assert ran.out == "" and ran.err.count("\n") == 1
-    assert tree(tmp_path) == before
-
-
-def test_resume_contradicts_overwrite(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config()
-    old_adapter(tmp_path / "out")
-    before = tree(tmp_path)
-    ran = cli("train", config, "--resume", "--overwrite")
-    check_refused(ran, 2, (Code.USAGE_CONFLICT, "", ""))
-    assert ran.out == "" and ran.err.startswith("error: --resume and --overwrite ") and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
 
 
@@ -500,15 +495,6 @@ def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run_dir.check(str(out), resume=True, overwrite=False)
     assert meanings(caught.value) == [(Code.OUTPUT_EXISTS, str(out), "output_dir")]
-
-
-def test_dry_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config()
-    before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
-    ran = cli("train", config, "--dry-run")
-    assert ran.code == 0, ran.err
-    assert "trainable params: " in ran.out
-    assert (tree(tmp_path), sorted(tmp_path.rglob("*"))) == (before, names)
 
 
 @pytest.mark.parametrize("command", ["schema", pytest.param("params", marks=pytest.mark.slow)])

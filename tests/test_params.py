@@ -164,11 +164,6 @@ def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
     assert kilobytes < 1 << 20
 
 
-def test_exactly_one_thing_is_counted(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
-    check_refused(cli("params"), 2, (Code.USAGE_CONFLICT, "", ""))
-    check_refused(cli("params", run_config(), "--model", tiny_dir), 2, (Code.USAGE_CONFLICT, "", ""))
-
-
 CONFIG, MODEL = Code.MODEL_UNREADABLE, Code.MODEL_UNREADABLE
 ODD = {
     "a number as class": ({"architectures": [5]}, Code.MODEL_UNSUPPORTED, "5 (model type llama) is not a causal "),
