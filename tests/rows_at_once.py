@@ -14,7 +14,7 @@ from pathlib import Path
 from datasets import config
 
 from loratune.data import token_cache
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report
 from loratune.data.token_cache import TokenCache, TokenCacheWriter
 

@@ -23,7 +23,7 @@ from loratune.config import PreferenceSection
 from loratune.data import TokenizedDataset
 from loratune.data.batches import padding_is_cheaper
 from loratune.data.packing import LEAST_SHARED, PrefixTree
-from loratune.data.rendering import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
+from loratune.data.rendering.spans import CHOSEN, DESIRABLE, UNDESIRABLE, TokenizedRow
 from loratune.lora import attach
 from loratune.system.launcher import SINGLE_PROCESS, Group
 

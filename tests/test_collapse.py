@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune.codes import Code
 from loratune.compare import collapse
 from loratune.compare.collapse import PromptSensitivity
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 

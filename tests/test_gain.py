@@ -23,7 +23,7 @@ from loratune.compare import gain
 from loratune.compare.gain import Forgetting, Gain
 from loratune.compare.metrics import RowLosses
 from loratune.data import UNRELATED_TEXT, TokenizedDataset
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import Problem, ResourceError
 from loratune.statistics import mean_ratio_interval
 

@@ -19,9 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from loratune.codes import Code
+from loratune.data import rendering
 from loratune.data.batches import pad
-from loratune.data.formats import Conversation, Example, Ids, Message, Plain
-from loratune.data.rendering import IGNORED, Renderer, TokenizedRow, encoding, truncate
+from loratune.data.formats import IGNORED, Conversation, Example, Ids, Message, Plain
+from loratune.data.rendering import Renderer
+from loratune.data.rendering.spans import TokenizedRow, truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load
 
@@ -175,8 +177,8 @@ def test_long_prompts(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the last words are encoded twice, and very long texts in pieces: the ids stay the same."""
-    monkeypatch.setattr(encoding, "LONG", 1 << 13)
-    monkeypatch.setattr(encoding, "_BATCH", 1 << 11)
+    monkeypatch.setattr(rendering, "LONG", 1 << 13)
+    monkeypatch.setattr(rendering, "_BATCH", 1 << 11)
     if name == "bytes":
         real: Any = tokenizer
     else:

@@ -21,10 +21,10 @@ from test_rendering import fetched, loaded, supervised, turn
 from tokenizers import AddedToken
 
 from loratune.codes import Code
-from loratune.data.formats import Conversation, Message
-from loratune.data.rendering import IGNORED, Renderer
-from loratune.data.rendering.answer_spans import render_conversation
+from loratune.data.formats import IGNORED, Conversation, Message
+from loratune.data.rendering import Renderer
 from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
+from loratune.data.rendering.spans import render_conversation
 from loratune.errors import DataError
 
 TRL = "trl-1.16.0"

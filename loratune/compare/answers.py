@@ -20,7 +20,7 @@ from loratune.compare.preferences import ComparedRows, PreferenceObjective, Pref
 from loratune.config.expressions import BadPatternError
 from loratune.data import TokenizedDataset
 from loratune.data.holding_out import MAX_LABELS
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.sources.rows import with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from loratune import kernels
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.lora.attach import PeftModel
 
 PROMPTS = 8

@@ -55,7 +55,7 @@ from loratune.compare.metrics import (
     sum_interval,
 )
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS, PreferenceSection
-from loratune.data.rendering import CHOSEN
+from loratune.data.rendering.spans import CHOSEN
 from loratune.statistics import Interval, finite
 from loratune.text import plural
 

@@ -28,7 +28,7 @@ from loratune.config import DEFAULT_BETA, RunConfig
 from loratune.data import TokenizedDataset
 from loratune.data.formats import KINDS, PAIRS
 from loratune.data.packing import Items
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import NumericError, Problem
 from loratune.model.upstream import as_in_training, has_8bit_layers
 from loratune.system.launcher import Group

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +15,21 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data import formats, rendering, token_cache
-from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, check_ids, drop_reason, sides
+from loratune.data import formats, token_cache
+from loratune.data.formats import (
+    Conversation,
+    Example,
+    Ids,
+    Plain,
+    Preference,
+    check_ids,
+    drop_reason,
+    no_loss_reason,
+    sides,
+)
 from loratune.data.holding_out import replay_numbers
-from loratune.data.rendering import Renderer, TokenizedRow
+from loratune.data.rendering import Renderer, spans
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.sources.rows import place_in_cache, reported
 from loratune.data.splits import DatasetSplit, RawDatasets, find_duplicates, find_leaks, read_datasets, read_source
@@ -37,6 +49,7 @@ UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"
 _DECODED_ROWS, _DECODED = 100, 100_000
 """How many rows, and characters, are decoded again, to find characters that the tokenizer loses."""
 
+_SHOWN_CHARACTERS = 40
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
 """How many examples are tokenized at once."""
 
@@ -50,12 +63,12 @@ class TokenizedDataset:
     @property
     def rows_per_example(self) -> int:
         """How many rows make an item: the two answers of a pair, otherwise one."""
-        return 2 if self.rows.side(0) == rendering.CHOSEN else 1
+        return 2 if self.rows.side(0) == spans.CHOSEN else 1
 
     @property
     def is_unpaired(self) -> bool:
         """Whether rows are unpaired preferences."""
-        return self.rows.side(0) in (rendering.DESIRABLE, rendering.UNDESIRABLE)
+        return self.rows.side(0) in (spans.DESIRABLE, spans.UNDESIRABLE)
 
     @property
     def items(self) -> int:
@@ -182,12 +195,38 @@ def first_examples(split: DatasetSplit, rows: TokenizedDataset) -> Iterator[Exam
 def remark_on_lost_characters(
     split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
 ) -> str | None:
-    """Returns a line about what the tokenizer drops of the answers in the first rows, where it drops anything."""
-    few, total_characters = list[Example](), 0
+    """Returns a line about letters and digits of the last answers of the first rows that their ids do not give back.
+
+    What a tokenizer normalises is no loss: upper case, accents, compatibility forms, white space, punctuation.
+    """
+    loss_on = "assistant" if section.loss_on == "assistant" else "completion"
+    few, characters = list[Plain | Conversation](), 0
     for example in first_examples(split, rows):
-        total_characters += _characters(example)
-        few += sides(example) if total_characters <= _DECODED else ()
-    return renderer.remark_on_lost_characters(few, section.loss_on) if few else None
+        characters += _characters(example)
+        texts = [side for side in sides(example) if not isinstance(side, Ids) and not no_loss_reason(side, loss_on)]
+        few += texts if characters <= _DECODED else ()
+    tokenizer, count, lost, shown = renderer.tokenizer, 0, 0, ""
+    special = [*zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)]
+    for one, row in zip(few, renderer.rows(few, loss_on) if few else (), strict=True):
+        is_text = isinstance(one, Plain)
+        answer = one.completion if is_text else one.messages[one.supervised_turns(loss_on)[-1]]["content"]
+        added = {id for token, id in special if token not in answer}  # the end of sequence, the unknown token
+        decoded = tokenizer.decode([id for id in row.completion if id not in added], skip_special_tokens=False)
+        letters = _letters_and_digits(answer)
+        missing = (letters - _letters_and_digits(decoded)).total()
+        count, lost = count + letters.total(), lost + missing
+        if missing and not shown:
+            shown = f"{one.where}: {answer[:_SHOWN_CHARACTERS]!r} -> {decoded[:_SHOWN_CHARACTERS]!r}"
+    if not lost:
+        return None
+    share = f"{lost / count:.0%}" if lost / count >= 0.01 else "less than 1%"
+    return f"the tokenizer drops {share} of the letters and digits of answers, e.g. {shown}"
+
+
+def _letters_and_digits(text: str) -> Counter[str]:
+    """Returns how often a text has each letter and digit, without case, accents and compatibility forms."""
+    decomposed = unicodedata.normalize("NFKD", text).casefold()
+    return Counter(character for character in decomposed if character.isalnum())
 
 
 @cache
@@ -282,17 +321,17 @@ class _ExampleTokenizer:
         if section.truncation == "drop":
             return None
         if whole[0].side:
-            return rendering.truncate_sides(whole, section.max_length, bos)
-        row = rendering.truncate(whole[0], section.max_length, bos)
+            return spans.truncate_sides(whole, section.max_length, bos)
+        row = spans.truncate(whole[0], section.max_length, bos)
         return [row] if row else None
 
 
 def _sides_of(example: Example) -> tuple[int, ...]:
     """Returns what the rows of an example are, as `TokenizedRow.side`."""
     if isinstance(example, formats.PreferencePair):
-        return rendering.CHOSEN, rendering.REJECTED
+        return spans.CHOSEN, spans.REJECTED
     if isinstance(example, formats.UnpairedPreference):
-        return (rendering.DESIRABLE if example.desirable else rendering.UNDESIRABLE,)
+        return (spans.DESIRABLE if example.desirable else spans.UNDESIRABLE,)
     return (0,)
 
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loratune.data.rendering import IGNORED
+from loratune.data.formats import IGNORED
 
 _log = logging.getLogger(__name__)
 

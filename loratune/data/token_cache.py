@@ -31,7 +31,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from loratune.codes import Code
-from loratune.data.rendering import TokenizedRow
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report, total
 from loratune.data.sources.rows import place_in_cache
 from loratune.data.upstream import datasets_cache_dir

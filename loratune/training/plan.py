@@ -16,7 +16,7 @@ from loratune import kernels, memory
 from loratune.codes import Code
 from loratune.compare import preferences
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
-from loratune.data.rendering import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
+from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import PlanEvent
 from loratune.lora import attach, parameters, tensors

@@ -16,6 +16,9 @@ from loratune.errors import Problem
 Message: TypeAlias = dict[str, Any]
 """A message as chat templates take it. `role` and `content` are always there, and always text."""
 
+Span: TypeAlias = tuple[int, int]
+"""Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
+
 IGNORED = -100
 """The label of a token that is not supervised."""
 

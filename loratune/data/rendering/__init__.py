@@ -1,15 +1,13 @@
 """Tokenizing and masking: turns an Example into `input_ids` and `labels`, for training, evaluation and generation.
 
-The prompt that `generate` feeds is rendered by the same function as the prompt inside a training row, and its ids are
-verified to be the beginning of the ids of the row. Where the tokenizer merges characters across that boundary, prompt
-and answer are encoded separately.
+The prompt of `generate` is rendered as that of a training row, and its ids are the beginning of the ids of the row.
+Where the tokenizer merges characters across that boundary, prompt and answer are encoded separately.
 """
 
 import datetime
 import hashlib
-import unicodedata
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -19,32 +17,30 @@ import tokenizers
 import transformers
 
 from loratune.codes import Code
-from loratune.data.formats import Conversation, Example, Ids, Message, Plain
-from loratune.data.rendering.answer_spans import RenderedText, check_tools_are_shown, render_conversation
+from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Span
 from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
-from loratune.data.rendering.encoding import (
-    CHOSEN,
-    DESIRABLE,
-    IGNORED,
-    REJECTED,
-    UNDESIRABLE,
-    Encoder,
-    Span,
-    TokenizedRow,
-    TokenizerFailure,
-    truncate,
-    truncate_sides,
-)
+from loratune.data.rendering.spans import RenderedText, TokenizedRow, check_tools_are_shown, render_conversation
 from loratune.data.sources.rows import reported
 from loratune.data.upstream import tokenizer_settings
-from loratune.errors import DataError, ModelError, Problem
+from loratune.errors import DataError, ModelError, Problem, is_rust_panic
 
-__all__ = [
-    "CHOSEN", "DESIRABLE", "IGNORED", "REJECTED", "UNDESIRABLE", "Renderer", "Span", "TokenizedRow", "truncate",
-    "truncate_sides",
-]  # fmt: skip
+_BATCH = 2**18
+"""Characters of the texts that are encoded in one call: the tokenizer needs some hundred bytes for each."""
+LONG = 2**20
+"""Characters from which on a text, such as a file of one document, is encoded in pieces of at most `_BATCH`."""
 
-_SHOWN_CHARACTERS = 40
+_TAIL = 160  # characters at the end of a prompt that are encoded once more together with what follows it
+_PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
+_WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
+_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+class TokenizerFailure(Exception):
+    """The tokenizer fails on a text."""
+
+    def __init__(self, text: str, reason: str):
+        super().__init__(f"fails: {reason}")
+        self.text = text
 
 
 class Renderer:
@@ -70,11 +66,11 @@ class Renderer:
             self._encode = Encoder(tokenizer)
             self._template = ChatTemplate(tokenizer)
             turn_ids = [id for token in self._template.end_tokens for id in self._encode.one(token)[-1:]]
-            self.starts_with_bos = self._adds_bos()
+            bos = self._bos = tokenizer.bos_token_id
+            self.starts_with_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
         except TokenizerFailure as error:
             raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", name)) from None
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
-        self._bos = tokenizer.bos_token_id
         special = [self.eos, *turn_ids, tokenizer.pad_token_id or 0]
         self._check_ids([("", special)])
 
@@ -157,39 +153,7 @@ class Renderer:
         if not self.starts_with_bos or count == 1:
             return None
         name = self.tokenizer.bos_token
-        return (
-            f"rows begin with {count} x {name}" if count else f"rows begin without {name}, which the tokenizer writes"
-        )
-
-    def remark_on_lost_characters(self, examples: Sequence[Example], loss_on: str = "completion") -> str | None:
-        """Returns a line about letters and digits of answers that their ids do not give back; None if all are there.
-
-        What a tokenizer normalises is no loss: upper case, accents, compatibility forms, white space, punctuation.
-        Raises as `rows` does.
-        """
-        texts = [text for text in self._texts(examples, loss_on) if isinstance(text, RenderedText)]
-        special = [*zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True)]
-        count = lost = 0
-        example = ""
-        for text, row in zip(texts, self._encode_texts(texts, "completion"), strict=True):
-            answer = "".join(text.text[start:end] for start, end in text.spans)
-            ids = [id for start, end in row.spans for id in row.ids[start:end]]
-            added = {id for token, id in special if token not in answer}  # the end of sequence, the unknown token
-            decoded = self.tokenizer.decode([id for id in ids if id not in added], skip_special_tokens=False)
-            characters = _letters_and_digits(answer)
-            missing = (characters - _letters_and_digits(decoded)).total()
-            count, lost = count + characters.total(), lost + missing
-            if missing and not example:
-                example = f"{text.where}: {answer[:_SHOWN_CHARACTERS]!r} -> {decoded[:_SHOWN_CHARACTERS]!r}"
-        if not lost:
-            return None
-        share = f"{lost / count:.0%}" if lost / count >= 0.01 else "less than 1%"
-        return f"the tokenizer drops {share} of the letters and digits of answers, e.g. {example}"
-
-    def _adds_bos(self) -> bool:
-        """Whether the tokenizer itself begins a text with the BOS."""
-        bos = self.tokenizer.bos_token_id
-        return bos is not None and list(self.tokenizer("a").input_ids[:1]) == [bos]
+        return f"rows begin with{f' {count} x {name}' if count else f'out {name}, which the tokenizer writes'}"
 
     def _bos_before(self, ids: Sequence[int]) -> tuple[int, ...]:
         """Returns the BOS, where the tokenizer begins with one and these ids do not."""
@@ -296,15 +260,138 @@ def _tokenizer_error(error: TokenizerFailure, where: str) -> DataError:
     return DataError(Problem(Code.TOKENIZER_UNUSABLE, f"the tokenizer {error}", where, fix=fix))
 
 
-def _letters_and_digits(text: str) -> Counter[str]:
-    """Returns how often a text has each letter and digit, without case, accents and compatibility forms."""
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
-    return Counter(character for character in decomposed if character.isalnum())
-
-
 def _inner_pieces(text: RenderedText) -> list[str]:
     """Returns the text cut at every border of a span; empty where there are no borders but the prompt's and its own."""
     borders = {border for span in text.spans for border in span} | {text.prompt, len(text.text)}
     if borders == {text.prompt, len(text.text)}:
         return []
     return [text.text[start:end] for start, end in pairwise(sorted(borders | {0}))]
+
+
+# Encoding
+
+
+class Encoder:
+    """Encodes texts with one tokenizer. No special token is added; one that a text spells out becomes its id."""
+
+    def __init__(self, tokenizer: Any):
+        """Try the tokenizer on a few texts. Raises TokenizerFailure."""
+        self._tokenizer = tokenizer
+        self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
+        probe, self._newline, newline_letter, letter = (
+            self._encode_one(text, self._encode_slowly) for text in (_PROBE, "\n", "\na", "a")
+        )
+        if self._backend is not None and self._encode_one(_PROBE, self._encode_fast) != probe:
+            self._backend = None
+        count = len(self._newline)
+        self._adds_space = newline_letter[:count] == self._newline and newline_letter[count:] != letter
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encode texts, very long ones in pieces that end at words or lines. Raises TokenizerFailure."""
+        ids_of: dict[str, list[int]] = {"": []}
+        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
+            ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
+        for text in texts:
+            if text not in ids_of:
+                pieces = _pieces(text, without_space=self._adds_space)
+                ids_of[text] = [*chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)]
+        return [ids_of[text] for text in texts]
+
+    def one(self, text: str) -> list[int]:
+        """Encode one text."""
+        return self([text])[0]
+
+    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
+        """Encode prompts with the text after each: as one text where its ids begin with those of the prompt,
+        and separately where they do not. Of a long prompt only the last words are encoded a second time, because words
+        do not change the ids of the words before them.
+
+        Returns:
+            For each pair the number of ids of the prompt, and the ids of both, which begin with those of the prompt.
+        """
+        tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
+        encoded = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
+        results: list[tuple[int, list[int]]] = []
+        for prompt, rest in pairs:
+            ids, tail_ids, joint_ids = next(encoded), next(encoded), next(encoded)
+            if ids[len(ids) - len(tail_ids) :] != tail_ids:
+                tail_ids, joint_ids = ids, self.one(prompt + rest)
+            joint = joint_ids[: len(tail_ids)] == tail_ids
+            results.append((len(ids), ids + (joint_ids[len(tail_ids) :] if joint else self._continuation(rest))))
+        return results
+
+    def _continuation(self, text: str) -> list[int]:
+        """Encode a text that follows another, without the space that some tokenizers put before every text."""
+        if self._adds_space:
+            ids = self.one(f"\n{text}")
+            if ids[: len(self._newline)] == self._newline:
+                return ids[len(self._newline) :]
+        return self.one(text)
+
+    def _last_words(self, prompt: str) -> str:
+        """Returns the end of a prompt, from a border between words on; all of it if there are no words near its end."""
+        borders = [
+            border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - _TAIL), len(prompt) - 8)
+        ]
+        return prompt[borders[-1] + self._adds_space :] if borders else prompt
+
+    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
+        encode = self._encode_slowly if self._backend is None else self._encode_fast
+        try:
+            return encode(texts)
+        except BaseException as error:
+            _check_is_failure(error)
+            return [self._encode_one(text, encode) for text in texts]
+
+    def _encode_fast(self, texts: list[str]) -> list[list[int]]:
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
+    def _encode_one(self, text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[int]:
+        """Raises TokenizerFailure."""
+        try:
+            return encode([text])[0]
+        except BaseException as error:
+            _check_is_failure(error)
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise TokenizerFailure(text, reason) from None
+
+
+def _check_is_failure(error: BaseException) -> None:
+    """Raises what is not an error of the tokenizer, such as KeyboardInterrupt."""
+    if not isinstance(error, Exception) and not is_rust_panic(error):
+        raise error
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Yields batches of texts of at most `_BATCH` characters together, or of a single longer text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > _BATCH:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
+    """Yields the pieces of a text; each ends at the last word or line that fits.
+
+    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
+    """
+    start = 0
+    while len(text) - start > _BATCH:
+        window = start + _BATCH // 2, start + _BATCH
+        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
+        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
+        end = [window[1], *lines, *words][-1]
+        yield text[start:end].removeprefix(" " if start and without_space else "")
+        start = end
+    yield text[start:].removeprefix(" " if start and without_space else "")

@@ -19,8 +19,7 @@ from typing import Any
 from jinja2 import Template, TemplateSyntaxError, nodes
 
 from loratune.codes import Code
-from loratune.data.formats import Message
-from loratune.data.rendering.encoding import Span
+from loratune.data.formats import Message, Span
 from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
 from loratune.errors import DataError, ModelError, Problem, template_error_reason
 

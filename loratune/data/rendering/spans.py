@@ -1,4 +1,4 @@
-"""Finds the supervised answers in the rendered text of a conversation: each from after its header to its end of turn.
+"""Rows as text and as tokens, with their supervised spans: each answer from after its header to its end of turn.
 
 A row is the prompt that `generate` would be given before the last supervised answer, and that answer. Where the
 template writes the same history in both, this is the text of all messages. Where it does not (a system prompt that
@@ -10,18 +10,116 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from loratune.codes import Code
-from loratune.data.formats import Message, common_prefix
+from loratune.data.formats import IGNORED, Message, Span, common_prefix
 from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
-from loratune.data.rendering.encoding import Span
 from loratune.errors import DataError
 
 _REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
 _REASONING_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
 _INCOMPLETE_TAG = re.compile(r"<[|/]?\w*\Z")
 _CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
+
+
+CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
+"""What a row is in preference data: an answer of a pair, of which the chosen one comes first, or an unpaired answer.
+Above 0 is what is to become more likely."""
+
+
+@dataclass(frozen=True)
+class TokenizedRow:
+    """A row of token ids, and which of them are supervised.
+
+    Attributes:
+        where: The place of the row in its file, for messages.
+        ids: Token ids.
+        spans: The supervised ranges of positions, in order, none of them empty.
+        answer: The position at which the last answer to a prompt begins; None in a row that answers no prompt.
+        side: What the row is in preference data, see `CHOSEN`; 0 for other data.
+    """
+
+    where: str
+    ids: tuple[int, ...]
+    spans: tuple[Span, ...]
+    answer: int | None = field(default=None, compare=False)
+    side: int = 0
+
+    @classmethod
+    def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
+        """Returns the row of given ids. labels: the id itself or -100 at each position; None supervises all."""
+        if labels is None:
+            return cls(where, tuple(ids), ((0, len(ids)),) if ids else ())
+        supervised = [False, *(label != IGNORED for label in labels), False]
+        borders = [place for place in range(len(labels) + 1) if supervised[place] != supervised[place + 1]]
+        spans = tuple(zip(borders[::2], borders[1::2], strict=True))
+        return cls(where, tuple(ids), spans, spans[-1][0] if spans and spans[0][0] else None)
+
+    @property
+    def labels(self) -> list[int]:
+        """One label per token: its own id where it is supervised, else -100.
+
+        The first token is never supervised: there is no token before it to predict it from.
+        """
+        labels = [IGNORED] * len(self.ids)
+        for start, end in self.spans:
+            labels[start:end] = self.ids[start:end]
+        if labels:
+            labels[0] = IGNORED
+        return labels
+
+    @property
+    def supervised(self) -> int:
+        """The number of supervised tokens."""
+        return sum(end - max(start, 1) for start, end in self.spans)
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The ids before the last span: what `generate` would be given."""
+        return self.ids[: self.spans[-1][0]]
+
+    @property
+    def completion(self) -> tuple[int, ...]:
+        """The ids of the last span, its end included: what `generate` should return."""
+        return self.ids[self.spans[-1][0] : self.spans[-1][1]]
+
+
+def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow | None:
+    """Cut a row to at most `max_length` tokens.
+
+    The prompt of a row is cut at its left, after the BOS. The last answer is kept whole; each earlier answer is kept
+    whole, or is no longer supervised. A row that answers no prompt is cut at its end.
+
+    Returns:
+        The row, or None if nothing supervised is left.
+    """
+    excess, ids = len(row.ids) - max_length, row.ids
+    if excess <= 0:
+        return row
+    if row.answer is None:
+        spans = tuple((start, min(end, max_length)) for start, end in row.spans if start < max_length)
+        return replace(row, ids=ids[:max_length], spans=spans) if spans else None
+    keep = 1 if ids[0] == bos and ids.count(bos) == 1 else 0  # some templates begin every turn with the BOS
+    if row.answer < keep + excess:
+        return None
+    ids = ids[:keep] + ids[keep + excess :]
+    if row.spans == ((0, len(row.ids)),):  # the prompt is supervised too
+        return replace(row, ids=ids, spans=((0, max_length),), answer=row.answer - excess)
+    spans = tuple((start - excess, end - excess) for start, end in row.spans if start >= keep + excess)
+    return replace(row, ids=ids, spans=spans, answer=row.answer - excess) if spans else None
+
+
+def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | None) -> list[TokenizedRow] | None:
+    """Cut the prompt that answers share by so much that the longest row fits, and no answer.
+
+    Returns:
+        The rows; None if an answer does not fit.
+    """
+    excess = max(len(row.ids) for row in rows) - max_length
+    cut = [truncate(row, len(row.ids) - excess, bos) if excess > 0 else row for row in rows]
+    kept = [row for row, whole in zip(cut, rows, strict=True) if row and len(row.spans) == len(whole.spans)]
+    return kept if len(kept) == len(rows) else None
 
 
 @dataclass(frozen=True)
