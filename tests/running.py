@@ -55,7 +55,7 @@ def before_batch(number: int, statement: str) -> str:
 import os, signal
 from loratune.training.trainer import RunTrainer
 
-prepare, count = RunTrainer.prepare_inputs, 0
+prepare, count = RunTrainer._prepare_inputs, 0
 def prepare_after(*arguments):
     global count
     count += 1
@@ -63,7 +63,7 @@ def prepare_after(*arguments):
         {statement}
     return prepare(*arguments)
 
-RunTrainer.prepare_inputs = prepare_after
+RunTrainer._prepare_inputs = prepare_after
 """
 
 

@@ -22,7 +22,7 @@ Edit = Callable[[dict[str, Any]], Any]
 def stopped_run(cli: Callable[..., Ran], tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """The folder of a run that was stopped with two checkpoints."""
     folder = tmp_path_factory.mktemp("stopped")
-    config = config_in(folder, tiny_dir)(training={"save_steps": 1, "num_train_epochs": 8})
+    config = config_in(folder, tiny_dir)(training={"save_steps": 1, "max_steps": 16})
     assert stopped(cli, folder / "out.partial", "train", config).code == 130
     return folder
 

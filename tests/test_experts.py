@@ -469,9 +469,19 @@ def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: P
 # --- memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("wanted", [["experts"], ["down_proj"]])
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize(
+    ("checkpointed", "wanted", "dtype"),
+    [
+        (False, ["experts"], torch.float32),
+        (True, ["down_proj"], torch.bfloat16),
+        pytest.param(False, ["down_proj"], torch.float32, marks=pytest.mark.slow),
+        pytest.param(False, ["experts"], torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(False, ["down_proj"], torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(True, ["experts"], torch.float32, marks=pytest.mark.slow),
+        pytest.param(True, ["down_proj"], torch.float32, marks=pytest.mark.slow),
+        pytest.param(True, ["experts"], torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_memory_that_remade_tensors_take_is_estimated(
     checkpointed: bool, wanted: list[str], dtype: torch.dtype
 ) -> None:

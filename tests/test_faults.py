@@ -129,13 +129,13 @@ import signal
 from loratune.training.trainer import RunTrainer
 
 waiting = {numbers}
-prepare = RunTrainer.prepare_inputs
+prepare = RunTrainer._prepare_inputs
 def prepare_and_be_stopped(*arguments):
     for number in waiting.pop(0) if waiting else []:
         signal.raise_signal(number)
     return prepare(*arguments)
 
-RunTrainer.prepare_inputs = prepare_and_be_stopped
+RunTrainer._prepare_inputs = prepare_and_be_stopped
 """
 """Signals that come at the first batch, the second and so on."""
 LONG_STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}

@@ -24,7 +24,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "shape", [pytest.param(one, marks=pytest.mark.slow) if "2-7B" in one or "70B" in one else one for one in SHAPES]
+    "shape", [one if one == "Qwen2-0.5B" else pytest.param(one, marks=pytest.mark.slow) for one in SHAPES]
 )
 def test_a_change_of_any_one_tensor_is_seen(shape: str) -> None:
     """By rank 1, scaled to a hundredth of the tensor, as a merged LoRA on a single module of a single layer does."""
@@ -197,7 +197,7 @@ def test_a_published_adapter_knows_its_base(
 def test_a_run_is_resumed_on_its_base_only(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, merged: Path
 ) -> None:
-    config = run_config(training={"save_steps": 1, "num_train_epochs": 20})
+    config = run_config(training={"save_steps": 1, "num_train_epochs": 4})
     assert stopped(cli, tmp_path / "out.partial", "train", config).code == 130
     moved = ("--resume", "--set", f"model.name_or_path={merged}", "--allow-change", "model.name_or_path")
     refused = cli("train", config, *moved)

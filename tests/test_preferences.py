@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import pytest
 import yaml
 from conftest import Ran, check_refused, tiny_llama, write_rows
 from fork_server import ForkServer
-from running import WEIGHTS, MakeConfig, checkpoints, until
+from running import WEIGHTS, MakeConfig, before_batch, straight
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
@@ -244,7 +243,7 @@ def test_a_wrong_reference_ends_the_run(
     assert "0.5 nats from that of the reference" in ran.err
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto", "orpo"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto", "orpo"])
 def test_a_base_that_computes_nan_is_no_reference(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
@@ -263,7 +262,7 @@ def test_a_base_that_computes_nan_is_no_reference(
     assert not [*(tmp_path / "cache").rglob("*.values")]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_how_a_step_is_divided_changes_nothing(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -282,19 +281,17 @@ def test_how_a_step_is_divided_changes_nothing(
             assert (tensor - found[0][1][name]).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"data": {"packing": "none"}}, {"data": {"packing": "full"}}, {"data": {"share_prefixes": False}}],
-    ids=["padded", "full", "flat"],
-)
-def test_packing(changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_packing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     """A batch of all rows has the same loss however it is laid out."""
-    whole = {"training": {"per_device_train_batch_size": 24, "max_steps": 2}}
-    for name, sections in (("one", {}), ("other", changes)):
-        path = config(run_config, tmp_path, output_dir=str(tmp_path / name), **whole, **sections)
+    whole = {"per_device_train_batch_size": 24, "max_steps": 2, "eval_steps": None}
+    layouts: list[dict[str, Any]] = [{}, {"packing": "none"}, {"packing": "full"}, {"share_prefixes": False}]
+    found = []
+    for number, layout in enumerate(layouts):
+        path = config(run_config, tmp_path, output_dir=str(tmp_path / f"{number}"), training=whole, data=layout)
         ran = cli("train", path)
         assert ran.code == 0, ran.err
-    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+        found.append(losses(tmp_path / f"{number}"))
+    assert found[1:] == [pytest.approx(found[0], abs=1e-5)] * 3
 
 
 # The reference
@@ -355,6 +352,9 @@ def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch
     assert token_cache.load_values(key) is not None
 
 
+SHORT: dict[str, Any] = {"max_steps": 2, "eval_steps": None}
+
+
 def test_the_reference_is_computed_once_and_kept(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,13 +362,14 @@ def test_the_reference_is_computed_once_and_kept(
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     said = []
     for name, more in (("one", {}), ("two", {}), ("three", {"per_device_train_batch_size": 3})):
-        ran = cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / name), training=more))
+        path = config(run_config, tmp_path, output_dir=str(tmp_path / name), training=SHORT | more)
+        ran = cli("train", path)
         assert ran.code == 0, ran.err
         said.append(ran.err.count("computing the reference of"))
     assert said == [2, 0, 0]
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
     shutil.rmtree(tmp_path / "cache")
-    assert cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / "four"))).code == 0
+    assert cli("train", config(run_config, tmp_path, output_dir=str(tmp_path / "four"), training=SHORT)).code == 0
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "four" / WEIGHTS).read_bytes()
 
 
@@ -408,22 +409,15 @@ def test_variants_start_at_the_base(init: str, cli: Cli, run_config: MakeConfig,
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_a_resumed_run_has_the_same_bytes(
-    objective: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+    objective: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, cli: Cli
 ) -> None:
-    changes = {
-        "training": {"num_train_epochs": 3, "max_steps": -1, "save_steps": 2, "per_device_train_batch_size": 3},
-        "lora": {"lora_dropout": 0.3},
-    }
-    path = config(run_config, tmp_path, objective, **changes)
-    straight = processes.start("train", path, "--set", f"output_dir={tmp_path / 'straight'}")
-    assert straight.wait() == 0, straight.said()
-    child = processes.start("train", path)
-    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
-    child.send(signal.SIGINT)
+    training = {"num_train_epochs": 1, "max_steps": -1, "save_steps": 2, "per_device_train_batch_size": 3}
+    path = config(run_config, tmp_path, objective, training=training, lora={"lora_dropout": 0.3})
+    child = processes.start("train", path, first=before_batch(5, "signal.raise_signal(signal.SIGINT)"))
     assert child.wait() == 130, child.said()
-    resumed = processes.start("train", path, "--resume")
-    assert resumed.wait() == 0, resumed.said()
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    resumed = cli("train", path, "--resume")
+    assert resumed.code == 0, resumed.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == straight(processes, path, tmp_path)
 
 
 # Proposing

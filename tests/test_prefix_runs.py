@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import Ran, check_refused, write_rows
 from fork_server import ForkServer
-from running import WEIGHTS, MakeConfig, checkpoints, curve, straight, until
+from running import WEIGHTS, MakeConfig, before_batch, curve, straight
 from safetensors.torch import load_file
 from test_kernels import SHAPE, adapted
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -44,8 +44,15 @@ def record(path: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("packing", ["batch", "full"])
-@pytest.mark.parametrize("loss_on", ["completion", "all"])
+@pytest.mark.parametrize(
+    ("packing", "loss_on"),
+    [
+        ("batch", "completion"),
+        ("full", "all"),
+        pytest.param("batch", "all", marks=pytest.mark.slow),
+        pytest.param("full", "completion", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_gives_the_same_with_and_without(
     packing: str, loss_on: str, run_config: MakeConfig, cli: Cli, tmp_path: Path, rows: str
 ) -> None:
@@ -70,18 +77,15 @@ def test_a_run_gives_the_same_with_and_without(
 
 
 def test_killed_and_resumed_gives_the_same_bytes(
-    processes: ForkServer, run_config: MakeConfig, tmp_path: Path, rows: str
+    processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, rows: str
 ) -> None:
-    training = {"save_steps": 1, "per_device_train_batch_size": 4, "num_train_epochs": 4}
+    training = {"save_steps": 2, "per_device_train_batch_size": 4, "num_train_epochs": 2}
     config = run_config(data={"train": rows, "share_prefixes": True}, training=training)
-    expected = straight(processes, config, tmp_path)
-    child = processes.start("train", config)
-    until(lambda: len(checkpoints(tmp_path / "out.partial")) > 1, child)
-    child.send(signal.SIGKILL)
+    child = processes.start("train", config, first=before_batch(8, "os.kill(os.getpid(), signal.SIGKILL)"))
     assert child.wait() == -signal.SIGKILL
-    child = processes.start("train", config, "--resume")
-    assert child.wait() == 0, child.said()
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == expected
+    ran = cli("train", config, "--resume")
+    assert ran.code == 0, ran.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == straight(processes, config, tmp_path)
 
 
 @pytest.mark.distributed
@@ -89,7 +93,7 @@ def test_two_processes_do_what_one_does(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path, rows: str
 ) -> None:
     """Each shares prefixes within its own part of a step."""
-    config = run_config(data={"train": rows, "validation": 0.2}, training={"num_train_epochs": 2, "eval_steps": 4})
+    config = run_config(data={"train": rows, "validation": 0.2}, training={"num_train_epochs": 1, "eval_steps": 2})
     records = []
     for count in (1, 2):
         size = f"training.per_device_train_batch_size={8 // count}"

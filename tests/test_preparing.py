@@ -557,7 +557,7 @@ def test_ctrl_c_while_tokenizing(
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
     tokenizer.save_pretrained(tmp_path / "long")
     model = {"name_or_path": str(tmp_path / "long")}
-    rows = ({"prompt": f"{number} " * 80, "completion": "c"} for number in range(10_000, 14_000))
+    rows = ({"prompt": f"{number} " * 80, "completion": "c"} for number in range(10_000, 13_000))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows)), "max_length": 4096}, model=model)
     cache = tmp_path / "cache"
     running = processes.start("train", config, first=caching(cache))

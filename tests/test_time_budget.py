@@ -17,7 +17,7 @@ import yaml
 from conftest import check_refused, config_in, tree, write_rows
 from fork_server import Child, ForkServer
 from numpy.typing import NDArray
-from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
+from running import WEIGHTS, Cli, MakeConfig, before_batch, checkpoints, until
 from test_preferences import config as compared_config
 
 from loratune.codes import Code
@@ -268,7 +268,7 @@ def check_repeats(processes: ForkServer, folder: Path) -> None:
 
 def with_room(start: Callable[[Path], list[Child]], folder: Path, run_config: MakeConfig) -> tuple[Child, float]:
     """A run, and its budget: a short one, or a longer one where the machine is so busy that it was refused."""
-    for minutes in (0.1, 0.4, 1.6, 6.4):
+    for minutes in (0.05, 0.2, 0.8, 3.2):
         child, *others = start(budgeted(folder, run_config, max_minutes=minutes))
         codes = {one.wait() for one in (child, *others)}
         if codes != {2}:
@@ -287,7 +287,7 @@ def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig,
     check_repeats(processes, tmp_path)
 
 
-@pytest.mark.parametrize("objective", ["dpo", "kto"])
+@pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
 def test_answers_that_are_compared(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -308,7 +308,7 @@ def test_answers_that_are_compared(
 def interrupted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     """A folder with a run that was killed: its epochs end it long before its time does, so that its steps are known."""
     folder = tmp_path_factory.mktemp("interrupted")
-    config = budgeted(folder, config_in(folder, tiny_dir), max_minutes=3, num_train_epochs=3)
+    config = budgeted(folder, config_in(folder, tiny_dir), max_minutes=0.5, num_train_epochs=3, save_steps=4)
     child = processes.start("train", config)
     until(lambda: len(checkpoints(folder / "out.partial")) > 1, child)
     child.send(signal.SIGKILL)
@@ -349,16 +349,12 @@ def test_resumed_it_is_the_same_run(interrupted: Path, processes: ForkServer) ->
     check_repeats(processes, interrupted)
 
 
-def test_a_run_without_a_budget_gets_none_later(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    config = run_config(training={"max_steps": 2000, "save_steps": 5})
-    child = processes.start("train", config)
-    until(lambda: checkpoints(tmp_path / "out.partial"), child)
-    child.send(signal.SIGINT)
-    assert child.wait() == 130
+def test_a_run_without_a_budget_gets_none_later(processes: ForkServer, run_config: MakeConfig, cli: Cli) -> None:
+    config = run_config(training={"max_steps": 9, "save_steps": 5})
+    assert processes.start("train", config, first=before_batch(3, "signal.raise_signal(signal.SIGINT)")).wait() == 130
     arguments = ["--set", "training.max_steps=", "--set", "training.max_minutes=3"]
-    child = processes.start("train", config, "--resume", *arguments)
-    assert child.wait() == 7
-    assert "training.max_minutes: was not set" in child.said()
+    ran = cli("train", config, "--resume", *arguments)
+    assert ran.code == 7 and "training.max_minutes: was not set" in ran.err
 
 
 @pytest.mark.slow
@@ -439,7 +435,7 @@ def test_refused_before_anything_is_loaded(
     ("training", "code", "key"),
     [
         ({"max_minutes": 1e-4}, Code.CONFIG_BUDGET, "training.max_minutes"),
-        ({"max_minutes": 1, "warmup_steps": 1_000_000}, Code.CONFIG_CONFLICT, "training.warmup_steps"),
+        ({"max_minutes": 0.5, "warmup_steps": 1_000_000}, Code.CONFIG_CONFLICT, "training.warmup_steps"),
     ],
 )
 def test_refused_before_the_first_step(
@@ -453,6 +449,6 @@ def test_refused_before_the_first_step(
 
 def test_a_warmup_longer_than_the_passes_is_not_blamed_on_the_minutes(run_config: MakeConfig, cli: Cli) -> None:
     """There is time for more steps than one pass over the rows has."""
-    ran = cli("train", run_config(training={"max_minutes": 5, "num_train_epochs": 1.0, "warmup_steps": 1000}))
+    ran = cli("train", run_config(training={"max_minutes": 0.5, "num_train_epochs": 1.0, "warmup_steps": 1000}))
     check_refused(ran, 2, (Code.CONFIG_CONFLICT, "", "training.warmup_steps"))
     assert "the passes over the rows have 5 steps" in ran.err and "raise training.num_train_epochs" in ran.err

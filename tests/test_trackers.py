@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import check_refused
-from running import Cli, MakeConfig, until
+from running import Cli, MakeConfig, before_batch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
@@ -77,12 +77,9 @@ def test_a_resumed_run_goes_on_in_the_same_log(
     number: signal.Signals, code: int, processes: Any, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """It is stopped as without a tracker, and steps that are taken again are shown once; trackers may change."""
-    steps = {"max_steps": 60, "save_steps": 20, "eval_steps": 15}
+    steps = {"max_steps": 30, "save_steps": 10, "eval_steps": 8}
     config = run_config(**TRACKED | {"training": TRACKED["training"] | steps})
-    child = processes.start("train", config)
-    until(lambda: any(b"train/loss" in path.read_bytes() for path in tmp_path.glob("out.logs/*/*")), child)
-    until(lambda: scalars(*tmp_path.glob("out.logs/*"))["train/loss"][-1][0] > 25, child)
-    child.send(number)
+    child = processes.start("train", config, first=before_batch(14, f"signal.raise_signal({int(number)})"))
     assert child.wait() == code
     child = processes.start("train", config, "--resume", "--set", "training.report_to=[tensorboard,tensorboard]")
     assert child.wait() == 0, child.said()

@@ -1,16 +1,18 @@
 """`loratune train`, run as a user runs it, on the tiny model."""
 
 import json
+import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, tree, write_rows
+from conftest import ROWS, Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer, fork_server
-from running import until
+from running import before_batch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, BloomForCausalLM, PreTrainedTokenizerFast
 
@@ -36,35 +38,47 @@ def losses(directory: Path) -> list[float]:
     return [entry["loss"] for entry in curve if "loss" in entry]
 
 
-def test_golden_losses(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    assert cli("train", run_config()).code == 0
-    assert losses(tmp_path / "out") == pytest.approx(GOLDEN, abs=2e-4)
+@pytest.fixture(scope="module")
+def published(cli: Cli, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> tuple[Path, Ran]:
+    """The folder of a run that has ended, and what it printed."""
+    folder = tmp_path_factory.mktemp("published")
+    return folder, cli("train", config_in(folder, tiny_dir)(training={"save_steps": 2}))
+
+
+@pytest.fixture(scope="module")
+def evaluated(cli: Cli, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> tuple[Path, Ran]:
+    """The same of a run that is evaluated every two steps."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    config = config_in(folder, tiny_dir)(data={"validation": 0.25}, training={"eval_steps": 2})
+    return folder, cli("train", config)
+
+
+def test_golden_losses(published: tuple[Path, Ran]) -> None:
+    folder, ran = published
+    assert ran.code == 0, ran.err
+    assert losses(folder / "out") == pytest.approx(GOLDEN, abs=2e-4)
+    assert sorted(path.name for path in folder.iterdir()) == ["out", "rows.jsonl", "run.yaml"]
 
 
 GOLDEN = [5.5430, 5.4044, 5.3686, 5.3123, 5.3130]
 
 
-def test_the_end_block_says_what_came_out(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    ran = cli("train", run_config(data={"validation": 0.25}))
+def test_the_end_block_says_what_came_out(evaluated: tuple[Path, Ran]) -> None:
+    folder, ran = evaluated
     assert ran.code == 0, ran.err
-    size = (tmp_path / "out" / WEIGHTS).stat().st_size
-    for part in (str(tmp_path / "out"), f"{size:,} bytes", "held-out", "loss", " → ", "loratune generate --adapter"):
+    size = (folder / "out" / WEIGHTS).stat().st_size
+    for part in (str(folder / "out"), f"{size:,} bytes", "held-out", "loss", " → ", "loratune generate --adapter"):
         assert part in ran.out
-    trained = json.loads((tmp_path / "out" / "loratune.json").read_text())["rows"]["tokens"]
+    trained = json.loads((folder / "out" / "loratune.json").read_text())["rows"]["tokens"]
     assert f"{trained:,} tokens in 4 steps" in ran.out
     assert "tokens/s" in ran.err and "left" in ran.err
 
 
-def test_the_suggested_line_works(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    ran = cli("train", run_config())
+def test_the_suggested_line_works(cli: Cli, published: tuple[Path, Ran]) -> None:
+    _, ran = published
     line = next(line for line in ran.out.splitlines() if "loratune generate" in line)
     words = shlex.split(line[line.index("loratune generate") :])
     assert cli(*words[1:], "--max-new-tokens", 4).code == 0
-
-
-def test_only_the_adapter_directory_is_left(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    assert cli("train", run_config(training={"save_steps": 2})).code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "rows.jsonl", "run.yaml"]
 
 
 def test_batches_of_8_4_and_2_give_one_result(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -103,29 +117,24 @@ def _reference_loss(base: torch.nn.Module, row: dict[str, str], directory: Path)
     return -sum(scores[place - 1, ids[0, place]].item() for place in range(len(prompt), ids.shape[1]))
 
 
-@pytest.fixture(scope="module")
-def cut_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
-    """Commands whose every attempt to reach a host ends them, with the hash seed 1."""
-    folder = tmp_path_factory.mktemp("cut-off")
-    (folder / "sitecustomize.py").write_text(
-        "import os, sys\n"
-        "def refuse(event, args):\n"
-        "    if event in ('socket.connect', 'socket.getaddrinfo'):\n"
-        "        os.write(2, f'reached out: {event} {args}'.encode())\n"
-        "        os._exit(99)\n"
-        "sys.addaudithook(refuse)\n"
-    )
-    accounts = {"WANDB_API_KEY": "x", "COMET_API_KEY": "x"}
-    with fork_server(folder, PYTHONPATH=str(folder), PYTHONHASHSEED="1", **accounts) as made:
-        yield made  # it imports what the commands do
+NO_NETWORK = """
+import os, sys
+def refuse(event, args):
+    if event in ('socket.connect', 'socket.getaddrinfo'):
+        os.write(2, f'reached out: {event} {args}'.encode())
+        os._exit(99)
+sys.addaudithook(refuse)
+"""
+"""Ends a process that tries to reach a host."""
 
 
-def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cut_off: ForkServer) -> None:
-    """Two processes with different hash seeds: that of the other fork server is 2."""
+def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cli: Cli) -> None:
+    """Two processes with different hash seeds: that of the fork server is 2, and that of this process is random."""
     config = run_config(**RESTLESS)
-    one = cut_off.start("train", config, "--set", f"output_dir={tmp_path / 'one'}")
+    assert "PYTHONHASHSEED" not in os.environ or os.environ["PYTHONHASHSEED"] not in ("2", "0")
+    one = cli("train", config, "--set", f"output_dir={tmp_path / 'one'}")
     two = forked("train", config, "--set", f"output_dir={tmp_path / 'two'}")
-    assert [one.wait(), two.code] == [0, 0], one.said() + two.err
+    assert [one.code, two.code] == [0, 0], one.err + two.err
     for file in (WEIGHTS, "adapter_config.json", "train_rows.hashes"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
@@ -136,17 +145,17 @@ def test_the_last_loss_is_that_of_the_last_step(cli: Cli, run_config: MakeConfig
     assert metrics["last_loss"] == pytest.approx(GOLDEN[-1], abs=2e-4)
 
 
-def test_another_seed_another_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    for seed in (1, 2):
-        assert cli("train", run_config(training={"seed": seed}, output_dir=str(tmp_path / f"out{seed}"))).code == 0
-    assert (tmp_path / "out1" / WEIGHTS).read_bytes() != (tmp_path / "out2" / WEIGHTS).read_bytes()
+def test_another_seed_another_adapter(
+    cli: Cli, run_config: MakeConfig, published: tuple[Path, Ran], tmp_path: Path
+) -> None:
+    assert cli("train", run_config(training={"seed": 1})).code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() != (published[0] / "out" / WEIGHTS).read_bytes()
 
 
-def test_run_yaml_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    assert cli("train", run_config()).code == 0
-    first = (tmp_path / "out" / WEIGHTS).read_bytes()
-    assert cli("train", tmp_path / "out" / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}").code == 0
-    assert (tmp_path / "again" / WEIGHTS).read_bytes() == first
+def test_run_yaml_repeats_the_run(cli: Cli, published: tuple[Path, Ran], tmp_path: Path) -> None:
+    folder, _ = published
+    assert cli("train", folder / "out" / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}").code == 0
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / "out" / WEIGHTS).read_bytes()
 
 
 def test_rows_end_to_end_learn_as_padded_ones(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -160,7 +169,8 @@ def test_packs_are_filled_and_resume_to_the_same_bytes(
     """30 rows of 18 tokens, three to a pack of at most 3 x 20, two packs to a step."""
     config = run_config(**RESTLESS, data={"packing": "full", "max_length": 20, "validation": 10 / 40})
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
-    stop_midway(processes, config, tmp_path / "out.partial")
+    child = processes.start("train", config, first=before_batch(13, "os.kill(os.getpid(), signal.SIGKILL)"))
+    assert child.wait() == -signal.SIGKILL and not (tmp_path / "out").exists()
     assert cli("train", config, "--resume").code == 0
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
     record = json.loads((tmp_path / "out" / "loratune.json").read_text())
@@ -198,15 +208,6 @@ def test_several_sources(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> No
 def test_resume_without_an_interrupted_run(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(), "--resume")
     assert ran.code == 7 and f"[{Code.RESUME_CHECKPOINT}]" in ran.err
-
-
-def stop_midway(processes: ForkServer, config: Path, partial: Path) -> None:
-    """Run until the first checkpoint is whole, and kill."""
-    running = processes.start("train", config)
-    until(lambda: list(partial.glob("checkpoints/*/manifest.json")), running)
-    running.send(signal.SIGKILL)
-    running.wait()
-    assert partial.exists()
 
 
 def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -255,18 +256,25 @@ def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: P
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_without_a_network(run_config: MakeConfig, tmp_path: Path, cut_off: ForkServer) -> None:
-    reaching = "import socket; socket.create_connection(('127.0.0.1', 9))"
-    control = cut_off.start("params", first=reaching)
-    assert control.wait() == 99 and "reached out" in control.said()
-    config = run_config()
-    for arguments in (
-        ("train", config),
-        ("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", 3),
-        ("params", config),
-    ):
-        child = cut_off.start(*arguments)
-        assert child.wait() == 0, child.said()
+@pytest.mark.parametrize(
+    "with_imports", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["commands", "commands and their imports"]
+)
+def test_without_a_network(with_imports: bool, run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+    accounts = {"WANDB_API_KEY": "x", "COMET_API_KEY": "x"}
+    config, first = run_config(), "" if with_imports else NO_NETWORK
+    with ExitStack() as stack:
+        if with_imports:
+            (tmp_path / "sitecustomize.py").write_text(NO_NETWORK)
+            processes = stack.enter_context(fork_server(tmp_path, PYTHONPATH=str(tmp_path), **accounts))
+        control = processes.start("params", first=f"{first}\nimport socket; socket.create_connection(('127.0.0.1', 9))")
+        assert control.wait() == 99 and "reached out" in control.said()
+        for arguments in (
+            ("train", config),
+            ("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", 3),
+            ("params", config),
+        ):
+            child = processes.start(*arguments, first=first, **accounts)
+            assert child.wait() == 0, child.said()
 
 
 def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
@@ -282,19 +290,18 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeCon
         assert part in ran.out, ran.out
 
 
-def test_activation_checkpointing_changes_nothing_but_memory(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    for name, on in (("kept", False), ("recomputed", True)):
-        config = run_config(training={"activation_checkpointing": on}, output_dir=str(tmp_path / name))
-        assert cli("train", config).code == 0
-    kept, recomputed = (load_file(tmp_path / name / WEIGHTS) for name in ("kept", "recomputed"))
+def test_activation_checkpointing_changes_nothing_but_memory(
+    cli: Cli, run_config: MakeConfig, published: tuple[Path, Ran], tmp_path: Path
+) -> None:
+    assert cli("train", run_config(training={"activation_checkpointing": True})).code == 0
+    kept, recomputed = (load_file(folder / "out" / WEIGHTS) for folder in (published[0], tmp_path))
     for key, tensor in kept.items():
         torch.testing.assert_close(recomputed[key], tensor, rtol=0, atol=1e-6)
 
 
-def test_evaluation_in_mid_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    ran = cli("train", run_config(data={"validation": 0.25}, training={"eval_steps": 2}))
-    assert ran.code == 0, ran.err
-    curve = json.loads((tmp_path / "out" / "loratune.json").read_text())["curve"]
+def test_evaluation_in_mid_run(evaluated: tuple[Path, Ran]) -> None:
+    folder, ran = evaluated
+    curve = json.loads((folder / "out" / "loratune.json").read_text())["curve"]
     assert [entry["step"] for entry in curve if "eval_loss" in entry] == [2, 4]
     assert ran.err.count("held-out loss") == 2
 

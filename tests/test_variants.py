@@ -157,7 +157,7 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
             train.train(ready)
 
     lora = {"lora_dropout": 0.1} | VARIANTS[variant]
-    path = run_config(lora=lora, training={"max_steps": 5, "save_steps": 2, "gradient_accumulation_steps": 2})
+    path = run_config(lora=lora, training={"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 2})
     run("straight")
     with pytest.raises(KeyboardInterrupt):
         run("halted", interrupted_at=3)
