@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from loratune import kernels
 from loratune.config import LoraSection
 from loratune.data.batches import flatten, pad
-from loratune.lora import attach, targets
+from loratune.lora import attach, creation, targets
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = {
@@ -106,7 +106,7 @@ def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *,
         kernels.keep_pages()
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     section = LoraSection(r=8, lora_alpha=16)
-    model = attach.attach(base, section, targets.find(base, section).peft(), seed=0).train()
+    model = creation.attach(base, section, targets.find(base, section).peft(), seed=0).train()
     tokens = sum(int(batch.get("attention_mask", torch.ones_like(batch["labels"])).sum()) for batch in batches)
     off = [*PIECES] if without == "everything" else [piece for piece in PIECES if piece == without]
     with ExitStack() as stack:

@@ -30,7 +30,7 @@ from loratune.cli import app
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import NumericError
-from loratune.lora import adapter_files, attach, parameters, tensors
+from loratune.lora import adapter_files, attach, creation, parameters, tensors
 
 WEIGHTS, CONFIG = adapter_files.WEIGHTS_FILE, adapter_files.CONFIG_FILE
 Damage = Callable[[Path], Any]
@@ -445,12 +445,12 @@ def test_a_base_that_is_gone_is_a_fault_of_the_model(
 def small(**fields: Any) -> PeftModel:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 4))
-    return attach.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
+    return creation.attach(base, LoraSection(**({"r": 2} | fields)), {"target_modules": ["0", "1"]}, seed=0)
 
 
 def start(model: PeftModel) -> tensors.AdapterInit:
     """What the adapter of a model is now."""
-    return attach.initialize_adapter(model, LoraSection())
+    return creation.initialize_adapter(model, LoraSection())
 
 
 def fill(model: PeftModel, name: str, value: float) -> PeftModel:
@@ -498,14 +498,14 @@ def test_file_bytes_is_the_size_of_the_file(tensors: dict[str, Any], tmp_path: P
 def test_count_knows_the_size_of_the_file_before_it_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
     began, model = start(small(**fields)), fill(small(**fields), "lora_B", 0.1)
     size = attach.save(model, tmp_path, began)
-    assert attach.count(model, began).adapter_bytes == size == (tmp_path / WEIGHTS).stat().st_size
+    assert creation.count(model, began).adapter_bytes == size == (tmp_path / WEIGHTS).stat().st_size
 
 
 def test_the_base_is_named_as_asked_for(tmp_path: Path) -> None:
     base = tiny_llama()
     base.name_or_path = "/what/it/calls/itself"
     only_q = {"target_modules": ["q_proj"]}
-    tuned = attach.attach(base, LoraSection(), only_q, seed=0, base_name="who/base", revision="v1")
+    tuned = creation.attach(base, LoraSection(), only_q, seed=0, base_name="who/base", revision="v1")
     began = start(tuned)
     attach.save(fill(tuned, "lora_B", 1.0), tmp_path, began)
     found = adapter_files.inspect(tmp_path)
@@ -523,8 +523,8 @@ from loratune.config import LoraSection
 out = Path(sys.argv[1])
 names = ["q_proj", "k_proj", "v_proj", "o_proj"]
 base = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
-model = attach.attach(base, LoraSection(), {"target_modules": names}, seed=0)
-start = attach.initialize_adapter(model, LoraSection())
+model = creation.attach(base, LoraSection(), {"target_modules": names}, seed=0)
+start = creation.initialize_adapter(model, LoraSection())
 for name, parameter in model.named_parameters():
     if "lora_B" in name:
         parameter.data.fill_(1.0)

@@ -18,7 +18,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection
 from loratune.errors import AdapterError
-from loratune.lora import attach, targets, tensors
+from loratune.lora import creation, targets, tensors
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -141,8 +141,8 @@ def test_the_base_after_training(kind: str, base_dir: Path) -> None:
     """In the model that was trained, before it is saved."""
     base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
     alone = logits(base)
-    model = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    start = attach.initialize_adapter(model, section)
+    model = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
+    start = creation.initialize_adapter(model, section)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1

@@ -33,7 +33,7 @@ from loratune.config import LoraSection
 from loratune.data import splits
 from loratune.data.splits import RowHashes
 from loratune.errors import AdapterError, ConfigError, LoratuneError, NumericError
-from loratune.lora import attach, targets, tensors
+from loratune.lora import attach, creation, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, inspect, manifest
 from loratune.lora.tensors import AdapterInit
 from loratune.training import preflight
@@ -67,9 +67,9 @@ def saved(path: Path, **settings: Any) -> Path:
 
 def begun(section: LoraSection) -> tuple[PeftModel, AdapterInit]:
     base = base_model()
-    model = attach.attach(base, section, targets.find(base, section).peft(), seed=3, base_name="base")
+    model = creation.attach(base, section, targets.find(base, section).peft(), seed=3, base_name="base")
     files = inspect(Path(section.start_from)) if section.start_from else None
-    return model, attach.initialize_adapter(model, section, start_from=files)
+    return model, creation.initialize_adapter(model, section, start_from=files)
 
 
 FITTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

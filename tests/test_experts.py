@@ -31,7 +31,7 @@ from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection, TrainingSection
 from loratune.errors import AdapterError, ConfigError, ModelError
 from loratune.export import comparison
-from loratune.lora import attach, parameters
+from loratune.lora import attach, creation, parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.stats import adapter_stats
 from loratune.lora.targets import Targets
@@ -127,7 +127,7 @@ def test_layers_are_chosen_although_peft_does_not_choose_them_for_parameters() -
 def test_ranks_of_their_own() -> None:
     ranks = {"experts": 2, r".*layers\.0.*down_proj": 2, "q": 3}
     section = LoraSection(r=4, target_parameters=["experts"], rank_pattern=ranks, alpha_pattern={"down_proj": 5})
-    model, targets = attach.adapt(build("gpt_oss", "meta"), section, seed=0)
+    model, targets = creation.adapt(build("gpt_oss", "meta"), section, seed=0)
     found = {path.rpartition(".")[2]: (layer.r["default"], layer.lora_alpha["default"])
              for path, layer in parameters.layers_of(model).items()}  # fmt: skip
     assert found == {"q_proj": (3, 16), "k_proj": (4, 16), "v_proj": (4, 16), "o_proj": (4, 16),
@@ -453,11 +453,11 @@ def test_params_counts_what_is_trained(cli: Cli, base: Path, trained: Path) -> N
 def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: Path, tmp_path: Path) -> None:
     """With a higher rank: the rows of A follow each other by expert, and the columns of B by rank."""
     section = {"r": 6, "lora_alpha": 16, "start_from": str(trained)}
-    model, _ = attach.adapt(
+    model, _ = creation.adapt(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
         lora := LoraSection(**section, target_modules=["o"], target_parameters=["experts"]), seed=0,
     )  # fmt: skip
-    attach.initialize_adapter(model, lora, start_from=inspect(trained))
+    creation.initialize_adapter(model, lora, start_from=inspect(trained))
     before = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(trained))
     ids = torch.arange(20)[None]
     with torch.no_grad():
@@ -492,7 +492,7 @@ def test_memory_that_remade_tensors_take_is_estimated(
     for parameters_wanted in (None, wanted):
         model = AutoModelForCausalLM.from_config(MixtralConfig(**SHAPE | large, num_local_experts=4)).to(dtype)
         lora = LoraSection(target_modules=["o_proj"], target_parameters=parameters_wanted)
-        made, _ = attach.adapt(model, lora, seed=0)
+        made, _ = creation.adapt(model, lora, seed=0)
         found = memory.estimate(made, [(32, 31)], 1, section)
         estimated.append(found.activations + found.logits + found.gradients)
         if checkpointed:

@@ -23,7 +23,7 @@ from loratune.data import DatasetSplit, RawDatasets, fields, read_source
 from loratune.data.fields import ColumnChoice, propose_columns
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError
-from loratune.lora import attach
+from loratune.lora import creation
 from loratune.training import auto
 from loratune.training.duration import Costs
 
@@ -359,7 +359,7 @@ def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, s
     draft = config.draft(values, "test")
     run = config.from_draft(draft)
     with torch.device("meta"):
-        model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+        model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
     found = fit(model, run, draft, measured(split, 40, 0.0), 8, free, quantizable=quantizable)
     assert (found.batch, found.quantization, found.checkpointed) == chosen
@@ -406,7 +406,7 @@ def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None
         draft = config.draft(values, "test")
         run = config.from_draft(draft)
         with torch.device("meta"):
-            model, _ = attach.adapt(tiny_llama(), run.lora, seed=0)
+            model, _ = creation.adapt(tiny_llama(), run.lora, seed=0)
         found = fit(model, run, draft, measured(split, 40, saved), 8, 1 << 40, quantizable=False)
         seen.append(found.estimate.activations)
     shared, *alone = seen
@@ -414,7 +414,7 @@ def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None
 
 
 def test_the_arithmetic_of_training() -> None:
-    model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+    model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
     lengths, supervised = np.array([3, 5]), np.array([1, 2])
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     logits, attention = 4 * 264 * 32, 6 * 2 * 32
@@ -449,7 +449,7 @@ def test_the_arithmetic_of_training() -> None:
 def test_shared_prefixes_are_computed_once(data: dict[str, Any], dropout: float, saved: float, part: float) -> None:
     values = {"model": {"name_or_path": "x"}, "lora": {"lora_dropout": dropout}, "output_dir": "out"}
     run = config.from_values({**values, "data": {"train": "rows.jsonl", **data}}, "test")
-    model, _ = attach.adapt(tiny_llama(), LoraSection(), seed=0)
+    model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
     lengths = np.array([5, 5])
     alone, shared = (Costs.of_run(model, run, lengths, np.array([0, 0]), value).weights[0] for value in (0.0, saved))
     assert shared == pytest.approx(part * alone)

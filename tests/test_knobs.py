@@ -29,7 +29,7 @@ from loratune.config.schema import PREFERENCE_KEYS
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError
-from loratune.lora import adapter_files, attach, parameters, targets
+from loratune.lora import adapter_files, attach, creation, parameters, targets
 from loratune.model import load as load_module
 from loratune.training import batching, time_budget, upstream
 from loratune.training.callbacks import BestStep, trackers
@@ -132,13 +132,13 @@ def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) ->
     assert list(changes) == list(section.model_fields)
 
 
-# LoraSection → the model that `attach.attach` builds
+# LoraSection → the model that `creation.attach` builds
 
 
 def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
     """PEFT's configuration, and what it built: shape, scaling, dropout, values and learning rates of its weights."""
     base = tiny_llama(attention_bias=True)
-    built = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
+    built = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
     settings = built.peft_config["default"].to_dict()
     layers = {
         name: (repr(module), getattr(module, "scaling", None))
@@ -179,7 +179,7 @@ def test_lora_target_parameters() -> None:
 
     def built(section: LoraSection) -> set[str]:
         model = copy.deepcopy(base)
-        return {*attach.weights(attach.attach(model, section, targets.find(model, section).peft(), seed=0))}
+        return {*attach.weights(creation.attach(model, section, targets.find(model, section).peft(), seed=0))}
 
     changed = LoraSection(target_parameters=LORA["target_parameters"])
     assert built(LoraSection()) < built(changed)
@@ -190,9 +190,9 @@ def test_lora_start_from(tmp_path: Path) -> None:
 
     def started(section: LoraSection) -> tuple[Any, dict[str, Any]]:
         base = tiny_llama()
-        built = attach.attach(base, section, targets.find(base, section).peft(), seed=0, base_name="base")
+        built = creation.attach(base, section, targets.find(base, section).peft(), seed=0, base_name="base")
         files = adapter_files.inspect(Path(section.start_from)) if section.start_from else None
-        attach.initialize_adapter(built, section, start_from=files)
+        creation.initialize_adapter(built, section, start_from=files)
         return built, {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
 
     model, values = started(LoraSection())
@@ -426,7 +426,7 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
 def test_prefixes_are_shared_or_not() -> None:
     """Whole runs stand in `test_prefix_runs`."""
     model, lora = tiny_llama(), LoraSection(r=2, lora_alpha=4)
-    adapted = attach.attach(model, lora, targets.find(model, lora).peft(), seed=0)
+    adapted = creation.attach(model, lora, targets.find(model, lora).peft(), seed=0)
     rows = [{"input_ids": [*range(20), number], "labels": [*range(20), number]} for number in range(20, 24)]
     layout = BatchLayout(rows, np.full(4, 21), "batch", 4, 21, 0)
     with kernels.accelerated(adapted, attach.adapted_linear):

@@ -27,7 +27,7 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection
-from loratune.lora import attach
+from loratune.lora import creation
 from loratune.model import load
 from loratune.model.source import KEY as NAME
 
@@ -356,7 +356,7 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(tiny_dir: Path) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) -> None:
     base = load.load_base(ModelSection(name_or_path=str(tiny_dir), dtype=dtype))
-    tuned = attach.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0)
+    tuned = creation.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0)
     held = {parameter.dtype for parameter in tuned.parameters() if not parameter.requires_grad}
     assert held == {getattr(torch, dtype)}
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}

@@ -22,7 +22,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
-from loratune.lora import attach, tensors
+from loratune.lora import creation, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load, upstream
 from loratune.model.load import Machine
@@ -72,7 +72,7 @@ def test_trains_evaluates_and_generates(
     assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
 
     saved = load_file(out / WEIGHTS_FILE)
-    plain = attach.attach(
+    plain = creation.attach(
         load.load_base(ModelSection(name_or_path=str(wide))),
         LoraSection(),
         {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
@@ -125,7 +125,7 @@ def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> li
         if isinstance(module, bitsandbytes.nn.Linear4bit) and repack:
             module.support_avx512bf16_for_cpu = True
     tuned, ids, found = (
-        attach.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0),
+        creation.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0),
         torch.arange(20)[None],
         [],
     )

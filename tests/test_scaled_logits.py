@@ -25,7 +25,7 @@ from loratune.data.batches import pad, put_rows
 from loratune.data.rendering import Renderer
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.parity_check import relative_rms
-from loratune.lora import attach, targets
+from loratune.lora import creation, targets
 
 CAP = {"final_logit_softcapping": 2.0}
 SCALED: dict[str, tuple[dict[str, Any], Scaling | None]] = {
@@ -115,7 +115,7 @@ def by_hand(
     items = ComparedRows(dataset, section.max_length, 42) if objective != "sft" else dataset.rows
     given = [items[number] for number in range(len(items))]
     stock = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = attach.attach(stock, LORA, targets.find(stock, LORA).peft(), seed=42).eval()
+    model = creation.attach(stock, LORA, targets.find(stock, LORA).peft(), seed=42).eval()
     trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     before = {name: weight.detach().clone() for name, weight in trained.items()}
     with torch.no_grad():

@@ -24,7 +24,7 @@ from loratune.commands.sweep import Sweep
 from loratune.config import LoraSection
 from loratune.errors import ConfigError
 from loratune.events import Event, NoteEvent, ProgressEvent, StepEvent
-from loratune.lora import attach, tensors
+from loratune.lora import creation, tensors
 from loratune.model.fingerprints import BaseState
 from loratune.report.study import BEST, WORSE, StudyResults
 from loratune.study.trials import Budget, TrialProgress
@@ -488,7 +488,7 @@ def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) 
 def test_a_base_is_restored_or_known_to_differ(lora: dict[str, Any], is_same: bool) -> None:
     base = tiny_llama(attention_bias="bias" in lora).eval()
     before, state = {name: tensor.clone() for name, tensor in base.state_dict().items()}, BaseState(base)
-    model, _ = attach.adapt(base, LoraSection(**lora), seed=0)
+    model, _ = creation.adapt(base, LoraSection(**lora), seed=0)
     model.train()
     model.get_base_model().activation_checkpointing_enable()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -1,4 +1,4 @@
-"""`attach.attach` against LoRA written by hand: same outputs, gradients, losses and counts."""
+"""`creation.attach` against LoRA written by hand: same outputs, gradients, losses and counts."""
 
 from collections import OrderedDict
 from copy import deepcopy
@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from loratune.config import LoraSection
 from loratune.lora import attach as attach_module
-from loratune.lora import targets, tensors
+from loratune.lora import creation, targets, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 
@@ -37,7 +37,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def attach(base: nn.Module) -> PeftModel:
     found = targets.find(base, LoraSection(target_modules=["fc1", "fc2"]))
-    return attach_module.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
+    return creation.attach(base, LoraSection(r=R, lora_alpha=ALPHA), found.peft(), seed=3)
 
 
 def both(mlp: nn.Module, *, moved: bool) -> tuple[PeftModel, nn.Module]:
@@ -125,7 +125,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
 
 def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
-    attach_module.save(ours, tmp_path, attach_module.initialize_adapter(attach(deepcopy(mlp)), LoraSection()))
+    attach_module.save(ours, tmp_path, creation.initialize_adapter(attach(deepcopy(mlp)), LoraSection()))
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
     saved, expected = load_file(tmp_path / WEIGHTS_FILE), load_file(tmp_path / "reference.safetensors")
     names = {"lora_A.weight": "A", "lora_B.weight": "B"}
@@ -140,10 +140,10 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
 def test_a_4096_by_4096_layer_counts_65536() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
-    ours = attach_module.attach(
+    ours = creation.attach(
         base, LoraSection(r=8), targets.find(base, LoraSection(target_modules=["fc"])).peft(), seed=0
     )
-    count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
+    count = creation.count(ours, creation.initialize_adapter(ours, LoraSection(r=8)))
     assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
 
@@ -152,8 +152,8 @@ def test_llama_2_7b() -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
     base = load.build_meta(shape)
-    ours = attach_module.attach(base, LoraSection(r=8), targets.find(base, LoraSection()).peft(), seed=0)
+    ours = creation.attach(base, LoraSection(r=8), targets.find(base, LoraSection()).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
-    count = attach_module.count(ours, attach_module.initialize_adapter(ours, LoraSection(r=8)))
+    count = creation.count(ours, creation.initialize_adapter(ours, LoraSection(r=8)))
     assert str(count) == line
     assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header

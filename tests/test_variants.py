@@ -27,7 +27,7 @@ from loratune.config import LoraSection, ModelSection
 from loratune.data.batches import pad, put_rows
 from loratune.errors import DataError, ModelError
 from loratune.events import Event, Listener, StepEvent, listening
-from loratune.lora import attach, parameters, targets, tensors
+from loratune.lora import attach, creation, parameters, targets, tensors
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.initialize import KEY as INIT
 from loratune.lora.tensors import AdapterInit
@@ -82,8 +82,8 @@ def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSe
     """The tiny Llama with an adapter on it, before its first step."""
     section, base = LoraSection(**lora), base or tiny_llama()
     found = targets.find(base, section)
-    model = attach.attach(base, section, found.peft(), seed=0, base_name="tiny")
-    return model, section, attach.initialize_adapter(model, section, batches=BATCHES)
+    model = creation.attach(base, section, found.peft(), seed=0, base_name="tiny")
+    return model, section, creation.initialize_adapter(model, section, batches=BATCHES)
 
 
 def outputs(model: nn.Module) -> torch.Tensor:
@@ -123,7 +123,7 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     before = outputs(tiny_llama())
     model, section, start = begun(**VARIANTS[variant])
     assert torch.allclose(outputs(model), before, atol=1e-6)
-    count = attach.count(model, start)
+    count = creation.count(model, start)
     outcome = fit(model, section, tmp_path)
     losses = outcome.losses()
     assert losses[-1] < losses[0]
@@ -212,16 +212,16 @@ def test_eva_starts_from_the_main_directions_of_the_inputs() -> None:
 
 
 def test_eva_needs_more_supervised_tokens_than_directions() -> None:
-    model = attach.attach(
+    model = creation.attach(
         tiny_llama(), section := LoraSection(init_lora_weights="eva"), {"target_modules": ["q_proj"]}, seed=0
     )
     few = dict(BATCHES[0], labels=torch.full_like(BATCHES[0]["labels"], -100))
     few["labels"][0, :8] = 1
     with pytest.raises(DataError, match="r = 8; the first batches have at most 8 ") as caught:
-        attach.initialize_adapter(model, section, batches=[few])
+        creation.initialize_adapter(model, section, batches=[few])
     assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
     few["labels"][0, :9] = 1
-    attach.initialize_adapter(model, section, batches=[few])
+    creation.initialize_adapter(model, section, batches=[few])
 
 
 def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) 
 def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
     plain, lorafa = begun()[0], begun(use_lorafa=True)
     model, section, start = lorafa
-    assert attach.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
+    assert creation.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
     fit(model, section, tmp_path)
     for name, tensor in tensors.weights(model).items():
         assert torch.equal(tensor, start.tensors[name]) == ("lora_A" in name)
@@ -259,8 +259,8 @@ def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> 
     held = ModelSection(name_or_path=str(tiny_dir), dtype="float32", quantization="4bit")
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
-    tuned = attach.attach(base, section, targets.find(base, section).peft(), seed=0)
-    attach.initialize_adapter(tuned, section, originals=partial(stored.original_weights, held, base))
+    tuned = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
+    creation.initialize_adapter(tuned, section, originals=partial(stored.original_weights, held, base))
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)

@@ -19,7 +19,7 @@ from loratune.data.holding_out import hold_out, random_mask
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.events import note
-from loratune.lora import attach
+from loratune.lora import creation
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
@@ -153,7 +153,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
         run, draft: The config so far, see `init_start.checked`; values that are set in the draft do not change.
 
     Raises:
-        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `attach.adapt`.
+        ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `creation.adapt`.
         DataError: As `measure` and `data.prepare`.
         ConfigError: A key needs validation rows, and there are too few rows to hold any out.
     """
@@ -171,7 +171,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
     cut = _check_length(rows, run.data, renderer, vocabulary)
-    model, targets = attach.adapt(load.build_meta(model_config, run.model), lora, seed=0)
+    model, targets = creation.adapt(load.build_meta(model_config, run.model), lora, seed=0)
     for line in (*(f"rows: {remark}" for remark in remarks), *targets.notes):
         note(line)
     machine, free = load.this_machine(), memory.available(load.device())
@@ -187,7 +187,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     text = draft.text(_TITLE)
     run = config.parse(text, SOURCE)
     steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
-    count = attach.count(model, attach.initialize_adapter(model, lora))
+    count = creation.count(model, creation.initialize_adapter(model, lora))
     cores = len(os.sched_getaffinity(0))
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
     return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)

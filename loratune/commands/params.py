@@ -8,7 +8,7 @@ from loratune import memory
 from loratune.codes import Code
 from loratune.config import AUTO, RunConfig
 from loratune.errors import ConfigError, Problem
-from loratune.lora import adapter_files, attach, initialize, parameters
+from loratune.lora import adapter_files, creation, initialize, parameters
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
@@ -102,8 +102,8 @@ def params(run: RunConfig) -> Params:
     lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
     run = run.model_copy(update={"lora": lora})
     base = load.build_meta(load.load_config(run.model), run.model)
-    model, targets = attach.adapt(base, run.lora, seed=0)
-    adapter_init = attach.initialize_adapter(model, run.lora, start_from=start_from)
+    model, targets = creation.adapt(base, run.lora, seed=0)
+    adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     planned = memory.Planned(run.model.quantization, load.device())
     layers: dict[int, int] = {}
@@ -111,7 +111,7 @@ def params(run: RunConfig) -> Params:
         if (number := number_of(path)) is not None:
             layers[number] = layers.get(number, 0) + parameters.count_of(layer)
     return Params(
-        count=attach.count(model, adapter_init),
+        count=creation.count(model, adapter_init),
         groups=_groups(model, targets),
         layers=layers,
         others=_others(model, targets),

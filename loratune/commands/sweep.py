@@ -26,7 +26,7 @@ from loratune.errors import (
     ResumeError,
 )
 from loratune.events import listener, listening, note
-from loratune.lora import attach
+from loratune.lora import creation
 from loratune.lora.adapter_files import RECORD_FILE
 from loratune.model import load
 from loratune.report.study import MAX_STEPS, WORSE, StudyResults, TrialResult, rank
@@ -124,7 +124,7 @@ class Sweep:
         for name in reversed(sections.values()):
             model, lora = self.runs[name].model, auto.without_rows(self.runs[name].lora)
             try:
-                attach.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
+                creation.adapt(load.build_meta(load.load_config(model), model), lora, seed=0)
             except (ModelError, ConfigError) as error:
                 problems = [replace(one, where=one.where or f"{OPTION} {name}") for one in error.problems]
                 raise type(error)(problems) from None

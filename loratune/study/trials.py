@@ -31,7 +31,7 @@ from loratune.errors import (
     is_out_of_memory,
 )
 from loratune.events import EvaluationEvent, Event, Listener, NoteEvent, PlanEvent, ProgressEvent, StepEvent, note
-from loratune.lora import attach, tensors
+from loratune.lora import creation, tensors
 from loratune.model import load
 from loratune.model.fingerprints import BaseState
 from loratune.study.study import Study, TrialRecord
@@ -201,7 +201,7 @@ class TrialRunner:
         rows = self.prepare_rows(run)
         run, _ = auto.decide(run, facts(self._with_config(run), rows))
         held_out = int(rows.validation.rows.lengths.sum()) if rows.validation else 0
-        model, _ = attach.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
+        model, _ = creation.adapt(load.build_meta(load.load_config(run.model), run.model), run.lora, seed=0)
         train, rows_per_example = rows.train.rows, rows.train.rows_per_example
         size, longest = run.training.per_device_train_batch_size, run.data.max_length
         layout = BatchLayout(

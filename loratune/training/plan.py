@@ -19,7 +19,7 @@ from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSectio
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import PlanEvent
-from loratune.lora import attach, parameters, tensors
+from loratune.lora import creation, parameters, tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import START_KEY, start_settings
 from loratune.lora.parameters import Count
@@ -228,13 +228,13 @@ def make_plan(
     config, known = run.config, facts(run, datasets, group)
     lora, choices = auto.decide_lora(config.lora, known)
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
-    model, targets = attach.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
+    model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group)
     items = len(batches.train.items)
     known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
     _check_warmup(config.training, batches, group.count)
-    adapter_init = attach.initialize_adapter(
+    adapter_init = creation.initialize_adapter(
         model,
         config.lora,
         batches=batches.first(),
@@ -257,7 +257,7 @@ def make_plan(
         model=model,
         targets=targets,
         adapter_init=adapter_init,
-        count=attach.count(model, adapter_init),
+        count=creation.count(model, adapter_init),
         batches=batches,
         memory=estimate,
         checkpoints=Checkpoints(run.directory.checkpoints, record, size, is_writer=group.main),
@@ -343,7 +343,7 @@ def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) 
 
 def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
     """The parameters that each unit of `r` brings, see `auto.Facts`. No weights are loaded."""
-    return parameters.per_rank(attach.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
+    return parameters.per_rank(creation.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
 
 
 def _unpaired_note(datasets: TokenizedDatasets) -> Iterator[str]:
