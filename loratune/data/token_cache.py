@@ -46,9 +46,7 @@ KEPT_DAYS = 30
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
 """The size of a shard, which is held in memory until it is written, and is the most that a stopped run loses."""
 _LISTS = pa.list_(pa.int32())
-_SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS)])
-_SIDE = pa.field("side", pa.int8())
-"""A further column of the rows of preference data."""
+_SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS), ("side", pa.int8())])
 _METADATA = b"loratune"
 """The key of a shard's metadata: JSON of the report on its rows, and the digest of each batch of rows."""
 _WHOLE = "whole"
@@ -78,8 +76,8 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         if [sha256(path) for path in paths] != whole["shards"]:
             raise ValueError(f"{directory} does not hold what was written")
         self.directory, self.key = directory, whole["key"]
-        shards = [_open_shard(path) for path in paths] or [_shard_table([], [])]
-        self._table = pa.concat_tables(shards, promote_options="default")
+        shards = [_open_shard(path) for path in paths]
+        self._table = pa.concat_tables([_SCHEMA.empty_table(), *shards])
         metadata = [_metadata(shard) for shard in shards]
         self.report: Report = total(Report.from_json(shard["report"]) for shard in metadata)
         digests = "".join(chain.from_iterable(shard["batches"] for shard in metadata))
@@ -96,18 +94,18 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """Returns a row with its place and its supervised spans."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        where, ids, flat = (self._table[name][number].as_py() for name in _SCHEMA.names)
-        return TokenizedRow(where, tuple(ids), tuple(zip(flat[::2], flat[1::2], strict=True)), side=self.side(number))
+        where, ids, flat, side = (self._table[name][number].as_py() for name in _SCHEMA.names)
+        return TokenizedRow(where, tuple(ids), tuple(zip(flat[::2], flat[1::2], strict=True)), side=side)
 
     def side(self, number: int) -> int:
         """Returns what a row is in preference data, see `TokenizedRow.side`."""
-        return int(self.sides[number]) if self.sides is not None and len(self) else 0
+        return int(self.sides[number]) if self.sides is not None else 0
 
     @cached_property
     def sides(self) -> NDArray[np.int8] | None:
         """(rows,), what each row is in preference data; None for other data."""
-        is_preference = _SIDE.name in self._table.column_names
-        return np.asarray(self._table[_SIDE.name], dtype=np.int8) if is_preference else None
+        sides = np.asarray(self._table["side"], dtype=np.int8)
+        return sides if sides.any() else None
 
     def rows(self) -> Iterator[TokenizedRow]:
         """Yields all rows in order."""
@@ -177,8 +175,7 @@ def _open_shard(path: Path) -> Any:
 
 
 def _shard_table(reports: Sequence[Report], batches: Sequence[Any]) -> Any:
-    filled = [batch for batch in batches if len(batch)]
-    table = pa.Table.from_batches(filled, filled[0].schema if filled else _SCHEMA).combine_chunks()
+    table = pa.Table.from_batches(batches, _SCHEMA).combine_chunks()
     metadata = {"report": total(reports).as_json(), "batches": [*map(_digest, batches)]}
     return table.replace_schema_metadata({_METADATA: json.dumps(metadata)})
 
@@ -192,9 +189,8 @@ def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
         "where": [place_in_cache(row.where) for row in rows],
         "ids": _list_array([row.ids for row in rows]),
         "spans": _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
+        "side": [row.side for row in rows],
     }
-    if any(row.side for row in rows):
-        return pa.RecordBatch.from_pydict(columns | {_SIDE.name: [row.side for row in rows]}, _SCHEMA.append(_SIDE))
     return pa.RecordBatch.from_pydict(columns, _SCHEMA)
 
 
@@ -210,8 +206,8 @@ def _digest(batch: Any) -> str:
     for lists in batch.columns[1:3]:
         for part in (lists.flatten(), lists.value_lengths()):
             digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
-    for sides in batch.columns[3:]:
-        digest.update(np.asarray(sides, dtype="<i1").tobytes())
+    if (sides := np.asarray(batch.columns[3], dtype="<i1")).any():
+        digest.update(sides.tobytes())
     return digest.hexdigest()
 
 
@@ -332,17 +328,12 @@ def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool)
 
 
 def _remove(path: Path) -> None:
-    """Remove an entry, unless there is anything in it that is not of this cache. It is renamed first, so that no
-    process begins to read it."""
+    """Remove an entry, unless anything in it is not of this cache. A reader of half an entry finds it damaged."""
     with suppress(OSError):
         if path.is_file() and not path.is_symlink():
             path.unlink()
         elif not path.is_symlink() and all(_FILE.fullmatch(file.name) and file.is_file() for file in path.iterdir()):
-            removed = Path(tempfile.mkdtemp(prefix=f"{path.name.partition('.')[0]}.", dir=path.parent))
-            try:
-                path.rename(removed)
-            finally:
-                shutil.rmtree(removed, ignore_errors=True)
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # Numbers that belong to rows

@@ -12,24 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from loratune.data.formats import (
-    Conversation,
-    Fields,
-    Message,
-    Plain,
-    PreferencePair,
-    RowError,
-    UnpairedPreference,
-    common_prefix,
-    describe,
-    messages_or_text,
-    optional_text,
-    parse_json,
-    parse_list,
-    quote,
-    text,
-    type_error,
-)
+from loratune.data import formats
+from loratune.data.formats import Conversation, Fields, Message, Plain, PreferencePair, RowError, UnpairedPreference
 
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -58,12 +42,12 @@ class Turn:
 
 def parse_text(where: str, fields: Fields) -> Plain:
     """`text`, all of it supervised."""
-    return Plain(where, "", text(fields, "text"), whole=True)
+    return Plain(where, "", formats.text(fields, "text"), whole=True)
 
 
 def parse_prompt_completion(where: str, fields: Fields) -> Plain:
     """`prompt` and `completion` as text."""
-    return Plain(where, text(fields, "prompt"), text(fields, "completion"))
+    return Plain(where, formats.text(fields, "prompt"), formats.text(fields, "completion"))
 
 
 def parse_two_lists(where: str, fields: Fields) -> Conversation:
@@ -78,7 +62,7 @@ def parse_conversation(name: str, where: str, fields: Fields) -> Conversation:
 
 def parse_alpaca(where: str, fields: Fields) -> Conversation:
     """`instruction` with `input` below it, and `output`; `system`, `history`, `tools`."""
-    answer = Turn({"role": "assistant", "content": text(fields, "output")})
+    answer = Turn({"role": "assistant", "content": formats.text(fields, "output")})
     return _conversation(where, fields, prompt_turns(fields, "instruction"), [answer])
 
 
@@ -95,9 +79,9 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
 
 def parse_pair(where: str, fields: Fields) -> PreferencePair:
     """`chosen` and `rejected` as text, with their `prompt` before them, or as whole texts."""
-    chosen, rejected = (text(fields, name) for name in SIDES)
+    chosen, rejected = (formats.text(fields, name) for name in SIDES)
     if fields.get("prompt") is not None:
-        prompt = text(fields, "prompt")
+        prompt = formats.text(fields, "prompt")
         return PreferencePair(where, Plain(where, prompt, chosen), Plain(where, prompt, rejected))
     border = _border(chosen, rejected)
     return PreferencePair(where, *(Plain(where, side[:border], side[border:]) for side in (chosen, rejected)))
@@ -105,7 +89,7 @@ def parse_pair(where: str, fields: Fields) -> PreferencePair:
 
 def _border(chosen: str, rejected: str) -> int:
     """Where the prompt ends that two texts begin with: behind the last name of a turn, or else between two words."""
-    common = common_prefix(chosen, rejected)
+    common = formats.common_prefix(chosen, rejected)
     if (place := chosen.rfind(_ASSISTANT, 0, common)) >= 0:
         return place + len(_ASSISTANT)
     while common and not chosen[common - 1 : common].isspace():
@@ -121,7 +105,7 @@ def parse_pair_of_messages(name: str, where: str, fields: Fields) -> PreferenceP
         raise RowError(what, "leave its last message out, or give a `prompt`")
     chosen, rejected = (_answer(fields, side, prompt) for side in SIDES)
     if prompt is None:
-        common = common_prefix(chosen[:-1], rejected[:-1])
+        common = formats.common_prefix(chosen[:-1], rejected[:-1])
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     return PreferencePair(where, *(_preference(where, fields, prompt, answer) for answer in (chosen, rejected)))
 
@@ -155,11 +139,11 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
     """The turns of an answer, without those of the prompt, if it begins with them."""
-    value = messages_or_text(fields, name)
+    value = formats.messages_or_text(fields, name)
     if isinstance(value, str):
         if prompt is None:
             raise RowError(f"`{name}` must be a list of messages, as there is no `prompt`, got text")
-        return [Turn({"role": "assistant", "content": text(fields, name)})]
+        return [Turn({"role": "assistant", "content": formats.text(fields, name)})]
     if prompt is None:
         return prompt_turns(fields, name)
     turns = parse_turns(fields, name)
@@ -192,7 +176,7 @@ def read_label(value: Any) -> bool | None:
 def _label(fields: Fields, name: str) -> bool:
     if (label := read_label(fields.get(name))) is not None:
         return label
-    raise type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))
+    raise formats.type_error(f"`{name}`", "true or false, which say whether the answer is desirable", fields.get(name))
 
 
 # Turns
@@ -210,16 +194,16 @@ def prompt_turns(fields: Fields, name: str) -> list[Turn]:
         RowError: A field holds something else; the turns begin with another system message than `system`.
     """
     if name == "instruction":
-        parts = [text(fields, "instruction"), optional_text(fields, "input")]
+        parts = [formats.text(fields, "instruction"), formats.optional_text(fields, "input")]
         question = Turn({"role": "user", "content": "\n".join(part for part in parts if part)})
-        return _with_system(fields, [*_history(parse_list(fields, "history")), question])
-    if name == "prompt" and isinstance(messages_or_text(fields, name), str):
-        return _with_system(fields, [Turn({"role": "user", "content": text(fields, name)})])
+        return _with_system(fields, [*_history(formats.parse_list(fields, "history")), question])
+    if name == "prompt" and isinstance(formats.messages_or_text(fields, name), str):
+        return _with_system(fields, [Turn({"role": "user", "content": formats.text(fields, name)})])
     return _with_system(fields, parse_turns(fields, name))
 
 
 def _with_system(fields: Fields, turns: list[Turn]) -> list[Turn]:
-    system = optional_text(fields, "system")
+    system = formats.optional_text(fields, "system")
     if not system:
         return turns
     if turns[0].message["role"] != "system":
@@ -233,7 +217,7 @@ def _history(value: Any) -> list[Turn]:
     if value in (None, ""):
         return []
     if not isinstance(value, list):
-        raise type_error("`history`", "a list of pairs of question and answer", value)
+        raise formats.type_error("`history`", "a list of pairs of question and answer", value)
     turns = []
     for number, pair in enumerate(value, start=1):
         place = f"entry {number} of `history`"
@@ -241,7 +225,7 @@ def _history(value: Any) -> list[Turn]:
             raise RowError(f"{place} must be a pair of question and answer")
         named = {"question": pair[0], "answer": pair[1]}
         turns += [
-            Turn({"role": role, "content": text(named, name, place)})
+            Turn({"role": role, "content": formats.text(named, name, place)})
             for role, name in (("user", "question"), ("assistant", "answer"))
         ]
     return turns
@@ -253,15 +237,15 @@ def parse_turns(fields: Fields, name: str) -> list[Turn]:
     Raises:
         RowError: The field holds something else, or a turn is wrong or holds more than reaches the template.
     """
-    value = messages_or_text(fields, name)
-    value = parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
+    value = formats.messages_or_text(fields, name)
+    value = formats.parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
     if not isinstance(value, list) or not value:
-        raise type_error(f"`{name}`", "a list of messages", value)
+        raise formats.type_error(f"`{name}`", "a list of messages", value)
     turns = []
     for number, item in enumerate(value, start=1):
         place = f"message {number} of `{name}`"
         if not isinstance(item, Mapping):
-            raise type_error(place, "an object with role and content", item)
+            raise formats.type_error(place, "an object with role and content", item)
         turns.append(_turn(_sharegpt_to_openai(item, place), place))
     return turns
 
@@ -277,13 +261,13 @@ def _turn(item: Fields, place: str) -> Turn:
         if role != "assistant":
             raise RowError(f"{place} has `tool_calls`, but only the assistant calls tools")
         if not isinstance(calls := item["tool_calls"], list):
-            raise type_error(f"`tool_calls` of {place}", "a list", calls)
+            raise formats.type_error(f"`tool_calls` of {place}", "a list", calls)
         message["tool_calls"] = [
             _tool_call(call, f"tool call {number} of {place}") for number, call in enumerate(calls, start=1)
         ]
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
-    message |= {field: text(item, field, place) for field in _TEXT_FIELDS if item.get(field) is not None}
+    message |= {field: formats.text(item, field, place) for field in _TEXT_FIELDS if item.get(field) is not None}
     weight = item.get("weight")
     if weight not in (0, 1, None):
         raise RowError(f"{place} has the weight {weight!r}, not 0 or 1")
@@ -294,19 +278,23 @@ def _turn(item: Fields, place: str) -> Turn:
 
 def _check_unused(item: Fields, known: set[str], place: str) -> None:
     if extra := {field for field, value in item.items() if value is not None} - known:
-        raise RowError(f"{place} has {quote(extra)}, which would be left out of training")
+        raise RowError(f"{place} has {formats.quote(extra)}, which would be left out of training")
 
 
 def _content(item: Fields, place: str) -> str:
     """The text of a turn; parts of text are joined unchanged."""
     parts = item.get("content")
     if not isinstance(parts, list) or not parts:
-        return text(item, "content", place)
+        return formats.text(item, "content", place)
     for part in parts:
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else f"that is {describe(part)}"
+            kind = (
+                f"of the type {part.get('type')!r}"
+                if isinstance(part, Mapping)
+                else f"that is {formats.describe(part)}"
+            )
             raise RowError(f"{place} has a part {kind}, and only parts of the type 'text' can be trained on")
-    return "".join(text(part, "text", f"a part of {place}") for part in parts)
+    return "".join(formats.text(part, "text", f"a part of {place}") for part in parts)
 
 
 def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
@@ -315,11 +303,11 @@ def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
         if clash := {"role", "content"} & {field for field, value in item.items() if value is not None}:
             raise RowError(f"{place} has both `from` and `{min(clash)}`")
         rest = {field: value for field, value in item.items() if field not in ("from", "value")}
-        item = {**rest, "role": item["from"], "content": text(item, "value", place)}
+        item = {**rest, "role": item["from"], "content": formats.text(item, "value", place)}
     if item.get("role") != "function_call" or not isinstance(item.get("content"), str):
         return item
     place = f"the function call of {place}"
-    calls = parse_json(item["content"], place)
+    calls = formats.parse_json(item["content"], place)
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls) or not calls:
         raise RowError(f"{place} must be JSON with name and arguments")
@@ -341,17 +329,17 @@ def parse_tools(fields: Fields) -> tuple[Any, ...]:
     if fields.get("functions"):
         what = "the row has `functions`, which would be left out of training"
         raise RowError(what, "set data.columns to {tools: functions}")
-    value = parse_json(fields.get("tools") or None, "`tools`")
+    value = formats.parse_json(fields.get("tools") or None, "`tools`")
     if value is None:
         return ()
     if not isinstance(value, list):
-        raise type_error("`tools`", "a list of JSON schemas", value)
+        raise formats.type_error("`tools`", "a list of JSON schemas", value)
     tools = []
     for number, item in enumerate(value, start=1):
         place = f"entry {number} of `tools`"
-        tool = parse_json(item, place) if isinstance(item, str) else item
+        tool = formats.parse_json(item, place) if isinstance(item, str) else item
         if not isinstance(tool, Mapping):
-            raise type_error(place, "a JSON schema", tool)
+            raise formats.type_error(place, "a JSON schema", tool)
         try:
             tool = _without_nulls(tool)
         except RecursionError:
@@ -377,20 +365,20 @@ def _wrapped(value: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
 def _tool_call(item: Any, place: str) -> dict[str, Any]:
     """Arguments that are JSON in text become an object, as servers pass them to templates."""
     if not isinstance(item, Mapping):
-        raise type_error(place, "an object with a function", item)
+        raise formats.type_error(place, "an object with a function", item)
     call = {name: value for name, value in item.items() if value is not None}
     if "function" not in call:
         call = _wrapped(call, {"name", "arguments"} & call.keys())
     function = call["function"]
     if not isinstance(function, Mapping):
-        raise type_error(f"`function` of {place}", "an object with name and arguments", function)
+        raise formats.type_error(f"`function` of {place}", "an object with name and arguments", function)
     _check_unused(call, {"id", "type", "index", "function"}, place)
     _check_unused(function, {"name", "arguments"}, place)
-    if not text(function, "name", place):
+    if not formats.text(function, "name", place):
         raise RowError(f"{place} names no function")
     arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else parse_json(arguments, f"`arguments` of {place}")
+    arguments = {} if arguments in (None, "") else formats.parse_json(arguments, f"`arguments` of {place}")
     if not isinstance(arguments, dict):
-        raise type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
-    ids = {"id": text(call, "id", place)} if "id" in call else {}
+        raise formats.type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
+    ids = {"id": formats.text(call, "id", place)} if "id" in call else {}
     return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
