@@ -19,7 +19,6 @@ an error into lines on stderr and an exit code.
 """
 
 import errno
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,30 +45,18 @@ class Problem:
     fix: str = ""
 
     def __str__(self) -> str:
-        where, key, what, fix = map(_with_short_values, (self.where, self.key, self.what, self.fix))
+        where, key, what, fix = map(_shortened, (self.where, self.key, self.what, self.fix))
         head = ": ".join(part for part in (where, key, what) if part)
         code = f" [{self.code}]" if "." in self.code else ""
         return one_line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
 
 
-_VALUE = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|(?<!\w)"[^"]*"|\S+""")
-"""A value in a message: what is in quotes, or a word."""
-_MOST, _MOST_OF_PATHS, _MOST_OF_ALL = 200, 1000, 2000
-"""Characters of a value, of one that may be a path, and of a part of a message; of more, the middle is left out."""
+_MOST = 1000
+"""Characters of a part of a message, which may hold values of any length; of more, the middle is left out."""
 
 
-def _with_short_values(text: str) -> str:
-    """A part of a message, without the middle of long values in it, which may be of any length."""
-
-    def shown(match: re.Match[str]) -> str:
-        return _ends(match[0], _MOST_OF_PATHS if "/" in match[0] else _MOST)
-
-    return _ends(_VALUE.sub(shown, text), _MOST_OF_ALL) if len(text) > _MOST else text
-
-
-def _ends(text: str, most: int) -> str:
-    """The text, or its beginning and its end where it is too long."""
-    return text if len(text) <= most else f"{text[: most // 2]}[...]{text[-most // 5 :]}"
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST else f"{text[: _MOST // 2]}[...]{text[-_MOST // 5 :]}"
 
 
 def install(extra: str) -> str:

@@ -19,16 +19,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, and exported lazily
 
 from loratune.codes import Code
-from loratune.errors import (
-    AdapterError,
-    ConfigError,
-    LockedError,
-    LoratuneError,
-    Problem,
-    ResourceError,
-    is_disk_full,
-    is_out_of_memory,
-)
+from loratune.errors import AdapterError, ConfigError, LockedError, LoratuneError, Problem, ResourceError
 from loratune.events import note, progress
 from loratune.export.portable import CARD, PortableCopy
 from loratune.lora import adapter_files
@@ -42,8 +33,6 @@ _SECONDS = 120.0
 """How long a single read or write on a connection may take; the client itself has no limit."""
 _NEW = (".gitattributes", CARD)
 """What the hub itself puts into a new repository."""
-_LONGEST = 300
-"""Characters of a server's message that are shown."""
 _QUOTA = ("storage limit", "storage quota", "quota exceeded", "out of storage", "payment required")
 _REFUSALS = ("LFS batch API returned errors", "Invalid metadata in README.md")
 """Errors without a status that the hub returns for a file, and for the metadata of the card."""
@@ -248,15 +237,14 @@ def explained(repository: str, token: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         is_local = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError)
-        if is_local or is_disk_full(error) or is_out_of_memory(error):
+        if is_local or isinstance(error, MemoryError):
             raise
         _log.debug("the hub's client: %s", without("".join(traceback.format_exception(error)), token))
         cause: BaseException = error  # some errors only name a file, or say that it is not in the cache
         while isinstance(cause, RuntimeError | errors.LocalEntryNotFoundError) and cause.__cause__ is not None:
             cause = cause.__cause__
         text = " ".join((getattr(cause, "server_message", None) or str(cause)).split())
-        said = without(text if len(text) <= _LONGEST else f"{text[:_LONGEST]} [...]", token)
-        raise _translated(cause, said, repository) from None
+        raise _translated(cause, without(text, token), repository) from None
 
 
 def _translated(error: BaseException, said: str, where: str) -> LoratuneError:

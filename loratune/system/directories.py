@@ -17,16 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from loratune.system.files import (
-    contains,
-    is_directory,
-    is_file,
-    is_incidental_directory,
-    is_incidental_file,
-    notebook_original,
-    read_text,
-    sha256,
-)
+from loratune.system import files
 
 _log = logging.getLogger(__name__)
 
@@ -84,15 +75,15 @@ def scan(directory: Path, is_own: IsOwn, is_own_directory: IsOwn = lambda _: Fal
     """
 
     def belongs(name: str) -> bool:
-        original = notebook_original(name)
-        return is_own(name) or is_incidental_file(name) or (original is not None and is_own(original))
+        original = files.notebook_original(name)
+        return is_own(name) or files.is_incidental_file(name) or (original is not None and is_own(original))
 
-    files, directories = _entries(directory)
-    own = {name for name in files if belongs(name)}
-    expected = {name for name in directories if is_own_directory(name) or is_incidental_directory(name)}
+    names, directories = _entries(directory)
+    own = {name for name in names if belongs(name)}
+    expected = {name for name in directories if is_own_directory(name) or files.is_incidental_directory(name)}
     parents = {".", *expected, *(str(parent) for name in own | expected for parent in PurePosixPath(name).parents)}
     foreign = [f"{name}/" for name in directories if name not in parents and _parent(name) in parents]
-    foreign += [name for name in files if name not in own and _parent(name) in parents]
+    foreign += [name for name in names if name not in own and _parent(name) in parents]
     return Contents(sorted(own), sorted(parents - {"."}, reverse=True), sorted(foreign))
 
 
@@ -126,7 +117,8 @@ def is_recorded(directory: Path, path: Path) -> bool:
     """Whether a file is, unchanged, the one that the record of the adapter in this directory lists under its name."""
     try:
         name = path.resolve().relative_to(directory.resolve()).as_posix()
-        return is_file(directory / name) and (_digests(directory) or {}).get(name) == sha256(directory / name)
+        recorded = (_digests(directory) or {}).get(name)
+        return files.is_file(directory / name) and recorded == files.sha256(directory / name)
     except (OSError, ValueError):
         _log.debug("%s counts as changed", path, exc_info=True)
         return False
@@ -144,14 +136,14 @@ def scan_recorded(directory: Path) -> Contents:
 def _digests(directory: Path) -> dict[str, Any] | None:
     """The files that the record of an adapter lists, with their SHA-256; None without a readable record."""
     record = read_record(directory)
-    files = record.get("files") if isinstance(record, dict) else None
-    return files if isinstance(files, dict) else None
+    listed = record.get("files") if isinstance(record, dict) else None
+    return listed if isinstance(listed, dict) else None
 
 
 def read_record(directory: Path) -> Any:
     """The record of an adapter; None if it is missing or cannot be read."""
     try:
-        return json.loads(read_text(directory / RECORD))
+        return json.loads(files.read_text(directory / RECORD))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
@@ -169,12 +161,12 @@ def _entries(directory: Path) -> tuple[list[str], list[str]]:
     def fail(error: OSError) -> None:
         raise error
 
-    files, directories = list[str](), list[str]()
+    others, directories = list[str](), list[str]()
     for place, inner, names in os.walk(directory, onerror=fail):
         for name in (*inner, *names):
             path = Path(place, name)
-            (directories if is_directory(path) else files).append(path.relative_to(directory).as_posix())
-    return files, directories
+            (directories if files.is_directory(path) else others).append(path.relative_to(directory).as_posix())
+    return others, directories
 
 
 Inputs = Sequence[tuple[str, str]]
@@ -190,9 +182,9 @@ def why_in_use(directory: Path, inputs: Inputs) -> tuple[str, str]:
     """
     if os.path.ismount(directory):
         return "is a mount point", "name a directory inside it that does not exist yet"
-    if contains(directory, Path.cwd()):
+    if files.contains(directory, Path.cwd()):
         return "is, or holds, the working directory", "choose another directory, or start loratune from elsewhere"
     for name, path in inputs:
-        if contains(directory, Path(path)) and not (name == CONFIG_INPUT and is_recorded(directory, Path(path))):
+        if files.contains(directory, Path(path)) and not (name == CONFIG_INPUT and is_recorded(directory, Path(path))):
             return f"is, or holds, what the command reads ({name}: {path})", "choose another directory, or move that"
     return "", ""
