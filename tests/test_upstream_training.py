@@ -116,7 +116,6 @@ class Recorder(CheckpointTrainer):
     def __init__(self, **arguments: Any):
         self.calls: list[str] = []
         super().__init__(**arguments)
-        self.checkpoint_parent = Path(self.args.output_dir)
 
     def __getattribute__(self, name: str) -> Any:
         if name in HOOKS:

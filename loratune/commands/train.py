@@ -133,7 +133,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     try:
         if plan.config.model.use_liger_kernel:
             kernels.use_liger(plan.model)
-        with plan.batches.acceleration.applied(plan.model):
+        with plan.batches.engine.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
             kernels.give_back_pages()

@@ -19,15 +19,7 @@ from sqlalchemy.exc import OperationalError
 from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
-from loratune.errors import (
-    ConfigError,
-    LockedError,
-    LoratuneError,
-    Problem,
-    ResourceError,
-    ResumeError,
-    is_disk_full,
-)
+from loratune.errors import ConfigError, LockedError, LoratuneError, Problem, ResourceError, ResumeError, is_disk_full
 from loratune.system.files import is_incidental_file, kind
 from loratune.training.checkpoints import run_dir
 from loratune.training.checkpoints.run_dir import RunDirectory

@@ -45,11 +45,6 @@ class BatchedDatasets:
     objective: Objective
 
     @property
-    def acceleration(self) -> kernels.Acceleration:
-        """What of the model the kernels compute."""
-        return self.engine.acceleration
-
-    @property
     def train(self) -> BatchLayout:
         """The training batches."""
         return self.layouts["train"]

@@ -5,7 +5,7 @@ give the same steps, in every process, on every machine, and in a run that is re
 
 The time of a batch is `a + b * operations`, where its floating-point operations are counted from the lengths of its
 rows, padding included: so the rows of each step decide, in the order in which the run reads them. Before a run,
-`seconds_per_operation` measures b by a layer with random weights, so that neither the base nor its weights are needed;
+`seconds_per_operation` measures b by layers with random weights, so that neither the base nor its weights are needed;
 a run with a time budget fits a and b to batches that it times, see `time_budget`.
 """
 
@@ -45,11 +45,11 @@ WITH_MISMATCHED = 1.5
 """How many times as many operations there are where each answer also has its prompt with another one's answer, which is
 only read, by which KTO estimates the divergence."""
 _EFFICIENCY = 0.5
-"""The part of the stand-in's speed that training reaches, for all that it lacks: so much did SmolLM2-135M on rows of 37
-tokens (663 tokens a second, one thread of a Xeon with AMX). On rows of 512 tokens it reached 0.8. It was not compared
-on other processors, nor on a GPU."""
+"""The part of the measured layers' speed that training reaches: so much did SmolLM2-135M on rows of 37 tokens (663
+tokens a second, one thread of a Xeon with AMX). On rows of 512 tokens it reached 0.8. It was not compared on other
+processors, nor on a GPU."""
 _WIDTH, _TOKENS = 4096, 2048
-"""The largest hidden size and batch of the stand-in."""
+"""The largest hidden size and batch that are measured."""
 _SECONDS, _SHARE, _REPEATS = 3.0, 0.01, 5
 """How long it is repeated at most, also as a part of the estimate, and how often at least. On a busy machine a process
 is fast in its first second, before its share of the processors is used up."""
@@ -271,13 +271,14 @@ def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, opera
     Args:
         model: The `PeftModel`, which may be on the meta device, and is not used but for its width.
         section: Which dtype the model computes in.
-        costs: Those of its batches, as large as which the stand-in's are.
+        costs: Those of its batches; one as large is measured.
         operations: How many are to be estimated: the measurement takes a small part of the time that they take.
     """
     dtype, device = load.compute_dtype(section), load.device()
     side = min(int(model.get_input_embeddings().weight.shape[1]), _WIDTH)
     tokens = min(max(int(costs.lengths.sum()) // costs.of_pass()[0], 1), _TOKENS)
-    layer = _StandIn(side).to(device=device, dtype=dtype).requires_grad_(False)
+    layers = nn.Linear(side, 6 * side, bias=False), nn.SiLU(), nn.Linear(6 * side, side, bias=False)
+    layer = nn.Sequential(*layers).to(device=device, dtype=dtype).requires_grad_(False)
     states = torch.randn(tokens, side, dtype=dtype, device=device).requires_grad_()
     weights = sum(parameter.numel() for parameter in layer.parameters())
     of_step = _EFFICIENCY * _FORWARD_AND_BACKWARD * weights * tokens
@@ -294,21 +295,6 @@ def _step(layer: nn.Module, states: torch.Tensor) -> None:
     layer(states).sum().backward()
     if states.is_cuda:
         torch.cuda.synchronize(states.device)
-
-
-class _StandIn(nn.Module):
-    """A gated MLP with norm and residual, of as many weights as a decoder layer: 12 times the hidden size squared."""
-
-    def __init__(self, side: int):
-        super().__init__()
-        self.norm = nn.RMSNorm(side)
-        self.gate, self.up = (nn.Linear(side, 4 * side, bias=False) for _ in range(2))
-        self.down = nn.Linear(4 * side, side, bias=False)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(states)
-        updated: torch.Tensor = self.down(nn.functional.silu(self.gate(normed)) * self.up(normed))
-        return states + updated
 
 
 @dataclass(frozen=True)

@@ -241,7 +241,7 @@ def make_plan(
         originals=partial(stored.original_weights, config.model, base.model),
         start_from=run.start.info.files if run.start else None,
     )
-    record = _record(run, config, datasets, base, conditions(model, batches.acceleration.fallbacks))
+    record = _record(run, config, datasets, base, conditions(model, batches.engine.acceleration.fallbacks))
     packed, tokens = batches.train.flat, batches.train.total_tokens(config.training.max_steps).tolist()
     estimate = memory.estimate(model, *batches.largest(), config.training, packed=packed, batch_tokens=tokens)
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD

@@ -20,12 +20,7 @@ from loratune.compare import collapse, gain
 from loratune.compare.engine import SFT, Objective, nothing
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.objectives import PreferenceMetrics
-from loratune.compare.preferences import (
-    MOST_COMPARED,
-    PreferenceObjective,
-    order_note,
-    set_reference,
-)
+from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective, order_note, set_reference
 from loratune.config import RunConfig
 from loratune.data import token_cache
 from loratune.errors import Problem
@@ -304,7 +299,7 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         test=test,
         preferences=_measure_preferences(plan),
         computed_by=plan.batches.engine.computed_by,
-        not_accelerated=plan.batches.acceleration.fallbacks,
+        not_accelerated=plan.batches.engine.acceleration.fallbacks,
     )
 
 

@@ -332,10 +332,7 @@ def _fixed(plan: Plan, found: StepBudget, left: float, about: str = "") -> Plan:
     config = plan.config.model_copy(update={"training": plan.config.training.model_copy(update=changed)})
     record = plan.checkpoints.record.model_copy(update={"config": config.resolved(), "max_minutes": minutes})
     return replace(
-        plan,
-        config=config,
-        checkpoints=replace(plan.checkpoints, record=record),
-        notes=[*plan.notes, *lines],
+        plan, config=config, checkpoints=replace(plan.checkpoints, record=record), notes=[*plan.notes, *lines]
     )
 
 

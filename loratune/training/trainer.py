@@ -142,8 +142,7 @@ class RunTrainer(CheckpointTrainer):
         **arguments: Any,
     ):
         self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
-        self.checkpoint_parent, self.oom_dry_run = plan.checkpoints.unfinished, oom_dry_run
-        self.shape, self.keeps_checkpoints = tuple[int, ...](), True
+        self.shape, self.keeps_checkpoints, self.oom_dry_run = tuple[int, ...](), True, oom_dry_run
         self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         point = plan.resume_point
         unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()
@@ -360,13 +359,15 @@ class RunTrainer(CheckpointTrainer):
         if self.group.main:
             attach.write(self.model, Path(str(output_dir)), state)
 
-    @contextmanager
-    def writing_checkpoint(self) -> Iterator[None]:
-        """Inside, what is written becomes a checkpoint that is whole, or does not exist."""
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.plan.checkpoints.unfinished)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint, which is whole or does not exist."""
         step, checkpoints = self.state.global_step, self.plan.checkpoints
         progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
         with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
-            yield
+            super()._save_checkpoint(model, trial)
             if checkpoints.is_writer:
                 self.best.save(directory, step)
         if self.group.main:

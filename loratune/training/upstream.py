@@ -6,7 +6,6 @@ tests/test_upstream_training.py fails if a release removes one.
 
 from base64 import b64decode, b64encode
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -133,31 +132,16 @@ class TensorBoard(TensorBoardCallback):
 
 
 class CheckpointTrainer(Trainer):
-    """A Trainer that writes its checkpoints elsewhere, as the same files however weights are sharded.
+    """A Trainer whose checkpoints have the same files however weights are sharded.
 
     Trainer has no documented way to do so: its callbacks are called around the steps that are overridden here. The main
     process writes all files; with ZeRO-3, DeepSpeed's own are beside them.
 
     Attributes:
         group: The processes of the run.
-        checkpoint_parent: The directory in which a checkpoint is written under its name.
     """
 
     group: Group
-    checkpoint_parent: Path
-
-    # Checkpoints
-
-    def writing_checkpoint(self) -> AbstractContextManager[Any]:
-        """The context in which a checkpoint is written to `checkpoint_parent`."""
-        return nullcontext()
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self.checkpoint_parent)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        with self.writing_checkpoint():
-            super()._save_checkpoint(model, trial)
 
     # Gradients
 

@@ -149,17 +149,10 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
             there are now, a step would take other rows, or DeepSpeed's files cannot be read.
         ConfigError: As `auto.keep`.
     """
-    if problems := [
-        Problem(
-            Code.RESUME_CHANGED,
-            "a resumed run cannot change this key",
-            key=f"--allow-change {key}",
-            fix=f"leave it out; these keys can be changed: {', '.join(CHANGEABLE)}",
-        )
-        for key in allowed
-        if key not in CHANGEABLE
-    ]:
-        raise ResumeError(problems)
+    if wrong := [key for key in allowed if key not in CHANGEABLE]:
+        fix = f"leave it out; these keys can be changed: {', '.join(CHANGEABLE)}"
+        what = "a resumed run cannot change this key"
+        raise ResumeError([Problem(Code.RESUME_CHANGED, what, key=f"--allow-change {key}", fix=fix) for key in wrong])
     checkpoint, before, skipped = newest_whole(checkpoints)
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
@@ -222,9 +215,7 @@ def _changed_step_sizes(before: CheckpointRecord, now: Mapping[str, Any]) -> Ite
     rows = [f"{math.prod(sizes)} ({_processes(sizes[0])} x {sizes[1]} x {sizes[2]})" for sizes in (old, new)]
     if math.prod(old) != math.prod(new):
         what = f"a step took {rows[0]} rows when the run was interrupted, and would now take {rows[1]}"
-        fix = f"start {_processes(old[0])}, or change this key so that the product stays the same, with --allow-change"
-        if old[0] == new[0]:
-            fix = "change it back, or change the other factor as well, so that the product stays the same"
+        fix = f"start {_processes(old[0])}, or change keys so that the product stays the same, with --allow-change"
         key = f"training.{keys[0] if old[1] != new[1] else keys[1]}"
         yield Problem(Code.RESUME_CHANGED, what, key=key, fix=fix)
     elif old[1] != new[1] and now["data"]["packing"] == "full":

@@ -56,12 +56,7 @@ def scan_checkpoints(directory: Path) -> Contents:
 
 
 def check(
-    output_dir: str,
-    *,
-    overwrite: bool,
-    resume: bool = False,
-    inputs: Inputs = (),
-    dry_run: bool = False,
+    output_dir: str, *, overwrite: bool, resume: bool = False, inputs: Inputs = (), dry_run: bool = False
 ) -> "RunDirectory":
     """Check that a run may write to `output_dir`, see `OutputDirectory.check`."""
     return RunDirectory.at(output_dir, overwrite=overwrite, inputs=inputs).check(resume=resume, dry_run=dry_run)
