@@ -69,11 +69,11 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
             "train": str(write_rows(path / "train.jsonl", TRAIN)),
             "validation": str(write_rows(path / "held-out.jsonl", HELD_OUT)),
         },
-        "training": {"learning_rate": 1e-2, "max_steps": 200, "per_device_train_batch_size": 14},
+        "training": {"learning_rate": 1e-2, "max_steps": 120, "per_device_train_batch_size": 14},
         "output_dir": str(path / "adapter"),
     }
     (path / "run.yaml").write_text(yaml.safe_dump(config))
-    for name, steps in (("adapter", 200), ("early", 12)):
+    for name, steps in (("adapter", 120), ("early", 12)):
         changes = ("--set", f"output_dir={path / name}", "--set", f"training.max_steps={steps}")
         ran = CliRunner().invoke(app, ["train", str(path / "run.yaml"), *changes])
         assert ran.exit_code == 0, ran.stderr

@@ -59,7 +59,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
         {"messages": [*user(prompt), {"role": "assistant", "content": answer}]}
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
     ]
-    return train(tmp_path_factory.mktemp("chat"), tiny_dir, rows, steps=200)
+    return train(tmp_path_factory.mktemp("chat"), tiny_dir, rows, steps=100)
 
 
 @pytest.fixture(scope="module")
