@@ -35,17 +35,17 @@ CHAT = [
 TEXTS = [{"text": f"{number} " * 400} for number in range(100, 112)]
 
 
-@pytest.fixture(autouse=True)
-def _untraced(request: pytest.FixtureRequest) -> None:
-    if "traced" not in request.keywords:
-        request.getfixturevalue("untraced")
-
-
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def traced_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def here(traced_here: Path, untraced: None) -> Path:
+    """The same, for tests that are not about memory."""
+    return traced_here
 
 
 def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
@@ -57,8 +57,8 @@ def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
     return config.load(Path("config.yaml"))
 
 
-@pytest.mark.traced
-def test_labels(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_labels(cli: Cli, tiny_dir: Path, traced_here: Path) -> None:
+    here = traced_here
     write_rows(here / "parity.jsonl", LABELS)
     ran = cli("init", "parity.jsonl", "--model", tiny_dir)
     assert ran.code == 0, ran.err
@@ -349,7 +349,6 @@ def test_choices_by_counts() -> None:
     assert [auto.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
 
 
-@pytest.mark.traced
 @pytest.mark.parametrize(
     ("free", "quantizable", "chosen"),
     [(1 << 40, True, (8, "none", False)), (0, True, (1, "4bit", True)), (0, False, (1, "none", True))],
@@ -390,7 +389,6 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
     return MeasuredRows(RawDatasets(split, None), ColumnChoice(), tokenized.lengths, tokenized, saved)
 
 
-@pytest.mark.traced
 @pytest.mark.parametrize("packing", ["batch", "full"])
 def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None:
     """Where they will be shared: of 8 rows, 12 + 8 * 4 tokens are computed. What is cut begins later."""
