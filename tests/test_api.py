@@ -15,7 +15,7 @@ import pytest
 import transformers
 from conftest import ROWS, write_rows
 from datasets import Dataset
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 from running import WEIGHTS, Cli, MakeConfig
 
 import loratune
