@@ -275,6 +275,7 @@ def run_here(command: Sequence[str]) -> None:
     from accelerate.state import AcceleratorState, GradientState  # noqa: PLC0415
 
     from loratune.cli import app  # noqa: PLC0415
+    from loratune.kernels.compiled import fused_ops  # noqa: PLC0415
 
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
@@ -285,6 +286,7 @@ def run_here(command: Sequence[str]) -> None:
                 raise RuntimeError(said.getvalue()) from end
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
+    fused_ops._library.cache_clear()  # each fork finds a compiler, and a cache, by its own variables
     tempfile.tempdir = None
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import transformers
 import yaml
 from conftest import check_refused, is_problem, meanings, tiny_llama, tree
 from fork_server import ForkServer
-from running import WEIGHTS, Cli, MakeConfig, checkpoints, until
+from running import WEIGHTS, Cli, MakeConfig, before_batch, checkpoints
 
 from loratune.codes import Code
 from loratune.errors import ConfigError
@@ -371,18 +370,16 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """They are left alone, and so is the work: moved away, the run goes on to its end."""
-    config = run_config(training={"max_steps": 63, "save_steps": 60})
-    adapter(tmp_path / "out")
-    child = processes.start("train", config, "--overwrite")
-    until(lambda: "step     1/" in child.said(), child)
-    (tmp_path / "out" / "thesis.txt").write_text("precious")
-    before = tree(tmp_path / "out")
+    config = run_config(training={"max_steps": 3, "save_steps": 2})
+    thesis = adapter(tmp_path / "out") / "thesis.txt"
+    child = processes.start("train", config, "--overwrite", first=before_batch(2, f"open('{thesis}', 'w').close()"))
     assert child.wait() == 2
     (error,) = [line for line in child.said().splitlines() if line.startswith("error: ")]
+    before = tree(tmp_path / "out")
+    assert sorted(before) == ["README.md", "adapter_config.json", WEIGHTS, "loratune.json", "thesis.txt"]
     problem = Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"
     assert is_problem(error.removeprefix("error: "), problem) and "also holds thesis.txt, " in error, error
     assert error.endswith("; move or delete these files, and continue with --resume")
-    assert tree(tmp_path / "out") == before
     ran = cli("train", config, "--resume")
     check_refused(ran, 2, problem)
     assert "also holds thesis.txt, " in ran.err
@@ -491,11 +488,10 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
 def test_a_file_that_stays_in_the_work_is_reported(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    child = processes.start("train", run_config(training={"max_steps": 63, "save_steps": 20}))
-    until(lambda: checkpoints(tmp_path / "out.partial"), child)
-    (tmp_path / "out.partial" / "checkpoints" / "notes.txt").write_text("precious")
-    assert child.wait() == 0
     kept = tmp_path / "out.partial" / "checkpoints" / "notes.txt"
+    config = run_config(training={"max_steps": 3, "save_steps": 1})
+    child = processes.start("train", config, first=before_batch(3, f"open('{kept}', 'w').write('precious')"))
+    assert child.wait() == 0
     assert f"{kept} is kept: this run did not write it" in child.said()
     assert kept.read_text() == "precious"
 
@@ -518,10 +514,8 @@ def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_p
 @pytest.fixture
 def interrupted(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> Path:
     """The config of a run that was stopped with a checkpoint."""
-    config = run_config(training={"num_train_epochs": 500, "save_steps": 1000})
-    child = processes.start("train", config)
-    until(lambda: "step     1/" in child.said(), child)
-    child.send(signal.SIGINT)
+    config = run_config(training={"num_train_epochs": 2, "save_steps": 1000})
+    child = processes.start("train", config, first=before_batch(2, "signal.raise_signal(signal.SIGINT)"))
     assert child.wait() == 130, child.said()
     assert len(checkpoints(tmp_path / "out.partial")) == 1
     return config
