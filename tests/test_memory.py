@@ -110,15 +110,21 @@ def tiny_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4))
 
 
+ADAPTED: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
+    (tiny_llama, {}),
+    (tiny_llama, {"target_modules": "all-linear", "r": 16, "lora_dropout": 0.1}),
+    (tiny_llama, {"modules_to_save": ["lm_head"]}),
+    (tiny_gpt2, {"target_modules": ["c_attn"]}),
+]
+
+
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
-@pytest.mark.parametrize("native", [True, False])
 @pytest.mark.parametrize(
-    ("make", "lora"),
+    ("make", "lora", "native"),
     [
-        (tiny_llama, {}),
-        (tiny_llama, {"target_modules": "all-linear", "r": 16, "lora_dropout": 0.1}),
-        (tiny_llama, {"modules_to_save": ["lm_head"]}),
-        (tiny_gpt2, {"target_modules": ["c_attn"]}),
+        *((*one, True) for one in ADAPTED),
+        (*ADAPTED[0], False),
+        *(pytest.param(*one, False, marks=pytest.mark.slow) for one in ADAPTED[1:]),
     ],
 )
 def test_activations_are_what_autograd_keeps(
@@ -196,14 +202,14 @@ def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_meta(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1), target_modules=["in_proj"])
-    rows = [(50, 40), (40, 25)]
+    rows = [(14, 14), (10, 7)]
     lengths = traced_lengths(monkeypatch)
     limit(monkeypatch, MIN_OPERATIONS=1_000_000)
     exact = memory.estimate(model, rows, 2)
-    limit(monkeypatch, MIN_OPERATIONS=100, OPERATIONS_PER_MODULE=10)
+    limit(monkeypatch, MIN_OPERATIONS=100, OPERATIONS_PER_MODULE=10, SHORT_LENGTHS=(512, 4))
     assert exact.traced
     assert memory.estimate(model, rows, 2) == exact
-    assert lengths == [50, 50, 16, 32, 48]
+    assert lengths == [14, 14, 4, 8, 12]
 
 
 def test_attention_over_all_pairs_lies_on_a_parabola(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +242,14 @@ QUANTIZED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
-@pytest.mark.parametrize(("place", "targets"), [("tiny_dir", ROLES), ("gpt2_dir", ["c_attn"])])
+@pytest.mark.parametrize(
+    ("place", "targets", "quantization"),
+    [
+        *(("tiny_dir", ROLES, quantization) for quantization in ("none", "8bit", "4bit")),
+        ("gpt2_dir", ["c_attn"], "8bit"),
+        *(pytest.param("gpt2_dir", ["c_attn"], one, marks=pytest.mark.slow) for one in ("none", "4bit")),
+    ],
+)
 def test_a_model_without_weights_needs_the_same(
     quantization: Any, place: str, targets: list[str], request: pytest.FixtureRequest
 ) -> None:
@@ -316,7 +328,7 @@ def test_accumulated_gradients_wait() -> None:
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-@pytest.mark.parametrize("rows", [[(32, 32)] * 2, [(32, 4), (20, 4)]])
+@pytest.mark.parametrize("rows", [[(32, 4), (20, 4)], pytest.param([(32, 32)] * 2, marks=pytest.mark.slow)])
 def test_other_architectures_are_traced(config: Any, targets: list[str], rows: list[tuple[int, int]]) -> None:
     estimate = memory.estimate(on_meta(config, target_modules=targets), rows, 2)
     assert estimate.traced
