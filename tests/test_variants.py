@@ -140,7 +140,7 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
 
 AT_LENGTH = (
     "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
-    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian",
+    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian", "DoRA",
 )  # fmt: skip
 """Variants whose state is of the kinds that others have: a base that was changed, factors that are trained."""
 
