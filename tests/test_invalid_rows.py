@@ -21,8 +21,8 @@ from loratune.errors import DataError
 
 Cli = Callable[..., Ran]
 PAIR = b'{"prompt": "a", "completion": "b"}\n'
-HUGE = b"1" * 5_000
-"""A number that Python does not read, and by which rows cannot be grouped."""
+UNREADABLE = b'{"a": 1, "a": 2}'
+"""A value by which rows cannot be grouped."""
 REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT_TEMPLATE
 
 
@@ -170,7 +170,7 @@ def test_the_others_are_the_rows_of_a_file_without_them(
     tmp_path: Path, renderer: Renderer, changes: dict[str, Any]
 ) -> None:
     good, bad = mixed(
-        tmp_path, b'{"prompt": "a", "completion": "b", "topic": %s}\n' % HUGE if "group_by" in changes else b""
+        tmp_path, b'{"prompt": "a", "completion": "b", "topic": %s}\n' % UNREADABLE if "group_by" in changes else b""
     )
 
     def fingerprints(path: Path) -> list[str]:
@@ -190,7 +190,9 @@ def test_the_cache_knows_which_rows_were_dropped(tmp_path: Path, renderer: Rende
     """Their number is the same in both."""
     path = write_rows(tmp_path / "rows.jsonl", [row | {"one": n, "two": n} for n, row in enumerate(ROWS)])
     path.write_bytes(
-        path.read_bytes().replace(b'"one": 0,', b'"one": %s,' % HUGE).replace(b'"two": 1}', b'"two": %s}' % HUGE)
+        path.read_bytes()
+        .replace(b'"one": 0,', b'"one": %s,' % UNREADABLE)
+        .replace(b'"two": 1}', b'"two": %s}' % UNREADABLE)
     )
     first, second = (prepared(renderer, section(path, validation=0.3, group_by=field)) for field in ("one", "two"))
     assert {row.where for row in first.rows.rows()} != {row.where for row in second.rows.rows()}

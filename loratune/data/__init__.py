@@ -16,17 +16,7 @@ from pathlib import Path
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.data import formats, token_cache
-from loratune.data.formats import (
-    Conversation,
-    Example,
-    Ids,
-    Plain,
-    Preference,
-    check_ids,
-    drop_reason,
-    no_loss_reason,
-    sides,
-)
+from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, sides
 from loratune.data.holding_out import replay_numbers
 from loratune.data.rendering import Renderer, spans
 from loratune.data.rendering.spans import TokenizedRow
@@ -203,13 +193,17 @@ def remark_on_lost_characters(
     few, characters = list[Plain | Conversation](), 0
     for example in first_examples(split, rows):
         characters += _characters(example)
-        texts = [side for side in sides(example) if not isinstance(side, Ids) and not no_loss_reason(side, loss_on)]
+        texts = [
+            side for side in sides(example) if not isinstance(side, Ids) and not formats.no_loss_reason(side, loss_on)
+        ]
         few += texts if characters <= _DECODED else ()
     tokenizer, count, lost, shown = renderer.tokenizer, 0, 0, ""
     special = [*zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)]
     for one, row in zip(few, renderer.rows(few, loss_on) if few else (), strict=True):
-        is_text = isinstance(one, Plain)
-        answer = one.completion if is_text else one.messages[one.supervised_turns(loss_on)[-1]]["content"]
+        if isinstance(one, Plain):
+            answer = one.completion
+        else:
+            answer = one.messages[one.supervised_turns(loss_on)[-1]]["content"]
         added = {id for token, id in special if token not in answer}  # the end of sequence, the unknown token
         decoded = tokenizer.decode([id for id in row.completion if id not in added], skip_special_tokens=False)
         letters = _letters_and_digits(answer)
@@ -272,13 +266,13 @@ class _ExampleTokenizer:
         is_preference = any(isinstance(example, Preference) for example in examples)
         loss_on = "completion" if is_preference else self.section.loss_on
         for example in examples:
-            if reason := drop_reason(example, loss_on):
+            if reason := formats.drop_reason(example, loss_on):
                 report.drop(reason, example.where)
                 continue
             kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        checked = (check_ids(example, self.vocabulary_size) for example in kept if isinstance(example, Ids))
+        checked = (formats.check_ids(example, self.vocabulary_size) for example in kept if isinstance(example, Ids))
         if problems := [problem for problem in checked if problem]:
             raise DataError(reported(problems))
         singles = [side for example in kept for side in sides(example)]

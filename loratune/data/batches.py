@@ -195,7 +195,8 @@ def _mixing(model: Any, layout: Layout, longest: int, total: int = 0) -> str:
     longest, total: as of `packing_refusal`.
     """
     with _evaluating(model):
-        longest = min(longest, _max_positions(model, longest))
+        text_config = model.config.get_text_config()  # on a GPU, a position past its table ends the process
+        longest = min(longest, getattr(text_config, "max_position_embeddings", None) or longest)
         rows = _random_rows(model, min(longest, GRADIENT_LONGEST))
         if not bool(_alone(model, rows[0]).isfinite().all()):
             return ""
@@ -271,12 +272,6 @@ def _special_ids(config: Mapping[str, Any]) -> set[int]:
         elif str(key).endswith(("_token_id", "_token_index")):
             special |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
     return special
-
-
-def _max_positions(model: Any, otherwise: int) -> int:
-    """Returns how many positions a model has; on a GPU, a position past its table ends the process."""
-    text_config = model.config.get_text_config()
-    return getattr(text_config, "max_position_embeddings", None) or otherwise
 
 
 def _flat(rows: list[Row], offset: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -17,20 +17,8 @@ from numpy.typing import NDArray
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
-from loratune.data.formats import (
-    IGNORED,
-    Conversation,
-    Example,
-    Ids,
-    Message,
-    Plain,
-    Preference,
-    RowError,
-    UnpairedPreference,
-    quote,
-    sides,
-    type_error,
-)
+from loratune.data import formats
+from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Preference, UnpairedPreference, sides
 from loratune.data.formats.recognition import Parser
 from loratune.data.report import Report
 from loratune.data.sources import GivenRows, RowSource, no_rows_error, open_source
@@ -116,7 +104,7 @@ class RowIndex:
                 if wanted[found - 1]:
                     try:
                         yield file.parser(row)
-                    except RowError:
+                    except formats.RowError:
                         raise _changed_error(file) from None
             if found < file.rows:
                 raise _changed_error(file)
@@ -159,7 +147,7 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
     names = {field for file in files for field in file.parser.fields}
     what, fix = f"`{name}` is null in every row", "name another field, or leave the setting out"
     if name not in names:
-        what = f"no row has a field `{name}`; the fields are {quote(names)}"
+        what = f"no row has a field `{name}`; the fields are {formats.quote(names)}"
         near = difflib.get_close_matches(name, sorted(names), n=1, cutoff=0.5)
         fix = f"did you mean `{near[0]}`?" if near else fix
     return DataError(Problem(Code.DATA_FORMAT, what, files[0].source.name, "data.group_by", fix))
@@ -186,7 +174,7 @@ class _Indexer:
                         parser, first = Parser(row, self.section), row.where
                     try:
                         self._add(parser(row), row)
-                    except RowError as error:
+                    except formats.RowError as error:
                         problem = error.at(row.where)
                 if problem and self.invalid is not None:
                     self.invalid.rows += 1
@@ -234,13 +222,13 @@ def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, Unreadable):
-        raise type_error(f"`{name}`", "a value to group by", value)
+        raise formats.type_error(f"`{name}`", "a value to group by", value)
     try:
         if not isinstance(value, str | int):
             value = json.loads(to_json_line({name: value}), parse_float=_number)[name]
         return json.dumps(value, sort_keys=True).encode()
     except RecursionError:
-        raise RowError(f"`{name}` is nested too deeply") from None
+        raise formats.RowError(f"`{name}` is nested too deeply") from None
 
 
 def _number(written: str) -> float | int:
@@ -316,7 +304,7 @@ def _first_supervised(example: Conversation | Ids, loss_on: str) -> int:
         return min(turns, default=len(example.messages))
     if example.labels is None:
         return 0
-    return next(number for number, label in enumerate(example.labels) if label != IGNORED)
+    return next(number for number, label in enumerate(example.labels) if label != formats.IGNORED)
 
 
 def _join_ids(ids: Sequence[int]) -> bytes:

@@ -11,20 +11,8 @@ from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.formats import (
-    PAIRS,
-    UNPAIRED,
-    Conversation,
-    Example,
-    Fields,
-    Message,
-    RowError,
-    messages_or_text,
-    parse_ids,
-    parsers,
-    quote,
-    text,
-)
+from loratune.data import formats
+from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Fields, Message, RowError, parsers
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -74,7 +62,7 @@ def _unpaired_texts(label: str = "label") -> Format:
 
 
 FORMATS = (
-    Format("input_ids", ("input_ids",), parse_ids, ("labels",)),
+    Format("input_ids", ("input_ids",), formats.parse_ids, ("labels",)),
     Format("prompt_completion", ("prompt", "completion"), parsers.parse_prompt_completion),
     Format("messages", ("messages",), partial(parsers.parse_conversation, "messages"), _CHAT),
     Format("conversations", ("conversations",), partial(parsers.parse_conversation, "conversations"), _CHAT),
@@ -123,13 +111,13 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
         return _BY_NAME[name]
     candidates = [format for format in FORMATS if keys >= set(format.keys) and format.name not in PREFERENCE_FORMATS]
     if len(candidates) == 1:
-        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(messages_or_text(fields, "prompt"), list)
+        lists = candidates[0].keys == _TWO_LISTS.keys and isinstance(formats.messages_or_text(fields, "prompt"), list)
         return _TWO_LISTS if lists else candidates[0]
     names = ", ".join(format.name for format in candidates or FORMATS)
     if candidates:
-        what, fix = f"the fields {quote(keys)} fit more than one format", f"set data.format to one of {names}"
+        what, fix = f"the fields {formats.quote(keys)} fit more than one format", f"set data.format to one of {names}"
         raise DataError(Problem(Code.DATA_FORMAT, what, where, "data.format", fix))
-    what = f"the fields {quote(keys)} fit no format"
+    what = f"the fields {formats.quote(keys)} fit no format"
     fix = f"set data.format to one of {names}, and data.columns to map its fields to yours"
     raise DataError(Problem(Code.DATA_FORMAT, what, where, fix=fix))
 
@@ -177,14 +165,14 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
     Raises:
         DataError: The name of a field that is not read says that the prompt is there.
     """
-    answers = [messages_or_text(fields, name) for name in parsers.SIDES]
+    answers = [formats.messages_or_text(fields, name) for name in parsers.SIDES]
     if fields.get("prompt") is None and all(map(_is_answer_alone, answers)):
         for name, optional in (("instruction", _ALPACA), ("messages", _CHAT), ("conversations", _CHAT)):
             if fields.get(name):
                 return _pair_of_messages(name, optional)
         unread = (name for name, value in fields.items() if _is_question(name, value, answers[0]))
         if section.format == "auto" and (name := next(unread, "")):
-            what = f"`chosen` and `rejected` have no `prompt` beside them, and {quote([name])} is not read"
+            what = f"`chosen` and `rejected` have no `prompt` beside them, and {formats.quote([name])} is not read"
             fix = f"set data.columns to {{instruction: {name}}} for the chat template, or {{prompt: {name}}}"
             fix += " to join texts; or data.format to preference, if the answers begin with what they answer"
             raise DataError(Problem(Code.DATA_FORMAT, what, where, "data.columns", fix))
@@ -193,7 +181,7 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
 
 def _holds_messages(fields: Fields) -> bool:
     """Whether the prompt or an answer of a row is messages."""
-    values = (messages_or_text(fields, name) for name in ("prompt", *parsers.SIDES, "completion"))
+    values = (formats.messages_or_text(fields, name) for name in ("prompt", *parsers.SIDES, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
 
 
@@ -253,7 +241,7 @@ class Parser:
     def _check_columns(self, first: Row) -> None:
         absent = {ours: theirs for ours, theirs in self._columns.items() if theirs not in first.values}
         if absent:
-            what = f"no field {quote(absent.values())}; the fields are {quote(first.values)}"
+            what = f"no field {formats.quote(absent.values())}; the fields are {formats.quote(first.values)}"
             fix = "set columns that all files of train and validation have"
             if OPTIONAL_FIELDS.issuperset(absent):
                 fix = "where only some rows have it, put it into the first row too, as null"
@@ -269,8 +257,8 @@ class Parser:
         if self._may_be_preference:
             self._check_no_preference(fields)
         if absent := [name for name in self._format.keys if name not in fields]:
-            names = quote(self._columns.get(name, name) for name in absent)
-            what = f"no field {names} for the format {self.format_name}; its fields are {quote(row.values)}"
+            names = formats.quote(self._columns.get(name, name) for name in absent)
+            what = f"no field {names} for the format {self.format_name}; its fields are {formats.quote(row.values)}"
             chosen_by = "its first row" if self._is_recognised else "data.format"
             raise RowError(what, f"give all rows of a file one format, which {chosen_by} decides")
         if not fields.keys() <= self._known:
@@ -353,10 +341,10 @@ def parse_question(row: Row, section: DataSection) -> Question:
 
 def _question(fields: Mapping[str, Any], name: str, row: Row) -> Question:
     if not name:
-        raise RowError(f"the row has no prompt; its fields are {quote(row.values)}")
+        raise RowError(f"the row has no prompt; its fields are {formats.quote(row.values)}")
     tools = parsers.parse_tools(fields)
-    if name == "text" or (name == "prompt" and not isinstance(messages_or_text(fields, name), list)):
-        return Question(text(fields, name), tools)
+    if name == "text" or (name == "prompt" and not isinstance(formats.messages_or_text(fields, name), list)):
+        return Question(formats.text(fields, name), tools)
     turns = parsers.parse_turns(fields, name) if name == "prompt" else parsers.prompt_turns(fields, name)
     if name in ("messages", "conversations") and turns[-1].message["role"] == "assistant":
         turns = turns[:-1]

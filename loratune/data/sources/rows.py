@@ -225,9 +225,9 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         try:
             for cells in reader:
                 if cells and header:
-                    yield _record(cells, header, f"{name}:{line}")
+                    yield _record(cells, header, name, line)
                 elif cells:
-                    header = _header(cells, f"{name}:{line}")
+                    header = _header(cells, name, line)
                 line = reader.line_num + 1
             return
         except csv.Error as error:
@@ -238,26 +238,29 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
             line = reader.line_num + 1
 
 
-def _record(cells: list[str], header: list[str], where: str) -> RowOrProblem:
-    if problem := _byte_problem(cells, where):
+def _record(cells: list[str], header: list[str], name: str, line: int) -> RowOrProblem:
+    where = f"{name}:{line}"
+    if problem := _byte_problem(cells, name, line):
         return problem
     if len(cells) != len(header):
         what = f"{len(cells)} cells, but the header has {len(header)} columns"
         return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_LINE)
-    return Row(where, {name: cell.replace("\r\n", "\n") for name, cell in zip(header, cells, strict=True)})
+    return Row(where, {column: cell.replace("\r\n", "\n") for column, cell in zip(header, cells, strict=True)})
 
 
-def _byte_problem(cells: list[str], where: str) -> Problem | None:
+def _byte_problem(cells: list[str], name: str, line: int) -> Problem | None:
     text = "".join(cells)
     if text.isascii() or not (bad := _BAD_BYTE.search(text)):
         return None
-    what = f"the record has the byte 0x{ord(bad[0]) - 0xDC00:02x}, which is not UTF-8"
-    return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_ENCODING)
+    what = f"the line has the byte 0x{ord(bad[0]) - 0xDC00:02x}, which is not UTF-8"
+    line += text.count("\n", 0, bad.start())
+    return Problem(Code.DATA_SYNTAX, what, f"{name}:{line}", fix=_FIX_ENCODING)
 
 
-def _header(names: list[str], where: str) -> list[str]:
+def _header(names: list[str], name: str, line: int) -> list[str]:
     """The names of the columns. Raises DataError: they cannot be used."""
-    problem = _byte_problem(names, where) or duplicate_columns(names, where)
+    where = f"{name}:{line}"
+    problem = _byte_problem(names, name, line) or duplicate_columns(names, where)
     if len(names) == 1 and (separators := {";", "\t"}.intersection(names[0])):
         what = f"the header has no comma, but {' and '.join(map(repr, sorted(separators)))}"
         problem = Problem(Code.DATA_SYNTAX, what, where, fix="write the file with commas between the cells")
