@@ -8,7 +8,7 @@ W + s·[B, -B0]·[A; A0], so the file holds a plain LoRA of rank 2r that fits th
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -27,7 +27,7 @@ from loratune.lora.adapter_config import FACTOR, ranks_of
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.mixture import effective_keys
 from loratune.lora.module_names import WRAPPER_PREFIX, ends_in, join_counts, join_first, without_wrappers
-from loratune.lora.parameters import experts_of, wrapped_parameters
+from loratune.lora.parameters import experts_of, lora_layers, wrapped_parameters
 from loratune.lora.tensors import Weights, read_adapter
 
 KEY = "lora.init_lora_weights"
@@ -84,10 +84,9 @@ def check_ranks(model: PeftModel, section: LoraSection) -> None:
     """
     if section.init_lora_weights in (True, "gaussian"):
         return
-    for name, layer in _lora_layers(model):
+    for path, layer in lora_layers(model):
         rank, most = layer.r["default"], min(layer.in_features, layer.out_features)
         if rank > most:
-            path = name.removeprefix(WRAPPER_PREFIX)
             what = f"{section.init_lora_weights} needs {rank} directions of each layer, and {path} has only {most}"
             raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key=KEY, fix=f"lower lora.r to {most}"))
 
@@ -107,7 +106,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
     """
     config: LoraConfig = copy(model.peft_config["default"])
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
-    most = max(layer.r["default"] for _, layer in _lora_layers(model))
+    most = max(layer.r["default"] for _, layer in lora_layers(model))
     supervised = [int((batch["labels"] != -100).sum()) for batch in batches]
     large = [batch for batch, tokens in zip(batches, supervised, strict=True) if tokens > most]
     if not large:
@@ -148,8 +147,7 @@ def loftq(model: PeftModel, original: Callable[[str], torch.Tensor]) -> None:
     Raises:
         ModelError: A target is not a 4-bit layer.
     """
-    for name, layer in _lora_layers(model):
-        path = name.removeprefix(WRAPPER_PREFIX)
+    for path, layer in lora_layers(model):
         if not isinstance(layer, upstream.Linear4bit):
             kind = type(layer.get_base_layer()).__name__
             what = f"loftq starts from 4-bit layers; {path} is a {kind}"
@@ -162,10 +160,6 @@ def loftq(model: PeftModel, original: Callable[[str], torch.Tensor]) -> None:
         with torch.no_grad():
             layer.lora_A["default"].weight.copy_(root[:, None] * v.T[:rank])
             layer.lora_B["default"].weight.copy_(u[:, :rank] * root)
-
-
-def _lora_layers(model: PeftModel) -> Iterable[tuple[str, LoraLayer]]:
-    return ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
 
 
 # --- Starting from another adapter
@@ -230,7 +224,7 @@ def start_values(
     if unknown:
         raise AdapterError([Problem(Code.LORA_START, what, files.where, key) for key, what in sorted(unknown.items())])
     files.checked_settings()
-    layers = {name.removeprefix(WRAPPER_PREFIX): layer for name, layer in _lora_layers(model)}
+    layers = dict(lora_layers(model))
     if problems := [*_contradictions(model, section, files, fresh)] or [*_lost_ranks(layers, files)]:
         raise ConfigError(problems)
     _check_shapes(fresh, files)

@@ -45,14 +45,16 @@ class Count:
         return f"trainable params: {self.trainable:,d} || all params: {self.total:,d} || trainable%: {self.percent:.4f}"
 
 
+def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
+    """Path of each A and B in an adapter file, and the layer that PEFT has put there."""
+    layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
+    return ((name.removeprefix(WRAPPER_PREFIX), layer) for name, layer in layers)
+
+
 def layers_of(model: PeftModel) -> dict[str, Any]:
     """Each target, a module or a parameter named as in the base → the layer that PEFT has put on it."""
-    layers = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
-            path = without_wrappers(name.removeprefix(WRAPPER_PREFIX))
-            layers[f"{path}.{layer.parameter_name}" if isinstance(layer, ParamWrapper) else path] = layer
-    return layers
+    names = wrapped_parameters(model)
+    return {names.get(path, without_wrappers(path)): layer for path, layer in lora_layers(model)}
 
 
 def count_of(layer: Any) -> int:
@@ -68,11 +70,7 @@ def experts_of(layer: Any) -> int:
 
 def wrapped_parameters(model: PeftModel) -> dict[str, str]:
     """Path of the A and B of a parameter → its name in the base. The files of an adapter do not record it."""
-    layers = (
-        (name.removeprefix(WRAPPER_PREFIX), layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, ParamWrapper)
-    )
+    layers = ((path, layer) for path, layer in lora_layers(model) if isinstance(layer, ParamWrapper))
     return {path: f"{without_wrappers(path)}.{layer.parameter_name}" for path, layer in layers}
 
 
@@ -110,7 +108,7 @@ def per_rank(model: PeftModel) -> int:
     Modules with a rank of their own do not count, which has to be another one.
     """
     rank = model.peft_config["default"].r
-    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and layer.r["default"] == rank]
+    layers = [layer for _, layer in lora_layers(model) if layer.r["default"] == rank]
     factors = (factor for layer in layers for name in _FACTORS for factor in getattr(layer, name).parameters())
     sizes: list[int] = [factor.numel() for factor in factors if factor.requires_grad]
     return sum(sizes) // int(rank)
