@@ -28,7 +28,7 @@ from loratune.export import clients, comparison, gguf, llama_cpp_process, ollama
 from loratune.export.comparison import Texts, texts
 from loratune.export.gguf import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
-from loratune.lora.mixture import PlainAdapter
+from loratune.lora.merging import PlainAdapter
 from loratune.system import environment
 
 PATTERNS: dict[str, Any] = {

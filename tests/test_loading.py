@@ -24,7 +24,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError
 from loratune.kernels import Adapted, RowsMixedError
 from loratune.kernels.lora_linear import InferenceLinear
-from loratune.lora import attach, mixture
+from loratune.lora import attach, merging
 from loratune.lora.adapter_files import inspect
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
@@ -409,7 +409,7 @@ def test_a_mixture_is_the_sum_of_its_parts(
     adapters: dict[str, Path], tiny_dir: Path, tmp_path: Path, weights: dict[str, float]
 ) -> None:
     """Module by module as stock PEFT reads it, with other ranks and targets, rsLoRA and patterns."""
-    plain = mixture.weighted_sum([(inspect(adapters[name]), weight) for name, weight in weights.items()])
+    plain = merging.weighted_sum([(inspect(adapters[name]), weight) for name, weight in weights.items()])
     config = plain.write(tmp_path).config
     assert not config["use_rslora"] and config["lora_alpha"] == config["r"]
     assert config["alpha_pattern"] == config["rank_pattern"]
@@ -429,7 +429,7 @@ def test_a_mixture_answers_as_one_adapter(cli: Cli, adapters: dict[str, Path], t
     several = ("generate", *options(adapters, "chat", "raw", "ranks"))
     assert cli(*several, "--mix", "chat:1", *tail).out == cli("generate", "--adapter", adapters["chat"], *tail).out
     mixed = cli(*several, "--mix", "raw:-0.5, ranks:1.5", *tail)
-    mixture.weighted_sum([(inspect(adapters["raw"]), -0.5), (inspect(adapters["ranks"]), 1.5)]).write(tmp_path)
+    merging.weighted_sum([(inspect(adapters["raw"]), -0.5), (inspect(adapters["ranks"]), 1.5)]).write(tmp_path)
     stock = Stock("raw", tmp_path, tiny_dir)
     assert (mixed.code, mixed.out.splitlines()) == (0, "\n".join(map(stock.answer, PROMPTS)).splitlines()), mixed.err
     shown = cli(*several, "--mix", "raw:1", "--base", "--max-new-tokens", 2, "a").out.splitlines()
@@ -463,7 +463,7 @@ def test_what_cannot_be_mixed_is_refused(
     tiny_llama(attention_bias=True).save_pretrained(tmp_path / "base")
     path = make(tmp_path / "made", tmp_path / "base", 9, **lora)
     with pytest.raises(AdapterError) as caught:
-        mixture.weighted_sum([(inspect(adapters["raw"]), 1.0), (inspect(path), 1.0)])
+        merging.weighted_sum([(inspect(adapters["raw"]), 1.0), (inspect(path), 1.0)])
     assert meanings(caught.value) == [(Code.ADAPTER_UNSUPPORTED, str(path / "adapter_config.json"), key)]
 
 
@@ -484,7 +484,7 @@ def test_embeddings_are_mixed(tmp_path: Path, tiny_dir: Path) -> None:
     for path in parts:  # PEFT starts embeddings with B random and A zero
         assert "lora_embedding_A" in " ".join(inspect(path).tensors)
     (tmp_path / "mixed").mkdir()
-    mixture.weighted_sum([(inspect(path), 0.5) for path in parts]).write(tmp_path / "mixed")
+    merging.weighted_sum([(inspect(path), 0.5) for path in parts]).write(tmp_path / "mixed")
     one, two, mixed = (deltas(tiny_dir, path) for path in (*parts, tmp_path / "mixed"))
     for module, delta in mixed.items():
         expected = 0.5 * two[module] + (0.5 * one[module] if module in one else 0)

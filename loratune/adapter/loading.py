@@ -19,7 +19,7 @@ from loratune.config import ModelSection
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ModelError, Problem
 from loratune.events import note, progress
-from loratune.lora import attach, mixture, tensors
+from loratune.lora import attach, merging, tensors
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import BaseSnapshot
@@ -52,7 +52,7 @@ def load(adapter: AdapterDirectory) -> LoadedAdapter:
 def load_selection(adapters: Mapping[str, AdapterDirectory], selection: Selection) -> LoadedAdapters:
     """Load the adapters of a command. adapters: those of the selection, opened.
 
-    Raises as `load_all` and `mixture.weighted_sum` do.
+    Raises as `load_all` and `merging.weighted_sum` do.
     """
     if selection.mix:
         mixed = _load_mixture([(adapters[name], weight) for name, weight in selection.mix.items()])
@@ -83,7 +83,7 @@ def load_all(adapters: Sequence[AdapterDirectory], base: ModelSection | None = N
 def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedAdapter:
     """The weighted sum of adapters as one adapter, which renders prompts as the first of them does."""
     adapters = [adapter for adapter, _ in weighted]
-    mixed = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
+    mixed = merging.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
     first = adapters[0]
     for other in (adapter for adapter in adapters if adapter.chat != first.chat):
         kind = "conversations" if other.chat else "raw prompts"
@@ -101,7 +101,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         weighted: Adapters of one base, each with its weight.
 
     Raises:
-        AdapterError: As `mixture.weighted_sum`; the adapters record different bases, which is not forced.
+        AdapterError: As `merging.weighted_sum`; the adapters record different bases, which is not forced.
     """
     first, recorded = weighted[0][0], [adapter.files.base_fingerprint for adapter, _ in weighted]
     for (adapter, _), fingerprint in zip(weighted, recorded, strict=True):
@@ -109,7 +109,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         if not is_same and not adapter.forced:
             what, fix = f"was trained on another base than {first.files.path}", "mix adapters of one base"
             raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(adapter.files.path), fix=fix))
-    files = mixture.weighted_sum([(adapter.files, weight) for adapter, weight in weighted]).write(directory)
+    files = merging.weighted_sum([(adapter.files, weight) for adapter, weight in weighted]).write(directory)
     first.copy_tokenizer(directory, "run.yaml")
     fingerprint = next(filter(None, recorded), None)
     record = {"fingerprints": {"base": fingerprint}, "prompts": first.files.record.get("prompts", [])}

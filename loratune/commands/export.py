@@ -21,7 +21,7 @@ from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
 from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult, ScoredAnswer
 from loratune.lora import tensors
-from loratune.lora.mixture import PlainAdapter
+from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import file_bytes
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub

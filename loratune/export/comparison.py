@@ -24,9 +24,9 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.clients import CLIENTS
 from loratune.export.gguf import ScoredAnswer
-from loratune.lora import mixture
+from loratune.lora import merging
 from loratune.lora.adapter_files import RECORD_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.mixture import PlainAdapter
+from loratune.lora.merging import PlainAdapter
 from loratune.lora.module_names import endings, join_first
 from loratune.lora.tensors import read_adapter, read_weights
 from loratune.text import plural
@@ -231,7 +231,7 @@ def check_plain(files: AdapterFiles, client: str) -> None:
     Raises:
         AdapterError: It holds more than A and B of layers, or PEFT changes the base as it loads it.
     """
-    reasons = dict.fromkeys(mixture.obstacles(files).values())
+    reasons = dict.fromkeys(merging.obstacles(files).values())
     if client != "peft" and any(".lora_embedding_" in name for name in files.tensors):
         reasons[f"it adapts embeddings, and {CLIENTS[client]} reads that for few models only"] = None
     if reasons:
@@ -250,7 +250,7 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
     Raises:
         AdapterError: See `weighted_sum`; the adapter names modules that the base has under another name.
     """
-    plain = mixture.weighted_sum([(files, 1.0)])
+    plain = merging.weighted_sum([(files, 1.0)])
     chosen = plain.config["target_modules"]
     if renamed := sorted(set(chosen) - set(paths)):
         what = f"names {join_first(renamed, 2)}, which the base calls otherwise, and only PEFT renames them as it loads"

@@ -27,7 +27,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
 from loratune.events import progress
 from loratune.lora import tensors
-from loratune.lora.mixture import PlainAdapter
+from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import layers_unknown_to_llama_cpp
 from loratune.model.source import local_or_hub
 from loratune.system.environment import threads

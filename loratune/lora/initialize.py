@@ -25,10 +25,9 @@ from loratune.errors import AdapterError, ConfigError, DataError, ModelError, Pr
 from loratune.lora import upstream
 from loratune.lora.adapter_config import FACTOR, ranks_of
 from loratune.lora.adapter_files import AdapterFiles
-from loratune.lora.mixture import effective_keys
 from loratune.lora.module_names import WRAPPER_PREFIX, ends_in, join_counts, join_first, without_wrappers
 from loratune.lora.parameters import experts_of, lora_layers, wrapped_parameters
-from loratune.lora.tensors import Weights, read_adapter
+from loratune.lora.tensors import Weights, effective_keys, read_adapter
 
 KEY = "lora.init_lora_weights"
 

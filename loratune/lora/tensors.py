@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,17 @@ from loratune.lora.module_names import WRAPPER_PREFIX, join_first
 
 Weights = dict[str, torch.Tensor]
 """Name in the adapter file → tensor."""
+
+
+KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
+"""Keys of a configuration that a sum of adapters takes from the first."""
+_HARMLESS = {
+    *KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
+    "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "megatron_config", "megatron_core", "qalora_group_size",
+}  # fmt: skip
+"""Keys of a configuration that say where LoRA is and how it is scaled, or that have an effect in training only."""
 
 
 @dataclass(frozen=True)
@@ -224,6 +235,15 @@ def read_adapter(files: AdapterFiles) -> Weights:
             what = f"{len(bad)} tensors hold {what}, among them {join_first(bad, 3)}"
             raise AdapterError(Problem(code, what, str(files.path)))
     return tensors
+
+
+def effective_keys(files: AdapterFiles) -> list[str]:
+    """The keys of an adapter's configuration by which it computes something else than plain LoRA does."""
+    defaults = {field.name: field.default for field in fields(LoraConfig)}
+    harmless = _HARMLESS
+    if all(".lora_A." in name or ".lora_B." in name for name in files.tensors):
+        harmless = _HARMLESS | {"ensure_weight_tying"}  # no embeddings are adapted, or trained whole
+    return [k for k, value in files.config.items() if k not in harmless and value and value != defaults.get(k)]
 
 
 def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:
