@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft import PeftModel as PeftModel
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -258,7 +258,7 @@ def _is_trained(layer: nn.Linear) -> bool:
 
 def is_plain(model: PeftModel, name: str) -> bool:
     """Whether an adapter consists of nothing but LoRA of layers that `adapted_linear` reads. name: PEFT's for it."""
-    layers = [layer for _, layer in parameters.lora_layers(model)]
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     own = [layer for layer in layers if name in layer.lora_A or name in layer.lora_embedding_A]
     are_read = all((part := adapted_linear(layer, name)) is not None and part.down is not None for layer in own)
     return are_read and len(weights(model, name)) == 2 * len(own)  # A and B, and no whole modules
