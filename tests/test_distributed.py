@@ -424,7 +424,7 @@ def test_what_sharded_weights_exclude(
     assert child.wait() == 2
     (line,) = [line for line in child.said().splitlines() if line.startswith("error: ")]
     assert is_problem(line.removeprefix("error: "), (Code.DISTRIBUTED_SETTING, "", key)), line
-    assert f": {value} does not work" in line and how.lower() in line
+    assert ": does not work with weights that " in line and how.lower() in line
 
 
 # On another number of processes
