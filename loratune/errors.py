@@ -19,6 +19,7 @@ an error into lines on stderr and an exit code.
 """
 
 import errno
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,12 +52,22 @@ class Problem:
         return one_line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
 
 
-_MOST = 1000
-"""Characters of a part of a message, which may hold values of any length; of more, the middle is left out."""
+_VALUE = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|(?<!\w)"[^"]*"|\S+""")
+"""A value in a message: what is in quotes, or a word."""
+_MOST, _MOST_OF_PATHS, _MOST_OF_ALL = 200, 1000, 2000
+"""Characters of a value, of one that may be a path, and of a part of a message; of more, the middle is left out."""
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST else f"{text[: _MOST // 2]}[...]{text[-_MOST // 5 :]}"
+    """A part of a message, without the middle of long values in it, which may be of any length."""
+    if len(text) <= _MOST:
+        return text
+    values = _VALUE.sub(lambda match: _ends(match[0], _MOST_OF_PATHS if "/" in match[0] else _MOST), text)
+    return _ends(values, _MOST_OF_ALL)
+
+
+def _ends(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]}[...]{text[-most // 5 :]}"
 
 
 def install(extra: str) -> str:

@@ -1,7 +1,10 @@
 """`loratune params --adapter`: an adapter by its own files, without its base."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,13 +96,14 @@ def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli, forke
     block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(block)
-    ran = process("params", "--adapter", tmp_path / "adapter", PYTHONPATH=str(tmp_path / "site"))
+    settings = {"PYTHONPATH": str(tmp_path / "site")}
+    ran = process("params", "--adapter", tmp_path / "adapter", **settings)
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
     assert lines[1].split() == ["base", "/gone/base"]
     assert lines[2] == "rank     8, lora_alpha 8, scaling 1"
     assert lines[5].split()[:6] == ["model.layers.*.self_attn.o_proj", "2", "32", "→", "32", "8"]
-    assert process("params", "--model", "x", PYTHONPATH=str(tmp_path / "site")).code == 1  # the control
+    assert subprocess.run([sys.executable, "-c", "import peft"], env=os.environ | settings, check=False).returncode == 1
     values = json.loads(cli("params", "--adapter", tmp_path / "adapter", "--json").out)
     assert (values["base"], values["r"], values["parameters"]) == ("/gone/base", 8, 2 * 8 * (64 + 48 + 64))
     assert values["targets"]["q_proj"] == ["model.layers.*.self_attn.q_proj"]

@@ -273,11 +273,16 @@ def test_a_working_directory_that_is_gone(cli: Cli, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("value", "shown"),
     [
-        ("x" * 1000, "x" * 1000),
-        ("x" * 5000, f"{'x' * 500}[...]{'x' * 200}"),
-        ("a b " * 2000, f"{'a b ' * 125}[...]{'a b ' * 50}"),
+        ("x" * 200, "x" * 200),
+        ("x" * 5000, f"{'x' * 100}[...]{'x' * 40}"),
+        ("/a" * 500, "/a" * 500),
+        ("/a" * 2500, f"{'/a' * 250}[...]{'/a' * 100}"),
+        (f"`{'a b ' * 2000}`", f"`{'a b ' * 24}a b[...]{' b a' * 9} b `"),
+        (f"'{'a b ' * 2000}'", f"'{'a b ' * 24}a b[...]{' b a' * 9} b '"),
+        ("it's a b " * 20, "it's a b " * 20),
+        ("a b " * 2000, f"{'a b ' * 250}[...]{'a b ' * 100}"),
     ],
-    ids=["short", "long", "words"],
+    ids=["short", "long", "path", "long path", "in quotes", "text", "apostrophes", "all"],
 )
 def test_the_middle_of_long_values_is_left_out(value: str, shown: str) -> None:
     assert str(Problem(Code.USAGE_CONFLICT, value, value, value, value)) == (

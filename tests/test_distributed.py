@@ -486,7 +486,14 @@ def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: 
 
 def test_torchrun_sets_what_the_other_tests_set(tmp_path: Path) -> None:
     """The processes that it starts have the variables of `ForkServer.launch`, with the same values."""
-    torchrun.main(["--nproc-per-node", "2", "--no-python", "sh", "-c", "env > $0/$RANK", str(tmp_path)])
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        torchrun.main(["--nproc-per-node", "2", "--no-python", "sh", "-c", "env > $0/$RANK", str(tmp_path)])
+    finally:
+        for number, handler in handlers.items():  # torchrun sets its own, and leaves them
+            signal.signal(number, handler)
     for rank in (0, 1):
         found = dict(line.split("=", 1) for line in (tmp_path / str(rank)).read_text().splitlines() if "=" in line)
         expected = launch_variables(rank, 2, found["MASTER_PORT"])
@@ -556,7 +563,8 @@ def test_a_base_that_is_spread_learns_the_same(
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
 
 
-@pytest.mark.parametrize("how", ["spread", pytest.param("copied", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("how", ["spread", "copied"])
 def test_experts_learn_the_same_in_several_processes(
     how: str, processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:
@@ -585,7 +593,8 @@ def test_experts_learn_the_same_in_several_processes(
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dpo", *(pytest.param(one, marks=SLOW) for one in ("orpo", "kto"))])
+@SLOW
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
 def test_answers_are_compared_over_a_spread_base(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
@@ -609,6 +618,7 @@ def test_answers_are_compared_over_a_spread_base(
     assert margins[0]["interval"] == pytest.approx(margins[1]["interval"], abs=1e-4)
 
 
+@SLOW
 def test_the_base_beside_a_spread_adapter_is_the_base(
     processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:

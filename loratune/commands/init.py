@@ -23,7 +23,7 @@ from loratune.lora import creation
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
-from loratune.model import checks, load, source
+from loratune.model import checks, load, quantization
 from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
@@ -159,7 +159,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
-    source.loading_config(run.model, model_config, load.compute_dtype(run.model))
+    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
@@ -176,7 +176,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
         note(line)
     machine, free = load.this_machine(), memory.available(load.device())
     quantizable = not machine.bitsandbytes and run.model.gguf_file is None
-    quantizable &= source.record_of(model_config.to_dict()) is None
+    quantizable &= quantization.record_of(model_config.to_dict()) is None
     step = auto.rows_per_step(trained)
     fitting = fit(model, run, draft, rows, step, free, quantizable=quantizable)
     _choose_training(draft, run, step, fitting)

@@ -24,7 +24,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import reading
 from loratune.lora import merging, tensors
 from loratune.model import fingerprints, load, stored
-from loratune.model.source import record_of
+from loratune.model.quantization import record_of
 from loratune.model.stored import DTYPES, NotStreamableError, StoredBase
 from loratune.model.upstream import quiet_transformers
 from loratune.text import format_size

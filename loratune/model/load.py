@@ -27,18 +27,8 @@ from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
 from loratune.model import checks, fingerprints, upstream
 from loratune.model.fingerprints import FileStates
-from loratune.model.source import (
-    KEY,
-    QUANTIZATION_KEY,
-    ModelSource,
-    check_bitsandbytes,
-    check_trainable,
-    loading_config,
-    local_or_hub,
-    locate,
-    method,
-    record_of,
-)
+from loratune.model.quantization import check_bitsandbytes, check_trainable, loading_config, method, record_of
+from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 
 _LOADING_ERRORS = (

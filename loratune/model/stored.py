@@ -22,7 +22,8 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.model import checks
-from loratune.model.source import cached_directory, local_or_hub, method, record_of, summary
+from loratune.model.quantization import method, record_of
+from loratune.model.source import cached_directory, local_or_hub, summary
 from loratune.model.upstream import CheckpointLayout
 
 DTYPES = {

@@ -20,8 +20,9 @@ from loratune.data.sources.files import looks_like_hub_id
 from loratune.data.splits import RowHashes
 from loratune.errors import AdapterError, ConfigError, DataError, Problem, ResumeError
 from loratune.lora import adapter_files
+from loratune.model.quantization import check_bitsandbytes
 from loratune.model.source import KEY as BASE
-from loratune.model.source import check_bitsandbytes, is_directory
+from loratune.model.source import is_directory
 from loratune.system import launcher
 from loratune.system.files import path_problem
 from loratune.system.launcher import Group
@@ -100,7 +101,7 @@ def check(
         given: The rows of a program for some splits, instead of those that the config names.
 
     Raises:
-        ConfigError: See `source.check_bitsandbytes`; there is no such chat template; a setting does not work
+        ConfigError: See `quantization.check_bitsandbytes`; there is no such chat template; a setting does not work
             with sharded weights; the package of a tracker is not installed.
         ModelError: See `source.is_directory`.
         AdapterError: The adapter to start from cannot be used, see `AdapterDirectory.open`; or it does not say which

@@ -224,9 +224,12 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     while True:
         try:
             for cells in reader:
-                if cells and header:
+                if not cells:
+                    line += 1
+                    continue
+                if header:
                     yield _record(cells, header, name, line)
-                elif cells:
+                else:
                     header = _header(cells, name, line)
                 line = reader.line_num + 1
             return
