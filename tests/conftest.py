@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model and tokenizer built in process, the real model, and the command line."""
+"""Fixtures that all tests share: a tiny model and tokenizer built in process, the real model, and the command line."""
 
 import fcntl
 import gc
@@ -42,21 +42,22 @@ CHAT_TEMPLATE = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that take the real model are marked so."""
+    """Mark the tests that use the real model."""
     for item in items:
         if "smollm2" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_model)
 
 
 def pytest_collection_finish() -> None:
-    """The garbage collector leaves alone what imports have made, as in a command, see `loratune.api.libraries`."""
+    """Exempt the objects that imports have created from garbage collection, as commands do; see
+    `loratune.api.libraries`."""
     gc.collect()
     gc.freeze()
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a command did: its exit code, and what it printed on either stream."""
+    """The result of a command: its exit code, and what it printed on stdout and stderr."""
 
     code: int
     out: str
@@ -64,7 +65,7 @@ class Ran:
 
     @property
     def errors(self) -> list[str]:
-        """What stands behind `error: ` in each line of stderr that begins so."""
+        """The text after `error: ` in each line of stderr that starts with it."""
         return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
 
 
@@ -79,7 +80,7 @@ def is_problem(line: str, expected: Expected) -> bool:
 
 
 def check_refused(ran: Ran, exit_code: int, *expected: Expected) -> None:
-    """The command ended with this exit code, and named these problems, in this order, and no other."""
+    """Check that the command ended with this exit code and reported exactly these problems, in this order."""
     assert ran.code == exit_code, ran.err
     assert len(ran.errors) == len(expected), ran.err
     for line, one in zip(ran.errors, expected, strict=True):
@@ -92,7 +93,7 @@ def meanings(error: LoratuneError) -> list[Expected]:
 
 
 def resolve(model: Any, target_modules: list[str] | str, layers: list[int] | None = None, **values: Any) -> Any:
-    """The targets of a lora section with these values, which are not checked."""
+    """The targets of a lora section with these values. The section itself is not validated."""
     from loratune.lora import targets  # noqa: PLC0415
 
     values |= {"target_modules": target_modules, "layers_to_transform": layers}
@@ -101,7 +102,7 @@ def resolve(model: Any, target_modules: list[str] | str, layers: list[int] | Non
 
 @pytest.fixture(scope="session", autouse=True)
 def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Tokenised rows are kept beside the tests, for this process and those it starts."""
+    """Keep the cache of tokenized rows in a temporary folder, for this process and those it starts."""
     path = tmp_path_factory.mktemp("datasets-cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_DATASETS_CACHE", str(path))
@@ -111,7 +112,8 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tracing a training step finds, half of the time of a short run, is kept for all processes of the session."""
+    """Share the traces of training steps, which take half of the time of a short run, among all processes of the
+    session."""
     path = once(tmp_path_factory, "traces", lambda folder: None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHARED_TRACES", str(path))
@@ -121,8 +123,8 @@ def _shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @contextmanager
 def formula_for_memory() -> Iterator[None]:
-    """Inside, memory is estimated by the formula for models that do not run without data. For tests that are about
-    something else: the trace of each model and each length of rows takes half a second or more."""
+    """Inside, memory is estimated by the formula for models that cannot be traced. For tests that are about something
+    else: tracing takes half a second or more for each model and each length of rows."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "trace", lambda *arguments, **keywords: None)
         yield
@@ -130,21 +132,21 @@ def formula_for_memory() -> Iterator[None]:
 
 @pytest.fixture
 def untraced() -> Iterator[None]:
-    """See `formula_for_memory`."""
+    """Estimate memory by formula, see `formula_for_memory`."""
     with formula_for_memory():
         yield
 
 
 @pytest.fixture(scope="module")
 def untraced_module() -> Iterator[None]:
-    """The same for all tests of a file and their fixtures."""
+    """Like `untraced`, for all tests of a file and their fixtures."""
     with formula_for_memory():
         yield
 
 
 @pytest.fixture(autouse=True)
 def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a busy machine anything may take two seconds; `test_progress.py` is about what is then shown."""
+    """Show no progress: on a busy machine any step may take two seconds. `test_progress.py` tests what is shown."""
     monkeypatch.setattr(terminal, "PATIENCE", 3600.0)
 
 
@@ -174,7 +176,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """A random Llama of 2 layers and hidden size 32 that always comes out the same."""
+    """A random Llama of 2 layers and hidden size 32, identical on every call."""
     shape = {
         "vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
@@ -194,14 +196,14 @@ def tiny_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
 
 @contextmanager
 def alone(what: str) -> Iterator[None]:
-    """For what is fetched once for all: other test processes wait."""
+    """Hold a lock while something is fetched once for all: other test processes wait."""
     with (Path(tempfile.gettempdir()) / f"loratune-test-{what}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """A folder that is filled once for all test processes of this session: by the first that asks; the others wait."""
+    """A folder that is filled once per session, by the first test process that asks for it; the others wait."""
     base = factory.getbasetemp()
     path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
     with path.with_suffix(".lock").open("w") as lock:
@@ -226,7 +228,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Ran]:
-    """Runs `loratune ARGS` in this process, which has the libraries imported already."""
+    """Runs `loratune ARGS` in this process, where the libraries are already imported."""
 
     def run(*arguments: object, stdin: str | None = None) -> Ran:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
@@ -263,7 +265,7 @@ ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + num
 
 
 def config_in(folder: Path, model: Path) -> Callable[..., Path]:
-    """See `run_config`, whose folder is that of a test."""
+    """Like `run_config`, in the given folder and with the given model."""
 
     def make(name: str = "run.yaml", **sections: Any) -> Path:
         values: dict[str, Any] = {
@@ -293,13 +295,13 @@ def run_config(tmp_path: Path, tiny_dir: Path) -> Callable[..., Path]:
 
 
 def tree(path: Path) -> dict[str, bytes]:
-    """Every file below a path with its content: equal trees mean that nothing was touched."""
+    """Every file below a path with its content. Equal trees mean that nothing was changed."""
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture(scope="session")
 def processes(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Iterator[ForkServer]:
-    """Where commands are run as processes of their own. The server has trained and used the tiny model once."""
+    """A server that forks commands as separate processes. It has already trained and used the tiny model once."""
     folder = tmp_path_factory.mktemp("processes")
     make = config_in(folder, tiny_dir)
     train = ("train", make(training={"max_steps": 2, "save_steps": 1}, data={"validation": 0.2}))
@@ -310,7 +312,7 @@ def processes(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Itera
 
 @pytest.fixture
 def forked(processes: ForkServer) -> Callable[..., Ran]:
-    """Runs `loratune ARGS` as a process of its own, without the imports that `process` starts with."""
+    """Runs `loratune ARGS` as a forked process, which is spared the imports that `process` repeats."""
 
     def run(*arguments: object, **keywords: Any) -> Ran:
         child = processes.start(*arguments, **keywords)

@@ -1,4 +1,4 @@
-"""LoRA as a textbook writes it, by hand: what `loratune.lora` has to agree with.
+"""A textbook implementation of LoRA, which `loratune.lora` has to agree with.
 
 Hu et al. 2021, arXiv:2106.09685, section 4.1.
 """
@@ -26,7 +26,7 @@ class LoraLinear(nn.Module):
 
 
 def attach(model: nn.Module, names: Iterable[str], r: int, alpha: int) -> nn.Module:
-    """Freeze `model` and put a LoraLinear in place of each named submodule."""
+    """Freeze `model` and replace each named submodule by a LoraLinear."""
     model.requires_grad_(False)
     for name in names:
         parent, _, child = name.rpartition(".")
@@ -35,5 +35,5 @@ def attach(model: nn.Module, names: Iterable[str], r: int, alpha: int) -> nn.Mod
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is saved: A and B, nothing else."""
+    """What is saved: only A and B."""
     return {name: value for name, value in model.state_dict().items() if name.endswith((".A", ".B"))}

@@ -1,4 +1,4 @@
-"""What the tests of faults share: runs in processes of their own, watched and stopped at a chosen moment."""
+"""What the tests of faults share: runs in separate processes, watched and stopped at a chosen moment."""
 
 import os
 import shutil
@@ -37,20 +37,21 @@ def until(seen: Callable[[], Any], child: Child, pause: float = 0.002) -> None:
 
 
 def handles(child: "Child | subprocess.Popen[str]", number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal, as every command has from its start on."""
+    """Whether a process has a handler for a signal. Every command has one from its start on."""
     status = Path(f"/proc/{child.pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def checkpoints(partial: Path) -> list[Path]:
-    """The newest first."""
+    """The checkpoints of an unfinished run, the newest first."""
     found = (partial / "checkpoints").glob("checkpoint-*")
     return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
 
 
 def before_batch(number: int, statement: str) -> str:
-    """Python code for `ForkServer.start` that runs a statement before a batch that is trained on, counted from 1."""
+    """Python code for `ForkServer.start` that runs a statement before the training batch of this number, counted from
+    1."""
     return f"""
 import os, signal
 from loratune.training.trainer import RunTrainer
@@ -68,14 +69,14 @@ RunTrainer._prepare_inputs = prepare_after
 
 
 def interrupt(processes: ForkServer, config: Path, partial: Path) -> None:
-    """Start a run that saves every step, and stop it in its third one, with two checkpoints."""
+    """Start a run that saves every step, and stop it in its third step, with two checkpoints."""
     child = processes.start("train", config, first=before_batch(3, "signal.raise_signal(signal.SIGINT)"))
     assert child.wait() == 130, child.said()
     assert [path.name for path in checkpoints(partial)] == ["checkpoint-3", "checkpoint-2"]
 
 
 def copy_of(run: Path, folder: Path) -> Path:
-    """Copy what an interrupted run left, and its config and rows, to another folder. Returns the config there."""
+    """Copy an interrupted run with its config and rows to another folder. Returns the config there."""
     shutil.copytree(run / "out.partial", folder / "out.partial")
     shutil.copy(run / "rows.jsonl", folder / "rows.jsonl")
     values = yaml.safe_load((run / "run.yaml").read_text()) | {"output_dir": str(folder / "out")}
@@ -84,14 +85,14 @@ def copy_of(run: Path, folder: Path) -> Path:
 
 
 def straight(processes: ForkServer, config: Path, tmp_path: Path) -> bytes:
-    """The adapter of the same run when nothing happens to it."""
+    """The adapter of the same run when it is not interrupted."""
     child = processes.start("train", config, "--set", f"output_dir={tmp_path / 'straight'}")
     assert child.wait() == 0, child.said()
     return (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
 def curve(record: dict[str, Any]) -> list[dict[str, float]]:
-    """Steps, losses and rates, without what the clock says."""
+    """Steps, losses and learning rates, without anything that depends on the clock."""
     names = ("step", "loss", "learning_rate", "grad_norm", "eval_loss")
     return [{name: entry[name] for name in names if name in entry} for entry in record["curve"]]
 
@@ -103,7 +104,7 @@ def flip(path: Path, place: int = -1) -> None:
 
 
 def stopped(cli: Cli, partial: Path, *arguments: object, number: int = 2) -> Ran:
-    """Runs a command in this process, and sends it a Ctrl-C as soon as it has written so many checkpoints."""
+    """Runs a command in this process, and sends it a Ctrl-C as soon as it has written this many checkpoints."""
     over = threading.Event()
 
     def watch() -> None:
@@ -122,7 +123,7 @@ def stopped(cli: Cli, partial: Path, *arguments: object, number: int = 2) -> Ran
 
 
 def run_record() -> CheckpointRecord:
-    """The record of a run, with as little as it can have."""
+    """A minimal record of a run."""
     training = {"learning_rate": 1.0, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}
     counts = {"rows": 1, "tokens": 1}
     return CheckpointRecord.model_validate(

@@ -1,4 +1,4 @@
-"""The adapter directory: what stock PEFT makes of it, and every way in which a damaged one is refused."""
+"""The adapter directory: stock PEFT loads it, and every kind of damage is refused."""
 
 import json
 import os
@@ -104,7 +104,7 @@ def test_a_stock_pipeline_answers_as_generate_does(trained: Path, cli: Callable[
     assert ran.out == answer + "\n"
 
 
-def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
+def test_contents_of_the_adapter_directory(trained: Path, tiny_dir: Path) -> None:
     files = {path.name for path in trained.iterdir()}
     assert files == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "run.yaml", "loratune.json",
@@ -113,7 +113,7 @@ def test_what_the_directory_holds(trained: Path, tiny_dir: Path) -> None:
     tensors = load_file(trained / WEIGHTS)
     assert len(tensors) == 16  # 2 layers, 4 modules, A and B
     assert all("lora_" in name and tensor.dtype == torch.float32 for name, tensor in tensors.items())
-    assert AutoTokenizer.from_pretrained(trained).encode("ab") == [64, 65]  # byte-level: the letters' place in the set
+    assert AutoTokenizer.from_pretrained(trained).encode("ab") == [64, 65]  # byte-level: indices of the letters
     assert adapter_files.inspect(trained).base == str(tiny_dir)
     assert json.loads((trained / "loratune.json").read_text())["seed"] == 42
 
@@ -134,7 +134,7 @@ def test_file_modes_follow_the_umask(tiny_dir: Path, tmp_path: Path, mask: int, 
     assert {stat.S_IMODE(path.stat().st_mode) for path in out.rglob("*") if path.is_file()} == {mode}
 
 
-# Damaged directories: each damage is done to a copy of a good one.
+# Damaged directories: each kind of damage is done to a copy of a valid one.
 
 
 def rewrite(change: Callable[[dict[str, Tensor]], Any]) -> Damage:
@@ -199,7 +199,7 @@ UNREADABLE: dict[str, tuple[Damage, Refusal]] = {
     "no targets": (configure(target_modules=None), (Code.ADAPTER_INVALID, CONFIG, "target_modules", "")),
 }  # fmt: skip
 
-# What only the base can tell: `params` reads an adapter without it.
+# These can be detected only with the base: `params` reads an adapter without it.
 UNFIT: dict[str, tuple[Damage, list[Refusal]]] = {
     "layer 9": (configure(layers_to_transform=[9]), [(Code.ADAPTER_MISMATCH, "", "", "")]),
     "five missing": (rewrite(drop_five),
@@ -229,12 +229,12 @@ def test_a_damaged_directory_is_refused(kind: str, copy: Path, tmp_path: Path, c
         ran = cli(*command)
         check_refused(ran, 5, *((code, str(copy / file), key) for code, file, key, _ in refusals))
         assert ran.out == "" and all(text in ran.err for *_, text in refusals)
-        assert ran.err.count("\n") == len(refusals) + (kind in UNFIT)  # a note that nothing was verified comes first
+        assert ran.err.count("\n") == len(refusals) + (kind in UNFIT)  # it follows a note that nothing was verified
         assert "Traceback" not in ran.err
     assert tree(tmp_path) == before
 
 
-def test_renamed_tensors_are_named_under_both_names(copy: Path, cli: Callable[..., Ran]) -> None:
+def test_renamed_tensors_are_reported_under_both_names(copy: Path, cli: Callable[..., Ran]) -> None:
     rewrite(rename_all)(copy)
     unrecorded(copy)
     _, missing, extra = cli("generate", "x", "--adapter", copy).err.splitlines()
@@ -243,7 +243,7 @@ def test_renamed_tensors_are_named_under_both_names(copy: Path, cli: Callable[..
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_tensors_that_are_not_finite_are_refused(value: float, copy: Path, cli: Callable[..., Ran]) -> None:
+def test_nonfinite_tensors_are_refused(value: float, copy: Path, cli: Callable[..., Ran]) -> None:
     rewrite(lambda tensors: tensors[f"{FIRST}.lora_B.weight"].view(-1)[5].fill_(value))(copy)
     unrecorded(copy)
     ran = cli("generate", "x", "--adapter", copy)
@@ -275,8 +275,8 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
-    """The weights, and all other files that decide what an adapter does; `--force` uses them all the same."""
+def test_an_edited_file_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
+    """The weights, and all other files that affect the adapter's output. `--force` uses them anyway."""
     damage = EDITS[name]
     damage(copy / name if damage is Path.unlink else copy)
     code = Code.ADAPTER_CHANGED
@@ -290,7 +290,7 @@ def test_a_file_that_was_edited_is_refused(name: str, copy: Path, cli: Callable[
 
 
 @pytest.mark.parametrize("name", ["special_tokens_map.json", "config.json", "merges.txt", "modeling.py"])
-def test_a_file_that_was_added_and_would_be_read_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
+def test_an_added_file_that_would_be_read_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
     (copy / name).write_text('{"eos_token": "hello"}')
     (copy / "notes.txt").write_text("mine")
     ran = cli("generate", "1 and 1 make", "--adapter", copy)
@@ -307,9 +307,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_that_holds_nothing_against_the_adapter_is_refused(
-    name: str, copy: Path, cli: Callable[..., Ran]
-) -> None:
+def test_a_record_without_usable_file_hashes_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
     record = json.loads((copy / "loratune.json").read_text())
     RECORDS[name](record)
     (copy / "loratune.json").write_text(json.dumps(record))
@@ -317,8 +315,8 @@ def test_a_record_that_holds_nothing_against_the_adapter_is_refused(
     check_refused(ran, 5, (Code.ADAPTER_INVALID, str(copy / "loratune.json"), ""))
 
 
-def test_what_is_the_users_to_edit(copy: Path, tmp_path: Path, cli: Callable[..., Ran], tiny_dir: Path) -> None:
-    """The card, and the place of the base."""
+def test_files_that_users_may_edit(copy: Path, tmp_path: Path, cli: Callable[..., Ran], tiny_dir: Path) -> None:
+    """The card, and the path of the base."""
     (copy / "README.md").write_text("# My adapter")
     shutil.copytree(tiny_dir, tmp_path / "moved")
     configure(base_model_name_or_path=str(tmp_path / "moved"))(copy)
@@ -326,9 +324,7 @@ def test_what_is_the_users_to_edit(copy: Path, tmp_path: Path, cli: Callable[...
     assert (ran.code, ran.err) == (0, "")
 
 
-def test_a_base_of_the_same_shape_is_refused_by_its_fingerprint(
-    copy: Path, tmp_path: Path, cli: Callable[..., Ran]
-) -> None:
+def test_a_different_base_of_the_same_shape_is_refused(copy: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     other = tiny_llama()
     other.model.embed_tokens.weight.data[0, 0] += 1
     other.save_pretrained(tmp_path / "other")
@@ -351,7 +347,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize(("values", "code", "key"), NAMED.values(), ids=NAMED)
-def test_what_a_configuration_may_not_name(
+def test_unsupported_configuration_values_are_refused(
     values: dict[str, Any], code: Code, key: str, copy: Path, cli: Callable[..., Ran]
 ) -> None:
     configure(**values)(copy)
@@ -360,7 +356,7 @@ def test_what_a_configuration_may_not_name(
     check_refused(ran, 5, (code, str(copy / CONFIG), key))
 
 
-def test_an_unknown_key_without_a_value_is_noted(copy: Path, cli: Callable[..., Ran]) -> None:
+def test_an_unknown_key_that_is_null_is_noted(copy: Path, cli: Callable[..., Ran]) -> None:
     configure(use_telepathy=None)(copy)
     unrecorded(copy)
     ran = cli("generate", "1 and 1 make", "--adapter", copy, "--max-new-tokens", 2)
@@ -382,7 +378,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
 
 
 class Trap:
-    """Unpickling it creates a file."""
+    """Unpickling an instance creates a file."""
 
     def __init__(self, marker: Path):
         self.marker = marker
@@ -391,7 +387,7 @@ class Trap:
         return Path.touch, (self.marker,)
 
 
-def test_a_pickle_is_never_opened(
+def test_pickles_are_never_loaded(
     copy: Path, tmp_path: Path, ids: Tensor, ours: Tensor, cli: Callable[..., Ran]
 ) -> None:
     marker = tmp_path / "opened"
@@ -405,7 +401,7 @@ def test_a_pickle_is_never_opened(
         assert "adapter_model.bin is a pickle, and pickles are not opened" in ran.err
     assert not marker.exists()
     pickle.loads(trap.read_bytes())
-    assert marker.exists()  # the trap would have sprung
+    assert marker.exists()  # unpickling would have created the file
 
 
 @pytest.mark.parametrize(
@@ -416,7 +412,7 @@ def test_a_pickle_is_never_opened(
         ({"num_hidden_layers": 4}, Code.ADAPTER_MISMATCH, "16 tensors"),
     ],
 )
-def test_another_base_is_refused(
+def test_a_base_of_another_shape_is_refused(
     changes: dict[str, int], code: Code, message: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
     other = tmp_path / "other"
@@ -429,7 +425,7 @@ def test_another_base_is_refused(
 
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("merge",), ("export", "--to", "peft")], ids=" ".join)
-def test_a_base_that_is_gone_is_a_fault_of_the_model(
+def test_a_missing_base_is_reported_as_a_model_error(
     command: tuple[str, ...], copy: Path, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
     configure(base_model_name_or_path=str(tmp_path / "gone"))(copy)
@@ -439,7 +435,7 @@ def test_a_base_that_is_gone_is_a_fault_of_the_model(
     assert ran.out == "" and "if the base has moved, set base_model_name_or_path" in ran.err
 
 
-# What is written.
+# Saving
 
 
 def small(**fields: Any) -> PeftModel:
@@ -449,7 +445,7 @@ def small(**fields: Any) -> PeftModel:
 
 
 def start(model: PeftModel) -> tensors.AdapterInit:
-    """What the adapter of a model is now."""
+    """The initial state of the adapter of a model, with which `save` compares."""
     return creation.initialize_adapter(model, LoraSection())
 
 
@@ -460,9 +456,9 @@ def fill(model: PeftModel, name: str, value: float) -> PeftModel:
     return model
 
 
-def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path) -> None:
+def test_an_untrained_adapter_is_not_saved(tmp_path: Path) -> None:
     began = start(small())
-    attach.check_trained(tensors.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that moved is enough
+    attach.check_trained(tensors.weights(fill(small(), "1.lora_B", 0.5)), began)  # one B that changed is enough
     with pytest.raises(NumericError) as caught:
         attach.save(fill(small(), "lora_A", 0.5), tmp_path, began)
     assert meanings(caught.value) == [(Code.LORA_UNCHANGED, "", "")]
@@ -470,7 +466,7 @@ def test_an_adapter_that_learned_nothing_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path) -> None:
+def test_a_nonfinite_adapter_is_not_saved(value: float, tmp_path: Path) -> None:
     model = fill(fill(small(), "lora_B", 1.0), "1.lora_A", value)
     with pytest.raises(NumericError, match=r"1 adapter tensors hold NaN or inf, among them .*1\.lora_A") as caught:
         attach.save(model, tmp_path, start(small()))
@@ -488,20 +484,20 @@ def test_an_adapter_that_is_not_finite_is_not_saved(value: float, tmp_path: Path
         {name: ((1, torch.float16) if name < "h" else (600, torch.bfloat16)) for name in "abcdefghijkl"},
     ],
 )
-def test_file_bytes_is_the_size_of_the_file(tensors: dict[str, Any], tmp_path: Path) -> None:
+def test_file_bytes_equals_the_size_of_the_file(tensors: dict[str, Any], tmp_path: Path) -> None:
     made = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
     save_file(made, tmp_path / "file", {"format": "pt"})
     assert parameters.file_bytes(made) == (tmp_path / "file").stat().st_size
 
 
 @pytest.mark.parametrize("fields", [{}, {"r": 7}, {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}])
-def test_count_knows_the_size_of_the_file_before_it_is_written(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_count_predicts_the_file_size(fields: dict[str, Any], tmp_path: Path) -> None:
     began, model = start(small(**fields)), fill(small(**fields), "lora_B", 0.1)
     size = attach.save(model, tmp_path, began)
     assert creation.count(model, began).adapter_bytes == size == (tmp_path / WEIGHTS).stat().st_size
 
 
-def test_the_base_is_named_as_asked_for(tmp_path: Path) -> None:
+def test_the_base_is_recorded_under_the_requested_name(tmp_path: Path) -> None:
     base = tiny_llama()
     base.name_or_path = "/what/it/calls/itself"
     only_q = {"target_modules": ["q_proj"]}
@@ -534,17 +530,17 @@ attach.save(model, out / "ours", start)
 
 
 @pytest.mark.slow
-def test_the_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: ForkServer) -> None:
-    """Of an adapter that is not trained; `test_train.py` has runs. The seed of the fork server is 2."""
+def test_files_do_not_depend_on_the_hash_seed(tmp_path: Path, processes: ForkServer) -> None:
+    """For an untrained adapter; `test_train.py` tests whole runs. The fork server has seed 2."""
     command = [sys.executable, "-c", HASHED, str(tmp_path / "1")]
     first = subprocess.Popen(command, env=os.environ | {"PYTHONHASHSEED": "1"})
     second = processes.start(tmp_path / "2", first=f"{HASHED}\nsys.exit()")
     assert [first.wait(), second.wait()] == [0, 0], second.said()
     assert tree(tmp_path / "1" / "ours") == tree(tmp_path / "2" / "ours")
-    assert tree(tmp_path / "1" / "stock") != tree(tmp_path / "2" / "stock")  # peft's own order does
+    assert tree(tmp_path / "1" / "stock") != tree(tmp_path / "2" / "stock")  # PEFT's own order depends on it
 
 
-def test_a_rank_above_the_layer_is_noted() -> None:
+def test_a_rank_above_the_layer_size_is_noted() -> None:
     assert parameters.notes(small(r=4)) == []
     (note,) = parameters.notes(small(r=8))
     assert note.startswith("lora.r: 8 is more than the 4 inputs or outputs of * ×1;")  # noqa: RUF001

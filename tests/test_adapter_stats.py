@@ -1,4 +1,4 @@
-"""`loratune params --adapter`: an adapter by its own files, without its base."""
+"""`loratune params --adapter`: statistics of an adapter computed from its own files, without its base."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def save_adapter(path: Path, **fields: Any) -> PeftModel:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_path: Path) -> None:
+def test_norm_and_effective_rank_equal_those_of_the_full_update(variant: str, tmp_path: Path) -> None:
     model = save_adapter(tmp_path, **VARIANTS[variant])
     layers = {
         name.removeprefix("base_model.model."): m for name, m in model.named_modules() if isinstance(m, LoraLayer)
@@ -65,8 +65,8 @@ def test_norm_and_effective_rank_are_those_of_the_full_update(variant: str, tmp_
     assert stats.adapter_bytes == (tmp_path / WEIGHTS_FILE).stat().st_size
 
 
-def test_known_updates(tmp_path: Path) -> None:
-    """Rank 4 with two equal directions has effective rank 2; an untouched B has none."""
+def test_norm_and_effective_rank_of_known_updates(tmp_path: Path) -> None:
+    """Rank 4 with two equal directions has effective rank 2; an untrained B has no effective rank."""
     save_adapter(tmp_path, r=4, lora_alpha=8)
     tensors = load_file(tmp_path / WEIGHTS_FILE)
     prefix = "base_model.model.model.layers.0.self_attn.{}.lora_{}.weight"
@@ -81,7 +81,7 @@ def test_known_updates(tmp_path: Path) -> None:
     assert (o.norm, o.effective_rank) == (0.0, 0.0)
 
 
-def test_layers_come_in_their_order(tmp_path: Path) -> None:
+def test_layers_are_sorted_by_number(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(tiny_llama(num_hidden_layers=12), LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(str(tmp_path))
@@ -91,7 +91,7 @@ def test_layers_come_in_their_order(tmp_path: Path) -> None:
     assert order == [*range(12)]
 
 
-def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli, forked: Cli) -> None:
+def test_the_command_needs_neither_the_base_nor_peft(tmp_path: Path, cli: Cli, forked: Cli) -> None:
     save_adapter(tmp_path / "adapter")
     block = "import sys; sys.modules['peft'] = sys.modules['transformers'] = None"
     (tmp_path / "site").mkdir()
@@ -110,7 +110,7 @@ def test_the_command_needs_neither_base_nor_peft(tmp_path: Path, cli: Cli, forke
     assert len(values["updates"]) == 6
 
 
-def test_our_own_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
+def test_an_adapter_trained_by_loratune(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config).code == 0
     estimated = json.loads(cli("params", config, "--json").out)
@@ -134,7 +134,7 @@ def test_our_own_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_
         ),
     ],
 )
-def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: Cli) -> None:
+def test_adapters_that_cannot_be_measured_are_refused(change: Any, code: Code, tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     tensors = load_file(tmp_path / "bad" / WEIGHTS_FILE)
@@ -146,7 +146,7 @@ def test_what_cannot_be_measured(change: Any, code: Code, tmp_path: Path, cli: C
     assert ran.out == "" and key.startswith("model.layers.")
 
 
-def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Cli) -> None:
+def test_a_rank_missing_from_the_config_is_refused(tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))
@@ -156,7 +156,7 @@ def test_a_rank_that_the_config_does_not_say(tmp_path: Path, cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("r", 0), ("r", "8"), ("lora_alpha", None), ("lora_alpha", True)])
-def test_numbers_of_the_config_are_checked(key: str, value: Any, tmp_path: Path, cli: Cli) -> None:
+def test_numbers_in_the_config_are_validated(key: str, value: Any, tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {key: value}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))

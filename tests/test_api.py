@@ -1,4 +1,4 @@
-"""The Python API: what `import loratune` offers does what the commands do."""
+"""The Python API: what `import loratune` offers does the same as the commands."""
 
 import json
 import shutil
@@ -55,13 +55,13 @@ def adapter(config: loratune.RunConfig, events: list[loratune.Event]) -> loratun
     return loratune.train(config, on_event=events.append)
 
 
-def test_importing_it_takes_no_torch() -> None:
+def test_importing_loratune_does_not_import_torch() -> None:
     code = "import sys, loratune; print(sorted({'torch', 'pydantic', 'typer', 'rich'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_all_names_are_there() -> None:
+def test_all_exported_names_exist() -> None:
     assert all(getattr(loratune, name) is not None for name in loratune.__all__)
     with pytest.raises(AttributeError):
         loratune.nothing  # noqa: B018
@@ -74,7 +74,7 @@ def test_overrides_are_validated(folder: Path, config: loratune.RunConfig) -> No
     assert [problem.code for problem in refused.value.problems] == [Code.CONFIG_UNKNOWN_KEY]
 
 
-def test_a_config_may_be_plain_values(folder: Path, config: loratune.RunConfig) -> None:
+def test_a_config_may_be_a_plain_dict(folder: Path, config: loratune.RunConfig) -> None:
     values = json.loads((folder / "run.yaml").read_text())
     changes = {"training.max_steps": 4, "output_dir": folder / "out"}
     assert loratune.load_config(values, changes) == config and values["training"]["max_steps"] == 6
@@ -83,7 +83,7 @@ def test_a_config_may_be_plain_values(folder: Path, config: loratune.RunConfig) 
     assert [problem.key for problem in refused.value.problems] == ["training.learning_rate", "training.steps"]
 
 
-def test_training_gives_the_adapter_of_the_command(
+def test_training_gives_the_same_adapter_as_the_command(
     adapter: loratune.Adapter, folder: Path, cli: Cli, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = ("--set", "training.max_steps=4", "--set", f"output_dir={folder / 'command'}")
@@ -92,7 +92,7 @@ def test_training_gives_the_adapter_of_the_command(
     assert adapter.config is not None and adapter.metrics["steps"] == 4
 
 
-def test_events_tell_what_happens(adapter: loratune.Adapter, events: list[loratune.Event]) -> None:
+def test_events_report_the_progress_of_a_run(adapter: loratune.Adapter, events: list[loratune.Event]) -> None:
     kinds = {type(event).__name__ for event in events}
     assert kinds == {"NoteEvent", "PlanEvent", "ProgressEvent", "TrainingEvent", "StepEvent", "EvaluationEvent",
                      "FinishedEvent"}  # fmt: skip
@@ -106,7 +106,7 @@ def test_events_tell_what_happens(adapter: loratune.Adapter, events: list[loratu
     assert {event.task for event in tasks if event.finished} == {event.task for event in tasks}
 
 
-def test_nothing_is_printed_and_handlers_stay(
+def test_nothing_is_printed_and_signal_handlers_are_kept(
     config: loratune.RunConfig, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
@@ -120,8 +120,10 @@ def test_nothing_is_printed_and_handlers_stay(
 
 
 @pytest.mark.parametrize("kind", ["list", "dataset", "frame"])
-def test_rows_may_be_objects(kind: str, config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path) -> None:
-    """The adapter has the bytes of one that was trained on the same rows of a file, and is resumed by their content."""
+def test_rows_may_be_python_objects(
+    kind: str, config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path
+) -> None:
+    """The adapter is byte-identical to one trained on a file of the same rows. Resuming compares the content."""
     rows = {"list": ROWS, "dataset": Dataset.from_list(ROWS), "frame": pandas.DataFrame(ROWS)}[kind]
     run = config.model_copy(update={"output_dir": str(folder / kind)})
     given = loratune.train(run, rows={"train": rows})
@@ -130,7 +132,9 @@ def test_rows_may_be_objects(kind: str, config: loratune.RunConfig, adapter: lor
     assert comparison.rows[0].where.startswith("rows[")
 
 
-def test_an_interrupt_leaves_a_checkpoint(config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path) -> None:
+def test_an_interrupted_run_leaves_a_checkpoint(
+    config: loratune.RunConfig, adapter: loratune.Adapter, folder: Path
+) -> None:
     def interrupt(event: loratune.Event) -> None:
         if isinstance(event, loratune.StepEvent) and event.step == 2:
             signal.raise_signal(signal.SIGINT)
@@ -145,7 +149,7 @@ def test_an_interrupt_leaves_a_checkpoint(config: loratune.RunConfig, adapter: l
     assert (resumed.path / WEIGHTS).read_bytes() == (adapter.path / WEIGHTS).read_bytes()
 
 
-def test_it_generates(adapter: loratune.Adapter) -> None:
+def test_an_adapter_generates(adapter: loratune.Adapter) -> None:
     opened = loratune.Adapter(adapter.path)
     prompts = ["1 and 1 make", "2 and 2 make"]
     texts = opened.generate(prompts, max_new_tokens=4)
@@ -154,12 +158,12 @@ def test_it_generates(adapter: loratune.Adapter) -> None:
     assert sampled[0] == sampled[1]
 
 
-def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None:
+def test_an_adapter_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None:
     comparison = adapter.evaluate(folder / "held-out.jsonl")
     ran = cli("evaluate", "--adapter", adapter.path, "--data", folder / "held-out.jsonl", "--json")
     assert json.loads(json.dumps(comparison.to_dict())) == json.loads(ran.out)
     events: list[loratune.Event] = []
-    again = adapter.evaluate(folder / "held-out.jsonl", on_event=events.append)  # on the base that is loaded already
+    again = adapter.evaluate(folder / "held-out.jsonl", on_event=events.append)  # on the base that is already loaded
     assert again.to_dict() == comparison.to_dict()
     whats = {event.what for event in events if isinstance(event, loratune.ProgressEvent)}
     assert "scoring base" in whats and not any("loading" in what or "attaching" in what for what in whats)
@@ -170,7 +174,7 @@ def test_it_evaluates(adapter: loratune.Adapter, folder: Path, cli: Cli) -> None
     assert failed.value.problems[0].code == Code.EVALUATE_REQUIREMENT
 
 
-def test_it_leaves_as_other_files(adapter: loratune.Adapter, folder: Path) -> None:
+def test_an_adapter_merges_exports_and_reports(adapter: loratune.Adapter, folder: Path) -> None:
     merged = adapter.merge(folder / "merged")
     assert merged.directory == folder / "merged" and (folder / "merged" / "model.safetensors").is_file()
     exported = adapter.export("peft", folder / "plain")
@@ -196,7 +200,7 @@ def test_several_adapters_share_a_base(adapter: loratune.Adapter, folder: Path) 
         named.export("peft", folder / "both")
 
 
-def test_a_conversation(adapter: loratune.Adapter) -> None:
+def test_a_chat_streams_the_same_answer_as_generate(adapter: loratune.Adapter) -> None:
     pieces: list[str] = []
     talk = adapter.chat(max_new_tokens=4)
     reply = talk.ask("1 and 1 make", on_text=pieces.append)
@@ -205,7 +209,9 @@ def test_a_conversation(adapter: loratune.Adapter) -> None:
     )
 
 
-def test_further_functions(config: loratune.RunConfig, folder: Path, tiny_dir: Path, run_config: MakeConfig) -> None:
+def test_plan_explain_init_and_sweep(
+    config: loratune.RunConfig, folder: Path, tiny_dir: Path, run_config: MakeConfig
+) -> None:
     assert loratune.count_parameters(config).count.trainable > 0
     planned = loratune.plan(config, overwrite=True)
     assert planned.count.trainable == loratune.count_parameters(config).count.trainable
@@ -222,16 +228,16 @@ def test_further_functions(config: loratune.RunConfig, folder: Path, tiny_dir: P
     assert len(result.results.trials) == 2 and (folder / "best" / WEIGHTS).is_file()
 
 
-def test_what_is_not_an_adapter_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_adapter_is_refused(tmp_path: Path) -> None:
     with pytest.raises(loratune.LoratuneError) as refused:
         loratune.Adapter(tmp_path)
     assert isinstance(refused.value, loratune.AdapterError)
 
 
-def test_what_the_command_line_would_refuse_is_refused(
+def test_invalid_arguments_raise_as_on_the_command_line(
     adapter: loratune.Adapter, config: loratune.RunConfig, folder: Path
 ) -> None:
-    """Before anything is computed or written, with an exception of loratune."""
+    """Before anything is computed or written, as an exception of loratune."""
     calls: dict[str, Callable[[], object]] = {
         "rows": lambda: loratune.plan(config, rows={"trian": [{"prompt": "a", "completion": "b"}]}),  # type: ignore[dict-item]
         "max_new_tokens": lambda: adapter.generate(["a"], max_new_tokens=0),

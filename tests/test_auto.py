@@ -1,4 +1,4 @@
-"""What `auto` comes to: properties of the choices, and whole runs that record, repeat and resume them."""
+"""Settings that are `auto`: properties of the chosen values, and whole runs that record, repeat and resume them."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def rate(width: int = 2048, rows: int = 8, layers: int | None = 32, **lora: Any)
     return auto.learning_rate(LoraSection(**lora), width, layers, rows)[0]
 
 
-def test_the_rate() -> None:
+def test_the_learning_rate_depends_on_width_depth_and_lora_settings() -> None:
     assert rate(1024) > rate(2048) > rate(8192)
     assert rate(rows=1) < rate(rows=8) < rate(rows=32) == rate(rows=512)
     assert rate(lora_alpha=8) > rate(lora_alpha=16) > rate(lora_alpha=64)
@@ -54,14 +54,14 @@ def test_the_rate() -> None:
     assert rate(1, lora_alpha=1) == rate(2, lora_alpha=1), "there is a highest rate"
 
 
-def test_the_rows_of_a_step_are_those_of_all_processes() -> None:
+def test_the_batch_size_counts_the_rows_of_all_processes() -> None:
     one = decided(training={"per_device_train_batch_size": 4}).training
     assert decided(replace(FACTS, processes=2), training={"per_device_train_batch_size": 2}).training.learning_rate == (
         one.learning_rate
     )
 
 
-def test_few_rows_are_repeated() -> None:
+def test_small_datasets_are_trained_for_more_epochs() -> None:
     epochs = [decided(replace(FACTS, rows=rows)).training.num_train_epochs for rows in (40, 800, 10**6)]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] == 1
     limited = decided(training={"max_steps": 5})
@@ -76,7 +76,7 @@ def test_few_rows_are_repeated() -> None:
         ({"target_parameters": ["experts"]}, 1),
     ],
 )  # fmt: skip
-def test_more_than_attention_reads_few_rows_once(lora: dict[str, Any], passes: int) -> None:
+def test_small_datasets_get_one_epoch_with_more_than_attention(lora: dict[str, Any], passes: int) -> None:
     few = replace(FACTS, rows=80)
     once = decided(few, lora=lora, training={"num_train_epochs": 1}).training.learning_rate
     assert decided(few, lora=lora).training.num_train_epochs == passes
@@ -85,7 +85,7 @@ def test_more_than_attention_reads_few_rows_once(lora: dict[str, Any], passes: i
     assert twice == pytest.approx(once * passes / 2, rel=0.05)
 
 
-def test_rows_that_are_read_often_get_a_lower_rate() -> None:
+def test_more_epochs_lower_the_learning_rate() -> None:
     def rate_of(**training: Any) -> Any:
         return decided(replace(FACTS, rows=80), training=training).training.learning_rate
 
@@ -98,7 +98,7 @@ def test_rows_that_are_read_often_get_a_lower_rate() -> None:
     assert rate_of(max_minutes=1, num_train_epochs=4) == once, "how many of them there is time for is not known yet"
 
 
-def test_the_rank_grows_with_the_tokens() -> None:
+def test_the_rank_grows_with_the_number_of_tokens() -> None:
     ranks = [decided(replace(FACTS, supervised=tokens), lora=SHAPE).lora.r for tokens in (1, 20_000, 10**9)]
     assert ranks == sorted(set(ranks))
     assert decided(lora=SHAPE).lora.target_modules == "all-linear"
@@ -106,7 +106,7 @@ def test_the_rank_grows_with_the_tokens() -> None:
     assert (lambda lora: (lora.r, lora.lora_alpha))(decided(earlier, lora=SHAPE).lora) == (5, 7)
 
 
-def test_explicit_values_win() -> None:
+def test_explicit_values_are_kept() -> None:
     training = {"learning_rate": 0.5, "num_train_epochs": 7, "warmup_steps": 3, "lr_scheduler_type": "cosine"}
     run = decided(lora={"r": 3}, training=training)
     assert run.lora.r == 3 and run.training.model_dump().items() >= training.items()
@@ -114,14 +114,14 @@ def test_explicit_values_win() -> None:
     assert (constant.lr_scheduler_type, constant.warmup_steps) == ("constant", 0)
 
 
-def test_refused(cli: Cli, run_config: MakeConfig) -> None:
+def test_auto_is_refused_where_it_cannot_be_resolved(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(training=UNDECIDED | {"optim": "sgd"}), "--dry-run")
     assert ran.code == 2 and Code.CONFIG_CONFLICT in ran.err, ran.err
     ran = cli("params", run_config(lora={"r": AUTO}))
     assert ran.code == 2 and Code.CONFIG_CONFLICT in ran.err, ran.err
 
 
-def test_run_yaml_has_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_run_yaml_records_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(lora=SHAPE, training=UNDECIDED), "--allow-worse")
     assert ran.code == 0, ran.err
     for key in ("lora.r", "lora.lora_alpha", "training.learning_rate", "training.num_train_epochs"):
@@ -133,9 +133,9 @@ def test_run_yaml_has_numbers_and_repeats_the_run(cli: Cli, run_config: MakeConf
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
-def test_full_packs_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Fewer packs than rows make fewer steps a pass, so that there are at least as many passes; the rows of a step are
-    those of its pack."""
+def test_full_packs_are_counted_as_training_items(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """There are fewer packs than rows, so an epoch has fewer steps, and there are at least as many epochs. The rows of
+    a step are those of its packs."""
     epochs, rows = [], []
     for name, packing in (("rows", "none"), ("packs", "full")):
         data, out = {"packing": packing, "max_length": 128}, tmp_path / name
@@ -153,7 +153,7 @@ def test_full_packs_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path
 Copied = Callable[[Path, Callable[[dict[str, Any]], object]], Path]
 
 
-def test_a_resumed_run_keeps_what_was_decided(
+def test_a_resumed_run_keeps_the_chosen_values(
     processes: ForkServer, interrupted: Copied, cli: Cli, tmp_path: Path
 ) -> None:
     config = interrupted(tmp_path, lambda _: None)
@@ -165,7 +165,7 @@ def test_a_resumed_run_keeps_what_was_decided(
     assert values[0] == values[1] and math.isfinite(values[0]["learning_rate"])
 
 
-def test_a_rate_may_be_changed_on_resuming(interrupted: Copied, cli: Cli, tmp_path: Path) -> None:
+def test_the_learning_rate_may_be_changed_on_resuming(interrupted: Copied, cli: Cli, tmp_path: Path) -> None:
     key = "training.learning_rate"
     config = interrupted(tmp_path, lambda _: None)
     ran = cli("train", config, "--resume", "--set", f"{key}=1e-3", "--allow-change", key)
@@ -173,10 +173,10 @@ def test_a_rate_may_be_changed_on_resuming(interrupted: Copied, cli: Cli, tmp_pa
     assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["training"]["learning_rate"] == 1e-3
 
 
-def test_what_was_decided_is_said_on_resuming(
+def test_chosen_values_are_reported_on_resuming(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """A number that has become `auto` stays the number; what does not go with the rest is refused."""
+    """A number that has become `auto` keeps its value; settings that contradict it are refused."""
     config = run_config(training=SAVED | {"learning_rate": 0.002, "warmup_steps": 3})
     interrupt(processes, config, tmp_path / "out.partial")
     now_auto = ("--set", "training.learning_rate=auto", "--set", "training.warmup_steps=auto")
@@ -191,7 +191,7 @@ def test_what_was_decided_is_said_on_resuming(
 
 @pytest.fixture(scope="module")
 def interrupted(processes: ForkServer, tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Copied:
-    """Copies an interrupted run to a folder, with what a function makes of its recorded config. Returns its config."""
+    """Copies an interrupted run to a folder and edits its recorded config with a function. Returns its config."""
     folder = tmp_path_factory.mktemp("interrupted")
     interrupt(processes, config_in(folder, tiny_dir)(lora=SHAPE, training=SAVED), folder / "out.partial")
 
@@ -217,7 +217,7 @@ FORGED = [
 
 
 @pytest.mark.parametrize(("section", "key", "value"), FORGED)
-def test_forged_values_are_no_record(section: str, key: str, value: Any) -> None:
+def test_invalid_recorded_values_are_rejected(section: str, key: str, value: Any) -> None:
     recorded = decided(lora=SHAPE).resolved()
     assert auto.are_recorded(recorded)
     recorded[section][key] = value
@@ -225,16 +225,16 @@ def test_forged_values_are_no_record(section: str, key: str, value: Any) -> None
 
 
 @pytest.mark.parametrize("lora", [None, [8], "r"])
-def test_a_forged_section_is_no_record(cli: Cli, interrupted: Copied, tmp_path: Path, lora: Any) -> None:
+def test_an_invalid_recorded_section_is_rejected(cli: Cli, interrupted: Copied, tmp_path: Path, lora: Any) -> None:
     ran = cli("train", interrupted(tmp_path, lambda config: config.update(lora=lora)), "--resume")
     assert ran.code == 7 and ran.err.count("it is not the record of a run") == 2, ran.err
 
 
 @pytest.mark.parametrize("forged", [{"r": 4}, {"r": 16}, {"target_modules": ["q", "v"]}])
-def test_a_record_of_another_shape_does_not_fit(
+def test_a_record_with_other_lora_shapes_is_refused(
     cli: Cli, interrupted: Copied, tmp_path: Path, forged: dict[str, Any]
 ) -> None:
-    """PEFT would load the tensors that fit, and train the others from their start."""
+    """PEFT would load the tensors that fit, and train the others from their initial values."""
     config = interrupted(tmp_path, lambda recorded: recorded["lora"].update(forged))
     place = tmp_path / "out.partial" / "checkpoints" / checkpoints(tmp_path / "out.partial")[0].name
     check_refused(cli("train", config, "--resume"), 7, (Code.RESUME_CHANGED, str(place), ""))
@@ -247,7 +247,7 @@ def test_a_record_of_another_shape_does_not_fit(
         {"init_lora_weights": "orthogonal"},
     ],
 )  # fmt: skip
-def test_only_what_grows_with_the_rank_is_counted(tiny_dir: Path, variant: dict[str, Any]) -> None:
+def test_only_parameters_that_grow_with_the_rank_are_counted(tiny_dir: Path, variant: dict[str, Any]) -> None:
     model = ModelSection(name_or_path=str(tiny_dir))
     count = lambda **lora: unit_parameters(model, load.load_config(model), LoraSection(r=10, **lora))  # noqa: E731
     assert count(**variant) == count() == 2 * 2 * (32 + 32 + 32 + 16)  # q and o, k and v, of two layers
@@ -257,7 +257,7 @@ def test_only_what_grows_with_the_rank_is_counted(tiny_dir: Path, variant: dict[
 
 
 @pytest.mark.parametrize(("epochs", "accepted"), [(AUTO, 10), (3, 15)])
-def test_a_warmup_longer_than_the_run(cli: Cli, run_config: MakeConfig, epochs: Any, accepted: int) -> None:
+def test_a_warmup_longer_than_the_run_is_refused(cli: Cli, run_config: MakeConfig, epochs: Any, accepted: int) -> None:
     training = UNDECIDED | {"num_train_epochs": epochs}
     config = run_config(training=training | {"warmup_steps": accepted})
     assert cli("train", config, "--dry-run").code == 0
@@ -265,7 +265,7 @@ def test_a_warmup_longer_than_the_run(cli: Cli, run_config: MakeConfig, epochs: 
     check_refused(cli("train", config, "--dry-run"), 2, (Code.CONFIG_CONFLICT, "", "training.warmup_steps"))
 
 
-def test_the_shape_of_the_adapter_to_start_from(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_shape_is_taken_from_the_adapter_to_start_from(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     first = {"r": 4, "lora_alpha": 7, "target_modules": ["q", "v"], "rank_pattern": {"q": 6}}
     assert cli("train", run_config(lora=first, training={"max_steps": 1}), "--allow-worse").code == 0
     config = run_config(lora=SHAPE | {"start_from": str(tmp_path / "out")}, output_dir=str(tmp_path / "second"))
@@ -278,8 +278,8 @@ def test_the_shape_of_the_adapter_to_start_from(cli: Cli, run_config: MakeConfig
     assert f"trainable params: {counted['trainable']:,}" in ran.err
 
 
-def test_settings_of_a_stranger() -> None:
-    """What is no value of a key is left out, and a rank is that of the tensors."""
+def test_settings_of_a_foreign_adapter() -> None:
+    """Invalid values are left out, and the rank is taken from the tensors."""
     tensors = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (6, 32)}
     config = {"r": 10**9, "lora_alpha": 22.6, "target_modules": "(unclosed"}
     assert initialize.start_settings(AdapterFiles(Path(), config, tensors, {})) == {"r": 6}
@@ -297,11 +297,11 @@ def test_settings_of_a_stranger() -> None:
         (PretrainedConfig(), None, None),
     ],
 )
-def test_the_width_and_the_depth(config: Any, width: int | None, layers: int | None) -> None:
+def test_width_and_depth_of_a_model_config(config: Any, width: int | None, layers: int | None) -> None:
     assert (load.hidden_size(config), load.layers(config)) == (width, layers)
 
 
-def test_a_model_of_unknown_width_takes_a_rate() -> None:
+def test_a_model_of_unknown_width_needs_an_explicit_learning_rate() -> None:
     unknown = replace(FACTS, hidden_size=None)
     assert decided(unknown, training={"learning_rate": 1e-3}).training.learning_rate == 1e-3
     with pytest.raises(ConfigError) as caught:
@@ -309,7 +309,7 @@ def test_a_model_of_unknown_width_takes_a_rate() -> None:
     assert meanings(caught.value) == [(Code.CONFIG_CONFLICT, "", "training.learning_rate")]
 
 
-def test_choices_are_said() -> None:
+def test_chosen_values_are_reported_with_reasons() -> None:
     _, choices = auto.decide(
         RunConfig.model_validate(
             {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c", "lora": SHAPE}

@@ -1,4 +1,5 @@
-"""The numbers of the base beside an adapter are those of the base as it is on the disk, or there are none."""
+"""Metrics and answers of the base, computed with the adapter disabled, equal those of the base on disk, or are
+refused."""
 
 import json
 from collections.abc import Callable
@@ -41,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A base that has biases, none of them 0."""
+    """A base with biases, all nonzero."""
     path = tmp_path_factory.mktemp("biased") / "base"
     base = tiny_llama(attention_bias=True, mlp_bias=True)
     for name, parameter in base.named_parameters():
@@ -53,7 +54,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
 
 
 def made_by_peft(base_dir: Path, out: Path, **settings: Any) -> None:
-    """An adapter as PEFT saves it, every trained number moved."""
+    """An adapter as PEFT saves it, with every trained value changed."""
     config = LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "up_proj"]} | settings))
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_dir), config)
     torch.manual_seed(1)
@@ -74,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_base_is_the_base(kind: str, base_dir: Path, tmp_path: Path) -> None:
+def test_disabling_the_adapter_restores_the_base(kind: str, base_dir: Path, tmp_path: Path) -> None:
     made_by_peft(base_dir, tmp_path / "made", **KINDS[kind])
     fresh = AutoModelForCausalLM.from_pretrained(base_dir)
     alone, expected = logits(fresh), logits(PeftModel.from_pretrained(fresh, str(tmp_path / "made")))
@@ -86,7 +87,7 @@ def test_the_base_is_the_base(kind: str, base_dir: Path, tmp_path: Path) -> None
             assert torch.equal(logits(tuned.model), alone)
 
 
-def test_what_cannot_be_undone_is_refused(base_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_an_adapter_that_cannot_be_disabled_is_refused(base_dir: Path, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     made_by_peft(base_dir, tmp_path / "made", layer_replication=[(0, 2), (1, 2)])
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     for arguments in (("evaluate", "--data", rows), ("generate", "1 and 1 make", "--base", "--max-new-tokens", 1)):
@@ -96,7 +97,7 @@ def test_what_cannot_be_undone_is_refused(base_dir: Path, tmp_path: Path, cli: C
     assert cli("generate", "1 and 1 make", "--adapter", tmp_path / "made", "--max-new-tokens", 1).code == 0
 
 
-def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path) -> None:
+def test_an_unexpected_change_of_the_base_is_refused(base_dir: Path, tmp_path: Path) -> None:
     made_by_peft(base_dir, tmp_path / "made")
     tuned = opened(tmp_path / "made")
     tuned.model.get_base_model().model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
@@ -105,10 +106,10 @@ def test_a_change_that_nobody_foresaw_is_refused(base_dir: Path, tmp_path: Path)
     assert meanings(error.value) == [(Code.ADAPTER_NOT_REPRODUCIBLE, str(tmp_path / "made"), "")]
 
 
-def test_scores_and_answers_of_the_base(
+def test_evaluate_and_generate_use_the_original_base(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
 ) -> None:
-    """`evaluate` and `generate --base` on an adapter that loratune trained with biases, against one without."""
+    """With an adapter that loratune trained with biases, compared with one without."""
     found, rows = [], write_rows(tmp_path / "few.jsonl", ROWS[:4])
     for name, kind in (("plain", "none"), ("biased", "all")):
         config = run_config(
@@ -137,8 +138,8 @@ STARTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", STARTS)
-def test_the_base_after_training(kind: str, base_dir: Path) -> None:
-    """In the model that was trained, before it is saved."""
+def test_the_base_is_restored_after_training(kind: str, base_dir: Path) -> None:
+    """In the trained model, before the adapter is saved."""
     base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
     alone = logits(base)
     model = creation.attach(base, section, targets.find(base, section).peft(), seed=0)

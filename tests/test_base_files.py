@@ -1,4 +1,4 @@
-"""The files of the base are overwritten, cut off or removed while a command runs."""
+"""The files of the base are overwritten, truncated or removed while a command runs."""
 
 import os
 import shutil
@@ -27,12 +27,12 @@ from loratune.training.checkpoints import run_dir
 
 
 def mapped(directory: Path) -> list[str]:
-    """Lines on mappings of files below a directory."""
+    """The lines of the process's memory map about files below a directory."""
     return [line for line in Path("/proc/self/maps").read_text().splitlines() if str(directory) in line]
 
 
 def overwrite(weights: Path) -> None:
-    """With other numbers, in place: the same file, of the same size and with the times that it had."""
+    """Overwrite with other numbers in place: the same file with the same size and times."""
     before = weights.stat()
     tensors = load_file(weights)
     raw = bytearray(weights.read_bytes())
@@ -76,7 +76,7 @@ HELD: dict[str, tuple[dict[str, Any], Callable[[Path], Any]]] = {
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_no_file_stays_mapped(name: str, base_dir: Path) -> None:
+def test_no_file_stays_memory_mapped(name: str, base_dir: Path) -> None:
     given, prepare = HELD[name]
     prepare(base_dir)
     section = ModelSection(**({"name_or_path": str(base_dir), "dtype": "float32"} | given))
@@ -90,7 +90,7 @@ def test_no_file_stays_mapped(name: str, base_dir: Path) -> None:
         )
 
 
-def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
+def test_pickled_weights_are_not_memory_mapped_either(base_dir: Path) -> None:
     torch.save(tiny_llama().state_dict(), base_dir / "pytorch_model.bin")
     (base_dir / "model.safetensors").unlink()
     load.load_base(ModelSection(name_or_path=str(base_dir), dtype="float32"))
@@ -98,7 +98,9 @@ def test_pickled_weights_are_not_mapped_either(base_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_while_the_base_is_loaded_is_refused(
+    name: str, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, section = base_dir / "model.safetensors", ModelSection(name_or_path=str(base_dir))
     loading_mapped = AutoModelForCausalLM.from_pretrained
 
@@ -114,15 +116,16 @@ def test_a_change_while_the_base_is_read_is_refused(name: str, base_dir: Path, m
 
 
 def run(config: Path, out: Path, on_event: Callable[[Event], None]) -> None:
-    """Train in this process, without the command line, which has a listener of its own."""
+    """Train in this process through the API; the command line has a listener of its own."""
     with listening(on_event):
         train.train(preflight.check(load_config(config), run_dir.check(str(out), overwrite=False)))
 
 
-def test_a_run_ends_with_its_last_checkpoint(
+def test_a_run_whose_base_changes_ends_with_its_last_checkpoint(
     run_config: MakeConfig, tmp_path: Path, base_dir: Path, cli: Callable[..., Ran]
 ) -> None:
-    """It is noticed at the next checkpoint; with the files put back, the run continues as if nothing had been."""
+    """The change is noticed at the next checkpoint. Once the files are restored, the run continues as if
+    undisturbed."""
     sections = {"model": {"name_or_path": str(base_dir)}, "training": {"save_steps": 4, "max_steps": 10}}
     config = run_config(**sections)
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
@@ -145,10 +148,10 @@ def test_a_run_ends_with_its_last_checkpoint(
 
 
 @pytest.mark.parametrize("name", ["overwritten", "removed"])
-def test_a_change_after_the_last_step_is_noticed(
+def test_a_change_of_the_base_after_the_last_step_is_noticed(
     name: str, run_config: MakeConfig, tmp_path: Path, base_dir: Path
 ) -> None:
-    """Before the adapter is published; the last step is kept."""
+    """Before the adapter is published. The last step is kept."""
     config = run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 2})
 
     def change(event: Event) -> None:
@@ -162,7 +165,7 @@ def test_a_change_after_the_last_step_is_noticed(
     assert (tmp_path / "out.partial" / "checkpoints" / "checkpoint-2").exists() and not (tmp_path / "out").exists()
 
 
-def test_answers_and_scores_do_not_depend_on_the_files_any_more(
+def test_answers_and_scores_do_not_depend_on_the_files_after_loading(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, base_dir: Path
 ) -> None:
     assert cli("train", run_config(model={"name_or_path": str(base_dir)}, training={"max_steps": 2})).code == 0

@@ -1,5 +1,5 @@
-"""Rows stand end to end where that is possible and costs less, and are padded elsewhere, which is said; rows that are
-scored stand in batches too, in which each has the loss that it has alone."""
+"""Rows are packed where that is possible and cheaper, and padded elsewhere, which is reported. Rows that are scored are
+batched too, and each has the same loss as alone."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,24 +31,24 @@ from loratune.system.launcher import SINGLE_PROCESS, Group
 @pytest.mark.parametrize(
     "lengths, size, width, padded",
     [
-        ([1024] * 64, 8, 640, True),  # Gemma 3: 3.5 s padded, 20.2 s end to end
-        ([1024] * 64, 1, 640, False),  # one row is the same either way
+        ([1024] * 64, 8, 640, True),  # Gemma 3: 3.5 s padded, 20.2 s packed
+        ([1024] * 64, 1, 640, False),  # a single row costs the same either way
         ([20, 400] * 64, 8, 2048, False),  # half of the padded batch would be padding
         ([20, 30, 25, 24] * 64, 8, 4096, False),
-        ([4000, 16] * 64, 16, 640, True),  # even so: 32,000 tokens would be held against each other
+        ([4000, 16] * 64, 16, 640, True),  # still padded: packed, 32,000 tokens would attend to each other
         ([1000, 1000, 1000], 8, 640, True),  # fewer rows than a batch
     ],
 )
-def test_the_cheaper_way_is_known(lengths: list[int], size: int, width: int, padded: bool) -> None:
+def test_padding_is_chosen_where_it_is_cheaper(lengths: list[int], size: int, width: int, padded: bool) -> None:
     found = [padding_is_cheaper(np.array(order), size, width) for order in (lengths, sorted(lengths))]
     assert found == [padded, padded]
 
 
 @pytest.mark.parametrize("kind, padded", [("bloom", True), ("gemma2", False), ("gemma3_text", False)])
-def test_a_run_packs_only_where_that_costs_less(
+def test_rows_are_packed_only_where_that_is_cheaper(
     kind: str, padded: bool, run_config: Callable[..., Path], cli: Callable[..., Ran], tmp_path: Path, tokenizer: Any
 ) -> None:
-    """BLOOM adds biases to its scores, so its own attention is left, and goes over whole batches."""
+    """BLOOM adds biases to its attention scores, so its own attention is kept, which runs on padded batches."""
     config = CONFIG_MAPPING[kind](**SHAPE | {"sliding_window": 16, "n_layer": 2, "n_head": 4})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -92,7 +92,7 @@ class Rows:
 
 
 def made(sides: Sequence[int] = (0,), count: int = 24) -> TokenizedDataset:
-    """Rows of prompts of which three begin alike, each with as many answers as there are sides."""
+    """Rows of prompts, three of which share a prefix, each with as many answers as there are sides."""
     dice = np.random.default_rng(0)
     starts = dice.integers(1, SHAPE["vocab_size"], (count // 3, 20)).tolist()
     several = []
@@ -114,7 +114,7 @@ ALONE = ScoringLayout(False, None, 0, 1)
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_batches_hold_every_item_once_and_no_more_tokens_than_they_may(way: str) -> None:
+def test_batches_contain_every_item_once_within_the_token_limit(way: str) -> None:
     scoring, dataset = WAYS[way], made()
     layout, numbers = scoring.layout(dataset.rows, dataset.rows.lengths), [*range(1, 24, 2), 0]
     batches = scoring.batches(layout, numbers)
@@ -128,8 +128,8 @@ def test_batches_hold_every_item_once_and_no_more_tokens_than_they_may(way: str)
     assert scoring.batches(layout, []) == []
 
 
-def test_rows_that_begin_alike_are_scored_together() -> None:
-    """So a tree of them is smaller than one of rows of like length."""
+def test_rows_that_share_a_prefix_are_scored_together() -> None:
+    """A prefix tree of them is smaller than one of rows of similar length."""
     dataset = made()
     computed = {}
     for way in ("flat", "tree"):
@@ -164,7 +164,7 @@ OBJECTIVES: dict[str, tuple[Sequence[int], Callable[[TokenizedDataset], Objectiv
 
 @pytest.mark.parametrize(("way", "fast"), [("padded", False), ("padded", True), ("flat", True), ("tree", True)])
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_an_item_has_the_loss_that_it_has_alone(name: str, way: str, fast: bool) -> None:
+def test_batching_does_not_change_the_loss_of_an_item(name: str, way: str, fast: bool) -> None:
     sides, objective_of = OBJECTIVES[name]
     dataset = made(sides)
     model, objective = adapted().eval(), objective_of(dataset)
@@ -186,7 +186,7 @@ def test_an_item_has_the_loss_that_it_has_alone(name: str, way: str, fast: bool)
 
 
 class OneOf(Group):
-    """A process of several, which are run one after the other, the first one last."""
+    """One of several processes, which run one after the other; this one runs last."""
 
     def __init__(self, rank: int, gathered: list[list[Any]]):
         self.rank, self.count, self._gathered = rank, 3, gathered
@@ -197,7 +197,7 @@ class OneOf(Group):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_losses_are_the_same_bits_in_any_number_of_processes(name: str) -> None:
+def test_losses_are_bit_identical_for_any_number_of_processes(name: str) -> None:
     sides, objective_of = OBJECTIVES[name]
     dataset = made(sides)
     model, objective = adapted().eval(), objective_of(dataset)
@@ -205,7 +205,7 @@ def test_the_losses_are_the_same_bits_in_any_number_of_processes(name: str) -> N
         one = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], SINGLE_PROCESS)
         own: list[list[Any]] = []
         for rank in (2, 1):
-            with pytest.raises((ValueError, IndexError)):  # as the others' losses are missing yet
+            with pytest.raises((ValueError, IndexError)):  # as the losses of the other processes are still missing
                 scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(rank, own))
         several = scored(objective, model, dataset, range(dataset.items), WAYS["tree"], OneOf(0, own))
     assert (several.nats == one.nats).all() and (several.tokens == one.tokens).all()

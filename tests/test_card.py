@@ -1,4 +1,4 @@
-"""The model card: what was measured, as the hub reads it, and how the adapter is used in each client that can."""
+"""The model card: the metrics in the format of the hub, and how the adapter is used in each client that supports it."""
 
 import json
 import re
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.usefixtures("untraced_module")
 MakeConfig = Callable[..., Path]
 
 
-def test_the_card_says_what_was_measured(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
-    """Losses with their intervals, in the text and in the metadata, which name files and no paths."""
+def test_the_card_reports_the_metrics(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """Losses with their intervals, in the text and in the metadata, which contain file names but no paths."""
     test = str(write_rows(tmp_path / "test.jsonl", [{"prompt": f"{n} or", "completion": " 7"} for n in range(9)]))
     ran = cli("train", run_config(data={"validation": 0.25, "test": test}, training={"max_steps": 4}))
     assert ran.code == 0, ran.err
@@ -39,7 +39,7 @@ def test_the_card_says_what_was_measured(cli: Callable[..., Ran], run_config: Ma
     assert str(tmp_path) not in card.data.to_yaml().replace(str(tmp_path / "out"), "")
 
 
-def test_without_held_out_rows_there_is_no_index(
+def test_without_held_out_rows_the_card_has_no_model_index(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
 ) -> None:
     assert cli("train", run_config(lora={"use_dora": True}, training={"max_steps": 1})).code == 0
@@ -48,8 +48,9 @@ def test_without_held_out_rows_there_is_no_index(
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["held_out_interval"] is None
 
 
-def test_the_card_of_compared_answers(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
-    """The objective with its numbers and its reference; accuracy, margin and length, before and after; the index."""
+def test_the_card_of_a_preference_adapter(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """The objective with its settings and its reference; accuracy, margin and length, before and after; the model
+    index."""
     reference = {"dpo": ", the base as the reference", "orpo": ", without a reference"}
     test = [{"prompt": f"{number} or", "chosen": " 7", "rejected": " seven"} for number in range(8)]
     for objective in ("dpo", "orpo"):
@@ -103,8 +104,8 @@ COMMANDS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_clients_that_can_use_it(name: str) -> None:
-    """Only those are named, each with what it needs; PEFT always."""
+def test_the_card_lists_only_clients_that_can_use_the_adapter(name: str) -> None:
+    """Each with what it needs; PEFT is always listed."""
     lora, model, expected = COMMANDS[name]
     base, rows = ModelSection(name_or_path="me/base", **model), DataSection(train=Source(path="rows.jsonl"))
     run = RunConfig(model=base, lora=LoraSection(**lora), data=rows, output_dir="my out")

@@ -1,4 +1,4 @@
-"""`loratune chat`: over pipes, and in a terminal of its own, with the keys that a user presses there."""
+"""`loratune chat`: over pipes, and in a terminal, where the tests press the keys."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def short(place: Path, tiny_dir: Path) -> Path:
-    """Trained on conversations with answers of one token and their end, in a context of 512."""
+    """Trained on conversations with one-token answers followed by the end token, with a context of 512."""
     rows = [conversation(f"{number}:", "xyz"[number % 3]) for number in range(12)]
     return train(place / "short", tiny_dir, rows, 60)
 
@@ -70,13 +70,13 @@ def raw(place: Path, tiny_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def babbling(place: Path, tiny_dir: Path) -> Path:
-    """An adapter that answers `aaaa` without an end, in a context of 512."""
+    """An adapter that repeats `a` without ever ending its answer, with a context of 512."""
     return train(place / "babbling", tiny_dir, [conversation("go:", "a" * 200)] * 12, 25)
 
 
 @pytest.fixture(scope="module")
 def endless(place: Path, tokenizer: Any) -> Path:
-    """An adapter that answers `aaaa` without an end, on a base with a long context."""
+    """An adapter that repeats `a` without ever ending its answer, on a base with a long context."""
     base = place / "long"
     tiny_llama(max_position_embeddings=65536).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -85,7 +85,7 @@ def endless(place: Path, tokenizer: Any) -> Path:
 
 
 def answers(cli: Cli, adapter: Path, rows: list[dict[str, Any]], folder: Path, *options: object) -> list[str]:
-    """What `generate` answers to rows."""
+    """The answers of `generate` to rows."""
     out = folder / "expected.jsonl"
     source = write_rows(folder / "asked.jsonl", rows)
     ran = cli("generate", "--adapter", adapter, "--input", source, "--output", out, "--overwrite", *options)
@@ -97,7 +97,7 @@ def answers(cli: Cli, adapter: Path, rows: list[dict[str, Any]], folder: Path, *
 
 
 def test_each_line_is_a_turn_of_one_conversation(cli: Cli, short: Path, tmp_path: Path) -> None:
-    """Answers alone are printed; each is what `generate` answers to the messages so far."""
+    """Only answers are printed; each is what `generate` answers to the messages so far."""
     questions, messages, expected = ["first:", "second:", "third:"], [{"role": "system", "content": "Be short."}], []
     for question in questions:
         messages = [*messages, {"role": "user", "content": question}]
@@ -113,10 +113,10 @@ def test_each_line_is_a_turn_of_one_conversation(cli: Cli, short: Path, tmp_path
     assert (first, second) == (third, expected[0])
 
 
-def test_a_process_of_its_own_prints_answers_as_they_come(
+def test_answers_are_printed_as_they_are_generated(
     processes: ForkServer, short: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    """A program that waits for each answer before its next line gets it."""
+    """A program that waits for each answer before it sends its next line gets it."""
     stdin, stdout = tmp_path / "in", tmp_path / "out"
     os.mkfifo(stdin)
     os.mkfifo(stdout)
@@ -130,8 +130,8 @@ def test_a_process_of_its_own_prints_answers_as_they_come(
     assert (child.wait(), child.said()) == (0, "")
 
 
-def test_prompts_of_an_adapter_without_turns(cli: Cli, raw: Path, tmp_path: Path) -> None:
-    """Each line is completed by itself, which is said, and rows are saved as they were trained on."""
+def test_an_adapter_of_raw_prompts_has_no_turns(cli: Cli, raw: Path, tmp_path: Path) -> None:
+    """Each line is completed separately, which is reported, and rows are saved in the format of training."""
     prompts = ["5:", "something else:"]
     options = ("--max-new-tokens", 4)
     expected = answers(cli, raw, [{"prompt": prompt} for prompt in prompts], tmp_path, *options)
@@ -144,8 +144,8 @@ def test_prompts_of_an_adapter_without_turns(cli: Cli, raw: Path, tmp_path: Path
         assert refused.out == ""
 
 
-def test_base_answers_the_last_turn(cli: Cli, short: Path, tmp_path: Path) -> None:
-    """It does not enter the conversation."""
+def test_base_answers_the_last_turn_without_joining_the_conversation(cli: Cli, short: Path, tmp_path: Path) -> None:
+    """The answer of `/base` is not part of the conversation."""
     options = ("--max-new-tokens", NEW)
     plain = cli("chat", "--adapter", short, *options, stdin="first:\nsecond:\n").out.splitlines()
     ran = cli("chat", "--adapter", short, *options, stdin="first:\n/base\nsecond:\n")
@@ -154,7 +154,7 @@ def test_base_answers_the_last_turn(cli: Cli, short: Path, tmp_path: Path) -> No
     assert ran.out == f"{first}\n{of_base}\n{second}\n" and of_base != first
 
 
-def test_adapters_take_turns(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
+def test_several_adapters_can_answer_in_one_conversation(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
     several = ("chat", "--adapter", f"short={short}", "--adapter", f"raw={raw}", "--max-new-tokens", NEW)
     ran = cli(*several, stdin="5:\n/adapter raw\n5:\n/adapter\n/adapter short\n/reset\n5:\n")
     (of_short,) = answers(cli, short, [{"prompt": "5:"}], tmp_path, "--max-new-tokens", NEW)
@@ -168,8 +168,8 @@ def test_adapters_take_turns(cli: Cli, short: Path, raw: Path, tmp_path: Path) -
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(raw), "--adapter"))
 
 
-def test_a_saved_conversation_is_trained_on(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
-    """One row of messages, or one row for each raw prompt; with a Ü that stays a Ü."""
+def test_a_saved_conversation_can_be_trained_on(cli: Cli, short: Path, raw: Path, tmp_path: Path) -> None:
+    """One row of messages, or one row for each raw prompt. Non-ASCII characters are not escaped."""
     chat, pairs = tmp_path / "chat.jsonl", tmp_path / "pairs.jsonl"
     ran = cli("chat", "--adapter", short, "--system", "Ü", stdin=f"5:\n//etc\n/save {chat}\n")
     assert ran.code == 0 and ran.err == f"{chat}: 1 row written\n"
@@ -188,14 +188,14 @@ def test_a_saved_conversation_is_trained_on(cli: Cli, short: Path, raw: Path, tm
     ]
 
 
-def test_answers_that_were_cut_off_are_not_learned(cli: Cli, endless: Path, tmp_path: Path) -> None:
+def test_truncated_answers_are_not_trained_on(cli: Cli, endless: Path, tmp_path: Path) -> None:
     path = tmp_path / "saved.jsonl"
     ran = cli("chat", "--adapter", endless, "--max-new-tokens", 3, stdin=f"5:\n/save {path}\n")
     check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "/save"))
     assert ran.out == "aaa\n" and "cut off: --max-new-tokens is 3\n" in ran.err and not path.exists()
 
 
-def test_files_are_replaced_only_if_asked(cli: Cli, short: Path, tmp_path: Path) -> None:
+def test_existing_files_are_replaced_only_on_request(cli: Cli, short: Path, tmp_path: Path) -> None:
     path = tmp_path / "saved.jsonl"
     path.write_text("precious\n")
     saved = ("chat", "--adapter", short, "--max-new-tokens", NEW)
@@ -213,8 +213,9 @@ def test_files_are_replaced_only_if_asked(cli: Cli, short: Path, tmp_path: Path)
     assert json.loads(path.read_text())["messages"][0] == {"role": "user", "content": "5:"}
 
 
-def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
-    """An answer that was cut off has the weight 0, and of raw prompts it is left out; without a whole one, no rows."""
+def test_rows_of_a_saved_conversation(short: Path, raw: Path) -> None:
+    """A truncated answer has the weight 0, and is left out for raw prompts. Without any complete answer there are no
+    rows."""
     cut, whole = Exchange("a", "b", is_whole=False), Exchange("c", "d", is_whole=True)
     paths = {"short": short, "raw": raw}
     selected = options.parse_selection([f"{name}={path}" for name, path in paths.items()])
@@ -250,7 +251,7 @@ def test_rows_of_a_conversation(short: Path, raw: Path) -> None:
         ("a" * 600, 2, (Code.DATA_TOO_LONG, "", "")),
     ],
 )
-def test_lines_that_are_refused_end_a_pipe(
+def test_an_invalid_line_of_a_pipe_ends_the_chat(
     cli: Cli, short: Path, lines: str, code: int, expected: tuple[Code, str, str]
 ) -> None:
     ran = cli("chat", "--adapter", short, stdin=lines)
@@ -258,8 +259,8 @@ def test_lines_that_are_refused_end_a_pipe(
     assert ran.out == ""
 
 
-def test_a_full_context_is_said(cli: Cli, babbling: Path) -> None:
-    """First an answer ends at the limit, then there is room for none, and after a reset there is."""
+def test_a_full_context_is_reported(cli: Cli, babbling: Path) -> None:
+    """First an answer is truncated at the limit, then there is no room for another, and a reset makes room again."""
     question = "b" * 400  # the template adds <|user|>, <|end|>, a line break and <|assistant|>
     full = "cut off: the model's context of 512 tokens is full; /reset begins anew\n"
     ran = cli("chat", "--adapter", babbling, "--max-new-tokens", 107, stdin=f"{question}\n")
@@ -271,7 +272,7 @@ def test_a_full_context_is_said(cli: Cli, babbling: Path) -> None:
     assert "the conversation has 522 tokens, and the model's context 512" in ran.err and full in ran.err
 
 
-def test_bytes_that_are_no_text(processes: ForkServer, short: Path, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8(processes: ForkServer, short: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(b"5:\n\xff\n")
     child = processes.start(
         "chat", "--adapter", short, first=f"import os; os.open({str(tmp_path / 'in')!r}, os.O_RDONLY)"
@@ -289,12 +290,12 @@ def test_bytes_that_are_no_text(processes: ForkServer, short: Path, tmp_path: Pa
         (["--adapter", "absent"], 2, "[usage.bad_value]"),
     ],
 )
-def test_options_that_are_refused(cli: Cli, short: Path, arguments: list[str], code: int, expected: str) -> None:
+def test_invalid_options_are_refused(cli: Cli, short: Path, arguments: list[str], code: int, expected: str) -> None:
     ran = cli("chat", "--adapter", short, *arguments, stdin="5:\n")
     assert (ran.code, ran.out) == (code, "") and expected in ran.err
 
 
-def test_adapters_that_are_refused(cli: Cli, short: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_adapters_are_refused(cli: Cli, short: Path, tmp_path: Path) -> None:
     absent = tmp_path / "absent"
     check_refused(cli("chat", "--adapter", absent, stdin="5:\n"), 5, (Code.ADAPTER_NOT_FOUND, str(absent), ""))
     damaged = Path(shutil.copytree(short, tmp_path / "damaged"))
@@ -321,7 +322,7 @@ for number in (1, 2):
 
 
 class Terminal:
-    """A command in a terminal of its own. seen: what it has shown and no call has taken yet."""
+    """A command in a terminal of its own. seen: output that no call has consumed yet."""
 
     def __init__(self, child: Child, master: int):
         self.child, self._master, self._seen = child, master, ""
@@ -330,7 +331,7 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def interrupt(self, text: str) -> None:
-        """Press Ctrl-C at the prompt, once more where nothing follows, until a text is shown.
+        """Press Ctrl-C at the prompt until a text is shown. It is repeated if nothing happens.
 
         Between the echo of a key and the wait for the next one Python's readline does not notice a signal.
         """
@@ -342,7 +343,7 @@ class Terminal:
         self.until(text, seconds=0)
 
     def until(self, text: str, seconds: float = 90) -> str:
-        """What is shown up to a text, and with it."""
+        """The output up to and including a text."""
         end = time.monotonic() + seconds
         while text not in self._seen:
             assert time.monotonic() < end, (text, self._seen)
@@ -365,14 +366,14 @@ def terminal(processes: ForkServer, *arguments: object) -> Iterator[Terminal]:
 
 @pytest.mark.parametrize("end", ["\x04", pytest.param("/quit\n", marks=pytest.mark.slow)])
 def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Path, tmp_path: Path, end: str) -> None:
-    """Editing, history, commands, errors that do not end it, and Ctrl-D, or the command that ends it."""
+    """Editing, history, commands, errors that do not end the chat, and Ctrl-D or the command that ends it."""
     path = tmp_path / "saved.jsonl"
     with terminal(processes, "--adapter", f"s={short}", "--max-new-tokens", NEW) as window:
         assert str(short) in window.until(HINT)
         window.until("s> ")
         window.press("5:\x01no \n")  # Ctrl-A: to the start of the line
         window.until("s> ")
-        window.press("\x1b[A\n")  # the line before
+        window.press("\x1b[A\n")  # the previous line
         window.until("s> ")
         window.press("/bye\n")
         assert "[usage.bad_value]" in window.until("s> ")
@@ -394,7 +395,7 @@ def test_a_conversation_in_a_terminal(processes: ForkServer, cli: Cli, short: Pa
 def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(
     processes: ForkServer, endless: Path, short: Path, tmp_path: Path
 ) -> None:
-    """It is streamed, part of the conversation, and not learned when it is trained on; the chat goes on."""
+    """It is streamed and part of the conversation, but not trained on later; the chat continues."""
     path = tmp_path / "saved.jsonl"
     with terminal(processes, "--adapter", endless, "--max-new-tokens", 50_000) as window:
         window.until("> ")
@@ -417,7 +418,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_its_beginning(
         assert window.child.wait() == 0
 
 
-def test_a_terminal_that_goes_away_ends_the_chat(processes: ForkServer, endless: Path) -> None:
+def test_a_closed_terminal_ends_the_chat(processes: ForkServer, endless: Path) -> None:
     with terminal(processes, "--adapter", endless, "--max-new-tokens", 50_000) as window:
         window.until("> ")
         window.press("go:\n")
@@ -425,7 +426,9 @@ def test_a_terminal_that_goes_away_ends_the_chat(processes: ForkServer, endless:
     assert window.child.wait() == 143
 
 
-def test_what_a_model_writes_cannot_command_the_terminal(processes: ForkServer, place: Path, tiny_dir: Path) -> None:
+def test_escape_sequences_of_a_model_do_not_reach_the_terminal(
+    processes: ForkServer, place: Path, tiny_dir: Path
+) -> None:
     """An escape sequence in an answer is shown as text."""
     answer = "\x1b]0;title\x07"
     rows = [conversation("go:", answer)] * 12

@@ -1,4 +1,4 @@
-"""The command line: light until it must be heavy, one line per problem, and nothing touched by a run that fails."""
+"""The command line: heavy libraries are imported late, each problem is one line, and a failed run changes no files."""
 
 import json
 import re
@@ -44,7 +44,7 @@ print(json.dumps([ran, [name for name in {HEAVY} if name in sys.modules]]))
 
 
 def imported(*commands: Sequence[object]) -> tuple[list[Ran], set[str]]:
-    """Runs commands one after another in a new process; also returns which of the heavy libraries they imported."""
+    """Runs commands one after another in a new process. Also returns which of the heavy libraries they imported."""
     arguments = json.dumps([[str(word) for word in command] for command in commands])
     command = [sys.executable, "-c", IN_ONE_PROCESS, arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
@@ -59,10 +59,10 @@ def old_adapter(path: Path) -> Path:
     return path
 
 
-# Lightness
+# Lazy imports
 
 
-def test_help_version_and_errors_of_usage_and_config_import_nothing_heavy(run_config: MakeConfig) -> None:
+def test_help_version_usage_and_config_errors_import_nothing_heavy(run_config: MakeConfig) -> None:
     path, rows = run_config(lora={"rank": 8}), run_config("rows.yaml", data={"validation": 0.2})
     help_of, wrong = [[command, "--help"] for command in COMMANDS], [["train", path], ["params", path]]
     usage = [["params"], ["train"], ["train", "x.yaml", "--nope"], ["generate"], ["nope"], []]
@@ -82,7 +82,7 @@ def test_help_version_and_errors_of_usage_and_config_import_nothing_heavy(run_co
     assert "did you mean `lora.r`" in sweep.err
 
 
-def test_the_help_says_in_a_sentence_what_each_command_does(cli: Cli) -> None:
+def test_the_help_describes_each_command_in_a_sentence(cli: Cli) -> None:
     listed = cli("--help").out.partition("Commands:\n")[2].splitlines()
     assert tuple(line.split()[0] for line in listed) == COMMANDS
     assert all(line.endswith(".") and not line.endswith("...") for line in listed)
@@ -91,12 +91,10 @@ def test_the_help_says_in_a_sentence_what_each_command_does(cli: Cli) -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"), [("loratune ex", ["explain", "export"]), ("loratune train --over", ["--overwrite"])]
 )
-def test_a_shell_completes_commands_and_options(
-    typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By the script that `--install-completion` puts into place, and `--show-completion` prints.
+def test_shells_complete_commands_and_options(typed: str, offered: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the script that `--install-completion` installs and `--show-completion` prints.
 
-    These detect the shell that started the process, and tests may have none: the variable lets one be named.
+    Both detect the shell that started the process, and tests may have none: the variable names one.
     """
     monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
 
@@ -108,7 +106,7 @@ def test_a_shell_completes_commands_and_options(
     assert printed(**shell).split() == offered
 
 
-@pytest.mark.slow  # a control: most tests would fail without torch
+@pytest.mark.slow  # a control: without torch, most tests would fail
 def test_a_run_that_needs_torch_imports_it(run_config: MakeConfig) -> None:
     (ran,), heavy = imported(["params", run_config()])
     assert ran.code == 0 and heavy >= {"torch", "transformers", "peft"}, ran.err
@@ -122,8 +120,8 @@ BAD_ROWS = {
 }
 
 
-def test_bad_rows_and_outputs_stop_before_torch_is_imported(run_config: MakeConfig, tmp_path: Path) -> None:
-    """The output is judged before rows and model."""
+def test_invalid_rows_and_outputs_are_refused_before_importing_torch(run_config: MakeConfig, tmp_path: Path) -> None:
+    """The output is checked before the rows and the model."""
     config, commands = run_config(), list[list[object]]()
     for name, (rows, _, _) in BAD_ROWS.items():
         if rows is not None:
@@ -184,32 +182,34 @@ def test_usage_errors(cli: Cli, arguments: list[str], expected: str) -> None:
 
 
 @pytest.mark.parametrize("stdin", ["", "\n \n"])
-def test_generate_without_a_prompt(cli: Cli, stdin: str) -> None:
+def test_generate_without_a_prompt_is_refused(cli: Cli, stdin: str) -> None:
     ran = cli("generate", "--adapter", "x", stdin=stdin)
     check_refused(ran, 4, (Code.USAGE_NO_PROMPT, "", ""))
     assert ran.out == "" and ran.err.count("\n") == 1
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["at its end", "closed"])
-def test_generate_with_nobody_at_stdin(closed: bool) -> None:
+def test_generate_with_a_closed_stdin_is_refused(closed: bool) -> None:
     shell = f'"{sys.executable}" -m loratune generate --adapter x {"<&-" if closed else "</dev/null"}'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     check_refused(Ran(done.returncode, done.stdout, done.stderr), 4, (Code.USAGE_NO_PROMPT, "", ""))
     assert done.stdout == "" and done.stderr.count("\n") == 1
 
 
-# Errors at the boundary
+# Errors of the commands
 
 
 @pytest.mark.parametrize("error", sorted(LoratuneError.__subclasses__(), key=lambda kind: kind.exit_code))
-def test_each_error_has_its_own_code_and_line(error: type[LoratuneError], capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_error_has_its_own_exit_code_and_line(
+    error: type[LoratuneError], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(typer.Exit) as caught, boundary.boundary(debug=False):
         raise error(Problem(Code.UNEXPECTED, "something is wrong"))
     assert caught.value.exit_code == error.exit_code
     assert capsys.readouterr().err == "error: something is wrong\n"
 
 
-def test_exit_codes_are_those_of_the_design() -> None:
+def test_exit_codes_are_the_documented_ones() -> None:
     codes = {error.__name__: error.exit_code for error in LoratuneError.__subclasses__()}
     assert codes == {
         "ConfigError": 2, "ModelError": 3, "DataError": 4, "AdapterError": 5, "NumericError": 6, "ResumeError": 7,
@@ -234,7 +234,9 @@ def test_exit_codes_are_those_of_the_design() -> None:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_of_unexpected_exceptions(
+    error: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(typer.Exit) as caught, boundary.boundary(debug=False):
         raise error
     assert caught.value.exit_code == code
@@ -245,7 +247,7 @@ def test_what_else_may_come(error: BaseException, code: int, line: str, capsys: 
     ("variable", "file"), [("HF_HOME", "token"), ("HF_DATASETS_CACHE", "a___b"), ("XDG_CACHE_HOME", "huggingface/hub")]
 )
 @pytest.mark.parametrize("hidden", [False, True], ids=["", "behind another error"])
-def test_a_cache_that_cannot_be_used_names_what_sets_it(
+def test_an_unusable_cache_is_reported_with_the_variable_that_sets_it(
     variable: str, file: str, hidden: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HF_HOME", "HF_DATASETS_CACHE", "HF_HUB_CACHE", "XDG_CACHE_HOME"):
@@ -262,7 +264,7 @@ def test_a_cache_that_cannot_be_used_names_what_sets_it(
         assert boundary._explain(error, "")[0][0].fix == cache_fix(error)
 
 
-def test_a_working_directory_that_is_gone(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_deleted_working_directory_is_reported(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
@@ -284,14 +286,14 @@ def test_a_working_directory_that_is_gone(cli: Cli, tmp_path: Path, monkeypatch:
     ],
     ids=["short", "long", "path", "long path", "in quotes", "text", "apostrophes", "all"],
 )
-def test_the_middle_of_long_values_is_left_out(value: str, shown: str) -> None:
+def test_long_values_are_shortened_in_the_middle(value: str, shown: str) -> None:
     assert str(Problem(Code.USAGE_CONFLICT, value, value, value, value)) == (
         f"{shown}: {shown}: {shown} [usage.conflict]; {shown}"
     )
 
 
-def test_a_context_that_was_entered_as_a_signal_came_is_left(tmp_path: Path) -> None:
-    """Its function waits at `yield`, and no `with` statement has begun that would end it."""
+def test_a_context_entered_as_a_signal_arrives_is_exited(tmp_path: Path) -> None:
+    """Its generator is suspended at `yield`, and no `with` statement has begun that would exit it."""
 
     @contextmanager
     def unfinished() -> Iterator[None]:
@@ -326,7 +328,7 @@ def test_a_context_that_was_entered_as_a_signal_came_is_left(tmp_path: Path) -> 
     ],
     ids=" ".join,
 )
-def test_debug_adds_a_traceback_and_nothing_else(cli: Cli, arguments: list[str]) -> None:
+def test_debug_adds_only_a_traceback(cli: Cli, arguments: list[str]) -> None:
     plain, debugged = cli(*arguments), cli(*arguments, "--debug")
     assert (debugged.code, debugged.out) == (plain.code, "")
     assert debugged.err.startswith("Traceback (most recent call last)") and debugged.err.endswith(plain.err)
@@ -337,7 +339,7 @@ def test_debug_adds_a_traceback_and_nothing_else(cli: Cli, arguments: list[str])
 
 
 def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:
-    """Makes an output_dir that cannot be; returns it, the problem, and what else the message says."""
+    """Makes an output_dir that cannot be used. Returns it, the problem, and what else the message says."""
     out, key = tmp_path / "out", "output_dir"
     if kind == "proc":
         return "/proc/out", (Code.OUTPUT_UNUSABLE, "/proc/out", key), "No such file or directory"
@@ -378,12 +380,12 @@ def blocked(kind: str, tmp_path: Path) -> tuple[str, Expected, str]:
     ["proc", "root", "parent missing", "parent is a file", "file", "dangling link", "long name", "partial of another",
      "partial is a file", "interrupted", "exists"],
 )  # fmt: skip
-def test_output_that_cannot_be(cli: Cli, run_config: MakeConfig, tmp_path: Path, kind: str) -> None:
+def test_an_unusable_output_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path, kind: str) -> None:
     config = run_config()
     output, expected, detail = blocked(kind, tmp_path)
     before, names = tree(tmp_path), sorted(tmp_path.rglob("*"))
     overridable = kind in ("interrupted", "exists")
-    checked_later = kind == "proc"  # by writing there, which a dry run does not
+    checked_later = kind == "proc"  # by writing there, which a dry run does not do
     for more in [[]] if overridable else [[], ["--overwrite"]] + [["--dry-run"]] * (not checked_later):
         ran = cli("train", config, "--set", f"output_dir={output}", *more)
         check_refused(ran, 2, expected)
@@ -410,7 +412,7 @@ OPTIONS: dict[str, tuple[list[str], dict[str, bytes], int, Expected]] = {
 
 
 @pytest.mark.parametrize(("options", "files", "exit_code", "expected"), OPTIONS.values(), ids=OPTIONS)
-def test_options_that_do_not_fit_the_output(
+def test_options_that_contradict_the_state_of_the_output(
     options: list[str], files: dict[str, bytes], exit_code: int, expected: Expected, cli: Cli,
     run_config: MakeConfig, tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -435,7 +437,7 @@ def test_options_that_do_not_fit_the_output(
     ],
     ids=["model", "rows", "targets", "numbers"],
 )
-def test_failing_overwrite_keeps_the_old_adapter(
+def test_a_failed_overwrite_keeps_the_old_adapter(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, changes: dict[str, Any], code: int
 ) -> None:
     config = run_config(**changes)
@@ -448,7 +450,7 @@ def test_failing_overwrite_keeps_the_old_adapter(
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_healthy_overwrite_replaces_it_whole(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_successful_overwrite_replaces_the_whole_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training=ONE_STEP)
     (old_adapter(tmp_path / "out") / "vocab.txt").write_text("of the old adapter")
     ran = cli("train", config, "--overwrite")
@@ -461,7 +463,7 @@ def test_healthy_overwrite_replaces_it_whole(cli: Cli, run_config: MakeConfig, t
 
 @pytest.mark.parametrize("how", [{"resume": True, "overwrite": False}, {"resume": False, "overwrite": True}], ids=str)
 def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: dict[str, bool]) -> None:
-    """The old adapter had been moved away, and the new one had not yet taken its place."""
+    """The old adapter had been moved away, and the new one was not in place yet."""
     out = old_adapter(tmp_path / "out")
     directory = run_dir.check(str(out), resume=False, overwrite=True)
     with directory.locked():
@@ -485,7 +487,7 @@ def test_the_old_adapter_survives_a_kill_while_publishing(tmp_path: Path, how: d
     assert tree(tmp_path) == {"out/adapter_config.json": b"new"}
 
 
-def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
+def test_resume_does_not_replace_an_adapter_that_appeared_meanwhile(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with run_dir.check(str(out), resume=False, overwrite=False).locked() as directory:
         directory.prepare(resume=False)
@@ -498,7 +500,7 @@ def test_resume_may_not_replace_what_came_meanwhile(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["schema", pytest.param("params", marks=pytest.mark.slow)])
-def test_reader_that_goes_away_is_no_error(command: str, run_config: MakeConfig) -> None:
+def test_a_closed_stdout_is_not_an_error(command: str, run_config: MakeConfig) -> None:
     words = f"{command} {run_config()}" if command == "params" else command
     line = f'"{sys.executable}" -m loratune {words} | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)

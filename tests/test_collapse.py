@@ -1,4 +1,4 @@
-"""An adapter that predicts the same after every prompt is not published, and passes no gate."""
+"""A collapsed adapter, which predicts the same after every prompt, is not published, and fails every requirement."""
 
 import json
 import math
@@ -28,7 +28,7 @@ DEAD = {"learning_rate": 1e10, "max_steps": 3, "save_steps": 1}
 
 @pytest.fixture(scope="module")
 def sure_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """The tiny model with large logits, so that what it predicts depends on the prompt and is mostly wrong: its loss on
+    """The tiny model with large logits, so that its predictions depend on the prompt and are mostly wrong: its loss on
     `ROWS` is far above that of a uniform distribution, 5.576."""
     return sure(tmp_path_factory.mktemp("sure") / "llama", tokenizer, 30)
 
@@ -46,13 +46,13 @@ def row(ids: list[int], *spans: tuple[int, int]) -> TokenizedRow:
     return TokenizedRow("", tuple(ids), spans)
 
 
-def test_prompts_are_read_where_rows_first_differ() -> None:
-    """In what stands before, and in what is expected there; a tenth of the rows must expect something else."""
+def test_prompts_are_compared_where_rows_first_differ() -> None:
+    """In the preceding tokens and in the expected one. At least a tenth of the rows must expect another token."""
     answers = [row([1, prompt, 7, prompt % 2, 9], (2, 5)) for prompt in range(20, 40)]
     assert [*collapse.prompts(answers)] == [(1, prompt, 7) for prompt in range(20, 20 + collapse.PROMPTS)]
     turns = [row([1, prompt, 7, prompt, prompt % 2, 9], (2, 3), (4, 6)) for prompt in (21, 22)]
     assert collapse.prompts(turns) == {(1, 21, 7, 21): 1, (1, 22, 7, 22): 0}
-    texts = [row([1, first, 5, first + 1], (0, 4)) for first in (2, 3, 3)]  # which begin alike, so that 2 or 3 follows
+    texts = [row([1, first, 5, first + 1], (0, 4)) for first in (2, 3, 3)]  # they share a prefix, then 2 or 3 follows
     assert collapse.prompts(texts) == {(1, 2, 5): 3, (1, 3, 5): 4}
     lengths = [row([1] * length + [length], (length, length + 1)) for length in range(30, 10, -1)]
     assert [len(ids) for ids in collapse.prompts(lengths)] == [*range(11, 11 + collapse.PROMPTS)]
@@ -90,7 +90,7 @@ PREDICTIONS: dict[str, tuple[list[list[float]], list[list[float]], bool]] = {
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_predictions_that_depend_on_the_prompt(name: str) -> None:
+def test_prompt_sensitivity_is_lost(name: str) -> None:
     """After three prompts, the first of which expects token 0 and the others token 1."""
     base, adapter, is_lost = PREDICTIONS[name]
     of_base, of_adapter = ([torch.tensor(one).log() for one in predictions] for predictions in (base, adapter))
@@ -112,7 +112,7 @@ REASONS: dict[str, tuple[tuple[float, float], tuple[float, float], str, str]] = 
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_reasons(name: str) -> None:
+def test_reasons_for_a_collapse(name: str) -> None:
     (base_distance, distance), (base, loss), unit, reason = REASONS[name]
     loss = loss if unit == "token" else math.nan
     losses = "9 training rows", loss, base, 264
@@ -121,10 +121,10 @@ def test_reasons(name: str) -> None:
     assert collapse.reason(None, *losses) == ("" if "the same" in reason else found)
 
 
-def test_what_has_collapsed_is_never_published(
+def test_a_collapsed_adapter_is_never_published(
     cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
 ) -> None:
-    """Though its loss is far below that of its base, whatever the user allows."""
+    """Whatever the user allows, although its loss is far below that of the base."""
     config = run_config(model={"name_or_path": str(sure_dir)}, training=DEAD)
     for options in ((), ("--resume", "--allow-worse")):
         ran = cli("train", config, *options)
@@ -136,20 +136,20 @@ def test_what_has_collapsed_is_never_published(
 
 
 @pytest.mark.parametrize("rate", [0.8, 3.0])
-def test_what_answers_nothing_any_more(
+def test_an_adapter_that_predicts_no_expected_token_has_collapsed(
     rate: float, cli: Callable[..., Ran], run_config: MakeConfig, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """Its predictions are nearly the same after every prompt, and none of what is expected."""
+    """Its predictions are nearly the same after every prompt, and never the expected ones."""
     model = {"name_or_path": str(sure(tmp_path / "llama", tokenizer, 20))}
     training = {"learning_rate": rate, "max_steps": 6}
     config = run_config(model=model, training=training, lora=ALL_LAYERS)
     check_refused(cli("train", config), 6, (Code.TRAINING_COLLAPSED, "", "training.learning_rate"))
 
 
-def test_short_prompts_that_expect_the_same(
+def test_short_prompts_with_one_answer_are_not_a_collapse(
     cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
 ) -> None:
-    """As long ones expect something else, an adapter that has learned this uses its prompts."""
+    """Long prompts expect another answer, so an adapter that has learned this depends on its prompts."""
     training = {"learning_rate": 0.01, "max_steps": 20}
     config = run_config(model={"name_or_path": str(sure_dir)}, training=training, lora=ALL_LAYERS)
     short = [{"prompt": letter * 2, "completion": "x"} for letter in "abcdefghij"]
@@ -161,7 +161,7 @@ def test_short_prompts_that_expect_the_same(
     assert found["verdict"] == "better" and found["prompt_sensitivity"]["adapter"] > 0.9
 
 
-def test_compared_answers_collapse_too(cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path) -> None:
+def test_a_collapse_on_preference_pairs(cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path) -> None:
     pairs = [{"prompt": one["prompt"], "chosen": one["completion"], "rejected": " none"} for one in ROWS]
     config = run_config(model={"name_or_path": str(sure_dir)}, training=DEAD | {"objective": "orpo"})
     write_rows(config.with_name("rows.jsonl"), pairs)
@@ -175,7 +175,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_what_is_right_is_published(
+def test_a_healthy_adapter_is_published(
     name: str, cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tiny_dir: Path
 ) -> None:
     model = tiny_dir if "random" in name else sure_dir
@@ -183,9 +183,11 @@ def test_what_is_right_is_published(
     assert ran.code == 0, ran.err
 
 
-def test_the_gate_says_it(cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path) -> None:
-    """Of an adapter that always gives the one answer that its rows expect: right on these, so that it is published, and
-    not on rows that expect others as well."""
+def test_requirements_fail_for_a_collapsed_adapter(
+    cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
+) -> None:
+    """For an adapter that always gives the one answer that its rows expect: it is correct on these, so it is published,
+    but not on rows that expect other answers as well."""
     config = run_config(model={"name_or_path": str(sure_dir)}, training={"learning_rate": 0.03, "max_steps": 40})
     write_rows(config.with_name("rows.jsonl"), SAME)
     ran = cli("train", config)
@@ -204,10 +206,10 @@ def test_the_gate_says_it(cli: Callable[..., Ran], run_config: MakeConfig, sure_
     assert "collapsed: the adapter predicts the same" in shown.replace("\n", " ") and "adapter - majority" in shown
 
 
-def test_the_gate_knows_what_is_worse_than_at_random(
+def test_requirements_fail_below_chance(
     cli: Callable[..., Ran], run_config: MakeConfig, sure_dir: Path, tmp_path: Path
 ) -> None:
-    """Of an adapter of another program, whose weights are far too large."""
+    """For an adapter of another program with far too large weights."""
     config = run_config(model={"name_or_path": str(sure_dir)}, training={"max_steps": 3})
     assert cli("train", config).code == 0
     out = tmp_path / "out"

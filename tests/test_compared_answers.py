@@ -1,4 +1,4 @@
-"""`loratune evaluate` and `report` on answers that are compared, against stock PEFT and the formulas written out."""
+"""`loratune evaluate` and `report` on preference data, against stock PEFT and formulas written out."""
 
 import json
 import math
@@ -39,7 +39,7 @@ ANSWERS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A directory with adapters that are called by their objectives, `pairs.jsonl` and `answers.jsonl`."""
+    """A directory with adapters named after their objectives, `pairs.jsonl` and `answers.jsonl`."""
     path = tmp_path_factory.mktemp("compared")
     make = config_in(path, tiny_dir)
     for objective, steps in (("dpo", 12), ("simpo", 6), ("kto", 8)):
@@ -57,7 +57,7 @@ def evaluate(place: Path, adapter: str, rows: str, *arguments: object) -> list[o
 
 @torch.no_grad()
 def by_hand(base: Path, adapter: Path | None) -> list[tuple[float, float, int, int]]:
-    """Log-probabilities and tokens of the chosen and the rejected answer of each pair, by nothing of loratune."""
+    """Log-probabilities and tokens of the chosen and the rejected answer of each pair, without any code of loratune."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     model = PeftModel.from_pretrained(model, str(adapter)).eval() if adapter else model
@@ -83,8 +83,8 @@ def higher(one: float, other: float) -> float:
 
 
 @pytest.mark.parametrize("objective", ["dpo", "simpo"])
-def test_figures_equal_a_computation_by_hand(objective: str, place: Path, tiny_dir: Path, cli: Cli) -> None:
-    """DPO's with the base as the reference; SimPO's, without one, with beta 2 and a margin of 1."""
+def test_metrics_equal_an_independent_computation(objective: str, place: Path, tiny_dir: Path, cli: Cli) -> None:
+    """DPO with the base as the reference; SimPO without one, with beta 2 and a margin of 1."""
     ran = cli(*evaluate(place, objective, "pairs.jsonl", "--json"))
     assert ran.code == 0, ran.err
     values = json.loads(ran.out)
@@ -120,8 +120,8 @@ def test_figures_equal_a_computation_by_hand(objective: str, place: Path, tiny_d
     assert values["metric"] == "loss" and values["overlap"] == {"exact": 0, "folded": 0, "rows": 16}
 
 
-def test_the_figures_are_those_of_the_end_of_a_run(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
-    """With KTO too, whose border and loss rest on prompts with answers to others."""
+def test_metrics_equal_those_at_the_end_of_the_run(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
+    """For KTO too, whose KL estimate and loss depend on mismatched prompts and answers."""
     make = config_in(tmp_path, tiny_dir)
     judged = {"data": {"validation": str(write_rows(tmp_path / "answers.jsonl", ANSWERS))}}
     for objective, rows, more in (("dpo", "held-out.jsonl", {}), ("kto", "answers.jsonl", judged)):
@@ -140,7 +140,7 @@ def test_the_figures_are_those_of_the_end_of_a_run(tmp_path: Path, tiny_dir: Pat
     assert found["reward_margin"] != 0 and "ranking_accuracy" not in found
 
 
-def test_what_is_printed(place: Path, cli: Cli) -> None:
+def test_printed_tables_of_preference_pairs(place: Path, cli: Cli) -> None:
     ran = cli(*evaluate(place, "dpo", "pairs.jsonl", "--worst", 1))
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
@@ -154,8 +154,8 @@ def test_what_is_printed(place: Path, cli: Cli) -> None:
     assert "the base as the reference" not in cli(*evaluate(place, "simpo", "pairs.jsonl")).out
 
 
-def test_another_adapter(place: Path, cli: Cli) -> None:
-    """It is measured by the objective of the first one, which is said; the base stays the reference."""
+def test_against_an_adapter_of_another_objective(place: Path, cli: Cli) -> None:
+    """It is measured by the objective of the first adapter, which is reported. The reference is still the base."""
     ran = cli(*evaluate(place, "dpo", "pairs.jsonl", "--against", place / "simpo", "--json"))
     assert ran.code == 0, ran.err
     values = json.loads(ran.out)
@@ -169,15 +169,16 @@ def test_another_adapter(place: Path, cli: Cli) -> None:
     assert f"{place / said}" in ran.err
 
 
-def test_rows_that_are_not_those_of_the_objective(place: Path, cli: Cli) -> None:
-    """KTO's adapter on pairs is measured by DPO, DPO's on answers by KTO, with the beta that they were trained with."""
+def test_rows_of_the_other_kind_of_preferences(place: Path, cli: Cli) -> None:
+    """KTO's adapter is measured on pairs by DPO, and DPO's on unpaired preferences by KTO, with the beta of their
+    training."""
     for adapter, rows, measured in (("kto", "pairs.jsonl", "dpo"), ("dpo", "answers.jsonl", "kto")):
         ran = cli(*evaluate(place, adapter, rows, "--json"))
         assert ran.code == 0 and f"and is measured by {measured} with beta 0.1" in ran.err
         assert json.loads(ran.out)["objective"]["name"] == measured
 
 
-def test_each_pair_is_written(place: Path, cli: Cli, tmp_path: Path) -> None:
+def test_each_pair_is_written_to_the_output(place: Path, cli: Cli, tmp_path: Path) -> None:
     output = tmp_path / "rows.jsonl"
     ran = cli(*evaluate(place, "dpo", "pairs.jsonl", "--output", output, "--json"))
     assert ran.code == 0, ran.err
@@ -217,7 +218,7 @@ def test_each_pair_is_written(place: Path, cli: Cli, tmp_path: Path) -> None:
         ("kto", "answers.jsonl", "difference.undesirable_log_probability<=0", True),
     ],
 )
-def test_requirements(adapter: str, rows: str, required: str, met: bool, place: Path, cli: Cli) -> None:
+def test_requirements_on_preferences(adapter: str, rows: str, required: str, met: bool, place: Path, cli: Cli) -> None:
     ran = cli(*evaluate(place, adapter, rows, "--require", required, "--json"))
     (judgement,) = json.loads(ran.out)["requirements"]
     assert (ran.code, judgement["met"]) == ((0, True) if met else (11, False)), ran.err
@@ -243,7 +244,7 @@ def test_requirements(adapter: str, rows: str, required: str, met: bool, place: 
         ("text.jsonl", ["--forgetting", "pairs.jsonl"], 4, (Code.DATA_FORMAT, "pairs.jsonl:1", ""), "without"),
     ],
 )  # fmt: skip
-def test_what_is_refused(
+def test_invalid_rows_and_options_are_refused(
     rows: str, arguments: list[str], code: int, expected: tuple[Code, str, str], said: str, place: Path, cli: Cli
 ) -> None:
     write_rows(place / "compared.jsonl", PAIRS)
@@ -255,14 +256,14 @@ def test_what_is_refused(
     assert said in ran.err
 
 
-def test_forgetting_and_pairs(place: Path, cli: Cli) -> None:
+def test_forgetting_is_measured_beside_pairs(place: Path, cli: Cli) -> None:
     write_rows(place / "text.jsonl", [{"text": f"some text {number}"} for number in range(6)])
     command = evaluate(place, "dpo", "pairs.jsonl", "--forgetting", place / "text.jsonl", "--require", "forgetting<9")
     ran = cli(*command, "--json")
     assert ran.code == 0 and json.loads(ran.out)["forgetting"]["value"] != 0
 
 
-def test_the_page_shows_pairs(place: Path, cli: Cli, tmp_path: Path) -> None:
+def test_the_report_shows_pairs(place: Path, cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     ran = cli(
         "report", "--adapter", place / "dpo", "--against", place / "simpo", "--data", place / "pairs.jsonl",
@@ -282,7 +283,7 @@ def test_the_page_shows_pairs(place: Path, cli: Cli, tmp_path: Path) -> None:
     assert judged.code == 0 and "24 answers (mean tokens: desirable" in page.read_text()
 
 
-# What follows from the answers to rows
+# Intervals of metrics on preferences
 
 
 def judged_row(number: int, side: str, before: float, after: float) -> ComparedRow:
@@ -294,8 +295,8 @@ def judged_row(number: int, side: str, before: float, after: float) -> ComparedR
     return ComparedRow(number, "", 1, "p", None, 3, answers, {side: ComparedAnswer("a", 3)})
 
 
-def test_the_margin_of_judged_answers_has_welchs_interval() -> None:
-    """It is a difference between the means of two groups, which may differ in size and in spread."""
+def test_the_margin_of_unpaired_preferences_has_welchs_interval() -> None:
+    """It is the difference between the means of two groups, which may differ in size and variance."""
     dice = torch.Generator().manual_seed(0)
     good, bad = torch.randn(9, generator=dice) + 1, 3 * torch.randn(14, generator=dice)
     rows = [judged_row(number, "desirable", 0.0, float(one)) for number, one in enumerate(good)]
@@ -312,8 +313,8 @@ def test_the_margin_of_judged_answers_has_welchs_interval() -> None:
     assert few.scores[ADAPTER].intervals[REWARD_MARGIN] is None and few.differences[REWARD_MARGIN].verdict is None
 
 
-def test_ties_of_the_reference_are_no_draws() -> None:
-    """All its rewards are 0, on any rows: the difference to it is as uncertain as the accuracy alone."""
+def test_a_reference_without_rewards_adds_no_uncertainty() -> None:
+    """All its rewards are 0 on any rows, so the difference from it is as uncertain as the accuracy alone."""
     rows = [judged_row(number, "desirable", 0.0, 1.0 if number < 8 else -1.0) for number in range(10)]
     found = comparison.compare_rows(rows)
     base, own = (found.scores[model].intervals[REWARD_ACCURACY] for model in (BASE, ADAPTER))
@@ -324,7 +325,7 @@ def test_ties_of_the_reference_are_no_draws() -> None:
     assert wording.outlook(difference, "answer") == "about 16 answers would tell"
 
 
-def test_one_sample_has_the_interval_of_the_jackknife() -> None:
+def test_one_sample_has_the_jackknife_interval() -> None:
     values, ones = [1.0, 2.0, 4.0, 8.0, 9.5, 3.0], [1.0] * 6
     assert statistics.sum_of_ratios_interval([(values, ones)]) == pytest.approx(
         statistics.jackknife_interval(values, ones)

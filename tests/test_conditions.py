@@ -1,4 +1,4 @@
-"""A run that is resumed in another environment reports that; a checkpoint of another release is read by its keys."""
+"""A run that is resumed in another environment reports it; checkpoints of other releases are compared key by key."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def interrupted(stopped_run: Path, tmp_path: Path) -> Path:
 
 
 def edited(partial: Path, edit: Edit) -> int:
-    """Changes what the checkpoints say of their run; the newest one's step."""
+    """Edits the records of the checkpoints. Returns the step of the newest one."""
     for path in checkpoints(partial):
         run = json.loads((path / "run.json").read_text())
         edit(run)
@@ -44,7 +44,7 @@ def edited(partial: Path, edit: Edit) -> int:
     return int(checkpoints(partial)[0].name.split("-")[1])
 
 
-def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_records_its_environment(interrupted: Path, tmp_path: Path) -> None:
     kept = json.loads((checkpoints(tmp_path / "out.partial")[0] / "run.json").read_text())["conditions"]
     assert {*COMPUTING_PACKAGES} <= kept.keys() and kept["torch"] == torch.__version__
     assert kept["the number of threads"] == str(torch.get_num_threads())
@@ -52,8 +52,10 @@ def test_a_checkpoint_says_what_it_was_computed_with(interrupted: Path, tmp_path
     assert kept["what PyTorch computes instead of fast code"] == "nothing"
 
 
-def test_other_conditions_are_reported_and_recorded(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
-    """Here by a checkpoint that says it was computed with others."""
+def test_a_different_environment_is_reported_and_recorded(
+    cli: Callable[..., Ran], interrupted: Path, tmp_path: Path
+) -> None:
+    """The checkpoint is edited to say that it was computed in another environment."""
     step = edited(
         tmp_path / "out.partial", lambda run: run["conditions"].update({"torch": "2.0", "the number of threads": "64"})
     )
@@ -70,13 +72,15 @@ def test_other_conditions_are_reported_and_recorded(cli: Callable[..., Ran], int
     assert f"torch was 2.0 up to step {step}, then {torch.__version__}" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_the_same_conditions_are_not_mentioned(cli: Callable[..., Ran], interrupted: Path) -> None:
+def test_the_same_environment_is_not_mentioned(cli: Callable[..., Ran], interrupted: Path) -> None:
     ran = cli("train", interrupted, "--resume")
     assert ran.code == 0 and " up to step " not in ran.err and "last digits" not in ran.err
 
 
-def test_without_the_compiled_kernels(forked: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
-    """For real."""
+def test_resuming_without_the_compiled_kernels_is_reported(
+    forked: Callable[..., Ran], interrupted: Path, tmp_path: Path
+) -> None:
+    """The kernels are really disabled here."""
     ran = forked("train", interrupted, "--resume", LORATUNE_NATIVE="0", OMP_NUM_THREADS=str(torch.get_num_threads()))
     assert ran.code == 0, ran.err
     lines = [re.sub(r"build \w+", "build ID", re.sub(r"step \d+", "step N", line)) for line in ran.err.splitlines()]
@@ -92,12 +96,12 @@ def test_without_the_compiled_kernels(forked: Callable[..., Ran], interrupted: P
 
 
 def older(run: dict[str, Any]) -> None:
-    """As of a release without these keys."""
+    """Remove the keys that an older release did not have."""
     del run["conditions"], run["config"]["lora"]["use_lorafa"], run["config"]["model"]["torch_compile"]
     del run["config"]["data"]["train"]["weight"], run["config"]["lora"]["rank_pattern"]
 
 
-def test_keys_that_an_older_release_did_not_have_take_their_defaults(
+def test_keys_unknown_to_an_older_release_take_their_defaults(
     cli: Callable[..., Ran], interrupted: Path, tmp_path: Path
 ) -> None:
     edited(tmp_path / "out.partial", older)
@@ -113,7 +117,9 @@ def test_keys_that_an_older_release_did_not_have_take_their_defaults(
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["changes"] == []
 
 
-def test_keys_that_this_release_does_not_have(cli: Callable[..., Ran], interrupted: Path, tmp_path: Path) -> None:
+def test_keys_unknown_to_this_release_are_refused_unless_null(
+    cli: Callable[..., Ran], interrupted: Path, tmp_path: Path
+) -> None:
     def newer(run: dict[str, Any]) -> None:
         run["config"]["lora"]["use_telepathy"] = 3
         run["config"]["telepathy"] = {"on": True}

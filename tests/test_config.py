@@ -1,4 +1,4 @@
-"""The config: every problem of a YAML file has its line, its key and what to do, before anything is touched."""
+"""The config: every problem of a YAML file is reported with its line, key and fix, before any file is written."""
 
 import resource
 import string
@@ -39,7 +39,7 @@ def load(tmp_path: Path) -> Callable[..., RunConfig]:
 
 @pytest.fixture
 def problems(load: Callable[..., RunConfig], tmp_path: Path) -> Callable[..., list[Problem]]:
-    """The problems that `load` raises, the file called FILE."""
+    """The problems that `load` raises, with FILE as the name of the file."""
 
     def run(text: str | bytes, *assignments: str) -> list[Problem]:
         with pytest.raises(ConfigError) as caught:
@@ -56,7 +56,7 @@ def meaning(problem: Problem) -> Expected:
 
 
 def in_section(key: str, value: str) -> str:
-    """A sound config, with `section.key` set to `value` in line 5."""
+    """A valid config, with `section.key` set to `value` in line 5."""
     section, _, name = key.partition(".")
     lines = [line for line in SOUND.splitlines() if not line.startswith(section)] + [f"{section}:"]
     required = {"model": ["  name_or_path: base"], "data": ["  train: rows.jsonl"]}.get(section, [])
@@ -101,7 +101,7 @@ def value_at(run: RunConfig, key: str) -> Any:
         ("output_dir: !!binary b3V0\n", Code.CONFIG_SYNTAX, "FILE:1:13", "`!!binary`"),
     ],
 )
-def test_not_a_mapping(
+def test_a_file_that_is_not_a_mapping_is_refused(
     problems: Callable[..., list[Problem]], text: str | bytes, code: Code, where: str, what: str
 ) -> None:
     [problem] = problems(text)
@@ -118,11 +118,11 @@ def test_not_a_mapping(
         (SOUND + "lora: &a {r: 8}\ntraining: *a\n", "write the value out"),
     ],
 )
-def test_the_fix_is_named(problems: Callable[..., list[Problem]], text: str, fix: str) -> None:
+def test_the_fix_of_each_syntax_error(problems: Callable[..., list[Problem]], text: str, fix: str) -> None:
     assert [problem.fix for problem in problems(text)] == [fix]
 
 
-def test_missing_file_and_directory(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_directory_is_refused(tmp_path: Path) -> None:
     for path, code, what in [
         (tmp_path / "absent.yaml", Code.CONFIG_UNREADABLE, "No such file or directory"),
         (tmp_path, Code.CONFIG_UNREADABLE, "a directory"),
@@ -159,7 +159,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
     ],
     ids=["100MB", "aliases", "loop", "brackets", "braces", "dashes", "keys", "duplicates", "long"],
 )
-def test_hostile_files_cost_little(
+def test_malicious_files_take_little_time_and_memory(
     problems: Callable[..., list[Problem]], make: Callable[[], str], expected: Expected
 ) -> None:
     text = make()
@@ -168,11 +168,11 @@ def test_hostile_files_cost_little(
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert meaning(refused[0]) == expected
     assert sum(len(str(problem)) for problem in refused) < 10_000
-    assert after.ru_utime - before.ru_utime < 20  # seconds of work, whatever else the machine does
+    assert after.ru_utime - before.ru_utime < 20  # seconds of processor time, whatever else the machine does
     assert after.ru_maxrss - before.ru_maxrss < 300 << 10  # KiB
 
 
-def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., list[Problem]]) -> None:
+def test_only_the_first_twenty_problems_are_listed_and_the_rest_counted(problems: Callable[..., list[Problem]]) -> None:
     text = SOUND + "".join(f"k{number}: 1\n" for number in range(1234))
     for last in (problems(text)[-1], problems("".join(["k: 1\n"] * 1235))[-1]):
         assert last.code == Code.MORE_PROBLEMS and "1,214" in last.what
@@ -180,7 +180,9 @@ def test_problems_beyond_the_first_twenty_are_counted(problems: Callable[..., li
 
 @pytest.mark.parametrize("where", ["model: ", "output_dir: ", "model: {name_or_path: base, revision: ", ""])
 @pytest.mark.parametrize("call", ["!!python/object/apply:os.system", "!!python/object/new:os.system"])
-def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_path: Path, where: str, call: str) -> None:
+def test_python_tags_are_not_executed(
+    problems: Callable[..., list[Problem]], tmp_path: Path, where: str, call: str
+) -> None:
     target = tmp_path / "executed"
     [problem] = problems(f"{where}{call} ['touch {target}']" + "}" * where.count("{") + "\n")
     assert meaning(problem) == (Code.CONFIG_SYNTAX, f"FILE:1:{len(where) + 1}", "") and f"`{call}`" in problem.what
@@ -207,7 +209,7 @@ def test_python_tags_run_nothing(problems: Callable[..., list[Problem]], tmp_pat
         (SOUND + "1: x\n", "FILE:4", "1", "known here: model"),
     ],
 )
-def test_unknown_key_names_the_nearest(
+def test_an_unknown_key_suggests_the_nearest(
     problems: Callable[..., list[Problem]], text: str, where: str, key: str, fix: str
 ) -> None:
     [problem] = problems(text)
@@ -216,7 +218,7 @@ def test_unknown_key_names_the_nearest(
 
 
 def slips(word: str) -> Iterator[str]:
-    """Every deletion, substitution, swap of neighbours and insertion of one letter."""
+    """Every deletion, substitution, swap of neighbors and insertion of one letter."""
     letters = string.ascii_lowercase + "_"
     for place in range(len(word) + 1):
         head, tail = word[:place], word[place:]
@@ -229,7 +231,7 @@ def slips(word: str) -> Iterator[str]:
 
 
 def nested(path: tuple[Any, ...]) -> dict[str, Any]:
-    """A sound config in which the key at `path` stands with the value 1."""
+    """A valid config in which the key at `path` has the value 1."""
     values: dict[str, Any] = {"model": {"name_or_path": "base"}, "data": {"train": {"path": "a"}}, "output_dir": "out"}
     below = values
     for part in path[:-1]:
@@ -248,7 +250,7 @@ def unknown(values: dict[str, Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(known_keys()), ids=dotted)
-def test_every_slip_in_every_key_is_caught(path: tuple[Any, ...]) -> None:
+def test_every_typo_in_every_key_is_reported(path: tuple[Any, ...]) -> None:
     assert unknown(nested(path)) == set()
     siblings = {key[-1] for key in known_keys() if key[:-1] == path[:-1]}
     wrong = set(slips(str(path[-1]))) - siblings - {""}
@@ -257,7 +259,9 @@ def test_every_slip_in_every_key_is_caught(path: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("path", [key for key in known_keys() if len(key) == 2 and len(str(key[1])) > 4], ids=dotted)
-def test_a_letter_left_out_leads_to_the_key(problems: Callable[..., list[Problem]], path: tuple[str, str]) -> None:
+def test_a_key_with_a_missing_letter_suggests_the_right_one(
+    problems: Callable[..., list[Problem]], path: tuple[str, str]
+) -> None:
     slip = path[1][:2] + path[1][3:]
     fixes = {meaning(problem): problem.fix for problem in problems(in_section(f"{path[0]}.{slip}", "1"))}
     assert fixes[Code.CONFIG_UNKNOWN_KEY, "FILE:5", f"{path[0]}.{slip}"] == f"did you mean `{path[1]}`?"
@@ -275,7 +279,7 @@ def test_a_letter_left_out_leads_to_the_key(problems: Callable[..., list[Problem
         (SOUND + "lora: {r: 8, 'r': 8}\n", 4, "lora.r", "in line 4 and in line 4"),
     ],
 )
-def test_duplicate_key_names_both_lines(
+def test_a_duplicate_key_is_reported_with_both_lines(
     problems: Callable[..., list[Problem]], text: str, line: int, key: str, lines: str
 ) -> None:
     [problem] = problems(text)
@@ -319,7 +323,7 @@ def test_duplicate_key_names_both_lines(
         ),
     ],
 )
-def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text: str, value: Any) -> None:
+def test_values_are_read_as_intended(load: Callable[..., RunConfig], key: str, text: str, value: Any) -> None:
     value_read = value_at(load(in_section(key, text)), key)
     assert value_read == value
     assert type(value_read) is type(value)
@@ -365,7 +369,7 @@ def test_values_are_read_as_meant(load: Callable[..., RunConfig], key: str, text
         ("data.max_length", "1", "must be greater than or equal to 2, got a number 1"),
     ],
 )
-def test_wrong_value_names_line_key_and_what_is_expected(
+def test_a_wrong_value_is_reported_with_line_key_and_expectation(
     problems: Callable[..., list[Problem]], key: str, text: str, what: str
 ) -> None:
     [problem] = problems(in_section(key, text))
@@ -373,7 +377,7 @@ def test_wrong_value_names_line_key_and_what_is_expected(
     assert problem.what.startswith(what)
 
 
-def test_a_value_that_readers_of_yaml_read_differently_is_refused(problems: Callable[..., list[Problem]]) -> None:
+def test_values_that_yaml_parsers_disagree_on_are_refused(problems: Callable[..., list[Problem]]) -> None:
     for key in ("lora.r", "training.learning_rate", "model.revision", "training.activation_checkpointing"):
         for text in ("010", "12:30", "no", "On", "y", "0x1F", "0b11", "1:2:3", "-010"):
             [problem] = problems(in_section(key, text))
@@ -381,7 +385,7 @@ def test_a_value_that_readers_of_yaml_read_differently_is_refused(problems: Call
             assert problem.what.startswith(f"`{text}`")
 
 
-def test_the_nearest_choice_is_named(problems: Callable[..., list[Problem]]) -> None:
+def test_the_nearest_choice_is_suggested(problems: Callable[..., list[Problem]]) -> None:
     [problem] = problems(in_section("model.dtype", "bfloat"))
     assert problem.fix == "did you mean `bfloat16`?"
     [problem] = problems(in_section("training.learning_rate", "AUTO"))
@@ -400,7 +404,7 @@ def test_the_nearest_choice_is_named(problems: Callable[..., list[Problem]]) -> 
         ("data.columns", "{prompt: 5}", Code.CONFIG_BAD_VALUE, ".prompt", "expected text, got a number 5"),
     ],
 )
-def test_a_wrong_item_is_named(
+def test_an_invalid_item_is_reported_by_its_position(
     problems: Callable[..., list[Problem]], key: str, text: str, code: Code, item: str, what: str
 ) -> None:
     [problem] = problems(in_section(key, text))
@@ -409,7 +413,7 @@ def test_a_wrong_item_is_named(
 
 
 @pytest.mark.parametrize("section, got", [("", "nothing"), ("[]", "a list"), ("x", "text 'x'")])
-def test_a_section_must_be_one(problems: Callable[..., list[Problem]], section: str, got: str) -> None:
+def test_a_section_must_be_a_mapping(problems: Callable[..., list[Problem]], section: str, got: str) -> None:
     [problem] = problems(SOUND + f"lora: {section}\n")
     assert meaning(problem) == (Code.CONFIG_BAD_VALUE, "FILE:4", "lora")
     assert problem.what == f"expected a section, got {got}"
@@ -441,7 +445,7 @@ def test_all_problems_are_reported_at_once(problems: Callable[..., list[Problem]
         ("data", "format: text", "chat_template: a.jinja", Code.CONFIG_CONFLICT),
     ],
 )
-def test_contradiction_names_both_keys(
+def test_a_contradiction_is_reported_with_both_keys(
     problems: Callable[..., list[Problem]],
     load: Callable[..., RunConfig],
     section: str,
@@ -466,7 +470,7 @@ def test_contradiction_names_both_keys(
         ("model.trust_remote_code", "true", "model.revision", Code.CONFIG_CONFLICT),
     ],
 )
-def test_a_key_that_needs_another(
+def test_a_key_that_requires_another_is_refused_without_it(
     problems: Callable[..., list[Problem]], load: Callable[..., RunConfig], key: str, value: str, other: str, code: Code
 ) -> None:
     refused = problems(in_section(key, value))
@@ -474,7 +478,7 @@ def test_a_key_that_needs_another(
     load(in_section(key, value), f"{other}=held.jsonl")
 
 
-def test_warmup_above_one_counts_whole_steps(
+def test_a_warmup_above_one_is_a_number_of_steps(
     problems: Callable[..., list[Problem]], load: Callable[..., RunConfig]
 ) -> None:
     refused = problems(in_section("training.warmup_steps", "1.5"))
@@ -497,12 +501,14 @@ def test_warmup_above_one_counts_whole_steps(
         ("data={train: other.jsonl}", "data.train", {"path": "other.jsonl", "split": None, "weight": None}),
     ],
 )
-def test_set_is_read_like_the_file(load: Callable[..., RunConfig], assignment: str, key: str, value: Any) -> None:
+def test_set_values_are_parsed_like_the_file(
+    load: Callable[..., RunConfig], assignment: str, key: str, value: Any
+) -> None:
     text = SOUND.replace("rows.jsonl", "{path: rows.jsonl}") + "lora: {r: 8}\n"
     assert value_at(load(text, assignment), key) == value
 
 
-def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
+def test_the_last_set_of_a_key_wins(load: Callable[..., RunConfig]) -> None:
     assert load(SOUND, "lora.r=4", "lora={r: 2}", "lora.r=16").lora.r == 16
     assert load(SOUND, "lora.r=4", "lora.lora_alpha=5").lora.r == 4
 
@@ -528,7 +534,7 @@ def test_the_last_set_wins(load: Callable[..., RunConfig]) -> None:
         ("output_dir.x=8", Code.CONFIG_SYNTAX, "output_dir.x", "`output_dir` is text 'out', not a section"),
     ],
 )
-def test_a_wrong_assignment_is_reported_as_such(
+def test_an_invalid_assignment_is_reported_as_an_assignment(
     problems: Callable[..., list[Problem]], assignment: str, code: Code, key: str, detail: str
 ) -> None:
     [problem] = problems(SOUND + "lora: {r: 8}\n", assignment)
@@ -536,7 +542,7 @@ def test_a_wrong_assignment_is_reported_as_such(
     assert detail in f"{problem.what}; {problem.fix}"
 
 
-def test_what_an_assignment_leaves_missing_is_missing_in_the_file(problems: Callable[..., list[Problem]]) -> None:
+def test_a_key_missing_after_assignments_is_reported_in_the_file(problems: Callable[..., list[Problem]]) -> None:
     [problem] = problems("data: {train: a}\noutput_dir: out\n", "model.dtype=float32")
     assert meaning(problem) == (Code.CONFIG_MISSING_KEY, "FILE", "model.name_or_path")
 
@@ -556,7 +562,7 @@ def test_what_an_assignment_leaves_missing_is_missing_in_the_file(problems: Call
         "data: {train: {path: a, split: 'train[:5]'}, validation: 0.25, columns: {prompt: 'ü: #'}}\n",
     ],
 )
-def test_dump_reads_back_equal(load: Callable[..., RunConfig], text: str) -> None:
+def test_a_dumped_config_loads_equal(load: Callable[..., RunConfig], text: str) -> None:
     run = load(text)
     assert load(config.dump(run)) == run
     assert load(config.dump(run)).training.max_steps == run.training.max_steps
@@ -567,12 +573,12 @@ def test_dump_reads_back_equal(load: Callable[..., RunConfig], text: str) -> Non
     ["no", "y", "010", "12:30", "1e-4", "1", "null", "~", ".inf", "true", "0x1f", " a ", "a: b", "#", "a\nb", "*a",
      "!x", "\u00fc\u4e2d", "\x85", "\U0001f600", "/".join(["x" * 100] * 5)],
 )  # fmt: skip
-def test_text_survives_dump(load: Callable[..., RunConfig], name: str) -> None:
+def test_text_is_unchanged_by_dump_and_load(load: Callable[..., RunConfig], name: str) -> None:
     run = load(SOUND).model_copy(update={"output_dir": name})
     assert load(config.dump(run)) == run
 
 
-# The sections themselves
+# The sections
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -588,10 +594,10 @@ def test_sections_are_small_described_frozen_and_strict(section: type[config.Mod
         section.model_validate({"nobody_knows_me": 1})
 
 
-# Through the command line
+# On the command line
 
 
-def test_a_problem_is_one_line(cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_a_problem_is_printed_as_one_line(cli: Callable[..., Ran], tmp_path: Path) -> None:
     """Place, key, what is wrong, code, and what to do."""
     path = tmp_path / "run.yaml"
     path.write_text(in_section("lora.bais", "all"))
@@ -632,7 +638,7 @@ def test_command_line_prints_every_problem(tmp_path: Path) -> None:
     assert ran.err.count("\n") == 2
 
 
-def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) -> None:
+def test_set_without_a_value_removes_the_key(run_config: Callable[..., Path]) -> None:
     path = run_config(training={"num_train_epochs": 3})
     run = config.load(path, ["training.max_steps=5", "training.num_train_epochs="])
     assert (run.training.max_steps, run.training.num_train_epochs) == (5, "auto")
@@ -645,7 +651,7 @@ def test_set_without_a_value_takes_the_key_out(run_config: Callable[..., Path]) 
         ({"data": {"columns": {"promt": "question"}}}, Code.CONFIG_BAD_VALUE, "data.columns", "`promt`"),
     ],
 )
-def test_what_upstream_would_find_late(
+def test_settings_that_libraries_would_refuse_late_are_refused_early(
     run_config: Callable[..., Path], section: dict[str, Any], code: Code, key: str, name: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
