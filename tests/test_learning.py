@@ -1,4 +1,4 @@
-"""The experiments of `scripts/learn.py`: names that results are found by, averages of weights, and the tables."""
+"""The experiments of `scripts/learn.py`: the names of result files, weight averaging, and the tables."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ from safetensors.torch import load_file, save_file
 from learning import averaging, experiments, tables
 
 
-def test_results_that_exist_keep_their_names() -> None:
+def test_names_of_existing_results_are_stable() -> None:
     first = next(experiments.EXPERIMENTS["rate"]())
     tenth = next(experiments.EXPERIMENTS["tenth"]())
     assert [learn.name_of(first), learn.name_of(tenth)] == ["b5f51644be28", "559a52237da6"]
 
 
-def test_a_run_leaves_nothing_to_defaults(tmp_path: Path) -> None:
+def test_run_config_sets_every_value_explicitly(tmp_path: Path) -> None:
     paths = {"train": tmp_path / "train.jsonl", "validation": tmp_path / "validation.jsonl"}
     one = next(experiments.EXPERIMENTS["best"]())
     config = learn.config_of(one, paths, tmp_path, tmp_path / "out")
@@ -41,7 +41,7 @@ def test_weights_are_averaged_over_the_last_steps(tmp_path: Path) -> None:
 
 
 def result(rate: float, loss: float, seed: int = 1) -> dict[str, object]:
-    """A result of the experiment on the rate."""
+    """A result of the learning-rate experiment."""
     settings = {"training.learning_rate": rate}
     return {
         "name": "x",
@@ -54,7 +54,7 @@ def result(rate: float, loss: float, seed: int = 1) -> dict[str, object]:
     }
 
 
-def test_the_regret_of_a_formula_is_drawn_between_the_rates_beside_it() -> None:
+def test_regret_is_interpolated_between_neighboring_rates() -> None:
     found = tables.regret([result(1e-3, 2.0), result(1e-2, 1.0), result(1e-1, 3.0)], lambda *_: 10**-1.5)
     assert "| 135M | mail (9) | 0.032 | 0.01 | +100.0% |" in found
     assert "missing (outside)" in tables.regret([result(1e-3, 2.0), result(1e-2, 1.0)], lambda *_: 1.0)
@@ -64,7 +64,7 @@ def test_the_regret_of_a_formula_is_drawn_between_the_rates_beside_it() -> None:
 @pytest.mark.parametrize(
     ("worse", "verdict"), [(0.5, "| 1 | 0 | 0 |"), (-0.5, "| 0 | 1 | 0 |"), (0.0, "| 0 | 0 | 1 |")]
 )
-def test_who_is_ahead_is_told_by_the_interval(worse: float, verdict: str) -> None:
+def test_peers_table_derives_the_verdict_from_the_interval(worse: float, verdict: str) -> None:
     rows = [1.0 + 0.1 * (number % 3) for number in range(60)]
     common = {
         "model": "135M",

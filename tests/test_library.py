@@ -1,4 +1,4 @@
-"""The compiled library: what others could have written is not loaded, and what is damaged is built again."""
+"""The compiled library: untrusted files are not loaded, and damaged ones are rebuilt."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ from loratune.kernels.compiled import build, library
 from loratune.kernels.compiled.build import NATIVE
 
 DEFINE = "-DFLOAT32"
-# In a process that has imported all of this.
+# The process has already imported all of this.
 USED = """
 import os, sys, torch
 from loratune.kernels.compiled import fused_ops, library
@@ -38,7 +38,7 @@ sys.exit()
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library, as a compiler makes it."""
+    """A library as a compiler would produce it."""
     directory = tmp_path_factory.mktemp("built")
     (directory / "native.so").write_bytes(library._compile(shutil.which("gcc") or "cc", NATIVE, DEFINE))
     assert [path.name for path in directory.iterdir()] == ["native.so"]
@@ -47,7 +47,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
-    """An empty cache, and a compiler that takes no time."""
+    """An empty cache, and an instant fake compiler."""
     compiler(tmp_path, f"cp {built} library.so")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -55,14 +55,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
 
 
 def compiler(directory: Path, does: str) -> None:
-    """Put one where it is found first. It counts how often it is called."""
+    """Put a compiler first on PATH. It counts its calls."""
     for name in ("gcc", "cc", "clang"):
         (directory / name).write_text(f"#!/bin/sh\necho >> {directory}/calls\n{does}\n")
         (directory / name).chmod(0o755)
 
 
 def calls(cache: Path) -> int:
-    """How often the compiler was called, since the last time that this was asked."""
+    """The number of compiler calls since the last time this was called."""
     counted = cache.parent.parent / "calls"
     with suppress(FileNotFoundError):
         return len(counted.read_text().splitlines()) + (counted.unlink() or 0)
@@ -70,7 +70,7 @@ def calls(cache: Path) -> int:
 
 
 def loaded(cache: Path, called: int, note: str | None = None) -> None:
-    """Loads the library, which must work; called: how often the compiler must have been."""
+    """Load the library, which must succeed. called: the expected number of compiler calls."""
     cached = library.load(DEFINE)
     assert cached.functions is not None and cached.functions.swiglu
     assert calls(cache) == called
@@ -78,7 +78,7 @@ def loaded(cache: Path, called: int, note: str | None = None) -> None:
 
 
 def cached_file(cache: Path) -> Path:
-    """The file in the cache, which is all that lies there."""
+    """The only file in the cache."""
     (path,) = cache.iterdir()
     return path
 
@@ -87,7 +87,7 @@ def open_to_others(top: Path) -> list[Path]:
     return [path for path in (top, *top.rglob("*")) if path.lstat().st_mode & 0o022]
 
 
-def test_it_is_built_once_and_nobody_else_can_write_to_it(cache: Path) -> None:
+def test_library_is_built_once_and_is_not_writable_by_others(cache: Path) -> None:
     before = os.umask(0)
     try:
         loaded(cache, called=1)
@@ -102,7 +102,7 @@ def halved(path: Path) -> None:
 
 
 def zeroed(path: Path) -> None:
-    """The pages of the code, as a power cut leaves them."""
+    """Zero the pages that hold the code, as a power failure would."""
     content = bytearray(path.read_bytes())
     content[8192:16384] = bytes(8192)
     path.write_bytes(content)
@@ -120,7 +120,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_file_is_built_anew(cache: Path, how: str) -> None:
+def test_damaged_library_is_rebuilt(cache: Path, how: str) -> None:
     loaded(cache, called=1)
     path, whole = cached_file(cache), cached_file(cache).read_bytes()
     DAMAGES[how](path)
@@ -131,7 +131,7 @@ def test_a_damaged_file_is_built_anew(cache: Path, how: str) -> None:
 
 @pytest.fixture
 def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
-    """The file in the cache does something else when it is loaded, and is otherwise as it should be. It never is."""
+    """A cached library that leaves a mark when it is loaded but is otherwise valid. Fails if the mark appears."""
     mark, source = tmp_path / "loaded", tmp_path / "planted.c"
     source.write_text(
         '#include <stdio.h>\n__attribute__((constructor)) static void begin(void) {\n'
@@ -147,8 +147,8 @@ def planted(cache: Path, tmp_path: Path) -> Iterator[Path]:
     assert not mark.exists()
 
 
-def test_what_is_planted_would_be_loaded_otherwise(planted: Path, cache: Path, tmp_path: Path) -> None:
-    """So that the tests below see something."""
+def test_planted_library_is_loaded_when_it_passes_all_checks(planted: Path, cache: Path, tmp_path: Path) -> None:
+    """The control for the tests below."""
     loaded(cache, called=0)
     (tmp_path / "loaded").unlink()
 
@@ -157,27 +157,27 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
 
 
 @needs_root
-def test_a_file_of_another_user_is_not_loaded(planted: Path, cache: Path) -> None:
+def test_library_owned_by_another_user_is_not_loaded(planted: Path, cache: Path) -> None:
     os.chown(planted, 65534, -1)
     loaded(cache, called=1)
     assert planted.stat().st_uid == os.geteuid()
 
 
 @pytest.mark.parametrize("mode", [0o620, 0o602, 0o777])
-def test_a_file_that_others_can_write_to_is_not_loaded(planted: Path, cache: Path, mode: int) -> None:
+def test_library_writable_by_others_is_not_loaded(planted: Path, cache: Path, mode: int) -> None:
     planted.chmod(mode)
     loaded(cache, called=1)
     assert open_to_others(cache) == []
 
 
-def test_a_link_is_not_followed(planted: Path, cache: Path, tmp_path: Path) -> None:
+def test_symlink_to_a_library_is_not_followed(planted: Path, cache: Path, tmp_path: Path) -> None:
     planted.rename(tmp_path / "elsewhere.so")
     planted.symlink_to(tmp_path / "elsewhere.so")
     loaded(cache, called=1)
     assert not cached_file(cache).is_symlink()
 
 
-def test_a_pipe_does_not_stop_the_run(cache: Path) -> None:
+def test_named_pipe_in_the_cache_does_not_block(cache: Path) -> None:
     loaded(cache, called=1)
     path = cached_file(cache)
     path.unlink()
@@ -186,14 +186,14 @@ def test_a_pipe_does_not_stop_the_run(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o770, 0o707, 0o1777])
-def test_a_directory_that_others_can_write_to_is_not_used(planted: Path, cache: Path, mode: int) -> None:
+def test_cache_writable_by_others_is_not_used(planted: Path, cache: Path, mode: int) -> None:
     cache.chmod(mode)
     for _ in range(2):
         loaded(cache, called=1, note=f"as it cannot be kept: {cache} can be written to by others")
 
 
 @needs_root
-def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> None:
+def test_cache_owned_by_another_user_is_not_used(planted: Path, cache: Path) -> None:
     os.chown(cache, 65534, -1)
     line = f"the fast CPU code is compiled again for each run, as it cannot be kept: {cache} belongs to another user"
     for _ in range(2):
@@ -201,14 +201,16 @@ def test_a_directory_of_another_user_is_not_used(planted: Path, cache: Path) -> 
     assert cached_file(cache) == planted
 
 
-def test_a_directory_behind_a_link_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
+def test_symlinked_cache_is_not_used(planted: Path, cache: Path, tmp_path: Path) -> None:
     cache.rename(tmp_path / "elsewhere")
     cache.symlink_to(tmp_path / "elsewhere")
     loaded(cache, called=1, note="as it cannot be kept: .*cache/loratune is a link")
 
 
-def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> None:
-    """And nothing is left elsewhere."""
+def test_library_loads_when_the_cache_cannot_be_created(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, built: Path
+) -> None:
+    """No temporary files remain."""
     scratch = cache.parent.parent / "scratch"
     scratch.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(scratch))
@@ -217,7 +219,7 @@ def test_a_cache_that_cannot_be_made_is_done_without(cache: Path, monkeypatch: p
     assert list(scratch.iterdir()) == []
 
 
-def test_a_full_disk_costs_the_cache_only(cache: Path) -> None:
+def test_library_loads_when_the_disk_is_full(cache: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = library._keep
 
@@ -245,14 +247,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("does", BROKEN)
-def test_a_compiler_that_fails_is_reported(cache: Path, tmp_path: Path, does: str) -> None:
+def test_compiler_failure_is_reported(cache: Path, tmp_path: Path, does: str) -> None:
     compiler(tmp_path, does)
     cached = library.load(DEFINE)
     assert cached.functions is None and re.search(BROKEN[does], cached.note or ""), cached.note
     assert "\n" not in (cached.note or "") and list(cache.iterdir()) == []
 
 
-def test_no_process_of_a_compiler_that_hangs_is_left(
+def test_child_processes_of_a_hanging_compiler_are_killed(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiler(tmp_path, f"sleep 1000 & echo $! > {tmp_path}/child; wait")
@@ -266,23 +268,23 @@ def test_no_process_of_a_compiler_that_hangs_is_left(
     pytest.fail("its process goes on")
 
 
-def test_the_functions_are_those_of_the_library(built: Path) -> None:
+def test_declared_functions_match_the_exported_symbols(built: Path) -> None:
     listed = subprocess.run(["nm", "-D", "--defined-only", built], capture_output=True, text=True, check=True).stdout
     defined = {words[2] for line in listed.splitlines() if (words := line.split())[1] == "T"}
     assert {*build.functions()} == defined - {"_init", "_fini"} and len(defined) > 5
 
 
-def test_a_directory_in_the_place_of_the_library_is_no_library(cache: Path) -> None:
+def test_directory_at_the_library_path_is_not_loaded(cache: Path) -> None:
     loaded(cache, called=1)
     path = cached_file(cache)
     path.unlink()
     path.mkdir()
     open_files = len(os.listdir("/proc/self/fd"))
     loaded(cache, called=1, note="as it cannot be kept: Is a directory: ")
-    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # that of the library itself
+    assert len(os.listdir("/proc/self/fd")) <= open_files + 1  # the library itself
 
 
-def test_a_processor_that_nobody_describes_is_an_unknown_one(
+def test_missing_cpuinfo_means_no_known_cpu_features(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent() -> str:
@@ -296,8 +298,8 @@ def test_a_processor_that_nobody_describes_is_an_unknown_one(
     assert "No such file or directory: /proc/cpuinfo" in (found.note or "")
 
 
-def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Path, built: Path) -> None:
-    """As where OpenMP's own library has gone; if that does not help, it is said."""
+def test_library_that_fails_to_load_is_rebuilt(cache: Path, tmp_path: Path, built: Path) -> None:
+    """For example if the OpenMP library was removed. A failing rebuild is reported."""
     loaded(cache, called=1)
     path = cached_file(cache)
     key, content = path.stem.removeprefix("native-"), path.read_bytes()[:-32].replace(b"libgomp.so.1", b"libgone.so.1")
@@ -308,14 +310,14 @@ def test_a_library_that_no_longer_loads_is_built_anew(cache: Path, tmp_path: Pat
     assert cached.functions is None and "failed: libgone.so.1: cannot open shared object" in (cached.note or "")
 
 
-def test_a_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_reported(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "none").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     note = "there is no C compiler (gcc, cc or clang); install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
     assert library.load(DEFINE).note == note
 
 
-def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
+def test_concurrent_builds_and_a_truncated_file_are_harmless(
     tmp_path: Path, processes: ForkServer, built: Path
 ) -> None:
     compiler(tmp_path, f"cp {built} library.so")
@@ -328,7 +330,7 @@ def test_many_processes_build_it_at_once_and_a_file_that_is_cut_hurts_none(
     assert cut.wait(300) == 0 and path.stat().st_size == 0, cut.said()
 
 
-def test_a_run_says_that_there_is_no_compiler(
+def test_train_reports_a_missing_compiler_once(
     run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]
 ) -> None:
     config = run_config(model={"dtype": "float32"})
@@ -337,7 +339,7 @@ def test_a_run_says_that_there_is_no_compiler(
     assert ran.code == 0 and ran.err.count("there is no C compiler (gcc, cc or clang)") == 1
 
 
-# What a wheel came with
+# Libraries shipped in a wheel
 
 
 MACHINES = {
@@ -351,7 +353,7 @@ MACHINES = {
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_a_variant_is_chosen_by_what_the_processor_has(name: str) -> None:
+def test_variant_is_chosen_by_cpu_features(name: str) -> None:
     machine, features, expected = MACHINES[name]
     chosen = build.choose(machine, features)
     assert (chosen.name if chosen else None) == expected
@@ -364,7 +366,7 @@ MACROS = {"avx512bf16": "avx512_bf16", "bmi": "bmi1", "lzcnt": "abm", "sse3": "p
 
 
 def macros(*options: str) -> set[str]:
-    """What gcc's options let its code use, by Linux's names."""
+    """The CPU features that gcc's options allow, by their Linux names."""
     command = ["/usr/bin/gcc", *options, "-dM", "-E", "-x", "c", "/dev/null"]
     defined = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     names = {line.split()[1].strip("_").lower() for line in defined if line.endswith(" 1")}
@@ -373,16 +375,16 @@ def macros(*options: str) -> set[str]:
 
 @on_x86_64
 @pytest.mark.parametrize("variant", build.VARIANTS, ids=lambda variant: variant.name)
-def test_a_variant_is_for_all_processors_that_can_run_it_and_no_others(variant: build.Variant) -> None:
-    """It asks for exactly what its code may use, beyond what every x86-64 has."""
+def test_variant_requires_exactly_the_features_its_code_may_use(variant: build.Variant) -> None:
+    """Apart from the features that every x86-64 processor has."""
     allowed = macros(*variant.options) - macros("-march=x86-64", "-fopenmp")
-    parts = {name for name in allowed if name == "crc32" or name.startswith("fp_fast_fma")}  # of SSE4.2, and FMA
+    parts = {name for name in allowed if name == "crc32" or name.startswith("fp_fast_fma")}  # parts of SSE4.2 and FMA
     assert allowed - parts == variant.features
 
 
 @pytest.fixture
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
-    """A wheel's library for this dtype and an AVX2 processor, which this one passes for."""
+    """A wheel's library for this dtype and AVX2; this processor is patched to look like one with AVX2."""
     monkeypatch.setattr(build, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(library, "features", lambda: build._V3)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
@@ -393,13 +395,15 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Pat
     return path
 
 
-def test_what_came_with_loratune_is_loaded_and_nothing_is_compiled(cache: Path, shipped: Path) -> None:
+def test_shipped_library_is_loaded_without_compiling(cache: Path, shipped: Path) -> None:
     loaded(cache, called=0)
     assert re.fullmatch(r"x86-64-v3-[0-9a-f]{16}", library.load(DEFINE).name)
     assert not cache.exists()
 
 
-def test_an_unknown_processor_compiles(cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_is_compiled_for_an_unsupported_processor(
+    cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(library, "features", lambda: build._V3 - {"fma"})
     loaded(cache, called=1)
     for name in ("gcc", "cc", "clang"):
@@ -412,7 +416,7 @@ def test_an_unknown_processor_compiles(cache: Path, shipped: Path, monkeypatch: 
 
 
 def without_openmp(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the machine lacks something that the library needs."""
+    """Fail to load, as if the machine lacked a dependency of the library."""
     key, content = build.VARIANTS[-1].key(DEFINE), path.read_bytes()[: -build.DIGEST_BYTES]
     path.write_bytes(build.sealed(key, content.replace(b"libgomp.so.1", b"libgone.so.1")))
 
@@ -427,10 +431,10 @@ UNUSABLE: dict[str, tuple[Callable[[Path, pytest.MonkeyPatch], object], str]] = 
 
 
 @pytest.mark.parametrize("how", UNUSABLE)
-def test_what_came_with_loratune_and_cannot_be_used_is_compiled(
+def test_unusable_shipped_library_is_replaced_by_a_compiled_one(
     cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    """And it is said why, and what to do about it; then also why there is no other."""
+    """The note gives the reason and the fix, and why compiling failed if it did."""
     damage, reason = UNUSABLE[how]
     damage(shipped, monkeypatch)
     line = f"the compiled code that loratune came with cannot be used: .*{reason}"
@@ -443,7 +447,7 @@ def test_what_came_with_loratune_and_cannot_be_used_is_compiled(
     assert re.search(f"^{line}{failed}", found.note or ""), found.note
 
 
-def test_the_tag_of_a_wheel_is_what_its_libraries_need() -> None:
+def test_wheel_tag_matches_the_glibc_its_libraries_need() -> None:
     def tag(*names: bytes) -> str:
         library = b"\0" + b"\0".join(names) + b"\0"
         return build_backend.platform_tag({"one": library, "other": b"\0libc.so.6\0GLIBC_2.14\0"}, "linux_x86_64")
@@ -456,7 +460,7 @@ def test_the_tag_of_a_wheel_is_what_its_libraries_need() -> None:
 
 
 @on_x86_64
-def test_only_libraries_that_use_the_openmp_of_torch_are_shipped(built: Path) -> None:
+def test_only_libraries_that_use_torchs_openmp_are_shippable(built: Path) -> None:
     build_backend.check_shippable(built.read_bytes())
     for content in (b"omp_get_max_threads", b"GOMP_parallel __kmpc_fork_call"):
         with pytest.raises(ValueError, match="set CC to a gcc"):

@@ -1,4 +1,4 @@
-"""Tokenizers that give up on a text, or know more tokens than the model."""
+"""Tokenizers that fail on a text, or that have more tokens than the model."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ CHAT = Conversation("rows:3", ({"role": "user", "content": "aaaa"}, {"role": "as
 
 
 def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTokenizerFast:
-    """The byte-level tokenizer, which splits at a pattern first."""
+    """The byte-level tokenizer, with a regular-expression pre-tokenizer in front."""
     inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated"), inner.pre_tokenizer]
@@ -34,7 +34,7 @@ def splitting(tokenizer: PreTrainedTokenizerFast, pattern: str) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
 
 
-def test_a_template_for_which_memory_is_too_small_refuses_the_row(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_that_runs_out_of_memory_is_a_row_error(tokenizer: PreTrainedTokenizerFast) -> None:
     template = LOOP + "{{ m.content }}{% if m.content == 'aaaa' %}{{ ('a' * 10 ** 16)|length }}{% endif %}{% endfor %}"
     with pytest.raises(DataError) as caught:
         Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
@@ -48,22 +48,22 @@ def test_a_template_for_which_memory_is_too_small_refuses_the_row(tokenizer: Pre
         "{{ messages.append(m) }}", "{{ ('a'|attr('__class__'))() }}", "{{ range(10 ** 9)|list }}",
     ],
 )  # fmt: skip
-def test_templates_reach_nothing_of_python(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Nor can they change messages; the row is named."""
+def test_templates_cannot_access_python_internals(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Nor can they change the messages. The error names the row."""
     once = f"{LOOP}{{{{ m.content }}}}{{% if m.content == 'aaaa' %}}{template}{{% endif %}}{{% endfor %}}"
     with pytest.raises(DataError, match="the chat template refuses these messages") as caught:
         Renderer(changed(tokenizer, chat_template=once)).row(CHAT)
     assert meanings(caught.value) == [(Code.TEMPLATE_INVALID, "rows:3", "")]
 
 
-def test_a_template_may_raise_to_powers(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_templates_may_use_small_powers(tokenizer: PreTrainedTokenizerFast) -> None:
     template = LOOP + "<|{{ m.role }}|>{{ m.content }}{{ 2 ** 10 }}<|end|>{% endfor %}"
     row = Renderer(changed(tokenizer, chat_template=template)).row(CHAT)
     assert "b1024" in tokenizer.decode(row.completion)
 
 
-def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Its error is no Exception; the row is named."""
+def test_tokenizer_failure_on_a_row_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Its error is not a subclass of Exception. The error names the row."""
     renderer = Renderer(splitting(tokenizer, "(a+)+$"))
     rows = [Plain("rows:1", "a", "b"), Plain("rows:2", "c", "a" * 40 + "b")]
     with pytest.raises(DataError, match=r"retry-limit-in-match over") as caught:
@@ -77,7 +77,7 @@ def test_a_tokenizer_that_gives_up_on_a_row(tokenizer: PreTrainedTokenizerFast) 
 
 @pytest.fixture
 def larger(tiny_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
-    """A model directory whose tokenizer has more tokens than the model: `larger(special)` → its path."""
+    """A model directory whose tokenizer has more tokens than the model: `larger(special)` returns its path."""
 
     def make(**special: str) -> Path:
         path = tmp_path / "larger"
@@ -92,10 +92,10 @@ def larger(tiny_dir: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -
     return make
 
 
-def test_a_row_with_a_token_beyond_the_embedding(
+def test_row_with_a_token_id_beyond_the_embedding_is_refused(
     larger: Callable[..., Path], run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
-    """Row and token are named, in train, generate and evaluate."""
+    """Train, generate and evaluate name the row and the token."""
     path = larger()
     config = run_config(model={"name_or_path": str(path)}, training={"max_steps": 1})
     assert cli("train", config).code == 0  # the rows have none of those tokens
@@ -116,7 +116,7 @@ def test_a_row_with_a_token_beyond_the_embedding(
     assert message in done.err
 
 
-def test_the_first_token_beyond_the_embedding_is_reported_once(larger: Callable[..., Path]) -> None:
+def test_only_the_first_token_id_beyond_the_embedding_is_reported(larger: Callable[..., Path]) -> None:
     renderer = Renderer(load_tokenizer(ModelSection(name_or_path=str(larger()))), 264)
     rows = [Plain(f"rows:{number}", "a <more5>", "b") for number in range(1, 13)]
     with pytest.raises(ModelError) as caught:
@@ -127,7 +127,7 @@ def test_the_first_token_beyond_the_embedding_is_reported_once(larger: Callable[
 
 
 @pytest.mark.parametrize("name", ["eos_token", "pad_token"])
-def test_a_special_token_beyond_the_embedding(
+def test_special_token_id_beyond_the_embedding_is_refused(
     name: str, larger: Callable[..., Path], run_config: MakeConfig, cli: Callable[..., Ran]
 ) -> None:
     path = larger(**{name: "<more5>"})
@@ -136,10 +136,10 @@ def test_a_special_token_beyond_the_embedding(
     assert "the token '<more5>' has the id 266, but the model has 264 embeddings" in done.err
 
 
-def test_a_tokenizer_that_gives_up_on_any_text(
+def test_tokenizer_that_fails_on_every_text_is_a_model_error(
     tiny_dir: Path, run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
-    """Its error is no Exception, and the fault is the tokenizer's: exit code 3."""
+    """Its error is not a subclass of Exception. Exit code 3, as the tokenizer is at fault."""
     path = tmp_path / "broken"
     shutil.copytree(tiny_dir, path)
     definition = json.loads((path / "tokenizer.json").read_text())
@@ -151,16 +151,18 @@ def test_a_tokenizer_that_gives_up_on_any_text(
     assert "the tokenizer fails: Onig" in done.err and "Traceback" not in done.err
 
 
-def test_a_panic_anywhere_is_one_line(tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where nothing else catches it, the program's boundary does."""
+def test_rust_panic_is_reported_in_one_line(
+    tokenizer: PreTrainedTokenizerFast, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An uncaught panic is handled at the program's top level."""
     with pytest.raises(typer.Exit) as caught, boundary(False):
         splitting(tokenizer, "(a+)+$").backend_tokenizer.encode("a" * 40 + "b")
     assert caught.value.exit_code == 1
     assert "error: unexpected PanicException: Onig: " in capsys.readouterr().err
 
 
-def test_a_vocabulary_with_a_huge_id(tiny_dir: Path, tmp_path: Path) -> None:
-    """Nothing is made for each id below it; the token is named where a row has it."""
+def test_vocabulary_with_a_huge_token_id_needs_little_memory(tiny_dir: Path, tmp_path: Path) -> None:
+    """Nothing is allocated per id below it. The token is reported if a row contains it."""
     path = tmp_path / "huge"
     shutil.copytree(tiny_dir, path)
     definition = json.loads((path / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Several adapters on one base: each row gets the answer of its own, and a mixture is exactly the sum of its parts."""
+"""Several adapters on one base: each row is answered by its own adapter, and a mixture is exactly the weighted sum."""
 
 import json
 import shutil
@@ -61,7 +61,7 @@ def train(path: Path, base: Path, rows: list[dict[str, Any]], **data: Any) -> Pa
 
 
 def make(path: Path, base: Path, seed: int, **lora: Any) -> Path:
-    """An adapter of stock PEFT with random weights, and without a record."""
+    """An adapter made by stock PEFT, with random weights and no record."""
     settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | lora
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**settings))
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def make(path: Path, base: Path, seed: int, **lora: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> dict[str, Path]:
-    """Three that were trained, with other templates and other ends of answers; and three of stock PEFT."""
+    """Three trained adapters with different templates and answer endings, and three made by stock PEFT."""
     place = tmp_path_factory.mktemp("adapters")
     template = place / "terse.jinja"
     template.write_text(OTHER_TEMPLATE)
@@ -109,7 +109,7 @@ def opened(adapters: dict[str, Path], *names: str) -> list[generation.LoadedAdap
 
 
 class Stock:
-    """Base and adapter by stock transformers and PEFT; a prompt at a time, without padding and without a cache."""
+    """Base and adapter in stock transformers and PEFT, one prompt at a time, without padding or a cache."""
 
     def __init__(self, name: str, adapter: Path, base: Path):
         source = adapter if (adapter / "tokenizer_config.json").is_file() else base
@@ -130,10 +130,10 @@ class Stock:
 
 
 @pytest.mark.parametrize("names", [("chat", "raw", "ranks"), ("terse", "chat", "dora", "ranks", "head", "raw")])
-def test_each_row_gets_the_answer_of_its_adapter(
+def test_each_row_is_answered_by_its_own_adapter(
     cli: Cli, adapters: dict[str, Path], tiny_dir: Path, tmp_path: Path, names: tuple[str, ...]
 ) -> None:
-    """Rows of all adapters in turn, as stock PEFT answers each of them alone; and the base answers as it does alone."""
+    """Interleaved rows match what stock PEFT answers for each adapter alone; base answers match the base alone."""
     rows = [{"prompt": prompt, "adapter": name} for prompt in PROMPTS for name in names]
     rows += [{"prompt": "nobody's:"}, {"prompt": "null:", "adapter": None}]
     out = tmp_path / "answers.jsonl"
@@ -154,7 +154,7 @@ def test_each_row_gets_the_answer_of_its_adapter(
 
 
 def test_rows_of_plain_adapters_share_a_batch(adapters: dict[str, Path]) -> None:
-    """To rounding, the logits are those of each adapter alone; one that is not plain stays out of it."""
+    """The logits match those of each adapter alone up to rounding. Adapters that are not plain LoRA are excluded."""
     names = ("chat", "raw", "ranks", "dora", "head")
     loaded = opened(adapters, *names)
     assert [adapter.mixes for adapter in loaded] == [True, True, True, False, False]
@@ -170,8 +170,8 @@ def test_rows_of_plain_adapters_share_a_batch(adapters: dict[str, Path]) -> None
         assert not torch.allclose(together[0], together[1], atol=1e-2)
 
 
-def test_one_call_for_a_shared_batch(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many batches as there are ways to compute: one for the plain adapters, one for each of the others."""
+def test_plain_adapters_need_one_generate_call(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch for all plain adapters, and one for each other adapter."""
     loaded = opened(adapters, "chat", "raw", "ranks", "dora")
     sizes: list[int] = []
     generate = loaded[0].model.generate
@@ -185,7 +185,7 @@ def test_one_call_for_a_shared_batch(adapters: dict[str, Path], monkeypatch: pyt
     assert sizes == [6, 2]
 
 
-def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
+def test_switching_adapters_leaves_no_state_behind(adapters: dict[str, Path]) -> None:
     loaded = opened(adapters, "chat", "head", "dora", "ranks")
     ids = torch.arange(40, 60)[None]
 
@@ -209,8 +209,8 @@ def test_switching_leaves_no_trace(adapters: dict[str, Path]) -> None:
             assert torch.equal(bare, tiny_llama().eval()(input_ids=ids).logits)
 
 
-def test_values_of_another_adapter_do_not_reach_a_row() -> None:
-    """Not even those that are not finite."""
+def test_rows_are_isolated_from_other_adapters() -> None:
+    """Even if another adapter has non-finite weights."""
     torch.manual_seed(0)
     layer = nn.Linear(8, 6)
     good, bad = (
@@ -227,14 +227,14 @@ def test_values_of_another_adapter_do_not_reach_a_row() -> None:
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (3, 4, 8), (2, 2, 4, 8)])
-def test_a_layer_that_is_not_given_rows_says_so(shape: tuple[int, ...]) -> None:
+def test_layer_with_unexpected_batch_shape_raises_rows_mixed_error(shape: tuple[int, ...]) -> None:
     layer = nn.Linear(8, 6)
     lora = Adapted(layer, nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(6, 3)))
     with torch.inference_mode(), pytest.raises(RowsMixedError):
         InferenceLinear(layer, [lora, lora], rows=[0, 1])(torch.rand(shape))
 
 
-def test_models_that_flatten_their_rows_are_answered_one_adapter_after_another(
+def test_models_that_flatten_rows_run_one_adapter_at_a_time(
     adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def flattened(self: Any, x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def test_models_that_flatten_their_rows_are_answered_one_adapter_after_another(
     assert generation.complete(requests, 4) == [adapter.complete([ids], 4)[0] for adapter, ids in requests]
 
 
-def test_prompts_go_to_the_first_or_to_the_one_to_use(cli: Cli, adapters: dict[str, Path]) -> None:
+def test_prompts_go_to_the_first_adapter_unless_use_names_another(cli: Cli, adapters: dict[str, Path]) -> None:
     tail = ("--max-new-tokens", NEW, *PROMPTS)
     alone = {name: cli("generate", "--adapter", adapters[name], *tail).out for name in ("chat", "raw")}
     several = ("generate", *options(adapters, "chat", "raw"))
@@ -258,7 +258,7 @@ def test_prompts_go_to_the_first_or_to_the_one_to_use(cli: Cli, adapters: dict[s
     assert [line[:11] for line in shown] == ["a", "  base     ", "  raw      "]
 
 
-def test_a_row_that_names_no_adapter_of_the_command(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_row_naming_an_unknown_adapter_is_refused(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": "a", "adapter": name} for name in ("chat", "sql", 7, "", "base", "raw")]
     path = write_rows(tmp_path / "asked.jsonl", rows)
     ran = cli("generate", *options(adapters, "chat", "raw"), "--input", path)
@@ -270,7 +270,7 @@ def test_a_row_that_names_no_adapter_of_the_command(cli: Cli, adapters: dict[str
     ran = cli("generate", *options(adapters, "chat", "raw"), "--mix", "chat:1", "--input", path)
     check_refused(ran, 4, *[(unknown, f"{path}:{line}", "adapter") for line in range(1, 7)])
     ran = cli("generate", "--adapter", adapters["chat"], "--input", path, "--max-new-tokens", 1)
-    assert (ran.code, ran.err) == (0, "")  # the only adapter has no name, and the field is the row's own
+    assert (ran.code, ran.err) == (0, "")  # the only adapter is unnamed, and `adapter` is an ordinary field of the row
 
 
 NAME, TWICE, MIX = Code.USAGE_BAD_VALUE, Code.USAGE_BAD_VALUE, Code.USAGE_BAD_VALUE
@@ -311,7 +311,7 @@ ADAPTER = "--adapter"
         ([ADAPTER, "a={raw}", "--mix", "a:1,"], (MIX, "", "--mix")),
     ],
 )
-def test_options_that_are_refused(
+def test_invalid_options_are_refused(
     cli: Cli, adapters: dict[str, Path], arguments: list[str], expected: tuple[Code, str, str]
 ) -> None:
     code, where, key = expected
@@ -320,7 +320,7 @@ def test_options_that_are_refused(
     assert ran.out == ""
 
 
-def test_a_directory_with_an_equals_sign_is_a_directory(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_directory_may_contain_an_equals_sign(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
     path = Path(shutil.copytree(adapters["raw"], tmp_path / "lr=1e-4"))
     expected = cli("generate", "--adapter", adapters["raw"], "--max-new-tokens", 3, "a")
     assert expected.code == 0
@@ -330,7 +330,7 @@ def test_a_directory_with_an_equals_sign_is_a_directory(cli: Cli, adapters: dict
 
 @pytest.fixture(scope="module")
 def other_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
-    """The same shape with other weights."""
+    """A base of the same shape with other weights."""
     path = tmp_path_factory.mktemp("other") / "llama"
     model = tiny_llama()
     with torch.no_grad():
@@ -340,8 +340,10 @@ def other_base(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
     return path
 
 
-def test_adapters_of_another_base(cli: Cli, adapters: dict[str, Path], other_base: Path, tmp_path: Path) -> None:
-    """By fingerprint where there is one, else by name; a base that has only moved is the same."""
+def test_adapters_of_different_bases_are_refused_unless_forced(
+    cli: Cli, adapters: dict[str, Path], other_base: Path, tmp_path: Path
+) -> None:
+    """Compared by fingerprint if there is one, else by name. A base that was only moved is accepted."""
     rows = [{"prompt": "a:", "completion": "b"}] * 4
     other = train(tmp_path / "trained", other_base, rows)
     unrecorded = make(tmp_path / "made", other_base, 5)
@@ -361,7 +363,9 @@ def test_adapters_of_another_base(cli: Cli, adapters: dict[str, Path], other_bas
     assert cli(*first, "--adapter", f"b={moved}", "a") == cli(*first, "a")
 
 
-def test_settings_of_the_base_are_those_of_the_first(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_base_is_loaded_with_the_settings_of_the_first_adapter(
+    cli: Cli, adapters: dict[str, Path], tmp_path: Path
+) -> None:
     half = Path(shutil.copytree(adapters["raw"], tmp_path / "half"))
     (half / "run.yaml").write_text((half / "run.yaml").read_text().replace("float32", "bfloat16"))
     first = ("generate", *options(adapters, "chat"), "--max-new-tokens", 2, "a")
@@ -370,10 +374,10 @@ def test_settings_of_the_base_are_those_of_the_first(cli: Cli, adapters: dict[st
     assert ran.out == cli(*first).out
 
 
-def test_adapters_that_change_the_base_are_alone(
+def test_adapters_that_change_the_base_cannot_share_it(
     cli: Cli, adapters: dict[str, Path], tmp_path: Path, tokenizer: Any
 ) -> None:
-    """Biases belong to the base, and a raw PiSSA takes a part out of it."""
+    """Trained biases are part of the base, and an unconverted PiSSA adapter subtracts a part of it."""
     base = tmp_path / "biased"
     tiny_llama(attention_bias=True).save_pretrained(base)
     tokenizer.save_pretrained(base)
@@ -390,7 +394,7 @@ def test_adapters_that_change_the_base_are_alone(
 
 
 def deltas(base: Path, adapter: Path) -> dict[str, Tensor]:
-    """Module → update of its weight, as stock PEFT computes it."""
+    """Module → weight update, as stock PEFT computes it."""
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
     return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
@@ -405,10 +409,10 @@ WEIGHTS: Sequence[dict[str, float]] = (
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-def test_a_mixture_is_the_sum_of_its_parts(
+def test_mixture_is_the_weighted_sum_of_its_adapters(
     adapters: dict[str, Path], tiny_dir: Path, tmp_path: Path, weights: dict[str, float]
 ) -> None:
-    """Module by module as stock PEFT reads it, with other ranks and targets, rsLoRA and patterns."""
+    """Per module in stock PEFT, with different ranks and targets, rsLoRA and patterns."""
     plain = merging.weighted_sum([(inspect(adapters[name]), weight) for name, weight in weights.items()])
     config = plain.write(tmp_path).config
     assert not config["use_rslora"] and config["lora_alpha"] == config["r"]
@@ -424,7 +428,9 @@ def test_a_mixture_is_the_sum_of_its_parts(
         assert torch.allclose(mixed[module], delta, rtol=1e-5, atol=1e-6), module
 
 
-def test_a_mixture_answers_as_one_adapter(cli: Cli, adapters: dict[str, Path], tiny_dir: Path, tmp_path: Path) -> None:
+def test_generate_mix_matches_stock_peft_on_the_sum(
+    cli: Cli, adapters: dict[str, Path], tiny_dir: Path, tmp_path: Path
+) -> None:
     tail = ("--max-new-tokens", NEW, *PROMPTS)
     several = ("generate", *options(adapters, "chat", "raw", "ranks"))
     assert cli(*several, "--mix", "chat:1", *tail).out == cli("generate", "--adapter", adapters["chat"], *tail).out
@@ -436,7 +442,7 @@ def test_a_mixture_answers_as_one_adapter(cli: Cli, adapters: dict[str, Path], t
     assert shown[-1].startswith("  mix      ")
 
 
-def test_a_mixture_renders_as_its_first_adapter(cli: Cli, adapters: dict[str, Path]) -> None:
+def test_mixture_uses_the_chat_template_of_its_first_adapter(cli: Cli, adapters: dict[str, Path]) -> None:
     several = ("generate", *options(adapters, "chat", "raw"), "--max-new-tokens", NEW, *PROMPTS)
     first, second = cli(*several, "--mix", "chat:1,raw:0"), cli(*several, "--mix", "raw:0,chat:1")
     assert first.out == cli("generate", "--adapter", adapters["chat"], "--max-new-tokens", NEW, *PROMPTS).out
@@ -457,7 +463,7 @@ def test_a_mixture_renders_as_its_first_adapter(cli: Cli, adapters: dict[str, Pa
         ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens"),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(
+def test_unsupported_adapters_cannot_be_mixed(
     adapters: dict[str, Path], tmp_path: Path, lora: dict[str, Any], key: str
 ) -> None:
     tiny_llama(attention_bias=True).save_pretrained(tmp_path / "base")
@@ -467,7 +473,7 @@ def test_what_cannot_be_mixed_is_refused(
     assert meanings(caught.value) == [(Code.ADAPTER_UNSUPPORTED, str(path / "adapter_config.json"), key)]
 
 
-def test_refusals_of_mixtures_reach_the_command_line(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
+def test_generate_reports_adapters_that_cannot_be_mixed(cli: Cli, adapters: dict[str, Path], tmp_path: Path) -> None:
     ran = cli("generate", *options(adapters, "raw", "dora"), "--mix", "raw:1,dora:1", "a")
     check_refused(ran, 5, (Code.ADAPTER_UNSUPPORTED, str(adapters["dora"] / "adapter_config.json"), "use_dora"))
     tiny_llama(hidden_size=64).save_pretrained(tmp_path / "wide")
@@ -476,12 +482,12 @@ def test_refusals_of_mixtures_reach_the_command_line(cli: Cli, adapters: dict[st
     check_refused(ran, 5, (Code.ADAPTER_MISMATCH, str(wide), ""))
 
 
-def test_embeddings_are_mixed(tmp_path: Path, tiny_dir: Path) -> None:
+def test_embedding_adapters_can_be_mixed(tmp_path: Path, tiny_dir: Path) -> None:
     parts = [
         make(tmp_path / str(seed), tiny_dir, seed, target_modules=["embed_tokens", "v_proj"][:seed], r=2 + seed)
         for seed in (1, 2)
     ]
-    for path in parts:  # PEFT starts embeddings with B random and A zero
+    for path in parts:  # PEFT initializes embeddings with a random B and a zero A
         assert "lora_embedding_A" in " ".join(inspect(path).tensors)
     (tmp_path / "mixed").mkdir()
     merging.weighted_sum([(inspect(path), 0.5) for path in parts]).write(tmp_path / "mixed")
@@ -491,8 +497,8 @@ def test_embeddings_are_mixed(tmp_path: Path, tiny_dir: Path) -> None:
         assert torch.allclose(delta, expected, rtol=1e-5, atol=1e-6), module
 
 
-def test_layers_that_others_adapt_are_those_of_the_base() -> None:
-    """Prepared for one adapter, they stand for the base where adapters are disabled, whichever module comes first."""
+def test_layers_of_other_adapters_act_as_base_layers() -> None:
+    """Layers prepared for one adapter act as the base when adapters are disabled, in any module order."""
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.add_adapter("second", LoraConfig(r=2, target_modules=["down_proj"], init_lora_weights=False))
     model.eval()

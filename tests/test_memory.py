@@ -1,4 +1,5 @@
-"""The memory that a run needs: its parts by formula, its activations against autograd, its total against a real run."""
+"""The memory estimate of a run: its parts against formulas, activations against autograd, the total against a real
+run."""
 
 import logging
 import subprocess
@@ -53,7 +54,7 @@ def deep(layers: int, **changes: Any) -> PeftModel:
     return on_meta(LlamaConfig(**(TINY | {"num_hidden_layers": layers})), **changes)
 
 
-def test_what_stays_by_formula() -> None:
+def test_weights_gradients_and_optimizer_state_match_formulas() -> None:
     estimate = memory.estimate(adapted(tiny_llama()), ROWS, 2)
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
     trained = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))
@@ -77,7 +78,7 @@ def test_what_stays_by_formula() -> None:
     ],
 )
 @pytest.mark.parametrize("shape", [(8, 32), (64, 300), (100,)])
-def test_moments_are_those_of_the_optimizer(optim: str, make: Callable[..., Any], shape: tuple[int, ...]) -> None:
+def test_moments_match_the_optimizer_state(optim: str, make: Callable[..., Any], shape: tuple[int, ...]) -> None:
     parameter = nn.Parameter(torch.ones(shape))
     parameter.grad = torch.ones(shape)
     optimizer = make([parameter])
@@ -88,7 +89,7 @@ def test_moments_are_those_of_the_optimizer(optim: str, make: Callable[..., Any]
 
 
 def saved_bytes(model: nn.Module, rows: int, length: int) -> int:
-    """What autograd keeps of a real forward by the modules that train, the weights and logits not counted."""
+    """The bytes that autograd saves in a real forward of the trained modules, without weights and logits."""
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ ADAPTED: list[tuple[Callable[[], nn.Module], dict[str, Any]]] = [
         *(pytest.param(*one, False, marks=pytest.mark.slow) for one in ADAPTED[1:]),
     ],
 )
-def test_activations_are_what_autograd_keeps(
+def test_activations_match_what_autograd_saves(
     make: Callable[[], nn.Module], lora: dict[str, Any], native: bool, dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -139,13 +140,13 @@ def test_activations_are_what_autograd_keeps(
 
 
 def keep_kernels_away(model: PeftModel) -> None:
-    """Leave all layers to the model's own code: the kernels replace none that has a hook."""
+    """Force the model's own code in all layers: the kernels do not replace layers with hooks."""
     for module in model.get_base_model().modules():
         module.register_forward_pre_hook(lambda *_: None)
 
 
-def test_the_kernels_keep_less() -> None:
-    """The estimate follows the modules that train."""
+def test_kernels_need_less_activation_memory() -> None:
+    """The estimate reflects which kernels are used."""
     model, hooked = deep(2), deep(2)
     keep_kernels_away(hooked)
     fused, stock = (memory.estimate(candidate, ROWS, 2) for candidate in (model, hooked))
@@ -153,7 +154,7 @@ def test_the_kernels_keep_less() -> None:
     assert fused.activations < 0.8 * stock.activations
 
 
-def test_activations_grow_with_rows_and_layers() -> None:
+def test_activations_grow_linearly_with_rows_and_layers() -> None:
     by_rows = [memory.estimate(deep(2), [(128, 128)] * rows, rows).activations for rows in (1, 2, 3)]
     by_layers = [memory.estimate(deep(layers), ROWS, 2).activations for layers in (1, 2, 3)]
     for first, second, third in (by_rows, by_layers):
@@ -168,7 +169,7 @@ def test_only_the_longest_rows_count() -> None:
 
 
 def traced_lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A list that gets the length of every step that is traced from now on."""
+    """A list that collects the sequence length of every step traced from now on."""
     lengths: list[int] = []
     trace = activations._trace
 
@@ -181,14 +182,15 @@ def traced_lengths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def limit(monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
-    """Set limits of what is traced, which forgets what was traced within others."""
+    """Set the tracing limits, and clear the results traced under other limits."""
     for name, value in limits.items():
         monkeypatch.setattr(activations, name, value)
     monkeypatch.setattr(activations, "_TRACED", {})
 
 
 def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep estimates each trial; those that differ in a rate only have one trace. A hook makes another model."""
+    """A sweep estimates each trial; trials that differ only in the learning rate share a trace. A hook changes the
+    model."""
     limit(monkeypatch)
     lengths, model = traced_lengths(monkeypatch), deep(1)
     assert memory.estimate(model, ROWS, 2) == memory.estimate(deep(1), ROWS, 2)
@@ -200,7 +202,7 @@ def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lengths == [32, 32, 16, 32]
 
 
-def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recurrent_layers_are_extrapolated_linearly(monkeypatch: pytest.MonkeyPatch) -> None:
     model = on_meta(MambaConfig(vocab_size=264, hidden_size=32, num_hidden_layers=1), target_modules=["in_proj"])
     rows = [(14, 14), (10, 7)]
     lengths = traced_lengths(monkeypatch)
@@ -212,8 +214,8 @@ def test_layers_that_go_token_by_token_lie_on_a_line(monkeypatch: pytest.MonkeyP
     assert lengths == [14, 14, 4, 8, 12]
 
 
-def test_attention_over_all_pairs_lies_on_a_parabola(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks of long rows are not made; those of shorter rows tell."""
+def test_eager_attention_is_extrapolated_quadratically(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The masks of long rows are not built; shorter rows are traced instead."""
     model, rows = on_meta(LlamaConfig(**TINY, attn_implementation="eager")), [(96, 90), (48, 45)]
     keep_kernels_away(model)
     lengths = traced_lengths(monkeypatch)
@@ -250,7 +252,7 @@ QUANTIZED = {
         *(pytest.param("gpt2_dir", ["c_attn"], one, marks=pytest.mark.slow) for one in ("none", "4bit")),
     ],
 )
-def test_a_model_without_weights_needs_the_same(
+def test_meta_model_gets_the_same_estimate(
     quantization: Any, place: str, targets: list[str], request: pytest.FixtureRequest
 ) -> None:
     directory = request.getfixturevalue(place)
@@ -267,16 +269,16 @@ def test_a_model_without_weights_needs_the_same(
     assert loaded.weights == narrow.weights if quantization == "none" else loaded.weights < narrow.weights
 
 
-def test_eight_bit_keeps_the_inputs() -> None:
+def test_eight_bit_layers_save_their_inputs() -> None:
     model = deep(2)
     formats = [memory.Planned(kind) for kind in ("4bit", "8bit")]
     four, eight = (memory.estimate(model, ROWS, 2, planned=planned).activations for planned in formats)
-    inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; that of o is what attention keeps
-    first = 64  # what q, k and v of the first layer read needs no gradient
+    inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; the input of o is already saved by attention
+    first = 64  # the input of q, k and v of the first layer needs no gradient
     assert eight - four == 2 * 32 * (2 * inputs - first) * 2
 
 
-def test_checkpointing_keeps_less() -> None:
+def test_checkpointing_reduces_the_estimate() -> None:
     model = deep(4)
     rows = [(64, 64)] * 4
     plain, less = (
@@ -286,8 +288,8 @@ def test_checkpointing_keeps_less() -> None:
     assert less.total < plain.total
 
 
-def test_products_of_other_shapes_stay_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN keeps its code for each number of tokens, until its cache is full and code makes room for other code."""
+def test_onednn_cache_grows_with_the_number_of_batch_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN caches code for each number of tokens, until its cache is full and it evicts entries."""
 
     def runtime(*batch_tokens: int, dtype: torch.dtype = torch.bfloat16) -> int:
         return memory.estimate(on_meta(LlamaConfig(**TINY), dtype), ROWS, 2, batch_tokens=batch_tokens).runtime
@@ -304,8 +306,8 @@ def test_products_of_other_shapes_stay_in_the_cache(monkeypatch: pytest.MonkeyPa
     assert runtime(64, 70, dtype=torch.float32) == runtime(64, dtype=torch.float32)
 
 
-def test_accumulated_gradients_wait() -> None:
-    """A trained head whose gradient is large: it lies there from the second micro-step on."""
+def test_accumulation_adds_a_gradient_buffer() -> None:
+    """A trained head has a large gradient, which is held from the second micro-step on."""
     model = deep(1, modules_to_save=["lm_head"])
     once, waiting = (
         memory.estimate(model, [(2, 2)], 1, TrainingSection(gradient_accumulation_steps=steps)) for steps in (1, 2)
@@ -336,17 +338,17 @@ def test_other_architectures_are_traced(config: Any, targets: list[str], rows: l
 
 
 def reads_numbers(module: nn.Module, inputs: Any) -> None:
-    """A hook that does what data-dependent code does."""
+    """A hook that depends on values, as data-dependent code does."""
     if inputs[0].sum().item() < 0:
         raise AssertionError
 
 
-def test_a_formula_where_a_model_reads_its_numbers(
+def test_data_dependent_models_are_estimated_by_formula(
     capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "loratune")
     model = deep(4)
-    keep_kernels_away(model)  # the formula is for a model's own layers
+    keep_kernels_away(model)  # the formula covers the model's own layers
     exact = memory.estimate(model, ROWS, 2)
     model.get_base_model().model.layers[1].mlp.register_forward_pre_hook(reads_numbers)
     assert "estimated by a formula" not in caplog.text
@@ -367,7 +369,7 @@ def states(model: nn.Module) -> Iterator[tuple[object, ...]]:
     yield (str(model.config.to_dict()),)
 
 
-def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
+def test_estimate_changes_neither_the_model_nor_the_rng() -> None:
     model = adapted(tiny_llama(num_hidden_layers=4).to(torch.bfloat16), lora_dropout=0.5).eval()
     before, generator = list(states(model)), torch.get_rng_state()
     memory.estimate(model, ROWS, 2, TrainingSection(activation_checkpointing=True, gradient_accumulation_steps=2))
@@ -376,11 +378,11 @@ def test_the_model_and_the_random_numbers_stay_as_they_are() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_takes_what_was_estimated(smollm2: Path) -> None:
+def test_estimate_matches_a_real_run(smollm2: Path) -> None:
     script = ROOT / "scripts" / "measure_memory.py"
     command = [sys.executable, script, "8 x 128, float32", "--steps", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     estimated, measured = (int(cell.replace(",", "")) for cell in done.stdout.splitlines()[-1].split("|")[2:4])
-    assert measured > 1500  # MiB: the peak of training, not of a process that only imports
+    assert measured > 1500  # MiB: above what imports alone need
     assert 0.9 < measured / estimated < 1.1

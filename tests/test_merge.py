@@ -1,4 +1,4 @@
-"""`loratune merge`: the merged model is base and adapter, in every family and variant, or there is none."""
+"""`loratune merge`: the merged model equals base plus adapter in every family and variant, or the merge is refused."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 @dataclass(frozen=True)
 class Case:
-    """An adapter on a base, both on the disk."""
+    """A base and an adapter on disk."""
 
     base: Path
     adapter: Path
@@ -112,7 +112,7 @@ class Case:
         return AdapterDirectory.open(self.adapter)
 
     def logits(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the base, and of base and adapter as PEFT computes them, in float32."""
+        """The logits of the base, and of base plus adapter in PEFT, in float32."""
         base = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
         with torch.no_grad():
             alone = base(IDS).logits
@@ -120,7 +120,7 @@ class Case:
 
 
 def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1, shard: str = "20KB") -> Case:
-    """A base of many files in bfloat16, and an adapter that looks trained: nothing in it is zero."""
+    """A base of several files in bfloat16, and an adapter without zero weights, as if it were trained."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(FAMILIES[family]).bfloat16().save_pretrained(folder / "base", max_shard_size=shard)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
@@ -138,7 +138,7 @@ def make(folder: Path, family: str, settings: dict[str, Any], size: float = 0.1,
 
 
 def written(case: Case, folder: Path, stored: torch.dtype | None = None, **changes: Any) -> tuple[Any, Any, Any]:
-    """The plan, what it wrote, and the model that stock transformers loads from it in float32."""
+    """The plan, its result, and the written model loaded by stock transformers in float32."""
     info = case.info
     info = replace(info, base=info.base.model_copy(update=changes))
     plan = Merge(info, stored)
@@ -158,7 +158,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
 
 
 @pytest.mark.parametrize(("family", "settings"), VARIANTS, ids=[f"{name} {kind or ''}" for name, kind in VARIANTS])
-def test_in_float32_the_merged_model_is_base_and_adapter(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
+def test_float32_merge_equals_base_plus_adapter(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     case = make(tmp_path, family, settings)
     base, adapter = case.logits()
     plan, _, merged = written(case, tmp_path / "out", torch.float32)
@@ -168,7 +168,7 @@ def test_in_float32_the_merged_model_is_base_and_adapter(tmp_path: Path, family:
 
 
 @pytest.mark.parametrize("family", ["phi3", "gpt2", "neox", "mixtral", "qwen3 moe"])
-def test_a_loaded_base_is_stored_as_transformers_stores_it(
+def test_loaded_base_is_written_with_the_original_tensor_names(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make(tmp_path, family, DEFAULT_SETTINGS.get(family, {}))
@@ -191,8 +191,8 @@ def stored_tensors(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_value_is_rounded_once(tmp_path: Path, family: str) -> None:
-    """Weights are those of PEFT's merge in float32, rounded to bfloat16; all others are those of the base."""
+def test_merged_weights_are_rounded_once(tmp_path: Path, family: str) -> None:
+    """Adapted weights match PEFT's merge in float32, rounded to bfloat16; all others match the base."""
     case = make(tmp_path, family, DEFAULT_SETTINGS.get(family, {}))
     plan, made, merged = written(case, tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
@@ -223,7 +223,7 @@ def test_tied_embeddings_stay_tied_or_are_stored_apart(tmp_path: Path) -> None:
         assert merged.config.tie_word_embeddings != untied
 
 
-def test_a_change_that_rounding_loses_shows_in_its_share(tmp_path: Path) -> None:
+def test_kept_share_shows_updates_lost_to_rounding(tmp_path: Path) -> None:
     case = make(tmp_path, "llama", {}, size=1e-5)
     _, made, _ = written(case, tmp_path / "rounded")
     _, exact, _ = written(case, tmp_path / "exact", torch.float32)
@@ -232,7 +232,7 @@ def test_a_change_that_rounding_loses_shows_in_its_share(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_a_quantized_base_is_merged_in_its_dequantized_form(tmp_path: Path, tiny: Case, quantization: Any) -> None:
+def test_quantized_base_is_dequantized_before_merging(tmp_path: Path, tiny: Case, quantization: Any) -> None:
     info = tiny.info
     section = info.base.model_copy(update={"quantization": quantization, "dtype": "float32"})
     base = load.load_base(section)
@@ -254,12 +254,12 @@ def test_a_quantized_base_is_merged_in_its_dequantized_form(tmp_path: Path, tiny
         if adapter := factors.get(name.replace(".base_layer", "")):
             weight = weight + 4 * adapter["B"] @ adapter["A"]
         assert torch.allclose(merged.get_submodule(name).weight, weight.float(), rtol=0, atol=1e-7), name
-    if quantization == "4bit":  # in 8 bits the activations are rounded too
+    if quantization == "4bit":  # in 8 bits, activations are rounded too
         adapted = PeftModel.from_pretrained(base, tiny.adapter).eval()
         assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-4
 
 
-def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_gguf_base_is_dequantized_before_merging(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     llama = tiny_llama(vocab_size=len(tokenizer))
     (tmp_path / "base").mkdir()
     write_gguf(tmp_path / "base" / "tiny.gguf", llama, tokenizer)
@@ -274,7 +274,7 @@ def test_a_gguf_file_is_merged_in_its_dequantized_form(tmp_path: Path, tokenizer
     assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-5
 
 
-def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
+def test_base_in_pickle_format_is_merged(tmp_path: Path) -> None:
     case = make(tmp_path, "llama, tied", {"target_modules": ["q_proj", "embed_tokens"]})
     model = AutoModelForCausalLM.from_pretrained(case.base)
     torch.save(model.state_dict(), case.base / "pytorch_model.bin")
@@ -284,13 +284,13 @@ def test_weights_in_another_format_are_loaded(tmp_path: Path) -> None:
     plan, _, merged = written(case, tmp_path / "out", torch.float32)
     assert plan.is_loaded
     assert (merged(IDS).logits - adapter).abs().max() < 1e-5
-    model.model.embed_tokens.weight.data *= 2  # another base than that of the copy in the adapter
+    model.model.embed_tokens.weight.data *= 2  # now the base differs from the copy in the adapter
     torch.save(model.state_dict(), case.base / "pytorch_model.bin")
     with pytest.raises(AdapterError, match=r"embed_tokens\.base_layer\.weight"):
         Merge(case.info)
 
 
-def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:
+def test_unsupported_adapters_cannot_be_merged(tmp_path: Path, tiny: Case) -> None:
     files = inspect(tiny.adapter)
     info = replace(tiny.info, files=replace(files, config=files.config | {"layer_replication": [[0, 2], [1, 2]]}))
     with pytest.raises(AdapterError, match="layer_replication") as refused:
@@ -298,7 +298,7 @@ def test_what_cannot_be_merged_is_refused(tmp_path: Path, tiny: Case) -> None:
     assert meanings(refused.value) == [(Code.ADAPTER_UNSUPPORTED, str(tiny.adapter), "")]
 
 
-def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
+def test_merge_that_overflows_the_dtype_is_refused(tmp_path: Path) -> None:
     case = make(tmp_path, "llama", {}, size=1000.0)
     (tmp_path / "out").mkdir()
     with pytest.raises(AdapterError) as refused:
@@ -306,7 +306,7 @@ def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     assert meanings(refused.value) == [(Code.EXPORT_DIFFERS, str(case.adapter), "")]
 
 
-def test_the_command_compares_base_adapter_and_model(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
+def test_merge_reports_a_comparison_with_base_and_adapter(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
     out = tmp_path / "out"
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1 and 1 make", "completion": " 2"}])
     ran = cli("merge", "--adapter", tiny.adapter, "--output", out, "--data", rows, "--json")
@@ -323,7 +323,7 @@ def test_the_command_compares_base_adapter_and_model(tmp_path: Path, tiny: Case,
 
 
 class Fails:
-    """Stands for the comparison, which takes seconds."""
+    """A fake comparison, as the real one takes seconds."""
 
     def __init__(self, divergences: tuple[float, float]):
         self.divergences = divergences
@@ -334,7 +334,7 @@ class Fails:
         return {"adapter": to_adapter, "base": to_base, "dtype": "float32", "texts": 1}
 
 
-def test_what_is_not_nearer_to_the_adapter_is_not_written(
+def test_merged_model_nearer_to_the_base_is_not_written(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_model, "compare", Fails((0.2, 0.1)))
@@ -343,7 +343,7 @@ def test_what_is_not_nearer_to_the_adapter_is_not_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_is_replaced_only_if_it_is_one_of_ours(
+def test_overwrite_replaces_only_merged_models(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
@@ -364,7 +364,7 @@ def test_an_output_is_replaced_only_if_it_is_one_of_ours(
     assert (tree(tiny.base), tree(tiny.adapter)) == before
 
 
-def test_nothing_of_the_adapter_takes_the_place_of_the_model(
+def test_adapter_files_do_not_replace_model_files(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
@@ -387,7 +387,7 @@ def test_nothing_of_the_adapter_takes_the_place_of_the_model(
 
 
 @pytest.mark.parametrize("content", ["[1]", "{bad", "[" * 100_000])
-def test_a_damaged_file_of_the_base_is_named(
+def test_damaged_base_file_is_named(
     tmp_path: Path, tiny: Case, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], content: str
 ) -> None:
     case = make(tmp_path, "llama", {})
@@ -398,10 +398,10 @@ def test_a_damaged_file_of_the_base_is_named(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
-def test_a_base_that_changes_in_the_meantime_is_refused(
+def test_base_that_changes_during_the_merge_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Files of another model are in its place before the comparison, which would not know of the first ones."""
+    """The base files are replaced before the comparison, which alone would not detect it."""
     case = make(tmp_path, "llama", {}, shard="1GB")
     tokenizer.save_pretrained(case.base)
     file = case.base / "model.safetensors"
@@ -417,7 +417,7 @@ def test_a_base_that_changes_in_the_meantime_is_refused(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
-def test_another_base_is_refused_unless_forced(
+def test_different_base_is_refused_unless_forced(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_model, "compare", Fails((0.1, 0.2)))
@@ -442,7 +442,7 @@ def test_another_base_is_refused_unless_forced(
     check_refused(ran, 5, (Code.ADAPTER_NOT_FOUND, str(missing), ""))
 
 
-def test_a_full_disk_leaves_nothing(
+def test_full_disk_leaves_no_files(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
@@ -457,14 +457,14 @@ def test_a_full_disk_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_two_at_once_on_one_output(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
+def test_concurrent_merge_to_the_same_output_is_refused(tmp_path: Path, tiny: Case, cli: Callable[..., Ran]) -> None:
     directory = OutputDirectory.at(str(tmp_path / "out"), overwrite=False).check()
     with directory.locked():
         ran = cli("merge", "--adapter", tiny.adapter, "--output", tmp_path / "out")
     check_refused(ran, 9, (Code.SYSTEM_LOCKED, str(tmp_path / "out"), "--output"))
 
 
-def test_without_memory_for_logits_the_tensors_are_read_back(
+def test_tensors_are_verified_when_logits_do_not_fit_in_memory(
     tmp_path: Path, tiny: Case, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(merged_model, "dtype_that_fits", lambda *_: None)
@@ -472,9 +472,7 @@ def test_without_memory_for_logits_the_tensors_are_read_back(
     assert ran.code == 0 and json.loads(ran.out)["comparison"] == {"tensors": 29, "nearer": True}
 
 
-def test_a_file_that_is_not_what_was_written_is_noticed(
-    tmp_path: Path, tiny: Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_corrupted_output_is_detected(tmp_path: Path, tiny: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def write(part: dict[str, torch.Tensor], path: Path, metadata: Any) -> None:
         save_file(part, path, metadata)
@@ -486,8 +484,8 @@ def test_a_file_that_is_not_what_was_written_is_noticed(
     assert meanings(refused.value) == [(Code.SYSTEM_CALL_FAILED, str(tmp_path), "")]
 
 
-def test_the_comparison_tells_the_adapter_from_the_base(tiny: Case) -> None:
-    """A copy of the base in place of the merged model is nearer to the base."""
+def test_comparison_detects_an_unmerged_base(tiny: Case) -> None:
+    """A copy of the base in place of the merged model is closer to the base than to the adapter."""
     texts = Texts("a test", ((1, 2, 3, 5, 8),), complete=False)
     found = merged_model.compare(tiny.info, tiny.base, texts, "float32")
     assert found["base"]["divergence"] == 0 < found["adapter"]["divergence"]
@@ -496,7 +494,7 @@ def test_the_comparison_tells_the_adapter_from_the_base(tiny: Case) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_stopped_in_the_middle_it_works_again(
+def test_interrupted_merge_can_be_rerun(
     tmp_path: Path, tiny: Case, processes: ForkServer, number: signal.Signals, code: int
 ) -> None:
     out, staging = tmp_path / "out", tmp_path / "out.export" / "adapter"
@@ -514,7 +512,7 @@ def test_stopped_in_the_middle_it_works_again(
 
 
 @pytest.mark.slow
-def test_an_adapter_too_small_for_bfloat16_is_refused(
+def test_adapter_lost_to_bfloat16_rounding_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran]
 ) -> None:
     case = make(tmp_path, "llama", {}, size=1e-7)

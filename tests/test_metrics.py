@@ -1,4 +1,4 @@
-"""The metrics of `evaluate --metric`, and what follows from scores: differences, weights of copies, verdicts."""
+"""The metrics of `evaluate --metric`, and what is derived from scores: differences, weights of copies, verdicts."""
 
 import json
 import math
@@ -43,7 +43,7 @@ from loratune.errors import ConfigError, NumericError
         ("rouge_l", "a", "", [0]),
     ],
 )
-def test_scores(metric: str, expected: str, answer: str, scores: Sequence[float]) -> None:
+def test_metrics_compute_the_expected_scores(metric: str, expected: str, answer: str, scores: Sequence[float]) -> None:
     (parsed,) = metrics.parse([metric, metric])
     assert parsed.scores is not None
     found = parsed.scores(expected, answer)
@@ -57,7 +57,7 @@ def test_scores(metric: str, expected: str, answer: str, scores: Sequence[float]
         ("json", "{'a': 1}"), ("regex:[0-9]", "none"), ("regex:[0-9]*", "none"), ("contains", " "), ("rouge_l", "+!"),
     ],
 )  # fmt: skip
-def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
+def test_unusable_expected_text_is_refused(metric: str, expected: str) -> None:
     (parsed,) = metrics.parse([metric])
     assert parsed.scores is not None
     with pytest.raises(ExpectedTextError):
@@ -65,13 +65,13 @@ def test_an_expected_text_that_says_nothing(metric: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["exact", "regex:", "regex:(", "regex:" + "(a|" * 10_000, "label "])
-def test_no_metric(value: str) -> None:
+def test_invalid_metrics_are_refused(value: str) -> None:
     with pytest.raises(ConfigError) as caught:
         metrics.parse([value])
     assert meanings(caught.value) == [(Code.USAGE_BAD_VALUE, "", "--metric")]
 
 
-def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_metric_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         metrics.parse(["label", "rouge_l"])
@@ -79,7 +79,7 @@ def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def row(number: int, base: Any, adapter: Any, copies: int = 1, tokens: int = 2) -> ComparedRow:
-    """A row by what both models do: nats, and whether the answer matches."""
+    """A row defined by the results of both models: nats, and whether the answer matches."""
     answers = {
         name: ModelAnswer(nats, "text", {"exact_match": match, "label_accuracy": match, "rouge_l": match / 2})
         for name, (nats, match) in (("base", base), ("adapter", adapter))
@@ -105,8 +105,8 @@ def rows(*kinds: tuple[int, Any]) -> list[ComparedRow]:
         (((4, WON),), None, "indistinguishable"),
     ],
 )
-def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
-    """Each with the numbers of the statistics that it stands on, and no verdict from fewer than five rows."""
+def test_verdicts_follow_the_statistics(kinds: Any, loss: str | None, match: str) -> None:
+    """Reported numbers match the statistics functions. Fewer than five rows give no verdict."""
     found = comparison.compare_rows(rows(*kinds))
     assert (found.verdict, found.metric, found.differences["exact_match"].verdict) == (loss, "loss", match)
     won, lost = (sum(count for count, kind in kinds if kind is one) for one in (WON, LOST))
@@ -123,7 +123,8 @@ def test_verdicts(kinds: Any, loss: str | None, match: str) -> None:
 
 
 def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
-    """Rows that expect answers, each so often; the base gives none of them, and the adapter `a`."""
+    """Rows with the expected answers repeated as given. The base answers none correctly; the adapter always answers
+    `a`."""
     found = []
     for label in [label for label, count in labels for _ in range(count)]:
         right = dict.fromkeys(("exact_match", "label_accuracy"), float(label == "a"))
@@ -140,7 +141,7 @@ def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
     ("labels", "copies", "text", "share"),
     [
         ([("a", 12), ("b", 8)], 1, "a", 0.6),
-        ([("a", 12), ("b", 8)], 9, "b", 16 / 28),  # of which the last row is a copy
+        ([("a", 12), ("b", 8)], 9, "b", 16 / 28),  # the last row has 9 copies
         ([("a", 12), ("b", 8), (None, 5)], 1, "a", 0.6),
         ([("a", 8)], 1, "a", 1.0),
         ([("a", 4), ("b", 3)], 1, None, None),
@@ -148,7 +149,7 @@ def labelled(*labels: tuple[str | None, int]) -> list[ComparedRow]:
         ([(None, 9)], 1, None, None),
     ],
 )
-def test_the_most_frequent_answer(labels: Any, copies: int, text: str | None, share: float | None) -> None:
+def test_majority_answer_and_its_scores(labels: Any, copies: int, text: str | None, share: float | None) -> None:
     found = labelled(*labels)
     found[-1] = replace(found[-1], copies=copies)
     answers = majority_answers(found, Judging(metrics.parse(["contains"])))
@@ -161,8 +162,8 @@ def test_the_most_frequent_answer(labels: Any, copies: int, text: str | None, sh
             assert sum(right) / sum(one.copies for one in found if one.expected) == pytest.approx(share)
 
 
-def test_the_most_frequent_answer_of_which_others_are_the_beginning() -> None:
-    """It has their label, as any answer that begins with them, and does not match them."""
+def test_majority_answer_counts_for_labels_that_are_its_prefixes() -> None:
+    """Label accuracy counts answers that begin with the label; exact match does not."""
     answers = majority_answers(labelled(("ab", 6), ("a", 3), ("", 3)), Judging())
     assert [sum(one.scores[figure] for one in answers) for figure in ("exact_match", "label_accuracy")] == [6, 9]
 
@@ -170,14 +171,14 @@ def test_the_most_frequent_answer_of_which_others_are_the_beginning() -> None:
 @pytest.mark.parametrize(
     ("labels", "metric", "is_told"),
     [
-        ([("a", 30), ("b", 20)], "loss", True),  # always `a`, as the adapter
+        ([("a", 30), ("b", 20)], "loss", True),  # always `a`, like the adapter
         ([("a", 30), ("b", 20)], "exact_match", True),
-        ([("a", 20), ("b", 30)], "loss", True),  # and worse than always `b`
+        ([("a", 20), ("b", 30)], "loss", True),  # and worse than always answering `b`
         ([("a", 50)], "loss", False),
     ],
 )
-def test_an_adapter_that_is_no_better_than_one_answer(labels: Any, metric: str, is_told: bool) -> None:
-    """Though it is better than its base, by loss and by the share of its answers that are right."""
+def test_adapter_no_better_than_the_majority_answer_is_reported(labels: Any, metric: str, is_told: bool) -> None:
+    """Even though its loss and its matches are better than those of the base."""
     found = labelled(*labels)
     evaluation = comparison.compare_rows(found, metric, majority=majority_answers(found, Judging()))
     assert evaluation.verdict == "better"
@@ -192,7 +193,7 @@ def test_an_adapter_that_is_no_better_than_one_answer(labels: Any, metric: str, 
     assert not any("majority" in one.answers for one in evaluation.rows)
 
 
-def test_an_adapter_that_is_better_than_one_answer() -> None:
+def test_adapter_better_than_the_majority_answer() -> None:
     found = labelled(("a", 30), ("b", 20))
     all_right = {"exact_match": 1.0, "label_accuracy": 1.0}
     found = [replace(one, answers=one.answers | {"adapter": ModelAnswer(1.0, "", all_right)}) for one in found]
@@ -200,15 +201,15 @@ def test_an_adapter_that_is_better_than_one_answer() -> None:
     assert not wording.majority(evaluation) and evaluation.paired["majority"]["exact_match"].verdict == "better"
 
 
-def test_more_rows_are_asked_for_where_they_would_help() -> None:
+def test_rows_needed_is_given_for_inconclusive_differences() -> None:
     found = comparison.compare_rows(rows((3, WON), (2, LOST), (45, SAME))).differences
     assert found["exact_match"].rows_needed > 50 and found["loss"].rows_needed is not None
     assert comparison.compare_rows(rows((20, SAME))).differences["loss"].rows_needed is None
     assert comparison.compare_rows(rows((20, WON))).differences["loss"].rows_needed is None
 
 
-def test_what_is_printed_of_rows_needed_is_in_json() -> None:
-    """And where the difference is exactly 0, both say that there is no number."""
+def test_rows_needed_is_the_same_in_text_and_json() -> None:
+    """If the difference is exactly 0, both report that no number of rows would help."""
     same, near, won = (comparison.compare_rows(rows(*kinds)).differences["rouge_l"] for kinds in (
         ((20, SAME),), ((3, WON), (2, LOST), (45, SAME)), ((20, WON),),
     ))  # fmt: skip
@@ -217,8 +218,8 @@ def test_what_is_printed_of_rows_needed_is_in_json() -> None:
     assert "rows_needed" not in won.as_json() and wording.outlook(won) == ""
 
 
-def test_copies_weigh_and_are_no_evidence() -> None:
-    """200 copies of one row count for the mean, and are one row for the intervals."""
+def test_copies_count_for_means_but_not_as_evidence() -> None:
+    """200 copies of a row count 200 times in the mean and once in the intervals."""
     few = [row(number, *WON, tokens=2 + number) for number in range(6)]
     once = comparison.compare_rows(few)
     copied = comparison.compare_rows([row(0, *WON, copies=200), *few[1:]])
@@ -231,8 +232,8 @@ def test_copies_weigh_and_are_no_evidence() -> None:
     assert comparison.compare_rows([row(0, *WON, copies=200)]).differences["loss"].interval is None
 
 
-def test_copies_that_speak_against_distinct_rows_give_no_verdict() -> None:
-    """More rows were won, and p says that more distinct ones were lost than by chance."""
+def test_no_verdict_if_copies_contradict_the_distinct_rows() -> None:
+    """More rows were won, but p shows that significantly more distinct rows were lost."""
     won = [row(number, *WON, copies=10) for number in range(10)]
     found = comparison.compare_rows([*won, *(row(number, *LOST) for number in range(10, 40))]).differences[
         "exact_match"
@@ -241,8 +242,8 @@ def test_copies_that_speak_against_distinct_rows_give_no_verdict() -> None:
     assert found.verdict == "indistinguishable"
 
 
-def test_figures_lie_in_their_intervals() -> None:
-    """Also where all rows differ, or all are the same, so that only rounding is left."""
+def test_metrics_lie_within_their_intervals() -> None:
+    """Also if all rows differ, or if all are the same up to rounding."""
     for copies in ((30, 5, 1), (5, 1, 30, 1, 7)):
         lost = copies[0]
         kinds = [row(number, *(LOST if one == lost else WON), copies=one) for number, one in enumerate(copies)]
@@ -256,8 +257,8 @@ def test_figures_lie_in_their_intervals() -> None:
             assert interval and value is not None and interval.low <= value <= interval.high
 
 
-def test_losses_that_are_not_finite() -> None:
-    """Of the base: said, and null in the JSON. Of the adapter: an error."""
+def test_non_finite_losses() -> None:
+    """For the base, they are reported and null in the JSON. For the adapter, they are an error."""
     good = rows((10, WON))
     found = comparison.compare_rows([*good, row(10, (math.inf, 0.0), (1.0, 1.0))])
     assert (found.verdict, found.differences["exact_match"].verdict) == (None, "better")
@@ -270,15 +271,15 @@ def test_losses_that_are_not_finite() -> None:
     assert meanings(error.value) == [(Code.TRAINING_NOT_FINITE, "", "")]
 
 
-def test_a_loss_beyond_any_perplexity() -> None:
+def test_infinite_perplexity_is_null_in_json() -> None:
     found = comparison.compare_rows([row(number, (5000.0, 0.0), (1.0, 1.0)) for number in range(9)])
     assert found.scores["base"].metrics["perplexity"] == math.inf and found.verdict == "better"
     assert found.to_dict()["base"]["perplexity"] is None
     json.dumps(found.to_dict(), allow_nan=False)
 
 
-def test_the_difference_of_means_and_of_perplexities() -> None:
-    """Of means it is that of the differences; of perplexities, the one of nats on their scale."""
+def test_task_metric_differences_and_their_intervals() -> None:
+    """A mean's interval is that of the paired differences; a perplexity's is the interval in nats, rescaled."""
     dice = np.random.default_rng(0)
     base = dice.gamma(4, 2, 200)
     adapter = base - dice.gamma(2, 0.01, 200)
@@ -304,7 +305,7 @@ def test_the_difference_of_means_and_of_perplexities() -> None:
     assert difference({BASE: ["a", "b"], ADAPTER: ["a", "c"]}, "").verdict is None
 
 
-def test_a_figure_of_a_task_that_is_not_known() -> None:
+def test_unknown_task_metric_is_shown_as_a_dash() -> None:
     nan = [math.nan] * 9
     figure = tasks.compare_metric({"base": math.nan, "adapter": 1.0}, {}, {"base": nan, "adapter": nan}, "mean", True)
     (cells,) = wording.tasks_table(TaskResults({"task": {"figure": figure}}, None, False, "1"))[1]

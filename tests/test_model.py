@@ -1,4 +1,4 @@
-"""The base model: every way in which it is not to be had, and the numbers in which it is held."""
+"""The base model: every way in which loading can fail, and the dtype of its weights."""
 
 import json
 import platform
@@ -35,7 +35,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers as huggingface.co does, with a status and a header that says what is meant; or hangs up."""
+    """Answer as huggingface.co does, with a status and an error header, or drop the connection."""
 
     ANSWERS = {  # noqa: RUF012
         "/who/absent": (404, "RepoNotFound"),
@@ -66,7 +66,7 @@ def hub() -> Iterator[str]:
 
 
 def cache_model(home: Path, name: str) -> None:
-    """Lay a model configuration into the cache of the hub's library."""
+    """Put a model configuration into the hub cache."""
     commit, repository = "0" * 40, home / "hub" / f"models--{name.replace('/', '--')}"
     tiny_llama().config.save_pretrained(repository / "snapshots" / commit)
     (repository / "refs").mkdir()
@@ -86,7 +86,7 @@ def cache_model(home: Path, name: str) -> None:
         ("who/cached", False, None, ""),
     ],
 )
-def test_errors_of_the_hub_are_distinguished(
+def test_hub_errors_are_distinguished(
     name: str, online: bool, code: Code | None, text: str,
     hub: str, tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -109,13 +109,13 @@ def test_errors_of_the_hub_are_distinguished(
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone", "~/gone", "a/b/c"])
-def test_a_path_is_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
+def test_paths_are_never_looked_up_on_the_hub(name: str, cli: Callable[..., Ran]) -> None:
     ran = cli("params", "--model", name)
     check_refused(ran, 3, (Code.MODEL_NOT_FOUND, name, NAME))
     assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
-def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_path_that_is_not_a_model_directory_is_refused(tmp_path: Path, cli: Callable[..., Ran]) -> None:
     for name, fix in (("model.bin", "; name its directory\n"), ("model.gguf", "set model.gguf_file: model.gguf\n")):
         file = tmp_path / "files" / name
         file.parent.mkdir(exist_ok=True)
@@ -128,14 +128,14 @@ def test_what_is_no_model_directory(tmp_path: Path, cli: Callable[..., Ran]) -> 
     assert (ran.out, ran.err.count("\n")) == ("", 1)
 
 
-def test_the_home_directory_may_be_written_as_a_tilde(
+def test_tilde_is_expanded_in_model_paths(
     tiny_dir: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tiny_dir.parent))
     assert cli("params", "--model", f"~/{tiny_dir.name}").code == 0
 
 
-# Damaged model directories. Each damage is done to a copy of a good one, and then a training is started.
+# Damaged model directories. Each case damages a copy of a good one and then starts training.
 
 Damage = Callable[[Path], Any]
 
@@ -240,7 +240,7 @@ def copy(tiny_dir: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_a_model_that_cannot_be_trained(
+def test_damaged_models_are_refused(
     kind: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
     damage, (code, file, text) = BROKEN[kind]
@@ -254,8 +254,8 @@ def test_a_model_that_cannot_be_trained(
     assert tree(tmp_path) == before
 
 
-def test_tensors_that_are_left_over_and_harmless(copy: Path) -> None:
-    """Buffers of older versions, a head of another task, and a layer that predicts the token after the next."""
+def test_harmless_extra_tensors_are_ignored(copy: Path) -> None:
+    """Buffers of older versions, the head of another task, and a multi-token-prediction layer."""
     whole = load.load_base(ModelSection(name_or_path=str(copy), dtype="float32"))
     names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.masked_bias", "score.weight")
     rewrite(lambda found: found.update({name: torch.ones(4) for name in names}))(copy)
@@ -266,7 +266,7 @@ def test_tensors_that_are_left_over_and_harmless(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["train", "params"])
-def test_code_from_a_repository_is_not_run(
+def test_repository_code_is_not_run(
     command: str, copy: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
     marker = tmp_path / "executed"
@@ -279,7 +279,7 @@ def test_code_from_a_repository_is_not_run(
     assert not marker.exists()
 
 
-def test_code_from_a_repository_is_run_when_asked_for(
+def test_repository_code_runs_with_trust_remote_code(
     copy: Path,
     tmp_path: Path,
     cli: Callable[..., Ran],
@@ -296,7 +296,7 @@ def test_code_from_a_repository_is_run_when_asked_for(
     trusted = {"name_or_path": str(copy), "trust_remote_code": True, "revision": "main"}
     ran = cli("params", run_config(model=trusted))
     assert marker.exists()
-    check_refused(ran, 3, (Code.MODEL_UNREADABLE, str(copy), ""))  # there is a configuration, and no model for it
+    check_refused(ran, 3, (Code.MODEL_UNREADABLE, str(copy), ""))  # the configuration has no model class
     assert ran.out == "" and "Unrecognized configuration class" in ran.err
 
 
@@ -311,7 +311,7 @@ MAMBA = {"model_type": "mamba", "architectures": ["MambaForCausalLM"], "hidden_s
         (GPT2, ["q", "up_proj"], "`up_proj` matches no module of gpt2", "nearest: c_proj"),
     ],
 )
-def test_a_target_that_finds_nothing(
+def test_unmatched_targets_list_candidates(
     shape: dict[str, Any],
     wanted: list[str],
     message: str,
@@ -327,7 +327,7 @@ def test_a_target_that_finds_nothing(
     assert candidate in ran.err
 
 
-def test_a_model_without_pad_token_trains(
+def test_model_without_a_pad_token_trains(
     tokenizer: PreTrainedTokenizerFast, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     assert tokenizer.pad_token_id is None
@@ -335,7 +335,7 @@ def test_a_model_without_pad_token_trains(
         len({len(tokenizer(row["prompt"]).input_ids) for row in ROWS[:8]})
         == 1
         < len({len(tokenizer(row["prompt"]).input_ids) for row in ROWS})
-    )  # so batches of shuffled rows are padded
+    )  # the rows differ in length, so batches are padded
     ran = cli("train", run_config(training={"max_steps": 2}))
     assert ran.code == 0, ran.err
     opened = loading.load(AdapterDirectory.open(tmp_path / "out"))
@@ -346,7 +346,7 @@ def test_a_model_without_pad_token_trains(
 
 
 @pytest.mark.skipif(torch.cuda.is_available() or platform.machine() != "x86_64", reason="reads the flags of an x86 CPU")
-def test_auto_is_bfloat16_where_the_cpu_has_it(tiny_dir: Path) -> None:
+def test_auto_dtype_is_bfloat16_if_the_cpu_supports_it(tiny_dir: Path) -> None:
     has_it = "avx512_bf16" in Path("/proc/cpuinfo").read_text().split()
     expected = torch.bfloat16 if has_it else torch.float32
     base = load.load_base(ModelSection(name_or_path=str(tiny_dir)))
@@ -354,7 +354,7 @@ def test_auto_is_bfloat16_where_the_cpu_has_it(tiny_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) -> None:
+def test_dtype_applies_to_frozen_weights_only(dtype: str, tiny_dir: Path) -> None:
     base = load.load_base(ModelSection(name_or_path=str(tiny_dir), dtype=dtype))
     tuned = creation.attach(base, LoraSection(), {"target_modules": ["q_proj"]}, seed=0)
     held = {parameter.dtype for parameter in tuned.parameters() if not parameter.requires_grad}
@@ -362,14 +362,14 @@ def test_dtype_is_that_of_the_frozen_weights_only(dtype: str, tiny_dir: Path) ->
     assert {parameter.dtype for parameter in tuned.parameters() if parameter.requires_grad} == {torch.float32}
 
 
-def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+def test_tied_weights_are_not_reported_missing(tmp_path: Path) -> None:
     tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert not any("lm_head" in name for name in load_file(tmp_path / "model.safetensors"))
     base = load.load_base(ModelSection(name_or_path=str(tmp_path)))
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
 
 
-def test_context_length_is_read_under_either_name() -> None:
+def test_context_length_is_read_from_known_keys() -> None:
     assert load.context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert load.context_length(load.AutoConfig.for_model("gpt2", n_positions=88)) == 88
     assert load.context_length(load.AutoConfig.for_model("bloom")) is None

@@ -1,4 +1,4 @@
-"""The notebook of the quickstart: it has the outputs of a real run, and its cells run in a Jupyter kernel."""
+"""The quickstart notebook: it contains the outputs of a real run, and its cells run in a Jupyter kernel."""
 
 import json
 from pathlib import Path
@@ -19,13 +19,13 @@ def cells() -> list[Any]:
 
 
 def printed(cell: Any) -> str:
-    """What a cell has printed, and its value."""
+    """What a cell printed, and its value."""
     return "".join(
         out.get("text", "") or out["data"]["text/plain"] for out in cell.outputs if out.output_type != "error"
     )
 
 
-def test_it_has_the_outputs_of_a_real_run() -> None:
+def test_notebook_contains_the_outputs_of_a_real_run() -> None:
     parameters, *others = cells()
     assert parameters.outputs == [] and "parameters" in parameters.metadata.tags
     assert [cell.execution_count for cell in cells()] == [*range(1, len(others) + 2)]
@@ -37,7 +37,7 @@ def test_it_has_the_outputs_of_a_real_run() -> None:
 
 
 def run_here(cells: list[Any]) -> list[str]:
-    """Run cells in this process. Returns what each has printed, and its value."""
+    """Run cells in this process. Returns what each one printed, and its value."""
     printed, shell = [], InteractiveShell()
     for cell in cells:
         with capture_output() as captured:
@@ -47,9 +47,9 @@ def run_here(cells: list[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_its_cells_run_on_a_tiny_model(kernel: bool, tiny_dir: Path, tmp_path: Path) -> None:
-    """In a kernel, or by IPython in this process, with other parameters; what is required of a real model is not
-    required of this one."""
+def test_notebook_cells_run_on_a_tiny_model(kernel: bool, tiny_dir: Path, tmp_path: Path) -> None:
+    """In a kernel, or by IPython in this process, with other parameters. The quality required of a real model is not
+    asserted."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     first, *_ = code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert "parameters" in first.metadata.tags

@@ -1,4 +1,4 @@
-"""The objectives that compare answers: their formulas, by hand and at their limits, and row sums with gradients."""
+"""The preference objectives: their formulas, checked by hand and at their limits, and row sums with gradients."""
 
 import math
 from types import SimpleNamespace
@@ -55,11 +55,11 @@ def log_odds(mean: float) -> float:
         ),
     ],
 )
-def test_pair_losses_by_hand(formula: Formula, expected: list[float]) -> None:
+def test_pair_losses_match_values_computed_by_hand(formula: Formula, expected: list[float]) -> None:
     assert formula.pair_losses(CHOSEN, REJECTED).tolist() == pytest.approx(expected, rel=1e-12)
 
 
-def test_answer_losses_by_hand() -> None:
+def test_answer_losses_match_values_computed_by_hand() -> None:
     formula = Formula("kto", 0.1, desirable_weight=1.5, undesirable_weight=0.5)
     found = formula.answer_losses(CHOSEN, torch.tensor([True, False]), 2.0)
     expected = [1.5 * (1 - sigmoid(0.1 - 0.2)), 0.5 * (1 - sigmoid(0.2 + 0.05))]
@@ -68,8 +68,8 @@ def test_answer_losses_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
-def test_where_nothing_has_changed(name: str) -> None:
-    """The loss of an answer that is as likely as in the reference, whatever it is: that of the first step."""
+def test_first_loss_is_that_of_an_unchanged_model(name: str) -> None:
+    """The loss of answers that are as likely as under the reference, as they are in the first step."""
     formula = Formula(name, 0.3, label_smoothing=0.1 if name == "dpo" else 0.0)
     same = answers([-10.0, -3.0], [5, 2], [-10.0, -3.0])
     if name == "dpo":
@@ -81,7 +81,7 @@ def test_where_nothing_has_changed(name: str) -> None:
     assert expected == pytest.approx(math.log(2) if name == "dpo" else 0.5)
 
 
-def test_beta_has_a_default_for_each_objective() -> None:
+def test_beta_defaults_depend_on_the_objective() -> None:
     assert [Formula.of(name, PreferenceSection()).beta for name in ("dpo", "orpo", "simpo", "kto")] == [
         0.1,
         0.1,
@@ -91,7 +91,7 @@ def test_beta_has_a_default_for_each_objective() -> None:
     assert Formula.of("simpo", PreferenceSection(beta=3.0)).beta == 3.0
 
 
-def test_a_certain_answer_has_finite_odds() -> None:
+def test_orpo_loss_is_finite_for_a_certain_answer() -> None:
     certain = answers([0.0], [3], [0.0])
     certain.log_probabilities.requires_grad_()
     loss = Formula("orpo", 0.1).pair_losses(certain, answers([-1.0], [3], [0.0])).sum()
@@ -109,20 +109,22 @@ def rows() -> list[dict[str, Any]]:
     for number, length in enumerate((3, 11, 5, 8)):
         prompt, ids = prompts[number // 2], torch.randint(0, 250, (length,), generator=generator).tolist()
         if number == 1:
-            ids = [*found[0]["input_ids"][12:], *ids]  # the first answer is a part of the second
+            ids = [*found[0]["input_ids"][12:], *ids]  # the first answer is a prefix of the second
         found.append({"input_ids": prompt + ids, "labels": [-100] * 12 + ids, "side": 2 if number % 2 == 0 else -2})
     return found
 
 
 @pytest.mark.parametrize("put", [flatten, share_prefixes, None], ids=["flat", "tree", "padded"])
-def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
-    """As by the logits of each row alone, with other weights for each row; in a tree, shared labels count in all."""
+def test_row_sums_and_their_weighted_gradients(put: Any) -> None:
+    """As from the logits of each row alone, with a different weight per row. In a tree, shared labels count in each
+    row."""
     head = torch.nn.Linear(16, 264, bias=False).requires_grad_(False)
     embedding = torch.nn.Embedding(264, 16)
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 
     def states(ids: torch.Tensor) -> torch.Tensor:
-        """Of a token and all before it in its row, so that those of a shared prefix are the same."""
+        """A hidden state per token that depends on all tokens before it in its row, so those of a shared prefix are
+        equal."""
         return embedding(ids)
 
     given = rows()
@@ -138,7 +140,7 @@ def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
     labels, lengths = batch["labels"], batch["lengths"]
     loss_head = LossHead(head, Scaling())
     loss_head.labels, loss_head.places, loss_head.lengths = labels, batch.get("places"), lengths
-    for layer in (loss_head, head) if put is not share_prefixes else [loss_head]:  # A tree needs the loss head.
+    for layer in (loss_head, head) if put is not share_prefixes else [loss_head]:  # Trees need the loss head.
         output = layer(states(batch["input_ids"]))
         sums = row_sums(SimpleNamespace(get_output_embeddings=lambda layer=layer: layer), output, labels, lengths)
         assert sums.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
@@ -147,7 +149,7 @@ def test_sums_of_rows_and_a_gradient_for_each(put: Any) -> None:
     assert row_counts(labels, lengths).tolist() == [3, 14, 5, 8]
 
 
-def test_a_batch_of_no_supervised_row_has_sums_of_zero() -> None:
+def test_row_sums_are_zero_without_supervised_tokens() -> None:
     batch = put_rows(flatten, rows())
     labels = torch.full_like(batch["labels"], -100)
     model = tiny_llama()

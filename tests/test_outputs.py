@@ -1,4 +1,4 @@
-"""Files that commands write to a path that the user names: whole or absent, and never in place of others."""
+"""Files that commands write to a user-given path: complete or absent, and never replacing inputs."""
 
 import os
 import re
@@ -26,7 +26,7 @@ def output(path: Path | str, *inputs: Path, overwrite: bool = False) -> Output:
 
 
 def refused(code: Code, path: Path | str, *inputs: Path, overwrite: bool = False) -> Problem:
-    """The only problem of a path that is refused, which has this code."""
+    """The only problem of a refused path, which must have this code."""
     with pytest.raises(ConfigError) as error:
         output(path, *inputs, overwrite=overwrite)
     assert meanings(error.value) == [(code, str(path), "--output")]
@@ -38,7 +38,7 @@ def write(path: Path | str, text: str = "new\n", *inputs: Path, overwrite: bool 
         file.write(text)
 
 
-def test_a_new_file_appears_at_the_end(tmp_path: Path) -> None:
+def test_new_file_appears_only_when_complete(tmp_path: Path) -> None:
     with output(tmp_path / "a.txt").opened() as file:
         file.write("half")
         file.flush()
@@ -48,8 +48,8 @@ def test_a_new_file_appears_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
-def test_the_mode_of_a_file(umask: int, tmp_path: Path) -> None:
-    """That of a new one is what the user's umask leaves, and one that is replaced keeps its own."""
+def test_file_mode_follows_the_umask_or_the_replaced_file(umask: int, tmp_path: Path) -> None:
+    """A new file's mode follows the umask. A replaced file keeps its mode."""
     (tmp_path / "old").touch()
     (tmp_path / "old").chmod(0o640)
     before = os.umask(umask)
@@ -61,7 +61,7 @@ def test_the_mode_of_a_file(umask: int, tmp_path: Path) -> None:
     assert [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("new", "old")] == [0o666 & ~umask, 0o640]
 
 
-def test_an_existing_file_is_replaced_only_if_asked(tmp_path: Path) -> None:
+def test_existing_file_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("precious")
     problem = refused(Code.OUTPUT_EXISTS, tmp_path / "a.txt")
     assert "--overwrite" in problem.fix
@@ -90,7 +90,7 @@ def around(path: Path) -> Path:
 
 @pytest.mark.parametrize("by", [same, link, hard_link, around])
 @pytest.mark.parametrize("as_input", ["file", "directory", "glob"])
-def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: str, tmp_path: Path) -> None:
+def test_input_files_are_never_overwritten(by: Callable[[Path], Path], as_input: str, tmp_path: Path) -> None:
     path = tmp_path / "rows" / "a.jsonl"
     path.parent.mkdir()
     path.write_text("precious")
@@ -111,7 +111,7 @@ def test_what_is_read_is_never_replaced(by: Callable[[Path], Path], as_input: st
 
 
 @pytest.mark.parametrize("read", ["~/rows/a.jsonl", "~/rows", "~/rows/*.jsonl"])
-def test_what_is_read_from_the_home_directory_is_never_replaced(
+def test_inputs_given_with_a_tilde_are_never_overwritten(
     read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -121,8 +121,9 @@ def test_what_is_read_from_the_home_directory_is_never_replaced(
     assert problem.what == f"is, or belongs to, an input ({read})"
 
 
-def test_nothing_planted_is_followed(tmp_path: Path) -> None:
-    """Neither under the old name of unfinished files, nor, as names are random and files always new, under another."""
+def test_planted_symlinks_are_not_followed(tmp_path: Path) -> None:
+    """Neither under the old, predictable temporary name nor under a guessed random one, as temporary files are always
+    new."""
     (tmp_path / "victim").write_text("precious")
     (tmp_path / ".a.txt.unfinished").symlink_to(tmp_path / "victim")
     write(tmp_path / "a.txt")
@@ -136,7 +137,7 @@ def test_nothing_planted_is_followed(tmp_path: Path) -> None:
     assert (tmp_path / "victim").read_text() == "precious"
 
 
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
+def test_output_symlink_is_kept_and_its_target_is_written(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "first").symlink_to("second")
     (tmp_path / "second").symlink_to(Path("there", "target"))
@@ -152,7 +153,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
     assert "Too many levels of symbolic links" in problem.what
 
 
-def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_write_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("precious")
     for error in (ValueError, KeyboardInterrupt, SystemExit):
         for name in ("new", "old"):
@@ -162,8 +163,8 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"old": b"precious"}
 
 
-def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    """And the work is not lost. With leave to overwrite it is replaced, unless it is no file any more."""
+def test_file_that_appears_during_the_work_is_not_replaced(tmp_path: Path) -> None:
+    """The result is not lost either. With overwrite, a file is replaced, but a directory is not."""
     with pytest.raises(ConfigError, match="already exists") as error, output(tmp_path / "a.txt").opened() as file:
         file.write("new")
         (tmp_path / "a.txt").write_text("precious")
@@ -183,8 +184,8 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     assert meanings(error.value) == [(Code.OUTPUT_UNUSABLE, str(tmp_path / "c.txt"), "--output")]
 
 
-def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on FAT."""
+def test_exclusive_creation_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on FAT file systems."""
 
     def refuse(*_: Any) -> None:
         raise PermissionError(1, "Operation not permitted")
@@ -201,8 +202,8 @@ def test_no_two_get_one_name_where_there_are_no_links(tmp_path: Path, monkeypatc
     assert (tmp_path / "b.txt").read_text() == "precious"
 
 
-def test_many_at_once(tmp_path: Path) -> None:
-    """Processes that write line by line to one name: the file is of one of them, also where all may overwrite."""
+def test_concurrent_writers_never_mix_their_content(tmp_path: Path) -> None:
+    """Processes write to one path line by line. The file is from exactly one of them, even if all may overwrite."""
     script = (
         "import sys, time; from pathlib import Path; from loratune.system import output_file\n"
         "from loratune.errors import ConfigError\n"
@@ -229,10 +230,10 @@ def test_many_at_once(tmp_path: Path) -> None:
     assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".over")] == []
 
 
-# Files that are written directly
+# Devices, pipes and open files, which are written directly
 
 
-def test_devices_and_pipes(tmp_path: Path) -> None:
+def test_devices_and_pipes_can_be_written(tmp_path: Path) -> None:
     write("/dev/null")
     assert Path("/dev/null").is_char_device()
     with pytest.raises(ResourceError) as error:
@@ -249,8 +250,8 @@ def test_devices_and_pipes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "LINK"])
-def test_open_files(name: str, tmp_path: Path) -> None:
-    """They go on where they stand, be they files or pipes."""
+def test_open_files_are_written_at_their_current_position(name: str, tmp_path: Path) -> None:
+    """Whether they are files or pipes."""
     (tmp_path / "link").symlink_to("/dev/stdout")
     path = str(tmp_path / "link") if name == "LINK" else name
     script = (
@@ -267,7 +268,7 @@ def test_open_files(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "before\nnew\nbehind\n"
 
 
-def test_what_cannot_be_written_to(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "socket"))
     reading = os.open("/dev/null", os.O_RDONLY)
@@ -287,15 +288,15 @@ def test_what_cannot_be_written_to(tmp_path: Path) -> None:
     os.close(reading)
 
 
-def test_names_and_contents_of_all_kinds(tmp_path: Path) -> None:
-    """A name as long as may be, and text that is not UTF-8, which JSON writes as an escape."""
+def test_longest_file_name_and_text_that_is_not_utf8(tmp_path: Path) -> None:
+    """The longest allowed name, and a lone surrogate, which is written as a JSON escape."""
     name = "ä" * 125 + ".json"
     write(tmp_path / name, "\udcff")
     assert (tmp_path / name).read_bytes() == rb"\udcff"
 
 
-def test_a_full_disk_for_the_output(tmp_path: Path) -> None:
-    """No file may grow beyond 1,000 bytes; what was written of it goes."""
+def test_full_disk_leaves_the_old_output_unchanged(tmp_path: Path) -> None:
+    """File sizes are limited to 1,000 bytes. The incomplete file is removed."""
     script = (
         "import resource, sys; from pathlib import Path; from loratune.system import output_file\n"
         "from loratune.errors import ResourceError\n"

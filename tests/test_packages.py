@@ -1,4 +1,4 @@
-"""Rules of the source, checked on the source itself; each rule is shown to find a planted violation."""
+"""Rules of the source code, checked on the code itself. Each rule is tested to detect a planted violation."""
 
 import ast
 import re
@@ -41,7 +41,7 @@ Rule = Callable[[Path], Iterator[str]]
 
 
 def modules(root: Path) -> Iterator[tuple[Path, str, ast.Module]]:
-    """Every file below a directory: its path, the package that it belongs to, its syntax tree."""
+    """Every file below a directory: its path, its package, and its syntax tree."""
     for path in sorted(root.rglob("*.py")):
         package = path.relative_to(root).parts[0].removesuffix(".py")
         yield path.relative_to(root), package, parsed(path)
@@ -57,7 +57,7 @@ def for_type_checkers(node: ast.AST) -> bool:
 
 
 def imports(node: ast.AST) -> Iterator[tuple[int, str]]:
-    """Dotted names that are imported at run time, `from a import b` as `a.b`."""
+    """Dotted names that are imported at run time. `from a import b` counts as `a.b`."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.Import):
             yield from ((child.lineno, alias.name) for alias in child.names)
@@ -72,7 +72,7 @@ def functions(tree: ast.Module) -> Iterator[Function]:
 
 
 def body_lines(function: Function) -> int:
-    """Lines of a body, its docstring not counted."""
+    """Lines of a body without its docstring."""
     body = function.body[1:] if ast.get_docstring(function) is not None else function.body
     return body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
 
@@ -90,7 +90,7 @@ def imports_point_down(root: Path) -> Iterator[str]:
 
 
 def may_import(package: str, other: str) -> bool:
-    """Whether one package is below another, or before it in their group."""
+    """Whether one package is below another, or before it in the same group."""
     if package == other or LEVELS[package] != LEVELS[other]:
         return LEVELS[other] <= LEVELS[package]
     return any({package, other} <= {*group} and group.index(other) < group.index(package) for group in GROUPS)
@@ -119,7 +119,7 @@ def only_config_reads_yaml(root: Path) -> Iterator[str]:
 
 
 def files_are_short(root: Path) -> Iterator[str]:
-    """The table of error codes is not counted: it has one line for each."""
+    """The table of error codes is exempt: it has one line per code."""
     for path, _, tree in modules(root):
         lines = len((root / path).read_text(encoding="utf-8").splitlines()) - len(definitions(tree))
         if lines > 400:
@@ -141,7 +141,8 @@ def nothing_global_no_utils(root: Path) -> Iterator[str]:
 
 
 def config_is_not_probed(root: Path) -> Iterator[str]:
-    """By name: sections are called config, run, section, or after the section; package `model` has a model's config."""
+    """Sections are named config, run, section, or after the section. In package `model`, config is a model's
+    configuration."""
     sections = {"config", "run", "section", "lora", "training", "data"}
     for path, package, tree in modules(root):
         for node in ast.walk(tree):
@@ -189,7 +190,7 @@ RESTORED = {
 
 
 def only_the_command_line_changes_the_process(root: Path) -> Iterator[str]:
-    """Filters of warnings may be set inside `warnings.catch_warnings`, which restores them."""
+    """Warning filters may be set only inside `warnings.catch_warnings`, which restores them."""
     for path, _, tree in modules(root):
         if str(path).startswith(OF_THE_COMMAND_LINE):
             continue
@@ -236,7 +237,7 @@ def codes_in(tree: ast.Module) -> set[str]:
 
 
 def definitions(tree: ast.Module) -> dict[str, str]:
-    """Name → value of the members of the class `Code`, if the module has it."""
+    """Name → value of the members of the class `Code`, if the module defines it."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Code"]
     members = [node for owner in classes for node in owner.body if isinstance(node, ast.Assign)]
     return {ast.unparse(node.targets[0]): ast.unparse(node.value) for node in members}
@@ -249,7 +250,8 @@ def every_code_is_used(root: Path) -> Iterator[str]:
 
 
 def no_two_classes_have_one_name(root: Path) -> Iterator[str]:
-    """A leading underscore makes no other name, and names in the package are looked up without their module."""
+    """Names that differ only in a leading underscore are duplicates; names within the package are resolved without the
+    module."""
     owners: dict[str, str] = {}
     for path, _, tree in modules(root):
         for node in ast.walk(tree):
@@ -261,12 +263,12 @@ def no_two_classes_have_one_name(root: Path) -> Iterator[str]:
 
 
 def is_private(name: str) -> bool:
-    """Whether a name is private; `__name__` and enum's `_value_` are documented."""
+    """Whether a name is private. `__name__` and enum's `_value_` are documented, so they are not."""
     return name.startswith("_") and not name.endswith("_")
 
 
 def own_private_names(root: Path) -> set[str]:
-    """The private attributes and functions that the package defines itself."""
+    """The private attributes and functions that the package itself defines."""
     names = set[str]()
     for _, _, tree in modules(root):
         for node in ast.walk(tree):
@@ -280,7 +282,7 @@ def own_private_names(root: Path) -> set[str]:
 
 
 def only_upstream_modules_use_private_names(root: Path) -> Iterator[str]:
-    """Private names of other libraries stand in the modules called `upstream`."""
+    """Private names of other libraries may be used only in modules named `upstream`."""
     own = own_private_names(root)
     for path, _, tree in modules(root):
         if path.stem == "upstream":
@@ -351,12 +353,12 @@ RULES: list[tuple[Rule, str, str]] = [
 
 
 @pytest.mark.parametrize("rule", dict.fromkeys(rule for rule, _, _ in RULES), ids=lambda rule: rule.__name__)
-def test_rule_holds(rule: Rule) -> None:
+def test_source_follows_every_rule(rule: Rule) -> None:
     assert list(rule(PACKAGE)) == []
 
 
 @pytest.mark.parametrize("rule, name, text", RULES, ids=lambda value: getattr(value, "__name__", None))
-def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
+def test_rule_detects_a_violation(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
@@ -406,22 +408,22 @@ def test_rule_sees_a_violation(rule: Rule, name: str, text: str, tmp_path: Path)
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_rule_allows_what_is_right(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
+def test_rule_allows_valid_code(rule: Rule, name: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     assert list(rule(tmp_path)) == []
 
 
-def test_the_table_of_packages_has_the_levels() -> None:
+def test_package_table_in_the_readme_matches_the_levels() -> None:
     text = (PACKAGE / "README.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) \| (.*?) \|", text, flags=re.MULTILINE)
     table = {name: int(level) for level, names in rows for name in re.findall(r"`(\w+)(?:\.py|/)`", names)}
     assert table == LEVELS
 
 
-def test_codes_are_unique_explained_and_named_after_their_value() -> None:
-    """`__members__` lists aliases too, which is what a second member of the same value becomes."""
+def test_codes_are_unique_described_and_named_after_their_value() -> None:
+    """`__members__` also lists aliases, which duplicate values become."""
     assert len(Code) == len(Code.__members__) > 50
     for name, code in Code.__members__.items():
         assert code.name == name == code.value.replace(".", "_").upper()
@@ -430,7 +432,7 @@ def test_codes_are_unique_explained_and_named_after_their_value() -> None:
 
 
 def options(application: typer.Typer) -> dict[str, int]:
-    """Command → number of its options, `--help` not counted."""
+    """Command → number of its options, without `--help`."""
     commands = typer.main.get_command(application).commands  # type: ignore[attr-defined]
     return {
         name: sum(parameter.param_type_name == "option" for parameter in command.params)
@@ -449,7 +451,7 @@ def test_commands_have_at_most_twelve_options() -> None:
     assert {name: count for name, count in counts.items() if not 1 <= count <= MOST_OPTIONS.get(name, 12)} == {}
 
 
-def test_thirteen_options_are_seen() -> None:
+def test_thirteen_options_are_detected() -> None:
     other = typer.Typer()
 
     @other.command()
@@ -467,7 +469,7 @@ def test_thirteen_options_are_seen() -> None:
 
 
 def test_every_package_is_installed() -> None:
-    """pyproject.toml finds each directory that holds modules; one left out works from a checkout and nowhere else."""
+    """pyproject.toml must find each directory with modules. A missing one would work only in a checkout."""
     rule = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
     listed = find_packages(str(ROOT), **rule["find"])
     packages = {".".join(("loratune", *path.parts[:-1])) for path, _, _ in modules(PACKAGE)}

@@ -1,4 +1,4 @@
-"""What surrounds the code: dependencies, documentation, the commands of developers, and the installed package."""
+"""Everything around the code: dependencies, documentation, developer commands, and the installed package."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def deptry(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_every_imported_package_is_declared_and_every_declared_one_imported() -> None:
+def test_declared_dependencies_match_the_imports() -> None:
     done = deptry()
     assert done.returncode == 0, done.stderr
 
 
-def test_deptry_sees_a_package_that_is_not_declared(tmp_path: Path) -> None:
+def test_deptry_detects_undeclared_and_unused_packages(tmp_path: Path) -> None:
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     (line,) = [line for line in text.splitlines() if line.startswith('    "safetensors>=')]
     (tmp_path / "pyproject.toml").write_text(text.replace(f"{line}\n", '    "pytest>=9",\n'), encoding="utf-8")
@@ -73,13 +73,13 @@ def test_the_table_of_keys_follows_the_schema() -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """The names of the headings of a Markdown file, as GitHub makes them."""
+    """The heading anchors of a Markdown file, as GitHub generates them."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def broken_links(path: Path) -> Iterator[str]:
-    """Links of a Markdown file to files or headings of the checkout that are not there."""
+    """The links of a Markdown file to files or headings of the checkout that do not exist."""
     for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
         if link.startswith("https://"):
             continue
@@ -90,24 +90,24 @@ def broken_links(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", GUIDES)
-def test_links_lead_somewhere(name: str) -> None:
+def test_links_are_not_broken(name: str) -> None:
     assert list(broken_links(ROOT / name)) == []
 
 
-def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+def test_broken_links_are_detected(tmp_path: Path) -> None:
     text = "# A b, `c`\n[1](#a-b-c) [2](#a) [3](gone.md) [4](guide.md#a-b-c) [5](guide.md#gone) [6](https://x.y)\n"
     (tmp_path / "guide.md").write_text(text, encoding="utf-8")
     assert list(broken_links(tmp_path / "guide.md")) == ["#a", "gone.md", "guide.md#gone"]
 
 
-def test_all_guides_are_looked_at() -> None:
+def test_all_guides_are_checked() -> None:
     done = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip("not a git checkout")
     assert sorted(done.stdout.split()) == sorted(GUIDES)
 
 
-def test_the_readme_is_short_and_has_every_exit_code() -> None:
+def test_readme_is_short_and_lists_every_exit_code() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
     rows = text.split("| exit code | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
@@ -116,11 +116,11 @@ def test_the_readme_is_short_and_has_every_exit_code() -> None:
     assert codes == [0, *sorted(member.exit_code for member in family)]
 
 
-# The commands of developers
+# Developer commands
 
 
 def recipe(*targets: str) -> list[str]:
-    """The command lines that `make` would run for targets in an environment that is up to date."""
+    """The commands that `make` would run for targets in an up-to-date environment."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     command = ["make", "--dry-run", "--no-print-directory", "--old-file", ".venv/dev.stamp", *targets]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
@@ -159,7 +159,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, str]:
-    """A wheel of a checkout or an sdist, and what was said."""
+    """A wheel of a checkout or an sdist, and what the build printed."""
     command = [sys.executable, "-m", "pip", "wheel", "--verbose", "--no-deps", "--wheel-dir", folder, source]
     done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -175,7 +175,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The binaries of an environment that holds the wheel and what it declares, and nothing else."""
+    """The binaries of an environment with only the wheel and its declared dependencies."""
     folder = tmp_path_factory.mktemp("installed")
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     options = ("--quiet", "--disable-pip-version-check", "--no-compile")  # most modules are never imported
@@ -191,13 +191,13 @@ def names_in(wheel: Path) -> set[str]:
 
 
 def source_files() -> set[str]:
-    """The files of the package that belong into a wheel: all but its guides."""
+    """The package files that belong in a wheel: all but the guides."""
     files = (path for path in (ROOT / "loratune").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {str(path.relative_to(ROOT)) for path in files if path.suffix != ".md"}
 
 
 @pytest.mark.slow
-def test_the_wheel_holds_the_package_and_its_licence(wheel: Path) -> None:
+def test_wheel_contains_the_package_and_its_license(wheel: Path) -> None:
     names = names_in(wheel)
     records = {name for name in names if ".dist-info/" in name}
     files = [variant.file_name(define) for variant in VARIANTS for define in DEFINES]
@@ -211,10 +211,8 @@ def test_the_wheel_holds_the_package_and_its_licence(wheel: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
-def test_the_libraries_of_a_wheel_need_what_its_tag_promises_and_no_openmp_of_their_own(
-    wheel: Path, tmp_path: Path
-) -> None:
-    """As binutils sees them: the C library of the tag, the OpenMP of whoever loads them, no symbols for debuggers."""
+def test_wheel_libraries_match_the_tag_and_use_the_loaders_openmp(wheel: Path, tmp_path: Path) -> None:
+    """According to binutils: the C library of the tag, the OpenMP of the loading process, no debug symbols."""
     (minor,) = re.findall(r"manylinux_2_(\d+)_", wheel.name)
     with ZipFile(wheel) as archive:
         paths = [archive.extract(name, tmp_path) for name in archive.namelist() if name.endswith(".so")]
@@ -232,7 +230,7 @@ def test_the_libraries_of_a_wheel_need_what_its_tag_promises_and_no_openmp_of_th
     assert max(versions) == int(minor) and len(paths) == 6
 
 
-WITHOUT = {  # What a gcc does, and what is said.
+WITHOUT = {  # What the fake gcc does, and what is reported.
     "no compiler": ("", "there is no gcc: install one, or set CC to its path"),
     "an old compiler": (
         "echo 'cc1: error: bad value (x86-64-v4)' >&2; exit 1",
@@ -245,10 +243,10 @@ WITHOUT = {  # What a gcc does, and what is said.
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
 @pytest.mark.parametrize("name", WITHOUT)
-def test_without_a_compiler_that_can_do_it_the_wheel_is_pure_and_it_is_said(
+def test_wheel_is_pure_and_says_so_without_a_suitable_compiler(
     name: str, source: Path, wheel: Path, tmp_path: Path
 ) -> None:
-    """From a checkout in which one with libraries was built before."""
+    """Even if libraries were built in this checkout before."""
     does, line = WITHOUT[name]
     (tmp_path / "bin").mkdir()
     gcc = tmp_path / "bin" / "gcc"
@@ -276,7 +274,7 @@ def test_an_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBRARIES, reason="wheels have libraries on x86-64 only")
-def test_a_library_of_a_wheel_is_what_this_compiler_makes_where_it_is_used(
+def test_wheel_library_equals_one_compiled_on_this_machine(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -289,7 +287,7 @@ def test_a_library_of_a_wheel_is_what_this_compiler_makes_where_it_is_used(
 
 
 @pytest.mark.slow
-def test_an_editable_installation_compiles_where_it_is_used(source: Path, tmp_path: Path) -> None:
+def test_editable_installation_contains_no_libraries(source: Path, tmp_path: Path) -> None:
     code = f"import build_backend; build_backend.build_editable({str(tmp_path)!r})"
     environment = os.environ | {"PYTHONPATH": str(source / "scripts")}
     subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, check=True)
@@ -299,12 +297,12 @@ def test_an_editable_installation_compiles_where_it_is_used(source: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_away_from_the_checkout(
+def test_installed_wheel_trains_outside_the_checkout(
     installed: Path, run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XDG_", "HF_"))}
     environment["HOME"] = str(tmp_path)
-    environment["PATH"] = str(tmp_path / "none")  # There is no compiler, and with HAS_LIBRARIES none is needed.
+    environment["PATH"] = str(tmp_path / "none")  # There is no compiler; with HAS_LIBRARIES none is needed.
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -327,7 +325,7 @@ def test_an_installed_wheel_trains_away_from_the_checkout(
     assert run(installed / "loratune", "generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "1 and 1 make")
 
 
-def test_the_project_says_its_licence_and_its_markers() -> None:
+def test_project_declares_its_license_and_pytest_markers() -> None:
     assert PROJECT["project"]["license"] == "Apache-2.0"
     assert (ROOT / "LICENSE").read_text(encoding="utf-8").split()[:4] == ["Apache", "License", "Version", "2.0,"]
     markers = {line.split(":")[0] for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]}

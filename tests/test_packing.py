@@ -1,4 +1,5 @@
-"""Batches: rows end to end attend to themselves only, whatever the model, and packs hold every row once."""
+"""Batches: rows in a flat batch attend only to themselves in every supported model, and packs contain every row
+once."""
 
 import pickle
 import tracemalloc
@@ -66,7 +67,7 @@ def built(config: transformers.PreTrainedConfig, attention: str = "eager") -> An
 
 
 def rows(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Random rows; the first third of each is not supervised."""
+    """Random rows; the first third of each is unsupervised."""
     drawn = torch.Generator().manual_seed(seed)
     ids = [torch.randint(VOCABULARY, (length,), generator=drawn).tolist() for length in lengths]
     return [{"input_ids": row, "labels": [-100] * (len(row) // 3) + row[len(row) // 3 :]} for row in ids]
@@ -74,7 +75,7 @@ def rows(*lengths: int, seed: int = 0) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def difference(model: Any, several: list[dict[str, Any]], **inputs: Any) -> float:
-    """How far, at most, the logits of the rows in one flat batch are from those of the rows one by one."""
+    """The largest difference between the logits of rows in one flat batch and of the rows alone."""
     batch = flatten(several)
     together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], **{"use_cache": False} | inputs)
     parts = together.logits[0].split([len(row["input_ids"]) for row in several])
@@ -82,10 +83,10 @@ def difference(model: Any, several: list[dict[str, Any]], **inputs: Any) -> floa
     return max(float((one - part).abs().max()) for one, part in zip(alone, parts, strict=True))
 
 
-# --- rows end to end
+# --- flat rows
 
 
-def test_rows_stand_end_to_end_and_the_first_token_of_each_is_not_supervised() -> None:
+def test_flatten_concatenates_rows_without_supervising_their_first_token() -> None:
     batch = flatten([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [-100, 9]},
                      {"input_ids": [4], "labels": [4]}])  # fmt: skip
     assert {name: tensor.tolist() for name, tensor in batch.items()} == {
@@ -97,7 +98,7 @@ def test_rows_stand_end_to_end_and_the_first_token_of_each_is_not_supervised() -
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", SUPPORTED)
-def test_a_row_in_a_flat_batch_has_the_logits_that_it_has_alone(family: str, attention: str) -> None:
+def test_rows_have_the_same_logits_in_a_flat_batch_as_alone(family: str, attention: str) -> None:
     model = built(SUPPORTED[family], attention)
     assert model.config._attn_implementation == attention
     assert difference(model, rows(5, 40, 1, 1, 23, 12)) < 1e-5
@@ -105,7 +106,7 @@ def test_a_row_in_a_flat_batch_has_the_logits_that_it_has_alone(family: str, att
 
 
 @pytest.mark.parametrize("family", MIXING)
-def test_a_model_that_mixes_rows_is_refused(family: str) -> None:
+def test_models_that_mix_rows_are_refused(family: str) -> None:
     model = built(MIXING[family])
     assert difference(model, rows(5, 40, 1, 1, 23, 12)) > 1e-4
     assert packing_refusal(model, 40) == f"packing: {model.config.model_type} mixes rows: {MIXES}"
@@ -115,32 +116,32 @@ MIXES = "what it computes for one depends on what else is in a batch"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "qwen3_moe", "bloom", "mamba", "lfm2", "qwen3_next"])
-def test_the_verdict_is_the_same_in_bfloat16(family: str) -> None:
+def test_refusal_is_the_same_in_bfloat16(family: str) -> None:
     model = built((SUPPORTED | MIXING)[family], "eager").to(torch.bfloat16)
     assert (packing_refusal(model, 40) is None) == (family in SUPPORTED)
 
 
-def test_a_weak_leak_is_seen_below_the_rounding_of_bfloat16() -> None:
+def test_leak_smaller_than_bfloat16_rounding_is_detected() -> None:
     config = transformers.Lfm2Config(**SHAPE | {"initializer_range": 0.01}, layer_types=["conv", "full_attention"])
     model = built(config).to(torch.bfloat16)
     assert difference(model, rows(5, 40, 23)) < 0.02
     assert MIXES in str(packing_refusal(model, 40))
 
 
-def test_rows_mix_where_there_is_a_cache_or_a_mask() -> None:
+def test_cache_or_attention_mask_would_mix_rows() -> None:
     model, several = built(SUPPORTED["llama"]), rows(5, 40, 23)
     assert difference(model, several, use_cache=True) > 1e-3
     assert difference(model, several, attention_mask=torch.ones(1, 68, dtype=torch.long)) > 1e-3
 
 
 @pytest.mark.parametrize("longest", [1, 2, 3])
-def test_the_shortest_rows_are_checked_too(longest: int) -> None:
+def test_refusal_is_the_same_for_very_short_rows(longest: int) -> None:
     assert packing_refusal(built(SUPPORTED["gpt2"]), longest) is None
     assert packing_refusal(built(MIXING["lfm2"]), longest)
 
 
 class Counting(transformers.GPT2LMHeadModel):
-    """Lets no row see another, but makes logits smaller the longer the batch is."""
+    """Isolates rows, but scales logits down with the length of the batch."""
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         output = super().forward(input_ids=input_ids, **inputs)
@@ -149,7 +150,7 @@ class Counting(transformers.GPT2LMHeadModel):
 
 
 class Wavering(transformers.GPT2LMHeadModel):
-    """Gets a flat batch wrong once, as where rounding decides between two experts."""
+    """Computes one flat batch wrong once, as if rounding had switched an expert."""
 
     wrong = 1
 
@@ -162,19 +163,19 @@ class Wavering(transformers.GPT2LMHeadModel):
 
 
 class Greedy(transformers.GPT2LMHeadModel):
-    """Asks for more memory than there is."""
+    """Requests more memory than there is."""
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         raise torch.OutOfMemoryError("out of memory")
 
 
-def test_what_has_no_gradient_is_seen_too() -> None:
+def test_mixing_without_a_gradient_is_detected() -> None:
     refusal = str(packing_refusal(Counting(transformers.GPT2Config(**GPT2)), 40))
     assert refusal.startswith("packing: gpt2 mixes rows: logits differ by ")
 
 
 @pytest.mark.parametrize(("short", "longest"), [(64, 65), (64, 500), (400, 500)])
-def test_angles_that_follow_the_longest_row_are_seen(short: int, longest: int) -> None:
+def test_longrope_factors_that_depend_on_the_longest_row_are_detected(short: int, longest: int) -> None:
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [8.0] * 4}
     shape = SHAPE | {"original_max_position_embeddings": short}
     model = built(transformers.Phi3Config(**shape, rope_parameters=rope | {"original_max_position_embeddings": short}))
@@ -182,15 +183,15 @@ def test_angles_that_follow_the_longest_row_are_seen(short: int, longest: int) -
     assert difference(model, rows(5, longest)) > 1e-3 and "logits differ" in str(packing_refusal(model, longest))
 
 
-def test_what_is_exact_in_a_small_batch_only_is_seen() -> None:
+def test_errors_that_only_large_batches_show_are_detected() -> None:
     model = built(
         transformers.FalconConfig(**FALCON, alibi=True)
-    )  # its distances are counted over the batch, in bfloat16
+    )  # its distances are counted over the whole batch, in bfloat16
     assert difference(model, rows(5, 40, 40)) < 1e-5 and packing_refusal(model, 40) is None
     assert difference(model, rows(*[40] * 20)) > 1e-3 and "logits differ" in str(packing_refusal(model, 40, 800))
 
 
-def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
+def test_buffers_shorter_than_a_flat_batch_are_detected() -> None:
     shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_position_embeddings": 128, "window_size": 8}
     model = built(transformers.GPTNeoConfig(vocab_size=VOCABULARY, attention_types=[[["global", "local"], 1]], **shape))
     assert difference(model, rows(40, 40, 40)) < 1e-5 and packing_refusal(model, 40, 128) is None
@@ -198,29 +199,29 @@ def test_a_table_shorter_than_a_flat_batch_is_seen() -> None:
     assert refusal.startswith("packing: gpt_neo does not run on flat rows: RuntimeError: ")
 
 
-def test_rows_are_tried_no_further_than_a_model_has_positions() -> None:
+def test_check_does_not_exceed_the_positions_of_the_model() -> None:
     assert packing_refusal(built(SUPPORTED["gpt2"]), 1000, 500) is None
 
 
-def test_a_slip_of_rounding_is_no_mixing() -> None:
+def test_single_rounding_difference_is_not_reported_as_mixing() -> None:
     model = Wavering(transformers.GPT2Config(**GPT2))
     assert packing_refusal(model, 40) is None and model.wrong == 0
 
 
-def test_a_model_that_fails_on_flat_rows_is_refused_in_one_line() -> None:
+def test_failure_on_flat_rows_is_a_one_line_refusal() -> None:
     refusal = str(
         packing_refusal(transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS)), 40)
     )
     assert refusal.startswith("packing: musicgen_decoder does not run on flat rows: ") and "\n" not in refusal
 
 
-def test_running_out_of_memory_is_not_a_verdict() -> None:
+def test_out_of_memory_error_is_raised_not_reported_as_mixing() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         packing_refusal(Greedy(transformers.GPT2Config(**GPT2)), 40)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom", "rwkv", "musicgen"])
-def test_the_model_is_left_as_it_was(family: str) -> None:
+def test_checks_leave_the_model_unchanged(family: str) -> None:
     if family == "musicgen":
         model: Any = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS))
     else:
@@ -243,7 +244,7 @@ def test_the_model_is_left_as_it_was(family: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_model_with_an_adapter_is_judged_as_its_base() -> None:
+def test_adapters_and_dropout_do_not_change_the_refusal() -> None:
     for family in ("llama", "lfm2"):
         adapted = get_peft_model(
             built((SUPPORTED | MIXING)[family]), LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.5)
@@ -253,20 +254,20 @@ def test_a_model_with_an_adapter_is_judged_as_its_base() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", SUPPORTED | MIXING)
-def test_padded_rows_are_as_rows_alone(family: str, dtype: torch.dtype) -> None:
+def test_padding_does_not_change_rows(family: str, dtype: torch.dtype) -> None:
     assert padding_refusal(built((SUPPORTED | MIXING)[family]).to(dtype), 0) is None
 
 
 class ReadsPadding(transformers.GPT2LMHeadModel):
-    """Adds the mean of the embeddings of a row to all of them, so that padding counts."""
+    """Adds the mean embedding of a row to all of its tokens, so padding affects them."""
 
     def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
         embeddings = self.get_input_embeddings()(input_ids)
         return super().forward(inputs_embeds=embeddings + 1e-3 * embeddings.mean(1, keepdim=True), **inputs)
 
 
-def test_padding_that_counts_is_seen() -> None:
-    """By the gradient of the padding, also below the rounding of bfloat16, or by the logits, where it has none."""
+def test_padding_that_affects_rows_is_detected() -> None:
+    """By the gradient of the padding, even below bfloat16 rounding, or by the logits if there is no gradient."""
     for dtype in (torch.float32, torch.bfloat16):
         refusal = str(padding_refusal(ReadsPadding(transformers.GPT2Config(**GPT2)).to(dtype), 3))
         assert refusal == f"gpt2 computes something else for rows that are padded: {MIXES}"
@@ -274,8 +275,8 @@ def test_padding_that_counts_is_seen() -> None:
     assert refusal.startswith("gpt2 computes something else for rows that are padded: logits differ by ")
 
 
-def test_what_does_not_run_on_padded_rows_is_no_verdict() -> None:
-    """Training shows it."""
+def test_failure_on_padded_rows_is_not_reported_as_mixing() -> None:
+    """Training reports it. An out-of-memory error is raised."""
     model = transformers.MusicgenForCausalLM(transformers.MusicgenDecoderConfig(**CODEBOOKS))
     assert padding_refusal(model, 0) is None
     with pytest.raises(torch.OutOfMemoryError):
@@ -286,7 +287,7 @@ def test_what_does_not_run_on_padded_rows_is_no_verdict() -> None:
 
 
 def by_hand(lengths: list[int], budget: int, fullest: bool) -> list[int]:
-    """What the packs hold, by best fit (or first fit) one row at a time, the longest first."""
+    """The loads of the packs by best fit (or first fit), one row at a time, longest first."""
     loads: list[int] = []
     for length in sorted(lengths, reverse=True):
         fitting = [number for number, load in enumerate(loads) if load + length <= budget]
@@ -298,12 +299,12 @@ def by_hand(lengths: list[int], budget: int, fullest: bool) -> list[int]:
 
 
 def natural(count: int, seed: int = 0) -> np.ndarray:
-    """Lengths as those of real rows: log-normal, cut off at 2,048 tokens."""
+    """Realistic row lengths: log-normal, capped at 2,048 tokens."""
     return np.random.default_rng(seed).lognormal(5.5, 1, count).clip(1, 2048).astype(np.int32)
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_every_row_is_in_one_pack_and_packs_are_those_of_best_fit(seed: int) -> None:
+def test_best_fit_packs_every_row_once_and_matches_a_reference(seed: int) -> None:
     drawn = np.random.default_rng(seed)
     budget = int(drawn.integers(1, 200))
     lengths = drawn.integers(1, int(drawn.integers(1, budget + 1)) + 1, int(drawn.integers(1, 400)))
@@ -323,7 +324,7 @@ def test_best_fit_takes_no_more_packs_than_first_fit() -> None:
     assert all(len(best_fit(*case)) <= count for case, count in zip(several, first, strict=True))
 
 
-def test_a_pack_is_had_by_its_number() -> None:
+def test_packs_can_be_indexed_and_iterated() -> None:
     packs = best_fit(np.array([3, 1, 2, 4]), 5)
     assert [packs[number].tolist() for number in range(len(packs))] == [[1, 3], [0, 2]]
     assert packs[-1].tolist() == [0, 2] and [pack.tolist() for pack in packs] == [[1, 3], [0, 2]]
@@ -332,12 +333,12 @@ def test_a_pack_is_had_by_its_number() -> None:
 
 
 @pytest.mark.parametrize("lengths", [[3, 0], [3, 9], [-1]])
-def test_a_length_out_of_range_is_an_error(lengths: list[int]) -> None:
+def test_lengths_out_of_range_are_refused(lengths: list[int]) -> None:
     with pytest.raises(ValueError, match="do not fit 1 to 8"):
         best_fit(np.array(lengths), 8)
 
 
-def test_a_million_rows_of_natural_length_fill_packs_and_take_little_memory() -> None:
+def test_packing_a_million_rows_is_dense_and_needs_little_memory() -> None:
     lengths = natural(1_000_000)
     tracemalloc.start()
     packs = best_fit(lengths, 2048)
@@ -359,7 +360,7 @@ def batches(packing: Packing, several: list[dict[str, Any]], size: int = 2) -> B
 
 
 @pytest.mark.parametrize(("packing", "items", "size"), [("none", 10, 2), ("batch", 10, 2), ("full", 3, 1)])
-def test_a_loader_gives_every_row_once(packing: Packing, items: int, size: int) -> None:
+def test_loader_yields_every_row_once(packing: Packing, items: int, size: int) -> None:
     several = rows(*LENGTHS)
     layout = batches(packing, several)
     assert (len(layout.items), layout.size, layout.flat) == (items, size, packing != "none")
@@ -379,7 +380,7 @@ def test_a_loader_gives_every_row_once(packing: Packing, items: int, size: int) 
 
 
 @pytest.mark.parametrize("packing", ["none", "batch", "full"])
-def test_the_heaviest_batch_is_the_one_with_the_most_tokens(packing: Packing) -> None:
+def test_heaviest_batch_has_the_most_tokens(packing: Packing) -> None:
     layout = batches(packing, rows(*LENGTHS))
     tokens = [
         sum(len(row["input_ids"]) for row in (item if packing == "full" else [item]))
@@ -391,7 +392,7 @@ def test_the_heaviest_batch_is_the_one_with_the_most_tokens(packing: Packing) ->
     assert [layout.tokens(number) for number in heaviest] == sorted(tokens, reverse=True)[: layout.size]
 
 
-def test_fewer_rows_than_a_batch_and_none_at_all() -> None:
+def test_heaviest_batch_with_few_rows_or_none() -> None:
     assert batches("batch", rows(3), size=4).heaviest() == [0]
     for packing in ("none", "batch", "full"):
         assert batches(packing, []).heaviest() == [] and len(batches(packing, []).items) == 0  # type: ignore[arg-type]
@@ -401,7 +402,7 @@ def test_fewer_rows_than_a_batch_and_none_at_all() -> None:
 
 
 def train(packing: Packing, several: list[dict[str, Any]], attention: str) -> tuple[float, int, list[Tensor]]:
-    """The loss over all batches, its number of tokens, and the gradients."""
+    """The loss over all batches, its token count, and the gradients."""
     model = tiny_llama(attention_dropout=0.0)
     model.set_attn_implementation(attention)
     layout = batches(packing, several)
@@ -416,9 +417,9 @@ def train(packing: Packing, several: list[dict[str, Any]], attention: str) -> tu
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("packing", ["batch", "full"])
-def test_loss_and_gradients_are_those_of_padded_rows(packing: Packing, attention: str) -> None:
+def test_loss_and_gradients_match_those_of_padded_rows(packing: Packing, attention: str) -> None:
     several = rows(*LENGTHS)
-    several[1]["labels"] = list(several[1]["input_ids"])  # supervised from its first token on
+    several[1]["labels"] = list(several[1]["input_ids"])  # supervised from its first token
     padded, flat = train("none", several, attention), train(packing, several, attention)
     assert flat[0] == pytest.approx(padded[0], abs=1e-5) and flat[1] == padded[1]
     assert len(flat[2]) == len(padded[2]) > 0

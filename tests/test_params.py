@@ -1,4 +1,4 @@
-"""`loratune params`: exact counts from a configuration alone, whatever the size of the model."""
+"""`loratune params`: exact counts from a configuration alone, for models of any size."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ LLAMA_2_70B = {
     "num_key_value_heads": 8,
 }  # fmt: skip
 
-# Runs a command and reports the peak memory of that command alone; a child of pytest would start with pytest's own.
+# Runs a command and reports its own peak memory; a direct child would start with the peak of pytest.
 PEAK = """
 import resource, subprocess, sys
 code = subprocess.run(sys.argv[1:]).returncode
@@ -41,7 +41,7 @@ sys.exit(code)
 
 
 def config_only(path: Path, config: Any) -> Path:
-    """A model directory that holds a configuration and no weights."""
+    """A model directory with a configuration but no weights."""
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     config.save_pretrained(path)
     return path
@@ -53,7 +53,7 @@ def counted(ran: Ran) -> dict[str, Any]:
     return counts
 
 
-def test_counts_by_formula(cli: Cli, tiny_dir: Path) -> None:
+def test_counts_match_the_formula(cli: Cli, tiny_dir: Path) -> None:
     counts = counted(cli("params", "--model", tiny_dir, "--json"))
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
@@ -93,7 +93,7 @@ OTHERWISE = {"float32": (3, 4, 9, 10), "bfloat16": (0, 1, 2, 3, 4, 6, 7, 8, 9, 1
         for place, lora in enumerate(SIZED)
     ],
 )
-def test_the_size_of_the_file_is_known_before_training(
+def test_adapter_file_size_is_predicted_exactly(
     lora: dict[str, Any], dtype: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
     path = run_config(lora=lora, model={"name_or_path": str(tiny_dir), "dtype": dtype}, training={"max_steps": 1})
@@ -105,13 +105,13 @@ def test_the_size_of_the_file_is_known_before_training(
     assert sum(estimated["roles"].values()) + sum(estimated["others"].values()) == estimated["trainable"]
 
 
-def test_a_model_is_counted_with_the_default_lora(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
+def test_model_option_counts_the_default_lora_config(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
     config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"})
     assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
 
 
 @pytest.mark.usefixtures("untraced")
-def test_the_text_begins_with_the_line_of_peft(cli: Cli, tmp_path: Path) -> None:
+def test_output_starts_with_the_trainable_params_line_of_peft(cli: Cli, tmp_path: Path) -> None:
     ran = cli("params", "--model", config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_7B)))
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
@@ -129,7 +129,7 @@ def test_the_text_begins_with_the_line_of_peft(cli: Cli, tmp_path: Path) -> None
         (FalconConfig, ["v"], "  q, k, v: transformer.h.*.self_attention.query_key_value, fused"),
     ],
 )
-def test_fused_modules_are_named(
+def test_fused_modules_are_reported(
     config: Any, role: list[str], line: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -141,7 +141,7 @@ def test_fused_modules_are_named(
     assert counted(cli("params", path, "--json"))["trainable"] == 2 * 8 * (32 + 96)
 
 
-def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
+def test_fused_modules_are_counted_once(tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     directory = config_only(tmp_path, Phi3Config(**shape, vocab_size=264, pad_token_id=0))
     counts = params.params(config.for_model(str(directory)))
@@ -153,7 +153,7 @@ def test_a_fused_module_is_counted_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_70b_in_a_gigabyte(tmp_path: Path) -> None:
+def test_counting_70b_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
     directory = config_only(tmp_path, LlamaConfig(vocab_size=32000, **LLAMA_2_70B))
     command = [sys.executable, "-c", PEAK, sys.executable, "-m", "loratune", "params", "--model", directory, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -185,8 +185,10 @@ ODD = {
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), ODD.values(), ids=ODD)
-def test_odd_configurations(changes: dict[str, Any], code: Code | None, text: str, tmp_path: Path, cli: Cli) -> None:
-    """Each ends soon, in an error of the model."""
+def test_invalid_configurations_are_model_errors(
+    changes: dict[str, Any], code: Code | None, text: str, tmp_path: Path, cli: Cli
+) -> None:
+    """Each one fails quickly."""
     path = config_only(tmp_path / "odd", LlamaConfig(**SMALL))
     values = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(values | changes))
@@ -196,6 +198,6 @@ def test_odd_configurations(changes: dict[str, Any], code: Code | None, text: st
         check_refused(ran, 3, (code, str(path), ""))
 
 
-def test_a_huge_vocabulary_is_counted(tmp_path: Path) -> None:
+def test_huge_vocabulary_is_counted(tmp_path: Path) -> None:
     directory = config_only(tmp_path, LlamaConfig(**SMALL | {"vocab_size": 10**12}))
     assert params.params(config.for_model(str(directory))).count.total > 2 * 32 * 10**12

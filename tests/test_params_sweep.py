@@ -1,4 +1,4 @@
-"""`params` on every causal language model that transformers knows: counts, or a documented error."""
+"""`params` on every causal language model of transformers: counts, or a documented error."""
 
 import re
 import warnings
@@ -24,7 +24,7 @@ SMALL = ["data.max_length=16", "training.per_device_train_batch_size=1"]
 
 
 def counted(model_type: str, where: Path) -> str:
-    """How `params` ends on the configuration of a type: `counts`, or its error. Anything else is raised."""
+    """The result of `params` for a model type: `counts`, or its error message. Other exceptions are raised."""
     try:
         found = params(config.for_model(str(where), SMALL))
     except ModelError as error:
@@ -40,8 +40,8 @@ def counted(model_type: str, where: Path) -> str:
     ids=["sample", *(f"{shard + 1} of {SHARDS}" for shard in range(SHARDS))],
 )
 def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """With few layers, where the configuration allows for it; every exception but a ModelError fails. The sample is
-    traced by other tests."""
+    """With few layers if the configuration allows it. Any exception other than ModelError fails. Other tests trace the
+    sample."""
     if types is SAMPLE:
         request.getfixturevalue("untraced")
     ends = {}
@@ -49,7 +49,7 @@ def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path, 
         where = tmp_path / model_type
         try:
             configure(model_type).save_pretrained(where)
-        except StrictDataclassClassValidationError:  # a configuration whose numbers must agree is not made smaller
+        except StrictDataclassClassValidationError:  # a configuration whose values must be consistent is not shrunk
             CONFIG_MAPPING[model_type]().save_pretrained(where)
         ends[model_type] = counted(model_type, where)
     known = r"encoder-decoder \[model.unsupported\]|nothing in the attention|has no attention|"
@@ -63,14 +63,14 @@ def test_every_type_is_counted_or_refused(types: Sequence[str], tmp_path: Path, 
 
 @pytest.mark.usefixtures("untraced")
 @pytest.mark.parametrize("model_type", ["blt", pytest.param("dory", marks=pytest.mark.slow)])
-def test_a_default_configuration(model_type: str, tmp_path: Path) -> None:
-    """Several stacks without a number of layers of their own; more kinds of layers listed than there are layers."""
+def test_default_configurations_are_counted(model_type: str, tmp_path: Path) -> None:
+    """Several stacks without layer counts of their own; more layer types listed than there are layers."""
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path / model_type)
     assert counted(model_type, tmp_path / model_type) == "counts"
 
 
 @pytest.mark.usefixtures("untraced")
-def test_what_a_projection_computes_besides_is_reported(tmp_path: Path) -> None:
+def test_additional_outputs_of_a_projection_are_reported(tmp_path: Path) -> None:
     configure("axk2").save_pretrained(tmp_path / "axk2")
     found = params(config.for_model(str(tmp_path / "axk2"), SMALL))
     assert "q_gate_proj computes the gate of the attention's output as well, which is adapted with it" in found.notes

@@ -1,4 +1,4 @@
-"""Runs on answers that are compared: rows, the reference, the first step, what is reported, resuming, proposing."""
+"""Preference training: rows, the reference, the first step, reports, resuming, and `init`."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def losses(directory: Path) -> list[float]:
 # Rows
 
 
-def test_what_is_dropped_is_named(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_dropped_rows_are_reported_with_reasons(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     bad = [
         {"prompt": "a", "chosen": " ", "rejected": "b"},
         {"prompt": "a", "chosen": "b", "rejected": "b"},
@@ -99,7 +99,7 @@ def test_what_is_dropped_is_named(cli: Cli, run_config: MakeConfig, tmp_path: Pa
     check_refused(cli("train", path, "--dry-run"), 4, (Code.DATA_EMPTY, str(tmp_path / "compared.jsonl"), ""))
 
 
-def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_both_sides_get_the_same_truncated_prompt(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = config(run_config, tmp_path, data={"max_length": 30})
     write_rows(tmp_path / "compared.jsonl", [{"prompt": "p" * 40, "chosen": "yes", "rejected": "not at all"}, *PAIRS])
     ran = cli("train", path, "--dry-run", "--rows", 1)
@@ -123,7 +123,7 @@ def test_both_sides_lose_the_same_of_the_prompt(cli: Cli, run_config: MakeConfig
         ("kto", [{"prompt": "a", "completion": "b", "label": 1}], "set data.format to unpaired_preference"),
     ],
 )
-def test_rows_that_are_not_those_of_the_objective(
+def test_rows_in_the_wrong_format_for_the_objective_are_refused(
     objective: str, rows: list[dict[str, Any]], fix: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     path = config(run_config, tmp_path, objective, data={"validation": None}, training={"eval_steps": None})
@@ -139,8 +139,10 @@ LATER: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("first", [LATER[0], {"prompt": "a", "completion": "good"}], ids=["null", "none"])
-def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Answers are not trained on, whatever the label says, unless the format is given."""
+def test_boolean_label_on_a_later_row_is_refused(
+    first: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Answers labeled undesirable must not be trained on, unless the format is set explicitly."""
     path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
     write_rows(tmp_path / "compared.jsonl", [first, LATER[1]])
     ran = cli("train", path)
@@ -150,10 +152,10 @@ def test_a_label_that_comes_later(first: dict[str, Any], cli: Cli, run_config: M
 
 
 @pytest.mark.parametrize(("label", "is_told"), [(0, True), ("1", True), (None, True), (3, False), ("noun", False)])
-def test_a_label_that_may_be_one(
+def test_ambiguous_label_field_is_reported(
     label: Any, is_told: bool, cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """0 and 1 are classes or verdicts: what to set is said, by `init` too."""
+    """0 and 1 may be classes or verdicts: `train` and `init` both report which setting to use."""
     path = config(run_config, tmp_path, "sft", data={"validation": None}, training={"eval_steps": None})
     rows = write_rows(
         tmp_path / "compared.jsonl", [{"prompt": f"{n}", "completion": "b", "label": label} for n in "ab"]
@@ -177,7 +179,7 @@ def test_a_label_that_may_be_one(
         {"data": {"loss_on": "all"}},
     ],
 )
-def test_settings_that_do_not_go_with_the_objective(
+def test_settings_incompatible_with_the_objective_are_refused(
     changes: dict[str, Any], cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     ran = cli("train", config(run_config, tmp_path, **changes))
@@ -185,10 +187,10 @@ def test_settings_that_do_not_go_with_the_objective(
 
 
 @pytest.mark.parametrize(("objective", "is_held_up"), [("dpo", True), ("orpo", False), ("kto", False)])
-def test_nothing_is_replayed(
+def test_replay_is_refused_with_preference_objectives(
     objective: str, is_held_up: bool, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The message names what is there instead, where there is something."""
+    """The message suggests an alternative if there is one."""
     changes = {"data": {"replay": 0.2}, "lora": {"start_from": str(tmp_path / "earlier")}}
     ran = cli("train", config(run_config, tmp_path, objective, **changes))
     assert ran.code == 2 and len(ran.errors) == 1
@@ -205,7 +207,7 @@ FIRST = {"dpo": math.log(2), "kto": 0.5}
 
 
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto"])
-def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_preference_training_lowers_the_loss(objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", config(run_config, tmp_path, objective, training={"max_steps": 12}), "--json")
     assert ran.code == 0, ran.err
     found = losses(tmp_path / "out")
@@ -226,14 +228,14 @@ def test_a_run_learns(objective: str, cli: Cli, run_config: MakeConfig, tmp_path
         assert result["preferences"]["split"] == "validation"
 
 
-def test_dropout_does_not_disturb_the_check_of_the_first_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_first_loss_check_passes_with_dropout(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", config(run_config, tmp_path, lora={"lora_dropout": 0.5}, training={"max_steps": 2}))
     assert ran.code == 0, ran.err
     assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["dpo", "kto"])
-def test_a_wrong_reference_ends_the_run(
+def test_wrong_reference_ends_the_run(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_reference = results.set_reference
@@ -244,11 +246,11 @@ def test_a_wrong_reference_ends_the_run(
 
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto", "orpo"])
-def test_a_base_that_computes_nan_is_no_reference(
+def test_base_with_nan_outputs_is_refused_as_reference(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Its weights are finite. What is wrong is said of the base, and nothing of it is kept."""
+    """Its weights are finite. The error names the base, and no values are cached."""
     model = tiny_llama()
     for layer in (model.model.layers[0].mlp.up_proj, model.model.layers[0].mlp.gate_proj):
         layer.weight.data *= 1e25
@@ -263,7 +265,7 @@ def test_a_base_that_computes_nan_is_no_reference(
 
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
-def test_how_a_step_is_divided_changes_nothing(
+def test_accumulation_does_not_change_the_result(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """8 x 1 = 4 x 2 = 2 x 4, KTO's divergence included."""
@@ -281,8 +283,8 @@ def test_how_a_step_is_divided_changes_nothing(
             assert (tensor - found[0][1][name]).abs().max() < 1e-4
 
 
-def test_packing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """A batch of all rows has the same loss however it is laid out."""
+def test_packing_does_not_change_the_loss(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """A batch of all rows has the same loss in every layout."""
     whole = {"per_device_train_batch_size": 24, "max_steps": 2, "eval_steps": None}
     layouts: list[dict[str, Any]] = [{}, {"packing": "none"}, {"packing": "full"}, {"share_prefixes": False}]
     found = []
@@ -297,8 +299,8 @@ def test_packing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
 # The reference
 
 
-def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Each row has a partner with another prompt, the same in every process; a prompt that is too long is cut."""
+def test_kl_rows_pair_prompts_with_answers_to_other_prompts(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Each row has a partner with another prompt, the same in every process. An overlong prompt is truncated."""
     path = write_rows(tmp_path / "compared.jsonl", UNPAIRED)
     section = DataSection.model_validate({"train": str(path)})
     split = data.read_datasets(section, 0).train
@@ -320,8 +322,8 @@ def test_prompts_with_answers_to_others(tmp_path: Path, tokenizer: PreTrainedTok
         assert len(used) >= len(rows) - 2
 
 
-def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Damaged ones are computed again."""
+def test_reference_values_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged ones are discarded."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     key, values = "0" * 64, np.array([-1.5, 0.1, 1e-300])
     assert token_cache.load_values(key) is None
@@ -335,11 +337,13 @@ def test_values_are_kept_for_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     token_cache.store_values(key, values)
     assert token_cache.load_values(key) is not None
     file.unlink()
-    os.mkfifo(file)  # which nobody waits at
+    os.mkfifo(file)  # which must not block
     assert token_cache.load_values(key) is None
 
 
-def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reference_values_that_cannot_be_written_leave_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     key, limits = "0" * 64, resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -355,10 +359,10 @@ def test_values_that_cannot_be_written_leave_nothing(tmp_path: Path, monkeypatch
 SHORT: dict[str, Any] = {"max_steps": 2, "eval_steps": None}
 
 
-def test_the_reference_is_computed_once_and_kept(
+def test_reference_is_computed_once_and_cached(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two runs have the same bytes, whether the reference was there or not; other rows have another one."""
+    """Runs write the same bytes with and without a cached reference. Other rows have their own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     said = []
     for name, more in (("one", {}), ("two", {}), ("three", {"per_device_train_batch_size": 3})):
@@ -373,7 +377,7 @@ def test_the_reference_is_computed_once_and_kept(
     assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "four" / WEIGHTS).read_bytes()
 
 
-def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_continued_adapter_is_the_reference(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     first = cli("train", config(run_config, tmp_path, "orpo", output_dir=str(tmp_path / "first")))
     assert first.code == 0, first.err
     more = {"lora": {"start_from": str(tmp_path / "first")}}
@@ -387,7 +391,7 @@ def test_an_adapter_that_is_trained_further_is_the_reference(cli: Cli, run_confi
     assert "; start 0.693, adapter 0." in ran.out
 
 
-def test_how_many_answers_are_good(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_desirable_and_undesirable_answers_are_counted(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = config(run_config, tmp_path, "kto", data={"validation": None}, training={"eval_steps": None})
     ran = cli("train", path, "--dry-run")
     assert ran.code == 0 and "24 of the answers are desirable, 24 undesirable\n" in ran.err + ran.out
@@ -398,7 +402,9 @@ def test_how_many_answers_are_good(cli: Cli, run_config: MakeConfig, tmp_path: P
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "eva"])
-def test_variants_start_at_the_base(init: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_first_loss_of_lora_variants_is_that_of_the_base(
+    init: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     ran = cli("train", config(run_config, tmp_path, lora={"init_lora_weights": init}))
     assert ran.code == 0, ran.err
     assert losses(tmp_path / "out")[0] == pytest.approx(math.log(2), abs=1e-4)
@@ -408,7 +414,7 @@ def test_variants_start_at_the_base(init: str, cli: Cli, run_config: MakeConfig,
 
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
-def test_a_resumed_run_has_the_same_bytes(
+def test_resumed_run_writes_the_same_bytes(
     objective: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, cli: Cli
 ) -> None:
     training = {"num_train_epochs": 1, "max_steps": -1, "save_steps": 2, "per_device_train_batch_size": 3}
@@ -420,7 +426,7 @@ def test_a_resumed_run_has_the_same_bytes(
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == straight(processes, path, tmp_path)
 
 
-# Proposing
+# `init`
 
 
 def test_init_proposes_the_objective(cli: Cli, tmp_path: Path, tiny_dir: Path) -> None:

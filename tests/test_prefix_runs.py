@@ -1,4 +1,4 @@
-"""Runs on rows that share prefixes: they give what they give without sharing, and say what they do, or why not."""
+"""Runs on rows that share prefixes: results are the same as without sharing, and the run reports whether it shares."""
 
 import json
 import signal
@@ -53,10 +53,10 @@ def record(path: Path) -> dict[str, Any]:
         pytest.param("full", "completion", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_gives_the_same_with_and_without(
+def test_prefix_sharing_does_not_change_the_results(
     packing: str, loss_on: str, run_config: MakeConfig, cli: Cli, tmp_path: Path, rows: str
 ) -> None:
-    """Losses, held-out losses, counts of tokens, and weights; with supervised prefixes, and accumulation."""
+    """Losses, held-out losses, token counts and weights; with supervised prefixes, and with accumulation."""
     data = {"train": rows, "validation": 0.2, "packing": packing, "loss_on": loss_on, "max_length": 100}
     training = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
     if packing == "full":
@@ -76,7 +76,7 @@ def test_a_run_gives_the_same_with_and_without(
     assert all(float((weights[name] - expected[name]).abs().max()) < 1e-4 for name in expected)
 
 
-def test_killed_and_resumed_gives_the_same_bytes(
+def test_killed_and_resumed_run_writes_the_same_bytes(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, rows: str
 ) -> None:
     training = {"save_steps": 2, "per_device_train_batch_size": 4, "num_train_epochs": 2}
@@ -89,10 +89,10 @@ def test_killed_and_resumed_gives_the_same_bytes(
 
 
 @pytest.mark.distributed
-def test_two_processes_do_what_one_does(
+def test_two_processes_get_the_losses_of_one(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path, rows: str
 ) -> None:
-    """Each shares prefixes within its own part of a step."""
+    """Each process shares prefixes within its own part of a step."""
     config = run_config(data={"train": rows, "validation": 0.2}, training={"num_train_epochs": 1, "eval_steps": 2})
     records = []
     for count in (1, 2):
@@ -108,7 +108,7 @@ def test_two_processes_do_what_one_does(
     assert records[0]["metrics"]["tokens"] == records[1]["metrics"]["tokens"]
 
 
-def test_dropout_shares_nothing_and_says_what_it_costs(run_config: MakeConfig, cli: Cli, rows: str) -> None:
+def test_dropout_disables_prefix_sharing_and_reports_the_cost(run_config: MakeConfig, cli: Cli, rows: str) -> None:
     config = run_config(data={"train": rows}, lora={"lora_dropout": 0.1}, training={"max_steps": 1})
     ran = cli("train", config)
     assert ran.code == 0 and ON not in ran.err
@@ -120,7 +120,7 @@ def test_dropout_shares_nothing_and_says_what_it_costs(run_config: MakeConfig, c
     )  # fmt: skip
 
 
-def test_padded_rows_share_nothing(run_config: MakeConfig, cli: Cli, rows: str) -> None:
+def test_padding_disables_prefix_sharing(run_config: MakeConfig, cli: Cli, rows: str) -> None:
     config = run_config(data={"train": rows, "packing": "none"}, training={"max_steps": 1})
     ran = cli("train", config)
     assert ran.code == 0 and "share_prefixes" not in ran.err
@@ -130,18 +130,18 @@ def test_padded_rows_share_nothing(run_config: MakeConfig, cli: Cli, rows: str) 
     )  # fmt: skip
 
 
-def test_rows_that_begin_differently_are_left_alone(run_config: MakeConfig, cli: Cli) -> None:
-    """And `true` shares the little that there is."""
+def test_prefix_sharing_is_off_if_it_saves_little(run_config: MakeConfig, cli: Cli) -> None:
+    """`share_prefixes: true` forces it."""
     config = run_config(training={"max_steps": 1})
     assert "share_prefixes" not in cli("train", config).err
     ran = cli("train", config, "--overwrite", "--set", "data.share_prefixes=true")
     assert ran.code == 0 and ON in ran.err
 
 
-def test_a_family_with_attention_of_its_own_shares_nothing(
+def test_models_with_unsupported_attention_do_not_share_prefixes(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: Any, rows: str
 ) -> None:
-    """BLOOM adds biases to its scores."""
+    """BLOOM adds biases to the attention scores."""
     bloom = CONFIG_MAPPING["bloom"](**SHAPE | {"n_layer": 2, "n_head": 4})
     AutoModelForCausalLM.from_config(bloom).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -154,8 +154,8 @@ def test_a_family_with_attention_of_its_own_shares_nothing(
     check_refused(ran, 2, (Code.MODEL_UNSUPPORTED, "", "data.share_prefixes"))
 
 
-def test_a_model_that_takes_trees_is_known() -> None:
-    """Stock attention takes a position that goes back for something else."""
+def test_models_that_support_prefix_trees_are_recognized() -> None:
+    """Stock attention misinterprets positions that go back."""
     model = adapted()
     assert not computes_trees(model.get_base_model())
     assert kernels.tree_refusal(model) == "has attention that is not accelerated"
@@ -180,8 +180,8 @@ def layout_of(lists: list[list[int]], size: int) -> BatchLayout:
     return BatchLayout(several, np.array([len(ids) for ids in lists]), "batch", size, 100, 0)
 
 
-def test_the_largest_batch_is_the_one_that_computes_most() -> None:
-    """Not the longest rows, which have most of their tokens in common."""
+def test_heaviest_batch_is_chosen_by_computed_tokens() -> None:
+    """Not by length: the longest rows here share most of their tokens."""
     long = [*range(60)]
     lists = [*([*long, 100 + number] for number in range(6)), *([200 + number] * (50 - number) for number in range(3))]
     layout = layout_of(lists, 4)
@@ -192,8 +192,8 @@ def test_the_largest_batch_is_the_one_that_computes_most() -> None:
     assert layout.saved is None and shared.saved == layout.saving()
 
 
-def test_the_largest_batch_is_looked_for_beyond_the_longest_rows() -> None:
-    """All of which may begin alike."""
+def test_heaviest_batch_search_goes_beyond_the_longest_rows() -> None:
+    """They may all share a prefix."""
     long = [*range(60)]
     lists = [*([*long, 100 + number] for number in range(300)), *([1000 + number] * 30 for number in range(300))]
     shared = layout_of(lists, 4).sharing(0.5)
@@ -205,7 +205,7 @@ def test_the_largest_batch_is_looked_for_beyond_the_longest_rows() -> None:
     assert layout_of([], 8).sharing(0.5).heaviest() == []
 
 
-def test_memory_is_that_of_what_is_computed() -> None:
+def test_tree_sizes_count_shared_prefixes_once() -> None:
     lists = [[*range(50), 100 + number, 101 + number] for number in range(8)]
     rows = [{"input_ids": ids, "labels": [-100] * 49 + ids[49:]} for ids in lists]
     sizes, count = batching.tree_sizes(rows)

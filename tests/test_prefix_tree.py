@@ -1,4 +1,4 @@
-"""Rows that share prefixes: the tree gives for each of them what it gives alone, and every gradient of them all."""
+"""Prefix trees: every row gets the same results as alone, and every gradient is the sum over the rows."""
 
 import pickle
 from itertools import accumulate, pairwise
@@ -43,7 +43,7 @@ TREES: dict[str, list[list[int]]] = {
 
 
 def as_rows(lists: list[list[int]], unsupervised: int = 0) -> list[Row]:
-    """Rows of which every token is supervised but for the first ones; a row may be given twice with other labels."""
+    """Rows with all tokens supervised except the first ones. A row may occur twice with different labels."""
     return [
         {"input_ids": ids, "labels": [-100] * min(unsupervised, len(ids) - 1) + ids[min(unsupervised, len(ids) - 1) :]}
         for ids in lists
@@ -54,7 +54,7 @@ def as_rows(lists: list[list[int]], unsupervised: int = 0) -> list[Row]:
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_each_row_stands_in_the_tree(name: str) -> None:
+def test_tree_contains_every_row(name: str) -> None:
     rows = TREES[name]
     tree = PrefixTree.of(rows)
     for ids, places in zip(rows, tree.places, strict=True):
@@ -67,8 +67,8 @@ def test_each_row_stands_in_the_tree(name: str) -> None:
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("tile", [4, 48, 128])
 @pytest.mark.parametrize("window", [None, 1, 7, 33])
-def test_positions_say_what_a_token_attends_to(name: str, tile: int, window: int | None) -> None:
-    """Its own row up to itself, whichever of the rows that it is part of."""
+def test_positions_determine_what_a_token_attends_to(name: str, tile: int, window: int | None) -> None:
+    """The preceding tokens of its row, the same for every row that contains the token."""
     tree = PrefixTree.of(TREES[name])
     keys = seen(Layout.of(torch.from_numpy(tree.positions), window, tile))
     for places in tree.places:
@@ -77,20 +77,20 @@ def test_positions_say_what_a_token_attends_to(name: str, tile: int, window: int
             assert keys[place] == places[begin : position + 1].tolist()
 
 
-def test_a_prefix_stands_once() -> None:
+def test_shared_prefix_is_stored_once() -> None:
     assert len(PrefixTree.of(TREES["one level"]).ids) == 30 + sum(map(len, ENDS))
     assert len(PrefixTree.of(TREES["nothing shared"]).ids) == sum(map(len, (A, B, C, D)))
     assert len(PrefixTree.of(TREES["nothing follows"]).ids) == len(A + B + C + D) + len(D)
     assert len(PrefixTree.of(TREES["the same rows"]).ids) == len(A + B + C + D)
 
 
-def test_few_tokens_make_no_branch() -> None:
+def test_short_prefixes_are_not_shared() -> None:
     few, enough = A[: LEAST_SHARED - 1], A[:LEAST_SHARED]
     assert len(PrefixTree.of([few + B, few + C]).ids) == len(few + B + few + C)
     assert len(PrefixTree.of([enough + B, enough + C]).ids) == len(enough + B + C)
 
 
-def test_the_order_of_rows_does_not_change_the_tree() -> None:
+def test_tree_does_not_depend_on_the_order_of_rows() -> None:
     rows = TREES["four levels"]
     one, other = PrefixTree.of(rows), PrefixTree.of(rows[::-1])
     assert one.ids.tolist() == other.ids.tolist() and one.positions.tolist() == other.positions.tolist()
@@ -110,14 +110,14 @@ def test_a_batch_keeps_the_labels_of_its_rows() -> None:
 
 
 def spread(tensor: Tensor, axis: int, places: Tensor) -> Tensor:
-    """What belongs to the tokens of a tree, at the tokens of its rows."""
+    """Values per tree token, gathered at the tokens of the rows."""
     return tensor.index_select(axis, places)
 
 
 @pytest.mark.parametrize("over", OVER)
 @pytest.mark.parametrize("name", TREES)
-def test_attention_over_a_tree_is_that_of_its_rows(name: str, over: str) -> None:
-    """Results, and gradients, which add up at the tokens that several rows have."""
+def test_tree_attention_matches_attention_over_its_rows(name: str, over: str) -> None:
+    """Results, and gradients, which are summed at shared tokens."""
     choose, dtype = OVER[over]
     tree = PrefixTree.of(TREES[name])
     count, places = len(tree.ids), torch.from_numpy(np.concatenate(tree.places))
@@ -127,7 +127,7 @@ def test_attention_over_a_tree_is_that_of_its_rows(name: str, over: str) -> None
         arguments = [normal(*shape, seed=seed).to(dtype) for seed, shape in enumerate(shapes)]
         alone = [spread(one, 1, places) for one in arguments]
         gradient = normal(len(places), 2 * heads * size, seed=3).to(dtype)
-        # What rows share has one gradient in the tree: the sum of those of the rows.
+        # The tree has one gradient for a shared token: the sum of those of its rows.
         added = torch.zeros(count, gradient.shape[1]).index_add_(0, places, gradient.float()).to(dtype)
         ops = choose(arguments[0])
         one = attended(ops, positions, [*arguments, added], window, tile)
@@ -140,7 +140,7 @@ def test_attention_over_a_tree_is_that_of_its_rows(name: str, over: str) -> None
 
 
 @pytest.mark.parametrize("over", OVER)
-def test_a_number_that_is_not_finite_reaches_the_rows_that_have_it(over: str) -> None:
+def test_non_finite_values_reach_only_the_rows_that_contain_them(over: str) -> None:
     choose, dtype = OVER[over]
     rows = TREES["two levels"]
     tree = PrefixTree.of(rows)
@@ -149,7 +149,7 @@ def test_a_number_that_is_not_finite_reaches_the_rows_that_have_it(over: str) ->
     arguments = [normal(*shape, seed=n).to(dtype) for n, shape in enumerate(shapes)]
     positions = torch.from_numpy(tree.positions)
     whole = attended(choose(arguments[0]), positions, arguments, None)[0]
-    for position in (3, 35):  # in what all share, and in what the first four share
+    for position in (3, 35):  # a token that all rows share, and one that the first four share
         place = int(tree.places[0][position])
         arguments[2] = normal(*shapes[2], seed=2).to(dtype)
         arguments[2][0, place, 3] = float("nan")
@@ -166,7 +166,7 @@ def test_a_number_that_is_not_finite_reaches_the_rows_that_have_it(over: str) ->
 
 
 def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """The loss of a batch, and the gradients."""
+    """The loss and the gradients of a batch."""
     inputs = dict(batch)
     labels, places = inputs.pop("labels"), inputs.pop("places", None)
     kernels.set_loss_targets(model, labels, places)
@@ -178,7 +178,7 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
 
 
 def rows_alone(model: Any, rows: list[Row]) -> tuple[float, dict[str, Tensor]]:
-    """The same by stock layers, each row in a pass of its own."""
+    """The same by stock layers, with a separate pass for each row."""
     supervised = [sum(label >= 0 for label in row["labels"][1:]) for row in rows]
     total, summed = 0.0, dict[str, Tensor]()
     for row, count in zip(rows, supervised, strict=True):
@@ -191,7 +191,7 @@ def rows_alone(model: Any, rows: list[Row]) -> tuple[float, dict[str, Tensor]]:
 
 
 def check_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[str, Tensor]]) -> None:
-    """The bounds of the promise: the loss within 1e-6, every gradient within 1e-5 of the largest."""
+    """The promised bounds: the loss within 1e-6, every gradient within 1e-5 of the largest."""
     assert one[0] == pytest.approx(other[0], abs=1e-6)
     assert one[1].keys() == other[1].keys() and one[1]
     largest = max(float(gradient.abs().max()) for gradient in one[1].values())
@@ -201,8 +201,8 @@ def check_same(one: tuple[float, dict[str, Tensor]], other: tuple[float, dict[st
 
 @pytest.mark.parametrize("unsupervised", [0, 33])
 @pytest.mark.parametrize("name", TREES)
-def test_a_tree_gives_the_loss_and_gradients_of_its_rows(name: str, unsupervised: int) -> None:
-    """Of the rows alone in stock PEFT, and packed; with supervised prefixes, and with supervised ends only."""
+def test_tree_loss_and_gradients_match_those_of_its_rows(name: str, unsupervised: int) -> None:
+    """Compared with single rows in stock PEFT, and with packed rows; with and without supervised prefixes."""
     model, rows = adapted(), as_rows(TREES[name], unsupervised)
     if not any(label >= 0 for row in rows for label in row["labels"][1:]):
         rows[0]["labels"] = rows[0]["input_ids"]
@@ -213,8 +213,8 @@ def test_a_tree_gives_the_loss_and_gradients_of_its_rows(name: str, unsupervised
         check_same(stock, step(model, share_prefixes(rows)))
 
 
-def test_rows_with_equal_tokens_keep_their_labels() -> None:
-    """Where one row supervises what another one does not."""
+def test_rows_with_equal_tokens_keep_their_own_labels() -> None:
+    """Some rows supervise tokens that other rows do not."""
     rows = [*as_rows(TREES["two levels"], 33), *as_rows(TREES["two levels"][:3], 0), *as_rows([A + B], 10)]
     model = adapted()
     stock = rows_alone(model, rows)
@@ -230,7 +230,7 @@ def test_rows_with_equal_tokens_keep_their_labels() -> None:
         "deepseek_v3, whose values are small",
     ],
 )  # fmt: skip
-def test_families_give_the_same(family: str) -> None:
+def test_model_families_compute_the_same_with_trees(family: str) -> None:
     kind, changes, not_accelerated = FAMILIES[family]
     model = adapted(kind, targets=TARGETS.get(kind, ROLES), changes=changes)
     rows = as_rows(TREES["four levels"] + TREES["longer than a tile"], 12)
@@ -240,8 +240,8 @@ def test_families_give_the_same(family: str) -> None:
         check_same(stock, step(model, share_prefixes(rows)))
 
 
-def test_fifty_steps_give_the_same_curve() -> None:
-    """Of AdamW, over batches that share prefixes of several levels."""
+def test_fifty_steps_have_the_same_loss_curve() -> None:
+    """With AdamW, over batches with prefixes shared on several levels."""
     lists = [one for name in ("two levels", "three levels", "four levels", "the same rows") for one in TREES[name]]
     rows = as_rows(lists, 25)
     curves = []
@@ -264,8 +264,7 @@ def test_fifty_steps_give_the_same_curve() -> None:
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
 
 
-def test_the_spans_of_rows_are_theirs() -> None:
-    """`places` are those of the rows in their order."""
+def test_places_are_in_the_order_of_rows() -> None:
     rows = as_rows(TREES["three levels"])
     ends = [0, *accumulate(len(row["input_ids"]) for row in rows)]
     batch = share_prefixes(rows)

@@ -1,4 +1,4 @@
-"""From checked rows to tokenized ones: which take part, what is counted, what is cached on disk and used again."""
+"""From validated rows to tokenized ones: which rows are used, what is counted, and what is cached on disk."""
 
 import copy
 import json
@@ -60,14 +60,14 @@ def entries(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir())
 
 
-# Which rows take part
+# Which rows are used
 
 
 def numbered(path: Path, count: int, letter: str = "p") -> Path:
     return write_rows(path, ({"prompt": f"{letter}{number}", "completion": "c"} for number in range(count)))
 
 
-def test_several_sources_in_order_and_their_formats(tmp_path: Path) -> None:
+def test_several_sources_are_read_in_order_with_their_formats(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.csv").write_text("completion,prompt\nc,q0\n")
     (tmp_path / "c.txt").write_text("one\ntwo\n")
@@ -77,7 +77,7 @@ def test_several_sources_in_order_and_their_formats(tmp_path: Path) -> None:
     assert checked(str(tmp_path / "a.jsonl")).train.formats == ["prompt_completion"]
 
 
-def test_weights_set_the_shares(tmp_path: Path) -> None:
+def test_source_weights_set_the_proportions(tmp_path: Path) -> None:
     paths = [numbered(tmp_path / f"{letter}.jsonl", count, letter) for letter, count in (("a", 30), ("b", 100))]
     sources = [{"path": str(path), "weight": weight} for path, weight in zip(paths, (3, 1), strict=True)]
     rows = checked(sources)
@@ -99,11 +99,11 @@ def test_weights_set_the_shares(tmp_path: Path) -> None:
         ((5, 100), (1e6, 1e-6), [5, 1]),
     ],
 )
-def test_shares(counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int]) -> None:
+def test_mix_counts(counts: tuple[int, ...], weights: tuple[float, ...], expected: list[int]) -> None:
     assert holding_out.mix_counts(counts, weights) == expected
 
 
-def test_a_fraction_is_held_out(tmp_path: Path) -> None:
+def test_fraction_of_rows_is_held_out(tmp_path: Path) -> None:
     path = str(numbered(tmp_path / "rows.jsonl", 40))
     rows = checked(path, validation=0.25)
     train, held_out = prompts(rows.train), prompts(rows.validation)
@@ -115,7 +115,7 @@ def test_a_fraction_is_held_out(tmp_path: Path) -> None:
     assert len(prompts(checked(path, validation=0.001).validation)) == 1
 
 
-def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
+def test_fraction_that_leaves_no_rows_is_refused(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", 1)
     with pytest.raises(DataError) as caught:
         checked(str(path), validation=0.5)
@@ -123,17 +123,17 @@ def test_a_fraction_that_leaves_nothing(tmp_path: Path) -> None:
     assert "0.5 of 1 rows" in str(caught.value)
 
 
-def test_problems_of_many_rows_at_once(tmp_path: Path) -> None:
+def test_problems_of_many_rows_are_grouped(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": number} for number in range(12)]
     path = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, *rows])
     with pytest.raises(DataError) as caught:
         checked(str(path))
     assert meanings(caught.value) == [(Code.DATA_FIELD, f"{path}:2", "")]
-    assert "(and at least 9 more rows: 3, 4, 5, 6, 7, 8, 9, 10, 11)" in str(caught.value)  # these may not be all
+    assert "(and at least 9 more rows: 3, 4, 5, 6, 7, 8, 9, 10, 11)" in str(caught.value)  # there may be more
 
 
 def test_problems_of_rows_and_of_the_file_are_reported_together(tmp_path: Path) -> None:
-    """What is no JSON comes up at the end of a file, what is no row of the format at its line."""
+    """Invalid JSON is found at the end of a file, rows in a wrong format at their line."""
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n{]\n{"prompt": 3, "completion": "b"}\n')
     with pytest.raises(DataError) as caught:
@@ -147,11 +147,11 @@ def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         checked([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
     assert meanings(caught.value) == [(Code.DATA_EMPTY, str(tmp_path / "b.jsonl"), "")]
-    assert len(checked(str(tmp_path)).train) == 2  # of a directory, some file has rows
+    assert len(checked(str(tmp_path)).train) == 2  # a directory needs only one file with rows
 
 
 @pytest.mark.parametrize("change", ["more", "fewer", "other"])
-def test_a_file_that_changes_meanwhile(tmp_path: Path, renderer: Renderer, change: str) -> None:
+def test_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, renderer: Renderer, change: str) -> None:
     path = numbered(tmp_path / "rows.jsonl", 4)
     rows = checked(str(path))
     if change == "other":
@@ -167,8 +167,8 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, renderer: Renderer, chang
 
 @pytest.mark.parametrize("truncation", ["keep_completion", "drop"])
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
-def test_report_counts(tmp_path: Path, renderer: Renderer, truncation: str, loss_on: str) -> None:
-    """Against a count by hand: a token a byte, and one for the end."""
+def test_report_counts_match_a_count_by_hand(tmp_path: Path, renderer: Renderer, truncation: str, loss_on: str) -> None:
+    """One token per byte, and one for the end."""
     sizes = [(number % 13, number % 7) for number in range(91)]
     path = write_rows(tmp_path / "rows.jsonl", ({"prompt": "p" * a, "completion": "c" * s} for a, s in sizes))
     report = prepared(renderer, path, max_length=9, truncation=truncation, loss_on=loss_on).report
@@ -192,7 +192,7 @@ def test_report_counts(tmp_path: Path, renderer: Renderer, truncation: str, loss
     assert report.longest == max(a + s + 1 for a, s in sizes if s or loss_on == "all")
 
 
-def test_at_the_last_position_of_the_model_a_longer_row_is_no_advice() -> None:
+def test_raising_max_length_is_not_advised_at_the_context_limit() -> None:
     report = Report(rows=1, tokens=8, truncated=1)
     report.lengths[80] = 1
     for context, raised in ((None, True), (9, True), (8, False)):
@@ -200,7 +200,7 @@ def test_at_the_last_position_of_the_model_a_longer_row_is_no_advice() -> None:
         assert "72 of 80 tokens (90.0%)" in line and "split long rows" in line and ("raise it" in line) == raised
 
 
-def test_percentiles_are_of_the_nearest_rank() -> None:
+def test_percentiles_use_the_nearest_rank() -> None:
     report = Report()
     for length in [*range(1, 100), 1000]:
         report.lengths[length] += 1
@@ -208,7 +208,7 @@ def test_percentiles_are_of_the_nearest_rank() -> None:
     assert Report().cells() == ["0"] * len(Report.COLUMNS)
 
 
-def test_a_report_survives_json() -> None:
+def test_report_round_trips_through_json() -> None:
     report = Report(rows=7, tokens=5, supervised=3, truncated=1)
     report.lengths[4] = 2
     for line in range(5):
@@ -226,7 +226,9 @@ SOME = [
 
 
 @pytest.mark.parametrize("dry", [True, False])
-def test_the_table(cli: Cli, run_config: MakeConfig, tmp_path: Path, dry: bool) -> None:
+def test_data_report_lists_drops_truncation_repeats_and_leaks(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, dry: bool
+) -> None:
     path = write_rows(tmp_path / "data.jsonl", SOME)
     held = write_rows(tmp_path / "held.jsonl", [{"prompt": "p " * 3, "completion": "x"}, SOME[1]])
     config = run_config(data={"train": str(path), "validation": str(held), "max_length": 8, "max_dropped": 0.5})
@@ -247,14 +249,14 @@ def test_the_table(cli: Cli, run_config: MakeConfig, tmp_path: Path, dry: bool) 
     assert "pppp⟦cc<|endoftext|>⟧" in text.replace(" ", "")
 
 
-def test_rows_of_a_dry_run(cli: Cli, run_config: MakeConfig) -> None:
+def test_dry_run_shows_the_requested_number_of_rows(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(), "--dry-run", "--rows", 3)
     assert ran.code == 0, ran.err
     shown = [f"{row['prompt']}⟦{row['completion']}<|endoftext|>⟧" for row in ROWS]
     assert [text in ran.out for text in shown[:4]] == [True, True, True, False]
 
 
-def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
+def test_truncation_error_refuses_overlong_rows(tmp_path: Path, renderer: Renderer) -> None:
     path = write_rows(tmp_path / "r.jsonl", [{"prompt": n * "a", "completion": n * "b"} for n in (1, 4)])
     assert len(prepared(renderer, path, max_length=9, truncation="error").rows) == 2
     with pytest.raises(DataError, match=r"the row has 9 tokens, more than data.max_length 8 ") as caught:
@@ -262,7 +264,7 @@ def test_truncation_error(tmp_path: Path, renderer: Renderer) -> None:
     assert meanings(caught.value) == [(Code.DATA_TOO_LONG, f"{path}:2", "")]
 
 
-def test_nothing_left_says_what_would_do(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_error_without_any_rows_left_suggests_a_max_length(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * 9}, {"prompt": "", "completion": ""}]
     path = write_rows(tmp_path / "r.jsonl", rows)
     config = run_config(data={"train": str(path), "max_length": 8})
@@ -274,7 +276,7 @@ def test_nothing_left_says_what_would_do(cli: Cli, run_config: MakeConfig, tmp_p
 
 
 def without_weights(config: Path) -> Path:
-    """The model of a config, whose weights cannot be loaded: whoever says something else has not tried."""
+    """The model of a config without its weights, so any other error is raised before loading them."""
     model = Path(next(line.split()[1] for line in config.read_text().splitlines() if "name_or_path" in line))
     copy = config.parent / "without-weights"
     copy.mkdir()
@@ -285,8 +287,9 @@ def without_weights(config: Path) -> Path:
     return copy
 
 
-def test_empty_sides_and_nul(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """An empty prompt and a NUL are trained on; an empty completion is dropped and counted."""
+def test_empty_prompts_and_nul_are_kept_and_empty_completions_dropped(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     rows = [
         {"prompt": "", "completion": "b\0"},
@@ -302,14 +305,14 @@ def test_empty_sides_and_nul(cli: Cli, run_config: MakeConfig, tmp_path: Path) -
         assert f"train: 1 row dropped: nothing to learn: the completion is empty ({path}:2)" in ran.out
 
 
-def test_one_row_trains(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_single_row_can_be_trained_on(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "one.jsonl", ROWS[:1]))}))
     assert ran.code == 0, ran.err
     assert "rows: 1, fewer than a batch of 8" in ran.err
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == 1
 
 
-def test_too_many_dropped(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_too_many_dropped_rows_are_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"prompt": "a", "completion": "b" * (number % 4)} for number in range(20)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))})
     ran = cli("train", config, "--set", f"model.name_or_path={without_weights(config)}")
@@ -319,7 +322,7 @@ def test_too_many_dropped(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> N
     assert cli("train", config, "--dry-run", "--set", "data.max_dropped=0.25").code == 0
 
 
-def test_ids_beyond_the_vocabulary(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_token_ids_beyond_the_vocabulary_are_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, VOCABULARY]}, {"input_ids": [VOCABULARY - 1, 1]}]
     path = write_rows(tmp_path / "ids.jsonl", rows)
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
@@ -333,8 +336,8 @@ LONG = "word " * 40
 
 
 @pytest.mark.parametrize("loss_on", ["completion", "all"])
-def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str) -> None:
-    """Neither where the prompt is supervised too, nor where it is empty; an earlier turn that is lost is counted."""
+def test_answers_are_never_truncated(tmp_path: Path, renderer: Renderer, loss_on: str) -> None:
+    """Neither if the prompt is supervised nor if it is empty. Lost earlier answers are counted."""
     turns = [("user", LONG), ("assistant", "one"), ("user", "more"), ("assistant", "two")]
     chat = [{"role": role, "content": content} for role, content in turns]
     sets: dict[str, list[dict[str, Any]]] = {
@@ -359,7 +362,7 @@ def test_answers_are_never_cut(tmp_path: Path, renderer: Renderer, loss_on: str)
     assert texts["texts"] == [LONG[:32]]
 
 
-def test_the_same_keys_read_as_another_format(tmp_path: Path, renderer: Renderer) -> None:
+def test_fingerprint_depends_on_the_format(tmp_path: Path, renderer: Renderer) -> None:
     question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     row = {"messages": [question, answer], "prompt": [question], "completion": [answer | {"content": "other"}]}
     path = write_rows(tmp_path / "rows.jsonl", [row])
@@ -367,7 +370,7 @@ def test_the_same_keys_read_as_another_format(tmp_path: Path, renderer: Renderer
     assert first.fingerprint != second.fingerprint
 
 
-def test_the_loss_of_given_labels(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_given_labels_determine_what_is_supervised(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]}] * 8
     ran = cli("train", run_config(data={"train": str(write_rows(tmp_path / "ids.jsonl", rows))}), "--dry-run")
     assert ran.code == 0, ran.err
@@ -377,7 +380,7 @@ def test_the_loss_of_given_labels(cli: Cli, run_config: MakeConfig, tmp_path: Pa
 # What is cached
 
 
-def test_the_same_rows_are_found_again(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+def test_prepared_rows_are_read_from_the_cache(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = prepared(renderer, path)
     (entry,) = entries(cache)
@@ -402,7 +405,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("change", [*CHANGES, "content", "tokenizer", "template", "place"])
-def test_a_changed_key_is_a_new_entry(
+def test_changed_settings_create_a_new_cache_entry(
     tmp_path: Path, renderer: Renderer, cache: Path, change: str, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
@@ -426,7 +429,7 @@ def test_a_changed_key_is_a_new_entry(
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone", "whole", "unfinished", "a bit"])
-def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache: Path, damage: str) -> None:
+def test_damaged_cache_entry_is_rebuilt(tmp_path: Path, renderer: Renderer, cache: Path, damage: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     first = [*prepared(renderer, path).rows]
     (entry,) = (cache / name for name in entries(cache))
@@ -446,7 +449,7 @@ def test_a_damaged_entry_is_made_anew(tmp_path: Path, renderer: Renderer, cache:
 
 
 class Stopped(Renderer):
-    """A renderer at which the user presses Ctrl-C in batch number `at`. batches: how many rows each batch had."""
+    """A renderer that is interrupted by Ctrl-C in batch number `at`. batches: the number of rows of each batch."""
 
     at = 99
     batches: list[int]
@@ -466,7 +469,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9])
 @pytest.mark.usefixtures("small_shards")
-def test_interrupted_and_picked_up(
+def test_interrupted_tokenization_is_resumed(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, cache: Path, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"prompt": f"p{number}", "completion": "c" * (number % 11)} for number in range(95)]
@@ -477,7 +480,7 @@ def test_interrupted_and_picked_up(
         prepared(renderer, path)
     renderer.at, renderer.batches = 99, []
     resumed = prepared(renderer, path)
-    assert len(renderer.batches) == 10 - at  # what is there of a shard is kept
+    assert len(renderer.batches) == 10 - at  # the finished part of a shard is kept
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
     straight = prepared(Renderer(tokenizer), path)
     assert [*resumed.rows.rows()] == [*straight.rows.rows()]
@@ -486,7 +489,7 @@ def test_interrupted_and_picked_up(
 
 
 @pytest.mark.usefixtures("small_shards")
-def test_shards_are_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+def test_shards_form_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     rows = prepared(renderer, path).rows
     assert len([*(cache / entries(cache)[0]).glob("*.arrow")]) == 2
@@ -499,7 +502,7 @@ def test_shards_are_one_sequence(tmp_path: Path, renderer: Renderer, cache: Path
         rows[40]
 
 
-def test_what_cannot_be_prepared_is_not_kept(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
+def test_failed_preparation_leaves_no_cache_entry(tmp_path: Path, renderer: Renderer, cache: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError) as caught:
         prepared(renderer, path, max_length=8, truncation="error")
@@ -521,20 +524,22 @@ finally:
 
 
 def peak(processes: ForkServer, config: Path) -> int:
-    """Bytes of the peak resident set of a dry run that has to succeed."""
+    """The peak resident memory in bytes of a dry run, which must succeed."""
     child = processes.start("train", config, "--dry-run", first=MEASURED)
     assert child.wait() == 0, child.said()
     return int(child.said().split()[-1]) * 1024
 
 
 def caching(path: Path) -> str:
-    """What has to be run before a command that keeps its rows in another cache, in small shards."""
+    """Code to run before a command to use another cache with small shards."""
     shards = "from loratune.data import token_cache; token_cache._SHARD_TOKENS = 900_000"
     return f"import datasets; datasets.config.HF_DATASETS_CACHE = {str(path)!r}; {shards}"
 
 
-def test_no_disk_space_for_the_rows(cli: Cli, run_config: MakeConfig, tmp_path: Path, cache: Path) -> None:
-    """No file may grow beyond 64 kB; the rows would take more."""
+def test_full_disk_while_caching_rows_is_reported(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, cache: Path
+) -> None:
+    """Files are limited to 64 kB; the rows need more."""
     rows = ({"prompt": f"{number}" * 500, "completion": "c"} for number in range(100, 200))
     config = run_config(data={"train": str(write_rows(tmp_path / "many.jsonl", rows))})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -551,7 +556,7 @@ def test_no_disk_space_for_the_rows(cli: Cli, run_config: MakeConfig, tmp_path: 
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
-def test_ctrl_c_while_tokenizing(
+def test_tokenization_resumes_after_ctrl_c(
     run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, processes: ForkServer
 ) -> None:
     tiny_llama(max_position_embeddings=4096).save_pretrained(tmp_path / "long")
@@ -577,8 +582,10 @@ def test_ctrl_c_while_tokenizing(
 
 
 @pytest.mark.slow
-def test_memory(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """It does not grow with the rows, of which the smaller set already fills what is held at once."""
+def test_memory_does_not_grow_with_the_number_of_rows(
+    run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+) -> None:
+    """The smaller set already fills the buffers."""
 
     def of(count: int) -> int:
         rows = [{"prompt": f"{number} and {number} make", "completion": f" {2 * number}"} for number in range(count)]
@@ -588,7 +595,7 @@ def test_memory(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -
     assert of(60_000) - of(10_000) < 32 << 20
 
 
-def test_a_chat_template_of_ones_own(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_custom_chat_template_is_used(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     template = tmp_path / "chat.jinja"
     template.write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|end|>{% endfor %}"
@@ -625,8 +632,8 @@ BAD_TEMPLATES: dict[str, tuple[Any, ...]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_TEMPLATES)
-def test_a_template_that_is_none(kind: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The file is blamed, not the rows."""
+def test_invalid_chat_template_files_are_refused(kind: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The error names the file, not the rows."""
     content, message, *codes = BAD_TEMPLATES[kind]
     template = tmp_path / "chat.jinja"
     if content is not None:
@@ -639,7 +646,7 @@ def test_a_template_that_is_none(kind: str, cli: Cli, run_config: MakeConfig, tm
     assert all(f"[{code}]" in ran.err for code in codes)
 
 
-def test_rows_beyond_the_positions_of_the_model(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_rows_longer_than_the_context_are_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"prompt": "a" * 600, "completion": "b"}])
     ran = cli("train", run_config(data={"train": str(path)}), "--dry-run")
     check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
@@ -648,7 +655,7 @@ def test_rows_beyond_the_positions_of_the_model(cli: Cli, run_config: MakeConfig
     assert cli("train", run_config(data={"train": str(path), "max_length": 512}), "--dry-run").code == 0
 
 
-def test_empty_answers_between_others_are_not_supervised(renderer: Renderer, tmp_path: Path) -> None:
+def test_empty_answers_in_a_conversation_are_not_supervised(renderer: Renderer, tmp_path: Path) -> None:
     turns = [("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     dataset = prepared(renderer, write_rows(tmp_path / "rows.jsonl", [row]))
@@ -657,8 +664,8 @@ def test_empty_answers_between_others_are_not_supervised(renderer: Renderer, tmp
     assert "1 answers are not supervised: they are empty" in dataset.report.remarks(1024)
 
 
-def test_what_is_odd_about_the_bos(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A template that leaves out what the tokenizer puts before every text, or writes it twice."""
+def test_missing_or_duplicate_bos_is_remarked_on(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """The template omits the BOS token that the tokenizer adds to every text, or writes it twice."""
     bos = copy.deepcopy(tokenizer)
     bos.add_special_tokens({"bos_token": "<|bos|>"})
     bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -691,10 +698,10 @@ DROPPING: dict[str, tuple[dict[str, Any], str | None]] = {
 
 
 @pytest.mark.parametrize(("parts", "remark"), DROPPING.values(), ids=DROPPING)
-def test_what_a_tokenizer_drops_is_remarked_on(
+def test_text_dropped_by_the_tokenizer_is_remarked_on(
     parts: dict[str, Any], remark: str | None, tiny_dir: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """A line with the share and the first row; what it normalises is no loss."""
+    """One line with the share and the first row. Normalization is not counted as a loss."""
     path = tmp_path / "dropping"
     shutil.copytree(tiny_dir, path)
     known = json.loads((path / "tokenizer.json").read_text())

@@ -1,4 +1,4 @@
-"""Work that takes longer than two seconds has a line on stderr, in every command, and quick work has none."""
+"""Progress: work that takes longer than two seconds has a line on stderr in every command; quick work has none."""
 
 import io
 import json
@@ -19,7 +19,7 @@ ROWS = [{"prompt": f"{number}:", "completion": f" {number}"} for number in range
 
 
 class Screen(io.StringIO):
-    """Takes what is printed as a terminal does."""
+    """Records what is printed, as a terminal would."""
 
     def isatty(self) -> bool:
         return True
@@ -46,7 +46,7 @@ def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: p
     ],
     ids=["progress", "count", "bytes"],
 )
-def test_slow_work_has_a_line_and_later_another(
+def test_slow_work_prints_a_line_and_later_another(
     work: Callable[[], object], expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(terminal, "PATIENCE", 0.1)
@@ -60,13 +60,11 @@ def test_slow_work_has_a_line_and_later_another(
 
 
 @pytest.mark.parametrize("interactive", [True, False])
-def test_a_terminal_has_one_line_that_goes_away(
-    impatient: None, monkeypatch: pytest.MonkeyPatch, interactive: bool
-) -> None:
-    """Also where work is a part of other work that has a line of its own. What cannot erase a line has plain ones."""
+def test_terminal_progress_line_is_erased(impatient: None, monkeypatch: pytest.MonkeyPatch, interactive: bool) -> None:
+    """Also for nested progress. Where lines cannot be erased, plain ones are printed."""
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(console.err, "is_interactive", interactive)  # rich asks when it is imported
+    monkeypatch.setattr(console.err, "is_interactive", interactive)  # rich checks this when it is imported
     monkeypatch.setenv("TERM", "xterm" if interactive else "dumb")
     with events.listening(Terminal()), events.progress("outside"):
         time.sleep(0.2)
@@ -79,10 +77,10 @@ def test_a_terminal_has_one_line_that_goes_away(
         assert shown.splitlines() == ["outside: 0 s", "inside: 0 of 2", "a line beside it"]
     else:
         assert "outside" in shown and "inside" in shown and "a line beside it" in shown
-        assert shown.endswith("\r\x1b[1A\x1b[2K")  # it is erased
+        assert shown.endswith("\r\x1b[1A\x1b[2K")  # erases the line
 
 
-def test_an_error_ends_it(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_ends_the_progress_line(impatient: None, capsys: pytest.CaptureFixture[str]) -> None:
     @events.progress("working")
     def work() -> None:
         time.sleep(0.1)
@@ -130,10 +128,10 @@ BASE = ["loading the base", "hashing the base", "attaching the adapter"]
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_every_command_says_what_takes_long(
+def test_every_command_reports_its_slow_stages(
     impatient: None, cli: Cli, place: Path, tmp_path: Path, command: str, stages: list[str]
 ) -> None:
-    """Each stage in a line of its own, on stderr: stdout stays what a program reads."""
+    """Each stage has its own line on stderr. stdout contains only the output for programs."""
     ran = cli(*command.format(place=place, out=tmp_path / "new").split())
     assert ran.code == 0, ran.err
     said = {line.rpartition(": ")[0] for line in ran.err.splitlines()}

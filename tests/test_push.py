@@ -1,4 +1,4 @@
-"""`loratune push`, as processes, against a hub on this machine that speaks what huggingface_hub speaks."""
+"""`loratune push` in real processes, against a local hub that implements the protocol of huggingface_hub."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def environment(hub: Hub, home: Path) -> dict[str, str]:
-    """Where the client looks; what it reads when it is imported."""
+    """The client's settings, which it reads when it is imported."""
     return {
         "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1,localhost",
@@ -61,7 +61,7 @@ def environment(hub: Hub, home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def start(processes: ForkServer, hub: Hub, home: Path) -> Start:
-    """Starts `loratune push ARGS`, logged in with a token that may write."""
+    """Start `loratune push ARGS`, logged in with a write token."""
 
     def run(*arguments: object, first: str = "", token: str = TOKEN, **more: Any) -> Child:
         settings = environment(hub, home) | {"HF_TOKEN": token}
@@ -72,7 +72,7 @@ def start(processes: ForkServer, hub: Hub, home: Path) -> Start:
 
 @pytest.fixture
 def push(start: Start) -> Push:
-    """Runs it. Nothing of the token is ever printed."""
+    """Run it to the end. The token must never be printed."""
 
     def run(*arguments: object, token: str = TOKEN, **more: Any) -> Ran:
         child = start(*arguments, token=token, **more)
@@ -93,7 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) 
 
 @pytest.fixture
 def adapter(trained: Path, tmp_path: Path) -> Path:
-    """A trained adapter whose base is on the hub by now, which is no edit; all else names where it was trained."""
+    """A trained adapter whose base has since moved to the hub, which is not an edit. Other paths refer to the training
+    machine."""
     path = tmp_path / "skill"
     shutil.copytree(trained, path)
     point_to(path, BASE)
@@ -113,14 +114,14 @@ def downloaded(files: Files, path: Path) -> Path:
 
 
 def read_files(path: Path) -> str:
-    """What stands in the files that tell of a run."""
+    """The contents of the files that describe a run."""
     return "".join(file.read_text() for file in path.iterdir() if file.suffix in (".md", ".json", ".yaml"))
 
 
 # What is uploaded
 
 
-def test_an_adapter_is_uploaded_as_others_can_use_it(
+def test_uploaded_adapter_works_for_others(
     trained: Path, tiny_dir: Path, state: State, push: Push, hub: Hub, tmp_path: Path, cli: Cli
 ) -> None:
     before = tree(trained)
@@ -152,7 +153,7 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
     lines = dict(line.strip().split(maxsplit=1) for line in ran.out.splitlines()[1:])
     assert lines["repository"] == f"{hub.url}/{ME}" and lines["visibility"] == "private, new"
     assert lines["commit"] == repository.head and lines["checked"] == f"{len(before) - 1} files re-read, equal"
-    for seen in state.seen:  # the token goes to the hub, and not to where large files lie
+    for seen in state.seen:  # the token is sent to the hub, and not to the storage of large files
         is_told = not seen.host.startswith("localhost") and "/api/agent" not in seen.line
         assert seen.authorization == (f"Bearer {TOKEN}" if is_told else None), seen
     assert any("/cdn/" in seen.line for seen in state.seen)
@@ -164,10 +165,10 @@ def test_an_adapter_is_uploaded_as_others_can_use_it(
 
 @pytest.mark.parametrize("home", ["/home/nobody", "{tmp_path}"], ids=["elsewhere", "at home"])
 @pytest.mark.parametrize("place", ["secret", "secret place", "secret_`*[1]` <b>\u200f", "secret \t\"\\'ö"])
-def test_no_place_of_a_run_is_uploaded(
+def test_local_paths_are_not_uploaded(
     home: str, place: str, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither one of its config, nor one that it had before it was resumed, as the record and the card tell."""
+    """Neither paths of the config nor earlier ones of a resumed run, which the record and the card mention."""
     monkeypatch.setenv("HOME", home.format(tmp_path=tmp_path))
     secret = tmp_path / place
     several = [f"data.{name}=[rows.jsonl, more.jsonl]" for name in ("train", "validation", "test")]
@@ -191,21 +192,21 @@ def test_no_place_of_a_run_is_uploaded(
     assert config.load(copied.path / "run.yaml").data.test_sources[1].path == "more.jsonl"
 
 
-def test_a_second_push_of_the_same_makes_no_commit(adapter: Path, state: State, push: Push) -> None:
+def test_pushing_an_unchanged_adapter_makes_no_commit(adapter: Path, state: State, push: Push) -> None:
     first = json.loads(push("--adapter", adapter, ME, "--json").out)
     again = json.loads(push("--adapter", adapter, ME, "--json").out)
     assert (first["created"], first["unchanged"]) == (True, False)
     assert again == first | {"created": False, "unchanged": True}
     assert len(state.repositories[ME].commits) == 2
     assert first["bytes"] == sum(len(state.repositories[ME].files[file["name"]]) for file in first["files"])
-    assert first["files_equal"] == len(first["files"]) == len(tree(adapter)) - 1  # all but the hashes
+    assert first["files_equal"] == len(first["files"]) == len(tree(adapter)) - 1  # all but the row hashes
     (adapter / "README.md").write_text("# Mine\n")
     third = json.loads(push("--adapter", adapter, ME, "--json").out)
     assert third["commit"] == state.repositories[ME].head != first["commit"]
     assert len(state.lines("PUT")) == 1
 
 
-def test_a_former_adapter_is_replaced_whole(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
+def test_earlier_adapter_is_replaced_completely(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
     old = {"adapter_config__json": b"{}", "spiece__model": b"old", "LICENSE": b"mine", "plot__png": b"x"}
     state.add(ME, **old)
     ran = push("--adapter", adapter, ME)
@@ -216,7 +217,7 @@ def test_a_former_adapter_is_replaced_whole(adapter: Path, state: State, push: P
     assert adapter_files.inspect(downloaded(state.repositories[ME].files, tmp_path / "copy")).edits() == []
 
 
-def test_what_is_no_part_of_the_adapter_stays_here(adapter: Path, state: State, push: Push) -> None:
+def test_files_that_are_not_part_of_the_adapter_are_not_uploaded(adapter: Path, state: State, push: Push) -> None:
     for name in (".env", "notes.txt", "runs/events", ".git/config"):
         (adapter / name).parent.mkdir(exist_ok=True)
         (adapter / name).write_text("secret")
@@ -225,7 +226,7 @@ def test_what_is_no_part_of_the_adapter_stays_here(adapter: Path, state: State, 
     assert not [name for name in state.repositories[ME].files if b"secret" in state.repositories[ME].files[name]]
 
 
-def test_an_adapter_that_loratune_did_not_write(adapter: Path, state: State, push: Push, trained: Path) -> None:
+def test_adapter_of_another_tool_can_be_pushed(adapter: Path, state: State, push: Push, trained: Path) -> None:
     for name in ("loratune.json", "run.yaml"):
         (adapter / name).unlink()
     for name in ("training_args.bin", "notes.txt"):
@@ -243,10 +244,8 @@ def test_an_adapter_that_loratune_did_not_write(adapter: Path, state: State, pus
     assert card.endswith("Trained at x y, by run.sh.\n")
 
 
-def test_a_new_repository_is_public_where_that_is_asked_for(
-    adapter: Path, state: State, push: Push, home: Path
-) -> None:
-    """The first time by the login of the hub's own client."""
+def test_new_repository_is_public_with_the_public_option(adapter: Path, state: State, push: Push, home: Path) -> None:
+    """The first push uses the login of the hub's own client."""
     (home / "token").write_text(TOKEN)
     try:
         ran = push("--adapter", adapter, ME, "--public", token="")
@@ -257,15 +256,15 @@ def test_a_new_repository_is_public_where_that_is_asked_for(
     assert push("--adapter", adapter, ME, "--public").code == 0
 
 
-# Refused before anything is sent
+# Refused before anything is uploaded
 
 
 @pytest.mark.parametrize("name", ["skill", "a/b/c", "me/", "-me/x", "me/a--b", "me/x.git", "https://hub/me/x", "me/ü"])
-def test_no_name_of_a_repository(name: str, cli: Cli) -> None:
+def test_invalid_repository_names_are_refused(name: str, cli: Cli) -> None:
     check_refused(cli("push", "--adapter", "none", "--", name), 2, (Code.PUSH_REPOSITORY, name, ""))
 
 
-def test_a_damaged_adapter(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
+def test_damaged_adapters_are_refused(adapter: Path, state: State, push: Push, tmp_path: Path) -> None:
     check_refused(push("--adapter", tmp_path / "gone", ME), 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "gone"), ""))
     flip(adapter / WEIGHTS)
     (adapter / "tokenizer.model").write_bytes(b"added")
@@ -277,7 +276,7 @@ def test_a_damaged_adapter(adapter: Path, state: State, push: Push, tmp_path: Pa
     assert state.seen == []
 
 
-def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Push) -> None:
+def test_local_base_needs_a_hub_id(trained: Path, state: State, push: Push) -> None:
     ran = push("--adapter", trained, ME)
     where, key = str(trained / "adapter_config.json"), "base_model_name_or_path"
     check_refused(ran, 2, (Code.PUSH_LOCAL_PATH, where, key))
@@ -290,7 +289,7 @@ def test_a_base_that_only_this_machine_has(trained: Path, state: State, push: Pu
     assert set(state.repositories) == {BASE}
 
 
-def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push) -> None:
+def test_base_option_must_match_the_adapters_base(adapter: Path, state: State, push: Push) -> None:
     check_refused(
         push("--adapter", adapter, ME, "--base", "who/other"), 2, (Code.PUSH_LOCAL_PATH, "who/other", "--base")
     )
@@ -299,15 +298,15 @@ def test_another_base_than_the_adapters(adapter: Path, state: State, push: Push)
 
 
 @pytest.mark.parametrize("token", ["", "hf_\x01secret", "hf_ö"])
-def test_no_login(token: str, adapter: Path, state: State, push: Push) -> None:
+def test_missing_or_invalid_login_is_refused(token: str, adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, token=token)
     check_refused(ran, 2, (Code.PUSH_LOGIN, "", ""))
     assert "hf auth login" in ran.err and "secret" not in ran.err
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
 
 
-def test_a_path_that_cannot_be_replaced(adapter: Path, state: State, push: Push) -> None:
-    """As the name of a value, which is left as it is."""
+def test_local_path_that_cannot_be_replaced_is_refused(adapter: Path, state: State, push: Push) -> None:
+    """For example a path that is a key, as keys are not changed."""
     file = adapter / "loratune.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"notes": {"/home/ada/key": 1}}))
     ran = push("--adapter", adapter, ME)
@@ -315,7 +314,7 @@ def test_a_path_that_cannot_be_replaced(adapter: Path, state: State, push: Push)
     assert "/home/ada/key" in ran.err and [seen for seen in state.seen if "agent" not in seen.line] == []
 
 
-def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: Push) -> None:
+def test_record_listing_a_file_outside_the_adapter_is_refused(adapter: Path, state: State, push: Push) -> None:
     (adapter.parent / "secret").write_text("secret")
     file = adapter / "loratune.json"
     record = json.loads(file.read_text())
@@ -325,7 +324,7 @@ def test_a_record_that_lists_a_file_outside(adapter: Path, state: State, push: P
     assert state.seen == []
 
 
-def test_no_room_for_the_copy(adapter: Path, state: State, push: Push) -> None:
+def test_full_disk_for_the_copy_is_reported(adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, limit=5_000)
     assert ran.code == 8 and f" [{Code.SYSTEM_DISK_FULL}]" in ran.err and ran.err.count("\n") == 1
     assert [seen for seen in state.seen if "agent" not in seen.line] == []
@@ -337,7 +336,7 @@ INFO, CREATE, COMMIT, BATCH = "GET /api/models/me", "/repos/create", "/commit/ma
 
 
 def at(place: str, answer: Callable[[Handler], Any]) -> Fault:
-    """Another answer to requests whose line has this in it."""
+    """Answer requests whose request line contains this text differently."""
 
     def fault(handler: Handler, path: str) -> bool:
         if place in f"{handler.command} {path}":
@@ -377,7 +376,7 @@ def renamed(handler: Handler, path: str) -> bool:
         (None, renamed, (), "me/renamed"),
     ],
 )
-def test_never_into_a_repository_of_another_visibility_or_name(
+def test_repository_of_another_visibility_or_name_is_refused(
     private: bool | None, fault: Any, arguments: Any, shown: str, adapter: Path, state: State, push: Push
 ) -> None:
     state.fault = fault or state.fault
@@ -398,7 +397,9 @@ def test_never_into_a_repository_of_another_visibility_or_name(
         ({"adapter_config__json": b"{}", "model__safetensors": b"x"}, "read with the adapter: model.safetensors"),
     ],
 )
-def test_a_repository_of_something_else(files: Files, shown: str, adapter: Path, state: State, push: Push) -> None:
+def test_repository_with_other_content_is_refused(
+    files: Files, shown: str, adapter: Path, state: State, push: Push
+) -> None:
     repository = state.add(ME, **files)
     ran = push("--adapter", adapter, ME)
     check_refused(ran, 2, (Code.PUSH_REPOSITORY, ME, ""))
@@ -406,17 +407,17 @@ def test_a_repository_of_something_else(files: Files, shown: str, adapter: Path,
     assert len(repository.commits) == 1 and state.lines("POST") == []
 
 
-def test_a_repository_with_a_card_only_is_empty(adapter: Path, state: State, push: Push) -> None:
+def test_repository_with_only_a_card_can_be_pushed_to(adapter: Path, state: State, push: Push) -> None:
     state.add(ME, README__md=b"# To come\n")
     assert push("--adapter", adapter, ME).code == 0
     assert state.repositories[ME].files["README.md"] != b"# To come\n"
 
 
-# What the hub says
+# Errors of the hub
 
 
 def ignored(handler: Handler, path: str) -> bool:
-    """A .gitignore in the repository makes the client leave a file out."""
+    """A .gitignore in the repository makes the client omit a file."""
     if "/preupload/" not in path:
         return False
     files = json.loads(handler.body)["files"]
@@ -455,7 +456,7 @@ FAULTS: dict[str, tuple[Fault, int, Code, str]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_the_hub_says_is_told_apart(name: str, adapter: Path, state: State, push: Push) -> None:
+def test_hub_errors_are_distinguished(name: str, adapter: Path, state: State, push: Push) -> None:
     state.fault, exit_code, code, text = FAULTS[name]
     ran = push("--adapter", adapter, ME)
     check_refused(ran, exit_code, (code, ME, ""))
@@ -464,13 +465,13 @@ def test_what_the_hub_says_is_told_apart(name: str, adapter: Path, state: State,
     assert not any(seen.authorization for seen in state.seen if seen.host.startswith("localhost"))
 
 
-def test_nothing_of_the_token_is_shown_with_debug(adapter: Path, state: State, push: Push) -> None:
+def test_debug_output_does_not_contain_the_token(adapter: Path, state: State, push: Push) -> None:
     state.fault = FAULTS["an echo"][0]
     ran = push("--adapter", adapter, ME, "--debug")
     assert ran.code == 2 and "Traceback" in ran.err and "not with [token]" in ran.err
 
 
-def test_a_token_that_the_hub_does_not_know(adapter: Path, state: State, push: Push) -> None:
+def test_tokens_without_permission_are_refused(adapter: Path, state: State, push: Push) -> None:
     check_refused(push("--adapter", adapter, ME, token="hf_other"), 2, (Code.PUSH_LOGIN, ME, ""))
     check_refused(push("--adapter", adapter, ME, token=READ_ONLY), 2, (Code.PUSH_REPOSITORY, ME, ""))
     check_refused(push("--adapter", adapter, "you/skill"), 2, (Code.PUSH_REPOSITORY, "you/skill", ""))
@@ -478,7 +479,7 @@ def test_a_token_that_the_hub_does_not_know(adapter: Path, state: State, push: P
 
 
 def spoiled(name: str) -> Fault:
-    """A hub that stores something else."""
+    """A hub that stores different content."""
 
     def spoil(handler: Handler, path: str) -> bool:
         for repository in handler.state.repositories.values() if "/resolve/" in path else ():
@@ -496,7 +497,7 @@ def spoiled(name: str) -> Fault:
         (ignored, "run.yaml", "after the upload"),
     ],
 )  # fmt: skip
-def test_a_hub_that_stores_something_else(
+def test_hub_storing_different_content_is_detected(
     fault: Fault, name: str, shown: str, adapter: Path, state: State, push: Push
 ) -> None:
     state.fault = fault
@@ -505,8 +506,8 @@ def test_a_hub_that_stores_something_else(
     assert f"is not in the repository {shown}" in ran.err and ran.out == ""
 
 
-@pytest.mark.slow  # the client tries five times more, for 23 s
-def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, state: State, push: Push) -> None:
+@pytest.mark.slow  # the client retries five times, for 23 s
+def test_broken_connection_during_the_upload_is_reported(adapter: Path, state: State, push: Push) -> None:
     state.fault = at("PUT", Handler.drop)
     check_refused(push("--adapter", adapter, ME), 8, (Code.PUSH_HUB, ME, ""))
     assert state.repositories[ME].files.keys() == {".gitattributes"}
@@ -515,7 +516,7 @@ def test_a_connection_that_breaks_while_the_weights_are_sent(adapter: Path, stat
 
 
 @pytest.mark.parametrize("place", [*(pytest.param(place, marks=pytest.mark.slow) for place in (INFO, CREATE)), COMMIT])
-def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, start: Start) -> None:
+def test_hub_that_does_not_answer_is_reported(place: str, adapter: Path, state: State, start: Start) -> None:
     hold = Hold()
     state.fault = at(place, hold)
     child = start("--adapter", adapter, ME, first="from loratune.export import hub; hub._SECONDS = 0.5")
@@ -527,7 +528,7 @@ def test_a_hub_that_does_not_answer(place: str, adapter: Path, state: State, sta
     )
 
 
-def test_no_network(adapter: Path, trained: Path, state: State, push: Push) -> None:
+def test_missing_network_is_reported(adapter: Path, trained: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, HF_HUB_OFFLINE="1")
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "HF_HUB_OFFLINE" in ran.err and state.seen == []
@@ -538,13 +539,13 @@ def test_no_network(adapter: Path, trained: Path, state: State, push: Push) -> N
     assert "directory" not in ran.err and ran.err.endswith("; check the connection\n")
 
 
-def test_a_hub_without_xet(adapter: Path, state: State, push: Push) -> None:
+def test_hub_without_xet_is_reported(adapter: Path, state: State, push: Push) -> None:
     ran = push("--adapter", adapter, ME, HF_HUB_DISABLE_XET="0")
     check_refused(ran, 8, (Code.PUSH_HUB, ME, ""))
     assert "HF_HUB_DISABLE_XET=1" in ran.err and state.repositories[ME].files.keys() == {".gitattributes"}
 
 
-def test_neither_torch_nor_transformers_is_waited_for(adapter: Path, state: State, hub: Hub, home: Path) -> None:
+def test_push_imports_neither_torch_nor_transformers(adapter: Path, state: State, hub: Hub, home: Path) -> None:
     first = "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'datasets', 'peft')))"
     (home / "site").mkdir(exist_ok=True)
     (home / "site" / "sitecustomize.py").write_text(first)
@@ -558,7 +559,7 @@ def test_neither_torch_nor_transformers_is_waited_for(adapter: Path, state: Stat
 
 
 class Hold:
-    """A hub that does not answer from some request on. reached: it was sent; over: the hub may go on."""
+    """A hub that stops answering at some request. reached: it was sent; over: the hub may continue."""
 
     def __init__(self, first: Callable[[Handler], None] = lambda _: None):
         self.reached, self.over, self._first = Event(), Event(), first
@@ -571,7 +572,7 @@ class Hold:
     def stop(self, child: Child, number: int = signal.SIGINT) -> int:
         """Send a signal to a client that waits for the answer. Returns its exit code."""
         until(self.reached.is_set, child)
-        time.sleep(0.2)  # the client is waiting for the answer by then
+        time.sleep(0.2)  # by then, the client is waiting for the answer
         child.send(number)
         code = child.wait(20)
         self.over.set()
@@ -581,7 +582,7 @@ class Hold:
 @pytest.mark.parametrize("number, expected", [
     (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGKILL, -9),
 ])  # fmt: skip
-def test_stopped_while_the_weights_are_sent(
+def test_interrupted_while_uploading_weights(
     number: int, expected: int, adapter: Path, state: State, start: Start, push: Push
 ) -> None:
     hold = Hold()
@@ -594,8 +595,8 @@ def test_stopped_while_the_weights_are_sent(
     assert push("--adapter", adapter, ME).code == 0
 
 
-def test_stopped_while_xet_waits(adapter: Path, state: State, start: Start) -> None:
-    """Its library waits for the network in code of its own, where Python handles no signal."""
+def test_interrupted_while_xet_waits_for_the_network(adapter: Path, state: State, start: Start) -> None:
+    """Its library waits in native code, where Python handles no signals."""
     hold = Hold()
     state.fault = at("xet-write-token", hold)
     child = start("--adapter", adapter, ME, HF_HUB_DISABLE_XET="0")
@@ -603,7 +604,7 @@ def test_stopped_while_xet_waits(adapter: Path, state: State, start: Start) -> N
     assert state.repositories[ME].files.keys() == {".gitattributes"}
 
 
-def test_stopped_while_the_commit_is_made(adapter: Path, state: State, start: Start, push: Push) -> None:
+def test_interrupted_while_committing(adapter: Path, state: State, start: Start, push: Push) -> None:
     def commit(handler: Handler) -> None:
         handler.send = lambda *arguments, **headers: None  # type: ignore[method-assign]
         handler.respond(handler.path)
