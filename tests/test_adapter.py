@@ -307,7 +307,7 @@ RECORDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_a_record_without_usable_file_hashes_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
+def test_an_incomplete_record_is_refused(name: str, copy: Path, cli: Callable[..., Ran]) -> None:
     record = json.loads((copy / "loratune.json").read_text())
     RECORDS[name](record)
     (copy / "loratune.json").write_text(json.dumps(record))
@@ -347,7 +347,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize(("values", "code", "key"), NAMED.values(), ids=NAMED)
-def test_unsupported_configuration_values_are_refused(
+def test_unsafe_or_unknown_configuration_keys_are_refused(
     values: dict[str, Any], code: Code, key: str, copy: Path, cli: Callable[..., Ran]
 ) -> None:
     configure(**values)(copy)

@@ -146,7 +146,7 @@ def test_adapters_that_cannot_be_measured_are_refused(change: Any, code: Code, t
     assert ran.out == "" and key.startswith("model.layers.")
 
 
-def test_a_rank_missing_from_the_config_is_refused(tmp_path: Path, cli: Cli) -> None:
+def test_a_rank_that_contradicts_the_config_is_refused(tmp_path: Path, cli: Cli) -> None:
     save_adapter(tmp_path)
     settings = json.loads((tmp_path / CONFIG_FILE).read_text()) | {"r": 4}
     (tmp_path / CONFIG_FILE).write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""A run that starts from another adapter: the same function at step 0, rows replayed, forgetting measured."""
+"""Training that continues from another adapter: the same function at step 0, replayed rows, measured forgetting."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 
 def saved(path: Path, **settings: Any) -> Path:
-    """An adapter of the base model, as if it had been trained for long."""
+    """An adapter of the base model with random nonzero weights, as after long training."""
     model, start = begun(LoraSection(**settings))
     torch.manual_seed(1)
     with torch.no_grad():
@@ -100,8 +100,8 @@ FITTING: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", FITTING)
-def test_the_function_at_step_0_is_that_of_the_adapter(name: str, tmp_path: Path) -> None:
-    """Within it, the base is still the base, which the end of a run compares with."""
+def test_training_starts_with_the_function_of_the_adapter(name: str, tmp_path: Path) -> None:
+    """With the adapter disabled, the base is unchanged; the end of a run compares with it."""
     old, new = FITTING[name]
     adapter = saved(tmp_path / "old", **old)
     expected = outputs(attach.load(base_model(), inspect(adapter)))
@@ -121,12 +121,12 @@ def test_the_function_at_step_0_is_that_of_the_adapter(name: str, tmp_path: Path
     assert torch.equal(outputs(attach.load(base_model(), inspect(tmp_path / "new"))), moved)
 
 
-def test_added_ranks_learn_and_equal_ones_keep_their_bytes(tmp_path: Path) -> None:
+def test_added_ranks_are_trained_and_equal_ranks_keep_their_bytes(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "old")
     old = load_file(adapter / WEIGHTS)
     same, _ = begun(LoraSection(start_from=str(adapter)))
     assert all(torch.equal(tensor, old[name]) for name, tensor in tensors.weights(same).items())
-    model, _ = begun(LoraSection(r=12, lora_alpha=24, start_from=str(adapter)))  # the scale stays 2
+    model, _ = begun(LoraSection(r=12, lora_alpha=24, start_from=str(adapter)))  # the scale is still 2
     model(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
         file_name = name.replace(".default", "")
@@ -140,7 +140,7 @@ def test_added_ranks_learn_and_equal_ones_keep_their_bytes(tmp_path: Path) -> No
             assert (parameter.grad[:, 8:].abs().amax(dim=0) > 0).all()
 
 
-def test_has_learned_nothing_means_since_the_start(tmp_path: Path) -> None:
+def test_unchanged_weights_are_measured_from_the_starting_adapter(tmp_path: Path) -> None:
     model, start = begun(LoraSection(start_from=str(saved(tmp_path / "old"))))
     state = tensors.full_weights(model)
     with pytest.raises(NumericError) as caught:
@@ -170,7 +170,7 @@ CONTRADICTING: dict[str, tuple[dict[str, Any], dict[str, Any], list[Code]]] = {
 
 
 @pytest.mark.parametrize("name", CONTRADICTING)
-def test_what_would_not_start_as_the_adapter_is_refused(name: str, tmp_path: Path) -> None:
+def test_settings_that_would_change_the_starting_function_are_refused(name: str, tmp_path: Path) -> None:
     old, new, codes = CONTRADICTING[name]
     adapter = saved(tmp_path / "old", **old)
     with pytest.raises(ConfigError) as caught:
@@ -179,7 +179,7 @@ def test_what_would_not_start_as_the_adapter_is_refused(name: str, tmp_path: Pat
 
 
 def spoil(adapter: Path, **changes: Any) -> None:
-    """Change the tensors of an adapter: those of a name become what the change makes of them."""
+    """Edits the tensors of an adapter: each tensor of this name is replaced by the result of the function."""
     old = load_file(adapter / WEIGHTS)
     save_file(
         {name: changes.get(name.split(".")[-2], torch.clone)(tensor) for name, tensor in old.items()}, adapter / WEIGHTS
@@ -209,7 +209,7 @@ UNFIT: dict[str, tuple[Callable[[Path], None], Code]] = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_an_adapter_that_does_not_fit_is_refused(name: str, tmp_path: Path) -> None:
+def test_an_adapter_that_does_not_fit_the_run_is_refused(name: str, tmp_path: Path) -> None:
     change, code = UNFIT[name]
     adapter = saved(tmp_path / "old")
     change(adapter)
@@ -227,7 +227,7 @@ HELD_OUT = [{"prompt": f"{number} and {number} make", "completion": f" {number +
 
 @pytest.fixture(scope="module")
 def earlier(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Callable[..., Ran]) -> Path:
-    """A folder with the adapter `first` of a run with validation rows; tests copy it before they change it."""
+    """A folder with the adapter `first` of a run with validation rows. Tests copy it before they change it."""
     folder = tmp_path_factory.mktemp("earlier")
     held_out = write_rows(folder / "held_out.jsonl", HELD_OUT)
     make = config_in(folder, tiny_dir)
@@ -269,7 +269,7 @@ def record_of(path: Path) -> dict[str, Any]:
 
 
 def independent_loss(tiny: Path, adapter: Path, rows: list[dict[str, str]]) -> float:
-    """Nats per supervised token by stock PEFT, a row at a time, the tokens counted by hand."""
+    """Nats per supervised token by stock PEFT, one row at a time, with tokens counted independently."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), adapter).eval()
     total = count = 0.0
@@ -286,7 +286,7 @@ def independent_loss(tiny: Path, adapter: Path, rows: list[dict[str, str]]) -> f
 def test_forgetting_is_the_loss_on_the_old_validation_rows(
     going_on: Make, cli: Callable[..., Ran], tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """And the adapter stands alone: stock PEFT loads it where the other one is gone."""
+    """The new adapter is also self-contained: stock PEFT loads it after the first one was deleted."""
     ran = cli("train", going_on())
     assert ran.code == 0, ran.err
     record = record_of(tmp_path / "out")
@@ -305,7 +305,7 @@ def test_forgetting_is_the_loss_on_the_old_validation_rows(
     assert record["fingerprints"]["start"] == record["start_from"]["digest"]
     hashes = splits.read_row_hashes(tmp_path / "out")
     assert isinstance(hashes, RowHashes) and hashes.complete
-    assert len(hashes.exact) == len({str(row) for row in [*OLD_ROWS, *NEW_ROWS]})  # none of them replayed
+    assert len(hashes.exact) == len({str(row) for row in [*OLD_ROWS, *NEW_ROWS]})  # none of them was replayed
     line = f"loss {before:.4f} → {after:.4f} on 9 validation rows of the earlier run"
     card = (tmp_path / "out" / "README.md").read_text()
     assert line in ran.out
@@ -332,8 +332,9 @@ def test_without_validation_rows_forgetting_is_measured_on_training_rows(
 @pytest.mark.parametrize(
     "own, old, share", [(95, 500, 0.05), (38, 40, 0.05), (7, 3, 0.9), (1000, 10, 0.5), (3, 9, 0.01)]
 )
-def test_the_share_of_replay_is_exact(own: int, old: int, share: float) -> None:
-    """No count of rows is nearer to the share, except that one is the least; rows are taken equally often."""
+def test_the_fraction_of_replayed_rows_is_exact(own: int, old: int, share: float) -> None:
+    """No other number of rows is closer to the fraction, except that at least one is replayed. Rows are used equally
+    often."""
     numbers = data.replay_numbers(own, old, share, seed=1)
     assert abs(len(numbers) - own * share / (1 - share)) <= 0.5 or len(numbers) == 1
     assert abs(len(numbers) / (own + len(numbers)) - share) <= 1 / (own + len(numbers)) or len(numbers) == 1
@@ -364,15 +365,15 @@ def test_replayed_rows_are_training_rows_of_the_old_run(going_on: Make, earlier:
     assert plan.datasets.train.fingerprint != others
 
 
-def test_a_third_run_replays_the_rows_of_the_second_alone(
+def test_a_third_run_replays_only_the_rows_of_the_second(
     going_on: Make, cli: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    """Its rows are known by the fingerprint from before others were mixed into them."""
+    """They are identified by the fingerprint of the rows before any others were mixed in."""
     path = going_on(data={"replay": 0.5})
     assert cli("train", path, "--set", f"output_dir={tmp_path / 'second'}").code == 0
     replay = record_of(tmp_path / "second")["start_from"]["replay"]
     assert (replay["share"], replay["rows"]) == (0.5, 38)
-    again = config_in(tmp_path, tmp_path)  # the base is named by the recorded run
+    again = config_in(tmp_path, tmp_path)  # the base is named in the record of the run
     values = yaml.safe_load((tmp_path / "second" / "run.yaml").read_text())
     values["lora"]["start_from"] = str(tmp_path / "second")
     values["data"] |= {"train": str(write_rows(tmp_path / "third.jsonl", OLD_ROWS[:10]))}
@@ -388,10 +389,10 @@ def check_refuses(path: Path, code: type[LoratuneError], *expected: tuple[Code, 
     assert meanings(caught.value) == [*expected]
 
 
-def test_rows_that_are_not_the_old_ones_are_not_replayed(
+def test_changed_rows_of_the_old_run_are_not_replayed(
     going_on: Make, run_config: MakeConfig, cli: Callable[..., Ran], tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """Without replay the run goes on, and says what it could not measure."""
+    """Without replay the run continues, and reports what it could not measure."""
     old = write_rows(tmp_path / "old.jsonl", OLD_ROWS)
     first = tmp_path / "one"
     settings = {"data": {"train": str(old)}, "training": {"max_steps": 2}, "output_dir": str(first)}
@@ -413,10 +414,10 @@ def test_rows_that_are_not_the_old_ones_are_not_replayed(
     check_refused(ran, 5, (Code.DATA_REPLAY, str(first), "data.replay"))
 
 
-def test_an_export_has_no_rows_to_replay(
+def test_an_exported_adapter_has_no_rows_to_replay(
     going_on: Make, run_config: MakeConfig, cli: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    """It has the run.yaml of the run that made its adapter, and not what that run recorded of its rows."""
+    """It has the run.yaml of the run that made its adapter, but not the run's record of its rows."""
     first, exported = tmp_path / "one", tmp_path / "exported"
     old = write_rows(tmp_path / "old.jsonl", OLD_ROWS)
     settings = {"data": {"train": str(old)}, "training": {"max_steps": 2}, "output_dir": str(first)}
@@ -429,7 +430,7 @@ def test_an_export_has_no_rows_to_replay(
     assert "not measured: the adapter does not record the rows that it was trained on" in ran.out
 
 
-def test_rows_that_do_not_fit_are_not_replayed(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_overlong_replayed_rows_are_refused(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     ran = cli("train", going_on(data={"replay": 0.5, "max_length": 12}))
     check_refused(ran, 2, (Code.DATA_TOO_LONG, "", "data.max_length"))
     assert not (tmp_path / "out").exists()
@@ -445,7 +446,7 @@ def test_rows_that_do_not_fit_are_not_replayed(going_on: Make, cli: Callable[...
     ],
     ids=lambda value: value.value if isinstance(value, Code) else None,
 )
-def test_settings_that_contradict_are_refused(
+def test_contradictory_settings_are_refused(
     going_on: Make, cli: Callable[..., Ran], sections: dict[str, Any], code: Code, key: str
 ) -> None:
     ran = cli("train", going_on(**sections))
@@ -455,7 +456,9 @@ def test_settings_that_contradict_are_refused(
     assert key in problem
 
 
-def test_contradictions_end_a_run_and_params_with_2(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_train_and_params_exit_with_2_on_contradictions(
+    going_on: Make, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
     path = going_on(lora={"r": 4})
     before = tree(tmp_path)
     expected = (Code.LORA_START, str(tmp_path / "first"), "lora.start_from")
@@ -483,7 +486,9 @@ BROKEN: dict[str, tuple[Callable[[Path], object], Code, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_bad_directory_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_path: Path, name: str) -> None:
+def test_an_invalid_starting_adapter_ends_with_exit_code_5(
+    going_on: Make, cli: Callable[..., Ran], tmp_path: Path, name: str
+) -> None:
     change, code, file = BROKEN[name]
     change(tmp_path / "first")
     ran = cli("train", going_on())
@@ -492,8 +497,10 @@ def test_a_bad_directory_ends_with_5(going_on: Make, cli: Callable[..., Ran], tm
     assert not (tmp_path / "out").exists()
 
 
-def test_another_base_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_path: Path, tiny_dir: Path) -> None:
-    """Of the same shape, one value apart."""
+def test_a_different_base_ends_with_exit_code_5(
+    going_on: Make, cli: Callable[..., Ran], tmp_path: Path, tiny_dir: Path
+) -> None:
+    """A base of the same shape with one value changed."""
     shutil.copytree(tiny_dir, tmp_path / "base")
     path = going_on(model={"name_or_path": str(tmp_path / "base")})
     shown = cli("train", path, "--dry-run")
@@ -503,8 +510,8 @@ def test_another_base_ends_with_5(going_on: Make, cli: Callable[..., Ran], tmp_p
     check_refused(cli("train", path), 5, (Code.LORA_START, str(tmp_path / "first"), "lora.start_from"))
 
 
-def test_another_way_of_rendering_is_said(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
-    """Another chat template, none, or one where there was none; and nothing where it is the same."""
+def test_a_different_template_is_reported(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """Another chat template, none, or one where there was none. The same template is not mentioned."""
     answer = {"role": "assistant", "content": "b"}
     turns = [[{"role": "user", "content": row["prompt"]}, answer] for row in NEW_ROWS]
     rows = {"train": str(write_rows(tmp_path / "chat.jsonl", [{"messages": one} for one in turns]))}
@@ -524,7 +531,7 @@ def test_another_way_of_rendering_is_said(going_on: Make, cli: Callable[..., Ran
         assert (f"lora.start_from: {start} was trained " in ran.err) == bool(said) and said in ran.err
 
 
-def test_the_adapter_it_starts_from_is_not_replaced(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_the_starting_adapter_is_not_overwritten(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
     before = tree(tmp_path / "first")
     ran = cli("train", going_on(output_dir=str(tmp_path / "first")), "--overwrite")
     check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "first"), "output_dir"))
@@ -533,10 +540,10 @@ def test_the_adapter_it_starts_from_is_not_replaced(going_on: Make, cli: Callabl
     assert tree(tmp_path / "first") == before
 
 
-def test_a_relative_path_is_recorded_whole(
+def test_a_relative_path_is_recorded_as_absolute(
     going_on: Make, cli: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that run.yaml repeats the run from anywhere, to the same bytes."""
+    """So run.yaml repeats the run from any directory, with the same bytes."""
     monkeypatch.chdir(tmp_path)
     assert cli("train", going_on(lora={"start_from": "first"}, data={"replay": 0.2})).code == 0
     recorded = tmp_path / "out" / "run.yaml"
@@ -546,10 +553,8 @@ def test_a_relative_path_is_recorded_whole(
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(
-    going_on: Make, cli: Callable[..., Ran], tmp_path: Path
-) -> None:
-    """Not where the adapter that it started from has become another one, by a byte or as a whole."""
+def test_an_interrupted_run_resumes_to_the_same_bytes(going_on: Make, cli: Callable[..., Ran], tmp_path: Path) -> None:
+    """It is refused if the starting adapter has changed, by one byte or entirely."""
     path = going_on(
         lora={"lora_dropout": 0.3, "lora_alpha": 9}, data={"replay": 0.2},
         training={"max_steps": 12, "save_steps": 3, "per_device_train_batch_size": 3},

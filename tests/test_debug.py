@@ -1,4 +1,4 @@
-"""Errors that stop nothing are logged with `--debug`, and only then."""
+"""Errors that do not stop a command are logged with `--debug`, and only then."""
 
 import ast
 import logging
@@ -24,13 +24,13 @@ SILENT = {"signals.py: write_line"}
 
 
 def catches_all(handled: ast.expr | None) -> bool:
-    """Whether a clause, or `suppress`, takes whatever comes."""
+    """Whether an except clause or a `suppress` catches every exception."""
     names = {node.id for node in ast.walk(handled) if isinstance(node, ast.Name)} if handled else {"BaseException"}
     return bool(names & {"Exception", "BaseException"})
 
 
 def reports_error(handler: ast.ExceptHandler) -> bool:
-    """Whether a clause raises, uses the error that it has caught, or logs it."""
+    """Whether a clause raises, uses the caught error, or logs it."""
     nodes = [node for line in handler.body for node in ast.walk(line)]
     used = any(isinstance(node, ast.Name) and node.id == handler.name for node in nodes)
     called = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
@@ -41,7 +41,7 @@ REPORTS = {"_log.debug", "traceback.format_exc"}
 
 
 def silent_functions(tree: ast.Module) -> Iterator[str]:
-    """The functions that catch every exception and do not report it."""
+    """The functions that catch every exception without reporting it."""
     for function in ast.walk(tree):
         if not isinstance(function, ast.FunctionDef):
             continue
@@ -53,7 +53,7 @@ def silent_functions(tree: ast.Module) -> Iterator[str]:
                 yield function.name
 
 
-def test_nothing_is_caught_in_silence() -> None:
+def test_no_exception_is_caught_silently() -> None:
     package = ROOT / "loratune"
     assert {
         f"{path.name}: {name}"
@@ -75,16 +75,16 @@ def test_nothing_is_caught_in_silence() -> None:
         ("except KeyError:\n  pass", False),
     ],
 )
-def test_silence_is_seen(clause: str, is_silent: bool) -> None:
+def test_silent_handlers_are_detected(clause: str, is_silent: bool) -> None:
     body = f"try:\n  y = 1\n{clause}".replace("\n", "\n  ")
     assert [*silent_functions(ast.parse(f"def f():\n  {body}"))] == ["f"] * is_silent
     assert [*silent_functions(ast.parse("def f():\n  with suppress(Exception):\n    pass"))] == ["f"]
 
 
-def test_what_a_run_passes_over_is_logged_with_debug(
+def test_ignored_errors_of_a_run_are_logged_with_debug(
     run_config: MakeConfig, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A template that refuses the question it is tried with, and rows in the cache that are damaged."""
+    """A template that fails on the trial question, and damaged rows in the cache."""
     template = tmp_path / "chat.jinja"
     refusal = "{% if messages[0].content == 'loratune?' %}{{ raise_exception('no such question') }}{% endif %}"
     template.write_text(refusal + CHAT_TEMPLATE)
@@ -111,13 +111,13 @@ def test_what_a_run_passes_over_is_logged_with_debug(
 
 
 class Failing(nn.Module):
-    """Fails on whatever it is given."""
+    """Fails on any input."""
 
     def forward(self, *_: object, **__: object) -> torch.Tensor:
         raise ValueError("it fails on purpose")
 
 
-def test_models_that_are_not_understood_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_that_cannot_be_analyzed_are_reported(capsys: pytest.CaptureFixture[str]) -> None:
     model = adapted()
     model.get_base_model().model.layers[1] = Failing()
     for debug in (True, False):

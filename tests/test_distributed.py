@@ -1,4 +1,4 @@
-"""Several processes as one run: the same result, one writer, and an end for all when one of them ends."""
+"""Several processes as one run: the same result, one writer, and all of them end when one does."""
 
 import json
 import math
@@ -37,7 +37,7 @@ from loratune.training.processes import DistributedGroup
 
 pytestmark = pytest.mark.distributed
 
-SOON = 20  # seconds in which all processes have ended when one has, with room for a machine that is busy
+SOON = 20  # seconds within which all processes have ended after one has, with a margin for a busy machine
 UNEVEN = [
     {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)
 ]
@@ -46,7 +46,7 @@ EVALUATED: dict[str, Any] = {"validation": 0.2}
 
 
 def trained(processes: ForkServer, config: Path, out: Path, count: int, *settings: str) -> dict[str, Any]:
-    """What a run of so many processes records."""
+    """The record of a run with this number of processes."""
     assignments = [part for one in (f"output_dir={out}", *settings) for part in ("--set", one)]
     children = processes.launch(count, "train", config, *assignments)
     assert [child.wait() for child in children] == [0] * count, "\n".join(child.said() for child in children)
@@ -65,7 +65,8 @@ Alone = Callable[[str], tuple[Path, dict[str, Any], Path]]
 
 @pytest.fixture(scope="module")
 def alone(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Alone:
-    """Trains on uneven rows in one process, once for each way of packing: the config, the record and the weights."""
+    """Trains on rows of uneven length in one process, once for each way of packing: the config, the record and the
+    weights."""
 
     @cache
     def trained_alone(packing: str) -> tuple[Path, dict[str, Any], Path]:
@@ -92,7 +93,7 @@ LAYOUTS = ((2, shared(2, 2)), (4, shared(2)), (2, shared(4)), (4, shared(1, 2)))
     ],
     ids=["none on two", "batch on four", "none", "batch"],
 )
-def test_two_and_four_processes_do_what_one_does(
+def test_two_and_four_processes_equal_one(
     packing: str,
     layouts: tuple[tuple[int, tuple[str, str]], ...],
     processes: ForkServer,
@@ -108,10 +109,10 @@ def test_two_and_four_processes_do_what_one_does(
 
 
 @pytest.mark.parametrize(("count", "accumulated"), [(2, 2), pytest.param(4, 1, marks=SLOW)])
-def test_packs_are_shared_out(
+def test_packs_are_distributed_among_processes(
     count: int, accumulated: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """A pack is what one process takes in a micro-step, so two processes take what one accumulates."""
+    """A process takes one pack per micro-step, so two processes take what one process accumulates."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN)), "packing": "full", "max_length": 60}
     config = run_config(data={**data, **EVALUATED}, training={"num_train_epochs": 2, "eval_steps": 4})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(2, 4))
@@ -119,10 +120,10 @@ def test_packs_are_shared_out(
 
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=SLOW), "kto"])
-def test_compared_answers_are_shared_out(
+def test_preference_rows_are_distributed_among_processes(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The reference, KTO's divergence over a step, and the last step of an epoch, where a process may have no row."""
+    """The reference, KTO's KL estimate over a step, and the last step of an epoch, where a process may have no row."""
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " none"} for row in UNEVEN]
     judged = [row | {"label": number % 2 == 0} for number, row in enumerate(UNEVEN)]
     rows = write_rows(tmp_path / "uneven.jsonl", judged if objective == "kto" else pairs)
@@ -134,8 +135,10 @@ def test_compared_answers_are_shared_out(
     assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
-def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """EVA looks at the first batches, which all processes have; PEFT would count them once for each."""
+def test_a_data_driven_initialization_is_the_same(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """EVA uses the first batches, which all processes have; PEFT would count them once for each process."""
     data = {"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))}
     config = run_config(lora={"init_lora_weights": "eva"}, data=data, training={"max_steps": 3})
     alone = trained(processes, config, tmp_path / "1", 1, *shared(4, 2))
@@ -143,7 +146,7 @@ def test_a_start_from_the_data_is_the_same(processes: ForkServer, run_config: Ma
 
 
 def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The curve within 1e-5, and the very tokens."""
+    """Check that the curves agree within 1e-5, and the token counts exactly."""
     for entry, known in zip(curve(record), curve(expected), strict=True):
         for name in ("loss", "eval_loss", "learning_rate"):
             assert entry.get(name) == pytest.approx(known.get(name), abs=1e-5), (entry, known)
@@ -151,7 +154,7 @@ def same(record: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 class Member(Group):
-    """One of several, who says nothing."""
+    """One process of several, which prints nothing."""
 
     def __init__(self, rank: int, count: int):
         self.rank, self.count = rank, count  # type: ignore[misc]
@@ -178,7 +181,7 @@ def test_steps_take_the_same_rows_in_the_same_order(items: int, count: int, size
         assert all(len(share) <= size for order in parts for share in order)
 
 
-def test_epochs_have_orders_of_their_own() -> None:
+def test_each_epoch_has_its_own_order() -> None:
     order = DistributedBatchSampler(40, 8, 7, SINGLE_PROCESS)
     first = list(order)
     order.set_epoch(1)
@@ -186,8 +189,8 @@ def test_epochs_have_orders_of_their_own() -> None:
     assert list(DistributedBatchSampler(40, 8, 8, SINGLE_PROCESS)) != first
 
 
-def test_one_writes_and_tells(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The other process has a cache and a directory for temporary files of its own, in which nothing is found."""
+def test_only_one_process_writes_and_prints(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The other process has its own cache and temporary directory, and leaves nothing there."""
     config = run_config(data={"train": str(write_rows(tmp_path / "new.jsonl", UNEVEN))}, training={"save_steps": 1})
     own = {name: tmp_path / name for name in ("HF_DATASETS_CACHE", "TMPDIR")}
     for path in own.values():
@@ -203,8 +206,8 @@ def test_one_writes_and_tells(processes: ForkServer, run_config: MakeConfig, tmp
 VALUES: list[Any] = [None, True, 0, 1.5e300, "", "ä\ud800\x1b", [], {"a": [1, {"b": None}]}, "x" * (9 << 20)]
 
 
-def test_values_are_exchanged_as_json() -> None:
-    """Of any size, and nothing is pickled."""
+def test_processes_exchange_values_as_json() -> None:
+    """Values of any size; nothing is pickled."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     state: Any = SimpleNamespace(process_index=0, local_process_index=0, num_processes=1, device=torch.device("cpu"))
     group = DistributedGroup(state)
@@ -216,7 +219,7 @@ def test_values_are_exchanged_as_json() -> None:
     assert not dist.is_initialized()
 
 
-# Ends
+# How runs end
 
 
 RUNNING: dict[str, Any] = {
@@ -229,7 +232,7 @@ RUNNING: dict[str, Any] = {
 
 
 def begun(processes: ForkServer, config: Path, tmp_path: Path, *arguments: str) -> list[Child]:
-    """A run of two processes, some checkpoints further than it was."""
+    """A run of two processes which has written this many more checkpoints."""
     before = checkpoints(tmp_path / "out.partial")[:1]
     children = processes.launch(2, "train", config, *arguments)
     until(lambda: checkpoints(tmp_path / "out.partial")[:1] not in ([], before), children[0])
@@ -237,7 +240,7 @@ def begun(processes: ForkServer, config: Path, tmp_path: Path, *arguments: str) 
 
 
 def ended(children: list[Child]) -> list[int]:
-    """Exit codes, by rank. As a launcher does, end the others when one has failed."""
+    """Exit codes, by rank. Like a launcher, ends the other processes when one has failed."""
     begin, failed = time.monotonic(), 0.0
     while (left := [child for child in children if child.poll() is None]) and time.monotonic() - begin < SOON:
         if not failed and any(child.code for child in children):
@@ -265,15 +268,16 @@ def finished(children: list[Child]) -> list[int]:
         ),
     ],
 )
-def test_stopped_by_signals_and_one_killed(
+def test_runs_ended_by_a_signal_or_a_kill_resume(
     signals: tuple[tuple[tuple[int, ...], int, int, str], ...],
     killed: int,
     processes: ForkServer,
     run_config: MakeConfig,
     tmp_path: Path,
 ) -> None:
-    """A signal stops all at one step, however many receive it; when one is killed, the other one ends in its next
-    collective and reports that. The run resumes each time, and ends with the bytes of an undisturbed one."""
+    """A signal stops all processes at the same step, however many of them receive it. When one is killed, the other one
+    ends at its next collective operation and reports that. Each time the run resumes, and ends with the bytes of an
+    undisturbed one."""
     config = run_config(**RUNNING)
     resume: tuple[str, ...] = ()
     for ranks, number, code, word in signals:
@@ -315,8 +319,10 @@ data.prepare = slowly
 """
 
 
-def test_a_process_that_does_not_answer(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """It ends the run after `ddp_timeout`, without another checkpoint. Tokenizing for longer than that does not."""
+def test_a_hanging_process_ends_the_run_after_the_timeout(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The run ends after `ddp_timeout`, without another checkpoint. Tokenizing for longer than that does not end it."""
     config = run_config(training=RUNNING["training"] | {"save_steps": 500, "num_train_epochs": 500, "ddp_timeout": 2})
     children = processes.launch(2, "train", config, each=[{"first": SLOW_ROWS}, {}])
     until(lambda: "step     2/" in children[0].said(), children[0])
@@ -329,8 +335,9 @@ def test_a_process_that_does_not_answer(processes: ForkServer, run_config: MakeC
     assert checkpoints(tmp_path / "out.partial") == [] and not (tmp_path / "out").exists()
 
 
-def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Process 1 has no room for its temporary files; it alone says so, and all end with that code."""
+def test_an_error_in_one_process_ends_all(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Process 1 has no room for its temporary files. It alone reports that, and all processes end with its exit
+    code."""
     config = run_config(**RUNNING)
     children = processes.launch(2, "train", config, each=[{}, {"limit": 1000}])
     assert ended(children) == [8, 8], children[0].said()
@@ -338,7 +345,9 @@ def test_a_fault_of_one_ends_all(processes: ForkServer, run_config: MakeConfig, 
     assert "error: " not in children[0].said()
 
 
-def test_a_fault_of_all_is_reported_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_an_error_in_all_processes_is_reported_once(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     config = run_config(training={"learning_rate": 1e30, "max_grad_norm": 0.0})
     children = processes.launch(2, "train", config)
     assert ended(children) == [6, 6]
@@ -348,8 +357,10 @@ def test_a_fault_of_all_is_reported_once(processes: ForkServer, run_config: Make
     assert children[0].said().count("error: ") == 1 and children[1].said() == ""
 
 
-def test_one_that_never_comes(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """It is killed while the other one still reads."""
+def test_a_process_that_dies_before_joining_ends_the_run(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """It is killed while the other one still reads rows."""
     config = run_config(**RUNNING)
     children = processes.launch(2, "train", config)
     until(lambda: handles(children[0], signal.SIGTERM), children[0])
@@ -359,8 +370,8 @@ def test_one_that_never_comes(processes: ForkServer, run_config: MakeConfig, tmp
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_signal_ends_the_wait_for_one_that_never_comes(processes: ForkServer, run_config: MakeConfig) -> None:
-    """torch waits for it in a call from which no handler of Python is run, so the process ends by the signal."""
+def test_a_signal_ends_the_wait_for_a_missing_process(processes: ForkServer, run_config: MakeConfig) -> None:
+    """torch waits for it in a call that runs no Python signal handlers, so the signal itself ends the process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -377,7 +388,7 @@ def test_a_signal_ends_the_wait_for_one_that_never_comes(processes: ForkServer, 
     assert child.said() == ""
 
 
-def test_one_model_over_all_gpus_is_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
+def test_device_map_auto_requires_a_single_process(processes: ForkServer, run_config: MakeConfig) -> None:
     config = run_config(model={"device_map": "auto"})
     children = processes.launch(2, "train", config)
     assert ended(children) == [2, 2]
@@ -393,14 +404,14 @@ def test_a_wrong_command_line_is_reported_once(processes: ForkServer) -> None:
     assert "No such option" in children[0].said() and children[1].said() == ""
 
 
-def test_other_commands_are_for_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
+def test_other_commands_require_a_single_process(processes: ForkServer, run_config: MakeConfig) -> None:
     children = processes.launch(2, "params", run_config())
     assert ended(children) == [2, 2]
     assert " 2 times" in children[0].said() and "[usage.conflict]" in children[0].said()
     assert (children[0].said().count("\n"), children[1].said()) == (1, "")
 
 
-def test_a_dry_run_may_take_its_time_to_print(processes: ForkServer, run_config: MakeConfig) -> None:
+def test_a_dry_run_is_printed_by_one_process(processes: ForkServer, run_config: MakeConfig) -> None:
     config = run_config()
     children = processes.launch(2, "train", config, "--dry-run")
     assert finished(children) == [0, 0]
@@ -416,7 +427,7 @@ def test_a_dry_run_may_take_its_time_to_print(processes: ForkServer, run_config:
         ("DEEPSPEED", "lora.target_parameters", "experts"),
     ],
 )
-def test_what_sharded_weights_exclude(
+def test_settings_that_do_not_work_with_sharded_weights_are_refused(
     how: str, key: str, value: str, processes: ForkServer, run_config: MakeConfig
 ) -> None:
     environment = {f"ACCELERATE_USE_{how}": "true"}
@@ -427,7 +438,7 @@ def test_what_sharded_weights_exclude(
     assert ": does not work with weights that " in line and how.lower() in line
 
 
-# On another number of processes
+# Resuming on another number of processes
 
 
 ACCUMULATION = "training.gradient_accumulation_steps"
@@ -435,9 +446,9 @@ WHOLE_STEP = ("--set", f"{ACCUMULATION}=4", "--allow-change", ACCUMULATION)
 """For one process in place of two that accumulate twice."""
 
 
-def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Refused where a step would take other rows, or where DeepSpeed would read another one's checkpoints; exact where
-    it takes the same."""
+def test_resuming_on_another_number_of_processes(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Refused if a step would take other rows, or if DeepSpeed would read the checkpoints of another number of
+    processes. Otherwise the result is exact."""
     training = {"save_steps": 3, "num_train_epochs": 4}
     config = run_config(training=training, data={"train": str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))})
     settings = [part for one in shared(2, 2) for part in ("--set", one)]
@@ -463,7 +474,7 @@ def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig
     same(json.loads((tmp_path / "out" / "loratune.json").read_text()), expected)
 
 
-# As the README has it
+# The commands of the README
 
 
 @pytest.mark.parametrize(
@@ -475,7 +486,7 @@ def test_resuming_on_more_or_fewer(processes: ForkServer, run_config: MakeConfig
     ids=["torchrun", "accelerate"],
 )
 @SLOW
-def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: Path) -> None:
+def test_launchers_of_the_readme(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: Path) -> None:
     program = Path(sys.executable).with_name(launcher[0])
     command = [program, *launcher[1:], "-m", "loratune", "train", run_config()]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -484,15 +495,15 @@ def test_launchers(launcher: tuple[str, ...], run_config: MakeConfig, tmp_path: 
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
-def test_torchrun_sets_what_the_other_tests_set(tmp_path: Path) -> None:
-    """The processes that it starts have the variables of `ForkServer.launch`, with the same values."""
+def test_torchrun_sets_the_variables_that_tests_set(tmp_path: Path) -> None:
+    """The processes that it starts have the variables of `ForkServer.launch` with the same values."""
     handlers = {
         number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     }
     try:
         torchrun.main(["--nproc-per-node", "2", "--no-python", "sh", "-c", "env > $0/$RANK", str(tmp_path)])
     finally:
-        for number, handler in handlers.items():  # torchrun sets its own, and leaves them
+        for number, handler in handlers.items():  # torchrun sets its own; the others are inherited
             signal.signal(number, handler)
     for rank in (0, 1):
         found = dict(line.split("=", 1) for line in (tmp_path / str(rank)).read_text().splitlines() if "=" in line)
@@ -500,11 +511,11 @@ def test_torchrun_sets_what_the_other_tests_set(tmp_path: Path) -> None:
         assert {name: found.get(name) for name in expected} == expected | {"MASTER_ADDR": found["MASTER_ADDR"]}
 
 
-# The base spread over processes
+# A sharded base
 
 
 def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """With the config file that is shipped, on two CPUs."""
+    """Runs with the shipped config file, on two CPUs."""
     program = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--config_file"]
     started = ["-m", "loratune"] if how == "zero3" else [ROOT / "tests/fsdp_on_cpu.py"]
     command = [*program, ROOT / f"configs/accelerate/{how}.yaml", *started, "train", config]
@@ -515,7 +526,7 @@ def spread(how: str, config: Path, out: Path, *arguments: str) -> "subprocess.Po
 
 
 def sharded(processes: ForkServer, config: Path, out: Path, *arguments: str) -> list[Child]:
-    """With FSDP2 as `spread`: the processes are forked, with the variables that accelerate's launcher sets."""
+    """Runs with FSDP2 like `spread`, but with forked processes and the variables that accelerate's launcher sets."""
     path = ROOT / "configs" / "accelerate" / "fsdp2.yaml"
     words = launch_command_parser().parse_args(["--num_processes", "2", "--config_file", str(path), "train"])
     environment = prepare_multi_gpu_env(_validate_launch_command(words)[0])
@@ -526,7 +537,7 @@ def sharded(processes: ForkServer, config: Path, out: Path, *arguments: str) -> 
 
 
 def spread_to_the_end(how: str, processes: ForkServer, config: Path, out: Path, *arguments: str) -> None:
-    """A run whose base is spread has to succeed."""
+    """A run with a sharded base, which has to succeed."""
     if how == "fsdp2":
         children = sharded(processes, config, out, *arguments)
         assert finished(children) == [0, 0], children[0].said() + children[1].said()
@@ -543,7 +554,7 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
     "how, quantization",
     [("fsdp2", "none"), pytest.param("fsdp2", "4bit", marks=SLOW), pytest.param("zero3", "none", marks=[ZERO3, SLOW])],
 )
-def test_a_base_that_is_spread_learns_the_same(
+def test_a_sharded_base_gives_the_same_training(
     how: str, quantization: str, processes: ForkServer, alone: Alone, tmp_path: Path
 ) -> None:
     config, expected, _ = alone("batch")
@@ -558,14 +569,14 @@ def test_a_base_that_is_spread_learns_the_same(
     record = json.loads((tmp_path / "2" / "loratune.json").read_text())
     if quantization == "none":
         same(record, expected)
-    # The other one computes LoRA in bfloat16 where it can.
+    # Unlike the sharded run, this one computes LoRA in bfloat16 where it can.
     for entry, known in zip(curve(record), curve(expected), strict=True):
         assert entry.get("loss") == pytest.approx(known.get("loss"), abs=1e-3)
 
 
 @SLOW
 @pytest.mark.parametrize("how", ["spread", "copied"])
-def test_experts_learn_the_same_in_several_processes(
+def test_experts_train_the_same_in_several_processes(
     how: str, processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -595,10 +606,10 @@ def test_experts_learn_the_same_in_several_processes(
 
 @SLOW
 @pytest.mark.parametrize("objective", ["dpo", "orpo", "kto"])
-def test_answers_are_compared_over_a_spread_base(
+def test_preference_training_over_a_sharded_base(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The reference, the losses and what is preferred are those of one process."""
+    """The reference, the losses and the preferences equal those of one process."""
     pairs = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " c" * 3} for row in UNEVEN]
     judged = [
         {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
@@ -619,10 +630,10 @@ def test_answers_are_compared_over_a_spread_base(
 
 
 @SLOW
-def test_the_base_beside_a_spread_adapter_is_the_base(
+def test_disabling_a_sharded_adapter_restores_the_base(
     processes: ForkServer, run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """With biases that were trained: each process sets its part of them back, and then forth."""
+    """With trained biases: each process restores the base's values of its shard, and then the trained ones."""
     tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_dir / name, tmp_path / "biased")
@@ -638,10 +649,10 @@ def test_the_base_beside_a_spread_adapter_is_the_base(
 
 
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=[ZERO3, SLOW])])
-def test_the_best_step_of_a_spread_adapter_is_put_back(
+def test_the_best_step_of_a_sharded_adapter_is_restored(
     how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The learning rate is far too high, so that the best step is an early one."""
+    """The learning rate is far too high, so the best step is an early one."""
     rows = str(write_rows(tmp_path / "uneven.jsonl", UNEVEN))
     training = {"max_steps": 6, "eval_steps": 1, "learning_rate": 0.3, "lr_scheduler_type": "constant"}
     config = run_config(data={"train": rows, "validation": str(tmp_path / "rows.jsonl")}, training=training)
@@ -655,8 +666,8 @@ def test_the_best_step_of_a_spread_adapter_is_put_back(
 
 
 @SLOW
-def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
-    """QLoRA with checkpointed activations over FSDP2, on a stand-in, by accelerate's own launcher."""
+def test_the_recipe_for_a_base_larger_than_one_gpu(run_config: MakeConfig, tiny_dir: Path, tmp_path: Path) -> None:
+    """QLoRA with activation checkpointing over FSDP2, on a small substitute model, with accelerate's own launcher."""
     rows = write_rows(tmp_path / "uneven.jsonl", UNEVEN)
     child = spread(
         "fsdp2", ROOT / "configs" / "llama-70b-qlora.yaml", tmp_path / "out", "--set", f"model.name_or_path={tiny_dir}",
@@ -670,7 +681,7 @@ def test_the_recipe_for_a_base_that_fits_no_gpu(run_config: MakeConfig, tiny_dir
 
 @SLOW
 @pytest.mark.parametrize("how", ["fsdp2", pytest.param("zero3", marks=ZERO3)])
-def test_a_base_that_is_spread_goes_on_to_the_same_bytes(
+def test_a_sharded_run_resumes_to_the_same_bytes(
     how: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = run_config(**RUNNING | {"training": RUNNING["training"] | {"num_train_epochs": 5}})
@@ -707,6 +718,6 @@ def test_recipes_are_well_formed() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
-def test_config_files_are_accelerates(path: Path) -> None:
+def test_shipped_config_files_are_valid_for_accelerate(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.num_machines == 1 and config.main_process_port == 0

@@ -1,6 +1,6 @@
-"""What an earlier revision wrote is read: adapters, configs, checkpoints and studies.
+"""Files written by an earlier revision can be read: adapters, configs, checkpoints and studies.
 
-`release_0.tar.xz` was made by revision 096b964, in a directory of this name, as records have absolute paths.
+`release_0.tar.xz` was made by revision 096b964, in a directory of this name, as records contain absolute paths.
 """
 
 import json
@@ -29,8 +29,8 @@ def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         shutil.rmtree(PLACE)
 
 
-def test_a_checkpoint_is_resumed(cli: Callable[..., Ran], release: Path) -> None:
-    """From step 4 of 6, to the weights of the run that was not interrupted."""
+def test_an_earlier_checkpoint_is_resumed(cli: Callable[..., Ran], release: Path) -> None:
+    """From step 4 of 6, with the same final weights as the uninterrupted run."""
     ran = cli("train", "sft.yaml", "--resume")
     assert ran.code == 0, ran.err
     found, expected = (load_file(release / name / WEIGHTS) for name in ("sft", "whole"))
@@ -43,7 +43,7 @@ def test_a_checkpoint_is_resumed(cli: Callable[..., Ran], release: Path) -> None
 
 
 @pytest.mark.parametrize(("name", "rows"), [("whole", "rows.jsonl"), ("dpo", "pairs.jsonl")])
-def test_an_adapter_is_used(cli: Callable[..., Ran], release: Path, name: str, rows: str) -> None:
+def test_an_earlier_adapter_can_be_used(cli: Callable[..., Ran], release: Path, name: str, rows: str) -> None:
     ran = cli("evaluate", "--adapter", release / name, "--data", release / rows, "--json")
     assert ran.code == 0, ran.err
     found, recorded = json.loads(ran.out), json.loads((release / name / "loratune.json").read_text())
@@ -59,8 +59,8 @@ def test_an_adapter_is_used(cli: Callable[..., Ran], release: Path, name: str, r
         assert cli(*arguments).code == 0, arguments
 
 
-def test_a_study_is_continued(cli: Callable[..., Ran], release: Path) -> None:
-    """Two of its trials are done, and the third is waiting."""
+def test_an_earlier_study_is_continued(cli: Callable[..., Ran], release: Path) -> None:
+    """Two of its trials are finished, and the third is pending."""
     grid = "training.learning_rate=1e-3,1e-2,3e-3"
     ran = cli("sweep", "study.yaml", "--grid", grid)
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""What a container leaves to a process: threads, which are limited before torch is loaded, and memory."""
+"""The resources that a container grants to a process: threads, which are limited before torch is loaded, and memory."""
 
 import json
 import os
@@ -22,7 +22,7 @@ several = pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="there is
 
 
 def ask(groups: Path, own: Path, **environment: str) -> tuple[str, str | None]:
-    """The line for the user, and the number of threads, in a process of its own."""
+    """The message for the user and the number of threads, in a separate process."""
     kept = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", ASK, str(groups), str(own)]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, check=True)
@@ -47,7 +47,7 @@ UNLIMITED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def made(tmp_path: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
-    """The directory of groups, and the file that names those of the process."""
+    """The cgroup directory, and the file that names the cgroups of the process."""
     root, listing = tmp_path / "groups", tmp_path / "own"
     root.mkdir()
     listing.write_text(f"12:pids:/\n{own}\n")
@@ -60,7 +60,7 @@ def made(tmp_path: Path, own: str, files: dict[str, str]) -> tuple[Path, Path]:
 @several
 @pytest.mark.parametrize("name", GROUPS)
 def test_a_container_has_as_many_threads_as_processors(name: str, tmp_path: Path) -> None:
-    """Those that it may use, although it sees more, unless the user has set the number."""
+    """The processors that it may use, although it sees more, unless the user has set the number."""
     groups = made(tmp_path, *GROUPS[name])
     line, threads = ask(*groups)
     assert threads == "1" and "may use" in line and "OMP_NUM_THREADS=1" in line
@@ -68,7 +68,7 @@ def test_a_container_has_as_many_threads_as_processors(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", UNLIMITED)
-def test_without_a_limit_the_runtime_decides(name: str, tmp_path: Path) -> None:
+def test_without_a_limit_the_runtime_chooses_the_threads(name: str, tmp_path: Path) -> None:
     assert ask(*made(tmp_path, *UNLIMITED[name])) == ("", None)
 
 
@@ -89,8 +89,8 @@ MEMORY: dict[str, tuple[str, dict[str, str], float]] = {
 
 
 @pytest.mark.parametrize("name", MEMORY)
-def test_the_memory_that_a_container_has_left(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernel keeps of files can be taken."""
+def test_available_memory_in_a_container(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory used for the kernel's page cache counts as available."""
     own, files, free = MEMORY[name]
     groups, listing = made(tmp_path, own, files)
     monkeypatch.setattr(environment, "_ROOT", groups)

@@ -1,4 +1,4 @@
-"""`loratune evaluate` on the tiny model, against stock PEFT computed a row at a time in float32."""
+"""`loratune evaluate` on the tiny model, compared with stock PEFT, one row at a time in float32."""
 
 import json
 import math
@@ -39,7 +39,7 @@ def chat_row(*texts: str) -> dict[str, Any]:
 
 
 def rendered(row: dict[str, Any]) -> list[tuple[str, bool]]:
-    """A row as pieces of text and whether they are supervised, written out by hand."""
+    """A row as pieces of text with whether each is supervised, written out by hand."""
     pieces: list[tuple[str, bool]] = []
     for message in row["messages"]:
         if message["role"] == "user":
@@ -60,8 +60,8 @@ HELD_OUT = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A directory with `adapter`, trained with `held-out.jsonl` as its validation rows. `early` had fewer steps,
-    and `pissa`, made by PEFT, takes a part out of the base, so that no other adapter can be loaded beside it."""
+    """A directory with `adapter`, trained with `held-out.jsonl` as its validation rows. `early` was trained for fewer
+    steps. `pissa`, made by PEFT, modifies the base, so no other adapter can be loaded beside it."""
     path = tmp_path_factory.mktemp("evaluate")
     config = {
         "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
@@ -86,7 +86,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
 
 
 def also_in_train(path: Path) -> str:
-    """What is said of the rows of a file that were trained on; there are more than three."""
+    """The message about rows of a file that were also trained on; there are more than three."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     seen = [f"{path}:{line}" for line, row in enumerate(rows, start=1) if row in TRAIN]
     return f"{len(seen)} of the evaluation rows are also in train ({', '.join(seen[:3])}, ...)\n"
@@ -105,7 +105,7 @@ def scores(place: Path) -> dict[str, dict[str, Any]]:
 
 @torch.no_grad()
 def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
-    """Loss, exact match and so on, a row at a time, without padding, cache, or any code of loratune."""
+    """Loss, exact match and so on, one row at a time, without padding, cache, or any code of loratune."""
     tokenizer = AutoTokenizer.from_pretrained(place / "adapter")
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     if which == "adapter":
@@ -132,7 +132,9 @@ def by_hand(place: Path, base: Path, which: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("which", ["base", "adapter"])
-def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path, tiny_dir: Path, which: str) -> None:
+def test_scores_equal_an_independent_computation(
+    scores: dict[str, Any], place: Path, tiny_dir: Path, which: str
+) -> None:
     expected = by_hand(place, tiny_dir, which)
     assert scores[which].keys() == {*expected, "intervals"}
     for name in ("rows", "tokens", "exact_match", "label_accuracy"):
@@ -141,7 +143,7 @@ def test_scores_equal_a_computation_by_hand(scores: dict[str, Any], place: Path,
     assert scores[which]["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-5)
 
 
-def test_the_scores_say_something(scores: dict[str, Any]) -> None:
+def test_the_scores_distinguish_base_and_adapter(scores: dict[str, Any]) -> None:
     models = {"base", "adapter", "difference", "majority", "difference_from_majority"}
     assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap", "computed_by"}
     assert scores["computed_by"] == {"dtype": "float32", "layers": "accelerated", "batches": "packed"}
@@ -150,13 +152,13 @@ def test_the_scores_say_something(scores: dict[str, Any]) -> None:
     assert 0 < scores["adapter"]["exact_match"] < scores["adapter"]["label_accuracy"] < 1
 
 
-def test_held_out_loss_of_training_is_the_adapters(scores: dict[str, Any], place: Path) -> None:
+def test_the_held_out_loss_of_training_is_reproduced(scores: dict[str, Any], place: Path) -> None:
     metrics = json.loads((place / "adapter" / "loratune.json").read_text())["metrics"]
     assert metrics["held_out_loss"] == scores["adapter"]["loss"]
 
 
-def test_batches_change_nothing(scores: dict[str, Any], place: Path) -> None:
-    """Rows of similar length are scored together; the losses are in the order that was asked for."""
+def test_batching_does_not_change_the_scores(scores: dict[str, Any], place: Path) -> None:
+    """Rows of similar length are scored together; the losses are in the requested order."""
     loaded = loading.load(AdapterDirectory.open(place / "adapter"))
     split = data.read_source(Source(path=str(place / "held-out.jsonl")), loaded.data)
     dataset = data.prepare(split, loaded.renderer, loaded.data, 264)
@@ -179,7 +181,7 @@ def test_batches_change_nothing(scores: dict[str, Any], place: Path) -> None:
         assert [ids for batch in batches for ids in batch] == answers
 
 
-def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
+def test_the_printed_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", place / "held-out.jsonl")
     lines = [line.split() for line in ran.out.splitlines()]
     assert lines[0][:5] == [f"{len(HELD_OUT)}", "rows,", f"{scores['base']['tokens']}", "supervised", "tokens,"]
@@ -197,7 +199,7 @@ def test_the_table(cli: Callable[..., Ran], scores: dict[str, Any], place: Path)
     assert max(map(len, ran.out.splitlines())) <= 120
 
 
-def test_rows_without_a_prompt_have_no_match(
+def test_rows_without_a_prompt_have_no_exact_match(
     cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = write_rows(tmp_path / "text.jsonl", [{"text": "some text"}] * 3)
@@ -221,7 +223,9 @@ def test_rows_without_a_prompt_have_no_match(
         ([chat_row("a", "b" * 2000)], Code.DATA_EMPTY, "the answer does not fit in max_length 1024"),
     ],
 )
-def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: Code, detail: str) -> None:
+def test_invalid_data_is_refused(
+    cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any, code: Code, detail: str
+) -> None:
     path = tmp_path / "rows.jsonl"
     if rows is not None:
         write_rows(path, rows)
@@ -231,7 +235,7 @@ def test_refused(cli: Callable[..., Ran], place: Path, tmp_path: Path, rows: Any
     assert line.startswith(str(path)) and f" [{code}]" in line and detail in line
 
 
-def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_data_settings_of_training_can_be_overridden(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"q": "a:", "r": "yes"}])
     refused = cli("evaluate", "--adapter", place / "adapter", "--data", rows)
     assert refused.code == 4
@@ -246,10 +250,10 @@ def test_rows_may_be_read_otherwise_than_in_training(place: Path, cli: Callable[
 GPT2: dict[str, Any] = {"vocab_size": 264, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
 
 
-def test_rows_beyond_the_positions_of_the_model(
+def test_rows_longer_than_the_context_of_the_model(
     place: Path, cli: Callable[..., Ran], run_config: Callable[..., Path], tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """A Llama computes something for them, and a GPT-2 has nothing to look up."""
+    """A Llama computes a loss for them, but a GPT-2 has no position embeddings."""
     GPT2LMHeadModel(GPT2Config(**GPT2, bos_token_id=256, eos_token_id=256)).save_pretrained(tmp_path / "gpt2")
     AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "gpt2")
     assert cli("train", run_config(model={"name_or_path": str(tmp_path / "gpt2")}, training={"max_steps": 1})).code == 0
@@ -261,20 +265,24 @@ def test_rows_beyond_the_positions_of_the_model(
         assert f" {positions} positions [" in ran.err and ran.err.endswith(f"; set it to {positions}\n")
         ran = cli("evaluate", "--adapter", adapter, "--data", rows, "--set", f"data.max_length={positions}")
         assert ran.code == 0, ran.err
-    mixed = [{"prompt": "a" * 60, "completion": "b"}, {"prompt": "a", "completion": "b" * 50}]  # 110 if taken together
+    mixed = [
+        {"prompt": "a" * 60, "completion": "b"},
+        {"prompt": "a", "completion": "b" * 50},
+    ]  # 110 if computed together
     ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", write_rows(tmp_path / "mixed.jsonl", mixed))
     assert ran.code == 0, ran.err
 
 
 @pytest.fixture(scope="module")
 def few(place: Path) -> Path:
-    """Rows of which some are wrong, and one stands there three times."""
+    """Rows of which some are answered incorrectly, and one occurs three times."""
     return write_rows(place / "few.jsonl", [*HELD_OUT[:12], *HELD_OUT[45:48], HELD_OUT[0], HELD_OUT[0]])
 
 
 @pytest.mark.parametrize("other", ["early", "pissa"])
 def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path, tiny_dir: Path, other: str) -> None:
-    """Its figures are its own, whether it shares the base or is loaded after it, and the difference is of the pair."""
+    """Its metrics are its own, whether it shares the base or is loaded afterwards, and the difference is that of the
+    pair."""
     alone = [cli("evaluate", "--adapter", place / name, "--data", few, "--json") for name in ("adapter", other)]
     assert [ran.code for ran in alone] == [0, 0], alone[1].err
     own, other_own = (json.loads(ran.out) for ran in alone)
@@ -289,7 +297,7 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     for figure, one in found["difference_from_base"].items():  # as without the other adapter
         assert one == pytest.approx(own["difference"][figure]), figure
     for name, expected in (("base", own["base"]), ("adapter", own["adapter"]), ("against", other_own["adapter"])):
-        near = 1e-6 if other == "early" else 1e-3  # alone, that of PEFT is computed in bfloat16
+        near = 1e-6 if other == "early" else 1e-3  # without the other one, PEFT computes it in bfloat16
         assert found[name]["loss"] == pytest.approx(expected["loss"], abs=near)
         assert found[name]["exact_match"] == expected["exact_match"]
     difference = found["difference"]["loss"]
@@ -299,7 +307,7 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     assert found["verdict"] == verdict
 
 
-def test_an_adapter_of_another_base_is_no_rival(
+def test_against_an_adapter_of_another_base_is_refused(
     cli: Callable[..., Ran], place: Path, few: Path, run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
     tiny_llama(hidden_size=16).save_pretrained(tmp_path / "base")
@@ -310,8 +318,9 @@ def test_an_adapter_of_another_base_is_no_rival(
     assert (ran.code, ran.out) == (5, "")
 
 
-def test_rows_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
-    """The file says everything again that the figures are made of; copies have a line each, with their own fields."""
+def test_the_output_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
+    """The file contains everything from which the metrics are computed. Copies of a row have a line each, with their
+    own fields."""
     own = [
         {**json.loads(line), "id": number, "number": None} for number, line in enumerate(few.read_text().splitlines())
     ]
@@ -343,21 +352,23 @@ def test_rows_for_a_judge(cli: Callable[..., Ran], place: Path, few: Path, tmp_p
             mean = sum(row["copies"] * row[name][figure] for row in rows) / found[name]["rows"]
             assert found[name][figure] == pytest.approx(mean), figure
         assert all(row[name]["label_accuracy"] == row[name]["answer"].startswith(row["expected"]) for row in rows)
-    assert max(len(row["base"]["answer"]) for row in rows) > 20  # it goes on beyond the expected answer
+    assert max(len(row["base"]["answer"]) for row in rows) > 20  # it continues beyond the expected answer
     assert (found["metric"], found["verdict"] is None) == ("rouge_l", False)
     worse = sorted(rows, key=lambda row: row["against"]["loss"] - row["adapter"]["loss"])[:2]
     assert found["worst"] == [row for row in worse if row["adapter"]["loss"] > row["against"]["loss"]] != []
     check_refused(cli(*evaluate, *output), 2, (Code.OUTPUT_EXISTS, str(tmp_path / "rows.jsonl"), "--output"))
     plain = json.loads(cli(*evaluate).out)
-    for name in ("base", "adapter"):  # longer answers change none of the figures that do not look at their ends
+    for name in ("base", "adapter"):  # longer answers change only the metrics that depend on where they end
         assert all(plain[name][figure] == found[name][figure] for figure in ("loss", "exact_match", "label_accuracy"))
     ran = cli(*evaluate[:-1], *output, "--overwrite")
     shown = [line.split(maxsplit=1)[-1] for line in ran.out.splitlines()]
     assert ran.code == 0 and worse[0]["expected"] in shown and worse[0]["where"] in ran.out
 
 
-def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path) -> None:
-    """On rows of any format, without regard to how the adapter's own rows are read; the text that is shipped works."""
+def test_forgetting_is_measured_on_unrelated_text(
+    cli: Callable[..., Ran], place: Path, few: Path, tmp_path: Path
+) -> None:
+    """On rows of any format, whatever the format of the adapter's own rows. The text that is shipped works too."""
     evaluate = ("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--forgetting")
     found = json.loads(cli(*evaluate, few).out)
     assert found["forgetting"] == found["difference"]["loss"]
@@ -378,7 +389,7 @@ def test_forgetting(cli: Callable[..., Ran], place: Path, few: Path, tmp_path: P
         (["--overwrite"], HELD_OUT[:2], 2, Code.USAGE_CONFLICT, "--overwrite"),
     ],
 )
-def test_refused_options(
+def test_invalid_options_are_refused(
     cli: Callable[..., Ran], place: Path, tmp_path: Path, options: Any, rows: Any, exit_code: int, code: Code, key: str
 ) -> None:
     data_file = write_rows(tmp_path / "rows.jsonl", rows)
@@ -391,23 +402,23 @@ def test_refused_options(
     assert len(ran.errors) == 1 and (len(rows) < 12 or "11 more of 12 rows" in ran.err)
 
 
-def test_an_empty_expected_text_is_no_label(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
-    """Any answer begins with it."""
+def test_an_empty_expected_text_is_not_a_label(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
+    """Any answer starts with it."""
     data_file = write_rows(tmp_path / "rows.jsonl", [{"prompt": f"{n}", "completion": "<|system|>"} for n in range(5)])
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", data_file, "--json")
     assert ran.code == 0 and json.loads(ran.out)["adapter"]["label_accuracy"] == 0
 
 
-def test_an_adapter_that_breaks_on_unrelated_text(
+def test_nonfinite_output_on_unrelated_text_is_reported(
     cli: Callable[..., Ran], place: Path, few: Path, tiny_dir: Path, tmp_path: Path
 ) -> None:
-    """It is told as it is for rows."""
+    """It is reported in the same way as for rows."""
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(tiny_dir),
         LoraConfig(r=1, target_modules=["embed_tokens"], task_type="CAUSAL_LM"),
     )
     layer = model.get_input_embeddings()
-    with torch.no_grad():  # on the byte Z alone, A·B is beyond a float
+    with torch.no_grad():  # on the byte Z alone, A·B overflows a float
         layer.lora_embedding_A["default"].zero_()[:, 57] = 1e30
         layer.lora_embedding_B["default"].fill_(1e30)
     model.save_pretrained(tmp_path / "broken", save_embedding_layers=False)
@@ -418,13 +429,13 @@ def test_an_adapter_that_breaks_on_unrelated_text(
     check_refused(cli(*evaluate, "--forgetting", text), 6, (Code.TRAINING_NOT_FINITE, "", ""))
 
 
-def test_figures_are_shown_where_rows_have_no_room(cli: Callable[..., Ran], place: Path, few: Path) -> None:
+def test_metrics_are_printed_where_rows_do_not_fit(cli: Callable[..., Ran], place: Path, few: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--output", "/dev/full")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "verdict" in json.loads(ran.out)
 
 
-def test_a_gate_holds_without_a_reader(place: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As behind `| head`."""
+def test_requirements_fail_even_with_a_closed_stdout(place: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `| head`."""
     reader, writer = os.pipe()
     os.close(reader)
     options = ["--require", "loss<0.01", "--allow-overlap"]
@@ -437,11 +448,11 @@ def test_a_gate_holds_without_a_reader(place: Path, few: Path, monkeypatch: pyte
     assert stopped.value.code == 11
 
 
-def test_too_few_rows_are_said(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
+def test_too_few_rows_for_an_interval_are_reported(cli: Callable[..., Ran], place: Path, tmp_path: Path) -> None:
     data_file = write_rows(tmp_path / "rows.jsonl", [HELD_OUT[0]] * 200)
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", data_file, "--json")
     found = json.loads(ran.out)
     assert (ran.code, found["verdict"], found["base"]["rows"]) == (0, None, 200)
     assert found["difference"]["loss"]["low"] is None and "1 distinct row is too few" in ran.err
     low, high = found["adapter"]["intervals"]["label_accuracy"]
-    assert high - low > 0.7  # that of one row
+    assert high - low > 0.7  # the interval of a single row

@@ -1,4 +1,4 @@
-"""`lora.target_parameters`: LoRA of fused experts, by the words of a config, the same as stock PEFT's."""
+"""`lora.target_parameters`: LoRA of fused experts. Names in the config select the same parameters as in stock PEFT."""
 
 import json
 from collections.abc import Callable
@@ -69,15 +69,15 @@ def build(family: str, device: str = "cpu") -> PreTrainedModel:
 
 
 def adapted(model: nn.Module, targets: Targets, **settings: Any) -> PeftModel:
-    """Stock PEFT, given the names."""
+    """The model as stock PEFT adapts it, given the names."""
     return get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **targets.peft() | settings))
 
 
-# --- what is meant
+# --- which parameters are selected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_role_is_every_fused_projection_of_experts(family: str) -> None:
+def test_the_role_selects_every_fused_expert_projection(family: str) -> None:
     targets = resolve(build(family, "meta"), [], target_parameters=["experts"])
     hidden, layers = SIZES[family]
     numbers = range(2 - layers, 2)
@@ -105,7 +105,7 @@ def test_the_role_is_every_fused_projection_of_experts(family: str) -> None:
         (["mlp.gate.weight"], ("gate.weight",), 2),
     ],
 )
-def test_names_are_matched_as_peft_matches_them(wanted: list[str] | str, names: tuple[str, ...], count: int) -> None:
+def test_names_match_as_in_peft(wanted: list[str] | str, names: tuple[str, ...], count: int) -> None:
     targets = resolve(build("qwen3_moe", "meta"), ["q"], target_parameters=wanted)
     assert targets.parameter_names == names and len(targets.parameters) == count
     model = adapted(build("qwen3_moe", "meta"), targets)
@@ -117,14 +117,14 @@ def test_names_are_matched_as_peft_matches_them(wanted: list[str] | str, names: 
         assert parameters.layers_of(stock).keys() == {*targets.paths}
 
 
-def test_layers_are_chosen_although_peft_does_not_choose_them_for_parameters() -> None:
+def test_layers_can_be_selected_although_peft_ignores_them_for_parameters() -> None:
     targets = resolve(build("mixtral", "meta"), ["q"], [1], target_parameters=["experts"])
     assert targets.parameter_names == ("1.mlp.experts.down_proj", "1.mlp.experts.gate_up_proj")
     model = adapted(build("mixtral", "meta"), targets, layers_to_transform=[1])
     assert parameters.layers_of(model).keys() == {*targets.paths} and len(targets.paths) == 3
 
 
-def test_ranks_of_their_own() -> None:
+def test_rank_and_alpha_patterns_apply_to_experts() -> None:
     ranks = {"experts": 2, r".*layers\.0.*down_proj": 2, "q": 3}
     section = LoraSection(r=4, target_parameters=["experts"], rank_pattern=ranks, alpha_pattern={"down_proj": 5})
     model, targets = creation.adapt(build("gpt_oss", "meta"), section, seed=0)
@@ -153,8 +153,10 @@ def test_ranks_of_their_own() -> None:
         ("llama", ["experts"], Code.LORA_UNKNOWN_TARGET, "llama has no tensors that hold the experts of a layer"),
     ],
 )
-def test_what_cannot_be_adapted_is_refused(family: str, wanted: list[str] | str, code: Code, text: str) -> None:
-    if text == "":  # biases of experts have two dimensions, and can be: the whole module is meant
+def test_parameters_that_cannot_be_adapted_are_refused(
+    family: str, wanted: list[str] | str, code: Code, text: str
+) -> None:
+    if text == "":  # biases of experts have two dimensions, so they can be adapted: the whole module is meant
         assert len(resolve(build(family, "meta"), [], target_parameters=wanted).parameters) == 8
         return
     with pytest.raises(ModelError) as caught:
@@ -163,7 +165,7 @@ def test_what_cannot_be_adapted_is_refused(family: str, wanted: list[str] | str,
     assert text in str(caught.value) and caught.value.problems[0].fix
 
 
-def test_two_entries_that_contradict_each_other_in_a_pattern_are_refused() -> None:
+def test_contradictory_pattern_entries_are_refused() -> None:
     with pytest.raises(ModelError) as caught:
         resolve(
             build("mixtral", "meta"), [], target_parameters=["experts"], rank_pattern={"experts": 2, "down_proj": 3}
@@ -171,7 +173,7 @@ def test_two_entries_that_contradict_each_other_in_a_pattern_are_refused() -> No
     assert [problem.code for problem in caught.value.problems] == [Code.LORA_UNSUPPORTED]
 
 
-def test_all_linear_says_how_experts_are_had() -> None:
+def test_all_linear_explains_how_to_adapt_experts() -> None:
     notes = resolve(build("mixtral", "meta"), "all-linear").notes
     assert notes[-1] == (
         "all-linear leaves out experts.gate_up_proj, experts.down_proj: no linear layers, but experts in one tensor; "
@@ -181,13 +183,13 @@ def test_all_linear_says_how_experts_are_had() -> None:
                 if "experts.gate_up_proj" in note]  # fmt: skip
 
 
-def test_a_whole_module_that_holds_a_target_is_refused() -> None:
+def test_a_whole_module_that_contains_a_target_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
         resolve(build("mixtral", "meta"), ["q"], target_parameters=["experts"], modules_to_save=["experts"])
     assert [problem.code for problem in caught.value.problems] == [Code.LORA_UNSUPPORTED]
 
 
-# --- what PEFT cannot
+# --- what PEFT cannot do
 
 SETTINGS = {
     "lora_dropout": 0.1, "use_dora": True, "use_lorafa": True, "init_lora_weights": "pissa",
@@ -195,7 +197,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("key", SETTINGS)
-def test_settings_that_do_not_go_with_parameters_are_refused_in_the_config(key: str) -> None:
+def test_settings_incompatible_with_parameters_are_refused_in_the_config(key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config.for_model("base", ["lora.target_parameters=[experts]", f"lora.{key}={json.dumps(SETTINGS[key])}"])
     [problem] = caught.value.problems
@@ -203,7 +205,7 @@ def test_settings_that_do_not_go_with_parameters_are_refused_in_the_config(key: 
     assert (problem.code, problem.key, problem.fix) == (Code.CONFIG_CONFLICT, keys, "choose one of the two")
 
 
-def test_no_targets_at_all_are_refused() -> None:
+def test_an_empty_list_of_targets_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         config.for_model("base", ["lora.target_modules=[]"])
     [problem] = caught.value.problems
@@ -216,21 +218,22 @@ def test_no_targets_at_all_are_refused() -> None:
     + [{"init_lora_weights": name} for name in ("pissa", "olora", "orthogonal")],
     ids=str,
 )  # fmt: skip
-def test_stock_peft_refuses_them_too(settings: dict[str, Any]) -> None:
-    """Of what is refused here, PEFT takes LoRA-FA and eva, to no good: see below."""
+def test_stock_peft_refuses_the_same_settings(settings: dict[str, Any]) -> None:
+    """Of the settings refused here, PEFT accepts LoRA-FA and EVA, with wrong results: see below."""
     with pytest.raises((ValueError, AttributeError)):
         get_peft_model(build("mixtral"), LoraConfig(r=4, target_modules=[], target_parameters=NAMES, **settings))
 
 
-def test_why_lora_fa_is_refused() -> None:
-    """Its corrected gradient of B is grad_B (A A^T)^-1, with the ranks of A and B in one order; here they are not."""
+def test_lora_fa_would_be_wrong_for_experts() -> None:
+    """Its corrected gradient of B is grad_B (A A^T)^-1, which needs the ranks of A and B in the same order; here they
+    differ."""
     model = adapted(build("mixtral"), resolve(build("mixtral", "meta"), [], target_parameters=["down_proj"]))
     layer = parameters.layers_of(model)["model.layers.0.mlp.experts.down_proj"]
     down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     nn.init.normal_(up)
     with torch.no_grad():
         down[1] = 0  # the second rank of the first expert
-        up[:, 4] = 0  # the second rank of the first expert, by how PEFT reads B
+        up[:, 4] = 0  # the second rank of the first expert, in the order in which PEFT reads B
     of_first = layer.scaling["default"] * sum(torch.outer(up[:, 4 * rank], down[rank]) for rank in (0, 2, 3))
     assert torch.allclose(layer.get_delta_weight("default")[0], of_first, atol=1e-6)
 
@@ -252,7 +255,7 @@ def base(
 
 
 def run_config(folder: Path, base: Path, **sections: Any) -> Path:
-    """Three steps over all of the rows at once, so that their order does not matter."""
+    """Three steps with all rows in each, so that their order does not matter."""
     folder.mkdir(parents=True, exist_ok=True)
     values = {
         "lora": {"r": 4, "target_parameters": ["experts"], "target_modules": ["o"]},
@@ -272,7 +275,7 @@ def trained(base: Path, cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def batch(tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
-    """The rows as a batch: text of prompt and completion, of which the completion and the end are supervised."""
+    """The rows as a batch: text of prompt and completion, with the completion and the end token supervised."""
     ids = [(tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, 256]) for row in ROWS]
     longest = max(len(prompt) + len(answer) for prompt, answer in ids)
     filled = {"input_ids": [], "labels": [], "attention_mask": []}  # type: dict[str, list[list[int]]]
@@ -285,7 +288,7 @@ def batch(tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
 
 
 def stock_run(base: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PeftModel, list[float]]:
-    """The same three steps by stock PEFT and torch."""
+    """The same three steps with stock PEFT and torch."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     set_seed(42)
     settings = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, target_modules=["o_proj"], target_parameters=NAMES)
@@ -303,7 +306,7 @@ def stock_run(base: Path, tokenizer: PreTrainedTokenizerFast) -> tuple[PeftModel
     return adapted, losses
 
 
-def test_three_steps_are_those_of_stock_peft(
+def test_three_steps_equal_those_of_stock_peft(
     base: Path, trained: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     stock, losses = stock_run(base, tokenizer)
@@ -312,7 +315,7 @@ def test_three_steps_are_those_of_stock_peft(
     assert mine.keys() == theirs.keys() and any("experts.base_layer.lora_A" in name for name in mine)
     for name, tensor in theirs.items():
         assert tensor.shape == mine[name].shape
-        # A step of Adam is as long as the learning rate, so where a gradient is rounding alone, its sign decides.
+        # A step of Adam has the size of the learning rate. The sign of a gradient that is only rounding error decides.
         moved = (mine[name] - tensor).abs()
         assert moved.quantile(0.99) < 1e-4, name
     curve = [point["loss"] for point in json.loads((trained / "loratune.json").read_text())["curve"] if "loss" in point]
@@ -321,7 +324,7 @@ def test_three_steps_are_those_of_stock_peft(
     assert written["target_parameters"] == NAMES
 
 
-def test_stock_peft_reads_the_adapter_and_computes_the_same(base: Path, trained: Path) -> None:
+def test_stock_peft_loads_the_adapter_with_the_same_logits(base: Path, trained: Path) -> None:
     ids = torch.arange(20)[None]
     stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(trained))
     mine = attach.load(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), inspect(trained))
@@ -338,7 +341,7 @@ def test_stock_peft_reads_the_adapter_and_computes_the_same(base: Path, trained:
     ["gpt_oss", *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "qwen3_moe", "deepseek_v3"))],
     indirect=True,
 )
-def test_the_commands_take_the_adapter(cli: Cli, base: Path, trained: Path, tmp_path: Path) -> None:
+def test_the_commands_accept_the_adapter(cli: Cli, base: Path, trained: Path, tmp_path: Path) -> None:
     assert cli("generate", "--adapter", trained, "1 and 1 make", "--max-new-tokens", 4).code == 0
     evaluated = cli("evaluate", "--adapter", trained, "--data", write_rows(tmp_path / "rows.jsonl", ROWS), "--json")
     assert evaluated.code == 0, evaluated.err
@@ -352,7 +355,7 @@ def test_the_commands_take_the_adapter(cli: Cli, base: Path, trained: Path, tmp_
     assert (whole - both).abs().max() < 1e-5
 
 
-def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_path: Path) -> None:
+def test_exports_for_unsupported_clients_are_refused(cli: Cli, trained: Path, tmp_path: Path) -> None:
     ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.EXPORT_UNSUPPORTED, str(trained), ""))
     assert "it adapts stacked parameters" in ran.err and "loratune merge" in ran.err
@@ -363,7 +366,7 @@ def test_clients_that_do_not_read_it_get_no_export(cli: Cli, trained: Path, tmp_
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_experts_of_a_quantized_base_stay_as_they_are_and_learn(
+def test_experts_of_a_quantized_base_stay_unquantized_and_are_trained(
     quantization: str, cli: Cli, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     build("mixtral").save_pretrained(tmp_path / "base")
@@ -381,8 +384,8 @@ def test_experts_of_a_quantized_base_stay_as_they_are_and_learn(
             assert (learned(ids).logits - outputs).abs().max() > 1e-3
 
 
-def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
-    """With the same parameters, and beside one without any; others are refused, as PEFT refuses them."""
+def test_several_adapters_on_one_base(base: Path, tmp_path: Path) -> None:
+    """With the same parameters, or beside one without parameters. Other combinations are refused, as in PEFT."""
     kinds = {"plain": {}, "both": {"target_parameters": NAMES}, "small": {"target_parameters": NAMES, "r": 2},
              "one": {"target_parameters": NAMES[:1]}}  # fmt: skip
     for number, (name, settings) in enumerate(kinds.items()):
@@ -410,7 +413,7 @@ def test_several_on_one_base(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("base", ["mixtral"], indirect=True)
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(cli: Cli, base: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(cli: Cli, base: Path, tmp_path: Path) -> None:
     run = run_config(tmp_path, base, training={"per_device_train_batch_size": 2, "max_steps": 8, "save_steps": 1})
     assert stopped(cli, tmp_path / "out.partial", "train", run, "--allow-worse").code == 130
     for arguments in (("--resume",), ("--set", f"output_dir={tmp_path / 'straight'}")):
@@ -419,7 +422,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(cli: Cli, base: Path,
     assert (tmp_path / "out" / WEIGHTS_FILE).read_bytes() == (tmp_path / "straight" / WEIGHTS_FILE).read_bytes()
 
 
-def test_its_statistics_are_those_of_each_expert(base: Path, trained: Path) -> None:
+def test_statistics_are_computed_for_each_expert(base: Path, trained: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(trained))
     layers = parameters.layers_of(model)
     stats = adapter_stats(inspect(trained))
@@ -437,7 +440,7 @@ def test_its_statistics_are_those_of_each_expert(base: Path, trained: Path) -> N
     assert stats.parameters == sum(update.parameters for update in stats.updates)
 
 
-def test_params_counts_what_is_trained(cli: Cli, base: Path, trained: Path) -> None:
+def test_params_counts_the_trained_parameters(cli: Cli, base: Path, trained: Path) -> None:
     counted = json.loads(cli("params", trained.parent / "run.yaml", "--json").out)
     tensors = load_file(trained / WEIGHTS_FILE)
     assert counted["trainable"] == sum(tensor.numel() for tensor in tensors.values())
@@ -450,8 +453,10 @@ def test_params_counts_what_is_trained(cli: Cli, base: Path, trained: Path) -> N
     assert " in 4 experts" in cli("params", trained.parent / "run.yaml").out
 
 
-def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: Path, tmp_path: Path) -> None:
-    """With a higher rank: the rows of A follow each other by expert, and the columns of B by rank."""
+def test_continuing_starts_with_the_function_of_the_adapter(
+    cli: Cli, base: Path, trained: Path, tmp_path: Path
+) -> None:
+    """With a higher rank: the rows of A are ordered by expert, and the columns of B by rank."""
     section = {"r": 6, "lora_alpha": 16, "start_from": str(trained)}
     model, _ = creation.adapt(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -482,10 +487,10 @@ def test_going_on_from_it_starts_where_it_ended(cli: Cli, base: Path, trained: P
         pytest.param(True, ["experts"], torch.bfloat16, marks=pytest.mark.slow),
     ],
 )
-def test_memory_that_remade_tensors_take_is_estimated(
+def test_the_memory_of_recomputed_expert_weights_is_estimated(
     checkpointed: bool, wanted: list[str], dtype: torch.dtype
 ) -> None:
-    """The difference to a run without them, as tensors are allocated and as the formula has it."""
+    """The difference from a run without them, both in allocated tensors and by the formula."""
     large = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4}
     section = TrainingSection(activation_checkpointing=checkpointed)
     measured, estimated = [], []
@@ -504,7 +509,7 @@ def test_memory_that_remade_tensors_take_is_estimated(
     assert estimated[1] - estimated[0] == pytest.approx(measured[1] - measured[0], rel=0.25)
 
 
-# --- files of strangers
+# --- adapters of other tools
 
 
 def stranger(path: Path, family: str, **settings: Any) -> dict[str, Any]:
@@ -519,8 +524,8 @@ def stranger(path: Path, family: str, **settings: Any) -> dict[str, Any]:
     return written
 
 
-def test_an_adapter_of_parameters_alone_is_opened(tmp_path: Path) -> None:
-    """Without a record it is not known which of the two is whose, unless there is only one."""
+def test_an_adapter_with_only_parameters_is_opened(tmp_path: Path) -> None:
+    """Without a record, a parameter is known by name only if there is a single one."""
     stranger(tmp_path / "both", "mixtral", target_parameters=NAMES)
     paths = [update.module for update in adapter_stats(inspect(tmp_path / "both")).updates]
     assert paths[:2] == ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.base_layer"]
@@ -529,13 +534,13 @@ def test_an_adapter_of_parameters_alone_is_opened(tmp_path: Path) -> None:
     assert paths == ["model.layers.0.mlp.experts.down_proj", "model.layers.1.mlp.experts.down_proj"]
 
 
-def test_ranks_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+def test_ambiguous_ranks_are_refused(tmp_path: Path) -> None:
     settings = {"target_parameters": NAMES, "rank_pattern": {"gate_up_proj": 2}}
     stranger(tmp_path, "mixtral", **settings)
     with pytest.raises(AdapterError) as caught:
         adapter_stats(inspect(tmp_path))
     assert [problem.code for problem in caught.value.problems] == [Code.ADAPTER_UNSUPPORTED]
-    model = attach.attach_saved(build("mixtral", "meta"), inspect(tmp_path))  # PEFT itself sees the base
+    model = attach.attach_saved(build("mixtral", "meta"), inspect(tmp_path))  # PEFT itself has the base to look at
     ranks = {name.rpartition(".")[2]: layer.r["default"] for name, layer in parameters.layers_of(model).items()}
     assert ranks == {"gate_up_proj": 2, "down_proj": 4}
 
@@ -552,7 +557,7 @@ def test_an_expert_without_tokens_has_no_update(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["experts", ["x"] * 1001, [1], {"a": 1}], ids=["text", "many", "number", "mapping"])
-def test_a_wrong_list_of_parameters_is_refused(value: Any, tmp_path: Path) -> None:
+def test_an_invalid_list_of_parameters_is_refused(value: Any, tmp_path: Path) -> None:
     written = stranger(tmp_path, "mixtral", target_parameters=NAMES)
     (tmp_path / CONFIG_FILE).write_text(json.dumps(written | {"target_parameters": value}))
     with pytest.raises(AdapterError) as caught:

@@ -1,4 +1,5 @@
-"""`loratune schema` and `loratune explain`: editors accept what the reader accepts, and every key is explained."""
+"""`loratune schema` and `loratune explain`: editors and loratune accept the same configs, and every key is
+explained."""
 
 import copy
 import itertools
@@ -29,7 +30,7 @@ KEYS = [key for group in groups() for key in group.keys]
 
 @pytest.fixture(scope="module")
 def validator() -> Draft202012Validator:
-    """Of what the command prints."""
+    """A validator of the schema that the command prints."""
     (ran,), heavy = imported(["schema"])
     assert ran.code == 0 and ran.err == "" and heavy == set()
     schema = json.loads(ran.out)
@@ -39,7 +40,7 @@ def validator() -> Draft202012Validator:
 
 
 def with_value(place: str, value: Any) -> dict[str, Any]:
-    """A small sound config, with a value at a place of one or more parts."""
+    """A small valid config with a value at a place of one or more parts."""
     values: dict[str, Any] = {"model": {"name_or_path": "base"}, "data": {"train": {"path": "a"}}, "output_dir": "out"}
     below = values
     *above, name = place.split(".")
@@ -70,7 +71,7 @@ def test_the_schema_describes_every_key_with_its_default(validator: Draft202012V
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_shipped_configs_and_the_run_yaml_made_of_them_are_valid(validator: Draft202012Validator, path: Path) -> None:
+def test_shipped_configs_and_their_run_yaml_are_valid(validator: Draft202012Validator, path: Path) -> None:
     for text in (path.read_text(encoding="utf-8"), config.dump(config.load(path))):
         assert [error.message for error in validator.iter_errors(yaml_files.parse(text, "x").values)] == []
 
@@ -81,7 +82,7 @@ VALUES = [None, True, False, "x", "", "true", "none", "auto", "best", "q", 0, 1,
 
 
 def is_read(values: dict[str, Any]) -> bool | None:
-    """Whether a config is read; None if it is refused for what no schema can say."""
+    """Whether a config is accepted. None if it is refused for a reason that no schema can express."""
     try:
         RunConfig.model_validate(values)
     except ValidationError as error:
@@ -90,7 +91,7 @@ def is_read(values: dict[str, Any]) -> bool | None:
     return True
 
 
-def test_editors_accept_and_refuse_what_the_reader_does(validator: Draft202012Validator) -> None:
+def test_the_schema_and_the_config_reader_agree(validator: Draft202012Validator) -> None:
     differing, accepted = [], 0
     for place in [*(place for key in KEYS for place in key.places), "model", "lora", "data", "nonsense", "lora.rank"]:
         for value in VALUES:
@@ -102,7 +103,7 @@ def test_editors_accept_and_refuse_what_the_reader_does(validator: Draft202012Va
 
 
 def numbers_of(schema: Any) -> Iterator[tuple[dict[str, Any], Callable[[Any], Any]]]:
-    """The schema of each kind of number that a key takes, and how a value of the key holds one."""
+    """The schema of each kind of number that a key takes, and how a value of the key contains one."""
     if schema.get("type") in ("integer", "number"):
         yield schema, lambda number: number
     for part in schema.get("anyOf", []):
@@ -123,7 +124,7 @@ EDGES = sorted(
 
 
 def holding(place: str, value: Any) -> dict[str, Any]:
-    """A config in which a number can stand at a place without another key that forbids it there."""
+    """A config in which a number can occur at a place without another key that forbids it there."""
     values = with_value("data.validation", 0.5) | {"lora": {"start_from": "adapter"}}
     *above, name = place.split(".")
     if len(above) == 2:
@@ -135,8 +136,8 @@ def holding(place: str, value: Any) -> dict[str, Any]:
     return values
 
 
-def test_numbers_at_the_edge_are_accepted_by_both_or_by_none(validator: Draft202012Validator) -> None:
-    """Of whole numbers, `3.0` is one in JSON Schema and is refused by the reader; no schema tells it from 3."""
+def test_the_schema_and_the_reader_agree_on_boundary_numbers(validator: Draft202012Validator) -> None:
+    """Except that `3.0` is an integer in JSON Schema but refused by the reader; no schema can distinguish it from 3."""
     differing, seen = [], set()
     assert {"training.max_steps", "lora.rank_pattern", "Source.weight"} < {key.label for key, _, _ in NUMERIC}
     for key, schema, held in NUMERIC:
@@ -154,17 +155,17 @@ def test_numbers_at_the_edge_are_accepted_by_both_or_by_none(validator: Draft202
     assert differing == [] and seen == {(key.label, read) for key, _, _ in NUMERIC for read in (True, False)}
 
 
-# What is said of every key
+# The text on every key
 
 
-def test_every_key_says_what_it_does_to_memory_and_time() -> None:
+def test_every_key_documents_its_effect_on_memory_and_time() -> None:
     assert set(MEMORY_AND_TIME) <= {key.label for key in KEYS}
     for text in MEMORY_AND_TIME.values():
         assert text and not text.endswith(".") and "  " not in text
     assert all(key.meaning for key in KEYS)
 
 
-def test_what_a_run_decides_is_a_value_that_the_key_takes() -> None:
+def test_values_decided_by_the_run_are_valid_for_their_keys() -> None:
     by_label = {key.label: key for key in KEYS}
     for label, text in DECIDED_BY_RUN.items():
         value = yaml_files.parse(f"value: {text}", "x").values["value"]
@@ -203,11 +204,11 @@ def labels(words: str) -> list[str]:
     ("x", []),
     ("", []),
 ])  # fmt: skip
-def test_a_key_is_found_by_its_name_its_beginning_and_other_tools_names(words: str, expected: list[str]) -> None:
+def test_a_key_is_found_by_name_prefix_and_names_in_other_tools(words: str, expected: list[str]) -> None:
     assert labels(words) == expected
 
 
-def test_every_key_is_found_in_each_of_its_places() -> None:
+def test_every_key_is_found_by_each_of_its_paths() -> None:
     for key in KEYS:
         for place in key.places:
             assert [item.places for item in find(place) if isinstance(item, Key)] == [(place,)]
@@ -224,7 +225,7 @@ def test_every_key_is_found_in_each_of_its_places() -> None:
     ("quantisation", "model.quantization"),
     ("xyz", ""),
 ])  # fmt: skip
-def test_an_unknown_key_leads_to_the_nearest(cli: Cli, words: str, nearest: str) -> None:
+def test_an_unknown_key_suggests_the_nearest(cli: Cli, words: str, nearest: str) -> None:
     ran = cli("explain", words)
     check_refused(ran, 2, (Code.CONFIG_UNKNOWN_KEY, "", words))
     assert ran.out == "" and f"`{nearest}`" in ran.err if nearest else "loratune explain" in ran.err
@@ -233,7 +234,7 @@ def test_an_unknown_key_leads_to_the_nearest(cli: Cli, words: str, nearest: str)
 # Explaining
 
 
-def test_a_block_has_meaning_type_default_and_costs(cli: Cli) -> None:
+def test_an_explanation_has_meaning_type_default_and_costs(cli: Cli) -> None:
     out = cli("explain", "quantization").out
     rows = {
         line[2:].partition("  ")[0]: line.partition("  ")[2].partition("  ")[2].strip() for line in out.splitlines()
@@ -244,19 +245,19 @@ def test_a_block_has_meaning_type_default_and_costs(cli: Cli) -> None:
     assert cli("explain", "r").out.splitlines()[2].split() == ["type", "integer", ">", "0", "or", "auto"]
 
 
-def test_without_a_key_there_is_a_line_for_each(cli: Cli) -> None:
+def test_without_a_key_every_key_is_listed(cli: Cli) -> None:
     lines = [line.split()[0] for line in cli("explain").out.splitlines() if line.startswith("  ")]
     assert lines == [key.name if key.label.startswith("Source") else key.label for key in KEYS]
 
 
 def in_force(ran: Ran) -> Iterator[tuple[str, Any, str, bool, bool]]:
-    """Key, value, source, whether the run decides, whether it is used."""
+    """For each key its value, the source of the value, whether the run decides it, and whether it is used."""
     assert ran.code == 0, ran.err
     for key in json.loads(ran.out)["keys"].values():
         yield from (tuple(setting.values())[:5] for setting in key["in_force"])
 
 
-def test_the_value_in_force_and_where_it_comes_from(cli: Cli, run_config: MakeConfig) -> None:
+def test_the_value_in_force_and_its_source(cli: Cli, run_config: MakeConfig) -> None:
     sources = [{"path": "a.jsonl", "weight": 2}, {"path": "b.jsonl", "weight": 1}]
     path = run_config(data={"train": sources, "validation": "c.jsonl"}, training={"max_steps": 5})
     lines = path.read_text().splitlines()
@@ -298,7 +299,7 @@ def test_the_value_in_force_and_where_it_comes_from(cli: Cli, run_config: MakeCo
         ("kto", "0.1 with kto", ["beta", "desirable_weight", "undesirable_weight"]),
     ],
 )
-def test_numbers_that_the_objective_does_not_read(
+def test_settings_that_the_objective_does_not_use_are_marked(
     objective: str, beta: str, used: list[str], cli: Cli, run_config: MakeConfig
 ) -> None:
     path = run_config(training={"objective": objective})
@@ -307,7 +308,7 @@ def test_numbers_that_the_objective_does_not_read(
     assert f"null (the default); {beta}\n" in cli("explain", "preferences.beta", path).out
 
 
-def test_json_is_one_object_by_the_place_of_each_key(cli: Cli) -> None:
+def test_json_output_is_an_object_keyed_by_path(cli: Cli) -> None:
     everything = json.loads(cli("explain", "--json").out)
     assert everything["config"] is None
     assert list(everything["keys"]) == [place for key in KEYS for place in key.places]
@@ -316,7 +317,7 @@ def test_json_is_one_object_by_the_place_of_each_key(cli: Cli) -> None:
     assert one["data.train.weight"] == everything["keys"]["data.train.weight"]
 
 
-def test_what_is_wrong_with_the_config_is_said(cli: Cli, run_config: MakeConfig) -> None:
+def test_problems_of_the_config_are_reported(cli: Cli, run_config: MakeConfig) -> None:
     path = run_config(lora={"rank": 8})
     line = path.read_text().splitlines().index("  rank: 8") + 1
     check_refused(cli("explain", "r", path), 2, (Code.CONFIG_UNKNOWN_KEY, f"{path}:{line}", "lora.rank"))

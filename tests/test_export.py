@@ -1,4 +1,4 @@
-"""Adapters as other programs read them: plain LoRA for vLLM and PEFT, GGUF for llama.cpp, a Modelfile for Ollama."""
+"""Adapters for other programs: plain LoRA for vLLM and PEFT, GGUF for llama.cpp, a Modelfile for Ollama."""
 
 import copy
 import json
@@ -90,7 +90,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, processes:
     [{}, {"use_rslora": True, "r": 16, "lora_alpha": 64}, PATTERNS, {"target_modules": ["embed_tokens", "lm_head"]}],
     ids=["plain", "rslora", "patterns", "embeddings"],
 )
-def test_stock_peft_computes_the_same_without_patterns(tmp_path: Path, lora: dict[str, Any]) -> None:
+def test_stock_peft_gives_the_same_logits_without_patterns(tmp_path: Path, lora: dict[str, Any]) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
     made = folded(path, tmp_path / "out", tiny_llama(), "peft")
     expected = logits(PeftModel.from_pretrained(tiny_llama(), path))
@@ -107,8 +107,8 @@ def test_stock_peft_computes_the_same_without_patterns(tmp_path: Path, lora: dic
     assert not config["rank_pattern"] and not config["alpha_pattern"] and not config["use_rslora"]
 
 
-def test_a_client_that_only_divides_alpha_by_r_computes_the_same(tmp_path: Path) -> None:
-    """By hand, from the file and two numbers, as vLLM and llama.cpp do it."""
+def test_clients_that_only_scale_by_alpha_over_r_compute_the_same(tmp_path: Path) -> None:
+    """Computed from the file and two numbers, as vLLM and llama.cpp do it."""
     path = adapter_in(tmp_path / "a", tiny_llama(), **PATTERNS)
     folded(path, tmp_path / "out", tiny_llama())
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
@@ -120,7 +120,7 @@ def test_a_client_that_only_divides_alpha_by_r_computes_the_same(tmp_path: Path)
     assert torch.allclose(logits(base), logits(PeftModel.from_pretrained(tiny_llama(), path)), rtol=0, atol=2e-5)
 
 
-def test_exactly_the_adapted_modules_are_selected(tmp_path: Path) -> None:
+def test_the_target_modules_are_exactly_the_adapted_ones(tmp_path: Path) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama(), **PATTERNS)
     made = folded(path, tmp_path / "out", tiny_llama())
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")
@@ -128,7 +128,7 @@ def test_exactly_the_adapted_modules_are_selected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("alpha", "stays"), [(8, True), (5, False)], ids=["a power of two", "another scale"])
-def test_the_dtype_is_kept_where_folding_is_exact(tmp_path: Path, alpha: int, stays: bool) -> None:
+def test_the_dtype_is_kept_if_folding_is_exact(tmp_path: Path, alpha: int, stays: bool) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama(), torch.bfloat16, lora_alpha=alpha)
     made = folded(path, tmp_path / "out", tiny_llama())
     assert {tensor.dtype for tensor in made.tensors.values()} == {torch.bfloat16 if stays else torch.float32}
@@ -145,14 +145,14 @@ def test_the_dtype_is_kept_where_folding_is_exact(tmp_path: Path, alpha: int, st
         ({"init_lora_weights": "pissa"}, "vllm"), ({"layer_replication": [[0, 2], [0, 2]]}, "peft"),
     ],
 )  # fmt: skip
-def test_what_is_no_plain_lora_is_refused(tmp_path: Path, lora: dict[str, Any], client: str) -> None:
+def test_adapters_that_are_not_plain_lora_are_refused(tmp_path: Path, lora: dict[str, Any], client: str) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama(), **lora)
     with pytest.raises(AdapterError) as error:
         comparison.check_plain(inspect(path), client)
     assert meanings(error.value) == [(Code.EXPORT_UNSUPPORTED, str(path), "")]
 
 
-def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
+def test_differing_tensors_are_detected(tmp_path: Path) -> None:
     path = adapter_in(tmp_path / "a", tiny_llama())
     folded(path, tmp_path / "out", tiny_llama())
     file = tmp_path / "out" / "adapter_model.safetensors"
@@ -173,7 +173,7 @@ def test_files_that_differ_are_noticed(tmp_path: Path) -> None:
 # The command
 
 
-def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_export_writes_a_complete_directory(trained: Path, tmp_path: Path, cli: Cli) -> None:
     ran = cli("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     said = json.loads(ran.out)
@@ -189,7 +189,7 @@ def test_export_writes_a_whole_directory(trained: Path, tmp_path: Path, cli: Cli
     assert answers[0].out == answers[1].out and answers[1].code == 0
 
 
-def test_a_conversation_is_served_with_the_template_of_training(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
+def test_a_chat_adapter_is_exported_with_its_training_template(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
     turns = [{"role": "user", "content": "7 and 7 make"}, {"role": "assistant", "content": "14"}]
     rows = write_rows(tmp_path / "chats.jsonl", [{"messages": turns}] * 8)
     config = config_in(tmp_path, tiny_dir)(data={"train": str(rows)}, training={"max_steps": 2})
@@ -202,7 +202,7 @@ def test_a_conversation_is_served_with_the_template_of_training(tmp_path: Path, 
 
 
 def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) -> Path:
-    """A copy of an adapter with other files in it, and a record that knows of them."""
+    """A copy of an adapter with other files in it, and with a record that lists them."""
     shutil.copytree(adapter, path)
     for name, content in files.items():
         (path / name).parent.mkdir(exist_ok=True)
@@ -213,7 +213,7 @@ def edited(adapter: Path, path: Path, files: dict[str, bytes], **record: Any) ->
 
 
 def compared(adapter: Path, tokenizer: Any, prompts: Any) -> Texts:
-    """The texts of an adapter whose record holds other prompts."""
+    """The texts of an adapter whose record contains other prompts."""
     source = AdapterDirectory.open(adapter)
     files = replace(source.files, record=source.files.record | {"prompts": prompts})
     return texts(replace(source, files=files), Renderer(tokenizer), 264)
@@ -225,13 +225,13 @@ def compared(adapter: Path, tokenizer: Any, prompts: Any) -> Texts:
      [{"input_ids": ["a"]}], [{"input_ids": [-1]}], [{"input_ids": [264]}], [{"input_ids": [10**30]}],
      [{"input_ids": [1.5]}], [{"input_ids": [True]}], [{"input_ids": [[1], [2]]}]],
 )  # fmt: skip
-def test_recorded_prompts_that_are_not_valid_are_refused(trained: Path, tokenizer: Any, prompts: Any) -> None:
+def test_invalid_recorded_prompts_are_refused(trained: Path, tokenizer: Any, prompts: Any) -> None:
     with pytest.raises(AdapterError) as error:
         compared(trained, tokenizer, prompts)
     assert meanings(error.value) == [(Code.ADAPTER_INVALID, str(trained / "loratune.json"), "prompts")]
 
 
-def test_a_record_that_is_not_valid_ends_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_invalid_record_ends_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
     adapter = edited(trained, tmp_path / "a", {}, prompts=[{"input_ids": [264]}])
     ran = cli("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.ADAPTER_INVALID, str(adapter / "loratune.json"), "prompts"))
@@ -242,11 +242,11 @@ def test_a_record_that_is_not_valid_ends_the_command(trained: Path, tmp_path: Pa
     ("prompts", "origin"),
     [([{"input_ids": [1, 2]}] * 1000, "32 prompts of the training rows"), ([{"input_ids": []}], "12 fixed texts")],
 )
-def test_empty_recorded_prompts_do_not_count(trained: Path, tokenizer: Any, prompts: Any, origin: str) -> None:
+def test_empty_recorded_prompts_are_ignored(trained: Path, tokenizer: Any, prompts: Any, origin: str) -> None:
     assert compared(trained, tokenizer, prompts).origin == origin
 
 
-def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_only_tokenizer_files_are_copied(trained: Path, tmp_path: Path, cli: Cli) -> None:
     names = ("config.json", "generation_config.json", "model.safetensors", "pytorch_model.bin", "evil.py", ".env",
              "training_args.bin", "adapter_model.bin", "checkpoint-5/optimizer.pt")  # fmt: skip
     settings = json.loads((trained / "tokenizer_config.json").read_text())
@@ -267,8 +267,8 @@ def test_only_the_tokenizer_comes_along(trained: Path, tmp_path: Path, cli: Cli)
     assert "evil.py" in found and "config.json" not in found
 
 
-def test_a_base_is_not_replaced(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Cli) -> None:
-    """Not even where it is itself an export, as a merged model is one."""
+def test_the_base_is_not_overwritten(trained: Path, tiny_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    """Not even if it is itself an export, like a merged model."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
     record = {"schema_version": 1, "kind": "merged model", "files": manifest(base)}
@@ -307,9 +307,7 @@ BAD_TENSORS: dict[str, tuple[Change, Code]] = {
 
 @pytest.mark.parametrize("bad", BAD_TENSORS)
 @pytest.mark.parametrize("mixed", [False, True])
-def test_tensors_that_are_no_adapter_are_refused(
-    trained: Path, tmp_path: Path, cli: Cli, bad: str, mixed: bool
-) -> None:
+def test_invalid_adapter_tensors_are_refused(trained: Path, tmp_path: Path, cli: Cli, bad: str, mixed: bool) -> None:
     change, code = BAD_TENSORS[bad]
     adapter = Path(shutil.copytree(trained, tmp_path / "a"))
     file = adapter / "adapter_model.safetensors"
@@ -323,7 +321,7 @@ def test_tensors_that_are_no_adapter_are_refused(
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e5m2])
-def test_other_dtypes_become_float32(trained: Path, tmp_path: Path, cli: Cli, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_converted_to_float32(trained: Path, tmp_path: Path, cli: Cli, dtype: torch.dtype) -> None:
     adapter = Path(shutil.copytree(trained, tmp_path / "a"))
     file = adapter / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
@@ -334,15 +332,17 @@ def test_other_dtypes_become_float32(trained: Path, tmp_path: Path, cli: Cli, dt
 
 
 @pytest.mark.parametrize("weights", ["a:1e300", "a:1e39,b:1e-300"])
-def test_a_sum_beyond_float32_is_refused(trained: Path, tmp_path: Path, cli: Cli, weights: str) -> None:
+def test_a_weighted_sum_that_overflows_float32_is_refused(
+    trained: Path, tmp_path: Path, cli: Cli, weights: str
+) -> None:
     adapters = [Path(shutil.copytree(trained, tmp_path / name)) for name in "ab"]
     named = ("--adapter", f"a={adapters[0]}", "--adapter", f"b={adapters[1]}", "--mix", weights)
     ran = cli("export", *named, "--to", "peft", "--output", tmp_path / "out")
     check_refused(ran, 5, (Code.ADAPTER_NOT_FINITE, str(adapters[0]), "--mix"))
 
 
-def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Cli) -> None:
-    """One adapter at weight 1 is itself, and two halves of it are too: the sum of their changes."""
+def test_a_weighted_sum_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """One adapter at weight 1, or two copies at weight 0.5, equal the adapter itself."""
     copy = tmp_path / "copy"
     shutil.copytree(trained, copy)
     answer = cli("generate", "--adapter", trained, "--max-new-tokens", 4, "7 and 7 make")
@@ -366,7 +366,7 @@ def test_a_mixture_is_exported_as_one_adapter(trained: Path, tmp_path: Path, cli
     assert not (tmp_path / "x").exists()
 
 
-def test_an_existing_output_is_replaced_only_if_it_is_an_export(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_only_an_existing_export_is_replaced(trained: Path, tmp_path: Path, cli: Cli) -> None:
     arguments = ("export", "--adapter", trained, "--to", "peft", "--output")
     assert cli(*arguments, tmp_path / "out").code == 0
     before = tree(tmp_path)
@@ -389,12 +389,12 @@ def test_an_existing_output_is_replaced_only_if_it_is_an_export(trained: Path, t
         (("--to", "peft", "--llama-cpp", "x"), "--llama-cpp"), (("--to", "vllm", "--base-gguf", "x"), "--base-gguf"),
     ],
 )  # fmt: skip
-def test_options_that_do_not_fit_the_client(cli: Cli, arguments: tuple[str, ...], key: str) -> None:
+def test_options_that_do_not_apply_to_the_client(cli: Cli, arguments: tuple[str, ...], key: str) -> None:
     ran = cli("export", "--adapter", "a", "--output", "b", *arguments)
     assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{key}: ")
 
 
-def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_invalid_input_leaves_no_output(trained: Path, tmp_path: Path, cli: Cli) -> None:
     def run(adapter: Path, *more: object) -> Ran:
         return cli("export", "--adapter", adapter, "--to", "vllm", "--output", tmp_path / "out", *more)
 
@@ -411,7 +411,7 @@ def test_bad_input_leaves_nothing(trained: Path, tmp_path: Path, cli: Cli) -> No
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.export").exists()
 
 
-def test_another_base_is_refused_unless_forced(trained: Path, tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
+def test_a_different_base_is_refused_without_force(trained: Path, tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
     shutil.copytree(tiny_dir, tmp_path / "base")
     other = tiny_llama()
     other.model.norm.weight.data += 1
@@ -426,7 +426,7 @@ def test_another_base_is_refused_unless_forced(trained: Path, tmp_path: Path, ti
 
 
 @pytest.mark.slow
-def test_a_killed_export_can_be_repeated(trained: Path, tmp_path: Path, processes: ForkServer) -> None:
+def test_an_export_can_be_repeated_after_a_kill(trained: Path, tmp_path: Path, processes: ForkServer) -> None:
     arguments = ("export", "--adapter", trained, "--to", "vllm", "--output", tmp_path / "out")
     child = processes.start(*arguments)
     while not (tmp_path / "out.export" / "adapter").exists() and child.poll() is None:
@@ -442,7 +442,7 @@ def test_a_killed_export_can_be_repeated(trained: Path, tmp_path: Path, processe
 # GGUF
 
 
-def test_without_converters_it_is_said_how_to_get_them(
+def test_missing_converters_are_reported_with_how_to_get_them(
     trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("export", "--adapter", trained, "--to", "gguf", "--output", tmp_path / "out")
@@ -464,7 +464,7 @@ def test_without_converters_it_is_said_how_to_get_them(
         ("pass", Code.EXPORT_FAILED),
     ],
 )
-def test_what_a_converter_prints_is_reported(tmp_path: Path, says: str, code: Code) -> None:
+def test_the_output_of_a_failing_converter_is_reported(tmp_path: Path, says: str, code: Code) -> None:
     for name in (gguf.LORA, gguf.MODEL):
         (tmp_path / name).write_text(f"{says}\n")
     with pytest.raises(AdapterError) as error:
@@ -489,7 +489,7 @@ WRITES: dict[str, tuple[str, Code]] = {
 
 
 def converters_that(path: Path, do: str) -> Path:
-    """A checkout of llama.cpp, as far as `--llama-cpp` looks, whose converters do something else."""
+    """A checkout of llama.cpp, as far as `--llama-cpp` checks it, with converters that run other code."""
     path.mkdir()
     for name in (gguf.LORA, gguf.MODEL):
         head = "import os, pathlib, shutil, sys\nout = pathlib.Path(sys.argv[sys.argv.index('--outfile') + 1])\n"
@@ -498,7 +498,7 @@ def converters_that(path: Path, do: str) -> Path:
 
 
 @pytest.mark.parametrize("writes", WRITES)
-def test_what_a_converter_writes_is_read_back(tmp_path: Path, writes: str) -> None:
+def test_the_converted_file_is_checked(tmp_path: Path, writes: str) -> None:
     do, code = WRITES[writes]
     checkout, file = converters_that(tmp_path / "llama.cpp", do), tmp_path / "out.gguf"
     made = folded(adapter_in(tmp_path / "a", tiny_llama()), tmp_path / "plain", tiny_llama())
@@ -513,7 +513,7 @@ def test_what_a_converter_writes_is_read_back(tmp_path: Path, writes: str) -> No
 
 
 @pytest.mark.parametrize("options", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)], ids=" ".join)
-def test_a_converter_that_writes_something_else(
+def test_a_converter_that_writes_something_else_is_refused(
     trained: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, options: Any
 ) -> None:
     monkeypatch.setattr(clients, "is_installed", lambda: False)
@@ -525,7 +525,7 @@ def test_a_converter_that_writes_something_else(
 
 
 @pytest.mark.parametrize(("layers", "code"), [(2, 0), (1, 5)])
-def test_a_model_file_has_all_weights(
+def test_a_model_file_contains_all_weights(
     trained: Path, tmp_path: Path, tokenizer: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch,
     layers: int, code: int,
 ) -> None:  # fmt: skip
@@ -542,7 +542,7 @@ def test_a_model_file_has_all_weights(
     assert out.exists() == (code == 0)
 
 
-def test_layers_that_llama_cpp_gets_wrong_are_refused() -> None:
+def test_layers_that_llama_cpp_computes_wrongly_are_refused() -> None:
     def check(base: torch.nn.Module, target: str) -> None:
         gguf.check_layers(get_peft_model(base, LoraConfig(target_modules=[target])), "here")
 
@@ -565,7 +565,7 @@ def _compare(monkeypatch: pytest.MonkeyPatch, **said: Any) -> gguf.LlamaCppResul
     return gguf.compare(Path("m.gguf"), None, None, [question], [4, 5])
 
 
-def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_llama_cpp_are_compared_with_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
     equal = _compare(monkeypatch, top=[TOP[0], {"id": 5, "logprob": -0.1}])  # both end the answer
     assert (equal.exact, equal.ties, equal.tokens, equal.mean) == (1, 0, 2, 0.0) and equal.share == pytest.approx(1)
     tie = _compare(monkeypatch, logprobs=[-0.1, -0.22], top=[TOP[0], {"id": 9, "logprob": -0.19}])
@@ -575,7 +575,7 @@ def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "said",
     [
-        {"logprobs": [-2.6, -3.5]},  # an eighth of the effect, as of rsLoRA that is not folded
+        {"logprobs": [-2.6, -3.5]},  # an eighth of the effect, as when rsLoRA is not folded
         {"logprobs": [-9.0, float("-inf")]},
         {"top": [{"id": 9, "logprob": -0.01}, TOP[1]]},
         {"top": [TOP[0], {"id": 9, "logprob": -0.1}]},  # it does not end
@@ -583,7 +583,7 @@ def test_what_llama_cpp_says_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_llama_cpp_gets_wrong_is_refused(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
+def test_wrong_answers_of_llama_cpp_are_refused(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None:
     with pytest.raises(AdapterError) as error:
         _compare(monkeypatch, **said)
     assert [problem.code for problem in error.value.problems] == [Code.EXPORT_DIFFERS]
@@ -622,23 +622,23 @@ def fake_llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answer_of_fake(count: int) -> gguf.LlamaCppResult:
-    """Questions, of which the second makes the package in place of llama.cpp fail where it does."""
+    """Questions, the second of which makes the fake llama.cpp fail."""
     questions = [ScoredAnswer({"prompt": "p"}, [prompt] * count, [3], [-0.5], [-3.0]) for prompt in (4, 5)]
     return gguf.compare(Path("m.gguf"), None, None, questions, [])
 
 
 @pytest.mark.parametrize(("given", "processors", "expected"), [("3", 99.0, 3), ("", 0.5, 1), ("many", 0.5, 1)])
-def test_llama_cpp_has_as_many_threads_as_it_may(
+def test_llama_cpp_gets_the_allowed_number_of_threads(
     fake_llama: None, monkeypatch: pytest.MonkeyPatch, given: str, processors: float, expected: int
 ) -> None:
-    """As OMP_NUM_THREADS says, or else as the processors that the container may use."""
+    """The value of OMP_NUM_THREADS, or else the number of processors that the container may use."""
     monkeypatch.setattr(environment, "processors", lambda: processors)
     monkeypatch.setenv("OMP_NUM_THREADS", given)
     agreement = answer_of_fake(expected)
     assert (agreement.answers, agreement.counts, agreement.exact, agreement.mean) == (2, 2, 2, 0.0)
 
 
-def test_llama_cpp_that_fails(fake_llama: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_llama_cpp_is_reported(fake_llama: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "fails")
     with pytest.raises(AdapterError) as error:
         answer_of_fake(1)
@@ -651,11 +651,12 @@ def test_llama_cpp_that_fails(fake_llama: None, monkeypatch: pytest.MonkeyPatch)
     ("options", "installed"),
     [(("gguf",), False), (("gguf", "--merged", "f16"), True), (("ollama",), False), (("ollama",), True)],
 )
-def test_without_verifying_llama_cpp_is_not_run(
+def test_llama_cpp_is_not_run_without_verification(
     trained: Path, tmp_path: Path, tokenizer: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, ...], installed: bool,
 ) -> None:  # fmt: skip
-    """Where it is not installed, or is not wanted; to want it where it is not installed is an error before the rest."""
+    """If it is not installed or not wanted. Requesting verification without it is an error before anything else is
+    done."""
     monkeypatch.setattr(clients, "is_installed", lambda: installed)
     monkeypatch.setattr(gguf, "_run", pytest.fail)
     output, reason = tmp_path / "out", "--no-verify" if installed else "pip install 'loratune[llama-cpp]'"
@@ -668,11 +669,11 @@ def test_without_verifying_llama_cpp_is_not_run(
     command = ("export", "--adapter", trained, "--output", output, "--llama-cpp", checkout, "--to", *options)
     ran = cli(*command, *["--no-verify"] * installed)
     assert f"llama.cpp will not be run: {reason}\n" in ran.err
-    if options != ("gguf",):  # the file that this converter writes is no adapter
+    if options != ("gguf",):  # the file that this converter writes is not an adapter
         assert ran.code == 0 and f"not run: {reason}\n" in ran.out, ran.err
 
 
-def test_without_verifying_logits_are_not_computed(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_logits_are_not_computed_without_verification(trained: Path, tmp_path: Path, cli: Cli) -> None:
     arguments = ("export", "--adapter", trained, "--output", tmp_path / "out", "--to", "vllm", "--json")
     assert json.loads(cli(*arguments, "--no-verify").out)["comparison"]["logits"] is None
     assert json.loads(cli(*arguments, "--verify", "--overwrite").out)["comparison"]["logits"] < 1e-5
@@ -711,7 +712,7 @@ THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-NEMO = (  # the system message stands in the last question
+NEMO = (  # the system message is part of the last question
     "{% if messages[0].role == 'system' %}{% set s = messages[0].content ~ '\n\n' %}{% set messages = messages[1:] %}"
     "{% else %}{% set s = '' %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
     "[INST]{{ s if loop.last else '' }}{{ m.content }}[/INST]{% else %}{{ m.content }}</s>{% endif %}{% endfor %}"
@@ -732,13 +733,13 @@ def templated(tokenizer: Any, template: str) -> Any:
     ("choice", "tokens"),
     [({}, []), ({"logprobs": None}, []), ({"logprobs": {"content": [{"id": 3}]}}, [{"id": 3}])],
 )
-def test_an_answer_of_llama_cpp_without_tokens(choice: dict[str, Any], tokens: list[dict[str, Any]]) -> None:
-    """One that ends at once, or whose bytes are not a whole character yet."""
+def test_answers_of_llama_cpp_without_complete_tokens(choice: dict[str, Any], tokens: list[dict[str, Any]]) -> None:
+    """An answer that ends at once, or whose bytes are not a whole character yet."""
     assert llama_cpp_process.content(choice) == tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, family: str) -> None:
+def test_the_modelfile_renders_like_the_chat_template(tokenizer: Any, family: str) -> None:
     made = templated(tokenizer, FAMILIES[family])
     modelfile = ollama.modelfile(Renderer(made), "model.gguf", chat=True)
     said = [{"role": "user", "content": 'a "b"\n{{ .X }}'}, {"role": "assistant", "content": "<|c|>"}]
@@ -763,13 +764,13 @@ def test_a_modelfile_renders_what_the_chat_template_renders(tokenizer: Any, fami
     ],
     ids=["renders", "refuses", "ignores"],
 )
-def test_tools_that_the_modelfile_leaves_out_are_noted(tokenizer: Any, with_tools: str, noted: bool) -> None:
+def test_tools_missing_from_the_modelfile_are_noted(tokenizer: Any, with_tools: str, noted: bool) -> None:
     modelfile = ollama.modelfile(Renderer(templated(tokenizer, f"{with_tools}{ZEPHYR}")), "model.gguf", chat=True)
     assert [note.partition(",")[0] for note in modelfile.notes] == ["tools are left out of prompts"] * noted
     assert ".Tools" not in modelfile.text
 
 
-def test_an_adapter_of_raw_text_gets_its_prompts_as_they_are(tokenizer: Any) -> None:
+def test_the_modelfile_of_raw_text_passes_prompts_unchanged(tokenizer: Any) -> None:
     modelfile = ollama.modelfile(Renderer(tokenizer), "model.gguf", chat=False)
     assert ollama_prompt(modelfile.text, [{"role": "user", "content": "2 and 2 make"}]) == "2 and 2 make"
     assert modelfile.notes
@@ -819,7 +820,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, processe
 @pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize("arguments", [("gguf",), ("gguf", "--merged", "f16"), ("ollama",)])
-def test_llama_cpp_answers_as_the_adapter_does(
+def test_llama_cpp_answers_like_the_adapter(
     quickstart: Path, tmp_path: Path, cli: Cli, arguments: tuple[str, ...]
 ) -> None:
     folder = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct-GGUF"

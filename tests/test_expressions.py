@@ -1,4 +1,4 @@
-"""Regular expressions that run for ever, and values of an adapter's configuration that fill the memory."""
+"""Regular expressions that never finish, and values in an adapter's configuration that exhaust the memory."""
 
 import json
 import re
@@ -26,12 +26,12 @@ PROJECTION = "model.layers.0.self_attn.q_proj"
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The limit is 0.3 s rather than two."""
+    """Lowers the limit from two seconds to 0.3."""
     monkeypatch.setattr(TimeLimit.__init__, "__defaults__", (0.3,))
 
 
 def one_endless(cases: list[Any]) -> list[Any]:
-    """Cases, of which all with `ENDLESS` but the first are slow: each runs until the limit of seconds is over."""
+    """Cases of which all but the first with `ENDLESS` are slow: each runs until the time limit."""
     _, *others = [case for case in cases if ENDLESS in str(case)]
     return [
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
@@ -42,18 +42,19 @@ def one_endless(cases: list[Any]) -> list[Any]:
 
 
 def within_memory_and_time(work: Callable[[], Any]) -> Any:
-    """Run; a minute is far more than a limit of seconds needs, and far less than what has none."""
+    """Check that a call takes less than a minute: many times the limit in seconds, but far less than without a
+    limit."""
     began = time.monotonic()
     result = work()
     assert time.monotonic() - began < 60
     return result
 
 
-# The mechanism
+# Matching
 
 
-def test_matches_share_a_limit() -> None:
-    """In another thread too, where no signal is handled."""
+def test_matches_share_a_time_limit() -> None:
+    """In another thread too, where no signals are handled."""
     limit, endless, quick = TimeLimit(0.5), compile_pattern(ENDLESS), compile_pattern(r"model\..*(q|v)_proj")
     errors: list[str] = []
 
@@ -81,18 +82,18 @@ def test_matches_share_a_limit() -> None:
         ("(" * 20_000 + ")" * 20_000, "is too large for a regular expression"),
         ("(?:(?:(?:a{1000}){1000}){1000})", "is too large for a regular expression"),
         ("a|" * 6000, "is too large for a regular expression"),
-        ("(" * 6000, "is too large for a regular expression"),  # before it is compiled, which may take a minute
+        ("(" * 6000, "is too large for a regular expression"),  # refused before it is compiled, which may take a minute
         ("(?:foo){e<=1}", r"has `\{e`, which needs a backslash"),
         ("[[:alpha:]]", r"has `\[\[:`, which needs a backslash"),
     ],
     ids=["open", "count", "deep", "counts", "long", "long, open", "approximate", "class"],
 )
-def test_what_is_no_expression(text: str, what: str) -> None:
+def test_invalid_expressions_are_refused(text: str, what: str) -> None:
     with pytest.raises(BadPatternError, match=what):
         compile_pattern(text)
 
 
-# A run's configuration
+# The config of a run
 
 
 TEXTS = [ENDLESS, "a{99999999999999999999}", "(" * 9_000 + ")" * 9_000, "(" * 90]
@@ -102,7 +103,9 @@ TEXTS = [ENDLESS, "a{99999999999999999999}", "(" * 9_000 + ")" * 9_000, "(" * 90
     ("key", "text"),
     one_endless([(key, text) for key in ("target_modules", "rank_pattern", "alpha_pattern") for text in TEXTS]),
 )
-def test_expressions_of_a_config(key: str, text: str, run_config: MakeConfig, cli: Cli) -> None:
+def test_slow_and_invalid_expressions_in_a_config_are_refused(
+    key: str, text: str, run_config: MakeConfig, cli: Cli
+) -> None:
     value = text if key == "target_modules" else {text: 4}
     ran = within_memory_and_time(lambda: cli("params", run_config(lora={key: value})))
     assert ran.code == 2 and f"lora.{key}: " in ran.err and len(ran.err) < 1000, ran.err
@@ -115,12 +118,12 @@ def test_many_slow_expressions_share_one_limit(run_config: MakeConfig, cli: Cli)
     assert ran.code == 2 and "lora.rank_pattern: " in ran.err, ran.err
 
 
-# An adapter's configuration
+# The configuration of an adapter
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """An adapter directory without a record, so that nothing but its configuration speaks of it."""
+    """An adapter directory without a record, so that only its configuration describes it."""
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
@@ -171,7 +174,7 @@ KINDS: list[tuple[dict[str, Any], Code, str]] = [
 
 
 @pytest.mark.parametrize(("values", "code", "key"), one_endless(KINDS), ids=lambda value: str(value)[:24])
-def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) -> None:
+def test_the_error_code_of_each_invalid_value(values: dict[str, Any], code: Code, key: str) -> None:
     config = {"base_model_name_or_path": "base", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]} | values
     tensors = {f"base_model.model.{PROJECTION}.lora_A.weight": (4, 8)}
     with pytest.raises(AdapterError) as caught:
@@ -181,8 +184,10 @@ def test_the_kind_of_each_problem(values: dict[str, Any], code: Code, key: str) 
 
 
 @pytest.mark.parametrize(("key", "value"), one_endless(BAD), ids=lambda one: str(one)[:24])
-def test_values_of_an_adapter(key: str, value: Any, trained: Path, tmp_path: Path, cli: Cli) -> None:
-    """By `params`, without its base."""
+def test_invalid_adapter_values_are_refused_by_params(
+    key: str, value: Any, trained: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Without the base."""
     path = edited(trained, tmp_path / "adapter", **{key: value})
     ran = within_memory_and_time(lambda: cli("params", "--adapter", path))
     assert ran.code == 5 and ran.out == "" and "unexpected" not in ran.err, ran.err
@@ -201,15 +206,17 @@ ATTACHED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", one_endless(ATTACHED), ids=lambda one: str(one)[:60])
-def test_an_adapter_that_is_attached(changes: dict[str, Any], trained: Path, tmp_path: Path, cli: Cli) -> None:
-    """By `generate`, where PEFT would match the expressions and make the tensors."""
+def test_invalid_adapter_values_are_refused_by_generate(
+    changes: dict[str, Any], trained: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """Where PEFT would match the expressions and allocate the tensors."""
     path = edited(trained, tmp_path / "adapter", **changes)
     ran = within_memory_and_time(lambda: cli("generate", "--adapter", path, "--max-new-tokens", "1", "hello"))
     assert ran.code == 5 and "unexpected" not in ran.err and len(ran.err) < 3000, ran.err
 
 
-def test_what_holds_is_as_before(trained: Path, tmp_path: Path, cli: Cli) -> None:
-    """Flags at the start of an expression, an `r` that no module has, and the first of two patterns."""
+def test_valid_expressions_keep_their_meaning(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    """Flags at the start of an expression, an `r` that no module uses, and the first of two matching patterns."""
     changes = {
         "target_modules": r"(?i).*\.(Q|V)_proj", "r": 10**9, "rank_pattern": {"q_proj|v_proj": 4, "q_proj": 5},
         "alpha_pattern": {r"0\.self_attn\.q_proj": 2},
@@ -236,7 +243,7 @@ RESOLVED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", RESOLVED, ids=lambda one: str(one)[:60])
-def test_peft_reads_the_exact_names_as_it_reads_the_expressions(settings: dict[str, Any]) -> None:
+def test_peft_reads_the_exact_names_like_the_expressions(settings: dict[str, Any]) -> None:
     from peft import LoraConfig  # noqa: PLC0415
     from peft.tuners.tuners_utils import check_target_module_exists  # noqa: PLC0415
     from peft.utils.other import get_pattern_key  # noqa: PLC0415
@@ -254,7 +261,7 @@ def test_peft_reads_the_exact_names_as_it_reads_the_expressions(settings: dict[s
             assert ranks[0] == ranks[1] or (key == "rank_pattern" and ranks[1] == min(ranks[0], 1)), path
 
 
-def test_a_json_that_is_deep_or_large(trained: Path, tmp_path: Path, cli: Cli) -> None:
+def test_deeply_nested_or_large_json_is_refused(trained: Path, tmp_path: Path, cli: Cli) -> None:
     path = edited(trained, tmp_path / "adapter")
     for text in ("[" * 100_000 + "]" * 100_000, '{"r": ' + "9" * 5000 + "}", " " * (17 << 20) + "{}"):
         (path / CONFIG_FILE).write_text(text)

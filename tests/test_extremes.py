@@ -1,4 +1,4 @@
-"""Values that are of the right type and of no use are refused with their key, before anything is loaded."""
+"""Values of the right type that cannot work are refused with their key, before anything is loaded."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +27,8 @@ def refused(values: dict[str, object], path: Path) -> tuple[Problem, ...]:
     return caught.value.problems
 
 
-def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: MakeConfig, tmp_path: Path) -> None:
-    """What is taken is finite and fits the machine's integers; what is refused is refused as a documented error."""
+def test_extreme_numbers_are_accepted_or_refused_with_their_key(run_config: MakeConfig, tmp_path: Path) -> None:
+    """Accepted numbers are finite and fit in 64-bit integers; others are refused with a documented error."""
     base = yaml.safe_load(run_config().read_text())
     checked = 0
     for section, *rest in known_keys():
@@ -52,7 +52,7 @@ def test_every_key_takes_extreme_numbers_or_refuses_them_by_name(run_config: Mak
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path[:9]))
 @pytest.mark.parametrize("key", FILES)
-def test_texts_that_are_no_paths(key: str, path: str, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_invalid_paths_are_refused(key: str, path: str, run_config: MakeConfig, tmp_path: Path) -> None:
     values = yaml.safe_load(run_config().read_text())
     section, _, name = key.partition(".")
     if name:
@@ -64,7 +64,7 @@ def test_texts_that_are_no_paths(key: str, path: str, run_config: MakeConfig, tm
 
 
 @pytest.mark.parametrize("path", ["~", "a/b", "x" * 255, "é" * 127, "data/*.jsonl", "org/name", "/", "~/x"])
-def test_texts_that_are_paths(path: str) -> None:
+def test_valid_paths_are_accepted(path: str) -> None:
     assert path_problem(path) == ""
 
 
@@ -77,12 +77,12 @@ def test_texts_that_are_paths(path: str) -> None:
     ],
     ids=lambda words: " ".join(words)[:30],
 )  # fmt: skip
-def test_options_of_generate(arguments: list[str], cli: Cli) -> None:
+def test_extreme_options_of_generate_are_refused(arguments: list[str], cli: Cli) -> None:
     ran = cli("generate", "--adapter", "x", *arguments, "hello")
     assert ran.code == 2 and arguments[0] in ran.err and ran.out == "", ran.err
 
 
-def test_paths_of_the_other_commands(cli: Cli) -> None:
+def test_invalid_paths_are_refused_by_all_commands(cli: Cli) -> None:
     long = "x" * 5000
     assert cli("params", "--adapter", long).code == 2
     assert cli("evaluate", "--adapter", "x", "--data", long).code == 2

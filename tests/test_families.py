@@ -1,6 +1,6 @@
-"""Whole models of many families beside themselves, with the kernels and without: the table, and what it lacks.
+"""Whole models of many families, with and without the kernels: the recorded table, and cases that it lacks.
 
-`golden_kernels.txt` is written by `scripts/check_layers.py`, which runs every family; here some of them run again.
+`golden_kernels.txt` is written by `scripts/check_layers.py`, which runs every family; some of them are run again here.
 """
 
 from pathlib import Path
@@ -27,7 +27,7 @@ def table() -> list[Row]:
     return [Row.read(line) for line in TABLE.read_text(encoding="utf-8").splitlines()]
 
 
-def test_the_table_holds_every_family_and_none_crashes() -> None:
+def test_the_table_contains_every_family_without_crashes() -> None:
     rows = table()
     assert [(row.model_type, row.dtype) for row in rows] == [
         (name, dtype) for name in FAMILIES for dtype in ("float32", "bfloat16")
@@ -39,7 +39,7 @@ def test_the_table_holds_every_family_and_none_crashes() -> None:
 @pytest.mark.parametrize(
     "model_type", [*RUN_AGAIN, *(pytest.param(one, marks=pytest.mark.slow) for one in RUN_AT_LENGTH)]
 )
-def test_a_family_is_as_the_table_has_it(model_type: str) -> None:
+def test_a_family_matches_the_table(model_type: str) -> None:
     row = compare(model_type, torch.float32)
     (listed,) = [one for one in table() if (one.model_type, one.dtype) == (model_type, "float32")]
     assert (row.parts, row.note) == (listed.parts, listed.note) and row.same, str(row)
@@ -59,15 +59,15 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_case_that_once_went_wrong(name: str) -> None:
-    """Embeddings of a mean far from 0, and rows beyond every limit of the configuration."""
+def test_cases_that_once_gave_wrong_results(name: str) -> None:
+    """Embeddings with a mean far from 0, and rows beyond every limit of the configuration."""
     model_type, dtype, changes, parts = CASES[name]
     row = compare(model_type, dtype, mean=0.5, **changes)
     assert row.note == "" and row.parts == parts and row.same, str(row)
 
 
-def test_a_difference_is_seen() -> None:
-    """Of a norm that is replaced by one that forgets its epsilon, say."""
+def test_a_numerical_difference_is_detected() -> None:
+    """For example that of a replaced norm which ignores its epsilon."""
     assert not Row("llama", "float32", "", [0.0], [1e-3]).same and not Row("llama", "bfloat16", "", [0.0], [0.2]).same
     assert Row("llama", "bfloat16", "", [0.0], [0.2], [0.0, 0.11]).same
     line = "llama | float32 | norms | 1e-06 0e+00 | 2e-06 1e-06 |  | "

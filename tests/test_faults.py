@@ -1,4 +1,4 @@
-"""What may go wrong while a run lasts: real processes, signals and full disks."""
+"""Failures during a run: real processes, signals and full disks."""
 
 import fcntl
 import json
@@ -45,10 +45,10 @@ SOME = [
 
 
 @pytest.mark.parametrize(("number", "code", "word"), SOME)
-def test_a_signal_in_a_step(
+def test_a_signal_during_a_step(
     number: signal.Signals, code: int, word: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """The step is finished and kept, and one line says how to continue."""
+    """The step is completed and saved, and one line says how to continue."""
     config = run_config(**LONG)
     child = processes.start("train", config, "--set", "training.num_train_epochs=12")
     until(lambda: "step     3/" in child.said(), child)
@@ -105,7 +105,7 @@ def test_a_signal_while_a_line_is_written(
 
 
 def left(end: int) -> bytes:
-    """What is still in a pipe whose writers have gone."""
+    """The remaining content of a pipe whose writers have exited."""
     parts = []
     while select.select([end], [], [], 0)[0] and (part := os.read(end, 4096)):
         parts.append(part)
@@ -141,8 +141,10 @@ RunTrainer._prepare_inputs = prepare_and_be_stopped
 LONG_STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 
 
-def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The trainer has taken all of its steps; the run ends as it has reported, and nothing is published."""
+def test_a_signal_after_the_last_check_of_the_trainer(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """The trainer has taken all of its steps. The run ends as it has reported, and nothing is published."""
     child = processes.start(
         "train", run_config(), first=AFTER_LAST_STEP.format(statement="signal.raise_signal(signal.SIGTERM)")
     )
@@ -151,8 +153,8 @@ def test_a_signal_after_the_last_look(processes: ForkServer, run_config: MakeCon
     assert len(checkpoints(tmp_path / "out.partial")) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """In a step of eight batches; the first signal alone does not end it."""
+def test_a_second_signal_stops_immediately(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    """In a step of eight batches, which the first signal alone does not interrupt."""
     first = IN_FIRST_STEP.format(numbers=[[], [int(signal.SIGINT)], [], [int(signal.SIGINT)]])
     child = processes.start("train", run_config(training=LONG_STEP), first=first)
     assert child.wait() == 130
@@ -164,7 +166,7 @@ def test_a_second_signal_stops_at_once(processes: ForkServer, run_config: MakeCo
 
 
 def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Two signals while a checkpoint is written leave the last one whole, and nothing half written."""
+    """After two signals while a checkpoint is written, the previous one is intact, and no partial one remains."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
     unfinished = tmp_path / "out.partial" / "checkpoints" / "unfinished"
@@ -186,10 +188,10 @@ def test_a_signal_during_a_save(processes: ForkServer, run_config: MakeConfig, t
     ],
     ids=["SIGHUP", "SIGTERM", "SIGXCPU"],
 )
-def test_signals_that_come_more_than_once_unasked(
+def test_signals_that_are_sent_several_times(
     numbers: list[signal.Signals], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """SIGHUP of shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
+    """SIGHUP from both shell and kernel, and SIGTERM with SIGCONT after SIGUSR1, as SLURM sends them."""
     first = IN_FIRST_STEP.format(numbers=[[], [int(number) for number in numbers]])
     child = processes.start("train", run_config(training=LONG_STEP), first=first)
     assert child.wait() == 143
@@ -197,8 +199,8 @@ def test_signals_that_come_more_than_once_unasked(
     assert [path.name for path in checkpoints(tmp_path / "out.partial")] == ["checkpoint-1"]
 
 
-def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """As nohup ignores SIGHUP for the program that it starts."""
+def test_an_ignored_signal_stays_ignored(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+    """As with nohup, which ignores SIGHUP for the program that it starts."""
     child = processes.start("train", run_config(training={"num_train_epochs": 4}), ignored=signal.SIGHUP)
     until(lambda: not handles(child, signal.SIGHUP) and handles(child, signal.SIGTERM), child)
     while not (tmp_path / "out.partial").exists():
@@ -212,10 +214,10 @@ def test_a_signal_that_was_ignored_stays_ignored(run_config: MakeConfig, tmp_pat
 @pytest.mark.parametrize(("number", "code", "word"), SOME)
 @pytest.mark.parametrize("pauses", [(0.0, 0.08), pytest.param((0.02, 0.05, 0.12, 0.2), marks=pytest.mark.slow)])
 @pytest.mark.parametrize("arguments", [["params", "--model", "/no/such"], ["train", "no.yaml"]], ids=lambda one: one[0])
-def test_a_signal_in_the_first_moments(
+def test_a_signal_during_startup(
     pauses: tuple[float, ...], arguments: list[str], number: signal.Signals, code: int, word: str
 ) -> None:
-    """From the moment that there are handlers, while the command line is imported and parsed: exit code and line."""
+    """As soon as there are handlers, while the command line is imported and parsed: exit code and message."""
     for pause in pauses:
         command = [sys.executable, "-m", "loratune", *arguments]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -227,8 +229,8 @@ def test_a_signal_in_the_first_moments(
         assert (child.returncode, said) == (code, f"error: {word}") or (child.returncode in (2, 3) and pause), said
 
 
-def test_a_signal_that_a_library_makes_an_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers turns an exception that is raised during its imports into the error of a missing module."""
+def test_a_signal_that_a_library_turns_into_another_error(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers turns an exception raised during its imports into the error of a missing module."""
     with pytest.raises(typer.Exit) as caught, boundary(debug=False):
         try:
             signal.raise_signal(signal.SIGTERM)
@@ -240,7 +242,7 @@ def test_a_signal_that_a_library_makes_an_error_of_its_own(capsys: pytest.Captur
 
 
 def test_sigterm_while_rows_are_read(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
-    """Nothing is left where there is nothing to go on from."""
+    """No files remain if there is nothing to continue from."""
     rows = tmp_path / "many.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n' * 50_000)
     before = {path.name for path in tmp_path.iterdir()}
@@ -289,15 +291,15 @@ IN_DESTRUCTOR = f"type('Dropped', (), {{'__del__': lambda self: {TO_ITSELF}}})()
 def test_sigterm_before_the_first_step(
     name: str, statement: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
-    """No step is taken, and nothing is left where there is nothing to go on from."""
+    """No step is taken, and no files remain if there is nothing to continue from."""
     child = processes.start("train", run_config(), first=SIGNAL_AFTER.format(name=name, statement=statement))
     assert child.wait() == 143 and child.said().splitlines()[-1].startswith("error: terminated"), child.said()
     assert "step " not in child.said()
     assert not (tmp_path / "out.partial").exists() and not (tmp_path / "out").exists(), child.said()
 
 
-def test_in_another_thread_signals_stay_as_they_are() -> None:
-    """Where Python sets no handlers, as in a program that trains in a thread of its own."""
+def test_training_in_another_thread_leaves_signals_alone() -> None:
+    """Python sets no signal handlers there, as in a program that trains in a separate thread."""
     before, seen = signal.getsignal(signal.SIGINT), list[object]()
 
     def work() -> None:
@@ -310,8 +312,8 @@ def test_in_another_thread_signals_stay_as_they_are() -> None:
     assert seen == [None, before]
 
 
-def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]) -> None:
-    """It comes while a destructor runs; the run hears of it before its first step."""
+def test_a_signal_whose_exception_python_discards(capfd: pytest.CaptureFixture[str]) -> None:
+    """It arrives while a destructor runs; the run notices it before its first step."""
 
     class Dropped:
         def __del__(self) -> None:
@@ -326,8 +328,8 @@ def test_a_signal_whose_exception_python_drops(capfd: pytest.CaptureFixture[str]
     assert "Exception ignored" not in capfd.readouterr().err
 
 
-def test_a_signal_that_comes_while_processes_agree_is_not_forgotten() -> None:
-    """It comes after a process has told the others that it was not asked to stop."""
+def test_a_signal_while_processes_agree_is_not_lost() -> None:
+    """It arrives after a process has told the others that it was not asked to stop."""
     stop = Stop()
 
     class Late:
@@ -345,8 +347,8 @@ def test_a_signal_that_comes_while_processes_agree_is_not_forgotten() -> None:
 # Locks
 
 
-def test_two_runs_on_one_directory(processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
-    """The lock of a process that was killed is taken over."""
+def test_two_runs_in_one_directory(processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    """The lock of a killed process is taken over."""
     config = run_config(training={"num_train_epochs": 500, "save_steps": 1})
     child = processes.start("train", config)
     until(lambda: checkpoints(tmp_path / "out.partial"), child)
@@ -383,21 +385,22 @@ STEPS = 28  # in the middle of an epoch
 
 @pytest.fixture(scope="module")
 def undisturbed(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> bytes:
-    """The adapter of a run of so many steps."""
+    """The adapter of an uninterrupted run of this number of steps."""
     folder = tmp_path_factory.mktemp("undisturbed")
     return straight(processes, config_in(folder, tiny_dir)(training={"max_steps": STEPS}), folder)
 
 
 def fill(disk: Path, left: int) -> None:
-    """Take all of a disk but so many bytes."""
+    """Use all of a disk except this number of bytes."""
     free = shutil.disk_usage(disk).free
     (disk / "ballast").write_bytes(bytes(max(0, free - left)))
 
 
-def test_a_disk_that_is_full_at_a_checkpoint(
+def test_a_full_disk_at_a_checkpoint(
     disk: Path, processes: ForkServer, run_config: MakeConfig, undisturbed: bytes
 ) -> None:
-    """The checkpoint before it stays, what was half written goes; with room the run goes on to the same end."""
+    """The previous checkpoint is kept, and the partial one is removed. Once there is room, the run continues to the
+    same result."""
     config = run_config(output_dir=str(disk / "out"), training={"max_steps": STEPS, "save_steps": 1})
     child = processes.start("train", config)
     until(lambda: len(checkpoints(disk / "out.partial")) > 1, child)
@@ -414,10 +417,8 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     assert (disk / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
-def test_a_disk_that_is_full_at_the_end(
-    disk: Path, processes: ForkServer, run_config: MakeConfig, undisturbed: bytes
-) -> None:
-    """The last step is kept as a checkpoint, so that only the publishing has to be done again."""
+def test_a_full_disk_at_the_end(disk: Path, processes: ForkServer, run_config: MakeConfig, undisturbed: bytes) -> None:
+    """The last step is saved as a checkpoint, so only publishing has to be repeated."""
     config = run_config(output_dir=str(disk / "out"), training={"max_steps": STEPS, "save_steps": 1000})
     ballast = disk / "ballast"
     statement = f"pathlib.Path('{ballast}').write_bytes(bytes(shutil.disk_usage('{disk}').free - 8_000))"
@@ -432,15 +433,17 @@ def test_a_disk_that_is_full_at_the_end(
     assert (disk / "out" / WEIGHTS).read_bytes() == undisturbed
 
 
-def test_a_disk_that_is_too_small_from_the_start(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
-    fill(disk, 180_000)  # three checkpoints take 150 kB, and the tokenizer as much as itself
+def test_a_disk_that_is_too_small_is_reported_before_training(disk: Path, run_config: MakeConfig, cli: Cli) -> None:
+    fill(disk, 180_000)  # three checkpoints take 150 kB, and the tokenizer about the same
     ran = cli("train", run_config(output_dir=str(disk / "out")))
     check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, str(disk / "out.partial"), "output_dir"))
     assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
-def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """A quota, in place of a disk that cannot be mounted."""
+def test_a_file_size_limit_is_reported_as_lack_of_room(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A limit, as a small disk cannot be mounted everywhere."""
     child = processes.start("train", run_config(training={"save_steps": 1}), limit=30_000)
     assert child.wait() == 8, child.said()
     assert "no room for a checkpoint" in child.said()
@@ -452,15 +455,17 @@ def test_files_that_may_not_grow(processes: ForkServer, run_config: MakeConfig, 
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A model whose activations take much memory."""
+    """A model whose activations need much memory."""
     folder = tmp_path_factory.mktemp("wide")
     tiny_llama(max_position_embeddings=8192, hidden_size=64, intermediate_size=16384).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_memory_that_is_short_shows_at_once(run_config: MakeConfig, tmp_path: Path, wide: Path, forked: Cli) -> None:
-    """One long row among short ones needs too much memory: that shows at the first step, wherever the row is."""
+def test_insufficient_memory_is_detected_at_the_first_step(
+    run_config: MakeConfig, tmp_path: Path, wide: Path, forked: Cli
+) -> None:
+    """One long row among short ones needs too much memory. That is detected at the first step, wherever the row is."""
     rows = [{"prompt": "a", "completion": "b"}] * 200 + [{"prompt": "a " * 2000, "completion": "b"}]
     (tmp_path / "uneven.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = run_config(
@@ -481,10 +486,10 @@ def test_memory_that_is_short_shows_at_once(run_config: MakeConfig, tmp_path: Pa
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_memory_that_is_short_for_an_evaluation(
+def test_insufficient_memory_for_an_evaluation_is_detected(
     run_config: MakeConfig, tmp_path: Path, wide: Path, forked: Cli
 ) -> None:
-    """It shows before the first step too, and is not blamed on a batch of training."""
+    """Also before the first step, and it is not attributed to a training batch."""
     rows = [{"prompt": "a " * 4000, "completion": "b"}] * 8
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = {"validation": str(tmp_path / "long.jsonl"), "max_length": 8192, "packing": "none"}
@@ -499,8 +504,8 @@ def test_memory_that_is_short_for_an_evaluation(
 # Numbers
 
 
-def test_a_held_out_loss_that_is_not_finite(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
-    """Weights that are finite, and overflow where only a row of the validation set leads."""
+def test_a_nonfinite_held_out_loss(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """The weights are finite, and only a row of the validation set causes an overflow."""
     config = run_config(data={"validation": 0.2}, training={"learning_rate": 1e30, "max_steps": 1, "eval_steps": 1})
     ran = cli("train", config)
     check_refused(ran, 6, (Code.TRAINING_NOT_FINITE, "", "data.validation"))
@@ -508,8 +513,9 @@ def test_a_held_out_loss_that_is_not_finite(run_config: MakeConfig, cli: Cli, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
-    """Its weights give NaN at the next step; the one before it stays, and the message leads on from it."""
+def test_a_checkpoint_that_leads_to_nan_is_removed(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Its weights give NaN at the next step. The previous checkpoint is kept, and the message says how to continue from
+    it."""
     config = run_config(training={"learning_rate": 1e30, "save_steps": 1, "warmup_steps": 2})
     ran = cli("train", config)
     assert ran.code == 6
@@ -523,7 +529,7 @@ def test_a_poisoned_checkpoint_goes(run_config: MakeConfig, cli: Cli, tmp_path: 
     )
 
 
-# What others do meanwhile
+# Interference by other processes
 
 
 @pytest.mark.parametrize("evaluated", [pytest.param(False, marks=pytest.mark.slow), True])
@@ -551,10 +557,10 @@ def test_a_resumed_run_that_diverges_at_its_end(
     assert ran.code == 0, ran.err
 
 
-def test_what_appears_at_the_output_is_left_alone(
+def test_files_that_appear_at_the_output_are_not_overwritten(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path, cli: Cli, undisturbed: bytes
 ) -> None:
-    """The last step, in the middle of an epoch, is kept, so that only the publishing is done again."""
+    """The last step, in the middle of an epoch, is saved, so only publishing has to be repeated."""
     config = run_config(training={"max_steps": STEPS})
     mine = tmp_path / "out" / "thesis.txt"
     statement = f"pathlib.Path('{mine.parent}').mkdir(); pathlib.Path('{mine}').write_text('mine')"
@@ -570,7 +576,7 @@ def test_what_appears_at_the_output_is_left_alone(
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["steps"] == STEPS
 
 
-def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_a_finished_run_whose_cleanup_was_interrupted(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     """Killed between the last two steps of publishing."""
     config = run_config()
     assert cli("train", config).code == 0
@@ -582,12 +588,10 @@ def test_a_finished_run_that_was_not_cleared_away(run_config: MakeConfig, cli: C
     assert cli("train", config, "--overwrite").code == 0
 
 
-# Durability: no power can be cut here, so the calls are looked at, which the kernel keeps to
+# Durability: the power cannot be cut here, so the order of system calls is checked, which the kernel respects
 
 
-def test_everything_is_flushed_before_a_checkpoint_has_its_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     flush, move = os.fsync, Path.rename
 
@@ -611,7 +615,7 @@ def test_everything_is_flushed_before_a_checkpoint_has_its_name(
     assert calls == [*(str(written / name) for name in names), str(written), moved, str(tmp_path)]
 
 
-def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) -> None:
+def test_damaged_checkpoints_do_not_count_when_old_ones_are_deleted(tmp_path: Path) -> None:
     kept = Checkpoints(tmp_path, run_record(), 0)
     for step in (1, 2, 9):
         with kept.writing(step):
@@ -627,14 +631,14 @@ def test_a_damaged_checkpoint_does_not_count_when_old_ones_go(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
-# Whoever listens
+# Output streams
 
 
 @pytest.mark.parametrize("reader", ["gone", "full"])
 def test_a_run_continues_when_stderr_cannot_be_written(
     reader: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
-    """Stderr is a pipe whose end has gone, or a file on a full disk."""
+    """Stderr is a pipe that nobody reads, or a file on a full disk."""
     reading_end, writing_end = os.pipe()
     os.close(reading_end)
     gone = f"/proc/{os.getpid()}/fd/{writing_end}"
@@ -645,7 +649,7 @@ def test_a_run_continues_when_stderr_cannot_be_written(
     assert (tmp_path / "out" / WEIGHTS).is_file() and "steps" in child.out.read_text()
 
 
-def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+def test_no_space_for_the_output_is_reported(run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
     child = processes.start("train", run_config(), stdout="/dev/full")
     assert child.wait() == 8
     last = child.said().splitlines()[-1].removeprefix("error: ")
@@ -654,10 +658,8 @@ def test_no_space_for_the_output(run_config: MakeConfig, tmp_path: Path, process
 
 
 @pytest.mark.parametrize("pause", [0.01, *(pytest.param(one, marks=pytest.mark.slow) for one in (0.0, 0.05))])
-def test_signals_one_after_the_other_end_without_a_traceback(
-    pause: float, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """Wherever the second one comes: while the first is reported, or as the program ends."""
+def test_successive_signals_end_without_a_traceback(pause: float, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Whenever the second one arrives: while the first is reported, or as the program exits."""
     command = [sys.executable, "-m", "loratune", "train", str(run_config())]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not handles(child, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Values that are no text: dates, decimals, bytes, lone surrogates, in fields that are read or not."""
+"""Field values that are not text: dates, decimals, bytes, lone surrogates, in fields that are used or unused."""
 
 import datetime
 import decimal
@@ -41,14 +41,14 @@ JSON = {
 
 
 def count(path: Path) -> int:
-    """How many rows are accepted. Raises DataError."""
+    """The number of accepted rows. Raises DataError."""
     part = data.read_datasets(DataSection.model_validate({"train": str(path)}), 0).train
     assert part.remarks() and part.digest
     return len(list(part.examples()))
 
 
 @pytest.mark.parametrize("name", COLUMNS)
-def test_columns_of_tables(name: str, tmp_path: Path) -> None:
+def test_non_text_columns_of_tables(name: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b"], "completion": ["c", "d"], "x": COLUMNS[name]}), path)
     assert count(path) == 2
@@ -60,7 +60,7 @@ def test_columns_of_tables(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 @pytest.mark.parametrize("name", JSON)
-def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
+def test_non_text_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"rows.{ending}"
     where = f"{path}:2" if ending == "jsonl" else f"{path}:row 2"
 
@@ -79,7 +79,7 @@ def test_fields_of_json(name: str, ending: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tools", ['[{"name": "f", "parameters": %s}]', r'[{"name": "\ud800"}]'])
-def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
+def test_tools_that_cannot_be_rendered_are_refused(tools: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     messages = '{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}'
     deep = "[" * 900 + "]" * 900
@@ -90,10 +90,10 @@ def test_tools_that_cannot_be_rendered(tools: str, tmp_path: Path) -> None:
     assert code == Code.DATA_FIELD and place == f"{path}:1"
 
 
-def test_rows_with_such_fields_are_trained_on_and_answered(
+def test_rows_with_unused_non_text_fields_are_trained_on_and_answered(
     run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
-    """The rows' cache and the answers' file hold what can be held of them."""
+    """The cache of rows and the output file keep the values that they can represent."""
     path = tmp_path / "odd.parquet"
     columns: dict[str, Any] = {"prompt": ["a", "b"], "completion": ["c", "d"], **COLUMNS}
     pq.write_table(pa.table(columns), path)
@@ -115,8 +115,8 @@ def test_rows_with_such_fields_are_trained_on_and_answered(
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
-def test_a_number_of_many_digits_is_named(ending: str, tmp_path: Path) -> None:
-    """Without advice about the interpreter."""
+def test_a_number_with_too_many_digits_is_reported(ending: str, tmp_path: Path) -> None:
+    """Without advice about the Python interpreter."""
     rows = ['{"prompt": "a", "completion": "b"}', '{"prompt": "a", "completion": ' + "1" * 5000 + "}"]
     path = tmp_path / f"rows.{ending}"
     path.write_text("\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]")

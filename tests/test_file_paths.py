@@ -1,4 +1,5 @@
-"""Every key that holds a path is treated as one: absolute in run.yaml, a name when pushed, compared on resuming."""
+"""Every key that holds a path is treated as one: absolute in run.yaml, reduced to a name when pushed, compared on
+resuming."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from loratune.training.preflight import with_absolute_paths
 
 TEXTS: dict[str, Callable[[str], Any]] = {
     "model.revision": str,
-    "model.gguf_file": str,  # within the base, which refuses any other place
+    "model.gguf_file": str,  # within the base; any other place is refused
     "lora.target_modules": str,
     "lora.target_parameters": str,
     "lora.modules_to_save": lambda text: [text],
@@ -34,7 +35,7 @@ TEXTS: dict[str, Callable[[str], Any]] = {
 
 
 def places_of_text() -> Iterator[str]:
-    """Every place of a config in which any text may stand, from the schema alone."""
+    """Every place of a config that takes free text, according to the schema alone."""
 
     def is_open(schema: Any) -> bool:
         parts = [*schema.get("anyOf", []), schema.get("items"), schema.get("additionalProperties")]
@@ -53,7 +54,7 @@ def put(values: dict[str, Any], place: str, value: Any) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """A config in which every text is the relative path of a file that there is."""
+    """A config in which every text is the relative path of an existing file."""
     monkeypatch.chdir(tmp_path)
     values: dict[str, Any] = {}
     for place in places_of_text():
@@ -61,7 +62,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
         path.parent.mkdir(exist_ok=True)
         path.touch()
         put(values, place, TEXTS.get(place, str)(str(path)))
-    del values["data"]["group_by"]  # which goes with no file of validation rows
+    del values["data"]["group_by"]  # not allowed together with a file of validation rows
     values["data"]["test"] = [values["data"]["test"], "private/data.test.path.txt"]
     return RunConfig.model_validate(values)
 
@@ -77,13 +78,13 @@ def leaves(value: Any, place: str = "") -> Iterator[tuple[str, str]]:
         yield place, str(value)
 
 
-def test_each_text_of_the_schema_is_a_path_or_none() -> None:
-    """A new key that takes any text is to be of the type `FilePath`, or to stand in the list above."""
+def test_each_text_of_the_schema_is_classified_as_path_or_not() -> None:
+    """A new key that takes free text must have the type `FilePath` or be in the list above."""
     assert {*places_of_text()} == path_keys() | TEXTS.keys()
     assert not path_keys() & TEXTS.keys()
 
 
-def test_paths_are_absolute_in_a_run_and_names_when_pushed(run: RunConfig, tmp_path: Path) -> None:
+def test_paths_are_absolute_in_run_yaml_and_names_when_pushed(run: RunConfig, tmp_path: Path) -> None:
     absolute = with_absolute_paths(run)
     found = [[*leaves(one.resolved())] for one in (run, absolute, portable(absolute, "who/base"))]
     assert {place for place, _ in found[0]} == (path_keys() | TEXTS.keys()) - {"data.group_by"}
@@ -96,15 +97,15 @@ def test_paths_are_absolute_in_a_run_and_names_when_pushed(run: RunConfig, tmp_p
     assert config.parse(config.dump(absolute), "run.yaml") == absolute
 
 
-def test_nothing_that_is_read_may_be_written_over(run: RunConfig, tmp_path: Path) -> None:
+def test_input_files_are_never_overwritten(run: RunConfig, tmp_path: Path) -> None:
     found = config.input_paths(tmp_path, with_absolute_paths(run))
     inputs = {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
     assert {name for name, _ in found} == inputs | {"the config file"}
 
 
-def test_what_is_read_has_a_fingerprint_that_a_resumed_run_compares() -> None:
+def test_input_files_have_fingerprints_that_resuming_compares() -> None:
     assert {key for key, _ in CONTENTS.values()} == {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
-    assert {key for key, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # what is there may have moved
+    assert {key for key, _ in CONTENTS.values()} <= {*resume.CHANGEABLE}  # existing files may have moved
     before = run_record().model_copy(update={"fingerprints": dict.fromkeys(CONTENTS, "a")})
     point = ResumePoint(Path(), before)
     for name, (key, _) in CONTENTS.items():

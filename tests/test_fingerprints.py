@@ -1,4 +1,4 @@
-"""Every tensor of a base counts for its fingerprint."""
+"""Every tensor of a base contributes to its fingerprint."""
 
 import json
 import shutil
@@ -26,8 +26,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "shape", [one if one == "Qwen2-0.5B" else pytest.param(one, marks=pytest.mark.slow) for one in SHAPES]
 )
-def test_a_change_of_any_one_tensor_is_seen(shape: str) -> None:
-    """By rank 1, scaled to a hundredth of the tensor, as a merged LoRA on a single module of a single layer does."""
+def test_a_change_of_any_tensor_changes_the_fingerprint(shape: str) -> None:
+    """By a rank-1 change of a hundredth of the tensor, like a merged LoRA on a single module of one layer."""
     base = tiny_llama(**SHAPES[shape])
     known, unseen = fingerprints.fingerprint(base), []
     for name, tensor in base.named_parameters():
@@ -41,8 +41,8 @@ def test_a_change_of_any_one_tensor_is_seen(shape: str) -> None:
     assert fingerprints.fingerprint(base) == known
 
 
-def test_a_lora_on_one_layer_is_seen_in_the_middle_of_large_tensors() -> None:
-    """In bfloat16, where most of a small change is rounded away, and with embeddings and first values as they were."""
+def test_a_lora_on_one_layer_changes_the_fingerprint_of_large_tensors() -> None:
+    """In bfloat16, where most of a small change is rounded away, with unchanged embeddings and first values."""
     base = tiny_llama(hidden_size=512, intermediate_size=1024, num_hidden_layers=4).to(torch.bfloat16)
     known, weight = fingerprints.fingerprint(base), base.model.layers[2].self_attn.v_proj.weight.data
     change = 0.002 * torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1]) * weight.float().std()
@@ -52,7 +52,7 @@ def test_a_lora_on_one_layer_is_seen_in_the_middle_of_large_tensors() -> None:
 
 
 def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
-    """In another dtype, saved as shards, and with other attention."""
+    """In another dtype, saved as shards, and with another attention implementation."""
     tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -62,8 +62,8 @@ def test_the_same_base_has_the_same_fingerprint(tmp_path: Path) -> None:
     assert fingerprints.fingerprint(tiny_llama(rms_norm_eps=1e-5)) != known
 
 
-def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
-    """One token's row of an embedding, the least step of one number, rows that change places."""
+def test_a_change_of_one_value_anywhere_changes_the_fingerprint() -> None:
+    """One token's row of an embedding, the smallest change of one number, swapped rows."""
     base = tiny_llama(vocab_size=3000, hidden_size=256, intermediate_size=700).to(torch.bfloat16)
     known = fingerprints.fingerprint(base)
     dice = torch.Generator().manual_seed(0)
@@ -83,8 +83,8 @@ def test_a_change_of_one_value_is_seen_wherever_it_is() -> None:
     assert fingerprints.fingerprint(base) == known
 
 
-def test_tensors_of_any_layout() -> None:
-    """Not contiguous, at odd places of a storage, empty, of one value."""
+def test_tensors_of_any_layout_are_supported() -> None:
+    """Not contiguous, at odd offsets of a storage, empty, of one value."""
     values = torch.randn(9, 1000)
     plain = fingerprints.block_sums(values)
     assert fingerprints.block_sums(torch.randn(9000, 9).T.copy_(values.repeat(1, 9))[:, :1000]) == plain
@@ -107,8 +107,8 @@ RELEVANT: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_only_settings_that_decide_the_computation_count(tmp_path: Path) -> None:
-    """As they stand in config.json."""
+def test_only_settings_that_affect_the_computation_count(tmp_path: Path) -> None:
+    """As they are in config.json."""
     tiny_llama().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     written = json.loads(file.read_text())
@@ -126,8 +126,8 @@ def test_only_settings_that_decide_the_computation_count(tmp_path: Path) -> None
     assert having({}) == known
 
 
-def test_a_key_that_the_class_does_not_declare_counts_where_the_model_reads_it() -> None:
-    """Qwen2 reads a head_dim that its configuration does not know of."""
+def test_an_undeclared_key_counts_if_the_model_reads_it() -> None:
+    """Qwen2 reads a head_dim that its configuration does not declare."""
     shape = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     made = [
         Qwen2ForCausalLM(Qwen2Config(**shape, num_attention_heads=4, num_key_value_heads=4, **more))
@@ -139,7 +139,7 @@ def test_a_key_that_the_class_does_not_declare_counts_where_the_model_reads_it()
     assert prints[0] == prints[2] != prints[1]
 
 
-def test_values_that_are_whole_numbers_or_few() -> None:
+def test_tensors_of_integers_or_few_values() -> None:
     """Packed weights are buffers in some formats."""
 
     def packed(change: int) -> LlamaForCausalLM:
@@ -166,7 +166,7 @@ def merged(tiny_dir: Path, tmp_path: Path) -> Path:
     return tmp_path / "merged"
 
 
-def test_a_published_adapter_knows_its_base(
+def test_a_published_adapter_detects_a_different_base(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, tiny_dir: Path, merged: Path
 ) -> None:
     assert cli("train", run_config(training={"max_steps": 2})).code == 0
@@ -194,7 +194,7 @@ def test_a_published_adapter_knows_its_base(
         assert "upgrade loratune" in ran.err
 
 
-def test_a_run_is_resumed_on_its_base_only(
+def test_a_run_resumes_only_on_the_same_base(
     cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, merged: Path
 ) -> None:
     config = run_config(training={"save_steps": 1, "num_train_epochs": 4})
