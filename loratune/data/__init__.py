@@ -1,6 +1,6 @@
 """Rows in, `input_ids` and `labels` out: read → recognise → render → truncate → cache → report.
 
-`read_datasets` reads and checks the rows of a run; `prepare` tokenizes those of one dataset split.
+`read_datasets` reads and checks the rows of a run; `prepare` tokenizes the rows of one dataset split.
 """
 
 import hashlib
@@ -34,19 +34,19 @@ __all__ = [
 ]  # fmt: skip
 
 UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"
-"""54 paragraphs of American speeches and of Moby Dick, which hardly anybody's rows are about."""
+"""54 paragraphs of American speeches and of Moby Dick, a topic that training rows rarely cover."""
 
 _DECODED_ROWS, _DECODED = 100, 100_000
-"""How many rows, and characters, are decoded again, to find characters that the tokenizer loses."""
+"""How many rows and characters at most are encoded and decoded to find characters that the tokenizer loses."""
 
 _SHOWN_CHARACTERS = 40
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
-"""How many examples are tokenized at once."""
+"""The most examples, and characters, that are tokenized in one batch."""
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """A dataset split as the trainer takes it: rows of `input_ids` and `labels`, mapped from disk."""
+    """A tokenized dataset split for the trainer: rows of `input_ids` and `labels`, memory-mapped from disk."""
 
     rows: TokenCache
 
@@ -72,7 +72,7 @@ class TokenizedDataset:
 
     @property
     def report(self) -> Report:
-        """What became of all rows that were read."""
+        """Counts of all rows that were read: used, truncated, dropped."""
         return self.rows.report
 
     @property
@@ -81,8 +81,8 @@ class TokenizedDataset:
         return self.rows.fingerprint
 
     def copies(self) -> dict[int, list[int]]:
-        """The numbers of the items that differ in ids, supervised spans or what is preferred, each the first of its
-        kind, in order; and the numbers of all items of that kind."""
+        """Groups of identical items: number of the first one → numbers of all of them, in order. Items are identical if
+        their ids, supervised spans and preferences are equal."""
         firsts: dict[bytes, int] = {}
         copies: dict[int, list[int]] = {}
         for number in range(self.items):
@@ -98,9 +98,9 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
 
     Args:
         split: The rows.
-        renderer: What tokenizes them.
+        renderer: Tokenizes them.
         section: The data section of the configuration.
-        vocabulary_size: How many tokens the model has; rows of ids are checked against it.
+        vocabulary_size: Vocabulary size of the model; rows of ids are checked against it.
 
     Raises:
         DataError: The chat template refuses a row, or an id is not in the vocabulary, unless `invalid_rows` drops such
@@ -127,10 +127,10 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
 
 
 def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: int) -> tuple[TokenizedDataset, str]:
-    """Tokenize `UNRELATED_TEXT`, a paragraph a row, cut at its end to so many tokens.
+    """Tokenize `UNRELATED_TEXT`, one paragraph per row, each truncated to `longest` tokens.
 
     Returns:
-        The rows, and why a loss on them says nothing, or an empty text. Raises as `prepare`.
+        The rows, and why a loss on them is meaningless, or an empty text. Raises as `prepare`.
     """
     section = DataSection(train=Source(path=str(UNRELATED_TEXT)), max_length=longest, max_dropped=1.0)
     rows = prepare(read_source(section.train_sources[0], section), renderer, section, vocabulary_size)
@@ -140,12 +140,12 @@ def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: in
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:
-    """The rows of a dataset, and after them some of another one, in one directory of the cache.
+    """Append some rows of another dataset to a dataset, in a new cache entry.
 
     Args:
-        own: The rows that all become part of it.
-        earlier: The other rows.
-        numbers: Which of them are taken; some may be taken more than once.
+        own: The dataset, all of whose rows are used.
+        earlier: The other dataset.
+        numbers: Row numbers of the other dataset; a number may occur more than once.
 
     Raises:
         ResourceError: There is no room on the disk.
@@ -164,14 +164,14 @@ def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[i
 
 
 def _report(rows: Sequence[TokenizedRow]) -> Report:
-    """The report on rows that are taken as they are."""
+    """The report on rows that are used unchanged."""
     lengths = Counter(len(row.ids) for row in rows)
     supervised = sum(row.supervised for row in rows)
     return Report(rows=len(rows), tokens=sum(len(row.ids) for row in rows), supervised=supervised, lengths=lengths)
 
 
 def open_tokenized(directory: Path) -> TokenizedDataset | None:
-    """Open rows that another process has tokenized; None where this one does not find them."""
+    """Open rows that another process has tokenized; None if this process cannot open them."""
     rows = token_cache.open_trusted(directory)
     return TokenizedDataset(rows) if rows is not None else None
 
@@ -185,9 +185,10 @@ def first_examples(split: DatasetSplit, rows: TokenizedDataset) -> Iterator[Exam
 def remark_on_lost_characters(
     split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
 ) -> str | None:
-    """Returns a line about letters and digits of the last answers of the first rows that their ids do not give back.
+    """Returns a line about letters and digits of answers that are lost by encoding and decoding, or None.
 
-    What a tokenizer normalises is no loss: upper case, accents, compatibility forms, white space, punctuation.
+    The last answers of the first rows are checked. Case, accents, compatibility forms, white space and punctuation are
+    ignored, because tokenizers normalise them.
     """
     loss_on = "assistant" if section.loss_on == "assistant" else "completion"
     few, characters = list[Plain | Conversation](), 0
@@ -225,8 +226,8 @@ def _letters_and_digits(text: str) -> Counter[str]:
 
 @cache
 def _code_digest() -> str:
-    """SHA-256 of the source of this package, which decides the rows: another release never takes rows from the cache
-    that it would tokenize in another way."""
+    """SHA-256 of the source of this package. It is part of the cache key, so a release never uses cached rows that it
+    would tokenize differently."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
@@ -235,16 +236,16 @@ def _code_digest() -> str:
 
 @dataclass(frozen=True)
 class _ExampleTokenizer:
-    """From examples to tokenized rows of at most `max_length` tokens."""
+    """Turns examples into tokenized rows of at most `max_length` tokens."""
 
     renderer: Renderer
     section: DataSection
     vocabulary_size: int
 
     def tokenize(self, examples: Sequence[Example]) -> tuple[Report, list[TokenizedRow]]:
-        """Returns the rows that are trained on, and what became of all of them. Raises as `prepare` does.
+        """Returns the report on all examples, and the rows that are trained on. Raises as `prepare` does.
 
-        Where invalid rows are dropped, examples among which there is one are divided until it is alone.
+        If invalid rows are dropped, a batch with an invalid example is bisected until the example is alone.
         """
         try:
             return self._tokenize(examples)
@@ -284,7 +285,7 @@ class _ExampleTokenizer:
         return report, rows
 
     def _cut(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
-        """Returns a row, or the two rows of a pair, as they are trained on; none where they are dropped."""
+        """Returns the truncated row, or the two rows of a pair; an empty list if they are dropped."""
         where, max_length = whole[0].where, self.section.max_length
         if len(whole) > 1 and whole[0].ids == whole[1].ids:
             report.drop("the chosen and the rejected answer have the same tokens", where)
@@ -303,7 +304,7 @@ class _ExampleTokenizer:
         return rows
 
     def _truncate(self, whole: list[TokenizedRow]) -> list[TokenizedRow] | None:
-        """Returns the rows as `truncation` says, or None where they are dropped."""
+        """Returns the rows, truncated as `truncation` sets, or None if they are dropped."""
         section, bos = self.section, self.renderer.tokenizer.bos_token_id
         longest = max(len(row.ids) for row in whole)
         if longest <= section.max_length:
@@ -321,7 +322,7 @@ class _ExampleTokenizer:
 
 
 def _sides_of(example: Example) -> tuple[int, ...]:
-    """Returns what the rows of an example are, as `TokenizedRow.side`."""
+    """Returns the `TokenizedRow.side` of each row of an example."""
     if isinstance(example, formats.PreferencePair):
         return spans.CHOSEN, spans.REJECTED
     if isinstance(example, formats.UnpairedPreference):
@@ -344,7 +345,7 @@ def _check_report(report: Report, split: DatasetSplit, section: DataSection) -> 
 
 
 def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
-    """Yields examples in batches that are small in rows and in characters; fingerprints depend on where they end."""
+    """Yields examples in batches limited by rows and by characters; fingerprints depend on the batch borders."""
     batch: list[Example] = []
     characters = 0
     for example in examples:
@@ -358,7 +359,7 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
 
 
 def _characters(example: Example) -> int:
-    """Returns about how many characters an example has."""
+    """Returns the approximate number of characters of an example."""
     if isinstance(example, Preference):
         return sum(map(_characters, sides(example)))
     if isinstance(example, Plain):

@@ -1,4 +1,4 @@
-"""Turns rows of token ids into tensors, and checks whether a model keeps the rows of such a batch apart.
+"""Turns rows of token ids into tensors, and checks whether a model processes the rows of a batch independently.
 
 The check runs the model; there is no list of model families.
 """
@@ -19,29 +19,29 @@ from loratune.data.formats import IGNORED
 _log = logging.getLogger(__name__)
 
 Put: TypeAlias = Callable[[Sequence[dict[str, Any]]], dict[str, torch.Tensor]]
-"""Makes rows a dict of tensors: `flatten`, `share_prefixes`, or `pad` with its padding token."""
+"""Collates rows into a dict of tensors: `flatten`, `share_prefixes`, or `pad` with its padding token."""
 
 Row = dict[str, list[int]]
 Layout = Callable[[list[Row], int], tuple[dict[str, Tensor], Tensor]]
-"""Takes rows, and the first position of the last one, to what a model is called with, and to the number of the row that
-each token belongs to, of the shape of `input_ids`; that of padding is -1."""
+"""Function of rows and the first position of the last row. Returns the inputs of the model, and the number of the row
+that each token belongs to (-1 for padding), with the shape of `input_ids`."""
 
 LONGEST = 384
-"""Tokens of the longest row that the model is run on: more than the usual small windows and chunks, and soon done."""
+"""Tokens of the longest row of the check: more than the usual small windows and chunks, but fast."""
 SHORT = 16
 """Tokens of the shortest row."""
 GRADIENT_LONGEST = 24
-"""Tokens of the longest row where activations are kept for the backward pass."""
+"""Tokens of the longest row of the gradient check, which keeps activations for the backward pass."""
 PADDED_LONGEST = 12
-"""Tokens of the longest row that is padded, which takes a few per cent of the time of a training step."""
+"""Tokens of the longest row of the padding check, which takes a few per cent of the time of a training step."""
 TOLERANCES = {torch.float16: 0.02, torch.bfloat16: 0.1}
-"""The allowed relative RMS difference by dtype: at least ten times the rounding of dozens of layers."""
+"""The allowed relative RMS difference by dtype: at least ten times the rounding error of dozens of layers."""
 TOLERANCE = 1e-4
 DRAWS = 3
-"""How often other rows are drawn where the difference is too large."""
+"""How often rows are drawn if the difference is too large."""
 
 _MASKED_PAIR_COST = 4
-"""What a multiplication of attention under a mask costs, relative to one of a linear layer.
+"""Cost of a multiplication in masked attention, relative to one in a linear layer.
 
 Measured with Gemma 3 on a CPU, 8 rows of 1,024 tokens: 20.2 s end to end and 3.5 s padded, which is a cost of 8. The
 smaller value favours rows end to end."""
@@ -49,19 +49,19 @@ _SAMPLED_BATCHES = 256
 
 
 def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Put rows end to end.
+    """Concatenate rows into one sequence.
 
-    There is no `attention_mask`: without one, and without a cache, transformers reads from the positions where a row
-    begins, and lets a token attend to its own row only (`masking_utils.find_packed_sequence_indices`). So the caller
-    must call the model with `use_cache=False` and without a mask; with either, tokens attend to other rows, and there
-    is no error. `packing_refusal` finds out whether a model understands the positions.
+    There is no `attention_mask`: without a mask and a cache, transformers detects row boundaries from `position_ids`,
+    and a token attends to its own row only (`masking_utils.find_packed_sequence_indices`). The caller must therefore
+    call the model with `use_cache=False` and without a mask; with either, tokens silently attend to other rows.
+    `packing_refusal` checks whether a model supports this.
 
     Args:
         rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
 
     Returns:
-        int64 tensors of shape (1, tokens of all rows): `input_ids`; `labels`, in which the first of each row is -100,
-        because the token before it is another row's; `position_ids`, which begin at 0 in each row.
+        int64 tensors of shape (1, tokens of all rows): `input_ids`; `labels`, of which the first of each row is -100,
+        because the token before it belongs to another row; `position_ids`, which begin at 0 in each row.
     """
     return {
         "input_ids": torch.tensor([[token for row in rows for token in row["input_ids"]]]),
@@ -71,16 +71,16 @@ def flatten(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Put rows into a batch.
+    """Collate rows into a batch.
 
     Args:
-        put: What makes them tensors.
-        rows: Where answers are compared, each has its `side`, see `TokenizedRow`, and perhaps its log-probability as
-            `reference`, and a further row as `mismatched`, which is its prompt with the answer to another one.
+        put: Collates the ids and labels.
+        rows: Rows of preference data have a `side` (see `TokenizedRow`), and optionally a `reference` (log-probability
+            under the reference model) and a `mismatched` row, which is the prompt with the answer to another prompt.
 
     Returns:
-        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; and as
-        `mismatched` the same of the further rows.
+        The batch, with tensors of shape (rows,): `lengths`, and `sides` and `references` if the rows have them; and
+        under `mismatched` the batch of the mismatched rows.
     """
     batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
     if "side" in rows[0]:
@@ -121,33 +121,33 @@ def pad(
     return batch
 
 
-# Whether a model keeps the rows of a batch apart
+# Whether a model processes the rows of a batch independently
 
 
 def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
-    """Find out whether a model computes each row of a flat batch as it computes the row alone.
+    """Check whether a model computes each row of a flat batch as it computes the row alone.
 
-    The model is run as `flatten` says, in evaluation mode, on random rows. Two things must hold:
+    The model is run as described in `flatten`, in evaluation mode, on random rows. Two things must hold:
 
     - The gradient of the logits of one row with respect to the embeddings of every other row, and of padding, is
-      exactly zero. A masked token has weight 0 and a gradient of 0 in every dtype, so rounding neither hides a leak nor
-      looks like one.
+      exactly zero. A masked token has weight 0 and gradient 0 in every dtype, so rounding causes neither false
+      negatives nor false positives.
     - The logits of each row equal those of the row alone, by root mean square relative to the standard deviation of all
-      logits. This finds what has no gradient: positions that count on, rotary angles that follow the longest row of a
-      batch, a choice of the best keys among those of all rows, a position table too short for the batch. Rounding
-      differs with the shape of a batch, and a mixture of experts may then choose another expert, so rows are drawn
-      anew; a real fault shows each time.
+      logits. This finds what has no gradient: positions that continue across rows, rotary angles that depend on the
+      longest row of a batch, top-k selection over the keys of all rows, a position table too short for the batch.
+      Rounding depends on the shape of a batch and can change the routing of a mixture of experts, so rows are redrawn;
+      a real fault shows each time.
 
-    The modes of the modules, the random state, and all gradients stay as they are.
+    The modes of the modules, the random state and all gradients are left unchanged.
 
     Args:
-        model: A causal language model of transformers with its weights, in any dtype, with an adapter or without.
+        model: A causal language model of transformers, in any dtype, with or without an adapter.
         longest: Tokens of the longest row to be trained on.
         total: Tokens of the largest flat batch.
 
     Returns:
-        One line that says why the model cannot be given flat batches, or None if it can. A model that fails on flat
-        rows gets its own reason.
+        One line on why the model does not support flat batches, or None if it does. A model that raises an error on
+        flat rows gets its own reason.
 
     Raises:
         torch.OutOfMemoryError: There is not enough memory.
@@ -165,15 +165,14 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
 
 
 def padding_refusal(model: Any, pad_id: int) -> str | None:
-    """Find out whether a model computes each row of a padded batch as it computes the row alone, as `packing_refusal`
-    does for a flat one.
+    """Check whether a model computes each row of a padded batch as it computes the row alone; see `packing_refusal`.
 
     Args:
-        model: As of `packing_refusal`.
+        model: As in `packing_refusal`.
         pad_id: The token for padding.
 
     Returns:
-        Why not, as a sentence; None if it does, or if it does not run on such rows, which training will show.
+        Why not, as a sentence; None if it does, or if the model raises an error, which training will report.
 
     Raises:
         torch.OutOfMemoryError: There is not enough memory.
@@ -190,9 +189,9 @@ def padding_refusal(model: Any, pad_id: int) -> str | None:
 
 
 def _mixing(model: Any, layout: Layout, longest: int, total: int = 0) -> str:
-    """What shows that a model mixes rows of a batch; empty if it does not, or gives no finite logits for a row alone.
+    """Evidence that a model mixes rows of a batch; empty if it does not, or if logits of a row alone are not finite.
 
-    longest, total: as of `packing_refusal`.
+    longest, total: as in `packing_refusal`.
     """
     with _evaluating(model):
         text_config = model.config.get_text_config()  # on a GPU, a position past its table ends the process
@@ -217,11 +216,10 @@ def _alone(model: Any, row: Row) -> Tensor:
 
 
 def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int) -> bool:
-    """Estimate whether batches cost less padded than end to end, in a model whose attention masks pairs of tokens.
+    """Estimate whether padded batches cost less than flat ones, in a model with masked attention.
 
-    Padding adds tokens; end to end, the attention of every token goes over those of all other rows too. In a layer, a
-    token costs about 12 * width^2 multiplications, and a pair of tokens 2 * width. The answer is the same for the same
-    rows.
+    Padding adds tokens; in a flat batch, attention is computed (and masked) between the tokens of all rows. In a layer,
+    a token costs about 12 * width^2 multiplications, and a pair of tokens 2 * width. The result is deterministic.
 
     Args:
         lengths: (rows,), the tokens of each row.
@@ -240,7 +238,7 @@ def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int)
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in its own mode again, and the random state as it was."""
+    """Evaluation mode; the mode of every module and the random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     device = model.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
@@ -253,7 +251,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _random_rows(model: Any, longest: int, seed: int = 0) -> list[Row]:
-    """Returns three random rows, a short one, a long one and one in between, of tokens that stand for text."""
+    """Returns three random rows, a short one, a long one and one in between, of text tokens."""
     special = _special_ids(model.config.to_dict())
     ids = [token for token in range(model.config.get_text_config().vocab_size) if token not in special]
     generator = torch.Generator().manual_seed(seed)
@@ -264,7 +262,7 @@ def _random_rows(model: Any, longest: int, seed: int = 0) -> list[Row]:
 
 
 def _special_ids(config: Mapping[str, Any]) -> set[int]:
-    """Returns the token ids that a configuration names at any depth: some of them ask for an image or a sound."""
+    """Returns the token ids that a configuration names at any depth: some of them are image or audio placeholders."""
     special: set[int] = set()
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -275,7 +273,7 @@ def _special_ids(config: Mapping[str, Any]) -> set[int]:
 
 
 def _flat(rows: list[Row], offset: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows end to end, as a `Layout`."""
+    """Flat rows, as a `Layout`."""
     batch, last = flatten(rows), len(rows[-1]["input_ids"])
     batch["position_ids"][0, -last:] += offset
     numbers = [[number for number, row in enumerate(rows) for _ in row["input_ids"]]]
@@ -283,7 +281,7 @@ def _flat(rows: list[Row], offset: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _padded(pad_id: int, rows: list[Row], _: int) -> tuple[dict[str, Tensor], Tensor]:
-    """Padded rows, as a `Layout`. No row is at another position than its own."""
+    """Padded rows, as a `Layout`. The offset is ignored."""
     batch = pad(rows, pad_id)
     del batch["labels"]
     numbers = torch.arange(len(rows))[:, None]
@@ -319,7 +317,7 @@ def _leaks(model: Any, layout: Layout, rows: list[Row]) -> bool:
 
 
 def _smallest_difference(model: Any, layout: Layout, longest: int, total: int) -> float:
-    """Returns the largest of the differences of the rows, each in the best of its draws; see `_differences`."""
+    """Returns the largest difference over the rows, each row by its smallest over the draws (`_differences`)."""
     best = _differences(model, layout, _random_rows(model, min(longest, LONGEST)), longest, total)
     for seed in range(1, DRAWS):
         if not bool((best <= _tolerance(model)).all()):
@@ -332,8 +330,8 @@ def _smallest_difference(model: Any, layout: Layout, longest: int, total: int) -
 def _differences(model: Any, layout: Layout, rows: list[Row], longest: int, total: int) -> Tensor:
     """Compare the logits of each row in a batch with those of the row alone.
 
-    The rows are at the end of a batch of `total` tokens. After them comes the last token of a row of `longest`
-    tokens, which costs less than the whole row and has its position.
+    The rows are at the end of a batch of `total` tokens. They are followed by one token at position `longest` - 1,
+    which tests that position at a lower cost than a whole row of `longest` tokens.
 
     Returns:
         (rows,), the root mean square difference relative to the standard deviation of the logits.

@@ -1,4 +1,4 @@
-"""Finds the fields of rows that hold questions, texts, answers and classes, by value and name, for `loratune init`."""
+"""Finds the fields that hold questions, texts, answers and classes, by value and name, for `loratune init`."""
 
 import re
 import unicodedata
@@ -22,14 +22,14 @@ from loratune.errors import DataError, Problem
 from loratune.events import reading
 
 _MOST, _LONGEST, _LEAST_ROWS = 1_000, 80, 3
-"""A field of classes has at most so many values, of so many characters, and so many rows for each of up to 100 values;
-of more values, each needs as many rows as where validation rows are stratified."""
+"""Limits of a field of classes: the most values, the most characters of a value, and the fewest rows per value for up
+to 100 values; beyond 100, `UNITS_PER_LABEL` rows per value are needed."""
 _SHOWN = 20
-"""Classes that a line lists."""
+"""The most classes that a line lists."""
 _LEAST_LETTERS = 5
-"""Letters of a word that counts as misspelt if one of them differs."""
+"""The fewest letters of a word in which one differing letter counts as a typo."""
 _MOST_GLUED = 0.9
-"""The share of rows whose prompt and answer run into one word from which on the chat template is proposed."""
+"""If prompt and answer lack a separator in at least this share of rows, the chat template is proposed."""
 
 # Names of fields, in lower case, by what they hold; origins say where a row comes from.
 _ANSWERS = (
@@ -56,7 +56,7 @@ _AS_CHAT: dict[tuple[str, ...], dict[str, str]] = {
 
 @dataclass(frozen=True)
 class ColumnChoice:
-    """The columns of rows.
+    """The proposed columns.
 
     Attributes:
         columns: `data.columns`; empty to read the rows unchanged.
@@ -73,7 +73,7 @@ def read(section: DataSection, *, chat: bool) -> tuple[RawDatasets, ColumnChoice
     """All rows, with the columns that fit them best. chat: whether the tokenizer has a chat template.
 
     Raises:
-        DataError: As `read_datasets`; the fields fit no format, and their names do not say which they are either.
+        DataError: As `read_datasets`; or the fields fit no format, and their names do not identify them either.
     """
 
     def of(columns: Mapping[str, str]) -> RawDatasets:
@@ -95,7 +95,7 @@ def read(section: DataSection, *, chat: bool) -> tuple[RawDatasets, ColumnChoice
 
 
 def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> ColumnChoice:
-    """Columns for rows whose fields fit no format, as an error says. Raises it if there are none."""
+    """Columns for rows whose fields fit no format. error: the error about them, raised again if no columns fit."""
     problem = error.problems[0]
     unread = problem.key == "data.columns"
     if section.columns or problem.code != Code.DATA_FORMAT or problem.key not in ("", "data.columns"):
@@ -136,11 +136,11 @@ def _better_columns(split: DatasetSplit, section: DataSection, *, chat: bool) ->
 
 
 def propose_columns(fields: Mapping[str, Any], *, chat: bool) -> dict[str, str]:
-    """`data.columns` for a row whose fields have names that say what they hold; empty if that is not clear.
+    """`data.columns` for a row, inferred from the names of its fields; empty if they are ambiguous.
 
     Args:
         fields: The row.
-        chat: Whether questions and answers may become conversations; else they are joined as text.
+        chat: Whether questions and answers may become conversations; otherwise they are joined as text.
     """
 
     def named(known: Sequence[str]) -> list[str]:
@@ -176,13 +176,13 @@ def _keys(chat: bool) -> tuple[str, str]:
 
 @dataclass
 class _Column:
-    """The values of a field.
+    """Statistics of a field.
 
     Attributes:
-        texts: Rows with text in it.
-        spaced: Rows with text that has white space within.
-        others: Rows with something else.
-        values: Its values with their counts, as long as they may be classes.
+        texts: Rows in which it is text.
+        spaced: Rows in which it is text with inner spaces.
+        others: Rows in which it is something else.
+        values: Its values with their counts; None once they cannot be classes.
     """
 
     texts: int = 0
@@ -205,18 +205,18 @@ class _Column:
 
     @property
     def is_numbers(self) -> bool:
-        """Whether all values are whole numbers, which may be those of classes that another field names."""
+        """Whether all values are whole numbers, which may be ids of classes that another field names."""
         return all(value.strip().isdigit() for value in self.values or [""])
 
     def classes(self, rows: int) -> int:
-        """How many different values the field has, if they are few enough to be classes; else 0."""
+        """The number of different values, if they are few enough to be classes; otherwise 0."""
         count = len([value for value in self.values or () if value.strip()])
         is_few = 2 <= count <= max(min(MAX_LABELS, rows // _LEAST_ROWS), min(_MOST, rows // UNITS_PER_LABEL))
         return count if is_few else 0
 
 
 def _survey_and_choose(section: DataSection, text: str, *, chat: bool) -> ColumnChoice:
-    """As `choose_answer`, of the training rows."""
+    """`choose_answer` for the training rows."""
     parts = [part for source in section.train_sources for part in open_source(source)]
     with reading("looking for classes", sum(part.size for part in parts)) as advance:
         rows = (row for part in parts for row in part.rows(advance) if isinstance(row, Row))
@@ -224,11 +224,11 @@ def _survey_and_choose(section: DataSection, text: str, *, chat: bool) -> Column
 
 
 def choose_answer(rows: Iterable[Row], text: str, *, chat: bool) -> ColumnChoice:
-    """Find the field of a text and that of its class, by what they hold, and by their names if several could be.
+    """Find the text field and the class field by their values, and by their names if there are several candidates.
 
     Args:
-        rows: All of them, with fields that fit no format, or those of texts.
-        text: The field that is the text, if that is known.
+        rows: All rows, whose fields fit no format or the format `text`.
+        text: The text field, if it is known; otherwise empty.
         chat: Whether text and answer may become a conversation.
 
     Raises:
@@ -272,7 +272,7 @@ def choose_answer(rows: Iterable[Row], text: str, *, chat: bool) -> ColumnChoice
 
 
 def _survey(rows: Iterable[Row]) -> tuple[dict[str, _Column], int, str]:
-    """The fields, the number of rows, and the place of the first one."""
+    """The statistics of each field, the number of rows, and the place of the first row."""
     columns: dict[str, _Column] = {}
     count, first = 0, ""
     for count, row in enumerate(rows, start=1):
@@ -285,7 +285,7 @@ def _survey(rows: Iterable[Row]) -> tuple[dict[str, _Column], int, str]:
 
 
 def _text(columns: Mapping[str, _Column], rows: int) -> str:
-    """The field of the text: the only one with many values, or with words, or with such a name; else empty."""
+    """The text field: the only one with many values, with a known name, or with several words; otherwise empty."""
     many = [name for name, one in columns.items() if not one.classes(rows)]
     known = [name for word in _TEXTS for name in many if name.lower() == word]
     words = [name for name in many if columns[name].spaced > columns[name].texts / 2]
@@ -297,8 +297,8 @@ class Classes:
     """The answers of rows, if they are classes.
 
     Attributes:
-        labels: The number of them by which validation rows are stratified; 0 if these are not.
-        counts: Answer → how many rows have it; empty if answers are not classes.
+        labels: The number of labels that validation rows are stratified by; 0 if they are not stratified.
+        counts: Answer → number of rows; empty if answers are not classes.
         empty: Rows whose text is empty.
     """
 
@@ -308,7 +308,7 @@ class Classes:
 
     @classmethod
     def of(cls, examples: Iterable[Example], rows: int, loss_on: str) -> "Classes":
-        """The classes of so many rows. loss_on: as in the configuration."""
+        """The classes of examples. rows: their number. loss_on: as in the configuration."""
         column, empty, labels = _Column(), RowTally(), set[bytes]()
         for example in examples:
             question, answer = _question_and_answer(example)
@@ -325,7 +325,7 @@ class Classes:
         return cls(count, column.values or {}, empty) if column.classes(rows) else cls(count)
 
     def remarks(self) -> Iterator[str]:
-        """Lines for the user: the classes, those that may be one, those of few rows, and empty texts."""
+        """Lines for the user: the classes, possible duplicates among them, rare classes, and empty texts."""
         if not self.counts:
             return
         yield f"{len(self.counts):,} classes: {self._listed(self.counts)}"
@@ -345,7 +345,7 @@ class Classes:
 
 
 def _question_and_answer(example: Example) -> tuple[str | None, str]:
-    """The texts of an example; None for the question if it does not have exactly one answer."""
+    """The question and the answer of an example; (None, "") if it is not one question with one answer."""
     if isinstance(example, Plain) and not example.whole:
         return example.prompt, example.completion
     if isinstance(example, Conversation) and example.messages[-1]["role"] == "assistant":
@@ -355,7 +355,7 @@ def _question_and_answer(example: Example) -> tuple[str | None, str]:
 
 def alike(names: Iterable[str]) -> list[Sequence[str]]:
     """Groups of names that differ only in case, white space, hyphens and the like, or in one letter of a long word:
-    added, removed, replaced, or swapped with the next. Takes time linear in the letters of all."""
+    added, removed, replaced, or swapped with the next. Runs in time linear in the number of letters."""
     parents: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -374,7 +374,7 @@ def alike(names: Iterable[str]) -> list[Sequence[str]]:
 
 
 def _spellings(name: str) -> set[str]:
-    """Names that look alike have one of these in common: the folded name, and the same without each of its letters."""
+    """The folded name, and variants of it with one letter deleted. Names that look alike share one of these."""
     folded = unicodedata.normalize("NFKC", name).casefold()
     words = folded.split()
     keys = {" ".join(words)}

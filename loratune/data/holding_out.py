@@ -1,10 +1,9 @@
 """Holds out a fraction of the rows at random, and keeps related rows in one split.
 
 Rows are linked by equal content, equal prompts and equal values of `group_by`; rows that are linked directly or through
-other rows form a unit. Units are numbered by their first rows, so that what is drawn follows from the rows and the seed
-alone.
+other rows form a unit. Units are numbered by their first rows, so the draw depends only on the rows and the seed.
 
-Memory: arrays of 8 bytes a row each, below 100 bytes a row in total, which are freed once the mask is computed.
+Memory: arrays of 8 bytes per row, below 100 bytes per row in total, which are freed once the mask is computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,22 +17,22 @@ from scipy.sparse.csgraph import connected_components
 from loratune.data.row_index import COMPLETION, FOLDED, GROUP, PROMPT, RowIndex, RowMask
 
 TEMPLATE_SHARE, TEMPLATE_ROWS = 0.05, 10
-"""A prompt that more than this share of the rows has is a template, which links nothing; in small data only if more
-than so many rows have it, or more than are to be held out."""
+"""A prompt of more than this share of the rows is boilerplate and links no rows; in small data only if it also occurs
+in more than `TEMPLATE_ROWS` rows, or in more rows than are held out."""
 
 MAX_LABELS, UNITS_PER_LABEL = 100, 10
-"""Completions are labels where there are at most so many of them, and on average at least so many units for each."""
+"""Completions are labels if there are at most this many distinct ones, with on average this many units or more each."""
 
 
 @dataclass
 class _Units:
-    """Which rows stay together.
+    """Groups of rows that stay in one split.
 
     Attributes:
-        of_rows: (rows,) the number of the unit of each row that takes part, from 0.
-        sizes: (units,) rows of each.
+        of_rows: (rows,) the number of the unit of each row of the mask, from 0.
+        sizes: (units,) the number of rows of each unit.
         reasons: What links rows.
-        templates: (rows, first row) of each prompt that is a template.
+        templates: (number of rows, first row) of each prompt that is treated as boilerplate.
     """
 
     of_rows: NDArray[np.int64]
@@ -45,21 +44,20 @@ class _Units:
 def hold_out(
     index: RowIndex, mask: RowMask, fraction: float, group_by: str | None, seed: int
 ) -> tuple[RowMask, tuple[str, ...]]:
-    """Draw the rows to evaluate on.
+    """Draw the validation rows.
 
-    Units are taken in random order where they still fit into the number of rows that the fraction asks for; if none
-    does, a smallest one is taken. Where completions are labels, each label first gets its share of the rows (largest
-    remainder).
+    Units are drawn in random order, skipping those that exceed the remaining number of rows; if none fits, a smallest
+    one is drawn. If completions are labels, each label first gets its share of the rows (largest remainder).
 
     Args:
         index: The rows, with all columns.
-        mask: Those that take part.
-        fraction: How many of these to hold out, at least one.
+        mask: The rows to draw from.
+        fraction: The fraction of these rows to hold out; at least one row is held out.
         group_by: The field whose values keep rows together.
-        seed: Decides which.
+        seed: Random seed.
 
     Returns:
-        A mask of the rows held out, and a line for each way in which it is not one of rows drawn one by one.
+        A mask of the rows held out, and lines on how the draw differs from a plain random one (groups, strata).
     """
     rows = np.flatnonzero(mask)
     count = max(1, round(len(rows) * fraction))
@@ -96,11 +94,11 @@ def random_mask(count: int, share: int, random: np.random.Generator) -> RowMask:
 
 
 def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows to take of each source, so that they are in the proportion of the weights.
+    """The number of rows to use from each source, in proportion to the weights.
 
-    No row is taken twice, so the source that is scarcest for its weight gives all its rows and sets the size of the
-    mix; every source gives at least one row. As `datasets.interleave_datasets` with probabilities and
-    stopping_strategy="first_exhausted", but exact instead of drawn.
+    No row is used twice: the source with the fewest rows relative to its weight is used completely and determines the
+    size of the mix; every source contributes at least one row. Like `datasets.interleave_datasets` with probabilities
+    and stopping_strategy="first_exhausted", but exact instead of drawn.
     """
     size = min(count / weight for count, weight in zip(counts, weights, strict=True))
     exact = (round(size * weight) for weight in weights)
@@ -108,15 +106,15 @@ def mix_counts(counts: Sequence[int], weights: Sequence[float]) -> list[int]:
 
 
 def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]:
-    """Which rows of an earlier run are mixed into those of a run, so that they are a share of the whole.
+    """Draw the rows of an earlier run that are mixed into a run at a given fraction.
 
-    Where there are too few of them, each is taken once, or as often as all can be, before some are drawn once more.
+    If there are too few, all are repeated equally often before the rest is drawn.
 
     Args:
         own: Rows of the run.
         earlier: Rows of the earlier run.
-        share: Their share of all rows, between 0 and 1; at least one row is taken.
-        seed: Decides which are drawn.
+        share: The fraction of earlier rows in the mix, between 0 and 1; at least one row is used.
+        seed: Random seed.
 
     Returns:
         Numbers of rows of the earlier run.
@@ -129,7 +127,7 @@ def replay_numbers(own: int, earlier: int, share: float, seed: int) -> list[int]
 def _remarks(
     index: RowIndex, mask: RowMask, rows: NDArray[np.int64], units: _Units, group_by: str | None
 ) -> Iterator[str]:
-    """What does not keep rows together, though one might expect it to."""
+    """Lines on values that do not keep rows together, although a user might expect it."""
     alone = int(np.count_nonzero(index.columns[mask, GROUP] == index.columns[mask, FOLDED])) if group_by else 0
     if alone:
         yield f"rows without `{group_by}`: {alone:,}, which belong to no group"
@@ -140,11 +138,11 @@ def _remarks(
         yield f"{prompts} of {count:,} rows ({places}) may be on both sides: too common to keep its rows together"
 
 
-# What belongs together
+# Units
 
 
 def _find_units(index: RowIndex, mask: RowMask, count: int, group_by: str | None) -> _Units:
-    """count: how many rows are to be held out."""
+    """The units of the rows of a mask. count: how many rows are to be held out."""
     total = int(np.count_nonzero(mask))
     limit = max(TEMPLATE_SHARE * total, min(TEMPLATE_ROWS, count))
     units = _Units(np.arange(total), np.ones(total, dtype=np.int64))
@@ -167,12 +165,12 @@ def _link(units: _Units, hashes: NDArray[np.int64], most: float | None) -> list[
     """Unite the units of rows with equal hashes.
 
     Args:
-        units: They are changed.
+        units: Changed in place.
         hashes: (rows,).
-        most: A hash that more rows have links nothing; None: every hash links.
+        most: A hash of more rows than this links nothing; None: no limit.
 
     Returns:
-        (rows, first row) of each hash that would have linked units, and does not.
+        (number of rows, first row) of each hash that links nothing because of the limit.
     """
     order = np.argsort(hashes)
     hashes = hashes[order]
@@ -197,7 +195,8 @@ def _link(units: _Units, hashes: NDArray[np.int64], most: float | None) -> list[
 
 
 def _long_runs(linked: NDArray[np.bool_], most: float) -> list[tuple[int, int]]:
-    """The runs of more than so many items, as start and stop. linked: (items - 1,) whether the next is in one run."""
+    """(start, stop) of each run of more than `most` items. linked: (items - 1,) whether an item and the next are in one
+    run."""
     ends = np.flatnonzero(~linked)
     starts = np.append(0, ends + 1)
     lengths = np.diff(starts, append=len(linked) + 1)
@@ -208,9 +207,9 @@ def _long_runs(linked: NDArray[np.bool_], most: float) -> list[tuple[int, int]]:
 
 
 def _find_labels(index: RowIndex, mask: RowMask, units: _Units) -> tuple[NDArray[np.int64] | None, str]:
-    """(units,) the number of the completion that most rows of a unit have, and a line about it.
+    """(units,) the number of the most frequent completion of each unit, and a line about it.
 
-    None where the completions are not labels.
+    (None, "") if the completions are not labels.
     """
     values, first, labels = np.unique(index.columns[mask, COMPLETION], return_index=True, return_inverse=True)
     count = len(values)
@@ -234,10 +233,10 @@ def _draw(
     """A mask of the units that are held out.
 
     Args:
-        sizes: (units,) rows of each.
-        labels: (units,) the label of each; None: they are not stratified.
+        sizes: (units,) the number of rows of each unit.
+        labels: (units,) the label of each unit; None: the draw is not stratified.
         count: How many rows to hold out.
-        random: Decides which.
+        random: Random generator.
     """
     order = random.permutation(len(sizes))
     taken = np.zeros(len(sizes), dtype=np.bool_)
@@ -255,7 +254,7 @@ def _draw(
 
 
 def _shares(rows: NDArray[np.int64], count: int, random: np.random.Generator) -> Sequence[int]:
-    """Divide `count` in proportion to `rows` by largest remainder; lots are drawn between equal remainders."""
+    """Divide `count` in proportion to `rows` by largest remainder; ties are broken at random."""
     shares, remainders = np.divmod(rows * count, rows.sum())
     order = np.lexsort((random.permutation(len(rows)), -remainders))
     shares[order[: count - shares.sum()]] += 1
@@ -263,7 +262,7 @@ def _shares(rows: NDArray[np.int64], count: int, random: np.random.Generator) ->
 
 
 def _fitting(units: NDArray[np.int64], sizes: NDArray[np.int64], room: int) -> NDArray[np.int64]:
-    """The units that are taken, in order, if each is left out that does not fit any more. room: how many rows fit."""
+    """The units that fit, taken greedily in order; a unit that exceeds the rest is skipped. room: number of rows."""
     taken = [units[:0]]
     while len(units := units[sizes[units] <= room]):
         ends = np.cumsum(sizes[units])

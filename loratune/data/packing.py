@@ -1,4 +1,4 @@
-"""Which rows make a batch: packs by best fit, trees of shared prefixes. The trainer iterates over a `BatchLayout`."""
+"""Batches of rows: best-fit packing, and trees of shared prefixes. The trainer iterates over a `BatchLayout`."""
 
 import copy
 from bisect import bisect_left, insort
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from loratune.data.batches import Put, flatten, pad, put_rows
 
 LEAST_SHARED = 8
-"""Tokens that a branch of the tree must save: it is computed a little less efficiently than the end of a row."""
+"""The fewest tokens that a branch of the tree must save, as branches are computed a little less efficiently."""
 
 Numbers = NDArray[np.integer[Any]]
 
@@ -24,13 +24,13 @@ Numbers = NDArray[np.integer[Any]]
 class PrefixTree:
     """Rows of token ids as a tree.
 
-    The tokens of the tree are in depth-first order. So a token follows the last one before it with a lower position,
-    and positions alone tell which tokens each one attends to.
+    The tokens of the tree are in depth-first order. The parent of a token is the last token before it with a lower
+    position, so positions alone determine which tokens each token attends to.
 
     Attributes:
-        ids: (tokens of the tree,), their ids.
-        positions: (tokens of the tree,), the position of each in the rows that it is part of.
-        places: For each row, (tokens of the row,): where in the tree its tokens are.
+        ids: (tokens of the tree,), token ids.
+        positions: (tokens of the tree,), the position of each token in the rows that contain it.
+        places: For each row, (tokens of the row,): the indices of its tokens in the tree.
     """
 
     ids: Numbers
@@ -39,7 +39,7 @@ class PrefixTree:
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[int]]) -> "PrefixTree":
-        """The tree of some rows, of one token at least each. The same rows in another order give the same tree."""
+        """The tree of some rows of at least one token each. It does not depend on the order of the rows."""
         order = sorted(range(len(rows)), key=lambda number: list(rows[number]))
         places: list[Numbers] = [np.empty(0, np.int64)] * len(rows)
         ids, positions = [], []
@@ -62,10 +62,9 @@ def common_prefix(one: Sequence[int] | Numbers, other: Sequence[int] | Numbers) 
 
 
 def _branch(row: Numbers, previous: Numbers, branches: list[int]) -> int:
-    """How many tokens a row takes from the one before it.
+    """The number of tokens that a row shares with the row before it.
 
-    branches: the depths at which that one left the rows before it, and others left it, ascending from 0; brought up to
-    date.
+    branches: the depths of the branching points on the path of the row before it, ascending from 0; updated in place.
     """
     least, common = min(len(row), len(previous)), common_prefix(row, previous)
     while branches[-1] > common:
@@ -86,7 +85,7 @@ class Packs:
 
     Attributes:
         order: The row numbers, pack by pack, ascending within a pack.
-        starts: Where each pack begins in `order`, and last where `order` ends.
+        starts: (packs + 1,), the start of each pack in `order`, and the end of `order`.
     """
 
     order: Numbers
@@ -102,22 +101,22 @@ class Packs:
         return self.order[self.starts[number] : self.starts[number + 1]]
 
     def of(self, each: int) -> "Packs":
-        """The packs of rows, where the numbers packed are those of groups of `each` rows behind each other."""
+        """The packs of rows, if the packed numbers are numbers of groups of `each` consecutive rows."""
         return Packs((self.order[:, None] * each + np.arange(each)).reshape(-1), self.starts * each)
 
 
 def best_fit(lengths: Numbers, budget: int) -> Packs:
     """Pack rows by best-fit decreasing: the longest row first, each into the fullest pack that still has room for it.
 
-    Every row is in exactly one pack, no pack holds more than the budget, and equal input gives equal packs. There
-    are at most 11/9 of the fewest packs possible, and four more (Johnson et al. 1974, doi.org/10.1137/0203025).
+    Every row is in exactly one pack, no pack exceeds the budget, and the result is deterministic. The number of packs
+    is at most 11/9 of the optimum plus four (Johnson et al. 1974, doi.org/10.1137/0203025).
 
     Rows of one length are placed together, so only array operations take time in proportion to the rows; memory is
     about three times that of `lengths` as int64.
 
     Args:
         lengths: (rows,), tokens of each row, from 1 to budget.
-        budget: The most tokens of a pack.
+        budget: The maximum number of tokens of a pack.
 
     Raises:
         ValueError: A length is out of range.
@@ -147,15 +146,15 @@ def _ordered_by(keys: Numbers) -> Numbers:
 def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
     """Place rows in packs.
 
-    Of the packs with space for a row, the fullest one stays the fullest until it has no more space for one. So it takes
-    as many rows of this length as fit, and so do all packs with the same space after it.
+    The fullest pack with space for a row stays the fullest until it has no space for another one. So it takes as many
+    rows of this length as fit, and the other packs with the same space follow.
 
     Args:
-        counts: (budget + 1,), how many rows have each length.
-        budget: The most tokens of a pack.
+        counts: (budget + 1,), the number of rows of each length.
+        budget: The maximum number of tokens of a pack.
 
     Returns:
-        The pack of each row, for rows in the order of falling length, and the number of packs.
+        The pack of each row, for rows by descending length, and the number of packs.
     """
     pack_numbers: Numbers = np.empty(int(counts.sum()), np.int32 if counts.sum() < 2**31 else np.int64)
     rooms: list[int] = []  # those that some pack has, ascending
@@ -192,17 +191,17 @@ def _place(counts: Numbers, budget: int) -> tuple[Numbers, int]:
 
 
 _SAMPLED_BATCHES = 64
-"""How many batches are looked at to see what shared prefixes save."""
+"""How many batches are sampled to estimate what shared prefixes save."""
 _CANDIDATES, _CANDIDATES_PER_ROW, _CANDIDATE_TOKENS = 64, 4, 1 << 19
-"""Among which items the largest batch is looked for where rows share prefixes: so many of the longest at least, and so
-many for each row of a batch; and of all others, as many as have so many tokens."""
+"""Candidates for the largest batch if rows share prefixes: at least this many of the longest items, or this many per
+row of a batch; and a random sample of all items with about this many tokens."""
 
 Packing: TypeAlias = Literal["none", "batch", "full"]
 """As in the configuration."""
 
 
 class Items(Protocol):
-    """A dataset as torch's DataLoader takes it: rows of `input_ids` and `labels`, or packs, which are lists of them."""
+    """A map-style dataset for torch's DataLoader: rows of `input_ids` and `labels`, or packs (lists of rows)."""
 
     def __len__(self) -> int: ...
 
@@ -224,16 +223,15 @@ class PackedRows:
 
 
 class BatchLayout:
-    """How the rows of a dataset split make batches.
+    """How the rows of a dataset split are batched.
 
     Attributes:
         items: What the trainer draws: rows, or packs of rows.
-        size: How many items make a batch.
-        put: Makes a list of rows a dict of tensors.
-        collate: Does so with a list of items. It can be pickled.
-        flat: Whether the rows of a batch are end to end (see `flatten` for what the model must then be given), or are
-            padded.
-        saved: About the share of their tokens that batches do not hold as rows share prefixes; None where they do not.
+        size: The number of items of a batch.
+        put: Collates a list of rows into a dict of tensors.
+        collate: Collates a list of items. It can be pickled.
+        flat: Whether the rows of a batch are concatenated (see `flatten` for how to call the model), or padded.
+        saved: The approximate share of tokens saved by shared prefixes; None if rows do not share prefixes.
     """
 
     items: Items
@@ -252,18 +250,18 @@ class BatchLayout:
         pad_id: int,
         rows_per_example: int = 0,
     ) -> None:
-        """Lay out the batches.
+        """Define the batches.
 
         Args:
             dataset: Rows, with `input_ids` and `labels` as lists.
             lengths: (rows,), the tokens of each row, from 1 to max_length.
-            packing: `none` pads each batch of `size` rows to its longest; `batch` puts the rows of a batch end to end;
+            packing: `none` pads each batch of `size` rows to its longest; `batch` concatenates the rows of a batch;
                 `full` makes packs of any number of rows, at most size * max_length tokens, and a batch is one pack.
-            size: Rows of a batch, or pairs of them.
-            max_length: The most tokens that a row has.
+            size: Rows, or pairs of rows, per batch.
+            max_length: The maximum number of tokens of a row.
             pad_id: The id of the padding token.
-            rows_per_example: How many consecutive rows of the dataset make an item: the two answers of a pair, or one;
-                0 if the rows are not preference data.
+            rows_per_example: The number of consecutive rows per item: 2 for preference pairs, 1 for unpaired
+                preferences, 0 if the rows are not preference data.
 
         Raises:
             ValueError: A length is out of range, with `full`.
@@ -285,21 +283,21 @@ class BatchLayout:
 
     @property
     def collate(self) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
-        """Makes a list of items a dict of tensors."""
+        """Collates a list of items into a dict of tensors."""
         return partial(_put_packs if isinstance(self.items, PackedRows) else put_rows, self.put)
 
     def tokens(self, number: int) -> int:
-        """Returns how many tokens item `number` holds, without padding."""
+        """Returns the number of tokens of item `number`, as counted for batches."""
         return int(self._tokens[number])
 
     def sharing(self, saved: float) -> "BatchLayout":
-        """The same batches with shared prefixes, see `share_prefixes`. saved: as of `saving`."""
+        """The same batches with shared prefixes, see `share_prefixes`. saved: the result of `saving`."""
         layout = copy.copy(self)
         layout.put, layout.saved = share_prefixes, saved
         return layout
 
     def saving(self) -> float:
-        """The share of the tokens of batches that need not be computed if rows share prefixes, by a sample of them."""
+        """The share of tokens that shared prefixes save, estimated from a sample of batches."""
         order = np.random.default_rng(0).permutation(len(self.items))
         batches = [order[start : start + self.size] for start in range(0, len(order), self.size)][:_SAMPLED_BATCHES]
         if not self.flat or not batches:
@@ -315,8 +313,8 @@ class BatchLayout:
     def heaviest(self) -> list[int]:
         """Returns the numbers of the items that make the largest possible batch, the largest item first.
 
-        Where rows share prefixes, it is about the largest: of the longest items and a sample of all, those are chosen,
-        one after the other, that add most tokens each.
+        If rows share prefixes, the result is approximate: from the longest items and a random sample, the item that
+        adds the most tokens is chosen greedily.
         """
         descending = np.argsort(-self._tokens.astype(np.int64), kind="stable")
         if self.saved is None or not len(descending):
@@ -324,7 +322,7 @@ class BatchLayout:
         longest = descending[: max(_CANDIDATES, _CANDIDATES_PER_ROW * self.size)]
         drawn = np.random.default_rng(0).permutation(len(descending))[: int(_CANDIDATE_TOKENS / self._tokens.mean())]
         rows = {int(number): [row["input_ids"] for row in self.rows([number])] for number in [*longest, *drawn]}
-        # What an item adds falls as others are chosen, so it is brought up to date only where it may be the most.
+        # What an item adds decreases as others are chosen, so it is updated only when it may be the maximum.
         most = [(-len(PrefixTree.of(item).ids), order, number) for order, (number, item) in enumerate(rows.items())]
         alone = {number: added for added, _, number in most}
         heapify(most)
@@ -344,10 +342,10 @@ class BatchLayout:
         """The tokens of batches drawn at random.
 
         Args:
-            most: How many batches are drawn at most; 0 or less: as many as one pass over the rows has.
+            most: The maximum number of batches; 0 or less: one pass over the rows.
 
         Returns:
-            (batches,), the tokens of each with its padding.
+            (batches,), the tokens of each batch including padding.
         """
         order = np.random.default_rng(0).permutation(len(self._tokens))
         count = len(order) // self.size
@@ -358,17 +356,17 @@ class BatchLayout:
 
 
 def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Put rows into a tree.
+    """Collate rows into a prefix tree.
 
-    It is for models all of whose layers of attention are replaced by ours, which read from positions what each token
-    attends to (`kernels.sublayers`), and whose loss is computed by `kernels.LossHead`.
+    The model must have all attention layers replaced by loratune's, which derive from positions what each token attends
+    to (`kernels.sublayers`), and compute its loss with `kernels.LossHead`.
 
     Args:
         rows: `input_ids` and `labels`, lists of equal length for each row, at least one token each.
 
     Returns:
-        int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as of
-        `flatten`, and `places`, where in the tree their tokens are, both (1, tokens of all rows).
+        int64 tensors: `input_ids` and `position_ids` of the tree, (1, tokens of the tree); `labels` of the rows, as in
+        `flatten`, and `places`, the indices of their tokens in the tree, both (1, tokens of all rows).
     """
     tree = PrefixTree.of([row["input_ids"] for row in rows])
     return {
@@ -380,5 +378,5 @@ def share_prefixes(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _put_packs(put: Put, packs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Put the rows of all packs into one batch."""
+    """Collate the rows of all packs into one batch."""
     return put_rows(put, [row for pack in packs for row in pack])

@@ -1,4 +1,4 @@
-"""Counts of rows that were used, truncated or dropped while they were tokenized, and the lines that report them."""
+"""Counts of rows that were used, truncated or dropped during tokenization, and the lines that report them."""
 
 import unicodedata
 from collections import Counter
@@ -13,26 +13,26 @@ from loratune.data.formats import Plain, Single, quote
 from loratune.errors import Problem
 
 MAX_PLACES = 3
-"""How many places of rows a message names."""
+"""The most row places that a message lists."""
 _LISTED = 10
-"""How many invalid rows are listed with what is wrong with them."""
+"""The most invalid rows that are listed with their problems."""
 _MOST = 0.5
-"""A share of the tokens above which it is advised to keep more of them."""
+"""If more than this share of the tokens is cut, a remark gives advice."""
 
 
 @dataclass
 class RowTally:
-    """How many rows of one kind there are, and the places of the first few."""
+    """The number of rows of one kind, and the places of the first few."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
 
     def add(self, where: str, most: int = MAX_PLACES) -> None:
-        """Count one more row. most: how many are the first few."""
+        """Count one more row. most: how many places are kept."""
         self.extend(RowTally(1, [where]), most)
 
     def extend(self, other: "RowTally", most: int = MAX_PLACES) -> None:
-        """Count the rows of another one, which come later."""
+        """Add the rows of another tally, which come later."""
         self.count += other.count
         self.first += other.first[: max(0, most - len(self.first))]
 
@@ -44,13 +44,13 @@ class RowTally:
 
 @dataclass(frozen=True)
 class Leaks:
-    """Rows of a held-out split that are also in an earlier one, as in train.
+    """Rows of a held-out split that also occur in another split, such as train.
 
     Attributes:
-        exact: Letter for letter.
-        folded: Different in white space alone.
+        exact: Identical rows.
+        folded: Rows that differ only in white space.
         split: The name of the held-out split.
-        earlier: The name of the other.
+        earlier: The name of the other split.
     """
 
     exact: RowTally
@@ -76,20 +76,20 @@ class Report:
     Attributes:
         rows: Rows that were read.
         tokens: Tokens of the rows that are trained on, after truncation.
-        supervised: Those of them that the loss is taken over.
-        truncated: Rows that are trained on, but were cut.
+        supervised: Those of these tokens that contribute to the loss.
+        truncated: Rows that are trained on, but were truncated.
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
-        dropped: Why rows are left out, and which.
-        invalid: Those of them that cannot be used, which are in `dropped` too; with each place, what is wrong.
-        duplicates: Rows with the content of an earlier row; they are trained on all the same.
-        lengths: For each length in tokens before truncation, how many rows have it.
+        dropped: Reason → dropped rows.
+        invalid: Dropped rows that are invalid, also counted in `dropped`; each place comes with the problem.
+        duplicates: Rows with the content of an earlier row; they are still trained on.
+        lengths: Length in tokens before truncation → number of rows.
     """
 
     COLUMNS: ClassVar = (
         "rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "p50", "p95", "max",
     )  # fmt: skip
-    """The columns of the table; p50, p95 and max are lengths in tokens before anything was cut."""
+    """The columns of the table; p50, p95 and max are lengths in tokens before truncation."""
     _COUNTS: ClassVar = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
 
     rows: int = 0
@@ -104,17 +104,17 @@ class Report:
     lengths: Counter[int] = field(default_factory=Counter)
 
     def drop(self, reason: str, where: str) -> None:
-        """Count a row that is left out."""
+        """Count a dropped row."""
         self.dropped.setdefault(reason, RowTally()).add(where)
 
     def drop_invalid(self, problem: Problem) -> None:
-        """Count a row that is left out because it cannot be used."""
+        """Count a row that is dropped because it is invalid."""
         meaning = problem.code.meaning.rstrip(".")
         self.drop(f"{meaning[:1].lower()}{meaning[1:]} [{problem.code}]", problem.where)
         self.invalid.add(f"{problem.where}: {problem.what}", _LISTED)
 
     def extend(self, other: Self) -> None:
-        """Count the rows of another report, which come later."""
+        """Add the rows of another report, which come later."""
         for name in self._COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths.update(other.lengths)
@@ -125,21 +125,21 @@ class Report:
 
     @property
     def dropped_rows(self) -> int:
-        """How many rows were left out."""
+        """The number of dropped rows."""
         return sum(tally.count for tally in self.dropped.values())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest row before it was cut; 0 without rows."""
+        """Tokens of the longest row before truncation; 0 without rows."""
         return max(self.lengths, default=0)
 
     @property
     def cut_tokens(self) -> int:
-        """How many tokens `max_length` takes: those that are cut off, and those of rows that it drops."""
+        """The number of tokens lost to `max_length`: truncated tokens, and tokens of rows dropped because of it."""
         return sum(length * count for length, count in self.lengths.items()) - self.tokens
 
     def percentile(self, share: float) -> int:
-        """The least length that this share of the rows does not exceed (nearest rank); 0 without rows."""
+        """The smallest length that at least this share of the rows does not exceed (nearest rank); 0 without rows."""
         rank, rows = share * self.lengths.total(), 0
         for length, count in sorted(self.lengths.items()):
             rows += count
@@ -153,19 +153,19 @@ class Report:
         return [f"{numbers[name]:,}" for name in self.COLUMNS]
 
     def reasons(self) -> list[str]:
-        """Why rows were left out: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
+        """Lines on why rows were dropped: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
         return [
             f"{_rows(tally.count)} dropped: {reason} ({tally.places})"
             for reason, tally in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         ]
 
     def losses(self) -> list[str]:
-        """What was cut or left out, a line each."""
+        """Lines on what was truncated or dropped."""
         truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
         return truncated + self._cut() + self._unsupervised()
 
     def remarks(self, max_length: int, context: int | None = None) -> list[str]:
-        """Everything about the rows that the table does not say. context: tokens that the model was built for."""
+        """Lines on the rows that complement the table. context: context length of the model in tokens."""
         lines = self._unsupervised()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
@@ -179,7 +179,7 @@ class Report:
         return lines
 
     def _cut(self, advice: str = "") -> list[str]:
-        """A line on how many tokens are lost, if any are. advice: what to do where these are most of them."""
+        """A line on how many tokens are lost, if any. advice: added if most tokens are lost."""
         if not self.cut_tokens:
             return []
         share = self.cut_tokens / (self.tokens + self.cut_tokens)
@@ -189,7 +189,7 @@ class Report:
         return [f"{tokens}, most of them, are lost to max_length{advice}"]
 
     def _unsupervised(self) -> list[str]:
-        """Answers and rows that are not trained on, a line each."""
+        """Lines on answers and rows that are not trained on."""
         lines = []
         if self.cut_answers:
             lines.append(f"{self.cut_answers:,} earlier answers are not supervised: max_length cuts them off")
@@ -200,17 +200,17 @@ class Report:
         return [*lines, *self.reasons(), *listed, *([f"dropped: {more:,} more invalid rows"] if more else [])]
 
     def counts(self) -> dict[str, int]:
-        """The totals, for a record."""
+        """The totals, for the run record."""
         return {
             "rows": self.rows, "duplicates": self.duplicates.count, "dropped": self.dropped_rows,
             "truncated": self.truncated, "tokens": self.tokens, "supervised": self.supervised, "longest": self.longest,
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
-        """The totals with the tokens that were cut, why rows were dropped, and how many rows have which length.
+        """The totals, the number of lost tokens, the reasons of drops, and the distribution of lengths.
 
-        Lengths, before truncation, are rounded down to their leading six bits, so that there are at most 32 of them
-        for each doubling: exact up to 63 tokens, and within 3 % beyond.
+        Lengths before truncation are rounded down to their leading six bits, so there are at most 32 of them per
+        doubling: exact up to 63 tokens, and within 3 % beyond.
         """
         lengths: dict[int, int] = {}
         for length, count in sorted(self.lengths.items()):
@@ -221,12 +221,12 @@ class Report:
         return self.counts() | {"cut_tokens": self.cut_tokens, "reasons": reasons, "lengths": by_length}
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, which `from_json` reads back; duplicates are left out."""
+        """JSON values without the duplicates, which `from_json` reads back."""
         return dict(_PLAIN.dump_python(self, mode="json", exclude={"duplicates"}))
 
     @classmethod
     def from_json(cls, values: Any) -> "Report":
-        """The report that `as_json` was called on, without its duplicates. Raises ValueError: it is something else."""
+        """The report from the result of `as_json`, without duplicates. Raises ValueError: the values are not valid."""
         return _PLAIN.validate_python(values)
 
 
@@ -234,7 +234,7 @@ _PLAIN = TypeAdapter(Report)
 
 
 def total(reports: Iterable[Report]) -> Report:
-    """One report over the rows of all, in order."""
+    """The sum of some reports, in order."""
     merged = Report()
     for report in reports:
         merged.extend(report)
@@ -248,19 +248,19 @@ def _rows(count: int) -> str:
 # Prompts and answers that run into one word
 
 _ROWS, _LETTERS, _WORD = 200, 1 << 24, 30
-"""Rows that are looked at, their letters at most, and the letters of a word."""
+"""The most rows that are examined, the most characters of them, and the most characters of a word."""
 _WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
-"""Scripts without spaces between words, as the names of their characters begin."""
+"""Scripts without spaces between words, by the first word of the Unicode names of their characters."""
 
 
 @dataclass(frozen=True)
 class Separators:
-    """Whether prompt and answer are separated in the first rows of text, in which the two are joined unchanged.
+    """Whether prompt and answer, which are joined unchanged, are separated in the first rows of text.
 
     Attributes:
-        rows: How many rows were looked at, of whatever kind.
-        missing: In how many of them an answer begins with a letter or digit right behind its prompt.
-        words: In how many of them two words become one.
+        rows: The number of rows examined, of any kind.
+        missing: The number of rows in which the answer begins with a letter or digit directly after the prompt.
+        words: The number of rows in which two words run together.
         example: The first such word and its place.
     """
 
@@ -271,7 +271,7 @@ class Separators:
 
     @classmethod
     def of(cls, rows: Iterable[Single]) -> Self:
-        """Those of the first of some rows, which are read no further than needed."""
+        """The separators of the first rows; no more rows are read than needed."""
         count, missing, words, example, letters = 0, 0, 0, "", 0
         for one in islice(rows, _ROWS):
             count += 1
@@ -288,7 +288,7 @@ class Separators:
 
     @property
     def remark(self) -> str:
-        """A line where the last word of most prompts and the first one of their answers become one word; else empty."""
+        """A line if the last word of most prompts runs into the first word of the answer; otherwise empty."""
         if 2 * self.words <= self.rows:
             return ""
         return (

@@ -1,6 +1,6 @@
 """The first pass over the data: every row of every file is read, checked and added to an index.
 
-The index has six numbers a row (48 bytes of memory): hashes of its content, prompt, completion and group, and its line.
+The index has six numbers per row (48 bytes): hashes of its content, prompt, completion and group, and its line.
 """
 
 import difflib
@@ -27,16 +27,16 @@ from loratune.errors import DataError, Problem
 from loratune.events import Advance, reading
 
 RowMask: TypeAlias = NDArray[np.bool_]
-"""(rows,) bool: which rows take part."""
+"""(rows,) bool: the selected rows."""
 
 EXACT, FOLDED, LINE, PROMPT, COMPLETION, GROUP = range(6)
-"""The columns of the index: a hash of the content, one of the content with white space folded, the line or row, hashes
-of the prompt, the completion and the value of `group_by`. A row without a prompt, or without a value to group by, has
-the second hash of its content there.
+"""The columns of the index: a hash of the content, a hash of the content with white space folded, the line or row, and
+hashes of the prompt, the completion and the value of `group_by`. For a row without a prompt, or without a value to
+group by, that hash is replaced by the folded hash of the content.
 """
 
 CONTENT_HASH = "blake2b-64 of content_key, 1"
-"""What the hashes of the content are, for whoever keeps them: to be counted on whenever one comes out otherwise."""
+"""Name and version of the content hash, stored with the hashes. Raise the number whenever the hashes change."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class IndexedFile:
     """One file of rows, or one split of a hub dataset.
 
     Attributes:
-        source: Where its rows are read from.
-        parser: What makes examples of them.
+        source: The source of its rows.
+        parser: Converts its rows to examples.
         start: The number of its first row among the rows of all files.
-        rows: How many there are.
-        first: The place of a row.
+        rows: The number of its rows.
+        first: The place of its first row.
     """
 
     source: RowSource
@@ -63,10 +63,10 @@ class RowIndex:
     """All rows of some sources.
 
     Attributes:
-        files: Those that have rows.
-        counts: Rows of each source.
+        files: The files that have rows.
+        counts: The number of rows of each source.
         columns: (rows, 6); for the columns see `EXACT`.
-        invalid: The rows that were dropped, as they cannot be used; None where such rows are an error.
+        invalid: Report on the invalid rows that were dropped; None if such rows are an error.
     """
 
     files: tuple[IndexedFile, ...]
@@ -120,12 +120,12 @@ def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, grou
 
     Args:
         sources: Where the rows are read from.
-        section: How they are read.
+        section: How the rows are read.
         group_by: The field that the rows will be grouped by.
 
     Raises:
-        DataError: As `open_source` and `Parser`; up to 10 rows that do not fit their format, and behind the tenth that
-            there may be more, unless such rows are dropped; a source without rows; or none has a value of `group_by`.
+        DataError: As `open_source` and `Parser`; up to 10 rows do not fit their format (with a note that there may be
+            more), unless such rows are dropped; a source has no rows; or no row has a value of `group_by`.
     """
     parts_by_source = [(source, open_source(source)) for source in sources]
     indexer = _Indexer(section, group_by, Report() if section.invalid_rows == "drop" else None)
@@ -155,7 +155,7 @@ def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:
 
 @dataclass(frozen=True)
 class _Indexer:
-    """Adds the rows of files to `numbers`. invalid: takes those that cannot be used; None: they are an error."""
+    """Adds the rows of files to `numbers`. invalid: collects invalid rows; None: they are an error."""
 
     section: DataSection
     group_by: str | None
@@ -201,7 +201,7 @@ class _Indexer:
 
 
 def _hash(content: bytes) -> int:
-    """64 bits of BLAKE2b as a signed number: the same in every process and on every machine."""
+    """64 bits of BLAKE2b as a signed integer, the same in every process and on every machine."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
 
@@ -210,10 +210,10 @@ def group_key(fields: Mapping[str, Any], name: str) -> bytes | None:
 
     Args:
         fields: A row, under the names of the data.
-        name: Of the field.
+        name: The name of the field.
 
     Returns:
-        None where the row lacks the field, or has null or NaN.
+        The key; None if the field is missing, null or NaN.
 
     Raises:
         RowError: The value cannot be read.
@@ -236,10 +236,10 @@ def _number(written: str) -> float | int:
     return int(number) if number.is_integer() else number
 
 
-# Keys: bytes that are equal for two rows exactly if their contents, prompts or completions are
+# Keys: bytes that are equal for two rows if and only if their contents, prompts or completions are equal
 
 _SEPARATOR = "\ud800"
-"""Separates the texts of a key; no text of a row holds it."""
+"""Separates the texts of a key; no text of a row contains it."""
 _OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
 """Separates the keys of preferred answers and others."""
 
@@ -247,11 +247,11 @@ _OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
 def content_key(example: Example, folded: bool = False) -> bytes:
     """The content of an example.
 
-    What is supervised does not count; which answer is preferred does.
+    It depends on which answer is preferred, but not on which parts are supervised.
 
     Args:
         example: Any example.
-        folded: Whether any run of white space counts as one space, and as nothing at both ends of a text.
+        folded: Whether white space is folded: runs become one space, and texts are stripped.
     """
     if isinstance(example, Preference):
         kind = f"{example.desirable}".encode() if isinstance(example, UnpairedPreference) else b"pair"
@@ -264,14 +264,14 @@ def content_key(example: Example, folded: bool = False) -> bytes:
 
 
 def prompt_key(example: Example, loss_on: str) -> bytes | None:
-    """What an example asks: everything before what is supervised first, with white space folded.
+    """The prompt of an example: everything before the first supervised part, with white space folded.
 
     Args:
         example: Any example.
-        loss_on: As in the configuration; with `all`, the prompt is that of `completion`.
+        loss_on: As in the configuration; `all` is treated as `completion`.
 
     Returns:
-        None where nothing comes before it, or nothing but white space.
+        The key; None if the prompt is empty or white space.
     """
     if isinstance(example, Preference):
         return prompt_key(sides(example)[0], "completion")
@@ -286,7 +286,7 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
 
 
 def completion_key(example: Example, loss_on: str) -> bytes:
-    """The part of an example that `prompt_key` leaves out, with white space folded."""
+    """The part of an example that is not in `prompt_key`, with white space folded."""
     if isinstance(example, Preference):
         return _OTHER_SIDE.join(completion_key(side, "completion") for side in sides(example))
     if isinstance(example, Plain):
@@ -298,7 +298,7 @@ def completion_key(example: Example, loss_on: str) -> bytes:
 
 
 def _first_supervised(example: Conversation | Ids, loss_on: str) -> int:
-    """The number of the first message, or token, that the loss is taken over."""
+    """The number of the first supervised message or token."""
     if isinstance(example, Conversation):
         turns = example.selected_turns("completion" if loss_on == "all" else loss_on)
         return min(turns, default=len(example.messages))

@@ -1,4 +1,4 @@
-"""The splits of a run: its training, validation and test rows, and the rows that they share, also with those that an
+"""The splits of a run: training, validation and test rows. Finds duplicates, rows that splits share, and rows that an
 adapter was trained on.
 """
 
@@ -34,15 +34,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetSplit:
-    """The rows that a run trains on, or those that it is evaluated on.
+    """The training, validation or test rows of a run.
 
     Attributes:
         name: `train`, `validation` or `test`.
         index: All rows of the sources.
-        mask: Which of them belong to the split.
-        section: How they are read.
+        mask: Which of these rows belong to the split.
+        section: How the rows are read.
         notes: Lines for the user: files that are not read, how sources were mixed by weight, how rows were held out.
-        invalid: The rows that were dropped before, as they cannot be used.
+        invalid: Report on the invalid rows that were dropped.
     """
 
     name: str
@@ -57,11 +57,11 @@ class DatasetSplit:
 
     @property
     def numbers(self) -> NDArray[np.int64]:
-        """(rows,) the numbers of its rows among those of the index."""
+        """(rows,) the numbers of its rows in the index."""
         return np.flatnonzero(self.mask)
 
     def hashes(self, column: int) -> NDArray[np.int64]:
-        """(rows,) a column of the index."""
+        """(rows,) a column of the index, for the rows of the split."""
         hashes: NDArray[np.int64] = self.index.columns[self.mask, column]
         return hashes
 
@@ -76,14 +76,14 @@ class DatasetSplit:
         return PREFERENCE_FORMATS.get(self.index.files[0].parser.format_name)
 
     def check_kind(self, kind: str | None, objective: str | None = None) -> None:
-        """Check that the rows hold what an objective needs, or that all hold the same.
+        """Check that all rows are of the kind that an objective needs.
 
         Args:
             kind: `PAIRS` or `UNPAIRED`; None for other rows.
-            objective: Its name; None where nothing is trained.
+            objective: The objective; None without training.
 
         Raises:
-            DataError: A file holds something else.
+            DataError: A file holds another kind of rows.
         """
         for file in self.index.files:
             name = file.parser.format_name
@@ -108,7 +108,7 @@ class DatasetSplit:
         return not CHAT_FORMATS.isdisjoint(self.formats)
 
     def remarks(self) -> list[str]:
-        """A line each: the files if there are several, the notes, the fields that are not read."""
+        """Lines on the files if there are several, the notes, and the fields that are not read."""
         files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
         more = f", and {len(files) - 5:,} more" if files[5:] else ""
         several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
@@ -128,7 +128,7 @@ class DatasetSplit:
 
     @cached_property
     def separators(self) -> Separators:
-        """Whether prompt and answer are separated in the first rows, or in their chosen answers."""
+        """Whether prompt and answer (of pairs, the chosen one) are separated in the first rows."""
         return Separators.of(sides(example)[0] for example in self.examples())
 
     @property
@@ -138,21 +138,21 @@ class DatasetSplit:
 
     @property
     def source(self) -> str:
-        """Where the rows come from, for a message about all of them."""
+        """The names of the first sources, for messages about all rows."""
         return ", ".join(dict.fromkeys(file.source.name for file in self.index.files[:3]))
 
     def examples(self, advance: Advance = no_advance) -> Iterator[Example]:
-        """Read the rows once more, in order; see `RowIndex.examples`."""
+        """Read the rows again, in order; see `RowIndex.examples`."""
         return self.index.examples(self.mask, advance)
 
     def own_fields(self) -> dict[str, dict[str, Any]]:
-        """Place → the fields of the row there, as plain values. The files are read once more."""
+        """Place → the fields of its row, as JSON values. The files are read again."""
         rows = (row for file in self.index.files for row in file.source.rows() if isinstance(row, Row))
         return {place_in_cache(row.where): json.loads(to_json_line(row.values)) for row in rows}
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides the examples and their places: the files, how they are read, which rows belong."""
+        """SHA-256 of what determines the examples and their places: the files, how they are read, and the mask."""
         files = [(file.source.name, file.source.digest, file.parser.identity, file.rows) for file in self.index.files]
         digest = hashlib.sha256(json.dumps([files, self.section.columns], sort_keys=True).encode())
         digest.update(np.packbits(self.mask).tobytes())
@@ -163,7 +163,7 @@ class DatasetSplit:
 
 @dataclass(frozen=True)
 class RawDatasets:
-    """The rows of a run before they are tokenized: to train on, to evaluate on, and to score once at the end."""
+    """The splits of a run before tokenization: training, validation, and test (scored once at the end)."""
 
     train: DatasetSplit
     validation: DatasetSplit | None
@@ -171,7 +171,7 @@ class RawDatasets:
 
     @property
     def splits(self) -> dict[str, DatasetSplit]:
-        """Those that there are, by their names."""
+        """Name → split, for the splits that exist."""
         return {split.name: split for split in (self.train, self.validation, self.test) if split}
 
 
@@ -185,10 +185,10 @@ def read_datasets(
     """Read and check all rows. No tokenizer is needed, and torch is not imported.
 
     Args:
-        section: Names the sources.
-        seed: Decides which rows are drawn where sources are mixed, and which are held out.
-        given: The rows of a Python program for `train`, `validation` or `test`, instead of the sources of that name.
-        test: Whether the rows of `test` are read.
+        section: The data section of the config, with the sources.
+        seed: Random seed for mixing sources and holding out rows.
+        given: Rows of a Python program for `train`, `validation` or `test`, used instead of the configured sources.
+        test: Whether the test rows are read.
 
     Raises:
         DataError: As `index_rows`; or the validation fraction leaves no row to train on.
@@ -244,17 +244,17 @@ def _read_split(
     return DatasetSplit(name, index, mask, section, tuple(notes), index.invalid)
 
 
-# Rows that are in the data twice, by the hashes of the index
+# Duplicate rows, by the hashes of the index
 
 
 def find_duplicates(split: DatasetSplit) -> RowTally:
-    """Rows of a split whose content an earlier row of it has, letter for letter."""
+    """Rows of a split that are identical to an earlier row of the split."""
     _, first = np.unique(split.hashes(EXACT), return_index=True)
     return tally(split, np.delete(split.numbers, first))
 
 
 def find_leaks(datasets: RawDatasets) -> list[Leaks]:
-    """Validation rows that are also in train, and test rows that are also in train, or in validation."""
+    """Validation rows that are also in train, and test rows that are also in train or validation."""
     train, validation, test = datasets.train, datasets.validation, datasets.test
     pairs = [(train, validation), (train, test), (validation, test)]
     return [_leaks(earlier, held_out) for earlier, held_out in pairs if earlier and held_out]
@@ -268,25 +268,25 @@ def _leaks(earlier: DatasetSplit, held_out: DatasetSplit) -> Leaks:
 
 
 def tally(split: DatasetSplit, numbers: NDArray[np.int64]) -> RowTally:
-    """How many row numbers there are, and the places of the first."""
+    """The count of some row numbers, and the places of the first few."""
     return RowTally(len(numbers), [split.index.where(int(number)) for number in np.sort(numbers)[:MAX_PLACES]])
 
 
 # Hashes of the rows that an adapter was trained on, in its directory
 
 MOST_HASHES = 1 << 23
-"""How many hashes are kept at most, in 64 MiB; where there are more, none are kept."""
+"""The most hashes that are stored (64 MiB); if there are more, none are stored."""
 _MOST_BYTES = 8 * MOST_HASHES + 4096
 _METADATA = "loratune"
 
 
 @dataclass(frozen=True, eq=False)
 class RowHashes:
-    """Hashes of rows, each once and sorted.
+    """Hashes of rows, sorted and unique.
 
     Attributes:
-        exact: (n,) int64: of the content of rows.
-        folded: (m,) int64: of the content with white space folded, where it is not in `exact`.
+        exact: (n,) int64: hashes of the content of rows.
+        folded: (m,) int64: hashes of the content with white space folded, unless they are in `exact`.
         complete: Whether these are all rows that an adapter was trained on.
     """
 
@@ -297,12 +297,12 @@ class RowHashes:
 
 @dataclass(frozen=True)
 class Overlap:
-    """What the rows of an evaluation have in common with those that an adapter was trained on.
+    """The overlap of evaluation rows with the rows that an adapter was trained on.
 
     Attributes:
-        rows: How many rows the evaluation has.
-        leaks: Those of them that are also in train; None where that is not known.
-        unknown: What is not known, and why; empty if all is.
+        rows: The number of evaluation rows.
+        leaks: The evaluation rows that are also in train; None if unknown.
+        unknown: What is unknown, and why; empty if nothing is.
     """
 
     rows: int
@@ -315,26 +315,25 @@ class Overlap:
         return self.leaks is not None and self.leaks.exact.count + self.leaks.folded.count > 0
 
     def remarks(self) -> list[str]:
-        """A line for each kind of rows in common."""
+        """A line for each kind of overlap."""
         return self.leaks.remarks() if self.leaks else []
 
     def as_json(self) -> dict[str, int] | None:
-        """Plain values; None where it is not known."""
+        """JSON values; None if the overlap is unknown."""
         if self.leaks is None:
             return None
         return {"exact": self.leaks.exact.count, "folded": self.leaks.folded.count, "rows": self.rows}
 
 
 def write_row_hashes(directory: Path, split: DatasetSplit, earlier: RowHashes | None, *, continued: bool) -> None:
-    """Write the hashes of all rows that an adapter was trained on, unless they are more than `MOST_HASHES`.
+    """Write the hashes of all rows that an adapter was trained on, unless there are more than `MOST_HASHES`.
 
-    A repeated row has one hash. The metadata name the hash function: hashes of one function are never looked up among
-    those of another.
+    Hashes are unique. The metadata name the hash function, so hashes of different functions are never compared.
 
     Args:
         directory: The adapter directory.
         split: The training rows.
-        earlier: Those of the adapter that training started from; None where they are not known.
+        earlier: The hashes of the adapter that training started from; None if unknown.
         continued: Whether training started from an adapter.
 
     Raises:
@@ -346,13 +345,13 @@ def write_row_hashes(directory: Path, split: DatasetSplit, earlier: RowHashes | 
     folded = np.setdiff1d(np.union1d(split.hashes(FOLDED), known.folded), exact, assume_unique=True)
     if len(exact) + len(folded) > MOST_HASHES:
         return
-    # One key of metadata alone: safetensors writes several in an order that differs between processes.
+    # A single metadata key: safetensors writes several keys in an order that differs between processes.
     metadata = {_METADATA: json.dumps({"hash": CONTENT_HASH, "complete": known.complete})}
     save_file({"exact": exact, "folded": folded}, directory / ROW_HASHES, metadata)
 
 
 def read_row_hashes(directory: Path) -> RowHashes | str:
-    """The hashes that an adapter keeps; or why they are not known. At most 64 MiB are read."""
+    """The row hashes stored with an adapter; or a text on why they are unknown. At most 64 MiB are read."""
     path = directory / ROW_HASHES
     if not path.is_file():
         return "it keeps no hashes of them"
@@ -377,10 +376,10 @@ def read_row_hashes(directory: Path) -> RowHashes | str:
 
 
 def find_overlap(split: DatasetSplit, directory: Path) -> Overlap:
-    """Look up the rows of an evaluation among those that an adapter was trained on.
+    """Find the evaluation rows that an adapter was trained on.
 
     Args:
-        split: The rows of the evaluation.
+        split: The evaluation rows.
         directory: The adapter directory.
     """
     hashes = read_row_hashes(directory)

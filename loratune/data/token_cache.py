@@ -1,12 +1,12 @@
-"""The cache of tokenized rows, and of numbers that belong to them, such as log-probabilities.
+"""The cache of tokenized rows, and of numbers per row, such as log-probabilities.
 
 An entry is the directory `loratune/<key>` in the cache of `datasets` (HF_DATASETS_CACHE); the key is a hash of all that
-decides its content. It has Arrow files, the shards, and the record `whole`, which is written last, with their SHA-256.
-An entry is written under another name and renamed when it is complete, so a reader finds all of it or nothing. After
-Ctrl-C the incomplete entry is kept as `<key>.partial`, from which the next run continues.
+determines its content. It has Arrow files, the shards, and the file `whole`, written last, with their SHA-256. An entry
+is written under another name and renamed when it is complete, so readers never see a partial entry. After Ctrl-C the
+incomplete entry is kept as `<key>.partial`, from which the next run continues.
 
-Rows are trained on without a further check, so the cache must be a directory to which only this user can write. If it
-is not, a temporary directory takes the rows.
+Cached rows are used for training without further checks, so only this user may have write access to the cache
+directory. Otherwise the rows are written to a temporary directory.
 """
 
 import hashlib
@@ -42,35 +42,35 @@ from loratune.system.files import make_private_directory, ownership_problem, sha
 _log = logging.getLogger(__name__)
 
 KEPT_DAYS = 30
-"""Entries that no run has used for so long are removed when a run begins."""
+"""Entries that were not used for this many days are removed when a run begins."""
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
-"""The size of a shard, which is held in memory until it is written, and is the most that a stopped run loses."""
+"""The maximum size of a shard. A shard is held in memory until it is written."""
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS), ("side", pa.int8())])
 _METADATA = b"loratune"
-"""The key of a shard's metadata: JSON of the report on its rows, and the digest of each batch of rows."""
+"""The metadata key of a shard. Its value is JSON: the report on the rows, and the digest of each batch of rows."""
 _WHOLE = "whole"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, pa.ArrowException)
 _NAME = re.compile(r"[0-9a-f]{64}(\..*)?")
 _FILE = re.compile(r"[0-9]{5}\.(arrow|json|unfinished)|entry\.json|whole|values")
-"""Files of entries, also of earlier releases."""
+"""Names of files in entries, including those of earlier releases."""
 
 
 class TokenCache(Sequence[dict[str, list[int]]]):
-    """Rows of `input_ids` and `labels`, mapped from the shards of a directory.
+    """Rows of `input_ids` and `labels`, memory-mapped from the shards of a directory.
 
     Attributes:
-        directory: Where the shards are.
-        key: What decides their content.
-        report: What became of all rows that were read.
+        directory: The directory of the shards.
+        key: The key of the entry.
+        report: Counts of all rows that were read.
         fingerprint: SHA-256 over every id and supervised span in order.
-        remark: A line for the user on where the rows are kept, or empty.
+        remark: A line for the user if the cache cannot be used; otherwise empty.
     """
 
     remark = ""
 
     def __init__(self, directory: Path):
-        """Open a directory. Raises one of `_UNREADABLE`: it does not hold what was written."""
+        """Open a directory. Raises one of `_UNREADABLE`: it is incomplete or damaged."""
         whole = json.loads((directory / _WHOLE).read_bytes())
         paths = [_shard(directory, number) for number in range(len(whole["shards"]))]
         if [sha256(path) for path in paths] != whole["shards"]:
@@ -98,12 +98,12 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         return TokenizedRow(where, tuple(ids), tuple(zip(flat[::2], flat[1::2], strict=True)), side=side)
 
     def side(self, number: int) -> int:
-        """Returns what a row is in preference data, see `TokenizedRow.side`."""
+        """Returns the role of a row in preference data, see `TokenizedRow.side`."""
         return int(self.sides[number]) if self.sides is not None else 0
 
     @cached_property
     def sides(self) -> NDArray[np.int8] | None:
-        """(rows,), what each row is in preference data; None for other data."""
+        """(rows,), the role of each row in preference data; None for other data."""
         sides = np.asarray(self._table["side"], dtype=np.int8)
         return sides if sides.any() else None
 
@@ -113,12 +113,12 @@ class TokenCache(Sequence[dict[str, list[int]]]):
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """(rows,), the tokens of each row."""
+        """(rows,), the number of tokens of each row."""
         return np.asarray(pc.list_value_length(self._table["ids"]), dtype=np.int64)
 
     @property
     def supervised(self) -> NDArray[np.int64]:
-        """(rows,), the supervised tokens of each row."""
+        """(rows,), the number of supervised tokens of each row."""
         spans = self._table["spans"]
         flat = np.asarray(pc.list_flatten(spans), dtype=np.int64)
         rows = np.repeat(np.arange(len(self)), np.asarray(pc.list_value_length(spans)) // 2)
@@ -127,10 +127,10 @@ class TokenCache(Sequence[dict[str, list[int]]]):
 
 
 class TokenCacheWriter:
-    """Writes the shards of a directory. read: how many rows were read for the shards that it has already."""
+    """Writes the shards of a directory. read: the number of source rows that existing shards cover."""
 
     def __init__(self, directory: Path):
-        """Find the shards that the directory has already; one that is damaged is written again."""
+        """Find the existing shards of the directory; damaged ones are written again."""
         self._directory = directory
         self._unwritten: list[tuple[Report, Any]] = []
         self._digests: list[str] = []
@@ -141,14 +141,14 @@ class TokenCacheWriter:
                 self._digests.append(sha256(path))
 
     def add(self, report: Report, rows: Sequence[TokenizedRow]) -> None:
-        """Add a batch of rows, and the report on the examples that they come from."""
+        """Add a batch of rows, and the report on the examples that it was made from."""
         self._unwritten.append((report, _record_batch(rows)))
         held = total(report for report, *_ in self._unwritten)
         if held.tokens >= _SHARD_TOKENS or held.rows >= _SHARD_ROWS:
             self.flush()
 
     def flush(self) -> None:
-        """Write a shard with the rows that are not in one yet, if there are any."""
+        """Write a shard with the pending rows, if there are any."""
         if not self._unwritten:
             return
         table = _shard_table([report for report, *_ in self._unwritten], [batch for _, batch in self._unwritten])
@@ -201,7 +201,7 @@ def _list_array(values: Sequence[Sequence[int]]) -> Any:
 
 
 def _digest(batch: Any) -> str:
-    """SHA-256 of the ids and spans of a batch, and of what its rows are in preference data."""
+    """SHA-256 of the ids and spans of a batch, and of the roles of its rows in preference data."""
     digest = hashlib.sha256()
     for lists in batch.columns[1:3]:
         for part in (lists.flatten(), lists.value_lengths()):
@@ -215,15 +215,15 @@ def _digest(batch: Any) -> str:
 
 
 def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenCache:
-    """Load the rows of a key, or write them if there are none.
+    """Load the rows of a key, or write them if the entry is missing.
 
     Args:
         key: 64 hexadecimal digits.
         write: Writes the rows, continuing after those that `TokenCacheWriter.read` counts.
 
     Raises:
-        ResourceError: There is no room on the disk. Whatever `write` raises is raised too; then only what Ctrl-C has
-            stopped is kept.
+        ResourceError: There is no space on the disk. Errors of `write` are passed on; the partial entry is kept only
+            after Ctrl-C.
     """
     entry, problem = _root() / key, _cache_problem()
     rows = None if problem else _load(entry)
@@ -234,7 +234,7 @@ def load_or_write(key: str, write: Callable[[TokenCacheWriter], None]) -> TokenC
 
 
 def open_trusted(directory: Path) -> TokenCache | None:
-    """Open rows that another process of this user has written; None if there are none, or others can change them."""
+    """Open rows that another process of this user has written; None if they are missing, or others can change them."""
     try:
         return None if _distrust(directory) else TokenCache(directory)
     except _UNREADABLE:
@@ -243,7 +243,7 @@ def open_trusted(directory: Path) -> TokenCache | None:
 
 
 def remove_old_entries() -> None:
-    """Remove the entries that no run has used for `KEPT_DAYS`. A process that reads them keeps what it has mapped."""
+    """Remove the entries that were not used for `KEPT_DAYS`. Processes that have mapped an entry are not affected."""
     limit = time.time() - KEPT_DAYS * 86400
     if not _cache_problem():
         for path in _root().iterdir():
@@ -257,7 +257,7 @@ def _root() -> Path:
 
 
 def _cache_problem() -> str:
-    """Create the cache if need be. Returns why it cannot be used, as a line for the user; empty if it can."""
+    """Create the cache if necessary. Returns why it cannot be used, as a line for the user; empty if it can."""
     root = _root()
     try:
         make_private_directory(root)
@@ -270,14 +270,14 @@ def _cache_problem() -> str:
 
 
 def _distrust(directory: Path) -> str:
-    """Why others can write to a directory; empty if only this user can. Raises OSError: there is none."""
+    """Why others can write to a directory; empty if only this user can. Raises OSError: it does not exist."""
     reason = ownership_problem(directory.lstat())
     return f"{directory} {reason}" if reason else ""
 
 
 @progress("checking the tokenized rows")
 def _load(entry: Path) -> TokenCache | None:
-    """Load an entry; None if it cannot be used. It is marked as used first, so that no process removes it."""
+    """Load an entry; None if it cannot be used. It is first marked as used, so that no process removes it."""
     with suppress(OSError):
         os.utime(entry, follow_symlinks=False)
         rows = open_trusted(entry)
@@ -286,9 +286,9 @@ def _load(entry: Path) -> TokenCache | None:
 
 
 def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool) -> TokenCache:
-    """Write the rows of an entry, unless another process publishes them meanwhile.
+    """Write the rows of an entry, unless another process publishes it meanwhile.
 
-    usable: whether the cache may hold them; otherwise a temporary directory does.
+    usable: whether the cache can be used; otherwise a temporary directory is.
     """
     stopped = entry.with_suffix(".partial")
     directory = Path(tempfile.mkdtemp(prefix=f"{entry.name}.", dir=entry.parent if usable else None))
@@ -328,7 +328,7 @@ def _write(entry: Path, write: Callable[[TokenCacheWriter], None], usable: bool)
 
 
 def _remove(path: Path) -> None:
-    """Remove an entry, unless anything in it is not of this cache. A reader of half an entry finds it damaged."""
+    """Remove an entry, unless it contains foreign files. Readers detect a half-removed entry as damaged."""
     with suppress(OSError):
         if path.is_file() and not path.is_symlink():
             path.unlink()
@@ -336,7 +336,7 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-# Numbers that belong to rows
+# Numbers per row
 
 
 def _values_path(key: str) -> Path:
@@ -344,7 +344,7 @@ def _values_path(key: str) -> Path:
 
 
 def load_values(key: str) -> NDArray[np.float64] | None:
-    """The numbers that `store_values` kept under a key of 64 hexadecimal digits; None if there are none."""
+    """The numbers stored by `store_values` under a key of 64 hexadecimal digits; None if they are missing."""
     path = _values_path(key)
     with suppress(OSError):
         if path.is_file() and not _cache_problem():
@@ -356,7 +356,7 @@ def load_values(key: str) -> NDArray[np.float64] | None:
 
 
 def store_values(key: str, values: NDArray[np.float64]) -> None:
-    """Keep numbers that belong to rows, unless the cache cannot be written."""
+    """Store one number per row under a key; does nothing if the cache cannot be written."""
     content = np.ascontiguousarray(values, np.float64).tobytes()
     unfinished = _root() / f"{key}.{os.getpid()}"
     if not _cache_problem():

@@ -1,4 +1,4 @@
-"""Undocumented names of other libraries that this package uses, each with its reason.
+"""Undocumented names of other libraries that this package uses, each with the reason.
 
 tests/test_upstream_data.py has one test for each name, which fails if a release removes it.
 """
@@ -21,17 +21,17 @@ from transformers.utils.chat_template_utils import (
 def datasets_cache_dir() -> Path:
     """Returns the cache directory of `datasets`, as HF_DATASETS_CACHE or HF_HOME set it.
 
-    The environment variables are documented; the value that `datasets` derives from them is in a module that is not.
-    It is read at each call, because a program may change it.
+    The environment variables are documented; the module with the derived value is not. It is read at each call, because
+    a program may change it.
     """
     return Path(datasets_config.HF_DATASETS_CACHE)
 
 
 def hub_dataset_cache(hub_id: str) -> Path:
-    """Returns the directory in which `datasets` caches a hub dataset, whether it is there or not.
+    """Returns the directory in which `datasets` caches a hub dataset, whether it exists or not.
 
-    Nothing public says whether a dataset is cached, and without a connection `load_dataset` retries for 20 s before it
-    looks into its cache.
+    No public function tells whether a dataset is cached, and without a connection `load_dataset` retries for 20 s
+    before it looks into its cache.
     """
     *owner, name = hub_id.split("/")
     return datasets_cache_dir() / "___".join([*owner, camelcase_to_snakecase(name)])
@@ -43,9 +43,9 @@ def dataset_fingerprint(dataset: Any) -> str:
 
 
 def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
-    """Returns first row and end of each slice that `split` adds up; `train` is the only split, and has `rows` rows.
+    """Returns (start, stop) of each slice of `split`; `train` is the only split, and has `rows` rows.
 
-    `ReadInstruction` is public; the fields of what its `to_absolute` returns are not documented. It takes the digits of
+    `ReadInstruction` is public, but the fields of the result of `to_absolute` are not documented. It accepts digits of
     any script.
 
     Raises:
@@ -58,17 +58,17 @@ def slice_bounds(split: str, rows: int) -> list[tuple[int, int]]:
 
 
 def tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
-    """Returns the arguments that a tokenizer was made with; the attribute that holds them is not documented.
+    """Returns the constructor arguments of a tokenizer; the attribute that holds them is not documented.
 
-    They decide how a slow tokenizer encodes, which has no description of itself as a fast one has.
+    They determine how a slow tokenizer encodes; unlike a fast one, it cannot be serialized to text.
     """
     return dict(tokenizer.init_kwargs)
 
 
 def chat_template_environment(source: str) -> jinja2.Environment:
-    """Returns the Jinja environment in which `apply_chat_template` renders: its sandbox, filters and extensions.
+    """Returns the Jinja environment of `apply_chat_template`, with its sandbox, filters and extensions.
 
-    A template whose loops are marked must be rendered in the same environment, and transformers builds it privately.
+    A template with marked loops must be rendered in the same environment, which transformers does not expose.
 
     Raises:
         jinja2.TemplateSyntaxError, SyntaxError, RecursionError: The source cannot be compiled.
@@ -78,7 +78,7 @@ def chat_template_environment(source: str) -> jinja2.Environment:
 
 
 def alias_reasoning_fields(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the messages with their reasoning under every field name that `apply_chat_template` gives to templates.
+    """Returns the messages with their reasoning under every field name that `apply_chat_template` passes to templates.
 
     A template that is rendered without `apply_chat_template` must see the same fields.
     """

@@ -1,4 +1,4 @@
-"""Examples: what a row of any format is once it was read; and how its fields are read.
+"""Examples, the common representation of rows of all formats, and helpers that read the fields of a row.
 
 Reading: the fields of a file's first row → one of the usual formats (`recognition`) → every row an Example (`parsers`).
 """
@@ -14,7 +14,7 @@ from loratune.data.sources.rows import Unreadable
 from loratune.errors import Problem
 
 Message: TypeAlias = dict[str, Any]
-"""A message as chat templates take it. `role` and `content` are always there, and always text."""
+"""A message for a chat template. `role` and `content` are always present, and always text."""
 
 Span: TypeAlias = tuple[int, int]
 """Half-open range of supervised positions: of tokens in a row, or of characters in a text."""
@@ -34,8 +34,8 @@ class Plain:
     Attributes:
         where: The place of the row.
         prompt: Not supervised, unless `loss_on` is `all`.
-        completion: Supervised, with the end of sequence behind it.
-        whole: Whether the row is one text without any prompt; such a text may be truncated.
+        completion: Supervised, followed by the end of sequence.
+        whole: Whether the row is one text without a prompt; such a text may be truncated.
     """
 
     where: str
@@ -54,7 +54,7 @@ class Conversation:
         first_supervised: The first message that belongs to the completion: with `loss_on` `completion`, only assistant
             turns from it on are supervised.
         tools: Schemas for the template, usually `{type: function, function: {name, ...}}`.
-        zero_weight: Numbers, from 0, of the assistant turns whose weight is 0.
+        zero_weight: Indices, from 0, of the assistant turns whose weight is 0.
     """
 
     where: str
@@ -64,11 +64,11 @@ class Conversation:
     zero_weight: frozenset[int] = frozenset()
 
     def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
-        """The numbers, from 0, of the assistant turns that the loss is taken over. loss_on: as in the configuration."""
+        """The indices, from 0, of the assistant turns that contribute to the loss. loss_on: as in the configuration."""
         return tuple(number for number in self.selected_turns(loss_on) if _has_content(self.messages[number]))
 
     def selected_turns(self, loss_on: str) -> tuple[int, ...]:
-        """The assistant turns that `loss_on` and the weights select, the empty ones among them."""
+        """The indices of the assistant turns that `loss_on` and the weights select, including empty ones."""
         first = self.first_supervised if loss_on == "completion" else 0
         return tuple(
             number
@@ -79,12 +79,12 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids as the data has them.
+    """A row that is already tokenized.
 
     Attributes:
         where: The place of the row.
         ids: Token ids, without padding.
-        labels: For each token its own id where it is supervised, else -100; None: all are supervised.
+        labels: For each token its own id if it is supervised, otherwise -100; None: all are supervised.
     """
 
     where: str
@@ -93,7 +93,7 @@ class Ids:
 
 
 Single: TypeAlias = Plain | Conversation | Ids
-"""What becomes one row of tokens."""
+"""An example that becomes one row of tokens."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ class PreferencePair:
 
     Attributes:
         where: The place of the row.
-        chosen: The prompt with the better one.
-        rejected: The prompt with the other one.
+        chosen: The prompt with the preferred answer.
+        rejected: The prompt with the other answer.
     """
 
     where: str
@@ -118,7 +118,7 @@ class UnpairedPreference:
     Attributes:
         where: The place of the row.
         answer: The prompt with the answer.
-        desirable: Whether it is desirable.
+        desirable: Whether the answer is desirable.
     """
 
     where: str
@@ -133,14 +133,14 @@ Example: TypeAlias = Single | Preference
 
 
 def sides(example: Example) -> tuple[Single, ...]:
-    """What of an example becomes rows of tokens: of a pair both answers, the chosen one first."""
+    """The parts of an example that become rows of tokens: both answers of a pair, the chosen one first."""
     if isinstance(example, PreferencePair):
         return example.chosen, example.rejected
     return (example.answer,) if isinstance(example, UnpairedPreference) else (example,)
 
 
 def no_loss_reason(example: Single, loss_on: str) -> str | None:
-    """Why no token of an example is supervised, as far as that is known without a tokenizer; None if one is."""
+    """Why no token of an example is supervised, as far as is known without a tokenizer; None if one is."""
     if isinstance(example, Plain):
         supervised = example.completion.strip() or (loss_on == "all" and example.prompt.strip())
         return None if supervised else f"the {'text' if example.whole else 'completion'} is empty"
@@ -159,7 +159,7 @@ def _has_content(message: Message) -> bool:
 
 
 def drop_reason(example: Example, loss_on: str) -> str | None:
-    """Why an example is not trained on, as far as that is known without a tokenizer; None if it is."""
+    """Why an example is not trained on, as far as is known without a tokenizer; None if it is."""
     if isinstance(example, UnpairedPreference):
         return None if _answer_text(example.answer).strip() else "the completion is empty"
     if not isinstance(example, PreferencePair):
@@ -185,18 +185,18 @@ def _answer_text(answer: Plain | Conversation) -> str:
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """How many characters or items two sequences have in common at their beginning."""
+    """The length of the common prefix of two sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 # Fields
 
 Fields = Mapping[str, Any]
-"""The fields of a row, under the names that loratune gives to them."""
+"""The fields of a row, under loratune's names."""
 
 
 class RowError(ValueError):
-    """What is wrong with one row, without its place.
+    """An invalid row, without its place.
 
     Args:
         what: What is wrong.
@@ -208,7 +208,7 @@ class RowError(ValueError):
         self.fix = fix
 
     def at(self, where: str) -> Problem:
-        """As a problem of the row at this place."""
+        """The error as a `Problem` of the row at this place."""
         return Problem(Code.DATA_FIELD, str(self), where, fix=self.fix)
 
 
@@ -222,8 +222,8 @@ def text(fields: Fields, name: str, place: str = "") -> str:
 
     Args:
         fields: The row, or an object within it.
-        name: Of the field.
-        place: Which object within the row has the field, for messages; empty for the row itself.
+        name: The name of the field.
+        place: The object within the row that has the field, for messages; empty for the row itself.
 
     Raises:
         RowError: The field holds something else, or a character that UTF-8 cannot encode.
@@ -241,12 +241,12 @@ def text(fields: Fields, name: str, place: str = "") -> str:
 
 
 def optional_text(fields: Fields, name: str) -> str:
-    """The text of a field; empty where the row lacks it or has null."""
+    """The text of a field; empty if it is missing or null."""
     return "" if fields.get(name) is None else text(fields, name)
 
 
 def parse_json(value: Any, place: str) -> Any:
-    """A value that may be written as JSON in text.
+    """Parse a value that may be JSON in a string.
 
     Args:
         value: Text is parsed, everything else is returned unchanged.
@@ -272,15 +272,15 @@ def _surrogate_error(place: str) -> RowError:
 
 
 def parse_list(fields: Fields, name: str) -> Any:
-    """The value of a field; text that begins as a JSON list, as in a cell of CSV, is parsed. Raises RowError."""
+    """The value of a field; text that begins like a JSON list, as in a CSV cell, is parsed. Raises RowError."""
     value = fields.get(name)
     return parse_json(value, f"`{name}`") if isinstance(value, str) and value.lstrip()[:1] == "[" else value
 
 
 def messages_or_text(fields: Fields, name: str) -> Any:
-    """The value of a field; text that is a JSON list of messages, as in a cell of CSV, is parsed.
+    """The value of a field; text that is a JSON list of messages, as in a CSV cell, is parsed.
 
-    Any other text is one, also where it begins as such a list: `[1] says so`.
+    Any other text is returned unchanged, even if it begins like a list: `[1] says so`.
     """
     value = fields.get(name)
     if not isinstance(value, str) or value.lstrip()[:1] != "[":
@@ -293,7 +293,7 @@ def messages_or_text(fields: Fields, name: str) -> Any:
 
 
 def integers(fields: Fields, name: str) -> tuple[int, ...]:
-    """The whole numbers of a field, in order. Raises RowError: it is no list, is empty, or holds something else."""
+    """The whole numbers of a field. Raises RowError: it is not a list, is empty, or holds something else."""
     value = parse_list(fields, name)
     if not isinstance(value, list) or not value:
         raise type_error(f"`{name}`", "a list of whole numbers", value)
@@ -305,7 +305,7 @@ def integers(fields: Fields, name: str) -> tuple[int, ...]:
 
 
 def describe(value: Any) -> str:
-    """What a value is, in the words of JSON."""
+    """The kind of a value, in JSON terms, for messages."""
     if value == [] and isinstance(value, list):
         return "an empty list"
     if isinstance(value, Unreadable):
@@ -318,7 +318,7 @@ _SHOWN_NAMES, _SHOWN_LETTERS = 20, 60
 
 
 def quote(names: Iterable[str]) -> str:
-    """Names of fields for a message, in alphabetical order; of many the first, of long ones the beginning."""
+    """Names of fields for a message, in alphabetical order; long names and long lists are shortened."""
     listed = sorted(names)
     cut = [name if len(name) <= _SHOWN_LETTERS else f"{name[:_SHOWN_LETTERS]}…" for name in listed[:_SHOWN_NAMES]]
     more = f", and {len(listed) - _SHOWN_NAMES:,} more" if len(listed) > _SHOWN_NAMES else ""
@@ -326,7 +326,7 @@ def quote(names: Iterable[str]) -> str:
 
 
 def parse_ids(where: str, fields: Fields) -> Ids:
-    """A row with `input_ids`, and perhaps `labels`: for each token its own id or -100, not shifted."""
+    """A row with `input_ids` and optionally `labels`: for each token its own id or -100, not shifted."""
     ids = integers(fields, "input_ids")
     if min(ids) < 0:
         number = next(number for number, id in enumerate(ids, start=1) if id < 0)
@@ -349,7 +349,7 @@ def parse_ids(where: str, fields: Fields) -> Ids:
 
 
 def check_ids(example: Ids, vocabulary_size: int) -> Problem | None:
-    """What is wrong if an id is not in the vocabulary."""
+    """The problem if an id is not in the vocabulary; otherwise None."""
     number = next((number for number, id in enumerate(example.ids, start=1) if id >= vocabulary_size), 0)
     if not number:
         return None

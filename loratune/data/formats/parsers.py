@@ -1,10 +1,10 @@
-"""The fields of a row → an example, one function for each family of formats. All of them raise RowError.
+"""Parsers: the fields of a row → an example, one function per family of formats. All of them raise RowError.
 
 Conversations come in all common shapes: turns of OpenAI or ShareGPT, fields of Alpaca, tools. `name`, `tool_call_id`,
-`reasoning_content` and `thinking` reach the chat template with role, content and tool calls; any other field of a turn
-is refused, because it would not reach it.
+`reasoning_content` and `thinking` are passed to the chat template with role, content and tool calls; any other field of
+a turn is an error, because it would be ignored.
 
-Preference data: a prompt may be text or messages, or may be missing: then it is the common beginning of both answers.
+Preference data: a prompt may be text or messages. If it is missing, it is the common prefix of both answers.
 An answer may be text, a message, or a list of messages.
 """
 
@@ -18,13 +18,13 @@ from loratune.data.formats import Conversation, Fields, Message, Plain, Preferen
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
 _ASSISTANT = "\n\nAssistant:"
-"""What an answer begins with in the texts of Anthropic's HH-RLHF, whose pairs are whole dialogues."""
+"""The header of an answer in Anthropic's HH-RLHF, whose pairs are whole dialogues as text."""
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {
     "human": "user",
     "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
     "observation": "tool",
 }  # fmt: skip
-"""The role of a turn, in OpenAI's or ShareGPT's words → the role for the template."""
+"""The role of a turn, as OpenAI or ShareGPT name it → the role for the template."""
 
 _TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", "weight", *_TEXT_FIELDS}
@@ -88,7 +88,7 @@ def parse_pair(where: str, fields: Fields) -> PreferencePair:
 
 
 def _border(chosen: str, rejected: str) -> int:
-    """Where the prompt ends that two texts begin with: behind the last name of a turn, or else between two words."""
+    """The end of the shared prompt of two texts: after the last answer header, otherwise between two words."""
     common = formats.common_prefix(chosen, rejected)
     if (place := chosen.rfind(_ASSISTANT, 0, common)) >= 0:
         return place + len(_ASSISTANT)
@@ -120,8 +120,8 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
 
     Args:
         name: The field of the prompt.
-        answer: That of the answer; if it is the same, the answer is the last of its turns.
-        label: That of the label.
+        answer: The field of the answer; if it equals `name`, the answer is the last turn of that field.
+        label: The field of the label.
         where: The place of the row.
         fields: The row.
     """
@@ -138,7 +138,7 @@ def parse_unpaired_messages(name: str, answer: str, label: str, where: str, fiel
 
 
 def _answer(fields: Fields, name: str, prompt: Sequence[Turn] | None) -> list[Turn]:
-    """The turns of an answer, without those of the prompt, if it begins with them."""
+    """The turns of an answer, without the prompt if it begins with it."""
     value = formats.messages_or_text(fields, name)
     if isinstance(value, str):
         if prompt is None:
@@ -168,7 +168,7 @@ def _preference(where: str, fields: Fields, prompt: Sequence[Turn], answer: Sequ
 
 
 def read_label(value: Any) -> bool | None:
-    """What a label says: true, false, 1 or 0, as text too, as in a cell of CSV; None if it says nothing."""
+    """The value of a label: true, false, 1 or 0, also as text as in a CSV cell; None for anything else."""
     value = _LABELS.get(value.strip().lower(), value) if isinstance(value, str) else value
     return bool(value) if isinstance(value, int | float) and value in (0, 1) else None
 
@@ -191,7 +191,7 @@ def prompt_turns(fields: Fields, name: str) -> list[Turn]:
             line and `history` before it, as in LLaMA-Factory.
 
     Raises:
-        RowError: A field holds something else; the turns begin with another system message than `system`.
+        RowError: A field holds something else; the first system message differs from `system`.
     """
     if name == "instruction":
         parts = [formats.text(fields, "instruction"), formats.optional_text(fields, "input")]
@@ -235,7 +235,7 @@ def parse_turns(fields: Fields, name: str) -> list[Turn]:
     """The turns of a field: a list of messages, or a single one.
 
     Raises:
-        RowError: The field holds something else, or a turn is wrong or holds more than reaches the template.
+        RowError: The field holds something else, or a turn is invalid or has fields that would be ignored.
     """
     value = formats.messages_or_text(fields, name)
     value = formats.parse_list({name: [value] if isinstance(value, Mapping) else value}, name)
@@ -282,7 +282,7 @@ def _check_unused(item: Fields, known: set[str], place: str) -> None:
 
 
 def _content(item: Fields, place: str) -> str:
-    """The text of a turn; parts of text are joined unchanged."""
+    """The text of a turn; text parts are joined unchanged."""
     parts = item.get("content")
     if not isinstance(parts, list) or not parts:
         return formats.text(item, "content", place)
@@ -320,8 +320,8 @@ def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
 def parse_tools(fields: Fields) -> tuple[Any, ...]:
     """The `tools` of a row: a list of JSON schemas, JSON of one, or null.
 
-    A function alone is wrapped as `{type: function, function: ...}`, as clients send it. Nulls are removed that a table
-    holds where the schema of another row has a field.
+    A bare function is wrapped as `{type: function, function: ...}`, as clients send it. Nulls are removed: tables add
+    them for fields that only the schemas of other rows have.
 
     Raises:
         RowError: `tools` is something else, or the row has `functions`.
@@ -356,14 +356,14 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _wrapped(value: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """The value with these of its fields moved into a field `function`."""
+    """The value with the named fields moved into a field `function`."""
     function = {name: value[name] for name in value if name in names}
     rest = {name: value[name] for name in value if name not in names}
     return {**rest, "type": "function", "function": function}
 
 
 def _tool_call(item: Any, place: str) -> dict[str, Any]:
-    """Arguments that are JSON in text become an object, as servers pass them to templates."""
+    """A tool call in OpenAI's format. Arguments given as JSON text become an object, as servers pass them on."""
     if not isinstance(item, Mapping):
         raise formats.type_error(place, "an object with a function", item)
     call = {name: value for name, value in item.items() if value is not None}

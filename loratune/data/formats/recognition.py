@@ -1,4 +1,4 @@
-"""The formats of rows, and the recognition of a file's format by its first row.
+"""The formats of rows, and detection of the format of a file from its first row.
 
 A new format is one entry in `FORMATS`: its name, the fields that identify it, the function that turns the fields of a
 row into an Example, and the further fields that it reads.
@@ -23,9 +23,9 @@ class Format:
 
     Attributes:
         name: As `data.format` names it.
-        keys: Fields that a row must have, and by which the format is recognised.
-        parse: Takes the place and the fields of a row. Raises RowError.
-        optional: Further fields that are read.
+        keys: Required fields, which identify the format.
+        parse: Function of the place and the fields of a row that returns an example. Raises RowError.
+        optional: Optional fields.
     """
 
     name: str
@@ -36,13 +36,13 @@ class Format:
 
 _CHAT, _ALPACA = ("tools", "system"), ("input", "system", "history", "tools")
 _LABELS = ("label", "kto_tag")
-"""Fields that say whether an answer is desirable; LLaMA-Factory's `kto_tag` has no other use."""
+"""Fields that may hold whether an answer is desirable; LLaMA-Factory's `kto_tag` has no other meaning."""
 _UNPAIRED_ANSWERS = {
     "prompt": "completion", "instruction": "output", "messages": "messages", "conversations": "conversations",
 }  # fmt: skip
 """Field with the prompt of an unpaired preference → the field of its answer."""
 _QUESTION_NAMES = ("question", "query", "instruction", "input", "problem", "user_prompt")
-"""Names of fields, in lower case, that say that they hold a prompt."""
+"""Names of fields, in lower case, that usually hold a prompt."""
 
 
 def _pair_of_messages(prompt: str, optional: tuple[str, ...] = _CHAT) -> Format:
@@ -76,7 +76,7 @@ _BY_NAME = {format.name: format for format in FORMATS}
 OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.optional) - {
     name for format in FORMATS for name in format.keys
 }
-"""Fields that some format reads and none needs."""
+"""Fields that are optional in some format and required in none."""
 
 _TWO_LISTS = Format("messages", ("prompt", "completion"), parsers.parse_two_lists, ("tools",))
 """Conversations in two lists of messages, of which the second is supervised."""
@@ -89,11 +89,11 @@ PREFERENCE_FORMATS = {
     for name, kind in (("preference", PAIRS), ("unpaired_preference", UNPAIRED))
     for suffix in ("", "_messages")
 }
-"""Format of preference data → what its rows are."""
+"""Format of preference data → the kind of its rows."""
 
 
 def recognise(where: str, fields: Fields, section: DataSection) -> Format:
-    """The format of a row, by its fields or as the section names it. Raises DataError: none fits, or more than one."""
+    """The format of a row, by its fields or as set in the section. Raises DataError: no format fits, or several do."""
     name, keys = section.format, fields.keys()
     if name == "preference" or (name == "auto" and keys >= set(parsers.SIDES)):
         return _pair_format(where, fields, section)
@@ -123,9 +123,9 @@ def recognise(where: str, fields: Fields, section: DataSection) -> Format:
 
 
 def label_field(fields: Fields) -> str:
-    """The field that can only mean whether an answer is desirable; empty if there is no answer with such a field.
+    """The field that must be a desirability label; empty if there is no answer with such a field.
 
-    0 and 1 in `label`, and words other than true and false, may be classes.
+    0 and 1 in `label`, and words other than true and false, are ambiguous, as they may be classes.
     """
 
     def is_verdict(name: str, value: Any) -> bool:
@@ -136,7 +136,7 @@ def label_field(fields: Fields) -> str:
 
 
 def unread_label(fields: Fields) -> str:
-    """The field beside an answer that may say whether it is desirable, or be a class; empty if there is none."""
+    """The field of a row with an answer that may be a desirability label or a class; empty if there is none."""
     found = (name for name in _LABELS if name in fields)
     may_be = (name for name in found if fields[name] is None or parsers.read_label(fields[name]) is not None)
     return next(may_be, "") if _prompt_of(fields) else ""
@@ -148,7 +148,7 @@ def _prompt_of(fields: Fields) -> str:
 
 
 def _unpaired_format(fields: Fields) -> Format | None:
-    """The format of an answer with a label; None where there is no such answer."""
+    """The format of an unpaired preference; None if the row is not one."""
     label = label_field(fields) or next((name for name in _LABELS if name in fields), "")
     prompt = _prompt_of(fields)
     if not (label and prompt):
@@ -158,12 +158,12 @@ def _unpaired_format(fields: Fields) -> Format | None:
 
 
 def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
-    """The format of a pair, whose prompt may be in another field than `prompt`, as in LLaMA-Factory's rows.
+    """The format of a preference pair, whose prompt may be in another field than `prompt`, as in LLaMA-Factory's rows.
 
-    Further fields next to two whole conversations are copies: UltraFeedback's `messages` are those of `chosen`.
+    Further fields next to two whole conversations are copies: UltraFeedback's `messages` equal `chosen`.
 
     Raises:
-        DataError: The name of a field that is not read says that the prompt is there.
+        DataError: The prompt is missing, but a field that is not read seems to hold it, by its name.
     """
     answers = [formats.messages_or_text(fields, name) for name in parsers.SIDES]
     if fields.get("prompt") is None and all(map(_is_answer_alone, answers)):
@@ -180,13 +180,13 @@ def _pair_format(where: str, fields: Fields, section: DataSection) -> Format:
 
 
 def _holds_messages(fields: Fields) -> bool:
-    """Whether the prompt or an answer of a row is messages."""
+    """Whether the prompt or an answer of a row consists of messages."""
     values = (formats.messages_or_text(fields, name) for name in ("prompt", *parsers.SIDES, "completion"))
     return any(isinstance(value, list | Mapping) for value in values)
 
 
 def _is_answer_alone(value: Any) -> bool:
-    """Whether an answer can be what an assistant says, rather than a whole conversation with a prompt."""
+    """Whether a value can be a bare answer, rather than a whole conversation with a prompt."""
     if isinstance(value, str):
         return not value.startswith("\n\nHuman:")  # as whole dialogues of HH-RLHF do
     first = value[0] if isinstance(value, list) and value else value
@@ -195,7 +195,7 @@ def _is_answer_alone(value: Any) -> bool:
 
 
 def _is_question(name: str, value: Any, chosen: Any) -> bool:
-    """Whether a field holds the prompt by its name, and the chosen answer does not hold it too."""
+    """Whether a field holds the prompt, by its name, and the chosen answer does not contain it."""
     if name.lower() not in _QUESTION_NAMES or not isinstance(value, str) or not value.strip():
         return False
     return not (isinstance(chosen, str) and value.strip() in chosen)
@@ -205,18 +205,18 @@ def _is_question(name: str, value: Any, chosen: Any) -> bool:
 
 
 class Parser:
-    """Makes examples of the rows of one file.
+    """Converts the rows of one file to examples.
 
     Attributes:
         format_name: The format of the rows.
-        identity: An id of this way of reading rows, which differs from all others.
-        unread_label: A field of the first row that may say whether its answer is desirable, and is not read.
+        identity: Identifies this way of parsing rows, for cache keys.
+        unread_label: A field of the first row that may be a desirability label, and is not read.
         fields: The fields of the first row, under the names of the data.
-        unused_fields: The fields of the rows parsed so far that the format does not read, and rows are not grouped by.
+        unused_fields: Fields seen so far that neither the format nor `group_by` reads.
     """
 
     def __init__(self, first: Row, section: DataSection):
-        """Recognise the format of a file by its first row, or take the one that the section names.
+        """Detect the format of a file from its first row, or use the one set in the section.
 
         Raises:
             DataError: No format fits, or more than one; `columns` maps a field that the row lacks or the format does
@@ -251,7 +251,7 @@ class Parser:
         """The row as an example.
 
         Raises:
-            RowError: It lacks a field, or holds something that the format does not allow.
+            RowError: The row lacks a field, or holds something that the format does not allow.
         """
         fields = _rename(row.values, self._columns)
         if self._may_be_preference:
@@ -298,7 +298,7 @@ def _contradictions(format: Format, section: DataSection, where: str) -> Iterato
 
 @dataclass(frozen=True)
 class Question:
-    """What a row asks.
+    """The prompt of a row.
 
     Attributes:
         prompt: Plain text, or messages for the chat template.
@@ -310,17 +310,17 @@ class Question:
 
 
 _QUESTIONS = ("prompt", "messages", "conversations", "instruction", "text")
-"""Fields that may hold what a row asks."""
+"""Fields that may hold the prompt of a row."""
 
 
 def parse_question(row: Row, section: DataSection) -> Question:
-    """What a row asks: its `prompt`, its `messages` or `conversations` up to the last answer, its `instruction` with
-    input, system and history, or its `text`.
+    """The prompt of a row: its `prompt`, `messages` or `conversations` up to the last answer, `instruction` with input,
+    system and history, or `text`.
 
-    Where a row has several of these, the format that training would recognise decides; without one, the first of them.
+    If a row has several of these, the format that training would detect decides; without one, the first is used.
 
     Raises:
-        DataError: The row has none of them, or they hold something else.
+        DataError: The row has none of these fields, or they hold something else.
     """
     fields = _rename(row.values, {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values})
     names = [
@@ -358,7 +358,7 @@ def _rename(fields: Fields, columns: Mapping[str, str]) -> Fields:
 
     Args:
         fields: Under the names of the data.
-        columns: loratune's name → the data's name. It wins over a field that has loratune's name by chance.
+        columns: loratune's name → the data's name. It takes precedence over a field that has loratune's name by chance.
     """
     if not columns:
         return fields

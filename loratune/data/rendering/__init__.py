@@ -1,7 +1,7 @@
 """Tokenizing and masking: turns an Example into `input_ids` and `labels`, for training, evaluation and generation.
 
-The prompt of `generate` is rendered as that of a training row, and its ids are the beginning of the ids of the row.
-Where the tokenizer merges characters across that boundary, prompt and answer are encoded separately.
+A prompt is rendered identically in `generate` and in training, and its ids are a prefix of the ids of the training row.
+If the tokenizer merges characters across that boundary, prompt and answer are encoded separately.
 """
 
 import datetime
@@ -25,9 +25,9 @@ from loratune.data.upstream import tokenizer_settings
 from loratune.errors import DataError, ModelError, Problem, is_rust_panic
 
 _BATCH = 2**18
-"""Characters of the texts that are encoded in one call: the tokenizer needs some hundred bytes for each."""
+"""Characters that are encoded in one call: the tokenizer needs a few hundred bytes of memory per character."""
 LONG = 2**20
-"""Characters from which on a text, such as a file of one document, is encoded in pieces of at most `_BATCH`."""
+"""A text of more characters, such as a file of one document, is encoded in pieces of at most `_BATCH`."""
 
 _TAIL = 160  # characters at the end of a prompt that are encoded once more together with what follows it
 _PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
@@ -47,11 +47,11 @@ class Renderer:
     """Renders examples with one tokenizer; `end_ids` are the ids that end an answer."""
 
     def __init__(self, tokenizer: Any, vocabulary_size: int | None = None):
-        """Try the tokenizer and its chat template.
+        """Test the tokenizer and its chat template.
 
         Args:
             tokenizer: A tokenizer of transformers, fast or slow.
-            vocabulary_size: How many tokens the model has embeddings for; None if there is no model to compare with.
+            vocabulary_size: The number of embeddings of the model; None if there is no model to compare with.
 
         Raises:
             ModelError: The tokenizer has no end of sequence, or fails; it has more special tokens than the model.
@@ -75,16 +75,16 @@ class Renderer:
         self._check_ids([("", special)])
 
     def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[TokenizedRow]:
-        """Render examples whole, in order, encoded as one batch.
+        """Render examples in order, without truncation, encoded as one batch.
 
         Args:
-            examples: Texts, conversations, and ids, which stay as they are.
+            examples: Texts, conversations, and ids, which are not changed.
             loss_on: As in the configuration.
 
         Raises:
-            DataError: With the first 10 rows that cannot be rendered: there is no supervised turn; the chat template
-                refuses the messages, leaves out what is supervised, or hides where an answer lies; the tokenizer fails
-                on a row.
+            DataError: Lists the first 10 rows that cannot be rendered: there is no supervised turn; the chat template
+                refuses the messages, omits a supervised answer, or does not show where an answer begins and ends; the
+                tokenizer fails on a row.
             ModelError: There is no chat template; an id has no embedding in the model.
         """
         rendered = self._texts(examples, loss_on)
@@ -105,7 +105,7 @@ class Renderer:
     def prompt(
         self, prompt: str | Sequence[Message], where: str = "prompt", tools: Sequence[Any] = ()
     ) -> tuple[int, ...]:
-        """Render a prompt, of raw text or of messages, to the ids that an answer follows.
+        """Render a prompt, raw text or messages, to the ids that precede an answer.
 
         Raises:
             ModelError, DataError: As in `rows`.
@@ -122,16 +122,16 @@ class Renderer:
         return tuple(ids)
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] = (), where: str = "messages") -> str:
-        """A prompt of messages as the chat template renders it. Raises DataError: it refuses it, or omits the tools."""
+        """The text of a prompt of messages. Raises DataError: the chat template refuses it, or omits the tools."""
         chat = TemplateInput(messages, tools, where)
         check_tools_are_shown(self._template, chat)
         return self._template.text(chat, prompt=True)
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what decides the ids beside the code: tokenizer, special tokens, template, libraries.
+        """SHA-256 of what determines the ids apart from the code: tokenizer, special tokens, template, libraries.
 
-        A template that asks for the day's date renders other rows on another day, and has another digest.
+        It includes the date if the template writes the date.
         """
         tokenizer, template = self.tokenizer, str(self.tokenizer.chat_template)
         if tokenizer.is_fast:
@@ -148,7 +148,7 @@ class Renderer:
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
     def remark_on_bos(self, ids: Sequence[int]) -> str | None:
-        """Returns a line about the beginning of a row without one BOS, where the tokenizer puts one before a text."""
+        """Returns a line if a row does not begin with exactly one BOS, although the tokenizer adds one; else None."""
         count = next((place for place, id in enumerate(ids) if id != self._bos), len(ids))
         if not self.starts_with_bos or count == 1:
             return None
@@ -156,16 +156,16 @@ class Renderer:
         return f"rows begin with{f' {count} x {name}' if count else f'out {name}, which the tokenizer writes'}"
 
     def _bos_before(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """Returns the BOS, where the tokenizer begins with one and these ids do not."""
+        """Returns the BOS to prepend, if the tokenizer adds one and these ids do not begin with it."""
         return (self._bos,) if self.starts_with_bos and [*ids[:1]] != [self._bos] else ()
 
     @cached_property
     def _has_ids_beyond_model(self) -> bool:
-        """Whether the tokenizer has ids that the model has no embedding for, so that every row must be checked."""
+        """Whether the tokenizer has ids without an embedding in the model, so every row must be checked."""
         return self._size is not None and max(self.tokenizer.get_vocab().values()) >= self._size
 
     def _check_ids(self, rows: Sequence[tuple[str, Sequence[int]]]) -> None:
-        """Raises ModelError: ids that the model has no embedding for. rows: places and ids."""
+        """Raises ModelError: an id has no embedding in the model. rows: places and ids."""
         if not self._has_ids_beyond_model or self._size is None:
             return
         for where, ids in rows:
@@ -207,7 +207,7 @@ class Renderer:
         return render_conversation(self._template, TemplateInput(chat.messages, chat.tools, chat.where), supervised)
 
     def _encode_texts(self, texts: Sequence[RenderedText], loss_on: str) -> list[TokenizedRow]:
-        """Encode texts so that every border of a span is a border of tokens."""
+        """Encode texts so that span boundaries are token boundaries."""
         pairs = self._encode.pairs([(text.text[: text.prompt], text.text[text.prompt :]) for text in texts])
         pieces_of = [_inner_pieces(text) for text in texts]
         encoded = iter(self._encode([piece for pieces in pieces_of for piece in pieces]))
@@ -223,10 +223,9 @@ class Renderer:
     def _token_borders(
         self, text: RenderedText, pieces: Sequence[str], ids_of_pieces: Sequence[Sequence[int]], ids: list[int]
     ) -> dict[int, int]:
-        """Returns border in the text → border in the ids, for the borders between the pieces.
+        """Returns the character offset → token offset of each boundary between the pieces.
 
-        Where a token reaches over the border, its border is after the token where a span begins, and before it where a
-        span ends.
+        If a token crosses a boundary, the offset is after the token at the start of a span, and before it at the end.
         """
         characters = [*accumulate(map(len, pieces))][:-1]
         borders = [*accumulate(map(len, ids_of_pieces))][:-1]
@@ -241,7 +240,7 @@ class Renderer:
         return places
 
     def _finish(self, text: RenderedText, ids: list[int], spans: list[Span], prompt: int, loss_on: str) -> TokenizedRow:
-        """Returns the row with its BOS and its end, and without spans of no token."""
+        """Returns the row with BOS and end of sequence, and without empty spans."""
         before = () if text.templated else self._bos_before(ids)
         spans = [(start + len(before), end + len(before)) for start, end in spans]
         end_ids = {self.eos, *(self.end_ids if text.templated else ())}
@@ -261,7 +260,7 @@ def _tokenizer_error(error: TokenizerFailure, where: str) -> DataError:
 
 
 def _inner_pieces(text: RenderedText) -> list[str]:
-    """Returns the text cut at every border of a span; empty where there are no borders but the prompt's and its own."""
+    """Returns the text split at every span boundary; empty if the only boundaries are the ends of prompt and text."""
     borders = {border for span in text.spans for border in span} | {text.prompt, len(text.text)}
     if borders == {text.prompt, len(text.text)}:
         return []
@@ -272,10 +271,10 @@ def _inner_pieces(text: RenderedText) -> list[str]:
 
 
 class Encoder:
-    """Encodes texts with one tokenizer. No special token is added; one that a text spells out becomes its id."""
+    """Encodes texts with one tokenizer. No special tokens are added; those written in a text become their ids."""
 
     def __init__(self, tokenizer: Any):
-        """Try the tokenizer on a few texts. Raises TokenizerFailure."""
+        """Test the tokenizer on a few texts. Raises TokenizerFailure."""
         self._tokenizer = tokenizer
         self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
         probe, self._newline, newline_letter, letter = (
@@ -302,12 +301,12 @@ class Encoder:
         return self([text])[0]
 
     def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
-        """Encode prompts with the text after each: as one text where its ids begin with those of the prompt,
-        and separately where they do not. Of a long prompt only the last words are encoded a second time, because words
-        do not change the ids of the words before them.
+        """Encode prompts with the text after each: jointly if the joint ids begin with the ids of the prompt, otherwise
+        separately. Only the last words of a long prompt are encoded a second time, because words do not change the ids
+        of the words before them.
 
         Returns:
-            For each pair the number of ids of the prompt, and the ids of both, which begin with those of the prompt.
+            For each pair the number of ids of the prompt, and the ids of both.
         """
         tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
         encoded = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
@@ -329,7 +328,7 @@ class Encoder:
         return self.one(text)
 
     def _last_words(self, prompt: str) -> str:
-        """Returns the end of a prompt, from a border between words on; all of it if there are no words near its end."""
+        """Returns the end of a prompt, starting at a word boundary; all of it if there are no words near its end."""
         borders = [
             border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - _TAIL), len(prompt) - 8)
         ]
@@ -362,13 +361,13 @@ class Encoder:
 
 
 def _check_is_failure(error: BaseException) -> None:
-    """Raises what is not an error of the tokenizer, such as KeyboardInterrupt."""
+    """Re-raises anything that is not an error of the tokenizer, such as KeyboardInterrupt."""
     if not isinstance(error, Exception) and not is_rust_panic(error):
         raise error
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields batches of texts of at most `_BATCH` characters together, or of a single longer text."""
+    """Yields batches of texts of at most `_BATCH` characters in total, or of a single longer text."""
     batch: list[str] = []
     size = 0
     for text in texts:
@@ -384,7 +383,7 @@ def _batches(texts: list[str]) -> Iterator[list[str]]:
 def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
     """Yields the pieces of a text; each ends at the last word or line that fits.
 
-    without_space: the tokenizer puts a space before every text, so that of a later piece is left out.
+    without_space: drop the leading space of later pieces, as the tokenizer adds a space before every text.
     """
     start = 0
     while len(text) - start > _BATCH:

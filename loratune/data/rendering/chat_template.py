@@ -1,12 +1,12 @@
-"""The chat template of a model: messages → text, and where in the text the content and the turn of each message end.
+"""The chat template of a model: messages → text, with the positions where content and turn of each message end.
 
-Nearly every chat template is a loop over the messages, with something before and after it. What an iteration writes is
-the turn of its message: the header, the content, and whatever closes it, be that text, special tokens or both. What
-comes after the loop (a header for the next answer, an end of the conversation) belongs to no turn.
+Nearly every chat template is a loop over the messages, with text before and after it. The output of an iteration is the
+turn of its message: header, content, and the text or special tokens that close it. Output after the loop (a header for
+the next answer, an end of the conversation) belongs to no turn.
 
-So messages are rendered a second time with marks: one at the end of each content, and in the syntax tree of the
-template one at the beginning of each iteration of every outermost loop and one behind the loop. Loops inside macros,
-and inside blocks whose text is stored first, get no marks.
+Messages are therefore rendered a second time with marks: one at the end of each content and, in the syntax tree of the
+template, one at the beginning of each iteration of every outermost loop and one after the loop. Loops inside macros,
+and inside blocks whose output is stored in a variable, get no marks.
 """
 
 import logging
@@ -48,14 +48,14 @@ _TOOL = {
 
 @dataclass(frozen=True)
 class TemplateInput:
-    """What a template renders: messages, the schemas of their tools, and the place of the row for error messages."""
+    """The input of a template: messages, tool schemas, and the place of the row for error messages."""
 
     messages: Sequence[Message]
     tools: Sequence[Any] = ()
     where: str = ""
 
     def first(self, count: int) -> "TemplateInput":
-        """Returns the same with the first `count` messages only."""
+        """Returns the input with the first `count` messages only."""
         return TemplateInput(self.messages[:count], self.tools, self.where)
 
     def name(self, number: int) -> str:
@@ -63,23 +63,22 @@ class TemplateInput:
         return f"message {number + 1} ({self.messages[number]['role']})"
 
     def error(self, code: Code, what: str, needed: str, otherwise: str = "") -> DataError:
-        """Returns an error about this row in this template. needed: what the template must do; otherwise: the row."""
+        """Returns an error about this row. needed: what the template must do; otherwise: another fix, in the row."""
         fix = f"set data.chat_template to a template that {needed}{f', or {otherwise}' if otherwise else ''}"
         return DataError(Problem(code, what, self.where, KEY, fix))
 
 
 @dataclass(frozen=True)
 class RenderedMessages:
-    """A rendered text, with positions in it by the number of a message; a message is missing where they are not known.
+    """A rendered text, with positions by message number; messages whose position is unknown are missing.
 
     Attributes:
         text: The text.
-        marked: Whether any positions are known. They are not where the template renders messages with marks in another
-            way than without.
-        content_ends: Where the content of a message ends, without the space around it. Messages without content, and
-            those that the template leaves out, are missing.
-        turn_starts: Where the iteration of the message begins.
-        turn_ends: Where the iteration of the message ends.
+        marked: Whether positions are known. They are unknown if the template renders messages with marks differently.
+        content_ends: Message number → end of its content, without surrounding white space. Messages without content,
+            and messages that the template omits, are missing.
+        turn_starts: Message number → start of its iteration.
+        turn_ends: Message number → end of its iteration.
     """
 
     text: str
@@ -93,11 +92,11 @@ class ChatTemplate:
     """The chat template of one tokenizer.
 
     Attributes:
-        end_tokens: The special tokens that end an answer, that of a last answer first; empty if there are none.
+        end_tokens: The special tokens that end an answer, the one after a last answer first; empty if there are none.
     """
 
     def __init__(self, tokenizer: Any):
-        """Compile the template, if there is one, and find out how it ends answers; it need not be one that compiles."""
+        """Compile the template, if there is one, and find the tokens that end answers. Raises no syntax errors yet."""
         self._tokenizer = tokenizer
         source = tokenizer.chat_template or ""
         self._sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
@@ -114,7 +113,7 @@ class ChatTemplate:
 
         Args:
             chat: The messages.
-            prompt: Whether an answer is to follow, so that the template writes its header.
+            prompt: Whether to add the generation prompt, the header of an answer.
 
         Raises:
             ModelError: The tokenizer has no template, or one that cannot be compiled.
@@ -160,10 +159,9 @@ class ChatTemplate:
         return RenderedMessages(text, marked=False)
 
     def turn_end(self, rendered: RenderedMessages, number: int, start: int) -> int | None:
-        """Find where the turn of a message ends, as its own iteration of the loop writes it.
+        """Find where the turn of a message ends within its iteration of the loop.
 
-        It ends with the last character that is no space, or with the end of sequence, because no text is generated
-        after that.
+        It ends after the last non-space character, or after the end-of-sequence token, as generation stops there.
 
         Args:
             rendered: The text.
@@ -181,19 +179,19 @@ class ChatTemplate:
         return eos_start + len(eos) if eos_start >= 0 else end
 
     def last_end(self, text: str, position: int) -> int:
-        """Returns where the last end of turn after a position ends, or the end of the text where there is none."""
+        """Returns the end of the last end-of-turn token after a position, or the end of the text if there is none."""
         ends = [start + len(token) for token in self.end_tokens if (start := text.rfind(token, position)) >= 0]
         return max(ends, default=len(text.rstrip()))
 
     def generated(self, chat: TemplateInput) -> list[Span] | None:
-        """Returns the ranges of the text that the template marks as answers, or None if it never marks any."""
+        """Returns the text ranges within `{% generation %}`, or None if the template has no such block."""
         if not any(map(_GENERATION.search, self._sources)):
             return None
         return generation_ranges(chat.messages, chat.tools, self._source(chat), self._tokenizer.special_tokens_map)
 
     @cached_property
     def header(self) -> str:
-        """What the template writes after a user's turn to begin an answer; empty where that is not known."""
+        """The generation prompt after a user's turn; empty if it is not known."""
         rendered = self._probe([_QUESTION], prompt=True)
         return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else ""
 
@@ -204,20 +202,20 @@ class ChatTemplate:
         return rendered is None or "loratune_tool" in rendered.text
 
     def _source(self, chat: TemplateInput) -> str:
-        """The template that is used, of a tokenizer that may have one of its own for tools."""
+        """The template that applies; a tokenizer may have a separate one for tools."""
         return str(self._tokenizer.get_chat_template(None, list(chat.tools) or None))
 
     def _probe(
         self, messages: list[Message], *, tools: tuple[Any, ...] = (), prompt: bool = False
     ) -> RenderedMessages | None:
-        """Render messages of our own; None where the template refuses them, or there is none."""
+        """Render test messages; None if the template refuses them, or is missing."""
         try:
             return self.render(TemplateInput(messages, tools), prompt=prompt)
         except (DataError, ModelError):
             return None
 
     def _find_end_tokens(self) -> tuple[str, ...]:
-        """Returns `end_tokens`, from conversations of our own."""
+        """Returns `end_tokens`, from test conversations."""
         chats = ([_QUESTION, _ANSWER] * 2, [_QUESTION, _ANSWER], [_ANSWER])
         rendered = next(filter(None, map(self._probe, chats)), None)
         answers = [number for number in sorted(rendered.content_ends, reverse=True) if number % 2] if rendered else []
@@ -241,7 +239,7 @@ class ChatTemplate:
 
 @dataclass
 class _Iteration:
-    """What one iteration of a loop has written. contents: the numbers of the messages whose content it shows."""
+    """The output of one iteration of a loop. contents: the numbers of the messages whose content it contains."""
 
     loop: int
     start: int
@@ -250,7 +248,7 @@ class _Iteration:
 
 
 def _with_marks(messages: Sequence[Message]) -> list[Message]:
-    """Returns the messages with a mark at the end of each content, before the space around it."""
+    """Returns the messages with a mark at the end of each content, before trailing white space."""
     marked = []
     for number, message in enumerate(messages):
         content = message["content"]
@@ -274,7 +272,7 @@ def _mark_loops(source: str) -> Template:
 
 
 def read_marks(marked: str, text: str) -> RenderedMessages | None:
-    """Read the marks in a text as positions in the same text without marks; None if a content is shown twice."""
+    """Convert the marks in a text to positions in the text without marks; None if a content occurs twice."""
     content_ends: dict[int, int] = {}
     iterations: list[_Iteration] = []
     current: _Iteration | None = None
@@ -299,14 +297,14 @@ def read_marks(marked: str, text: str) -> RenderedMessages | None:
 
 
 def _assign(iterations: list[_Iteration], positions: RenderedMessages) -> None:
-    """Note the iterations of one loop as the turns of the messages that they show.
+    """Assign the iterations of one loop to the messages that they contain, as their turns.
 
-    An iteration that shows no content (of a message that has none, or whose content the template writes in another way)
-    belongs to the message between those of its neighbours, if there is an iteration for each message.
+    An iteration without content marks (the message is empty, or the template rewrites its content) is assigned to the
+    message between those of its neighbours, if there is one iteration per message.
     """
     shifts = {
         iteration.contents[-1] - number for number, iteration in enumerate(iterations) if iteration.contents
-    }  # all equal if iteration and message count alike
+    }  # all equal if there is one iteration per message
     if len(shifts) == 1:
         for number, iteration in enumerate(iterations, start=shifts.pop()):
             positions.turn_starts[number], positions.turn_ends[number] = iteration.start, iteration.end
@@ -319,7 +317,7 @@ def _assign(iterations: list[_Iteration], positions: RenderedMessages) -> None:
 
 
 def _mark_loops_in(node: nodes.Node, numbers: Iterator[int]) -> None:
-    """Mark the loops whose text goes straight into that of the template."""
+    """Mark the loops whose output goes directly into the output of the template."""
     for name in ("body", "else_", "elif_"):
         children = getattr(node, name, None)
         if not isinstance(children, list):
@@ -336,5 +334,5 @@ def _mark_loops_in(node: nodes.Node, numbers: Iterator[int]) -> None:
 
 
 def _output(text: str, origin: nodes.Node) -> nodes.Node:
-    """Returns a node that writes a text, on the line of another node."""
+    """Returns a node that outputs a text, with the line number of another node."""
     return nodes.Output([nodes.TemplateData(text)]).set_lineno(origin.lineno)

@@ -1,9 +1,9 @@
-"""Rows as text and as tokens, with their supervised spans: each answer from after its header to its end of turn.
+"""Rows as text and as tokens, with their supervised spans: each answer from the end of its header to its end of turn.
 
-A row is the prompt that `generate` would be given before the last supervised answer, and that answer. Where the
-template writes the same history in both, this is the text of all messages. Where it does not (a system prompt that
-moves to the last question, a prompt that opens the reasoning), the answer is taken from the text of all messages and
-put after the prompt.
+A row is the prompt that `generate` would see before the last supervised answer, followed by that answer. If the
+template renders the same history with and without the answer, this is the text of all messages. If it does not (a
+system prompt that moves to the last question, a prompt that opens the reasoning), the answer is cut from the text of
+all messages and appended to the prompt.
 """
 
 import json
@@ -24,8 +24,8 @@ _CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
 
 CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
-"""What a row is in preference data: an answer of a pair, of which the chosen one comes first, or an unpaired answer.
-Above 0 is what is to become more likely."""
+"""The role of a row in preference data: an answer of a pair (the chosen one comes first), or an unpaired answer.
+Positive values mark answers that are to become more likely."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class TokenizedRow:
         where: The place of the row in its file, for messages.
         ids: Token ids.
         spans: The supervised ranges of positions, in order, none of them empty.
-        answer: The position at which the last answer to a prompt begins; None in a row that answers no prompt.
-        side: What the row is in preference data, see `CHOSEN`; 0 for other data.
+        answer: The position at which the last answer begins; None in a row without a prompt.
+        side: The role of the row in preference data, see `CHOSEN`; 0 for other data.
     """
 
     where: str
@@ -48,7 +48,7 @@ class TokenizedRow:
 
     @classmethod
     def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
-        """Returns the row of given ids. labels: the id itself or -100 at each position; None supervises all."""
+        """Returns the row of given ids. labels: the id or -100 at each position; None: all are supervised."""
         if labels is None:
             return cls(where, tuple(ids), ((0, len(ids)),) if ids else ())
         supervised = [False, *(label != IGNORED for label in labels), False]
@@ -58,9 +58,9 @@ class TokenizedRow:
 
     @property
     def labels(self) -> list[int]:
-        """One label per token: its own id where it is supervised, else -100.
+        """One label per token: its id if it is supervised, otherwise -100.
 
-        The first token is never supervised: there is no token before it to predict it from.
+        The first token is never supervised, as there is no token before it to predict it from.
         """
         labels = [IGNORED] * len(self.ids)
         for start, end in self.spans:
@@ -76,20 +76,20 @@ class TokenizedRow:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The ids before the last span: what `generate` would be given."""
+        """The ids before the last span: the prompt of `generate`."""
         return self.ids[: self.spans[-1][0]]
 
     @property
     def completion(self) -> tuple[int, ...]:
-        """The ids of the last span, its end included: what `generate` should return."""
+        """The ids of the last span, including its end token: what `generate` should return."""
         return self.ids[self.spans[-1][0] : self.spans[-1][1]]
 
 
 def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow | None:
-    """Cut a row to at most `max_length` tokens.
+    """Truncate a row to at most `max_length` tokens.
 
-    The prompt of a row is cut at its left, after the BOS. The last answer is kept whole; each earlier answer is kept
-    whole, or is no longer supervised. A row that answers no prompt is cut at its end.
+    The prompt is truncated from the left, after the BOS. The last answer is kept whole; an earlier answer is kept whole
+    or is no longer supervised. A row without a prompt is truncated from the right.
 
     Returns:
         The row, or None if nothing supervised is left.
@@ -111,7 +111,7 @@ def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRo
 
 
 def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | None) -> list[TokenizedRow] | None:
-    """Cut the prompt that answers share by so much that the longest row fits, and no answer.
+    """Truncate the shared prompt of answers equally, so that the longest row fits. Answers are never truncated.
 
     Returns:
         The rows; None if an answer does not fit.
@@ -128,11 +128,11 @@ class RenderedText:
 
     Attributes:
         where: The place of the row in its file, for messages.
-        text: The prompt and what follows it.
+        text: The prompt and the text after it.
         prompt: The number of characters of the prompt.
         spans: The supervised ranges of characters.
         templated: Whether a chat template wrote the text.
-        has_prompt: Whether the row answers a prompt, which may be empty.
+        has_prompt: Whether the row has a prompt, which may be empty.
     """
 
     where: str
@@ -152,7 +152,8 @@ def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised:
         supervised: The numbers of the supervised messages, in order; not empty.
 
     Raises:
-        DataError: The template refuses the messages, leaves out what is supervised, or hides where it lies.
+        DataError: The template refuses the messages, omits a supervised answer, or does not show where it begins and
+            ends.
     """
     last = supervised[-1]
     chat = chat.first(last + 1)
@@ -183,7 +184,7 @@ def check_tools_are_shown(template: ChatTemplate, chat: TemplateInput) -> None:
 
 
 def _check_tools(template: ChatTemplate, chat: TemplateInput, whole: RenderedMessages) -> None:
-    """Check that the tools, and the results of tool calls, are in the text. Raises DataError."""
+    """Check that the tools and the results of tool calls are in the text. Raises DataError."""
     check_tools_are_shown(template, chat)
     for number, message in enumerate(chat.messages):
         forms = _written_forms(message["content"].strip())
@@ -195,7 +196,7 @@ def _check_tools(template: ChatTemplate, chat: TemplateInput, whole: RenderedMes
 def _answer_after_other_prompt(
     template: ChatTemplate, chat: TemplateInput, supervised: Sequence[int], whole: RenderedMessages
 ) -> RenderedText:
-    """Render a row whose prompt the template writes in another way before the answer than with it.
+    """Render a row whose prompt the template renders differently with and without the answer.
 
     Mistral-Nemo moves the system prompt to the last question; DeepSeek-R1 ends the prompt in `<think>`, which the
     rendered answer lacks.
@@ -222,12 +223,12 @@ def _answer_after_other_prompt(
 
 
 def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans: Sequence[Span]) -> list[Span]:
-    """Begin each span where the template's `{% generation %}` mark in it begins; its end stays.
+    """Move the start of each span to the start of the `{% generation %}` block in it; the end is unchanged.
 
-    Spans without a mark in them are left out.
+    Spans without such a block are dropped.
 
     Raises:
-        DataError: The last span has no mark in it.
+        DataError: The last span has no such block.
     """
     ranges = template.generated(chat)
     if ranges is None:
@@ -241,16 +242,16 @@ def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans:
 
 
 def _reasoning(message: Message) -> str:
-    """Returns the reasoning that comes with an answer, in a field of its own or before its content."""
+    """Returns the reasoning of an answer, from its own field or from the beginning of the content."""
     in_content = _REASONING_IN_CONTENT.match(message["content"])
     text = message.get("reasoning_content") or message.get("thinking") or (in_content[1] if in_content else "")
     return str(text).strip()
 
 
 def _continuation(prompt_tail: str, message: Message, whole: RenderedMessages, answer: Span, number: int) -> str:
-    """Returns an answer as it follows a prompt whose end, e.g. `<think>`, is not in the text of all messages."""
+    """Returns an answer that continues a prompt whose end, e.g. `<think>`, is not in the text of all messages."""
     answer_text = whole.text[slice(*answer)]
-    # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, and is empty where the answer has none.
+    # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, and is empty if the answer has none.
     tag = _REASONING_OPENED.search(prompt_tail)
     if tag is None:
         return answer_text
@@ -262,7 +263,7 @@ def _continuation(prompt_tail: str, message: Message, whole: RenderedMessages, a
 
 
 def _written_forms(content: str) -> Iterator[str]:
-    """Yields how a template may write a content without changing what it says: unchanged, or within JSON."""
+    """Yields the forms in which a template may write a content: unchanged, or escaped in JSON."""
     yield content
     for ascii_alone in (False, True):
         yield json.dumps(content, ensure_ascii=ascii_alone)[1:-1]
@@ -275,15 +276,15 @@ class _TurnFinder:
         self._template, self._chat, self._rendered = template, chat, rendered
 
     def find(self, number: int, start: int | None = None, reasoning_closed: bool = False) -> Span:
-        """Find the turn of a message, and verify that it shows what the message says.
+        """Find the turn of a message, and check that it contains the content of the message.
 
         Args:
             number: The number of the message.
             start: Where the turn begins, if that is known.
-            reasoning_closed: Whether the prompt has closed the reasoning, so that only content may follow.
+            reasoning_closed: Whether the prompt has closed the reasoning, so only content may follow.
 
         Raises:
-            DataError: The template hides the answer, or leaves out a tool call.
+            DataError: The answer cannot be located, or the template omits a tool call.
         """
         text, message = self._rendered.text, self._chat.messages[number]
         content = self._content_start(number)
@@ -307,15 +308,15 @@ class _TurnFinder:
     def start(self, number: int, prompt: RenderedMessages | None = None) -> tuple[int, str]:
         """Find where an answer begins, after its header.
 
-        The header is what the prompt for the answer writes after the message before; within the turn of the answer, the
-        template may write only the beginning of it, or nothing: Qwen3 shows `<think>` in only one of the two.
+        The header is the part of the answer's prompt after the preceding message. In the turn of the answer, the
+        template may write only its beginning, or nothing: Qwen3 writes `<think>` in only one of the two.
 
         Args:
             number: The number of the message.
             prompt: The prompt for the answer, if it has been rendered already.
 
         Returns:
-            The position, and the end of the header that this text lacks.
+            The position, and the end of the header that is missing in this text.
         """
         text, content = self._rendered.text, self._content_start(number)
         begin, before = self._rendered.turn_starts.get(number), self._rendered.content_ends.get(number - 1, 0)
@@ -335,10 +336,10 @@ class _TurnFinder:
         return min(begin + common, stop), header[common:] if text[begin:stop].strip() else ""
 
     def _content_start(self, number: int) -> int | None:
-        """Returns where the visible content of a message begins; None if it has none that is known to be shown.
+        """Returns where the rendered content of a message begins; None if its position is not known.
 
-        A template may hide the beginning of an earlier answer, up to a tag that closes it: Qwen3 and DeepSeek-R1 leave
-        out the reasoning of all answers but the last.
+        A template may omit the beginning of an earlier answer, up to a closing tag: Qwen3 and DeepSeek-R1 omit the
+        reasoning of all answers but the last.
         """
         end = self._rendered.content_ends.get(number)
         if end is None:
@@ -363,7 +364,7 @@ class _TurnFinder:
         return self._template.last_end(self._rendered.text, start)
 
     def _past_reasoning(self, number: int, start: int, content: int) -> int:
-        """Returns where an answer whose reasoning the prompt has closed continues: after the reasoning in this text."""
+        """Returns the end of the reasoning in this text: the start of an answer whose prompt closes the reasoning."""
         tags = [tag.end() for tag in _CLOSING_TAG.finditer(self._rendered.text, start, content)]
         rest = self._rendered.text[tags[-1] if tags else start : content]
         is_own_space = self._chat.messages[number]["content"].startswith(rest)

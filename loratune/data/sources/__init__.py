@@ -1,6 +1,6 @@
 """Reads rows from files, directories, globs and hub datasets. Each row records its place in its source.
 
-Rows are streamed: a block of a file, or one row if that is longer, is held in memory. A JSON document is read whole.
+Rows are streamed: one block of a file, or one row if it is longer, is in memory. A JSON document is read whole.
 """
 
 import hashlib
@@ -27,14 +27,14 @@ from loratune.events import Advance, no_advance
 from loratune.system.environment import cache_fix
 
 GIVEN = "(rows given by the program)"
-"""The path of a source in a config whose rows a program holds in memory."""
+"""The path, in a config, of a source whose rows were passed in memory by a program."""
 
 
 @dataclass(frozen=True)
 class HubSplit:
     """A split of a hub dataset, or a slice of one. A `RowSource`.
 
-    `datasets` loads it into its cache of Arrow files, which are mapped and not held in memory.
+    `datasets` loads it into its cache of Arrow files, which are memory-mapped.
     """
 
     name: str
@@ -48,7 +48,7 @@ class HubSplit:
 
     @property
     def size(self) -> int:
-        """Bytes of its Arrow table."""
+        """Size of its Arrow table in bytes."""
         return int(self.dataset.data.nbytes)
 
     def rows(self, advance: Advance = no_advance) -> Iterator[Row]:
@@ -61,10 +61,10 @@ class HubSplit:
 
 @dataclass(frozen=True)
 class GivenRows:
-    """Rows that a program holds in memory. A `RowSource`, which is taken in the place of a `Source`.
+    """Rows that a program holds in memory. A `RowSource` that can be used in place of a `Source`.
 
     Attributes:
-        name: What places begin with: the fourth row is at `name[3]`, as in Python.
+        name: Prefix of the places: the fourth row is at `name[3]`, as in Python.
         items: The rows, each a mapping of its fields.
     """
 
@@ -74,12 +74,12 @@ class GivenRows:
 
     @property
     def path(self) -> str:
-        """The name, as a source has it."""
+        """The name, for compatibility with `Source`."""
         return self.name
 
     @property
     def size(self) -> int:
-        """How many rows there are, which is what progress counts."""
+        """The number of rows, the unit of progress."""
         return len(self.items)
 
     @cached_property
@@ -98,20 +98,20 @@ class GivenRows:
 
 
 RowSource: TypeAlias = files.FileSlice | HubSplit | GivenRows
-"""Where rows are read from: a file, a split of a hub dataset, or a program. It has `name`, the path or
-`hub-id[split]`; `digest`, SHA-256 that changes with the content and not with the name; `size` in bytes; and `rows`.
+"""A source of rows: a file, a split of a hub dataset, or a program. It has a `name`, the path or `hub-id[split]`; a
+`digest`, SHA-256 that depends on the content but not on the name; a `size` in bytes; and `rows`.
 """
 
 
 def given_rows(rows: Any, name: str) -> GivenRows:
-    """Rows of a Python program, to be read as those of a file.
+    """Rows of a Python program, to be read like those of a file.
 
     Args:
-        rows: A `datasets.Dataset`, a pandas frame, whose missing values are null, or an iterable of dicts.
-        name: What the places of rows begin with, as `train`.
+        rows: A `datasets.Dataset`, a pandas DataFrame (missing values become null), or an iterable of dicts.
+        name: Prefix of the places of rows, such as `train`.
 
     Raises:
-        DataError: They are something else.
+        DataError: `rows` is something else.
     """
     if hasattr(rows, "with_format"):
         return GivenRows(name, rows.with_format(None))
@@ -124,7 +124,7 @@ def given_rows(rows: Any, name: str) -> GivenRows:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON would give it: lists for tuples and arrays, Python's numbers for numpy's."""
+    """A value with JSON types: lists instead of tuples and arrays, Python numbers instead of NumPy's."""
     if isinstance(value, Mapping):
         return {str(name): _plain(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -135,12 +135,12 @@ def _plain(value: Any) -> Any:
 def open_source(source: Source | GivenRows) -> list[RowSource]:
     """The files of a source in order, or its one split on the hub.
 
-    A slice goes over the rows of all files as one sequence, so that a file may have no row in it; where `split` adds up
-    several slices, the files come once for each.
+    A slice counts the rows of all files as one sequence, so a file may have no rows in it; if `split` is a sum of
+    slices, the files are repeated for each slice.
 
     Raises:
-        DataError: There is nothing, no permission, a type of file that is not read, a slice that is not valid, a hub
-            dataset that cannot be loaded, or rows that only the program of an earlier run had.
+        DataError: The path does not exist or cannot be read; the type of file is not supported; the slice is not valid;
+            a hub dataset cannot be loaded; or the rows were passed in memory in an earlier run.
     """
     if isinstance(source, GivenRows):
         return [source]
@@ -152,7 +152,7 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
 
 
 def left_out(source: Source | GivenRows) -> str:
-    """A line on what a directory or a glob names and `open_source` does not read; empty if there is nothing."""
+    """A line on files of a directory or a glob that `open_source` does not read; empty if there are none."""
     path = _local_path(source)
     others = files.find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
     return (
@@ -169,15 +169,15 @@ def _local_path(source: Source | GivenRows) -> Path | None:
 
 
 def read_rows(source: Source | GivenRows, file: BinaryIO | None = None) -> list[Row]:
-    """All rows of a source at once, in order, after its slice.
+    """All rows of a source as a list, in order, with its slice applied.
 
     Args:
-        source: Names the rows.
-        file: JSON lines that are read instead, as from stdin; the source then only gives them a name.
+        source: The source.
+        file: JSON lines that are read instead, for example stdin; the path of the source is then used in messages only.
 
     Raises:
-        DataError: As `open_source` and `RowSource.rows`, behind ten problems also that there may be more; or there are
-            no rows.
+        DataError: As `open_source` and `RowSource.rows`, after ten problems with a note that there may be more; or
+            there are no rows.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
@@ -200,7 +200,7 @@ def read_rows(source: Source | GivenRows, file: BinaryIO | None = None) -> list[
 
 
 def no_rows_error(source: Source | GivenRows, why: str = "") -> DataError:
-    """The error for a source none of whose files has a row."""
+    """The error for a source without rows."""
     what = f"0 rows in {source.split}" if source.split else "0 rows"
     what += f" ({why})" if why else ""
     return DataError(Problem(Code.DATA_EMPTY, what, source.path, fix="name a source that has rows"))
@@ -221,10 +221,10 @@ def _load_hub_split(source: Source) -> HubSplit:
 
 
 def _check_reachable(hub_id: str) -> None:
-    """Fail at once without a connection: `load_dataset` retries for 20 s before it looks into its cache.
+    """Fail fast without a connection: `load_dataset` retries for 20 s before it looks into its cache.
 
     Raises:
-        DataError: Not a hub id; or there is no connection, and the dataset is not cached.
+        DataError: The path is not a hub id; or there is no connection, and the dataset is not cached.
     """
     if upstream.hub_dataset_cache(hub_id).is_dir():
         return

@@ -33,7 +33,7 @@ GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet
 KNOWN_ENDINGS = ", ".join(ENDINGS[:-1]) + " (each also as .gz), .parquet"
 _UNBOUNDED = sys.maxsize
 _SHOWN = 5
-"""How many names of files a message has."""
+"""The most file names that a message lists."""
 
 _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
     ".jsonl": readers.jsonl_rows,
@@ -44,13 +44,13 @@ _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
 
 
 def data_ending(path: Path) -> str:
-    """`.jsonl`, `.csv.gz`, ...; empty for a file of another type."""
+    """The ending of a data file: `.jsonl`, `.csv.gz`, ...; empty for other types of files."""
     name = path.name.lower()
     return next((ending for ending in (*GZIP_ENDINGS, *ENDINGS) if name.endswith(ending) and name != ending), "")
 
 
 def looks_like_hub_id(path: str) -> bool:
-    """Whether a path reads `name` or `owner/name` without a data file's ending; everything else is a local path."""
+    """Whether a path has the form `name` or `owner/name` without a data file's ending; otherwise it is local."""
     parts = path.split("/")
     if parts[0] in ("", ".", "..") or path.startswith("~") or glob.has_magic(path):
         return False
@@ -58,16 +58,16 @@ def looks_like_hub_id(path: str) -> bool:
 
 
 def find_files(path: Path) -> tuple[list[Path], list[Path]]:
-    """The data files that a path names, in the order of their names, and what else it names.
+    """The data files of a path, sorted by name, and the other files there.
 
     Args:
-        path: A file, a directory (only the files directly in it count), or a glob.
+        path: A file, a directory (not searched recursively), or a glob.
 
     Returns:
-        The data files; and files of other types and directories with none of these files in them, but no hidden ones.
+        The data files; and other files, and directories without data files, except hidden ones.
 
     Raises:
-        DataError: There is nothing, no permission, or no file of a type that is read.
+        DataError: The path does not exist or cannot be read, or it has no data files.
     """
     try:
         if path.is_dir():
@@ -101,7 +101,7 @@ def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[li
 
 
 def shown(paths: Sequence[Path]) -> str:
-    """The names of the first few paths, and a count."""
+    """The names of the first few paths, and the number of the others."""
     more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
     return ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths[:_SHOWN]) + more
 
@@ -133,7 +133,7 @@ class DataFile:
     @cached_property
     @progress("hashing the rows")
     def content_digest(self) -> str:
-        """SHA-256 of its bytes and its ending."""
+        """SHA-256 of its content and its ending."""
         with _reading(self.path):
             digest = sha256(self.path)
         return hashlib.sha256(f"{data_ending(self.path)} {digest}".encode()).hexdigest()
@@ -160,11 +160,11 @@ class FileSlice:
     """The rows of one file that belong to a slice over several files. A `RowSource`.
 
     Attributes:
-        files: All files that the slice goes over.
-        number: Which of them this is.
-        split: The slices that the source adds up; None for all rows.
-        part: Which of them this is.
-        start: The first row of the file that belongs to it.
+        files: All files of the source.
+        number: The index of this file.
+        split: The slices of the source; None for all rows.
+        part: The index of this slice.
+        start: The first row of the file that belongs to the slice.
         stop: The row after the last one.
     """
 
@@ -187,14 +187,14 @@ class FileSlice:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all that decides which rows these are; with a slice, that includes the other files."""
+        """SHA-256 of everything that determines the rows; with a slice, this includes the other files."""
         if self.split is None:
             return self.files[self.number].content_digest
         parts = [self.split, self.part, self.number, *(file.content_digest for file in self.files)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
-        """Stream the rows in order, with a problem in the place of each that cannot be read.
+        """Stream the rows in order; a row that cannot be read is yielded as a `Problem`.
 
         It may be called more than once.
 
@@ -202,7 +202,7 @@ class FileSlice:
             advance: Called with numbers of bytes, which add up to `size` once all rows are read.
 
         Raises:
-            DataError: The file cannot be read on: it is damaged, has changed, or is gone.
+            DataError: The file is damaged, has changed, or no longer exists.
         """
         bytes_read = 0
 
@@ -217,10 +217,9 @@ class FileSlice:
 
 
 def file_slices(paths: list[Path], source: Source) -> list[FileSlice]:
-    """The files in order, once for each slice that `split` adds up.
+    """The files in order, once for each slice of `split`.
 
-    The rows of the files are counted where the slices depend on it: they go over several files, have percentages, or
-    count from the end.
+    Rows are counted first if the slices depend on it: with several files, percentages, or negative indices.
 
     Raises:
         DataError: `split` is not a slice, or a file cannot be read.
@@ -246,7 +245,7 @@ def _file_size(path: Path) -> int:
 
 
 def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]]:
-    """First row and end of each slice that `split` adds up, over `rows` rows of the one split `train`."""
+    """(start, stop) of each slice of `split`, for `rows` rows of the only split `train`."""
     try:
         return upstream.slice_bounds(split, rows)
     except (ValueError, AssertionError) as error:
@@ -256,12 +255,12 @@ def _slice_bounds(split: str, rows: int, source: Source) -> list[tuple[int, int]
 
 # Parquet
 
-# `pre_buffer` holds whole row groups, which are often the whole file.
+# `pre_buffer` would hold whole row groups, which are often the whole file.
 _STREAMED = {"buffer_size": BLOCK, "pre_buffer": False, "page_checksum_verification": True}
 
 
 def _parquet_rows(raw: BinaryIO, source: DataFile, advance: Advance) -> Iterator[RowOrProblem]:
-    """Rows of a Parquet file, by record batches. Raises DataError: it is damaged, or two columns have one name."""
+    """Rows of a Parquet file. Raises DataError: it is damaged, or two columns have the same name."""
     try:
         with pq.ParquetFile(raw, **_STREAMED) as file:
             if problem := readers.duplicate_columns(file.schema_arrow.names, str(source.path)):
@@ -281,7 +280,7 @@ def _parquet_rows(raw: BinaryIO, source: DataFile, advance: Advance) -> Iterator
 
 
 def _values(column: Any) -> list[Any]:
-    """The values of a column; one that Python has no type for becomes `Unreadable`: its field may not be read."""
+    """The values of a column; values that Python cannot represent become `Unreadable`, as their field may be unused."""
     try:
         return list(column.to_pylist())
     except (ValueError, OverflowError, pa.ArrowException):

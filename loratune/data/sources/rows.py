@@ -1,7 +1,7 @@
-"""Rows, the place of each in its source, and how rows are written; text files as rows.
+"""Rows and their places, readers of text files, and writers of rows.
 
-JSON lines, CSV and plain text are read block by block, JSON documents whole. The readers keep information that those of
-other libraries lose: the line of every row and problem, the rows after an invalid one, and the byte that is not UTF-8.
+JSON lines, CSV and plain text are read block by block, JSON documents whole. Unlike readers of other libraries, these
+report the line of every row and problem, continue after an invalid row, and name the byte that is not UTF-8.
 A BOM, CRLF and blank lines are accepted in every kind of file.
 """
 
@@ -25,26 +25,26 @@ BLOCK = 1 << 20
 csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter than a document
 _BOM = "\ufeff"
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
-"""A byte that is not UTF-8, as `surrogateescape` decodes it: what is UTF-8 never becomes one of these."""
+"""A byte that is not UTF-8, as decoded by `surrogateescape`; valid UTF-8 never decodes to these characters."""
 _FIX_LINE, _FIX_FILE = "correct the line, or remove it", "correct the file, or write it again"
 _FIX_ENCODING = "save the file as UTF-8"
 
 MAX_PROBLEMS = 10
-"""How many problems of a source are collected before reading stops."""
+"""The number of problems of a source at which reading stops."""
 _SINGLY = 3
-"""How many problems that differ in the row alone are shown one by one; of more, the first with their number."""
+"""Up to this many problems that differ only in the row are listed one by one; more are merged into one with a count."""
 
 
 def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
-    """What is shown of the problems of rows.
+    """The problems of rows, shortened for display.
 
     Args:
-        problems: Of rows, in their order; once there are `MAX_PROBLEMS`, there may be more.
-        source: Where the rows are from.
+        problems: The problems, in the order of rows; `MAX_PROBLEMS` or more mean that there may be others.
+        source: The source of the rows.
 
     Returns:
-        Of more than three that differ in the row alone, the first with the number of the others; at most
-        `MAX_PROBLEMS`, and behind them that there may be more, unless all are of one kind.
+        At most `MAX_PROBLEMS` problems. More than three that differ only in the row are merged into the first, with
+        a count. A last one notes that there may be more, unless all are of one kind.
     """
     at_least = "at least " if len(problems) >= MAX_PROBLEMS else ""
     by_kind: dict[tuple[Problem, str], list[Problem]] = {}
@@ -65,7 +65,7 @@ def reported(problems: Sequence[Problem], source: str = "") -> list[Problem]:
 
 
 def _kind(problem: Problem) -> tuple[Problem, str]:
-    """The problem without its place, and the file or split that it is in."""
+    """The problem without its place, and its file or split."""
     return replace(problem, where=""), place_parts(problem.where)[0]
 
 
@@ -75,7 +75,7 @@ def line_of(where: str) -> str:
 
 
 def place_parts(where: str) -> tuple[str, str, str]:
-    """A place with its number by itself: `rows.jsonl:12`, `rows.parquet:row 12`, `train[12]`."""
+    """A place split into prefix, number and suffix: `rows.jsonl:12`, `rows.parquet:row 12`, `train[12]`."""
     body = where.removesuffix("]")
     before = body.rstrip("0123456789")
     return before, body[len(before) :], where[len(body) :]
@@ -83,7 +83,7 @@ def place_parts(where: str) -> tuple[str, str, str]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row as the data has it.
+    """One row of the data, unchanged.
 
     Attributes:
         where: Its place, counted from 1: `file:line`, `file:row N` or `hub-id[split]:N`; or from 0, `name[N]`.
@@ -96,22 +96,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands for a value that Python cannot hold, such as a date after the year 9999. reason: what the value is."""
+    """Placeholder for a value that Python cannot represent, such as a date after the year 9999. reason: why."""
 
     reason: str
 
 
 RowOrProblem = Row | Problem
-"""What a reader yields for each row: the row, or what is wrong with it."""
+"""What a reader yields for each row: the row, or the problem with it."""
 
 
 def place_in_cache(where: str) -> str:
-    """The place of a row as text that UTF-8 can encode: paths may hold bytes that are not UTF-8."""
+    """The place of a row as valid UTF-8: paths may contain other bytes."""
     return where.encode(errors="backslashreplace").decode()
 
 
 def to_row(values: Any, where: str) -> RowOrProblem:
-    """The row of a JSON value; a problem where the value is not an object."""
+    """A JSON value as a row; a problem if the value is not an object."""
     if isinstance(values, dict):
         return Row(where, values)
     kinds = {type(None): "null", bool: "true or false", list: "a list", str: "text"}
@@ -123,7 +123,7 @@ def to_row(values: Any, where: str) -> RowOrProblem:
 def to_json_line(values: Mapping[str, Any]) -> str:
     """The fields of a row as one line of JSON.
 
-    Values that JSON has no type for become text: dates in ISO 8601, bytes as UTF-8 or else base64. An `Unreadable`
+    Values without a JSON type become text: dates in ISO 8601, bytes as UTF-8, otherwise base64. An `Unreadable`
     becomes null. If there is a lone surrogate, the line is pure ASCII with escapes.
     """
     line = json.dumps(values, ensure_ascii=False, default=_to_json_value)
@@ -135,7 +135,7 @@ def to_json_line(values: Mapping[str, Any]) -> str:
 
 
 def write_csv(rows: Iterable[Mapping[str, Any]], file: TextIO) -> None:
-    """Write rows with a column for each field that any of them has.
+    """Write rows with a column for each field that occurs.
 
     A missing field and null become empty cells; numbers, lists and objects become JSON; other values are written as in
     `to_json_line`.
@@ -165,10 +165,10 @@ def _to_json_value(value: Any) -> str | None:
 
 
 def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a row, and behind them what a command found out about it.
+    """The fields of a row, followed by the results of a command for it.
 
-    No field is lost. One whose name is among the results is called `row_NAME`; a `completion`, which is the expected
-    answer, is called `reference` if the row has no other field of that name.
+    No field is lost. A field with the name of a result is renamed to `row_NAME`; a `completion`, the expected answer,
+    is renamed to `reference` unless the row has a field of that name.
     """
     kept = {}
     for name, value in own.items():
@@ -186,7 +186,7 @@ def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 
 
 def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | Problem]:
-    """The lines of a file that are not blank, each with its number, or the problem of one that is not UTF-8."""
+    """The non-blank lines of a file with their numbers, or the problem of a line that is not UTF-8."""
     number = 1
     while lines := file.readlines(BLOCK):
         for place, raw in compress(enumerate(lines, number), map(bytes.strip, lines)):
@@ -216,8 +216,8 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
 
     Raises:
-        DataError: The header cannot be used, or a record of several lines is not valid: nobody knows how many records
-            its quoted cell has swallowed.
+        DataError: The header is not valid, or a record of several lines is not valid: its quoted cell may contain any
+            number of records.
     """
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
     reader, header, line = csv.reader(text, strict=True), list[str](), 1
@@ -261,7 +261,7 @@ def _byte_problem(cells: list[str], name: str, line: int) -> Problem | None:
 
 
 def _header(names: list[str], name: str, line: int) -> list[str]:
-    """The names of the columns. Raises DataError: they cannot be used."""
+    """The names of the columns. Raises DataError: they are not valid."""
     where = f"{name}:{line}"
     problem = _byte_problem(names, name, line) or duplicate_columns(names, where)
     if len(names) == 1 and (separators := {";", "\t"}.intersection(names[0])):
@@ -273,7 +273,7 @@ def _header(names: list[str], name: str, line: int) -> list[str]:
 
 
 def duplicate_columns(names: Iterable[str], where: str) -> Problem | None:
-    """A problem if two columns of a table have one name."""
+    """A problem if two columns of a table have the same name."""
     if names := [f"`{name}`" for name, count in sorted(Counter(names).items()) if count > 1]:
         what = f"more than one column is called {', '.join(names)}"
         return Problem(Code.DATA_SYNTAX, what, where, fix="rename one of the columns")
@@ -319,7 +319,7 @@ def _json_problem(error: ValueError | RecursionError, where: str, fix: str) -> P
 def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a JSON document: a list of objects, the list under its key `data`, or one object.
 
-    The document is held in memory. JSON lines in a file that is called .json are read as such.
+    The document is held in memory. A .json file of JSON lines is read as JSON lines.
 
     Raises:
         DataError: It is not a JSON document, or not UTF-8.
