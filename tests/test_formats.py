@@ -1,4 +1,4 @@
-"""Fields → formats → examples: what every usual shape of a row becomes, and what is refused, with which code."""
+"""Fields → formats → examples: how every common shape of row is read, and what is refused with which code."""
 
 import json
 import pickle
@@ -58,14 +58,14 @@ def conversation(*messages: dict[str, Any], **row: Any) -> Conversation:
 
 
 def refused(values: dict[str, Any], **section: Any) -> list[Problem]:
-    """The problems of a file that begins with this row."""
+    """The problems of a file that starts with this row."""
     with pytest.raises(DataError) as caught:
         parser(values, **section)
     return list(caught.value.problems)
 
 
 def row_error(values: dict[str, Any], first: dict[str, Any] | None = None, **section: Any) -> RowError:
-    """The error of this row in a file that begins with another, or with itself."""
+    """The error of this row in a file that starts with another row, or with the row itself."""
     parse_row = parser(first or values, **section)
     with pytest.raises(RowError) as caught:
         parse_row(Row("f:2", values))
@@ -75,7 +75,7 @@ def row_error(values: dict[str, Any], first: dict[str, Any] | None = None, **sec
 
 
 def check_row_error(error: RowError, *details: str) -> None:
-    """What the message must name: the place within the row, names of fields, values."""
+    """Check that the message names the place within the row, the fields and the values."""
     for detail in details:
         assert detail in str(error)
 
@@ -109,14 +109,14 @@ READ = {
 
 
 @pytest.mark.parametrize(("values", "name", "expected"), READ.values(), ids=READ)
-def test_every_format_by_itself_and_by_hand(values: dict[str, Any], name: str, expected: Example) -> None:
+def test_every_format_is_detected_and_can_be_set(values: dict[str, Any], name: str, expected: Example) -> None:
     copy = pickle.loads(pickle.dumps(parser(values)))
     assert (copy.format_name, copy(Row("f:1", values))) == (name, expected)
     assert parse(values, format=name) == expected
     assert (copy.format_name in CHAT_FORMATS) == isinstance(expected, Conversation)
 
 
-def test_message_lists_are_read_under_either_name() -> None:
+def test_message_lists_are_read_under_both_field_names() -> None:
     lists = {"prompt": [USER], "completion": [BOT]}
     assert [parser(lists, format=name).format_name for name in ("messages", "prompt_completion")] == ["messages"] * 2
     assert parse(lists, format="prompt_completion") == parse(lists)
@@ -200,17 +200,17 @@ FURTHER_BAD: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("values", "detail"), FURTHER_BAD)
-def test_further_bad_rows(values: dict[str, Any], detail: str) -> None:
+def test_invalid_plain_rows_are_refused(values: dict[str, Any], detail: str) -> None:
     check_row_error(row_error(values), detail)
 
 
-def test_padding_in_the_data_is_not_trained_on() -> None:
+def test_an_attention_mask_with_padding_is_refused() -> None:
     for mask in ([1, 0], [1], [1, 1, 1], 1):
         error = row_error({"input_ids": [1, 0], "attention_mask": mask})
         check_row_error(error, "`attention_mask` is not a list with 1 for every token")
 
 
-def test_ids_are_held_against_the_vocabulary() -> None:
+def test_ids_outside_the_vocabulary_are_refused() -> None:
     assert check_ids(Ids("f:1", (0, 263)), 264) is None
     problem = check_ids(Ids("f:1", (0, 264)), 264)
     assert problem is not None and (problem.code, problem.where) == (Code.DATA_FIELD, "f:1")
@@ -241,15 +241,15 @@ BAD_CHATS: dict[str, tuple[Any, list[str]]] = {
 }
 
 
-def test_functions_are_read_as_tools_by_columns() -> None:
-    """As the message about them says."""
+def test_functions_are_read_as_tools_with_data_columns() -> None:
+    """As the message about them suggests."""
     row = {"messages": [USER, BOT], "functions": [WEATHER["function"]]}
     assert "{tools: functions}" in row_error(row).fix
     assert chat(row, columns={"tools": "functions"}).tools == (WEATHER,)
 
 
-def test_a_message_reaches_the_template_whole() -> None:
-    """What is null is as if it were not there; everything else is handed on."""
+def test_a_message_is_passed_to_the_template_unchanged() -> None:
+    """Fields that are null are removed; everything else is passed on."""
     user = USER | {"role": "developer", "name": "Ann", "tool_calls": None, "weight": None}
     bot = BOT | {"reasoning_content": "r", "thinking": "t", "tool_calls": []}
     tool = {"role": "tool", "content": "18", "tool_call_id": "c1", "name": "weather"}
@@ -261,12 +261,12 @@ def test_a_message_reaches_the_template_whole() -> None:
     )
 
 
-def test_parts_of_text_are_joined_as_they_stand() -> None:
+def test_parts_of_text_are_joined_unchanged() -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b", "image_url": None}]
     assert conversation(USER | {"content": parts}, BOT).messages[0] == {"role": "user", "content": "a b"}
 
 
-def test_weight_decides_which_turns_are_supervised() -> None:
+def test_weight_selects_the_supervised_turns() -> None:
     turns = [USER, BOT | {"weight": 0}, USER | {"weight": 0}, BOT | {"weight": 1}, USER, BOT | {"weight": None}]
     example = conversation(*turns)
     assert (example.messages, example.zero_weight) == ((USER, BOT) * 3, {1})
@@ -274,12 +274,12 @@ def test_weight_decides_which_turns_are_supervised() -> None:
     assert no_loss_reason(conversation(USER, BOT | {"weight": 0}), "completion") == "no assistant turn has weight"
 
 
-def test_a_weight_of_zero_does_not_go_with_a_loss_on_all() -> None:
+def test_a_weight_of_zero_contradicts_a_loss_on_all() -> None:
     error = row_error({"messages": [USER, BOT | {"weight": 0}]}, {"messages": [USER, BOT]}, loss_on="all")
     check_row_error(error, "data.loss_on: all")
 
 
-def test_loss_on_assistant_reaches_into_the_prompt() -> None:
+def test_loss_on_assistant_includes_turns_of_the_prompt() -> None:
     example = chat({"prompt": [USER, BOT, USER], "completion": [BOT]})
     assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((3,), (1, 3))
 
@@ -293,13 +293,13 @@ CALLED = {
 
 @pytest.mark.parametrize("call", CALLED.values(), ids=CALLED)
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}])
-def test_tool_calls_come_in_one_shape(call: dict[str, Any], content: dict[str, Any]) -> None:
+def test_tool_calls_are_normalized(call: dict[str, Any], content: dict[str, Any]) -> None:
     example = conversation(USER, {"role": "assistant", "tool_calls": [call]} | content)
     assert example.messages[1] == CALLS
     assert no_loss_reason(example, "completion") is None
 
 
-def test_a_call_may_stand_beside_text_and_without_arguments() -> None:
+def test_tool_calls_may_accompany_text_and_lack_arguments() -> None:
     calls = [{"function": {"name": "f", "arguments": arguments}} for arguments in ("", None, "{}", {})]
     message = conversation(USER, BOT | {"tool_calls": calls}).messages[1]
     assert message["content"] == "b"
@@ -331,7 +331,9 @@ BAD: dict[str, tuple[dict[str, Any], dict[str, Any] | None, list[str]]] = {
 
 
 @pytest.mark.parametrize(("values", "first", "details"), BAD.values(), ids=BAD)
-def test_bad_row(values: dict[str, Any], first: dict[str, Any] | None, details: list[str]) -> None:
+def test_invalid_conversations_are_refused(
+    values: dict[str, Any], first: dict[str, Any] | None, details: list[str]
+) -> None:
     check_row_error(row_error(values, first), *details)
 
 
@@ -346,13 +348,13 @@ def test_bad_row(values: dict[str, Any], first: dict[str, Any] | None, details: 
         json.dumps([WEATHER["function"]]),
     ],
 )
-def test_tools_come_in_one_shape(tools: Any) -> None:
+def test_tools_are_normalized(tools: Any) -> None:
     lists = {"prompt": [USER], "completion": [BOT]}
     rows = ({"messages": [USER, BOT]}, lists, {"conversations": [HUMAN, GPT]}, {"instruction": "a", "output": "b"})
     assert [chat(row | {"tools": tools}).tools for row in rows] == [(WEATHER,)] * 4
 
 
-def test_nulls_of_a_table_leave_the_schemas_but_a_null_that_means_something_stays() -> None:
+def test_nulls_of_a_table_are_removed_from_tools_but_meaningful_ones_kept() -> None:
     columns = {"x": {"type": "string", "enum": ["a", None], "default": None}, "y": None}
     tool = {"name": "f", "description": None, "parameters": {"properties": columns}}
     (schema,) = conversation(USER, BOT, tools=[tool]).tools
@@ -363,12 +365,12 @@ def test_nulls_of_a_table_leave_the_schemas_but_a_null_that_means_something_stay
 
 
 @pytest.mark.parametrize("none", [None, [], "", "[]", "null"])
-def test_no_tools(none: Any) -> None:
+def test_empty_tools_mean_no_tools(none: Any) -> None:
     assert conversation(USER, BOT, tools=none).tools == ()
 
 
 @pytest.mark.parametrize("row", [{"messages": [USER, BOT]}, {"conversations": [HUMAN, GPT]}])
-def test_system_of_the_row_comes_first(row: dict[str, Any]) -> None:
+def test_the_system_field_becomes_the_first_message(row: dict[str, Any]) -> None:
     assert chat(row | {"system": "s"}).messages == (SYSTEM, USER, BOT)
     assert chat(row | {"system": ""}).messages == chat(row | {"system": None}).messages == (USER, BOT)
     assert conversation(SYSTEM, USER, BOT, system="s").messages == (SYSTEM, USER, BOT)
@@ -385,12 +387,12 @@ SPEAKERS = {
 
 @pytest.mark.parametrize(("role", "name"), [(role, name) for role, names in SPEAKERS.items() for name in names])
 @pytest.mark.parametrize("fields", [("from", "value"), ("role", "content")])
-def test_speakers(role: str, name: str, fields: tuple[str, str]) -> None:
+def test_sharegpt_speakers_map_to_roles(role: str, name: str, fields: tuple[str, str]) -> None:
     turn = dict(zip(fields, (name, "x"), strict=True)) | {"weight": None}
     assert chat({"conversations": [turn, GPT]}).messages == ({"role": role, "content": "x"}, BOT)
 
 
-def test_sharegpt_calls_a_function() -> None:
+def test_sharegpt_function_calls() -> None:
     call = {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'}
     seen = {"from": "observation", "value": "18"}
     example = chat({"conversations": [HUMAN, call, seen, GPT | {"weight": 0}]})
@@ -414,11 +416,11 @@ def test_sharegpt_calls_a_function() -> None:
         ("b", ["message 2 of", "must be an object"]),
     ],
 )
-def test_bad_sharegpt(turn: Any, details: list[str]) -> None:
+def test_invalid_sharegpt_turns_are_refused(turn: Any, details: list[str]) -> None:
     check_row_error(row_error({"conversations": [HUMAN, turn]}), "`conversations`", *details)
 
 
-def test_alpaca_in_full() -> None:
+def test_alpaca_with_all_fields() -> None:
     row = {"instruction": "a", "input": "i", "output": "b", "system": "s", "history": [["q", "w"], ("e", "")]}
     example = chat(row)
     texts = [(message["role"], message["content"]) for message in example.messages]
@@ -427,15 +429,15 @@ def test_alpaca_in_full() -> None:
         ("assistant", "b"),
     ]  # fmt: skip
     assert (example.supervised_turns("completion"), example.supervised_turns("assistant")) == ((6,), (2, 6))
-    assert example.selected_turns("assistant") == (2, 4, 6)  # the one in between is empty
+    assert example.selected_turns("assistant") == (2, 4, 6)  # the empty turn in between
 
 
 @pytest.mark.parametrize("blank", [{}, {"input": ""}, {"input": None, "system": None, "history": None}])
-def test_alpaca_without_its_options(blank: dict[str, Any]) -> None:
+def test_alpaca_without_optional_fields(blank: dict[str, Any]) -> None:
     assert chat({"instruction": "a", "output": "b"} | blank).messages == (USER, BOT)
 
 
-def test_keys_that_fit_no_format() -> None:
+def test_keys_that_match_no_format_are_refused() -> None:
     (problem,) = refused({"question": "a", "answer": "b"})
     assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT, "f:1", "")
     assert "`answer`, `question`" in problem.what
@@ -452,7 +454,7 @@ def test_keys_that_fit_no_format() -> None:
         ({"messages": [], "conversations": []}, "prompt_completion, messages, conversations"),
     ],
 )
-def test_ambiguous_keys_and_the_setting_that_decides(others: dict[str, Any], names: str) -> None:
+def test_ambiguous_keys_are_refused_unless_the_format_is_set(others: dict[str, Any], names: str) -> None:
     keys = ", ".join(f"`{key}`" for key in sorted(PAIR | others))
     (problem,) = refused(PAIR | others)
     assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT, "f:1", "data.format")
@@ -505,13 +507,14 @@ def test_pairs_of_messages_in_all_shapes(row: dict[str, Any], columns: dict[str,
     ],
 )  # fmt: skip
 def test_pairs_of_texts(row: dict[str, Any], prompt: str, answers: tuple[str, str]) -> None:
-    """Without a prompt, it is what both begin with, up to a word; in HH-RLHF's dialogues, up to the last answer."""
+    """Without a prompt, the prompt is the shared prefix, up to a whole word; in HH-RLHF's dialogues, up to the last
+    answer."""
     assert parse(row) == PreferencePair("f:1", *(Plain("f:1", prompt, answer) for answer in answers))
 
 
 @pytest.mark.parametrize("answer", ["[1] says so", "[]", "[1, 2]", '[{"name": "x"}]', "[", "[" * 9999])
-def test_text_in_brackets_is_text(answer: str) -> None:
-    """An answer need be no list of messages where the prompt is one."""
+def test_an_answer_in_brackets_is_text(answer: str) -> None:
+    """An answer does not have to be a list of messages where the prompt is one."""
     pair = parse({"prompt": [USER], "chosen": answer, "rejected": "c"})
     assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)
     assert pair.chosen.messages[-1]["content"] == answer
@@ -520,8 +523,8 @@ def test_text_in_brackets_is_text(answer: str) -> None:
     )
 
 
-def test_a_pair_to_an_instruction() -> None:
-    """As LLaMA-Factory has it: system, turns before, and the input below the instruction."""
+def test_a_pair_with_an_alpaca_instruction() -> None:
+    """As in LLaMA-Factory: system message, earlier turns, and the input below the instruction."""
     fields = {"system": "s", "history": [["u", "v"]], "instruction": "a", "input": "i", "chosen": "b", "rejected": "c"}
     pair = parse(fields)
     assert isinstance(pair, PreferencePair) and isinstance(pair.chosen, Conversation)
@@ -531,8 +534,8 @@ def test_a_pair_to_an_instruction() -> None:
 
 
 @pytest.mark.parametrize("name", ["question", "Input", "query"])
-def test_a_pair_whose_prompt_would_not_be_read(name: str) -> None:
-    """Two answers without what they answer are no pair to train on, unless they hold it, or the format is set."""
+def test_a_pair_whose_prompt_would_be_ignored_is_refused(name: str) -> None:
+    """Two answers without their prompt are not accepted as a pair, unless they contain it, or the format is set."""
     row = {name: "Why?", "chosen": "b", "rejected": "c"}
     (problem,) = refused(row)
     assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT, "f:1", "data.columns")
@@ -544,7 +547,7 @@ def test_a_pair_whose_prompt_would_not_be_read(name: str) -> None:
     assert isinstance(parse(dialogue), PreferencePair)
 
 
-def test_a_longer_implicit_prompt_and_tools() -> None:
+def test_a_pair_with_an_implicit_prompt_of_several_turns_and_tools() -> None:
     turns = [SYSTEM, USER, BOT, USER]
     pair = parse({"chosen": [*turns, BOT], "rejected": [*turns, OTHER], "tools": [WEATHER]})
     assert isinstance(pair, PreferencePair) and isinstance(pair.rejected, Conversation)
@@ -554,7 +557,7 @@ def test_a_longer_implicit_prompt_and_tools() -> None:
 @pytest.mark.parametrize(
     ("label", "desirable"), [(True, True), (False, False), (1, True), (0.0, False), ("True", True), ("0", False)]
 )
-def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
+def test_unpaired_preferences(label: Any, desirable: bool) -> None:
     section = {"format": "unpaired_preference"}
     assert parse(PAIR | {"label": label}, **section) == UnpairedPreference("f:1", Plain("f:1", "a", "b"), desirable)
     chats = parse({"prompt": [USER], "completion": [BOT], "label": label}, **section)
@@ -571,8 +574,8 @@ def test_answers_that_are_good_or_bad(label: Any, desirable: bool) -> None:
         ({"instruction": "a", "input": "", "output": "b"}, (USER, BOT)),
     ],
 )
-def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[Any, ...]) -> None:
-    """As in LLaMA-Factory's rows, the last turn is what is judged."""
+def test_a_label_beside_conversation_turns(label: str, row: dict[str, Any], messages: tuple[Any, ...]) -> None:
+    """As in LLaMA-Factory's rows, the label refers to the last turn."""
     first = len(messages) - 1
     assert parse(row | {label: False}) == UnpairedPreference(
         "f:1", Conversation("f:1", messages, first), desirable=False
@@ -581,14 +584,14 @@ def test_a_label_beside_turns(label: str, row: dict[str, Any], messages: tuple[A
     assert isinstance(parse(row | {label: True}, format=plain), Conversation)
 
 
-def test_labels_that_are_none_of_answers() -> None:
+def test_labels_that_do_not_mark_preferences_are_ignored() -> None:
     assert parse(PAIR | {"label": "pos"}) == parse(PAIR | {"label": 1}) == Plain("f:1", "a", "b")
     assert isinstance(parse(PAIR | {"label": False}), UnpairedPreference)
     assert parse(PAIR | {"label": True}, format="prompt_completion") == Plain("f:1", "a", "b")
     check_row_error(row_error(PAIR | {"label": "x"}, PAIR | {"label": True}), "`label` must be true or false")
 
 
-def test_a_pair_in_a_file_of_another_format() -> None:
+def test_a_pair_in_a_file_of_another_format_is_refused() -> None:
     error = row_error(PAIR | {"chosen": "b", "rejected": "c"}, PAIR)
     check_row_error(error, "a pair of answers, in a file of the format prompt_completion")
 
@@ -604,15 +607,15 @@ def test_a_pair_in_a_file_of_another_format() -> None:
         ("b", "bc", "the rejected answer begins with the chosen one"),
     ],
 )
-def test_pairs_that_teach_nothing(chosen: str, rejected: str, reason: str | None) -> None:
+def test_pairs_with_empty_or_contained_answers_are_dropped(chosen: str, rejected: str, reason: str | None) -> None:
     texts = parse({"prompt": "a", "chosen": chosen, "rejected": rejected})
     chats = parse({"prompt": [USER], "chosen": chosen, "rejected": rejected})
     assert isinstance(texts, PreferencePair) and isinstance(chats, PreferencePair)
     assert drop_reason(texts, "completion") == drop_reason(chats, "completion") == reason
 
 
-def test_keys_of_pairs() -> None:
-    """The same answers in the other order are other content, to the same prompt."""
+def test_content_keys_of_pairs() -> None:
+    """The same answers in reverse order have another content key, and the same prompt key."""
     one, other = (parse({"prompt": "a", "chosen": first, "rejected": last}) for first, last in ("bc", "cb"))
     assert content_key(one) != content_key(other) and completion_key(one, "all") != completion_key(other, "all")
     assert prompt_key(one, "all") == prompt_key(other, "all") == prompt_key(parse(PAIR), "completion")
@@ -621,8 +624,8 @@ def test_keys_of_pairs() -> None:
 
 
 @pytest.mark.parametrize("others", [{}, {"prompt": "x"}, {"completion": "y"}])
-def test_columns(others: dict[str, str]) -> None:
-    """A mapped field wins over one that has our name by chance, whichever comes first."""
+def test_mapped_columns_win_over_standard_names(others: dict[str, str]) -> None:
+    """A mapped field wins over one that happens to have the standard name, in either order."""
     row = {"question": "a", "answer": "b"}
     straight, crossed = {"prompt": "question", "completion": "answer"}, {"completion": "question", "prompt": "answer"}
     for values in (row | others, others | row):
@@ -630,20 +633,20 @@ def test_columns(others: dict[str, str]) -> None:
         assert parse(values, columns=crossed) == Plain("f:1", "b", "a")
 
 
-def test_a_mapped_field_no_longer_counts_under_its_own_name() -> None:
+def test_a_mapped_field_is_not_read_under_its_own_name() -> None:
     assert parse({"text": "a", "completion": "b"}, columns={"prompt": "text"}) == Plain("f:1", "a", "b")
     columns = {"completion": "prompt", "prompt": "completion"}
     assert parse(PAIR, columns=columns) == Plain("f:1", "b", "a")
 
 
-def test_a_later_row_without_a_mapped_field() -> None:
+def test_a_later_row_without_a_mapped_field_is_refused() -> None:
     first = {"question": "a", "completion": "b"}
     error = row_error(PAIR, first, columns={"prompt": "question"})
     details = ("no field `question`", "prompt_completion", "fields are `completion`, `prompt`")
     check_row_error(error, *details)
 
 
-def test_columns_of_a_field_that_is_not_there() -> None:
+def test_mapping_a_missing_field_is_refused() -> None:
     (problem,) = refused(PAIR, columns={"prompt": "question"})
     assert (problem.code, problem.where, problem.key) == (Code.DATA_FORMAT, "f:1", "data.columns")
     assert problem.what == "no field `question`; the fields are `completion`, `prompt`"
@@ -656,7 +659,7 @@ def test_columns_of_a_field_that_is_not_there() -> None:
     assert chat(row, columns={"input": "context"}).messages == (USER, BOT)
 
 
-def test_settings_that_do_not_go_with_the_rows() -> None:
+def test_settings_that_do_not_apply_to_the_rows_are_refused() -> None:
     problems = refused(PAIR | {"s": "x"}, columns={"system": "s"}, chat_template="t.jinja", loss_on="assistant")
     assert [(problem.code, problem.where, problem.key) for problem in problems] == [
         (Code.DATA_FORMAT, "f:1", "data.columns"),
@@ -669,7 +672,7 @@ def test_settings_that_do_not_go_with_the_rows() -> None:
 
 
 @pytest.mark.parametrize("row", [{"text": "a"}, {"input_ids": [1, 2]}, {"instruction": "a", "output": "b"}])
-def test_assistant_turns_and_templates_are_for_conversations(row: dict[str, Any]) -> None:
+def test_loss_on_assistant_and_templates_require_conversations(row: dict[str, Any]) -> None:
     for section in ({"loss_on": "assistant"}, {"chat_template": "t.jinja"}):
         if "output" in row:
             assert parser(row, **section).format_name == "alpaca"
@@ -677,14 +680,14 @@ def test_assistant_turns_and_templates_are_for_conversations(row: dict[str, Any]
             assert [problem.code for problem in refused(row, **section)] == [Code.DATA_FORMAT]
 
 
-def test_fields_that_are_not_read() -> None:
+def test_unused_fields_are_reported() -> None:
     assert unused_fields(PAIR, PAIR | {"id": 1}, PAIR | {"system": "s"}) == {"id", "system"}
     assert unused_fields({"q": "a", "completion": "b", "prompt": "x"}, columns={"prompt": "q"}) == set()
     assert unused_fields({"messages": [USER, BOT], "tools": None, "id": 1}) == {"id"}
 
 
 def unused_fields(*rows: dict[str, Any], **section: Any) -> set[str]:
-    """The fields that are not read, once all rows were parsed."""
+    """The unused fields, after all rows were parsed."""
     parse_row = parser(rows[0], **section)
     for number, values in enumerate(rows, start=1):
         parse_row(Row(f"f:{number}", values))
@@ -715,7 +718,7 @@ NO_LOSS = {
 
 
 @pytest.mark.parametrize(("example", "loss_on", "expected"), NO_LOSS.values(), ids=NO_LOSS)
-def test_no_loss_reason(example: Example, loss_on: str, expected: str | None) -> None:
+def test_reasons_for_rows_without_loss(example: Example, loss_on: str, expected: str | None) -> None:
     reason = no_loss_reason(example, loss_on)
     assert reason is None if expected is None else reason is not None and reason.startswith(expected)
 
@@ -739,7 +742,7 @@ DIFFERENT: list[Example] = [
 ]
 
 
-def test_keys_tell_contents_apart_and_nothing_else() -> None:
+def test_content_keys_distinguish_exactly_the_contents() -> None:
     for folded in (False, True):
         assert len({content_key(example, folded) for example in DIFFERENT}) == len(DIFFERENT)
     assert content_key(Plain("x", "a", "b")) == content_key(Plain("y", "a", "b"))
@@ -749,7 +752,7 @@ def test_keys_tell_contents_apart_and_nothing_else() -> None:
     assert content_key(Ids("x", (1, 2), (-100, 2))) == content_key(Ids("x", (1, 2)))
 
 
-def test_keys_fold_white_space() -> None:
+def test_folded_content_keys_ignore_white_space() -> None:
     some, same = Plain("x", "a  b\n", "c"), Plain("x", " a\u00a0b", "c ")
     assert content_key(some) != content_key(same)
     assert (
@@ -775,13 +778,13 @@ QUESTIONS = {
 
 
 @pytest.mark.parametrize(("values", "prompt", "tools"), QUESTIONS.values(), ids=QUESTIONS)
-def test_question(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -> None:
+def test_the_prompt_of_a_row(values: dict[str, Any], prompt: Any, tools: tuple[Any, ...]) -> None:
     question = parse_question(Row("f:1", values), ANY)
     assert (question.prompt, question.tools) == (prompt, tools)
 
 
 @pytest.mark.parametrize("values", [values for values, name, _ in READ.values() if name in CHAT_FORMATS])
-def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[str, Any]) -> None:
+def test_the_prompt_is_the_beginning_of_the_training_row(values: dict[str, Any]) -> None:
     question, example = parse_question(Row("f:1", values), ANY), chat(values)
     assert (*question.prompt, BOT) == example.messages
 
@@ -797,7 +800,7 @@ def test_a_question_is_the_beginning_of_the_row_that_is_trained_on(values: dict[
         ({"instruction": 3}, "`instruction` must be text, got a number"),
     ],
 )
-def test_rows_that_ask_nothing(row: dict[str, Any], detail: str) -> None:
+def test_rows_without_a_prompt_are_refused(row: dict[str, Any], detail: str) -> None:
     with pytest.raises(DataError) as caught:
         parse_question(Row("f:1", row), ANY)
     assert meanings(caught.value) == [(Code.DATA_FIELD, "f:1", "")]
@@ -805,21 +808,21 @@ def test_rows_that_ask_nothing(row: dict[str, Any], detail: str) -> None:
     assert detail in problem.what and "prompt, messages, conversations" in problem.fix
 
 
-def test_a_question_is_asked_in_the_format_that_is_trained_on() -> None:
-    """A prompt beside messages, as in ultrachat, is one of the fields that are not read."""
+def test_the_prompt_is_read_in_the_format_of_training() -> None:
+    """A prompt beside messages, as in ultrachat, is one of the unused fields."""
     row = {"prompt": "x", "messages": [USER, BOT]}
     assert parse_question(Row("f:1", row), ANY).prompt == [USER]
     by_hand = ANY.model_copy(update={"format": "text"})
     assert parse_question(Row("f:1", row | {"text": "t"}), by_hand).prompt == "t"
 
 
-def test_question_by_columns() -> None:
+def test_the_prompt_is_read_from_mapped_columns() -> None:
     section = ANY.model_copy(update={"columns": {"prompt": "q", "completion": "r"}})
     assert parse_question(Row("f:1", {"q": "a", "prompt": "x"}), section).prompt == "a"
 
 
-def test_lists_may_stand_as_json_in_text() -> None:
-    """As they must in a cell of CSV; an empty cell is no history."""
+def test_lists_may_be_given_as_json_text() -> None:
+    """As in cells of CSV, where lists have to be JSON. An empty cell is an empty history."""
     assert chat({"messages": json.dumps([USER, BOT])}).messages == (USER, BOT)
     assert parse({"input_ids": "[1, 2]"}) == Ids("f:1", (1, 2))
     assert chat({"instruction": "a", "output": "b", "history": ""}).messages == (USER, BOT)

@@ -1,4 +1,4 @@
-"""Fused operations: which rows, layouts and dtypes they take."""
+"""Fused operations: the rows, layouts and dtypes that they support."""
 
 import math
 import platform
@@ -18,7 +18,7 @@ from loratune.kernels.layout import Layout, Scoring
 
 @cache
 def for_avx2(dtype: torch.dtype) -> fused_ops.CompiledOps:
-    """The compiled operations as a wheel has them for a processor without AVX-512."""
+    """The compiled operations as built into a wheel, for processors without AVX-512."""
     (variant,) = (one for one in VARIANTS if one.name == "x86-64-v3")
     functions = library.compiled(fused_ops.DEFINES[dtype], variant).functions
     assert functions is not None
@@ -37,7 +37,7 @@ if platform.machine() == "x86_64":
 
 
 def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int | None, tile: int = 48) -> list[Tensor]:
-    """The result and the gradients of queries, keys and values, token by token."""
+    """The result and the gradients of queries, keys and values, for each token."""
     query, key, value, gradient = arguments
     layout = Layout.of(positions, window, tile)
     scoring = Scoring(query.shape[-1] ** -0.5)
@@ -47,8 +47,8 @@ def attended(ops: Any, positions: Tensor, arguments: list[Tensor], window: int |
 
 
 @pytest.mark.parametrize("name", OVER)
-def test_values_that_are_not_finite_stay_in_their_row(name: str) -> None:
-    """At each place of a block of four, in every argument, in rows that share a block, a pair, a tile."""
+def test_nonfinite_values_affect_only_their_own_row(name: str) -> None:
+    """At each position of a block of four, in every argument, in rows that share a block, a pair, a tile."""
     choose, dtype = OVER[name]
     lengths = (5, 3, 1, 70, 2, 6)
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -75,8 +75,8 @@ def test_values_that_are_not_finite_stay_in_their_row(name: str) -> None:
 @pytest.mark.skipif("AVX2" not in OVER, reason="only x86-64 has AVX2")
 @pytest.mark.parametrize("size", [2, 8, 24, 72, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_for_avx2_is_the_reference(size: int, dtype: torch.dtype) -> None:
-    """Its vectors hold half as many numbers, and so its sums are cut into other pieces."""
+def test_attention_for_avx2_equals_the_reference(size: int, dtype: torch.dtype) -> None:
+    """Its vectors hold half as many numbers, so its sums are split differently."""
     positions = torch.cat([torch.arange(length) for length in (130, 5, 64)])
     for window, heads in ((None, 3), (7, 1)):
         shapes = [(2, 199, heads, size), (2, 199, size), (2, 199, size), (199, 2 * heads * size)]
@@ -88,8 +88,8 @@ def test_attention_for_avx2_is_the_reference(size: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("name", OVER)
-def test_what_is_not_finite_reaches_all_that_see_it_and_nothing_before(name: str) -> None:
-    """As in a model: a value reaches the tokens from its own on, a gradient the keys up to its own."""
+def test_nonfinite_values_propagate_only_along_the_causal_mask(name: str) -> None:
+    """As in a model: a value affects its own and later tokens, a gradient its own and earlier keys."""
     choose, dtype = OVER[name]
     arguments = [
         normal(*shape, seed=n).to(dtype) for n, shape in enumerate([(1, 9, 2, 8), (1, 9, 8), (1, 9, 8), (9, 16)])
@@ -117,8 +117,8 @@ ROWS_OF = {
 
 
 def rows_mix(dtype: torch.dtype) -> bool:
-    """Whether torch's own product lets a NaN into the row before it, which has none: oneDNN reads rows of a few numbers
-    beyond their end on processors with AMX, and multiplies what it finds by 0."""
+    """Whether torch's own product lets a NaN affect the previous row, which has none: on processors with AMX, oneDNN
+    reads beyond the end of short rows, and multiplies what it finds by 0."""
     narrow = torch.ones(37, 5, dtype=dtype)
     narrow[6] = math.nan
     return bool((narrow @ torch.ones(5, 80, dtype=dtype))[5].isnan().any())
@@ -126,8 +126,9 @@ def rows_mix(dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ROWS_OF)
-def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
-    """For inputs that lie row by row. The reference of `add_lora` is torch's own product, which may not."""
+def test_other_operations_keep_rows_independent(name: str, dtype: torch.dtype) -> None:
+    """For inputs that are stored row by row. The reference of `add_lora` is torch's own product, which may not do
+    so."""
 
     def results_of(ops: Any, broken: int | None = None, lost: float = 0) -> list[Tensor]:
         arguments = FUSED_OPS[name](dtype)
@@ -148,7 +149,7 @@ def test_other_passes_keep_rows_apart(name: str, dtype: torch.dtype) -> None:
 
 
 def loosened(tensor: Tensor) -> Tensor:
-    """The same numbers, with others between them."""
+    """The same numbers with others stored between them."""
     wide = torch.full((*tensor.shape, 2), 7, dtype=tensor.dtype)
     wide[..., 0] = tensor
     return wide[..., 0]
@@ -163,8 +164,8 @@ LOOSE: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("how", LOOSE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED_OPS)
-def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str) -> None:
-    """The numbers are those of dense tensors, also where they are written into the arguments."""
+def test_operations_accept_non_contiguous_tensors(name: str, dtype: torch.dtype, how: str) -> None:
+    """The numbers equal those for contiguous tensors, also where they are written into the arguments."""
 
     def loose(one: Any) -> Any:
         if type(one) in (tuple, list):
@@ -182,7 +183,7 @@ def test_a_pass_takes_what_is_not_dense(name: str, dtype: torch.dtype, how: str)
 
 
 def test_another_dtype_is_an_error() -> None:
-    """C would read the bytes of one as the other."""
+    """C would interpret the bytes of one dtype as another."""
     ops = fused_ops.fused_ops(torch.empty(0))
     with pytest.raises(TypeError, match="bfloat16 where"):
         ops.rms_norm(normal(3, 8).bfloat16(), normal(8), 1e-5)
@@ -193,8 +194,8 @@ def test_another_dtype_is_an_error() -> None:
             ops.cross_entropy(normal(3, 8), torch.tensor([1, target, 2]))
 
 
-def test_angles_may_be_in_float32() -> None:
-    """As olmo's are beside states in bfloat16; they are not rounded then."""
+def test_rotary_angles_may_be_float32() -> None:
+    """As in olmo, where the states are bfloat16. The angles are not rounded then."""
     joined, cosine, _, *counts = FUSED_OPS["split_heads"](torch.bfloat16)
     angles = normal(*cosine.shape, seed=3)
     turned = angles.cos(), angles.sin()

@@ -1,4 +1,4 @@
-"""Some cases of `scripts/fuzz.py` and a short `scripts/soak.py`; both are run at length by hand."""
+"""Some cases of `scripts/fuzz.py` and a short run of `scripts/soak.py`; both are run at length by hand."""
 
 import subprocess
 import sys
@@ -18,12 +18,12 @@ def _audit_hook() -> None:
 
 @pytest.mark.parametrize("cases", [60, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PROPERTIES)
-def test_every_case_ends_well(name: str, cases: int) -> None:
+def test_every_case_ends_with_success_or_a_documented_error(name: str, cases: int) -> None:
     ends = fuzz(name, cases, ARMED)
     assert ends["valid"] > 0 and len(ends) > 1
 
 
-def test_forbidden_calls_are_seen() -> None:
+def test_forbidden_calls_are_detected() -> None:
     ARMED.append(True)
     try:
         with pytest.raises(ForbiddenCall):

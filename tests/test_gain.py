@@ -1,4 +1,4 @@
-"""An adapter is compared with its base, row by row; no gain is reported, and a worse one is not published."""
+"""An adapter is compared with its base row by row. A missing gain is reported, and a worse adapter is not published."""
 
 import json
 import math
@@ -33,15 +33,15 @@ pytestmark = pytest.mark.usefixtures("untraced_module")
 def compared(
     differences: Sequence[float], tokens: Sequence[int] = (), copies: Sequence[int] | None = None, **others: Any
 ) -> Gain:
-    """Of rows by their nats per token, adapter less base; a base loss of 2 in each."""
+    """A comparison of rows by their nats per token, adapter minus base, with a base loss of 2 in each."""
     counts = tokens or [1] * len(differences)
     base = RowLosses.of([2.0 * count for count in counts], counts, copies)
     tuned = RowLosses.of([(2.0 + one) * count for one, count in zip(differences, counts, strict=True)], counts, copies)
     return Gain.of(base, tuned, "training", **others)
 
 
-def test_the_interval_is_that_of_every_comparison() -> None:
-    """With rows of one length it is no narrower than that of a paired t test."""
+def test_the_interval_is_that_of_mean_ratio_interval() -> None:
+    """With rows of equal length it is no narrower than that of a paired t test."""
     found = compared([-1.0, -1.5, -2.0, -1.0, -2.0], [7] * 5)
     assert (found.base, found.adapter, found.better_by) == pytest.approx((2.0, 0.5, 1.5))
     half = 2.7764 * 0.5 / math.sqrt(5)  # the standard deviation is 0.5
@@ -51,20 +51,20 @@ def test_the_interval_is_that_of_every_comparison() -> None:
     assert interval is not None and interval.as_json() == [found.low, found.high]
 
 
-def test_tokens_count_once_and_rows_do_not() -> None:
-    """Nine short rows become a little worse and a long one much better: the measure of training says better."""
+def test_the_loss_weights_tokens_but_the_verdict_counts_rows() -> None:
+    """Nine short rows become a little worse and a long one much better, so the loss per token improves."""
     found = compared([0.1] * 9 + [-1.0], [2] * 9 + [200])
     assert found.better_by == pytest.approx((200 - 1.8) / 218)
     assert (found.base, found.adapter) == pytest.approx((2.0, 2.0 - found.better_by))
-    assert found.verdict == "no gain"  # as it rests on that one row
+    assert found.verdict == "no gain"  # as it depends on that one row
 
 
-def test_copies_of_a_row_are_one_row() -> None:
+def test_copies_of_a_row_count_as_one_row() -> None:
     three = compared([0.5], copies=[3])
     assert (three.rows, three.drawn, three.verdict) == (1, 3, "not judged")
     assert str(three).startswith("not judged: 1 distinct of 3 training rows is too few, 5 are needed (base 2.000, ")
     found = compared([0.1, -0.3, -0.2, -0.2, -0.3], copies=[5, 1, 1, 1, 1])
-    assert found.better_by == pytest.approx((1.0 - 0.5) / 9)  # as the loss over all nine says
+    assert found.better_by == pytest.approx((1.0 - 0.5) / 9)  # equal to the loss over all nine
     once = compared([0.1] * 5 + [-0.3, -0.2, -0.2, -0.3])
     assert found.high - found.low > once.high - once.low  # type: ignore[operator]
 
@@ -92,7 +92,7 @@ def test_verdicts(name: str) -> None:
     json.dumps(found.as_json(), allow_nan=False)
 
 
-def test_above_zero_is_better_wherever_it_is_reported() -> None:
+def test_positive_differences_are_reported_as_better() -> None:
     found = compared([-0.2, -0.3, -0.25, -0.3, -0.2])
     assert str(found) == (
         "0.250 nats per token on 5 training rows (95 % interval 0.161 to 0.339; base 2.000, adapter 1.750)"
@@ -112,7 +112,7 @@ def test_above_zero_is_better_wherever_it_is_reported() -> None:
 
 @dataclass
 class Made:
-    """Rows of given lengths; those with the same key are copies."""
+    """Rows of given lengths. Those with the same key are copies."""
 
     lengths: Any
     keys: Sequence[int] | None = None
@@ -132,7 +132,7 @@ def sampled(lengths: Any, budget: int, keys: Sequence[int] | None = None) -> dic
     return gain._sample(TokenizedDataset(Made(lengths, keys)), budget)  # type: ignore[arg-type]
 
 
-def test_the_sample_is_small_and_always_the_same() -> None:
+def test_the_sample_is_small_and_deterministic() -> None:
     many = sampled(np.full(100_000, 10), 10**9)
     assert len(many) == 64 and many == sampled(np.full(100_000, 10), 10**9)
     assert [*many] == sorted(many) and set(many.values()) == {1}
@@ -143,28 +143,29 @@ def test_the_sample_is_small_and_always_the_same() -> None:
 
 @pytest.mark.parametrize("budget", [10, 1000, 3000, 20_000, 10**6])
 @pytest.mark.parametrize("length", [10, 500, 2000, 16_000])
-def test_a_short_run_is_not_followed_by_a_long_comparison(length: int, budget: int) -> None:
-    """Neither more tokens than were trained on, nor many more than a thirty-second part of a long run."""
+def test_the_comparison_after_a_run_is_limited_by_its_length(length: int, budget: int) -> None:
+    """It takes no more tokens than the training, and not many more than a thirty-second of those of a long run."""
     tokens = len(sampled(np.full(100, length), budget)) * length
     assert tokens <= max(budget, 2048)
     assert tokens <= max(budget / 32, 2048, 8 * length)
 
 
-def test_the_sample_holds_distinct_rows() -> None:
-    """A set of ten rows, and a thousand copies of one of them."""
+def test_the_sample_contains_distinct_rows() -> None:
+    """From ten rows, one of which has a thousand copies."""
     found = sampled(np.full(1010, 10), 10**9, [0] * 1000 + [*range(10)])
     assert len(found) == 10 and sum(found.values()) == 1010
     assert max(found.values()) == 1001
 
 
 def gain_line(ran: Ran) -> str:
-    """The line on the gain in the block at the end."""
+    """The line about the gain in the summary of a run."""
     (line,) = [line for line in ran.out.splitlines() if line.startswith("  gain ")]
     return line.removeprefix("  gain ").strip()
 
 
 def by_hand(base_dir: Path, out: Path, texts: Sequence[str] = ()) -> list[RowLosses]:
-    """Loss of each row of ROWS, or of the first 128 tokens of texts, on base and adapter, by stock PEFT in float32."""
+    """The loss of each row of ROWS, or of the first 128 tokens of texts, for base and adapter, by stock PEFT in
+    float32."""
     tokenizer = AutoTokenizer.from_pretrained(out)
     whole = [tokenizer(text).input_ids[:128] for text in texts]
     rows = [(ids[:1], ids[1:]) for ids in whole] or [
@@ -187,7 +188,7 @@ def by_hand(base_dir: Path, out: Path, texts: Sequence[str] = ()) -> list[RowLos
 
 @pytest.fixture
 def biased_dir(tmp_path: Path, tiny_dir: Path) -> Path:
-    """The tiny Llama with biases, which a run may train."""
+    """The tiny Llama with biases, which a run can train."""
     tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
     AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "biased")
     return tmp_path / "biased"
@@ -197,7 +198,7 @@ KINDS: dict[str, dict[str, Any]] = {"plain": {}, "biases": {"bias": "all"}, "pis
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_metrics_are_those_of_stock_peft(
+def test_the_metrics_equal_those_of_stock_peft(
     kind: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, biased_dir: Path
 ) -> None:
     config = run_config(
@@ -208,7 +209,7 @@ def test_the_metrics_are_those_of_stock_peft(
     expected = Gain.of(*by_hand(biased_dir, tmp_path / "out"), "training").as_json()
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     found, way = metrics["gain"], metrics["computed_by"]["gain"]
-    assert metrics["computed_by"].keys() == {"gain", "unrelated_text"}  # what was measured
+    assert metrics["computed_by"].keys() == {"gain", "unrelated_text"}  # the rows and texts that were measured
     assert (way["dtype"], way["layers"] in ("accelerated", "stock"), way["batches"][:6]) == ("float32", True, "packed")
     assert (found["verdict"], found["rows"], found["total"], found["split"]) == ("gain", 40, 40, "training")
     for name, value in found.items():
@@ -236,11 +237,11 @@ def test_the_metrics_are_those_of_stock_peft(
         ("unknown letters", "the tokenizer does not know all letters of English"),
     ],
 )
-def test_where_unrelated_text_cannot_be_read(
+def test_a_run_reports_why_unrelated_text_was_not_measured(
     why: str, text: str, cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path, tiny_dir: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The run is as healthy as ever, and says why."""
+    """The run succeeds as usual, and reports the reason."""
     changes: dict[str, Any] = {"data": {"max_length": 15}} if why == "short rows" else {}
     if why == "full disk":
 
@@ -265,13 +266,13 @@ def test_where_unrelated_text_cannot_be_read(
     assert f"  unrelated text  not measured: {text}" in ran.out
 
 
-def test_what_is_not_finite_is_said() -> None:
+def test_nonfinite_forgetting_is_reported() -> None:
     found = compared([math.nan] * 12)
     assert "has suffered, beyond measure on unrelated text" in Forgetting(found).remark
     assert Forgetting(compared([0.2] * 12)).remark and not Forgetting(compared([0.05] * 12)).remark
 
 
-def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_run_without_gain_reports_it(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e-9, "max_steps": 5}))
     assert ran.code == 0, ran.err
     assert gain_line(ran).startswith(
@@ -280,8 +281,8 @@ def test_no_gain_is_reported(cli: Callable[..., Ran], run_config: MakeConfig, tm
     assert "- **Gain:** none over the base" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
-    """Nor anything else; the checkpoints stay, and the user may have it all the same."""
+def test_a_worse_adapter_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """Nothing else is published either. The checkpoints are kept, and the user can publish the adapter anyway."""
     config = run_config(training={"learning_rate": 1e9, "max_steps": 5, "save_steps": 2})
     ran = cli("train", config)
     check_refused(ran, 6, (Code.TRAINING_WORSE_THAN_BASE, "", ""))
@@ -303,7 +304,7 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
         check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training.learning_rate"))
         assert " all its 5 steps" in ran.err
     assert checkpoints(tmp_path / "out.partial")[0].name == "checkpoint-5"
-    ran = cli("train", config, "--resume")  # it is compared once more
+    ran = cli("train", config, "--resume")  # it is compared again
     check_refused(ran, 6, (Code.TRAINING_WORSE_THAN_BASE, "", ""))
     assert tree(tmp_path / "out.partial") == kept
     ran = cli("train", config, "--resume", "--allow-worse")
@@ -312,11 +313,9 @@ def test_worse_is_not_published(cli: Callable[..., Ran], run_config: MakeConfig,
     assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["gain"]["verdict"] == "worse"
 
 
-def test_held_out_rows_decide_where_there_are_any(
-    cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """What helps on the rows of training does not on others of another kind. A run that is worse there continues if it
-    has steps to take, or other rows to be compared on; its record is gone by then."""
+def test_held_out_rows_decide_if_there_are_any(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """Training improves the loss on its own rows, but not on rows of another kind. A run that is worse on those can
+    continue with more steps, or be compared on other rows; its record is deleted by then."""
     away = [{"prompt": f"{number} and {number} make", "completion": "ZQXJ" * 3} for number in range(12)]
     held_out = str(write_rows(tmp_path / "held.jsonl", away))
     hard = {"lora": {"modules_to_save": ["lm_head"]}, "training": {"learning_rate": 0.1, "max_steps": 60}}
@@ -342,8 +341,8 @@ def test_held_out_rows_decide_where_there_are_any(
     assert change > 0.1 and lost in ran.err
 
 
-def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
-    """Where all of the validation rows are compared: uneven lengths, and copies among them."""
+def test_the_losses_equal_those_of_evaluate(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+    """If all validation rows are compared: rows of uneven length, with copies among them."""
     held_out = [{"prompt": "Say", "completion": f"{number} " * number} for number in (1, 1, 1, 2, 3, 5, 9, 20, 40)]
     path = str(write_rows(tmp_path / "held.jsonl", held_out))
     ran = cli("train", run_config(data={"validation": path}, training={"max_steps": 20}))
@@ -358,7 +357,8 @@ def test_the_losses_are_those_of_evaluate(cli: Callable[..., Ran], run_config: M
 
 
 def test_the_interval_of_the_held_out_loss() -> None:
-    """Of all validation rows it is that of their losses; a quarter of them tells it within twice the width."""
+    """From all validation rows it is the interval of their losses; from a quarter of them it is at most twice as
+    wide."""
     dice = np.random.default_rng(0)
     losses = RowLosses.of(dice.exponential(6, 40).tolist(), [3] * 40)
     found = Gain.of(losses, losses, "validation")

@@ -1,4 +1,4 @@
-"""`loratune generate` on the tiny model: what comes out, on which stream, and what is refused."""
+"""`loratune generate` on the tiny model: the completions, the streams they are written to, and what is refused."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def train(path: Path, base: Path, rows: list[dict[str, Any]], steps: int) -> Pat
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """An adapter trained on conversations, until it answers as they do."""
+    """An adapter trained on conversations until it gives their answers."""
     rows = [
         {"messages": [*user(prompt), {"role": "assistant", "content": answer}]}
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
@@ -64,7 +64,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """An adapter trained on prompt and completion, for a few steps."""
+    """An adapter trained on prompts and completions for a few steps."""
     rows = [
         {"prompt": prompt, "completion": answer, "note": "kept"}
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
@@ -73,7 +73,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
 
 
 class Stock:
-    """Base and adapter by stock transformers and PEFT; a prompt at a time, without padding and without a cache."""
+    """Base and adapter with stock transformers and PEFT, one prompt at a time, without padding and without a cache."""
 
     def __init__(self, adapter: Path, base: Path, on: bool = True):
         self.tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -91,10 +91,10 @@ class Stock:
 
 
 @pytest.mark.parametrize("name", ["plain", "chat"])
-def test_batches_of_uneven_prompts_equal_one_by_one(
+def test_batched_answers_equal_those_of_single_prompts(
     cli: Cli, request: pytest.FixtureRequest, tiny_dir: Path, tmp_path: Path, name: str
 ) -> None:
-    """Greedy answers to more prompts than a batch holds, each rendered as its training row began."""
+    """Greedy answers to more prompts than fit in a batch, each formatted like the beginning of its training row."""
     adapter = request.getfixturevalue(name)
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": prompt, "id": 7} for prompt in UNEVEN])
     out = tmp_path / "answers.jsonl"
@@ -117,12 +117,12 @@ def test_batches_of_uneven_prompts_equal_one_by_one(
     assert len({row["completion"] for row in expected}) > 1
 
 
-def test_it_answers_as_it_was_trained(cli: Cli, chat: Path) -> None:
+def test_an_adapter_answers_as_it_was_trained(cli: Cli, chat: Path) -> None:
     ran = cli("generate", "--adapter", chat, *PROMPTS[:14])
     assert (ran.code, ran.out.splitlines(), ran.err) == (0, ANSWERS[:14], "")
 
 
-def test_all_ways_to_ask_give_the_same_answer(cli: Cli, chat: Path, tmp_path: Path) -> None:
+def test_all_ways_to_pass_a_prompt_give_the_same_answer(cli: Cli, chat: Path, tmp_path: Path) -> None:
     answered = [{"role": "assistant", "content": "not this"}]
     rows = [
         {"prompt": "a:"},
@@ -144,8 +144,10 @@ def test_stdin_is_one_prompt(cli: Cli, plain: Path) -> None:
     assert cli(*arguments, stdin=text + "\n").out == cli(*arguments, text).out != cli(*arguments, "several").out
 
 
-def test_message_lists_count_as_conversations(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
-    """Bare text is a user's turn also for an adapter whose rows were two lists of messages."""
+def test_an_adapter_of_message_lists_treats_text_as_a_user_turn(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """For rows whose prompt and completion are both lists of messages."""
     rows = [{"prompt": user("a"), "completion": [{"role": "assistant", "content": "b"}]}]
     config = run_config(data={"train": str(write_rows(tmp_path / "data.jsonl", rows))})
     assert cli("train", config).code == 0
@@ -153,7 +155,7 @@ def test_message_lists_count_as_conversations(cli: Cli, run_config: MakeConfig, 
     assert ran.out.rstrip("\n") == Stock(tmp_path / "out", tiny_dir).answer("<|user|>what<|end|>\n<|assistant|>")
 
 
-def test_columns_of_training_are_understood(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_columns_of_the_training_data_are_applied(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "data.jsonl", [{"question": "a", "answer": "b"}])
     columns = {"prompt": "question", "completion": "answer"}
     assert cli("train", run_config(data={"train": str(path), "columns": columns})).code == 0
@@ -162,7 +164,7 @@ def test_columns_of_training_are_understood(cli: Cli, run_config: MakeConfig, tm
     assert (ran.code, ran.out) == (0, cli(*arguments, "a").out)
 
 
-def test_base_beside_adapter(cli: Cli, chat: Path) -> None:
+def test_base_prints_both_answers(cli: Cli, chat: Path) -> None:
     ran = cli("generate", "--adapter", chat, "--base", "--max-new-tokens", 4, "a:", "b:")
     assert ran.code == 0, ran.err
     first, base, adapter, second, *_ = ran.out.splitlines()
@@ -171,14 +173,14 @@ def test_base_beside_adapter(cli: Cli, chat: Path) -> None:
 
 
 @pytest.mark.parametrize("row", [{"messages": [*user("z"), *user("a:")]}, {"prompt": user("a:")}, {"text": "a:"}])
-def test_base_beside_adapter_for_rows(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+def test_base_prints_both_answers_to_rows(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any]) -> None:
     asked = write_rows(tmp_path / "asked.jsonl", [row])
     ran = cli("generate", "--adapter", chat, "--base", "--max-new-tokens", 4, "--input", asked)
     assert ran.code == 0, ran.err
     assert (ran.out.splitlines()[0], ran.out.splitlines()[-1][:11]) == ("a:", "  adapter  ")
 
 
-def test_temperature(cli: Cli, plain: Path) -> None:
+def test_temperature_zero_is_greedy_and_the_default(cli: Cli, plain: Path) -> None:
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, *PROMPTS[:8])
     greedy = cli(*arguments).out
     assert cli(*arguments).out == cli(*arguments, "--temperature", 0).out == greedy
@@ -195,11 +197,11 @@ def test_the_same_seed_gives_the_same_text(cli: Cli, plain: Path) -> None:
 
     found = answers("--seed", 7)
     assert found == answers("--seed", 7) != answers("--seed", 8)
-    assert found[: len(PROMPTS)] != found[len(PROMPTS) :]  # another place or batch has other random numbers
+    assert found[: len(PROMPTS)] != found[len(PROMPTS) :]  # another position or batch has other random numbers
 
 
-def test_top_k_and_top_p_narrow_the_samples(cli: Cli, plain: Path) -> None:
-    """Of one token, or of the tokens up to a tiny probability, the likeliest is the only one."""
+def test_top_k_and_top_p_restrict_sampling(cli: Cli, plain: Path) -> None:
+    """To a single token, or to the tokens within a tiny probability, they leave only the most likely one."""
     arguments = ("generate", "--adapter", plain, "--max-new-tokens", 8, *PROMPTS[:8])
     greedy, hot = cli(*arguments).out, (*arguments, "--temperature", 100, "--seed", 1)
     for narrow in (("--top-k", 1), ("--top-p", 1e-6)):
@@ -208,7 +210,7 @@ def test_top_k_and_top_p_narrow_the_samples(cli: Cli, plain: Path) -> None:
 
 
 def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
-    """Each row of a batch ends by itself, also where the text is made of several tokens; the longer ones continue."""
+    """Each row of a batch ends separately, even if the stop text consists of several tokens. Longer rows continue."""
     adapter, loaded = loratune.Adapter(plain), loading.load(AdapterDirectory.open(plain))
     whole = adapter.generate(UNEVEN, max_new_tokens=24)
     long, short = max(whole, key=len), min(filter(None, whole), key=len)
@@ -235,7 +237,7 @@ def test_a_completion_ends_before_a_stop_text(plain: Path) -> None:
         (["--stop", ""], "--stop"),
     ],
 )
-def test_sampling_that_cannot_be(cli: Cli, plain: Path, arguments: list[Any], key: str) -> None:
+def test_invalid_sampling_options_are_refused(cli: Cli, plain: Path, arguments: list[Any], key: str) -> None:
     ran = cli("generate", "--adapter", plain, *arguments, "a")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", key))
 
@@ -247,13 +249,13 @@ def test_sampling_that_cannot_be(cli: Cli, plain: Path, arguments: list[Any], ke
         (["--adapter", "absent", "a"], 2, "[usage.bad_value]"),
     ],
 )
-def test_refused(cli: Cli, plain: Path, arguments: list[Any], code: int, expected: str) -> None:
+def test_invalid_input_is_refused(cli: Cli, plain: Path, arguments: list[Any], code: int, expected: str) -> None:
     ran = cli("generate", "--adapter", plain, *arguments)
     assert (ran.code, ran.out) == (code, "")
     assert expected in ran.err
 
 
-def test_no_such_directory(cli: Cli, tmp_path: Path) -> None:
+def test_a_missing_adapter_is_refused(cli: Cli, tmp_path: Path) -> None:
     ran = cli("generate", "--adapter", tmp_path / "absent", "a")
     check_refused(ran, 5, (Code.ADAPTER_NOT_FOUND, str(tmp_path / "absent"), ""))
     assert ran.out == ""
@@ -272,7 +274,9 @@ EMPTY, TOO_LONG, NO_DIRECTORY = Code.USAGE_NO_PROMPT, Code.DATA_TOO_LONG, Code.O
         (["--output", "absent/answers.jsonl", "a"], (NO_DIRECTORY, "absent/answers.jsonl", "--output")),
     ],
 )
-def test_prompts_and_outputs_are_refused(cli: Cli, chat: Path, arguments: list[str], expected: Expected) -> None:
+def test_invalid_prompts_and_options_are_refused(
+    cli: Cli, chat: Path, arguments: list[str], expected: Expected
+) -> None:
     ran = cli("generate", "--adapter", chat, *arguments)
     check_refused(ran, 2, expected)
     assert ran.out == ""
@@ -281,7 +285,7 @@ def test_prompts_and_outputs_are_refused(cli: Cli, chat: Path, arguments: list[s
         assert ran.err.endswith("; shorten the prompt\n")
 
 
-def test_too_long_says_what_fits(cli: Cli, plain: Path) -> None:
+def test_an_overlong_prompt_is_refused_with_the_limit_that_fits(cli: Cli, plain: Path) -> None:
     ran = cli("generate", "--adapter", plain, "a" * 400)
     check_refused(ran, 2, (TOO_LONG, "prompt 1", ""))
     assert "exceed the model's context of 512 " in ran.err and ran.err.endswith("; set --max-new-tokens to 112\n")
@@ -297,14 +301,16 @@ def test_too_long_says_what_fits(cli: Cli, plain: Path) -> None:
         ({"messages": [{"role": "assistant", "content": "a"}]}, Code.DATA_FIELD),
     ],
 )
-def test_rows_that_ask_nothing(cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any], code: Code) -> None:
+def test_rows_without_a_prompt_are_refused(
+    cli: Cli, chat: Path, tmp_path: Path, row: dict[str, Any], code: Code
+) -> None:
     path = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a"}, row])
     ran = cli("generate", "--adapter", chat, "--input", path)
     check_refused(ran, 4, (code, f"{path}:2", ""))
     assert ran.out == ""
 
 
-def test_a_refusal_leaves_the_output_alone(cli: Cli, plain: Path, tmp_path: Path) -> None:
+def test_refused_input_leaves_the_output_unchanged(cli: Cli, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")
     assert cli("generate", "--adapter", plain, "--output", out, "").code == 2
@@ -312,14 +318,14 @@ def test_a_refusal_leaves_the_output_alone(cli: Cli, plain: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("imports", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_stdout_holds_the_completions_only(imports: bool, chat: Path, forked: Cli) -> None:
-    """imports: also where libraries are imported, as in a test of `train` in `test_quantized.py`."""
+def test_stdout_contains_only_completions(imports: bool, chat: Path, forked: Cli) -> None:
+    """imports: also in a process that imports the libraries itself, as in a test of `train` in `test_quantized.py`."""
     run = process if imports else forked
     assert run("generate", "--adapter", chat, "a:", "b:") == Ran(0, "yes\nox\n", "")
 
 
-def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: ForkServer) -> None:
-    """`generate ... | head -1`: the second batch finds nobody there."""
+def test_a_reader_that_closes_the_pipe_ends_the_command(chat: Path, tmp_path: Path, processes: ForkServer) -> None:
+    """`generate ... | head -1`: nobody reads the second batch."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 64)
     reading, writing = os.pipe()
     running = processes.start(
@@ -331,8 +337,8 @@ def test_a_reader_that_leaves(chat: Path, tmp_path: Path, processes: ForkServer)
     assert (running.wait(), running.said()) == (0, "")
 
 
-def test_output_to_a_pipe_a_link_and_a_directory(cli: Cli, plain: Path, tmp_path: Path) -> None:
-    """A device stays a device, a link stays a link, and a directory is refused before anything is loaded."""
+def test_output_to_a_device_a_link_and_a_directory(cli: Cli, plain: Path, tmp_path: Path) -> None:
+    """A device and a link are kept, and a directory is refused before anything is loaded."""
     (tmp_path / "link").symlink_to(tmp_path / "target")
     (tmp_path / "target").touch()
     for output in (["/dev/null"], [tmp_path / "link", "--overwrite"]):
@@ -344,8 +350,8 @@ def test_output_to_a_pipe_a_link_and_a_directory(cli: Cli, plain: Path, tmp_path
     assert ran.out == ""
 
 
-def test_an_output_is_replaced_only_if_asked(cli: Cli, plain: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    """Refused before anything is loaded; what is read is never replaced."""
+def test_an_existing_output_is_replaced_only_on_request(cli: Cli, plain: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """It is refused before anything is loaded. Input files are never overwritten."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}])
     out = tmp_path / "answers.jsonl"
     out.write_text("precious\n")
@@ -371,7 +377,7 @@ def test_an_output_is_replaced_only_if_asked(cli: Cli, plain: Path, tiny_dir: Pa
 
 
 def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
-    """Answers go where stdout stands; a pipe is written to as it is."""
+    """Answers are written to stdout at its current position, and to a pipe as it is."""
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "a:", "b:", "--output")
     child = processes.start(*command, "/dev/stdout")
     assert child.wait() == 0, child.said()
@@ -396,13 +402,13 @@ OWN = {"id": 2**60 + 1, "share": 0.1, "tags": ["é", {"a": None}], "none": None,
         ({"base": 1, "row_base": 2, "completion": 3}, {"base": "row_row_base", "completion": "reference"}),
     ],
 )
-def test_no_field_is_lost_to_an_answer(own: dict[str, Any], renamed: dict[str, str]) -> None:
+def test_fields_are_not_overwritten_by_answers(own: dict[str, Any], renamed: dict[str, str]) -> None:
     found = {"completion": "given", "base": "other"}
     assert with_own_fields(own, found) == {renamed.get(name, name): value for name, value in own.items()} | found
 
 
-def test_rows_from_stdin_to_stdout(cli: Cli, plain: Path) -> None:
-    """Nothing else is on stdout, and every field has its value."""
+def test_rows_from_stdin_are_answered_on_stdout(cli: Cli, plain: Path) -> None:
+    """Stdout contains nothing else, and the values of all fields are kept."""
     rows = [{"prompt": "a:", **OWN, "base": 1, "completion": "right"}, {"prompt": "b:"}]
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2)
     stdin = "".join(json.dumps(row) + "\n\n" for row in rows)
@@ -414,15 +420,15 @@ def test_rows_from_stdin_to_stdout(cli: Cli, plain: Path) -> None:
     assert [answer for answer, _ in answers] == cli(*command, "a:", "b:").out.splitlines()
 
 
-def test_files_that_are_not_read_are_named(cli: Cli, plain: Path, tmp_path: Path) -> None:
+def test_ignored_files_are_reported(cli: Cli, plain: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"prompt": "a:"}])
     (tmp_path / "more.md").touch()
     ran = cli("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", tmp_path)
     assert ran.code == 0 and "not read: more.md" in ran.err
 
 
-def test_csv_in_gives_csv_out(cli: Cli, plain: Path, tmp_path: Path) -> None:
-    """A table stays a table, with its cells as they were; fields of JSON become columns, and JSON in cells."""
+def test_csv_input_gives_csv_output(cli: Cli, plain: Path, tmp_path: Path) -> None:
+    """A table remains a table with unchanged cells. JSON fields become columns, with JSON in the cells."""
     cells = {"id": "007", "prompt": 'a,"\nb:', "none": "", "formula": "=1+1", "completion": "right"}
     with (tmp_path / "asked.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, cells)
@@ -458,14 +464,14 @@ def test_csv_in_gives_csv_out(cli: Cli, plain: Path, tmp_path: Path) -> None:
         ('{"prompt": "a"}\n\n{"id": 1}\n', Code.DATA_FIELD, "stdin:3"),
     ],
 )
-def test_stdin_that_is_no_rows(cli: Cli, plain: Path, stdin: str, code: Code, place: str) -> None:
+def test_invalid_rows_from_stdin_are_refused(cli: Cli, plain: Path, stdin: str, code: Code, place: str) -> None:
     ran = cli("generate", "--adapter", plain, "--input", "-", "--output", "-", stdin=stdin)
     check_refused(ran, 4, (code, place, ""))
     assert ran.out == ""
 
 
-def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
-    """The lines of one of them, whichever; without --overwrite the other command is refused."""
+def test_two_commands_with_the_same_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
+    """The output has the lines of one of them. Without --overwrite the other command is refused."""
     for overwrite in ((), ("--overwrite",)):
         out = tmp_path / f"answers{len(overwrite)}.jsonl"
         children = []
@@ -487,10 +493,10 @@ def test_two_write_to_one_output(plain: Path, processes: ForkServer, tmp_path: P
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL]
 )
-def test_an_output_of_a_command_that_is_ended(
+def test_an_interrupted_command_leaves_no_output(
     number: signal.Signals, plain: Path, processes: ForkServer, tmp_path: Path
 ) -> None:
-    """Nothing has the name; what a killed one leaves has a name of its own."""
+    """No file has the name of the output. A killed command leaves a temporary file with another name."""
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:"}] * 4_000)
     out = tmp_path / "answers.jsonl"
     child = processes.start("generate", "--adapter", plain, "--input", questions, "--output", out)
@@ -502,7 +508,7 @@ def test_an_output_of_a_command_that_is_ended(
     assert not remaining or re.fullmatch(r"\.answers\.jsonl\.[0-9a-f]{12}\.unfinished", remaining.pop())
 
 
-def test_no_disk_space_for_the_output(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
+def test_a_full_disk_is_reported(plain: Path, processes: ForkServer, tmp_path: Path) -> None:
     out = tmp_path / "answers.jsonl"
     questions = write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", "note": "x" * 5000}])
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", questions, "--output", out)
@@ -513,8 +519,9 @@ def test_no_disk_space_for_the_output(plain: Path, processes: ForkServer, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["asked.jsonl"]
 
 
-def test_files_of_several_formats_are_one_kind_of_rows(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
-    """Conversations under two names train a chat, which bare text is put to; run.yaml repeats it anywhere."""
+def test_files_of_two_conversation_formats_can_be_combined(tmp_path: Path, tiny_dir: Path, cli: Cli) -> None:
+    """Conversations in two formats train one chat adapter, which takes bare text as a turn. run.yaml repeats the
+    run."""
     turns = [("user", "human", "a"), ("assistant", "gpt", "b")]
     for name, key, role, content in (("m", "messages", "role", "content"), ("s", "conversations", "from", "value")):
         names = [openai if name == "m" else sharegpt for openai, sharegpt, _ in turns]

@@ -1,4 +1,5 @@
-"""A base in a GGUF file: trained on as on the same model in safetensors, and found again by what the adapter says."""
+"""A base in a GGUF file: training equals that on the same model in safetensors, and the adapter records how to load
+it."""
 
 import json
 import re
@@ -58,7 +59,7 @@ NAMES = {
 
 
 def write_gguf(path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, **extra: int) -> Path:
-    """Write a Llama as llama.cpp's converter does, in float32; extra: further numbers for its metadata."""
+    """Write a Llama as llama.cpp's converter does, in float32. extra: further numeric metadata."""
     config, writer = llama.config, gguf.GGUFWriter(path, "llama")
     for key, value in extra.items():
         writer.add_uint16(key.replace("_", "."), value)
@@ -82,7 +83,7 @@ def write_gguf(path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
     writer.add_chat_template(tokenizer.chat_template)
     for name, tensor in llama.state_dict().items():
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
-        if heads:  # llama.cpp rotates neighbours, transformers halves
+        if heads:  # llama.cpp rotates adjacent values, transformers rotates halves
             tensor = tensor.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         for ours, theirs in NAMES.items():
             name = name.replace(ours, theirs)
@@ -96,7 +97,7 @@ def write_gguf(path: Path, llama: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> tuple[Path, Path]:
-    """The same model twice: a directory with a GGUF file and nothing else, and one as transformers writes it."""
+    """The same model twice: a directory with only a GGUF file, and one as transformers writes it."""
     packed, plain = (tmp_path_factory.mktemp("gguf") / name for name in ("packed", "plain"))
     packed.mkdir()
     llama = tiny_llama(vocab_size=len(tokenizer))
@@ -106,7 +107,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenize
     return packed, plain
 
 
-def test_the_file_holds_the_model_to_the_bit(pair: tuple[Path, Path]) -> None:
+def test_the_loaded_weights_are_bit_identical(pair: tuple[Path, Path]) -> None:
     packed, plain = (
         load.load_base(ModelSection(name_or_path=str(path), gguf_file=file, dtype="float32")).state_dict()
         for path, file in zip(pair, (FILE, None), strict=True)
@@ -115,7 +116,7 @@ def test_the_file_holds_the_model_to_the_bit(pair: tuple[Path, Path]) -> None:
     assert all(torch.equal(packed[name], plain[name]) for name in plain)
 
 
-def test_trains_generates_and_evaluates_as_the_plain_model_does(
+def test_training_generating_and_evaluating_equal_the_plain_model(
     pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     sections: dict[str, Any] = {"data": {"validation": str(tmp_path / "rows.jsonl")}, "training": {"max_steps": 4}}
@@ -125,7 +126,7 @@ def test_trains_generates_and_evaluates_as_the_plain_model_does(
         config = run_config(f"{kind}.yaml", model=base, output_dir=str(tmp_path / kind), **sections)
         counted = cli("params", config)
         trained = cli("train", config)
-        assert (trained.code, "%|" in trained.err) == (0, False), trained.err  # no bars
+        assert (trained.code, "%|" in trained.err) == (0, False), trained.err  # no progress bars
         out = ("--adapter", tmp_path / kind)
         answered = cli("generate", *out, "--max-new-tokens", 4, "3 and 3 make")
         scored = cli("evaluate", *out, "--data", tmp_path / "rows.jsonl", "--json")
@@ -157,7 +158,7 @@ def logits(tuned: Any) -> torch.Tensor:
         return tuned(torch.arange(12)[None]).logits
 
 
-def test_the_adapter_says_how_to_load_its_base(
+def test_the_adapter_records_how_to_load_its_base(
     adapter_dir: Path, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pair[0])
@@ -172,7 +173,7 @@ def test_the_adapter_says_how_to_load_its_base(
     opened = AdapterDirectory.open(alone, forced=True)
     assert (opened.base.gguf_file, opened.run) == (FILE, None)
 
-    monkeypatch.chdir(adapter_dir.parent)  # the card names the directory as it is called where it lies
+    monkeypatch.chdir(adapter_dir.parent)  # the card names the directory by its actual name
     (code,) = re.findall(r"```python\n(.*?)```", (adapter_dir / "README.md").read_text(), flags=re.DOTALL)
     namespace: dict[str, Any] = {}
     exec(code, namespace)
@@ -190,11 +191,13 @@ def test_the_adapter_says_how_to_load_its_base(
         ('{"base": {"gguf_file": 3}}', "loratune.json: base.gguf_file: "),
     ],
 )
-def test_an_invalid_record_of_the_base(record: str, problem: str, adapter_dir: Path, tmp_path: Path, cli: Cli) -> None:
+def test_an_invalid_record_of_the_base_is_reported(
+    record: str, problem: str, adapter_dir: Path, tmp_path: Path, cli: Cli
+) -> None:
     for file in adapter_dir.iterdir():
         if file.name != "run.yaml":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    if record.startswith('{"'):  # what it says besides is as it was
+    if record.startswith('{"'):  # the rest of the record is unchanged
         known = json.loads((adapter_dir / "loratune.json").read_text())
         del known["files"]["run.yaml"]
         record = json.dumps(known | json.loads(record))
@@ -205,10 +208,10 @@ def test_an_invalid_record_of_the_base(record: str, problem: str, adapter_dir: P
     assert last.startswith(f"error: {tmp_path / 'loratune.json'}: ") and problem in last
 
 
-def test_the_working_directory_is_not_looked_at(
+def test_files_in_the_working_directory_are_not_loaded(
     pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers prefers a file of that name in the working directory: the control."""
+    """As a control: transformers prefers a file of that name in the working directory."""
     other = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
     write_gguf(tmp_path / FILE, other, tokenizer)
     monkeypatch.chdir(tmp_path)
@@ -218,7 +221,7 @@ def test_the_working_directory_is_not_looked_at(
     assert load.load_base(ModelSection(name_or_path=str(pair[0]), gguf_file=FILE)).config.num_hidden_layers == 2
 
 
-def test_the_files_of_the_directory_come_first(
+def test_tokenizer_and_config_of_the_directory_take_precedence(
     pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / FILE).write_bytes((pair[0] / FILE).read_bytes())
@@ -232,7 +235,7 @@ def test_the_files_of_the_directory_come_first(
     assert load.load_base(section).config.max_position_embeddings == 99
 
 
-# Files that are no such thing. Each error comes before torch is imported.
+# Files that are not valid GGUF. Each error is reported before torch is imported.
 
 
 def cut(count: int) -> Callable[[bytes], bytes]:
@@ -262,7 +265,7 @@ print(json.dumps(["torch" in sys.modules, ran.exit_code, ran.stdout, ran.stderr]
 
 
 def without_torch(config: Path) -> Ran:
-    """What a run does that must end before torch is imported."""
+    """The error of a run that must end before torch is imported."""
     child = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, config], capture_output=True, text=True, check=True)
     with_torch, *ran = json.loads(child.stdout)
     assert not with_torch
@@ -274,7 +277,7 @@ APART = [pytest.param(kind, True, marks=() if kind == "header" else pytest.mark.
 
 
 @pytest.mark.parametrize(("kind", "apart"), [*((kind, False) for kind in FAULTY), *APART])
-def test_a_file_that_cannot_be_read(
+def test_an_invalid_file_is_refused(
     kind: str, apart: bool, pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path, cli: Cli
 ) -> None:
     content, (damage, code, text) = (pair[0] / FILE).read_bytes(), FAULTY[kind]
@@ -290,7 +293,7 @@ def test_a_file_that_cannot_be_read(
     assert tree(tmp_path) == before
 
 
-def test_a_whole_file_is_not_refused(pair: tuple[Path, Path]) -> None:
+def test_a_valid_file_is_accepted(pair: tuple[Path, Path]) -> None:
     check(pair[0] / FILE)
 
 
@@ -304,7 +307,7 @@ def test_a_whole_file_is_not_refused(pair: tuple[Path, Path]) -> None:
     ],
 )
 @pytest.mark.parametrize("command", ["train", "params"])
-def test_a_name_that_leads_nowhere(
+def test_a_wrong_file_name_is_refused(
     command: str,
     file: str | None,
     refusal: tuple[Code, str, str],
@@ -319,14 +322,16 @@ def test_a_name_that_leads_nowhere(
     assert ran.out == "" and text in ran.err
 
 
-def test_one_part_of_several(pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_a_part_of_a_split_file_is_refused(
+    pair: tuple[Path, Path], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
     part = write_gguf(tmp_path / FILE, tiny_llama(vocab_size=len(tokenizer)), tokenizer, split_count=3)
     with pytest.raises(ModelError, match=r"one of 3 parts, .*; .*llama-gguf-split --merge") as caught:
         check(part)
     assert meanings(caught.value) == [(Code.MODEL_DAMAGED, str(part), KEY)]
 
 
-def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_missing_gguf_package_is_reported(pair: tuple[Path, Path], run_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text("import sys\nsys.modules['gguf'] = None\n")
     config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
@@ -340,7 +345,7 @@ def test_without_the_package(pair: tuple[Path, Path], run_config: MakeConfig, tm
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Serves one file as huggingface.co does."""
+    """Serves one file like huggingface.co."""
 
     content = b""
 
@@ -372,7 +377,9 @@ def hub(pair: tuple[Path, Path]) -> Iterator[str]:
     server.shutdown()
 
 
-def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+def test_a_gguf_file_of_a_hub_repository(
+    hub: str, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+) -> None:
     local = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache"), "NO_PROXY": "127.0.0.1"}
     base = {"name_or_path": "who/packed", "gguf_file": FILE, "dtype": "float32"}
     config = run_config(model=base, training={"max_steps": 2})
@@ -391,11 +398,11 @@ def test_a_file_of_a_repository(hub: str, run_config: MakeConfig, tmp_path: Path
     assert "the repository has no gone.gguf" in params.said() and params.said().count("\n") == 1
 
 
-# The real one
+# The real model
 
 
 @pytest.mark.slow
-def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_training_on_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     path = ROOT / "models" / "SmolLM2-135M-Instruct-GGUF"
     subprocess.run([sys.executable, ROOT / "scripts" / "fetch_smollm2.py", "--gguf", path], check=True)
     base = {"name_or_path": str(path), "gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "auto"}
@@ -414,11 +421,11 @@ def test_the_real_model(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> Non
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
 
 
-def test_what_a_run_asks_of_machine_and_model_is_asked_once(
+def test_machine_and_model_are_inspected_once_per_run(
     pair: tuple[Path, Path], run_config: MakeConfig, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy of the file, which no other test has had checked. What the memory estimate does with a model that has no
-    numbers does not count."""
+    """With a copy of the file, which no other test has checked. Calls of the memory estimate for a model without
+    weights do not count."""
     calls = Counter[str]()
 
     def counted(owner: Any, name: str) -> None:
@@ -447,7 +454,7 @@ def test_what_a_run_asks_of_machine_and_model_is_asked_once(
     ), calls
 
 
-def test_a_file_that_was_changed_is_checked_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_changed_file_is_checked_again(pair: tuple[Path, Path], tmp_path: Path) -> None:
     path = Path(shutil.copy(pair[0] / FILE, tmp_path))
     check(path)
     path.write_bytes(path.read_bytes()[:-1])

@@ -1,4 +1,4 @@
-"""`loratune evaluate --tasks` on tasks of a few rows, against stock PEFT computed a choice at a time in float32."""
+"""`loratune evaluate --tasks` on tasks of a few rows, compared with stock PEFT, one choice at a time in float32."""
 
 import json
 import math
@@ -55,7 +55,7 @@ GROUP = {
 
 
 def task(folder: Path, name: str, **keys: Any) -> Path:
-    """A task on the rows beside it, as a YAML file."""
+    """A YAML file of a task on the rows in the same directory."""
     rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
     values = {"task": name, **rows, "test_split": "test", "doc_to_text": "{{q}}"} | keys
     path = folder / f"{name}.yaml"
@@ -89,7 +89,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(place: Path) -> dict[str, Any]:
-    """What is printed for all tasks of the directory. No environment variable changes."""
+    """The printed results for all tasks of the directory. No environment variable changes."""
     before = dict(os.environ)
     ran = run(place / "adapter", place / "tasks", "--json")
     assert (ran.code, ran.err) == (0, "")
@@ -100,7 +100,7 @@ def tasks(place: Path) -> dict[str, Any]:
 
 
 class Stock:
-    """Base and adapter by stock transformers and PEFT, without padding, cache, or any code of loratune."""
+    """Base and adapter with stock transformers and PEFT, without padding, cache, or any code of loratune."""
 
     def __init__(self, adapter: Path, base: Path, which: str):
         self.tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -110,7 +110,7 @@ class Stock:
 
     @torch.no_grad()
     def likelihood(self, context: str, text: str) -> float:
-        """The log-likelihood of a text after a context; after the end of a text, where there is none."""
+        """The log-likelihood of a text after a context, or after the end-of-text token if there is none."""
         before = self.tokenizer(context).input_ids or [self.tokenizer.eos_token_id]
         after = self.tokenizer(text).input_ids
         logits = self.model(torch.tensor([before + after])).logits[0, len(before) - 1 : -1]
@@ -130,7 +130,7 @@ class Stock:
 
 
 def right(model: Stock, prompt: str, row: dict[str, Any], by_length: bool = False) -> bool:
-    """Whether the expected choice is the most likely one, by characters if so wished."""
+    """Whether the expected choice is the most likely one, optionally normalized by characters."""
     choices = row["choices"]
     scores = [model.likelihood(prompt, f" {text}") / (len(text) if by_length else 1) for text in choices]
     return max(range(3), key=scores.__getitem__) == row["gold"]
@@ -138,7 +138,7 @@ def right(model: Stock, prompt: str, row: dict[str, Any], by_length: bool = Fals
 
 @pytest.fixture(scope="module")
 def by_hand(place: Path, tiny_dir: Path) -> dict[str, dict[str, list[float]]]:
-    """Figure → model → what each row gives."""
+    """Metric → model → the value of each row."""
     found: dict[str, dict[str, list[float]]] = {}
     for which in (BASE, ADAPTER):
         model = Stock(place / "adapter", tiny_dir, which)
@@ -154,7 +154,7 @@ def by_hand(place: Path, tiny_dir: Path) -> dict[str, dict[str, list[float]]]:
 
 
 @pytest.mark.parametrize("name", ["choice.acc", "choice.acc_norm", "more.acc", "answer.exact_match"])
-def test_shares_equal_a_computation_by_hand(
+def test_rates_equal_an_independent_computation(
     name: str, tasks: dict[str, Any], by_hand: dict[str, dict[str, list[float]]]
 ) -> None:
     of_task, metric = name.split(".")
@@ -174,7 +174,7 @@ def test_shares_equal_a_computation_by_hand(
     assert (figure["rows"], "stderr" in figure) == (12, False)
 
 
-def test_perplexities_equal_a_computation_by_hand(
+def test_perplexities_equal_an_independent_computation(
     tasks: dict[str, Any], by_hand: dict[str, dict[str, list[float]]]
 ) -> None:
     texts = [f"{row['q']} {row['a']}" for row in ROWS]
@@ -187,19 +187,19 @@ def test_perplexities_equal_a_computation_by_hand(
             assert low < figure[model] < high
         assert figure["difference"]["value"] == pytest.approx(figure[ADAPTER] - figure[BASE])
         assert figure["difference"]["low"] < figure["difference"]["value"] < figure["difference"]["high"] < 0
-        assert figure["verdict"] == "better"  # as less is better
+        assert figure["verdict"] == "better"  # as lower is better
     bits, byte = tasks["text"]["bits_per_byte"], tasks["text"]["byte_perplexity"]
     assert bits[ADAPTER] == pytest.approx(math.log2(byte[ADAPTER]))
 
 
-def test_what_is_no_mean_has_the_errors_of_the_harness(tasks: dict[str, Any]) -> None:
+def test_metrics_that_are_not_means_use_the_harness_standard_errors(tasks: dict[str, Any]) -> None:
     figure = tasks["median"]["acc"]
     assert figure["intervals"] == {BASE: None, ADAPTER: None}
     assert all(error is not None and error >= 0 for error in figure["stderr"].values())
     assert (figure["verdict"], figure["difference"]["low"]) == (None, None)
 
 
-def test_a_group_by_size_is_compared_over_all_rows_of_its_tasks(tasks: dict[str, Any]) -> None:
+def test_a_size_weighted_group_is_compared_over_all_rows_of_its_tasks(tasks: dict[str, Any]) -> None:
     by_size, by_task = tasks["both"]["acc"], tasks["both"]["acc_norm"]
     for model in (BASE, ADAPTER):
         values = [tasks[name]["acc"][model] for name in ("choice", "more")]
@@ -208,7 +208,7 @@ def test_a_group_by_size_is_compared_over_all_rows_of_its_tasks(tasks: dict[str,
     assert (by_size["rows"], by_task["rows"]) == (24, 24)
 
 
-def test_a_limit_and_tasks_by_file_and_text_for_people(place: Path) -> None:
+def test_a_limit_with_tasks_given_as_files_and_printed_as_text(place: Path) -> None:
     files = [place / "tasks" / f"{name}.yaml" for name in ("choice", "answer")]
     ran = run(place / "adapter", f"{files[0]}, {files[1]},{files[0]}", "--limit", 3)
     assert (ran.code, ran.err) == (0, "")
@@ -218,7 +218,7 @@ def test_a_limit_and_tasks_by_file_and_text_for_people(place: Path) -> None:
     assert [line.split()[:2] for line in lines[2:]] == [[name, "3"] for name in names]
 
 
-def test_what_is_required_of_tasks_alone(place: Path) -> None:
+def test_requirements_on_tasks_without_data(place: Path) -> None:
     path = place / "tasks" / "choice.yaml"
     texts = ["choice.acc>=0", "choice.acc>2", "choice.bleu>0"]
     ran = run(place / "adapter", path, "--json", *(word for text in texts for word in ("--require", text)))
@@ -239,7 +239,7 @@ def test_what_is_required_of_tasks_alone(place: Path) -> None:
 SHUFFLING = "import random\n\n\ndef shuffled(rows):\n    return rows.select(random.sample(range(12), 12))\n"
 
 
-def test_random_numbers_are_the_same_every_time_and_go_on_as_before(tmp_path: Path) -> None:
+def test_random_numbers_are_reproducible_and_the_state_is_restored(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "own.py").write_text(SHUFFLING)
     path = task(tmp_path, "shuffled", **CHOICE)
@@ -251,7 +251,7 @@ def test_random_numbers_are_the_same_every_time_and_go_on_as_before(tmp_path: Pa
 
 
 def silenced(adapter: Path, target: Path) -> Path:
-    """A copy of an adapter that does nothing: all B are zero."""
+    """A copy of an adapter that has no effect: all B are zero."""
     shutil.copytree(adapter, target)
     weights = load_file(target / "adapter_model.safetensors")
     save_file(
@@ -262,7 +262,7 @@ def silenced(adapter: Path, target: Path) -> Path:
     return target
 
 
-def test_an_adapter_without_effect(place: Path, tmp_path: Path) -> None:
+def test_an_adapter_without_effect_is_reported(place: Path, tmp_path: Path) -> None:
     adapter = silenced(place / "adapter", tmp_path / "adapter")
     ran = run(adapter, place / "tasks", "--force", "--json")
     check_refused(ran, 6, (Code.LORA_UNCHANGED, str(adapter), ""))
@@ -272,7 +272,7 @@ def test_an_adapter_without_effect(place: Path, tmp_path: Path) -> None:
     assert json.loads(ran.out)["tasks"]["answer"]["exact_match"]["verdict"] == "indistinguishable"
 
 
-def test_an_adapter_of_conversations_is_asked_through_its_template(place: Path, tiny_dir: Path, tmp_path: Path) -> None:
+def test_a_chat_adapter_is_prompted_with_its_template(place: Path, tiny_dir: Path, tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 2
     config = config_in(tmp_path, tiny_dir)(
         data={"train": str(write_rows(tmp_path / "chats.jsonl", rows))}, training={"max_steps": 3}
@@ -289,7 +289,7 @@ def test_an_adapter_of_conversations_is_asked_through_its_template(place: Path, 
 
 
 def chosen(model: Stock, row: dict[str, Any]) -> int:
-    """The number of the choice that a model takes in a conversation, where nothing stands before it."""
+    """The index of the choice that a model selects in a conversation without earlier turns."""
     prompt = f"<|user|>{row['q']}<|end|>\n<|assistant|>"
     scores = [model.likelihood(prompt, text) for text in row["choices"]]
     return max(range(3), key=scores.__getitem__)
@@ -298,8 +298,8 @@ def chosen(model: Stock, row: dict[str, Any]) -> int:
 VARYING = "calls = []\n\n\ndef prompt(doc):\n    calls.append(doc)\n    return f'{len(calls)} {doc[\"q\"]}'\n"
 
 
-def test_a_task_that_asks_each_model_something_else(place: Path, tmp_path: Path) -> None:
-    """Its code stands beside the YAML file."""
+def test_a_task_with_different_prompts_per_model_is_refused(place: Path, tmp_path: Path) -> None:
+    """Its code is in a file beside the YAML file."""
     write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "varying.py").write_text(VARYING)
     path = task(tmp_path, "varies", **CHOICE)
@@ -318,7 +318,7 @@ def test_a_task_that_asks_each_model_something_else(place: Path, tmp_path: Path)
         ({"unsafe_code": True}, 2, (Code.EVALUATE_TASK, "bad", "--tasks")),
     ],
 )
-def test_a_task_is_refused_before_the_base_is_loaded(
+def test_an_invalid_task_is_refused_before_the_base_is_loaded(
     keys: dict[str, Any], exit_code: int, expected: Expected, place: Path, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
@@ -332,14 +332,14 @@ def test_a_task_is_refused_before_the_base_is_loaded(
     assert ran.out == ""
 
 
-def test_a_task_that_fails_as_it_is_run(place: Path, tmp_path: Path) -> None:
+def test_a_task_that_fails_while_it_runs_is_reported(place: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
     path = task(tmp_path, "bad", **CHOICE, metric_list=[{"metric": "acc", "aggregation": "f1"}])
     check_refused(run(place / "adapter", path), 4, (Code.EVALUATE_TASK, "", "--tasks"))
 
 
-def test_tasks_beside_rows(place: Path, cli: Cli) -> None:
-    """The figures of rows stand where they stand without tasks."""
+def test_tasks_and_rows_in_one_evaluation(place: Path, cli: Cli) -> None:
+    """The metrics of rows have the same place as without tasks."""
     rows = write_rows(
         place / "held-out.jsonl", [{"prompt": f"{row['q']}:", "completion": f" {row['a']}"} for row in ROWS]
     )
@@ -365,7 +365,7 @@ def test_tasks_beside_rows(place: Path, cli: Cli) -> None:
         (["--tasks", "tasks/", "--metric", "label"], (Code.USAGE_CONFLICT, "", "--metric")),
     ],
 )
-def test_options_that_are_refused(
+def test_invalid_options_are_refused(
     options: list[str], expected: Expected, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -374,22 +374,22 @@ def test_options_that_are_refused(
 
 
 @pytest.mark.slow
-def test_an_unknown_name_of_a_task(place: Path) -> None:
-    """The harness reads 14,000 files to know its tasks."""
+def test_an_unknown_task_name_is_refused(place: Path) -> None:
+    """The harness reads 14,000 files to list its tasks."""
     ran = run(place / "adapter", "arc_esy,hellaswag")
     check_refused(ran, 2, (Code.EVALUATE_TASK, "", "--tasks"))
     assert "did you mean arc_easy" in ran.err
 
 
-def test_without_the_package(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_harness_package_is_reported(place: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compared, "find_spec", lambda name: None)
     ran = cli("evaluate", "--adapter", place / "adapter", "--tasks", "arc_easy")
     check_refused(ran, 2, (Code.SYSTEM_MISSING_PACKAGE, "", "--tasks"))
     assert ran.out == "" and ran.err.endswith("; pip install 'loratune[eval]'\n") and ran.err.count("\n") == 1
 
 
-def test_two_tasks_of_one_name(place: Path, tmp_path: Path) -> None:
-    """The harness would run one of them. A file that is named twice is the same task."""
+def test_two_tasks_with_one_name_are_refused(place: Path, tmp_path: Path) -> None:
+    """The harness would run only one of them. A file that is given twice is the same task."""
     write_rows(tmp_path / "rows.jsonl", ROWS)
     first = task(tmp_path, "bad", **CHOICE)
     second = Path(shutil.copy(first, tmp_path / "second.yaml"))
@@ -399,7 +399,7 @@ def test_two_tasks_of_one_name(place: Path, tmp_path: Path) -> None:
     assert run(place / "adapter", f"{first},{tmp_path}/../{tmp_path.name}/bad.yaml", "--limit", 1).code == 0
 
 
-def test_code_of_a_task_that_ends_the_process(place: Path, tmp_path: Path) -> None:
+def test_task_code_that_exits_the_process_is_an_error(place: Path, tmp_path: Path) -> None:
     """It would look like success."""
     write_rows(tmp_path / "rows.jsonl", ROWS)
     (tmp_path / "own.py").write_text("def text(row):\n    raise SystemExit(0)\n")
@@ -408,7 +408,7 @@ def test_code_of_a_task_that_ends_the_process(place: Path, tmp_path: Path) -> No
     check_refused(run(place / "adapter", path), 4, (Code.EVALUATE_TASK, str(path), ""))
 
 
-def test_a_task_is_no_output(place: Path, cli: Cli, tmp_path: Path) -> None:
+def test_a_task_file_is_not_overwritten_by_the_output(place: Path, cli: Cli, tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", ROWS)
     path = task(tmp_path, "bad", **CHOICE)
     for tasks in (path, tmp_path):

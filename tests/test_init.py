@@ -1,4 +1,4 @@
-"""`loratune init`: rows and a model's name become a config that can be trained, with its reasons."""
+"""`loratune init`: from rows and the name of a model it writes a config that can be trained, with its reasons."""
 
 import json
 import re
@@ -44,12 +44,12 @@ def traced_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def here(traced_here: Path, untraced: None) -> Path:
-    """The same, for tests that are not about memory."""
+    """A working directory, for tests that are not about memory."""
     return traced_here
 
 
 def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
-    """The config that `init` writes, which `train --dry-run` takes."""
+    """The config that `init` writes, checked with `train --dry-run`."""
     ran = cli("init", rows, "--model", model, *options)
     assert ran.code == 0, ran.err
     dry = cli("train", "config.yaml", "--dry-run")
@@ -57,7 +57,7 @@ def written(cli: Cli, model: Path, rows: object, *options: object) -> RunConfig:
     return config.load(Path("config.yaml"))
 
 
-def test_labels(cli: Cli, tiny_dir: Path, traced_here: Path) -> None:
+def test_rows_with_few_distinct_labels(cli: Cli, tiny_dir: Path, traced_here: Path) -> None:
     here = traced_here
     write_rows(here / "parity.jsonl", LABELS)
     ran = cli("init", "parity.jsonl", "--model", tiny_dir)
@@ -84,7 +84,7 @@ def test_conversations(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "chat template" in (here / "config.yaml").read_text()
 
 
-def test_texts_beyond_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_texts_longer_than_the_context_of_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = written(cli, tiny_dir, write_rows(here / "texts.jsonl", TEXTS))
     assert run.data.max_length == 512
     assert "12 of 12 rows are longer" in (here / "config.yaml").read_text()
@@ -92,13 +92,13 @@ def test_texts_beyond_the_model(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "would be needed to keep everything, and the model has 512 positions" in dry, "not an advice that is refused"
 
 
-def test_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_question_and_answer_fields_are_mapped(cli: Cli, tiny_dir: Path, here: Path) -> None:
     rows = [{"Question": f"{number}?", "answer": f"{number}.", "id": number} for number in range(12)]
     run = written(cli, tiny_dir, write_rows(here / "faq.jsonl", rows))
     assert run.data.columns == {"instruction": "Question", "output": "answer"}
 
 
-def test_splits_of_a_directory(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_splits_in_a_directory_are_recognized(cli: Cli, tiny_dir: Path, here: Path) -> None:
     folder = here / "parity"
     (folder / "test").mkdir(parents=True)
     for name in ("train-00000-of-00002", "train-00001-of-00002", "dev", "test/rows", "training_notes"):
@@ -114,7 +114,7 @@ def test_splits_of_a_directory(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert run.output_dir == "parity-adapter"
 
 
-def test_strange_names(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_unusual_file_names(cli: Cli, tiny_dir: Path, here: Path) -> None:
     name = 'no: "it\'s" #1\n\u202e日本 {a}.jsonl'
     (here / "no-it-s-1-日本-a-adapter").mkdir()
     run = written(cli, tiny_dir, write_rows(here / name, ROWS[:10]))
@@ -122,7 +122,7 @@ def test_strange_names(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert run.output_dir == "no-it-s-1-日本-a-adapter-2"
 
 
-def test_what_is_set_stays(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_set_values_are_kept(cli: Cli, tiny_dir: Path, here: Path) -> None:
     rows = [{"a": f"{number}?", "b": f"{number}."} for number in range(12)]
     keys = {"data.columns": "{prompt: a, completion: b}", "training.max_steps": "3", "data.packing": "full"}
     keys |= {"training.per_device_train_batch_size": "2", "data.max_length": "100", "model.dtype": "float32"}
@@ -137,8 +137,8 @@ def test_what_is_set_stays(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert (training.max_steps, training.per_device_train_batch_size, training.gradient_accumulation_steps) == (3, 2, 4)
 
 
-def test_keys_that_need_the_rows_to_be_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """They are checked once it is known whether any are."""
+def test_keys_that_require_held_out_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """They are checked once it is known whether any rows are held out."""
     keys = {
         "training.patience": "3",
         "training.eval_steps": "2",
@@ -151,7 +151,7 @@ def test_keys_that_need_the_rows_to_be_held_out(cli: Cli, tiny_dir: Path, here: 
     assert (run.training.patience, run.training.eval_steps, run.training.keep) == (3, 2, "best")
 
 
-def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_the_config_can_be_written_to_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", ROWS)
     ran = cli("init", "rows.jsonl", "--model", tiny_dir, "--output", "-")
     assert ran.code == 0 and [*here.iterdir()] == [here / "rows.jsonl"]
@@ -159,13 +159,13 @@ def test_the_config_on_stdout(cli: Cli, tiny_dir: Path, here: Path) -> None:
     assert "adapter: " in ran.err
 
 
-def test_a_time_budget_sets_the_length(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_a_time_budget_determines_the_length(cli: Cli, tiny_dir: Path, here: Path) -> None:
     run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", LABELS), "--set", "training.max_minutes=2")
     assert run.training.max_minutes == 2
     assert "num_train_epochs" not in run.training.model_fields_set, "they would be an upper bound"
 
 
-def test_files_beside_those_of_splits_are_named(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_files_beside_the_splits_are_reported_as_left_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
     (here / "rows").mkdir()
     for name in ("train", "more"):
         write_rows(here / "rows" / f"{name}.jsonl", ROWS[:4])
@@ -173,7 +173,7 @@ def test_files_beside_those_of_splits_are_named(cli: Cli, tiny_dir: Path, here: 
     assert ran.code == 0 and "left out" in ran.err and "rows/more.jsonl" in ran.err
 
 
-def test_no_config_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_the_config_is_not_written_among_the_rows(cli: Cli, tiny_dir: Path, here: Path) -> None:
     (here / "rows").mkdir()
     write_rows(here / "rows" / "some.jsonl", ROWS)
     ran = cli("init", "rows", "--model", tiny_dir, "--output", "rows/config.jsonl")
@@ -189,10 +189,10 @@ BASES: dict[str, tuple[dict[str, Any], bytes | None, Code | None]] = {
 
 
 @pytest.mark.parametrize(("changes", "weights", "code"), BASES.values(), ids=BASES)
-def test_bases_that_train_would_refuse(
+def test_bases_that_train_would_refuse_are_refused(
     changes: dict[str, Any], weights: bytes | None, code: Code | None, cli: Cli, tiny_dir: Path, here: Path
 ) -> None:
-    """weights: the content of the file; None for no file, and empty for what it was."""
+    """weights: the content of the file; None for no file, and empty for the original content."""
     shutil.copytree(tiny_dir, here / "model")
     file, values = here / "model" / "config.json", json.loads((tiny_dir / "config.json").read_text())
     file.write_text(json.dumps(values | changes))
@@ -204,7 +204,7 @@ def test_bases_that_train_would_refuse(
     assert (ran.code, f"[{code}]" in ran.err) == ((3, True) if code else (0, False)), ran.err
 
 
-def test_names_of_fields_in_a_message_are_bounded(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_a_message_lists_a_limited_number_of_fields(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", [{f"k{number}" * 1000: "a" for number in range(1000)}])
     ran = cli("init", "rows.jsonl", "--model", tiny_dir)
     check_refused(ran, 4, (Code.DATA_FORMAT, "rows.jsonl:1", ""))
@@ -212,7 +212,7 @@ def test_names_of_fields_in_a_message_are_bounded(cli: Cli, tiny_dir: Path, here
 
 
 @pytest.mark.slow
-def test_many_rows_are_sampled(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_only_a_sample_of_many_rows_is_measured(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "rows.jsonl", ({"text": f"{number:08}"} for number in range(20_040)))
     ran = cli("init", "rows.jsonl", "--model", tiny_dir)
     assert ran.code == 0 and "9 tokens in the median" in ran.out and " 20,000 " in ran.out
@@ -242,7 +242,7 @@ REFUSED: dict[str, tuple[Any, list[str], int, Code, str, str]] = {
 
 
 @pytest.mark.parametrize(("rows", "options", "exit_code", "code", "where", "key"), REFUSED.values(), ids=REFUSED)
-def test_refused(
+def test_invalid_input_is_refused(
     rows: Any,
     options: list[str],
     exit_code: int,
@@ -260,7 +260,7 @@ def test_refused(
     assert (here / "taken").read_text() == "mine" and not (here / "config.yaml").exists()
 
 
-def test_conversations_need_a_template(
+def test_conversations_require_a_template(
     cli: Cli, tiny_dir: Path, tokenizer: PreTrainedTokenizerFast, here: Path
 ) -> None:
     model = here / "model"
@@ -302,7 +302,7 @@ def test_conversations_need_a_template(
         ({"dialog": [{"from": "human", "value": "a"}]}, True, {"conversations": "dialog"}),
     ],
 )  # fmt: skip
-def test_columns_by_their_names(fields: dict[str, Any], chat: bool, columns: dict[str, str]) -> None:
+def test_columns_are_proposed_by_field_names(fields: dict[str, Any], chat: bool, columns: dict[str, str]) -> None:
     assert propose_columns(fields, chat=chat) == columns
 
 
@@ -324,10 +324,10 @@ COMPARED = [{"question": f"What is {number}?", "chosen": "It is one.", "rejected
         ([{"instruction": row.pop("question"), **row} for row in map(dict, COMPARED)], None, ""),
     ],
 )
-def test_rows_of_text_that_are_questions_and_answers(
+def test_texts_that_are_questions_and_answers_are_mapped(
     rows: list[dict[str, Any]], columns: dict[str, str] | None, reason: str, cli: Cli, tiny_dir: Path, here: Path
 ) -> None:
-    """The config that is written reads the rows as they are meant, and says why it maps their fields."""
+    """The written config reads the rows as intended, and explains why it maps their fields."""
     write_rows(here / "rows.jsonl", rows)
     assert cli("init", "rows.jsonl", "--model", tiny_dir).code == 0
     text = (here / "config.yaml").read_text()
@@ -339,7 +339,7 @@ def test_rows_of_text_that_are_questions_and_answers(
     assert shown.code == 0, shown.err
 
 
-def test_choices_by_counts() -> None:
+def test_choices_that_depend_on_the_number_of_rows() -> None:
     lengths = np.array([10] * 990 + [500] * 10)
     assert [auto.max_length(lengths, context)[0] for context in (None, 32)] == [64, 32]
     assert auto.max_length(np.array([70, 100]), None)[0] == 128
@@ -353,7 +353,9 @@ def test_choices_by_counts() -> None:
     ("free", "quantizable", "chosen"),
     [(1 << 40, True, (8, "none", False)), (0, True, (1, "4bit", True)), (0, False, (1, "none", True))],
 )
-def test_what_memory_asks_for(free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path) -> None:
+def test_settings_are_chosen_to_fit_in_memory(
+    free: int, quantizable: bool, chosen: tuple[int, str, bool], tmp_path: Path
+) -> None:
     values: dict[str, Any] = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl"}, "output_dir": "out"}
     draft = config.draft(values, "test")
     run = config.from_draft(draft)
@@ -378,7 +380,7 @@ class Tokenized(list[dict[str, Any]]):
 
 
 def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
-    """Rows whose first 12 tokens are the same, and whose last 4 are supervised."""
+    """Rows that share their first 12 tokens and have their last 4 supervised."""
     tokenized = Tokenized(
         {
             "input_ids": [*range(12), *(12 + (number + place) % 250 for place in range(4))],
@@ -390,8 +392,8 @@ def measured(split: DatasetSplit, count: int, saved: float) -> MeasuredRows:
 
 
 @pytest.mark.parametrize("packing", ["batch", "full"])
-def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None:
-    """Where they will be shared: of 8 rows, 12 + 8 * 4 tokens are computed. What is cut begins later."""
+def test_the_memory_estimate_accounts_for_shared_prefixes(packing: str, tmp_path: Path) -> None:
+    """If they will be shared: 8 rows take 12 + 8 * 4 tokens. Truncation comes later."""
     seen = []
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), DataSection(train="rows.jsonl"))
     for share, saved, dropout in (("auto", 0.6, 0.0), (False, 0.6, 0.0), ("auto", 0.01, 0.0), ("auto", 0.6, 0.1)):
@@ -411,7 +413,7 @@ def test_memory_is_that_of_shared_prefixes(packing: str, tmp_path: Path) -> None
     assert 0.25 * min(alone) < shared < 0.45 * min(alone)
 
 
-def test_the_arithmetic_of_training() -> None:
+def test_the_number_of_operations_of_training() -> None:
     model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
     lengths, supervised = np.array([3, 5]), np.array([1, 2])
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
@@ -428,7 +430,7 @@ def test_the_arithmetic_of_training() -> None:
             costs = Costs.of_run(model, run, lengths, supervised, 0.0)
             expected = factor * weights * tokens + logits * 6 + attention * pairs
             assert costs.work(run.training, held_out=0) == (2, expected)
-            evaluations = 4 / (3 * 16)  # one more is more than a tenth of the training
+            evaluations = 4 / (3 * 16)  # one more would be more than a tenth of the training
             assert costs.work(run.training, held_out=4) == (2, pytest.approx(expected * (1 + evaluations)))
             assert costs.work(run.training, held_out=0, share=0.5)[1] == pytest.approx(expected / 2)
 
@@ -453,8 +455,8 @@ def test_shared_prefixes_are_computed_once(data: dict[str, Any], dropout: float,
     assert shared == pytest.approx(part * alone)
 
 
-def test_packs_are_counted_as_training_takes_them(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """The steps that the user is told are those of `train`, whose items are packs of rows."""
+def test_packs_are_counted_as_in_training(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """The reported number of steps equals that of `train`, whose items are packs of rows."""
     write_rows(here / "rows.jsonl", LABELS)
     options = [f"data.validation={write_rows(here / 'dev.jsonl', ROWS)}", "data.packing=full"]
     options += ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=1"]
@@ -465,7 +467,7 @@ def test_packs_are_counted_as_training_takes_them(cli: Cli, tiny_dir: Path, here
     assert steps is not None and f" for {steps[1]} steps" in ran.out, ran.out + dry.err + dry.out
 
 
-def test_reasons_never_break_a_config() -> None:
+def test_reasons_with_special_characters_keep_the_config_valid() -> None:
     text = "a: b # c\r\n\x85\u2028\ufffe\x1b[1m"
     values: dict[str, Any] = {
         "model": {"name_or_path": text},
@@ -479,8 +481,8 @@ def test_reasons_never_break_a_config() -> None:
     assert yaml.safe_load(draft.text(text))["data"] == values["data"], "other readers agree"
 
 
-def test_texts_with_labels_are_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """As text alone, rows would be trained without what their labels say."""
+def test_texts_with_labels_become_questions_and_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """Trained as text alone, rows would lose their labels."""
     file = here / "reviews.csv"
     file.write_text(
         "text,label\n" + "".join(f"{number} is,{'odd' if number % 2 else 'even'}\n" for number in range(60))
@@ -495,7 +497,7 @@ def test_texts_with_labels_are_questions_and_answers(cli: Cli, tiny_dir: Path, h
 
 
 def classified(**others: Any) -> list[dict[str, Any]]:
-    """Tickets of three classes, of which one is written in three ways. others: field → its values, repeated."""
+    """Tickets of three classes, one of which is spelled in three ways. others: field → its values, repeated."""
     kinds = ["Billing"] * 12 + ["billing "] * 3 + ["biling", "Refund", ""] + ["Log in"] * 12 + ["log-in"] * 2
     rows = [{"id": f"T-{number}", "kind": kind, "text": f"is {number}"} for number, kind in enumerate(kinds)]
     rows[3]["text"] = rows[20]["text"] = " "
@@ -508,8 +510,8 @@ def renamed(rows: list[dict[str, Any]], **names: str) -> list[dict[str, Any]]:
     return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
-def test_classes_beside_texts_are_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """Whatever the field is called; the classes are listed, with what may be wrong with them."""
+def test_class_labels_beside_texts_become_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """Whatever the field is called. The classes are listed, with possible misspellings."""
     write_rows(here / "tickets.jsonl", classified())
     ran = cli("init", "tickets.jsonl", "--model", tiny_dir)
     assert ran.code == 0, ran.err
@@ -553,10 +555,10 @@ COLUMNS = {"instruction": "text", "output": "kind"}
         (classified(body=[f"{one} and" for one in range(40)]), "", COLUMNS, []),
     ],
 )
-def test_which_field_has_the_classes(
+def test_the_field_of_class_labels_is_chosen(
     rows: list[dict[str, Any]], text: str, columns: dict[str, str] | None, said: list[str]
 ) -> None:
-    """columns: None where nobody can tell, and the user is asked."""
+    """columns: None if the field is ambiguous and the user is asked."""
     numbered = [Row(f"rows.jsonl:{number}", row) for number, row in enumerate(rows, start=1)]
     if columns is None:
         with pytest.raises(DataError) as caught:
@@ -582,12 +584,12 @@ def test_which_field_has_the_classes(
         (["positive", "negative", "neutral"], 0),
     ],
 )
-def test_classes_that_look_alike(names: list[str], groups: int) -> None:
+def test_similar_class_names_are_grouped(names: list[str], groups: int) -> None:
     assert [sorted(group) for group in fields.alike(names)] == [sorted(names)] * groups
 
 
-def test_a_thousand_classes_that_look_alike() -> None:
-    """All become one group, each by another letter, without going through the group for each name."""
+def test_a_thousand_similar_class_names_are_grouped_fast() -> None:
+    """They form one group, each differing by one letter; the group is not searched again for each name."""
     word = "".join(chr(ord("a") + number % 26) for number in range(40))
     names = {
         word[:place] + letter + word[place + 1 :] for place in range(40) for letter in "abcdefghijklmnopqrstuvwxyz"
@@ -598,15 +600,15 @@ def test_a_thousand_classes_that_look_alike() -> None:
 @pytest.mark.parametrize(
     "name", ["it's", "b'c; touch x; '", "a: b", "{x}", "a, b", "x # y", "no", "1e3", "é ü", '"', "$(x)"]
 )
-def test_a_name_can_be_pasted(name: str) -> None:
-    """What is proposed as an option is one word of a shell, and reads as the names that it was made of."""
+def test_a_suggested_option_can_be_pasted_into_a_shell(name: str) -> None:
+    """A suggested option is a single shell word, and is parsed back into the names that it was made of."""
     flag, word = shlex.split(keys.assignment("data.columns", {"instruction": name, name: "output"}))
     key, _, value = word.partition("=")
     assert (flag, key, yaml.safe_load(value)) == ("--set", "data.columns", {"instruction": name, name: "output"})
 
 
-def test_the_user_decides_between_answers(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """The message has the options to choose from; that of the text alone, e.g., is one."""
+def test_the_user_chooses_between_possible_answer_fields(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """The message contains the options to choose from, one of which is to train on the text alone."""
     write_rows(here / "rows.jsonl", renamed(classified(**URGENT), text="ticket"))
     ran = cli("init", "rows.jsonl", "--model", tiny_dir)
     check_refused(ran, 4, (Code.DATA_FORMAT, "rows.jsonl:1", "data.columns"))
@@ -620,8 +622,8 @@ def test_the_user_decides_between_answers(cli: Cli, tiny_dir: Path, here: Path) 
     assert ran.code == 0 and config.load(here / "config.yaml").data.columns == {"text": "ticket"}
 
 
-def test_rows_that_all_belong_together_are_not_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
-    """Copies of a row stay on one side, so a fraction would leave none to train on."""
+def test_rows_that_are_all_related_are_not_held_out(cli: Cli, tiny_dir: Path, here: Path) -> None:
+    """Copies of a row stay in one split, so any fraction would leave no rows to train on."""
     run = written(cli, tiny_dir, write_rows(here / "rows.jsonl", [{"prompt": "1 +", "completion": " 1"}] * 60))
     assert run.data.validation is None
     assert "all of them belong together" in (here / "config.yaml").read_text()
@@ -633,6 +635,6 @@ def test_rows_that_all_belong_together_are_not_held_out(cli: Cli, tiny_dir: Path
     assert re.search(rf"^ *validation +{held_out} ", dry.out, flags=re.MULTILINE), dry.out
 
 
-def test_the_hint_for_unknown_fields_takes_the_template(cli: Cli, tiny_dir: Path, here: Path) -> None:
+def test_the_hint_for_unknown_fields_depends_on_the_chat_template(cli: Cli, tiny_dir: Path, here: Path) -> None:
     write_rows(here / "odd.jsonl", ODD)
     assert "{instruction: YOURS, output: YOURS}" in cli("init", "odd.jsonl", "--model", tiny_dir).err

@@ -1,4 +1,4 @@
-"""`data.invalid_rows: drop`: rows that cannot be used are left out, counted and listed; else they stop the run."""
+"""`data.invalid_rows: drop`: unusable rows are left out, counted and listed. With the default they stop the run."""
 
 import gzip
 import json
@@ -33,7 +33,7 @@ def section(path: Path, **changes: Any) -> DataSection:
 
 @pytest.fixture(scope="module")
 def renderer() -> Renderer:
-    """Its template refuses system messages."""
+    """A renderer whose template refuses system messages."""
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = REFUSING
     return Renderer(tokenizer)
@@ -104,7 +104,7 @@ def test_invalid_rows_are_dropped_counted_and_listed(
     )
 
 
-def test_rows_of_a_table(tmp_path: Path, renderer: Renderer) -> None:
+def test_invalid_rows_of_a_table_are_listed(tmp_path: Path, renderer: Renderer) -> None:
     path = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"text": ["a", None, "b"]}), path)
     assert prepared(renderer, section(path)).report.invalid.first == [f"{path}:row 2: `text` must be text, got null"]
@@ -124,10 +124,10 @@ STAYS: dict[str, tuple[str, bytes, dict[str, Any], Code]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "changes", "code"), STAYS.values(), ids=STAYS)
-def test_what_stays_an_error(
+def test_errors_that_are_not_dropped(
     tmp_path: Path, renderer: Renderer, name: str, content: bytes, changes: dict[str, Any], code: Code
 ) -> None:
-    """What is no error of a row alone, and more rows than may be dropped."""
+    """Errors that do not belong to a single row, and more invalid rows than may be dropped."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         prepared(renderer, section(tmp_path / name, **changes))
@@ -135,7 +135,7 @@ def test_what_stays_an_error(
     assert code != Code.DATA_EMPTY or "2 rows dropped: " in str(caught.value)
 
 
-def test_ten_are_listed_and_the_others_counted(tmp_path: Path, renderer: Renderer) -> None:
+def test_ten_rows_are_listed_and_the_others_counted(tmp_path: Path, renderer: Renderer) -> None:
     path = tmp_path / "rows.txt"
     path.write_bytes(b"a\n" * 20 + b"\xff\n" * 12)
     lines = prepared(renderer, section(path)).report.remarks(1024)
@@ -144,11 +144,11 @@ def test_ten_are_listed_and_the_others_counted(tmp_path: Path, renderer: Rendere
     assert any(line.startswith("12 rows dropped: ") and f" [data.syntax] ({path}:21, " in line for line in lines)
 
 
-# The rows that are left are those of files without the others
+# The remaining rows equal those of files without the invalid ones
 
 
 def mixed(tmp_path: Path, more: bytes = b"") -> tuple[Path, Path]:
-    """Two files with the same rows, of which the second has others between them. more: another line of it."""
+    """Two files with the same rows; the second has invalid rows between them. more: another line of it."""
     good = write_rows(tmp_path / "good.jsonl", [row | {"topic": number // 2} for number, row in enumerate(ROWS)])
     lines = good.read_bytes().splitlines(keepends=True)
     lines[30:30] = [more, b"{]\n"]
@@ -166,7 +166,7 @@ def mixed(tmp_path: Path, more: bytes = b"") -> tuple[Path, Path]:
         {"truncation": "drop", "max_length": 16},
     ],
 )
-def test_the_others_are_the_rows_of_a_file_without_them(
+def test_the_remaining_rows_equal_those_of_a_clean_file(
     tmp_path: Path, renderer: Renderer, changes: dict[str, Any]
 ) -> None:
     good, bad = mixed(
@@ -186,8 +186,8 @@ def test_the_others_are_the_rows_of_a_file_without_them(
     assert fingerprints(good) == fingerprints(bad)
 
 
-def test_the_cache_knows_which_rows_were_dropped(tmp_path: Path, renderer: Renderer) -> None:
-    """Their number is the same in both."""
+def test_the_cache_distinguishes_which_rows_were_dropped(tmp_path: Path, renderer: Renderer) -> None:
+    """The number of dropped rows is the same in both."""
     path = write_rows(tmp_path / "rows.jsonl", [row | {"one": n, "two": n} for n, row in enumerate(ROWS)])
     path.write_bytes(
         path.read_bytes()
@@ -198,8 +198,10 @@ def test_the_cache_knows_which_rows_were_dropped(tmp_path: Path, renderer: Rende
     assert {row.where for row in first.rows.rows()} != {row.where for row in second.rows.rows()}
 
 
-def test_a_run_and_an_evaluation(cli: Cli, run_config: Callable[..., Path], tmp_path: Path) -> None:
-    """A resumed run has the same rows as before; the record and the evaluation tell what was dropped."""
+def test_dropped_rows_in_training_resuming_and_evaluation(
+    cli: Cli, run_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """A resumed run has the same rows as before; the record and the evaluation report the dropped ones."""
     _, bad = mixed(tmp_path)
     config = run_config(data={"train": str(bad), "invalid_rows": "drop"}, training={"save_steps": 1})
     problems = {1: Code.DATA_SYNTAX, 32: Code.DATA_SYNTAX, 43: Code.DATA_FIELD}

@@ -1,4 +1,4 @@
-"""Which step of a run becomes the adapter, when patience ends it, and the test rows, by which nothing is chosen."""
+"""Which step of a run becomes the adapter, when patience ends the run, and test rows, which influence no choice."""
 
 import json
 import math
@@ -57,13 +57,13 @@ BEST, LAST = 15, 24
 
 
 def until_step(step: int) -> list[str]:
-    """Settings with which the run ends at a step, and keeps it. Its learning rate is constant."""
+    """Settings with which the run ends at a step, and keeps it. The learning rate is constant."""
     return [part for value in (f"max_steps={step}", "keep=last") for part in ("--set", f"training.{value}")]
 
 
 @pytest.fixture(scope="module")
 def overfitted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A folder with that run: `out` is the adapter of the whole run, `early` that of one up to the best step."""
+    """A folder with that run: `out` is the adapter of the whole run, `early` that of a run up to the best step."""
     folder = tmp_path_factory.mktemp("overfitted")
     config = overfitting(folder, config_in(folder, tiny_dir))
     early = processes.start("train", config, *until_step(BEST), "--set", f"output_dir={folder / 'early'}")
@@ -81,18 +81,18 @@ def overfitted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, 
     [
         (200, 60_000, 600, 20),
         (201, 60_000, 600, 21),
-        (200, 60_000, 3_600, 40),  # of which 5 cost as much as 6,000 tokens that are trained on
+        (200, 60_000, 3_600, 40),  # of which 5 cost as much as 6,000 training tokens
         (200, 60_000, 3_601, 50),
         (200, 60_000, 60_000, 200),
         (5, 60_000, 10, 1),
         (1, 10, 10_000, 1),
     ],
 )
-def test_evaluation_steps_are_chosen(steps: int, trained: int, held_out: int, expected: int) -> None:
+def test_the_evaluation_interval_is_chosen(steps: int, trained: int, held_out: int, expected: int) -> None:
     assert interval(steps, trained, held_out) == expected
 
 
-def test_evaluations_are_about_ten_and_cost_a_tenth() -> None:
+def test_there_are_about_ten_evaluations_that_cost_a_tenth() -> None:
     for steps in (1, 7, 19, 20, 200, 12_345):
         for trained in (10, 9_999, 10**9):
             for held_out in (1, 200, 10**6):
@@ -104,13 +104,13 @@ def test_evaluations_are_about_ten_and_cost_a_tenth() -> None:
                     assert chosen.count > min(5, steps - 1)
 
 
-def test_evaluation_steps_that_are_set_stay(overfitted: Path) -> None:
+def test_a_set_evaluation_interval_is_kept(overfitted: Path) -> None:
     assert evaluation_steps(TrainingSection(max_steps=40, eval_steps=3), 9, 1, 1, 9, 10**6).interval == 3
     assert held_out_steps(overfitted / "out") == [*range(3, LAST + 1, 3)]
 
 
-def test_steps_are_counted_as_they_are_taken(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """In mid-epoch, with an accumulation that does not fit; the steps are the same on two processes."""
+def test_the_planned_steps_equal_those_taken(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Ending within an epoch, with an accumulation that does not divide it. The steps are the same on two processes."""
     training: dict[str, Any] = {
         "num_train_epochs": 2.6, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 4
     }  # fmt: skip
@@ -135,7 +135,7 @@ def test_the_best_step_becomes_the_adapter(overfitted: Path) -> None:
     assert (metrics["steps"], metrics["kept_step"], metrics["stopped_early"]) == (LAST, BEST, False)
     assert metrics["held_out_loss"] == metrics["best_held_out_loss"] == losses[BEST]
     assert metrics["last_held_out_loss"] == losses[LAST]
-    assert metrics["gain"]["adapter"] == pytest.approx(losses[BEST], abs=1e-5)  # of the same rows, one by one
+    assert metrics["gain"]["adapter"] == pytest.approx(losses[BEST], abs=1e-5)  # of the same rows, one at a time
     for text in ((overfitted / "said").read_text(), (overfitted / "out" / "README.md").read_text()):
         kept = rf"{losses[BEST]:.4f} \(95 % interval [0-9. to]+\) at step {BEST}, kept: [^;]*, so optimistic;"
         assert re.search(kept, text), text
@@ -143,14 +143,14 @@ def test_the_best_step_becomes_the_adapter(overfitted: Path) -> None:
 
 
 def test_the_last_step_becomes_the_adapter(overfitted: Path) -> None:
-    """Which held-out loss was lower is said all the same, but nothing was selected by it."""
+    """The lowest held-out loss is still reported, but was not used to select the step."""
     run = record(overfitted / "early")
     assert (run["metrics"]["kept_step"], run["metrics"]["steps"]) == (BEST, BEST)
     assert run["metrics"]["held_out_loss"] == record(overfitted / "out")["metrics"]["held_out_loss"]
     assert "optimistic" not in (overfitted / "early" / "README.md").read_text()
 
 
-def test_of_equal_losses_the_earlier_counts() -> None:
+def test_the_earlier_step_wins_if_losses_are_equal() -> None:
     seen = BestRecord(5, 2.0).after(10, 2.0)
     assert seen == BestRecord(5, 2.0, 2, 1)
     assert seen.after(15, 1.5) == BestRecord(15, 1.5, 3, 0)
@@ -168,7 +168,7 @@ def test_of_equal_losses_the_earlier_counts() -> None:
         (StepLosses, {"total": 2.0, "steps": 1, "more": 1}),
     ],
 )
-def test_records_that_no_run_writes(read: Callable[[Any], object], values: Any) -> None:
+def test_invalid_records_are_refused(read: Callable[[Any], object], values: Any) -> None:
     with pytest.raises(ValueError):
         read(**values)
 
@@ -191,10 +191,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if number < 2 else pytest.mark.slow) for number, name in enumerate(VARIANTS)]
 )
-def test_every_kind_of_weight_is_put_back(
+def test_every_kind_of_weight_is_restored(
     name: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The learning rate is far too high, so that the best step is an early one."""
+    """The learning rate is far too high, so the best step is an early one."""
     sections = dict(VARIANTS[name])
     if "bias" in sections.get("lora", {}):
         tiny_llama(attention_bias=True).save_pretrained(tmp_path / "biased")
@@ -263,7 +263,7 @@ def check_as_if_undisturbed(folder: Path, overfitted: Path) -> None:
     assert not (folder / "out.partial").exists()
 
 
-def test_killed_again_and_again(
+def test_a_run_killed_several_times_resumes_to_the_same_result(
     overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     config = overfitting(tmp_path, run_config)
@@ -279,7 +279,7 @@ def test_killed_again_and_again(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_once(
+def test_a_run_killed_once_resumes_to_the_same_result(
     moment: str, overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     config = overfitting(tmp_path, run_config)
@@ -302,10 +302,10 @@ trainer.RunTrainer._before_batch = stopped
 """
 
 
-def test_stopped_in_its_evaluation(
+def test_a_run_stopped_during_its_evaluation(
     overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """And again as it is made up for: no step is taken without it."""
+    """It is stopped again while it repeats the evaluation: no further step is taken before that is done."""
     config = overfitting(tmp_path, run_config)
     for resume in ([], ["--resume"]):
         child = processes.start("train", config, *resume, first=STOP)
@@ -342,7 +342,7 @@ CHANGES: dict[str, tuple[list[str], int]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_other_settings_after_the_best_step(name: str, after_best: Path, cli: Cli, tmp_path: Path) -> None:
+def test_changed_settings_after_the_best_step(name: str, after_best: Path, cli: Cli, tmp_path: Path) -> None:
     settings, kept = CHANGES[name]
     ran = cli("train", copy_of(after_best, tmp_path), *changed(*settings))
     assert ran.code == 0, ran.err
@@ -351,8 +351,8 @@ def test_other_settings_after_the_best_step(name: str, after_best: Path, cli: Cl
     assert metrics["stopped_early"] == (name == "patience")
 
 
-def test_evaluations_on_other_rows_do_not_count(after_best: Path, cli: Cli, tmp_path: Path) -> None:
-    """Nor do those whose weights were not kept."""
+def test_evaluations_on_other_rows_are_discarded(after_best: Path, cli: Cli, tmp_path: Path) -> None:
+    """And so are those whose weights were not kept."""
     config = copy_of(after_best, tmp_path)
     other = write_rows(tmp_path / "other.jsonl", LEARNT)
     ran = cli("train", config, *changed(f"data.validation={other}"))
@@ -363,8 +363,8 @@ def test_evaluations_on_other_rows_do_not_count(after_best: Path, cli: Cli, tmp_
     assert held_out_steps(tmp_path / "out") == [18, 21, 24]
 
 
-def test_evaluations_on_rows_that_are_gone(after_best: Path, cli: Cli, tmp_path: Path) -> None:
-    """They give no held-out loss of the adapter, and its card none either."""
+def test_evaluations_on_removed_validation_rows_are_discarded(after_best: Path, cli: Cli, tmp_path: Path) -> None:
+    """The adapter has no held-out loss from them, and neither has its card."""
     ran = cli("train", copy_of(after_best, tmp_path), *changed("data.validation=null", "training.eval_steps=null"))
     assert ran.code == 0, ran.err
     metrics = record(tmp_path / "out")["metrics"]
@@ -372,11 +372,12 @@ def test_evaluations_on_rows_that_are_gone(after_best: Path, cli: Cli, tmp_path:
 
 
 @pytest.mark.parametrize("is_earlier_release, counted", [(True, 4), (False, 8)])
-def test_a_checkpoint_of_the_best_step(
+def test_a_checkpoint_at_the_best_step(
     overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path,
     is_earlier_release: bool, counted: int,
 ) -> None:  # fmt: skip
-    """One of an earlier release, without a record of it, is evaluated again; and no file but its own is read."""
+    """A checkpoint of an earlier release, without a record of the best step, is evaluated again. Only its own files are
+    read."""
     config = overfitting(tmp_path, run_config, training={"save_steps": 5, "logging_steps": 3})
     killed(processes, f"kill(trainer.RunTrainer, '_prepare_inputs', at({BEST}))", config)
     checkpoint = checkpoints(tmp_path / "out.partial")[0]
@@ -394,7 +395,7 @@ def test_a_checkpoint_of_the_best_step(
     assert held_out_steps(tmp_path / "out") == [*range(3, LAST + 1, 3)]
 
 
-def test_a_best_step_whose_weights_were_not_kept(
+def test_a_best_step_whose_weights_were_not_kept_is_discarded(
     overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     config = overfitting(tmp_path, run_config, training={"keep": "last"})
@@ -408,8 +409,11 @@ def test_a_best_step_whose_weights_were_not_kept(
 # Patience
 
 
-def test_patience(overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
-    """The run ends two evaluations after the best one; killed then, it goes on to publish without a further step."""
+def test_patience_ends_the_run(
+    overfitted: Path, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    """The run ends two evaluations after the best one. If it is killed then, it resumes to publish without further
+    steps."""
     config = overfitting(tmp_path, run_config, training={"patience": 2, "logging_steps": 5})
     ran = cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}")
     assert ran.code == 0, ran.err
@@ -417,7 +421,7 @@ def test_patience(overfitted: Path, processes: ForkServer, run_config: MakeConfi
     straight = record(tmp_path / "straight")
     metrics = straight["metrics"]
     assert (metrics["steps"], metrics["kept_step"], metrics["stopped_early"]) == (21, BEST, True)
-    assert [entry["step"] for entry in straight["curve"]][-2:] == [21, 21]  # the loss is that of the last step
+    assert [entry["step"] for entry in straight["curve"]][-2:] == [21, 21]  # the loss of the last step
     assert (tmp_path / "straight" / WEIGHTS).read_bytes() == (overfitted / "out" / WEIGHTS).read_bytes()
     killed(processes, MOMENTS["after the last step"], config)
     ran = cli("train", config, *changed("training.learning_rate=1e-3"))
@@ -428,7 +432,9 @@ def test_patience(overfitted: Path, processes: ForkServer, run_config: MakeConfi
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
 
 
-def test_patience_without_the_best_step(overfitted: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_patience_while_keeping_the_last_step(
+    overfitted: Path, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     ran = cli("train", overfitting(tmp_path, run_config, training={"patience": 1, "keep": "last"}))
     assert ran.code == 0, ran.err
     metrics = record(tmp_path / "out")["metrics"]
@@ -443,7 +449,8 @@ def test_patience_without_the_best_step(overfitted: Path, cli: Cli, run_config: 
 def test_test_rows_are_scored_once(
     overfitted: Path, processes: ForkServer, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """As `evaluate` scores them; they change nothing. One of them stands in train, one in validation, one twice."""
+    """As `evaluate` scores them, without any influence. One of them is in train, one in validation, and one occurs
+    twice."""
     new = [{"prompt": f"{number} and {number} make", "completion": f" {number}"} for number in range(30, 35)]
     path = write_rows(tmp_path / "test.jsonl", [*new, new[0], LEARNT[3], HELD_OUT[1]])
     config = overfitting(tmp_path, run_config, data={"test": str(path)})
@@ -467,7 +474,7 @@ def test_test_rows_are_scored_once(
 
 
 def test_few_test_rows_have_no_interval(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """They need no validation rows."""
+    """Test rows do not require validation rows."""
     ran = cli("train", run_config(data={"test": str(write_rows(tmp_path / "test.jsonl", HELD_OUT[:4]))}))
     assert ran.code == 0, ran.err
     assert record(tmp_path / "out")["metrics"]["test"]["interval"] is None
@@ -480,7 +487,7 @@ def test_few_test_rows_have_no_interval(cli: Cli, run_config: MakeConfig, tmp_pa
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_keep_the_same_step(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Both are killed after the best step; each goes on with it."""
+    """Both are killed after the best step, and both resume with it."""
     test = str(write_rows(tmp_path / "test.jsonl", HELD_OUT))
     training = {"per_device_train_batch_size": 2, "patience": 2}
     config = overfitting(tmp_path, run_config, data={"test": test}, training=training, lora={"lora_dropout": 0.0})

@@ -1,4 +1,4 @@
-"""Kernels compute what their references do: every fused operation, every layer, every family that is accelerated."""
+"""Kernels compute the same as their references: every fused operation, every layer, every accelerated family."""
 
 import json
 import math
@@ -24,7 +24,7 @@ from loratune.kernels.lora_linear import Adapted, Projection, project
 from loratune.lora import attach, tensors
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
-LENGTHS = (40, 7, 300, 1, 90)  # longer and shorter than a tile, and across its border
+LENGTHS = (40, 7, 300, 1, 90)  # longer and shorter than a tile, and across its boundary
 SHAPE = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "pad_token_id": 0,
@@ -60,7 +60,7 @@ def heads(dtype: torch.dtype) -> list[Tensor]:
 
 
 def named(ops: Any, name: str) -> Any:
-    """A function of the reference, or of what takes its place. name: a key of `FUSED_OPS`."""
+    """A function of the reference or of its replacement. name: a key of `FUSED_OPS`."""
     return getattr(ops, name.partition(",")[0])
 
 
@@ -105,8 +105,8 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("size", [2, 8, 24, 72, 80, 128])
 @pytest.mark.parametrize("lengths", [(1,), (3, 1, 2), (130, 5), (64,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_attention_of_any_size_is_the_reference(size: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Heads that fill no vector, or several; with a window, and with fewer rows than are computed at once."""
+def test_attention_of_any_size_equals_the_reference(size: int, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Heads smaller or larger than a vector, with a window, and with fewer rows than are computed at once."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     for window, count in ((None, 3), (7, 1)):
         layout = Layout.of(positions, window, tile=48)
@@ -128,8 +128,8 @@ SUMMED = {"attend", "attend_backward", "add_lora"}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FUSED_OPS)
-def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) -> None:
-    """Results, and what is written into the arguments."""
+def test_a_compiled_operation_equals_the_reference(name: str, dtype: torch.dtype) -> None:
+    """Both the results and the values written into the arguments."""
     built = fused_ops.fused_ops(torch.empty(0, dtype=dtype))
     assert isinstance(built, fused_ops.CompiledOps), "these tests want a C compiler"
     arguments, copies = FUSED_OPS[name](dtype), FUSED_OPS[name](dtype)
@@ -143,7 +143,7 @@ def test_a_compiled_operation_is_the_reference(name: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "attend", "attend, with caps and sinks", "cross_entropy"])
-def test_a_compiled_operation_hides_no_nan(name: str) -> None:
+def test_a_compiled_operation_propagates_nan(name: str) -> None:
     arguments = FUSED_OPS[name](torch.bfloat16)
     arguments[0].view(-1)[arguments[0].numel() // 4] = math.nan
     result = named(fused_ops.fused_ops(arguments[0]), name)(*arguments)
@@ -156,8 +156,8 @@ ACTIVATIONS: list[tuple[Callable[[Tensor], Tensor], tuple[float, float]]] = [
 ]
 
 
-def test_activations_are_those_of_torch() -> None:
-    """From where they are 0 to where they are the gate."""
+def test_activations_equal_those_of_torch() -> None:
+    """From gates whose output is 0 to gates whose output is the gate itself."""
     gates = torch.linspace(-30, 30, 4001)
     both = torch.cat([gates, torch.ones_like(gates)])[None]
     for activation, polynomial in ACTIVATIONS:
@@ -166,8 +166,8 @@ def test_activations_are_those_of_torch() -> None:
 
 
 @pytest.mark.parametrize("window", [None, 30])
-def test_caps_and_sinks_are_those_of_a_softmax(window: int | None) -> None:
-    """Of the reference and of C, with gradients, beside a softmax over all tokens with one more column."""
+def test_attention_with_caps_and_sinks_equals_an_explicit_softmax(window: int | None) -> None:
+    """The reference and the C code, with gradients, against a softmax over all tokens with one more column."""
     positions = torch.cat([torch.arange(length) for length in (70, 1, 40)])
     layout = Layout.of(positions, window, tile=48)
     shapes = ((GROUPS, 111, HEADS, SIZE), (GROUPS, 111, SIZE), (GROUPS, 111, SIZE))
@@ -190,15 +190,15 @@ def test_caps_and_sinks_are_those_of_a_softmax(window: int | None) -> None:
             assert torch.allclose(old, new, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exponential_is_that_of_torch() -> None:
-    """Through a softmax of two: exp(-x) / (1 + exp(-x)) over the whole range."""
+def test_the_exponential_equals_that_of_torch() -> None:
+    """In a softmax of two values: exp(-x) / (1 + exp(-x)) over the whole range."""
     gates = torch.linspace(-100, 100, 4001)
     both = torch.cat([gates, torch.ones_like(gates)])[None]
     result = fused_ops.fused_ops(both).swiglu(both)
     assert torch.allclose(result[0], torch.nn.functional.silu(gates), rtol=1e-6, atol=1e-36)
 
 
-def test_gradients_of_the_reference_are_those_of_autograd() -> None:
+def test_gradients_of_the_reference_equal_those_of_autograd() -> None:
     x, weight, dy = normal(9, 24).double().requires_grad_(), normal(24, seed=1), normal(9, 24, seed=2)
     y = weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
     y.backward(dy)
@@ -221,7 +221,7 @@ def test_gradients_of_the_reference_are_those_of_autograd() -> None:
 
 
 def seen(layout: Layout) -> list[list[int]]:
-    """The tokens that each token attends to, in the order of their places."""
+    """The tokens that each token attends to, sorted by position."""
     every: list[list[int]] = []
     for first, end, place, count, shared, repeats in layout.tiles.tolist():
         keys = layout.keys[place : place + count].tolist()
@@ -238,7 +238,7 @@ def tiles_of(layout: Layout) -> list[list[int]]:
     return layout.tiles[:, [0, 1, 3]].tolist()
 
 
-def test_a_layout_knows_rows_windows_and_tiles() -> None:
+def test_a_layout_respects_rows_windows_and_tiles() -> None:
     positions = torch.cat([torch.arange(length) for length in (3, 1, 5)])
     assert tiles_of(Layout.of(positions, tile=4)) == [[0, 4, 4], [4, 6, 2], [6, 9, 5]]
     assert tiles_of(Layout.of(positions, window=2, tile=4)) == [[0, 4, 4], [4, 6, 2], [6, 9, 4]]
@@ -254,7 +254,7 @@ def test_a_layout_knows_rows_windows_and_tiles() -> None:
 
 
 def rows(interval: int = 5) -> list[dict[str, list[int]]]:
-    """Rows of which one token in `interval` is not supervised."""
+    """Rows in which one token in `interval` is not supervised."""
     drawn = torch.Generator().manual_seed(1)
     every = [torch.randint(1, 300, (length,), generator=drawn).tolist() for length in LENGTHS]
     return [
@@ -270,14 +270,14 @@ def adapted(
     changes: dict[str, Any] | None = None,
     **lora: Any,
 ) -> Any:
-    """A tiny model with an adapter that has been trained already."""
+    """A tiny model with an adapter that has already been trained."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[kind](**SHAPE | (changes or {}))
     return with_lora(AutoModelForCausalLM.from_config(config).to(dtype), targets, **lora)
 
 
 def with_lora(base: Any, targets: Any = ROLES, **lora: Any) -> Any:
-    """An adapter whose B is not zero, in float32, as it is trained."""
+    """An adapter with nonzero B, in float32, as in training."""
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=targets, r=4, **lora))
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -301,12 +301,12 @@ def step(model: Any, batch: dict[str, Tensor]) -> tuple[float, dict[str, Tensor]
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """Of two gradients, squared."""
+    """The squared distance between two sets of gradients."""
     return sum(float((one[name] - other[name]).square().sum()) for name in one)
 
 
 def relative_rms(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The distance of two gradients, relative to the length of the first."""
+    """The distance between two sets of gradients, relative to the length of the first."""
     assert one.keys() == other.keys() and one
     return math.sqrt(distance(one, other) / sum(float(tensor.square().sum()) for tensor in one.values()))
 
@@ -363,7 +363,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
-    """Packed and padded; layers that a family computes in another way are not accelerated, and are named."""
+    """Packed and padded. Layers that a family computes differently are not accelerated, and are reported."""
     kind, changes, expected = FAMILIES[name]
     model = adapted(kind, targets=TARGETS.get(kind, ROLES), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
@@ -385,7 +385,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
+def test_lora_settings_give_the_same_gradients(name: str) -> None:
     model = adapted(**CHOICES[name])
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
@@ -395,8 +395,8 @@ def test_choices_of_lora_give_the_same_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"use_dora": True}, {"lora_bias": True}, {"bias": "all"}], ids=str)
-def test_other_variants_of_lora_stay_those_of_peft(changes: dict[str, Any]) -> None:
-    """Only what lies between the projections is accelerated."""
+def test_projections_of_other_lora_variants_are_left_to_peft(changes: dict[str, Any]) -> None:
+    """Only the layers between the projections are accelerated."""
     model = adapted(changes={"attention_bias": True}, **changes)
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
@@ -407,7 +407,7 @@ def test_other_variants_of_lora_stay_those_of_peft(changes: dict[str, Any]) -> N
     assert relative_rms(gradients, others) < 1e-5
 
 
-def test_a_trained_head_is_not_accelerated() -> None:
+def test_a_trained_output_layer_is_not_accelerated() -> None:
     model = adapted(modules_to_save=["lm_head"])
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
@@ -415,8 +415,8 @@ def test_a_trained_head_is_not_accelerated() -> None:
     assert fallbacks == ["loss"] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
-def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
-    """By finite differences along a direction, with the same random state."""
+def test_dropout_has_the_right_rate_and_gradient() -> None:
+    """Checked with finite differences along a direction, with the same random state."""
     model = adapted(lora_dropout=0.5)
     batch = flatten(rows())
     with kernels.accelerated(model, attach.adapted_linear):
@@ -434,8 +434,8 @@ def test_dropout_is_that_of_its_share_and_its_gradient_is_right() -> None:
             assert slope == pytest.approx(expected, rel=0.05)
 
 
-def test_projections_in_bfloat16_round_less_than_pefts() -> None:
-    """Three layers with one input, beside float32 and beside what PEFT computes, whose A and B are in float32."""
+def test_bfloat16_projections_have_smaller_rounding_errors_than_peft() -> None:
+    """Three layers with the same input, compared with float32 and with PEFT, whose A and B are in float32."""
     shapes, x, dy = (96, 32, 48), normal(300, 128).bfloat16(), normal(300, 176, seed=1).bfloat16()
     weights = [(normal(out, 128, seed=seed) / 11).bfloat16() for seed, out in enumerate(shapes)]
     pairs = [
@@ -467,14 +467,14 @@ def test_projections_in_bfloat16_round_less_than_pefts() -> None:
     of_peft, ours = (
         [float((new - old).norm() / old.norm()) for old, new in zip(exact, one, strict=True)] for one in (stock, fast)
     )
-    assert ours[0] < 0.85 * of_peft[0] and ours[1] < 0.7 * of_peft[1]  # rounded once, and not twice or four times
-    assert ours[2] < 2.75e-3  # the outputs of A and gradients are rounded, and A and B are not
+    assert ours[0] < 0.85 * of_peft[0] and ours[1] < 0.7 * of_peft[1]  # rounded once instead of twice or four times
+    assert ours[2] < 2.75e-3  # the outputs of A and the gradients are rounded; A and B are not
 
 
 @pytest.mark.slow
-def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> None:
-    """On the real model, against float32, over batches of rows that share no words: where rows begin alike, the
-    rounding of what they share decides, as a coin does. A single batch says little: ratios go from 0.1 to 1.8."""
+def test_bfloat16_gradients_are_as_accurate_as_with_peft(smollm2: Path) -> None:
+    """On the real model, against float32, over batches of rows without shared words: where rows share a prefix, its
+    rounding errors dominate, at random. A single batch is not conclusive: ratios range from 0.1 to 1.8."""
     torch.manual_seed(0)
     model, exact = (
         with_lora(AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype))
@@ -496,7 +496,7 @@ def test_gradients_in_bfloat16_are_as_good_as_peft_makes_them(smollm2: Path) -> 
 
 
 def curve(seed: int, *, fast: bool) -> Tensor:
-    """The losses of fifty steps in bfloat16, each the mean of the ten up to it; one evaluation in their midst."""
+    """The losses of fifty steps in bfloat16, as means of up to ten steps, with one evaluation in between."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**SHAPE)).to(torch.bfloat16)
     torch.manual_seed(seed)
@@ -519,15 +519,15 @@ def curve(seed: int, *, fast: bool) -> Tensor:
     return torch.tensor(losses).unfold(0, 10, 1).mean(1)
 
 
-def test_fifty_steps_go_as_they_do_without() -> None:
-    """Nearer to the stock curve of the same seed than those of three seeds are to each other."""
+def test_fifty_steps_have_the_loss_curve_of_unaccelerated_training() -> None:
+    """The curve is closer to the stock curve of the same seed than those of three seeds are to each other."""
     stock = torch.stack([curve(seed, fast=False) for seed in (1, 2, 3)])
     spread = (stock.max(0).values - stock.min(0).values).mean()
     assert float(stock[0, 0] - stock[0, -1]) > float(spread) > 0
     assert float((curve(1, fast=True) - stock[0]).abs().max()) < float(spread)
 
 
-def test_activations_that_are_computed_again_change_nothing() -> None:
+def test_activation_checkpointing_changes_nothing() -> None:
     model = adapted()
     with kernels.accelerated(model, attach.adapted_linear):
         loss, gradients = step(model, flatten(rows()))
@@ -536,7 +536,7 @@ def test_activations_that_are_computed_again_change_nothing() -> None:
     assert again == loss and relative_rms(gradients, others) < 1e-6
 
 
-def test_afterwards_the_model_is_what_it_was() -> None:
+def test_the_model_is_restored_afterwards() -> None:
     model = adapted()
     modules = {name: type(module) for name, module in model.named_modules()}
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -548,7 +548,7 @@ def test_afterwards_the_model_is_what_it_was() -> None:
     assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
-def test_weights_are_not_held_twice() -> None:
+def test_weights_are_not_duplicated() -> None:
     model = adapted()
     before = sum(parameter.untyped_storage().nbytes() for parameter in set(model.parameters()))
     with kernels.accelerated(model, attach.adapted_linear):
@@ -556,8 +556,8 @@ def test_weights_are_not_held_twice() -> None:
         assert sum(stores.values()) <= before
 
 
-def test_what_was_found_once_is_applied_again() -> None:
-    """With the adapter and without, after its weights have changed. What was joined stays where it is."""
+def test_an_acceleration_can_be_applied_repeatedly() -> None:
+    """With and without the adapter, after its weights have changed. Joined weights stay at the same address."""
     model = adapted()
     batch = flatten(rows())
     acceleration = kernels.accelerate(model, attach.adapted_linear)
@@ -580,11 +580,11 @@ def test_what_was_found_once_is_applied_again() -> None:
 
 
 def batch_of(batch: dict[str, Any]) -> dict[str, Any]:
-    """What a model takes of a batch."""
+    """The inputs of a model from a batch."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def test_checkpoints_have_the_same_names() -> None:
+def test_checkpoints_have_the_same_tensor_names() -> None:
     model = adapted()
     names = tensors.weights(model).keys()
     with kernels.accelerated(model, attach.adapted_linear):
@@ -598,7 +598,7 @@ def row_by_row(
     query: Tensor, key: Tensor, value: Tensor, begins: Tensor, _: Tensor, longest: int, __: int, *,
     scale: float, window_size: tuple[int, int], enable_gqa: bool,
 ) -> Tensor:  # fmt: skip
-    """What torch's kernel for rows of unequal length computes; it is there for GPUs only."""
+    """The result of torch's kernel for rows of unequal length, which exists only on GPUs."""
     assert enable_gqa and window_size[1] == 0
     result = []
     for first, end in pairwise(begins.tolist()):
@@ -623,8 +623,8 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", ON_GPU)
-def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with the kernel's reference in its place."""
+def test_acceleration_for_gpus_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with the reference in place of the kernel."""
     monkeypatch.setattr(gpu, "varlen_attn", row_by_row)
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     kind, changes, expected = ON_GPU[name]
@@ -642,7 +642,7 @@ def test_acceleration_on_a_gpu_gives_the_same_gradients(name: str, monkeypatch: 
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As they are traced, with the acceleration of a GPU; the machine's own code for them is a GPU's business."""
+    """As traced with the acceleration for GPUs. The generated machine code can be tested only on a GPU."""
     monkeypatch.setattr(gpu, "varlen_attn", torch.compiler.disable(row_by_row))
     monkeypatch.setattr(acceleration, "_replace", gpu.replace)
     model = adapted()
@@ -653,11 +653,11 @@ def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch
     assert fallbacks == [] and fast == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
-# Answers
+# Inference
 
 
 @pytest.mark.parametrize("tokens", [1, 40, 100])
-def test_inference_lora_gives_what_peft_gives(tokens: int) -> None:
+def test_inference_lora_gives_the_same_logits_as_peft(tokens: int) -> None:
     model = adapted(targets="all-linear").eval()
     ids = torch.arange(1, tokens + 1)[None]
     with torch.inference_mode():
@@ -671,7 +671,7 @@ def test_inference_lora_gives_what_peft_gives(tokens: int) -> None:
         assert not torch.allclose(bare, expected, atol=1e-3) and torch.equal(model(ids).logits, expected)
 
 
-def test_other_variants_of_lora_answer_as_peft_has_it() -> None:
+def test_inference_with_other_lora_variants_is_left_to_peft() -> None:
     model = adapted(use_dora=True).eval()
     ids = torch.arange(1, 9)[None]
     with torch.inference_mode(), kernels.inference_lora(model, attach.adapted_linear):
@@ -689,7 +689,7 @@ def without_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_results_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
     saved = tensors.weights(model)
@@ -703,7 +703,7 @@ def test_without_a_compiler_numbers_are_the_same(monkeypatch: pytest.MonkeyPatch
     )
 
 
-def test_a_run_says_what_is_not_accelerated(
+def test_a_run_reports_what_is_not_accelerated(
     run_config: Callable[..., Path], cli: Callable[..., Ran], tmp_path: Path, tokenizer: Any
 ) -> None:
     tiny_llama(hidden_act="gelu").save_pretrained(tmp_path / "gelu")

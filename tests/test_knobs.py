@@ -1,4 +1,4 @@
-"""No knob is dead: each field of each section, changed alone, changes the object that is built from it."""
+"""Every setting has an effect: each field of each section, changed alone, changes the object that is built from it."""
 
 import copy
 import json
@@ -128,7 +128,7 @@ PREFERENCES: dict[str, Any] = {
         (PreferenceSection, PREFERENCES),
     ],
 )
-def test_every_field_has_a_change_here(section: Any, changes: dict[str, Any]) -> None:
+def test_every_field_is_changed_in_this_file(section: Any, changes: dict[str, Any]) -> None:
     assert list(changes) == list(section.model_fields)
 
 
@@ -156,7 +156,7 @@ def default_lora() -> tuple[dict[str, Any], dict[str, Any]]:
     return attached(LoraSection())
 
 
-def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_the_same_section_builds_the_same_model(default_lora: tuple[dict[str, Any], dict[str, Any]]) -> None:
     settings, parts = attached(LoraSection())
     assert {name: value for name, value in settings.items() if value != default_lora[0][name]} == {}
     assert parts == default_lora[1]
@@ -165,15 +165,17 @@ def test_the_same_section_builds_the_same(default_lora: tuple[dict[str, Any], di
 @pytest.mark.parametrize(
     "name, value", [item for item in LORA.items() if item[0] not in ("start_from", "target_parameters")]
 )
-def test_lora(default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any) -> None:
+def test_each_lora_field_changes_the_adapter(
+    default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any
+) -> None:
     settings, parts = attached(LoraSection(**{name: value}))
-    ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizers, of which PEFT's configuration knows nothing
+    ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizer settings, which are not in PEFT's configuration
     assert {key for key in settings if settings[key] != default_lora[0][key]} == {name} - ours
     assert parts != default_lora[1]
 
 
-def test_lora_target_parameters() -> None:
-    """Of a mixture of experts; see also `test_experts`."""
+def test_lora_target_parameters_adds_weights() -> None:
+    """For a mixture of experts; see also `test_experts`."""
     shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
     base: Any = AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=264, num_key_value_heads=2, **shape))
 
@@ -185,8 +187,8 @@ def test_lora_target_parameters() -> None:
     assert built(LoraSection()) < built(changed)
 
 
-def test_lora_start_from(tmp_path: Path) -> None:
-    """Only the values are others; see also `test_continuing`."""
+def test_lora_start_from_changes_only_values(tmp_path: Path) -> None:
+    """See also `test_continuing`."""
 
     def started(section: LoraSection) -> tuple[Any, dict[str, Any]]:
         base = tiny_llama()
@@ -217,7 +219,7 @@ OURS = ("objective", "keep", "max_minutes", "patience", "report_to")
     "name, value",
     [item for item in TRAINING.items() if item[0] not in OURS],
 )
-def test_training(tmp_path: Path, name: str, value: Any) -> None:
+def test_each_training_field_changes_the_arguments(tmp_path: Path, name: str, value: Any) -> None:
     default, changed = (
         upstream.training_arguments(section, tmp_path, has_validation=True).to_dict()
         for section in (decided_training(), decided_training(**{name: value}))
@@ -236,8 +238,8 @@ def test_training(tmp_path: Path, name: str, value: Any) -> None:
     assert differing == {name} | follows.get(name, set())
 
 
-def test_the_steps_that_are_kept_and_waited_for() -> None:
-    """What `keep` and `patience` do to a run stands in `test_keep`."""
+def test_training_keep_and_patience() -> None:
+    """Their effect on a run is tested in `test_keep`."""
     config = {"model": {"name_or_path": "a"}, "data": {"train": "b", "validation": 0.5}, "output_dir": "c"}
     kept = [
         RunConfig.model_validate(config | {"training": {"keep": name}}).keeps_best for name in (None, TRAINING["keep"])
@@ -252,8 +254,8 @@ SCORES = [AnswerScores(*map(torch.tensor, ([-3.0, -8.0], [2, 5], [-4.0, -8.5])))
 
 
 @pytest.mark.parametrize(("name", "value"), PREFERENCES.items())
-def test_numbers_of_objectives(name: str, value: float) -> None:
-    """Each changes the loss of the objectives that read it, and is refused with the others."""
+def test_each_preference_field_changes_the_losses_that_use_it(name: str, value: float) -> None:
+    """It is refused with the objectives that do not use it."""
     for objective in ("dpo", "orpo", "simpo", "kto"):
         values = {"model": {"name_or_path": "a"}, "data": {"train": "b"}, "output_dir": "c"}
         values |= {"training": {"objective": objective}, "preferences": {name: value}}
@@ -272,13 +274,13 @@ def test_numbers_of_objectives(name: str, value: float) -> None:
 
 
 def test_training_max_minutes() -> None:
-    """What a time budget does to whole runs stands in `test_time_budget`."""
+    """The effect of a time budget on whole runs is tested in `test_time_budget`."""
     second_steps = (np.ones(10) for _ in count())
     assert time_budget.step_budget(60 * TRAINING["max_minutes"], second_steps, lambda _: 0.0, 10**6).steps == 150
 
 
 def test_training_report_to(tmp_path: Path) -> None:
-    """Trackers are callbacks of ours; whole runs stand in `test_trackers`."""
+    """Trackers are loratune's own callbacks; whole runs are tested in `test_trackers`."""
     counts = [len(trackers(names, tmp_path, is_resumed=False)) for names in ([], TRAINING["report_to"] * 2)]
     assert counts == [0, 1]
 
@@ -301,7 +303,7 @@ def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
 
 
 def test_model_device_map(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The argument that transformers gets: on a machine without a GPU the model that comes back shows no difference."""
+    """The argument passed to transformers is checked: without a GPU, the returned model shows no difference."""
     device_maps, load = [], AutoModelForCausalLM.from_pretrained
 
     def spy(*arguments: Any, **keywords: Any) -> Any:
@@ -328,7 +330,7 @@ def test_model_gguf_file(tiny_dir: Path) -> None:
 
 
 def counted(forked: Callable[..., Ran], config: Path, home: Path) -> int:
-    """`loratune params` as a process without a network, on a hub cache of its own."""
+    """Runs `loratune params` as a process without a network, with its own hub cache."""
     settled = f"""
 import huggingface_hub.constants, transformers.dynamic_module_utils
 huggingface_hub.constants.HF_HUB_CACHE, huggingface_hub.constants.HF_HUB_OFFLINE = {str(home / "hub")!r}, True
@@ -342,7 +344,9 @@ transformers.dynamic_module_utils.HF_MODULES_CACHE = {str(home / "modules")!r}
 PER_LAYER = 8 * (64 + 48 + 48 + 64)  # r times inputs + outputs of q, k, v, o
 
 
-def test_model_revision(run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]) -> None:
+def test_model_revision_selects_the_weights(
+    run_config: Callable[..., Path], tmp_path: Path, forked: Callable[..., Ran]
+) -> None:
     cached = tmp_path / "hub" / "models--owner--name"
     (cached / "refs").mkdir(parents=True)
     for revision, layers in (("main", 2), (MODEL["revision"], 3)):
@@ -379,7 +383,7 @@ def test_model_trust_remote_code(run_config: Callable[..., Path], tmp_path: Path
 
 @pytest.fixture
 def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
-    """Fingerprints of train and validation under a DataSection of changed fields."""
+    """Fingerprints of train and validation under a DataSection with changed fields."""
     for name, letter in (("rows", "a"), ("other", "b")):
         rows = [
             {"prompt": letter * 8, "completion": "c" * length, "text": "plain", "system": "s", "topic": length // 13}
@@ -412,7 +416,7 @@ ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes")
 
 
 @pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ELSEWHERE])
-def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
+def test_each_data_field_changes_the_prepared_rows(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
         "truncation": {"max_length": 16, "max_dropped": 1.0},
@@ -423,8 +427,8 @@ def test_data(prepared: Callable[..., Any], name: str, value: Any) -> None:
     assert prepared(**base) != prepared(**base | {name: value})
 
 
-def test_prefixes_are_shared_or_not() -> None:
-    """Whole runs stand in `test_prefix_runs`."""
+def test_sharing_prefixes_can_be_set() -> None:
+    """Whole runs are tested in `test_prefix_runs`."""
     model, lora = tiny_llama(), LoraSection(r=2, lora_alpha=4)
     adapted = creation.attach(model, lora, targets.find(model, lora).peft(), seed=0)
     rows = [{"input_ids": [*range(20), number], "labels": [*range(20), number]} for number in range(20, 24)]
@@ -436,21 +440,21 @@ def test_prefixes_are_shared_or_not() -> None:
     assert (shared, alone) == (1 - 24 / 84, None) and len(notes) == 1 and none == []
 
 
-def test_replayed_rows_are_mixed_in() -> None:
-    """How many is `data.replay`; whole runs stand in `test_continuing`."""
+def test_data_replay_mixes_in_earlier_rows() -> None:
+    """The number of replayed rows follows `data.replay`; whole runs are tested in `test_continuing`."""
     numbers = data.replay_numbers(3, 3, DATA["replay"], seed=1)
     assert numbers == [0, 1, 2]
     assert data.replay_numbers(3, 3, 0.8, seed=1) == [0, 1, 2] * 4
 
 
-def test_rows_may_be_dropped(prepared: Callable[..., Any]) -> None:
+def test_data_max_dropped_limits_dropped_rows(prepared: Callable[..., Any]) -> None:
     some = {"max_length": 16, "truncation": "drop"}
     prepared(**some, max_dropped=1.0)
     with pytest.raises(DataError, match=r"data\.max_dropped: "):
         prepared(**some, max_dropped=DATA["max_dropped"])
 
 
-def test_invalid_rows_may_be_dropped(prepared: Callable[..., Any], tmp_path: Path) -> None:
+def test_data_invalid_rows_may_be_dropped(prepared: Callable[..., Any], tmp_path: Path) -> None:
     expected = prepared()
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write("{]\n")
@@ -459,6 +463,6 @@ def test_invalid_rows_may_be_dropped(prepared: Callable[..., Any], tmp_path: Pat
     assert prepared(max_dropped=0.25, invalid_rows=DATA["invalid_rows"]) == expected
 
 
-def test_truncation_may_stop(prepared: Callable[..., Any]) -> None:
+def test_data_truncation_may_be_an_error(prepared: Callable[..., Any]) -> None:
     with pytest.raises(DataError, match=r"more than data\.max_length 24"):
         prepared(max_length=24, truncation="error")
