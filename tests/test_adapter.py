@@ -177,7 +177,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj"
 FEW = f"{FIRST}.lora_A.weight, {FIRST}.lora_B.weight, {FIRST.replace('k_proj', 'o_proj')}.lora_A.weight"
 
 Refusal = tuple[Code, str, str, str]
-"""A code, the file that is blamed within the directory, a key, and what the message says besides."""
+"""A code, the reported file within the directory, a key, and a part of the message."""
 
 DAMAGED, NOT_JSON = (Code.ADAPTER_INVALID, WEIGHTS, "", ""), (Code.ADAPTER_INVALID, CONFIG, "", "")
 UNREADABLE: dict[str, tuple[Damage, Refusal]] = {

@@ -318,7 +318,7 @@ handle = os.open({!r}, os.O_RDWR)
 for number in (1, 2):
     os.dup2(handle, number)
 """
-"""Makes a terminal the controlling one of the command, whose stdin is closed, and puts its streams there."""
+"""Gives the command, whose stdin is closed, a controlling terminal, and connects its streams to it."""
 
 
 class Terminal:

@@ -29,7 +29,7 @@ COMMANDS = (
     "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
     "export", "push",
 )  # fmt: skip
-"""In the order in which the help lists them."""
+"""In the order of the help."""
 ONE_STEP = {"max_steps": 1}
 
 

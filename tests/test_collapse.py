@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("untraced_module")
 ALL_LAYERS = {"r": 8, "target_modules": "all-linear"}
 SAME = [row | {"completion": " yes"} for row in ROWS]
 DEAD = {"learning_rate": 1e10, "max_steps": 3, "save_steps": 1}
-"""A rate at which the tiny model comes to predict every token with the same probability."""
+"""A learning rate that makes the tiny model predict every token with the same probability."""
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ PREDICTIONS: dict[str, tuple[list[list[float]], list[list[float]], bool]] = {
 
 
 @pytest.mark.parametrize("name", PREDICTIONS)
-def test_prompt_sensitivity_is_lost(name: str) -> None:
+def test_a_loss_of_prompt_sensitivity_is_detected(name: str) -> None:
     """After three prompts, the first of which expects token 0 and the others token 1."""
     base, adapter, is_lost = PREDICTIONS[name]
     of_base, of_adapter = ([torch.tensor(one).log() for one in predictions] for predictions in (base, adapter))

@@ -29,7 +29,7 @@ Cli = Callable[..., Ran]
 
 SWAPPED = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in HELD_OUT[:3]]
 ASKED = [*HELD_OUT, HELD_OUT[0], *SWAPPED]
-"""Pairs, one of them twice, and some in the other order, so that no share is 0 or 1."""
+"""Pairs, one of them twice and some in reverse order, so that no fraction is 0 or 1."""
 ANSWERS = [
     {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
     for row in HELD_OUT

@@ -20,7 +20,7 @@ from loratune.data.batches import packing_refusal
 from loratune.lora import attach
 
 SILENT = {"signals.py: write_line"}
-"""It writes to the screen from a signal handler, and there is no other place to report that this failed."""
+"""It writes to the terminal from a signal handler, and a failure cannot be reported anywhere else."""
 
 
 def catches_all(handled: ast.expr | None) -> bool:

@@ -41,7 +41,7 @@ SOON = 20  # seconds within which all processes have ended after one has, with a
 UNEVEN = [
     {"prompt": "q" * (7 * number % 29 + 1), "completion": " " + "ab" * (5 * number % 13 + 1)} for number in range(45)
 ]
-"""The last step of an epoch has fewer rows than a batch, in every way of sharing that is tried."""
+"""The last step of an epoch has fewer rows than a batch, for every distribution over processes that is tested."""
 EVALUATED: dict[str, Any] = {"validation": 0.2}
 
 
@@ -443,7 +443,7 @@ def test_settings_that_do_not_work_with_sharded_weights_are_refused(
 
 ACCUMULATION = "training.gradient_accumulation_steps"
 WHOLE_STEP = ("--set", f"{ACCUMULATION}=4", "--allow-change", ACCUMULATION)
-"""For one process in place of two that accumulate twice."""
+"""For one process instead of two that accumulate two micro-steps each."""
 
 
 def test_resuming_on_another_number_of_processes(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:

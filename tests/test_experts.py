@@ -57,7 +57,7 @@ FAMILIES = {
     ),
 }  # fmt: skip
 SIZES = {"mixtral": (48, 2), "qwen3_moe": (16, 2), "gpt_oss": (48, 2), "deepseek_v3": (16, 1)}
-"""Hidden size of an expert, and in how many layers there are experts."""
+"""Hidden size of an expert, and the number of layers with experts."""
 NAMES = ["experts.down_proj", "experts.gate_up_proj"]
 ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
 

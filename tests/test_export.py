@@ -611,7 +611,7 @@ class Server:
         return {"choices": [{"finish_reason": "length", "logprobs": {"content": [token]}}],
                 "usage": {"prompt_tokens": self.threads}}
 """
-"""In place of the package of llama.cpp; says how many threads it was given where it is asked for a number of tokens."""
+"""Replaces the package of llama.cpp. If asked for a number of tokens, it reports its number of threads."""
 
 
 @pytest.fixture

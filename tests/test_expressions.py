@@ -20,7 +20,7 @@ from loratune.lora.adapter_files import CONFIG_FILE, inspect
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 ENDLESS = "(?:.|.)*?(?:.+)+[0-9]{2}"
-"""It matches no path, after more tries than there is time."""
+"""It matches no path, but takes more attempts than the time allows."""
 PROJECTION = "model.layers.0.self_attn.q_proj"
 
 

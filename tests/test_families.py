@@ -20,7 +20,7 @@ RUN_AT_LENGTH = [
     "qwen3", "olmo2", "flex_olmo", "cohere", "cohere2_moe", "bamba", "exaone_moe", "hunyuan_v1_dense", "ministral3",
     "seed_oss", "glm_moe_dsa", "smollm3", "minimax", "modernbert-decoder", "granitemoehybrid", "mamba",
 ]  # fmt: skip
-"""Relatives of those, and those of which `CASES` runs a case that once went wrong."""
+"""Relatives of those, and families in `CASES`, with a case that once gave wrong results."""
 
 
 def table() -> list[Row]:

@@ -41,7 +41,7 @@ ENDING = [
 SOME = [
     one if one[0] in (signal.SIGINT, signal.SIGHUP) else pytest.param(*one, marks=pytest.mark.slow) for one in ENDING
 ]
-"""Of each kind one every time: what a second time stops at once, and what comes more than once unasked."""
+"""One of each kind is always run: signals whose repetition stops at once, and signals that are sent repeatedly."""
 
 
 @pytest.mark.parametrize(("number", "code", "word"), SOME)
@@ -137,7 +137,7 @@ def prepare_and_be_stopped(*arguments):
 
 RunTrainer._prepare_inputs = prepare_and_be_stopped
 """
-"""Signals that come at the first batch, the second and so on."""
+"""Signals that arrive at the first batch, the second and so on."""
 LONG_STEP = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
 
 
@@ -533,7 +533,7 @@ def test_a_checkpoint_that_leads_to_nan_is_removed(run_config: MakeConfig, cli: 
 
 
 @pytest.mark.parametrize("evaluated", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_resumed_run_that_diverges_at_its_end(
+def test_a_resumed_run_that_diverges_keeps_its_checkpoint(
     evaluated: bool, processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     data = {"validation": 0.2} if evaluated else {}

@@ -31,7 +31,7 @@ TEXTS: dict[str, Callable[[str], Any]] = {
     "data.group_by": str,
     "data.columns": lambda text: {"prompt": text},
 }
-"""The other keys that any text may be given for, each with a value that holds it."""
+"""The other keys that take free text, each with a value that contains it."""
 
 
 def places_of_text() -> Iterator[str]:

@@ -390,7 +390,7 @@ def test_output_to_stdout_and_a_named_pipe(plain: Path, processes: ForkServer, t
 
 
 OWN = {"id": 2**60 + 1, "share": 0.1, "tags": ["é", {"a": None}], "none": None, "flag": False, "adapter": 'a,"b"\n'}
-"""Fields that have nothing to do with the prompt."""
+"""Fields that are unrelated to the prompt."""
 
 
 @pytest.mark.parametrize(

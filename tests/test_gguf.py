@@ -273,7 +273,7 @@ def without_torch(config: Path) -> Ran:
 
 
 APART = [pytest.param(kind, True, marks=() if kind == "header" else pytest.mark.slow) for kind in FAULTY]
-"""In a process of its own, which shows that torch is not imported for it."""
+"""In a separate process, to check that torch is not imported."""
 
 
 @pytest.mark.parametrize(("kind", "apart"), [*((kind, False) for kind in FAULTY), *APART])

@@ -26,7 +26,7 @@ LEARNT = [{"prompt": f"{number} and {number} make", "completion": f" {number + n
 HELD_OUT = [
     {"prompt": f"{number} and {number} make", "completion": f" {2 * (number % 5) + 1}"} for number in range(8, 20)
 ]
-"""Of the same form, which is learnt first, but with odd digits: the even ones that are learnt by heart later harm."""
+"""Of the same form, which is learned first, but with odd digits: memorizing the even ones later harms."""
 OVERFITTED: dict[str, Any] = {
     "max_steps": 24, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "eval_steps": 3, "save_steps": 2,
     "per_device_train_batch_size": 4, "logging_steps": 5,
@@ -246,7 +246,7 @@ MOMENTS = {
     "after it": "kill(trainer.RunTrainer, '_prepare_inputs', at(17))",
     "after the last step": "kill(train, '_publish', lambda run: True)",
 }
-"""How a run is killed, in the order in which one run can be killed at all of these moments."""
+"""When a run is killed, in an order in which one run can be killed at all of these moments."""
 
 
 def killed(processes: ForkServer, moment: str, *arguments: object) -> None:

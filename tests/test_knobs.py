@@ -212,7 +212,7 @@ def test_lora_start_from_changes_only_values(tmp_path: Path) -> None:
 # TrainingSection → TrainingArguments
 
 OURS = ("objective", "keep", "max_minutes", "patience", "report_to")
-"""Keys of the section that are none of TrainingArguments."""
+"""Keys of the section that are not in TrainingArguments."""
 
 
 @pytest.mark.parametrize(
