@@ -54,7 +54,7 @@ def test_the_learning_rate_depends_on_width_depth_and_lora_settings() -> None:
     assert rate(1, lora_alpha=1) == rate(2, lora_alpha=1), "there is a highest rate"
 
 
-def test_the_batch_size_counts_the_rows_of_all_processes() -> None:
+def test_the_learning_rate_counts_the_rows_of_all_processes() -> None:
     one = decided(training={"per_device_train_batch_size": 4}).training
     assert decided(replace(FACTS, processes=2), training={"per_device_train_batch_size": 2}).training.learning_rate == (
         one.learning_rate

@@ -188,7 +188,7 @@ def test_a_saved_conversation_can_be_trained_on(cli: Cli, short: Path, raw: Path
     ]
 
 
-def test_truncated_answers_are_not_trained_on(cli: Cli, endless: Path, tmp_path: Path) -> None:
+def test_a_conversation_of_truncated_answers_is_not_saved(cli: Cli, endless: Path, tmp_path: Path) -> None:
     path = tmp_path / "saved.jsonl"
     ran = cli("chat", "--adapter", endless, "--max-new-tokens", 3, stdin=f"5:\n/save {path}\n")
     check_refused(ran, 2, (Code.USAGE_CONFLICT, "", "/save"))

@@ -189,7 +189,7 @@ def test_generate_without_a_prompt_is_refused(cli: Cli, stdin: str) -> None:
 
 
 @pytest.mark.parametrize("closed", [False, True], ids=["at its end", "closed"])
-def test_generate_with_a_closed_stdin_is_refused(closed: bool) -> None:
+def test_generate_with_a_closed_or_empty_stdin_is_refused(closed: bool) -> None:
     shell = f'"{sys.executable}" -m loratune generate --adapter x {"<&-" if closed else "</dev/null"}'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     check_refused(Ran(done.returncode, done.stdout, done.stderr), 4, (Code.USAGE_NO_PROMPT, "", ""))

@@ -429,7 +429,7 @@ def test_nonfinite_output_on_unrelated_text_is_reported(
     check_refused(cli(*evaluate, "--forgetting", text), 6, (Code.TRAINING_NOT_FINITE, "", ""))
 
 
-def test_metrics_are_printed_where_rows_do_not_fit(cli: Callable[..., Ran], place: Path, few: Path) -> None:
+def test_metrics_are_printed_although_the_disk_is_full(cli: Callable[..., Ran], place: Path, few: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--output", "/dev/full")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "verdict" in json.loads(ran.out)
 

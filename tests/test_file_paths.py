@@ -97,7 +97,7 @@ def test_paths_are_absolute_in_run_yaml_and_names_when_pushed(run: RunConfig, tm
     assert config.parse(config.dump(absolute), "run.yaml") == absolute
 
 
-def test_input_files_are_never_overwritten(run: RunConfig, tmp_path: Path) -> None:
+def test_every_input_path_is_protected_from_overwriting(run: RunConfig, tmp_path: Path) -> None:
     found = config.input_paths(tmp_path, with_absolute_paths(run))
     inputs = {key.removesuffix(".path") for key in path_keys()} - {OUTPUT}
     assert {name for name, _ in found} == inputs | {"the config file"}
