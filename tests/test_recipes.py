@@ -1,4 +1,4 @@
-"""The configs that are shipped: they parse, and the classic recipe plans what it says on a stand-in of its shape."""
+"""The shipped configs: they parse, and the classic recipe plans as documented on a small stand-in model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from loratune import config
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "accelerate")
 
 
-def test_how_many_configs_there_are() -> None:
+def test_list_of_shipped_configs() -> None:
     assert [str(path.relative_to(ROOT / "configs")) for path in CONFIGS] == [
         "falcon-7b-yelp.yaml",
         "llama-70b-qlora.yaml",
@@ -23,20 +23,20 @@ def test_how_many_configs_there_are() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_configs_parse(path: Path) -> None:
+def test_shipped_configs_parse(path: Path) -> None:
     run = config.load(path)
     assert config.load(path, [f"output_dir={run.output_dir}"]) == run
 
 
 @pytest.mark.parametrize("name", ["README.md", "configs/README.md"])
-def test_the_config_of_a_readme_parses(name: str, tmp_path: Path) -> None:
+def test_config_in_the_readme_parses(name: str, tmp_path: Path) -> None:
     blocks = (ROOT / name).read_text(encoding="utf-8").split("```yaml\n")[1:]
     (block,) = [block.split("```")[0] for block in blocks if block.startswith("model:")]
     (tmp_path / "readme.yaml").write_text(block, encoding="utf-8")
     assert config.load(tmp_path / "readme.yaml").lora.target_modules == ["q", "k", "v", "o"]
 
 
-def test_the_example_of_sources_in_the_readme_parses(tmp_path: Path) -> None:
+def test_sources_example_in_the_readme_parses(tmp_path: Path) -> None:
     text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     (block,) = [block.split("```")[0] for block in text.split("```yaml\n")[1:] if block.startswith("data:")]
     rest = "model: {name_or_path: model}\noutput_dir: adapter\n"
@@ -44,7 +44,7 @@ def test_the_example_of_sources_in_the_readme_parses(tmp_path: Path) -> None:
     assert [source.weight for source in config.load(tmp_path / "readme.yaml").data.train_sources] == [3, 1]
 
 
-def test_the_classic_recipe_says_what_the_textbook_says() -> None:
+def test_classic_recipe_has_the_textbook_values() -> None:
     run = config.load(ROOT / "configs" / "falcon-7b-yelp.yaml")
     assert (run.model.name_or_path, run.model.quantization) == ("tiiuae/falcon-7b-instruct", "8bit")
     assert (run.data.train.path, run.data.train.split, run.data.max_length) == ("yelp_review_full", "train[:2000]", 128)
@@ -61,7 +61,7 @@ def test_the_classic_recipe_says_what_the_textbook_says() -> None:
 
 @pytest.fixture
 def stand_ins(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """`--set` options that put a 2-layer Falcon and 2,100 rows of Yelp's shape in the place of the hub's."""
+    """`--set` options that replace the hub's model and data by a 2-layer Falcon and 2,100 rows shaped like Yelp's."""
     torch.manual_seed(0)
     shape = {
         "vocab_size": 264,
@@ -85,7 +85,7 @@ def stand_ins(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
 
-def test_the_classic_recipe_plans(cli: Callable[..., Ran], stand_ins: list[str]) -> None:
+def test_classic_recipe_dry_run_shows_the_plan(cli: Callable[..., Ran], stand_ins: list[str]) -> None:
     ran = cli("train", ROOT / "configs" / "falcon-7b-yelp.yaml", "--dry-run", *stand_ins)
     assert ran.code == 0, ran.err
     for part in (
@@ -98,7 +98,7 @@ def test_the_classic_recipe_plans(cli: Callable[..., Ran], stand_ins: list[str])
     assert f"trainable params: {2 * per_layer:,} ||" in ran.out
 
 
-def test_the_classic_recipe_trains(cli: Callable[..., Ran], stand_ins: list[str], tmp_path: Path) -> None:
+def test_classic_recipe_trains(cli: Callable[..., Ran], stand_ins: list[str], tmp_path: Path) -> None:
     ran = cli("train", ROOT / "configs" / "falcon-7b-yelp.yaml", "--set", "training.max_steps=2", "--set",
               "training.warmup_steps=0", *stand_ins)  # fmt: skip
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""Which layers the kernels may stand in for: by the source of a class, its switches, and the masks of the model."""
+"""Which layers the kernels may replace, by class source, switches, and the masks of the model."""
 
 import importlib
 import json
@@ -32,14 +32,14 @@ def config(**changes: Any) -> LlamaConfig:
 # Classes
 
 
-def test_layers_of_llama_are_known() -> None:
+def test_llama_layers_are_recognized() -> None:
     assert form_of(LlamaAttention(config(), 0)) == "attention"
     assert form_of(LlamaMLP(config())) == "gated"
     assert form_of(LlamaRMSNorm(64)) == "norm"
 
 
-def test_the_list_is_of_the_installed_release() -> None:
-    """A new release may change layers; those keep their own forward until `scripts/check_layers.py` has seen them."""
+def test_reviewed_list_matches_the_installed_transformers() -> None:
+    """A new release may change layers. They keep their own forward until reviewed with `scripts/check_layers.py`."""
     listed = json.loads(LIST.read_text(encoding="utf-8"))
     if transformers.__version__ not in listed["checked_with"]["transformers"]:
         pytest.skip(f"not checked with transformers {transformers.__version__}")
@@ -49,11 +49,11 @@ def test_the_list_is_of_the_installed_release() -> None:
 
 
 class Patched(LlamaRMSNorm):
-    """The same, but for its class."""
+    """An unchanged subclass."""
 
 
 class Doubled(LlamaAttention):
-    """Another forward, in a file of its own."""
+    """A subclass in another file with a changed forward."""
 
     def forward(self, *inputs: Any, **keywords: Any) -> Any:
         states, weights = super().forward(*inputs, **keywords)
@@ -85,38 +85,38 @@ def with_a_switch(norm: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("change", [own_forward, hooked, gated_before, with_a_buffer, with_a_child, with_a_switch])
-def test_a_norm_that_was_changed_is_not_known(change: Callable[[nn.Module], None]) -> None:
+def test_changed_norm_is_not_recognized(change: Callable[[nn.Module], None]) -> None:
     norm = LlamaRMSNorm(64)
     change(norm)
     assert form_of(norm) is None
 
 
-def test_a_class_that_was_changed_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As other libraries do with their own kernels."""
+def test_changed_class_is_not_recognized(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other libraries patch classes to use their own kernels."""
     assert form_of(Patched(64)) is None and form_of(Doubled(config(), 0)) is None
     monkeypatch.setattr(LlamaRMSNorm, "forward", lambda self, x: 2 * x)
     assert form_of(LlamaRMSNorm(64)) is None
 
 
 @pytest.mark.parametrize("changes", [{"attention_dropout": 0.1}, {"is_causal": False}, {"clip": 3.0}], ids=str)
-def test_a_switch_counts(changes: dict[str, Any]) -> None:
+def test_changed_switch_is_not_recognized(changes: dict[str, Any]) -> None:
     layer = LlamaAttention(config(), 0)
     for name, value in changes.items():
         setattr(layer, name, value)
     assert form_of(layer) is None
 
 
-def test_shapes_and_biases_do_not_count() -> None:
+def test_shapes_and_biases_do_not_affect_recognition() -> None:
     changes = {"num_key_value_heads": 2, "max_position_embeddings": 77, "rms_norm_eps": 0.1, "attention_bias": True}
     assert form_of(LlamaAttention(config(**changes), 1)) == "attention"
 
 
 @pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh"])
-def test_another_activation_is_not_known(activation: str) -> None:
+def test_other_activations_are_not_recognized(activation: str) -> None:
     assert form_of(LlamaMLP(config(hidden_act=activation))) is None
 
 
-def test_torchs_own_layers_are_not_known() -> None:
+def test_torch_norms_are_not_recognized() -> None:
     assert Layer.of(nn.LayerNorm(8)) is None and Layer.of(nn.RMSNorm(8)) is None
 
 
@@ -170,18 +170,18 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], typ
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_what_decides_no_number_changes_no_digest(name: str, load: Callable[[str], type]) -> None:
+def test_digest_ignores_changes_without_numerical_effect(name: str, load: Callable[[str], type]) -> None:
     assert source_digest(load(SOURCE.replace(*SAME[name]))) == source_digest(load(SOURCE))
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_what_decides_a_number_changes_the_digest(name: str, load: Callable[[str], type]) -> None:
+def test_digest_reflects_changes_with_numerical_effect(name: str, load: Callable[[str], type]) -> None:
     assert SOURCE.replace(*OTHER[name]) != SOURCE
     assert source_digest(load(SOURCE.replace(*OTHER[name]))) != source_digest(load(SOURCE))
 
 
-def test_helpers_of_other_files_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rotations are functions beside the class; the digest of Llama's attention knows theirs."""
+def test_digest_includes_helper_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotations are functions outside the class, but part of the digest of Llama's attention."""
     tree = modeling_llama.__file__
     assert tree and "rotate_half" in Path(tree).read_text(encoding="utf-8")
     names = {node.name for node in recognition._trees(LlamaAttention) if hasattr(node, "name")}
@@ -208,7 +208,7 @@ def test_helpers_of_other_files_count(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda b, h, q, k: k < q, 0),
     ],
 )
-def test_the_window_of_a_mask(function: Any, window: int | None) -> None:
+def test_window_is_read_from_the_mask_function(function: Any, window: int | None) -> None:
     assert masks.window_of(function) == window
 
 
@@ -217,15 +217,15 @@ def test_the_window_of_a_mask(function: Any, window: int | None) -> None:
     [
         ("llama", {}, {None}),
         ("mistral", {"sliding_window": 24}, {24}),
-        ("minimax", {"sliding_window": 40}, {40}),  # which no type of a layer says
+        ("minimax", {"sliding_window": 40}, {40}),  # which no layer type declares
         ("gemma3_text", {}, {24, None}),
         ("gemma2", {}, {24, None}),
         ("gpt_oss", {}, {24, None}),
         ("bloom", {}, set()),  # has biases
-        ("llama4_text", {}, {None}),  # its other layers see chunks
+        ("llama4_text", {}, {None}),  # its other layers use chunked attention
     ],
 )
-def test_what_layers_see_is_what_their_model_makes_them_see(
+def test_windows_of_layers_match_the_masks_of_the_model(
     model_type: str, changes: dict[str, Any], windows: set[int | None]
 ) -> None:
     model = small(model_type, **changes).requires_grad_(False)
@@ -265,15 +265,15 @@ def attend_on_a_gpu(**arguments: Any) -> Any:
     [{"cache": CACHE}, {"is_causal": False}, {"position_bias": torch.ones(1)}, {"gate": 0}],
     ids=str,
 )
-def test_what_no_kernel_of_attention_knows_is_refused(attend: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """And is not passed over, as a cache whose keys would be missing."""
+def test_unknown_attention_arguments_are_refused(attend: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    """They must not be ignored: with a cache, for example, keys would be missing."""
     with pytest.raises(TypeError, match=next(iter(arguments))):
         attend(**arguments)
 
 
 @pytest.mark.parametrize("attend", [replaced_layer, attend_by_rows])
-def test_what_changes_nothing_is_taken(attend: Callable[..., Any]) -> None:
-    """What transformers 5.24 hands to layers of attention beyond what they need."""
+def test_inert_attention_arguments_are_accepted(attend: Callable[..., Any]) -> None:
+    """Arguments that transformers 5.24 passes to attention layers but that have no effect."""
     inert = {"cache": None, "is_causal": True, "output_router_logits": True, "encoder_hidden_states": None}
     found, plain = (next(iter(attend(**given))) for given in (inert, {}))
     assert torch.equal(found, plain)

@@ -1,4 +1,4 @@
-"""Records that a later release reads: with the version of this one, without any, and of a release to come."""
+"""Schema versions of records: the current version, no version, and the version of a newer release."""
 
 import hashlib
 import json
@@ -25,18 +25,18 @@ WRONG = (2, 0, -1, True, "1", None, 1.0)
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change a record; a key of None goes."""
+    """Change a key of a record. None removes the key."""
     record = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({name: value for name, value in record.items() if value is not None}))
 
 
-def test_only_whole_numbers_up_to_the_own_version_are_read() -> None:
+def test_only_integers_up_to_the_current_version_are_accepted() -> None:
     assert files.newer({}) == files.newer(files.versioned({})) == ""
     for other in (*WRONG, files.VERSION + 1):
         assert (files.newer({files.VERSION_KEY: other}) != "") == (type(other) is not int or other != files.VERSION)
 
 
-def test_the_record_of_an_adapter(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_adapter_record_of_a_newer_release_is_refused(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
     config = run_config(training={"max_steps": 1})
     assert cli("train", config, "--allow-worse").code == 0
     path = tmp_path / "out" / "loratune.json"
@@ -71,7 +71,7 @@ NEEDED = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_stat
 
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
-    """Two checkpoints of a run, as far as their records go."""
+    """The records of two checkpoints of a run."""
     checkpoints = Checkpoints(tmp_path / "checkpoints", run_record(), 0)
     for step in (1, 2):
         with checkpoints.writing(step):
@@ -83,8 +83,8 @@ def kept(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["run.json", "manifest.json"])
-def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
-    """Nothing older is gone on from where the newest checkpoint is of a newer release."""
+def test_checkpoint_records_of_a_newer_release_are_refused(name: str, kept: Path) -> None:
+    """The run does not continue from an older checkpoint if the newest is from a newer release."""
     newest = kept / "checkpoint-2"
     path, manifest = newest / name, newest / "manifest.json"
     assert json.loads(path.read_text())["schema_version"] == 1
@@ -103,7 +103,9 @@ def test_the_records_of_a_checkpoint(name: str, kept: Path) -> None:
         assert f"{path}: {NEWER}" in str(caught.value)
 
 
-def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+def test_resume_refuses_a_checkpoint_of_a_newer_release(
+    kept: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
     (tmp_path / "out.partial").mkdir()
     kept.rename(tmp_path / "out.partial" / "checkpoints")
     path = tmp_path / "out.partial" / "checkpoints" / "checkpoint-2" / "manifest.json"
@@ -115,6 +117,6 @@ def test_a_newer_checkpoint_is_not_resumed(kept: Path, run_config: MakeConfig, c
     assert tree(tmp_path / "out.partial") == before
 
 
-def test_what_a_checkpoint_lists_is_not_the_version(kept: Path) -> None:
+def test_file_named_like_the_version_key_is_not_the_version(kept: Path) -> None:
     (kept / "checkpoint-1" / "schema_version").write_text("a stranger")
     assert run_dir.scan_checkpoints(kept / "checkpoint-1").foreign == ["schema_version"]

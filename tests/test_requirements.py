@@ -1,4 +1,4 @@
-"""`evaluate --require`: what a requirement is, that an interval's cautious end decides, and how a pipeline stops."""
+"""`evaluate --require`: parsing, verdicts by the conservative end of an interval, and exit codes."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def parsed(text: str, **options: bool) -> Requirement:
         ("regex:(\\d+)<=>>=0.5", ("regex:(\\d+)<=>", ">=", 0.5, False)),
     ],
 )
-def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
+def test_requirements_are_parsed(text: str, expected: tuple[Any, ...]) -> None:
     one = parsed(text)
     assert (one.metric, one.comparison, one.bound, one.of_difference) == expected
     assert one.text == text
@@ -71,14 +71,14 @@ def test_what_a_requirement_is(text: str, expected: tuple[Any, ...]) -> None:
         )),
     ],
 )  # fmt: skip
-def test_what_is_none(text: str, code: Code) -> None:
+def test_invalid_requirements_are_refused(text: str, code: Code) -> None:
     with pytest.raises(ConfigError) as caught:
         parsed(text, against=False, forgetting=False)
     assert meanings(caught.value) == [(code, "", OPTION)]
     assert len(str(caught.value)) < 400
 
 
-def test_without_json_there_is_no_invalid_json() -> None:
+def test_invalid_json_requires_the_json_metric() -> None:
     with pytest.raises(ConfigError) as caught:
         requirements.parse(["invalid_json<0.1", "exact_mach>=0.9"])
     assert [code for code, _, _ in meanings(caught.value)] == [Code.USAGE_CONFLICT, Code.USAGE_BAD_VALUE]
@@ -109,7 +109,7 @@ def verdict(evaluation: Comparison, text: str) -> bool:
     return one.met
 
 
-def test_the_low_end_of_a_share_decides() -> None:
+def test_low_end_of_the_interval_decides_lower_bounds() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 1)] * 187, *[(0, 0, 1)] * 13))  # 93.5 % of 200
     low, high = found.scores[ADAPTER].intervals["exact_match"].as_json()
     assert (low, high) == pytest.approx((0.892, 0.962), abs=1e-3)
@@ -122,8 +122,8 @@ def test_the_low_end_of_a_share_decides() -> None:
     assert one.as_json() == {"text": "exact_match>=0.9", "met": False, "value": 0.935, "low": low, "high": high}
 
 
-def test_the_most_frequent_answer_can_be_the_bound() -> None:
-    """Which is right on the first of the rows."""
+def test_majority_answer_can_be_the_bound() -> None:
+    """The majority answer is right on the first rows."""
 
     def met(right: int, all_rows: int, frequent: int) -> bool:
         found = rows(*[(0, 1, 0)] * right, *[(0, 0, 0)] * (all_rows - right))
@@ -138,8 +138,8 @@ def test_the_most_frequent_answer_can_be_the_bound() -> None:
     assert not one.met and one.value is None and "not labels" in one.reason
 
 
-def test_differences_are_paired() -> None:
-    """The losses of the two overlap by far more than they differ on any row."""
+def test_comparisons_with_a_model_are_paired() -> None:
+    """The losses of the two models overlap by far more than they differ on any row."""
     spread = [replace(row, tokens=1, answers={
         BASE: ModelAnswer(10.0 * (row.number % 7) + 0.5 + 0.1 * (row.number % 3), None, {}),
         ADAPTER: ModelAnswer(10.0 * (row.number % 7), None, {}),
@@ -153,8 +153,8 @@ def test_differences_are_paired() -> None:
         assert verdict(found, text) is is_met, text
 
 
-def test_each_model_can_be_the_bound() -> None:
-    """Where another adapter is given, `base` is still the base."""
+def test_base_and_other_adapter_can_be_the_bound() -> None:
+    """If another adapter is given, `base` still refers to the base."""
     found = comparison.compare_rows(rows(*[(0, 1, 1)] * 30, *[(0, 0, 1)] * 10))
     assert found.compared_with == AGAINST
     for text, is_met in (
@@ -164,7 +164,7 @@ def test_each_model_can_be_the_bound() -> None:
         assert verdict(found, text) is is_met, text
 
 
-def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
+def test_better_than_a_model_requires_the_same_verdict() -> None:
     found = comparison.compare_rows([replace(row, answers={
         name: answer for name, answer in row.answers.items() if name != AGAINST
     }) for row in rows(*[(0, 1, 0)] * 5, *[(1, 1, 0)] * 95)])  # fmt: skip
@@ -177,8 +177,8 @@ def test_a_model_is_beaten_only_where_the_verdict_says_so() -> None:
     assert not verdict(found, "exact_match>base") and verdict(found, "exact_match>=base")
 
 
-def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
-    """Written as a number, a requirement of being better needs what one against a model does."""
+def test_positive_difference_requires_the_verdict_better() -> None:
+    """A difference required to be above 0 must pass the same test as a comparison with a model."""
     found = comparison.compare_rows(rows(*[(0, 1, 0)] * 5, *[(0, 0, 0)] * 15))
     one = found.differences["exact_match"]
     assert one.interval is not None and one.interval.low > 0.01 and one.verdict == "indistinguishable"
@@ -186,7 +186,7 @@ def test_a_difference_is_met_only_where_the_verdict_says_so() -> None:
     assert verdict(found, "difference.exact_match>-0.05") and verdict(found, "difference.exact_match>=0")
 
 
-def test_too_few_rows_meet_nothing() -> None:
+def test_too_few_rows_meet_no_requirement() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 0)] * (statistics.LEAST_ROWS - 1)))
     (one,) = found.judged([parsed("loss<100")]).requirements
     assert not one.met and one.interval is None and one.value is not None and "too few rows" in one.reason
@@ -196,7 +196,7 @@ def test_too_few_rows_meet_nothing() -> None:
     ("high", "interval", "is_met"),
     [(0.049, True, True), (0.05, True, False), (0.051, True, False), (0.04, False, False)],
 )
-def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met: bool) -> None:
+def test_high_end_of_the_forgetting_interval_decides(high: float, interval: bool, is_met: bool) -> None:
     found = comparison.compare_rows(
         rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
     )
@@ -204,7 +204,7 @@ def test_the_high_end_of_forgetting_decides(high: float, interval: bool, is_met:
     assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting)) is not interval
 
 
-def test_a_base_without_a_finite_loss_is_not_beaten() -> None:
+def test_base_with_a_non_finite_loss_cannot_be_beaten() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 0)] * 9, nats=(math.nan, 1.0, 2.0)))
     assert not verdict(found, "loss<base")
     assert verdict(found, "loss<2")
@@ -212,7 +212,7 @@ def test_a_base_without_a_finite_loss_is_not_beaten() -> None:
     assert json.loads(json.dumps(one.as_json(), allow_nan=False))["value"] is None
 
 
-def test_every_requirement_that_is_not_met_is_said() -> None:
+def test_every_failed_requirement_is_reported() -> None:
     found = comparison.compare_rows(rows(*[(0, 1, 0)] * 9))
     texts = ["loss<0.5", "loss<base", "exact_match>=0.9"]
     judged = found.judged(requirements.parse(texts))
@@ -230,8 +230,8 @@ def test_every_requirement_that_is_not_met_is_said() -> None:
     assert found.metrics[ADAPTER]["loss"] == found.to_dict()[ADAPTER]["loss"]
 
 
-def test_rows_with_equal_scores_show_little() -> None:
-    """Where ROUGE-L is 1 on each of five rows, that does not show that it is 1."""
+def test_equal_scores_on_few_rows_are_weak_evidence() -> None:
+    """A ROUGE-L of 1 on each of five rows does not show that it is 1 in general."""
     scores = {"exact_match": 1.0, "label_accuracy": 1.0, "rouge_l": 1.0}
     found = comparison.compare_rows([replace(row, answers={
         name: replace(answer, scores=scores) for name, answer in row.answers.items()
@@ -243,7 +243,7 @@ def test_rows_with_equal_scores_show_little() -> None:
 
 
 def task_results() -> TaskResults:
-    """`t.acc`: 60 rows, of which the base gets 20 and the adapter 50; `t.f1`, of which only the figure is known."""
+    """`t.acc`: 60 rows, of which the base gets 20 right and the adapter 50; `t.f1`: only the metric without rows."""
     acc = {BASE: [1] * 20 + [0] * 40, ADAPTER: [1] * 50 + [0] * 10}
     values = {BASE: 1 / 3, ADAPTER: 5 / 6}
     figures = {
@@ -260,8 +260,8 @@ def task_results() -> TaskResults:
         ("difference.t.acc>0.3", True), ("difference.t.acc>0.45", False), ("t.f1>0.1", False), ("t.nothing>0", False),
     ],
 )  # fmt: skip
-def test_metrics_of_tasks(text: str, is_met: bool) -> None:
-    """Alone, and beside rows, the cautious end decides. What no task gives is named with what they give."""
+def test_requirements_on_task_metrics(text: str, is_met: bool) -> None:
+    """With and without rows, the conservative end decides. The error for an unknown metric lists the known ones."""
     required = requirements.parse([text], tasks=True, rows=False)
     (alone,) = requirements.judged_tasks(task_results(), required).requirements
     found = replace(comparison.compare_rows(rows(*[(0, 1, 1)] * 9)), tasks=task_results())
@@ -280,7 +280,7 @@ def test_metrics_of_tasks(text: str, is_met: bool) -> None:
         ("loss<base", {"tasks": True, "rows": False}, Code.USAGE_CONFLICT),
     ],
 )
-def test_what_is_no_requirement_of_a_task(text: str, options: dict[str, bool], code: Code) -> None:
+def test_invalid_task_requirements_are_refused(text: str, options: dict[str, bool], code: Code) -> None:
     with pytest.raises(ConfigError) as caught:
         requirements.parse([text], **options)
     assert meanings(caught.value) == [(code, "", OPTION)]
@@ -296,7 +296,7 @@ HELD_OUT = [{"prompt": f"{a} {b}:", "completion": b} for a in WORDS for b in WOR
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path, cli: Callable[..., Ran]) -> Path:
-    """A folder with an adapter, rows that it has not seen, and rows of which three stand in train."""
+    """A folder with an adapter, unseen rows, and rows of which three are also in train."""
     folder = tmp_path_factory.mktemp("gate")
     train = write_rows(folder / "train.jsonl", TRAIN)
     write_rows(folder / "seen.jsonl", [*HELD_OUT, *TRAIN[:2], {"prompt": " three: ", "completion": "three"}])
@@ -311,7 +311,7 @@ def evaluate(place: Path, rows: str, *arguments: str) -> list[str]:
     return ["evaluate", "--adapter", str(place / "out"), "--data", str(place / rows), *arguments]
 
 
-def test_what_is_met_ends_with_0(place: Path, cli: Callable[..., Ran]) -> None:
+def test_met_requirements_exit_with_0(place: Path, cli: Callable[..., Ran]) -> None:
     ran = cli(*evaluate(place, "new.jsonl", "--require", "loss<base", "--require", "loss<9", "--json"))
     assert (ran.code, ran.err) == (0, "")
     values = json.loads(ran.out)
@@ -323,8 +323,8 @@ def test_what_is_met_ends_with_0(place: Path, cli: Callable[..., Ran]) -> None:
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_what_is_not_met_ends_with_11(place: Path, cli: Callable[..., Ran], as_json: bool) -> None:
-    """After everything has been printed."""
+def test_failed_requirements_exit_with_11(place: Path, cli: Callable[..., Ran], as_json: bool) -> None:
+    """After all results have been printed."""
     required = ("--require", "exact_match>=0.9", "--require", "loss<base", "--require", "loss<0.01")
     plain = cli(*evaluate(place, "new.jsonl", *["--json"] * as_json))
     ran = cli(*evaluate(place, "new.jsonl", *required, *["--json"] * as_json))
@@ -341,13 +341,13 @@ def test_what_is_not_met_ends_with_11(place: Path, cli: Callable[..., Ran], as_j
         assert lines[-3:] == [["required", text] for text in ends]
 
 
-def test_a_metric_of_other_rows_leads_to_those_that_there_are(place: Path, cli: Callable[..., Ran]) -> None:
+def test_unknown_metric_lists_the_available_ones(place: Path, cli: Callable[..., Ran]) -> None:
     ran = cli(*evaluate(place, "new.jsonl", "--require", "accuracy>=0.9"))
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(place / "new.jsonl"), OPTION))
     assert "`accuracy>=0.9`" in ran.err and "loss, perplexity, exact_match, label_accuracy, or one" in ran.err
 
 
-def test_rows_in_train_show_nothing(place: Path, cli: Callable[..., Ran]) -> None:
+def test_requirements_on_training_rows_are_refused(place: Path, cli: Callable[..., Ran]) -> None:
     path = str(place / "seen.jsonl")
     ran = cli(*evaluate(place, "seen.jsonl", "--require", "loss<base"))
     check_refused(ran, 4, *[(Code.EVALUATE_OVERLAP, path, OPTION)] * 2)
@@ -358,8 +358,10 @@ def test_rows_in_train_show_nothing(place: Path, cli: Callable[..., Ran]) -> Non
         assert json.loads(ran.out)["overlap"] == {"exact": 2, "folded": 1, "rows": 39}
 
 
-def test_an_adapter_without_hashes(place: Path, cli: Callable[..., Ran], tmp_path: Path) -> None:
-    """As those of earlier releases and of other tools."""
+def test_adapter_without_row_hashes_is_evaluated_with_a_note(
+    place: Path, cli: Callable[..., Ran], tmp_path: Path
+) -> None:
+    """Such as adapters of earlier releases and of other tools."""
     shutil.copytree(place / "out", tmp_path / "out")
     for name in ("train_rows.hashes", "loratune.json"):
         (tmp_path / "out" / name).unlink()
@@ -372,12 +374,12 @@ def test_an_adapter_without_hashes(place: Path, cli: Callable[..., Ran], tmp_pat
     assert lines[0] == [] and len(lines[1]) == 1 and "not known" in lines[1][0]
 
 
-def test_what_cannot_be_judged_is_refused_before_anything_is_loaded(place: Path, cli: Callable[..., Ran]) -> None:
+def test_unusable_requirements_are_refused_before_loading(place: Path, cli: Callable[..., Ran]) -> None:
     rows = write_rows(place / "text.jsonl", [{"text": word} for word in WORDS])
     command = evaluate(place, "text.jsonl")
     ran = cli(*command, "--require", "los<1", "--require", "loss<against")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", OPTION), (Code.USAGE_CONFLICT, "", OPTION))
     check_refused(cli(*command, "--allow-overlap"), 2, (Code.USAGE_CONFLICT, "", "--allow-overlap"))
-    (ran,), heavy = imported([*command, "--require", "label>0.5"])  # which reads the rows, as the others do not
+    (ran,), heavy = imported([*command, "--require", "label>0.5"])  # reads the rows, unlike the other cases
     check_refused(ran, 4, (Code.DATA_FIELD, str(rows), OPTION))
     assert not heavy & {"torch", "peft", "bitsandbytes"}

@@ -53,10 +53,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=pytest.mark.slow if number else ()) for number, one in enumerate(VARIANTS)]
 )
-def test_killed_and_resumed_is_as_if_nothing_had_been(
+def test_killed_and_resumed_run_matches_an_uninterrupted_one(
     name: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """Killed twice, somewhere behind the first checkpoint and somewhere behind the next, in mid-epoch."""
+    """Killed twice in mid-epoch, at some point after the first checkpoint and after the next one."""
     sections = {key: RESTLESS.get(key, {}) | VARIANTS[name].get(key, {}) for key in {**RESTLESS, **VARIANTS[name]}}
     config = run_config(**sections)
     expected = straight(processes, config, tmp_path)
@@ -76,8 +76,10 @@ def test_killed_and_resumed_is_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("asked", [3, *(pytest.param(kills, marks=pytest.mark.slow) for kills in (10, 50))])
-def test_killed_at_random_moments(asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Many kills, some of them while a checkpoint is being written; there is a checkpoint at each step."""
+def test_run_killed_at_random_times_matches_an_uninterrupted_one(
+    asked: int, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Many kills, some of them during the write of a checkpoint. There is a checkpoint at each step."""
     training = RESTLESS["training"] | {"num_train_epochs": 6 if asked < 50 else 30, "save_steps": 1}
     config = run_config(lora=RESTLESS["lora"], training=training)
     expected = straight(processes, config, tmp_path)
@@ -119,13 +121,13 @@ def stopped_run(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory,
 
 @pytest.fixture(scope="module")
 def undisturbed(processes: ForkServer, stopped_run: Path) -> bytes:
-    """The adapter of the same run when nothing happens to it."""
+    """The adapter of the same run without an interruption."""
     return straight(processes, stopped_run / "run.yaml", stopped_run)
 
 
 @pytest.fixture
 def interrupted(stopped_run: Path, tmp_path: Path) -> Path:
-    """The config of a copy of that run; its rows are those of the first one."""
+    """The config of a copy of that run, which uses the rows of the original."""
     return copy_of(stopped_run, tmp_path)
 
 
@@ -141,7 +143,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_checkpoint_is_seen(name: str, interrupted: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_detected(name: str, interrupted: Path, tmp_path: Path) -> None:
     damage, reason = DAMAGES[name]
     newest, older = checkpoints(tmp_path / "out.partial")
     damage(newest)
@@ -153,10 +155,10 @@ def test_a_damaged_checkpoint_is_seen(name: str, interrupted: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     "name", [pytest.param(one, marks=() if one == "a bit" else pytest.mark.slow) for one in DAMAGES]
 )
-def test_a_damaged_checkpoint_is_passed_over(
+def test_damaged_checkpoint_is_skipped(
     name: str, interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes, stopped_run: Path
 ) -> None:
-    """The older checkpoint gives the same adapter."""
+    """The older checkpoint leads to the same adapter."""
     damage, reason = DAMAGES[name]
     newest, older = checkpoints(tmp_path / "out.partial")
     damage(newest)
@@ -169,8 +171,8 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert hashes[0].read_bytes() == hashes[1].read_bytes()
 
 
-def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """A run never restarts without saying so."""
+def test_resume_without_an_intact_checkpoint_is_refused(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """A run must not restart silently."""
     newest, older = checkpoints(tmp_path / "out.partial")
     (newest / "optimizer.pt").unlink()
     flip(older / "trainer_state.json")
@@ -189,7 +191,7 @@ def test_without_a_whole_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path)
 
 
 def reseal(checkpoint: Path, content: str) -> None:
-    """Give the record of a run other content, and say so in the manifest."""
+    """Replace the record of a run, and update the manifest to match."""
     raw = content.encode(errors="surrogateescape")
     (checkpoint / "run.json").write_bytes(raw)
     manifest = json.loads((checkpoint / "manifest.json").read_text())
@@ -198,7 +200,7 @@ def reseal(checkpoint: Path, content: str) -> None:
 
 
 def without(run: dict[str, Any], *path: str) -> dict[str, Any]:
-    """A copy of a record in which a key is missing."""
+    """A copy of a record without a key."""
     first, *rest = path
     return {key: without(value, *rest) if key == first else value for key, value in run.items() if rest or key != first}
 
@@ -249,8 +251,8 @@ TEXTS = {
 }
 
 
-def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """With a manifest that agrees: it is reported, and the older checkpoint is used, or exit code 7 without one."""
+def test_damaged_run_record_is_skipped_or_refused(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """With a matching manifest. The older checkpoint is used; without one, the exit code is 7."""
     newest, older = checkpoints(tmp_path / "out.partial")
     run = json.loads((newest / "run.json").read_text())
     for name, content in {**TEXTS, **{name: json.dumps(make(run)) for name, make in RECORDS.items()}}.items():
@@ -281,8 +283,8 @@ def test_a_record_of_the_run_that_is_damaged(interrupted: Path, cli: Cli, tmp_pa
 ODD_FILES = ("optimizer.pt", "run.json", "manifest.json", "trainer_state.json", "added")
 
 
-def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Links are not followed, even if their targets have the same bytes, and nothing waits at a named pipe."""
+def test_links_and_pipes_in_a_checkpoint_are_not_followed(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Links are refused even if their targets have the same bytes, and named pipes do not block."""
     newest, older = checkpoints(tmp_path / "out.partial")
     kept = newest.parent
     for name in ODD_FILES:
@@ -313,10 +315,10 @@ def test_odd_files_in_a_checkpoint(interrupted: Path, cli: Cli, tmp_path: Path) 
         assert fault.code is SKIPPED and "manifest.json names files outside" in fault.what
 
 
-def test_what_has_changed_since_is_refused(
+def test_changed_inputs_are_refused_on_resume(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """This run is not shared with other tests, because its rows are changed."""
+    """Not shared with other tests, because the rows are changed."""
     rows, interrupted = tmp_path / "rows.jsonl", run_config(**STOPPED)
     interrupt(processes, interrupted, tmp_path / "out.partial")
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--set", "training.learning_rate=0.5")
@@ -329,7 +331,7 @@ def test_what_has_changed_since_is_refused(
     rows.write_text(kept.replace("0 and 0 make", "9 and 9 make"))
     ran = cli("train", interrupted, "--resume")
     check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
-    assert "the training rows have changed since the run was interrupted [" in ran.err  # as many of them, and of tokens
+    assert "the training rows have changed since the run was interrupted [" in ran.err  # as many rows and tokens
     rows.write_text(kept + kept.splitlines()[0] + "\n")
     ran = cli("train", interrupted, "--resume")
     check_refused(ran, 7, (Code.RESUME_CHANGED, "", "data.train"))
@@ -354,7 +356,7 @@ def test_what_has_changed_since_is_refused(
 def test_a_changed_validation_set_or_template_is_refused(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """Also a template that renders these rows alike."""
+    """Also a changed template that renders these rows identically."""
     held, template = tmp_path / "held.jsonl", tmp_path / "chat.jinja"
     turns = '{"messages": [{"role": "user", "content": "1 and"}, {"role": "assistant", "content": "3"}]}\n'
     held.write_text(turns)
@@ -378,8 +380,8 @@ def test_a_changed_validation_set_or_template_is_refused(
     assert "training.num_train_epochs: was 500.0" in ran.err
 
 
-def test_a_change_that_is_allowed_takes_effect(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """The next step is taken at the new rate, which the schedule goes on from."""
+def test_allowed_learning_rate_change_takes_effect(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """The next step uses the new rate, from which the schedule continues."""
     step = int(checkpoints(tmp_path / "out.partial")[0].name.split("-")[1])
     arguments = ("--set", "training.learning_rate=0.001", "--allow-change", "training.learning_rate")
     ran = cli("train", interrupted, "--resume", *arguments)
@@ -402,7 +404,7 @@ def test_a_change_that_is_allowed_takes_effect(interrupted: Path, cli: Cli, tmp_
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_other_changes_take_effect(
+def test_other_allowed_changes_take_effect(
     settings: dict[str, str], interrupted: Path, cli: Cli, tmp_path: Path, undisturbed: bytes
 ) -> None:
     changes = [part for key, value in settings.items() for part in ("--set", f"{key}={value}", "--allow-change", key)]
@@ -414,7 +416,7 @@ def test_other_changes_take_effect(
         assert record["metrics"]["steps"] == 6 * 5 and 7 not in {entry["step"] for entry in record["curve"]}
 
 
-def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
+def test_changes_that_cannot_take_effect_are_refused(interrupted: Path, cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", interrupted, "--resume", "--set", "lora.r=4", "--allow-change", "lora.r")
     check_refused(ran, 7, (Code.RESUME_CHANGED, "", "--allow-change lora.r"))
     assert f"; leave it out; these keys can be changed: {', '.join(resume_module.CHANGEABLE)}\n" in ran.err
@@ -423,7 +425,7 @@ def test_changes_that_cannot_take_effect(interrupted: Path, cli: Cli, run_config
     assert "--resume" in ran.err and ran.err.count("\n") == 1
 
 
-def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+def test_failed_overwrite_keeps_the_interrupted_run(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
     before = [path.name for path in checkpoints(tmp_path / "out.partial")]
     ran = cli("train", interrupted, "--overwrite", "--set", "lora.target_modules=[bogus]")
     assert ran.code == 3
@@ -431,7 +433,7 @@ def test_an_overwrite_that_fails_keeps_the_interrupted_run(interrupted: Path, cl
     assert cli("train", interrupted, "--resume").code == 0
 
 
-def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) -> None:
+def test_resume_with_fewer_steps_than_taken_is_refused(interrupted: Path, cli: Cli) -> None:
     allowed = ("--resume", "--allow-change", "training.num_train_epochs", "--set", "training.num_train_epochs=0.2")
     ran = cli("train", interrupted, *allowed)
     check_refused(ran, 7, (Code.RESUME_CHANGED, "", "training"))
@@ -441,8 +443,10 @@ def test_fewer_steps_than_were_taken_are_refused(interrupted: Path, cli: Cli) ->
 @pytest.mark.parametrize(
     "kind", ["a link", *(pytest.param(one, marks=pytest.mark.slow) for one in ("a file", "a named pipe"))]
 )
-def test_a_checkpoint_has_no_place(kind: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
-    """What appears during the run under its name, or where it is written, is reported and left alone."""
+def test_obstructed_checkpoint_path_is_reported(
+    kind: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """A file, link or directory that appears at the checkpoint's path during the run is left alone."""
     (tmp_path / "outside").mkdir()
     make = {
         "a file": "open('{place}', 'w').close()",
@@ -462,10 +466,10 @@ def test_a_checkpoint_has_no_place(kind: str, processes: ForkServer, run_config:
         shutil.rmtree(tmp_path / "out.partial")
 
 
-def test_resume_is_spoken_of_only_where_something_was_kept(
+def test_resume_is_suggested_only_if_a_checkpoint_was_kept(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """What a run leaves that was killed in its first save, and one whose first save has no room."""
+    """The cases: a run killed during its first save, and a full disk at the first save."""
     config = run_config(training={"save_steps": 1})
     (tmp_path / "out.partial" / "checkpoints" / "unfinished" / "checkpoint-1").mkdir(parents=True)
     assert not run_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).is_resumable()

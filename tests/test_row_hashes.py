@@ -1,4 +1,4 @@
-"""The hashes of its training rows that an adapter keeps, and what an evaluation finds with them."""
+"""The hashes of training rows in an adapter, and how `evaluate` uses them to detect leakage."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ ROWS = [{"prompt": f"a {number}", "completion": "b"} for number in range(9)]
 
 
 def by_hand(*texts: str) -> int:
-    """A hash. Where tests of these numbers fail, the version in `CONTENT_HASH` is to be counted on."""
+    """A reference hash. If tests of these values fail, increase the version in `CONTENT_HASH`."""
     content = "\ud800".join(texts).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
 
@@ -33,7 +33,7 @@ EXACT = sorted(by_hand(row["prompt"], row["completion"]) for row in [*ROWS, SPAC
 
 
 def keep(directory: Path, rows: list[dict[str, Any]], **section: Any) -> Path:
-    """Keeps the hashes of rows in a directory."""
+    """Write the row hashes into a directory."""
     values = {"train": str(write_rows(directory / "rows.jsonl", rows)), **section}
     train = data.read_datasets(DataSection.model_validate(values), 0).train
     splits.write_row_hashes(directory, train, None, continued=False)
@@ -45,25 +45,25 @@ def look_up(path: Path, directory: Path, **section: Any) -> Overlap:
     return splits.find_overlap(data.read_source(Source(path=str(path)), read), directory)
 
 
-def test_what_is_kept(tmp_path: Path) -> None:
+def test_stored_hashes_match_a_reference(tmp_path: Path) -> None:
     keep(tmp_path, [*ROWS, SPACED, ROWS[2]])
     kept = load_file(tmp_path / ROW_HASHES)
     assert kept["exact"].tolist() == EXACT
-    assert kept["folded"].tolist() == []  # SPACED, folded, is a row itself
+    assert kept["folded"].tolist() == []  # SPACED, folded, equals another row
     keep(tmp_path, [SPACED, ROWS[0]])
     assert load_file(tmp_path / ROW_HASHES)["folded"].tolist() == [by_hand("a 3", "b")]
     assert by_hand("a 3", "b") == -6689142993834507418
 
 
-def test_rows_held_out_are_not_among_them(tmp_path: Path) -> None:
+def test_held_out_rows_are_not_hashed(tmp_path: Path) -> None:
     keep(tmp_path, ROWS, validation=0.3)
     assert len(load_file(tmp_path / ROW_HASHES)["exact"]) == 6
     overlap = look_up(tmp_path / "rows.jsonl", tmp_path)
     assert overlap.as_json() == {"exact": 6, "folded": 0, "rows": 9}
 
 
-def test_rows_in_another_format(tmp_path: Path) -> None:
-    """The content of a row counts, and not how a file writes it."""
+def test_hashes_do_not_depend_on_the_file_format(tmp_path: Path) -> None:
+    """Only the content of a row matters."""
     keep(tmp_path, [*ROWS[:5], SPACED])
     path = tmp_path / "held-out.csv"
     path.write_text('answer,question\nb,a 1\n"b ",a 2\nb,a 3\nb,a 8\nc,a 1\n')
@@ -106,8 +106,8 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_cannot_be_read_is_unknown(name: str, tmp_path: Path) -> None:
-    """It is never taken for no overlap."""
+def test_unreadable_hashes_make_the_overlap_unknown(name: str, tmp_path: Path) -> None:
+    """They are never treated as no overlap."""
     keep(tmp_path, ROWS)
     DAMAGES[name](tmp_path / ROW_HASHES)
     overlap = look_up(tmp_path / "rows.jsonl", tmp_path)
@@ -115,16 +115,16 @@ def test_what_cannot_be_read_is_unknown(name: str, tmp_path: Path) -> None:
     assert overlap.unknown
 
 
-def test_too_many_rows_keep_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_hashes_are_stored_for_too_many_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(splits, "MOST_HASHES", 8)
     assert not (keep(tmp_path, ROWS) / ROW_HASHES).exists()
     assert (keep(tmp_path, ROWS[1:]) / ROW_HASHES).exists()
     spaced = [{"prompt": f"a  {number}", "completion": "b"} for number in range(5)]
     (tmp_path / ROW_HASHES).unlink()
-    assert not (keep(tmp_path, spaced) / ROW_HASHES).exists()  # two hashes each
+    assert not (keep(tmp_path, spaced) / ROW_HASHES).exists()  # two hashes per row
 
 
-def test_rows_of_the_adapter_that_training_started_from(tmp_path: Path) -> None:
+def test_hashes_include_rows_of_the_earlier_adapter(tmp_path: Path) -> None:
     for name, rows in (("first", [SPACED, ROWS[0]]), ("second", ROWS[:4])):
         (tmp_path / name).mkdir()
         keep(tmp_path / name, rows)
@@ -136,5 +136,5 @@ def test_rows_of_the_adapter_that_training_started_from(tmp_path: Path) -> None:
         splits.write_row_hashes(tmp_path, train, earlier, continued=True)
         overlap = look_up(tmp_path / "first" / "rows.jsonl", tmp_path)
         assert (overlap.unknown == "") is is_complete
-        # the spaced row itself is of the first alone; folded, it is a row of the second
+        # only the first has the row with spaces; folded, it is a row of the second
         assert overlap.as_json() == {"exact": 1 + is_complete, "folded": 1 - is_complete, "rows": 2}

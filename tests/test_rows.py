@@ -1,4 +1,5 @@
-"""Tokenized rows that processes share: read from the main process's cache, or made on a machine that lacks it."""
+"""Tokenized rows shared by processes: read from the main process's cache, or prepared on machines without access to
+it."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from loratune.training.rows import shared_rows
 
 @dataclass
 class Pair:
-    """Two processes, as two threads, each the first of its machine."""
+    """Two processes, simulated by threads, each the first on its machine."""
 
     rank: int
     box: list[Any]
@@ -41,7 +42,7 @@ class Pair:
 
 
 def share(makes: list[Callable[[], Any]]) -> list[Any]:
-    """What `shared_rows` returns in each process, or the error that it raises."""
+    """What `shared_rows` returns in each process, or the error it raises."""
     results: list[Any] = [None, None]
     box, barrier = [None, None], threading.Barrier(2)
 
@@ -64,7 +65,7 @@ def dataset(directory: Path, fingerprint: str) -> Any:
 
 
 @pytest.mark.parametrize("own", ["the same", "another"])
-def test_a_machine_that_does_not_see_the_cache_makes_its_own(own: str, tmp_path: Path) -> None:
+def test_machine_without_access_to_the_cache_prepares_its_own_rows(own: str, tmp_path: Path) -> None:
     datasets = [dataset(tmp_path / "not here", "the same"), dataset(tmp_path, own)]
     calls: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Attention of torch row by row: the numbers of the whole mask, at the cost of the rows."""
+"""Torch attention row by row: the same numbers as with the whole mask, at the cost of the rows."""
 
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +58,7 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that an operation returns."""
+    """The largest number of elements of any tensor that an operation returns."""
 
     elements = 0
 
@@ -71,8 +71,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
-    """With rows longer than its windows, packed and padded."""
+def test_row_wise_attention_gives_the_same_loss_and_gradients(name: str) -> None:
+    """With rows longer than the attention window, packed and padded."""
     kind, changes = FAMILIES[name]
     model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
     for batch in (flatten(rows()), dict(pad(rows(), 0)), flatten(rows()[:1])):
@@ -86,8 +86,8 @@ def test_a_family_gives_the_same_loss_and_gradients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_family_gives_the_same_in_tiles(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel, with rows that are read from the masks."""
+def test_tiled_attention_gives_the_same_loss_and_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel, which gets the rows from the masks."""
     monkeypatch.setenv("LORATUNE_NATIVE", "1")
     kind, changes = FAMILIES[name]
     model = adapted(kind, targets=TARGETS.get(kind, ["q_proj", "v_proj"]), changes=changes)
@@ -104,8 +104,8 @@ def test_a_family_gives_the_same_in_tiles(name: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("name", ["gemma2, which caps its scores", "gpt_oss, which has sinks"])
-def test_attention_that_drops_out_is_that_of_the_model(name: str) -> None:
-    """Where torch has no such attention: the model's own function, row by row."""
+def test_attention_with_dropout_uses_the_models_own_function(name: str) -> None:
+    """Row by row, as torch has no equivalent attention with dropout."""
     kind, changes = FAMILIES[name]
     model = adapted(kind, targets=["q_proj", "v_proj"], changes={**changes, "attention_dropout": 1e-9})
     for batch in (flatten(rows()), dict(pad(rows(), 0))):
@@ -122,7 +122,7 @@ CHUNKED = {
 }  # fmt: skip
 
 
-def test_chunks_are_rows_of_their_own() -> None:
+def test_attention_chunks_are_treated_as_rows() -> None:
     model = adapted("llama4_text", targets=["q_proj", "v_proj"], changes=CHUNKED)
     loss, gradients = step(model, flatten(rows()))
     assert rowwise.attend_by_rows(model.get_base_model(), lambda: True)
@@ -133,8 +133,8 @@ def test_chunks_are_rows_of_their_own() -> None:
     assert abs(step(model, flatten(rows()))[0] - loss) > 1e-5
 
 
-def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
-    """But with stock attention it is, so this sees it."""
+def test_no_tensor_is_quadratic_in_the_batch() -> None:
+    """The control: with stock attention there is one."""
     model = adapted("gemma3_text", changes={"sliding_window": 40, "vocab_size": 300, **MIXED})
     many = [{name: one[name][:60] for name in one} for one in rows() * 8 if len(one["labels"]) >= 60]
     batch = flatten(many)
@@ -146,8 +146,8 @@ def test_nothing_is_as_large_as_the_square_of_a_batch() -> None:
     assert stock.elements >= square > 2 * by_rows.elements
 
 
-def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
-    """They get the mask that they would get, so nothing is different but the time."""
+def test_left_padding_and_irregular_masks_use_torch() -> None:
+    """They get the same mask as without row-wise attention."""
     model = adapted()
     batch = dict(pad(rows(), 0, side="left"))
     batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -160,8 +160,7 @@ def test_padding_on_the_left_and_odd_masks_are_left_to_torch() -> None:
         assert again == pytest.approx(loss, abs=1e-6) and relative_rms(gradients, others) < 1e-5
 
 
-def test_the_padding_of_one_row_does_not_reach_another() -> None:
-    """Nor do the tokens of the others."""
+def test_rows_are_isolated_from_padding_and_other_rows() -> None:
     model = adapted()
     with kernels.accelerated(model, attach.adapted_linear):
         losses = [step(model, dict(pad(rows()[:n], 0)))[0] for n in (1, 1)]
@@ -177,9 +176,8 @@ def test_the_padding_of_one_row_does_not_reach_another() -> None:
     assert torch.equal(whole[:, :40], changed[:, :40]) and torch.equal(whole[:, 47:], changed[:, 47:])
 
 
-def test_attention_that_drops_out_does_so() -> None:
-    """With the configured probability: over many draws the gradient is that of stock attention, which differs from
-    that without."""
+def test_attention_dropout_has_the_configured_probability() -> None:
+    """Over many draws, the mean gradient matches that of stock attention, which differs from that without dropout."""
     model = adapted(changes={"attention_dropout": 0.4})
     batch = flatten(rows()[:2])
 
@@ -209,7 +207,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_attention_than_torchs_is_not_accelerated(name: str) -> None:
+def test_other_attention_implementations_are_not_replaced(name: str) -> None:
     kind, changes = REFUSED[name]
     model = adapted(kind, targets=["query_key_value"] if kind == "bloom" else ["q_proj", "v_proj"], changes=changes)
     own = model.config._attn_implementation
@@ -217,7 +215,7 @@ def test_other_attention_than_torchs_is_not_accelerated(name: str) -> None:
         assert model.config._attn_implementation == own and not kernels.attends_by_rows(model)
 
 
-def test_a_model_that_does_not_agree_gets_its_attention_back() -> None:
+def test_attention_is_restored_if_the_check_fails() -> None:
     base = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
     assert not rowwise.attend_by_rows(base, lambda: False) and base.config._attn_implementation == "sdpa"
 
@@ -244,7 +242,7 @@ MASKS: dict[str, tuple[Callable[..., Tensor], dict[str, Any], tuple[list[int], i
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_a_mask_is_read_as_rows_or_not_at_all(name: str) -> None:
+def test_masks_are_read_as_rows_only_if_they_are_equivalent(name: str) -> None:
     function, arguments, expected = MASKS[name]
     length = arguments.pop("length", 500)
     sizes = {"batch_size": 1, "q_length": length, "kv_length": length, "allow_is_causal_skip": False}

@@ -1,4 +1,4 @@
-"""What a run may write over, and what it never follows, waits at or removes."""
+"""What a run may overwrite, and what it must never follow, block on or remove."""
 
 import json
 import os
@@ -27,7 +27,7 @@ ONE_STEP = {"max_steps": 1}
 
 
 def adapter(path: Path, *listed: str) -> Path:
-    """A directory that holds what its record lists: two files of an adapter, and more."""
+    """A directory with the files its record lists: two adapter files and `listed`."""
     path.mkdir(parents=True)
     for name in ("adapter_config.json", WEIGHTS, *listed):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def adapter(path: Path, *listed: str) -> Path:
 
 
 def everything(path: Path) -> dict[str, Any]:
-    """What is below a path, by name: kind, size, and content or target."""
+    """Everything below a path, by name: kind, and content or target."""
     found: dict[str, Any] = {}
     for one in sorted(path.rglob("*")):
         kind = kind_of_file(one)
@@ -51,7 +51,7 @@ def everything(path: Path) -> dict[str, Any]:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a small file system, or a directory once more, at a path."""
+    """Mount a small file system, or bind-mount a directory, at a path."""
     made: list[Path] = []
 
     def mount(place: Path, *, again: Path | None = None, of: tuple[str, str] = ("tmpfs", "size=1m")) -> Path:
@@ -76,7 +76,7 @@ Refusal = tuple[Code, str]
 
 
 def other_files(names: str) -> Refusal:
-    """Of a directory in which these names do not belong to the adapter."""
+    """The refusal of a directory in which these names do not belong to the adapter."""
     return Code.OUTPUT_OVERWRITE, f"also holds {names}, "
 
 
@@ -167,8 +167,8 @@ HELD: dict[str, Callable[[Path], Refusal]] = {
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_overwrite_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Before anything is read: the rows and the base are not even there."""
+def test_overwrite_of_other_files_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Before anything is read: the rows and the base do not exist."""
     config = run_config(data={"train": "absent.jsonl"}, model={"name_or_path": "./absent"})
     code, detail = HELD[name](tmp_path)
     before = everything(tmp_path)
@@ -180,13 +180,13 @@ def test_overwrite_is_refused(name: str, cli: Cli, run_config: MakeConfig, tmp_p
     assert everything(tmp_path) == before
 
 
-def test_what_an_adapter_consists_of_is_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Its own files in a directory of their own, an edited card, and what PEFT writes without a record."""
+def test_overwrite_replaces_the_files_of_an_adapter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Including subdirectories, an edited card, and adapters of PEFT without a record."""
     config = run_config(training=ONE_STEP)
     adapter(tmp_path / "out", "additional_chat_templates/tool.jinja")
     assert cli("train", config, "--overwrite").code == 0
     assert not (tmp_path / "out" / "additional_chat_templates").exists()
-    assert cli("train", config, "--overwrite").code == 0  # what it has just written
+    assert cli("train", config, "--overwrite").code == 0  # overwriting its own output
     for name in ("loratune.json", "run.yaml"):
         (tmp_path / "out" / name).unlink()
     assert cli("train", config, "--overwrite").code == 0
@@ -202,8 +202,8 @@ DROPPINGS = (
 )  # fmt: skip
 
 
-def test_droppings_of_systems_are_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """They carry nothing of the user's, and nothing of the adapter's either."""
+def test_operating_system_files_do_not_block_overwrite(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Such as .DS_Store, which belongs neither to the user nor to the adapter."""
     for recorded in (True, False):
         out = adapter(tmp_path / "out", *(("deeper/words.txt",) if recorded else ()))
         for name in DROPPINGS:
@@ -226,8 +226,8 @@ def test_droppings_of_systems_are_replaced(cli: Cli, run_config: MakeConfig, tmp
     assert cli("train", run_config(training=ONE_STEP), "--overwrite").code == 0
 
 
-def test_known_names_of_tokenizer_files() -> None:
-    """All that transformers' tokenizers say they write; in work that was left they would be taken for the user's."""
+def test_all_tokenizer_file_names_of_transformers_are_known() -> None:
+    """Unknown names left in the work directory would be treated as the user's files."""
     package = Path(transformers.models.__file__).parent
     named = re.compile(r'"([\w.-]+\.(?:json|txt|model|spm|bpe|codes|vocab))"')
     listed = re.compile(r"VOCAB_FILES_NAMES(?::[^=]*)? = \{(.*?)\}", re.DOTALL)
@@ -240,8 +240,8 @@ def test_known_names_of_tokenizer_files() -> None:
     assert len(found) > 15 and found - directories.ADAPTER_FILES == {"config.json"} & found
 
 
-def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """From the run.yaml of the adapter that it replaces, which has been read by then."""
+def test_run_can_be_repeated_from_the_run_yaml_it_replaces(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The file has already been read when it is replaced."""
     assert cli("train", run_config(training=ONE_STEP)).code == 0
     out, config = tmp_path / "out", tmp_path / "out" / "run.yaml"
     before = tree(out)
@@ -252,7 +252,7 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
     ran = cli("train", config, "--overwrite")
     assert ran.code == 0, ran.err
     assert tree(out)[WEIGHTS] == before[WEIGHTS]
-    for name in ("mine.yaml", "run.yaml"):  # one that no record lists, and one that the user has edited
+    for name in ("mine.yaml", "run.yaml"):  # a file that no record lists, and one that the user edited
         (out / name).write_text(config.read_text() + "# precious\n")
         before = tree(out)
         ran = cli("train", out / name, "--overwrite")
@@ -262,7 +262,7 @@ def test_a_run_repeats_itself(cli: Cli, run_config: MakeConfig, tmp_path: Path) 
         (out / "mine.yaml").unlink(missing_ok=True)
 
 
-def test_the_working_directory(
+def test_current_directory_is_never_replaced(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_config()
@@ -283,10 +283,10 @@ INPUTS = {
 
 @pytest.mark.parametrize("through", ["", "link", "bind"])
 @pytest.mark.parametrize("name", INPUTS)
-def test_what_a_run_reads(
+def test_directory_with_inputs_is_never_replaced(
     name: str, through: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]
 ) -> None:
-    """It is in the directory that is to be replaced, whose record lists it; also by another name."""
+    """Even if its record lists the input, and if the input is given by another path."""
     out = adapter(tmp_path / "out", *(name for name in INPUTS.values() if name != "base"), "base/config.json")
     by = tmp_path / "other" if through else out
     if through == "link":
@@ -312,15 +312,19 @@ def test_what_a_run_reads(
     assert tree(tmp_path) == before
 
 
-def test_a_glob_that_searches_what_is_to_be_replaced(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_directory_searched_by_an_input_glob_is_never_replaced(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     adapter(tmp_path / "out", "rows.jsonl")
     ran = cli("train", run_config(data={"train": str(tmp_path / "out" / "*.jsonl")}), "--overwrite")
     check_refused(ran, 2, (Code.OUTPUT_OVERWRITE, str(tmp_path / "out"), "output_dir"))
     assert "(data.train: " in ran.err
 
 
-def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]) -> None:
-    """An empty volume, one that holds an adapter, and one in the place of the work."""
+def test_mount_points_are_never_replaced(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted: Callable[..., Path]
+) -> None:
+    """An empty volume, one with an adapter, and one at the path of the work directory."""
     config = run_config()
     mounted(tmp_path / "empty volume")
     adapter(mounted(tmp_path / "full") / "in it")
@@ -342,8 +346,8 @@ def test_mount_points(cli: Cli, run_config: MakeConfig, tmp_path: Path, mounted:
     assert ran.code == 0, ran.err
 
 
-def test_a_directory_that_may_not_be_removed(tmp_path: Path) -> None:
-    """Moving it asks for leave, and that is seen at the start. Root may do anything, so this is someone else."""
+def test_directory_without_write_permission_is_refused(tmp_path: Path) -> None:
+    """Moving it needs permission, which is checked at the start. Tested as another user, as root may do anything."""
     if os.geteuid() != 0:
         pytest.skip("only root becomes someone else")
     out = adapter(tmp_path / "out")
@@ -363,13 +367,13 @@ def test_a_directory_that_may_not_be_removed(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-# What comes while a run lasts
+# Files that appear during a run
 
 
-def test_files_that_come_to_the_old_adapter_meanwhile(
+def test_files_added_to_the_old_adapter_during_a_run_are_kept(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
-    """They are left alone, and so is the work: moved away, the run goes on to its end."""
+    """The work is also kept. Once the old adapter is moved away, the run can be completed."""
     config = run_config(training={"max_steps": 3, "save_steps": 2})
     thesis = adapter(tmp_path / "out") / "thesis.txt"
     child = processes.start("train", config, "--overwrite", first=before_batch(2, f"open('{thesis}', 'w').close()"))
@@ -389,8 +393,8 @@ def test_files_that_come_to_the_old_adapter_meanwhile(
     assert not (tmp_path / "out.partial").exists() and tree(tmp_path / "elsewhere") == before
 
 
-def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the last look at the directory, in the moment in which it is moved: it is put back."""
+def test_file_added_while_the_old_adapter_is_moved_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It appears after the last check of the directory, just as it is moved."""
     out = adapter(tmp_path / "out")
     directory = run_dir.check(str(out), resume=False, overwrite=True)
     move = Path.rename
@@ -411,7 +415,7 @@ def test_a_file_that_comes_at_the_last_moment(tmp_path: Path, monkeypatch: pytes
     assert directory.checkpoints.is_dir() and not directory.staging.exists() and not directory.replaced.exists()
 
 
-def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
+def test_removal_spares_files_that_no_record_lists(tmp_path: Path) -> None:
     out = adapter(tmp_path / "out", "deeper/words.txt", "deeper/more.txt")
     whole = adapter(tmp_path / "whole", "deeper/words.txt")
     assert directories.remove_own(whole, directories.scan_recorded(whole))
@@ -420,7 +424,7 @@ def test_removal_spares_what_no_record_lists(tmp_path: Path) -> None:
     assert tree(out) == {"deeper/thesis.txt": b"precious"}
 
 
-def test_what_is_put_into_the_work_in_progress_stays(tmp_path: Path) -> None:
+def test_foreign_file_in_the_work_directory_is_kept_on_publishing(tmp_path: Path) -> None:
     with run_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).locked() as directory:
         directory.prepare(resume=False)
         (directory.partial / "thesis.txt").write_text("precious")
@@ -445,8 +449,8 @@ def put(place: Path, name: str) -> None:
         (place / name).write_text("precious")
 
 
-def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """It used to vanish with the first run, even with one that failed at once."""
+def test_work_directory_with_foreign_files_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """They used to be deleted by the first run, even by one that failed immediately."""
     config = run_config(data={"train": "absent.jsonl"})
     for name in THEIRS:
         put(tmp_path / "out.partial", name)
@@ -461,8 +465,8 @@ def test_what_the_user_keeps_in_the_work_in_progress(cli: Cli, run_config: MakeC
 
 
 @pytest.mark.parametrize("how", ["published", "left", "begun anew"])
-def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
-    """Only what is of a run's making is removed."""
+def test_files_added_to_the_work_directory_during_a_run_are_kept(how: str, tmp_path: Path) -> None:
+    """Only files that the run created are removed."""
     with run_dir.check(str(tmp_path / "out"), resume=False, overwrite=False).locked() as directory:
         directory.prepare(resume=False)
         adapter(directory.staging)
@@ -485,7 +489,7 @@ def test_what_the_user_puts_there_meanwhile(how: str, tmp_path: Path) -> None:
     assert kept - {"lock"} == {name.rstrip("/") for name in names if name != "adapter/notes/"}
 
 
-def test_a_file_that_stays_in_the_work_is_reported(
+def test_foreign_file_left_in_the_work_directory_is_reported(
     processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     kept = tmp_path / "out.partial" / "checkpoints" / "notes.txt"
@@ -496,10 +500,10 @@ def test_a_file_that_stays_in_the_work_is_reported(
     assert kept.read_text() == "precious"
 
 
-# Links, named pipes, and files in the place of directories
+# Links, named pipes, and files at the paths of directories
 
 
-def test_a_link_in_the_place_of_the_work(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_link_at_the_path_of_the_work_directory_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     (tmp_path / "elsewhere" / "checkpoints").mkdir(parents=True)
     (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
     config = run_config()
@@ -529,8 +533,8 @@ ODD: dict[str, Callable[[Path, Path], Any]] = {
 }
 
 
-def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
-    """Each of them, under each of the names; in one test, as each command takes a moment only."""
+def test_unexpected_file_types_in_the_work_directory_are_refused(interrupted: Path, cli: Cli, tmp_path: Path) -> None:
+    """Each type under each name, in a single test, as each command takes only a moment."""
     (tmp_path / "outside").mkdir()
     (tmp_path / "outside" / "thesis.txt").write_text("precious")
     partial = tmp_path / "out.partial"
@@ -554,16 +558,16 @@ def test_odd_things_in_the_work(interrupted: Path, cli: Cli, tmp_path: Path) -> 
         if aside.exists():
             aside.rename(place)
     ran = cli("train", interrupted, "--resume", "--set", "training.num_train_epochs=1")
-    assert ran.code == 7 and "training.num_train_epochs" in ran.err  # all is as it was
+    assert ran.code == 7 and "training.num_train_epochs" in ran.err  # the run is unchanged
 
 
-# Names that are no text
+# Names that are not UTF-8
 
 
-def test_a_working_directory_that_is_not_utf_8(
+def test_non_utf8_working_directory_is_refused(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its name could not be recorded, and that is said at the start."""
+    """Its name could not be recorded, which is reported at the start."""
     odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     odd.mkdir()
     monkeypatch.chdir(odd)
@@ -578,7 +582,9 @@ def test_a_working_directory_that_is_not_utf_8(
 
 
 @pytest.mark.parametrize("by", ["", "*.jsonl"])
-def test_rows_in_a_file_whose_name_is_not_utf_8(by: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_rows_are_read_from_a_file_with_a_non_utf8_name(
+    by: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     (tmp_path / "rows").mkdir()
     config = run_config(data={"train": str(tmp_path / "rows" / by)}, training=ONE_STEP)
     source = Path(yaml.safe_load(run_config("other.yaml").read_text())["data"]["train"])

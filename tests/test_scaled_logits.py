@@ -1,4 +1,4 @@
-"""Objectives on bases that scale or cap their logits, or whose rows go alone, by a loop and formulas of plain torch."""
+"""Objectives on models that scale or cap logits, or run rows one by one, against a reference in plain torch."""
 
 import json
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def compared(objective: str) -> list[dict[str, Any]]:
 
 
 def sums(model: Any, given: list[dict[str, Any]]) -> Tensor:
-    """The log-probability of each answer, summed over its tokens, of rows that are computed one by one."""
+    """The summed log-probability of each answer, with rows computed one by one."""
     found = []
     for row in given:
         logits = model(input_ids=torch.tensor([row["input_ids"]]), use_cache=False).logits[0, :-1].double()
@@ -85,7 +85,7 @@ def sums(model: Any, given: list[dict[str, Any]]) -> Tensor:
 def loss_by_hand(
     objective: str, model: Any, given: list[dict[str, Any]], reference: Tensor, others: Tensor | None
 ) -> Tensor:
-    """The mean over tokens, pairs or answers. others: the reference of prompts with answers to others."""
+    """The mean over tokens, pairs or answers. others: the reference values of prompts with answers to other prompts."""
     logs, beta = sums(model, given), BETA.get(objective, 0.0)
     tokens = torch.tensor([sum(label >= 0 for label in row["labels"]) for row in given])
     if objective == "sft":
@@ -109,7 +109,7 @@ def loss_by_hand(
 def by_hand(
     objective: str, base: Path, path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[float], dict[str, Tensor], dict[str, Tensor]]:
-    """The losses before each step and after the last, and the weights before the first one and after the last."""
+    """The losses before each step and after the last, and the weights before the first step and after the last."""
     section = DataSection.model_validate({"train": str(path)})
     dataset = data.prepare(data.read_datasets(section, 42).train, Renderer(tokenizer), section, 264)
     items = ComparedRows(dataset, section.max_length, 42) if objective != "sft" else dataset.rows
@@ -144,7 +144,7 @@ ALWAYS = [("dpo", "cohere"), ("simpo", "granite"), ("orpo", "gemma2"), ("kto", "
         for one in [*product(OBJECTIVES, ("cohere", "granite", "gemma2")), *product(("sft", "kto"), ALONE)]
     ],
 )
-def test_train_lowers_the_objective(
+def test_training_matches_a_reference_implementation(
     objective: str,
     family: str,
     cli: Callable[..., Any],
@@ -187,7 +187,7 @@ def test_train_lowers_the_objective(
         assert found == pytest.approx([losses[0], losses[-1]], rel=1e-5)
 
 
-def test_pairs_are_no_rows_of_their_own(
+def test_preference_pairs_need_batches_of_more_than_one_row(
     cli: Callable[..., Any],
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
@@ -202,8 +202,8 @@ def test_pairs_are_no_rows_of_their_own(
 
 
 @pytest.mark.parametrize("family", SCALED)
-def test_the_loss_head_knows_what_a_family_does(family: str) -> None:
-    """Sums of rows and what they give back to weights, with a weight for each row, as by the family's own logits."""
+def test_loss_head_matches_the_logits_of_the_model_family(family: str) -> None:
+    """Row sums and their weighted gradients match those from the model's own logits."""
     changes, scaling = SCALED[family]
     model = small(family, **changes).eval().requires_grad_(False)
     trained = [one.requires_grad_() for name, one in model.get_decoder().named_parameters() if "layers." in name]

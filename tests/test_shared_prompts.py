@@ -1,4 +1,5 @@
-"""Prompts of a batch that begin alike: computed once, and only where the model computes the same with and without."""
+"""Prompts that share a prefix: it is computed once, but only if the model computes the same with and without
+sharing."""
 
 from typing import Any
 
@@ -16,12 +17,12 @@ ALONE = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_
 
 @pytest.fixture(autouse=True)
 def _few_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows are short here."""
+    """Lower the thresholds, as the test rows are short."""
     monkeypatch.setattr(generation, "_FEWEST", 1)
 
 
 def adapted(model_type: str, **changes: Any) -> Any:
-    """A tiny model with an adapter on all linear layers, which changes what it computes."""
+    """A tiny model with a non-trivial adapter on all linear layers."""
     torch.manual_seed(0)
     model = get_peft_model(small(model_type, **changes), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
@@ -38,8 +39,8 @@ def rows_of(shared: int = PREFIX) -> list[list[int]]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text", "gpt2", "phi", "mixtral", "falcon", "cohere"])
-def test_answers_are_those_of_each_row_alone(model_type: str) -> None:
-    """Of prompts with padding between the prefix and the rest."""
+def test_shared_prompts_get_the_same_answers_as_alone(model_type: str) -> None:
+    """With padding between the prefix and the rest of a prompt."""
     changes = {"sliding_window": 512} if model_type == "gemma3_text" else {}
     model, rows = adapted(model_type, **changes), rows_of()
     prompts = SharedPrompts(model, 0)
@@ -62,16 +63,18 @@ def test_answers_are_those_of_each_row_alone(model_type: str) -> None:
         pytest.param("xlm", {}, rows_of(), id="no room for what was before"),
     ],
 )
-def test_where_nothing_is_shared(model_type: str, changes: dict[str, Any], rows: list[list[int]]) -> None:
+def test_prefixes_are_not_shared_if_unsupported_or_too_short(
+    model_type: str, changes: dict[str, Any], rows: list[list[int]]
+) -> None:
     model = adapted(model_type, **changes)
     assert "cache" not in SharedPrompts(model, 0).batch(rows, 4)
 
 
 @torch.inference_mode()
-def test_a_few_tokens_are_not_worth_a_pass_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix_is_not_shared_if_it_saves_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     model, rows = adapted("llama"), rows_of()
-    assert "cache" not in SharedPrompts(model, 0).batch(rows, 4)  # It would save 24.
+    assert "cache" not in SharedPrompts(model, 0).batch(rows, 4)  # Sharing would save 24 tokens.
     assert "cache" in SharedPrompts(model, 0).batch(rows * 3, 4)
 
 
@@ -84,8 +87,8 @@ def test_a_few_tokens_are_not_worth_a_pass_of_their_own(monkeypatch: pytest.Monk
         pytest.param([rows_of()[0][:2]] * 2, id="two tokens"),
     ],
 )
-def test_prompts_that_are_the_prefix_themselves(rows: list[list[int]]) -> None:
-    """Its last token is computed for each row; and with the same seed, the same tokens are drawn."""
+def test_prompts_that_equal_the_prefix(rows: list[list[int]]) -> None:
+    """The last token is computed for each row. With the same seed, the same tokens are sampled."""
     model = adapted("llama")
     prompts = SharedPrompts(model, 0)
     batch = prompts.batch(rows, 4)

@@ -1,4 +1,4 @@
-"""Files, directories, globs and hub ids → rows: what is accepted, and what is refused with the line it stands in."""
+"""Files, directories, globs and hub ids → rows: what is accepted, and which line of invalid input is reported."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def problems(path: Path | str, split: str | None = None) -> list[Problem]:
 
 
 def problem(path: Path | str, split: str | None = None) -> Problem:
-    """The one problem of a source."""
+    """The only problem of a source."""
     (only,) = problems(path, split)
     return only
 
@@ -83,7 +83,7 @@ ACCEPTED = {
 
 
 @pytest.mark.parametrize(("name", "content", "places"), ACCEPTED.values(), ids=ACCEPTED)
-def test_accepted(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
+def test_valid_files_are_read(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
     (tmp_path / name).write_bytes(content)
     rows = read(tmp_path / name)
     assert values(rows) == [VALUES] * len(places)
@@ -116,8 +116,8 @@ BLANK = {
 
 
 @pytest.mark.parametrize(("name", "content", "places"), BLANK.values(), ids=BLANK)
-def test_blank_text_is_passed_over_fast(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
-    """At tens of MB/s, also in a gzip file, and what comes after it keeps its line. It once was 0.2 MB/s."""
+def test_blank_text_is_skipped_quickly(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
+    """At tens of MB/s, even in a gzip file, with correct line numbers afterwards. Regression: it was 0.2 MB/s."""
     path = tmp_path / f"{name}.gz"
     path.write_bytes(gzip.compress(content, 1))
     start = time.process_time()
@@ -129,22 +129,22 @@ def test_blank_text_is_passed_over_fast(tmp_path: Path, name: str, content: byte
     assert found == [f"{path}:{place}" for place in places]
 
 
-def test_csv_lines_count_the_newlines_in_quotes(tmp_path: Path) -> None:
+def test_csv_line_numbers_count_newlines_in_quotes(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_bytes(b'prompt,completion\n"a\nb, ""c""\n",d\ne,f\n')
     assert values(read(path)) == [{"prompt": 'a\nb, "c"\n', "completion": "d"}, {"prompt": "e", "completion": "f"}]
     assert lines(read(path)) == ["rows.csv:2", "rows.csv:5"]
 
 
-def test_txt_is_one_text_a_line(tmp_path: Path) -> None:
+def test_txt_has_one_text_per_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("  one\n\ntwo\x00\n")
     assert values(read(path)) == [{"text": "  one"}, {"text": "two\x00"}]
     assert lines(read(path)) == ["rows.txt:1", "rows.txt:3"]
 
 
-def test_parquet(tmp_path: Path) -> None:
-    """Over several row groups and an empty one; nested values come as lists and objects."""
+def test_parquet_is_read(tmp_path: Path) -> None:
+    """With several row groups, one of them empty. Nested values become lists and objects."""
     path = tmp_path / "rows.parquet"
     rows = [{"n": number, "messages": [USER, BOT], "none": None} for number in range(5_000)]
     table = pa.Table.from_pylist(rows)
@@ -245,8 +245,10 @@ REFUSED: dict[str, tuple[str, bytes, list[tuple[str, Code, str]]]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "expected"), REFUSED.values(), ids=REFUSED)
-def test_refused(tmp_path: Path, name: str, content: bytes, expected: list[tuple[str, Code, str]]) -> None:
-    """expected: behind the path; the code; what the message must name."""
+def test_invalid_files_are_refused(
+    tmp_path: Path, name: str, content: bytes, expected: list[tuple[str, Code, str]]
+) -> None:
+    """expected: the place after the path, the code, and a part of the message."""
     path = tmp_path / name
     path.write_bytes(content)
     refused = problems(path)
@@ -257,7 +259,7 @@ def test_refused(tmp_path: Path, name: str, content: bytes, expected: list[tuple
         assert detail in refusal.what and refusal.fix
 
 
-def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
+def test_damaged_parquet_page_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     table = pa.Table.from_pylist([{"text": f"{number:06} {'x' * 100}"} for number in range(2_000)])
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -269,7 +271,7 @@ def test_parquet_damaged_in_the_middle(tmp_path: Path) -> None:
     assert (damage.code, damage.where) == (Code.DATA_UNREADABLE, str(path)) and "Parquet" in damage.what
 
 
-def test_parquet_text_that_is_none(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_is_an_unreadable_value(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     raw = pa.array([b"a", b"\xff", b"c"], pa.binary())
     pq.write_table(pa.table({"text": pa.Array.from_buffers(pa.string(), 3, raw.buffers())}), path)
@@ -277,7 +279,7 @@ def test_parquet_text_that_is_none(tmp_path: Path) -> None:
     assert (first, third) == ("a", "c") and isinstance(second, Unreadable) and "0xff" in second.reason
 
 
-def test_a_problem_comes_in_the_place_of_its_row(tmp_path: Path) -> None:
+def test_problems_are_yielded_in_place_of_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n{]\n\xff\n" + PAIR + b"\n")
     (file,) = sources.open_source(Source(path=str(path)))
@@ -292,8 +294,8 @@ LETTERS = 'aé€😀\u2028\\ "'
 
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
-def test_long_rows_are_put_together(tmp_path: Path, name: str, indent: int | None) -> None:
-    """Rows longer than what is read at a time, and letters of several bytes across its borders."""
+def test_rows_longer_than_the_read_buffer_are_assembled(tmp_path: Path, name: str, indent: int | None) -> None:
+    """Multi-byte characters may cross the border of a buffer."""
     rows = [{"text": LETTERS * size, "n": size} for size in (1, 150_000, 3, 70_001, 300_000, 0)]
     path = tmp_path / name
     if name == "rows.json":
@@ -303,7 +305,7 @@ def test_long_rows_are_put_together(tmp_path: Path, name: str, indent: int | Non
     assert values(read(path)) == rows
 
 
-def test_places_of_problems_behind_long_rows(tmp_path: Path) -> None:
+def test_positions_of_problems_after_long_rows_are_correct(tmp_path: Path) -> None:
     row = json.dumps({"text": LETTERS * 100_000}, ensure_ascii=False)
     path = tmp_path / "rows.json"
     path.write_text(f"[{row},\n{row}, {row}, {{]")
@@ -317,7 +319,7 @@ def test_places_of_problems_behind_long_rows(tmp_path: Path) -> None:
     assert f"byte {len(row.encode()) + 4} of the line (0xff)" in first.what
 
 
-def test_directory_is_read_by_name(tmp_path: Path) -> None:
+def test_directory_is_read_in_order_of_names(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.csv", "c.md", "B.txt.gz"):
         content = b"prompt,completion\na,b\n" if name == "a.csv" else PAIR
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -335,7 +337,7 @@ def test_directory_is_read_by_name(tmp_path: Path) -> None:
         ("odd[1].jsonl", ["odd[1].jsonl:1"]),
     ],
 )
-def test_globs(tmp_path: Path, pattern: str, expected: list[str]) -> None:
+def test_globs_match_data_files(tmp_path: Path, pattern: str, expected: list[str]) -> None:
     (tmp_path / "deep").mkdir()
     for name in ("b.jsonl", "a.jsonl", "a.md", "odd[1].jsonl", "deep/c.jsonl"):
         (tmp_path / name).write_bytes(PAIR)
@@ -345,7 +347,7 @@ def test_globs(tmp_path: Path, pattern: str, expected: list[str]) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["*.jsonl", "none/*.jsonl", "*", "data?"])
-def test_a_glob_that_matches_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+def test_glob_without_data_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes.md").write_bytes(PAIR)
     (tmp_path / "data1").mkdir()
@@ -364,10 +366,10 @@ def test_a_glob_that_matches_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ("rows.jsonl", ""),
     ],
 )
-def test_what_is_not_read_is_named(
+def test_skipped_files_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, expected: str
 ) -> None:
-    """Files of other types, and directories with nothing in them that is read, but no hidden files."""
+    """Files of other types, and directories without readable files, but not hidden files."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "more").mkdir()
     for name in ("rows.jsonl", "a.md", "b.md", "c.xml", "notes", ".hidden", "more/rows.jsonl", "more/d.md"):
@@ -378,7 +380,7 @@ def test_what_is_not_read_is_named(
     assert f": {expected} (" in line if expected else line == ""
 
 
-def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "rows.jsonl").write_bytes(PAIR)
     assert len(read("~/rows.jsonl")) == len(read("~/*.jsonl")) == 1
@@ -400,8 +402,8 @@ def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_slices(tmp_path: Path, ending: str, split: str, expected: Any) -> None:
-    """Over one file, and over several as if they were one."""
+def test_slices_select_rows(tmp_path: Path, ending: str, split: str, expected: Any) -> None:
+    """Of one file, and of several files as if they were one."""
     files = {"one/a": range(40), "many/a": range(10), "many/b": range(10, 18), "many/c": range(18, 40)}
     for name, numbers in files.items():
         path = tmp_path / f"{name}.{ending}"
@@ -412,7 +414,7 @@ def test_slices(tmp_path: Path, ending: str, split: str, expected: Any) -> None:
     assert texts(read(tmp_path / "many", split)) == list(expected)
 
 
-def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
+def test_slice_reads_no_further_than_needed(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(PAIR + b"\n\n" + PAIR + b"\n{]\n")
     assert lines(read(path, "train[:2]")) == ["rows.jsonl:1", "rows.jsonl:3"]
@@ -433,7 +435,7 @@ def test_a_slice_reads_no_further_than_it_must(tmp_path: Path) -> None:
         ("train[9:]", Code.DATA_EMPTY, "0 rows in train[9:]"),
     ],
 )
-def test_bad_slices(tmp_path: Path, split: str, code: Code, expected: str) -> None:
+def test_invalid_slices_are_refused(tmp_path: Path, split: str, code: Code, expected: str) -> None:
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}] * 9)
     refusal = problem(path, split)
     assert (refusal.code, refusal.where) == (code, str(path))
@@ -444,7 +446,7 @@ def digests(path: Path | str, split: str | None = None) -> list[str]:
     return [part.digest for part in sources.open_source(Source(path=str(path), split=split))]
 
 
-def test_digest_follows_content_kind_and_slice_but_not_the_name(tmp_path: Path) -> None:
+def test_digest_depends_on_content_type_and_slice_but_not_on_the_name(tmp_path: Path) -> None:
     for name, content in {"a.jsonl": PAIR, "b.jsonl": PAIR, "c.jsonl": PAIR + b"\n", "a.txt": PAIR}.items():
         (tmp_path / name).write_bytes(content)
     (whole,), (same,), (longer,), (text,) = (digests(tmp_path / n) for n in ("a.jsonl", "b.jsonl", "c.jsonl", "a.txt"))
@@ -454,7 +456,7 @@ def test_digest_follows_content_kind_and_slice_but_not_the_name(tmp_path: Path) 
     assert len({whole, longer, text, part, *digests(tmp_path / "a.jsonl", "train[:2]")}) == 5
 
 
-def test_digest_of_a_slice_over_files_follows_the_files_before(tmp_path: Path) -> None:
+def test_digest_of_a_slice_depends_on_the_preceding_files(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", range(3)), numbered(tmp_path / "b.jsonl", range(3, 9))
     whole, part = digests(tmp_path), digests(tmp_path, "train[:5]+train[:5]")
     assert len(set(part)) == 4
@@ -464,7 +466,7 @@ def test_digest_of_a_slice_over_files_follows_the_files_before(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv.gz", "rows.parquet"])
-def test_progress_adds_up_to_the_size(tmp_path: Path, name: str) -> None:
+def test_progress_adds_up_to_the_file_size(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     rows = [{"text": f"{number} {os.urandom(40).hex()}"} for number in range(40_000)]
     if name == "rows.parquet":
@@ -486,8 +488,8 @@ AROUND = {"jsonl": ('{"text": "', '"}'), "csv": ("text\n", ""), "txt": ("", "")}
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """In a fresh process, 40 MB of rows take hardly more than 2 MB of them, and one row of 50 MB a few times its size
-    (csv holds four bytes for each letter of the cell that it is in)."""
+    """In a fresh process. 40 MB of rows take little more than 2 MB of them, and one row of 50 MB takes a few times its
+    size (csv uses four bytes per character of a cell)."""
     rows = [{"text": os.urandom(100).hex()} for _ in range(1_000)]
     for size, thousands in (("small", 10), ("many", 200)):
         with (tmp_path / f"{size}.jsonl").open("w") as file:
@@ -518,8 +520,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("hub_id", ["nobody/nothing-of-this-name", "nothing-of-this-name", "not a name"])
-def test_hub_id_that_cannot_be_loaded(hub_id: str) -> None:
-    """With or without a connection. It may also be a file that is not there, and the message says so first."""
+def test_hub_id_that_cannot_be_loaded_is_reported(hub_id: str) -> None:
+    """With or without a connection. It may also be a missing file, which the message mentions first."""
     start = time.monotonic()
     refusal = problem(hub_id)
     assert (refusal.code, refusal.where) == (Code.DATA_HUB, hub_id)
@@ -535,23 +537,23 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", [*HUB_IDS, *PATHS])
-def test_what_may_be_a_hub_id(path: str) -> None:
+def test_hub_ids_are_recognized(path: str) -> None:
     assert looks_like_hub_id(path) is (path in HUB_IDS)
 
 
-def test_a_path_is_not_looked_up(tmp_path: Path) -> None:
+def test_paths_are_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     for path in (f"{tmp_path}/none", "none.jsonl"):
         refusal = problem(path)
         assert (refusal.code, refusal.where) == (Code.DATA_NOT_FOUND, path)
 
 
-def test_neither_file_nor_directory(tmp_path: Path) -> None:
+def test_named_pipe_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     refusal = problem(tmp_path / "rows.jsonl")
     assert (refusal.code, refusal.where) == (Code.DATA_UNREADABLE, f"{tmp_path}/rows.jsonl")
 
 
-def test_hub_id_in_the_cache(tmp_path: Path) -> None:
+def test_cached_hub_dataset_is_read_offline(tmp_path: Path) -> None:
     table = datasets.Dataset.from_dict({"prompt": ["a", "c", "e"], "completion": ["b", "d", "f"]})
     place = tmp_path / "some___rows" / "default" / "0.0.0" / "hash"
     place.mkdir(parents=True)
@@ -579,7 +581,7 @@ def test_hub_id_in_the_cache(tmp_path: Path) -> None:
     assert "some/rows: " in error and "(ValueError: " in error and f"[{Code.DATA_HUB}]" in error
 
 
-def test_a_cell_may_be_long(tmp_path: Path) -> None:
+def test_long_csv_cells_are_read(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"text\n{'a' * 1_000_000}\n")
     assert values(read(path)) == [{"text": "a" * 1_000_000}]
@@ -597,7 +599,7 @@ def test_a_cell_may_be_long(tmp_path: Path) -> None:
         ("rows.parquet", b"PAR1", "", Code.DATA_UNREADABLE),
     ],
 )
-def test_exit_code(
+def test_invalid_data_exits_with_4_and_leaves_no_files(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, name: str, content: bytes | None, place: str, code: Code
 ) -> None:
     path = tmp_path / "data" / name
@@ -614,7 +616,7 @@ def test_exit_code(
 
 @pytest.fixture
 def public_dir() -> Iterator[Path]:
-    """A directory that every user of the machine may enter, which pytest's own are not."""
+    """A directory that every user may enter, unlike those of pytest."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
@@ -631,13 +633,13 @@ def public_dir() -> Iterator[Path]:
         (".", ".", "."),
     ],
 )
-def test_no_permission(public_dir: Path, pattern: str, locked: str, named: str) -> None:
+def test_missing_read_permission_is_reported(public_dir: Path, pattern: str, locked: str, named: str) -> None:
     (public_dir / "rows.jsonl").write_bytes(PAIR)
     pq.write_table(pa.table({"text": ["a"]}), public_dir / "rows.parquet")
     source = Source(path=str(public_dir / pattern))
     user = os.geteuid()
     try:
-        os.seteuid(user or 65534)  # root may read everything, so be nobody for a moment
+        os.seteuid(user or 65534)  # root can read everything, so switch to another user
         if user == 0:
             assert len(sources.open_source(source)) == (2 if pattern == "." else 1)
         os.seteuid(user)
@@ -651,8 +653,8 @@ def test_no_permission(public_dir: Path, pattern: str, locked: str, named: str) 
     assert "Permission denied" in str(caught.value)
 
 
-def test_a_wide_header(tmp_path: Path) -> None:
-    """Names are compared in a pass, not each with all others; one that comes twice is told."""
+def test_wide_csv_header_is_read_and_duplicates_are_reported(tmp_path: Path) -> None:
+    """Column names are checked in linear time."""
     names = [f"c{number}" for number in range(100_000)]
     path = tmp_path / "rows.csv"
     path.write_text(f"{','.join(names)}\n{','.join('1' * len(names))}\n")
@@ -662,7 +664,7 @@ def test_a_wide_header(tmp_path: Path) -> None:
     assert refused.code == Code.DATA_SYNTAX and "`c7`" in refused.what
 
 
-def test_gone_after_it_was_opened(tmp_path: Path) -> None:
+def test_file_deleted_after_opening_is_reported(tmp_path: Path) -> None:
     path = numbered(tmp_path / "rows.jsonl", range(3))
     (file,) = sources.open_source(Source(path=str(path)))
     path.unlink()
@@ -687,8 +689,8 @@ GIVEN: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("kind", GIVEN)
-def test_rows_of_a_program(kind: str, tmp_path: Path) -> None:
-    """Places count from 0 as in Python; the digest follows the content alone, and progress adds up."""
+def test_rows_in_memory_are_read(kind: str, tmp_path: Path) -> None:
+    """Positions count from 0 as in Python. The digest depends only on the content, and progress adds up."""
     rows, advances = sources.given_rows(GIVEN[kind](), "train"), list[int]()
     assert list(rows.rows(advances.append)) == [Row(f"train[{n}]", row) for n, row in enumerate(PAIRS)]
     assert sum(advances) == rows.size == 5 and sources.open_source(rows) == [rows]
@@ -705,14 +707,14 @@ def test_rows_of_a_program(kind: str, tmp_path: Path) -> None:
     assert list(read.train.own_fields()) == [f"train[{number}]" for number in range(5)]
 
 
-def test_values_of_a_program() -> None:
-    """Missing values of a frame are null, and tuples and arrays are lists, however deep."""
+def test_values_in_memory_are_converted() -> None:
+    """Missing values of a data frame become null; tuples and arrays become lists at any depth."""
     frame = pandas.DataFrame({"a": [1, None], "b": ["x", None], "c": [np.array([{"d": (1, 2)}], dtype=object), None]})
     first, second = (row.values for row in sources.given_rows(frame, "rows").rows() if isinstance(row, Row))
     assert first == {"a": 1, "b": "x", "c": [{"d": [1, 2]}]} and second == {"a": None, "b": None, "c": None}
 
 
-def test_rows_of_a_program_that_are_refused() -> None:
+def test_invalid_rows_in_memory_are_refused() -> None:
     wrongs: list[Any] = ["rows.jsonl", {"prompt": []}, 3, None]
     for wrong in wrongs:
         with pytest.raises(DataError, match=r"a list of dicts, a datasets\.Dataset or a pandas frame"):

@@ -1,4 +1,4 @@
-"""A fraction that is held out: what stays together, what is stratified, and how near to the fraction it comes."""
+"""Held-out fractions: which rows stay together, what is stratified, and how close the fraction is met."""
 
 import json
 import tempfile
@@ -30,13 +30,13 @@ TOPICS = [{"prompt": f"p{number}", "completion": f"c{number}", "topic": number /
 
 @pytest.fixture(scope="module")
 def file() -> Iterator[Path]:
-    """A file that tests write anew."""
+    """A file that tests overwrite."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder) / "rows.jsonl"
 
 
 def divided(file: Path, rows: Rows, fraction: float, seed: int = 0, **section: Any) -> tuple[Rows, Rows, list[str]]:
-    """The rows that are trained on and those that are held out, and the remarks on the latter."""
+    """The training rows, the held-out rows, and the remarks on the latter."""
     values = {"train": str(write_rows(file, rows)), "validation": fraction} | section
     split = data.read_datasets(DataSection.model_validate(values), seed)
     assert split.validation is not None
@@ -56,7 +56,9 @@ def divided(file: Path, rows: Rows, fraction: float, seed: int = 0, **section: A
         ("क्या", "हाँ जी", "`क्याहाँ`"), ("", "Paris", ""), ("\x1b[31m a", "b\x07", "`ab"),
     ],
 )  # fmt: skip
-def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str, joined: str) -> None:
+def test_words_joined_across_prompt_and_completion_are_reported(
+    file: Path, prompt: str, completion: str, joined: str
+) -> None:
     rows = [{"prompt": prompt, "completion": completion}] * 3
     write_rows(file, rows)
     remarks = data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks()
@@ -65,15 +67,15 @@ def test_words_that_become_one_are_told(file: Path, prompt: str, completion: str
     assert data.read_datasets(DataSection.model_validate({"train": str(file)}), 0).train.remarks() == []
 
 
-def test_files_that_are_not_read_are_named_once(tmp_path: Path) -> None:
+def test_skipped_files_are_reported_once(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", [{"text": f"{number}"} for number in range(9)])
     (tmp_path / "more.md").touch()
     datasets = data.read_datasets(DataSection.model_validate({"train": str(tmp_path), "validation": 0.3}), 0)
     assert ["more.md" in line for split in datasets.splits.values() for line in split.remarks()] == [True]
 
 
-def test_rows_that_have_nothing_in_common_are_drawn_as_ever(file: Path) -> None:
-    """The rows that the first release drew."""
+def test_draw_of_unrelated_rows_is_stable_across_releases(file: Path) -> None:
+    """The same rows as in the first release."""
     rows = [{"prompt": f"p{number}", "completion": "c"} for number in range(40)]
     for seed, expected in ((0, [2, 8, 10, 16, 18, 28, 32, 34, 35, 36]), (7, [3, 6, 8, 9, 17, 20, 24, 26, 28, 37])):
         _, held_out, remarks = divided(file, rows, 0.25, seed)
@@ -92,7 +94,9 @@ ROW = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(rows=st.lists(ROW, min_size=4, max_size=60), fraction=st.floats(0.05, 0.6), seed=st.integers(0, 5))
-def test_nothing_in_common(file: Path, rows: Rows, fraction: float, seed: int) -> None:
+def test_train_and_held_out_rows_share_no_prompt_copy_or_group(
+    file: Path, rows: Rows, fraction: float, seed: int
+) -> None:
     grouped = {"group_by": "doc"} if any(row.get("doc") is not None for row in rows) else {}
     count = max(1, round(fraction * len(rows)))
     most = max(len(rows) / 20, min(10, count))
@@ -122,7 +126,7 @@ def test_nothing_in_common(file: Path, rows: Rows, fraction: float, seed: int) -
 
 
 def components(rows: Rows, links: Callable[[dict[str, Any]], Iterator[Any]]) -> int:
-    """Into how many groups the rows fall."""
+    """The number of groups of linked rows."""
     groups: list[set[Any]] = []
     for row in rows:
         whole = set(links(row))
@@ -143,7 +147,7 @@ def test_prompts_and_copies_stay_together(file: Path) -> None:
     assert remarks == ["held out 20 rows in 10 groups: copies of a row stay together"]
 
 
-def test_groups_stay_together_beside_weights_and_where_links_are_indirect(file: Path, tmp_path: Path) -> None:
+def test_groups_stay_together_with_weights_and_indirect_links(file: Path, tmp_path: Path) -> None:
     train, held_out, remarks = divided(file, TOPICS, 0.2, group_by="topic")
     assert Counter(Counter(row["topic"] for row in held_out).values()) == {4: 4}
     assert remarks == ["held out 16 rows in 4 groups: rows with the same `topic` stay together"]
@@ -169,7 +173,7 @@ def test_groups_stay_together_beside_weights_and_where_links_are_indirect(file: 
     assert topics[1] and not topics[0] & topics[1]
 
 
-def test_a_template_keeps_nothing_together(file: Path) -> None:
+def test_very_common_prompts_do_not_keep_rows_together(file: Path) -> None:
     rows = [{"prompt": "a review: ", "completion": f"c{number}"} for number in range(150)]
     _, held_out, remarks = divided(file, [*rows, *TOPICS[:50]], 0.1)
     assert len(held_out) == 20 and 0 < sum(row in rows for row in held_out) < 20
@@ -178,8 +182,8 @@ def test_a_template_keeps_nothing_together(file: Path) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.07, 0.5])
-def test_each_label_has_its_share(file: Path, fraction: float) -> None:
-    """Within one row, where rows are alone; the smallest, of one row, by lot."""
+def test_split_is_stratified_by_label(file: Path, fraction: float) -> None:
+    """Exact to one row without groups. A label with a single row is assigned at random."""
     labels = [label for label, count in zip("abcde", (301, 150, 77, 9, 1), strict=True) for _ in range(count)]
     rows = [{"prompt": f"p{number}", "completion": label} for number, label in enumerate(labels)]
     _, held_out, remarks = divided(file, rows, fraction)
@@ -203,22 +207,24 @@ def test_each_label_has_its_share(file: Path, fraction: float) -> None:
         ([row | {"doc": None} for row in ROWS], "doc", "null in every row"),
     ],
 )
-def test_no_row_has_the_field(file: Path, rows: Rows, group_by: str, said: str) -> None:
+def test_missing_group_by_field_is_refused(file: Path, rows: Rows, group_by: str, said: str) -> None:
     with pytest.raises(DataError) as caught:
         divided(file, rows, 0.1, group_by=group_by)
     assert meanings(caught.value) == [(Code.DATA_FORMAT, str(file), "data.group_by")]
     assert said in str(caught.value)
 
 
-def test_one_group_leaves_nothing(run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]) -> None:
+def test_single_group_is_refused(run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]) -> None:
     rows = write_rows(tmp_path / "one.jsonl", [row | {"doc": "a"} for row in ROWS])
     ran = cli("train", run_config(data={"train": str(rows), "validation": 0.1, "group_by": "doc"}), "--dry-run")
     check_refused(ran, 4, (Code.DATA_EMPTY, "", "data.validation"))
     assert "rows with the same `doc` stay together" in ran.err
 
 
-def test_the_plan_says_what_stays_together(run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]) -> None:
-    """A field of the data that `columns` maps may be one to group by as well."""
+def test_dry_run_reports_which_rows_stay_together(
+    run_config: MakeConfig, tmp_path: Path, cli: Callable[..., Ran]
+) -> None:
+    """A field that `columns` maps can also be used in `group_by`."""
     rows = [{"question": f"{number // 2}?", "completion": f"c{number}", "doc": number} for number in range(40)]
     values = {"columns": {"prompt": "question"}, "validation": 0.25, "group_by": "question"}
     path = write_rows(tmp_path / "questions.jsonl", rows)
@@ -227,7 +233,7 @@ def test_the_plan_says_what_stays_together(run_config: MakeConfig, tmp_path: Pat
     assert "validation: held out 10 rows in 5 groups: rows with the same prompt stay together" in ran.out
     assert "fields not read: `doc`" in ran.out
     _, _, remarks = divided(path, rows, 0.25, columns={"prompt": "question"}, group_by="doc")
-    assert len(remarks) == 1  # the field is read now
+    assert len(remarks) == 1  # the field is now read
 
 
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
@@ -248,7 +254,7 @@ SYSTEM = {"role": "system", "content": "s"}
         (Ids("", (1, 2, 3), (-100, -100, 3)), Ids("", (1, 4), (-100, 4)), False),
     ],
 )
-def test_prompts(some: Example, other: Example, same: bool) -> None:
+def test_prompt_keys_of_examples(some: Example, other: Example, same: bool) -> None:
     assert (prompt_key(some, "completion") == prompt_key(other, "completion")) == same
     assert completion_key(some, "completion") != prompt_key(some, "completion")
 
@@ -256,18 +262,18 @@ def test_prompts(some: Example, other: Example, same: bool) -> None:
 @pytest.mark.parametrize(
     "example", [Plain("", " \n", "c"), Plain("", "", "t", whole=True), Conversation("", (BOT,)), Ids("", (1, 2))]
 )
-def test_no_prompt(example: Example) -> None:
+def test_examples_without_a_prompt_have_no_prompt_key(example: Example) -> None:
     assert prompt_key(example, "completion") is None
 
 
-def test_the_prompt_of_a_conversation_depends_on_what_is_supervised() -> None:
+def test_prompt_key_of_a_conversation_depends_on_loss_on() -> None:
     long, short = Conversation("", (USER, BOT, USER, BOT), 3), Conversation("", (USER, BOT))
     assert prompt_key(long, "assistant") == prompt_key(short, "assistant")
     assert prompt_key(long, "all") == prompt_key(long, "completion") != prompt_key(short, "all")
     assert completion_key(long, "completion") == completion_key(short, "completion")
 
 
-def test_values_to_group_by() -> None:
+def test_group_keys_compare_json_values() -> None:
     equal: Sequence[tuple[Any, Any]] = [(1, 1.0), ({"a": 1, "b": [2.0]}, {"b": [2], "a": 1}), ("\ud800", "\ud800")]
     values = [1, "1", True, "true", [1], {"a": 1}, 1.5, "", [], {}, 10**30, 1e30 + 1e20, "a", "A"]
     assert all(group_key({"x": some}, "x") == group_key({"x": same}, "x") for some, same in equal)
@@ -275,7 +281,7 @@ def test_values_to_group_by() -> None:
     assert {group_key(row, "x") for row in ({}, {"x": None}, {"x": float("nan")})} == {None}
 
 
-def test_a_value_that_cannot_be_read(file: Path) -> None:
+def test_group_by_value_with_duplicate_keys_is_refused(file: Path) -> None:
     file.write_text('{"text": "a", "x": 1}\n{"text": "b", "x": {"a": 1, "a": 2}}\n')
     with pytest.raises(DataError) as caught:
         data.read_datasets(DataSection.model_validate({"train": str(file), "validation": 0.5, "group_by": "x"}), 0)
@@ -286,8 +292,8 @@ def test_a_value_that_cannot_be_read(file: Path) -> None:
     ("count", "linked"),
     [(300_000, True), *(pytest.param(2_000_000, linked, marks=pytest.mark.slow) for linked in (False, True))],
 )
-def test_memory_is_in_proportion_to_the_rows(count: int, linked: bool) -> None:
-    """Rows alone, or with copies, prompts and groups in common; 100 labels."""
+def test_memory_is_proportional_to_the_rows(count: int, linked: bool) -> None:
+    """With unrelated rows, and with shared copies, prompts and groups; 100 labels."""
     random = np.random.default_rng(0)
     hashes = random.permutation(count) * 2**40
     pairs = hashes // 2 if linked else hashes

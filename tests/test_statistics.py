@@ -1,4 +1,4 @@
-"""Intervals and tests of comparisons: against references, under what must not change them, and in simulations."""
+"""Intervals and tests for comparisons: against references, for invariances, and in simulations."""
 
 import math
 import time
@@ -30,7 +30,7 @@ MEANS = (jackknife_interval, mean_ratio_interval)
 
 
 def made(count: int, seed: int = 0, zeros: float = 0.0) -> Rows:
-    """Nats and tokens of rows, both skewed; zeros: the share of rows without nats."""
+    """Skewed nats and tokens of rows. zeros: the share of rows with zero nats."""
     dice = np.random.default_rng(seed)
     tokens = np.ceil(np.exp(dice.normal(2, 1, count)))
     return tokens * np.exp(dice.normal(0, 1, count)) * (dice.random(count) >= zeros), tokens
@@ -42,12 +42,12 @@ def ends(interval: Interval | None) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("matches, rows", [(0, 20), (1, 29), (15, 148), (81, 263), (199, 200), (7, 7)])
-def test_wilson_is_scipys(matches: int, rows: int) -> None:
+def test_wilson_interval_matches_scipy(matches: int, rows: int) -> None:
     expected = stats.binomtest(matches, rows).proportion_ci(method="wilson")
     assert ends(wilson(matches, rows)) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
-def test_wilson_is_that_of_the_textbook_and_takes_fractions() -> None:
+def test_wilson_interval_matches_the_textbook_and_accepts_fractions() -> None:
     """81 of 263: R. G. Newcombe, Statistics in Medicine 17, 1998, p. 857, table I."""
     assert ends(wilson(81, 263)) == pytest.approx((0.2553, 0.3662), abs=5e-5)
     assert wilson(3, 10).low < wilson(3.5, 10).low < wilson(4, 10).low
@@ -56,31 +56,31 @@ def test_wilson_is_that_of_the_textbook_and_takes_fractions() -> None:
 
 
 @pytest.mark.parametrize("first, second", [(1, 9), (5, 5), (0, 0), (0, 6), (59, 121), (150, 86)])
-def test_mcnemar_is_the_sign_test(first: int, second: int) -> None:
+def test_mcnemar_equals_the_sign_test(first: int, second: int) -> None:
     expected = stats.binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(first, second) == mcnemar(second, first) == pytest.approx(expected, rel=1e-9)
 
 
-def test_mcnemar_by_hand() -> None:
+def test_mcnemar_matches_values_computed_by_hand() -> None:
     assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
     assert mcnemar(0, 5) == pytest.approx(2 / 2**5)
 
 
-def test_differences_of_shares_by_hand() -> None:
+def test_share_difference_intervals_match_values_computed_by_hand() -> None:
     """The 21 children of Bentur et al. 2009 in M. W. Fagerland et al., Statistics in Medicine 33, 2014: 7 react only
     the first time, 1 only the second. So the shares are 8/23 and 2/23, and the variance (10/23 - (6/23)²) / 23."""
     half = 1.959964 * math.sqrt((10 / 23 - (6 / 23) ** 2) / 23)
     assert ends(share_difference_interval(7, 1, 21)) == pytest.approx((-6 / 23 - half, -6 / 23 + half), abs=1e-6)
     assert ends(share_difference_interval(1, 7, 21)) == pytest.approx((6 / 23 - half, 6 / 23 + half), abs=1e-6)
     low, high = ends(share_difference_interval(0, 0, 200))
-    assert -0.03 < low == -high < 0  # rows that agree do not show that there is no difference
+    assert -0.03 < low == -high < 0  # equal rows do not prove that there is no difference
     assert share_difference_interval(0.5, 4, 30).low > share_difference_interval(1, 4, 30).low
     outcomes = np.array([-1.0] * 3 + [1.0] * 8 + [0.0] * 39)
     assert share_difference_error(3, 8, 50) == pytest.approx(outcomes.std() / math.sqrt(50))
 
 
-def test_students_interval_for_rows_of_one_length() -> None:
-    """And the 0.975 quantile against tables."""
+def test_jackknife_equals_students_interval_for_rows_of_equal_length() -> None:
+    """The 0.975 quantile is compared with tables."""
     values = np.random.default_rng(0).normal(0.3, 2, 40)
     expected = stats.ttest_1samp(values, 0).confidence_interval()
     assert ends(jackknife_interval(7 * values, [7] * 40)) == pytest.approx((expected.low, expected.high))
@@ -92,8 +92,9 @@ def test_students_interval_for_rows_of_one_length() -> None:
 
 
 @pytest.mark.parametrize("rows, zeros", [(5, 0.0), (12, 0.5), (60, 0.9), (1000, 0.0)])
-def test_what_does_not_change_the_interval_of_a_mean(rows: int, zeros: float) -> None:
-    """The order of rows; units scale it, and two models that change places mirror it. The seed says which draws."""
+def test_mean_interval_invariances(rows: int, zeros: float) -> None:
+    """Invariant to the order of rows, scaled by units, mirrored when two models swap. Another seed changes it
+    slightly."""
     totals, tokens = made(rows, rows, zeros)
     low, high = ends(mean_ratio_interval(totals, tokens))
     order = np.random.default_rng(1).permutation(rows)
@@ -107,14 +108,14 @@ def test_what_does_not_change_the_interval_of_a_mean(rows: int, zeros: float) ->
     assert rows < 10 or zeros or other != (low, high)
 
 
-def test_the_upper_end_follows_the_skew() -> None:
-    """Losses that a few rows dominate may well be higher than those of these rows."""
+def test_upper_end_reflects_skewed_losses() -> None:
+    """If a few rows dominate the mean, the true mean may well be higher."""
     totals, tokens = made(100)
     (low, high), jackknife = ends(mean_ratio_interval(totals, tokens)), ends(jackknife_interval(totals, tokens))
     assert high - jackknife[1] > 0.05 * (jackknife[1] - jackknife[0]) > jackknife[0] - low
 
 
-def test_pairing_takes_away_what_both_models_share() -> None:
+def test_pairing_removes_shared_variation() -> None:
     first, tokens = made(200)
     second = first - 0.05 * tokens * (1 + 0.1 * np.random.default_rng(5).normal(size=200))
     low, high = ends(mean_ratio_interval(second - first, tokens))
@@ -124,7 +125,7 @@ def test_pairing_takes_away_what_both_models_share() -> None:
 
 
 @pytest.mark.parametrize("interval", MEANS)
-def test_rows_that_say_nothing(interval: Callable[..., Interval | None]) -> None:
+def test_degenerate_rows_give_a_point_or_no_interval(interval: Callable[..., Interval | None]) -> None:
     assert ends(interval([0.0] * 9, range(1, 10))) == (0, 0)
     assert ends(interval([0.3] * 9, [7] * 9)) == pytest.approx((0.3 / 7, 0.3 / 7), rel=1e-12)
     assert ends(interval([0.1 * count for count in range(1, 10)], range(1, 10))) == pytest.approx((0.1, 0.1), rel=1e-9)
@@ -136,14 +137,14 @@ def test_rows_that_say_nothing(interval: Callable[..., Interval | None]) -> None
     assert math.isnan(mean_ratio_error([1.0], [1]))
 
 
-def test_few_different_rows_have_the_jackknifes_interval() -> None:
-    """Most resamples of these rows have no spread, so they say nothing of it."""
+def test_nearly_constant_rows_use_the_jackknife_interval() -> None:
+    """Most resamples of these rows have no spread, so they are not informative."""
     totals, tokens = [0.0] * 8 + [1.0], [1] * 9
     assert ends(mean_ratio_interval(totals, tokens)) == pytest.approx(ends(jackknife_interval(totals, tokens)))
 
 
-def test_equal_scores_do_not_show_that_all_are() -> None:
-    """Five answers that are right have the interval of five rows that match, however their scores are computed."""
+def test_equal_scores_still_give_a_wide_interval() -> None:
+    """Five correct answers give the interval of five matching rows, for any score."""
     for score in (0, 1):
         assert bounded_mean_interval([score] * 5, [1] * 5) == wilson(5 * score, 5)
     low, high = ends(bounded_mean_interval([0.5] * 5, [1] * 5))
@@ -159,7 +160,7 @@ def test_equal_scores_do_not_show_that_all_are() -> None:
     assert drawn[1] - drawn[0] <= found[1] - found[0] < 1.05 * (drawn[1] - drawn[0])
 
 
-def test_many_rows_take_little_time() -> None:
+def test_interval_of_many_rows_is_fast() -> None:
     totals, tokens = made(5000)
     start = time.process_time()
     assert mean_ratio_interval(totals, tokens) is not None
@@ -176,13 +177,13 @@ def test_many_rows_take_little_time() -> None:
         lambda: mean_ratio_error([1.0] * 2, [1, math.nan]),
     ],
 )
-def test_what_is_no_sample_is_refused(wrong: Callable[[], object]) -> None:
+def test_invalid_samples_are_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(ValueError):
         wrong()
 
 
 def test_rows_needed() -> None:
-    """Half a standard deviation takes (1.960 + 0.842)² / 0.5² = 31.4 rows, on however many it was found."""
+    """A difference of half a standard deviation needs (1.960 + 0.842)² / 0.5² = 31.4 rows, for any sample size."""
     assert rows_needed(0.5, 1 / math.sqrt(10), 10) == rows_needed(-0.5, 1 / math.sqrt(1000), 1000) == 32
     assert rows_needed(1.0, 1e-9, 50) == rows_needed(1.0, 0.0, 50) == LEAST_ROWS
     for difference, error in (
@@ -196,16 +197,16 @@ def test_rows_needed() -> None:
         assert rows_needed(difference, error, 50) is None
 
 
-def test_shares_are_covered() -> None:
-    """Not estimated: every number of matches counts with its probability. The textbook's intervals fall short."""
+def test_share_intervals_have_the_nominal_coverage() -> None:
+    """Computed exactly, weighting every number of matches by its probability. The textbook intervals fall short."""
     share, difference = interval_coverage.wilson_coverage(50), interval_coverage.share_difference_coverage(50)
     assert abs(share["loratune"].mean() - 0.95) < 0.005 and share["textbook"].mean() < 0.92
     covered, textbook = difference["loratune"][0], difference["textbook"][0]
     assert covered.min() > 0.94 and covered.mean() < 0.97 and textbook.mean() < 0.92
 
 
-def test_losses_of_real_rows_are_covered() -> None:
-    """Where the percentiles of a bootstrap fall short by far."""
+def test_loss_intervals_have_the_nominal_coverage_on_real_rows() -> None:
+    """The percentile bootstrap falls far short."""
     population, deviation = interval_coverage.recorded(), math.sqrt(0.95 * 0.05 / 150)
     loss, difference = (
         interval_coverage.loss_coverage(population, totals, 60, 150, 0)[0] for totals in population.figures().values()
@@ -215,14 +216,14 @@ def test_losses_of_real_rows_are_covered() -> None:
 
 
 @pytest.mark.slow
-def test_bounds_of_the_coverage() -> None:
-    """As `scripts/README.md` reports them: 95 % ± 1.5 for shares, ± 2 for losses from 200 rows on."""
+def test_coverage_is_within_the_reported_bounds() -> None:
+    """As reported in `scripts/README.md`: 95 % ± 1.5 for shares, ± 2 for losses with 200 rows or more."""
     missed = [*interval_coverage.wilson_table(), *interval_coverage.share_difference_table()]
     missed += interval_coverage.loss_table(2000, 0, [200])
     assert missed == []
 
 
-def test_no_loss_is_below_0() -> None:
+def test_loss_intervals_do_not_go_below_0() -> None:
     nats, tokens = [0.0, 0.0, 0.0, 0.0, 0.0, 0.001, 9.0], [2.0] * 7
     whole, loss = mean_ratio_interval(nats, tokens), loss_interval(nats, tokens)
     assert whole is not None and whole.low < 0

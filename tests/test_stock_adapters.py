@@ -1,4 +1,4 @@
-"""Adapters that PEFT made without loratune: they compute what PEFT trained, or they are refused, with the reason."""
+"""Adapters made by stock PEFT: they load to what PEFT trained, or are refused with a reason."""
 
 import json
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def loss(model: nn.Module) -> torch.Tensor:
 
 
 def fresh() -> nn.Module:
-    """The base in another process, where random numbers are others."""
+    """The base as loaded in another process, with another random state."""
     base = tiny_llama()
     torch.manual_seed(7)
     return base
@@ -55,7 +55,7 @@ REFUSED = Code.ADAPTER_NOT_REPRODUCIBLE
 
 
 def initialized(init: bool | str) -> PeftModel:
-    """A model of PEFT before its first step. Adapters of eva start as its configuration alone does."""
+    """A PEFT model before its first step. Adapters with eva start as their configuration alone makes them."""
     base = tiny_llama()
     data = {"corda": {"corda_config": CordaConfig()}, "lora_ga": {"lora_ga_config": LoraGAConfig()}}
     config = LoraConfig(
@@ -67,13 +67,14 @@ def initialized(init: bool | str) -> PeftModel:
     elif init == "lora_ga":
         preprocess_loraga(base, config, lambda: loss(base).backward())
     model = get_peft_model(base, config)
-    config.base_model_name_or_path = "base"  # PEFT has set it to the name of a base without a file
+    config.base_model_name_or_path = "base"  # PEFT has set it to the name of a base that has no file
     return model
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_what_peft_trained_is_what_is_loaded(init: bool | str, tmp_path: Path) -> None:
-    """One step, saved as it is, and converted to plain LoRA where PEFT does that; PEFT itself is the judge of both."""
+def test_loaded_adapter_equals_what_peft_trained(init: bool | str, tmp_path: Path) -> None:
+    """After one step, saved directly and, where PEFT supports it, converted to plain LoRA. PEFT is the reference for
+    both."""
     before, model = logits(tiny_llama()), initialized(init)
     config = model.peft_config["default"]
     config.init_lora_weights = True
@@ -106,7 +107,7 @@ def test_what_peft_trained_is_what_is_loaded(init: bool | str, tmp_path: Path) -
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """An adapter of PEFT that says of itself that it was initialized by lora_ga."""
+    """A PEFT adapter whose config says that it was initialized by lora_ga."""
     path = tmp_path_factory.mktemp("raw")
     model = initialized(True)
     model.peft_config["default"].base_model_name_or_path = str(tiny_dir)
@@ -152,7 +153,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_command_uses_what_its_files_do_not_hold(
+def test_commands_refuse_lora_ga_adapters(
     command: str, raw: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
     adapter = raw / "adapter"
@@ -167,7 +168,7 @@ def test_no_command_uses_what_its_files_do_not_hold(
 
 
 @pytest.mark.parametrize("value", ["loftq", "PiSSA_niter_16", "of_tomorrow", {"a": 1}, 0.5])
-def test_an_initialization_that_is_not_known_is_refused(value: Any, raw: Path, tmp_path: Path) -> None:
+def test_unknown_initialization_is_refused(value: Any, raw: Path, tmp_path: Path) -> None:
     for file in (raw / "other").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / CONFIG_FILE).read_text())
@@ -177,11 +178,11 @@ def test_an_initialization_that_is_not_known_is_refused(value: Any, raw: Path, t
     assert meanings(caught.value) == [(REFUSED, str(tmp_path / CONFIG_FILE), "init_lora_weights")]
 
 
-# Tensors of the base beside the adapter's
+# Base tensors in the adapter's file
 
 
 def saved(path: Path, base: Path, *targets: str, **save: Any) -> Path:
-    """An adapter that looks trained, as PEFT saves it by default: with the base's weights of adapted embeddings."""
+    """An adapter that looks trained, saved as PEFT does by default: with the base weights of adapted embeddings."""
     config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=[*targets])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
     torch.manual_seed(1)
@@ -193,7 +194,7 @@ def saved(path: Path, base: Path, *targets: str, **save: Any) -> Path:
 
 
 def edit(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
-    """Change the tensors in the file of an adapter that are not LoRA's."""
+    """Change the tensors of an adapter's file that are not LoRA's."""
     tensors = load_file(path / WEIGHTS_FILE)
     save_file(
         {name: tensor if ".lora_" in name else change(name, tensor) for name, tensor in tensors.items()},
@@ -221,7 +222,7 @@ def tied_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToke
     ],
     ids=["embedding", "output layer", "both", "neither"],
 )
-def test_the_bases_own_tensors_change_nothing(
+def test_base_tensors_in_the_adapter_do_not_change_the_result(
     targets: list[str],
     save: dict[str, Any],
     copies: list[str],
@@ -253,7 +254,7 @@ def test_the_bases_own_tensors_change_nothing(
         (torch.bool, torch.float32, 0, False),
     ],
 )
-def test_the_bases_own_tensors_are_compared_in_the_lower_precision(
+def test_base_tensors_are_compared_in_the_lower_precision(
     held: torch.dtype, loaded: torch.dtype, change: float, is_taken: bool, tiny_dir: Path, tmp_path: Path
 ) -> None:
     path = edit(saved(tmp_path, tiny_dir, "embed_tokens"), lambda _, tensor: (tensor * (1 + change)).to(held))
@@ -268,7 +269,7 @@ WITH_THE_BASE = (
 
 
 @pytest.mark.parametrize("command", WITH_THE_BASE)
-def test_other_values_than_the_bases_are_refused(
+def test_base_tensors_with_different_values_are_refused(
     command: str, tiny_dir: Path, raw: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
     adapter = edit(saved(tmp_path / "adapter", tiny_dir, "q_proj", "lm_head"), lambda _, tensor: tensor * 1.01)
@@ -283,8 +284,8 @@ def test_other_values_than_the_bases_are_refused(
 
 
 @pytest.mark.parametrize("shape", ["another", "none"])
-def test_a_tensor_that_the_base_has_no_place_for_is_refused(shape: str, tiny_dir: Path, tmp_path: Path) -> None:
-    """As after `resize_token_embeddings`, which changes the base."""
+def test_base_tensor_that_does_not_fit_the_base_is_refused(shape: str, tiny_dir: Path, tmp_path: Path) -> None:
+    """As after `resize_token_embeddings`, which changes the shape of the base."""
     path = saved(tmp_path, tiny_dir, "q_proj", save_embedding_layers=True)
     edit(
         path, lambda name, tensor: torch.cat([tensor, tensor[:1]]) if "embed" in name and shape == "another" else tensor
@@ -295,7 +296,7 @@ def test_a_tensor_that_the_base_has_no_place_for_is_refused(shape: str, tiny_dir
     assert meanings(caught.value) == [(Code.ADAPTER_MISMATCH, str(path), "")]
 
 
-def test_a_run_starts_from_an_adapter_beside_tensors_of_the_base(
+def test_run_starts_from_an_adapter_with_base_tensors(
     tiny_dir: Path, tmp_path: Path, cli: Callable[..., Ran], run_config: Callable[..., Path]
 ) -> None:
     adapter = saved(tmp_path / "adapter", tiny_dir, "q_proj", "lm_head")
