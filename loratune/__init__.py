@@ -7,8 +7,8 @@
     adapter.generate(["..."], max_new_tokens=64)
     adapter.evaluate("test.jsonl").require("loss<base")
 
-`loratune.api` documents the functions, `loratune.events` what `on_event` receives, and `loratune.errors` the
-exceptions. torch and the other libraries are imported at the first use.
+The functions are documented in `loratune.api`, the events that `on_event` receives in `loratune.events`, and the
+exceptions in `loratune.errors`. torch and the other libraries are imported on first use.
 """
 
 from importlib import import_module

@@ -5,7 +5,7 @@ import sys
 
 try:
     from loratune.system import signals
-except KeyboardInterrupt:  # before there is a handler
+except KeyboardInterrupt:  # no handler is installed yet
     os.write(2, b"error: interrupted\n")
     os._exit(130)
 
@@ -13,13 +13,13 @@ except KeyboardInterrupt:  # before there is a handler
 def main() -> None:
     """Handle signals from the start, then load the command line and run it.
 
-    Of several processes only rank 0 prints; another one uses `sys.__stderr__` if rank 0 has ended.
+    With several processes, only rank 0 prints; another rank prints to `sys.__stderr__` if rank 0 has ended.
     """
     try:
         with signals.exit_on_signals():
             _run()
     finally:
-        signals.ignore_signals()  # nothing is left to stop, and no handler to report a signal
+        signals.ignore_signals()  # all work is done, and the handlers that report signals are removed
 
 
 def _run() -> None:
@@ -37,9 +37,9 @@ def _run() -> None:
         sys.stderr = console.LossyStream(sys.stderr)
         try:
             app(prog_name="loratune")
-        finally:  # by SystemExit
+        finally:  # `app` ends with SystemExit
             sys.stdout.flush()
-    except BrokenPipeError:  # while --help or the like was printed
+    except BrokenPipeError:  # the reader of --help or similar output has closed the pipe
         sys.exit(0)
     except LoratuneError as error:
         for problem in error.problems:

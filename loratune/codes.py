@@ -4,16 +4,16 @@ from enum import StrEnum
 
 
 class Code(StrEnum):
-    """The stable name of each kind of problem, for scripts and tests: wording may change, a code may not.
+    """The stable name of each kind of problem, for scripts and tests: messages may be reworded, codes never change.
 
     A member is its code; `meaning` says in one sentence when it is reported. A code without an area, such as
-    `interrupted`, is a word of the message itself, and is not printed once more.
+    `interrupted`, already occurs in the message, and is not printed again.
     """
 
     meaning: str
 
     def __new__(cls, value: str, meaning: str = "") -> "Code":
-        """A member from its code and its meaning."""
+        """Create a member from its code and its meaning."""
         member = str.__new__(cls, value)
         member._value_ = value
         member.meaning = meaning

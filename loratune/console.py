@@ -1,8 +1,7 @@
-"""The standard streams: made safe before anything is printed, and escaped; messages on stderr, results on stdout.
+"""The standard streams, made robust before anything is printed, and escaped. Messages go to stderr, results to stdout.
 
-A stream may be closed: its number would go to the next file that is opened, which would then receive what is printed.
-Its encoding may lack a character that is printed, or its file may be on a full disk. A finished run must survive all of
-these.
+A stream may be closed: the next file that is opened would get its descriptor, and then receive the output. Its encoding
+may lack a character that is printed, or its file may be on a full disk. A finished run must survive all of these.
 """
 
 import io
@@ -23,8 +22,8 @@ from loratune.text import one_line, printable
 
 
 def secure() -> None:
-    """Open closed streams on /dev/null, escape what the encodings lack, and give failures of stdout their own error."""
-    closed = [number for number in (0, 1, 2) if not _is_open(number)]  # in this order each gets its own number
+    """Open closed streams on /dev/null, escape unencodable characters, and make failures of stdout a specific error."""
+    closed = [number for number in (0, 1, 2) if not _is_open(number)]  # in this order each gets its own descriptor
     for _ in closed:
         os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     if sys.stdin is not None:
@@ -46,17 +45,17 @@ def _is_open(number: int) -> bool:
 
 
 def _escape(stream: Any) -> None:
-    """Print `\\u2192` where the encoding has no arrow, unless the user chose otherwise by PYTHONIOENCODING."""
+    """Print `\\u2192` if the encoding has no arrow, unless PYTHONIOENCODING sets another error handler."""
     if stream.errors in ("strict", "surrogateescape"):
         stream.reconfigure(errors="backslashreplace")
 
 
 def _output(original: Any) -> io.TextIOWrapper:
-    """Standard output over `_StandardOutput`, otherwise like the original, which is None if it was closed."""
+    """Standard output that writes through `_StandardOutput`, otherwise like the original, which is None if closed."""
     if original is not None:
         original.flush()
     raw = _StandardOutput(1, "w", closefd=False)
-    unbuffered = original is not None and isinstance(original.buffer, io.RawIOBase)  # by python -u
+    unbuffered = original is not None and isinstance(original.buffer, io.RawIOBase)  # python -u
     stream = io.TextIOWrapper(
         raw if unbuffered else io.BufferedWriter(raw),
         encoding=original.encoding if original is not None else "utf-8",
@@ -69,19 +68,19 @@ def _output(original: Any) -> io.TextIOWrapper:
 
 
 class _StandardOutput(io.FileIO):
-    """The bytes of standard output. The first that cannot be written raise an error, and the rest is dropped.
+    """The byte stream of standard output. The first failed write raises an error; later writes are dropped.
 
     Raises:
-        BrokenPipeError: Nobody reads it any more.
+        BrokenPipeError: The reader has closed the pipe.
         ResourceError: Anything else, such as a full disk.
     """
 
     _failed = False
 
     def write(self, data: Any) -> int:
-        """Write as a file does."""
+        """Write bytes; returns their number."""
         size = memoryview(data).nbytes
-        if self._failed or not size:  # typer writes no bytes, to find out what kind of stream it is
+        if self._failed or not size:  # typer writes zero bytes to detect the kind of stream
             return size
         try:
             return super().write(data)
@@ -89,7 +88,7 @@ class _StandardOutput(io.FileIO):
             raise
         except BrokenPipeError:
             self._failed = True
-            # without an error number, by which typer would end the process
+            # without an errno, because typer would exit on EPIPE
             raise BrokenPipeError("nobody reads standard output any more") from None
         except OSError as error:
             self._failed = True
@@ -101,48 +100,48 @@ class _StandardOutput(io.FileIO):
 
 
 class _Stream(io.TextIOBase):
-    """A stream over another one. raw: the stream behind it."""
+    """A wrapper around another stream. raw: the wrapped stream."""
 
     def __init__(self, stream: Any):
         self.raw = stream
 
     def isatty(self) -> bool:
-        """As the stream behind it."""
+        """As the wrapped stream."""
         return bool(self.raw.isatty())
 
     def fileno(self) -> int:
-        """As the stream behind it."""
+        """As the wrapped stream."""
         return int(self.raw.fileno())
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """As the stream behind it."""
+        """As the wrapped stream."""
         return str(self.raw.encoding)
 
     @property
     def errors(self) -> str:  # type: ignore[override]
-        """As the stream behind it; `input` edits lines only where it knows them."""
+        """As the wrapped stream; `input` supports line editing only for streams that have it."""
         return str(self.raw.errors)
 
 
 class LossyStream(_Stream):
-    """A stream for messages, which may get lost: a run does not end because nobody reads them or the disk is full.
+    """A stream for messages that may be lost: a run continues if their reader has gone or the disk is full.
 
-    Whole lines go to the file descriptor, past Python's buffers: a signal may raise an exception or run its handler in
-    the middle of a write, without a lock being held or anything being written twice.
+    Whole lines are written to the file descriptor, bypassing Python's buffers: a signal may raise an exception or run
+    its handler in the middle of a write, without a lock being held or anything being written twice.
     """
 
     _pending = ""
 
     def write(self, text: str) -> int:
-        """Write, or pretend to."""
+        """Write text; failures are ignored."""
         self._pending += text
         if "\n" in text or "\r" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        """Write what is pending, or drop it."""
+        """Write the pending text, or drop it."""
         data, self._pending = self._pending.encode(self.encoding, self.errors), ""
         with suppress(OSError, ValueError):
             while data:
@@ -152,21 +151,21 @@ class LossyStream(_Stream):
 class EscapedStream(_Stream):
     """A stream that escapes everything that a terminal would interpret, whichever code writes it.
 
-    `err` and `out` write their own bars and colours to the stream behind it.
+    `err` and `out` write their own bars and colours to the wrapped stream.
     """
 
     def write(self, text: str) -> int:
-        """Write the text escaped; only a carriage return at its start stays, for progress bars of libraries."""
+        """Write the text escaped, except for a leading carriage return, which progress bars of libraries need."""
         restarts_line = text.startswith("\r") and self.isatty()
         self.raw.write(f"\r{printable(text[1:])}" if restarts_line else printable(text))
         return len(text)
 
     def flush(self) -> None:
-        """As the stream behind it."""
+        """As the wrapped stream."""
         self.raw.flush()
 
     def close(self) -> None:
-        """Nothing: Python closes an unreferenced stream, which would hide that the one behind it cannot be written."""
+        """Do nothing: Python closes unreferenced streams, which would hide write errors of the wrapped stream."""
 
 
 @contextmanager
@@ -180,25 +179,25 @@ def escape_output() -> Iterator[None]:
         yield
     finally:
         for name, stream in streams.items():
-            if getattr(sys, name) is stream:  # else it was replaced because nobody reads it
+            if getattr(sys, name) is stream:  # else it was replaced because its reader has gone
                 setattr(sys, name, originals[name])
 
 
 def raw_output() -> Any:
-    """Standard output as another program reads it, without escapes; on a terminal with them."""
+    """Standard output, unescaped for files and other programs, escaped for a terminal."""
     stream = sys.stdout
     return stream.raw if isinstance(stream, EscapedStream) and not stream.isatty() else stream
 
 
 class _Console(Console):
-    """A console that writes to the stream behind an `EscapedStream`, so that its own colours and bars come through.
+    """A console that writes to the stream wrapped by an `EscapedStream`, so that its own colours and bars are kept.
 
-    Its callers escape what they print with it.
+    Its callers escape the text that they print.
     """
 
     @property
     def file(self) -> Any:
-        """The stream behind the `EscapedStream`."""
+        """The stream wrapped by the `EscapedStream`."""
         stream = super().file
         return stream.raw if isinstance(stream, EscapedStream) else stream
 
@@ -212,7 +211,7 @@ out = _Console(highlight=False, soft_wrap=True, emoji=False)
 
 
 def log(*lines: str) -> None:
-    """Print lines on stderr about what is going on."""
+    """Print status lines on stderr."""
     for line in lines:
         err.print(one_line(line), markup=False)
 
@@ -224,14 +223,14 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_json(values: Any) -> None:
-    """Print indented JSON on stdout, with everything escaped that a terminal would obey: `json` does not escape DEL."""
+    """Print indented JSON on stdout, with all control characters escaped: `json` does not escape DEL."""
     print(json.dumps(values, indent=2).replace("\x7f", "\\u007f"))
 
 
 def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
-    """Print text whose supervised pieces are green in a terminal, and are between ⟦ ⟧ elsewhere.
+    """Print text with supervised pieces in green in a terminal, and in ⟦ ⟧ elsewhere.
 
-    pieces: each with whether it is supervised.
+    pieces: pieces of text, each with whether it is supervised.
     """
     if console.is_terminal:
         safe = [(printable(piece), supervised) for piece, supervised in pieces]

@@ -1,4 +1,4 @@
-"""The error family, and the exit code of each member.
+"""The exceptions of loratune, and the exit code of each.
 
 LoratuneError           1   unexpected
 ├── ConfigError         2   usage or config
@@ -14,8 +14,8 @@ LoratuneError           1   unexpected
 ├── Interrupted       130   Ctrl-C
 └── Terminated        143   SIGTERM
 
-An error holds every problem, so that the user can fix all of them at once. `cli.boundary` is the one place that turns
-an error into lines on stderr and an exit code.
+An error lists every problem, so that the user can fix all of them at once. Only `cli.boundary` turns an error into
+lines on stderr and an exit code.
 """
 
 import errno
@@ -53,13 +53,14 @@ class Problem:
 
 
 _VALUE = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|(?<!\w)"[^"]*"|\S+""")
-"""A value in a message: what is in quotes, or a word."""
+"""A value in a message: quoted text, or a word."""
 _MOST, _MOST_OF_PATHS, _MOST_OF_ALL = 200, 1000, 2000
-"""Characters of a value, of one that may be a path, and of a part of a message; of more, the middle is left out."""
+"""Maximum characters of a value, of a value that may be a path, and of a part of a message; longer ones lose their
+middle."""
 
 
 def _shortened(text: str) -> str:
-    """A part of a message, without the middle of long values in it, which may be of any length."""
+    """A part of a message, with the middle of long values left out."""
     if len(text) <= _MOST:
         return text
     values = _VALUE.sub(lambda match: _ends(match[0], _MOST_OF_PATHS if "/" in match[0] else _MOST), text)
@@ -71,12 +72,12 @@ def _ends(text: str, most: int) -> str:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra, also that of a checkout that is installed."""
+    """The command that installs an extra, which also works for an installed checkout."""
     return f"pip install 'loratune[{extra}]'"
 
 
 def missing_package(code: Code, package: str, purpose: str, extra: str, where: str = "", key: str = "") -> Problem:
-    """A package of an extra that is not installed. purpose: what it does."""
+    """The problem that a package of an extra is not installed. purpose: what the package does."""
     return Problem(code, f"the package {package}, which {purpose}, is not installed", where, key, install(extra))
 
 
@@ -90,12 +91,13 @@ class LoratuneError(Exception):
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
     def __reduce__(self) -> tuple[type["LoratuneError"], tuple[tuple[Problem, ...]]]:
-        """Errors can be pickled; they consist of their problems."""
+        """Support pickling: an error is rebuilt from its problems."""
         return type(self), (self.problems,)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the disk is full, a quota is used up, or a file may not grow; also as safetensors and torch say it."""
+    """Whether the disk is full, a quota is used up, or a file size limit is reached, also as reported by safetensors
+    and torch."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(
@@ -104,8 +106,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; also in the words of torch, which has a class for it on a GPU and none on a CPU, of the
-    dynamic linker as a library is loaded, and of Python where there is no room for the stack of a thread."""
+    """Whether memory ran out. Recognizes the message of torch, which has an exception class for it on GPUs only, of the
+    dynamic linker loading a library, and of Python when there is no memory for a thread's stack."""
     has_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if has_class or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
@@ -122,14 +124,15 @@ _OUT_OF_MEMORY = (
 
 
 def is_rust_panic(error: BaseException) -> bool:
-    """Whether a library in Rust gave up; the class of such an error is no `Exception`, and cannot be imported."""
+    """Whether a Rust library panicked; the class of such an error derives from `BaseException`, and cannot be
+    imported."""
     return type(error).__name__ == "PanicException"
 
 
 def template_error_reason(error: BaseException) -> str:
     """Why a chat template cannot be compiled.
 
-    error: Jinja's TemplateSyntaxError; SyntaxError or RecursionError of Python, for a text that is nested too deeply.
+    error: Jinja's TemplateSyntaxError, or Python's SyntaxError or RecursionError for a template nested too deeply.
     """
     if isinstance(error, SyntaxError | RecursionError):
         return "it is nested too deeply" + (f": {error.msg}" if isinstance(error, SyntaxError) else "")
@@ -191,7 +194,7 @@ class LostError(LoratuneError):
 
 
 class RequirementError(LoratuneError):
-    """An adapter that is not shown to be as good as the user requires."""
+    """An adapter that failed a requirement of the user."""
 
     exit_code = 11
 

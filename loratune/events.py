@@ -1,13 +1,13 @@
 """Events: notes, progress and results as plain values, which a listener receives while loratune works.
 
 The library emits events and prints nothing. Every function of the public API takes `on_event`, a function that is
-called with each event in the thread that works; the command line passes one that draws progress bars and lines.
+called with each event, in the thread that emits it; the command line passes one that draws progress bars and lines.
 
     loratune.train(config, on_event=print)
 
 NoteEvent          a line that the user should read
 PlanEvent          what will be trained, before the first step
-ProgressEvent      how far a longer piece of work is: loading, reading, scoring
+ProgressEvent      the progress of a longer task: loading, reading, scoring
 TrainingEvent      training begins, and how many steps it has
 StepEvent          an optimizer step is done
 EvaluationEvent    the model was evaluated on the validation rows
@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 Unit = Literal["", "bytes", "items"]
-"""What the progress of a piece of work is counted in; empty where it is not known how much there is."""
+"""The unit of a task's progress; empty if the total is unknown."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class PlanEvent:
     """What will be trained, before the first step.
 
     Attributes:
-        rows: A table of how many rows of each split are used, truncated or dropped, and remarks on them, line by line.
-        examples: Titles, and training rows as pieces of text, each with whether it is supervised.
-        notes: Choices and warnings, line by line.
-        summary: How many parameters are trained, in one line.
-        trainable: The same as a number.
-        memory: The estimate of the memory that training needs, in bytes.
+        rows: The lines of a table of used, truncated and dropped rows per split, and of remarks on them.
+        examples: Training rows, each as a title and pieces of text, each piece with whether it is supervised.
+        notes: Lines of choices and warnings.
+        summary: The number of trainable parameters, as a line of text.
+        trainable: The number of trainable parameters.
+        memory: The estimated memory for training, in bytes.
     """
 
     rows: tuple[str, ...]
@@ -60,15 +60,15 @@ class PlanEvent:
 
 @dataclass(frozen=True)
 class ProgressEvent:
-    """How far a longer piece of work is. The first event of a piece has `done` 0; the last one `finished`.
+    """The progress of a longer task. The first event of a task has `done` 0; the last one has `finished` True.
 
     Attributes:
-        task: The number of the piece of work, the same in all of its events.
+        task: The number of the task, the same in all of its events.
         what: What is done, such as `loading the base`.
-        done: How much of it is done.
-        total: How much there is; 0 if unknown.
-        unit: What these are counted in.
-        finished: Whether the work has ended, successfully or not.
+        done: The amount done so far, in `unit`.
+        total: The total amount, in `unit`; 0 if unknown.
+        unit: The unit of `done` and `total`.
+        finished: Whether the task has ended, successfully or not.
     """
 
     task: int
@@ -85,7 +85,7 @@ class TrainingEvent:
 
     Attributes:
         steps: Optimizer steps of the whole run.
-        done: Those that were done before an interruption.
+        done: Optimizer steps done before an interruption.
         finished: Whether training has ended, successfully or not.
     """
 
@@ -99,11 +99,11 @@ class StepEvent:
     """An optimizer step is done.
 
     Attributes:
-        step: Its number, from 1.
+        step: The number of the step, from 1.
         steps: Optimizer steps of the whole run.
-        tokens: Tokens that this process has read in training so far, without padding.
-        loss: The mean loss since the last report; None between the reports that `training.logging_steps` asks for.
-        learning_rate: That of the step; None as `loss`.
+        tokens: Tokens that this process has trained on so far, without padding.
+        loss: The mean loss since the last report, every `training.logging_steps` steps; None between reports.
+        learning_rate: The learning rate of the step; None between reports.
         metrics: Further metrics of a report, such as the reward accuracy of preferences.
     """
 
@@ -120,7 +120,7 @@ class EvaluationEvent:
     """The model was evaluated on the validation rows.
 
     Attributes:
-        step: Optimizer steps that were done.
+        step: Optimizer steps done so far.
         steps: Optimizer steps of the whole run.
         loss: The held-out loss.
         metrics: Further metrics, as in `StepEvent`.
@@ -137,8 +137,8 @@ class FinishedEvent:
     """A function is done.
 
     Attributes:
-        result: What it found or made: of `train` the adapter's metrics, of `init` the config and what to expect of its
-            run, of `evaluate` the comparison.
+        result: The result: the adapter's metrics for `train`, the config and estimates of its run for `init`, the
+            comparison for `evaluate`.
     """
 
     result: Any = field(repr=False)
@@ -147,7 +147,7 @@ class FinishedEvent:
 Event: TypeAlias = NoteEvent | PlanEvent | ProgressEvent | TrainingEvent | StepEvent | EvaluationEvent | FinishedEvent
 Listener: TypeAlias = Callable[[Event], Any]
 Advance: TypeAlias = Callable[[int], None]
-"""Called with how much was done since the last call."""
+"""Called with the amount done since the last call."""
 
 
 def no_advance(count: int) -> None:
@@ -155,9 +155,9 @@ def no_advance(count: int) -> None:
 
 
 LIBRARIES = "loading libraries"
-"""The piece of work that every function begins with; it is shown in a terminal only."""
+"""The first task of every function; it is shown in a terminal only."""
 _INTERVAL = 0.1
-"""Seconds between two events of one piece of work, at least."""
+"""Minimum seconds between two events of one task."""
 
 _listener: ContextVar[Listener] = ContextVar("listener", default=lambda event: None)
 _tasks = itertools.count(1)
@@ -165,7 +165,7 @@ _tasks = itertools.count(1)
 
 @contextmanager
 def listening(listener: Listener | None) -> Iterator[None]:
-    """Inside, events go to this listener; to the one outside if it is None."""
+    """Send events inside to this listener; if it is None, the current listener stays."""
     if listener is None:
         yield
         return
@@ -177,12 +177,12 @@ def listening(listener: Listener | None) -> Iterator[None]:
 
 
 def listener() -> Listener:
-    """The listener that events go to now."""
+    """The current listener."""
     return _listener.get()
 
 
 def emit(event: Event) -> None:
-    """Hand an event to the listener."""
+    """Send an event to the current listener."""
     _listener.get()(event)
 
 
@@ -193,7 +193,7 @@ def note(text: str) -> None:
 
 @contextmanager
 def noted() -> Iterator[list[str]]:
-    """Gives a list that receives the lines that are noted inside; they also go to the listener."""
+    """Collect the lines noted inside in the list that it yields; they also go to the listener."""
     outer, lines = listener(), list[str]()
 
     def listen(event: Event) -> None:
@@ -207,15 +207,15 @@ def noted() -> Iterator[list[str]]:
 
 @contextmanager
 def progress(what: str, total: int = 0, unit: Unit = "") -> Iterator[Advance]:
-    """Emit the progress of what is done inside. It also decorates functions.
+    """Emit the progress of the work done inside. Also works as a decorator.
 
     Args:
         what: What is done.
-        total: How much there is to do; 0 if unknown.
-        unit: What it is counted in.
+        total: The total amount of work, in `unit`; 0 if unknown.
+        unit: The unit of progress.
 
     Returns:
-        A function that takes how much was done since its last call.
+        A function to call with the amount done since its last call.
     """
     task, done, last = next(_tasks), 0, time.monotonic()
 
@@ -234,10 +234,10 @@ def progress(what: str, total: int = 0, unit: Unit = "") -> Iterator[Advance]:
 
 
 def reading(what: str, size: int) -> AbstractContextManager[Advance]:
-    """As `progress`, for a pass over data of a size in bytes; 0 if it is unknown."""
+    """As `progress`, for a pass over data. size: bytes; 0 if unknown."""
     return progress(what, size, "bytes")
 
 
 def counting(what: str, number: int) -> AbstractContextManager[Advance]:
-    """As `progress`, for a number of things."""
+    """As `progress`, for a number of items."""
     return progress(what, number, "items")

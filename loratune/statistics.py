@@ -1,10 +1,10 @@
-"""The statistics of comparisons: 95 % intervals of losses, of shares and of their differences, and tests in pairs.
+"""The statistics of comparisons: 95 % intervals of losses, proportions and their differences, and paired tests.
 
-The sample is always one of rows, as the tokens of one row depend on each other. A loss in nats per supervised token is
-therefore a ratio of two sums over rows, of nats and of tokens, and so is the difference between two models' losses on
-the same rows. Copies of a row add no information: whoever calls counts them once, with the weight of all of them.
+The sampling unit is always the row, as the tokens of one row depend on each other. A loss in nats per supervised token
+is therefore a ratio of two sums over rows, of nats and of tokens, and so is the difference between two models' losses
+on the same rows. Copies of a row add no information: callers pass them as one row, weighted by their number.
 
-`scripts/interval_coverage.py` measures how often each interval covers the truth.
+`scripts/interval_coverage.py` measures the coverage of each interval.
 """
 
 import math
@@ -20,19 +20,19 @@ Values = Sequence[float] | NDArray[np.float64]
 Array = NDArray[np.float64]
 
 LEAST_ROWS = 5
-"""Distinct rows below which a mean has no interval. That of fewer rests on a variance that is hardly known."""
+"""The fewest distinct rows for which a mean has an interval. With fewer, the variance is hardly known."""
 LEVEL = 0.95
 POWER = 0.8
 _UPPER = (1 + LEVEL) / 2
 _Z = float(ndtri(_UPPER))
 _MOST_ROWS = 20_000
-"""Rows beyond which means are taken as symmetric, so that nothing is resampled."""
+"""The most rows for which the bootstrap is used; for more, the distribution of the mean is taken as symmetric."""
 _RESAMPLES = 4000
 _CHUNK = 200_000
-"""Rows of resamples that are in memory at once, 8 bytes each several times over. More is slower."""
+"""Resampled rows in memory at once, in several arrays of 8 bytes per row. More is slower."""
 _MOST_NEEDED = 1e15
 _ROUNDING = 1e-12
-"""A relative spread below which all rows are the same but for rounding."""
+"""The relative spread up to which all rows are considered equal, up to rounding."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Interval:
 
 
 def finite(value: Any) -> Any:
-    """A value as JSON has it, also inside dicts: None for inf and NaN, which it has no word for; `[low, high]` of an
+    """A value for JSON, also inside dicts: None for inf and NaN, which JSON cannot represent, and `[low, high]` for an
     interval."""
     if isinstance(value, Mapping):
         return {name: finite(one) for name, one in value.items()}
@@ -58,18 +58,18 @@ def finite(value: Any) -> Any:
 
 
 def wilson(matches: float, rows: float) -> Interval:
-    """The interval of a share, by the score test (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, p. 209).
+    """The interval of a proportion, by the score test (E. B. Wilson, J. Am. Stat. Assoc. 22, 1927, p. 209).
 
     Args:
-        matches: Rows that match; a fraction where copies of rows are weighted.
-        rows: How many rows there are, above 0.
+        matches: Rows that match; fractional if copies of rows are weighted.
+        rows: The number of rows, above 0.
     """
     share = matches / rows
     return _score_interval(share, share * (1 - share), rows)
 
 
 def _score_interval(mean: float, variance: float, rows: float) -> Interval:
-    """Wilson's interval of a mean of values between 0 and 1, with a variance that need not be that of a share."""
+    """Wilson's interval of a mean of values between 0 and 1, with their variance instead of that of a proportion."""
     square = _Z**2 / rows
     middle = (mean + square / 2) / (1 + square)
     half = math.sqrt(square * (variance + square / 4)) / (1 + square)
@@ -78,26 +78,26 @@ def _score_interval(mean: float, variance: float, rows: float) -> Interval:
 
 
 def loss_interval(nats: Values, tokens: Values) -> Interval | None:
-    """The interval of a loss in nats per token, which no loss below 0 belongs to; see `mean_ratio_interval`.
+    """The interval of a loss in nats per token, whose low end is at least 0; see `mean_ratio_interval`.
 
     Raises:
-        ValueError: See there.
+        ValueError: See `mean_ratio_interval`.
     """
     interval = mean_ratio_interval(nats, tokens)
     return interval and Interval(max(0.0, interval.low), interval.high)
 
 
 def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
-    """The interval of a mean of scores between 0 and 1: each end is that of `mean_ratio_interval` or that of Wilson's
-    interval with the variance of the scores in place of that of a share, whichever is farther out.
+    """The interval of a mean of scores between 0 and 1. Each end is the outer one of two intervals:
+    `mean_ratio_interval`, and Wilson's interval with the variance of the scores instead of that of a proportion.
 
-    The first has no width where all scores are equal, though five answers that are right do not show that all are. The
-    second then has that of as many rows that all match, or that all do not. Of scores that are all 0 or 1 it is
-    Wilson's own, and of scores that vary it is hardly wider than Student's.
+    The first has no width if all scores are equal, although five correct answers do not prove that all are correct.
+    The second then has the width for as many rows that all match, or all do not. For scores of only 0 and 1 it is
+    Wilson's interval itself, and for scores that vary it is hardly wider than Student's.
 
     Args:
         values: The score of each row.
-        weights: The copies of each row, which are one draw.
+        weights: The number of copies of each row, which count as one draw.
 
     Returns:
         The interval; None for fewer than `LEAST_ROWS` rows.
@@ -112,12 +112,12 @@ def bounded_mean_interval(values: Values, weights: Values) -> Interval | None:
 
 
 def bounded_difference_interval(differences: Values, weights: Values) -> Interval | None:
-    """The interval of a mean of differences between scores from 0 to 1, as `bounded_mean_interval` is of their mean,
-    with the interval of Bonett and Price in place of Wilson's; see `share_difference_interval`.
+    """The interval of a mean of differences between scores from 0 to 1. As `bounded_mean_interval`, with the interval
+    of Bonett and Price instead of Wilson's; see `share_difference_interval`.
 
     Args:
-        differences: Of each row, between -1 and 1.
-        weights: The copies of each row, which are one draw.
+        differences: The difference of each row, between -1 and 1.
+        weights: The number of copies of each row, which count as one draw.
 
     Returns:
         The interval; None for fewer than `LEAST_ROWS` rows.
@@ -131,20 +131,20 @@ def bounded_difference_interval(differences: Values, weights: Values) -> Interva
 
 
 def _wider(values: Array, weights: Array, other: Interval, least: float) -> Interval | None:
-    """The ends of `mean_ratio_interval`, or those of another interval where they are farther out, from `least` to 1."""
+    """The outer ends of `mean_ratio_interval` and another interval, clipped to `least` and 1."""
     drawn = mean_ratio_interval(weights * values, weights)
     return drawn and Interval(max(least, min(drawn.low, other.low)), min(1.0, max(drawn.high, other.high)))
 
 
 def effective_rows(weights: Values) -> float:
-    """How many rows without copies say as much of a mean as rows with these weights: the square of their sum over the
-    sum of their squares (L. Kish, Survey Sampling, 1965)."""
+    """The effective sample size of weighted rows: the square of the sum of the weights, divided by the sum of their
+    squares (L. Kish, Survey Sampling, 1965)."""
     weights = np.asarray(weights, dtype=np.float64)
     return float(weights.sum() ** 2 / (weights**2).sum())
 
 
 def mean_ratio(totals: Values, counts: Values) -> float:
-    """sum(totals) / sum(counts) over rows, the same in whatever order the rows are; not finite where a total is not.
+    """sum(totals) / sum(counts) over rows, independent of the order of the rows; not finite if a total is not finite.
 
     Raises:
         ValueError: See `mean_ratio_interval`.
@@ -159,7 +159,7 @@ def mean_ratio(totals: Values, counts: Values) -> float:
 
 def mean_ratio_error(totals: Values, counts: Values) -> float:
     """The standard error of sum(totals) / sum(counts) over rows, by the delete-one jackknife; NaN for fewer than two
-    rows and where a total is not finite.
+    rows, or if a total is not finite.
 
     Raises:
         ValueError: See `mean_ratio_interval`.
@@ -174,10 +174,10 @@ def mean_ratio_error(totals: Values, counts: Values) -> float:
 
 def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
     """The interval of sum(totals) / sum(counts) over rows, by the delete-one jackknife with Student's t (R. G. Miller,
-    "The jackknife: a review", Biometrika 61, 1974). Where all counts are the same, it is that of a t test.
+    "The jackknife: a review", Biometrika 61, 1974). If all counts are equal, it is the interval of a t test.
 
     Returns:
-        The interval; None for fewer than `LEAST_ROWS` rows and where a total is not finite.
+        The interval; None for fewer than `LEAST_ROWS` rows, or if a total is not finite.
 
     Raises:
         ValueError: See `mean_ratio_interval`.
@@ -186,29 +186,29 @@ def jackknife_interval(totals: Values, counts: Values) -> Interval | None:
 
 
 def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
-    """The interval of sum(totals) / sum(counts) over rows: each end is that of the studentized bootstrap or that of the
-    jackknife with Student's t, whichever is farther out.
+    """The interval of sum(totals) / sum(counts) over rows. Each end is the outer one of two intervals: the studentized
+    bootstrap, and the jackknife with Student's t.
 
     The studentized bootstrap draws rows with replacement. The distribution of (ratio of the resample - ratio) / (its
-    own standard error) takes the place of Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap,
-    1993, section 12.5); the standard error of the rows is the jackknife's. That follows the skew of losses, with which
-    Student's t covers too little. Of differences, which have heavy tails rather than skew, it covers less than that of
-    Student's t. So neither is enough alone; `scripts/README.md` has the figures.
+    own standard error) replaces Student's t (B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap, 1993,
+    section 12.5); the standard error of the rows is the jackknife's. The bootstrap accounts for the skew of losses, for
+    which Student's t has too little coverage. For differences, which have heavy tails rather than skew, it has less
+    coverage than Student's t. So neither is enough alone; the measured coverage is in `scripts/README.md`.
 
-    The order of rows does not matter, and totals with the other sign give the mirrored interval.
+    The order of rows does not matter, and negated totals give the mirrored interval.
 
     Args:
-        totals: Of each row, such as nats, or nats of one model less those of another.
-        counts: Of each row, such as supervised tokens; above 0.
-        seed: Of the random draws.
+        totals: The total of each row, such as nats, or the nats of one model minus those of another.
+        counts: The count of each row, such as supervised tokens; above 0.
+        seed: Seed of the random draws.
 
     Returns:
-        The interval, which holds the ratio; None for fewer than `LEAST_ROWS` rows and where a total is not finite. It
-        has no width where all rows have the same ratio. It is the jackknife's for more than 20,000 rows, and at an end
-        for which 2.5 % of the resamples have no spread, as with few rows of which most are the same.
+        The interval, which contains the ratio; None for fewer than `LEAST_ROWS` rows, or if a total is not finite. It
+        has no width if all rows have the same ratio. It is the jackknife's for more than 20,000 rows, and at an end
+        for which 2.5 % of the resamples have no spread, as with few rows of which most are equal.
 
     Raises:
-        ValueError: There are not as many totals as counts, or a count is not above 0 and finite.
+        ValueError: The numbers of totals and counts differ, or a count is not above 0 and finite.
     """
     totals, counts = _checked(totals, counts)
     wide = jackknife_interval(totals, counts)
@@ -230,15 +230,15 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
 
 
 def sum_of_ratios_interval(samples: Sequence[tuple[Values, Values]]) -> Interval | None:
-    """The interval of a sum of ratios, each over rows of its own, such as a difference between the means of two groups:
-    by the jackknife and Student's t with the degrees of freedom of B. L. Welch (Biometrika 34, 1947, p. 28).
+    """The interval of a sum of ratios over separate samples, such as a difference between the means of two groups: by
+    the jackknife and Student's t with the degrees of freedom of B. L. Welch (Biometrika 34, 1947, p. 28).
 
     Args:
-        samples: Totals and counts of each, see `mean_ratio_interval`.
+        samples: The totals and counts of each sample, see `mean_ratio_interval`.
 
     Returns:
-        The interval, that of `jackknife_interval` for one sample; None where a sample has fewer than `LEAST_ROWS` rows,
-        or a total is not finite.
+        The interval, for one sample that of `jackknife_interval`; None if a sample has fewer than `LEAST_ROWS` rows, or
+        a total is not finite.
 
     Raises:
         ValueError: See `mean_ratio_interval`.
@@ -256,10 +256,10 @@ def sum_of_ratios_interval(samples: Sequence[tuple[Values, Values]]) -> Interval
 
 
 def _studentized(rest: Array, counts: Array, seed: int) -> Array:
-    """How far the ratio of each resample is from that of the rows, in its own standard errors by linearization. It is
-    infinite where all rows of a resample are the same, and 0 where they also have the ratio of all.
+    """The distance of each resample's ratio from that of the rows, in the resample's own standard errors, by
+    linearization. It is infinite if all rows of a resample are equal, and 0 if they also have the ratio of all rows.
 
-    rest: of each row, its total less what its count lets expect.
+    rest: the residual of each row, its total minus ratio times count.
     """
     rows, dice = len(rest), np.random.default_rng(seed)
     columns = np.stack([rest, counts, rest**2, rest * counts, counts**2], axis=1)
@@ -278,7 +278,7 @@ def _studentized(rest: Array, counts: Array, seed: int) -> Array:
 
 
 def _checked(totals: Values, counts: Values) -> tuple[Array, Array]:
-    """Both as arrays. Raises ValueError as `mean_ratio_interval` does."""
+    """Totals and counts as arrays. Raises ValueError as `mean_ratio_interval` does."""
     totals, counts = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if totals.shape != counts.shape or totals.ndim != 1:
         raise ValueError(f"totals of shape {totals.shape} have counts of shape {counts.shape}")
@@ -288,49 +288,49 @@ def _checked(totals: Values, counts: Values) -> tuple[Array, Array]:
 
 
 def share_difference_interval(first_only: float, second_only: float, rows: float) -> Interval:
-    """The interval of a second share less a first one, of the same rows, by the adjusted Wald interval for pairs (D. G.
-    Bonett and R. M. Price, J. Educ. Behav. Stat. 37, 2012, p. 479).
+    """The interval of the difference between two paired proportions, second minus first, by the adjusted Wald interval
+    (D. G. Bonett and R. M. Price, J. Educ. Behav. Stat. 37, 2012, p. 479).
 
     Args:
-        first_only: Rows that match only the first time; a fraction where copies of rows are weighted.
+        first_only: Rows that match only the first time; fractional if copies of rows are weighted.
         second_only: Rows that match only the second time.
-        rows: How many rows there are, above 0.
+        rows: The number of rows, above 0.
     """
     return _paired_interval((second_only - first_only) / rows, (second_only + first_only) / rows, rows)
 
 
 def _paired_interval(mean: float, square: float, rows: float) -> Interval:
-    """Of a mean of differences between -1 and 1, from it and the mean of their squares: Wald's interval of the rows and
-    two more, with the differences -1 and 1."""
+    """The adjusted Wald interval of a mean of differences between -1 and 1: Wald's interval with two rows added, of the
+    differences -1 and 1. square: the mean of the squared differences."""
     shifted, wider = mean * rows / (rows + 2), (square * rows + 2) / (rows + 2)
     half = _Z * math.sqrt(max(0.0, wider - shifted**2) / (rows + 2))
     return Interval(max(-1.0, shifted - half), min(1.0, shifted + half))
 
 
 def share_difference_error(first_only: float, second_only: float, rows: float) -> float:
-    """The standard error of a second share less a first one, of the same rows; see `share_difference_interval`."""
+    """The standard error of the difference between two paired proportions; see `share_difference_interval`."""
     return math.sqrt(max(0.0, first_only + second_only - (second_only - first_only) ** 2 / rows)) / rows
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """The exact two-sided p of two shares of the same rows being equal: the sign test on rows that match once
+    """The exact two-sided p-value of the equality of two paired proportions: the sign test on rows that match only once
     (Q. McNemar, Psychometrika 12, 1947, p. 153)."""
     fewer, either = min(first_only, second_only), first_only + second_only
     return min(1.0, 2 * float(bdtr(fewer, either, 0.5)))
 
 
 def rows_needed(difference: float, standard_error: float, rows: int) -> int | None:
-    """How many rows of the same kind would make a difference of this size distinguishable: the 95 % interval would
-    exclude 0 with a probability of 80 %, by the normal approximation, which is some rows short of a few dozen.
+    """The number of similar rows needed to detect a difference of this size: the 95 % interval excludes 0 with a power
+    of 80 %, by the normal approximation, which is a few rows too low when the result is below a few dozen.
 
     Args:
-        difference: What was found.
-        standard_error: Of the difference, on `rows` rows; see `mean_ratio_error` and `share_difference_error`.
-        rows: On how many rows it was found.
+        difference: The difference found.
+        standard_error: The standard error of the difference; see `mean_ratio_error` and `share_difference_error`.
+        rows: The number of rows on which both were computed.
 
     Returns:
-        The rows in all, at least `LEAST_ROWS`; None where the difference is 0, or a number is not finite, or where they
-        are more than 10¹⁵, as such a difference may be one of rounding.
+        The total number of rows, at least `LEAST_ROWS`; None if the difference is 0, if a number is not finite, or if
+        more than 10¹⁵ rows were needed, as such a difference may be due to rounding.
     """
     if difference == 0 or not (math.isfinite(difference) and math.isfinite(standard_error)):
         return None

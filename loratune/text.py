@@ -1,6 +1,6 @@
-"""Text for people: escapes what is untrusted, and formats numbers, blocks and tables.
+"""Text for display: escapes untrusted text, and formats numbers, blocks and tables.
 
-Escape sequences in data, file names or a model's answer could otherwise set a terminal's title, write to its clipboard
+Escape sequences in data, file names or a model's answer could otherwise set a terminal's title, write to the clipboard
 (OSC 52) or clear the screen, and bidirectional control characters change the displayed order of text.
 """
 
@@ -10,20 +10,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 _SPECIAL = (
     "\x00-\x08\x0b-\x1f\x7f-\x9f"  # control characters, C0 and C1, except tabs and line breaks
-    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"  # line separators and marks of direction, as of Unicode's TR 36
-    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # lone surrogates, and characters that show as nothing
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f"  # line separators and directional marks, see Unicode's TR 36
+    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # lone surrogates and invisible characters
 )
 _IN_A_LINE = re.compile(f"[\t\n{_SPECIAL}]")
 _IN_A_TEXT = re.compile(f"[{_SPECIAL}]")
 _IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
-"""What a shell does not take literally between double quotes."""
+"""Characters that a shell interprets inside double quotes."""
 _IN_MARKDOWN = re.compile(r"[\\`*\[\]<>&#~|$]|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
-"""What a line of Markdown does not show literally; `_` inside a word is shown."""
+"""Characters that Markdown interprets in a line; `_` inside a word is literal."""
 _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
 def printable(value: str) -> str:
-    """The text with `\\x1b` and the like in place of what a terminal would obey; tabs and line breaks stay."""
+    """The text with control characters escaped, such as `\\x1b`; tabs and line breaks are kept."""
     return value if value.isascii() and value.isprintable() else _IN_A_TEXT.sub(_escaped, value)
 
 
@@ -33,14 +33,14 @@ def one_line(value: str) -> str:
 
 
 def is_printable_line(value: str) -> bool:
-    """Whether nothing in the text would be escaped in one line."""
+    """Whether `one_line` would leave the text unchanged."""
     return one_line(value) == value
 
 
 def shell_word(value: str) -> str:
-    """The text as one word of a shell, safe to paste: `$'...'` if there is something to escape.
+    """The text as one shell word, safe to paste; as `$'...'` if there is something to escape.
 
-    bash, zsh and ksh read that (POSIX.1-2024, 2.2.4).
+    bash, zsh and ksh support this form (POSIX.1-2024, 2.2.4).
     """
     if is_printable_line(value):
         return f'"{value}"' if "'" in value and not _IN_DOUBLE_QUOTES.search(value) else shlex.quote(value)
@@ -51,19 +51,19 @@ def shell_word(value: str) -> str:
 
 
 def markdown(value: str) -> str:
-    """The text as words in a line of Markdown (https://spec.commonmark.org/0.31.2/#backslash-escapes)."""
+    """The text escaped for a line of Markdown (https://spec.commonmark.org/0.31.2/#backslash-escapes)."""
     return _IN_MARKDOWN.sub(r"\\\g<0>", one_line(value))
 
 
 def code_span(value: str) -> str:
-    """The text as code in a line of Markdown (https://spec.commonmark.org/0.31.2/#code-spans)."""
+    """The text as a code span of Markdown (https://spec.commonmark.org/0.31.2/#code-spans)."""
     code = one_line(value)
     fence, space = "`" * (_longest_backticks(code) + 1), " " if {code[:1], code[-1:]} & {"`", " "} else ""
     return f"{fence}{space}{code}{space}{fence}"
 
 
 def code_block(value: str, language: str) -> str:
-    """The text as a block of code in Markdown, without a line break at its end."""
+    """The text as a code block of Markdown, without a trailing line break."""
     fence = "`" * max(3, _longest_backticks(value) + 1)
     return f"{fence}{language}\n{value.rstrip()}\n{fence}"
 
@@ -80,7 +80,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def _octal(match: re.Match[str]) -> str:
-    """The bytes of a character, which every such shell reads in whatever locale."""
+    """The bytes of a character as octal escapes, which these shells read in any locale."""
     return "".join(f"\\{byte:03o}" for byte in match[0].encode("utf-8", "surrogateescape"))
 
 
@@ -111,7 +111,7 @@ def format_duration(seconds: float) -> str:
 
 
 def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """The lines of a table whose first column is aligned to the left and all others to the right."""
+    """The lines of a table with its first column left-aligned and all others right-aligned."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     for row in [header, *rows]:
         cells = [
@@ -122,7 +122,7 @@ def align(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]
 
 
 def block(title: str, lines: Iterable[tuple[str, str]]) -> Iterator[str]:
-    """A title, and `name  value` lines with the values aligned, each safe to print."""
+    """A title, and `name  value` lines with aligned values, each safe to print."""
     rows = list(lines)
     width = max(len(name) for name, _ in rows)
     yield title

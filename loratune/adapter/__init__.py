@@ -1,4 +1,4 @@
-"""An adapter after its training: the directory on the disk, and the adapter loaded on its base.
+"""Trained adapters: the directory on disk, and the adapter loaded on its base.
 
     directory = AdapterDirectory.open(Path("out"))      # verified against its record, without torch
     loaded = loading.load(directory)                    # the base and the adapter, checked to belong together

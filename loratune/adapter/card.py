@@ -26,13 +26,13 @@ def provenance(
     curve: Sequence[Mapping[str, float]],
     fingerprints: Mapping[str, str | None],
 ) -> dict[str, Any]:
-    """How an adapter came about.
+    """The provenance record of an adapter.
 
     Args:
         settings: The resolved config.
-        metrics: The result of the run.
+        metrics: The metrics of the run.
         curve: Losses by step.
-        fingerprints: Of the base and the rows.
+        fingerprints: Fingerprints of the base and the rows.
     """
     return versioned(
         {
@@ -49,18 +49,18 @@ def provenance(
 
 @dataclass(frozen=True)
 class CardLines:
-    """What a run says of its adapter.
+    """The parts of a model card that a run supplies.
 
     Attributes:
-        use: How it is used, see `clients.sections`.
-        gain: How the adapter compares with its base, in a line.
-        forgetting: How it does on the rows of the run before, in a line, where it started from another adapter.
-        unrelated: How it does on text that no rows are about, in a line.
-        held_out: How it does on rows that it was not trained on, as labels and lines.
+        use: The section on using the adapter, see `clients.sections`.
+        gain: A line comparing the adapter with its base.
+        forgetting: A line on the rows of the previous run, if the adapter started from another adapter.
+        unrelated: A line on text unrelated to the training rows.
+        held_out: Results on held-out rows, as labels and lines.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
-        objective: What was lowered, in a line, where answers are compared.
-        processes: How many processes the run had.
+        objective: A line on the training objective, for preferences.
+        processes: The number of processes of the run.
     """
 
     use: str
@@ -75,15 +75,15 @@ class CardLines:
 
 
 def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, lines: CardLines) -> str:
-    """A model card as the hub reads it: metadata, then base, data, settings, result and use.
+    """A model card for the hub: metadata, then base, data, settings, result and use.
 
     https://huggingface.co/docs/hub/model-cards
 
     Args:
         settings: The resolved config.
-        metrics: The result of the run.
+        metrics: The metrics of the run.
         name: The name of the adapter directory.
-        lines: What the run says of it.
+        lines: The parts of the card that the run supplies.
     """
     model = settings["model"]
     base = model["name_or_path"]
@@ -99,7 +99,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
     process_note = f", on {lines.processes} processes" if lines.processes > 1 else ""
     objective_line = f"- **Objective:** {lines.objective}\n" if lines.objective else ""
     history = _start_lines(settings, lines.forgetting) + _change_lines(lines.changes)
-    # Not huggingface_hub's ModelCardData.to_yaml: it leaves marks of direction and invisible characters unescaped.
+    # Not huggingface_hub's ModelCardData.to_yaml, which leaves directional marks and invisible characters unescaped.
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False)}---
 
@@ -126,7 +126,7 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
 
 
 def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of the config that decide how it was trained, with the numbers that the objective reads."""
+    """The config sections shown on the card: lora, training, and the keys of preferences that the objective uses."""
     objective, preferences = settings["training"]["objective"], settings["preferences"]
     read = {key: value for key, value in preferences.items() if objective in PREFERENCE_KEYS[key]}
     if read and read["beta"] is None:
@@ -135,15 +135,15 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
-    """The shortest prompt of the first rows, as one types it after `loratune generate`; dots if none is suitable."""
+    """The shortest prompt of the first rows, quoted for a `loratune generate` command; `...` if none is suitable."""
     prompts = map(_recorded_prompt, islice(rows.examples(), 100))
     texts = (text for text in map(_typed, prompts) if 0 < len(text) <= max_length)
     prompt = min(texts, key=lambda text: (not is_printable_line(text), len(text)), default="...")
-    return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--`: it is not an option
+    return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--` ends the options
 
 
 def _typed(prompt: Mapping[str, Any]) -> str:
-    """A prompt as text for a command line: raw, or a single turn of the user; empty for others."""
+    """A prompt as text for a command line: a raw prompt or a single user turn; empty for other prompts."""
     messages = prompt.get("messages", ())
     if len(messages) == 1 and messages[0]["role"] == "user" and "tools" not in prompt:
         return str(messages[0]["content"])
@@ -151,15 +151,15 @@ def _typed(prompt: Mapping[str, Any]) -> str:
 
 
 def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2000) -> list[dict[str, Any]]:
-    """A few prompts of the rows, on which the adapter can be compared with what is made from it.
+    """A few prompts of the rows, on which exports of the adapter can later be compared with it.
 
     Args:
-        rows: The training rows, of which the first hundred are looked at.
-        most: How many prompts.
-        max_length: The most characters, or token ids, of one.
+        rows: The training rows, of which the first hundred are considered.
+        most: The maximum number of prompts.
+        max_length: The maximum length of a prompt, in characters of its JSON.
 
     Returns:
-        Rows of one of the keys `prompt`, `messages` (with `tools`, if there are any) and `input_ids`.
+        Rows with one of the keys `prompt`, `messages` (with `tools`, if there are any) and `input_ids`.
     """
     prompts = (_recorded_prompt(example) for example in islice(rows, 100))
     texts = {text: prompt for prompt in prompts if prompt and len(text := json.dumps(prompt)) <= max_length}
@@ -167,7 +167,7 @@ def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2
 
 
 def _recorded_prompt(of: Example) -> dict[str, Any]:
-    example: Single = sides(of)[0]  # The sides of a pair have one prompt.
+    example: Single = sides(of)[0]  # The sides of a pair have the same prompt.
     if isinstance(example, Plain):
         prompt = " ".join(example.completion.split()[:8]) if example.whole else example.prompt
         return {"prompt": prompt} if prompt else {}
@@ -181,7 +181,7 @@ def _recorded_prompt(of: Example) -> dict[str, Any]:
 
 
 def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
-    """The adapter that this one started from, and what was forgotten of it."""
+    """The lines on the adapter that this one started from, and on forgetting of its rows."""
     start, replay = settings["lora"]["start_from"], settings["data"]["replay"]
     if start is None:
         return ""
@@ -193,7 +193,7 @@ def _start_lines(settings: Mapping[str, Any], forgetting: str) -> str:
 
 
 def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
-    """Settings that were changed during the run: run.yaml holds only their last value."""
+    """The lines on settings changed during the run: run.yaml has only their last values."""
     lines = (
         f"{change['key']} was {markdown(str(change['was']))} up to step {change['step']}, "
         f"then {markdown(str(change['is']))}"
@@ -203,7 +203,7 @@ def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The losses on validation and test rows, and the reward accuracy, as the hub shows them; empty without any.
+    """The losses on validation and test rows, and the reward accuracy, in the hub's format; empty if there are none.
 
     https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
@@ -233,15 +233,15 @@ def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: 
 
 
 def _metric(kind: str, value: float, name: str, interval: Sequence[float] | None) -> dict[str, Any]:
-    """A metric as the hub reads it, which has no field for an interval: the interval is a part of the name."""
+    """A metric in the hub's format. It has no field for an interval, which is therefore part of the name."""
     ends = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
     return {"type": kind, "value": round(value, 4), "name": f"{name}{ends}"}
 
 
 def _dataset(source: Any, train: Any) -> dict[str, str]:
-    """Type and name of a dataset: its hub id, or the names of its files; never a path of this machine.
+    """Type and name of a dataset: its hub id, or its file names without local paths.
 
-    source: a source, several, or the part of the training rows that was held out.
+    source: one or several sources, or the fraction of the training rows that was held out.
     """
     sources = train if isinstance(source, float) else source
     paths = [one["path"] for one in ([sources] if isinstance(sources, Mapping) else sources)]
@@ -250,7 +250,7 @@ def _dataset(source: Any, train: Any) -> dict[str, str]:
 
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:
-    """One source, or several with their weights."""
+    """The sources of training rows as Markdown, with their splits and weights."""
     sources = [train] if isinstance(train, Mapping) else train
     names = [code_span(source["path"]) for source in sources]
     splits = [f" {markdown('[' + source['split'] + ']')}" if source["split"] else "" for source in sources]

@@ -23,26 +23,26 @@ RUN_FILE = "run.yaml"
 """The resolved config of the run that made the adapter."""
 
 _PACKAGES = ("loratune", "torch", "transformers", "peft", "safetensors")
-"""Packages whose versions the record of an export holds."""
+"""Packages whose versions are in the record of an export."""
 _NOT_TOKENIZER = frozenset({
     CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", "training_args.bin", RECORD_FILE, "README.md", RUN_FILE,
     ROW_HASHES,
 })  # fmt: skip
 _VOCABULARIES = (".tiktoken", ".model", ".spm", ".bpe", ".codes", ".vocab")
-"""Suffixes of vocabularies that tokenizers with code of their own read."""
+"""Suffixes of vocabulary files of tokenizers with custom code."""
 
 
 @dataclass(frozen=True)
 class AdapterDirectory:
-    """An adapter directory, and what it says about its training.
+    """An adapter directory, and the settings of its training.
 
     Attributes:
         files: Its files.
         base: The base, and how it was loaded.
-        data: How rows were read.
-        chat: Whether they went through the chat template.
+        data: The data settings of training.
+        chat: Whether the training rows were rendered with the chat template.
         run: The recorded config; None if loratune did not write the adapter.
-        forced: Whether the user wants to use it despite edited files or another base.
+        forced: Whether edited files and another base are accepted (`--force`).
     """
 
     files: AdapterFiles
@@ -61,13 +61,13 @@ class AdapterDirectory:
         assignments: Sequence[str] = (),
         fix: str = "use it all the same with --force",
     ) -> "AdapterDirectory":
-        """Open and verify an adapter directory. What its run.yaml says about code to trust is ignored.
+        """Open and verify an adapter directory. The trust_remote_code setting of its run.yaml is ignored.
 
         Args:
             path: The directory.
-            forced: Whether files that have changed since they were saved are logged instead of refused.
-            assignments: Assignments to keys of its data section, as of `config.load`.
-            fix: What to do about files that have changed.
+            forced: Log files that have changed since they were saved, instead of raising an error.
+            assignments: Assignments to keys of its data section, as for `config.load`.
+            fix: What to do about changed files, for the message.
 
         Raises:
             AdapterError: See `adapter_files.inspect`; files have changed; run.yaml is not a valid config.
@@ -98,9 +98,9 @@ class AdapterDirectory:
         return self.files.path
 
     def tokenizer_files(self) -> list[Path]:
-        """The files that its tokenizer consists of.
+        """The files of its tokenizer.
 
-        No other file may reach a model's directory: a foreign `config.json` or weights would replace the model's own.
+        No other file may be copied to a model directory: a foreign `config.json` or weights would replace the model's.
         """
         settings = self.path / "tokenizer_config.json"
         has_code = settings.is_file() and b"auto_map" in settings.read_bytes()
@@ -108,19 +108,19 @@ class AdapterDirectory:
         return [self.path / name for name in names if _is_of_tokenizer(name, has_code)]
 
     def copy_tokenizer(self, target: Path, *others: str) -> None:
-        """Copy the files of the tokenizer to another directory, and other files by name, if they exist."""
+        """Copy the files of the tokenizer to another directory, and the other named files that exist."""
         for file in (*self.tokenizer_files(), *(self.path / name for name in others if (self.path / name).is_file())):
             place = target / file.relative_to(self.path)
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
 
     def write_record(self, staging: Path, kind: str, details: Mapping[str, Any]) -> None:
-        """Write the `loratune.json` of what was made from this adapter: it says what that is and lists its files.
+        """Write the `loratune.json` of an export of this adapter, with the kind of the export and its files.
 
         Args:
             staging: The directory of the export, complete except for this file.
-            kind: What it is, such as "merged model".
-            details: The results of its comparison, and whatever else belongs to the kind.
+            kind: The kind of the export, such as "merged model".
+            details: The results of its comparison, and other fields specific to the kind.
         """
         record = {
             "kind": kind,
@@ -135,7 +135,7 @@ class AdapterDirectory:
 
 
 def _base(files: AdapterFiles) -> ModelSection:
-    """The base that the configuration names."""
+    """The base named in adapter_config.json."""
     try:
         return ModelSection(name_or_path=files.base, revision=files.config.get("revision"))
     except ValidationError:
@@ -144,7 +144,7 @@ def _base(files: AdapterFiles) -> ModelSection:
 
 
 def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
-    """The config of the run that made an adapter, with assignments to keys of its data section."""
+    """The config of the run that made an adapter, with assignments to keys of its data section applied."""
     try:
         run = config.load(path)
     except ConfigError as error:
@@ -156,7 +156,7 @@ def _recorded_run(path: Path, assignments: Sequence[str]) -> RunConfig:
 
 
 def _recorded_gguf(files: AdapterFiles) -> str | None:
-    """The GGUF file within its base that the record of an adapter names, if there is a record and a GGUF file."""
+    """The GGUF file of the base that the record of an adapter names; None without a record or a GGUF file."""
     if not files.record:
         return None
     where = str(files.path / RECORD_FILE)
@@ -170,7 +170,7 @@ def _recorded_gguf(files: AdapterFiles) -> str | None:
 
 
 def _is_of_tokenizer(name: str, has_code: bool) -> bool:
-    """Whether a file of this name belongs to a tokenizer. has_code: whether the tokenizer has code of its own."""
+    """Whether a file of this name belongs to a tokenizer. has_code: whether the tokenizer has custom code."""
     if name in _NOT_TOKENIZER:
         return False
     is_vocabulary = "/" not in name and name.endswith((*_VOCABULARIES, *((".py",) if has_code else ())))

@@ -1,9 +1,8 @@
 """Generation with an adapter on its base. Prompts for several adapters may share a batch.
 
-A prefix that all prompts of a batch share is computed once: its keys and values are copied for each row. In a causal
-model the states of a prefix do not depend on what follows it. Rows that are shorter than others are padded between the
-prefix and the rest, where masks and positions have to be right; whether a model gets that right is tried before the
-first batch.
+A prefix shared by all prompts of a batch is computed once: its keys and values are copied for each row. In a causal
+model the states of a prefix do not depend on the tokens after it. Shorter rows are padded between the prefix and the
+rest, which requires correct masks and positions; before the first batch, a test checks that the model handles this.
 """
 
 import logging
@@ -32,9 +31,9 @@ from loratune.lora.tensors import BaseSnapshot
 from loratune.model.fingerprints import Sampled
 
 _WORTHWHILE, _FEWEST = 0.05, 64
-"""The share of a batch's tokens that must be saved, and the number: the prefix costs a pass of its own."""
+"""The fraction and the number of a batch's tokens that must be saved: the prefix costs an extra forward pass."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""How much logits may differ from those of the rows alone, relative to the largest."""
+"""The largest accepted difference from the logits without a shared prefix, relative to the largest logit."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,28 +44,28 @@ class SharedPrompts:
     """Batches of one adapter whose rows may share a prefix.
 
     Attributes:
-        padding: The id of the token for padding.
+        padding: The id of the padding token.
     """
 
     def __init__(self, model: PeftModel, padding: int):
-        """Arguments as the attributes."""
+        """Args as the attributes."""
         self._model, self.padding = model, padding
         self._tried: bool | None = None
 
     @cached_property
     def mixes_padding(self) -> bool:
-        """Whether padding changes what the model computes for a row; tried once."""
+        """Whether padding changes the model's output for a row; tested once."""
         return padding_refusal(self._model, self.padding) is not None
 
     def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
-        """The keywords with which `generate` is called for a batch. The adapter must be active.
+        """The keyword arguments of `generate` for a batch. The adapter must be active.
 
         Args:
             rows: The ids of each row.
-            more: How many tokens will be generated.
+            more: The maximum number of new tokens.
 
         Returns:
-            input_ids and attention_mask, padded on the left, and, where all rows share a prefix, the `cache` of it.
+            input_ids and attention_mask, left-padded, and the `cache` of the prefix if all rows share one.
         """
         lowest, highest, shortest = min(map(tuple, rows)), max(map(tuple, rows)), min(map(len, rows)) - 1
         length = next((at for at in range(shortest) if lowest[at] != highest[at]), shortest)
@@ -95,7 +94,7 @@ class SharedPrompts:
         return DynamicCache(config=self._model.get_base_model().config)
 
     def _supported(self, longest: int) -> bool:
-        """Whether the cache holds the keys and values of all positions of rows of this length, and nothing else."""
+        """Whether the cache consists of the keys and values of all positions, for rows of this length."""
         try:
             layers = self._cache().layers
         except (AttributeError, KeyError, TypeError, ValueError):
@@ -107,7 +106,7 @@ class SharedPrompts:
         )
 
     def _is_right(self, longest: Ids, length: int) -> bool:
-        """Whether the model computes the same with a prefix of a row in its cache; tried once."""
+        """Whether the model gives the same logits with a cached prefix; tested once."""
         if self._tried is None:
             short, padded_to = longest[: length + 1], [*longest, longest[-1]]
             try:
@@ -122,7 +121,7 @@ class SharedPrompts:
         return self._tried
 
     def _next_logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """The logits that follow the first row."""
+        """The next-token logits of the first row."""
         settings = GenerationConfig(
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
         )
@@ -131,23 +130,22 @@ class SharedPrompts:
 
 
 BATCH = 32
-"""How many prompts the commands hand to `complete` at once."""
+"""The number of prompts that commands pass to `complete` at once."""
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter on its base, which may have other adapters too, and how prompts are rendered for it.
+    """An adapter on its base, which may have other adapters too, and the settings for rendering its prompts.
 
     Attributes:
-        chat: Whether the rows of training went through the chat template.
+        chat: Whether the training rows were rendered with the chat template.
         base_sample: A sample of the base's weights, and the parts of the base that PEFT may change, both taken before
             the adapter was attached.
         where: The path of the adapter, for messages.
-        key: PEFT's name of the adapter.
-        layers: The layers that compute with this adapter alone.
-        mixes: Whether a batch may hold rows of this adapter and of others that mix.
-        is_enough: Whether applying `layers` is all it takes to compute with this adapter; if not, PEFT
-            has to make it the active one.
+        key: The adapter's name in PEFT.
+        layers: Inference layers that use this adapter alone.
+        mixes: Whether a batch may contain rows of this adapter and of other adapters with `mixes`.
+        is_enough: Whether applying `layers` selects this adapter; if not, it must also be PEFT's active adapter.
         prompts: Makes batches of prompts for the model.
     """
 
@@ -166,7 +164,7 @@ class LoadedAdapter:
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:
-        """Inside, the model computes as the base alone. Raises AdapterError: PEFT has changed the base."""
+        """Disable the adapter inside. Raises AdapterError: PEFT has changed the base."""
         sample, snapshot = self.base_sample
         with snapshot.alone(self.model, self.where):
             if not sample.is_in(self.model):
@@ -181,22 +179,22 @@ class LoadedAdapter:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Inside, the model computes with this adapter."""
+        """Run the model with this adapter inside."""
         with adapters_of_rows([self]):
             yield
 
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> list[list[int]]:
-        """Complete a batch of prompts with this adapter, see `complete`."""
+        """Complete a batch of prompts with this adapter, see the function `complete`."""
         return complete([(self, ids) for ids in prompts], max_new_tokens, sampling)
 
     def turns(self, prompt: str | list[Message]) -> str | list[Message]:
-        """The prompt as it is rendered: text is the user's turn if the adapter was trained on conversations."""
+        """The prompt to render: text becomes a user turn if the adapter was trained on conversations."""
         return [{"role": "user", "content": prompt}] if self.chat and isinstance(prompt, str) else prompt
 
     def text(self, ids: Sequence[int]) -> str:
-        """A completion as text, without the token that ends it."""
+        """A completion as text, without the end token."""
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
@@ -207,11 +205,11 @@ class LoadedAdapter:
 
 
 Request = tuple[LoadedAdapter, Sequence[int]]
-"""An adapter, and the ids of the prompt that it completes."""
+"""An adapter, and the ids of a prompt for it."""
 
 
 class TextPieces(TextStreamer):
-    """Hands a completion on as text, piece by piece, and a line break at its end."""
+    """A streamer that passes a completion to a function as text, piece by piece, followed by a line break."""
 
     def __init__(self, tokenizer: Any, receive: Callable[[str], None]):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -223,7 +221,7 @@ class TextPieces(TextStreamer):
 
 
 class _Ends(StoppingCriteria):
-    """Ends each completion that holds one of some texts, and all as soon as a function says so."""
+    """Ends a completion that contains a stop text, and all completions once `stopped` returns True."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], start: int, stopped: Callable[[], bool]):
         self._tokenizer, self._stop, self._start, self._stopped = tokenizer, stop, start, stopped
@@ -247,19 +245,18 @@ def complete(
 ) -> list[list[int]]:
     """Complete prompts, each with its adapter; all adapters are on the same model.
 
-    Prompts of different adapters are computed as one batch where that is possible: where each of the adapters is plain
-    LoRA of linear layers, and the same tokens end their answers. A model that computes something else for padded rows
-    gets its prompts one by one.
+    Prompts of different adapters share a batch if each adapter is plain LoRA of linear layers, and if they have the
+    same end tokens. If padding changes the model's output, prompts are completed one by one.
 
     Args:
         requests: Adapters and prompts.
-        max_new_tokens: The longest completion.
-        sampling: How tokens are chosen.
+        max_new_tokens: The maximum number of new tokens per prompt.
+        sampling: The sampling settings.
         streamer: A streamer of transformers, for a single prompt.
-        stopped: Asked after each token whether to stop here.
+        stopped: Called after each token; returns whether to stop.
 
     Returns:
-        The new ids of each prompt, with the token, or the tokens of the stop text, that end the completion.
+        The new ids of each prompt, including the end token or the tokens of the stop text.
     """
     batches: dict[Any, list[int]] = {}
     for number, (adapter, _) in enumerate(requests):
@@ -279,7 +276,7 @@ def complete(
 def complete_as_text(
     requests: Sequence[Request], max_new_tokens: int, sampling: Sampling = GREEDY, streamer: Any = None
 ) -> list[str]:
-    """The completions of one batch as text, without what ends them. Arguments as of `complete`."""
+    """The completions of one batch as text, without end tokens and stop texts. Args as for `complete`."""
     completions = complete(requests, max_new_tokens, sampling, streamer)
     return [sampling.cut(adapter.text(ids)) for (adapter, _), ids in zip(requests, completions, strict=True)]
 
@@ -312,7 +309,7 @@ def _complete(
 
 @contextmanager
 def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
-    """Inside, each row of a batch is computed with its adapter; several adapters must be ones that mix."""
+    """Compute each row of a batch inside with its adapter; several adapters must all have `mixes`."""
     first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
     if not first.is_enough:
         first.activate()

@@ -1,4 +1,4 @@
-"""Loads adapter directories for use: loads the base once, checks that it is theirs, and attaches the adapters."""
+"""Loads adapter directories for inference: loads the base once, verifies it against the adapters, and attaches them."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ class LoadedAdapters:
     """The adapters of a command, all on one base.
 
     Attributes:
-        by_name: Name → adapter; empty without names, and for a mixture.
+        by_name: Name → adapter; empty for an unnamed adapter or a mixture.
         default: The adapter for prompts that name none.
         label: The name of the default in output.
     """
@@ -50,7 +50,7 @@ def load(adapter: AdapterDirectory) -> LoadedAdapter:
 
 
 def load_selection(adapters: Mapping[str, AdapterDirectory], selection: Selection) -> LoadedAdapters:
-    """Load the adapters of a command. adapters: those of the selection, opened.
+    """Load the adapters of a command. adapters: the opened adapters of the selection, by name.
 
     Raises as `load_all` and `merging.weighted_sum` do.
     """
@@ -67,21 +67,20 @@ def load_all(adapters: Sequence[AdapterDirectory], base: ModelSection | None = N
 
     Args:
         adapters: The adapter directories.
-        base: The base, and how it is loaded; by default, as the first adapter says.
+        base: The base, and how it is loaded; by default that of the first adapter.
 
     Raises:
         ConfigError: See `model.load.check_machine`.
         ModelError: The base cannot be loaded.
-        AdapterError: See `attach.load`; the base is not the one that an adapter was trained on, which is logged instead
-            where the user forces it; base and adapter do not give finite numbers; one of several adapters changes the
-            base.
+        AdapterError: See `attach.load`; an adapter was trained on another base, which is only logged with `forced`;
+            base and adapter give NaN or inf; one of several adapters changes the base.
     """
     model, check = _load_base(adapters, base or adapters[0].base)
     return _attach_all(model, [(adapter, adapter.files) for adapter in adapters], check)
 
 
 def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedAdapter:
-    """The weighted sum of adapters as one adapter, which renders prompts as the first of them does."""
+    """The weighted sum of adapters as one adapter, which renders prompts like the first of them."""
     adapters = [adapter for adapter, _ in weighted]
     mixed = merging.weighted_sum([(adapter.files, weight) for adapter, weight in weighted])
     first = adapters[0]
@@ -101,7 +100,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
         weighted: Adapters of one base, each with its weight.
 
     Raises:
-        AdapterError: As `merging.weighted_sum`; the adapters record different bases, which is not forced.
+        AdapterError: As `merging.weighted_sum`; the adapters record different bases, without `forced`.
     """
     first, recorded = weighted[0][0], [adapter.files.base_fingerprint for adapter, _ in weighted]
     for (adapter, _), fingerprint in zip(weighted, recorded, strict=True):
@@ -119,7 +118,7 @@ def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, fl
 
 @contextmanager
 def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
-    """Add to errors about a missing base where the adapter names it. Raises ModelError."""
+    """Add the file in which the adapter names its base to errors about a missing base. Raises ModelError."""
     try:
         yield
     except ModelError as error:
@@ -131,9 +130,9 @@ def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
 def _load_base(
     adapters: Sequence[AdapterDirectory], section: ModelSection
 ) -> tuple[PreTrainedModel, Callable[[], None]]:
-    """A base, and a check that it is that of all adapters, by what it was before anything is attached.
+    """A base, and a function that checks its fingerprint, taken before anything is attached, against all adapters.
 
-    The check runs after the adapters are attached: an error about tensors says more than one about fingerprints.
+    The check runs after the adapters are attached: an error about tensors is more specific than one about fingerprints.
     """
     check_machine(section)
     with finding_base(adapters[0]):
@@ -159,8 +158,8 @@ def _attach_all(
 
     Args:
         base: The base.
-        attached: How each adapter was trained, and what is attached for it.
-        check: Checks that the base is theirs.
+        attached: The directory of each adapter, and the files that are attached for it.
+        check: Checks the fingerprint of the base against the adapters.
     """
     tokenizers = [load_tokenizer_of(adapter) for adapter, _ in attached]
     renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
@@ -192,8 +191,8 @@ def load_tokenizer_of(adapter: AdapterDirectory) -> Any:
     """The tokenizer in an adapter directory, else that of the base.
 
     Raises:
-        AdapterError: The adapter has one, and it cannot be read.
-        ModelError: That of the base cannot be read.
+        AdapterError: The tokenizer of the adapter cannot be read.
+        ModelError: The tokenizer of the base cannot be read.
     """
     path = adapter.files.path
     own = (path / "tokenizer_config.json").is_file()
@@ -206,10 +205,10 @@ def load_tokenizer_of(adapter: AdapterDirectory) -> Any:
 def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) -> None:
     """Compare the fingerprint of a base with the one that an adapter records.
 
-    An adapter without a record is trusted to have the base that it names.
+    For an adapter without a record, the name of the base is compared instead.
 
     Raises:
-        AdapterError: They differ, and the user does not force the use of another base.
+        AdapterError: They differ, and `forced` is not set.
     """
     recorded, where = adapter.files.base_fingerprint, str(adapter.files.path)
     for key in ("dtype", "quantization", "attn_implementation", "gguf_file"):
@@ -234,7 +233,7 @@ def check_base(adapter: AdapterDirectory, base: ModelSection, fingerprint: str) 
 
 def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, BaseSnapshot]]) -> None:
     """Raises AdapterError: one of several adapters changes the base; or they differ in `target_parameters`, which PEFT
-    does not support: it identifies A and B of a parameter by how often it has wrapped the module."""
+    does not support: it identifies A and B of a parameter by the number of wrappers around the module."""
     problems, parameters = [], list[set[str]]()
     for adapter, before in adapters:
         names = {*(adapter.files.config.get("target_parameters") or [])}
@@ -251,9 +250,9 @@ def _check_sharing(adapters: Sequence[tuple[AdapterDirectory, BaseSnapshot]]) ->
 
 @torch.inference_mode()
 def _check_output(model: PeftModel, adapter: AdapterDirectory, key: str, token: int) -> None:
-    """Compute the logits of one token: values in a configuration that PEFT does not check show only here.
+    """Compute the logits of one token, to find bad config values that PEFT does not check.
 
-    Raises AdapterError: base and adapter fail, or give NaN or inf.
+    Raises AdapterError: the forward pass fails, or gives NaN or inf.
     """
     where, name = str(adapter.files.path), adapter.base.name_or_path
     try:
@@ -269,7 +268,7 @@ def _check_output(model: PeftModel, adapter: AdapterDirectory, key: str, token: 
 
 @torch.inference_mode()
 def _takes_rows(model: PeftModel, keys: Sequence[str]) -> bool:
-    """Whether rows of a batch reach each layer separately, which plain adapters need to share one; tried on a batch."""
+    """Whether rows of a batch stay separate in each layer, so that adapters can share a batch; tested on a batch."""
     try:
         with kernels.inference_lora(model, *map(reader, keys), rows=range(len(keys))):
             ids = torch.zeros(len(keys), len(keys) + 1, dtype=torch.long, device=model.device)

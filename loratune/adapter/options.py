@@ -1,4 +1,4 @@
-"""Options of a user: the adapters (`--adapter [NAME=]DIR`, `--use`, `--mix`), and how tokens are sampled."""
+"""User options: the adapters (`--adapter [NAME=]DIR`, `--use`, `--mix`), and the sampling settings."""
 
 import math
 import re
@@ -13,11 +13,11 @@ from loratune.errors import ConfigError, Problem
 from loratune.system.files import path_problem
 
 UNNAMED = ""
-"""The name of a single adapter that the user did not name."""
+"""The name of a single adapter without a name."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _RESERVED = ("base", "mix")
-"""`base` is the base without any adapter."""
+"""Names that adapters cannot have; `base` is the base without an adapter."""
 _NAME_RULE = "take letters, digits, - and _, and another name than " + " and ".join(_RESERVED)
 
 
@@ -28,7 +28,7 @@ class Selection:
     Attributes:
         directories: Name → directory, at least one.
         default: The name of the adapter for prompts that name none.
-        mix: Name → weight of the mixture that answers instead of single adapters; empty without --mix.
+        mix: Name → weight in the weighted sum that is used instead of single adapters; empty without --mix.
     """
 
     directories: Mapping[str, Path]
@@ -41,7 +41,7 @@ def _refused(what: str, option: str, fix: str = "", where: str = "") -> ConfigEr
 
 
 def parse_selection(values: Sequence[str], use: str | None = None, mix: str | None = None) -> Selection:
-    """Read the options.
+    """Parse the options.
 
     Args:
         values: The values of --adapter: NAME=DIR, or a single DIR. An existing directory is a DIR, even with a `=`.
@@ -49,8 +49,8 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
         mix: NAME:WEIGHT, separated by commas.
 
     Raises:
-        ConfigError: A name is not valid, reserved or unknown; a name or directory is repeated; several adapters have
-            no names; a weight is not a finite number; --use and --mix are both given.
+        ConfigError: A name is invalid, reserved or unknown; a name or directory is repeated; one of several adapters
+            has no name; a weight is not a finite number; --use and --mix are both given.
     """
     named = [_split(value) for value in values]
     if len(named) > 1 and any(name == UNNAMED for name, _ in named):
@@ -108,7 +108,7 @@ def _weights(mix: str | None, directories: Mapping[str, Path]) -> dict[str, floa
 
 
 _RANGES = {"temperature": (1e-3, 1000), "top_p": (1e-6, 1), "top_k": (1, 1 << 31), "seed": (0, (1 << 63) - 1)}
-"""Setting → least and most; logits divided by a lower temperature would be inf."""
+"""Setting → minimum and maximum; logits divided by a lower temperature would be inf."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -123,15 +123,15 @@ class SamplingOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and where a completion ends besides at its end token.
+    """Sampling settings, and stop texts.
 
     Attributes:
-        temperature: 0 takes the likeliest token; above it, tokens are sampled.
-        top_p: Only the likeliest tokens whose probabilities add up to this are sampled; None as the base's
-            generation_config.json says.
-        top_k: Only this many of the likeliest tokens are sampled; None as for `top_p`.
-        seed: Of the samples: the same prompts get the same completions. None continues torch's random numbers.
-        stop: Texts at which a completion ends; they do not belong to it.
+        temperature: 0 for greedy decoding; above 0, tokens are sampled.
+        top_p: Sample from the most likely tokens with this total probability; None for the value in the base's
+            generation_config.json.
+        top_k: Sample from this many of the most likely tokens; None as for `top_p`.
+        seed: Random seed: the same prompts get the same completions. None uses torch's current random state.
+        stop: Texts at which a completion ends; they are not part of it.
     """
 
     temperature: float = 0.0
@@ -154,14 +154,14 @@ class Sampling:
             raise _refused("is empty", "--stop")
 
     def cut(self, text: str) -> str:
-        """The completion up to the first text that ends it."""
+        """The completion up to the first stop text."""
         ends = [text.index(stop) for stop in self.stop if stop in text]
         return text[: min(ends)] if ends else text
 
     def for_batch(self, number: int) -> "Sampling":
-        """The same, with random numbers of its own for each batch."""
+        """The same settings, with a different seed for each batch."""
         return self if self.seed is None else replace(self, seed=(self.seed + number) % (1 << 63))
 
 
 GREEDY = Sampling()
-"""Takes the likeliest token."""
+"""Greedy decoding."""

@@ -1,8 +1,8 @@
 """The public API: what `import loratune` offers.
 
 Long-running functions take `on_event`, a function that is called with events, see `loratune.events`. Nothing is
-printed; signal handlers, warnings and environment variables stay as they are, or are put back. Errors are those of
-`loratune.errors`, and each has `.problems`, which name a parameter as the command line does, such as `--output`.
+printed; signal handlers, warnings and environment variables are unchanged or restored. Errors are those of
+`loratune.errors`; their `.problems` name parameters as on the command line, such as `--output`.
 
 Modules of this package import torch and other large libraries inside functions, so that errors in a config or in rows
 are found without them.
@@ -20,15 +20,15 @@ from loratune.events import LIBRARIES, progress
 
 StrPath: TypeAlias = str | PathLike[str]
 Rows: TypeAlias = Any
-"""The path of a file, a directory or a glob, or a hub id; or rows: a list of dicts, a `datasets.Dataset` or a pandas
-frame."""
+"""A file, a directory, a glob or a hub id; or the rows themselves: a list of dicts, a `datasets.Dataset` or a pandas
+DataFrame."""
 Overrides: TypeAlias = Mapping[str, Any] | Sequence[str]
-"""Values of a config by their dotted keys, such as `{"training.max_steps": 50}`; or texts, `training.max_steps=50`."""
+"""Dotted config key → value, such as `{"training.max_steps": 50}`; or strings like `training.max_steps=50`."""
 MergedDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 
 def assignments(overrides: Overrides) -> list[str]:
-    """Overrides as `--set` takes them."""
+    """Overrides in the form of `--set`: `KEY=VALUE`."""
     if not isinstance(overrides, Mapping):
         return list(overrides)
     return [f"{key}={json.dumps(value, default=fspath)}" for key, value in overrides.items()]
@@ -36,12 +36,12 @@ def assignments(overrides: Overrides) -> list[str]:
 
 @contextmanager
 def libraries() -> Iterator[None]:
-    """Import libraries inside. What they print goes to stderr, as of transformers where WANDB_MODE is offline.
+    """A context for importing libraries. Their stdout goes to stderr; transformers prints if WANDB_MODE is offline.
 
-    The garbage collector does not walk the million objects that imports make and that stay, then and later.
+    The garbage collector is disabled inside, and afterwards ignores the million permanent objects that imports create.
     """
     with redirect_stdout(sys.stderr):
-        if "transformers" in sys.modules:  # there is little left to load
+        if "transformers" in sys.modules:  # little is left to import
             yield
             return
         was_enabled = gc.isenabled()

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found", "Comparison", "TaskResults")
 BUILTIN = "builtin"
-"""The text about other things that comes with loratune."""
+"""The value of `forgetting` for the unrelated text included in loratune."""
 
 
 class Adapter(Adapters):
-    """An adapter directory, opened and verified. Its base is loaded when it is needed, and then stays in memory.
+    """An adapter directory, opened and verified. Its base is loaded on first use, and then stays in memory.
 
     Attributes:
         path: The directory.
@@ -44,8 +44,8 @@ class Adapter(Adapters):
 
         Args:
             path: The directory.
-            force: Also use it with edited files, or on another base.
-            overrides: Values for keys of its data section, by which rows are read.
+            force: Accept edited files and another base.
+            overrides: Overrides of its data settings, which apply to rows that are read.
 
         Raises:
             AdapterError: It is not an adapter directory, or its files have changed since they were saved.
@@ -57,7 +57,7 @@ class Adapter(Adapters):
 
     @classmethod
     def later(cls, path: StrPath) -> "Adapter":
-        """The adapter of a directory that another process may still be writing. It is opened when it is first used."""
+        """The adapter of a directory that another process may still be writing. It is opened on first use."""
         adapter = cls.__new__(cls)
         Adapters.__init__(adapter, {UNNAMED: path})
         adapter.path, adapter._overrides = Path(path), []
@@ -79,18 +79,18 @@ class Adapter(Adapters):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Lines about the directory: what could not be verified, or has changed."""
+        """Lines on files of the directory that could not be verified or have changed."""
         return self._noted[1]
 
     @property
     def record(self) -> Mapping[str, Any]:
-        """What loratune.json says: versions, fingerprints, seeds, metrics, loss curve; empty for adapters of other
-        programs."""
+        """The content of loratune.json: versions, fingerprints, seed, metrics, loss curve; empty for adapters made by
+        other programs."""
         return self._directory.files.record
 
     @property
     def config(self) -> RunConfig | None:
-        """The config of the run that made it; None for adapters of other programs."""
+        """The config of the run that made it; None for adapters made by other programs."""
         return self._directory.run
 
     def __repr__(self) -> str:
@@ -118,19 +118,20 @@ class Adapter(Adapters):
         """Complete prompts.
 
         Args:
-            prompts: Texts, or conversations as lists of messages, or one text; rendered as the rows of training were.
-            max_new_tokens: The longest completion, in tokens.
+            prompts: A text, or a list of texts or conversations (lists of messages); rendered as in training.
+            max_new_tokens: The maximum length of a completion, in tokens.
             on_event: Receives events.
-            options: `temperature`: 0, the default, for the likeliest token; above it, tokens are sampled. `top_p`,
-                `top_k`: sample among the likeliest tokens of this total probability, among this many of them. `seed`:
-                the same seed gives the same texts for the same prompts. `stop`: completions end before these texts.
+            options: `temperature`: 0, the default, is greedy decoding; above 0, tokens are sampled. `top_p`: sample
+                from the most likely tokens with this total probability. `top_k`: sample from this many of the most
+                likely tokens. `seed`: random seed; the same seed and prompts give the same texts. `stop`: stop texts,
+                before which completions end.
 
         Returns:
             The completions, in order.
 
         Raises:
             AdapterError, ModelError: The adapter or its base cannot be used.
-            ConfigError: A setting is out of range, or a prompt leaves too little of the model's context.
+            ConfigError: A setting is out of range, or a prompt with its new tokens exceeds the model's context.
             DataError: A prompt cannot be rendered.
         """
         if max_new_tokens < 1:
@@ -159,20 +160,20 @@ class Adapter(Adapters):
         """Compare the adapter with its base, or with another adapter, on held-out rows.
 
         Args:
-            rows: The rows, in a format of training.
-            against: Another adapter of the same base, which takes the base's place in the comparison.
+            rows: The rows, in a format supported for training.
+            against: Another adapter of the same base, to compare with instead of the base.
             metrics: Metrics of greedy answers: exact_match, label, contains, rouge_l, json, regex:PATTERN.
-            forgetting: Unrelated text that should not get worse; `builtin` for the text that comes with loratune.
-            tasks: Tasks of the lm-evaluation-harness that are run as well, or files of them, whose code is run.
-            limit: How many rows of each task are taken at most.
+            forgetting: Unrelated text to measure forgetting on; `builtin` for the text included in loratune.
+            tasks: Tasks of the lm-evaluation-harness to run as well, or task files, whose code is executed.
+            limit: The maximum number of rows of each task.
             require: Requirements such as `exact_match>=0.9`, see `Comparison.require`; they are parsed first.
-            allow_overlap: Accept rows that the adapter was trained on where something is required.
-            whole_answers: Let answers be longer than the expected ones, for readers of `Comparison.rows`.
+            allow_overlap: With `require`, accept rows that the adapter was trained on.
+            whole_answers: Allow answers longer than the expected ones, for reading them in `Comparison.rows`.
             keep_fields: Keep the fields of the rows for `Comparison.every_row`.
-            on_event: Receives events; the last one has the comparison, also where a requirement is not met.
+            on_event: Receives events; the last one has the comparison, even if a requirement is not met.
 
         Returns:
-            The metrics of each model with intervals, their differences, and the verdict.
+            The metrics of each model with their intervals, the differences between models, and the verdict.
 
         Raises:
             AdapterError, ModelError, DataError, ConfigError: An adapter, the base, the rows or a metric cannot be used.
@@ -222,7 +223,7 @@ class Adapter(Adapters):
         require: str | Sequence[str] = (),
         on_event: Listener | None = None,
     ) -> "TaskResults":
-        """Run tasks of the lm-evaluation-harness on base and adapter. Arguments and errors are those of `evaluate`."""
+        """Run tasks of the lm-evaluation-harness on base and adapter. Args and errors as for `evaluate`."""
         with listening(on_event):
             from loratune.compare import requirements
 
@@ -246,13 +247,13 @@ class Adapter(Adapters):
 
         Args:
             output: The directory of the model.
-            dtype: Of the model; by default that of the base.
-            rows: Rows to compare on; by default prompts of the training.
+            dtype: The dtype of the model; by default that of the base.
+            rows: Rows to compare on; by default prompts recorded in training.
             overwrite: Replace an earlier export at `output`.
             on_event: Receives events.
 
         Raises:
-            AdapterError: The adapter cannot be merged, or the model is not nearer to it than to its base.
+            AdapterError: The adapter cannot be merged, or the merged model is not closer to it than to its base.
             ConfigError, ModelError, DataError, ResourceError, LockedError: Output, base or rows cannot be used.
         """
         if dtype is not None and dtype not in get_args(MergedDtype):
@@ -269,17 +270,17 @@ class Adapter(Adapters):
     def push(
         self, repository: str, *, public: bool = False, base: str | None = None, on_event: Listener | None = None
     ) -> "Upload":
-        """Upload the adapter to the hub in one commit, and verify what is there.
+        """Upload the adapter to the hub in one commit, and verify the upload.
 
         Args:
             repository: USER/NAME.
-            public: Let everyone see it.
-            base: What a base that was a local path is called on the hub.
+            public: Make the repository public.
+            base: The base's name on the hub; required if the adapter names it by a local path.
             on_event: Receives events.
 
         Raises:
-            AdapterError: Its files have changed, or name a path of this machine.
-            ConfigError, ModelError, ResourceError, LockedError: The hub refuses it or cannot be reached.
+            AdapterError: Its files have changed, or contain a local path.
+            ConfigError, ModelError, ResourceError, LockedError: The hub refuses the upload or cannot be reached.
         """
         return push(self.path, repository, public=public, base=base, on_event=on_event)
 
@@ -292,12 +293,12 @@ class Adapter(Adapters):
         overwrite: bool = False,
         on_event: Listener | None = None,
     ) -> Path:
-        """Write an HTML page on the adapter and its run; it loads nothing.
+        """Write a self-contained HTML page on the adapter and its run.
 
         Args:
-            output: The file.
-            rows: Held-out rows to score; without them, no base is loaded.
-            against: Another adapter, shown beside it.
+            output: The HTML file.
+            rows: Held-out rows to score; without them, the base is not loaded.
+            against: Another adapter, shown next to it.
             overwrite: Replace an existing file.
             on_event: Receives events.
 
@@ -330,7 +331,7 @@ class Adapter(Adapters):
         return data.read_source(source_of(rows), self._directory.data)
 
     def _unrelated(self, rows: Rows) -> "DatasetSplit":
-        """Rows in whatever format, but no preferences. Raises DataError."""
+        """Rows in any format except preferences. Raises DataError."""
         from loratune import data
         from loratune.data.sources import GIVEN
 
@@ -342,7 +343,7 @@ class Adapter(Adapters):
 
 
 def _finish(found: Found) -> Found:
-    """Hand a result to the listener. Raises RequirementError: it does not meet its requirements."""
+    """Send a result to the listener. Raises RequirementError: a requirement is not met."""
     from loratune.compare import requirements
 
     for line in found.remarks:
@@ -353,7 +354,7 @@ def _finish(found: Found) -> Found:
 
 
 def _listed(names: str | Sequence[str]) -> Sequence[str]:
-    """One name, or several."""
+    """One or several names as a sequence."""
     return [names] if isinstance(names, str) else names
 
 
@@ -362,7 +363,7 @@ def _opened(other: Adapter | StrPath | None) -> Adapter | None:
 
 
 def _open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requirement]") -> "Tasks":
-    """Find tasks, with the harness, which is imported for them only."""
+    """Open tasks with the harness, which is imported only here."""
     from loratune.compare import tasks as known_tasks
     from loratune.system.environment import kept_environment
 

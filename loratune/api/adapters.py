@@ -31,7 +31,7 @@ Client = Literal["peft", "vllm", "gguf", "ollama"]
 class Adapters:
     """Several adapters of one base, which are loaded together; or their weighted sum.
 
-    They are opened and verified when they are first used.
+    They are opened and verified on first use.
 
     Attributes:
         paths: Name → directory.
@@ -48,18 +48,18 @@ class Adapters:
         """Name the adapters.
 
         Args:
-            adapters: Name → directory; or texts as the command line takes them, `NAME=DIR`, or `DIR` alone.
+            adapters: Name → directory; or values of --adapter: `NAME=DIR`, or a single `DIR`.
             use: The name of the adapter for prompts that name none; by default the first.
-            mix: Name → weight: the weighted sum of these adapters is used instead of single ones. As text,
+            mix: Name → weight; the weighted sum of these adapters is used instead of single ones. As a string:
                 `sql:0.7,tone:0.3`.
-            force: Also use them with edited files, or on another base.
+            force: Accept edited files and another base.
 
         Raises:
             ConfigError: A name is not valid, unknown or repeated; a weight is not a finite number.
         """
         if isinstance(mix, Mapping):
             mix = ",".join(f"{name}:{weight}" for name, weight in mix.items())
-        if isinstance(adapters, Mapping) and [*adapters] == [UNNAMED]:  # also where the path has a `=`
+        if isinstance(adapters, Mapping) and [*adapters] == [UNNAMED]:  # its path may contain a `=`
             self._selection = Selection({UNNAMED: Path(adapters[UNNAMED])}, UNNAMED, {})
         else:
             if isinstance(adapters, Mapping):
@@ -93,16 +93,16 @@ class Adapters:
         on_text: Callable[[str], None] | None = None,
         progress: bool = True,
     ) -> "Iterator[Answer]":
-        """Complete the prompts of rows. All is checked before the first completion.
+        """Complete the prompts of rows. Everything is checked before the first completion.
 
         Args:
-            rows: Rows, texts or conversations. A field `adapter` of a row names the adapter that answers it. A binary
-                file has JSON lines.
-            max_new_tokens: The longest completion, in tokens.
-            sampling: How tokens are chosen, and where completions end.
+            rows: Rows, texts or conversations, or a binary file of JSON lines. The field `adapter` of a row names the
+                adapter that answers it.
+            max_new_tokens: The maximum length of a completion, in tokens.
+            sampling: The sampling settings.
             base: Also complete with the base alone.
             on_text: Receives the completion of a single prompt piece by piece.
-            progress: Emit events on how many rows are done.
+            progress: Emit progress events.
 
         Raises:
             AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
@@ -120,12 +120,12 @@ class Adapters:
         )
 
     def chat(self, *, system: str | None = None, max_new_tokens: int = 256, temperature: float = 0.0) -> "Chat":
-        """Begin a conversation, whose `ask` answers a turn.
+        """Begin a conversation; its method `ask` answers a turn.
 
         Args:
             system: The system message.
-            max_new_tokens: The longest answer, in tokens.
-            temperature: 0 for the likeliest token; above it, tokens are sampled.
+            max_new_tokens: The maximum length of an answer, in tokens.
+            temperature: 0 for greedy decoding; above 0, tokens are sampled.
 
         Raises:
             AdapterError, ModelError: An adapter or the base cannot be used.
@@ -156,18 +156,18 @@ class Adapters:
         """Write the adapter, or the weighted sum, for another program, read it back, and compare.
 
         Args:
-            to: The program.
+            to: The target program.
             output: The directory.
-            merged: For gguf and ollama: one file of base and adapter in this type, instead of the adapter alone.
+            merged: For gguf and ollama: write the merged model in this type, instead of the adapter alone.
             llama_cpp: A checkout of llama.cpp, for its converters.
             base_gguf: A GGUF file of the base, whose tokenizer is used.
-            verify: Run it in its program and compare; by default where that is installed.
-            rows: Rows to compare on; by default prompts of the training.
+            verify: Run the export in the target program and compare; by default if the program is installed.
+            rows: Rows to compare on; by default prompts recorded in training.
             overwrite: Replace an earlier export at `output`.
             on_event: Receives events.
 
         Raises:
-            AdapterError: The program cannot read the adapter, or computes something else.
+            AdapterError: The program cannot read the adapter, or its results differ.
             ConfigError, ModelError, DataError, ResourceError: Output, base or rows cannot be used.
         """
         from loratune.export.clients import ExportOptions
@@ -195,7 +195,7 @@ class Adapters:
 
 
 def source_of(rows: Rows) -> "Source | GivenRows":
-    """Rows as what `read_source` takes. Raises DataError: they are something else."""
+    """Rows as an argument of `read_source`. Raises DataError: an unsupported type."""
     if isinstance(rows, str | PathLike):
         return Source(path=fspath(rows))
     from loratune.data.sources import given_rows
@@ -227,7 +227,7 @@ def output_directory(
     overwrite: bool,
     **files: StrPath | None,
 ) -> OutputDirectory:
-    """Check that a directory may be written. files: option → file that is read. Raises as
+    """The output directory, checked to be writable. files: option → input file. Raises as
     `OutputDirectory.check`."""
     from loratune.model.source import local_or_hub
 

@@ -1,4 +1,4 @@
-"""Formats results as the lines that the command line prints. Each line is escaped by `one_line`."""
+"""Formats results as lines for the command line. Each line is escaped by `one_line`."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def plan(plan: "Plan") -> tuple[list[str], list[str]]:
-    """The lines before and behind the rendered rows of `train --dry-run`."""
+    """The lines before and after the rendered rows of `train --dry-run`."""
     lines = []
     for module_pattern, roles in plan.targets.module_patterns().items():
         count = sum(pattern(path) == module_pattern for path in plan.targets.paths)
@@ -37,7 +37,7 @@ def plan(plan: "Plan") -> tuple[list[str], list[str]]:
 
 
 def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
-    """A published adapter. program: what to type to start the program."""
+    """The lines on a published adapter. program: the command that starts loratune."""
     from loratune.adapter.card import example_prompt
 
     found, directory, losses = result.trained, result.run.directory, result.trained.losses()
@@ -58,7 +58,7 @@ def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
 
 
 def params(params: "Params") -> Iterator[str]:
-    """Counts, a table of the modules, and the memory that training will need."""
+    """Parameter counts, a table of the modules, and the estimated memory for training."""
     yield str(params.count)
     rows = [
         [one.role, one.pattern, f"{one.modules}", shape_text(*one.shape, one.experts), f"{one.rank}",
@@ -75,7 +75,7 @@ def params(params: "Params") -> Iterator[str]:
 
 
 def stats(path: str, stats: "AdapterStats") -> Iterator[str]:
-    """The statistics of an adapter: as a whole, of each kind of module, and of each layer."""
+    """The statistics of an adapter: overall, by kind of module, and by layer."""
     from loratune.lora.stats import TABLE_HEADER, by_pattern, span, table_row
 
     variants = [name for name, used in (("rsLoRA", stats.rslora), ("DoRA", stats.dora)) if used]
@@ -113,7 +113,7 @@ def _norms(groups: "Mapping[str, Sequence[Update]]") -> Iterator[str]:
 
 
 def started(started: "Started") -> list[tuple[str, str]]:
-    """What `init` found, and what to expect of the run, line by line with names."""
+    """The findings of `init` and its estimates for the run, as names and texts."""
     rows, fit, run = started.rows, started.fit, started.run
     lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
     answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
@@ -138,7 +138,7 @@ def started(started: "Started") -> list[tuple[str, str]]:
 
 
 def started_notes(started: "Started") -> list[str]:
-    """What of the config may not be intended."""
+    """Warnings about the config: truncation, and scarce memory."""
     lines = [f"data.max_length: {line}" for line in started.cut]
     if not started.fit.is_roomy:
         batch = started.run.training.per_device_train_batch_size
@@ -147,7 +147,7 @@ def started_notes(started: "Started") -> list[str]:
 
 
 def _memory(estimate: "Estimate") -> str:
-    """`about 3.2 GiB (weights 1.0, activations 2.1, runtime 0.1)`, without parts that are negligible."""
+    """`about 3.2 GiB (weights 1.0, activations 2.1, runtime 0.1)`, without negligible parts."""
     parts = estimate.parts()
     total = parts.pop("total")
     texts = [f"{name} {value / (1 << 30):.1f}" for name, value in parts.items() if value >= 0.05 * (1 << 30)]
@@ -156,7 +156,7 @@ def _memory(estimate: "Estimate") -> str:
 
 
 def _per_layer(layers: Mapping[int, int]) -> str:
-    """`30,720 in each of layers 0-29`; several of these where layers differ."""
+    """`30,720 in each of layers 0-29`; several such parts if layers differ."""
     numbers_by_count: dict[int, list[int]] = {}
     for number, trainable in layers.items():
         numbers_by_count.setdefault(trainable, []).append(number)
@@ -167,9 +167,9 @@ def _per_layer(layers: Mapping[int, int]) -> str:
 
 
 def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
-    """The metrics of each model, how the adapter differs, and the verdict.
+    """The metrics of each model, their differences, and the verdict.
 
-    worst: how many of the rows that got worse most are shown.
+    worst: the number of rows with the largest loss increase to show.
     """
     from loratune.compare import text
 
@@ -195,7 +195,7 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
 
 
 def tasks(results: "TaskResults") -> Iterator[str]:
-    """The metrics of tasks of the lm-evaluation-harness, those of base and adapter side by side."""
+    """The metrics of tasks of the lm-evaluation-harness, for base and adapter side by side."""
     from loratune.compare import text
 
     limit = f", at most {results.limit:,} rows of each" if results.limit is not None else ""
@@ -206,7 +206,7 @@ def tasks(results: "TaskResults") -> Iterator[str]:
 
 
 def study(swept: "SweepResult", program: str) -> Iterator[str]:
-    """The trials of a study, the best first, and what became of the best. program: what starts the program."""
+    """The trials of a study, the best first, and the published adapter. program: the command that starts loratune."""
     results = swept.results
     yield results.summary()
     yield from table(results.header(), [results.cells(trial) for trial in results.trials])
@@ -226,7 +226,7 @@ def study(swept: "SweepResult", program: str) -> Iterator[str]:
 
 
 def upload(upload: "Upload") -> Iterator[str]:
-    """Where an adapter was uploaded to, what of it, and how that was checked."""
+    """The repository of an upload, the uploaded files, and their verification."""
     count, size = len(upload.files), format_size(sum(file["bytes"] for file in upload.files))
     names = ", ".join(file["name"] for file in upload.files)
     lines = [
@@ -257,7 +257,7 @@ def merged_notes(merged: "Merged") -> list[str]:
 
 
 def merged(merged: "Merged") -> Iterator[str]:
-    """What was merged, how it compares with base and adapter, and how it is used."""
+    """The merged model, its comparison with base and adapter, and how to use it."""
     written, found = merged.written, merged.comparison
     changed: dict[str, int] = {}
     for kept in written.kept:
@@ -290,13 +290,13 @@ def merged(merged: "Merged") -> Iterator[str]:
 
 
 def exported(exported: "Exported") -> Iterator[str]:
-    """What was written and compared, and what to type."""
+    """The exported directory, the results of the comparison, and the commands to use it."""
     lines = [("written", str(exported.directory)), *exported.lines]
     return block(f"exported for {exported.client}", [*lines, *(("type", line) for line in exported.commands)])
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], file: TextIO, *, as_csv: bool = False) -> None:
-    """Write rows, as JSON lines or as CSV with a column for each field."""
+    """Write rows as JSON lines, or as CSV with one column per field."""
     from loratune.data.sources.rows import to_json_line, write_csv
 
     if as_csv:
@@ -308,7 +308,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], file: TextIO, *, as_csv: bool 
 
 
 def worst_rows(found: "Comparison", count: int) -> list[dict[str, Any]]:
-    """The rows that got worse most, as plain values."""
+    """The rows with the largest loss increase, as plain values."""
     from loratune.compare import text
 
     return [row.as_json() for row in text.worst(found, count)]

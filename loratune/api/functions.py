@@ -36,13 +36,13 @@ GivenSplits = Mapping[SplitName, Rows]
 
 @dataclass(frozen=True)
 class PublishedAdapter:
-    """What `train` has published, and what was found out about it."""
+    """The adapter that `train` has published, and its metrics."""
 
     run: "Run"
     trained: "TrainedAdapter"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values: the directory, the metrics, and how it was computed."""
+        """Plain values: the directory, the metrics, the peak memory, and layers that were not accelerated."""
         trained = self.trained
         values = {"adapter": str(self.run.directory.output), "adapter_bytes": trained.adapter_bytes, **trained.metrics}
         return values | {"peak_memory": trained.peak_memory, "not_accelerated": dict(trained.not_accelerated)}
@@ -52,11 +52,12 @@ def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) 
     """Read a config from a YAML file, or from plain values.
 
     Args:
-        source: The file; or the values as they are in a file, section by section: `{"model": {"name_or_path": ...}}`.
+        source: The file; or its values as a nested mapping: `{"model": {"name_or_path": ...}}`.
         overrides: Dotted key → value, such as `{"training.max_steps": 50}`.
 
     Raises:
-        ConfigError: With every problem. (`RunConfig(...)` itself raises the `ValidationError` of pydantic.)
+        ConfigError: The config is not valid; lists every problem. (`RunConfig(...)` raises pydantic's
+            `ValidationError`.)
     """
     if isinstance(source, Mapping):
         return configs.from_values(deepcopy(dict(source)), "the config", assignments(overrides))
@@ -64,15 +65,15 @@ def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) 
 
 
 def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
-    """What keys of a config mean and cost, and with a config file the values in force.
+    """Explain keys of a config: meaning, cost, and with a config file the effective values.
 
     Args:
-        key: A key, its beginning, or another tool's name for it; without it, all.
+        key: A key, its beginning, or another tool's name for it; by default all keys.
         path: The config file.
-        overrides: As of `load_config`.
+        overrides: As for `load_config`.
 
     Raises:
-        ConfigError: There is no such key, or the config is not valid.
+        ConfigError: The key is unknown, or the config is not valid.
     """
     return explain_keys(key, None if path is None else Path(path), assignments(overrides))
 
@@ -90,32 +91,32 @@ def train(
 ) -> "Adapter":
     """Train an adapter and publish its directory, `config.output_dir`.
 
-    Under a launcher such as torchrun all processes call it, and the main process publishes.
+    Under a launcher such as torchrun, all processes call it, and the main process publishes.
 
     Args:
-        config: What is trained, on what, and how.
-        resume: Continue an interrupted run from its last checkpoint; a sequence of keys are those whose values may have
-            changed.
+        config: The config of the run.
+        resume: Continue an interrupted run from its last checkpoint; or a sequence of keys whose values may have
+            changed since.
         overwrite: Replace the adapter at `output_dir`, or an unfinished run.
-        allow_worse: Publish the adapter even if it does worse than its base.
-        rows: Rows of this program for some of the splits, instead of those that the config names: each a list of
-            dicts, a `datasets.Dataset` or a pandas frame.
-        config_file: The file of the config, which is then not removed together with an old adapter.
+        allow_worse: Publish the adapter even if it is worse than its base.
+        rows: Split → rows in memory, instead of the sources in the config: each a list of dicts, a `datasets.Dataset`
+            or a pandas DataFrame.
+        config_file: The file of the config, which is then kept when an old adapter is replaced.
         group: The processes of the run; by default those of the launcher, see `join_processes`.
-        on_event: Receives events; the last one has what was found out about the adapter.
+        on_event: Receives events; the last one has the metrics of the adapter.
 
     Returns:
-        The adapter, opened and verified. In other processes than the main one it may not be published yet, and is
-        opened when it is first used.
+        The adapter, opened and verified. In processes other than the main one it may not be published yet, and is
+        opened on first use.
 
     Raises:
         ConfigError, ModelError, DataError: The config, the base or the rows cannot be used.
-        NumericError: A number is not finite, nothing was learned, or the adapter is worse than its base.
-        ResumeError: There is no checkpoint, or it does not belong to this run.
+        NumericError: A value is not finite, the weights did not change, or the adapter is worse than its base.
+        ResumeError: The checkpoint is missing, or belongs to another run.
         LockedError: Another run uses the output directory.
         ResourceError: Memory or disk ran out.
         LostError: Another process of the run has ended.
-        KeyboardInterrupt: The run was interrupted; its last step is kept as a checkpoint.
+        KeyboardInterrupt: The run was interrupted; its last step is saved as a checkpoint.
     """
     began = time.monotonic()
     group = group or join_processes()
@@ -131,7 +132,7 @@ def train(
         except StopSignal as stop:
             stop.is_resumable = run.directory.is_resumable()
             raise
-        if trained is None:  # the main process may not be done
+        if trained is None:  # the main process may still be publishing
             return Adapter.later(run.directory.output)
         adapter = Adapter(run.directory.output)
         emit(FinishedEvent(PublishedAdapter(run, trained)))
@@ -148,7 +149,7 @@ def plan(
     group: Group | None = None,
     on_event: Listener | None = None,
 ) -> "Plan":
-    """What `train` would do, with the same arguments, up to its first step: rows, targets, batches, memory.
+    """The plan of `train` with the same arguments, up to its first step: rows, targets, batches, memory.
 
     Nothing is written. Raises as `train`.
     """
@@ -186,9 +187,9 @@ def init(
     Args:
         rows: The path of the rows, or a hub id.
         model: The directory of the model, or a hub id.
-        output: Write the config there as well, with the reason for each choice; the file must not exist.
-        overrides: Dotted key → value, for what is not to be chosen.
-        on_event: Receives events; the last one has the config as text, and what to expect of its run.
+        output: A new file to write the config to, with the reason for each choice.
+        overrides: Dotted key → value, for keys with a fixed value.
+        on_event: Receives events; the last one has the config as text, and estimates for its run.
 
     Raises:
         ConfigError, ModelError, DataError: A value, the model or the rows cannot be used.
@@ -211,7 +212,7 @@ def init(
 
 
 def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> "Params":
-    """Count what would be trained, and estimate the memory for it, from the model's configuration alone.
+    """Count trainable parameters and estimate the memory for training, from the model's configuration alone.
 
     Raises:
         ModelError, ConfigError, AdapterError: The model's configuration, the targets, or the adapter to start from
@@ -237,9 +238,9 @@ def push(
 
 
 def adapter_stats(path: StrPath) -> "AdapterStats":
-    """What the files of an adapter say, without its base: rank, scaling, norm and effective rank of each update.
+    """Statistics from the files of an adapter, without its base: rank, scaling, norm and effective rank of each update.
 
-    Raises AdapterError: It is not an adapter directory, or has tensors that are not finite or do not fit each other.
+    Raises AdapterError: It is not an adapter directory, or its tensors are not finite or have mismatched shapes.
     """
     with libraries():
         from loratune.lora import adapter_files, stats
@@ -270,7 +271,7 @@ def _run_directory(
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> "RunDirectory":
-    """The directory of a run that may start. Raises ConfigError, ResumeError, LockedError, ResourceError."""
+    """The directory of a run, checked before its start. Raises ConfigError, ResumeError, LockedError, ResourceError."""
     from loratune.training.checkpoints import run_dir
 
     file = None if config_file is None else Path(config_file)
@@ -293,7 +294,7 @@ def validated(
     resume: bool | Sequence[str] = False,
     rows: GivenSplits | None = None,
 ) -> "Run":
-    """Check the run in the main process, before torch is imported, and hand it to the others."""
+    """Check the run in the main process, before torch is imported, and broadcast it to the others."""
     with libraries():
         from loratune.data.sources import given_rows
         from loratune.training import preflight
@@ -311,6 +312,6 @@ def validated(
 
 
 def note_portability(config: RunConfig) -> None:
-    """Note which programs cannot read the adapter that a config asks for."""
+    """Note which programs cannot read adapters trained with a config."""
     for line in configs.portability(config.lora):
         note(line)

@@ -35,16 +35,16 @@ def sweep(
     overwrite: bool = False,
     on_event: Listener | None = None,
 ) -> "SweepResult":
-    """Train a config with other settings, compare the trials on the validation rows, and publish the best.
+    """Train a config with several settings, compare the trials on the validation rows, and publish the best adapter.
 
     Args:
         config: The config, or its file; it needs validation rows.
-        grid: Dotted key → the values to try; or a range as text, `1e-4..1e-2`, from which values are drawn.
-        overrides: Of the keys of a config file.
-        budget: How long it may take, such as `30m`.
-        trials: How many trials at most.
-        halving: Stop trials early that are among the worse ones.
-        storage: The URL of a database for the study, which several machines share.
+        grid: Dotted key → the values to try; or a range as a string, `1e-4..1e-2`, from which values are sampled.
+        overrides: Overrides of keys of the config.
+        budget: A time limit, such as `30m`.
+        trials: The maximum number of trials.
+        halving: Stop trials early if they are worse than others at the same step.
+        storage: The URL of a database for the study, to share it between machines.
         overwrite: Replace the adapter at `output_dir`.
         on_event: Receives events.
 
@@ -53,7 +53,7 @@ def sweep(
 
     Raises:
         ConfigError: The grid, or a config of it, is not valid; the budget is shorter than one trial.
-        NumericError: No trial has an adapter.
+        NumericError: No trial produced an adapter.
         LoratuneError: As `train`.
     """
     began = time.monotonic()
@@ -85,7 +85,7 @@ def sweep(
 
 @contextmanager
 def _quiet_optuna() -> Iterator[None]:
-    """Without what optuna logs, and without its warnings that functions are experimental."""
+    """Silence optuna's log, and its warnings about experimental functions."""
     from optuna import exceptions, logging
 
     verbosity = logging.get_verbosity()
@@ -99,7 +99,7 @@ def _quiet_optuna() -> Iterator[None]:
 
 
 def _listed(values: Sequence[Any] | str) -> str:
-    """The values of an axis as the command line takes them; a text is a range."""
+    """The values of an axis in the form of the command line; a string is a range."""
     if isinstance(values, str):
         return values
     return ",".join(value if isinstance(value, str) else json.dumps(value) for value in values)

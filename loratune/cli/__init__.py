@@ -1,7 +1,7 @@
 """The command line: parse, call the public API, print. Everything heavy is imported inside the commands.
 
-`application` has the options that commands share, `boundary` turns errors into lines and exit codes, and `terminal`
-shows events. Besides the API, only the config, errors, events, the console and the operating system are imported.
+`application` defines the shared options, `boundary` turns errors into lines and exit codes, and `terminal` shows
+events. Besides the API, only the config, errors, events, console and system modules are imported.
 """
 
 from loratune.cli import chat as chat

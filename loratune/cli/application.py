@@ -1,4 +1,4 @@
-"""The application that commands are registered with, and the options that several of them share."""
+"""The Typer application, and the options that several commands share."""
 
 import shutil
 import sys
@@ -21,7 +21,7 @@ from loratune.system.output_file import Output
 STDOUT = "-"
 """The value of --output that stands for stdout, and of --input that stands for stdin."""
 MAX_COUNT = 2**31 - 1
-"""The largest number of tokens or rows that an option takes."""
+"""The largest number of tokens or rows that an option accepts."""
 
 _COMMANDS = (
     "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
@@ -30,14 +30,14 @@ _COMMANDS = (
 
 
 class _Commands(TyperGroup):
-    """The commands, with all that they print, usage errors too, escaped for the terminal."""
+    """The command group; all output, including usage errors, is escaped for the terminal."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """The names as the help lists them: in the order in which the commands are used."""
+        """The names in the order of the help, which is the order in which the commands are used."""
         return sorted(super().list_commands(ctx), key=_COMMANDS.index)
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run a command as upstream does, with its output escaped."""
+        """Run a command with its output escaped."""
         with escape_output():
             return super().main(*arguments, **keywords)
 
@@ -89,13 +89,13 @@ def _options(
 
 
 def program() -> str:
-    """What to type to run this program: its path, if the shell would not find it by its name."""
+    """The command that runs this program: its path, if the shell cannot find it by name."""
     path = sys.argv[0]
     return path if Path(path).name == "loratune" and shutil.which("loratune") is None else "loratune"
 
 
 def check_paths(**options: str | Path | None) -> None:
-    """Raises ConfigError: the value of an option, or of an argument, which has capitals, cannot be a path."""
+    """Raises ConfigError: the value of an option, or of an argument (in capitals), is not a valid path."""
     for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             key = option if option.isupper() else f"--{option}"
@@ -103,13 +103,13 @@ def check_paths(**options: str | Path | None) -> None:
 
 
 def needs(options: Mapping[str, object], needed: str) -> list[Problem]:
-    """A problem for each of these options that is given, as what they need is not: an option, or `a CONFIG`."""
+    """A problem for each given option that needs another one. needed: the missing option, or `a CONFIG`."""
     what = f"only works with {needed}"
     return [Problem(Code.USAGE_CONFLICT, what, key=f"--{name}") for name, value in options.items() if value]
 
 
 def show(lines: Iterable[str], values: Any, as_json: bool) -> None:
-    """Print a result, when all other work is done: as lines, or its values as JSON. Raises as `checked_output`."""
+    """Print a result after all other work is done, as lines or as JSON. Raises as `checked_output`."""
     with checked_output():
         if as_json:
             print_json(values)
@@ -118,7 +118,7 @@ def show(lines: Iterable[str], values: Any, as_json: bool) -> None:
 
 
 def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path]) -> Output | None:
-    """The file that rows are to be written to; None for stdout, or where there is no option. Raises as `output`."""
+    """The file that rows are written to; None for stdout, or without the option. Raises as `output_file.output`."""
     if output is None or str(output) == STDOUT:
         return None
     if output.suffix.lower() in (".gz", ".parquet"):
@@ -128,7 +128,7 @@ def rows_output(output: Path | None, *, overwrite: bool, inputs: Iterable[Path])
 
 
 def write_rows(rows: Iterable[dict[str, Any]], file: Output | None) -> None:
-    """Write rows: as CSV if the name of the file ends in .csv, else as JSON lines. file: None for stdout."""
+    """Write rows as CSV if the file name ends in .csv, else as JSON lines. file: None for stdout."""
     from loratune.api import display
 
     if file is None:

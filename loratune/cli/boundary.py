@@ -39,19 +39,19 @@ _OS_ERRORS = {
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), _TOO_MANY_FILES),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EACCES, errno.EPERM), _BAD_PATH),
 }
-"""Error number → code, exit code, and what to do, where no command knows better."""
+"""errno → code, exit code, and the default fix."""
 
 
 @contextmanager
 def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str = "free memory") -> Iterator[Group]:
-    """Turn errors into `error:` lines and an exit code, show events, and keep warnings of libraries off the screen.
+    """Turn errors into `error:` lines and an exit code, show events, and hide warnings of libraries.
 
-    Nothing else sets signal handlers, filters of warnings, loggers and the number of threads for a whole command.
+    This is the only place that sets signal handlers, warning filters, loggers and the number of threads of a command.
 
     Args:
-        debug: Print tracebacks, warnings, and what the package logs, such as errors that are no reason to stop.
-        join: Joins the other processes of a run; a command without it is for one process.
-        memory_fix: What to do where this command runs out of memory.
+        debug: Print tracebacks, warnings, and log messages of the package, such as non-fatal errors.
+        join: Joins the other processes of a run; by default the command runs in one process.
+        memory_fix: The fix to report if this command runs out of memory.
     """
     logger, handler = logging.getLogger("loratune"), logging.StreamHandler()
     if debug:
@@ -60,7 +60,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
         logger.setLevel(logging.DEBUG)
     else:
         warnings.simplefilter("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # which transformers reads as it is imported
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it on import
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     group: Group = Group()
     stop = Stop()
@@ -76,7 +76,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
             group = join()
             yield group
         with checked_output():
-            pass  # what was printed before may still be in a buffer
+            pass  # flushes earlier output
     except typer.Exit:
         raise
     except BrokenPipeError:
@@ -84,7 +84,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
         raise typer.Exit(0) from None
     except (SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # Rust panics derive from BaseException
         cause = error if stop.requested is None or _is_stop(error) else stop.requested()
         with signals.hold_signals(requested=_is_stop(cause)):
             _close_contexts(error)
@@ -95,7 +95,7 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
 
 
 def _check_working_directory() -> None:
-    """Raises ConfigError: it has been removed, which libraries answer by errors of their own."""
+    """Raises ConfigError: it has been removed; libraries would report this less clearly."""
     try:
         os.getcwd()
     except FileNotFoundError:
@@ -104,10 +104,10 @@ def _check_working_directory() -> None:
 
 
 def _close_contexts(error: BaseException | None) -> None:
-    """Let what an error left open clean up before the process ends.
+    """Let context managers that an error left open clean up before the process ends.
 
-    A signal may come when the function of a context manager has run up to its `yield`, and the body of the `with`
-    statement has not begun. Then nothing ends that function but the end of the frames that refer to it.
+    A signal may arrive after the generator of a context manager has reached its `yield`, but before the body of the
+    `with` statement begins. The generator then ends only when the frames that refer to it are cleared.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -115,7 +115,7 @@ def _close_contexts(error: BaseException | None) -> None:
 
 
 def _is_stop(error: BaseException) -> bool:
-    """Whether an error is that of a signal; a library may have turned the signal into an error of its own."""
+    """Whether an error was raised by a signal handler; a library may have replaced it with its own error."""
     return isinstance(error, KeyboardInterrupt | Interrupted | Terminated)
 
 
@@ -128,7 +128,7 @@ def stop_error(stop: KeyboardInterrupt, fix: str = "") -> LoratuneError:
 
 @contextmanager
 def checked_output() -> Iterator[None]:
-    """Results are printed inside, when all other work is done. Raises ResourceError: there is no room for them."""
+    """A context for printing results, after all other work is done. Raises ResourceError: the disk is full."""
     try:
         yield
         if sys.stdout is not None:
@@ -143,7 +143,7 @@ def checked_output() -> Iterator[None]:
 
 @contextmanager
 def unread_output() -> Iterator[None]:
-    """What is printed inside may have no reader any more, as of `| head`. The command goes on to its own exit code."""
+    """Ignore a closed pipe inside, as with `| head`, so that the command ends with its own exit code."""
     try:
         with checked_output():
             yield
@@ -152,7 +152,7 @@ def unread_output() -> Iterator[None]:
 
 
 def _print_nowhere() -> None:
-    """The reader of stdout has gone, or there is no room; the exit must not flush to it."""
+    """Discard further output after the reader of stdout has gone or the disk is full, as Python flushes it at exit."""
     sys.stdout = open("/dev/null", "w")  # noqa: SIM115
 
 
@@ -164,7 +164,7 @@ def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> N
     for problem in problems:
         print(f"error: {problem}", file=stream, flush=True)
     if group.count > 1:
-        os._exit(exit_code)  # torch may wait for the others as Python ends, and they are gone
+        os._exit(exit_code)  # at exit, torch may wait for the other processes, which have ended
     raise typer.Exit(exit_code) from None
 
 

@@ -54,7 +54,8 @@ def chat(
 
 
 class _Session:
-    """Lines in, answers out. In a terminal, what is wrong with a line is said; elsewhere it ends the command."""
+    """Reads lines and prints answers. In a terminal, an error in a line is only reported; elsewhere it ends the
+    command."""
 
     def __init__(self, talk: "Chat", inputs: tuple[Path, ...], *, terminal: bool):
         self._talk, self._inputs, self._terminal = talk, inputs, terminal
@@ -68,7 +69,7 @@ class _Session:
         }
 
     def run(self) -> None:
-        """Until there are no more lines."""
+        """Process lines until the input ends."""
         if self._terminal:
             talk = self._talk
             several = f", which is {talk.name} of {', '.join(talk.names)}" if talk.names[1:] else ""
@@ -86,7 +87,7 @@ class _Session:
                 log(*(f"error: {problem}" for problem in error.problems))
 
     def _typed(self) -> Iterator[str]:
-        """The lines that are typed. Editing and history are those of Python's readline, which needs no dependency."""
+        """The typed lines. Editing and history use readline from the standard library, if available."""
         with suppress(ImportError):
             import readline  # noqa: F401  `input` uses it once it is imported
         while True:
@@ -118,7 +119,7 @@ class _Session:
         self._commands[name](argument.strip())
 
     def _answer(self, ask: "Callable[..., Reply]") -> None:
-        """Print an answer, in a terminal as it comes. ask: takes what prints the pieces, and what says to stop."""
+        """Print an answer, in a terminal as a stream. ask: a method of `Chat`; accepts `on_text` and `stopped`."""
         if not self._terminal:
             reply = ask()
             print(reply.text, file=raw_output(), flush=True)
@@ -128,7 +129,7 @@ class _Session:
                     reply = ask(
                         on_text=lambda text: print(text, end="", flush=True), stopped=lambda: stop.requested is not None
                     )
-                finally:  # a terminal that has gone sends a signal, and cannot be printed on
+                finally:  # a closed terminal sends a signal, and printing to it fails
                     if stop.requested is signals.Termination:
                         raise signals.Termination
         if reply.cut:

@@ -51,7 +51,7 @@ def init(
 
 
 def _show_started(event: FinishedEvent, output: str) -> None:
-    """Say what `init` has found: on stderr if stdout, a pipe or a device has the config."""
+    """Print the findings of `init`, on stderr if the config goes to stdout, a pipe or a device."""
     from loratune.api import display
 
     lines = display.started(event.result)

@@ -128,9 +128,9 @@ def evaluate(
 
 
 class _Shown:
-    """Shows events, and at the end writes the rows and prints the metrics.
+    """Shows events; at the end, writes the rows and prints the metrics.
 
-    Metrics are printed also where there is no room for the rows, and where a requirement is not met.
+    Metrics are printed even if the rows cannot be written or a requirement is not met.
     """
 
     def __init__(self, file: Output | None, worst: int, as_json: bool):
@@ -138,7 +138,7 @@ class _Shown:
         self._terminal = listener()
 
     def __call__(self, event: Event) -> None:
-        """Take an event."""
+        """Handle an event."""
         self._terminal(event)
         if isinstance(event, FinishedEvent):
             try:

@@ -1,4 +1,4 @@
-"""The commands `export`, `merge` and `push`, which make output for other programs and for the hub."""
+"""The commands `export`, `merge` and `push`, which write output for other programs and the hub."""
 
 import sys
 from pathlib import Path

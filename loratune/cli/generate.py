@@ -103,7 +103,7 @@ def generate(
 
 
 def _rows(prompts: list[str] | None, source: Path | None) -> Any:
-    """The prompts, which come from arguments, a file, or stdin as a whole."""
+    """The prompts: from arguments, from a file, or all of stdin as one prompt."""
     if source is not None:
         return _stdin("rows as JSON, one a line").buffer if str(source) == STDOUT else source
     texts = {f"prompt {number}": text for number, text in enumerate(prompts or [], 1)} or {"stdin": _read_prompt()}
@@ -114,7 +114,7 @@ def _rows(prompts: list[str] | None, source: Path | None) -> Any:
 
 
 def _stdin(what: str) -> TextIO:
-    """Returns stdin; who is at a terminal is asked to type. what: that which is read."""
+    """Returns stdin; on a terminal, asks the user to type. what: the expected input."""
     if sys.stdin.isatty():
         print(f"type {what}, and end with Ctrl-D", file=sys.stderr)
     return sys.stdin
@@ -130,7 +130,7 @@ def _read_prompt() -> str:
 
 
 def _print_answers(answers: "Iterable[Answer]", *, base: bool, streamed: bool) -> None:
-    """Print answers as soon as they are there. streamed: they have been printed already, token by token."""
+    """Print answers as soon as they are available. streamed: they were already printed, token by token."""
     for answer in answers:
         if base:
             print(f"{answer.prompt}\n  base     {_one_line(answer.base)}")

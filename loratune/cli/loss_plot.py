@@ -7,16 +7,16 @@ from uniplot import plot_to_string
 _WIDTH, _HEIGHT = 64, 7
 _LEAST_POINTS = 3
 _MARKS = {"loss": ".", "held-out": "o"}
-"""A terminal of any encoding and without colours shows these."""
+"""ASCII characters, which any terminal can show, also without colours."""
 _PLAIN = str.maketrans({"─": "-", "│": "|", "┌": "+", "┐": "+", "└": "+", "┘": "+"})
 
 
 def loss_plot(curve: Sequence[Mapping[str, float]], encoding: str) -> list[str]:
-    """The lines of a plot of the losses over the steps; none if there are too few points.
+    """The lines of a plot of the losses by step; empty if there are too few points.
 
     Args:
         curve: The reports of a run: `step` with `loss` or `eval_loss`.
-        encoding: That of the stream that it is printed on, which may lack the lines of a frame.
+        encoding: The encoding of the output stream, which may lack box-drawing characters.
     """
     series = {
         name: [(entry["step"], entry[key]) for entry in curve if key in entry]
@@ -41,7 +41,7 @@ def loss_plot(curve: Sequence[Mapping[str, float]], encoding: str) -> list[str]:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
         text = text.translate(_PLAIN)
-    # uniplot rounds its own labels until they only just differ: 5.5 may become `6`.
+    # uniplot rounds its own labels as far as they still differ: 5.5 may become `6`.
     steps, losses = zip(*(point for points in series.values() for point in points), strict=True)
     first, last = f"{min(steps):,}", f"{max(steps):,}"
     labels = {1: max(losses), _HEIGHT: min(losses)} if len({*losses}) > 1 else {_HEIGHT // 2 + 1: losses[0]}

@@ -33,9 +33,9 @@ from loratune.events import (
 from loratune.text import format_duration, one_line
 
 PATIENCE, _PAUSE = 2.0, 30.0
-"""Seconds for which work is done without a word, and between the lines on it where there is no terminal."""
+"""Seconds before a task is shown, and between its lines outside a terminal."""
 _NO_REDIRECT: dict[str, Any] = {"redirect_stdout": False, "redirect_stderr": False}
-"""For progress bars: by default rich prints what others write without escaping it."""
+"""For progress bars: by default, rich redirects other output and prints it unescaped."""
 
 
 class Terminal:
@@ -61,7 +61,7 @@ class Terminal:
                 if self._training is not None:
                     self._training.stop()
             case StepEvent() | EvaluationEvent():
-                if self._training is None:  # a resumed run that has no step left, and is only evaluated
+                if self._training is None:  # a resumed run without remaining steps, which is only evaluated
                     self._training = _Training(TrainingEvent(event.steps, event.step))
                 self._training.show(event)
 
@@ -86,18 +86,18 @@ def _show_plan(event: PlanEvent) -> None:
 
 
 class _Piece:
-    """A piece of work that is shown once it takes longer than `PATIENCE`: in a terminal by a bar that goes away at its
-    end, elsewhere by a line every half minute, both drawn by a thread of their own."""
+    """A task that is shown once it takes longer than `PATIENCE`: in a terminal as a transient bar, elsewhere as a line
+    every half minute. A separate thread draws both."""
 
     def __init__(self, what: str, total: int, unit: Unit) -> None:
         self.what, self.total, self.unit, self.done = what, total, unit, 0
         self._start, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
-        with suppress(RuntimeError):  # where no more threads may be started
+        with suppress(RuntimeError):  # the thread limit is reached
             self._thread.start()
 
     def end(self) -> None:
-        """Stop showing it."""
+        """Stop showing the task."""
         self._ended.set()
         if self._thread.ident is not None:
             self._thread.join()

@@ -81,7 +81,7 @@ def train(
 
 
 def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run: bool, as_json: bool) -> None:
-    """Raises ConfigError: options of `train` that do not go together."""
+    """Raises ConfigError: options of `train` contradict each other."""
     if resume and overwrite:
         what = "--resume and --overwrite contradict each other"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
@@ -93,7 +93,7 @@ def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run
 
 
 def _join() -> Group:
-    """Join the processes of this run; torch is imported for it only where there are several."""
+    """Join the processes of this run; torch is imported only if there are several."""
     if launcher.world_size() == 1:
         return launcher.Group()
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # loratune reports lost connections itself
@@ -105,7 +105,7 @@ def _join() -> Group:
 
 
 def _print_plan(plan: "Plan", rows: int) -> None:
-    """What `train --dry-run` shows, with this many training rows."""
+    """Print the plan for `train --dry-run`, with this many training rows."""
     from loratune.api import display
 
     before, behind = display.plan(plan)
@@ -119,7 +119,7 @@ def _print_plan(plan: "Plan", rows: int) -> None:
 
 
 def _show_adapter(event: FinishedEvent, as_json: bool) -> None:
-    """The block at the end of a run, and a curve of its loss."""
+    """Print the results of a run, and its loss curve."""
     from loratune.api import display
 
     result = event.result

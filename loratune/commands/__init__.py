@@ -1,1 +1,1 @@
-"""The work of each command, one module per command, without parsing and printing."""
+"""The implementation of each command, one module per command, without parsing and printing."""

@@ -1,4 +1,4 @@
-"""`loratune chat`: a conversation with adapters. Each turn is rendered as the rows of training were."""
+"""`loratune chat`: a conversation with adapters. Each turn is rendered as in training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ RAW_NOTE = (
 
 @dataclass(frozen=True)
 class Exchange:
-    """A turn of the user and the answer. is_whole: the answer was not cut off."""
+    """A user turn and the answer. is_whole: the answer was not cut off."""
 
     question: str
     answer: str
@@ -30,7 +30,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. cut: why it was cut off; empty if it was not."""
+    """An answer. cut: why it was cut off; empty if it is complete."""
 
     text: str
     cut: str
@@ -40,9 +40,9 @@ class Chat:
     """A conversation.
 
     Attributes:
-        name: Of the adapter that answers.
-        exchanges: What has been said, whichever adapters answered.
-        system: The system message; empty without one.
+        name: The name of the adapter that answers.
+        exchanges: The conversation so far, with the answers of all adapters.
+        system: The system message; empty if there is none.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Chat:
 
     @property
     def names(self) -> list[str]:
-        """The names of all adapters; none where the only one has no name."""
+        """The names of all adapters; empty for a single adapter without a name."""
         return list(self._loaded.by_name)
 
     def notes(self) -> list[str]:
@@ -74,36 +74,37 @@ class Chat:
         return [f"{adapter.where}: {RAW_NOTE}" for adapter in adapters if not adapter.chat]
 
     def use(self, name: str) -> None:
-        """Let another adapter answer from here on. Raises ConfigError: there is no adapter of this name."""
+        """Use another adapter from now on. Raises ConfigError: there is no adapter with this name."""
         if name not in self._loaded.by_name:
             fix = f"the adapters are {', '.join(self.names)}" if self.names else "start with --adapter NAME=DIR"
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"there is no adapter {name!r}", key="/adapter", fix=fix))
         self.name = name
 
     def set_system(self, text: str) -> None:
-        """Set the system message from here on; an empty text removes it. Raises ConfigError: raw prompts have none."""
+        """Set the system message from now on; an empty text removes it. Raises ConfigError: the adapter was trained on
+        raw prompts."""
         if text and not self.adapter.chat:
             what = f"{self.adapter.where} {RAW_NOTE}"
             raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="leave the system message out"))
         self.system = text
 
     def reset(self) -> None:
-        """Forget what has been said; the system message and the adapter stay."""
+        """Clear the conversation; the system message and the adapter stay."""
         self.exchanges.clear()
 
     def ask(
         self, question: str, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
-        """Answer a turn. The answer becomes part of the conversation, also one that was cut off, unless it is empty.
+        """Answer a turn. A non-empty answer becomes part of the conversation, even if it was cut off.
 
         Args:
             question: The user's turn.
             on_text: Receives the answer piece by piece.
-            stopped: Called after each token; says whether to stop here.
+            stopped: Called after each token; returns whether to stop.
 
         Raises:
             ConfigError: The conversation fills the context.
-            DataError, ModelError: It cannot be rendered.
+            DataError, ModelError: The conversation cannot be rendered.
         """
         reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
@@ -113,10 +114,11 @@ class Chat:
     def ask_base(
         self, on_text: Callable[[str], None] | None = None, stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
-        """Answer the last turn without the adapter; the conversation stays as it is.
+        """Answer the last turn without the adapter; the conversation is unchanged.
 
         Raises:
-            AdapterError: PEFT has changed the base for this adapter. Otherwise as `ask`; there is no turn yet.
+            AdapterError: PEFT has changed the base for this adapter.
+            ConfigError: There is no turn yet; or as `ask`.
         """
         if not self.exchanges:
             what, fix = "there is no turn to answer yet", "ask something first"
@@ -125,12 +127,12 @@ class Chat:
             return self._answer(self.exchanges[:-1], self.exchanges[-1].question, on_text, stopped)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The conversation as rows to train on: one of messages, or for raw prompts one of each prompt and completion.
+        """The conversation as training rows: one row of messages, or for raw prompts one row per prompt and completion.
 
-        An answer that was cut off is not to be learned: in messages it has the weight 0, and a raw one is left out.
+        Answers that were cut off are excluded from training: they have weight 0 in messages, and no row as raw prompts.
 
         Raises:
-            ConfigError: No answer is whole.
+            ConfigError: No answer is complete.
         """
         whole = [exchange for exchange in self.exchanges if exchange.is_whole]
         if not whole:

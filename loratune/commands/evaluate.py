@@ -1,4 +1,4 @@
-"""`loratune evaluate`: how well an adapter does on held-out rows, compared with its base or with another adapter."""
+"""`loratune evaluate`: compares an adapter with its base, or with another adapter, on held-out rows."""
 
 import gc
 import math
@@ -40,7 +40,7 @@ from loratune.text import plural
 Tasks = Callable[[LoadedAdapter], TaskResults]
 """Runs tasks on a loaded adapter and its base, see `harness.run`."""
 _MOST_ROWS = 64
-"""Rows among which prompts are chosen that expect different answers."""
+"""The most rows from which prompts with different expected answers are chosen."""
 
 
 def evaluate(
@@ -53,18 +53,18 @@ def evaluate(
     tasks: Tasks | None = None,
     loaded: LoadedAdapter | None = None,
 ) -> Comparison:
-    """Score base, adapter and perhaps another adapter on the same rows, rendered as the first adapter was trained.
+    """Score base, adapter and optionally another adapter on the same rows, rendered with the first adapter's settings.
 
-    Of preference pairs and unpaired preferences, rewards and the loss of the adapter's objective are computed.
+    For preference pairs and unpaired preferences, rewards and the loss of the adapter's objective are computed.
 
     Args:
         adapter: The adapter.
         split: The rows.
-        against: Another adapter of the same base, which the adapter is compared with instead of the base.
-        judging: The metrics of rows with one answer. The verdict is about the first; without any, about the loss.
-        forgetting: Unrelated text, on which adapter and base are compared as well.
-        tasks: Runs tasks on the adapter and its base as well.
-        loaded: The adapter on its base, if it is loaded already.
+        against: Another adapter of the same base, to compare with instead of the base.
+        judging: The metrics for rows with one answer. The verdict is about the first one, or about the loss if empty.
+        forgetting: Unrelated text, on which adapter and base are also compared.
+        tasks: Runs tasks on the adapter and its base.
+        loaded: The adapter on its base, if already loaded.
 
     Raises:
         AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
@@ -96,7 +96,7 @@ def evaluate(
         if len(models) == 1:
             del first, engine, loaded
             models.clear()
-            gc.collect()  # else there would be two bases in memory
+            gc.collect()  # otherwise two bases would be in memory
             models = loading.load_all([against], adapter.base)
         same_tokens = asked["renderer"].digest == models[-1].renderer.digest
         remarks += _rendering_remarks(adapter, against, same_tokens=same_tokens)
@@ -116,7 +116,7 @@ def _compared(
     forgotten: Difference | None,
     remarks: Sequence[str],
 ) -> Comparison:
-    """The comparison from what each model does on the rows. found: model → what it does, in the order of the rows."""
+    """The comparison, from the results of each model. found: model → its result on each row."""
     answered = [
         replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
     ]
@@ -125,7 +125,7 @@ def _compared(
 
 
 def _collapsed(comparison: Comparison, vocabulary: int) -> str:
-    """Why the adapter is not a result of training; see `collapse.reason`."""
+    """Why the adapter has collapsed, or an empty string; see `collapse.reason`."""
     loss, of_base = (comparison.scores[name].metrics[LOSS] or math.nan for name in (ADAPTER, BASE))
     loss = loss if comparison.unit == "token" else math.nan
     scored = f"these {plural(len(comparison.rows), comparison.item)}"
@@ -133,7 +133,7 @@ def _collapsed(comparison: Comparison, vocabulary: int) -> str:
 
 
 def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement]) -> TaskResults:
-    """Run tasks on an adapter, which is loaded for them alone. Raises as `loading.load` and `harness.run` do."""
+    """Load an adapter and run tasks on it. Raises as `loading.load` and `harness.run` do."""
     return requirements.judged_tasks(tasks(loading.load(adapter)), required)
 
 
@@ -147,21 +147,21 @@ def _rows(
 
 
 def engine_of(loaded: LoadedAdapter) -> Engine:
-    """What computes the losses of an adapter, and, while it is off, of its base."""
+    """The engine that computes the losses of an adapter, and of its base while the adapter is disabled."""
     loaded.activate()
     acceleration = kernels.accelerate(loaded.model, partial(attach.adapted_linear, name=loaded.key))
     return Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration)
 
 
 def _sensitivity(loaded: LoadedAdapter, dataset: TokenizedDataset, numbers: Sequence[int]) -> PromptSensitivity | None:
-    """Whether the predictions of the adapter depend on its prompts, on some of the rows, evenly spread."""
+    """How much the adapter's predictions depend on the prompt, measured on evenly spaced rows."""
     loaded.activate()
     found = [row for number in numbers[:: -(-len(numbers) // _MOST_ROWS)] for row in dataset.item(number)]
     return collapse.measure(loaded.model, loaded.without_adapter(), found)
 
 
 def _objective_remarks(formula: Formula, adapter: AdapterDirectory, against: AdapterDirectory | None) -> Iterator[str]:
-    """A line for each adapter that was not trained with the objective, or the reference, that it is measured by."""
+    """A line for each adapter that was trained with another objective or reference than it is evaluated with."""
     for one in (adapter, against):
         if one is None:
             continue
@@ -179,7 +179,7 @@ def _vocabulary_size(loaded: LoadedAdapter) -> int:
 
 
 def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[LoadedAdapter]:
-    """The adapters on one base; the first alone, where they cannot share one."""
+    """Both adapters on one base; only the first if they cannot share one."""
     if against is not None:
         try:
             return loading.load_all([adapter, against])
@@ -190,7 +190,7 @@ def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[L
 
 
 def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
-    """Why the rows may not be what the other adapter was trained on, a line."""
+    """A line on how the rows may be rendered differently than in the training of the other adapter."""
     own, its = (one.data.model_dump() for one in (adapter, against))
     keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if own[key] != its[key]]
     differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
@@ -203,12 +203,12 @@ def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, 
 
 
 def _forgetting(loaded: LoadedAdapter, engine: Engine, split: DatasetSplit, remarks: list[str]) -> Difference:
-    """The loss of the adapter less that of its base on unrelated text, of which no row is longer than the context.
+    """The loss of the adapter minus that of its base on unrelated text, cut to the model's context.
 
-    remarks: lines about its rows are added to it.
+    remarks: receives lines about the rows.
 
     Raises:
-        NumericError: The loss of the adapter is not finite there.
+        NumericError: The loss of the adapter is not finite.
     """
     context = load.context_length(loaded.model.config)
     longest = min(split.section.max_length, context or split.section.max_length)

@@ -1,4 +1,5 @@
-"""`loratune explain`: the meaning and cost of a config key and, with a config file, its value and where that is set."""
+"""`loratune explain`: the meaning and cost of config keys and, with a config file, their values and where they are
+set."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,15 +16,15 @@ from loratune.errors import ConfigError, Problem
 
 @dataclass(frozen=True)
 class Setting:
-    """A value in force.
+    """The effective value of a key.
 
     Attributes:
-        key: Its place, with the numbers of a list's entries.
-        value: As it is written, or the default.
-        source: `file:line`, `--set`, or that it is the default.
-        decided_by_run: Whether a run chooses the value that it works with.
-        used: Whether it has an effect.
-        remark: What the run works with instead, or why it has no effect; empty if it is used unchanged.
+        key: The dotted key, with indices for list entries.
+        value: The value as written, or the default.
+        source: `file:line`, `--set`, or `the default`.
+        decided_by_run: Whether the run chooses the value, as for `auto`.
+        used: Whether the value has an effect.
+        remark: The value that the run uses instead, or why the key has no effect; empty if it is used unchanged.
     """
 
     key: str
@@ -39,12 +40,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Keys and sections of the config, and their values in force.
+    """Keys and sections of the config, and their effective values.
 
     Attributes:
         found: The keys and sections.
-        path: The config file, if there is one.
-        config: The validated config and what is written in its file, if there is one.
+        path: The config file, if any.
+        config: The validated config and the content of its file, if any.
     """
 
     found: Sequence[KeyGroup | Key]
@@ -52,7 +53,7 @@ class Explanation:
     config: tuple[RunConfig, Document] | None
 
     def settings(self, key: Key) -> list[Setting]:
-        """The value of a key in each of its places that the config has; none without a config."""
+        """The effective value at each place of a key in the config; empty without a config."""
         if self.config is None:
             return []
         run, document = self.config
@@ -77,7 +78,7 @@ class Explanation:
         return settings
 
     def blocks(self) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-        """A title with named lines for each key, and one for each section with a line for each of its keys."""
+        """A block for each key, and for each section with a line per key: its title, and names and texts."""
         for item in self.found:
             if isinstance(item, Key):
                 yield ", ".join(item.places), [*self._lines_of_key(item)]
@@ -105,7 +106,7 @@ class Explanation:
         return [(setting.key, str(setting)) for setting in self.settings(key)]
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known of the keys, by the places of each."""
+        """Plain values: the explanation of each key, by its places."""
         keys = [key for item in self.found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
         described = {
             place: {
@@ -124,7 +125,7 @@ class Explanation:
 
 
 def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """The paths and values at a place, of which lists have several."""
+    """The paths and values at a place; several for list entries."""
     if not names:
         yield path, values
     elif isinstance(values, list):
@@ -135,15 +136,15 @@ def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[Key
 
 
 def explain(words: str | None, path: Path | None, assignments: Sequence[str]) -> Explanation:
-    """Explain the keys and sections that some words may mean, see `keys.find`; all of them without any.
+    """Explain the keys and sections that match a name, see `keys.find`; without a name, all of them.
 
     Args:
         words: A name, or its beginning.
         path: A config file.
-        assignments: Assignments over it, as of `config.load`.
+        assignments: Assignments that override it, as for `config.load`.
 
     Raises:
-        ConfigError: The config is not valid, or there is no such key.
+        ConfigError: The config is not valid, or the key is unknown.
     """
     config = load_with_lines(path, assignments) if path else None
     found: list[KeyGroup | Key] = [*groups()] if words is None else find(words)

@@ -1,7 +1,7 @@
 """`loratune export`: writes an adapter in the format of another program, reads it back, and compares it.
 
-For PEFT and vLLM the output is a plain LoRA directory, which is compared as stock PEFT reads it. For llama.cpp and
-Ollama it is a GGUF file, which llama.cpp's own converters write and llama.cpp runs.
+For PEFT and vLLM, the output is a plain LoRA directory, which is loaded in stock PEFT for the comparison. For llama.cpp
+and Ollama, it is a GGUF file, written by llama.cpp's converters and compared in llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,14 @@ from loratune.text import format_size
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        directory: Where.
-        client: The program that it is for.
+        directory: The output directory.
+        client: The target program.
         lines: The results of the comparison, as names and texts.
-        metrics: The same by name, for JSON.
-        commands: The commands that use it.
+        metrics: The results of the comparison by name, for JSON.
+        commands: Commands that use the export.
     """
 
     directory: Path
@@ -49,7 +49,7 @@ class Exported:
     commands: Sequence[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything by name."""
+        """Plain values by name."""
         return {
             "directory": str(self.directory), "client": self.client, "comparison": self.metrics,
             "commands": [*self.commands],
@@ -65,18 +65,18 @@ def export(
     mix: Mapping[str, float] | None = None,
     split: DatasetSplit | None = None,
 ) -> Exported:
-    """Write an adapter for one program.
+    """Write an adapter for another program.
 
     Args:
         source: The adapter.
         directory: The output, see `OutputDirectory.check`.
-        options: The program, and how the adapter is written for it.
-        mix: Name → weight of the adapters whose sum it is, for the record.
-        split: The rows that the user wants it compared on.
+        options: The program, and the options of the export.
+        mix: Name → weight of the summed adapters, for the record.
+        split: The rows to compare on, if the user gave any.
 
     Raises:
-        AdapterError: The program cannot read the adapter, the base is another one, or what was written does not compute
-            what the adapter computes.
+        AdapterError: The program cannot read the adapter, the base is another one, or the results of the export differ
+            from those of the adapter.
         ConfigError: llama.cpp's converters are not installed.
         ModelError, DataError: The base or the rows cannot be used.
         ResourceError: The disk is full.
@@ -102,7 +102,7 @@ def _export_plain(
     details: dict[str, Any],
     split: DatasetSplit | None,
 ) -> Exported:
-    """A plain LoRA directory, for PEFT and vLLM. details: what its record also holds."""
+    """Write a plain LoRA directory, for PEFT and vLLM. details: further fields of its record."""
     adapter, meta = _fold(source, options)
     needed, free = 5 * sum(parameter.numel() for parameter in meta.parameters()), memory.available(load.device())
     not_compared = options.why_not_verified
@@ -131,7 +131,7 @@ def _export_plain(
     ]
     commands = []
     if options.to == "vllm":
-        place, template = directory.output, directory.output / TEMPLATE  # vLLM would use that of the base
+        place, template = directory.output, directory.output / TEMPLATE  # vLLM would use the base's template
         rendering = str(template) if source.chat and template.is_file() else None
         base, name = source.base.name_or_path, clients.name_of(place.name)
         commands = [clients.vllm(base, name, str(place), adapter.rank, rendering)]
@@ -145,7 +145,7 @@ def _difference(share: float, whole: str) -> str:
 def _export_gguf(
     source: AdapterDirectory, directory: OutputDirectory, options: ExportOptions, split: DatasetSplit | None
 ) -> Exported:
-    """A GGUF file, for llama.cpp and Ollama: of the adapter, or of base and adapter as one model."""
+    """Write a GGUF file, for llama.cpp and Ollama: of the adapter, or of the merged model."""
     converters, not_run = gguf.find_converters(options.llama_cpp), options.why_not_verified
     if not_run:
         note(f"llama.cpp will not be run: {not_run}")
@@ -157,7 +157,7 @@ def _export_gguf(
     is_ollama = options.to == "ollama"
     modelfile = ollama.modelfile(loaded.renderer, f"{name}.gguf", chat=source.chat) if is_ollama else None
     answers = [] if not_run else scored_answers(loaded, source, split)
-    is_small = adapter and (not_run or base_gguf)  # no model is written, not even to run the adapter on it
+    is_small = adapter and (not_run or base_gguf)  # no GGUF file of the base has to be written
     size = 2 * file_bytes(adapter.tensors) if adapter and is_small else 8 * loaded.model.num_parameters()
     with directory.staged(size, "the GGUF file") as staging:
         file = staging / f"{name}.gguf"
@@ -186,7 +186,7 @@ def _export_gguf(
 
 
 def _own_gguf(source: AdapterDirectory) -> Path | None:
-    """The GGUF file that the base itself is, if it is one on this machine."""
+    """The GGUF file of the base, if it was loaded from a local one."""
     file = Path(local_or_hub(source.base.name_or_path)) / (source.base.gguf_file or "")
     return file if source.base.gguf_file and file.is_file() else None
 
@@ -194,7 +194,7 @@ def _own_gguf(source: AdapterDirectory) -> Path | None:
 def _run(
     conversion: Conversion, file: Path, answers: Sequence[ScoredAnswer], *, is_adapter: bool
 ) -> LlamaCppResult | str:
-    """The answers of a GGUF file in llama.cpp, compared with those of the adapter; or why it cannot be run."""
+    """Compare the answers of a GGUF file in llama.cpp with those of the adapter; or why it cannot be run."""
     ends = conversion.loaded.renderer.end_ids
     if not is_adapter:
         return gguf.compare(file, None, None, answers, ends)

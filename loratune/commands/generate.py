@@ -1,4 +1,4 @@
-"""`loratune generate`: completes prompts, which are rendered as in training."""
+"""`loratune generate`: completes prompts, rendered as in training."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -23,10 +23,10 @@ class Answer:
 
     Attributes:
         adapter: The name of the adapter that answers.
-        row: The row that holds the prompt.
-        prompt: The prompt as text; of a conversation, its last message.
-        completion: What base and adapter give.
-        base: What the base alone gives; None where that is not wanted.
+        row: The row with the prompt.
+        prompt: The prompt as text; for a conversation, its last message.
+        completion: The completion of the adapter.
+        base: The completion of the base; None if not requested.
     """
 
     adapter: str
@@ -36,7 +36,7 @@ class Answer:
     base: str | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The row with its answer as `completion`, and as `base` that of the base."""
+        """The fields of the row, with the completions as `completion` and `base`."""
         found = {"completion": self.completion} | ({"base": self.base} if self.base is not None else {})
         return with_own_fields(self.row.values, found)
 
@@ -57,17 +57,17 @@ def answers(
     Args:
         loaded: The adapters.
         names: The name of the adapter that answers each row, see `names`.
-        rows: Rows of any format but input_ids; they need no completion. Text is used as in training: raw, or as the
-            user's turn if the adapter was trained on conversations.
-        sampling: How tokens are chosen, and where completions end.
-        max_new_tokens: The longest completion.
+        rows: Rows of any format except input_ids; completions are optional. Text is rendered as in training: raw, or as
+            a user turn if the adapter was trained on conversations.
+        sampling: The sampling settings.
+        max_new_tokens: The maximum length of a completion, in tokens.
         base: Also answer with the base alone.
         on_text: Receives the completion of a single prompt piece by piece.
-        shows_progress: Emit how many rows are answered.
+        shows_progress: Emit progress events.
 
     Raises:
         DataError: A row cannot be used or rendered.
-        ConfigError: A prompt is empty, or leaves too little of the model's context for new tokens.
+        ConfigError: A prompt is empty, or with its new tokens exceeds the model's context.
     """
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
@@ -98,12 +98,12 @@ def answers(
 
 
 def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
-    """The name of the adapter that each row asks for in its field `adapter`, the default's where it asks for none.
+    """The name of the adapter for each row: its field `adapter`, or the default adapter.
 
-    The field means nothing where the only adapter has no name.
+    The field is ignored if the only adapter has no name.
 
     Raises:
-        DataError: A row names an adapter that was not given; with a mixture, it names any.
+        DataError: A row names an unknown adapter, or with a mixture, any adapter.
     """
     known = {} if selection.mix else selection.directories
     if UNNAMED in known:
@@ -122,7 +122,7 @@ def names(selection: Selection, rows: Sequence[Row]) -> list[str]:
 
 
 def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[Question]:
-    """The prompts of the rows; text is the user's turn if the row's adapter was trained on conversations."""
+    """The prompts of the rows; text becomes a user turn if the row's adapter was trained on conversations."""
     questions = [parse_question(row, adapter.data) for adapter, row in zip(answering, rows, strict=True)]
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", where) for where in empty])

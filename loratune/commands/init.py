@@ -30,16 +30,16 @@ from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import unit_parameters
 
 MOST_ROWS = 20_000
-"""Rows that are tokenized; of more, so many are drawn."""
+"""The most rows that are tokenized; of more rows, a random sample of this size."""
 _LABEL_TOKENS = 16
-"""Supervised tokens that a label has at most, in the median."""
+"""The largest median of supervised tokens for completions to count as labels."""
 _OBJECTIVES = {None: "sft", PAIRS: "dpo", UNPAIRED: "kto"}
-"""What rows are → the objective that is proposed for them."""
+"""Kind of rows → the objective chosen for them."""
 _BATCH = 8
-"""Rows of a batch whose prefixes are compared: the batch is chosen later, and much larger ones save hardly more."""
+"""The batch size for estimating shared prefixes: the batch is chosen later, and much larger ones save hardly more."""
 _NO_LIMIT = 2**31 - 1
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
-"""Keys that are written as `auto`, with the value that this gives."""
+"""Keys that are written as `auto`, with a comment on the resulting value."""
 _TITLE = (
     "Written by `loratune init`, with the reason for each choice; all else has its default. Paths are those of the "
     "directory where loratune is started. `loratune explain KEY` says what a key does."
@@ -49,16 +49,16 @@ _SCARCE = "half of the memory would not suffice without"
 
 @dataclass(frozen=True)
 class MeasuredRows:
-    """The rows as the model's tokenizer reads them.
+    """The rows, tokenized and measured.
 
     Attributes:
-        splits: All of them; the validation and test rows only if these are files of their own.
-        choice: The columns with which they are read, and why.
-        all_lengths: (rows,), tokens of the rows of all splits that were tokenized.
-        tokenized: The training rows that were tokenized, each answer of a pair by itself; with `lengths`, `supervised`.
-        saved: About the share of the tokens of batches that shared prefixes save.
-        classes: The completions, if they are short and few.
-        rows_per_example: 2 for pairs of answers, else 1.
+        splits: All rows by split; validation and test rows only if they have separate files.
+        choice: The columns that are read, and why.
+        all_lengths: (rows,), token counts of the tokenized rows of all splits.
+        tokenized: The tokenized training rows, each answer of a pair as one row; with `lengths`, `supervised`.
+        saved: The approximate fraction of a batch's tokens that shared prefixes save.
+        classes: The completions as class labels, if they are short and few.
+        rows_per_example: 2 for preference pairs, else 1.
     """
 
     splits: RawDatasets
@@ -76,16 +76,16 @@ class MeasuredRows:
 
     @property
     def held_out(self) -> int:
-        """Rows of the validation files; 0 without any."""
+        """The number of rows in validation files; 0 without such files."""
         return len(self.splits.validation) if self.splits.validation else 0
 
     @property
     def is_sample(self) -> bool:
-        """Whether only some of the training rows were tokenized."""
+        """Whether only a sample of the training rows was tokenized."""
         return len(self.train) > MOST_ROWS
 
     def cut(self, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(rows,), the tokens and supervised tokens of each row, or pair of answers, of at most so many."""
+        """Two arrays (rows,): the tokens and supervised tokens of each row or pair, cut to `max_length`."""
         lengths, supervised = (
             values.reshape(-1, self.rows_per_example).sum(1)
             for values in (self.tokenized.lengths, self.tokenized.supervised)
@@ -96,14 +96,14 @@ class MeasuredRows:
 
 @dataclass(frozen=True)
 class Fit:
-    """How training fits into the memory.
+    """Memory-related settings, and their estimated memory.
 
     Attributes:
-        batch: Rows of a micro-step.
+        batch: Rows of a micro-batch.
         quantization: As `model.quantization`.
         checkpointed: As `training.activation_checkpointing`.
-        estimate: The memory that training needs.
-        free: The memory that there is.
+        estimate: The estimated memory for training.
+        free: The free memory, in bytes.
     """
 
     batch: int
@@ -114,24 +114,25 @@ class Fit:
 
     @property
     def is_roomy(self) -> bool:
-        """Whether training needs at most half of what is free, which leaves a margin for what is not estimated."""
+        """Whether training needs at most half of the free memory, which leaves a margin for errors of the estimate."""
         return self.estimate.total <= self.free // 2
 
 
 @dataclass(frozen=True)
 class Started:
-    """A config, and what is known of the run that it describes.
+    """A config, and estimates for its run.
 
     Attributes:
         text: The config as YAML.
-        run: The same, validated.
+        run: The validated config.
         rows: The rows.
-        cut: Lines on what `max_length` cuts.
-        fit: How training fits into the memory.
+        cut: Lines on rows that `max_length` truncates or drops.
+        fit: The memory-related settings and their estimated memory.
         count: Parameters of adapter and model.
-        machine: What computes.
-        context: The number of positions of the model, if that is known.
-        steps, seconds: Of the training; the seconds are an estimate, with evaluations.
+        machine: The cores and the GPU.
+        context: The number of positions of the model, if known.
+        steps: Optimizer steps of training.
+        seconds: The estimated time of training, with evaluations.
     """
 
     text: str
@@ -147,10 +148,10 @@ class Started:
 
 
 def init(run: RunConfig, draft: Draft) -> Started:
-    """Choose what a config leaves open.
+    """Choose the keys that a config leaves open.
 
     Args:
-        run, draft: The config so far, see `init_start.checked`; values that are set in the draft do not change.
+        run, draft: The config so far, see `init_start.start`; values set in the draft do not change.
 
     Raises:
         ModelError: As `load.load_config`, `load.load_tokenizer`, `checks.check_present` and `creation.adapt`.
@@ -194,7 +195,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
 
 
 def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[MeasuredRows, list[str]]:
-    """Read and check all rows, and tokenize them, or a sample of many, without cutting any.
+    """Read and check all rows, and tokenize them, or a sample if there are many, without truncation.
 
     Returns the rows, and lines on how they were read. Raises DataError, ModelError: as `fields.read`, `data.prepare`.
     """
@@ -214,7 +215,8 @@ def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[
 
 
 def _check_length(rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int) -> list[str]:
-    """Lines on what `max_length` cuts. Raises DataError: more rows would be dropped than `max_dropped` allows."""
+    """Lines on rows that `max_length` truncates or drops. Raises DataError: more would be dropped than `max_dropped`
+    allows."""
     if not (rows.all_lengths > section.max_length).any():
         return []
     return [
@@ -231,7 +233,7 @@ def _sample(split: DatasetSplit) -> DatasetSplit:
 
 
 def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None) -> int:
-    """The section `data`. Returns how many of the training rows are held out."""
+    """Choose the section `data`. Returns the number of training rows that are held out."""
     if rows.choice.columns:
         draft.choose("data.columns", rows.choice.columns, rows.choice.why)
     chat = ", through the model's chat template" if rows.train.chat else ""
@@ -250,7 +252,7 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
 
 
 def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
-    """The fraction of the rows that is held out, unless there are files of them. Returns how many rows that is."""
+    """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
     best = "the step with the lowest loss on them is kept"
     fraction = run.data.validation if draft.has("data.validation") else auto.validation(len(rows.train))
     if rows.held_out:
@@ -272,7 +274,7 @@ def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
 
 
 def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> None:
-    """The batch, and what saves memory if that is needed."""
+    """Choose the batch size, and settings that save memory if needed."""
     if run.training.max_minutes is not None:
         draft.reasons["training.max_minutes"] = "the number of steps is fixed from it before the first one"
     size, (total, free) = fitting.batch, (count / (1 << 30) for count in (fitting.estimate.total, fitting.free))
@@ -291,16 +293,16 @@ def _choose_training(draft: Draft, run: RunConfig, step: int, fitting: Fit) -> N
 def fit(
     model: Any, run: RunConfig, draft: Draft, rows: MeasuredRows, step: int, free: int, *, quantizable: bool
 ) -> Fit:
-    """The largest micro-batch that uses at most half of the free memory. Activations are recomputed, and the base is
-    quantized, only if no batch fits without; if none fits at all, the smallest is returned.
+    """The largest micro-batch that uses at most half of the free memory. Activation checkpointing and quantization are
+    used only if no batch fits without them; if none fits at all, the smallest is returned.
 
     Args:
         model: A `PeftModel` on the meta device.
-        run, draft: The config so far; values that are set in the draft do not change.
+        run, draft: The config so far; values set in the draft do not change.
         rows: The rows.
         step: Rows of an optimizer step, a power of two.
-        free: Bytes of memory that are free.
-        quantizable: Whether the base may be quantized on this machine.
+        free: Free memory, in bytes.
+        quantizable: Whether the base can be quantized on this machine.
     """
     batches = [step >> shift for shift in range(step.bit_length())]
     if draft.has("training.per_device_train_batch_size"):
@@ -325,7 +327,7 @@ def fit(
 
 
 def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat) -> Estimate:
-    """The estimate of `train --dry-run`, for batches of the rows that were measured."""
+    """The memory estimate of `train --dry-run`, for batches of the measured rows."""
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
     each, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
     layout = BatchLayout(_CutRows(rows.tokenized, length), tokens, packing, batch, length, 0, each - 1 and each)
@@ -345,7 +347,7 @@ def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.We
 
 @dataclass(frozen=True)
 class _CutRows:
-    """Rows truncated from the left, about as `data.truncation` does it."""
+    """Rows truncated from the left, which approximates `data.truncation`."""
 
     rows: Any
     length: int
@@ -359,7 +361,7 @@ class _CutRows:
 
 
 def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
-    """How many rows are trained on when some are held out, and what `auto` is decided by."""
+    """The number of training rows without held-out rows, and the facts that `auto` values depend on."""
     trained = max(1, len(rows.train) - held_out)
     share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
@@ -376,7 +378,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
 
 
 def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
-    """The optimizer steps of the run, and about how many seconds they take, with evaluations."""
+    """The optimizer steps of the run, and their estimated seconds, with evaluations."""
     lengths, supervised = rows.cut(run.data.max_length)
     held_out = rows.held_out or len(rows.train) - trained
     costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)

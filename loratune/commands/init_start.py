@@ -1,5 +1,5 @@
-"""The first part of `loratune init`, before torch is imported: which files are training, validation and test rows, and
-where the adapter is written.
+"""The first part of `loratune init`, before torch is imported: finds the files of training, validation and test rows,
+and chooses the output directory.
 """
 
 import os
@@ -19,35 +19,35 @@ from loratune.system.output_file import Output
 from loratune.training.checkpoints import run_dir
 
 SOURCE = "init"
-"""What the config is called in messages until it is a file."""
+"""The name of the config in messages before it is written to a file."""
 
 _SPLITS = {
     "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation", "eval": "validation",
     "test": "test",
 }  # fmt: skip
-"""What files and directories of a split are called → the key that takes them."""
+"""Name of a file or directory → the data key for its split."""
 
 _HELD_OUT = 0.5
-"""A fraction of the rows in the place of the one that will be chosen once they are counted."""
+"""A placeholder for the fraction of held-out rows, which is chosen once the rows are counted."""
 
 _SHOWN = 5
-"""Names of files in a message."""
+"""The most file names in a message."""
 
 
 def start(rows: str, model: str, assignments: Sequence[str], output: Output | None = None) -> tuple[Draft, RunConfig]:
-    """The config that the choices of `init.init` begin with, without validation rows unless they are set.
+    """The initial config for `init.init`, without validation rows unless they are set.
 
     Args:
         rows: The path of the rows, or a hub id.
         model: The directory of the model, or a hub id.
-        assignments: Assignments to keys, as of `config.load`.
+        assignments: Assignments to keys, as for `config.load`.
         output: The file that the config will be written to.
 
     Raises:
-        ConfigError: A value is invalid whatever will be chosen; rows or model are named twice; the config would be
-            among the rows; nothing can be written at output_dir.
-        DataError, ModelError: There are no such rows, or there is no such model.
+        ConfigError: A value is invalid; rows or model are given twice; the config file would be read as rows;
+            output_dir cannot be written.
+        DataError, ModelError: The rows or the model do not exist.
     """
     given = {"data.train": "DATA", "model.name_or_path": "--model"}
     for key in (assignment.partition("=")[0].strip() for assignment in assignments):
@@ -73,7 +73,7 @@ def start(rows: str, model: str, assignments: Sequence[str], output: Output | No
 
 
 def _checked(draft: Draft) -> RunConfig:
-    """The config so far. Validation rows may still be chosen, so keys that need them are refused once that is known."""
+    """The config so far. As validation rows may still be chosen, keys that need them are checked later."""
     rows = draft.values.get("data")
     if not isinstance(rows, dict) or "validation" in rows:
         return config.from_draft(draft)
@@ -84,9 +84,9 @@ def _checked(draft: Draft) -> RunConfig:
 
 
 def _find_splits(path: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Key of the data section → paths, where a directory has entries that are named after splits; and its other files.
+    """Data key → paths, for a directory with entries named after splits; and its other files.
 
-    Anything else, also a directory with no entry for training, is all of it to train on.
+    Any other path, including a directory without a training entry, is used entirely for training.
     """
     directory = Path(path).expanduser()
     found: dict[str, list[str]] = {}
@@ -102,13 +102,13 @@ def _find_splits(path: str) -> tuple[dict[str, list[str]], list[str]]:
 
 
 def _split_key(name: str) -> str | None:
-    """The key of the data section that a name without its ending stands for: `train`, `dev`, `test-00000-of-00001`."""
+    """The data key for a name without its extension, such as `train`, `dev` or `test-00000-of-00001`."""
     named = re.fullmatch(r"([a-z]+)(?:[-_]?\d[\w-]*)?", name.lower())
     return _SPLITS.get(named[1]) if named else None
 
 
 def _free_directory(rows: str) -> str:
-    """A name for the adapter, after the rows or the directory of a split, that nothing in the working directory has."""
+    """An unused directory name for the adapter, derived from the rows or the parent directory of a split."""
     path = Path(rows).expanduser().absolute()
     stem = path.name if path.is_dir() else path.name.partition(".")[0]
     if _split_key(stem) and path.parent.name:

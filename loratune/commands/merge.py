@@ -26,19 +26,19 @@ from loratune.system.output_dir import OutputDirectory
 
 @dataclass(frozen=True)
 class Merged:
-    """What `loratune merge` has made.
+    """The result of `loratune merge`.
 
     Attributes:
         directory: The directory of the model.
-        written: The weights.
+        written: The written weights.
         texts: The texts it was compared on.
-        comparison: See `merged_model.compare`; without memory for that, `tensors`: how many were read back, and
-            `nearer`: whether the changed ones are nearer to base and adapter than to the base.
-        note: Why and how the base was loaded; empty if it was read from its files.
+        comparison: See `merged_model.compare`; if memory is too small for that, `tensors`: the number of tensors read
+            back, and `nearer`: whether the changed ones are closer to base and adapter than to the base.
+        note: Why and how the base was loaded; empty if its files were read directly.
     """
 
     LOW_SHARE: ClassVar = 0.9
-    """A parameter that keeps less of its change than this is named."""
+    """Parameters that keep less than this fraction of their change are reported."""
 
     directory: Path
     written: Written
@@ -48,11 +48,11 @@ class Merged:
 
     @property
     def low(self) -> list[Kept]:
-        """Parameters that lose much of their change to rounding, the one that loses most first."""
+        """Parameters that lose much of their change to rounding, the largest loss first."""
         return sorted((kept for kept in self.written.kept if kept.share < self.LOW_SHARE), key=lambda kept: kept.share)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, as they are also recorded."""
+        """Plain values, which are also in the record."""
         written = self.written
         shares = {kept.name: round(kept.share, 6) for kept in written.kept}
         kept = (
@@ -87,7 +87,7 @@ def merge(
         dtype: The dtype of the merged model; None keeps that of the base.
 
     Raises:
-        AdapterError: The adapter cannot be merged, has another base, or the merged model is not nearer to it than to
+        AdapterError: The adapter cannot be merged, has another base, or the merged model is not closer to it than to
             its base.
         ModelError: Files of the base changed in the meantime, or as `loading.load`.
         ConfigError, DataError, ResourceError, LockedError: See `OutputDirectory.staged`, `loading.load`, `texts`.
@@ -111,10 +111,10 @@ def merge(
         written = plan.write(staging)
         merged_model.write_configs(staging, adapter, plan, renderer.end_ids)
         merged_model.write_tokenizer(staging, adapter, tokenizer)
-        del plan  # a base that was loaded
+        del plan  # frees the base, if it was loaded
         computed = merged_model.dtype_that_fits(parameters, written.dtypes)
         if computed is None and is_loaded:
-            computed = written.dtypes[0]  # it was in memory
+            computed = written.dtypes[0]  # it fitted into memory before
         if computed is not None:
             comparison = merged_model.compare(adapter, staging, compared_on, computed)
         else:
@@ -129,7 +129,7 @@ def merge(
 
 
 def _check_nearer(merged: Merged, adapter: AdapterDirectory) -> None:
-    """Raises AdapterError: the merged model is not nearer to base and adapter than to the base."""
+    """Raises AdapterError: the merged model is not closer to base and adapter than to the base alone."""
     found, where = merged.comparison, str(adapter.files.path)
     if "tensors" in found:
         nearer, what = found["nearer"], "the merged weights are not nearer to base and adapter than to the base"
@@ -144,7 +144,7 @@ def _check_nearer(merged: Merged, adapter: AdapterDirectory) -> None:
 
 
 def summary(merged: Merged) -> list[str]:
-    """What was merged and how it compares, a line each, for the card."""
+    """Lines on the merged parameters and the comparison, for the card."""
     written, found = merged.written, merged.comparison
     lines = [f"{len(written.kept)} parameters changed, stored as {', '.join(written.dtypes)}"]
     if merged.note:

@@ -19,16 +19,16 @@ from loratune.training import auto
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Adapted modules, or parameters, that share their pattern, shape and rank.
+    """Adapted modules, or parameters, with the same pattern, shape and rank.
 
     Attributes:
-        role: The role of the modules; several, joined by commas, where one module serves them all.
+        role: The role of the modules; for fused modules, all roles, joined by commas.
         pattern: The common pattern of their paths.
-        modules: How many there are.
-        shape: Inputs and outputs of each layer, or of each of its experts.
-        experts: How many experts each parameter holds; 1 for modules.
-        rank: The rank of each adapter, or of that of each expert.
-        trainable: Trained parameters of all of them.
+        modules: The number of modules.
+        shape: Input and output features of each layer, or of each of its experts.
+        experts: The number of experts in each parameter; 1 for modules.
+        rank: The rank of the adapter of each module or expert.
+        trainable: The trainable parameters of all modules together.
     """
 
     role: str
@@ -42,16 +42,16 @@ class ModuleGroup:
 
 @dataclass(frozen=True)
 class Params:
-    """What would be trained, and the memory for it.
+    """Trainable parameters, and the estimated memory for training.
 
     Attributes:
-        count: Trainable parameters, and all parameters.
+        count: The number of trainable parameters and of all parameters.
         groups: The adapted modules.
-        layers: Number of a layer → trained parameters in it.
-        others: Pattern → trained parameters outside the adapted modules: whole modules, tokens, biases.
-        targets: What is adapted.
-        notes: Lines that the user should see.
-        memory: The estimate for a batch of `batch` rows of `length` tokens, all of which are supervised.
+        layers: Layer number → its trainable parameters.
+        others: Pattern → trainable parameters outside the adapted modules: whole modules, tokens, biases.
+        targets: The adapted modules and parameters.
+        notes: Lines for the user.
+        memory: The estimate for a batch of `batch` rows of `length` tokens, all supervised.
         batch: Rows of a batch.
         length: Tokens of a row.
     """
@@ -68,14 +68,14 @@ class Params:
 
     @property
     def roles(self) -> dict[str, int]:
-        """Role → trained parameters; roles that share a module are counted together, as `q, k, v`."""
+        """Role → trainable parameters; roles that share a module are counted together, as `q, k, v`."""
         by_role: dict[str, int] = {}
         for group in self.groups:
             by_role[group.role] = by_role.get(group.role, 0) + group.trainable
         return by_role
 
     def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
+        """Plain values for `--json`."""
         return {
             "trainable": self.count.trainable,
             "total": self.count.total,
@@ -90,10 +90,11 @@ class Params:
 
 
 def params(run: RunConfig) -> Params:
-    """Count on the meta device: neither weights nor memory are needed, whatever the size of the model.
+    """Count on the meta device, which needs no weights and little memory for any model size.
 
     Raises ModelError: the model's configuration cannot be read, or the targets match no module; ConfigError: the
-    rank is left to the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not fit.
+    rank is `auto`, which depends on the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not
+    fit.
     """
     start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
     if run.lora.r == AUTO and start_from is None:
@@ -124,7 +125,7 @@ def params(run: RunConfig) -> Params:
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:
-    """The targets by pattern, shape and rank, each with all roles that it serves."""
+    """The targets grouped by pattern, shape and rank, each with all its roles."""
     groups, layers = [], parameters.layers_of(model)
     for module_pattern, roles in targets.module_patterns().items():
         sizes_by_kind: dict[tuple[tuple[int, int], int, int], list[int]] = {}
@@ -142,7 +143,7 @@ def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:
 
 
 def _others(model: PeftModel, targets: Targets) -> dict[str, int]:
-    """Trained parameters outside the adapted modules, by the pattern of their names."""
+    """Trainable parameters outside the adapted modules, by name pattern."""
     prefixes = (*(f"{path}." for path in targets.modules), *(f"{parent(path)}.lora_" for path in targets.parameters))
     others: dict[str, int] = {}
     for name, size in parameters.trained_sizes(model).items():

@@ -19,19 +19,19 @@ from loratune.system.directories import ROW_HASHES
 
 
 def push(directory: Path, repository: str, *, public: bool, base: str | None) -> Upload:
-    """Check an adapter directory, upload it, and compare what the hub then holds.
+    """Check an adapter directory, upload it, and verify the upload.
 
     Args:
         directory: The adapter directory.
         repository: USER/NAME.
-        public: Whether everyone is to see it.
-        base: What the base is called on the hub, if the adapter knows it by a path.
+        public: Whether to make the repository public.
+        base: The base's name on the hub, if the adapter names it by a local path.
 
     Raises:
         AdapterError: See `adapter_files.inspect`, `portable.copy`, `hub.upload`; files have changed since the adapter
             was saved.
         ConfigError: The name or the base is not valid; there is no login; see `portable.copy`, `hub.upload`.
-        ModelError: The hub has no such base.
+        ModelError: The base does not exist on the hub.
         ResourceError, LockedError: See `hub.explained`.
     """
     hub.check_name(repository)
@@ -57,11 +57,11 @@ def push(directory: Path, repository: str, *, public: bool, base: str | None) ->
 
 
 def _base_on_hub(adapter: AdapterFiles, given: str | None) -> str:
-    """The id on the hub of the base that the uploaded adapter is to name. given: the value of `--base`.
+    """The hub id of the base for the uploaded adapter. given: the value of `--base`.
 
     Raises:
-        ConfigError: The base is only a path, and no id is given; or another id than that of the adapter.
-        ModelError: The hub has no such model.
+        ConfigError: The adapter names a local path, and no id is given; or the id differs from that of the adapter.
+        ModelError: The model does not exist on the hub.
         ResourceError: The hub cannot be reached.
     """
     if not portable.is_local(adapter.base):

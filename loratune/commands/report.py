@@ -25,8 +25,8 @@ def report(
     """The page, as HTML.
 
     Args:
-        adapters: The adapter, and perhaps the one that it is compared with, each with lines about it.
-        evaluation: How they do on rows, if there are any.
+        adapters: The adapter, and optionally one to compare with, each with lines about it.
+        evaluation: Their comparison on rows, if any.
         data: The file of these rows.
     """
     paths = [adapter.files.path for adapter, _ in adapters]
@@ -53,7 +53,7 @@ def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subj
     try:
         stats = adapter_stats(files)
         known, updates = known | _facts(stats), stats.updates
-    except AdapterError as error:  # the page of a broken adapter says so
+    except AdapterError as error:  # the page reports that the adapter is broken
         notes = [*notes, *map(str, error.problems)]
     objective = preferences.described(run) if run else ""
     extra = {"objective": objective, "revision": str(files.config.get("revision") or "")}
@@ -72,7 +72,7 @@ def _subject(name: str, adapter: AdapterDirectory, notes: Sequence[str]) -> Subj
 
 
 def _facts(stats: AdapterStats) -> dict[str, str]:
-    """What the files of an adapter say."""
+    """Facts from the files of an adapter, as names and texts."""
     variants = [name for name, used in (("rsLoRA", stats.rslora), ("DoRA", stats.dora)) if used]
     facts = {
         "rank": span([update.rank for update in stats.updates] or [stats.r], "d"),
@@ -91,7 +91,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
 
 
 def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterator[str]:
-    """What to type to train, evaluate and report again."""
+    """Commands that repeat the training, the evaluation and the report."""
     first, *others = [_absolute(str(adapter.files.path)) for adapter in adapters]
     options = "".join(f" --against {other}" for other in others) + (f" --data {_absolute(data)}" if data else "")
     if adapters[0].run is not None:
@@ -102,5 +102,5 @@ def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterato
 
 
 def _absolute(path: str) -> str:
-    """A path that works in any directory, as a word of a shell; a hub id stays as it is."""
+    """A path as an absolute path, quoted for a shell; a hub id is unchanged."""
     return shell_word(str(Path(path).absolute()) if Path(path).exists() else path)

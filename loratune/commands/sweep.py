@@ -42,12 +42,12 @@ from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.preflight import Run
 
 _NOT_COMPARED = ("training.report_to", "training.ddp_timeout", "training.logging_steps", "training.save_steps")
-"""Keys that two commands on one study may have at different values, besides paths, which differ from machine to
-machine: what is there is known by its fingerprint."""
+"""Keys that may differ between commands on the same study. Paths may differ too: their content is compared by
+fingerprint."""
 _DIGEST = "record"
-"""The key of the SHA-256 of an adapter's record, which has the digests of its other files."""
+"""The key for the SHA-256 of an adapter's record, which has the digests of its other files."""
 _SHOWN = ("seconds", "steps", "adapter_bytes", "unrelated", "note")
-"""The keys of what the study keeps of a trial that its result has too."""
+"""Keys of a stored trial that are copied to its `TrialResult`."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class SweepResult:
         results: The trials.
         directory: The directory of the study.
         example_prompt: A prompt to try the adapter with, quoted for a shell.
-        stop: The signal that ended it.
-        notes: Lines on what is left to do.
+        stop: The signal that ended the sweep, if any.
+        notes: Lines on remaining trials and files.
     """
 
     results: StudyResults
@@ -74,12 +74,12 @@ class Sweep:
     """A sweep in this process.
 
     Attributes:
-        grid: What is tried.
+        grid: The settings to try.
         runs: `grid.label` → config of each combination.
-        run: The config itself, checked, with its rows and the directory of the best adapter.
-        storage: The URL of the database of the study; None for a journal beside the adapter.
-        most: Trials of the study, at most; None for any number.
-        budget: How long it may take.
+        run: The checked run of the config itself, with its rows and the directory of the best adapter.
+        storage: The URL of the study's database; None for a journal file in the study directory.
+        most: The maximum number of trials of the study; None for no limit.
+        budget: The time budget.
         halving: Whether trials may be stopped early.
     """
 
@@ -92,7 +92,7 @@ class Sweep:
     halving: bool
 
     def __post_init__(self) -> None:
-        """Open the study, load base and rows, and put the combinations into the queue. Raises as `train`."""
+        """Open the study, load base and rows, and enqueue the combinations. Raises as `train`."""
         self.name, self.directory = self.run.directory.output.name, study_directory(self.run.directory.output)
         self._check_grid()
         if kind(self.directory / RESULTS):
@@ -107,14 +107,14 @@ class Sweep:
             self.budget.fits(self.runner.estimate(next(iter(self.runs.values()))))
         self.study.check(identity | self.runner.fingerprints, record=True)
         self.notes = list[str]()
-        self.wanted: set[str] | None = None  # where values are drawn; else the labels of what is tried
+        self.wanted: set[str] | None = None  # labels of the combinations to try; None if values are sampled
         if not self.grid.has_ranges:
             combinations = self.grid.spread_out()
             self.study.enqueue(combinations[: self.most])
             self.wanted = {label(settings) for settings in combinations[: self.most]}
 
     def _check_grid(self) -> None:
-        """Raises ConfigError, ModelError: an objective is for other rows, or an adapter does not fit the model."""
+        """Raises ConfigError, ModelError: an objective does not fit the rows, or LoRA settings do not fit the model."""
         objectives = {run.training.objective for run in self.runs.values()}
         rows = KINDS[self.run.config.training.objective]
         if wrong := sorted(one for one in objectives if KINDS[one] != rows):
@@ -130,7 +130,7 @@ class Sweep:
                 raise type(error)(problems) from None
 
     def _identity(self) -> dict[str, str]:
-        """The settings that all trials of the study share, and the keys that they differ in."""
+        """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
         skipped = (*_NOT_COMPARED, *places, *self.grid.keys)
         shared = {
@@ -142,7 +142,7 @@ class Sweep:
         return shared | {OPTION: f"{drawn} of {', '.join(sorted(self.grid.keys))}"}
 
     def work(self) -> SweepResult:
-        """Work on trials until none is left."""
+        """Run trials until none is left."""
         stop: KeyboardInterrupt | None = None
         try:
             while self._next_trial():
@@ -157,14 +157,14 @@ class Sweep:
             return self._finish(stop)
 
     def _next_trial(self) -> bool:
-        """Work on the next trial. Returns whether there was one, and time for it."""
+        """Run the next trial. Returns False if no trial or no time is left."""
         budget = self.budget
         with self.study.claim(self.wanted, self.grid.axes, self.most) as record:
             if record is None:
                 return False
             try:
                 run = self.runs.get(label(record.settings)) or self.grid.run(record.settings)
-            except ConfigError as error:  # of a number that was drawn between the ends of a range, which are valid
+            except ConfigError as error:  # a sampled value may be invalid although both ends of its range are valid
                 self._fail(record, "invalid", error.problems[0].what)
                 return True
             estimate = self.runner.estimate(run) if budget.seconds is not None else 0.0
@@ -177,7 +177,7 @@ class Sweep:
         with self.study.locked():
             results = self._results()
             results.write(self.directory)
-            for trial in results.trials:  # so that a study keeps the adapters that could be chosen
+            for trial in results.trials:  # keep only the adapters that may still be published
                 if trial.verdict == WORSE and trial.adapter is not None:
                     self._remove(trial.number)
         return True
@@ -216,21 +216,21 @@ class Sweep:
             self.runner.remove_adapter()
 
     def _fail(self, record: TrialRecord, state: str, why: str) -> None:
-        """Record a trial that has no adapter, and remove what it left."""
+        """Record a failed trial, and remove its files."""
         note(f"trial {record.number}: {state}: {why}")
         self._remove(record.number)
         self.study.finish(record, {"note": why}, None, state)
 
     def _adapter(self, number: int) -> Path:
-        """Where the adapter of a trial is: under the name of `output_dir`, which its card mentions. Raises ConfigError:
-        a link leads there, so adapters would be replaced and removed outside the study."""
+        """The directory of a trial's adapter, named after `output_dir`, as its card has that name. Raises ConfigError:
+        the path contains a link, so files outside the study could be replaced or removed."""
         output = self.directory / TRIALS / f"{number:04}" / self.name
         for path in (*reversed(output.parents[:3]), output):
             check_kind(path)
         return output
 
     def _remove(self, number: int) -> None:
-        """Remove what a trial wrote, and nothing else."""
+        """Remove only the files that a trial wrote."""
         output = self._adapter(number)
         with suppress(OSError):
             for path in RunDirectory(output, output.with_name(f"{output.name}.partial"), str(output)).remove_all():
@@ -238,7 +238,7 @@ class Sweep:
             output.parent.rmdir()
 
     def _results(self) -> StudyResults:
-        """The trials as the storage has them, compared. Raises ResumeError: no sweep has written that."""
+        """The stored trials, compared and ranked. Raises ResumeError: the storage has invalid content."""
         runner, records = self.runner, self.study.records()
         try:
             losses = {one.number: RowLosses.unpacked(one.result["rows"]) for one in records if one.state == DONE}
@@ -261,7 +261,7 @@ class Sweep:
         return TrialResult(record.number, record.settings, values, record.state, adapter=kept, **known)
 
     def _finish(self, stop: KeyboardInterrupt | None) -> SweepResult:
-        """Publish the best adapter, unless there is more to come."""
+        """Publish the best adapter, unless trials are still running."""
         results, notes = self._results(), self.notes
         running, waiting = results.count("running"), results.count("waiting")
         if stop is not None:
@@ -284,13 +284,13 @@ class Sweep:
         return SweepResult(results, self.directory, prompt, stop, notes)
 
     def _publish(self, winner: TrialResult) -> bool:
-        """Copy the best adapter to the output directory, whole or not at all.
+        """Copy the best adapter to the output directory atomically.
 
         Returns:
-            Whether it is there; it may be on another machine.
+            Whether it is published; False if it is on another machine.
 
         Raises:
-            AdapterError: It is missing or damaged.
+            AdapterError: The adapter is missing or damaged.
         """
         source, directory, records = self._adapter(winner.number), self.run.directory, self.study.records()
         best = next(one for one in records if one.number == winner.number)
@@ -301,8 +301,8 @@ class Sweep:
         present = directory.output / RECORD_FILE
         if is_file(present) and (found := sha256(present)) in {one.result.get(_DIGEST) for one in records}:
             if found == best.result.get(_DIGEST):
-                return True  # another process of the study was faster
-            directory = replace(directory, overwrite=True)  # it published what was best then
+                return True  # another process of the study has published it
+            directory = replace(directory, overwrite=True)  # an earlier best adapter of this study
         try:
             AdapterDirectory.open(source)
             is_whole = sha256(source / RECORD_FILE) == best.result.get(_DIGEST)
@@ -322,7 +322,7 @@ class Sweep:
 
 
 def _nothing(results: StudyResults) -> LoratuneError:
-    """The error of a study without an adapter."""
+    """The error for a study in which no trial produced an adapter."""
     states = [*dict.fromkeys(trial.state for trial in results.trials)]
     counts = ", ".join(f"{results.count(state)} {state}" for state in states) or "none was run"
     first = next((f"; the first: {trial.note}" for trial in results.trials if trial.note), "")

@@ -1,6 +1,6 @@
 """`loratune train`: trains an adapter from a config and its rows, and publishes its directory.
 
-`train` is the whole run. `training.plan.make_plan` is the part of it before the first step.
+`train` is the whole run; `training.plan.make_plan` prepares it up to the first step.
 """
 
 import gc
@@ -33,7 +33,7 @@ from loratune.training.processes import SharedStop
 from loratune.training.results import TrainedAdapter
 
 _SPARE_MEMORY = 2
-"""A run whose estimate, times this factor, exceeds the free memory tries its largest batch before it starts."""
+"""If the memory estimate times this factor exceeds the free memory, the largest batch is tried before training."""
 _CONDITIONS = {
     "processor": "the processor", "device": "the device", "threads": "the number of threads",
     "compiled_code": "the compiled CPU code",
@@ -49,20 +49,20 @@ def train(
     Args:
         run: The run, with its config, rows and output directory checked.
         group: The processes of the run.
-        allow_worse: Also publish an adapter that does worse than its base.
-        began: When the time of `training.max_minutes` began, by `time.monotonic`; now, if not given.
+        allow_worse: Publish the adapter even if it is worse than its base.
+        began: The start of `training.max_minutes`, by `time.monotonic`; by default now.
 
     Returns:
-        The published adapter; None in every process but the main one, which alone writes.
+        The published adapter in the main process, which does all writing; None in the other processes.
 
     Raises:
-        ConfigError: The time has no room for a few steps.
+        ConfigError: The time budget is too short for a few steps.
         ModelError, DataError: The base, the tokenizer or the rows cannot be used.
-        NumericError: A number is not finite, nothing was learned, or the adapter is worse than its base.
+        NumericError: A value is not finite, the weights did not change, or the adapter is worse than its base.
         ResumeError: The checkpoint does not belong to this run.
         LockedError: Another run uses the output directory.
         ResourceError: Memory or disk ran out.
-        LostError: Another process of the run is gone.
+        LostError: Another process of the run has ended.
         KeyboardInterrupt: The user stopped the run.
     """
     began = time.monotonic() if began is None else began
@@ -70,26 +70,26 @@ def train(
     with group.connected(), run.directory.locked() if group.main else nullcontext():
         plan = make_plan(run, group)
         gc.collect()
-        gc.freeze()  # Rows and model stay until the end, so the collector does not have to visit them again.
+        gc.freeze()  # Rows and model are kept until the end, so the collector can ignore them.
         return carry_out(plan, allow_worse=allow_worse, began=began)
 
 
 @quiet_transformers()
 def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> TrainedAdapter | None:
-    """Train the adapter of a plan, and publish it. The lock of the run's directory is held outside.
+    """Train the adapter of a plan, and publish it. The caller holds the lock of the run's directory.
 
-    Arguments, result and errors as of `train`.
+    Args, result and errors as for `train`.
     """
     group, directory, point = plan.group, plan.run.directory, plan.resume_point
     if group.main:
         directory.prepare(resume=point is not None)
     if group.leads_machine:
         data.remove_old_entries()
-    group.all_gather(None)  # A signal now finds either all processes before the next line, or all behind it.
+    group.all_gather(None)  # A barrier: a signal now arrives in all processes before the next line, or in all after it.
     with signals.defer_signals(repeated=group.count > 1) as own:
         _check_start(plan)
         stop = SharedStop(own, group)
-        stop.check()  # Python drops what a handler raises in a destructor.
+        stop.check()  # Python ignores exceptions that a handler raises in a destructor.
         results.compute_reference(plan, plan.batches.objective, stop)
         with _ready_to_train(plan):
             scarce = _is_memory_scarce(plan)
@@ -98,7 +98,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
                 plan = time_budget.fix_length(plan, stop, began, scarce=scarce)
             emit(plan.event())
             trained = trainer.fit(plan, stop, oom_dry_run=scarce and not is_timed)
-    stop.check()  # A signal can come after the trainer's last check.
+    stop.check()  # A signal can arrive after the trainer's last check.
     trained = results.compare_with_base(plan, trained)
     assert trained.gain is not None
     if trained.gain.verdict == "worse" and not allow_worse:
@@ -111,7 +111,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
 
 
 def _check_start(plan: Plan) -> None:
-    """Report from where a resumed run continues. Raises ResourceError: the disk is too small for a new one."""
+    """Report the step from which a resumed run continues. Raises ResourceError: too little disk space for a new run."""
     if (point := plan.resume_point) is not None:
         keep, dropout = plan.config.keeps_best, plan.config.lora.lora_dropout > 0
         for line in point.notes(plan.checkpoints.record, keep=keep, dropout=dropout):
@@ -122,14 +122,14 @@ def _check_start(plan: Plan) -> None:
 
 
 def _is_memory_scarce(plan: Plan) -> bool:
-    """Whether the largest batch is tried before the first step."""
+    """Whether memory may be too small, so that the largest batch is tried before the first step."""
     return any(plan.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
 
 
 @contextmanager
 def _ready_to_train(plan: Plan) -> Iterator[None]:
-    """Inside, the model computes as in training. Raises ResourceError: out of memory; it names settings that would save
-    some."""
+    """Apply the training kernels to the model inside. Raises ResourceError: out of memory, with settings that would
+    reduce it."""
     try:
         if plan.config.model.use_liger_kernel:
             kernels.use_liger(plan.model)
@@ -150,18 +150,18 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
 
 
 def _reject(plan: Plan, trained: TrainedAdapter) -> NoReturn:
-    """End a run whose adapter does worse than its base, and record that beside its checkpoints."""
+    """End a run whose adapter is worse than its base, and record the rejection next to its checkpoints."""
     if plan.group.main:
         record = versioned({"step": trained.steps, "told": str(trained.gain)})
-        with suppress(OSError):  # without it, later messages are only less exact
+        with suppress(OSError):  # the record only makes later messages more exact
             write_json(plan.run.directory.rejection, record)
-    plan.group.all_gather(None)  # the others end only once the record is written
+    plan.group.all_gather(None)  # a barrier: the other processes end only after the record is written
     fix = f"lower training.learning_rate and start with --overwrite, or {PUBLISH_WORSE}"
     raise NumericError(Problem(Code.TRAINING_WORSE_THAN_BASE, f"the adapter is {trained.gain}", fix=fix))
 
 
 def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
-    """Put the adapter directory in its place, whole or not at all."""
+    """Write the adapter directory, and move it atomically to the output directory."""
     directory = plan.run.directory
     size = plan.count.adapter_bytes + load.tokenizer_bytes(plan.datasets.tokenizer)
     try:
@@ -172,13 +172,13 @@ def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
             for path in directory.publish():
                 note(f"{path} is kept: this run did not write it")
     except NumericError:
-        directory.remove_checkpoints()  # Nothing was learned, and resuming from them would end in the same way.
+        directory.remove_checkpoints()  # The weights did not change; resuming would fail in the same way.
         raise
     return replace(trained, adapter_bytes=size)
 
 
 def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
-    """Write to the staged adapter everything but its weights: tokenizer, config, card, hashes of its rows, record."""
+    """Write all files of the staged adapter except its weights: tokenizer, config, card, row hashes, record."""
     staging, name, rows = plan.run.directory.staging, plan.run.directory.output.name, plan.run.rows
     assert rows is not None
     plan.datasets.tokenizer.save_pretrained(staging)
@@ -204,7 +204,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
 
 
 def _record(plan: Plan, trained: TrainedAdapter) -> dict[str, Any]:
-    """What loratune.json says, but for the files."""
+    """The content of loratune.json, except the list of files."""
     kept, datasets, start, rows = plan.checkpoints.record, plan.datasets, plan.run.start, plan.run.rows
     assert rows is not None
     record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints)
