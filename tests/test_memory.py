@@ -1,5 +1,4 @@
-"""The memory estimate of a run: its parts against formulas, activations against autograd, the total against a real
-run."""
+"""The memory estimate: its parts against formulas, activations against autograd, the total against a real run."""
 
 import logging
 import subprocess

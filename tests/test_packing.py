@@ -1,5 +1,4 @@
-"""Batches: rows in a flat batch attend only to themselves in every supported model, and packs contain every row
-once."""
+"""Batches: rows of a flat batch attend only to themselves in supported models, and packs contain every row once."""
 
 import pickle
 import tracemalloc

@@ -1,5 +1,4 @@
-"""Tokenized rows shared by processes: read from the main process's cache, or prepared on machines without access to
-it."""
+"""Tokenized rows shared by processes: read from the main process's cache, or prepared where it is inaccessible."""
 
 import threading
 from collections.abc import Callable

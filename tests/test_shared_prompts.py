@@ -1,5 +1,4 @@
-"""Prompts that share a prefix: it is computed once, but only if the model computes the same with and without
-sharing."""
+"""Prompts that share a prefix: it is computed once, but only if the model supports that without a difference."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Strangers: other programs on the network, other repositories, files and text that somebody else wrote."""
+"""Untrusted input: code and kernels of other repositories, files added to an adapter, and escape sequences in text."""
 
 import json
 import os
@@ -55,7 +55,7 @@ NAMED = {
 
 
 def add(path: Path, values: dict[str, Any]) -> None:
-    """Put keys into a JSON file, which may not be there yet."""
+    """Add keys to a JSON file, which is created if missing."""
     path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(known | values))
@@ -63,7 +63,7 @@ def add(path: Path, values: dict[str, Any]) -> None:
 
 @pytest.fixture
 def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Another repository, in the hub's cache, whose code leaves a mark; returns the mark."""
+    """Another repository in the hub cache whose code leaves a mark. Returns the path of the mark."""
     mark, commit = tmp_path / "executed", "e" * 40
     cached = tmp_path / "hub" / "models--other--repo"
     (cached / "refs").mkdir(parents=True)
@@ -83,7 +83,7 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_code_of_another_repository_is_refused(
     command: str, name: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
-    """Exit code 3, the file and the key are named, and nothing has run."""
+    """Exit code 3; the error names the file; nothing was run."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
     (base / "mine.py").write_text("from transformers import LlamaConfig as Config\n")
@@ -96,8 +96,8 @@ def test_code_of_another_repository_is_refused(
     assert not evil.exists() and not (tmp_path / "out").exists()
 
 
-def test_the_other_repository_would_have_been_run(evil: Path, tiny_dir: Path, tmp_path: Path) -> None:
-    """So the tests above would see it."""
+def test_transformers_would_run_code_of_the_other_repository(evil: Path, tiny_dir: Path, tmp_path: Path) -> None:
+    """The control for the tests above."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
     add(base / "config.json", {"auto_map": {"AutoConfig": "other/repo--evil.Config"}})
@@ -107,7 +107,7 @@ def test_the_other_repository_would_have_been_run(evil: Path, tiny_dir: Path, tm
 
 
 def cached_base(tmp_path: Path, tiny_dir: Path, name: str, **files: dict[str, Any]) -> None:
-    """The tiny model as a repository of the hub, in the cache, with more in its files."""
+    """The tiny model as a cached hub repository, with additional file contents."""
     cached, commit = tmp_path / "hub" / f"models--{name.replace('/', '--')}", "a" * 40
     shutil.copytree(tiny_dir, cached / "snapshots" / commit)
     (cached / "refs").mkdir()
@@ -117,10 +117,10 @@ def cached_base(tmp_path: Path, tiny_dir: Path, name: str, **files: dict[str, An
 
 
 @pytest.mark.parametrize("file", ["config", "tokenizer_config", "generation_config", "adapter_config"])
-def test_code_of_another_repository_is_refused_of_a_hub_id(
+def test_code_of_another_repository_is_refused_for_a_hub_id(
     file: str, evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
-    """Also where a base says of itself that it is an adapter: transformers would take the code of that one's base."""
+    """Also if a base claims to be an adapter: transformers would load the code of that adapter's base."""
     values = {"auto_map": {"AutoConfig": "other/repo--evil.Config"}}
     cached_base(tmp_path, tiny_dir, "own/repo", **{file: values if file != "adapter_config" else
                 {"base_model_name_or_path": "other/repo"}})  # fmt: skip
@@ -129,10 +129,10 @@ def test_code_of_another_repository_is_refused_of_a_hub_id(
     assert not evil.exists()
 
 
-def test_a_repository_may_name_itself(
+def test_repository_may_refer_to_its_own_code(
     evil: Path, tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig
 ) -> None:
-    """As transformers writes it; the class comes from the pinned revision, not from the newest."""
+    """As transformers writes it. The class comes from the pinned revision, not from the newest one."""
     classes = {"AutoConfig": "own/repo--mine.Config", "AutoModelForCausalLM": "own/repo--mine.Model"}
     cached_base(tmp_path, tiny_dir, "own/repo", config={"model_type": "mine_own", "auto_map": classes})
     repository = tmp_path / "hub" / "models--own--repo"
@@ -150,8 +150,8 @@ def test_a_repository_may_name_itself(
     assert not evil.exists()
 
 
-def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
-    """transformers takes the name of one from config.json, trusted or not."""
+def test_hub_kernels_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """transformers reads the kernel's name from config.json, even without trust_remote_code."""
     base = tmp_path / "base"
     shutil.copytree(tiny_dir, base)
     add(base / "config.json", {"attn_implementation": "other/kernel"})
@@ -165,7 +165,7 @@ def test_kernels_of_the_hub_are_not_run(tiny_dir: Path, tmp_path: Path, cli: Cli
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A small adapter, trained."""
+    """A small trained adapter."""
     out = tmp_path_factory.mktemp("adapter") / "out"
     rows = write_rows(out.parent / "rows.jsonl", ROWS)
     sections = {
@@ -193,8 +193,8 @@ ADDED = [
 @pytest.mark.parametrize(
     "name", [*ADDED[::4], *(pytest.param(one, marks=pytest.mark.slow) for one in ADDED if one not in ADDED[::4])]
 )
-def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> None:
-    """What no library reads may lie beside it."""
+def test_added_files_that_libraries_read_are_refused(name: str, copy: Path, cli: Cli) -> None:
+    """At any depth. Other files are allowed."""
     for other in ("notes.txt", "plots/loss.png", ".git/config.json", ".cache/huggingface/download/x.json"):
         (copy / other).parent.mkdir(parents=True, exist_ok=True)
         (copy / other).write_text("{}")
@@ -207,8 +207,8 @@ def test_a_file_that_was_added_at_any_depth(name: str, copy: Path, cli: Cli) -> 
     assert ran.err.endswith("--force\n") and ran.err.count("\n") == 1
 
 
-def test_a_link_to_a_directory_of_the_adapter(copy: Path, cli: Cli) -> None:
-    """The files that are read through it are in the record, by other names."""
+def test_added_link_to_a_directory_is_refused(copy: Path, cli: Cli) -> None:
+    """Even though the files behind it are in the record, under other names."""
     (copy / "additional_chat_templates").symlink_to(copy)
     ran = cli("generate", "x", "--adapter", copy)
     check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / "additional_chat_templates"), ""))
@@ -217,8 +217,8 @@ def test_a_link_to_a_directory_of_the_adapter(copy: Path, cli: Cli) -> None:
 
 @pytest.mark.parametrize("recorded", [True, False])
 @pytest.mark.parametrize("kind", ["pipe", "socket"])
-def test_what_is_no_file_is_not_opened(kind: str, recorded: bool, copy: Path, cli: Cli) -> None:
-    """To open a pipe would be to wait for ever."""
+def test_special_files_are_not_opened(kind: str, recorded: bool, copy: Path, cli: Cli) -> None:
+    """Opening a pipe would block forever."""
     place = copy / "special_tokens_map.json"
     if not recorded:
         (copy / "loratune.json").unlink()
@@ -233,8 +233,8 @@ def test_what_is_no_file_is_not_opened(kind: str, recorded: bool, copy: Path, cl
     assert ran.err.count("\n") == 1
 
 
-def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli) -> None:
-    """Several templates are saved in a directory, and recorded; a record of an older release knows of none."""
+def test_records_include_directories_and_older_records_are_read(copy: Path, cli: Cli) -> None:
+    """Several chat templates are saved and recorded in a directory. Records of older releases do not list it."""
     (copy / "additional_chat_templates").mkdir()
     (copy / "additional_chat_templates" / "other.jinja").write_text("x")
     record = json.loads((copy / "loratune.json").read_text())
@@ -249,7 +249,7 @@ def test_records_cover_directories_and_older_ones_are_read(copy: Path, cli: Cli)
     check_refused(ran, 5, (Code.ADAPTER_CHANGED, str(copy / "additional_chat_templates" / "other.jinja"), ""))
 
 
-# Text that a terminal would obey
+# Escape sequences in text
 
 
 EVIL = "a\x1b]52;c;aGk=\x07b\x1b]0;title\x07\x9b2Jc\u202ed\x7f\re"
@@ -264,7 +264,7 @@ def clean(text: str) -> None:
     assert not RAW.search(text), ascii(text)
 
 
-def test_escaping() -> None:
+def test_escaping_for_terminals_and_shells() -> None:
     assert one_line("a\tb\nc\x1b\x9b\u202e\ud800é🙂\U000e0041") == ("a\\tb\\nc\\x1b\\x9b\\u202e\\ud800é🙂\\U000e0041")
     assert printable("a\tb\nc\r\x1b") == "a\tb\nc\\r\\x1b"
     for word in ("plain", "it's", "it's `$HOME` \\ \"!", EVIL, "new\nline", "\\x1b'\x1b", "\udcff", "é\u202e"):
@@ -285,7 +285,7 @@ def test_escaping() -> None:
     ["my_adapter", "a`b", "``", " `", "*a* _b_ **c**", "<img src=x>", "[a](b) ![c](d)", "&lt; # ~~d~~ \\* #", "$x$ |"],
 )
 def test_escaping_for_markdown(word: str) -> None:
-    """As words and as code, a renderer shows the text itself, and no markup or link in it."""
+    """As text and as code, a renderer shows the word itself, without markup or links."""
     block = code_block(f"{word}\n```", "sh")
     text = f"# {markdown(word)}\n\n{code_span(word)}\n\n{block}\n"
     words, code, fence = (token for token in MARKDOWN.parse(text) if token.type in ("inline", "fence"))
@@ -296,8 +296,8 @@ def test_escaping_for_markdown(word: str) -> None:
     assert (fence.info, fence.content) == ("sh", f"{word}\n```\n")
 
 
-def test_a_card_has_no_markup_of_strangers(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Names of files and directories, and the prompt that is proposed, from the rows."""
+def test_card_contains_no_untrusted_markup(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """From file and directory names, and from the suggested prompt, which is taken from the rows."""
     rows = [{"prompt": f"`<img src=x>` *{number}*", "completion": " 7"} for number in range(8)]
     file, output = write_rows(tmp_path / "a`b.jsonl", rows), tmp_path / "*out*`"
     ran = cli("train", run_config(data={"train": str(file)}, training={"max_steps": 1}, output_dir=str(output)))
@@ -311,8 +311,10 @@ def test_a_card_has_no_markup_of_strangers(cli: Cli, run_config: MakeConfig, tmp
     assert sum(token.type == "strong_open" for token in shown) == text.count("\n- **")
 
 
-def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """The first row, the table, the end block and its line to paste; the card that is published."""
+def test_run_on_rows_with_escape_sequences_prints_none_of_them(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """In the first row, the table, the final summary with its suggested command, and the published card."""
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     data = {"train": str(write_rows(tmp_path / f"{EVIL}\nrows.jsonl", rows))}
     out = tmp_path / f"o{EVIL}"
@@ -329,7 +331,7 @@ def test_a_run_on_evil_rows_shows_nothing_raw(cli: Cli, run_config: MakeConfig, 
     assert "\\nrows.jsonl" in result.dataset_name and str(tmp_path) not in result.dataset_name
 
 
-QUOTED = json.dumps(f"/no{EVIL}").replace("\x7f", "\\x7f")  # as YAML reads it
+QUOTED = json.dumps(f"/no{EVIL}").replace("\x7f", "\\x7f")  # as parsed from YAML
 PLACES: dict[str, Callable[[Path, Path], list[Any]]] = {
     "a missing config": lambda config, copy: ["train", f"no{EVIL}\n.yaml"],
     "a key of the config": lambda config, copy: ["train", config, "--set", f"training.x{EVIL}=1"],
@@ -347,8 +349,8 @@ PLACES: dict[str, Callable[[Path, Path], list[Any]]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config: MakeConfig) -> None:
-    """An error stays one line."""
+def test_commands_print_no_raw_escape_sequences(place: str, copy: Path, cli: Cli, run_config: MakeConfig) -> None:
+    """Errors stay on one line."""
     write_rows(copy.parent / "evil.jsonl", [{f"key{EVIL}\n": 1, f"other{EVIL}": "\x1b"}])
     add(copy / "adapter_config.json", {"base_model_name_or_path": f"/no{EVIL}\nx"})
     ran = cli(*PLACES[place](run_config(), copy))
@@ -360,13 +362,13 @@ def test_nothing_raw_from_anywhere(place: str, copy: Path, cli: Cli, run_config:
 
 
 def terminal(processes: ForkServer, *command: Any) -> str:
-    """What a command writes to a terminal, stdout and stderr together."""
+    """What a command writes to a terminal, stdout and stderr combined."""
     main, end = pty.openpty()
     name = os.ttyname(end)
     child = processes.start(*command, stdout=name, stderr=name, TERM="xterm")
     said, ended = b"", False
     while not ended:
-        ended = child.poll() is not None  # so that what it wrote last is read once more
+        ended = child.poll() is not None  # read once more to get the last output
         while select.select([main], [], [], 0.02)[0]:
             said += os.read(main, 1 << 16)
     for handle in (main, end):
@@ -374,10 +376,11 @@ def terminal(processes: ForkServer, *command: Any) -> str:
     return said.decode()
 
 
-def test_a_terminal_gets_escapes_of_ours_only(
+def test_terminal_receives_only_our_own_escape_sequences(
     copy: Path, run_config: MakeConfig, tmp_path: Path, processes: ForkServer, forked: Cli
 ) -> None:
-    """In a real terminal: the first row, and an answer that a tokenizer makes evil. Bars come after two seconds."""
+    """In a real terminal: the first row, and an answer made malicious by the tokenizer. Bars appear after two
+    seconds."""
     rows = [{"prompt": f"{EVIL} {number}", "completion": f" {EVIL}{number}"} for number in range(8)]
     config = run_config(data={"train": str(write_rows(tmp_path / "r.jsonl", rows))}, training={"max_steps": 3})
     said = terminal(processes, "train", config)

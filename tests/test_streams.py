@@ -1,4 +1,4 @@
-"""Standard streams that are closed, full, or cannot encode what is printed, in real processes."""
+"""Standard streams that are closed, full, or cannot encode the output, in real processes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ ARROWS = [{"prompt": f"é → {number}", "completion": " ö"} for number in rang
 
 
 def shell(*arguments: object, redirected: str, stdin: bytes = b"", **environment: str) -> Ran:
-    """`loratune ARGUMENTS` by a shell that redirects its streams, as in `>&-`."""
+    """Run `loratune ARGUMENTS` in a shell that redirects its streams, as in `>&-`."""
     command = ["bash", "-c", f'"$@" {redirected}', "bash", sys.executable, "-m", "loratune", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, input=stdin, env=os.environ | environment, check=False)
     return Ran(done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace"))
@@ -26,7 +26,7 @@ def shell(*arguments: object, redirected: str, stdin: bytes = b"", **environment
 
 @pytest.fixture
 def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
-    """A config whose rows hold what ASCII has not."""
+    """A config whose rows contain characters outside ASCII."""
     rows = tmp_path / "arrows.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ARROWS))
     return run_config(data={"train": str(rows)}, training={"max_steps": 1})
@@ -53,7 +53,7 @@ def arrows(run_config: MakeConfig, tmp_path: Path) -> Path:
         ("| true; exit ${PIPESTATUS[0]}", 0, []),
     ],
 )
-def test_what_is_printed_before_a_command(
+def test_help_and_version_with_closed_or_full_streams(
     arguments: str, unbuffered: str, redirected: str, code: int, problems: list[Expected]
 ) -> None:
     ran = shell(*arguments.split(), redirected=redirected, PYTHONUNBUFFERED=unbuffered)
@@ -69,7 +69,7 @@ def test_what_is_printed_before_a_command(
         *(pytest.param(one, marks=pytest.mark.slow) for one in (">&-", "2>&-", "2>/dev/full")),
     ],
 )
-def test_an_error_keeps_its_code(redirected: str) -> None:
+def test_errors_keep_their_exit_code_with_closed_or_full_streams(redirected: str) -> None:
     ran = shell("params", "no.yaml", redirected=redirected)
     assert ran.code == 2 and ran.out == ""
     if "2>" not in redirected:
@@ -77,8 +77,8 @@ def test_an_error_keeps_its_code(redirected: str) -> None:
         assert ran.err.count("\n") == 1
 
 
-def test_signs_that_ascii_lacks(arrows: Path, tmp_path: Path, forked: Cli) -> None:
-    """Rows, marks of what is supervised and the block at the end are escaped, and the adapter is published."""
+def test_characters_outside_ascii_are_escaped(arrows: Path, tmp_path: Path, forked: Cli) -> None:
+    """In rows, marks of supervised text and the final summary. The adapter is published."""
     settled = (
         "import sys; sys.stdout.reconfigure(encoding='ascii');"
         "sys.stderr.reconfigure(encoding='ascii', errors='backslashreplace')"
@@ -88,8 +88,8 @@ def test_signs_that_ascii_lacks(arrows: Path, tmp_path: Path, forked: Cli) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8"])
-def test_signs_that_the_encoding_lacks(encoding: str, arrows: Path, tmp_path: Path) -> None:
-    """As the interpreter settles it when it starts."""
+def test_characters_outside_the_stream_encoding_are_escaped(encoding: str, arrows: Path, tmp_path: Path) -> None:
+    """With the encoding that the interpreter chooses at startup."""
     run = partial(shell, redirected="", PYTHONIOENCODING=encoding)
     check_escaped(run, "→" if encoding == "utf-8" else "\\u2192", arrows, tmp_path)
 
@@ -104,8 +104,8 @@ def check_escaped(run: Cli, arrow: str, arrows: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_whose_streams_are_all_closed(arrows: Path, tmp_path: Path) -> None:
-    """The files that it opens do not get what it prints."""
+def test_run_succeeds_with_all_streams_closed(arrows: Path, tmp_path: Path) -> None:
+    """No printed output ends up in the files it opens."""
     ran = shell("train", arrows, redirected="<&- >&- 2>&-")
     assert ran == Ran(0, "", "")
     for path in [*(tmp_path / "out").iterdir(), arrows, tmp_path / "arrows.jsonl"]:
@@ -116,7 +116,7 @@ def test_a_run_whose_streams_are_all_closed(arrows: Path, tmp_path: Path) -> Non
     assert answered == Ran(0, "", "")
 
 
-def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
+def test_descriptors_of_closed_streams_are_not_reused_for_files(tmp_path: Path) -> None:
     code = (
         "from loratune import console; console.secure(); import sys; file = open(sys.argv[1], 'w');"
         "print('told', flush=True); print('erred', file=sys.stderr, flush=True);"
@@ -128,7 +128,7 @@ def test_closed_streams_are_not_given_to_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
-def test_a_prompt_that_is_no_text(encoding: str) -> None:
+def test_undecodable_prompt_on_stdin_is_refused(encoding: str) -> None:
     ran = shell("generate", "--adapter", "x", redirected="", stdin=b"caf\xe9 \n", PYTHONIOENCODING=encoding)
     check_refused(ran, 4, (Code.USAGE_BAD_VALUE, "stdin", ""))
     assert ran.out == "" and ran.err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The study of a sweep: what is not ours is left alone, no trial is lost or worked on twice, and its results."""
+"""The study of a sweep: foreign files are left alone, no trial is lost or run twice, and results are checked."""
 
 import json
 import os
@@ -27,14 +27,14 @@ from loratune.study import storage
 from loratune.study.study import Study, TrialRecord
 
 Cli = Callable[..., Ran]
-_ANY = ".*"  # what numpy, zlib and base64 say
+_ANY = ".*"  # messages of numpy, zlib and base64
 RANGE = parsed("lora.r=2..8").axes
 VALUES = parsed("lora.r=2,4,8").axes
 
 
 @pytest.fixture
 def config(tmp_path: Path, run_config: MakeConfig) -> Callable[..., Path]:
-    """Writes the config of a sweep into the folder of a test."""
+    """Writes a sweep config into the folder of a test."""
     return lambda **sections: study_config(tmp_path, run_config, **sections)
 
 
@@ -48,11 +48,11 @@ def states(study: Study) -> list[tuple[int, str]]:
     return [(one.number, one.state) for one in study.records()]
 
 
-# What is not ours
+# Foreign files
 
 
 def optunas(study: Path, name: str, *, trials: int = 0, cut: bytes = b"") -> None:
-    """A journal that optuna has written for another program."""
+    """An optuna journal written by another program."""
     storage = JournalStorage(JournalFileBackend(str(study / "journal.log")))
     theirs = optuna.create_study(study_name=name, storage=storage)
     for _ in range(trials):
@@ -121,7 +121,7 @@ NOT_OURS: dict[str, tuple[str, Callable[[Path], object]]] = {
 
 
 @pytest.mark.parametrize("name", NOT_OURS)
-def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+def test_foreign_files_are_refused_and_left_unchanged(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     file, study = config(), tmp_path / "out.study"
     study.mkdir()
     (tmp_path / "elsewhere").mkdir()
@@ -136,8 +136,8 @@ def test_what_is_not_ours_is_refused_and_left_as_it_is(name: str, cli: Cli, conf
     assert (sorted(tmp_path.rglob("*")), tree(tmp_path)) == before
 
 
-def test_the_study_of_another_program_is_left_alone(tmp_path: Path) -> None:
-    """Its trials would be taken for those of the sweep."""
+def test_optuna_study_of_another_program_is_refused(tmp_path: Path) -> None:
+    """Its trials would be mistaken for those of the sweep."""
     url = f"sqlite:///{tmp_path / 'theirs.db'}"
     theirs = optuna.create_study(study_name="out", storage=url)
     theirs.ask()
@@ -151,7 +151,7 @@ def test_the_study_of_another_program_is_left_alone(tmp_path: Path) -> None:
     assert [trial.state.name for trial in theirs.trials] == ["RUNNING", "WAITING"] and not theirs.user_attrs
 
 
-def test_a_study_under_another_name_is_not_begun_anew(tmp_path: Path) -> None:
+def test_directory_of_a_study_with_another_name_is_refused(tmp_path: Path) -> None:
     opened(tmp_path)
     with pytest.raises(ConfigError) as refused:
         Study(tmp_path, "new", None, halving=False, seed=0)
@@ -161,7 +161,7 @@ def test_a_study_under_another_name_is_not_begun_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "attributes",
     [
-        {"settings": {"model.trust_remote_code": "true"}},  # of the config, but not of the grid
+        {"settings": {"model.trust_remote_code": "true"}},  # a valid key of the config, but not of the grid
         {"settings": {"lora.r": "8", "data.train": "/etc/passwd"}},
         {"settings": ["lora.r"]},
         {"settings": {"lora.r": 8}},
@@ -172,7 +172,7 @@ def test_a_study_under_another_name_is_not_begun_anew(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_forged_trial_is_not_worked_on(tmp_path: Path, attributes: dict[str, Any]) -> None:
+def test_forged_trial_is_not_run(tmp_path: Path, attributes: dict[str, Any]) -> None:
     study = opened(tmp_path)
     study._study.enqueue_trial({}, user_attrs=attributes)
     with pytest.raises(ResumeError) as lost, study.claim(None, RANGE, None):
@@ -180,7 +180,7 @@ def test_a_forged_trial_is_not_worked_on(tmp_path: Path, attributes: dict[str, A
     assert "no sweep has written" in lost.value.problems[0].what
 
 
-def test_an_identity_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_invalid_study_identity_is_refused(tmp_path: Path) -> None:
     study = opened(tmp_path)
     study._study.set_user_attr("identity", "x")
     with pytest.raises(ResumeError):
@@ -190,8 +190,8 @@ def test_an_identity_of_another_kind_is_refused(tmp_path: Path) -> None:
 # A damaged, locked or unreachable storage
 
 
-def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
-    """Optuna passes over a last line that it cannot read, and writes behind it, after which nobody can read more."""
+def test_damaged_journal_is_reported_with_the_line_number(tmp_path: Path) -> None:
+    """Optuna ignores an unreadable last line and appends to it, which would make the journal unreadable."""
     opened(tmp_path)
     for line in (b"mine\n", b"[1]\n", b"[" * 100_000 + b"\n"):
         kept = (tmp_path / "journal.log").read_bytes()
@@ -204,8 +204,8 @@ def test_a_damaged_journal_is_named_with_its_line(tmp_path: Path) -> None:
     assert opened(tmp_path).records() == []
 
 
-def test_an_incomplete_line_is_replaced_by_the_next_one_and_spoils_no_other(tmp_path: Path) -> None:
-    """Opening a study adds nothing to it."""
+def test_incomplete_last_line_of_a_journal_is_replaced(tmp_path: Path) -> None:
+    """Opening a study does not change its journal."""
     study, other = opened(tmp_path), opened(tmp_path)
     with (tmp_path / "journal.log").open("ab") as file:
         file.write(b'{"op_code":4,"worker')
@@ -217,8 +217,8 @@ def test_an_incomplete_line_is_replaced_by_the_next_one_and_spoils_no_other(tmp_
         assert [record.settings["lora.r"] for record in one.records()] == ["8", "4"]
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
-    """The limit of a file's size is that of a disk which is full; it leaves half a line, which is removed later."""
+def test_full_disk_is_reported_and_the_study_stays_usable(tmp_path: Path) -> None:
+    """Simulated by a file size limit. The incomplete line is removed later."""
     study, path = opened(tmp_path), tmp_path / "journal.log"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, hard))
@@ -234,7 +234,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     assert states(again) == [(0, "waiting")]
 
 
-def test_a_locked_database_is_not_a_damaged_one(tmp_path: Path) -> None:
+def test_locked_database_is_distinguished_from_a_damaged_one(tmp_path: Path) -> None:
     path = tmp_path / "study.db"
     url = f"sqlite:///{path}?timeout=0.01"
     study = opened(tmp_path / "study", url)
@@ -258,7 +258,7 @@ def test_a_locked_database_is_not_a_damaged_one(tmp_path: Path) -> None:
         "mysql:joe:hunter2@host", "joe:hunter2@host",
     ],
 )  # fmt: skip
-def test_no_password_is_printed(url: str) -> None:
+def test_passwords_in_storage_urls_are_not_printed(url: str) -> None:
     is_url = "://" in url
     assert "hunter2" not in storage.shown(url) and ("host" in storage.shown(url)) == is_url
     if is_url:
@@ -266,16 +266,16 @@ def test_no_password_is_printed(url: str) -> None:
         assert "hunter2" not in str(error) and "wrong password" in str(error)
 
 
-# Who works on which trial
+# Claiming trials
 
 
 def taken(study: Study, *labels: str, most: int | None = None) -> TrialRecord | None:
-    """The trial that a process gets, and does not finish."""
+    """The trial that a process claims and does not finish."""
     with study.claim({*labels} or None, VALUES if labels else RANGE, most) as record:
         return record
 
 
-def test_a_trial_that_another_command_named_stays_in_the_queue(tmp_path: Path) -> None:
+def test_trials_outside_the_grid_of_a_command_stay_queued(tmp_path: Path) -> None:
     study = opened(tmp_path)
     study.enqueue([{"lora.r": r} for r in ("2", "4", "8")])
     with study.claim({"lora.r=8"}, VALUES, None) as record:
@@ -285,8 +285,8 @@ def test_a_trial_that_another_command_named_stays_in_the_queue(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("url", [None, "sqlite:///{}/study.db"], ids=["journal", "database"])
-def test_a_trial_is_claimed_once_and_keeps_its_number_when_it_is_retried(tmp_path: Path, url: str | None) -> None:
-    """Also where its process was killed: its lock is free, and its state is still running."""
+def test_trial_is_claimed_once_and_keeps_its_number_on_retry(tmp_path: Path, url: str | None) -> None:
+    """Also if its process was killed, so that its lock is free although its state is still running."""
     url = url and url.format(tmp_path)
     one, two = opened(tmp_path / "study", url), opened(tmp_path / "study", url)
     for study in (one, two):
@@ -307,8 +307,8 @@ def test_a_trial_is_claimed_once_and_keeps_its_number_when_it_is_retried(tmp_pat
     killed.__exit__(None, None, None)
 
 
-def test_a_trial_with_a_result_does_not_return_to_the_queue(tmp_path: Path) -> None:
-    """As where a signal comes between the end of a trial and what follows."""
+def test_finished_trial_is_not_requeued_after_an_interrupt(tmp_path: Path) -> None:
+    """The interrupt arrives after the trial was recorded as finished."""
     study = opened(tmp_path)
     study.enqueue([{"lora.r": "8"}])
     with pytest.raises(KeyboardInterrupt), study.claim(None, RANGE, 1) as record:
@@ -318,8 +318,9 @@ def test_a_trial_with_a_result_does_not_return_to_the_queue(tmp_path: Path) -> N
     assert states(study) == [(0, DONE)]
 
 
-def test_a_living_trial_of_another_directory_is_not_taken_and_a_silent_one_is(tmp_path: Path) -> None:
-    """Two output directories of one name share a database, as those of two machines do; heartbeats are all they see."""
+def test_only_trials_without_recent_heartbeat_are_taken_over(tmp_path: Path) -> None:
+    """Two output directories of the same name share a database, like two machines, and see only each other's
+    heartbeats."""
     url = f"sqlite:///{tmp_path / 'study.db'}"
     one, two = (opened(tmp_path / name, url) for name in ("one", "two"))
     one.enqueue([{"lora.r": "2"}])
@@ -338,7 +339,7 @@ def test_a_living_trial_of_another_directory_is_not_taken_and_a_silent_one_is(tm
     assert states(one) == [(0, DONE)]
 
 
-def test_a_point_that_two_machines_enqueued_is_one_trial(tmp_path: Path) -> None:
+def test_combination_enqueued_by_two_machines_is_one_trial(tmp_path: Path) -> None:
     study = opened(tmp_path)
     for _ in range(2):
         study._study.enqueue_trial({}, user_attrs={"settings": {"lora.r": "2"}})
@@ -348,7 +349,7 @@ def test_a_point_that_two_machines_enqueued_is_one_trial(tmp_path: Path) -> None
     assert taken(study, "lora.r=2") is None and states(study) == [(0, DONE)]
 
 
-def test_numbers_are_drawn_once_each(tmp_path: Path) -> None:
+def test_sampled_values_are_not_repeated(tmp_path: Path) -> None:
     study, drawn = opened(tmp_path), []
     for _ in range(9):
         with study.claim(None, parsed("lora.r=2..4").axes, 5) as record:
@@ -362,7 +363,7 @@ def test_numbers_are_drawn_once_each(tmp_path: Path) -> None:
 
 
 def made_results() -> StudyResults:
-    """Of three trials: the second is best, the third worse."""
+    """Results of three trials: the second is best, the third is worse."""
     losses = {
         number: RowLosses(np.full(6, 5.0 + extra), np.ones(6), np.ones(6)) for number, extra in ((0, 0.1), (1, 0))
     }
@@ -396,7 +397,7 @@ def spoiled(**changes: Any) -> Callable[[dict[str, Any]], str]:
         lambda values: json.dumps(values | {"version": 2}), lambda values: json.dumps(values).replace("5.", "5" * 400),
     ],
 )  # fmt: skip
-def test_forged_results_make_no_page(cli: Cli, tmp_path: Path, spoil: Callable[[Any], str]) -> None:
+def test_forged_results_are_refused(cli: Cli, tmp_path: Path, spoil: Callable[[Any], str]) -> None:
     file = study_in(tmp_path) / "results.json"
     file.write_text(spoil(json.loads(json.dumps(made_results().as_json()))))
     ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
@@ -405,14 +406,14 @@ def test_forged_results_make_no_page(cli: Cli, tmp_path: Path, spoil: Callable[[
 
 
 @pytest.mark.parametrize("target", ["pipe", "/dev/zero"])
-def test_only_a_file_holds_results(cli: Cli, tmp_path: Path, target: str) -> None:
+def test_results_must_be_a_regular_file(cli: Cli, tmp_path: Path, target: str) -> None:
     file = study_in(tmp_path) / "results.json"
     os.mkfifo(file) if target == "pipe" else file.symlink_to(target)
     ran = cli("report", "--study", tmp_path / "study", "--output", tmp_path / "page.html")
     check_refused(ran, 2, (Code.SWEEP_STUDY, str(file), "--study"))
 
 
-def test_a_page_shows_what_a_stranger_wrote_as_text(cli: Cli, tmp_path: Path) -> None:
+def test_page_shows_untrusted_results_as_text(cli: Cli, tmp_path: Path) -> None:
     values = json.loads(json.dumps(made_results().as_json()))
     values["keys"].append("$\\frac{")
     evil = {"$\\frac{": "$x_{", "training.learning_rate": "1e400"}
@@ -421,10 +422,10 @@ def test_a_page_shows_what_a_stranger_wrote_as_text(cli: Cli, tmp_path: Path) ->
     page = tmp_path / "page.html"
     assert cli("report", "--study", tmp_path / "study", "--output", page).code == 0
     assert "<script" not in page.read_text() and "&lt;script&gt;" in page.read_text()
-    assert "/gone/out" not in page.read_text()  # an adapter that is not there, as where the study has moved
+    assert "/gone/out" not in page.read_text()  # a path that does not exist, as if the study had been moved
 
 
-def test_results_are_written_through_no_link(tmp_path: Path) -> None:
+def test_results_are_not_written_through_links_or_pipes(tmp_path: Path) -> None:
     results, precious = made_results(), tmp_path / "precious"
     precious.write_text("precious")
     (tmp_path / "results.json.unfinished").symlink_to(precious)
@@ -439,19 +440,19 @@ def test_results_are_written_through_no_link(tmp_path: Path) -> None:
     assert not (tmp_path / "results.json.unfinished").exists()
 
 
-def test_losses_that_no_trial_has_are_refused() -> None:
+def test_invalid_row_losses_are_refused() -> None:
     ones = np.ones(6)
     good = RowLosses(ones, ones, ones)
     assert RowLosses.unpacked(good.packed()).has_rows_of(good)
     assert not good.has_rows_of(RowLosses(ones, ones * 2, ones)) and not RowLosses(ones * 1e39, ones, ones).is_finite
     bomb = RowLosses(*[np.ones(1 << 22)] * 3).packed()
     bad = [RowLosses(ones * np.nan, ones, ones).packed(), RowLosses(ones, ones * 0, ones).packed()]
-    for text in ("", "AAAA", "\0", good.packed()[:-7], *bad, bomb):  # of the last, a part is unpacked
+    for text in ("", "AAAA", "\0", good.packed()[:-7], *bad, bomb):  # the last one would decompress to a huge size
         with pytest.raises(ValueError, match=_ANY):
             RowLosses.unpacked(text)
 
 
-def test_values_of_a_trial_are_checked() -> None:
+def test_trial_result_values_are_validated() -> None:
     assert rank([TrialResult(0, {}, {}, "waiting")], {})[0].verdict == ""
     with pytest.raises(ValueError, match="seconds"):
         TrialResult(number=0, settings={}, values={}, state="done", seconds="soon")  # type: ignore[arg-type]
@@ -462,7 +463,7 @@ def test_ranking_compares_row_by_row() -> None:
     nats, noise = generator.random(50) * 20, generator.standard_normal(50)
     tokens, copies = nats * 0 + 10, nats * 0 + 1
     losses = {
-        0: RowLosses(nats + 0.5, tokens, copies),  # worse by half a nat on each row, far less than rows differ
+        0: RowLosses(nats + 0.5, tokens, copies),  # worse by half a nat on each row, far less than the spread of rows
         1: RowLosses(nats, tokens, copies),
         2: RowLosses(nats + 0.3 * (noise - noise.mean()) + 1e-3, tokens, copies),
     }
@@ -473,8 +474,9 @@ def test_ranking_compares_row_by_row() -> None:
     assert ranked[0].interval is not None and ranked[0].interval[1] - ranked[0].interval[0] > 0.05
 
 
-def test_what_a_comparison_leaves_open_is_said() -> None:
-    """Where the best values lie at the end of those tried, diverged trials included, and which losses are compared."""
+def test_remarks_name_the_limits_of_a_comparison() -> None:
+    """Whether the best value is at the edge of those tried (including diverged trials), and which losses are
+    compared."""
 
     def remarks(*trials: tuple[dict[str, str], str]) -> list[str]:
         found = [TrialResult(number, values, {}, state) for number, (values, state) in enumerate(trials)]

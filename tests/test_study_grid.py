@@ -1,4 +1,4 @@
-"""What `loratune sweep` tries, and what is refused before the first trial."""
+"""What `loratune sweep` tries, and which mistakes are refused before the first trial."""
 
 import itertools
 import sys
@@ -21,7 +21,7 @@ HELD_OUT = [{"prompt": f"{number} and {number} make", "completion": f" {number +
 
 
 def study_config(folder: Path, make: MakeConfig, **sections: Any) -> Path:
-    """The config of the tests' tiny run with a file of validation rows."""
+    """The config of the tiny run with a file of validation rows."""
     validation = str(write_rows(folder / "held-out.jsonl", HELD_OUT))
     data = {"train": str(folder / "rows.jsonl"), "validation": validation} | sections.pop("data", {})
     return make(data=data, **sections)
@@ -51,15 +51,15 @@ def test_commas_in_brackets_and_quotes_are_part_of_a_value() -> None:
     ]
 
 
-def test_the_first_combinations_span_the_grid() -> None:
-    """A sweep that is cut short has tried high and low values of each key."""
+def test_first_combinations_cover_the_ends_of_the_grid() -> None:
+    """A sweep that ends early has tried low and high values of each key."""
     order = parsed("training.learning_rate=1e-4,3e-4,1e-3", "lora.r=4,8,16", "lora.lora_alpha=16").spread_out()
     shown = [(one["training.learning_rate"], one["lora.r"]) for one in order]
     assert shown[:5] == [("1e-4", "4"), ("1e-3", "16"), ("1e-4", "16"), ("3e-4", "8"), ("1e-3", "4")]
     assert sorted(shown) == sorted(itertools.product(("1e-4", "3e-4", "1e-3"), ("4", "8", "16")))
 
 
-def test_ranges_are_whole_or_logarithmic_by_their_ends() -> None:
+def test_ranges_are_integer_linear_or_logarithmic() -> None:
     axes = parsed("training.learning_rate=1e-5..1e-3", "lora.r=4..8", "lora.lora_dropout=0..0.2").axes
     assert [axis.distribution for axis in axes] == [
         FloatDistribution(1e-5, 1e-3, log=True), IntDistribution(4, 8), FloatDistribution(0, 0.2),
@@ -88,7 +88,7 @@ def test_malformed_grids_are_refused(option: str, key: str) -> None:
 @pytest.mark.parametrize(
     ("text", "seconds"), [("30m", 1800), ("1h", 3600), ("1h30m", 5400), ("2", 120), ("0.5", 30), ("45s", 45)]
 )
-def test_a_budget_is_a_time_or_minutes(text: str, seconds: float) -> None:
+def test_budgets_are_parsed_with_and_without_units(text: str, seconds: float) -> None:
     assert grid.parse_time(text) == seconds
 
 
@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[object, ...], int, tuple[Code, st
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_mistake_is_reported_before_the_first_trial(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+def test_mistakes_are_reported_before_the_first_trial(name: str, cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     sections, arguments, exit_code, problem, words = REFUSED[name]
     ran = cli("sweep", config(**sections), *arguments)
     check_refused(ran, exit_code, problem)
@@ -135,29 +135,29 @@ def test_a_mistake_is_reported_before_the_first_trial(name: str, cli: Cli, confi
 def test_each_value_and_each_combination_is_checked(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("sweep", config(), "--grid", "lora.r=4,0,7", "--grid", "lora.init_lora_weights=true,orthogonal")
     assert ran.code == 2 and len(ran.errors) == 2, ran.err
-    assert f"[{Code.CONFIG_BAD_VALUE}]" in ran.err  # 0, whatever else is set
+    assert f"[{Code.CONFIG_BAD_VALUE}]" in ran.err  # 0 is invalid whatever else is set
     assert f"[{Code.CONFIG_BAD_VALUE}]" in ran.err and "lora.r=7 lora.init_lora_weights=orthogonal" in ran.err
     assert not (tmp_path / "out.study").exists()
 
 
-def test_adapters_are_tried_without_weights_first(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
+def test_targets_are_checked_before_loading_weights(cli: Cli, config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("sweep", config(), "--grid", "lora.target_modules=[q],[no_such_module]")
     assert ran.code == 3 and "lora.target_modules=[no_such_module]" in ran.err, ran.err
     assert not (tmp_path / "out.study").exists()
 
 
-def test_validation_rows_are_needed(cli: Cli, run_config: MakeConfig) -> None:
+def test_validation_rows_are_required(cli: Cli, run_config: MakeConfig) -> None:
     path = run_config()
     check_refused(cli("sweep", path, *RATES), 2, (Code.CONFIG_MISSING_KEY, str(path), "data.validation"))
 
 
-def test_an_error_of_the_config_is_reported_once(cli: Cli, config: MakeConfig) -> None:
+def test_config_error_is_reported_once(cli: Cli, config: MakeConfig) -> None:
     file = config(lora={"rank": 8})
     ran = cli("sweep", file, *RATES, "--grid", "lora.r=2,4")
     assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{file}:"), ran.err
 
 
-def test_a_missing_optuna_is_reported_with_its_extra(cli: Cli, config: MakeConfig) -> None:
+def test_missing_optuna_is_reported_with_the_extra_to_install(cli: Cli, config: MakeConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "optuna", None)
         ran = cli("sweep", config(), *RATES)
@@ -173,7 +173,7 @@ def test_a_missing_optuna_is_reported_with_its_extra(cli: Cli, config: MakeConfi
         "mysql://h:a/db", "mysql:joe:hunter2@host",
     ],
 )  # fmt: skip
-def test_a_wrong_database_is_a_mistake_in_the_command(cli: Cli, config: MakeConfig, tmp_path: Path, url: str) -> None:
+def test_invalid_storage_url_is_a_usage_error(cli: Cli, config: MakeConfig, tmp_path: Path, url: str) -> None:
     ran = cli("sweep", config(), *RATES, "--storage", url)
     assert ran.code == 2 and f"[{Code.SWEEP_STUDY}]" in ran.err and "--storage" in ran.err, ran.err
     assert "sqlite:///study.db" in ran.err and "hunter2" not in ran.err + ran.out

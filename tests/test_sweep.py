@@ -35,7 +35,7 @@ from loratune.lora.targets.survey import EXPERTS
 GOLDEN = Path(__file__).parent / "golden_targets.txt"
 R = 2
 LENGTH = 8
-LONGER = {"deepseek_v4": 256}  # its compressors take 128 tokens at once
+LONGER = {"deepseek_v4": 256}  # its compressors process 128 tokens at once
 
 NEVER_RUN = (
     "blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant", "longcat_flash", "qwen4_exp", "qwen4_exp_text",
@@ -57,7 +57,7 @@ layers of the same kinds, such as gemma3n_text, inkling2_text and qwen3_next, ta
 
 
 def lines(targets: Targets) -> Iterator[str]:
-    """`model.layers.* x4: self_attn.q_proj=q self_attn.kv_proj=kv ...`, a line for each stack of layers."""
+    """`model.layers.* x4: self_attn.q_proj=q self_attn.kv_proj=kv ...`, one line for each stack of layers."""
     stacks: dict[str, dict[str, list[str]]] = {}
     for place, roles in targets.module_patterns().items():
         stack, _, leaf = place.rpartition(".*.")
@@ -78,11 +78,11 @@ def place_of(path: str) -> str:
 
 @dataclass
 class Seen:
-    """What the sweep found out about one type of model.
+    """What was found for one model type.
 
-    built: whether its configuration gives a model. table: its lines of the golden table. roles: those that it has.
-    wrong: what contradicts stock PEFT or the rules of this test. ran: whether a forward and backward pass on the meta
-    device were possible; idle: adapters without a gradient.
+    built: whether its configuration gives a model. table: its lines of the golden table. roles: the roles it has.
+    wrong: contradictions to stock PEFT or to the rules of this test. ran: whether a forward and backward pass on the
+    meta device were possible. idle: adapters without a gradient.
     """
 
     built: bool = False
@@ -95,7 +95,7 @@ class Seen:
 
 
 def roles_of(model: PreTrainedModel, seen: Seen) -> Targets | None:
-    """All four roles, or those that there are; the reason goes to the table."""
+    """All four roles, or those that exist. The reason for missing ones goes into the table."""
     for asked in (list(ROLES), []):
         try:
             targets = resolve(model, asked or list(seen.roles))
@@ -141,7 +141,7 @@ def visit(model_type: str, *, backward: bool = True) -> Seen:
 
 
 def visit_experts(model_type: str, seen: Seen) -> None:
-    """The role of fused experts: as the other ones; the gradients need a model with weights, which PEFT asks for."""
+    """The role of fused experts, like the others. Gradients need a model with weights, which PEFT requires."""
     try:
         targets = resolve(build(model_type), [], target_parameters=[EXPERTS])
     except ModelError:
@@ -167,19 +167,19 @@ def visit_experts(model_type: str, seen: Seen) -> None:
 
 # --- independent rules
 
-# Words that no path of a self-attention's projection holds; a part of it that is one of a few whole words.
+# Words that never occur in the path of a self-attention projection; some only as a whole path part.
 FOREIGN = re.compile(
     r"mlp|ffn|feed_forward|mamba|vision|image|visual|audio|speech|cross|encoder_attn|indexer|router|expert|moe|linear_attn"
     r"|conv|head\b|embed|patcher|pooler|intermediate|(?<![^.])(gate|gate_proj|fc\d)(?![^.])",
     re.IGNORECASE,
 )
-# The classes of what attends with a softmax; Zaya's and Inkling's projections, BERT's output are parts of it.
+# Classes with softmax attention. Projections of Zaya and Inkling, and BERT's output, belong to them.
 ATTENDS = re.compile(r"Attention|MLA$")
 RECURS = re.compile(r"Delta|Lightning|Mamba|Rwkv|LSTM|RecurrentBlock|ShortConv$")
 
 
 def outside(model: nn.Module, targets: Targets) -> list[str]:
-    """Targets that are not in the self-attention of the decoder, as far as their path and classes tell."""
+    """Targets outside the self-attention of the decoder, judging by path and classes."""
     found = []
     for path in targets.modules:
         parts = path.split(".")
@@ -191,7 +191,8 @@ def outside(model: nn.Module, targets: Targets) -> list[str]:
 
 
 def differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, list[str]]:
-    """Stock PEFT, given the names: what it touches and how much it trains, compared with the targets."""
+    """Compare stock PEFT, given the names, with the targets: the modules it adapts and the number of trained
+    parameters."""
     shapes = [model.get_submodule(path).weight.shape for path in targets.modules]
     adapted = get_peft_model(model, LoraConfig(r=R, init_lora_weights=False, **targets.peft()))
     touched = [path for path, module in adapted.base_model.model.named_modules() if isinstance(module, LoraLayer)]
@@ -201,7 +202,7 @@ def differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, li
 
 
 def stacked_differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftModel, list[str]]:
-    """As `differences`, for parameters that hold experts: an A and a B for each of them."""
+    """Like `differences`, for parameters that contain experts: one A and one B per expert."""
     shapes = [model.get_parameter(name).shape for name in targets.parameters]
     adapted = get_peft_model(model, LoraConfig(r=R, init_lora_weights=False, **targets.peft()))
     layers = [(name, layer) for name, layer in parameters.layers_of(adapted).items() if isinstance(layer, ParamWrapper)]
@@ -212,20 +213,20 @@ def stacked_differences(model: PreTrainedModel, targets: Targets) -> tuple[PeftM
 
 
 def lost(adapted: PeftModel) -> list[str]:
-    """Weights that PEFT saves under a name that it does not know again when it loads them."""
+    """Weights that PEFT saves under a name that it does not recognize when loading."""
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     unknown = set_peft_model_state_dict(adapted, state).unexpected_keys
     return [f"lost on loading: {unknown}"] if unknown else []
 
 
 def idle(adapted: PeftModel, codebooks: int, length: int) -> tuple[bool, list[str]]:
-    """Whether the model runs on the meta device, and the adapters that a loss over its logits does not reach."""
+    """Whether the model runs on the meta device, and the adapters that get no gradient from a loss over its logits."""
     model = adapted.base_model.model
     model.set_attn_implementation("eager")
     adapted.to(torch.bfloat16).train()
     ids = torch.zeros(codebooks, length, dtype=torch.long, device="meta")
     mask = torch.ones(1, length, dtype=torch.long, device="meta")
-    # Some models look at values, which meta tensors have not; the fake ones of torch.compile get some of them through.
+    # Some models read values, which meta tensors lack; torch.compile's fake tensors allow some of them to run.
     for mode, given in (nullcontext(), {"attention_mask": mask}), (fake(), {}):
         try:
             with torch.device("meta"), mode:
@@ -260,7 +261,7 @@ PARTS = [SAMPLE, *(pytest.param(TYPES[shard::SHARDS], marks=pytest.mark.slow) fo
 
 @pytest.fixture(scope="module", params=PARTS, ids=["sample", *(f"{shard + 1} of {SHARDS}" for shard in range(SHARDS))])
 def sweep(request: pytest.FixtureRequest) -> dict[str, Seen]:
-    """A part of the reviewed types, so that test processes share them out; but for `LOOPING`, see there."""
+    """A share of the reviewed types, so that test processes can divide them. See `LOOPING` for an exception."""
     return {model_type: visit(model_type, backward=model_type not in LOOPING) for model_type in request.param}
 
 
@@ -273,32 +274,32 @@ def written(sweep: dict[str, Seen]) -> list[str]:
     return [f"{model_type}: {line}" for model_type, seen in sweep.items() for line in seen.table]
 
 
-def test_the_table_is_the_reviewed_one(sweep: dict[str, Seen]) -> None:
+def test_targets_match_the_reviewed_table(sweep: dict[str, Seen]) -> None:
     assert written(sweep) == [line for line in REVIEWED if line.partition(":")[0] in sweep]
 
 
-def test_the_reviewed_types_are_still_known() -> None:
-    """A release may add others, which are listed."""
+def test_reviewed_types_still_exist_in_transformers() -> None:
+    """New types of a release are listed in a warning."""
     if newcomers := sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - TYPES):
         warnings.warn(f"not reviewed yet: {', '.join(newcomers)}", stacklevel=1)
     assert len(TYPES) >= 196
     assert [model_type for model_type in TYPES if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES] == []
 
 
-def test_every_type_is_built(sweep: dict[str, Seen]) -> None:
+def test_every_model_type_can_be_built(sweep: dict[str, Seen]) -> None:
     assert [model_type for model_type, seen in sweep.items() if not seen.built] == []
 
 
-def test_roles_are_found_wherever_there_is_attention(sweep: dict[str, Seen]) -> None:
+def test_all_roles_are_found_wherever_there_is_attention(sweep: dict[str, Seen]) -> None:
     expected = {
-        # Their keys and values are those of the model that they assist.
+        # They use the keys and values of the model that they assist.
         "gemma4_assistant": "qo",
         "gemma4_unified_assistant": "qo",
-        # Its queries and outputs are experts, stacked in tensors.
+        # Its query and output projections are experts in stacked tensors.
         "jetmoe": "kv",
-        # Its attention multiplies with bare parameters.
+        # Its attention multiplies by bare parameters.
         "xlnet": "",
-        # They have no attention.
+        # These have no attention.
         "falcon_mamba": "",
         "mamba": "",
         "mamba2": "",
@@ -310,22 +311,22 @@ def test_roles_are_found_wherever_there_is_attention(sweep: dict[str, Seen]) -> 
     assert set(expected) <= set(TYPES)
 
 
-def test_stock_peft_agrees_and_nothing_is_outside_self_attention(sweep: dict[str, Seen]) -> None:
+def test_targets_agree_with_stock_peft_and_are_in_self_attention(sweep: dict[str, Seen]) -> None:
     assert {model_type: seen.wrong for model_type, seen in sweep.items() if seen.wrong} == {}
 
 
-def test_a_gradient_reaches_every_adapter_of_all_linear(sweep: dict[str, Seen]) -> None:
+def test_every_all_linear_adapter_gets_a_gradient(sweep: dict[str, Seen]) -> None:
     assert {model_type: seen.idle for model_type, seen in sweep.items() if seen.idle} == {}
     assert {model_type for model_type, seen in sweep.items() if not seen.ran} == sweep.keys() & {*LOOPING, *NEVER_RUN}
     assert set(NEVER_RUN) <= set(TYPES)
 
 
 @pytest.mark.slow
-def test_a_gradient_reaches_every_adapter_of_layers_that_loop(looping: dict[str, Seen]) -> None:
+def test_every_all_linear_adapter_of_looping_layers_gets_a_gradient(looping: dict[str, Seen]) -> None:
     assert [(seen.ran, seen.idle) for seen in looping.values()] == [(True, [])]
 
 
-# --- controls: what these checks are for is seen by them
+# --- controls: the checks above detect violations
 
 
 @pytest.mark.parametrize(
@@ -341,24 +342,24 @@ def test_a_gradient_reaches_every_adapter_of_layers_that_loop(looping: dict[str,
         ("mixtral", ["lm_head"]),
     ],
 )
-def test_a_module_outside_is_seen(model_type: str, asked: list[str]) -> None:
+def test_module_outside_self_attention_is_detected(model_type: str, asked: list[str]) -> None:
     model = build(model_type)
     assert outside(model, resolve(model, asked))
 
 
-def test_a_module_too_many_is_seen() -> None:
+def test_additional_module_is_detected() -> None:
     model = build("gpt2")
     targets = replace(resolve(model, list(ROLES)), names=("c_attn", "c_proj"))
     touched, trained = differences(model, targets)[1]
     assert "mlp.c_proj" in touched and "PEFT trains" in trained
 
 
-def test_an_adapter_that_is_lost_on_loading_is_seen() -> None:
+def test_adapter_lost_on_loading_is_detected() -> None:
     [problem] = lost(get_peft_model(build("laguna"), LoraConfig(r=R, target_modules=["shared_experts.down_proj"])))
     assert problem.startswith("lost on loading: ['base_model.model.model.layers.1.mlp.shared_experts..down_proj.lora_A")
 
 
-def test_an_adapter_without_effect_is_seen() -> None:
+def test_adapter_without_a_gradient_is_detected() -> None:
     adapted = get_peft_model(build("mamba"), LoraConfig(r=R, target_modules=["dt_proj", "in_proj"]))
     ran, without = idle(adapted, 1, LENGTH)
     assert ran and len(without) == LAYERS and all("dt_proj" in name for name in without)

@@ -1,4 +1,4 @@
-"""`loratune sweep` on answers that are compared: trials are compared by the loss of the config's own objective."""
+"""`loratune sweep` with preference objectives: trials are compared by the loss of the config's own objective."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def adapter(folder: Path, number: int) -> Path:
 
 @pytest.fixture(scope="module")
 def swept(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A folder with a sweep over two betas, and what it printed in `said`."""
+    """A folder with a sweep over two betas. Its output is in `said`."""
     folder = tmp_path_factory.mktemp("swept")
     child = processes.start("sweep", config(config_in(folder, tiny_dir), folder, training=SHORT), *BETAS)
     assert child.wait() == 0, child.said()
@@ -39,13 +39,13 @@ def swept(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_
     return folder
 
 
-def test_all_trials_are_measured_alike(swept: Path, cli: Cli, tmp_path: Path) -> None:
-    """By DPO's loss with the config's beta, from the log-probabilities of stock layers, whatever their own beta is."""
+def test_all_trials_are_measured_by_the_same_loss(swept: Path, cli: Cli, tmp_path: Path) -> None:
+    """By the DPO loss with the config's beta, from log-probabilities of stock layers, regardless of their own beta."""
     found = results(swept)
     assert (found.unit, found.rows, found.total) == ("pair", 12, 12)
     assert [trial.state for trial in found.trials] == ["done"] * 2
     for trial in found.trials:
-        if not adapter(swept, trial.number).exists():  # worse than the best one, so it was removed
+        if not adapter(swept, trial.number).exists():  # worse than the best trial, so it was removed
             continue
         rows = tmp_path / f"{trial.number}.jsonl"
         command = ("evaluate", "--adapter", adapter(swept, trial.number), "--data", swept / "held-out.jsonl")
@@ -61,7 +61,7 @@ def test_all_trials_are_measured_alike(swept: Path, cli: Cli, tmp_path: Path) ->
         assert trial.interval is not None and trial.interval[0] < trial.loss < trial.interval[1]
 
 
-def test_the_table_says_what_the_loss_is_over(swept: Path) -> None:
+def test_table_reports_the_unit_of_the_loss(swept: Path) -> None:
     said = (swept / "said").read_text()
     first, *_ = said.splitlines()
     assert first.endswith(
@@ -72,7 +72,7 @@ def test_the_table_says_what_the_loss_is_over(swept: Path) -> None:
     assert "on these pairs" in said or "not significantly different from trial" in said
 
 
-def test_the_page_says_so_too(swept: Path, cli: Cli, tmp_path: Path) -> None:
+def test_page_reports_the_unit_of_the_loss(swept: Path, cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert cli("report", "--study", swept / "out.study", "--output", page).code == 0
     text = page.read_text()
@@ -84,10 +84,8 @@ def test_the_page_says_so_too(swept: Path, cli: Cli, tmp_path: Path) -> None:
     assert "per supervised token" not in text
 
 
-def test_the_best_is_published_and_its_loss_is_that_of_its_run(
-    forked: Cli, run_config: MakeConfig, tmp_path: Path
-) -> None:
-    """With the adapter that the run started from as the reference, which no adapter has left when it is measured."""
+def test_published_loss_matches_that_of_the_run(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The reference is the adapter the run started from, although it is no longer attached during measurement."""
     first = forked("train", config(run_config, tmp_path, output_dir=str(tmp_path / "first")))
     assert first.code == 0, first.err
     file = config(run_config, tmp_path, lora={"start_from": str(tmp_path / "first")}, training=SHORT)
@@ -103,7 +101,7 @@ def test_the_best_is_published_and_its_loss_is_that_of_its_run(
     assert values["measured_by"] == "dpo with beta 0.1, the adapter that it started from as the reference"
 
 
-def test_judged_answers(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_unpaired_preferences_are_measured_per_answer(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     file = config(run_config, tmp_path, "kto", data={"validation": 0.25}, training={"max_steps": 4, "eval_steps": 2})
     ran = forked("sweep", file, "--grid", "training.learning_rate=1e-3,1e-2", "--budget", "30m")
     assert ran.code == 0, ran.err
@@ -113,8 +111,8 @@ def test_judged_answers(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> 
     assert found.trials[0].loss == pytest.approx(metrics["held_out_loss"], abs=1e-5)
 
 
-def test_another_measure_is_another_study(swept: Path, forked: Cli) -> None:
-    """The beta of the config is the one that all trials are measured with, though each has its own."""
+def test_changing_the_measuring_beta_requires_a_new_study(swept: Path, forked: Cli) -> None:
+    """All trials are measured with the config's beta, although each has its own."""
     other = swept / "other.yaml"
     values = yaml.safe_load((swept / "run.yaml").read_text())
     other.write_text(yaml.safe_dump(values | {"preferences": {"beta": 0.2}}))
@@ -126,15 +124,15 @@ def test_another_measure_is_another_study(swept: Path, forked: Cli) -> None:
 @pytest.mark.parametrize(
     "grid", ["preferences.beta=0.1,0.5", "training.objective=dpo,simpo", "preferences.sft_weight=0,1"]
 )
-def test_losses_that_differ_in_meaning_stop_no_trial(
+def test_halving_is_refused_if_losses_are_not_comparable(
     grid: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     ran = cli("sweep", config(run_config, tmp_path), "--grid", grid, "--halving")
     check_refused(ran, 2, (Code.USAGE_CONFLICT, "--grid", grid.partition("=")[0]))
 
 
-def test_objectives_are_tried_beside_each_other(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """ORPO has no reference, and is measured by DPO's loss, that of the config."""
+def test_objectives_can_be_compared_in_one_sweep(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """ORPO, which has no reference, is also measured by the config's DPO loss."""
     ran = forked("sweep", config(run_config, tmp_path, training=SHORT), "--grid", "training.objective=dpo,orpo")
     assert ran.code == 0, ran.err
     found: dict[str, Any] = {trial.settings["training.objective"]: trial for trial in results(tmp_path).trials}
@@ -144,14 +142,16 @@ def test_objectives_are_tried_beside_each_other(forked: Cli, run_config: MakeCon
 
 
 @pytest.mark.parametrize("other", ["kto", "sft"])
-def test_an_objective_of_other_rows_is_refused(other: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_objective_for_another_row_format_is_refused(
+    other: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
     ran = cli("sweep", config(run_config, tmp_path), "--grid", f"training.objective=dpo,{other}")
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "--grid", "training.objective"))
     assert f"cannot be {other}, as the rows are preference pairs" in ran.err and not (tmp_path / "out.study").exists()
 
 
 @pytest.mark.slow
-def test_halving_goes_by_the_objectives_loss(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_halving_uses_the_loss_of_the_objective(forked: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     file = config(run_config, tmp_path, training={"max_steps": 8, "eval_steps": 1})
     ran = forked("sweep", file, "--grid", "training.learning_rate=1e-2,1e-7,1e-8,1e-6", "--halving")
     assert ran.code == 0, ran.err

@@ -1,4 +1,4 @@
-"""Whole runs of `loratune sweep`: trials are trained, compared, interrupted, shared, and the best one is published."""
+"""Complete runs of `loratune sweep`: trials are trained, compared, interrupted, shared, and the best is published."""
 
 import json
 import re
@@ -38,7 +38,7 @@ NO_TIME = "from loratune.study.trials import Budget\nBudget.left = property(lamb
 
 @pytest.fixture
 def config(tmp_path: Path, run_config: MakeConfig) -> Callable[..., Path]:
-    """Writes the config of a sweep into the folder of a test."""
+    """Writes a sweep config into the folder of a test."""
     return lambda **sections: study_config(tmp_path, run_config, **sections)
 
 
@@ -52,7 +52,7 @@ def states(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def swept(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A folder with a sweep over two rates and two ranks, and what it printed in `said` and on stderr in `log`."""
+    """A folder with a sweep over two rates and two ranks. Its stdout is in `said`, its stderr in `log`."""
     folder = tmp_path_factory.mktemp("swept")
     child = processes.start("sweep", study_config(folder, config_in(folder, tiny_dir)), *RATES, *RANKS)
     assert child.wait() == 0, child.said()
@@ -63,7 +63,7 @@ def swept(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_
 
 @pytest.fixture
 def copied(swept: Path, tmp_path: Path) -> Path:
-    """A copy of it, which a test may spoil, without what was published."""
+    """A copy of the sweep without the published adapter, which a test may modify."""
     for name in ("rows.jsonl", "held-out.jsonl"):
         shutil.copy(swept / name, tmp_path / name)
     shutil.copytree(swept / "out.study", tmp_path / "out.study")
@@ -78,10 +78,10 @@ def adapter(folder: Path) -> Path:
     return folder / "out.study" / "trials" / f"{number:04}" / "out"
 
 
-# A whole sweep
+# A complete sweep
 
 
-def test_the_table_has_all_trials_the_best_first(swept: Path) -> None:
+def test_table_lists_all_trials_best_first(swept: Path) -> None:
     found = results(swept)
     losses = [trial.loss for trial in found.trials]
     assert len(losses) == 4 and losses == sorted(losses, key=float)
@@ -98,8 +98,8 @@ def test_the_table_has_all_trials_the_best_first(swept: Path) -> None:
     assert f"generate --adapter {swept / 'out'} '0 and 0 make'" in said
 
 
-def test_the_winner_is_what_train_writes(swept: Path, forked: Cli, tmp_path: Path) -> None:
-    """It came after other trials, on a base that was not loaded again."""
+def test_winner_equals_the_adapter_of_a_train_run(swept: Path, forked: Cli, tmp_path: Path) -> None:
+    """Although other trials came before it, and the base was not reloaded."""
     best = results(swept).trials[0]
     assert best.number > 0 and "changed the base" not in (swept / "log").read_text()
     assignments = [word for key, value in best.settings.items() for word in ("--set", f"{key}={value}")]
@@ -118,7 +118,7 @@ def test_the_winner_is_what_train_writes(swept: Path, forked: Cli, tmp_path: Pat
     assert best.loss == pytest.approx(record["metrics"]["held_out_loss"], rel=1e-6)
 
 
-def test_adapters_that_could_be_chosen_are_kept_with_what_they_cost_on_unrelated_text(swept: Path) -> None:
+def test_candidate_adapters_are_kept_with_their_change_on_unrelated_text(swept: Path) -> None:
     for trial in results(swept).trials:
         path = swept / "out.study" / "trials" / f"{trial.number:04}" / "out"
         assert path.exists() == (trial.verdict != WORSE) and trial.unrelated is not None
@@ -128,7 +128,7 @@ def test_adapters_that_could_be_chosen_are_kept_with_what_they_cost_on_unrelated
             assert trial.unrelated == change and f"{change:+.3f}" in (swept / "said").read_text()
 
 
-def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path, forked: Cli) -> None:
+def test_rerun_is_refused_and_overwrites_without_training(swept: Path, forked: Cli) -> None:
     before = tree(swept / "out")
     arguments = ("sweep", swept / "run.yaml", *RATES, *RANKS)
     ran = forked(*arguments)
@@ -140,7 +140,7 @@ def test_the_same_command_is_refused_and_overwrites_without_training(swept: Path
     assert tree(swept / "out") == before
 
 
-def test_more_values_continue_the_study(copied: Path, forked: Cli) -> None:
+def test_additional_values_continue_the_study(copied: Path, forked: Cli) -> None:
     ran = forked("sweep", copied / "run.yaml", "--grid", "training.learning_rate=1e-3,2e-2", "--grid", "lora.r=2")
     assert ran.code == 0, ran.err
     found = re.findall(r"^trial \d+: (.*)$", ran.err, flags=re.MULTILINE)
@@ -154,7 +154,7 @@ def test_more_values_continue_the_study(copied: Path, forked: Cli) -> None:
         ({"validation": HELD_OUT[:10]}, "the validation rows"),
     ],
 )
-def test_a_study_of_something_else_is_refused(copied: Path, forked: Cli, changed: dict[str, Any], named: str) -> None:
+def test_study_with_another_config_is_refused(copied: Path, forked: Cli, changed: dict[str, Any], named: str) -> None:
     values = yaml.safe_load((copied / "run.yaml").read_text())
     if rows := changed.get("validation"):
         values["data"]["validation"] = str(write_rows(copied / "other.jsonl", rows))
@@ -165,7 +165,7 @@ def test_a_study_of_something_else_is_refused(copied: Path, forked: Cli, changed
     assert named in ran.errors[0] and not (copied / "out").exists()
 
 
-def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
+def test_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert cli("report", "--study", swept / "out.study", "--output", page).code == 0
     text = page.read_text()
@@ -179,8 +179,8 @@ def test_the_report_shows_the_trials(swept: Path, cli: Cli, tmp_path: Path) -> N
 # Trials without an adapter
 
 
-def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    """It is not tried again. What no trial wrote stays, and all that diverge are exit code 6."""
+def test_diverged_trial_is_a_result(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    """It is not retried, and foreign files stay. If all trials diverge, the exit code is 6."""
     file = config(training={"max_grad_norm": 0.0, "max_steps": 3})
     notes = tmp_path / "out.study" / "trials" / "0000" / "notes.txt"
     notes.parent.mkdir(parents=True)
@@ -194,7 +194,7 @@ def test_a_trial_that_diverges_is_a_result(forked: Cli, config: MakeConfig, tmp_
     assert (tmp_path / "out" / WEIGHTS).exists() and [*notes.parent.iterdir()] == [notes]
 
 
-def test_what_is_in_the_way_of_a_trial_ends_the_sweep(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+def test_foreign_files_at_the_path_of_a_trial_end_the_sweep(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     place = tmp_path / "out.study" / "trials" / "0000" / "out"
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
@@ -203,8 +203,8 @@ def test_what_is_in_the_way_of_a_trial_ends_the_sweep(forked: Cli, config: MakeC
     assert (place / "notes.txt").read_text() == "mine" and states(tmp_path) == ["waiting", "waiting"]
 
 
-def test_a_trial_with_a_time_budget_of_its_own(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    """No step fits into 6 ms, which is a result; in two minutes there is time for the steps of the epoch."""
+def test_time_budgets_can_be_tried(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    """No step fits into 6 ms, which counts as a failed trial. Two minutes suffice for all steps of the epoch."""
     ran = forked("sweep", config(), "--grid", "training.max_minutes=2,3,0.0001", "--trials", 2)
     assert ran.code == 0 and "1 combination of the grid not tried, as --trials is 2" in ran.out, ran.err
     done, failed = results(tmp_path).trials
@@ -215,10 +215,10 @@ def test_a_trial_with_a_time_budget_of_its_own(forked: Cli, config: MakeConfig, 
     assert "2 → 5 steps" in ran.out
 
 
-def test_a_trial_that_is_worse_than_its_base_is_reported_as_such(
+def test_trial_worse_than_the_base_is_reported(
     forked: Cli, config: MakeConfig, cli: Cli, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """On rows that the base has written itself, of which it is sure, no other adapter can be better."""
+    """The rows are generated by the base, which is certain of them, so no adapter can be better."""
     model = tiny_llama()
     with torch.no_grad():
         model.lm_head.weight *= 50
@@ -243,8 +243,10 @@ def test_a_trial_that_is_worse_than_its_base_is_reported_as_such(
 # The budget
 
 
-def test_the_budget_ends_a_sweep_with_what_is_known(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
-    """The study is in a database."""
+def test_sweep_publishes_the_best_so_far_when_the_budget_ends(
+    processes: ForkServer, config: MakeConfig, tmp_path: Path
+) -> None:
+    """The study is stored in a database."""
     file = config(**SHORT)
     arguments = ("sweep", file, *RATES, "--storage", f"sqlite:///{tmp_path / 'study.db'}")
     child = processes.start(*arguments, "--budget", "1h", first=NO_TIME)
@@ -255,21 +257,21 @@ def test_the_budget_ends_a_sweep_with_what_is_known(processes: ForkServer, confi
     assert child.wait() == 0 and states(tmp_path) == ["done", "done"], child.said()
 
 
-def test_a_trial_fits_by_the_slowest_so_far() -> None:
+def test_budget_is_checked_against_the_slowest_trial_so_far() -> None:
     left = Budget(100.0, started=time.monotonic())
-    assert left.fits(90) and left.fits(190)  # an estimate without a trial may be off by two
+    assert left.fits(90) and left.fits(190)  # before any trial, the estimate may be off by a factor of two
     left.ratios += [3.0, 2.0]
     assert left.expected(20) == 60 and left.fits(20) and not left.fits(40)
 
 
-def test_a_budget_that_failed_trials_used_up_is_not_called_shorter_than_one() -> None:
+def test_budget_used_up_by_trials_is_not_reported_as_too_short() -> None:
     assert not Budget(100.0, started=-1e9, begun=1).fits(90)
     with pytest.raises(ConfigError):
         Budget(100.0, started=-1e9).fits(90)
 
 
-def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    """It would be in the way of a sweep over other keys. Numbers are then drawn from a range."""
+def test_budget_exceeded_while_loading_leaves_no_study(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    """A study would block a sweep over other keys. The second sweep samples values from a range."""
     file = config(**SHORT)
     ran = forked("sweep", file, *RATES, "--budget", "0.001s")
     check_refused(ran, 2, (Code.CONFIG_BUDGET, "", "--budget"))
@@ -280,13 +282,15 @@ def test_a_budget_that_loading_takes_leaves_no_study(forked: Cli, config: MakeCo
     assert len({*rates}) == 2 and all(1e-3 <= rate <= 2e-2 for rate in rates)
 
 
-# Interrupted, and shared
+# Interrupted and shared sweeps
 
 
-def test_the_same_command_resumes(processes: ForkServer, forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    """After SIGINT, and after SIGKILL: each time the trial continues from its checkpoint, to the same bytes."""
+def test_rerun_resumes_an_interrupted_trial(
+    processes: ForkServer, forked: Cli, config: MakeConfig, tmp_path: Path
+) -> None:
+    """After SIGINT and after SIGKILL. The trial continues from its checkpoint and writes the same bytes."""
     file = config(training={"num_train_epochs": 4, "save_steps": 3})
-    sweep = ("sweep", file, "--grid", "training.learning_rate=1e-2,1e-3")  # the first one is the better one
+    sweep = ("sweep", file, "--grid", "training.learning_rate=1e-2,1e-3")  # the first value is the better one
     checkpoints = tmp_path / "out.study" / "trials" / "0000" / "out.partial" / "checkpoints"
     for number, least in ((signal.SIGINT, 3), (signal.SIGKILL, 9)):
         child = processes.start(*sweep)
@@ -311,7 +315,7 @@ def test_the_same_command_resumes(processes: ForkServer, forked: Cli, config: Ma
 @pytest.mark.parametrize(
     "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=["interrupted", "killed"]
 )
-def test_a_signal_between_the_end_of_a_trial_and_the_next(
+def test_signal_between_two_trials_loses_no_result(
     processes: ForkServer, forked: Cli, config: MakeConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
     first = "import os, signal, optuna\ntell, calls = optuna.Study.tell, []\n" + (
@@ -346,10 +350,9 @@ def test_two_processes_share_one_study(processes: ForkServer, config: MakeConfig
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_a_better_one_replaces_what_the_study_published(
-    processes: ForkServer, config: MakeConfig, tmp_path: Path
-) -> None:
-    """One process ends at its budget, and publishes; another, which was between two trials, finds a better adapter."""
+def test_better_adapter_replaces_the_published_one(processes: ForkServer, config: MakeConfig, tmp_path: Path) -> None:
+    """One process publishes when its budget ends; another one, paused between two trials, then finds a better
+    adapter."""
     gate, file = tmp_path / "gate", config(training={"max_steps": 4})
     arguments = ("sweep", file, "--grid", "training.learning_rate=1e-5,1e-2,1e-3")
     waits = "from loratune.commands.sweep import Sweep\nimport os, time\nwork, calls = Sweep._next_trial, []\n"
@@ -380,7 +383,7 @@ def test_machines_share_a_database_and_keep_their_adapters(
         children.append(processes.start("sweep", file, *arguments, first=first))
     assert [child.wait() for child in children] == [0, 0], children[0].said() + children[1].said()
     tried = [re.findall(r"^trial (\d+):", child.said(), flags=re.MULTILINE) for child in children]
-    assert len(tried[0] + tried[1]) == len({*tried[0], *tried[1]}) == 4  # whichever of them put it into the queue
+    assert len(tried[0] + tried[1]) == len({*tried[0], *tried[1]}) == 4  # regardless of which machine enqueued it
     last = max((json.loads(child.out.read_text()) for child in children), key=lambda one: str(one).count("'done'"))
     owner = 0 if str(last["winner"]) in tried[0] else 1
     published = [(tmp_path / name / "out").exists() for name in ("one", "two")]
@@ -389,8 +392,8 @@ def test_machines_share_a_database_and_keep_their_adapters(
     )
 
 
-def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
-    rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # tried in the order first, last, second, third
+def test_successive_halving_stops_worse_trials(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
+    rates = "training.learning_rate=1e-2,1e-7,1e-8,1e-6"  # order of trials: first, last, second, third
     ran = forked("sweep", config(training={"max_steps": 5, "eval_steps": 1}), "--grid", rates, "--halving")
     assert ran.code == 0, ran.err
     assert "stopped early" in states(tmp_path)
@@ -398,7 +401,7 @@ def test_successive_halving_stops_the_worse_ones(forked: Cli, config: MakeConfig
 
 
 @pytest.mark.slow
-def test_keys_of_rows_are_tokenized_again_and_compared_on_the_same_rows(
+def test_data_keys_cause_retokenizing_and_use_the_same_validation_rows(
     forked: Cli, config: MakeConfig, tmp_path: Path
 ) -> None:
     file = config()
@@ -413,9 +416,7 @@ def test_keys_of_rows_are_tokenized_again_and_compared_on_the_same_rows(
 
 
 @pytest.mark.slow
-def test_initializations_that_change_the_base_are_followed_by_the_same_base(
-    forked: Cli, config: MakeConfig, tmp_path: Path
-) -> None:
+def test_base_is_restored_after_initializations_that_change_it(forked: Cli, config: MakeConfig, tmp_path: Path) -> None:
     file = config(training={"num_train_epochs": 3})
     ran = forked("sweep", file, "--grid", "lora.init_lora_weights=pissa,olora,true")
     assert ran.code == 0 and ran.err.count("the adapter has changed the base") == 2, ran.err
@@ -427,10 +428,10 @@ def test_initializations_that_change_the_base_are_followed_by_the_same_base(
             assert (output / WEIGHTS).read_bytes() == (Path(trial.adapter) / WEIGHTS).read_bytes()
 
 
-# The winner's files
+# Files of the winner
 
 
-def test_a_missing_or_exchanged_adapter_is_not_published(forked: Cli, copied: Path) -> None:
+def test_missing_or_replaced_adapter_is_not_published(forked: Cli, copied: Path) -> None:
     other = copied / "other"
     ran = forked("train", copied / "run.yaml", "--set", f"output_dir={other}", "--set", "training.learning_rate=5e-3")
     assert ran.code == 0, ran.err
@@ -443,8 +444,8 @@ def test_a_missing_or_exchanged_adapter_is_not_published(forked: Cli, copied: Pa
 
 
 @pytest.mark.parametrize("level", range(4), ids=["adapter", "trial", "trials", "study"])
-def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, level: int) -> None:
-    """Neither one that was there before, nor one that has just appeared."""
+def test_links_are_not_followed_when_a_trial_is_removed(cli: Cli, copied: Path, level: int) -> None:
+    """Neither an existing link nor one that has just appeared."""
     found = adapter(copied)
     place = (found, *found.parents)[level]
     place.rename(copied / "elsewhere")
@@ -461,7 +462,7 @@ def test_no_link_is_followed_where_a_trial_is_removed(cli: Cli, copied: Path, le
     assert tree(copied / "elsewhere") == kept and not (copied / "out").exists()
 
 
-def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) -> None:
+def test_directory_that_appears_at_output_dir_is_kept(processes: ForkServer, copied: Path) -> None:
     first = "from loratune.commands.sweep import Sweep\nimport os\nend = Sweep._finish\n"
     first += f"def later(self, stop):\n    os.mkdir({str(copied / 'out')!r})\n    return end(self, stop)\n"
     first += "Sweep._finish = later"
@@ -485,7 +486,7 @@ def test_what_appeared_at_output_dir_stays(processes: ForkServer, copied: Path) 
     ],
     ids=lambda value: str(value),
 )
-def test_a_base_is_restored_or_known_to_differ(lora: dict[str, Any], is_same: bool) -> None:
+def test_base_is_restored_or_reported_as_changed(lora: dict[str, Any], is_same: bool) -> None:
     base = tiny_llama(attention_bias="bias" in lora).eval()
     before, state = {name: tensor.clone() for name, tensor in base.state_dict().items()}, BaseState(base)
     model, _ = creation.adapt(base, LoraSection(**lora), seed=0)
@@ -503,7 +504,7 @@ def test_a_base_is_restored_or_known_to_differ(lora: dict[str, Any], is_same: bo
     assert all(parameter.requires_grad and parameter.grad is None for parameter in base.parameters())
 
 
-def test_one_bit_of_a_base_is_seen() -> None:
+def test_single_bit_change_of_the_base_is_detected() -> None:
     base = tiny_llama().eval()
     state = BaseState(base)
     weight = base.model.layers[1].mlp.up_proj.weight.data
@@ -513,7 +514,7 @@ def test_one_bit_of_a_base_is_seen() -> None:
     assert state.restore(base)
 
 
-def test_a_trial_shows_life_in_steps_and_while_rows_are_read() -> None:
+def test_trial_sends_heartbeats_during_steps_and_progress() -> None:
     beats, seen = list[object](), list[Event]()
     study: Any = SimpleNamespace(show_life=beats.append)
     record: Any = object()

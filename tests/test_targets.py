@@ -1,4 +1,4 @@
-"""Targets: every role and name finds exactly its modules on real transformers classes, or says why not."""
+"""Targets: every role and name selects exactly the right modules of real transformers classes, or is refused."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ from loratune.codes import Code
 from loratune.errors import ConfigError, LoratuneError, ModelError
 from loratune.lora.targets import ROLES, STOCK, Targets
 
-# Two layers of the real class, small enough to build and wrap on the CPU.
+# Two layers of the real class, small enough to build and adapt on the CPU.
 LLAMA_LIKE: dict[str, Any] = dict(
     vocab_size=64,
     hidden_size=32,
@@ -64,7 +64,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
 SEPARATE = "q_proj k_proj v_proj o_proj"
 FUSED = "query_key_value query_key_value query_key_value dense"
 
-# Read by hand in the modeling files of transformers 5.24: where attention lives, what serves q, k, v, o there, and the
+# Taken by hand from the modeling files of transformers 5.24: the path of attention, the modules of q, k, v, o, and the
 # names that PEFT needs.
 GOLDEN: dict[str, tuple[str, str, str]] = {
     "llama": ("model.layers.*.self_attn", SEPARATE, "k_proj o_proj q_proj v_proj"),
@@ -92,7 +92,7 @@ GOLDEN: dict[str, tuple[str, str, str]] = {
     "mpt": ("transformer.blocks.*.attn", "Wqkv Wqkv Wqkv out_proj", "Wqkv out_proj"),
 }
 
-# Other shapes of attention, from their default configurations with four layers: roles → modules under the prefix.
+# Other kinds of attention, from default configurations with four layers: roles → modules below the prefix.
 FURTHER: dict[str, tuple[str, dict[str, str]]] = {
     "bert": (
         "bert.encoder.layer.*.attention",
@@ -149,13 +149,13 @@ def adapted(model: nn.Module) -> Iterator[str]:
 
 
 def attach(model: PreTrainedModel, targets: Targets, r: int = 4, **config: Any) -> tuple[list[str], int]:
-    """Stock PEFT: which modules it touched, and the number of trainable parameters."""
+    """The modules that stock PEFT adapts, and the number of trainable parameters."""
     wrapped = get_peft_model(model, LoraConfig(r=r, target_modules=list(targets.names), **config))
     return list(adapted(wrapped.base_model.model)), wrapped.get_nb_trainable_parameters()[0]
 
 
 def failure(kind: type[LoratuneError], model: PreTrainedModel, target_modules: list[str] | str, *codes: Code) -> str:
-    """The message of an error whose problems have these codes, in this order."""
+    """The message of an error whose problems have exactly these codes, in this order."""
     with pytest.raises(kind) as caught:
         resolve(model, target_modules)
     assert type(caught.value) is kind
@@ -182,7 +182,7 @@ def test_roles_are_found_by_architecture(name: str) -> None:
 def test_peft_adapts_exactly_these_modules(name: str) -> None:
     model = small(name, "cpu")
     targets = resolve(model, list(ROLES))
-    # A Linear weight is (out, in), a Conv1D weight (in, out): r * (in + out) either way.
+    # A Linear weight is (out, in), a Conv1D weight (in, out): r * (in + out) in both cases.
     formula = sum(4 * sum(model.get_submodule(path).weight.shape) for path in targets.modules)
     touched, trainable = attach(model, targets)
     assert touched == list(targets.modules)
@@ -190,18 +190,18 @@ def test_peft_adapts_exactly_these_modules(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FURTHER)
-def test_roles_in_other_shapes_of_attention(name: str) -> None:
+def test_roles_in_other_kinds_of_attention(name: str) -> None:
     prefix, leaves = FURTHER[name]
     model = build(name, **({} if name == "gemma3" else {"num_hidden_layers": 4}))
     targets = resolve(model, list(ROLES))
-    # As a set: a hybrid model's layers come in an order of its own.
+    # Compared as sets, as the layers of hybrid models may be in any order.
     expected = {role: {f"{prefix}.{leaf}" for leaf in names.split()} for role, names in leaves.items()}
     assert {role: set(patterns) for role, patterns in targets.entry_patterns().items()} == expected
     assert attach(model, targets)[0] == list(targets.modules)
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_stock_names_mean_the_roles_where_they_are_not_names(name: str) -> None:
+def test_stock_names_are_roles_if_the_model_lacks_the_names(name: str) -> None:
     model = small(name)
     by_role = resolve(model, list(ROLES))
     targets = resolve(model, list(STOCK))
@@ -212,33 +212,33 @@ def test_stock_names_mean_the_roles_where_they_are_not_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "asked", "names"), [("falcon", "q_proj", "query_key_value"), ("gpt2", "v", "c_attn")])
-def test_a_fused_projection_says_which_roles_come_along(name: str, asked: str, names: str) -> None:
+def test_fused_projections_report_the_roles_they_include(name: str, asked: str, names: str) -> None:
     targets = resolve(small(name), [asked])
     assert targets.names == (names,)
     [(pattern, roles)] = targets.fused.items()
     assert pattern.endswith(names) and roles == ("q", "k", "v")
 
 
-def test_a_projection_of_two_roles() -> None:
+def test_projection_serving_two_roles_is_reported_as_fused() -> None:
     targets = resolve(build("deepseek_v3", num_hidden_layers=1), ["k"])
     assert targets.fused == {
         f"model.layers.*.self_attn.{name}": ("k", "v") for name in ("kv_a_proj_with_mqa", "kv_b_proj")
     }
 
 
-def test_keys_that_are_the_values_too() -> None:
+def test_keys_that_also_serve_as_values_are_targeted_for_v() -> None:
     model = build("gemma4_text", num_hidden_layers=6, attention_k_eq_v=True)
     targets = resolve(model, ["v"])
     assert targets.entry_patterns() == {"v": ["model.layers.*.self_attn.v_proj", "model.layers.*.self_attn.k_proj"]}
-    assert targets.names == ("5.self_attn.k_proj", "v_proj")  # the one layer of full attention
+    assert targets.names == ("5.self_attn.k_proj", "v_proj")  # the only layer with full attention
     assert targets.fused == {"model.layers.*.self_attn.k_proj": ("k", "v")}
 
 
-def test_nothing_is_fused_where_each_role_has_its_module() -> None:
+def test_nothing_is_fused_if_each_role_has_its_own_module() -> None:
     assert resolve(small("llama"), list(ROLES)).fused == {}
 
 
-def test_some_roles_leave_the_others_alone() -> None:
+def test_only_the_requested_roles_are_targeted() -> None:
     targets = resolve(small("llama"), ["v", "q"])
     assert targets.names == ("q_proj", "v_proj")
     assert list(targets.roles) == ["v", "q"]
@@ -247,7 +247,7 @@ def test_some_roles_leave_the_others_alone() -> None:
     )
 
 
-def test_layers_that_share_keys_and_values_have_none() -> None:
+def test_layers_that_reuse_keys_and_values_have_no_k_and_v_targets() -> None:
     config = dict(num_hidden_layers=4, num_kv_shared_layers=2, layer_types=["full_attention"] * 4, laurel_rank=4)
     tiny = LLAMA_LIKE | dict(
         intermediate_size=[48] * 4, activation_sparsity_pattern=[0.0] * 4, vocab_size_per_layer_input=64
@@ -258,7 +258,7 @@ def test_layers_that_share_keys_and_values_have_none() -> None:
 
 @pytest.mark.parametrize("bits", [dict(load_in_8bit=True), dict(load_in_4bit=True)])
 @pytest.mark.parametrize("name", ["llama", "gpt_neox"])
-def test_quantized_layers_are_seen(name: str, bits: dict[str, bool]) -> None:
+def test_quantized_layers_are_found(name: str, bits: dict[str, bool]) -> None:
     plain = resolve(small(name), list(ROLES))
     with torch.device("meta"):
         model = replace_with_bnb_linear(
@@ -271,7 +271,7 @@ def test_quantized_layers_are_seen(name: str, bits: dict[str, bool]) -> None:
 # --- names, regular expressions, all-linear
 
 
-def test_names_and_longer_endings_mix_with_roles() -> None:
+def test_names_and_path_endings_can_be_mixed_with_roles() -> None:
     targets = resolve(small("opt"), ["fc1", "self_attn.q_proj", "o"])
     assert targets.entry_patterns() == {
         "fc1": ["model.decoder.layers.*.fc1"],
@@ -281,20 +281,20 @@ def test_names_and_longer_endings_mix_with_roles() -> None:
     assert targets.names == ("fc1", "out_proj", "q_proj")
 
 
-def test_a_name_means_all_that_ends_in_it() -> None:
+def test_name_matches_every_module_that_ends_in_it() -> None:
     targets = resolve(small("gpt2"), ["c_proj"])
     assert targets.entry_patterns() == {"c_proj": ["transformer.h.*.attn.c_proj", "transformer.h.*.mlp.c_proj"]}
     assert targets.names == ("c_proj",)
 
 
-def test_the_head_and_an_embedding_can_be_named() -> None:
+def test_head_and_embedding_can_be_named() -> None:
     model = small("gpt_neox", "cpu")
     targets = resolve(model, ["lm_head", "embed_in"])
     assert targets.modules == ("gpt_neox.embed_in", "lm_head")
     assert attach(model, targets)[0] == list(targets.modules)
 
 
-def test_a_regular_expression_is_matched_against_whole_paths() -> None:
+def test_regular_expression_matches_whole_paths() -> None:
     model = small("gpt2", "cpu")
     expression = r".*\.1\.(attn\.c_attn|mlp\.c_\w+)"
     targets = resolve(model, expression)
@@ -306,37 +306,37 @@ def test_a_regular_expression_is_matched_against_whole_paths() -> None:
 
 
 @pytest.mark.parametrize(("text", "names"), [("q,k", "[q, k]"), ("q_proj | v_proj", "[q_proj, v_proj]"), ("q", "[q]")])
-def test_names_without_brackets_are_told_from_an_expression(text: str, names: str) -> None:
+def test_error_for_names_without_brackets_suggests_a_list(text: str, names: str) -> None:
     with pytest.raises(ModelError) as caught:
         resolve(small("llama"), text)
     assert meanings(caught.value) == [(Code.LORA_UNKNOWN_TARGET, "", "lora.target_modules")]
     assert f"write a list to name roles or modules, {names}; or match" in caught.value.problems[0].fix
 
 
-def test_many_names_survive_peft_condensing_them() -> None:
+def test_many_names_are_kept_although_peft_condenses_them() -> None:
     config = LLAMA_LIKE | dict(num_hidden_layers=24)
     targets = resolve(build("llama", **config), r".*\.\d*[02468]\.self_attn\.[qk]_proj")
-    assert len(targets.names) == 24  # PEFT condenses lists of 20 and more
+    assert len(targets.names) == 24  # PEFT condenses lists of 20 or more names
     assert attach(build("llama", **config), targets)[0] == list(targets.modules)
 
 
-def test_a_regular_expression_keeps_to_its_layer_on_a_mixture_of_experts() -> None:
+def test_regular_expression_keeps_to_its_layer_in_moe_models() -> None:
     expression = r".*layers\.0\.self_attn\.q_proj"
     targets = resolve(build("qwen3_moe", **MOE), expression)
     assert attach(build("qwen3_moe", **MOE), targets)[0] == ["model.layers.0.self_attn.q_proj"]
-    # The control, and the reason that `names` is never a string: PEFT reduces the expression to `q_proj`.
+    # The control, and the reason why `names` is never a string: PEFT reduces the expression to `q_proj`.
     stock = get_peft_model(build("qwen3_moe", **MOE), LoraConfig(target_modules=expression))
     assert len(list(adapted(stock.base_model.model))) == 2
 
 
-def test_names_obey_layers_to_transform() -> None:
+def test_layers_to_transform_limits_names() -> None:
     targets = resolve(small("gpt2"), list(ROLES))
     touched, _ = attach(small("gpt2", "cpu"), targets, layers_to_transform=[1])
     assert touched == ["transformer.h.1.attn.c_attn", "transformer.h.1.attn.c_proj"]
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL if "cross" not in name])
-def test_all_linear_is_what_peft_takes_it_for(name: str) -> None:
+def test_all_linear_matches_peft(name: str) -> None:
     model = small(name)
     targets = resolve(model, "all-linear")
     assert targets.notes == ()
@@ -347,14 +347,14 @@ def test_all_linear_is_what_peft_takes_it_for(name: str) -> None:
     assert attach(small(name), targets)[0] == list(targets.modules)
 
 
-def test_all_linear_in_capitals() -> None:
+def test_all_linear_ignores_case() -> None:
     assert resolve(small("llama"), "All-Linear") == resolve(small("llama"), "all-linear")
 
 
 # --- errors
 
 
-def test_a_state_that_is_carried_along_is_no_attention() -> None:
+def test_recurrent_state_is_not_attention() -> None:
     model = build("rwkv", vocab_size=64, hidden_size=32, num_hidden_layers=2)
     message = failure(ModelError, model, list(ROLES), Code.LORA_UNKNOWN_TARGET)
     assert "rwkv has no attention" in message
@@ -362,7 +362,7 @@ def test_a_state_that_is_carried_along_is_no_attention() -> None:
     assert message.endswith("set lora.target_modules to names from this list, or to all-linear")
 
 
-def test_roles_that_nothing_serves() -> None:
+def test_missing_roles_are_reported_with_the_remaining_ones() -> None:
     model = build("jetmoe", vocab_size=64, hidden_size=32, num_hidden_layers=2)
     message = failure(ModelError, model, list(ROLES), Code.LORA_UNKNOWN_TARGET)
     assert "role `q`, `o`: nothing in the attention of jetmoe is known to serve it" in message
@@ -371,7 +371,7 @@ def test_roles_that_nothing_serves() -> None:
     assert resolve(model, ["k", "v"]).names == ("kv_proj",)
 
 
-def test_a_role_that_only_some_layers_have() -> None:
+def test_role_missing_in_some_layers_is_refused() -> None:
     model = small("llama")
     attention = model.get_submodule("model.layers.1.self_attn")
     attention.odd_proj = attention.o_proj
@@ -383,7 +383,7 @@ def test_a_role_that_only_some_layers_have() -> None:
     assert resolve(model, ["q", "k", "v"]).names == ("k_proj", "q_proj", "v_proj")
 
 
-def test_an_attention_that_is_unknown_in_every_layer() -> None:
+def test_unknown_attention_lists_the_linear_modules() -> None:
     model = small("gpt2")
     for block in model.transformer.h:
         block.attn.inward, block.attn.outward = block.attn.c_attn, block.attn.c_proj
@@ -394,7 +394,7 @@ def test_an_attention_that_is_unknown_in_every_layer() -> None:
     assert resolve(model, ["inward", "attn.outward"]).names == ("inward", "outward")
 
 
-def test_unknown_names_are_all_reported_with_their_nearest() -> None:
+def test_all_unknown_names_are_reported_with_the_nearest_matches() -> None:
     unknown = [Code.LORA_UNKNOWN_TARGET] * 3
     message = failure(ModelError, small("llama"), ["q_prj", "self_attn.o_prj", "v", "zzz"], *unknown)
     assert "`q_prj` matches no module of llama; nearest: q_proj" in message
@@ -404,12 +404,12 @@ def test_unknown_names_are_all_reported_with_their_nearest() -> None:
 
 
 @pytest.mark.parametrize("entry", ["all-linear", "auto", r".*q_proj"])
-def test_a_string_within_a_list(entry: str) -> None:
+def test_keyword_or_expression_inside_a_list_is_refused(entry: str) -> None:
     message = failure(ModelError, small("llama"), [entry], Code.LORA_UNKNOWN_TARGET)
     assert "auto, all-linear or a regular expression is written without brackets" in message
 
 
-def test_a_name_of_something_that_is_not_a_linear_layer() -> None:
+def test_name_of_a_non_linear_module_is_refused() -> None:
     message = failure(ModelError, small("llama"), ["self_attn"], Code.LORA_UNSUPPORTED)
     assert "`self_attn` matches model.layers.0.self_attn (LlamaAttention), model.layers.1.self_attn" in message
     message = failure(ModelError, small("qwen3"), r".*self_attn\..*", Code.LORA_UNSUPPORTED)
@@ -417,25 +417,25 @@ def test_a_name_of_something_that_is_not_a_linear_layer() -> None:
 
 
 @pytest.mark.parametrize("text", ["q", "q_proj", "self_attn.q_proj"])
-def test_a_name_as_a_string_is_not_taken_for_a_list(text: str) -> None:
+def test_name_as_a_string_is_not_treated_as_a_list(text: str) -> None:
     message = failure(ModelError, small("llama"), text, Code.LORA_UNKNOWN_TARGET)
     assert f"the regular expression `{text}` matches no module's whole path in llama" in message
     assert f"[{text}]; or match whole paths" in message
     assert "model.layers.0.self_attn.q_proj" in message
 
 
-def test_a_regular_expression_that_matches_nothing() -> None:
+def test_unmatched_regular_expression_is_refused() -> None:
     message = failure(ModelError, small("llama"), r"layers\.\d+\.q_proj", Code.LORA_UNKNOWN_TARGET)
     assert message.endswith("match whole paths, such as model.layers.0.self_attn.q_proj")
 
 
-def test_a_regular_expression_that_does_not_compile() -> None:
+def test_invalid_regular_expression_is_refused() -> None:
     message = failure(ConfigError, small("llama"), "*_proj", Code.LORA_UNSUPPORTED)
     assert "`*_proj` is not a regular expression: nothing to repeat at position 0" in message
 
 
 @pytest.mark.parametrize("entries", [[""], ["q", ""]])
-def test_an_empty_name(entries: list[str]) -> None:
+def test_empty_name_is_refused(entries: list[str]) -> None:
     failure(ModelError, small("llama"), entries, Code.LORA_UNKNOWN_TARGET)
 
 
@@ -444,7 +444,7 @@ def mamba() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("entries", [list(ROLES), list(STOCK)])
-def test_a_model_without_attention(entries: list[str]) -> None:
+def test_roles_are_refused_for_a_model_without_attention(entries: list[str]) -> None:
     message = failure(ModelError, mamba(), entries, Code.LORA_UNKNOWN_TARGET)
     assert "mamba has no attention" in message
     assert "its linear modules: mixer.in_proj ×2 " in message  # noqa: RUF001
@@ -453,17 +453,17 @@ def test_a_model_without_attention(entries: list[str]) -> None:
     assert resolve(mamba(), ["in_proj"]).names == ("in_proj",)
 
 
-def test_a_model_without_attention_is_offered_all_linear_where_it_works() -> None:
+def test_all_linear_is_suggested_without_attention_if_it_works() -> None:
     model = build("xlnet", vocab_size=64, d_model=32, n_layer=2, n_head=4, d_inner=48)
     assert failure(ModelError, model, list(ROLES), Code.LORA_UNKNOWN_TARGET).endswith("or to all-linear")
     assert len(resolve(model, "all-linear").modules) == 4
 
 
-def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
+def test_mamba_weights_read_directly_by_kernels_are_refused() -> None:
     message = failure(ModelError, mamba(), ["in_proj", "dt_proj", "out_proj"], *[Code.LORA_UNSUPPORTED] * 2)
     assert "`mixer.dt_proj`: MambaMixer reads the weight directly, past an adapter" in message
     assert "`mixer.out_proj`" in message and "in_proj`" not in message
-    with pytest.raises(ValueError, match="incompatible with Mamba"):  # what PEFT would say
+    with pytest.raises(ValueError, match="incompatible with Mamba"):  # PEFT's own error
         get_peft_model(mamba(), LoraConfig(target_modules="all-linear"))
     targets = resolve(mamba(), "all-linear")
     assert targets.names == ("in_proj",)
@@ -472,16 +472,16 @@ def test_weights_that_the_kernels_of_mamba_read_past_an_adapter() -> None:
     assert attach(mamba(), targets)[0] == list(targets.modules)
 
 
-def test_experts_in_stacked_tensors() -> None:
+def test_names_that_peft_applies_to_stacked_experts_are_refused() -> None:
     model = build("qwen3_moe", **(MOE | dict(mlp_only_layers=[0])))
     message = failure(ModelError, model, ["q", "down_proj"], Code.LORA_UNSUPPORTED)
     assert "`mlp.down_proj`: PEFT takes a target of this name for the experts' stacked tensors" in message
-    # What would happen: the dense layer that has a down_proj module is left out, without a word.
+    # The control: PEFT silently skips the dense layer, which has a down_proj module.
     stock = get_peft_model(model, LoraConfig(target_modules=["down_proj"]))
     assert "model.layers.0.mlp.down_proj" not in list(adapted(stock.base_model.model))
 
 
-def test_all_linear_leaves_out_what_peft_would_take_for_experts() -> None:
+def test_all_linear_omits_names_that_peft_applies_to_experts() -> None:
     config = MOE | dict(mlp_only_layers=[0])
     targets = resolve(build("qwen3_moe", **config), "all-linear")
     assert targets.names == ("k_proj", "o_proj", "q_proj", "v_proj")
@@ -494,34 +494,34 @@ def test_all_linear_leaves_out_what_peft_would_take_for_experts() -> None:
     assert attach(build("qwen3_moe", **config), targets)[0] == list(targets.modules)
 
 
-def test_dense_layers_beside_stacked_experts_are_had_where_peft_lets_them_be() -> None:
+def test_all_linear_includes_dense_layers_beside_experts_if_peft_can() -> None:
     config = MOE | dict(shared_expert_intermediate_size=16)
     targets = resolve(build("qwen2_moe", **config), "all-linear")
     assert "down_proj" in targets.names
     assert attach(build("qwen2_moe", **config), targets)[0] == list(targets.modules)
 
 
-def test_all_linear_leaves_out_what_text_does_not_pass() -> None:
+def test_all_linear_omits_modules_that_text_does_not_use() -> None:
     targets = resolve(small("gpt2 with cross-attention"), "all-linear")
     assert not [path for path in targets.modules if "cross" in path]
     assert targets.notes == ("all-linear leaves out transformer.h.*.crossattention: text does not pass there",)
-    assert resolve(small("gpt2 with cross-attention"), ["crossattention.c_attn"]).modules  # asked for by name
+    assert resolve(small("gpt2 with cross-attention"), ["crossattention.c_attn"]).modules  # requested by name
 
 
-def test_a_linear_layer_of_another_kind_is_refused() -> None:
+def test_other_linear_classes_are_refused() -> None:
     config = LLAMA_LIKE | dict(intermediate_size_mlp=48, num_local_experts=2, layer_types=["full_attention"] * 2)
     model = build("llama4_text", **config)
     assert "Llama4Router is not a plain linear layer" in failure(ModelError, model, ["router"], Code.LORA_UNSUPPORTED)
     assert "router" not in resolve(model, "all-linear").names
 
 
-def test_an_indexer_learns_nothing() -> None:
+def test_indexers_are_refused_as_they_get_no_gradient() -> None:
     model = build("deepseek_v32", num_hidden_layers=1)
     assert "no gradient passes a choice" in failure(ModelError, model, ["wq_b"], Code.LORA_UNSUPPORTED)
     assert not [path for path in resolve(model, list(ROLES)).modules if "indexer" in path]
 
 
-def test_a_module_that_no_ending_can_tell_from_another() -> None:
+def test_module_whose_path_ends_another_path_is_refused() -> None:
     model = small("llama")
     model.model.lm_head = nn.Linear(32, 64, device="meta")
     message = failure(ModelError, model, "lm_head", Code.LORA_UNSUPPORTED)

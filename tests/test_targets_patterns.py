@@ -1,4 +1,4 @@
-"""rank_pattern, alpha_pattern, modules_to_save and layers_to_transform: what PEFT makes of them is what was meant."""
+"""rank_pattern, alpha_pattern, modules_to_save and layers_to_transform: PEFT applies them as intended."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ def attach(model: nn.Module, targets: Targets, **config: Any) -> PeftModel:
 
 
 def values(adapted: PeftModel) -> dict[str, tuple[int, float]]:
-    """Path of each adapted module → its r and lora_alpha, as PEFT built them."""
+    """Path of each adapted module → its r and lora_alpha in the PEFT model."""
     layers = adapted.base_model.model.named_modules()
     found = {path: layer for path, layer in layers if isinstance(layer, LoraLayer)}
     return {path: (layer.r["default"], layer.lora_alpha["default"]) for path, layer in found.items()}
@@ -36,7 +36,7 @@ def saved(adapted: PeftModel) -> list[str]:
 
 
 def failure(model: nn.Module, *problems: tuple[Code, str], kind: type[LoratuneError] = ModelError, **asked: Any) -> str:
-    """The message of an error with these codes and keys, in this order."""
+    """The message of an error with exactly these codes and keys, in this order."""
     with pytest.raises(kind) as caught:
         resolve(model, **({"target_modules": list(ROLES)} | asked))
     assert type(caught.value) is kind
@@ -47,7 +47,7 @@ def failure(model: nn.Module, *problems: tuple[Code, str], kind: type[LoratuneEr
 # --- rank_pattern and alpha_pattern
 
 
-def test_values_by_role_name_and_expression() -> None:
+def test_pattern_keys_may_be_roles_names_and_expressions() -> None:
     targets = resolve(
         build("llama", **LLAMA),
         ["q", "v", "o", "down_proj"],
@@ -69,7 +69,7 @@ def test_values_by_role_name_and_expression() -> None:
 
 
 @pytest.mark.parametrize("entry", ["q", "q_proj"])
-def test_a_role_or_its_stock_name_on_another_architecture(entry: str) -> None:
+def test_pattern_role_or_stock_name_on_another_architecture(entry: str) -> None:
     model = build("gpt_neox", **NEOX)
     targets = resolve(model, list(ROLES), rank_pattern={entry: 16})
     assert targets.rank_pattern == {"query_key_value": 16}
@@ -82,33 +82,33 @@ def test_a_role_or_its_stock_name_on_another_architecture(entry: str) -> None:
     }
 
 
-def test_a_name_keeps_to_the_targets() -> None:
+def test_pattern_name_applies_to_targets_only() -> None:
     model = build("gpt2", **GPT2)
     targets = resolve(model, ["o"], rank_pattern={"c_proj": 16})
     assert targets.rank_pattern == {"c_proj": 16}
     assert set(values(attach(model, targets))) == {f"transformer.h.{layer}.attn.c_proj" for layer in (0, 1)}
 
 
-def test_a_name_that_ends_another() -> None:
-    # PEFT would give r=16 to both under the name `c_proj`, and under `attn.c_proj` too if it were not escaped.
+def test_pattern_names_with_the_same_ending_are_distinguished() -> None:
+    # PEFT would give r=16 to both for the name `c_proj`, and also for an unescaped `attn.c_proj`.
     model = build("gpt2", **GPT2)
     targets = resolve(model, ["c_proj"], rank_pattern={"attn.c_proj": 16, "mlp.c_proj": 2})
     assert targets.rank_pattern == {r"attn\.c_proj": 16, r"mlp\.c_proj": 2}
     assert sorted(value for value, _ in values(attach(model, targets)).values()) == [2, 2, 16, 16]
 
 
-def test_a_whole_path_that_ends_another() -> None:
+def test_pattern_path_that_ends_another_path_is_distinguished() -> None:
     model = build("llama", **LLAMA)
     model.model.lm_head = nn.Linear(32, 64, device="meta")
     targets = resolve(model, ["lm_head"], rank_pattern={r"(?<!\.)lm_head": 2, "model.lm_head": 16})
     assert values(attach(model, targets)) == {"model.lm_head": (16, 8), "lm_head": (2, 8)}
 
 
-def test_the_same_value_twice_is_no_contradiction() -> None:
+def test_equal_pattern_values_for_one_module_are_accepted() -> None:
     assert resolve(build("gpt2", **GPT2), list(ROLES), rank_pattern={"q": 16, "k": 16}).rank_pattern == {"c_attn": 16}
 
 
-def test_two_values_for_one_module() -> None:
+def test_different_pattern_values_for_one_module_are_refused() -> None:
     code = Code.LORA_UNSUPPORTED
     both = (code, "rank_pattern"), (code, "alpha_pattern")
     message = failure(build("gpt2", **GPT2), *both, rank_pattern={"q": 16, "k": 8}, alpha_pattern={"v": 1, "c_attn": 2})
@@ -120,7 +120,7 @@ def test_two_values_for_one_module() -> None:
 
 
 @pytest.mark.parametrize("entry", ["k", "k_proj", "zzz", r"layers\.7\..*"])
-def test_a_key_that_hits_no_target(entry: str) -> None:
+def test_pattern_key_that_matches_no_target_is_refused(entry: str) -> None:
     unused = (Code.LORA_UNKNOWN_TARGET, "rank_pattern")
     message = failure(build("llama", **LLAMA), unused, target_modules=["q", "v"], rank_pattern={entry: 16})
     targets = "the targets are self_attn.q_proj ×3, self_attn.v_proj ×3"  # noqa: RUF001
@@ -128,7 +128,7 @@ def test_a_key_that_hits_no_target(entry: str) -> None:
     assert message.endswith("add it to lora.target_modules")
 
 
-def test_a_key_that_does_not_compile() -> None:
+def test_invalid_pattern_expression_is_refused() -> None:
     invalid = (Code.LORA_UNSUPPORTED, "alpha_pattern")
     message = failure(build("llama", **LLAMA), invalid, kind=ConfigError, alpha_pattern={"*_proj": 16})
     assert "`*_proj` is not a regular expression" in message
@@ -137,7 +137,7 @@ def test_a_key_that_does_not_compile() -> None:
 # --- layers_to_transform
 
 
-def test_layers_and_names_together_are_exact() -> None:
+def test_layers_combined_with_names_and_patterns_are_exact() -> None:
     config = LLAMA | {"num_hidden_layers": 24}
     layers = [0, 5, 22]
     targets = resolve(build("llama", **config), list(ROLES), layers, rank_pattern={"q": 16, r".*\.5\..*v_proj": 2})
@@ -148,15 +148,15 @@ def test_layers_and_names_together_are_exact() -> None:
     assert [value for path, (value, _) in found.items() if "v_proj" in path] == [4, 2, 4]
 
 
-def test_layers_do_not_hold_for_a_whole_path() -> None:
+def test_layers_apply_even_if_a_name_is_a_whole_path() -> None:
     model = build("llama", **LLAMA)
-    model.q_proj = nn.Linear(32, 64, device="meta")  # PEFT takes a whole path, whatever its layer
+    model.q_proj = nn.Linear(32, 64, device="meta")  # PEFT accepts a whole path regardless of its layer
     targets = resolve(model, ["self_attn.q_proj"], [1])
     assert targets.names == ("self_attn.q_proj",)
     assert list(values(attach(model, targets, layers_to_transform=[1]))) == ["model.layers.1.self_attn.q_proj"]
 
 
-def test_a_layer_without_targets_is_reported_beside_other_problems() -> None:
+def test_layer_without_targets_is_reported_with_other_problems() -> None:
     problems = (Code.LORA_UNKNOWN_TARGET, "layers_to_transform"), (Code.LORA_UNKNOWN_TARGET, "rank_pattern")
     message = failure(build("llama", **LLAMA), *problems, layers=[1, 9], rank_pattern={"zzz": 1})
     assert "layer 9 " in message and "the layers with targets are 0-2" in message
@@ -170,14 +170,14 @@ def test_a_layer_without_targets_is_reported_beside_other_problems() -> None:
     ("asked", "names", "paths"),
     [
         (["lm_head"], ["lm_head"], ["lm_head"]),
-        (["norm"], ["model.norm"], ["model.norm"]),  # `norm` would be every input_layernorm as well
+        (["norm"], ["model.norm"], ["model.norm"]),  # the name `norm` alone would also match every input_layernorm
         (["embed_tokens", "model.norm"], ["embed_tokens", "model.norm"], ["model.embed_tokens", "model.norm"]),
         (["o"], ["o_proj"], [f"model.layers.{layer}.self_attn.o_proj" for layer in range(3)]),
         (["layers.1.mlp"], ["1.mlp"], ["model.layers.1.mlp"]),
         (["mlp", "down_proj"], ["mlp"], [f"model.layers.{layer}.mlp" for layer in range(3)]),
     ],
 )
-def test_modules_to_save_are_exactly_those(asked: list[str], names: list[str], paths: list[str]) -> None:
+def test_modules_to_save_are_exactly_the_requested_ones(asked: list[str], names: list[str], paths: list[str]) -> None:
     targets = resolve(build("llama", **LLAMA), ["q", "v"], modules_to_save=asked)
     assert targets.peft()["modules_to_save"] == names
     adapted = attach(build("llama", **LLAMA), targets)
@@ -185,8 +185,8 @@ def test_modules_to_save_are_exactly_those(asked: list[str], names: list[str], p
     assert list(values(adapted)) == list(targets.modules)
 
 
-def test_peft_takes_a_name_letter_by_letter() -> None:
-    """The control, and the reason why names are lengthened."""
+def test_peft_matches_modules_to_save_by_string_ending() -> None:
+    """The control, and the reason why names are extended."""
     stock = get_peft_model(build("llama", **LLAMA), LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]))
     assert len(saved(stock)) == 7
     model = build("llama", **LLAMA)
@@ -195,7 +195,7 @@ def test_peft_takes_a_name_letter_by_letter() -> None:
     assert "PEFT cannot distinguish lm_head from overlm_head" in message
 
 
-def test_none_are_saved_unless_asked_for() -> None:
+def test_modules_to_save_is_none_by_default() -> None:
     assert resolve(build("llama", **LLAMA), ["q"]).peft() == {
         "target_modules": ["q_proj"],
         "target_parameters": None,
@@ -217,19 +217,19 @@ def test_none_are_saved_unless_asked_for() -> None:
         ("act_fn", Code.LORA_UNSUPPORTED, "`act_fn` (SiLUActivation) has no parameters that can be trained"),
     ],
 )  # fmt: skip
-def test_modules_that_cannot_be_saved(asked: str, code: Code, what: str) -> None:
+def test_invalid_modules_to_save_are_refused(asked: str, code: Code, what: str) -> None:
     problem = (code, "modules_to_save")
     message = failure(build("llama", **LLAMA), problem, target_modules=["q", "v"], modules_to_save=[asked])
     assert message.startswith(f"lora.modules_to_save: {what}")
 
 
-def test_a_list_of_modules_is_no_module() -> None:
+def test_module_list_is_refused_as_a_module_to_save() -> None:
     model = build("opt", vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4)
     problem = (Code.LORA_UNSUPPORTED, "modules_to_save")
     assert "`layers`" in failure(model, problem, target_modules=["embed_tokens"], modules_to_save=["layers"])
 
 
-def test_a_quantized_module_cannot_be_trained_whole() -> None:
+def test_quantized_module_to_save_is_refused() -> None:
     model = build("llama", **LLAMA)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight = nn.Parameter(layer.mlp.down_proj.weight.to(torch.int8), requires_grad=False)
@@ -256,7 +256,7 @@ def test_untied_weights_are_reported() -> None:
     assert torch.equal(adapted.base_model.model.transformer.wte.weight, before)
 
 
-def test_a_target_with_a_tied_weight_is_noted() -> None:
+def test_target_with_a_tied_weight_is_noted() -> None:
     [note] = resolve(build("gpt2", **GPT2), ["q", "lm_head"]).notes
     assert note.startswith("lm_head: the weight is shared with other modules; each module has its own adapter")
     assert resolve(build("gpt2", **GPT2, tie_word_embeddings=False), ["q", "lm_head"]).notes == ()
@@ -268,7 +268,7 @@ def test_a_target_with_a_tied_weight_is_noted() -> None:
 HYBRID: dict[str, Any] = dict(vocab_size=64, num_hidden_layers=8)
 
 
-def test_a_hybrid_model_says_where_attention_is() -> None:
+def test_note_for_hybrid_models_says_which_layers_have_attention() -> None:
     model = build("qwen3_next", **HYBRID)
     targets = resolve(model, list(ROLES))
     assert targets.notes == (
@@ -277,9 +277,9 @@ def test_a_hybrid_model_says_where_attention_is() -> None:
     )
     named = resolve(model, ["o", "linear_attn.in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj"])
     assert named.notes == () and len(named.modules) == 2 + 3 * 6
-    assert resolve(model, ["o_proj"]).notes == ()  # a name, which means what it says
+    assert resolve(model, ["o_proj"]).notes == ()  # a name, which is unambiguous
 
 
-def test_mixers_that_share_their_name_with_attention_go_by_their_class() -> None:
+def test_mixers_named_like_attention_are_identified_by_class() -> None:
     [note] = resolve(build("kimi_linear", num_hidden_layers=5), list(ROLES)).notes
     assert note.startswith("attention is in 1 of 5 layers; the KimiLinearDeltaAttention modules are not adapted")

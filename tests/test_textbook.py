@@ -1,4 +1,4 @@
-"""`creation.attach` against LoRA written by hand: same outputs, gradients, losses and counts."""
+"""`creation.attach` compared with a handwritten LoRA: same outputs, gradients, losses and counts."""
 
 from collections import OrderedDict
 from copy import deepcopy
@@ -41,7 +41,7 @@ def attach(base: nn.Module) -> PeftModel:
 
 
 def both(mlp: nn.Module, *, moved: bool) -> tuple[PeftModel, nn.Module]:
-    """Ours and the reference on copies of one base, with the same A and B; moved: B is not zero."""
+    """Our model and the reference on copies of one base, with the same A and B. moved: B is not zero."""
     ours, ref = attach(deepcopy(mlp)), reference.attach(deepcopy(mlp), ["fc1", "fc2"], R, ALPHA)
     for layer in ("fc1", "fc2"):
         for name, peft_name in PEFT_NAMES.items():
@@ -56,7 +56,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
-def test_the_formula(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
+def test_output_follows_the_lora_formula(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
     ours, x = attach(deepcopy(mlp)), rows[0]
     layer = ours.get_submodule("base_model.model.fc1")
     a, b = (layer.get_parameter(name).data.normal_() for name in PEFT_NAMES.values())
@@ -65,7 +65,7 @@ def test_the_formula(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
     assert not torch.allclose(layer(x), mlp.fc1(x), atol=0.1)
 
 
-def test_same_outputs_and_gradients(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
+def test_outputs_and_gradients_match_the_reference(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -> None:
     ours, ref = (module.double() for module in both(mlp, moved=True))
     x, y = (value.double() for value in rows)
     torch.testing.assert_close(ours(x), ref(x), rtol=1e-6, atol=1e-6)
@@ -77,7 +77,7 @@ def test_same_outputs_and_gradients(mlp: nn.Module, rows: tuple[Tensor, Tensor])
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [(torch.optim.AdamW, 1e-2), (torch.optim.SGD, 1e-1)])
-def test_same_losses_over_20_steps(
+def test_losses_over_20_steps_match_the_reference(
     mlp: nn.Module, rows: tuple[Tensor, Tensor], optimizer: type[torch.optim.Optimizer], rate: float
 ) -> None:
     x, y = rows
@@ -123,7 +123,7 @@ def test_only_a_and_b_are_trained(mlp: nn.Module, rows: tuple[Tensor, Tensor]) -
     assert not base
 
 
-def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
+def test_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     ours, ref = both(mlp, moved=True)
     attach_module.save(ours, tmp_path, creation.initialize_adapter(attach(deepcopy(mlp)), LoraSection()))
     save_file(reference.adapter_state(ref), tmp_path / "reference.safetensors")
@@ -137,7 +137,7 @@ def test_the_saved_tensors_are_a_and_b(mlp: nn.Module, tmp_path) -> None:
     assert all(torch.equal(plain[name], expected[name]) for name in plain)
 
 
-def test_a_4096_by_4096_layer_counts_65536() -> None:
+def test_4096_by_4096_layer_has_65536_parameters() -> None:
     with torch.device("meta"):
         base = nn.Sequential(OrderedDict(fc=nn.Linear(4096, 4096, bias=False)))
     ours = creation.attach(
@@ -147,7 +147,7 @@ def test_a_4096_by_4096_layer_counts_65536() -> None:
     assert (count.trainable, count.total) == (65_536, 4096 * 4096 + 65_536)
 
 
-def test_llama_2_7b() -> None:
+def test_llama_2_7b_has_8388608_trainable_parameters() -> None:
     shape = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
@@ -156,4 +156,4 @@ def test_llama_2_7b() -> None:
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
     count = creation.count(ours, creation.initialize_adapter(ours, LoraSection(r=8)))
     assert str(count) == line
-    assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32, and a header
+    assert count.adapter_bytes - 4 * 8_388_608 in range(1 << 16)  # float32 values and a header

@@ -1,6 +1,6 @@
-"""`training.max_minutes`: how many steps a budget comes to, and that a run keeps them.
+"""`training.max_minutes`: the number of steps that fit into a budget, and that runs take exactly these steps.
 
-The arithmetic is tested with made-up times. Of whole runs nothing is asserted that the clock decides.
+The arithmetic is tested with made-up times. Tests of complete runs assert nothing that depends on the clock.
 """
 
 import json
@@ -35,7 +35,7 @@ UNBOUNDED = 2**40
 # The speed of batches
 
 
-def test_the_line_through_batches_that_differ() -> None:
+def test_speed_is_fitted_by_a_line() -> None:
     work = [100.0, 300.0, 200.0, 800.0]
     speed = Speed.fitted(work, [0.5 + 0.01 * operations for operations in work])
     assert (speed.per_batch, speed.per_operation) == pytest.approx((0.5, 0.01))
@@ -45,32 +45,32 @@ def test_the_line_through_batches_that_differ() -> None:
 @pytest.mark.parametrize(
     ("work", "seconds", "per_batch", "per_operation"),
     [
-        ([100, 100], [1, 3], 0, 0.02),  # nothing tells intercept and slope apart
+        ([100, 100], [1, 3], 0, 0.02),  # intercept and slope cannot be distinguished
         ([100, 200], [3, 1], 2, 0),  # a larger batch was faster, so the difference is noise
-        ([100, 200], [1, 4], 0, 5 / 300),  # an empty batch would take less than no time
+        ([100, 200], [1, 4], 0, 5 / 300),  # an empty batch would take negative time
         ([0, 0], [1, 3], 2, 0),
     ],
 )
-def test_lines_that_times_alone_would_not_give(
+def test_speed_fit_is_constrained_for_noisy_times(
     work: list[float], seconds: list[float], per_batch: float, per_operation: float
 ) -> None:
     speed = Speed.fitted(work, seconds)
     assert (speed.per_batch, speed.per_operation) == pytest.approx((per_batch, per_operation))
-    assert speed.seconds(len(work), sum(work)) == pytest.approx(sum(seconds))  # what was measured, it predicts
+    assert speed.seconds(len(work), sum(work)) == pytest.approx(sum(seconds))  # reproduces the measured total
 
 
 @pytest.mark.parametrize(
     ("batches", "elapsed", "left", "expected"),
     [
         (WARM_UP + 6, 3.0, 100.0, True),
-        (WARM_UP + 6, 2.9, 100.0, False),  # 3 % of what is left
+        (WARM_UP + 6, 2.9, 100.0, False),  # less than 3 % of the remaining time
         (WARM_UP + 5, 3.0, 100.0, False),
         (WARM_UP + 5, 20.0, 36_000.0, False),
-        (WARM_UP + 6, 20.0, 36_000.0, True),  # so long is enough of ten hours
-        (1, 100.0, 100.0, True),  # the time is over
+        (WARM_UP + 6, 20.0, 36_000.0, True),  # long enough for ten hours
+        (1, 100.0, 100.0, True),  # the time is up
     ],
 )
-def test_when_enough_batches_were_timed(batches: int, elapsed: float, left: float, expected: bool) -> None:
+def test_timing_stops_after_enough_batches(batches: int, elapsed: float, left: float, expected: bool) -> None:
     assert is_timed_enough(batches, elapsed, left) is expected
 
 
@@ -82,7 +82,7 @@ WEIGHTING = (10.0, 100.0, 0.5)
 
 
 class Rows:
-    """Rows of these lengths."""
+    """Rows of the lengths in LENGTHS."""
 
     def __len__(self) -> int:
         return len(LENGTHS)
@@ -100,13 +100,13 @@ def row(number: int, length: int | None = None) -> float:
     return 10 * length + 100 * int(SUPERVISED[number]) + 0.5 * length**2
 
 
-def test_rows_end_to_end_and_padded_ones() -> None:
+def test_costs_of_flat_and_padded_batches() -> None:
     numbers = np.array([[0, 1], [2, 3]])
     assert costs("batch").of_batches(numbers).tolist() == [row(0) + row(1), row(2) + row(3)]
     assert costs("none").of_batches(numbers).tolist() == [row(0, 9) + row(1, 9), row(2, 7) + row(3, 7)]
 
 
-def test_packs() -> None:
+def test_costs_of_packs() -> None:
     found = costs("full")
     packs = found.layout.items.packs  # type: ignore[attr-defined]
     batches, operations = found.of_pass()
@@ -116,8 +116,8 @@ def test_packs() -> None:
 
 
 @pytest.mark.parametrize("packing", ["batch", "none"])
-def test_pairs(packing: Any) -> None:
-    """Both answers of a pair count, where they are padded each as long as the longest of the batch."""
+def test_costs_of_preference_pairs(packing: Any) -> None:
+    """Both answers of a pair count. If padded, each is as long as the longest row of the batch."""
     lengths, supervised = LENGTHS[:10], SUPERVISED[:10]
     layout = BatchLayout(Rows(), lengths, packing, 2, 10, pad_id=0, rows_per_example=2)
     found = Costs(layout, lengths, supervised, WEIGHTING)
@@ -128,8 +128,8 @@ def test_pairs(packing: Any) -> None:
     assert found.of_pass()[0] == 3
 
 
-def test_the_pass_before_the_first_step_is_work() -> None:
-    """With a reference all rows are read once more; KTO also reads each prompt with another answer."""
+def test_reference_pass_counts_as_work() -> None:
+    """A reference needs another pass over all rows. KTO also reads each prompt with another answer."""
     found = costs("batch")
     work = {
         objective: found.work(TrainingSection(num_train_epochs=2, objective=objective), held_out=0)[1]
@@ -141,7 +141,7 @@ def test_the_pass_before_the_first_step_is_work() -> None:
 
 
 class Process(Group):
-    """One of several processes."""
+    """A stand-in for one of several processes."""
 
     def __init__(self, rank: int, number: int):
         self.rank, self.count = rank, number  # type: ignore[misc]
@@ -149,8 +149,8 @@ class Process(Group):
 
 @pytest.mark.parametrize("packing", ["batch", "none"])
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_micro_steps_are_those_of_the_run(packing: str, processes: int) -> None:
-    """The slowest process decides, in the order of each epoch."""
+def test_micro_step_costs_follow_the_sampler_of_the_run(packing: str, processes: int) -> None:
+    """The slowest process determines the cost, in the order of each epoch."""
     found = costs(packing)
     samplers = [DistributedBatchSampler(11, 2, 7, Process(rank, processes)) for rank in range(processes)]
     for epoch, operations in enumerate(islice(found.micro_steps(7, processes), 3)):
@@ -164,7 +164,7 @@ def test_micro_steps_are_those_of_the_run(packing: str, processes: int) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 20])
-def test_steps_end_with_their_epoch(accumulation: int) -> None:
+def test_steps_do_not_span_epochs(accumulation: int) -> None:
     micro_steps = iter([np.array([1.0, 2, 3, 4, 5, 6]), np.array([6.0, 5, 4, 3, 2, 1])])
     first, second = step_seconds(micro_steps, Speed(0.5, 10), 0.25, accumulation)
     section = TrainingSection(num_train_epochs=1, gradient_accumulation_steps=accumulation)
@@ -184,8 +184,8 @@ def epochs(*seconds: float) -> Iterator[NDArray[np.float64]]:
     ("left", "steps"),
     [(20.0, 10), (19.99, 9), (23.0, 11), (24.99, 11), (25.0, 12), (2009.0, 1004)],
 )
-def test_steps_over_several_epochs(left: float, steps: int) -> None:
-    """Steps of 1, 3 and 2 s, and one second at the end; 1,004 of them are 334 epochs, a step of 1 s and one of 3 s."""
+def test_step_budget_spans_several_epochs(left: float, steps: int) -> None:
+    """Steps take 1, 3 and 2 s, plus one second at the end. 1,004 steps are 334 epochs, a step of 1 s and one of 3 s."""
     found = step_budget(left, epochs(1, 3, 2), lambda _: 1.0, UNBOUNDED)
     ends = np.cumsum([1, 3, 2] * 400)
     assert found.steps == int(np.searchsorted(ends + 1, left, side="right"))
@@ -194,8 +194,8 @@ def test_steps_over_several_epochs(left: float, steps: int) -> None:
     assert not found.limited
 
 
-def test_a_long_budget_for_few_rows_is_not_counted_step_by_step() -> None:
-    """Only some epochs are looked at, and their differences go on; a run has fewer than 2^31 steps."""
+def test_long_budgets_are_extrapolated_from_some_epochs() -> None:
+    """The differences between some epochs are extrapolated. A run has fewer than 2^31 steps."""
     looked: list[int] = []
 
     def uneven() -> Iterator[NDArray[np.float64]]:
@@ -209,8 +209,8 @@ def test_a_long_budget_for_few_rows_is_not_counted_step_by_step() -> None:
     assert step_budget(6e6, epochs(1e-9), lambda _: 1.0, UNBOUNDED).steps == 2**31 - 1
 
 
-def test_what_comes_beside_the_steps_counts() -> None:
-    """An evaluation of 3 s after every tenth step and after the last, and 5 s at the end."""
+def test_evaluations_and_final_work_count_toward_the_budget() -> None:
+    """An evaluation of 3 s after every tenth step and after the last one, and 5 s at the end."""
 
     def beside(steps: int) -> float:
         return 5.0 + 3.0 * -(-steps // 10)
@@ -220,14 +220,14 @@ def test_what_comes_beside_the_steps_counts() -> None:
     assert step_budget(101.0, epochs(1), beside, UNBOUNDED).steps == 72
 
 
-def test_epochs_are_an_upper_bound() -> None:
+def test_epochs_limit_the_number_of_steps() -> None:
     assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).steps == 30
     assert step_budget(100.0, epochs(1, 1), lambda _: 0.0, 30).limited
     assert step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).steps == 29
     assert not step_budget(29.5, epochs(1, 1), lambda _: 0.0, 30).limited
 
 
-def test_a_budget_without_room_says_what_there_should_be() -> None:
+def test_budget_that_is_too_short_reports_the_minimum() -> None:
     found = step_budget(5.0, epochs(4), lambda _: 2.0, UNBOUNDED)
     assert (found.steps, found.others, found.fewest) == (0, 0.0, 4.0 * FEWEST + 2)
     assert step_budget(-1.0, epochs(4), lambda _: 2.0, 1).fewest == 6.0
@@ -251,7 +251,7 @@ def budgeted(folder: Path, run_config: MakeConfig, **training: Any) -> Path:
 
 
 def steps_of(directory: Path) -> int:
-    """Checked to be in run.yaml, without the budget, and to have been taken."""
+    """The number of steps taken, which must be in run.yaml in place of the budget."""
     training = yaml.safe_load((directory / "run.yaml").read_text())["training"]
     assert not {"max_minutes", "num_train_epochs"} & training.keys()
     assert json.loads((directory / "loratune.json").read_text())["metrics"]["steps"] == training["max_steps"]
@@ -259,7 +259,7 @@ def steps_of(directory: Path) -> int:
 
 
 def check_repeats(processes: ForkServer, folder: Path) -> None:
-    """`train run.yaml` gives the same bytes."""
+    """`train run.yaml` must give the same bytes."""
     child = processes.start("train", folder / "out" / "run.yaml", "--set", f"output_dir={folder / 'again'}")
     assert child.wait() == 0, child.said()
     assert steps_of(folder / "again") == steps_of(folder / "out")
@@ -267,7 +267,7 @@ def check_repeats(processes: ForkServer, folder: Path) -> None:
 
 
 def with_room(start: Callable[[Path], list[Child]], folder: Path, run_config: MakeConfig) -> tuple[Child, float]:
-    """A run, and its budget: a short one, or a longer one where the machine is so busy that it was refused."""
+    """A run and its budget, which is raised if a busy machine made the run refuse a shorter one."""
     for minutes in (0.05, 0.2, 0.8, 3.2):
         child, *others = start(budgeted(folder, run_config, max_minutes=minutes))
         codes = {one.wait() for one in (child, *others)}
@@ -278,7 +278,9 @@ def with_room(start: Callable[[Path], list[Child]], folder: Path, run_config: Ma
     return child, minutes
 
 
-def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_budgeted_run_can_be_repeated_from_run_yaml(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     child, minutes = with_room(lambda config: [processes.start("train", config)], tmp_path, run_config)
     steps = steps_of(tmp_path / "out")
     assert steps >= FEWEST
@@ -288,10 +290,10 @@ def test_a_run_and_its_repetition(processes: ForkServer, run_config: MakeConfig,
 
 
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=pytest.mark.slow), "kto"])
-def test_answers_that_are_compared(
+def test_budgeted_preference_run_can_be_repeated_from_run_yaml(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """Of pairs and of unpaired answers; `train run.yaml` repeats the run."""
+    """With pairs and with unpaired answers."""
 
     def start(path: Path) -> list[Child]:
         minutes = yaml.safe_load(path.read_text())["training"]["max_minutes"]
@@ -306,7 +308,7 @@ def test_answers_that_are_compared(
 
 @pytest.fixture(scope="module")
 def interrupted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
-    """A folder with a run that was killed: its epochs end it long before its time does, so that its steps are known."""
+    """A folder with a killed run. Its epochs end long before its budget, so the number of steps is known."""
     folder = tmp_path_factory.mktemp("interrupted")
     config = budgeted(folder, config_in(folder, tiny_dir), max_minutes=0.5, num_train_epochs=3, save_steps=4)
     child = processes.start("train", config)
@@ -333,7 +335,7 @@ def interrupted(processes: ForkServer, tmp_path_factory: pytest.TempPathFactory,
         ),
     ],
 )
-def test_another_budget_is_refused_on_resume(
+def test_changed_budget_is_refused_on_resume(
     interrupted: Path, cli: Cli, arguments: list[str], code: Code, key: str
 ) -> None:
     before = tree(interrupted)
@@ -341,7 +343,7 @@ def test_another_budget_is_refused_on_resume(
     assert tree(interrupted) == before
 
 
-def test_resumed_it_is_the_same_run(interrupted: Path, processes: ForkServer) -> None:
+def test_resumed_run_takes_the_same_steps(interrupted: Path, processes: ForkServer) -> None:
     child = processes.start("train", interrupted / "run.yaml", "--resume")
     assert child.wait() == 0, child.said()
     assert "timing" not in child.said()
@@ -349,7 +351,7 @@ def test_resumed_it_is_the_same_run(interrupted: Path, processes: ForkServer) ->
     check_repeats(processes, interrupted)
 
 
-def test_a_run_without_a_budget_gets_none_later(processes: ForkServer, run_config: MakeConfig, cli: Cli) -> None:
+def test_budget_cannot_be_added_on_resume(processes: ForkServer, run_config: MakeConfig, cli: Cli) -> None:
     config = run_config(training={"max_steps": 9, "save_steps": 5})
     assert processes.start("train", config, first=before_batch(3, "signal.raise_signal(signal.SIGINT)")).wait() == 130
     arguments = ["--set", "training.max_steps=", "--set", "training.max_minutes=3"]
@@ -358,12 +360,14 @@ def test_a_run_without_a_budget_gets_none_later(processes: ForkServer, run_confi
 
 
 @pytest.mark.slow
-def test_processes_agree(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_processes_agree_on_the_number_of_steps(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
     with_room(lambda config: processes.launch(2, "train", config), tmp_path, run_config)
     assert steps_of(tmp_path / "out") >= FEWEST
 
 
-def test_ctrl_c_while_steps_are_timed(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_ctrl_c_while_timing_steps_leaves_no_files(
+    processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
     child = processes.start("train", budgeted(tmp_path, run_config, max_minutes=60))
     until(lambda: "timing some steps" in child.said(), child)
     child.send(signal.SIGINT)
@@ -372,15 +376,15 @@ def test_ctrl_c_while_steps_are_timed(processes: ForkServer, run_config: MakeCon
     assert not (tmp_path / "out").exists()
 
 
-def test_dry_run_says_about_how_many_steps(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+def test_dry_run_estimates_the_number_of_steps(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5), "--dry-run")
     assert ran.code == 0, ran.err
     assert "training.max_minutes: about " in ran.err
     assert " passes over the rows" in ran.err
 
 
-def test_dry_run_of_answers_that_are_compared(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
-    """As time that will have passed before the first step; ORPO has none, but for what is said of held-out rows."""
+def test_dry_run_estimates_the_steps_of_preference_objectives(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+    """Including the time before the first step. ORPO has none, except for evaluating the held-out rows."""
     for objective in ("dpo", "orpo", "kto"):
         training = {"max_minutes": 5, "max_steps": -1, "eval_steps": None}
         ran = cli("train", compared_config(run_config, tmp_path, objective, training=training), "--dry-run")
@@ -388,7 +392,7 @@ def test_dry_run_of_answers_that_are_compared(run_config: MakeConfig, tmp_path: 
         assert re.search(r"training.max_minutes: about \d+ steps? in 5 min: ", ran.err)
 
 
-def test_a_rate_that_is_left_open_is_lower_for_more_passes(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+def test_automatic_learning_rate_is_lower_for_more_epochs(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     changes = {"max_minutes": 5, "learning_rate": "auto", "num_train_epochs": 6}
     ran = cli("train", budgeted(tmp_path, run_config, **changes), "--dry-run")
     assert ran.code == 0, ran.err
@@ -400,7 +404,7 @@ def test_a_rate_that_is_left_open_is_lower_for_more_passes(run_config: MakeConfi
     assert lower == pytest.approx(once / 6, rel=0.05)
 
 
-def test_more_time_than_two_passes_take(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
+def test_run_that_needs_less_than_the_budget_says_so(run_config: MakeConfig, tmp_path: Path, cli: Cli) -> None:
     ran = cli("train", budgeted(tmp_path, run_config, max_minutes=5, learning_rate="auto"), "--dry-run")
     assert ran.code == 0, ran.err
     assert "training.max_minutes: not all of the time is used: training ends after 2 passes over the rows" in ran.err
@@ -410,7 +414,7 @@ def test_more_time_than_two_passes_take(run_config: MakeConfig, tmp_path: Path, 
     assert ran.code == 0 and "training ends after one pass over the rows" in ran.err, ran.err
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -422,7 +426,7 @@ def test_more_time_than_two_passes_take(run_config: MakeConfig, tmp_path: Path, 
         ({"max_minutes": "20m"}, (Code.CONFIG_BAD_VALUE, "training.max_minutes")),
     ],
 )
-def test_refused_before_anything_is_loaded(
+def test_invalid_budgets_are_refused_before_loading(
     run_config: MakeConfig, tmp_path: Path, cli: Cli, training: dict[str, Any], expected: tuple[Code, str]
 ) -> None:
     ran = cli("train", budgeted(tmp_path, run_config, **training))
@@ -438,7 +442,7 @@ def test_refused_before_anything_is_loaded(
         ({"max_minutes": 0.5, "warmup_steps": 1_000_000}, Code.CONFIG_CONFLICT, "training.warmup_steps"),
     ],
 )
-def test_refused_before_the_first_step(
+def test_invalid_budgets_are_refused_before_the_first_step(
     run_config: MakeConfig, tmp_path: Path, cli: Cli, training: dict[str, Any], code: Code, key: str
 ) -> None:
     config = budgeted(tmp_path, run_config, **training)
@@ -447,8 +451,8 @@ def test_refused_before_the_first_step(
     assert tree(tmp_path) == before
 
 
-def test_a_warmup_longer_than_the_passes_is_not_blamed_on_the_minutes(run_config: MakeConfig, cli: Cli) -> None:
-    """There is time for more steps than one pass over the rows has."""
+def test_warmup_longer_than_the_epochs_is_not_blamed_on_the_budget(run_config: MakeConfig, cli: Cli) -> None:
+    """The budget allows more steps than one epoch has."""
     ran = cli("train", run_config(training={"max_minutes": 0.5, "num_train_epochs": 1.0, "warmup_steps": 1000}))
     check_refused(ran, 2, (Code.CONFIG_CONFLICT, "", "training.warmup_steps"))
     assert "the passes over the rows have 5 steps" in ran.err and "raise training.num_train_epochs" in ran.err

@@ -1,4 +1,4 @@
-"""The cache of tokenized rows: all of them or none, whoever else writes, reads or removes."""
+"""The cache of tokenized rows: entries are complete or absent, even with concurrent writers, readers and removals."""
 
 import os
 import re
@@ -21,7 +21,7 @@ WITH_PACKAGE = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, in which every row has a shard of its own."""
+    """An empty cache with one row per shard."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(token_cache, "_SHARD_ROWS", 1)
     return tmp_path / "cache" / "loratune"
@@ -41,8 +41,8 @@ def age(*paths: Path) -> None:
 
 
 @pytest.mark.parametrize("remaining", [0, 1, COUNT - 1, COUNT])
-def test_an_entry_in_removal_is_not_valid(cache: Path, remaining: int) -> None:
-    """However many of its shards remain."""
+def test_partially_removed_entry_is_not_valid(cache: Path, remaining: int) -> None:
+    """No matter how many of its shards remain."""
     assert whole(token_cache.load_or_write(key(1), fill))
     for number in range(remaining, COUNT):
         (cache / key(1) / f"{number:05}.arrow").unlink()
@@ -52,8 +52,8 @@ def test_an_entry_in_removal_is_not_valid(cache: Path, remaining: int) -> None:
     assert whole(token_cache.load_or_write(key(1), unexpected))
 
 
-def test_of_two_processes_the_first_publishes(cache: Path) -> None:
-    """The second one, which was writing the same rows, takes them, and none of its own files remain."""
+def test_first_of_two_writers_publishes(cache: Path) -> None:
+    """The second writer of the same rows uses them, and none of its own files remain."""
     stamps: list[int] = []
 
     def second(writer: token_cache.TokenCacheWriter) -> None:
@@ -66,8 +66,8 @@ def test_of_two_processes_the_first_publishes(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [4, pytest.param(60, marks=pytest.mark.slow)])
-def test_many_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
-    """Entries are removed at the same time: see `rows_at_once`."""
+def test_concurrent_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
+    """Entries are removed at the same time. See `rows_at_once`."""
     command = [sys.executable, rows_at_once.__file__, str(tmp_path / "cache"), str(asked)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | WITH_PACKAGE)
     assert done.returncode == 0, done.stderr
@@ -80,7 +80,7 @@ def test_many_processes_on_new_entries(asked: int, tmp_path: Path) -> None:
 
 
 def foreign(cache: Path) -> None:
-    """Old directories with other content, under names of entries and under others."""
+    """Old directories with foreign content, named like entries and otherwise."""
     for name in ("someone", key(2), key(6)):
         (cache / name).mkdir(parents=True)
     (cache / "someone" / "thesis.txt").write_text("precious")
@@ -106,8 +106,8 @@ def test_only_old_entries_are_removed(cache: Path) -> None:
     assert before.items() <= tree(cache).items() and (cache / key(8)).is_symlink()
 
 
-def test_removal_beneath_a_reader(cache: Path) -> None:
-    """Rows that are being read stay readable, and an entry that is used while it is looked at stays."""
+def test_removal_does_not_disturb_readers(cache: Path) -> None:
+    """Rows that are being read stay readable. An entry that has just been used is not removed."""
     rows = token_cache.load_or_write(key(1), fill)
     age(cache / key(1))
     token_cache.remove_old_entries()
@@ -119,8 +119,8 @@ def test_removal_beneath_a_reader(cache: Path) -> None:
     assert (cache / key(1)).exists()
 
 
-def test_what_is_in_the_way_is_left_alone(cache: Path) -> None:
-    """The rows go to a directory that is removed with them."""
+def test_foreign_files_at_the_path_of_an_entry_are_kept(cache: Path) -> None:
+    """The rows are written to a temporary directory, which is removed with them."""
     cache.mkdir(parents=True, mode=0o700)
     foreign(cache)
     before = tree(cache)
@@ -131,8 +131,8 @@ def test_what_is_in_the_way_is_left_alone(cache: Path) -> None:
         assert tree(cache) == before
 
 
-def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
-    """A run does."""
+def test_dry_run_removes_no_cache_entries(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+    """A training run does."""
     token_cache.load_or_write(key(20), fill)
     age(cache / key(20))
     for options, is_kept in ((("--dry-run",), True), ((), False)):
@@ -141,11 +141,11 @@ def test_a_dry_run_removes_nothing(cli: Cli, run_config: MakeConfig, cache: Path
         assert (cache / key(20)).exists() is is_kept
 
 
-# Rows that others could have written
+# Rows that other users could have written
 
 
 def check_written_anew(cache: Path, remark: str, *, in_cache: bool) -> None:
-    """Rows are written anew; the next run takes them from the cache, unless it cannot be used, which is remarked on."""
+    """Rows must be rewritten. The next run reads them from the cache, unless it is unusable, which must be reported."""
     calls: list[int] = []
 
     def counted(writer: token_cache.TokenCacheWriter) -> None:
@@ -159,8 +159,8 @@ def check_written_anew(cache: Path, remark: str, *, in_cache: bool) -> None:
 
 
 @pytest.mark.parametrize("umask", [0, 0o002, 0o022])
-def test_nobody_else_may_enter_the_cache(umask: int, cache: Path) -> None:
-    """Whatever the umask is; and what a stopped preparation left is continued."""
+def test_cache_is_private_to_the_user(umask: int, cache: Path) -> None:
+    """Whatever the umask is. A stopped preparation is continued."""
 
     def stopped(writer: token_cache.TokenCacheWriter) -> None:
         fill(writer)
@@ -179,7 +179,7 @@ def test_nobody_else_may_enter_the_cache(umask: int, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("fault", ["another user", 0o720, 0o702, "a link", "another key", "its beginning, by others"])
-def test_entries_that_are_not_trusted_are_not_used(fault: str | int, cache: Path, tmp_path: Path) -> None:
+def test_untrusted_entries_are_not_used(fault: str | int, cache: Path, tmp_path: Path) -> None:
     entry = cache / key(1)
     token_cache.load_or_write(key(2 if fault == "another key" else 1), fill)
     if isinstance(fault, int):
@@ -202,8 +202,8 @@ def test_entries_that_are_not_trusted_are_not_used(fault: str | int, cache: Path
 
 
 @pytest.mark.parametrize("fault", ["another user", "writable", "a link", "a file"])
-def test_a_cache_that_others_could_write_to_is_not_used(fault: str, cache: Path, tmp_path: Path) -> None:
-    """A line says so, and how to choose another one."""
+def test_cache_that_others_could_write_to_is_not_used(fault: str, cache: Path, tmp_path: Path) -> None:
+    """The reason is reported, and how to choose another cache."""
     token_cache.load_or_write(key(1), fill)
     reason = {"another user": "belongs to another user", "writable": "can be written to by others"}.get(
         fault, "is a link"
@@ -226,7 +226,7 @@ def test_a_cache_that_others_could_write_to_is_not_used(fault: str, cache: Path,
     check_written_anew(cache, f"the rows are tokenized for this run only: {reason}; {fix}", in_cache=False)
 
 
-def test_a_cache_that_is_not_used_is_reported(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
+def test_unusable_cache_is_reported(cli: Cli, run_config: MakeConfig, cache: Path) -> None:
     cache.mkdir(parents=True)
     cache.chmod(0o777)
     ran = cli("train", run_config(), "--dry-run")

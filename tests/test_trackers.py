@@ -1,4 +1,4 @@
-"""Trackers watch a run and change nothing: TensorBoard for real, and trackers that are missing or fail."""
+"""Trackers do not change a run. Tested with the real TensorBoard, and with missing and failing trackers."""
 
 import json
 import random
@@ -36,13 +36,13 @@ def _default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scalars(directory: Path) -> dict[str, list[tuple[int, float]]]:
-    """Name → step and value, as TensorBoard shows them."""
+    """Name → steps and values as TensorBoard shows them."""
     events = EventAccumulator(str(directory)).Reload()
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 def recorded(adapter: Path) -> dict[str, list[tuple[int, float]]]:
-    """The same from the curve of an adapter's record."""
+    """The same values from the curve of an adapter's record."""
     curve = json.loads((adapter / "loratune.json").read_text())["curve"]
     return {
         tag: [(entry["step"], pytest.approx(entry[name], rel=1e-6)) for entry in curve if name in entry]
@@ -51,7 +51,7 @@ def recorded(adapter: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_shows_the_curve(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Beside the adapter, whose bytes are the same without a tracker, dropout included."""
+    """The logs are next to the adapter, whose bytes are the same without a tracker, even with dropout."""
     ran = cli("train", run_config(**TRACKED))
     assert ran.code == 0 and Code.TRAINING_TRACKER_FAILED not in ran.err, ran.err
     (logs,) = (tmp_path / "out.logs").iterdir()
@@ -73,10 +73,10 @@ def test_tensorboard_shows_the_curve(cli: Cli, run_config: MakeConfig, tmp_path:
         pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
     ],
 )
-def test_a_resumed_run_goes_on_in_the_same_log(
+def test_resumed_run_continues_the_same_log(
     number: signal.Signals, code: int, processes: Any, run_config: MakeConfig, tmp_path: Path
 ) -> None:
-    """It is stopped as without a tracker, and steps that are taken again are shown once; trackers may change."""
+    """Stopping works as without a tracker, and repeated steps are shown once. The trackers may be changed on resume."""
     steps = {"max_steps": 30, "save_steps": 10, "eval_steps": 8}
     config = run_config(**TRACKED | {"training": TRACKED["training"] | steps})
     child = processes.start("train", config, first=before_batch(14, f"signal.raise_signal({int(number)})"))
@@ -89,10 +89,10 @@ def test_a_resumed_run_goes_on_in_the_same_log(
     assert {name: shown[name] for name in NAMES.values()} == recorded(tmp_path / "out")
 
 
-def test_a_tracker_without_a_place_is_left_out(
+def test_tracker_without_a_usable_directory_is_disabled(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file is where its directory should be: the run tells it once, and goes on."""
+    """A file is at the path of its directory. The run reports this once and continues."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "logs"))
     ran = cli("train", run_config(**TRACKED))
@@ -103,7 +103,7 @@ def test_a_tracker_without_a_place_is_left_out(
 
 
 class Careless(TrainerCallback):
-    """An integration that draws random numbers, prints, and fails."""
+    """A tracker that draws random numbers, prints, and fails."""
 
     def __init__(self, events: list[str], error: type[BaseException]):
         self.events, self.error = events, error
@@ -118,8 +118,11 @@ class Careless(TrainerCallback):
 
 
 @pytest.mark.parametrize("error", [OSError, SystemExit])
-def test_a_careless_tracker(error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It changes no random number and prints nothing on stdout; when it fails, it is told once and not called again."""
+def test_misbehaving_tracker_does_not_affect_the_run(
+    error: type[BaseException], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It changes no random state and prints nothing on stdout. A failure is reported once, and it is not called
+    again."""
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"), TrainerState(), None
     events: list[str] = []
     tracker = Tracker("careless", partial(Careless, events, error), "out")
@@ -139,17 +142,17 @@ def test_a_careless_tracker(error: type[BaseException], tmp_path: Path, capsys: 
         interrupted.on_log(*arguments, logs={"loss": 1.0})
 
 
-def test_what_a_library_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
-    """transformers prints a line on stdout as it is imported, if W&B is installed and to stay offline."""
+def test_library_output_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers prints to stdout on import if W&B is installed in offline mode."""
     with libraries():
         print("[INFO] Running in WANDB offline mode")
     assert capsys.readouterr() == ("", "[INFO] Running in WANDB offline mode\n")
 
 
-def test_a_tracker_that_is_not_installed(
+def test_missing_tracker_is_reported(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is told before the model is looked for; a directory of its name, as W&B makes one, is no package."""
+    """Before the model is loaded. A directory of the same name, as W&B creates, is not a package."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "trackio").mkdir()
     config = run_config(training={"report_to": ["tensorboard", "trackio"]}, model={"name_or_path": "/none"})

@@ -1,4 +1,4 @@
-"""`loratune train`, run as a user runs it, on the tiny model."""
+"""`loratune train` as a user runs it, on the tiny model."""
 
 import json
 import os
@@ -24,7 +24,7 @@ Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
 
 WEIGHTS = "adapter_model.safetensors"
-# Everything that has a random state or a position: dropout, shuffling, accumulation, more than one epoch.
+# Everything with a random state or a position: dropout, shuffling, accumulation, several epochs.
 RESTLESS = {
     "lora": {"lora_dropout": 0.3},
     "training": {
@@ -40,20 +40,20 @@ def losses(directory: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def published(cli: Cli, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> tuple[Path, Ran]:
-    """The folder of a run that has ended, and what it printed."""
+    """The folder of a finished run, and what it printed."""
     folder = tmp_path_factory.mktemp("published")
     return folder, cli("train", config_in(folder, tiny_dir)(training={"save_steps": 2}))
 
 
 @pytest.fixture(scope="module")
 def evaluated(cli: Cli, tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> tuple[Path, Ran]:
-    """The same of a run that is evaluated every two steps."""
+    """The same for a run with an evaluation every two steps."""
     folder = tmp_path_factory.mktemp("evaluated")
     config = config_in(folder, tiny_dir)(data={"validation": 0.25}, training={"eval_steps": 2})
     return folder, cli("train", config)
 
 
-def test_golden_losses(published: tuple[Path, Ran]) -> None:
+def test_losses_match_the_golden_values(published: tuple[Path, Ran]) -> None:
     folder, ran = published
     assert ran.code == 0, ran.err
     assert losses(folder / "out") == pytest.approx(GOLDEN, abs=2e-4)
@@ -63,7 +63,7 @@ def test_golden_losses(published: tuple[Path, Ran]) -> None:
 GOLDEN = [5.5430, 5.4044, 5.3686, 5.3123, 5.3130]
 
 
-def test_the_end_block_says_what_came_out(evaluated: tuple[Path, Ran]) -> None:
+def test_final_summary_describes_the_result(evaluated: tuple[Path, Ran]) -> None:
     folder, ran = evaluated
     assert ran.code == 0, ran.err
     size = (folder / "out" / WEIGHTS).stat().st_size
@@ -74,14 +74,14 @@ def test_the_end_block_says_what_came_out(evaluated: tuple[Path, Ran]) -> None:
     assert "tokens/s" in ran.err and "left" in ran.err
 
 
-def test_the_suggested_line_works(cli: Cli, published: tuple[Path, Ran]) -> None:
+def test_suggested_command_works(cli: Cli, published: tuple[Path, Ran]) -> None:
     _, ran = published
     line = next(line for line in ran.out.splitlines() if "loratune generate" in line)
     words = shlex.split(line[line.index("loratune generate") :])
     assert cli(*words[1:], "--max-new-tokens", 4).code == 0
 
 
-def test_batches_of_8_4_and_2_give_one_result(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_batch_sizes_8_4_and_2_give_the_same_result(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     weights = []
     for batch, accumulation in ((8, 1), (4, 2), (2, 4)):
         name = f"out{batch}"
@@ -97,7 +97,7 @@ def test_batches_of_8_4_and_2_give_one_result(cli: Cli, run_config: MakeConfig, 
 def test_loss_is_the_mean_of_supervised_tokens(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
 ) -> None:
-    """The first loss is that of the untouched base, computed row by row without batching."""
+    """The first loss is that of the unchanged base, computed row by row."""
     rows = ROWS[:8]
     write_rows(tmp_path / "eight.jsonl", rows)
     assert cli("train", run_config(data={"train": str(tmp_path / "eight.jsonl")})).code == 0
@@ -128,8 +128,8 @@ sys.addaudithook(refuse)
 """Ends a process that tries to reach a host."""
 
 
-def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cli: Cli) -> None:
-    """Two processes with different hash seeds: that of the fork server is 2, and that of this process is random."""
+def test_same_config_writes_the_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cli: Cli) -> None:
+    """In two processes with different hash seeds: 2 in the fork server, random in this process."""
     config = run_config(**RESTLESS)
     assert "PYTHONHASHSEED" not in os.environ or os.environ["PYTHONHASHSEED"] not in ("2", "0")
     one = cli("train", config, "--set", f"output_dir={tmp_path / 'one'}")
@@ -139,13 +139,13 @@ def test_same_config_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: 
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_the_last_loss_is_that_of_the_last_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_last_loss_is_that_of_the_last_step(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     assert cli("train", run_config(training={"logging_steps": 2})).code == 0
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     assert metrics["last_loss"] == pytest.approx(GOLDEN[-1], abs=2e-4)
 
 
-def test_another_seed_another_adapter(
+def test_another_seed_gives_another_adapter(
     cli: Cli, run_config: MakeConfig, published: tuple[Path, Ran], tmp_path: Path
 ) -> None:
     assert cli("train", run_config(training={"seed": 1})).code == 0
@@ -158,15 +158,15 @@ def test_run_yaml_repeats_the_run(cli: Cli, published: tuple[Path, Ran], tmp_pat
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (folder / "out" / WEIGHTS).read_bytes()
 
 
-def test_rows_end_to_end_learn_as_padded_ones(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_flat_batches_have_the_losses_of_padded_ones(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     assert cli("train", run_config(data={"packing": "batch"})).code == 0
     assert losses(tmp_path / "out") == pytest.approx(GOLDEN, abs=2e-4)
 
 
-def test_packs_are_filled_and_resume_to_the_same_bytes(
+def test_packed_run_resumes_to_the_same_bytes(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
 ) -> None:
-    """30 rows of 18 tokens, three to a pack of at most 3 x 20, two packs to a step."""
+    """30 rows of 18 tokens, three per pack of at most 3 x 20, two packs per step."""
     config = run_config(**RESTLESS, data={"packing": "full", "max_length": 20, "validation": 10 / 40})
     assert cli("train", config, "--set", f"output_dir={tmp_path / 'straight'}").code == 0
     child = processes.start("train", config, first=before_batch(13, "os.kill(os.getpid(), signal.SIGKILL)"))
@@ -178,10 +178,10 @@ def test_packs_are_filled_and_resume_to_the_same_bytes(
     assert record["metrics"]["tokens"] == 3 * record["rows"]["tokens"]
 
 
-def test_packing_that_would_mix_rows(
+def test_packing_falls_back_to_padding_if_rows_would_mix(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """BLOOM's bias counts positions over the whole batch."""
+    """BLOOM's bias counts positions across the whole batch."""
     shape = {"vocab_size": 264, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 256, "eos_token_id": 256}
     BloomForCausalLM(BloomConfig(**shape)).save_pretrained(tmp_path / "bloom")
     tokenizer.save_pretrained(tmp_path / "bloom")
@@ -191,8 +191,8 @@ def test_packing_that_would_mix_rows(
     assert "data.packing: bloom mixes rows: " in ran.err and "; rows are padded instead" in ran.err
 
 
-def test_several_sources(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
-    """Their card names them, and run.yaml mixes them as they were."""
+def test_several_sources_are_mixed_by_weight(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """The card names them, and run.yaml reproduces the mixture."""
     (tmp_path / "b.csv").write_text("prompt,completion\n" + "".join(f"{n},{n}\n" for n in range(30)))
     write_rows(tmp_path / "a.jsonl", ROWS)
     train = [{"path": str(tmp_path / "a.jsonl"), "weight": 3}, {"path": str(tmp_path / "b.csv"), "weight": 1}]
@@ -205,12 +205,12 @@ def test_several_sources(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> No
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
-def test_resume_without_an_interrupted_run(cli: Cli, run_config: MakeConfig) -> None:
+def test_resume_without_an_interrupted_run_is_refused(cli: Cli, run_config: MakeConfig) -> None:
     ran = cli("train", run_config(), "--resume")
     assert ran.code == 7 and f"[{Code.RESUME_CHECKPOINT}]" in ran.err
 
 
-def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_diverging_run_writes_no_files(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(training={"learning_rate": 1e30, "save_steps": 1})
     before = tree(tmp_path)
     ran = cli("train", config)
@@ -220,15 +220,15 @@ def test_a_diverging_run_writes_nothing(cli: Cli, run_config: MakeConfig, tmp_pa
     assert tree(tmp_path) == before
 
 
-def test_a_run_whose_last_step_diverges(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_divergence_in_the_last_step_is_detected(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e30, "max_steps": 1}))
     check_refused(ran, 6, (Code.TRAINING_NOT_FINITE, "", "training.learning_rate"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_are_looked_at_before_they_are_kept(value: float) -> None:
-    """Large weights are no problem: their squares would be infinite, and are not computed."""
+def test_non_finite_weights_are_refused(value: float) -> None:
+    """Large finite weights are allowed: their squares, which would overflow, are not computed."""
     weight = torch.full((3,), 1e30)
     check_finite([weight], 7)
     weight[1] = value
@@ -237,7 +237,7 @@ def test_weights_are_looked_at_before_they_are_kept(value: float) -> None:
     assert meanings(caught.value) == [(Code.TRAINING_NOT_FINITE, "", "training.learning_rate")]
 
 
-def test_a_base_with_nan_weights(
+def test_base_with_nan_weights_is_refused(
     cli: Cli, run_config: MakeConfig, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     sick = tiny_llama()
@@ -250,7 +250,7 @@ def test_a_base_with_nan_weights(
     assert "1 of its tensors hold NaN or inf, among them model.layers.1.mlp.down_proj.weight " in ran.err
 
 
-def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_run_that_changes_no_weights_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     ran = cli("train", run_config(training={"learning_rate": 1e-60}))
     check_refused(ran, 6, (Code.LORA_UNCHANGED, "", ""))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
@@ -259,7 +259,9 @@ def test_a_run_that_learns_nothing(cli: Cli, run_config: MakeConfig, tmp_path: P
 @pytest.mark.parametrize(
     "with_imports", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["commands", "commands and their imports"]
 )
-def test_without_a_network(with_imports: bool, run_config: MakeConfig, tmp_path: Path, processes: ForkServer) -> None:
+def test_commands_work_without_a_network(
+    with_imports: bool, run_config: MakeConfig, tmp_path: Path, processes: ForkServer
+) -> None:
     accounts = {"WANDB_API_KEY": "x", "COMET_API_KEY": "x"}
     config, first = run_config(), "" if with_imports else NO_NETWORK
     with ExitStack() as stack:
@@ -277,7 +279,7 @@ def test_without_a_network(with_imports: bool, run_config: MakeConfig, tmp_path:
             assert child.wait() == 0, child.said()
 
 
-def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_dry_run_shows_the_plan_and_leaves_no_files(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     config = run_config(data={"max_length": 18, "validation": 0.25})
     before = tree(tmp_path)
     ran = cli("train", config, "--dry-run")
@@ -290,7 +292,7 @@ def test_dry_run_shows_the_plan_and_leaves_nothing(cli: Cli, run_config: MakeCon
         assert part in ran.out, ran.out
 
 
-def test_activation_checkpointing_changes_nothing_but_memory(
+def test_activation_checkpointing_does_not_change_the_weights(
     cli: Cli, run_config: MakeConfig, published: tuple[Path, Ran], tmp_path: Path
 ) -> None:
     assert cli("train", run_config(training={"activation_checkpointing": True})).code == 0
@@ -299,17 +301,17 @@ def test_activation_checkpointing_changes_nothing_but_memory(
         torch.testing.assert_close(recomputed[key], tensor, rtol=0, atol=1e-6)
 
 
-def test_evaluation_in_mid_run(evaluated: tuple[Path, Ran]) -> None:
+def test_held_out_loss_is_evaluated_during_the_run(evaluated: tuple[Path, Ran]) -> None:
     folder, ran = evaluated
     curve = json.loads((folder / "out" / "loratune.json").read_text())["curve"]
     assert [entry["step"] for entry in curve if "eval_loss" in entry] == [2, 4]
     assert ran.err.count("held-out loss") == 2
 
 
-def test_a_prompt_that_looks_like_an_option_can_be_tried(
+def test_suggested_command_works_for_a_prompt_that_looks_like_an_option(
     run_config: Callable[..., Path], tmp_path: Path, cli: Callable[..., Ran]
 ) -> None:
-    """The line at the end of a run is pasted as it is."""
+    """The command in the final summary is used unchanged."""
     rows = write_rows(tmp_path / "dashes.jsonl", [{"prompt": "-5 and 5 make", "completion": " 0"}] * 8)
     ran = cli("train", run_config(data={"train": str(rows)}))
     assert ran.code == 0, ran.err

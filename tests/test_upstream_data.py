@@ -1,4 +1,4 @@
-"""What loratune.data needs of other libraries beyond their documented interfaces; one test for each name."""
+"""What loratune.data uses of other libraries beyond their documented interfaces, one test per name."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_datasets_cache_dir() -> None:
 
 
 def test_hub_dataset_cache_is_where_load_dataset_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The names that `datasets` gives to its cached hub datasets: of the owner as it is, of the name in snake case."""
+    """`datasets` keeps the owner unchanged in the names of cached hub datasets, and writes the name in snake case."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     assert upstream.hub_dataset_cache("Some-One/MyRows") == tmp_path / "Some-One___my_rows"
     assert upstream.hub_dataset_cache("plain") == tmp_path / "plain"
@@ -41,7 +41,7 @@ def test_tokenizer_settings(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_chat_template_environment() -> None:
-    """It has what chat templates use beyond plain Jinja, and renders what is parsed in it."""
+    """It supports what chat templates use beyond plain Jinja, and renders templates that were parsed in it."""
     environment = upstream.chat_template_environment(MARKED)
     source = MARKED + "{{ messages[0]|tojson }}{{ strftime_now('') }}{% for m in messages %}{% break %}{% endfor %}"
     assert environment.from_string(source).render(messages=MESSAGES) == 'a;b;{"role": "user", "content": "a"}'

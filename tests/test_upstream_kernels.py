@@ -1,4 +1,4 @@
-"""What loratune/kernels/upstream.py uses of other libraries is still there, and still means what it did."""
+"""What loratune/kernels/upstream.py uses of other libraries still exists and behaves as expected."""
 
 import inspect
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def test_sdpa_mask() -> None:
 
 
 def test_attend_to_rows() -> None:
-    """Against torch's documented attention and its gradients; heads may share their keys without a copy."""
+    """Compared with torch's documented attention and its gradients. Heads may share keys without a copy."""
     drawn = torch.Generator().manual_seed(0)
     query, gradient = (torch.randn(2, 3, 70, 8, generator=drawn) for _ in range(2))
     key, value = (torch.randn(2, 1, 70, 8, generator=drawn).expand(2, 3, 70, 8) for _ in range(2))
@@ -50,7 +50,7 @@ def test_attend_to_rows() -> None:
 
 
 def test_apply_liger_kernel() -> None:
-    """Liger is not installed here: what counts is that the function takes a model and which kernels to use."""
+    """Liger is not installed here. The function must take a model and the selection of kernels."""
     assert [*inspect.signature(upstream.apply_liger_kernel).parameters] == ["model", "kernel_config"]
 
 
@@ -111,7 +111,7 @@ def test_unset_fake_temporarily() -> None:
 
 
 def test_fake_tensor_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An operation on data that a fake tensor lacks is logged there, whether torch's loggers propagate or not."""
+    """An operation on missing data of a fake tensor is logged there, whether or not torch's loggers propagate."""
     monkeypatch.setattr(upstream.FAKE_TENSOR_LOG, "handlers", [caplog.handler])
     mode = upstream.FakeTensorMode()
     with mode:
@@ -122,7 +122,7 @@ def test_fake_tensor_log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.M
 
 
 def test_torch_dispatch_mode() -> None:
-    """Operations of the backward are seen, too."""
+    """Operations of the backward pass are also observed."""
     names: list[str] = []
 
     class Recorder(upstream.TorchDispatchMode):  # type: ignore[misc]

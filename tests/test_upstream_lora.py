@@ -1,4 +1,4 @@
-"""What loratune/lora/upstream.py uses of other libraries is still there, and still means what it did."""
+"""What loratune/lora/upstream.py uses of other libraries still exists and behaves as expected."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_is_target() -> None:
 
 
 def test_is_partitioned() -> None:
-    """DeepSpeed marks the parameters that it has partitioned; test_distributed.py uses it where it is installed."""
+    """DeepSpeed marks partitioned parameters. test_distributed.py tests this if DeepSpeed is installed."""
     weight = torch.nn.Parameter(torch.ones(2))
     assert not upstream.is_partitioned(weight)
     weight.ds_id = 3  # type: ignore[attr-defined]

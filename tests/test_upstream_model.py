@@ -1,4 +1,4 @@
-"""What loratune/model/upstream.py uses of other libraries is still there, and still means what it did."""
+"""What loratune/model/upstream.py uses of other libraries still exists and behaves as expected."""
 
 import bitsandbytes
 import pytest
@@ -20,7 +20,7 @@ from loratune.model import upstream
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
-    """A model in 4 and in 8 bits."""
+    """A model in 4 bits and one in 8 bits."""
     path = tmp_path_factory.mktemp("packed")
     tiny_llama(hidden_size=64).save_pretrained(path)
     ways = {"4bit": BitsAndBytesConfig(load_in_4bit=True), "8bit": BitsAndBytesConfig(load_in_8bit=True)}
@@ -95,7 +95,7 @@ def test_bitsandbytes_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("bars", "hub_bars"), [(True, True), (True, False), (False, False)])
 def test_quiet_transformers(bars: bool, hub_bars: bool) -> None:
-    """It is as it was afterwards; the default is put back at the end."""
+    """The settings are restored afterwards. The test resets the defaults at its end."""
     settings = transformers.logging
     try:
         settings.set_verbosity_info()
@@ -114,7 +114,7 @@ def test_quiet_transformers(bars: bool, hub_bars: bool) -> None:
 
 
 def test_layout_of_a_checkpoint() -> None:
-    """The tensors of experts are stacked as they are loaded, and taken apart as they are saved."""
+    """Expert tensors are stacked on loading, and split again on saving."""
     config = MixtralConfig(
         hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_local_experts=2, vocab_size=9,
         num_attention_heads=2, num_key_value_heads=1,

@@ -1,4 +1,4 @@
-"""What loratune/training/upstream.py uses of other libraries is still there, and still means what it did."""
+"""What loratune/training/upstream.py uses of other libraries still exists and behaves as expected."""
 
 import inspect
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from loratune.training.upstream import CheckpointTrainer
 
 @pytest.fixture
 def process_group() -> Iterator[None]:
-    """A group of this process alone."""
+    """A process group with only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -41,7 +41,7 @@ def test_exclude_from_ddp(process_group: None) -> None:
     wrapped = DistributedDataParallel(model)
     assert wrapped.parameters_to_ignore == {"0.bias", "1.running_mean"}
     model(torch.ones(3, 2)).sum().backward()
-    assert model[0].bias.grad is not None  # it is trained as before, by this process alone
+    assert model[0].bias.grad is not None  # it is still trained, by this process alone
 
 
 def test_use_one_gpu(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_use_one_gpu(tmp_path: Path) -> None:
 
 
 def test_scale_learning_rates() -> None:
-    """From then on all rates, also those that the scheduler has not computed yet, are multiplied."""
+    """From then on, all rates are multiplied, including those that the scheduler has not computed yet."""
     rates: dict[float, list[float]] = {}
     for factor in (1.0, 0.1):
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
@@ -81,11 +81,11 @@ def test_deepspeed_counts_micro_steps() -> None:
 
 
 def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its files go to the directory that is given, unless the environment names another."""
+    """Its files go to the given directory, unless the environment names another one."""
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
     arguments = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
     tracker = upstream.TensorBoard(tmp_path / "logs")
-    for first, last in ((0, 3), (2, 3)):  # the second run goes on from step 2
+    for first, last in ((0, 3), (2, 3)):  # the second run continues from step 2
         for step in range(first, last):
             state = TrainerState(global_step=step)
             if step == first:
@@ -109,7 +109,7 @@ HOOKS = (
 
 
 class Recorder(CheckpointTrainer):
-    """Lists the private steps in the order of their calls."""
+    """Records the private steps in the order of their calls."""
 
     group = SINGLE_PROCESS
 
@@ -127,7 +127,7 @@ class Recorder(CheckpointTrainer):
 
 
 class Evaluations(TrainerCallback):
-    """The metrics of each evaluation."""
+    """Records the metrics of each evaluation."""
 
     def __init__(self) -> None:
         self.metrics: list[Any] = []
@@ -138,7 +138,7 @@ class Evaluations(TrainerCallback):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recorder, Recorder, Evaluations]:
-    """A run of one step with a checkpoint, and one that is resumed from it."""
+    """A run of one step with a checkpoint, the run resumed from it, and their evaluations."""
     evaluations, path = Evaluations(), tmp_path_factory.mktemp("runs")
     rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 8
 
@@ -164,5 +164,5 @@ def test_trainer_calls_its_private_step(name: str, runs: tuple[Recorder, Recorde
     assert name in second.calls and "_load_from_checkpoint" not in first.calls
 
 
-def test_callbacks_hear_of_evaluations(runs: tuple[Recorder, Recorder, Evaluations]) -> None:
+def test_callbacks_receive_evaluation_metrics(runs: tuple[Recorder, Recorder, Evaluations]) -> None:
     assert runs[2].metrics == [{"eval_loss": 1.5}] * 2

@@ -1,4 +1,4 @@
-"""Each LoRA variant from its one key: trains, is saved, loads to the same outputs, resumes, or is refused."""
+"""Each LoRA variant, enabled by one key: it trains, is saved, reloads to the same outputs, resumes, or is refused."""
 
 import json
 import math
@@ -69,7 +69,7 @@ BATCHES = [PAD([ROWS[row] for row in range(start, start + 8)]) for start in rang
 
 
 def interrupt_at(step: int) -> Listener:
-    """A listener that interrupts the run at a step."""
+    """A listener that interrupts the run at a given step."""
 
     def listen(event: Event) -> None:
         if isinstance(event, StepEvent) and event.step == step:
@@ -79,7 +79,7 @@ def interrupt_at(step: int) -> Listener:
 
 
 def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, AdapterInit]:
-    """The tiny Llama with an adapter on it, before its first step."""
+    """The tiny Llama with an adapter, before its first step."""
     section, base = LoraSection(**lora), base or tiny_llama()
     found = targets.find(base, section)
     model = creation.attach(base, section, found.peft(), seed=0, base_name="tiny")
@@ -109,7 +109,7 @@ def fit(model: PeftModel, section: LoraSection, path: Path, **training: Any) -> 
 
 
 def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
-    """Path of each adapted module → its layer, and its update s·B·A."""
+    """Path of each adapted module → its layer and its update s·B·A."""
     found = {}
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -119,7 +119,7 @@ def factors(model: PeftModel) -> dict[str, tuple[LoraLayer, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path) -> None:
+def test_variant_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path) -> None:
     before = outputs(tiny_llama())
     model, section, start = begun(**VARIANTS[variant])
     assert torch.allclose(outputs(model), before, atol=1e-6)
@@ -131,7 +131,7 @@ def test_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_path: Path
     assert (trained - before).abs().max() > 0.01
     (tmp_path / "out").mkdir()
     assert attach.save(model, tmp_path / "out", start) == count.adapter_bytes
-    exact = 0.0 if not start.to_plain_lora else 1e-6  # what was taken out of the base comes back with rounding
+    exact = 0.0 if not start.to_plain_lora else 1e-6  # the part taken out of the base is added back with rounding
     assert torch.allclose(outputs(attach.load(tiny_llama(), inspect(tmp_path / "out"))), trained, rtol=0, atol=exact)
     assert torch.allclose(
         outputs(PeftModel.from_pretrained(tiny_llama(), tmp_path / "out")), trained, rtol=0, atol=exact
@@ -148,7 +148,7 @@ AT_LENGTH = (
 @pytest.mark.parametrize(
     "variant", [pytest.param(one, marks=pytest.mark.slow) if one in AT_LENGTH else one for one in VARIANTS]
 )
-def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
+def test_resumed_variant_writes_the_same_bytes(variant: str, run_config: MakeConfig, tmp_path: Path) -> None:
     def run(name: str, interrupted_at: int = 0, resume: bool = False) -> None:
         loaded = config.load(path, [f"output_dir={tmp_path / name}"])
         directory = run_dir.check(loaded.output_dir, resume=resume, overwrite=False)
@@ -167,7 +167,7 @@ def test_resuming_gives_the_same_bytes(variant: str, run_config: MakeConfig, tmp
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_what_is_taken_out_of_the_base_is_published_as_plain_lora(start: str, tmp_path: Path) -> None:
+def test_initializations_that_change_the_base_are_saved_as_plain_lora(start: str, tmp_path: Path) -> None:
     model, section, began = begun(init_lora_weights=start, use_rslora=True, alpha_pattern={"q": 4})
     fit(model, section, tmp_path)
     attach.save(model, tmp_path, began)
@@ -206,7 +206,7 @@ def test_eva_starts_from_the_main_directions_of_the_inputs() -> None:
     for init, least in (("eva", 0.8), (True, 0.0)):  # plain LoRA is the control
         layer, update = factors(begun(init_lora_weights=init)[0])["model.layers.1.self_attn.o_proj"]
         basis = torch.linalg.qr(layer.lora_A["default"].weight.detach().T).Q
-        shared = (principal @ basis).square().sum() / 8  # 1 where both span the same
+        shared = (principal @ basis).square().sum() / 8  # 1 if both span the same space
         assert (shared > 0.8) == (init == "eva") and shared > least
         assert not update.any()
 
@@ -228,7 +228,7 @@ def test_loraplus_gives_b_its_own_learning_rate(tmp_path: Path) -> None:
     model, section, start = begun(loraplus_lr_ratio=16.0)
     fit(model, section, tmp_path, max_steps=1, lr_scheduler_type="constant")
     moved = {name: (tensor - start.tensors[name]).abs().max().item() for name, tensor in tensors.weights(model).items()}
-    # Adam's first step is as long as its learning rate; A has no gradient as long as B is zero.
+    # The length of Adam's first step is its learning rate. A has no gradient while B is zero.
     assert {round(step, 4) for name, step in moved.items() if "lora_B" in name} == {0.16}
     assert {step for name, step in moved.items() if "lora_A" in name} == {0.0}
 
@@ -242,7 +242,7 @@ def test_loraplus_trains_an_embedding_at_the_rate_of_the_config(tmp_path: Path) 
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
+def test_lorafa_does_not_train_a(tmp_path: Path) -> None:
     plain, lorafa = begun()[0], begun(use_lorafa=True)
     model, section, start = lorafa
     assert creation.count(model, start).trainable < plain.get_nb_trainable_parameters()[0]
@@ -255,7 +255,7 @@ def test_lorafa_leaves_a_as_it_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> None:
+def test_loftq_starts_from_the_quantization_error(rslora: bool, tiny_dir: Path) -> None:
     held = ModelSection(name_or_path=str(tiny_dir), dtype="float32", quantization="4bit")
     section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
@@ -264,12 +264,12 @@ def test_loftq_starts_from_what_four_bits_lose(rslora: bool, tiny_dir: Path) -> 
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)
-        best = singular[8:].norm() / singular.norm()  # Eckart and Young: no update of rank 8 leaves less
+        best = singular[8:].norm() / singular.norm()  # Eckart-Young: no update of rank 8 leaves a smaller error
         assert (lost - update).norm() / lost.norm() == pytest.approx(best.item(), rel=1e-3)
         assert best < 0.9
 
 
-def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
+def test_loftq_on_the_command_line(cli: Cli, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path) -> None:
     quantized = {"name_or_path": str(tiny_dir), "dtype": "float32", "quantization": "4bit"}
     losses = {}
     for start in ("loftq", "true"):
@@ -281,7 +281,7 @@ def test_loftq_through_the_command_line(cli: Cli, run_config: MakeConfig, tmp_pa
     assert losses["loftq"] != losses["true"]
 
 
-def test_loftq_of_weights_that_are_not_there(tiny_dir: Path, tmp_path: Path) -> None:
+def test_loftq_reports_missing_original_weights(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_llama()
     read = stored.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
@@ -339,7 +339,7 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=264, n_positions=64))
 
 
-def test_starts_that_do_not_fit_a_layer() -> None:
+def test_initializations_that_do_not_fit_a_layer_are_refused() -> None:
     with pytest.raises(ModelError, match=r"olora .* Conv1D") as caught:
         begun(gpt2(), init_lora_weights="olora")
     assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
@@ -358,8 +358,8 @@ def test_starts_that_do_not_fit_a_layer() -> None:
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_start_would_change_what_is_tied(start: str) -> None:
-    """The embedding would lose what is taken out of the head that shares its weight."""
+def test_initializations_that_change_a_tied_weight_are_refused(start: str) -> None:
+    """The embedding would lose the part taken out of the head, with which it shares the weight."""
     with pytest.raises(ModelError, match=rf"{start} .*lm_head") as caught:
         begun(tiny_llama(tie_word_embeddings=True), init_lora_weights=start, target_modules=["q", "lm_head"])
     assert meanings(caught.value) == [(Code.LORA_UNSUPPORTED, "", INIT)]
@@ -372,7 +372,7 @@ def test_a_start_would_change_what_is_tied(start: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("key", ["target_modules", "modules_to_save"])
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, name: str) -> None:
+def test_trainable_tokens_of_an_adapted_embedding_are_refused(tied: bool, key: str, name: str) -> None:
     lora = {"trainable_token_indices": [1], key: ["q", name] if key == "target_modules" else [name]}
     if name == "lm_head" and not tied:
         begun(tiny_llama(tie_word_embeddings=tied), **lora)
@@ -384,7 +384,7 @@ def test_tokens_of_an_embedding_that_is_adapted_itself(tied: bool, key: str, nam
 
 
 @pytest.mark.parametrize("start", ["pissa", "eva", "orthogonal"])
-def test_starts_on_transposed_weights(start: str) -> None:
+def test_initializations_support_transposed_weights(start: str) -> None:
     before = outputs(gpt2())
     assert torch.allclose(outputs(begun(gpt2(), init_lora_weights=start)[0]), before, atol=1e-5)
 
@@ -412,12 +412,12 @@ LEAVES = [
 
 
 @pytest.mark.parametrize(("lora", "line"), LEAVES)
-def test_leaving_the_portable_set_is_reported(lora: dict[str, Any], line: str) -> None:
+def test_non_portable_settings_are_reported(lora: dict[str, Any], line: str) -> None:
     assert any(note.startswith(line) for note in config.portability(LoraSection(**lora)))
 
 
 @pytest.mark.parametrize("lora", [{}, {"r": 16}, {"init_lora_weights": "eva"}, {"use_lorafa": True}])
-def test_the_portable_set_gives_no_note(lora: dict[str, Any]) -> None:
+def test_portable_settings_give_no_note(lora: dict[str, Any]) -> None:
     assert [*config.portability(LoraSection(**lora))] == []
 
 
@@ -430,7 +430,9 @@ def test_the_portable_set_gives_no_note(lora: dict[str, Any]) -> None:
         (lambda: gpt2(), ["q"], "attn.c_attn, a Conv1D"),
     ],
 )
-def test_layers_that_llama_cpp_does_not_read(model: Callable[[], Any], names: list[str], kind: str | None) -> None:
+def test_layers_that_llama_cpp_cannot_read_are_reported(
+    model: Callable[[], Any], names: list[str], kind: str | None
+) -> None:
     notes = parameters.notes(begun(model(), target_modules=names)[0])
     assert notes == [] if kind is None else f"do not read an adapter of {kind}" in notes[0]
 

@@ -1,4 +1,4 @@
-"""Attention of long rows by torch's kernel, beside tiles for the others: the same numbers."""
+"""Attention of long rows by torch's kernel, and of the others in tiles: the same numbers as in tiles only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,13 +23,13 @@ BRANCHES = (130, 64, (64, 40), 5, 90, (20, 70), (90, 3))
 
 
 def positions_of(branches: Any) -> Tensor:
-    """The positions of rows and of branches."""
+    """The positions of rows and branches."""
     spans = [(0, branch) if isinstance(branch, int) else (branch[0], branch[0] + branch[1]) for branch in branches]
     return torch.cat([torch.arange(*span) for span in spans])
 
 
 def attended(ops: Any, layout: Layout, states: Any, gradient: Tensor) -> list[Tensor]:
-    """Results and gradients, as a layer of attention computes them."""
+    """The result and gradients, as an attention layer computes them."""
     results = ops.attend(*states, layout, Scoring(SCALE))
     sublayers.attend_whole_rows(layout.rows, results, *states, SCALE)
     gradients = ops.attend_backward(gradient, results, states, layout, Scoring(SCALE))
@@ -37,7 +37,7 @@ def attended(ops: Any, layout: Layout, states: Any, gradient: Tensor) -> list[Te
     return [*results, *gradients]
 
 
-def test_a_layout_leaves_long_rows_out_of_the_tiles() -> None:
+def test_layout_excludes_long_rows_from_the_tiles() -> None:
     positions = positions_of((3, 7, 1, 5, (2, 4), 9))
     layout = Layout.of(positions, whole=5)
     assert layout.rows == ((3, 10), (11, 16), (20, 29))
@@ -51,8 +51,8 @@ def test_a_layout_leaves_long_rows_out_of_the_tiles() -> None:
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("branches", [BRANCHES, (200,)], ids=str)
 @pytest.mark.parametrize("name", OVER)
-def test_long_rows_are_computed_as_in_tiles(name: str, branches: Any, window: int | None) -> None:
-    """Alone, and beside rows in tiles and branches that attend to them."""
+def test_long_rows_match_the_results_of_tiles(name: str, branches: Any, window: int | None) -> None:
+    """Alone, and together with rows in tiles and branches that attend to them."""
     choose, dtype = OVER[name]
     positions = positions_of(branches)
     tokens = len(positions)
@@ -67,8 +67,8 @@ def test_long_rows_are_computed_as_in_tiles(name: str, branches: Any, window: in
         assert difference < (1e-5 if dtype == torch.float32 else 0.01)
 
 
-def test_a_step_is_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loss and gradients in float32, with rows in tiles and by themselves."""
+def test_step_matches_that_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradients in float32, with rows in tiles and rows computed whole."""
     calls: list[tuple[int, ...]] = []
 
     def counted(compute: Callable[..., Any], query: Tensor, *arguments: Any, **options: Any) -> Any:
