@@ -362,7 +362,7 @@ def test_variant_is_chosen_by_cpu_features(name: str) -> None:
 on_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="wheels have libraries for x86-64 only")
 MACROS = {"avx512bf16": "avx512_bf16", "bmi": "bmi1", "lzcnt": "abm", "sse3": "pni", "lahf_sahf": "lahf_lm",
           "gcc_have_sync_compare_and_swap_16": "cx16"}  # fmt: skip
-"""What gcc calls what Linux calls otherwise."""
+"""Features whose names in gcc and Linux differ."""
 
 
 def macros(*options: str) -> set[str]:

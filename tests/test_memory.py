@@ -160,7 +160,7 @@ def test_activations_grow_linearly_with_rows_and_layers() -> None:
         assert 0 < third - second == second - first
 
 
-def test_only_the_longest_rows_count() -> None:
+def test_estimate_depends_on_the_longest_rows_only() -> None:
     model = deep(2)
     rows = [(8, 2), (32, 8), (16, 16), (32, 32)]
     assert memory.estimate(model, rows, 2) == memory.estimate(model, ROWS, 2)
@@ -187,7 +187,7 @@ def limit(monkeypatch: pytest.MonkeyPatch, **limits: object) -> None:
     monkeypatch.setattr(activations, "_TRACED", {})
 
 
-def test_a_step_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_steps_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sweep estimates each trial; trials that differ only in the learning rate share a trace. A hook changes the
     model."""
     limit(monkeypatch)

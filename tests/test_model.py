@@ -184,7 +184,7 @@ def pickled(path: Path) -> None:
 
 UP = "model.layers.1.mlp.up_proj.weight"
 Refusal = tuple[Code, str, str]
-"""A code, the name of the file that is blamed within the model directory, and what the message says besides."""
+"""Code, name of the damaged file within the model directory, and a part of the message."""
 
 BROKEN: dict[str, tuple[Damage, Refusal]] = {
     "T5": (lambda path: T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(path),

@@ -33,8 +33,8 @@ GROUPS = (
     ("study", "commands", "api"),
     ("cli", "__main__"),
 )
-"""What belongs together on a level: the foundation, a loaded adapter and what scores it, the public API with the
-commands, and the study of a sweep, behind it, and the command line. Each may import those before it."""
+"""Packages that share a level: the foundation; a loaded adapter and its evaluation; studies, the commands and the
+public API; the command line. Each may import those before it."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 Rule = Callable[[Path], Iterator[str]]
@@ -160,7 +160,7 @@ def imports_stand_on_top(root: Path) -> Iterator[str]:
 
 
 BELOW_CLI = {"api", "cli", "codes", "config", "console", "errors", "events", "system", "text"}
-"""What the command line is made of besides names of the public API: `system` is the operating system."""
+"""What the command line may import besides the public API. `system` is the operating-system package."""
 
 
 def cli_only_calls_the_public_api(root: Path) -> Iterator[str]:
@@ -180,13 +180,14 @@ OF_PROCESS = {
     "raise_on_signals", "exit_on_signals", "hold_signals", "default_actions", "ignore_signals", "write_line",
     "limit_threads", "secure",
 }  # fmt: skip
-"""Calls that print, end the process, or change it for other code; the last ones are those of `system`."""
+"""Calls that print, end the process, or change it for other code. The last ones are defined in `system`."""
 OF_THE_COMMAND_LINE = ("cli/", "__main__.py", "console.py", "system/signals.py")
 RESTORED = {
     "system/environment.py": "os.environ", "compare/harness.py": "os.environ",
     "export/llama_cpp_process.py": "print",
 }  # fmt: skip
-"""File → what it may do: set variables for the command line, restore them at the end, or print in its own process."""
+"""File → its exception: it sets variables for the command line, restores them at the end, or prints in its own
+process."""
 
 
 def only_the_command_line_changes_the_process(root: Path) -> Iterator[str]:
@@ -441,8 +442,7 @@ def options(application: typer.Typer) -> dict[str, int]:
 
 
 MOST_OPTIONS = {"evaluate": 16, "export": 13, "generate": 15}
-"""Of commands that need more: what is measured, with what it is compared, what is required of it, what is shown; four
-clients; how tokens are sampled."""
+"""Commands that need more: what to measure, compare, require and show; four clients; sampling settings."""
 
 
 def test_commands_have_at_most_twelve_options() -> None:

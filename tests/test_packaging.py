@@ -58,12 +58,12 @@ def test_deptry_detects_undeclared_and_unused_packages(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", write_reference.PAGES, ids=lambda path: path.name)
-def test_the_reference_is_current(path: Path) -> None:
+def test_generated_reference_is_up_to_date(path: Path) -> None:
     written = path.read_text(encoding="utf-8")
     assert written == write_reference.PAGES[path](), "run `python scripts/write_reference.py`"
 
 
-def test_the_table_of_keys_follows_the_schema() -> None:
+def test_table_of_keys_follows_the_schema() -> None:
     class Longer(RunConfig):
         priority: int | None = Field(3, ge=1, description="how urgent | important it is")
 

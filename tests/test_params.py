@@ -81,7 +81,7 @@ SIZED: list[dict[str, Any]] = [
     {"r": 64, "use_rslora": True, "target_modules": [r"v_proj"]},
 ]
 OTHERWISE = {"float32": (3, 4, 9, 10), "bfloat16": (0, 1, 2, 3, 4, 6, 7, 8, 9, 10)}
-"""For each dtype the places of those that `make test-all` alone tries in it: others of their kind are tried always."""
+"""The indices of cases that only `make test-all` runs for a dtype. Similar cases are always run."""
 
 
 @pytest.mark.usefixtures("untraced")

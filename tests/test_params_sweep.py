@@ -18,7 +18,7 @@ from loratune.errors import ModelError
 
 SHARDS = 9
 SAMPLE = ("bart", "bert", "bloom", "gpt2", "jetmoe", "llama", "mamba", "mixtral", "musicgen", "phi3", "xlnet")
-"""Of each structure, and each kind of refusal, one that takes no second; all are counted by `make test-all`."""
+"""A fast type for each structure and each kind of refusal. `make test-all` counts all types."""
 PARTS = [[*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES][shard::SHARDS] for shard in range(SHARDS)]
 SMALL = ["data.max_length=16", "training.per_device_train_batch_size=1"]
 

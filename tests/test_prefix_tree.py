@@ -98,7 +98,7 @@ def test_tree_does_not_depend_on_the_order_of_rows() -> None:
         assert places.tolist() == others.tolist()
 
 
-def test_a_batch_keeps_the_labels_of_its_rows() -> None:
+def test_batch_keeps_the_labels_of_its_rows() -> None:
     rows = as_rows(TREES["two levels"], 33)
     batch, flat = pickle.loads(pickle.dumps(share_prefixes))(rows), flatten(rows)
     assert torch.equal(batch["labels"], flat["labels"])

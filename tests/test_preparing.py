@@ -141,7 +141,7 @@ def test_problems_of_rows_and_of_the_file_are_reported_together(tmp_path: Path) 
     assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in (2, 3, 4)]
 
 
-def test_a_source_without_rows_is_named(tmp_path: Path) -> None:
+def test_source_without_rows_is_refused(tmp_path: Path) -> None:
     numbered(tmp_path / "a.jsonl", 2)
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(DataError) as caught:

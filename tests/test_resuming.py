@@ -353,7 +353,7 @@ def test_changed_inputs_are_refused_on_resume(
     assert ran.code == 0, ran.err
 
 
-def test_a_changed_validation_set_or_template_is_refused(
+def test_changed_validation_set_or_template_is_refused_on_resume(
     processes: ForkServer, run_config: MakeConfig, cli: Cli, tmp_path: Path
 ) -> None:
     """Also a changed template that renders these rows identically."""

@@ -72,7 +72,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 Refusal = tuple[Code, str]
-"""A code, and what else a message says, behind its place and key."""
+"""A code, and the message after its place and key."""
 
 
 def other_files(names: str) -> Refusal:

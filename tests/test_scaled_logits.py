@@ -36,7 +36,7 @@ SCALED: dict[str, tuple[dict[str, Any], Scaling | None]] = {
     "vaultgemma": (CAP, Scaling(cap=2.0)), "beam": (CAP, Scaling(cap=2.0)),
     "hyperclovax": ({"logits_scaling": 8.0}, None),
 }  # fmt: skip
-"""Families, changes of their configurations that make what they do to logits show, and what that is; None: unknown."""
+"""Model families → configuration changes that make their logit scaling visible, and that scaling. None: unsupported."""
 ALONE: dict[str, dict[str, Any]] = {
     "cpmant": {"init_std": 0.1},
     "prophetnet": {
@@ -44,7 +44,7 @@ ALONE: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0,
     },
 }  # fmt: skip
-"""Families that compute something else for rows that are padded, as transformers has them."""
+"""Families that compute something else for padded rows in transformers."""
 OBJECTIVES: dict[str, dict[str, float]] = {
     "sft": {}, "dpo": {"label_smoothing": 0.1, "sft_weight": 0.2}, "simpo": {"simpo_gamma": 0.5}, "orpo": {},
     "kto": {"desirable_weight": 1.5},

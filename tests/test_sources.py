@@ -31,7 +31,7 @@ from loratune.data.sources.rows import Row, Unreadable, line_of
 from loratune.errors import DataError, Problem
 
 MORE = "", Code.MORE_PROBLEMS, "there may be more"
-"""Behind ten problems: it does not look as if these were all."""
+"""The last entry if problems after the tenth are not listed."""
 PAIR = b'{"prompt": "a", "completion": "b"}'
 VALUES = {"prompt": "a", "completion": "b"}
 USER, BOT = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}

@@ -51,7 +51,7 @@ NAMED = {
     "a parent": ("config.json", {"auto_map": {"AutoConfig": "../evil.Config"}}),
     "twice": ("config.json", {"auto_map": {"AutoConfig": "other/repo--other/repo--evil.Config"}}),
 }
-"""File → what it says; each is refused although code is trusted."""
+"""File → content that must be refused even with trust_remote_code."""
 
 
 def add(path: Path, values: dict[str, Any]) -> None:
@@ -253,7 +253,7 @@ def test_records_include_directories_and_older_records_are_read(copy: Path, cli:
 
 
 EVIL = "a\x1b]52;c;aGk=\x07b\x1b]0;title\x07\x9b2Jc\u202ed\x7f\re"
-"""Writes to the clipboard, sets the title, clears the screen, turns the text around, begins the line again."""
+"""Writes to the clipboard, sets the title, clears the screen, reverses text, returns to the start of the line."""
 RAW = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 

@@ -41,17 +41,17 @@ NEVER_RUN = (
     "blt", "dbrx", "gemma4_assistant", "gemma4_unified_assistant", "longcat_flash", "qwen4_exp", "qwen4_exp_text",
     "reformer", "xlm", "xlnet",
 )  # fmt: skip
-"""Models that look at values, which are not there on the meta device."""
+"""Models that read values, which do not exist on the meta device."""
 BROKEN_SMALL = ("dots3_note", "dots3_note_text")
-"""Models that do not run with the small sizes of `families.small`, with an adapter or without."""
+"""Models that do not run with the small sizes of `families.small`, with or without an adapter."""
 ROUTED_ELSEWHERE = ("longcat_flash",)
-"""Models some of whose experts do nothing, and have all tokens of a short row sent to them."""
+"""Models with experts that do nothing, which may receive all tokens of a short row."""
 LOOPING = (
     "bailing_hybrid", "gemma3n", "hrm_text", "inkling2_loop_text", "jetmoe", "kimi_linear", "qwen3_5_moe",
     "qwen3_5_moe_text",
 )  # fmt: skip
-"""Models whose layers loop in Python for a second or more: their backward pass is for the long test, and relatives with
-layers of the same kinds, such as gemma3n_text, inkling2_text and qwen3_next, take it every time."""
+"""Models whose layers loop in Python for a second or more. Only the slow test runs their backward pass; relatives with
+layers of the same kinds, such as gemma3n_text, inkling2_text and qwen3_next, are always run."""
 
 # --- the table
 
@@ -252,9 +252,9 @@ SAMPLE = (
     "axk2", "bart", "bert", "bloom", "falcon_h1", "gemma3", "gemma4_assistant", "gpt2", "jetmoe", "llama", "mamba",
     "musicgen", "qwen3_next", "xlnet",
 )  # fmt: skip
-"""One type of each structure, in the order of the table: attention that is plain, fused, latent, with an indexer, next
-to cross-attention, in some layers or none; experts, towers, keys and values of another model. The others are swept by
-`make test-all`."""
+"""One type per structure, in the order of the table: attention that is plain, fused, latent, with an indexer, next to
+cross-attention, in some layers or none; experts, towers, keys and values of another model. `make test-all` covers the
+others."""
 SHARDS = 8
 PARTS = [SAMPLE, *(pytest.param(TYPES[shard::SHARDS], marks=pytest.mark.slow) for shard in range(SHARDS))]
 

@@ -33,7 +33,7 @@ Cli = Callable[..., Ran]
 RANKS = ("--grid", "lora.r=2,4")
 SHORT: dict[str, Any] = {"training": {"max_steps": 3}}
 NO_TIME = "from loratune.study.trials import Budget\nBudget.left = property(lambda self: 0.0 if self.ratios else 1e9)"
-"""After the first trial no time is left; the clock is set, so that the speed of the machine does not matter."""
+"""No time is left after the first trial. The clock is set, so the speed of the machine does not matter."""
 
 
 @pytest.fixture

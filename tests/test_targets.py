@@ -494,7 +494,7 @@ def test_all_linear_omits_names_that_peft_applies_to_experts() -> None:
     assert attach(build("qwen3_moe", **config), targets)[0] == list(targets.modules)
 
 
-def test_all_linear_includes_dense_layers_beside_experts_if_peft_can() -> None:
+def test_all_linear_includes_dense_layers_next_to_experts_if_peft_can() -> None:
     config = MOE | dict(shared_expert_intermediate_size=16)
     targets = resolve(build("qwen2_moe", **config), "all-linear")
     assert "down_proj" in targets.names

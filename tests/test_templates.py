@@ -29,7 +29,7 @@ from loratune.errors import DataError
 
 TRL = "trl-1.16.0"
 PHI = ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"]
-"""The special tokens that Phi-3 adds to Llama 2's vocabulary; white space after them is theirs."""
+"""The special tokens that Phi-3 adds to Llama 2's vocabulary. They absorb the white space that follows them."""
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from loratune.training.duration import Costs, Speed, step_seconds
 from loratune.training.time_budget import FEWEST, WARM_UP, is_timed_enough, step_budget
 
 UNBOUNDED = 2**40
-"""More steps than a run can have."""
+"""A limit above the number of steps of any run here."""
 
 # The speed of batches
 

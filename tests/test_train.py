@@ -125,7 +125,7 @@ def refuse(event, args):
         os._exit(99)
 sys.addaudithook(refuse)
 """
-"""Ends a process that tries to reach a host."""
+"""Ends a process that tries to connect to a host."""
 
 
 def test_same_config_writes_the_same_bytes(run_config: MakeConfig, tmp_path: Path, forked: Cli, cli: Cli) -> None:

@@ -105,7 +105,7 @@ HOOKS = (
     "_prepare_inputs", "_get_output_dir", "_save_checkpoint", "_save_optimizer_and_scheduler",
     "_load_optimizer_and_scheduler", "_save_rng_state", "_load_rng_state", "_load_from_checkpoint",
 )  # fmt: skip
-"""Private steps of Trainer that are overridden."""
+"""Private steps of Trainer that loratune overrides."""
 
 
 class Recorder(CheckpointTrainer):

@@ -142,7 +142,7 @@ AT_LENGTH = (
     "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
     "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian", "DoRA",
 )  # fmt: skip
-"""Variants whose state is of the kinds that others have: a base that was changed, factors that are trained."""
+"""Variants that resume like others, with the same kinds of state: a changed base, trained factors."""
 
 
 @pytest.mark.parametrize(

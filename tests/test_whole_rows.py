@@ -19,7 +19,8 @@ from loratune.lora import attach
 SCALE = 0.3
 GROUPS, HEADS, SIZE = 2, 3, 24
 BRANCHES = (130, 64, (64, 40), 5, 90, (20, 70), (90, 3))
-"""Rows of a batch; in brackets what hangs on the row before: where it begins, and how many tokens it has."""
+"""The rows of a batch. A tuple is a branch of the preceding row: the position where it begins, and its number of
+tokens."""
 
 
 def positions_of(branches: Any) -> Tensor:
