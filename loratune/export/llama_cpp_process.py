@@ -1,14 +1,14 @@
-"""A script that runs what llama.cpp's packages do, in a process of its own: a failure of llama.cpp ends the process.
+"""A script that runs llama.cpp and its converters in a separate process, as a failure of llama.cpp ends the process.
 
     python -P llama_cpp_process.py answer < request.json
     python -P llama_cpp_process.py convert CONVERTERS MODEL_DIRECTORY FILE OUTTYPE TOKENIZER_FILE
 
-`answer` asks llama.cpp (the package xllamacpp) about the answers of an adapter. It reads a request as JSON, see
-`gguf.compare`, and writes one line of JSON for each question.
+`answer` scores the answers of an adapter with llama.cpp (the package xllamacpp). It reads a request as JSON, see
+`gguf.compare`, and writes one line of JSON per question.
 
-`convert` is llama.cpp's converter of models with the tokenizer of an existing GGUF file. The converter recognizes a
-tokenizer by a hash of what it makes of a text, and refuses unknown ones, such as those that transformers made from a
-GGUF file. The tokenizer's entries of such a file can be copied.
+`convert` is llama.cpp's model converter with the tokenizer of an existing GGUF file. The converter identifies a
+tokenizer by a hash of its output on a test text, and refuses unknown ones, such as tokenizers that transformers made
+from a GGUF file. Their entries can be copied from that file.
 """
 
 import json
@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 _CANDIDATES, _ALL = 64, 1 << 20
-"""How many of the likeliest tokens are asked for first, and then."""
+"""The number of top tokens that are requested, first and on a second try."""
 _TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 _TEMPLATE = "tokenizer.chat_template"
 
 
 class LlamaCpp:
-    """llama.cpp with one model."""
+    """A llama.cpp server with one model."""
 
     def __init__(self, request: Mapping[str, Any]):
         xllamacpp = import_module("xllamacpp")
@@ -45,15 +45,15 @@ class LlamaCpp:
         self._server = xllamacpp.Server(parameters)
 
     def answer(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The log-probability of each token of an answer, the likeliest token in its place, and the number of tokens of
-        the rendered prompt."""
+        """The log-probability of each token of an answer, the likeliest token at each position, and the number of
+        tokens of the rendered prompt."""
         prompt, answer = question["prompt"], question["answer"]
         scored = [self.score([*prompt, *answer[:at]], token) for at, token in enumerate(answer)]
         logprobs, top = zip(*scored, strict=True) if scored else ((), ())
         return {"logprobs": logprobs, "top": top, "count": self.count(question["request"])}
 
     def score(self, ids: Sequence[int], token: int) -> tuple[float, Mapping[str, Any]]:
-        """The log-probability of one token after others, and the likeliest token there."""
+        """The log-probability of a token after some ids, and the likeliest token there."""
         for candidates in (_CANDIDATES, _ALL):
             found = self._next_tokens(ids, candidates)
             for one in found:
@@ -62,14 +62,14 @@ class LlamaCpp:
         return -math.inf, found[0]
 
     def _next_tokens(self, ids: Sequence[int], candidates: int) -> Sequence[Mapping[str, Any]]:
-        """The likeliest next tokens. llama.cpp holds tokens back until their bytes are whole characters."""
+        """The likeliest next tokens. llama.cpp returns tokens only once their bytes form whole characters."""
         for tokens in (1, 8, 64):
             if found := content(self._complete(ids, tokens, candidates)["choices"][0]):
                 return list(found[0]["top_logprobs"])
         raise RuntimeError("llama.cpp gives no probabilities of the next token")
 
     def count(self, request: Mapping[str, Any]) -> int | None:
-        """The number of tokens of a rendered prompt; None for a prompt that consists of ids."""
+        """The number of tokens of a rendered prompt; None for a prompt of ids."""
         if "messages" in request:
             chat = {**request, "max_tokens": 1, "temperature": 0.0}
             answer = self._checked(self._server.handle_chat_completions(chat), "usage")
@@ -107,7 +107,7 @@ def convert(converters: Path, directory: Path, file: Path, outtype: str, tokeniz
     fields = gguf.GGUFReader(tokenizer).fields
 
     class WithTokenizer(kind):
-        """The converter of this architecture, with another tokenizer."""
+        """The converter of the architecture, with the tokenizer of the GGUF file."""
 
         model_arch = kind.model_arch
 

@@ -25,15 +25,15 @@ from loratune.text import markdown
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 _NEW_TOKENS = 32
-"""Tokens of an answer by which a prompt is extended."""
+"""The number of answer tokens that are appended to a prompt."""
 _MOST_TOKENS = 1024
-"""Tokens of a text that are compared."""
+"""The maximum number of tokens of a text that are compared."""
 _LOGITS = 1 << 30
-"""Bytes of the logits of two models that are held."""
+"""The maximum size in bytes of the logits of two models that are in memory."""
 
 
 def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids: Sequence[int]) -> None:
-    """Write the configuration, as the base has it, and that of generation.
+    """Write config.json, based on the base's file, and generation_config.json.
 
     Args:
         staging: The directory of the model.
@@ -42,9 +42,9 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
         end_ids: The tokens that end an answer in the format of training.
 
     Raises:
-        ModelError: The base's configuration of generation cannot be read.
+        ModelError: The generation configuration of the base cannot be read.
     """
-    file = None if merge.is_loaded else stored.file(source.base, CONFIG)  # that of a quantized base says how
+    file = None if merge.is_loaded else stored.file(source.base, CONFIG)  # else it records quantization
     values = json.loads(file.read_text(encoding="utf-8")) if file else merge.config.to_diff_dict()
     changes: dict[str, Any] = {"tie_word_embeddings": False} if merge.untied else {}
     if merge.dtype is not None:
@@ -64,7 +64,7 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
 
 
 def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
-    """How the base generates. Raises ModelError: its file cannot be read."""
+    """The generation configuration of the base. Raises ModelError: its file cannot be read."""
     file = stored.file(source.base, GENERATION)
     if file is None:
         made: dict[str, Any] = GenerationConfig.from_model_config(config).to_diff_dict()
@@ -81,7 +81,7 @@ def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
 
 
 def write_tokenizer(staging: Path, source: AdapterDirectory, tokenizer: Any) -> None:
-    """Write the tokenizer with its chat template: that of the adapter, byte for byte, if the adapter has one."""
+    """Write the tokenizer with its chat template; if the adapter has a tokenizer, its files are copied unchanged."""
     if (source.files.path / "tokenizer_config.json").is_file():
         source.copy_tokenizer(staging)
     else:
@@ -89,7 +89,7 @@ def write_tokenizer(staging: Path, source: AdapterDirectory, tokenizer: Any) -> 
 
 
 def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) -> None:
-    """Write the model card. lines: how the model came about, and how it was compared."""
+    """Write the model card. lines: how the model was made and compared."""
     name = source.base.name_or_path
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()
     base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
@@ -100,10 +100,10 @@ def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) ->
 
 
 def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None:
-    """The dtype in which base and merged model are compared, one after the other: float32, if there is memory for it.
+    """The dtype in which base and merged model are compared, one after the other: float32 if memory allows.
 
     Args:
-        parameters: How many the model has.
+        parameters: The number of parameters of the model.
         stored_dtypes: The dtypes of the merged model.
 
     Returns:
@@ -123,11 +123,11 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     Args:
         source: The adapter.
         staging: The merged model.
-        texts: What is compared on; prompts are extended by the beginning of the adapter's answers.
-        dtype: The dtype in which both are computed.
+        texts: The texts to compare on; prompts are extended by the beginning of the adapter's answers.
+        dtype: The dtype in which all models are computed.
 
     Returns:
-        `adapter` and `base`: how the merged model agrees with each, see `Agreement`; `dtype`; `texts`: how many.
+        `adapter` and `base`: the `Agreement` of the merged model with each; `dtype`; `texts`: the number of texts.
     """
     loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": dtype}), forced=True))
     device, context = loaded.model.device, load.context_length(loaded.model.config) or _MOST_TOKENS

@@ -1,7 +1,7 @@
-"""A base and an adapter merged into one model: W' = round(W + ΔW), computed in float32, rounded once.
+"""Merges an adapter into its base: W' = round(W + ΔW), computed in float32 and rounded once.
 
-The weights of the base are read, changed and written tensor by tensor, so that the size of the base does not matter. A
-base whose tensors are only known once it is loaded, such as a quantized one, is held in memory meanwhile.
+The weights of the base are read, changed and written tensor by tensor, so the base need not fit in memory. A base whose
+tensors are only known after loading, such as a quantized one, is loaded into memory.
 """
 
 import copy
@@ -30,18 +30,18 @@ from loratune.model.upstream import quiet_transformers
 from loratune.text import format_size
 
 MOST_BYTES = 2_000_000_000
-"""Bytes of the tensors of one file, which are in memory until it is written."""
+"""The maximum size of one file in bytes. Its tensors are in memory until it is written."""
 _BLOCK_VALUES = 4 << 20
-"""Values that are changed at once: 16 MiB in float32, of which a few copies are held."""
+"""Values that are changed at once: 16 MiB in float32, of which there are a few copies."""
 
 
 @dataclass
 class Kept:
-    """How much of the change of one parameter is left after rounding.
+    """How much of the change of one parameter remains after rounding.
 
     Attributes:
-        name: The parameter.
-        dtype: In which it is stored.
+        name: The name of the parameter.
+        dtype: The dtype in which it is stored.
         update: ‖ΔW‖².
         overlap: ⟨W' - W, ΔW⟩.
         error: ‖W' - W - ΔW‖².
@@ -61,7 +61,7 @@ class Kept:
         return self.overlap / self.update if self.update else 1.0
 
     def add(self, base: Tensor, target: Tensor, rounded: Tensor) -> None:
-        """Count values: those of the base, those of base and adapter, and the latter as they are stored."""
+        """Add values: of the base, of base plus adapter in float32, and of the latter after rounding."""
         wanted, got = target - base, rounded.float() - base
         self.update += float((wanted * wanted).sum(dtype=torch.float64))
         self.overlap += float((got * wanted).sum(dtype=torch.float64))
@@ -71,14 +71,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The result of writing a merged model.
 
     Attributes:
-        kept: Of each parameter that the adapter changes.
-        tensors: How many tensors.
-        size: Bytes of the tensors.
-        files: How many files they are in.
-        untied: Whether embeddings that the base ties had to be stored apart.
+        kept: The rounding statistics of each parameter that the adapter changes.
+        tensors: The number of tensors.
+        size: The size of the tensors in bytes.
+        files: The number of files.
+        untied: Whether embeddings that are tied in the base had to be stored separately.
         dtypes: The dtypes of all floating-point tensors.
     """
 
@@ -95,19 +95,20 @@ class Merge:
 
     Attributes:
         config: The configuration of the base, without a record of quantization.
-        parameters: How many the base has.
-        dtype: The dtype of all floating-point tensors of the merged model; None if they keep those of the base.
+        parameters: The number of parameters of the base.
+        dtype: The dtype of all floating-point tensors of the merged model; None: each keeps its dtype in the base.
         note: Why and how the base was loaded; empty if it is read from its files.
-        untied: Whether embeddings that the base ties are stored apart, as the adapter changes them differently.
+        untied: Whether embeddings that are tied in the base are stored separately, as the adapter changes them
+            differently.
     """
 
     def __init__(self, source: AdapterDirectory, dtype: torch.dtype | None = None):
-        """Find out what the adapter changes. The base is only loaded if its tensors cannot be read from its files.
+        """Determine what the adapter changes. The base is loaded only if its tensors cannot be read from its files.
 
         Args:
             source: The adapter.
-            dtype: The dtype of the merged model; None keeps that of each tensor of the base. A base that is loaded has
-                the dtype that it records, or else that in which it was loaded.
+            dtype: The dtype of the merged model; None keeps the dtype of each tensor of the base. If the base is
+                loaded, None means the dtype in its configuration, otherwise the dtype in which it was loaded.
 
         Raises:
             ModelError: The base is damaged, cannot be downloaded or loaded.
@@ -139,7 +140,7 @@ class Merge:
 
     @property
     def size(self) -> int:
-        """About how many bytes will be written."""
+        """The approximate number of bytes that will be written."""
         if self._stored is None:
             return int(self.parameters * (self.dtype or torch.float32).itemsize)
         shapes = ((tensor.shape, self._dtype_of(DTYPES[tensor.dtype])) for tensor in self._stored.tensors.values())
@@ -162,10 +163,10 @@ class Merge:
 
         Args:
             staging: The directory of the new model.
-            most: Bytes of the tensors of one file.
+            most: The maximum size of the tensors of one file in bytes.
 
         Raises:
-            AdapterError: A value is not finite as it would be stored; a file does not hold what was written.
+            AdapterError: A value is not finite in its stored dtype; a file differs from what was written.
             OSError, SafetensorError: The disk is full.
         """
         kept: list[Kept] = []
@@ -182,7 +183,7 @@ class Merge:
         return Written(tuple(kept), count, size, len(paths), self.untied, tuple(sorted(dtypes)))
 
     def _load(self, config: Any, reason: str) -> PreTrainedModel:
-        """Load the base, if there is memory for it and for the merged model."""
+        """Load the base, if base and merged model fit in memory."""
         section, computed = self._source.base, load.compute_dtype(self._source.base)
         needed, free = 2 * self.parameters * computed.itemsize, memory.available(torch.device("cpu"))
         if needed > free:
@@ -203,12 +204,12 @@ class Merge:
         return load.load_base(section)
 
     def _differ(self, names: Iterable[str]) -> bool:
-        """Whether tied parameters do not stay the same."""
+        """Whether the adapter changes tied parameters differently."""
         first, *others = [[change.key for change in self._changes.get(name, ())] for name in names]
         return any(other != first for other in others)
 
     def _dtype_of(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which values of the base are stored."""
+        """The dtype in which values of the base are stored in the merged model."""
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def _merged(self, base: StoredBase, kept: list[Kept]) -> Iterator[tuple[str, Tensor]]:
@@ -235,7 +236,7 @@ class Merge:
 
     @quiet_transformers()
     def _save_loaded(self, staging: Path, kept: list[Kept], most: int) -> None:
-        """Merge a base that is in memory, and let transformers store the result."""
+        """Merge a base that is in memory, and save the result with transformers."""
         if self.untied:
             self.config.tie_word_embeddings = False
         model = load.build_meta(self.config)
@@ -245,15 +246,15 @@ class Merge:
         model.save_pretrained(staging, max_shard_size=most)
 
     def _rounded(self, name: str, weight: Tensor, kept: list[Kept]) -> Tensor:
-        """Values as they are stored, in memory of their own.
+        """A copy of the values of a parameter, as they are stored.
 
         Args:
-            name: The parameter of the model that they are; empty where nothing changes them.
-            weight: Those of the base.
-            kept: Where it is counted how much of a change is kept.
+            name: The name of the parameter; empty if nothing changes it.
+            weight: The values of the base.
+            kept: Receives the rounding statistics of changed parameters.
 
         Raises:
-            AdapterError: They are not finite.
+            AdapterError: The values are not finite.
         """
         dtype, changes = self._dtype_of(weight.dtype), self._changes.get(name, ())
         if not changes:
@@ -278,10 +279,10 @@ class Merge:
 
 
 def _write_files(staging: Path, merged: Iterable[tuple[str, Tensor]], most: int, advance: Any) -> None:
-    """Write tensors to files of at most so many bytes, and an index if there are several.
+    """Write tensors to files of at most `most` bytes, and an index if there are several.
 
     Raises:
-        AdapterError: A file does not hold what was written.
+        AdapterError: A file differs from what was written.
     """
     files: list[list[str]] = []
     part: dict[str, Tensor] = {}

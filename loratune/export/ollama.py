@@ -1,9 +1,8 @@
-"""A Modelfile for Ollama, whose template renders what the chat template of a tokenizer renders.
+"""A Modelfile for Ollama, with a template that is equivalent to the chat template of a tokenizer.
 
-Ollama has templates of its own, in Go's text/template. This one is inferred from the chat template: conversations of
-words that occur nowhere else are rendered, and what is between the words is what the template puts there. The result
-is used only if it renders several conversations to the same text. Tools and reasoning are not part of it; a note says
-so where the chat template renders tools.
+Ollama uses Go's text/template. The template is inferred from the chat template: conversations of unique words are
+rendered, and the text between the words is what the template adds. The result is used only if it renders several
+conversations identically. Tools and reasoning are not supported; a note is written if the chat template renders tools.
 """
 
 import re
@@ -22,7 +21,7 @@ _SYSTEM, _USER, _ANSWER, _NEXT = "QsystemQ", "QquestionQ", "QanswerQ", "QnextQ"
 _WORDS = re.compile("|".join((_SYSTEM, _USER, _ANSWER, _NEXT)))
 _TOOLS = [{"type": "function", "function": {"name": "tool", "description": "a tool", "parameters": {"type": "object"}}}]
 _MARKERS = ("<|im_start|>", "<|start_header_id|>", "<start_of_turn>", "<|user|>", "[INST]", "<")
-"""How turns begin."""
+"""Strings that turns begin with."""
 _ALTERNATIVE = (
     "export it --to gguf --merged, whose file holds the chat template itself, and run it with llama-server --jinja"
 )
@@ -31,16 +30,16 @@ Messages = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True)
 class Turns:
-    """What a chat template puts around the messages of a conversation.
+    """The text that a chat template adds around the messages of a conversation.
 
     Attributes:
         begin: The text before the first message.
         ask: The text after the last message, which begins the next answer.
-        system: The texts before and after the system message; None if the template takes none.
-        user: The texts before and after a message of the user.
+        system: The texts before and after the system message; None if the template does not support one.
+        user: The texts before and after a user message.
         assistant: The texts before and after an answer.
         default: The system message of a conversation without one; may be empty.
-        joined: Whether the first message of the user follows the system message without `user[0]`.
+        joined: Whether the first user message follows the system message without `user[0]`.
     """
 
     begin: str
@@ -65,7 +64,7 @@ class Turns:
         return text + self.ask
 
     def template(self) -> str:
-        """A template of Ollama that renders the same."""
+        """The equivalent Ollama template."""
         before, after = self.user
         if self.joined:
             before = f"{{{{ if not (and $.System (eq $index 1)) }}}}{before}{{{{ end }}}}"
@@ -84,7 +83,7 @@ class Modelfile:
 
     Attributes:
         text: Its content.
-        compared: On how many conversations its template was compared with the chat template.
+        compared: The number of conversations on which its template was compared with the chat template.
         notes: Lines for the user.
     """
 
@@ -102,12 +101,12 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
     """The Modelfile of a model.
 
     Args:
-        renderer: What renders the rows of the adapter.
+        renderer: Renders the rows of the adapter.
         file: The GGUF file in the same directory.
         chat: Whether the adapter was trained on conversations; otherwise prompts are passed on unchanged.
 
     Raises:
-        AdapterError: No template of Ollama renders what the chat template renders.
+        AdapterError: No equivalent Ollama template was found.
     """
     lines, notes, compared = [f"FROM ./{file}"], [], 0
     if chat:
@@ -128,15 +127,15 @@ def modelfile(renderer: Renderer, file: str, *, chat: bool) -> Modelfile:
 
 
 def commands(name: str, file: Path) -> list[str]:
-    """The commands that make a model of a Modelfile, and run it."""
+    """The commands that create a model from a Modelfile, and run it."""
     return [f"ollama create {shell_word(name)} -f {shell_word(str(file))}", f"ollama run {shell_word(name)}"]
 
 
 def find_turns(renderer: Renderer) -> tuple[Turns, int]:
-    """What a chat template puts around messages, and on how many conversations that was compared with it.
+    """The turns of a chat template, and the number of conversations on which they were compared with it.
 
     Raises:
-        AdapterError: The template renders something else.
+        AdapterError: No turns reproduce the chat template.
     """
     if "strftime_now" in str(renderer.tokenizer.chat_template):
         raise _refused("it writes the day's date")
@@ -154,7 +153,7 @@ def find_turns(renderer: Renderer) -> tuple[Turns, int]:
 
 
 def _infer(bare: str, system: str | None) -> Turns:
-    """Infer turns from a conversation of two questions, and from the same with a system message."""
+    """Infer turns from a rendered conversation of two questions, without and with a system message."""
     first, after, between, last = _WORDS.split(bare)
     user = _common_end(first, between)
     before_system, after_system = _WORDS.split(system)[:2] if system else ("", "")
@@ -174,7 +173,7 @@ def _infer(bare: str, system: str | None) -> Turns:
 
 
 def _check(renderer: Renderer, turns: Turns) -> int:
-    """Compare with the chat template. Raises AdapterError: they differ, or Ollama cannot read the pieces."""
+    """Compare turns with the chat template. Raises AdapterError: they differ, or Ollama cannot parse the texts."""
     text = "".join((turns.begin, turns.ask, *(turns.system or ()), *turns.user, *turns.assistant))
     if any(mark in text for mark in ("{{", "}}")) or '"""' in f"{text}{turns.default}":
         raise _refused("it holds double braces or triple quotes, which have a meaning for Ollama")
@@ -189,7 +188,7 @@ def _check(renderer: Renderer, turns: Turns) -> int:
 
 
 def _conversations(*, with_system: bool) -> Iterator[list[dict[str, str]]]:
-    """Conversations of up to three questions, without a system message, and with two different ones."""
+    """Test conversations of up to three questions, without a system message and with two different ones."""
     for system in [None, "Answer in verse.", "a\n\nb {x}"] if with_system else [None]:
         messages = [{"role": "system", "content": system}] if system else []
         for number in range(3):
@@ -199,15 +198,15 @@ def _conversations(*, with_system: bool) -> Iterator[list[dict[str, str]]]:
 
 
 def _probe(renderer: Renderer, *first: tuple[str, str]) -> str | None:
-    """A conversation of two questions as the chat template renders it; None if it refuses it, or loses a message."""
+    """A rendered conversation of two questions; None if the chat template refuses it or omits a message."""
     words = [*first, ("user", _USER), ("assistant", _ANSWER), ("user", _NEXT)]
     text = _rendered(renderer, [{"role": role, "content": content} for role, content in words])
     return text if text is not None and all(text.count(word) == 1 for _, word in words) else None
 
 
 def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ()) -> str | None:
-    """A conversation as text, without the token that the tokenizer itself puts before every text; None if the chat
-    template refuses it, or omits the tools."""
+    """A conversation as text, without the BOS that the tokenizer adds; None if the chat template refuses it or omits
+    the tools."""
     try:
         text = renderer.prompt_text([dict(message) for message in messages], tools)
     except DataError:
@@ -216,7 +215,7 @@ def _rendered(renderer: Renderer, messages: Messages, tools: Sequence[Any] = ())
 
 
 def _common_end(*texts: str) -> str:
-    """The end that some texts share, from where a marker begins: `<|im_start|>user` without the `>` before it."""
+    """The common suffix of some texts, starting at a marker: `<|im_start|>user` without the `>` before it."""
     end = commonprefix([text[::-1] for text in texts])[::-1]  # noqa: RUF071  of characters
     return next((end[end.rfind(marker) :] for marker in _MARKERS if marker in end), end)
 

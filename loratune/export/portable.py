@@ -1,9 +1,9 @@
-"""Makes a copy of an adapter directory without paths of this machine, for others to download.
+"""Copies an adapter directory without local paths, for others to download.
 
-Such a path reveals names, and does not exist on another machine. The card, run.yaml, loratune.json, adapter_config.json
-and tokenizer_config.json hold paths; each is replaced by the name of its file, that of the base by its id on the hub.
-`config.with_paths` rewrites run.yaml; in the other files every absolute path that is a value in one of them is replaced
-wherever it is mentioned. Weights, vocabularies and chat templates are copied unchanged.
+Local paths reveal names, and do not exist on other machines. The card, run.yaml, loratune.json, adapter_config.json and
+tokenizer_config.json contain paths; each is replaced by its file name, the path of the base by its hub id.
+`config.with_paths` rewrites run.yaml; in the other files, every absolute path that is a value in one of them is
+replaced wherever it occurs. Weights, vocabularies and chat templates are copied unchanged.
 """
 
 import json
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 CARD, RUN, TOKENIZER = "README.md", "run.yaml", "tokenizer_config.json"
 _BASE = "model.name_or_path"
 PROMPTS = "prompts"
-"""A key of the record with prompts of the training rows. A copy for others holds neither these nor the hashes of the
-rows, which tell whoever has a row whether it was trained on."""
+"""The record's key for prompts of training rows. A published copy contains neither these nor the row hashes, which
+would reveal whether a given row was trained on."""
 _PICKLES = ("adapter_model.bin", "training_args.bin")
 _HOMES = r"/home/[^/\s\"'`]+|/Users/[^/\s\"'`]+|/root"
 _BELOW = r"(?:/[^\s\"'`<>|()\[\]{},;]*[^\s\"'`<>|()\[\]{},;.:!?/])?"
@@ -49,9 +49,9 @@ class PortableCopy:
     Attributes:
         path: Its directory.
         base: The id of the base on the hub.
-        files: Name → SHA-256 of the bytes, of all that is in it.
+        files: Name → SHA-256 of each of its files.
         changed: The files in which paths were replaced.
-        left_out: What the directory holds and is no part of the adapter; directories end with `/`.
+        left_out: Entries of the original directory that do not belong to the adapter; directories end with `/`.
     """
 
     path: Path
@@ -62,15 +62,15 @@ class PortableCopy:
 
 
 def is_local(name_or_path: str) -> bool:
-    """Whether this is a path, and not the id of a repository."""
+    """Whether this is a path rather than a repository id."""
     return name_or_path.startswith(("/", "~", ".")) or Path(name_or_path).is_dir() or name_or_path.count("/") > 1
 
 
 def portable(run: RunConfig, base: str) -> RunConfig:
-    """A config with the names of its files in place of their paths. base: the id of the base on the hub."""
+    """A config with file names instead of paths. base: the hub id of the base."""
 
     def name(path: str) -> str:
-        last = Path(path).name  # that of a directory begins with `./`, as it could be taken for a repository
+        last = Path(path).name  # a directory name gets the prefix `./`, as it could be mistaken for a repository
         is_plain = Path(last).suffix or "*" in last
         return path if not is_local(path) else last if is_plain else f"./{last}"
 
@@ -78,19 +78,19 @@ def portable(run: RunConfig, base: str) -> RunConfig:
 
 
 def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> PortableCopy:
-    """Copy the files of an adapter to a new directory, without paths of this machine, prompts and hashes of the rows.
+    """Copy the files of an adapter to a new directory, without local paths, prompts and row hashes.
 
     Digests in the record are those of the new files.
 
     Args:
-        adapter: The adapter, whose files are as its record says.
-        target: The directory to make.
+        adapter: The adapter, whose files match its record.
+        target: The directory to create.
         repository: The name by which others will load it.
         base: The id of the base on the hub.
 
     Raises:
         AdapterError: A file changed while it was copied, or is not valid.
-        ConfigError: A path remains in a file, written in a way that is not recognized.
+        ConfigError: A file still contains a path, in a form that is not recognized.
     """
     names, left_out = _contents(adapter)
     for name in names:
@@ -108,7 +108,7 @@ def copy(adapter: AdapterFiles, target: Path, repository: str, base: str) -> Por
 
 
 def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
-    """The files of an adapter, and what else is in its directory."""
+    """The files of an adapter, and the other entries of its directory."""
     directory = adapter.path
     if adapter.record:
         names = {*adapter.record["files"], RECORD_FILE, CARD}
@@ -120,7 +120,7 @@ def _contents(adapter: AdapterFiles) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _rewrite(adapter: AdapterFiles, target: Path, repository: str, base: str) -> None:
-    """Replace the paths in the files of a copy, the record last, as it has the digests of the others."""
+    """Replace the paths in the files of a copy; the record is last, as it contains the digests of the others."""
     run: RunConfig | None = _read(adapter, target, RUN, lambda text: config.parse(text, RUN))
     tokenizer, card = _read(adapter, target, TOKENIZER, json.loads), _read(adapter, target, CARD, str)
     record = {key: value for key, value in adapter.record.items() if key != PROMPTS}
@@ -143,7 +143,7 @@ def _rewrite(adapter: AdapterFiles, target: Path, repository: str, base: str) ->
 
 
 def _read(adapter: AdapterFiles, target: Path, name: str, parse: Callable[[str], Any]) -> Any:
-    """What a file of the copy holds; None if it has no such file. Raises AdapterError: it is not valid."""
+    """The parsed content of a file of the copy; None if it does not exist. Raises AdapterError: it is not valid."""
     try:
         return parse(read_text(target / name)) if (target / name).is_file() else None
     except (OSError, ValueError, RecursionError, ConfigError) as error:
@@ -159,7 +159,7 @@ def _with_repository(card: str, name: str, repository: str) -> str:
 
 
 def _with_base(card: str, base: str) -> str:
-    """A card whose metadata name the base, which the hub makes a link of; unchanged if they are not YAML."""
+    """A card whose metadata name the base, which the hub shows as a link; unchanged if the metadata are not YAML."""
     try:
         made = ModelCard(card if card.startswith("---") else f"---\n{{}}\n---\n\n{card}")
         data: Any = made.data
@@ -172,14 +172,14 @@ def _with_base(card: str, base: str) -> str:
 
 
 class _Paths:
-    """The paths of this machine that an adapter names, with what replaces them.
+    """The local paths in an adapter's files, and their replacements.
 
     Args:
         adapter: The adapter.
         run: Its config.
-        values: What its other files hold.
-        repository: What replaces the path of the adapter.
-        base: What replaces that of the base.
+        values: The JSON values of its other files.
+        repository: The replacement of the adapter's path.
+        base: The replacement of the base's path.
     """
 
     def __init__(self, adapter: AdapterFiles, run: RunConfig | None, values: Any, repository: str, base: str):
@@ -197,12 +197,12 @@ class _Paths:
         self._home = re.compile(f"{_START}(?:{own}{_HOMES}){_END}({_BELOW})")
 
     def replaced_in(self, text: str) -> str:
-        """A text with names in place of paths; of one below a home directory, also where it is not known."""
+        """A text with known paths, and all paths below home directories, replaced by names."""
         text = self._known.sub(lambda match: self._names[match[0]], text)
         return self._home.sub(lambda match: Path(match[0]).name if match[1] else "~", text)
 
     def replaced(self, values: Any) -> Any:
-        """Values of JSON with names in place of paths."""
+        """JSON values with paths replaced by names."""
         if isinstance(values, dict):
             return {key: self.replaced(value) for key, value in values.items()}
         if isinstance(values, list):
@@ -210,7 +210,7 @@ class _Paths:
         return self.replaced_in(values) if isinstance(values, str) else values
 
     def check_none_left(self, adapter: AdapterFiles, target: Path) -> None:
-        """Raises ConfigError: a file of the copy names a path all the same."""
+        """Raises ConfigError: a file of the copy still contains a path."""
         problems = []
         for name in (CARD, RUN, CONFIG_FILE, RECORD_FILE, TOKENIZER):
             text = _read(adapter, target, name, str) or ""
@@ -222,7 +222,7 @@ class _Paths:
 
 
 def _texts(values: Any) -> Iterator[str]:
-    """All text in values of JSON."""
+    """All strings in JSON values."""
     if isinstance(values, str):
         yield values
     elif isinstance(values, list | dict):
@@ -231,7 +231,7 @@ def _texts(values: Any) -> Iterator[str]:
 
 
 def _spellings(path: str) -> Iterator[str]:
-    """A path as it is written in text, in JSON, in a list, and in a card."""
+    """The spellings of a path in plain text, in JSON, in a list, and in a card."""
     quoted = (json.dumps(path), json.dumps(path, ensure_ascii=False), repr(path))
     plain = {path, one_line(path), printable(path), *(text[1:-1] for text in quoted)}
     yield from plain | {markdown(text) for text in plain}

@@ -1,8 +1,8 @@
-"""Selects the layers of a model that kernels replace during training: those that are known to compute the same.
+"""Selects the layers of a model that kernels replace during training, if the results are the same.
 
-There are two safeguards. The class of a layer must be in the list of those that were compared with their replacement
-(`recognition`), and what a layer attends to must be what the model's own mask says (`masks`). Then the whole model must
-still compute the same, forward and backward (`parity_check`).
+There are two safeguards. The class of a layer must be in the list of classes that were compared with their replacement
+(`recognition`), and the attention pattern of a layer is read from the model's own mask (`masks`). Then the whole model
+must still compute the same, forward and backward (`parity_check`).
 """
 
 import ctypes
@@ -36,31 +36,31 @@ ATTENTION: dict[str, dict[str, Any]] = {
 GATED: dict[str, dict[str, Any]] = {"gated": {}, "gated by GELU": {"activation": reference.GELU}}
 EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"activation": reference.GELU}}
 NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
-"""The forms of replacements, as the list of checked layers names them, and what they are made with."""
+"""Form of a replacement, as named in the list of checked layers → keyword arguments of its factory."""
 UNMASKED = "loratune"
-"""The attention implementation of a model all of whose layers of attention are replaced."""
+"""The attention implementation of a model whose attention layers are all replaced."""
 ALL_LAYERS = "all layers"
-"""What is not accelerated where no process holds whole layers."""
+"""The kind in `fallbacks` if no process holds whole layers."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
-"""The kinds of layers that are replaced, and how the names of such layers end."""
+"""Kind of layers that can be replaced → ending of their names."""
 LORA = "LoRA"
 """The kind of linear layers with LoRA in layers that are not replaced."""
 
 Factory = Callable[[], nn.Module | None]
-"""Makes the replacement of a layer; None: it has none."""
+"""Function that returns the replacement of a layer, or None if there is none."""
 Step = Callable[[Any], Iterable[tuple[str, nn.Module]]]
-"""Puts kernels into a base. Yields path and module of each layer, just before it is replaced."""
+"""Function that replaces layers of a base. Yields path and module of each layer, just before it is replaced."""
 Replaced = list[tuple[str, nn.Module]]
 """Path and module of layers that are replaced."""
 
 
 @dataclass(frozen=True)
 class Acceleration:
-    """Which layers of a model are accelerated, as `accelerate` determined.
+    """The layers of a model to accelerate, as determined by `accelerate`.
 
     Attributes:
-        fallbacks: Kinds of layers that are not accelerated, and why not.
-        steps: What puts the kernels into the model, in this order.
+        fallbacks: Kind of layers that are not accelerated → reason.
+        steps: Functions that replace the layers, in this order.
     """
 
     fallbacks: Mapping[str, str]
@@ -76,8 +76,8 @@ class Acceleration:
     def applied(self, model: Any) -> Iterator[None]:
         """Inside, the layers are accelerated; they are not checked again.
 
-        model: the one that `accelerate` examined; its adapter may be disabled. Batches come without a cache, and padded
-        at the end of rows, if at all.
+        model: the model passed to `accelerate`; its adapter may be disabled. Batches must have no cache, and no padding
+        except on the right.
         """
         with _restored(model.get_base_model()) as (base, replaced):
             for step in self.steps:
@@ -86,12 +86,12 @@ class Acceleration:
 
 
 def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Acceleration:
-    """Determine which layers of a model can be accelerated. The model is run for this, and stays as it is.
+    """Determine which layers of a model can be accelerated. The model is run for this, and is not changed.
 
     Args:
         model: A `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`.
-        reader: Takes a module to its linear layer and LoRA.
-        sharded: No process will hold whole layers during training, so none can be replaced.
+        reader: Function that returns the linear layer and LoRA of a module.
+        sharded: Whether the base is sharded in training; then no layer can be replaced.
     """
     if sharded:
         return Acceleration({ALL_LAYERS: "the base is spread over processes"})
@@ -107,14 +107,16 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Accelera
 
 @contextmanager
 def accelerated(model: Any, reader: Reader, *, sharded: bool = False) -> Iterator[list[str]]:
-    """Inside, the layers that `accelerate` finds are accelerated. Yields the kinds of layers that are not."""
+    """Inside, the layers found by `accelerate` are accelerated. Yields the kinds of layers that are not."""
     acceleration = accelerate(model, reader, sharded=sharded)
     with acceleration.applied(model):
         yield [*acceleration.fallbacks]
 
 
 def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, lengths: Tensor | None = None) -> None:
-    """Have the next forward pass return the summed loss of these labels instead of logits, if the model can do it.
+    """Make the next forward pass compute the summed loss of these labels instead of logits, if the model has a
+    `LossHead`.
+
 
     places, lengths: see `LossHead`.
     """
@@ -124,17 +126,17 @@ def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, l
 
 
 def tree_refusal(model: Any) -> str | None:
-    """Find out whether a batch may be a tree of rows that share prefixes.
+    """Check whether a batch may be a prefix tree of rows.
 
-    All layers of attention must be replaced by ours, which read from positions what each token attends to, and so must
-    the output layer, whose loss can count a token several times. Nothing may be dropped out, as a shared token would
-    have one mask. Then the model must compute the same for a tree as for its rows, forward and backward.
+    All attention layers must be replaced, as the replacements derive from positions what each token attends to, and so
+    must the output layer, as its loss can count a token several times. There must be no dropout, as a shared token
+    would have one mask. Finally, the model must compute the same for a tree as for its rows, forward and backward.
 
     Args:
         model: A `PeftModel`, while it is accelerated.
 
     Returns:
-        Why it may not, as the rest of a sentence on the model; None if it may.
+        The reason if it may not, as the rest of a sentence about the model; None if it may.
     """
     base = model.get_base_model()
     if attn_implementation(base) != UNMASKED:
@@ -147,7 +149,7 @@ def tree_refusal(model: Any) -> str | None:
 
 
 def _drops_out_within(attention: nn.Module) -> bool:
-    """Whether a layer of attention drops out weights."""
+    """Whether an attention layer has dropout."""
     return any(map(_drops_out, (attention, *attention.children())))
 
 
@@ -157,10 +159,9 @@ def _drops_out(module: nn.Module) -> bool:
 
 
 def keep_pages() -> None:
-    """Keep freed memory in the process, where the C library is glibc.
+    """Keep freed memory in the process, if the C library is glibc.
 
-    By default each large tensor gets fresh pages from the kernel, and each of them costs a page fault: 0.35 s of system
-    time per GB.
+    By default, each large tensor gets fresh pages from the kernel, with a page fault each: 0.35 s of system time a GB.
     """
     trim_threshold, mmap_max = -1, -4  # Options of mallopt(3).
     if platform.libc_ver()[0] == "glibc":
@@ -170,14 +171,14 @@ def keep_pages() -> None:
 
 
 def give_back_pages() -> None:
-    """Return free memory to the kernel, such as what loading left in pieces that are too small to be used again."""
+    """Return free memory to the kernel, such as fragments left by loading that are too small to be reused."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager
 def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
-    """Yields the base, and a list of the layers that are replaced inside; they are put back afterwards."""
+    """Yields the base, and a list for the layers that are replaced inside; these are restored afterwards."""
     replaced: Replaced = []
     implementation = attn_implementation(base)
     try:
@@ -193,11 +194,11 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
 
     Args:
         base: A causal language model of transformers.
-        reader: Takes a module to its linear layer and LoRA.
-        replaced: Receives path and module of each layer that is replaced.
+        reader: Function that returns the linear layer and LoRA of a module.
+        replaced: Receives path and module of each replaced layer.
 
     Returns:
-        The steps that replace them again, and the kinds of layers that are not accelerated, with why not.
+        The steps that replace the layers again, and the `fallbacks`.
     """
     survey, weight = masks.survey(base), base.get_input_embeddings().weight
     kinds, reasons = _kinds(base, reader, survey)
@@ -238,9 +239,9 @@ class _Kind:
 
     Attributes:
         name: One of `KINDS`, or `LORA`.
-        layers: Path and module of each, and what makes its replacement, of its weights and adapter at that time.
-        windows: Layers of attention that are not replaced, but call our attention function: how many tokens a token
-            attends to at most, in each of them.
+        layers: Path, module and factory of each layer. The factory uses the weights and the adapter at call time.
+        windows: Attention layers that are not replaced, but call the registered attention function → window, the most
+            tokens that a token attends to.
         complete: Whether these are all layers of their kind.
         implementation: The model's own attention implementation.
     """
@@ -268,7 +269,7 @@ class _Kind:
             base.set_attn_implementation(self.implementation)
 
     def replace_if_equal(self, base: Any, check: ParityCheck, replaced: Replaced) -> bool:
-        """Replace the layers, and undo it unless the whole model then computes the same."""
+        """Replace the layers; undo it unless the whole model still computes the same."""
         replaced += self.replace(base)
         if check.passes():
             return True
@@ -277,7 +278,7 @@ class _Kind:
 
 
 def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Kind], dict[str, str]]:
-    """The layers that could be replaced, by their classes and masks; and for each kind, why not all of them."""
+    """The layers that can be replaced, by their classes and masks; and for each kind, why some cannot."""
     specs = survey.specs
     are_bounded = any(spec.cap for spec in specs.values())  # torch's kernel has no caps.
     fewest = None if are_bounded else sublayers.fewest_tokens(base.get_input_embeddings().weight)
@@ -288,7 +289,7 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
     for name, module in list(base.get_decoder().named_modules(prefix=_decoder_path(base))):
         kind_by_name = next((kind for kind, ending in KINDS.items() if name.endswith(ending)), "")
         kind, factory = _factory(module, reader, specs.get(module), layouts)
-        if name.endswith(".base_layer"):  # PEFT computes around it, as with LoRA on stacked experts.
+        if name.endswith(".base_layer"):  # PEFT wraps it, as with LoRA on stacked experts.
             continue
         if factory() is not None:
             layers[kind].append((name, module, factory))
@@ -324,7 +325,7 @@ def _lora(base: Any, reader: Reader, kinds: Sequence[_Kind]) -> _Kind:
 
 
 def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
-    """Whether the kernel computes attention within rows in all layers that are not replaced."""
+    """Whether the kernel supports all attention layers that are not replaced."""
     ending = KINDS["attention"]
     modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
     rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
@@ -349,7 +350,7 @@ def _decoder_path(base: Any) -> str:
 def _factory(
     module: nn.Module, reader: Reader, spec: AttentionSpec | None, layouts: PerBatch[Layout]
 ) -> tuple[str, Factory]:
-    """The kind of a layer, and what makes its replacement."""
+    """The kind of a layer, and the factory of its replacement."""
     form = form_of(module)
     if form in GATED:
         return "feed-forward layers", partial(replacements.replace_gated, module, reader, **GATED[form])
@@ -364,12 +365,12 @@ def _factory(
 
 
 def _register_rowwise(own: str, base: Any) -> Replaced:
-    """Have the model's own attention go row by row; no layer is replaced. own: its attention implementation."""
+    """Make the model's own attention run row by row; no layer is replaced. own: its attention implementation."""
     rowwise.register(base, own)
     return []
 
 
 def _replace_head(name: str, head: nn.Linear, scaling: Scaling, base: Any) -> Replaced:
-    """Have the output layer compute the loss."""
+    """Replace the output layer by one that computes the loss."""
     base.set_submodule(name, LossHead(head, scaling))
     return [(name, head)]

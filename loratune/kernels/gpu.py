@@ -26,14 +26,14 @@ from loratune.kernels.replacements import twin
 Layers = Iterable[tuple[str, nn.Module]]
 """Path and module of each layer that is replaced."""
 VARLEN = "loratune-varlen"
-"""The name that the attention function is registered under."""
+"""The name under which the attention function is registered."""
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
-"""Which of Liger's kernels are used; the loss is that of `LossHead`."""
+"""The Liger kernels that are used; the loss is computed by `LossHead`."""
 
 
 @dataclass(frozen=True)
 class RowBounds:
-    """Where the rows of a batch end.
+    """The row boundaries of a batch.
 
     Attributes:
         cumulative: (rows + 1,), int32, from 0 to the number of tokens.
@@ -54,10 +54,10 @@ class RowBounds:
 class VarlenAttention:
     """An attention function of transformers for a GPU.
 
-    Batches come without a cache, and padded at the end of rows, if at all.
+    Batches must have no cache, and no padding except on the right.
 
     Attributes:
-        windowed: Whether a layer has asked for a window.
+        windowed: Whether a layer was called with a window.
     """
 
     def __init__(self) -> None:
@@ -70,18 +70,18 @@ class VarlenAttention:
         """Attend within each row.
 
         Args:
-            module: The layer of attention.
+            module: The attention layer.
             query: (rows, heads, length, size).
             key: The same, with as many heads or fewer.
             value: The same as `key`.
             attention_mask: None.
-            options: As transformers hands them to an attention function.
+            options: Keyword arguments of an attention function of transformers.
 
         Returns:
             (rows, length, heads, size), and no weights.
 
         Raises:
-            TypeError, ValueError: The layer needs something that the kernel does not compute.
+            TypeError, ValueError: The layer needs something that the kernel does not support.
         """
         check_known(options, *HELD)
         unsupported = options.get("softcap"), options.get("s_aux"), options.get("dropout") or None, attention_mask
@@ -114,7 +114,7 @@ def fast_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor) -> n
 def replace(
     base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]
 ) -> tuple[list[Callable[[Any], Layers]], dict[str, str]]:
-    """Replace layers on a GPU. Arguments and results are those of `acceleration._replace`."""
+    """Replace layers on a GPU. Arguments and results as in `acceleration._replace`."""
     steps: list[Callable[[Any], Layers]] = [partial(_replace_linear, reader)]
     replaced += _replace_linear(reader, base)
     fallbacks = {} if replaced else {"LoRA": "no adapted layer is a linear one with LoRA alone"}
@@ -139,7 +139,7 @@ def _register_attention(function: VarlenAttention, base: Any) -> Layers:
 
 
 def _attends_by_rows(base: Any) -> bool:
-    """Have the model attend row by row, if it then computes the same."""
+    """Make the model attend row by row, if it then computes the same."""
     if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
         return False
     own, function = upstream.attn_implementation(base), VarlenAttention()
@@ -152,13 +152,13 @@ def _attends_by_rows(base: Any) -> bool:
 
 
 def has_windows(config: Any) -> bool:
-    """Whether a configuration limits what some layers attend to, by a window or by chunks."""
+    """Whether a configuration limits the attention of some layers by a window or by chunks."""
     settings = config.get_text_config().to_dict()
     return bool(settings.get("sliding_window") or settings.get("attention_chunk_size"))
 
 
 def use_liger(model: Any) -> None:
-    """Put Liger's kernels into a `PeftModel`. Raises ModelError: there are none for its family."""
+    """Apply Liger's kernels to a `PeftModel`. Raises ModelError: Liger does not support its family."""
     upstream.apply_liger_kernel(model, LIGER)
     if not any("forward" in vars(module) for module in model.get_base_model().modules()):
         what, fix = f"Liger has no kernels for {model.config.model_type}", "remove the key"
@@ -166,9 +166,9 @@ def use_liger(model: Any) -> None:
 
 
 def compile_layers(model: Any, **options: Any) -> None:
-    """Compile each layer of a `PeftModel` by itself, for lengths that change. options: of `torch.compile`.
+    """Compile each layer of a `PeftModel` separately, with dynamic shapes. options: for `torch.compile`.
 
-    Raises ModelError: the model does not name its layers.
+    Raises ModelError: the layers of the model cannot be found.
     """
     layers = getattr(model.get_base_model().get_decoder(), "layers", None)
     if layers is None:

@@ -11,23 +11,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TILE = 128
-"""Queries whose scores are in memory at once."""
+"""The most queries whose scores are in memory at once."""
 LANES = 16
-"""Keys of a vector: those that a tile shares are filled up to a multiple of it."""
+"""Keys per vector: the shared keys of a tile are padded to a multiple of it."""
 TILE_COST = 32
-"""What a tile costs by itself, in keys that it has."""
+"""The fixed cost of a tile, in units of keys."""
 
 Value = TypeVar("Value")
 
 
 class Scoring(NamedTuple):
-    """How the scores of attention are made.
+    """How attention scores are computed.
 
     Attributes:
-        scale: What the product of query and key is multiplied by.
-        cap: The bound that scores approach by a tanh, as in Gemma 2; 0 for none.
-        sinks: Of each head, a score that takes its share of the weights and gives nothing, as in GPT-OSS:
-            (groups * heads,), float32.
+        scale: The factor of the product of query and key.
+        cap: The bound of tanh soft-capping, as in Gemma 2; 0 for none.
+        sinks: For each head, the score of an attention sink without a value, as in GPT-OSS: (groups * heads,), float32.
     """
 
     scale: float
@@ -36,9 +35,9 @@ class Scoring(NamedTuple):
 
 
 class PerBatch(Generic[Value]):
-    """Caches what is computed from the positions of a batch, for all layers that see the same batch.
+    """Caches values computed from the positions of a batch, for all layers that see the same batch.
 
-    compute: takes positions, (tokens,), and a key.
+    compute: function of positions, (tokens,), and a key.
     """
 
     def __init__(self, compute: Callable[[Tensor, Any], Value]):
@@ -48,7 +47,7 @@ class PerBatch(Generic[Value]):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def get(self, positions: Tensor, shape: torch.Size, key: Hashable = None) -> Value:
-        """positions: (1 or rows, length), of a batch of this shape."""
+        """The value for a key. positions: (1 or rows, length), of a batch of this shape."""
         if self._batch is None or self._batch[0] is not positions or self._batch[1] != shape:
             self._batch, self._values = (positions, shape), {}
         if key not in self._values:
@@ -58,20 +57,20 @@ class PerBatch(Generic[Value]):
 
 @dataclass(frozen=True)
 class Layout:
-    """Which tokens attend to which others, in a batch of packed rows or of a tree of them, tile by tile.
+    """Which tokens attend to which others, in a batch of packed rows or a tree of rows, tile by tile.
 
-    A tile is a part of the queries with the keys that they attend to, in an order of its own, in which a token can
-    occur several times. First come the keys that all queries share, then those that they do not. Long rows may be in no
-    tile: each is computed by itself, see `attention.attend_whole_rows`.
+    A tile is a range of queries with the keys that they attend to, in its own order, in which a token can occur several
+    times. First come the keys that all queries share, then the others. Long rows may be excluded from tiles and
+    computed separately, see `sublayers.attend_whole_rows`.
 
     Attributes:
-        spans: (tokens, 3), int32, each (low, begin, end): of the keys of its tile, a token attends to those from `low`
-            on that are shared, and to those from `begin` to `end`, the last of which is itself.
-        keys: (any,), int32: the tokens of the keys of all tiles; -1 for none.
+        spans: (tokens, 3), int32, each (low, begin, end): among the keys of its tile, a token attends to the shared
+            keys from `low` on, and to the keys from `begin` to `end`, the last of which is the token itself.
+        keys: (any,), int32: the tokens of the keys of all tiles; -1 for padding.
         tiles: (count, 6), int64, each (first, end, place, count, shared, repeats): the queries from `first` to `end`,
-            and `count` keys from `place` in `keys` on, of which the first `shared` are shared; then nothing up to a
-            multiple of LANES. Where `repeats` is 1, a token may be among the keys several times.
-        rows: The first token of each row that is in no tile, and the one after its last.
+            and `count` keys starting at `place` in `keys`, of which the first `shared` are shared, followed by padding
+            to a multiple of LANES. If `repeats` is 1, a token may occur among the keys several times.
+        rows: (first, end) of each row that is in no tile.
     """
 
     spans: Tensor
@@ -84,12 +83,13 @@ class Layout:
         """The layout of a batch.
 
         Args:
-            positions: (tokens,), of each token in its row. A token follows the last one before it with a lower
-                position, and attends to what that attends to. So a row begins where there is none, and rows share a
-                prefix where positions go back to one above 0: tokens are those of a tree, depth first.
-            window: How many positions each token attends to, its own included.
-            tile: The most queries of a tile.
-            whole: The fewest tokens of a row that is in no tile, if it is no longer than the window; None: all are.
+            positions: (tokens,), the position of each token in its row. The parent of a token is the last token before
+                it with a lower position; a token attends to its ancestors and itself. A token without a parent begins a
+                row, and rows share a prefix where positions go back to a value above 0 (depth-first order).
+            window: The number of positions that each token attends to, including its own.
+            tile: The maximum number of queries of a tile.
+            whole: A row of at least this many tokens is in no tile, if it is not longer than the window; None: all
+                rows are in tiles.
         """
         of_tokens = positions.numpy()
         spans = np.zeros((len(of_tokens), 3), np.int32)
@@ -118,13 +118,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class _Node:
-    """Tokens of a tree that follow one another.
+    """A node of a tree: consecutive tokens.
 
     Attributes:
-        first: The first one.
-        end: The one after the last.
-        before: Spans of the tokens that they follow, from the beginning of the row on.
-        whole: Whether they are no part of a longer node.
+        first: The first token.
+        end: The token after the last.
+        before: Spans of the preceding tokens of the row, from its beginning on.
+        whole: Whether it is a complete node rather than a part of one.
     """
 
     first: int
@@ -133,7 +133,7 @@ class _Node:
     whole: bool = True
 
     def parts(self, most: int) -> "Iterator[_Node]":
-        """The node in equal parts of so many tokens at most."""
+        """The node in equal parts of at most `most` tokens."""
         count = -(-(self.end - self.first) // most)
         for part in range(count):
             first, end = (self.first + (self.end - self.first) * number // count for number in (part, part + 1))
@@ -142,12 +142,12 @@ class _Node:
 
     @property
     def depth(self) -> int:
-        """How many tokens they follow."""
+        """The number of preceding tokens."""
         return sum(end - begin for begin, end in self.before)
 
     @property
     def path(self) -> NDArray[np.integer[Any]]:
-        """The tokens that they follow, and themselves."""
+        """The preceding tokens, and the tokens of the node."""
         return np.concatenate([np.arange(*span) for span in (*self.before, (self.first, self.end))])
 
 
@@ -166,7 +166,7 @@ def _nodes(positions: NDArray[np.integer[Any]]) -> Iterator[_Node]:
 
 
 def _groups(nodes: Sequence[_Node], most: int) -> Iterator[Sequence[_Node]]:
-    """Put nodes together to tiles of so many queries at most, so that keys are few; parts of nodes stay alone."""
+    """Group nodes into tiles of at most `most` queries with as few keys as possible; parts of nodes stay separate."""
     depths, sizes = [node.depth for node in nodes], [node.end - node.first for node in nodes]
     costs, ends = [0] * (len(nodes) + 1), [0] * len(nodes)
     for start in range(len(nodes) - 1, -1, -1):
@@ -189,9 +189,9 @@ def _groups(nodes: Sequence[_Node], most: int) -> Iterator[Sequence[_Node]]:
 def _keys(
     members: Sequence[_Node], positions: NDArray[np.integer[Any]], window: int | None, spans: NDArray[np.int32]
 ) -> tuple[int, list[NDArray[np.integer[Any]]]]:
-    """How many keys of a tile are shared, and all of them in several arrays. spans: receives those of the tile.
+    """The number of shared keys of a tile, and all its keys in several arrays.
 
-    members: the nodes of the tile.
+    members: the nodes of the tile. spans: receives the spans of its tokens.
     """
     reach = window or len(positions) + int(positions.max()) + 1
     common = min(node.depth for node in members) if len(members) > 1 else 0

@@ -27,7 +27,7 @@ class Adapted:
         layer: The frozen layer.
         down: A of the adapter, (r, in); None where the layer has no adapter.
         up: B of the adapter, (out, r); None where the layer has no adapter.
-        scaling: What the adapter's output is multiplied by.
+        scaling: The factor of the adapter's output.
         dropout: The probability of dropout before the adapter.
     """
 
@@ -40,13 +40,13 @@ class Adapted:
 
 @dataclass
 class SavedLora:
-    """What the backward pass of a projection needs.
+    """Tensors for the backward pass of a projection.
 
     Attributes:
         inner: The output of `down`, (tokens, ranks).
-        down: Of all adapters, (parts * ranks, in), see `_parts`.
-        ups: Of each adapter, (out, parts * its ranks), multiplied by the scaling.
-        masks: What dropout keeps, (tokens, in), bool, one for each adapter; empty without dropout.
+        down: A of all adapters, (parts * ranks, in), see `_parts`.
+        ups: B of each adapter, (out, parts * its ranks), multiplied by the scaling.
+        masks: The dropout mask of each adapter, (tokens, in), bool, True for kept values; empty without dropout.
     """
 
     inner: Tensor
@@ -62,8 +62,8 @@ class SavedLora:
 class Projection:
     """Layers with the same input as one matrix product.
 
-    Their weights become views of one tensor, so that nothing is held twice. What LoRA gives is computed first: what is
-    added to it is rounded only then, and so the larger of the two once, not twice.
+    Their weights become views of one tensor, so nothing is stored twice. The LoRA output is computed first and the base
+    product added to it, so that the larger term is rounded once instead of twice.
     """
 
     def __init__(self, layers: Sequence[Adapted]):
@@ -92,7 +92,7 @@ class Projection:
         return [tensor for part, _ in self._adapted for tensor in (part.down, part.up) if tensor is not None]
 
     def forward(self, x: Tensor, training: bool, parameters: Sequence[Tensor]) -> tuple[Tensor, SavedLora | None]:
-        """x: (tokens, in). Returns (tokens, out), and what `backward` needs, if there is an adapter."""
+        """x: (tokens, in). Returns (tokens, out), and the tensors for `backward`, if there is an adapter."""
         if not self._adapted:
             return functional.linear(x, self.weight, self.bias), None
         saved = self._lora(x, training, parameters)
@@ -104,7 +104,7 @@ class Projection:
         return y.addmm_(x, self.weight.t()), saved
 
     def saved(self, tensors: Sequence[Tensor]) -> SavedLora | None:
-        """What `forward` returned, from its tensors."""
+        """The `SavedLora` that `forward` returned, from its tensors."""
         count = len(self._adapted)
         return SavedLora(tensors[0], tensors[1], tensors[2 : 2 + count], tensors[2 + count :]) if count else None
 
@@ -129,9 +129,9 @@ class Projection:
 
         Args:
             dy: The gradient of the output, (tokens, out).
-            x: The input, (tokens, in); may be None where there is no adapter.
-            saved: What `forward` returned.
-            needs_dx: Whether the gradient of the input is needed; if not, it is None.
+            x: The input, (tokens, in); may be None without an adapter.
+            saved: The second result of `forward`.
+            needs_dx: Whether the gradient of the input is needed; otherwise it is None.
         """
         if saved is None or x is None:
             return dy @ self.weight if needs_dx else None, []
@@ -146,7 +146,7 @@ class Projection:
         return dx, gradients
 
     def _input_gradient(self, dy: Tensor, dinner: Tensor, saved: SavedLora) -> Tensor:
-        """The gradient of the input. dinner: that of the output of `down`, (tokens, ranks)."""
+        """The gradient of the input. dinner: the gradient of the output of `down`, (tokens, ranks)."""
         if not saved.masks:
             return (_repeated(dinner, len(saved.down)) @ saved.down).addmm_(dy, self.weight)
         dx = dy.new_zeros(len(dy), saved.down.shape[1])
@@ -168,31 +168,31 @@ class Projection:
 
 
 def _parts(weight: Tensor, dtype: torch.dtype, dim: int) -> Tensor:
-    """A float32 weight in a dtype: rounded, and joined along `dim` with what rounding left of it. With A and B rounded
-    and no more, gradients would be further from float32's than PEFT's are; few ranks take hardly longer twice."""
+    """A float32 weight in a lower dtype: the rounded weight, concatenated along `dim` with the rounding error. With
+    rounded A and B alone, gradients would be less accurate than PEFT's; twice the few ranks cost hardly any time."""
     rounded = weight.to(dtype)
     is_whole = dtype.itemsize >= weight.dtype.itemsize
     return rounded if is_whole else torch.cat([rounded, (weight - rounded.to(weight.dtype)).to(dtype)], dim)
 
 
 def _summed(product: Tensor, ranks: int) -> Tensor:
-    """The product with a weight, from that with its parts: (tokens, parts * ranks)."""
+    """The product with a weight, from the product with its parts, (tokens, parts * ranks)."""
     return product if product.shape[1] == ranks else product[:, :ranks] + product[:, ranks:]
 
 
 def _repeated(inner: Tensor, columns: int) -> Tensor:
-    """What each part of a weight is multiplied by. inner: (tokens, ranks). Returns (tokens, columns)."""
+    """`inner` repeated for each part of a weight. inner: (tokens, ranks). Returns (tokens, columns)."""
     return inner if inner.shape[1] == columns else torch.cat([inner, inner], 1)
 
 
 def _of_ranks(down: Tensor, ranks: slice, count: int) -> Tensor:
-    """The parts of one adapter. down: (parts * count, in)."""
+    """The parts of one adapter's A. down: (parts * count, in)."""
     return down.view(-1, count, down.shape[1])[:, ranks].flatten(0, 1)
 
 
 def _joined_weight(weights: Sequence[Tensor]) -> Tensor | None:
-    """The tensor of which these weights, (out, in) each, are views one below the other, as an earlier projection made
-    them; None if there is no such tensor."""
+    """The tensor of which these weights, (out, in) each, are consecutive views, made by an earlier projection; None if
+    they are not."""
     first = weights[0]
     ends = accumulate((weight.numel() for weight in weights), initial=first.storage_offset())
     if not all(
@@ -210,7 +210,7 @@ def _apply_mask(mask: Tensor, scale: float, x: Tensor) -> Tensor:
 
 
 def project(x: Tensor, layer: Projection, *, training: bool) -> Tensor:
-    """The product of a projection alone, with its gradients. x: (..., in). Returns (..., out)."""
+    """Apply a projection as a differentiable function. x: (..., in). Returns (..., out)."""
     apply: Any = _ProjectionFunction.apply
     result: Tensor = apply(x.reshape(-1, x.shape[-1]), layer, training, *layer.parameters())
     return result.view(*x.shape[:-1], -1)
@@ -232,18 +232,18 @@ class _ProjectionFunction(torch.autograd.Function):
 
 
 class RowsMixedError(ValueError):
-    """A layer does not take the rows of a batch one by one, as where a router sends tokens to experts."""
+    """A layer does not receive the rows of a batch separately, such as an expert that gets tokens from a router."""
 
 
 class InferenceLinear(nn.Module):
-    """y = W x + b + scaling * up (down x), without dropout and without gradients: two thin products, in W's dtype.
+    """y = W x + b + scaling * up (down x), without dropout and gradients: two thin products in the dtype of W.
 
-    Several adapters are side by side in `down` and `up`. Each row of a batch keeps the values of its own between the
-    two products, and the others become zero: with few adapters that is faster than a product for each of them.
+    Several adapters are concatenated in `down` and `up`. Between the two products, each row of a batch keeps the values
+    of its own adapter, and the others are set to zero: with few adapters, this is faster than separate products.
     """
 
     def __init__(self, layer: nn.Linear, adapters: Sequence[Adapted], rows: Sequence[int] = (0,)):
-        """rows: the number of the adapter that each row of a batch takes, where there are several."""
+        """rows: the index of the adapter of each row of a batch, if there are several adapters."""
         super().__init__()
         self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         present = [(number, part.down, part.up, part) for number, part in enumerate(adapters)]
@@ -279,12 +279,12 @@ class InferenceLinear(nn.Module):
 
 
 Reader = Callable[[nn.Module], Adapted | None]
-"""Takes a module to its linear layer and LoRA, or to None: quantized layers and DoRA stay PEFT's."""
+"""Function that returns the linear layer and LoRA of a module, or None: quantized layers and DoRA are left to PEFT."""
 
 
 @dataclass(frozen=True)
 class _Replaced:
-    """A layer with LoRA, where it is, and what replaces it with the adapters and where they are disabled."""
+    """A layer with LoRA, its parent and name, and its replacements with enabled and with disabled adapters."""
 
     parent: nn.Module
     name: str
@@ -294,15 +294,15 @@ class _Replaced:
 
 
 class InferenceLayers:
-    """Layers that cost little more than those of the base, made once for as many answers as there are to come."""
+    """Fast inference layers that cost little more than those of the base; made once and used for many answers."""
 
     def __init__(self, model: Any, *readers: Reader, rows: Sequence[int] = (0,)):
-        """Make them from the adapters as they are now.
+        """Make the layers from the current adapters.
 
         Args:
             model: A `PeftModel`.
-            readers: One for each adapter. Only a single one may take a layer with LoRA to None.
-            rows: The number of the reader for each row of a batch, where there are several.
+            readers: One for each adapter. Only a single reader may return None for a layer with LoRA.
+            rows: The index of the reader for each row of a batch, if there are several.
         """
         self._reader, self._replaced = readers[0], list[_Replaced]()
         base: nn.Module = model.get_base_model()
@@ -317,8 +317,8 @@ class InferenceLayers:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, they are in the model, which must run under `torch.inference_mode`. Where its adapters are
-        disabled, the layers of the base are there."""
+        """Inside, the layers are in the model, which must run under `torch.inference_mode`. If its adapters are
+        disabled, the layers of the base are used."""
         adapted = next((one.layer for one in self._replaced if one.fast is not one.bare), None)
         read = None if adapted is None else self._reader(adapted)
         try:

@@ -1,4 +1,4 @@
-"""The loss over supervised positions only, without keeping their logits, and norms of gradients."""
+"""The loss over supervised positions, without keeping their logits, and norms of gradients."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 CHUNK = 512
 """Positions whose logits are in memory at once."""
 _LARGEST = 200.0
-"""The largest number that is tried as an output of the output layer."""
+"""The largest test value for the output of the output layer."""
 
 
 def next_token_loss(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,8 +31,8 @@ def next_token_loss(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor,
 
     Args:
         model: A `PeftModel`, or a model of transformers.
-        logits: What it returned, (rows, length, vocabulary), any float dtype. They are not read where a `LossHead`
-            computed the loss.
+        logits: Its logits, (rows, length, vocabulary), any float dtype. They are ignored if a `LossHead` computed the
+            loss.
         labels: (rows, length), int64, -100 at positions without supervision.
 
     Returns:
@@ -50,11 +50,11 @@ def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
     """The row that each label belongs to.
 
     Args:
-        labels: Of rows that are joined end to end, (1, tokens of all rows); or padded, (rows, length).
+        labels: Labels of concatenated rows, (1, tokens of all rows), or of padded rows, (rows, length).
         lengths: (rows,), int64, the tokens of each row.
 
     Returns:
-        Of the shape of the labels, int64, from 0.
+        Row numbers from 0, int64, with the shape of the labels.
     """
     rows = torch.arange(len(lengths), device=labels.device)
     if len(labels) == len(lengths):
@@ -63,17 +63,17 @@ def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
 
 
 def row_counts(labels: Tensor, lengths: Tensor) -> Tensor:
-    """(rows,), int64, the supervised tokens of each row. Arguments as of `row_sums`."""
+    """(rows,), int64, the number of supervised tokens of each row. Arguments as in `row_sums`."""
     supervised = (labels[:, 1:] >= 0).long()
     numbers = row_numbers(labels, lengths)[:, 1:]
     return supervised.new_zeros(len(lengths)).index_add_(0, numbers.reshape(-1), supervised.reshape(-1))
 
 
 def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
-    """The sums of `next_token_loss`, row by row, through which gradients flow.
+    """The sums of `next_token_loss` per row, differentiable.
 
     Args:
-        model, logits: As of `next_token_loss`.
+        model, logits: As in `next_token_loss`.
         labels: As in `row_numbers`, -100 at positions without supervision and at the first of each row.
         lengths: As in `row_numbers`.
 
@@ -90,7 +90,8 @@ def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Ten
 
 
 def _taken(model: Any) -> Tensor | None:
-    """What the `LossHead` of a model computed in its last forward pass, once; None: it returned logits."""
+    """Returns and clears the losses that the `LossHead` of a model computed in its last forward pass; None if it
+    returned logits."""
     head = model.get_output_embeddings()
     if not isinstance(head, LossHead):
         return None
@@ -100,7 +101,7 @@ def _taken(model: Any) -> Tensor | None:
 
 @torch.no_grad()
 def next_token_logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """(vocabulary,), float32 on the CPU: what a model without a `LossHead` predicts after some ids."""
+    """The logits after some ids, (vocabulary,), float32 on the CPU. model: without a `LossHead`."""
     inputs = torch.tensor([ids], device=model.device)
 
     def last(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -117,12 +118,12 @@ def next_token_logits(model: Any, ids: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a model does with the output of its output layer. Numbers are rounded as in the model.
+    """What a model does with the output of its output layer. Values are rounded as in the model.
 
     Attributes:
-        scale: What it is multiplied by.
-        divisor: What it is then divided by, which rounds in another way than the product with the reciprocal.
-        cap: The bound that it then approaches by a tanh; 0 for none.
+        scale: The factor of the output.
+        divisor: The divisor applied next; it rounds differently than a product with the reciprocal.
+        cap: The bound of the tanh soft-capping applied last; 0 for none.
     """
 
     scale: float = 1.0
@@ -131,12 +132,12 @@ class Scaling:
 
     @classmethod
     def of(cls, settings: Any) -> "Scaling":
-        """As the configuration of a decoder names it: Cohere's, Granite's and Gemma's."""
+        """The scaling in the configuration of a decoder, by the keys of Cohere, Granite and Gemma."""
         names = ("logit_scale", 1.0), ("logits_scaling", 1.0), ("final_logit_softcapping", 0.0)
         return cls(*(getattr(settings, name, None) or default for name, default in names))
 
     def forward(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Logits, in place where there is no cap; and what `backward` needs."""
+        """Returns the scaled logits (in place unless there is a cap), and the tensor for `backward`."""
         logits = logits.mul_(self.scale) if self.scale != 1 else logits
         logits = logits.div_(self.divisor) if self.divisor != 1 else logits
         if not self.cap:
@@ -155,18 +156,18 @@ class Scaling:
 class LossHead(nn.Module):
     """Replaces a frozen output layer, and computes the loss when labels are set.
 
-    Logits are computed at supervised positions only, a few hundred at a time, and their gradient at the same time, so
-    that they are not kept. Hsu et al. 2024 (Liger) do this for trained heads too. What is the same in several rows, as
-    they share hidden states and label, is computed once, and counts as often as there are such rows.
+    Logits are computed at supervised positions only, a few hundred at a time, together with their gradient, so they are
+    not kept. Hsu et al. 2024 (Liger) do this for trained heads too. Positions of several rows with the same hidden
+    state and label are computed once and weighted by their number.
 
     Attributes:
         head: The output layer.
         scaling: What the model does with its output.
-        labels: Of the next batch, (rows, length), -100 where nothing is supervised.
-        places: Where in its hidden states, row after row, the tokens are that the labels belong to: of the shape of
-            the labels. None: in that order.
-        lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
-        losses: What was computed in place of logits: the summed loss, a scalar, or that of each row, (rows,).
+        labels: Labels of the next batch, (rows, length), -100 at positions without supervision.
+        places: For each label, the index of its token in the flattened hidden states, with the shape of the labels;
+            None: labels and hidden states are in the same order.
+        lengths: (rows,), the tokens of each row, to compute one sum per row; otherwise None.
+        losses: The result: the summed loss, a scalar, or the sum of each row, (rows,).
     """
 
     def __init__(self, head: nn.Linear, scaling: Scaling):
@@ -184,7 +185,7 @@ class LossHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (rows, length, size). Returns logits; or, once after labels were set, NaN, (1, 1, vocabulary): the
-        loss goes past the model, which may scale or cap what it takes for logits."""
+        loss bypasses the model, which may scale or cap logits."""
         labels, places, lengths = self.labels, self.places, self.lengths
         self.labels = self.places = self.lengths = self.losses = None
         if labels is None:
@@ -206,7 +207,7 @@ class LossHead(nn.Module):
         else:
             losses = _HeadLoss.apply(states, self.head, targets, self.scaling, counts)  # type: ignore[no-untyped-call]
         self.losses = losses
-        # DDP may go back from what a model returns to the weights that were used.
+        # DDP may traverse the graph from the model's output to find the parameters that were used.
         return (losses.sum() * math.nan).repeat(1, 1, len(self.weight))
 
 
@@ -214,9 +215,9 @@ class _RowsOfLabels(NamedTuple):
     """The rows that supervised labels belong to.
 
     Attributes:
-        rows: (labels,), the row of each.
-        number: How many rows there are.
-        entries: (labels,), which of the states and targets each label has; None: they are in its order.
+        rows: (labels,), the row of each label.
+        number: The number of rows.
+        entries: (labels,), the index of the state and target of each label; None: they are in the same order.
     """
 
     rows: Tensor
@@ -232,9 +233,9 @@ def _chunk_losses(
     gradient: Tensor | None,
     shares: Tensor | None = None,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The losses of the logits of a few hundred states at a time, and their gradient, written where it is given.
+    """Yields the losses of `CHUNK` states at a time, and writes their gradient to `gradient`, unless it is None.
 
-    shares: what the gradient of each state is multiplied by, (states,), float32.
+    shares: factors of the gradient of each state, (states,), float32.
     """
     ops = fused_ops(hidden)
     for start in range(0, len(hidden), CHUNK):
@@ -256,7 +257,7 @@ class _HeadLoss(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         ctx.unit, shares = 1.0, None
-        if hidden.dtype == torch.bfloat16:  # That of the mean, so that it is not rounded once more when it is divided.
+        if hidden.dtype == torch.bfloat16:  # The gradient of the mean, to avoid another rounding by the division.
             shares = torch.ones(len(hidden), device=hidden.device) if counts is None else counts.float()
             ctx.unit = 1 / shares.sum().clamp(min=1)
             shares *= ctx.unit
@@ -274,7 +275,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:
-    """The output layer, if it is a frozen linear one, and what the model does with its output before it returns it."""
+    """Name, module and `Scaling` of the output layer; None if it is not a frozen linear layer."""
     head = base.get_output_embeddings()
     names = [name for name, module in base.named_modules() if module is head]
     if type(head) is not nn.Linear or not names or any(weight.requires_grad for weight in head.parameters()):
@@ -285,9 +286,9 @@ def output_layer(base: Any) -> tuple[str, nn.Linear, Scaling] | None:
 
 @torch.no_grad()
 def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
-    """What a model does with the output of this layer; None if it is something else, or if it does not run on bare ids.
+    """The `Scaling` of a model's output; None if it does something else, or does not run on bare ids.
 
-    It is found out from numbers in place of the output, which reach far beyond every cap.
+    It is verified by replacing the output with test values that exceed every cap.
     """
     config = base.config.get_text_config()
     named = Scaling.of(config)
@@ -321,7 +322,7 @@ def _scaling(base: Any, head: nn.Linear) -> Scaling | None:
 
 
 class _RowSums(torch.autograd.Function):
-    """The sum of the losses of each row, whose gradients may differ from row to row."""
+    """The sum of the losses of each row, differentiable per row."""
 
     @staticmethod
     def forward(
@@ -354,5 +355,5 @@ def global_norm(tensors: list[Tensor], order: float = 2.0) -> Tensor:
 
 
 def full_tensor(value: Tensor) -> Tensor:
-    """A tensor itself; a sharded one is gathered, in which all processes must take part."""
+    """The whole tensor. A sharded one is gathered; then all processes must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value

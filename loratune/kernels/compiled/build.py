@@ -1,7 +1,7 @@
-"""Compiles the fused operations: for the processor of one machine, or for each processor variant into a wheel.
+"""Compiles the fused operations: for the processor of this machine, or for each processor variant of a wheel.
 
-`scripts/build_backend.py` runs this file by its path before any dependency is installed. So it needs only the standard
-library.
+`scripts/build_backend.py` runs this file by its path before any dependency is installed, so it imports only the
+standard library.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pathlib import Path
 
 SOURCES = [Path(__file__).parent / "csrc" / name for name in ("numbers.h", "fused_ops.c", "attention.c")]
 SHIPPED = Path(__file__).parent / "shipped"
-"""Where a wheel has the libraries that were built with it. A checkout has none."""
+"""The directory of prebuilt libraries in a wheel. A checkout has none."""
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
 DEFINES = ("-DBFLOAT16", "-DFLOAT32")
-"""The options that choose the dtype of a library."""
+"""Compiler options that select the dtype of a library."""
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_SECONDS = 120  # For the compiler, which needs about three.
@@ -28,12 +28,12 @@ _MAX_SECONDS = 120  # For the compiler, which needs about three.
 
 @dataclass(frozen=True)
 class Variant:
-    """For which processor a library is compiled.
+    """A processor variant that a library is compiled for.
 
     Attributes:
-        name: What it is called.
-        options: Of the compiler.
-        features: What a processor must have, by Linux's names in `/proc/cpuinfo`.
+        name: The name of the variant.
+        options: Compiler options.
+        features: Required processor features, by Linux's names in `/proc/cpuinfo`.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Variant:
         return f"{self.name}-{define.removeprefix('-D').lower()}.so"
 
     def key(self, define: str) -> str:
-        """A hash of what the library for a dtype is made from."""
+        """A hash of the sources and options of the library for a dtype."""
         parts = [source_text(), FLAGS, self.options, define]
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 _WIDE = ("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()
 NATIVE = Variant("native", ("-march=native", *_WIDE, "-fopenmp"))
-"""For the processor of the machine that compiles it."""
+"""The processor of the compiling machine."""
 
 _V3 = frozenset({
     "abm", "avx", "avx2", "bmi1", "bmi2", "cx16", "f16c", "fma", "lahf_lm", "movbe", "pni", "popcnt", "sse4_1",
@@ -60,41 +60,41 @@ _V3 = frozenset({
 })  # fmt: skip
 _V4 = _V3 | {"avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"}
 _SHIPPED = ("-mprefer-vector-width=512", "-Wp,-fopenmp", "-s")
-"""The compiler proper takes `-fopenmp`, and the linker does not: the library names no OpenMP runtime, so that it uses
-the one that torch has loaded for everybody. With another one a process would have two pools of threads."""
+"""`-fopenmp` is passed to the compiler but not to the linker: the library then links no OpenMP runtime and uses the one
+that torch has loaded. A second runtime would create a second thread pool."""
 VARIANTS = (
     Variant("x86-64-v4-bf16", ("-march=x86-64-v4", "-mavx512bf16", *_SHIPPED), _V4 | {"avx512_bf16"}),
     Variant("x86-64-v4", ("-march=x86-64-v4", *_SHIPPED), _V4),
     Variant("x86-64-v3", ("-march=x86-64-v3", *_SHIPPED), _V3),
 )
-"""For which processors a wheel has libraries, the best one first."""
+"""The variants in a wheel, the best one first."""
 
 
 def choose(machine: str, features: Collection[str]) -> Variant | None:
-    """The best variant for a processor; None: a wheel has none for it.
+    """The best variant for a processor; None if no variant of a wheel supports it.
 
     Args:
-        machine: Its architecture, as `uname -m` names it.
-        features: What it has, see `Variant.features`.
+        machine: The architecture, as printed by `uname -m`.
+        features: The processor features, see `Variant.features`.
     """
     variants = VARIANTS if machine == "x86_64" else ()
     return next((variant for variant in variants if variant.features <= set(features)), None)
 
 
 def source_text() -> str:
-    """All sources, one after the other."""
+    """All sources, concatenated."""
     return "".join(source.read_text(encoding="utf-8") for source in SOURCES)
 
 
 def functions() -> list[str]:
-    """The names of the functions that a library has: those of the sources that are not static."""
+    """The names of the exported functions of a library: the non-static functions of the sources."""
     return re.findall(r"^(?:void|int) (\w+)\(", source_text(), re.MULTILINE)
 
 
 def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> None:
     """Compile `library.so` in a directory. Raises CalledProcessError, TimeoutExpired, OSError.
 
-    A compiler starts processes of its own, such as `cc1`. When it takes too long, or this is interrupted, all end.
+    A compiler starts child processes such as `cc1`. On timeout or interruption, all of them are killed.
     """
     sources = [str(source) for source in SOURCES if source.suffix == ".c"]
     command = [compiler, *FLAGS, *variant.options, define, *sources, "-o", "library.so", "-lm"]
@@ -118,7 +118,7 @@ def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> N
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in one line; of a compiler, its first error."""
+    """The reason of an error in one line; for a compiler, its first error message."""
     if isinstance(error, subprocess.CalledProcessError):
         lines = [line for line in error.stderr.decode(errors="replace").splitlines() if line.strip()]
         message = next((line for line in lines if "error" in line), lines[0] if lines else "")
@@ -131,11 +131,11 @@ def reason(error: Exception) -> str:
 
 
 def sealed(key: str, content: bytes) -> bytes:
-    """A library with a digest of it and of its key behind it, so that none passes for one with another key."""
+    """A library followed by a digest of its key and content, so that it is only accepted with the same key."""
     return content + hashlib.sha256(key.encode() + content).digest()
 
 
 def unsealed(key: str, whole: bytes) -> bytes | None:
-    """The library that was sealed with this key; None if it was another one, or is damaged."""
+    """The content of a library sealed with this key; None if the key differs or the library is damaged."""
     content = whole[:-DIGEST_BYTES]
     return content if whole == sealed(key, content) else None

@@ -21,21 +21,21 @@ from loratune.kernels.upstream import is_fake
 DEFINES = dict(zip((torch.bfloat16, torch.float32), build.DEFINES, strict=True))
 
 FEW_TOKENS = 64
-"""LoRA on up to so many tokens is one fused operation: starting two matrix products would take longer."""
+"""LoRA on at most this many tokens is one fused operation: launching two matrix products would take longer."""
 
 
 def fused_ops(like: Tensor) -> reference.FusedOps:
     """The fused operations for tensors like this one.
 
-    They are those of the reference on a GPU, for float16, outside Linux, with LORATUNE_NATIVE=0, and where no library
-    came with loratune and none can be compiled; else the compiled ones.
+    The reference is used on a GPU, for float16, outside Linux, with LORATUNE_NATIVE=0, and if no library is included in
+    the installation and none can be compiled; otherwise the compiled operations are used.
     """
     functions = _library(like.dtype).functions if not _untried(like) else None
     return CompiledOps(functions, like.dtype) if functions is not None else reference
 
 
 def notes(like: Tensor) -> list[str]:
-    """A line for the user if the compiled operations are used for such tensors and something is wrong all the same."""
+    """A line for the user if compiled operations are used for such tensors, but with a problem."""
     if refusal(like):
         return []
     note = _library(like.dtype).note
@@ -43,7 +43,7 @@ def notes(like: Tensor) -> list[str]:
 
 
 def variant(like: Tensor) -> str:
-    """Which build of the compiled operations is used for such tensors; or why none is, and what to do about it."""
+    """The build of the compiled operations that is used for such tensors; or why none is, and how to fix it."""
     if reason := refusal(like):
         return f"not in use ({reason})"
     name, _, number = _library(like.dtype).name.rpartition("-")
@@ -51,7 +51,7 @@ def variant(like: Tensor) -> str:
 
 
 def refusal(like: Tensor) -> str:
-    """Why compiled operations are not used for such tensors, and what to do about it; empty if they are."""
+    """Why compiled operations are not used for such tensors, and how to fix it; empty if they are."""
     if untried := _untried(like):
         return untried
     loaded = _library(like.dtype)
@@ -79,16 +79,16 @@ def _library(dtype: torch.dtype) -> Library:
 class CompiledOps:
     """The functions of `reference` for tensors of one dtype on the CPU, contiguous or not. Shapes are not checked.
 
-    Each raises TypeError for a tensor of another dtype, which C would misread.
+    Each raises TypeError for a tensor of another dtype.
     """
 
     def __init__(self, functions: ctypes.CDLL, dtype: torch.dtype):
         self._functions, self._dtype = functions, dtype
 
     def _call(self, name: str, outputs: Sequence[Tensor], *inputs: Tensor | float | None) -> Any:
-        """Call a function of the library. Outputs are its first arguments; it writes into them.
+        """Call a function of the library. Outputs are its first arguments, which it writes to.
 
-        Nothing is computed for fake tensors: their shapes are all there is.
+        Nothing is computed for fake tensors, which have only shapes.
         """
         tensors = [argument for argument in (*outputs, *inputs) if isinstance(argument, Tensor)]
         if any(map(is_fake, tensors)):
@@ -187,7 +187,7 @@ class CompiledOps:
         return dquery, dkey.to(key.dtype), dvalue.to(value.dtype)
 
     def add_lora(self, y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
-        """See `reference.add_lora`; many tokens are two matrix products."""
+        """See `reference.add_lora`; for many tokens, two matrix products are used."""
         if len(x) > FEW_TOKENS:
             return reference.add_lora(y, x, down, up)
         dense, x, down, up = self._contiguous(y, x, down, up)
@@ -215,13 +215,13 @@ def _checked(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _tiles(layout: Layout) -> tuple[Tensor, Tensor, Tensor, int]:
-    """The arguments of C for a layout."""
+    """The C arguments of a layout."""
     spans, keys = (_checked(tensor, torch.int32) for tensor in (layout.spans, layout.keys))
     return spans, keys, _checked(layout.tiles, torch.int64), len(layout.tiles)
 
 
 def _angles(cosine: Tensor, sine: Tensor) -> list[Tensor]:
-    """Contiguous and in float32; some families have them in the dtype of the states."""
+    """Contiguous float32 tensors; some families have angles in the dtype of the states."""
     return [tensor.float().contiguous() for tensor in (cosine, sine)]
 
 

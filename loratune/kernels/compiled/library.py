@@ -1,8 +1,8 @@
 """The compiled library of fused operations: shipped with loratune, or compiled on this machine.
 
-A library that is compiled here is kept in a cache. A library becomes part of the process that loads it. So the owner
-and the mode of the cache's directory and of the file are checked, and a digest shows whether the file is damaged. The
-checked bytes are copied into memory and loaded from there: nobody can change or truncate them while they are used.
+A library that is compiled here is cached. As it runs in the process that loads it, owner and mode of the cache
+directory and of the file are checked, and a digest detects damage. The checked bytes are copied into memory and loaded
+from there, so nobody can change or truncate them while they are in use.
 """
 
 import ctypes
@@ -25,7 +25,7 @@ from loratune.system.files import make_private_directory, open_file, ownership_p
 
 _log = logging.getLogger(__name__)
 
-_MAX_BYTES = 64 << 20  # Of a file that is read; a library has 100 kB.
+_MAX_BYTES = 64 << 20  # Limit for files that are read; a library has 100 kB.
 _REINSTALL = "install loratune again (pip install --force-reinstall --no-deps)"
 _NOT_KEPT = "the fast CPU code is compiled again for each run, as it cannot be kept: {}"
 _INSTALL_COMPILER = "install gcc (Debian, Ubuntu: apt install gcc libc6-dev)"
@@ -36,9 +36,9 @@ class Library:
     """A loaded library.
 
     Attributes:
-        functions: The library; None if it is missing, and the reference in torch is used.
-        note: A line for the user: what is wrong, and what to do about it; None if all is as it should be.
-        name: Its variant, and a hash of what it computes; empty without a library.
+        functions: The library; None if it is missing, so that the reference in torch is used.
+        note: A line for the user: a problem and its fix; None if there is none.
+        name: Its variant and a hash of its content or sources; empty without a library.
     """
 
     functions: ctypes.CDLL | None
@@ -47,11 +47,11 @@ class Library:
 
 
 def load(define: str) -> Library:
-    """The library for one dtype: the one that came with loratune, or else one that is compiled here. It does not fail.
+    """The library for one dtype: shipped with loratune, otherwise compiled here. It never raises.
 
-    Those that came with loratune need the OpenMP runtime that torch loads, so torch must have been imported.
+    Shipped libraries need the OpenMP runtime that torch loads, so torch must have been imported.
 
-    define: the option of the compiler that chooses the dtype.
+    define: the compiler option that selects the dtype.
     """
     if not build.SHIPPED.is_dir():  # A checkout, or a wheel that was built without a compiler.
         return compiled(define)
@@ -70,7 +70,7 @@ def load(define: str) -> Library:
 
 
 def _load_shipped(variant: Variant, define: str) -> Library:
-    """The library that a wheel has for a processor. Raises OSError: it is missing, damaged, or cannot be loaded."""
+    """The library of a wheel for a variant. Raises OSError: it is missing, damaged, or cannot be loaded."""
     path = build.SHIPPED / variant.file_name(define)
     content = build.unsealed(variant.key(define), path.read_bytes() if path.is_file() else b"")
     if content is None:
@@ -79,9 +79,9 @@ def _load_shipped(variant: Variant, define: str) -> Library:
 
 
 def features() -> frozenset[str]:
-    """What the processor has and the operating system lets programs use, by the names in `/proc/cpuinfo`.
+    """The processor features that the operating system lets programs use, by the names in `/proc/cpuinfo`.
 
-    Nothing is known of it where that file cannot be read, as in some sandboxes.
+    Empty if that file cannot be read, as in some sandboxes.
     """
     try:
         lines = [line.partition(":") for line in _processor().splitlines()]
@@ -94,13 +94,13 @@ def features() -> frozenset[str]:
 
 
 def _processor() -> str:
-    """What Linux says of the first processor."""
+    """The entry of the first processor in /proc/cpuinfo."""
     return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
 
 
 @progress("compiling the fast CPU code")
 def compiled(define: str, variant: Variant = NATIVE) -> Library:
-    """The library that this machine's compiler makes for one dtype, from the cache or now. It does not fail."""
+    """The library for one dtype, from the cache or compiled now by this machine's compiler. It never raises."""
     executable = shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
     if executable is None:
         return Library(None, f"there is no C compiler (gcc, cc or clang); {_INSTALL_COMPILER}")
@@ -120,7 +120,7 @@ def compiled(define: str, variant: Variant = NATIVE) -> Library:
 
 
 def cache_directory() -> Path:
-    """The directory of the cache. Raises RuntimeError: there is no home directory."""
+    """The cache directory. Raises RuntimeError: there is no home directory."""
     value = os.environ.get("XDG_CACHE_HOME", "")
     cache = Path(value) if os.path.isabs(value) else Path.home() / ".cache"  # The XDG specification ignores others.
     return cache / "loratune"
@@ -151,7 +151,7 @@ def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
 
 
 def _keep(path: Path, key: str, content: bytes) -> str:
-    """Write a library to the cache, whole or not at all. Returns a note for the user if it cannot be written."""
+    """Write a library to the cache atomically. Returns a note for the user if it cannot be written."""
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
@@ -173,10 +173,10 @@ def _compile(compiler: str, variant: Variant, define: str) -> bytes:
 
 
 def _link(content: bytes) -> ctypes.CDLL:
-    """Load a library from memory. Raises OSError: the linker refuses it, for example without OpenMP's runtime, or it
-    is another one than that of the sources.
+    """Load a library from memory. Raises OSError: the linker refuses it, for example without an OpenMP runtime, or it
+    does not match the sources.
 
-    The descriptor stays open: the linker knows libraries by their path, and another one could get the same number.
+    The descriptor stays open: the linker identifies libraries by path, and another one could get the same number.
     """
     descriptor = os.memfd_create("loratune", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:

@@ -1,4 +1,4 @@
-"""The reference of the fused operations, in torch. It is used if the C code cannot be compiled.
+"""The reference implementation of the fused operations in torch, used if the C code cannot be compiled.
 
 Arithmetic is in float32; results have the dtype of the inputs.
 """
@@ -14,14 +14,14 @@ from loratune.kernels.layout import Layout, Scoring
 
 SILU = 1.0, 0.0
 GELU = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715
-"""Activations x * sigmoid(linear * x + cubic * x^3), as (linear, cubic). This GELU is that of a tanh, as in Gemma."""
+"""Activations x * sigmoid(linear * x + cubic * x^3), as (linear, cubic). GELU is the tanh approximation (Gemma)."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, added: float = 0.0) -> tuple[Tensor, Tensor]:
     """x: (..., size); weight: (size,). Returns `weight * x / rms(x)`, and 1 / rms(x) in float32: (...,).
 
-    As in Llama, normalized values are rounded before they are multiplied by the weight. If something is added to the
-    weight, as in Gemma, they are not. Zhang and Sennrich 2019.
+    added: added to the weight. If it is 0, as in Llama, normalized values are rounded before they are multiplied by the
+    weight; otherwise, as in Gemma, they are not. Zhang and Sennrich 2019.
     """
     inverse = (x.float().square().mean(-1) + epsilon).rsqrt()
     normalized = x.float() * inverse[..., None]
@@ -40,7 +40,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, inverse: Tensor, ad
 def swiglu(both: Tensor, linear: float = 1.0, cubic: float = 0.0) -> Tensor:
     """both: (..., 2 * size), gates followed by values. Returns silu(gates) * values: (..., size). Shazeer 2020.
 
-    linear, cubic: of another activation, such as `GELU`.
+    linear, cubic: the coefficients of another activation, such as `GELU`.
     """
     gate, up = both.float().chunk(2, -1)
     return (gate * (gate * (linear + cubic * gate * gate)).sigmoid() * up).to(both.dtype)
@@ -56,7 +56,7 @@ def swiglu_backward(dy: Tensor, both: Tensor, linear: float = 1.0, cubic: float 
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary embeddings by halves, as in Llama. Su et al. 2021.
+    """Rotary embeddings on halves, as in Llama. Su et al. 2021.
 
     x: (tokens, heads, size), any float dtype; cosine, sine: (tokens, size). Returns float32.
     """
@@ -93,7 +93,7 @@ def split_heads(joined: Tensor, cosine: Tensor, sine: Tensor, groups: int, heads
 
 
 def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """The gradient of `joined`, from the gradients of what `split_heads` returned."""
+    """The gradient of `joined`, from the gradients of the results of `split_heads`."""
     groups, tokens, heads, size = query.shape
     queries = _rotate_back(query.transpose(0, 1).reshape(tokens, groups * heads, size), cosine, sine)
     keys = _rotate_back(key.transpose(0, 1), cosine, sine)
@@ -101,8 +101,8 @@ def join_heads(query: Tensor, key: Tensor, value: Tensor, cosine: Tensor, sine: 
 
 
 def _tile(layout: Layout, bounds: list[int], heads: int) -> tuple[slice, Tensor, Tensor]:
-    """The queries of a tile; the tokens of its keys, where none is the first token; and which keys the heads of the
-    queries attend to: (queries * heads, keys), bool. bounds: of the tile, see `Layout`."""
+    """The queries of a tile; the tokens of its keys (0 in place of -1); and which keys the heads of the queries attend
+    to: (queries * heads, keys), bool. bounds: the row of `Layout.tiles`."""
     first, end, place, count, shared, _ = bounds
     tokens = layout.keys[place : place + count].long()
     numbers = torch.arange(count, device=tokens.device)
@@ -112,7 +112,7 @@ def _tile(layout: Layout, bounds: list[int], heads: int) -> tuple[slice, Tensor,
 
 
 def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
-    """`weights @ x` without any contribution of what is not visible: a weight of 0 does not suffice, as 0 * NaN is NaN.
+    """`weights @ x` without contributions of invisible rows: a weight of 0 is not sufficient, as 0 * NaN is NaN.
 
     weights: (groups, m, n), 0 where `visible`, (m, n), is False; x: (groups, n, size).
     """
@@ -127,7 +127,7 @@ def _masked_product(weights: Tensor, x: Tensor, visible: Tensor) -> Tensor:
 
 
 def _scores(query: Tensor, key: Tensor, scoring: Scoring) -> Tensor:
-    """What the softmax takes, in float32: large scores would lose too much in bfloat16. (groups, queries, keys)."""
+    """The input of the softmax, (groups, queries, keys), in float32: large scores lose too much in bfloat16."""
     scores = query.float() @ key.float().transpose(1, 2) * scoring.scale
     return scoring.cap * (scores / scoring.cap).tanh() if scoring.cap else scores
 
@@ -139,8 +139,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: S
         query: (groups, tokens, heads, size).
         key: (groups, tokens, size).
         value: The same shape.
-        layout: Which tokens attend to which others; its tiles are computed.
-        scoring: How scores are made.
+        layout: Which tokens attend to which others; only its tiles are computed.
+        scoring: How scores are computed.
 
     Returns:
         (tokens, groups * heads * size); and, for `attend_backward`, the logarithms of the sums of exponentials:
@@ -173,10 +173,10 @@ def attend_backward(
     """The gradients of query, key and value. Weights are recomputed, as in FlashAttention (Dao et al. 2022).
 
     Args:
-        gradient: That of the result.
-        outputs: What `attend` returned; its sums include those of sinks.
-        inputs: The query, key and value that it was given.
-        layout, scoring: As there.
+        gradient: The gradient of the result.
+        outputs: The results of `attend`; its sums include sinks.
+        inputs: Query, key and value.
+        layout, scoring: As in `attend`.
     """
     (result, total), (query, key, value) = outputs, inputs
     groups, tokens, heads, size = query.shape
@@ -212,7 +212,7 @@ def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """The loss of each row in nats: (rows,), float32. The logits are overwritten with its gradient.
 
-    logits: (rows, vocabulary); targets: (rows,) int64; weights: of the gradients, (rows,) float32.
+    logits: (rows, vocabulary); targets: (rows,) int64; weights: factors of the gradients, (rows,) float32.
     """
     scores = logits.float()
     loss = functional.cross_entropy(scores, targets, reduction="none")
