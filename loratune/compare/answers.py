@@ -1,8 +1,7 @@
 """Scores models on rows: the loss of each row, greedy answers with their metrics, and rewards of preferences.
 
-The loss and the rewards of preferences are those of the objective that the adapter was trained with, if that objective
-fits the rows; the reference is the base. All models are measured in this way, including an adapter that was trained
-with another objective.
+The loss and the rewards of preferences are those of the objective that the adapter was trained with, if it fits the
+rows; the reference is the base. All models are scored with this objective, even adapters trained with another one.
 """
 
 import math
@@ -28,21 +27,21 @@ from loratune.model import load
 from loratune.statistics import finite
 
 _BATCH = 32
-"""Prompts that are completed at once."""
+"""Prompts of a generation batch."""
 _TIMES, _MORE = 2, 32
-"""A whole answer may have so many times the tokens of the expected one, and so many more."""
+"""The token limit of a whole answer is `_TIMES` the expected tokens plus `_MORE`."""
 _ROWS_PER_LABEL = 4
-"""Expected answers are labels where each is in so many rows on average, and there are not too many of them."""
+"""Expected answers count as labels if each occurs in this many rows on average, and there are at most `MAX_LABELS`."""
 
 
 @dataclass(frozen=True)
 class ModelAnswer:
-    """What one model does on one row.
+    """The result of one model on one row.
 
     Attributes:
-        loss: Summed over the supervised tokens of the row; of preferences, that of the pair or answer.
-        text: The greedy answer, without the token that ends it; None where the row has no prompt, or is a preference.
-        scores: Metric → what the row adds to it; empty where there is no prompt to answer.
+        loss: The loss, summed over the supervised tokens of the row; for preferences, the loss of the pair or answer.
+        text: The greedy answer, without the end token; None if the row has no prompt, or is a preference.
+        scores: Metric → the score of the row; empty for rows with one answer that have no prompt.
     """
 
     loss: float
@@ -60,19 +59,19 @@ class ComparedAnswer:
 
 @dataclass(frozen=True)
 class ComparedRow:
-    """One distinct row, or pair of answers, and what each model does on it.
+    """One distinct row, or pair of answers, and the results of each model on it.
 
     Attributes:
-        number: Its number among the rows that were not dropped, from 0; of copies, that of the first.
+        number: Its number among the rows that were not dropped, from 0; for copies, the number of the first.
         where: Its place in its file.
-        copies: How many rows are this one, itself included.
-        prompt: The prompt as text, as the model reads it; None where the row has none.
-        expected: The text that is expected as the answer; None where the row has no prompt, or is a preference.
+        copies: The number of copies, including the row itself.
+        prompt: The rendered prompt as text; None if the row has none.
+        expected: The expected answer as text; None if the row has no prompt, or is a preference.
         tokens: Supervised tokens.
-        answers: Model → what it does; `base`, `adapter`, and `against` if there is one.
-        compared: Of preferences: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer.
-        elsewhere: The places of its copies, without its own.
-        fields: The row's own fields as plain values; empty where they are not asked for.
+        answers: Model → its result; `base`, `adapter`, and `against` if there is one.
+        compared: For preferences: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer.
+        elsewhere: The places of its other copies.
+        fields: The row's own fields as plain values; empty unless requested.
     """
 
     number: int
@@ -87,26 +86,26 @@ class ComparedRow:
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def at_places(self, fields: Mapping[str, Mapping[str, Any]]) -> Iterator["ComparedRow"]:
-        """The row, and then its copies, each at its own place and with its own fields. fields: place → fields."""
+        """The row and its copies, each with its own place and fields. fields: place → fields."""
         for place in (self.where, *self.elsewhere):
             yield replace(self, where=place, fields=fields[place])
 
     @property
     def item(self) -> str:
-        """What it is: `row`, or `pair` or `answer` of preferences."""
+        """The word for the row: `row`, or `pair` or `answer` for preferences."""
         return ("row", "answer", "pair")[len(self.compared)]
 
     @property
     def count(self) -> int:
-        """Over how many tokens, pairs or answers the loss of the row is summed."""
+        """The number of tokens, pairs or answers over which the loss of the row is summed."""
         return 1 if self.compared else self.tokens
 
     def worsening(self, model: str, compared_with: str) -> float:
-        """By how much the loss of a model is higher on the row than that of another one, for each `count`."""
+        """The loss of a model minus that of another one on the row, per token, pair or answer."""
         return (self.answers[model].loss - self.answers[compared_with].loss) / self.count
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, behind the row's own fields: see `with_own_fields`. A number that is not finite is null."""
+        """Plain values, after the row's own fields: see `with_own_fields`. Numbers that are not finite are null."""
         values: dict[str, Any] = {
             "number": self.number, "where": self.where, "copies": self.copies, "prompt": self.prompt,
         }  # fmt: skip
@@ -121,20 +120,20 @@ class ComparedRow:
 
 @dataclass(frozen=True)
 class Judging:
-    """How answers are asked for and judged.
+    """Settings for generating and scoring answers.
 
     Attributes:
-        metrics: Those that were asked for. `exact_match` and `label_accuracy` are always computed, and need no more of
-            an answer than there are tokens in the expected one.
-        for_readers: Whether somebody reads the answers, so that they may be longer than that. They also may where
-            another metric is asked for.
+        metrics: The requested metrics. `exact_match` and `label_accuracy` are always computed; they need only as many
+            tokens as the expected answer has.
+        for_readers: Whether the answers will be read, so that they may be longer than the expected ones. Other metrics
+            also allow longer answers.
     """
 
     metrics: Sequence[Metric] = ()
     for_readers: bool = False
 
     def limit(self, row: TokenizedRow, context_length: int | None) -> int:
-        """How many tokens the answer to a row may have."""
+        """The maximum number of tokens of the answer to a row."""
         expected = len(row.completion)
         if not self.for_readers and not any(metric.scores for metric in self.metrics):
             return expected
@@ -153,25 +152,25 @@ class Judging:
 
 
 class RowAnswers:
-    """What models do on rows with one answer: their loss, and greedy answers to their prompts.
+    """Scores models on rows with one answer: losses, and greedy answers to the prompts.
 
     Attributes:
-        rows: The distinct rows, without what models do on them.
+        rows: The distinct rows, without results of models.
     """
 
     def __init__(self, loaded: LoadedAdapter, dataset: TokenizedDataset, judging: Judging):
-        """Raises as `check_expected` does. loaded: the adapter, as which the rows are rendered."""
+        """Raises as `check_expected` does. loaded: the adapter that the rows were rendered for."""
         self.rows = distinct_rows(loaded, dataset)
         self._dataset, self._judging = dataset, judging
         check_expected(self.rows, judging)
 
     def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:
-        """What a model does on each row.
+        """The results of a model on each row.
 
         Args:
-            name: `BASE`, which comes first, or another model.
-            model: The adapter; while it is off, the base.
-            engine: Computes its losses.
+            name: The name of the model; `BASE` must come first.
+            model: The adapter; while it is disabled, the base.
+            engine: Computes the losses.
         """
         model.activate()
         nats = engine.losses(self._dataset, {row.number: row.copies for row in self.rows}).nats.tolist()
@@ -198,7 +197,7 @@ class RowAnswers:
     def _judged(
         self, model: LoadedAdapter, row: ComparedRow, completion: Sequence[int], ids: list[int], limit: int
     ) -> tuple[str, dict[str, float]]:
-        """An answer as text, and its scores. completion: what is expected. ids: of the answer, perhaps beyond limit."""
+        """An answer as text, and its scores. completion: the expected ids. ids: the answer, possibly beyond limit."""
         right, text, beginning = row.expected or "", model.text(ids[:limit]), ids[: len(completion)]
         is_exact = tuple(beginning) == tuple(completion)
         is_label = model.text(beginning).startswith(right) if right else is_exact  # "" starts every text
@@ -210,16 +209,16 @@ class RowAnswers:
 
 
 class PreferenceAnswers:
-    """What models do on preferences: the loss and the rewards of pairs or answers; see `RowAnswers`.
+    """Scores models on preferences: losses and rewards of pairs or answers; see `RowAnswers`.
 
     Attributes:
-        rows: The distinct pairs, or answers, without what models do on them.
-        formula: What the loss and the rewards are.
+        rows: The distinct pairs, or answers, without results of models.
+        formula: The objective that defines the loss and the rewards.
         metrics: Model → its metrics.
     """
 
     def __init__(self, formula: Formula, loaded: LoadedAdapter, dataset: TokenizedDataset, seed: int):
-        """dataset: all pairs or all answers. seed: of the training, see `ComparedRows`."""
+        """dataset: preference pairs, or unpaired preferences. seed: the seed of training, see `ComparedRows`."""
         self.formula, self.rows, self._dataset = formula, distinct_rows(loaded, dataset), dataset
         compared = ComparedRows(dataset, loaded.data.max_length, seed)
         self._objective = PreferenceObjective(formula, {"held-out": compared})
@@ -227,7 +226,7 @@ class PreferenceAnswers:
         self.metrics: dict[str, PreferenceMetrics] = {}
 
     def answers(self, name: str, model: LoadedAdapter, engine: Engine) -> list[ModelAnswer]:
-        """See `RowAnswers.answers`; the base, which is the reference, comes first."""
+        """See `RowAnswers.answers`; the base must come first, as it is the reference."""
         model.activate()
         engine.losses(self._dataset, self._objective.copies(self._dataset), self._objective)
         assert self._objective.last is not None
@@ -243,8 +242,8 @@ class PreferenceAnswers:
 
 
 def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[ModelAnswer]:
-    """Scores of the baseline that always gives the most frequent expected answer, row by row; empty unless answers are
-    labels. Its loss is NaN, as it has no probabilities. Raises as `Judging.scores`."""
+    """The scores on each row of a baseline that always gives the most frequent expected answer; empty unless answers
+    are labels. Its loss is NaN, as it has no probabilities. Raises as `Judging.scores`."""
     copies = Counter[str]()
     for row in rows:
         if row.expected is not None:
@@ -262,8 +261,8 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
 
 
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[ComparedRow]:
-    """The rows, pairs or answers that differ and have supervised tokens, without what models do on them, in the order
-    in which they first occur."""
+    """The distinct rows, pairs or answers with supervised tokens, in the order of their first occurrence, without
+    results of models."""
     names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()
     for number, copies in dataset.copies().items():
         item = dataset.item(number)
@@ -271,7 +270,7 @@ def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[Comp
         compared = {
             names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item if row.side
         }
-        has_prompt = bool(compared) or prompt not in ((), (loaded.tokenizer.bos_token_id,))  # which begins every row
+        has_prompt = bool(compared) or prompt not in ((), (loaded.tokenizer.bos_token_id,))  # BOS begins every row
         text = loaded.tokenizer.decode(prompt) if has_prompt else None
         expected = loaded.text(item[0].completion) if has_prompt and not compared else None
         where, *elsewhere = (dataset.item(copy)[0].where for copy in copies)
@@ -285,7 +284,7 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
     """Check that the metrics can be computed for the rows.
 
     Raises:
-        DataError: No row has a prompt, or a metric says nothing about an expected text.
+        DataError: No row has a prompt, or a metric is undefined for an expected text.
         ConfigError: An expression takes too long.
     """
     texts = [(row.where, row.expected) for row in rows if row.expected is not None]
@@ -305,8 +304,7 @@ def check_expected(rows: Sequence[ComparedRow], judging: Judging) -> None:
 
 
 def _bad_texts(what: str, first: str, *others: str, total: int) -> Problem:
-    """One problem for all rows whose expected texts a metric refuses for the same reason: the first row, and a
-    count."""
+    """One problem for all rows whose expected texts a metric rejects for the same reason: the first row and a count."""
     more = f", as in {len(others):,} more of {total:,} rows" if others else ""
     return Problem(Code.DATA_FIELD, f"{what}{more}", first, OPTION, "correct the rows, or leave this metric out")
 
@@ -318,10 +316,10 @@ def _too_slow(error: BadPatternError, where: str) -> ConfigError:
 def _batches(dataset: TokenizedDataset, limits: Mapping[int, int], context_length: int | None) -> Iterator[list[int]]:
     """Batches of rows with answers of similar length.
 
-    The prompts of a batch are all completed to its longest limit. So a batch takes another row only if its longest
-    prompt and its longest limit fit in the context together.
+    All prompts of a batch are completed up to its largest limit. So a row joins a batch only if the longest prompt and
+    the largest limit together fit into the context.
 
-    limits: number of a row → how many tokens its answer may have.
+    limits: number of a row → the maximum number of tokens of its answer.
     """
     batch: list[int] = []
     longest_prompt = 0

@@ -1,7 +1,7 @@
-"""Detects collapse: predictions of a model trained at far too high a rate may not depend on the prompt.
+"""Detects collapse: with a far too high learning rate, predictions may no longer depend on the prompt.
 
-Such an adapter predicts the same next token after every prompt. Its loss can be lower than that of the base all the
-same, where the base does badly on rows of this form. So the predictions of both are compared after different prompts.
+Such an adapter predicts the same next token after every prompt. Its loss can still be lower than that of the base, if
+the base is bad at rows of this form. So the predictions of both are compared after different prompts.
 """
 
 import math
@@ -19,40 +19,40 @@ from loratune.data.rendering.spans import TokenizedRow
 from loratune.lora.attach import PeftModel
 
 PROMPTS = 8
-"""How many prompts are read at most: the shortest ones of each expected token in turn."""
+"""The maximum number of prompts: the shortest ones of each expected token in turn."""
 _EQUAL, _SHARE_OF_BASE, _DIFFERENT = 0.01, 1 / 8, 0.1
-"""Total variation distances: up to the first, predictions count as the same; from the last on, as different. Up to that
-share of the base's they are nearly the same, as those of an adapter that has just learned how often which answer is
-expected; so that alone tells nothing.
+"""Total variation distances: predictions up to `_EQUAL` apart count as equal, from `_DIFFERENT` on as different. Up to
+`_SHARE_OF_BASE` times the base's distance they are nearly equal. That alone is no collapse: it also holds for adapters
+that have only learned the frequencies of the answers.
 
 SmolLM2-135M on 160 definitions of 8 classes, 30 steps of 5 rows with adapters on q, k, v and o: 0.80 for the base, 0.99
-at a rate of 0.01, 0.003 at 0.03. At 50, with adapters on all linear layers, it is 0 after 3 steps. A tiny random
-Llama that came to answer nothing: 0.001 to 0.03, and 0.29 for the base."""
+at a learning rate of 0.01, 0.003 at 0.03. At 50, with adapters on all linear layers, it is 0 after 3 steps. A tiny
+random Llama that had unlearned to answer: 0.001 to 0.03, and 0.29 for its base."""
 _ADVANTAGE = 0.05
-"""Nats: from this on, an adapter does use its prompts, however alike its predictions are."""
+"""Nats from which on an adapter uses its prompts, however similar its predictions are."""
 _LEAST = math.log(0.001)
-"""The logarithm of a probability so small that how it changes tells nothing."""
+"""The logarithm of a probability so small that changes of it are meaningless."""
 _GUESS = 0.5
-"""Up to this share of the probability that a guess has, an adapter has not learned what is expected either."""
+"""Up to this multiple of the probability of a guess, an adapter has not learned the expected tokens."""
 _LARGEST_SHARE = 0.9
-"""Of rows that may expect the same token: where more do, it is right always to predict that one."""
+"""The largest fraction of rows that may expect the same token: above it, always predicting that token is right."""
 _ROUNDING, _CLEAR = 1e-4, 0.5
-"""Nats per token by which a loss may differ from that of a uniform distribution to be that, and from which on it is
-clearly another one."""
+"""Nats per token: a loss within `_ROUNDING` of that of a uniform distribution counts as uniform; from `_CLEAR` on, it
+is clearly different."""
 
 
 @dataclass(frozen=True)
 class PromptSensitivity:
-    """How far next-token predictions differ between prompts, after which different tokens are expected.
+    """How much next-token predictions differ between prompts with different expected tokens.
 
     Attributes:
-        prompts: How many prompts were read.
+        prompts: The number of prompts.
         base: The largest total variation distance between two predictions of the base that should differ, from 0 to 1.
-        adapter: The same with the adapter.
-        advantage: By how many nats a token is likelier with the adapter after the prompt that expects it than after one
-            that expects another, on average.
-        likelihood: The mean probability of the expected token with the adapter, as a multiple of that of a guess among
-            all that are expected.
+        adapter: The same distance with the adapter.
+        advantage: The mean log-probability of a token with the adapter after a prompt that expects it, minus that after
+            a prompt that expects another token, in nats.
+        likelihood: The mean probability of the expected token with the adapter, as a multiple of the probability of a
+            random guess among all expected tokens.
     """
 
     prompts: int
@@ -65,8 +65,8 @@ class PromptSensitivity:
     def of(
         cls, base: Sequence[torch.Tensor], adapter: Sequence[torch.Tensor], expected: Sequence[int]
     ) -> "PromptSensitivity":
-        """From the log-probabilities of all tokens after each prompt, and from the tokens expected there, which are not
-        all the same."""
+        """Create it from the log-probabilities of all tokens after each prompt, and the tokens expected there, at least
+        two different ones."""
         numbers = range(len(expected))
         pairs = [(one, other) for one, other in permutations(numbers, 2) if expected[one] != expected[other]]
         of_base, of_adapter = (
@@ -80,12 +80,12 @@ class PromptSensitivity:
 
     @property
     def is_lost(self) -> bool:
-        """Whether predictions depend on the prompt without the adapter, and do not with it."""
+        """Whether predictions depend on the prompt without the adapter, but not with it."""
         largest = max(_EQUAL, self.base * _SHARE_OF_BASE) if self.likelihood <= _GUESS else _EQUAL
         return self.adapter <= largest and self.base >= _DIFFERENT and self.advantage < _ADVANTAGE
 
     def __str__(self) -> str:
-        """A line for an adapter that has lost it."""
+        """A line for a collapsed adapter."""
         return (
             f"predicts the same after each of {self.prompts} prompts that expect different answers: probabilities "
             f"differ by {self.adapter:.2g} at most, by up to {self.base:.2g} on the base"
@@ -103,11 +103,11 @@ def measure(
 
     Args:
         model: The base with the adapter.
-        without_adapter: Inside, the model computes what its base computes.
+        without_adapter: A context in which the adapter is disabled.
         rows: Rows to take the prompts from.
 
     Returns:
-        What was found; None where nearly all rows expect the same, or all stand behind one prompt.
+        The sensitivity; None if nearly all rows expect the same token, or all have the same prompt.
     """
     if not (found := prompts(rows)):
         return None
@@ -118,8 +118,8 @@ def measure(
 
 
 def prompts(rows: Sequence[TokenizedRow]) -> dict[tuple[int, ...], int]:
-    """Prompt → expected next token, for at most `PROMPTS` prompts that end before the first supervised token in which
-    rows differ."""
+    """Prompt → expected next token, for at most `PROMPTS` prompts, cut before the first supervised token in which rows
+    differ."""
     supervised = [[place for start, end in row.spans for place in range(max(start, 1), end)] for row in rows]
     for number in range(max(map(len, supervised), default=0)):
         reaching = [(row, places[number]) for row, places in zip(rows, supervised, strict=True) if number < len(places)]
@@ -149,11 +149,11 @@ def reason(sensitivity: PromptSensitivity | None, rows: str, loss: float, of_bas
     """Why an adapter counts as collapsed, as the predicate of a sentence; empty if it does not.
 
     Args:
-        sensitivity: What `measure` found.
+        sensitivity: The result of `measure`.
         rows: The rows of the losses, in words.
-        loss: The loss of the adapter in nats per token; NaN where it is a mean over something else.
-        of_base: That of its base.
-        vocabulary: How many tokens the model predicts.
+        loss: The loss of the adapter in nats per token; NaN if it has another unit.
+        of_base: The loss of its base.
+        vocabulary: The vocabulary size.
     """
     chance = math.log(vocabulary)
     is_uniform = abs(loss - chance) < _ROUNDING and abs(of_base - chance) > _CLEAR

@@ -33,22 +33,22 @@ from loratune.text import plural
 
 _TIE = 0.5
 _PLACES = 3
-"""How many places of rows a message names."""
+"""The number of rows that a message names."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well one model does on the rows.
+    """The metrics of one model on the rows.
 
     Attributes:
-        metrics: Metric → its value: the loss, which is a mean over supervised tokens, or over pairs or answers of
-            preferences; e to the power of a loss per token as `perplexity`, inf where that is beyond a float; the share
-            of rows whose greedy completion is the expected text and then ends as `exact_match`, and of those whose
-            completion begins with it, whatever follows, as `label_accuracy`, both None where no row has a prompt;
-            further metrics; and those of preferences.
-        rows: How many rows there are.
+        metrics: Metric → its value. `loss`: a mean over supervised tokens, or over pairs or answers of preferences.
+            `perplexity`: exp of a loss per token, inf on overflow. `exact_match`: the fraction of rows whose greedy
+            completion is the expected text followed by its end. `label_accuracy`: the fraction whose completion starts
+            with the expected text. Both are None if no row has a prompt. Also requested metrics, and those of
+            preferences.
+        rows: The number of rows.
         tokens: Supervised tokens.
-        intervals: Metric → its 95 % interval, None where there are too few rows for one.
+        intervals: Metric → its 95 % interval; None if there are too few rows.
     """
 
     metrics: Mapping[str, float | None]
@@ -57,33 +57,33 @@ class Score:
     intervals: Mapping[str, Interval | None] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values. Metrics that are not finite are null, as JSON has no word for them."""
+        """Plain values. Metrics that are not finite are null, as JSON cannot represent them."""
         others = {"rows": self.rows, "tokens": self.tokens, "intervals": finite(self.intervals)}
         return {**finite(self.metrics), **others}
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How an adapter compares with its base, or with another adapter, on the same rows.
+    """The comparison of an adapter with its base, or with another adapter, on the same rows.
 
     Attributes:
-        scores: Model → how well it does: `base`, `adapter`, and `against` and `majority` if there are such.
-        paired: Model → metric → how the adapter differs from that model; `compared_with` comes first.
+        scores: Model → its metrics: `base`, `adapter`, and if available `against` and `majority`.
+        paired: Model → metric → difference between the adapter and that model; `compared_with` comes first.
         metric: The metric that the verdict is about.
         rows: The distinct rows, in the order of the split.
-        forgetting: Loss of the adapter less that of the base on unrelated text, in nats per token; None if not asked.
+        forgetting: The loss of the adapter minus that of the base on unrelated text, in nats per token; None if not
+            requested.
         remarks: Lines for the user: rows that were truncated or dropped, or are also in train; too few rows.
-        majority: The most frequent of the expected answers; None where these are not labels.
-        tasks: Results of tasks of the lm-evaluation-harness; None if not asked.
-        overlap: How many rows there are, as read, and how many of them are also in train; None if that is not known.
+        majority: The most frequent expected answer; None if answers are not labels.
+        tasks: Results of tasks of the lm-evaluation-harness; None if not requested.
+        overlap: The number of rows read, and of those that are also in train; None if unknown.
         requirements: Whether each requirement is met.
-        objective: The objective that gives the loss and the rewards of preferences; None for other rows.
-        sensitivity: Whether the predictions of the adapter depend on its prompts; None where that was not measured.
-        collapsed: Why the adapter is not a result of training, whatever its metrics are, as the rest of a sentence on
-            it; empty if it is one.
-        special_tokens: Special tokens of the tokenizer, as text; prompts may have them.
+        objective: The objective that defines the loss and the rewards of preferences; None for other rows.
+        sensitivity: How much the adapter's predictions depend on the prompt; None if not measured.
+        collapsed: Why the adapter counts as collapsed, as the predicate of a sentence; empty if it does not.
+        special_tokens: Special tokens of the tokenizer, as text; prompts may contain them.
         computed_by: How losses were computed: dtype, layers and batches; see `Engine.computed_by`.
-        own_fields: Place → the fields of the row there, if they were kept.
+        own_fields: Place → the fields of the row there, if kept.
     """
 
     scores: Mapping[str, Score]
@@ -110,39 +110,39 @@ class Comparison:
 
     @property
     def compared_with(self) -> str:
-        """What the adapter is mainly compared with: `base`, or `against` where another adapter is given."""
+        """The model that the adapter is mainly compared with: `against` if there is one, else `base`."""
         return next(iter(self.paired))
 
     @property
     def differences(self) -> Mapping[str, Difference]:
-        """Metric → how the adapter differs from what it is mainly compared with."""
+        """Metric → difference between the adapter and `compared_with`."""
         return self.paired[self.compared_with]
 
     @property
     def verdict(self) -> Verdict | None:
-        """Of the adapter; None where there are too few rows for one."""
+        """The verdict on the adapter; None if there are too few rows."""
         return self.differences[self.metric].verdict if self.metric in self.differences else None
 
     @property
     def item(self) -> str:
-        """What the rows are, see `ComparedRow`."""
+        """The word for the rows, see `ComparedRow.item`."""
         return self.rows[0].item
 
     @property
     def unit(self) -> str:
-        """What the loss is a mean over: `token`, `pair` or `answer`."""
+        """The unit over which the loss is averaged: `token`, `pair` or `answer`."""
         return self.item if self.rows[0].compared else "token"
 
     def judged(self, required: Sequence[Requirement]) -> "Comparison":
-        """The comparison with whether each requirement is met, in their order."""
+        """The comparison with a judgement on each requirement."""
         return replace(self, requirements=[self._judge(one) for one in required])
 
     def require(self, *texts: str) -> None:
         """Check requirements such as `exact_match>=0.9` or `loss<base`, see `requirements`.
 
         Raises:
-            ConfigError: One is not a valid requirement, or is about what was not computed.
-            RequirementError: One is not met.
+            ConfigError: A requirement is not valid, or its metric was not computed.
+            RequirementError: A requirement is not met.
         """
         computed = [
             name for name in self.scores[metrics.ADAPTER].metrics if name not in (metrics.LOSS, metrics.PERPLEXITY)
@@ -168,16 +168,16 @@ class Comparison:
         elif found is not None and (one.of_difference or isinstance(one.bound, str)):
             metric = (
                 metrics.LOSS if one.metric == metrics.PERPLEXITY else one.metric
-            )  # of which it is a rising function
+            )  # the perplexity increases with the loss
             found = self.paired[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
         return requirements.judge(one, found, reason, self.collapsed)
 
     def with_fields(self, fields: Mapping[str, Mapping[str, Any]]) -> "Comparison":
-        """The comparison whose rows have their own fields. fields: place → fields."""
+        """The comparison with the rows' own fields. fields: place → fields."""
         return replace(self, rows=[next(row.at_places(fields)) for row in self.rows], own_fields=fields)
 
     def every_row(self) -> Iterator[ComparedRow]:
-        """Each row that was read, copies too, with its own fields; see `with_fields`."""
+        """Each row read, including copies, with its own fields; see `with_fields`."""
         return (copy for row in self.rows for copy in row.at_places(self.own_fields))
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,11 +209,11 @@ def compare_rows(
     """Compute metrics, differences and verdict from the answers to rows.
 
     Args:
-        rows: Distinct rows, at least one, each with the answers of `base` and `adapter`, and perhaps of `against`.
+        rows: Distinct rows, at least one, each with the results of `base`, `adapter` and optionally `against`.
         metric: The metric that the verdict is about.
         forgetting: See `Comparison`.
         remarks: Lines about the rows.
-        majority: What always to give the most frequent answer comes to on each row; empty where there is no such.
+        majority: The result on each row of always giving the most frequent answer; empty if answers are not labels.
 
     Raises:
         NumericError: The loss of an adapter is not finite.
@@ -255,7 +255,7 @@ def compare_rows(
 def _score(rows: Sequence[ComparedRow], model: str) -> Score:
     """The metrics of one model with their intervals. rows: at least one."""
     found: dict[str, Difference | None] = {}
-    if model != metrics.MAJORITY:  # which has no probabilities
+    if model != metrics.MAJORITY:  # it has no probabilities
         losses = losses_of(rows, model)
         found[metrics.LOSS] = Difference(losses.loss, interval := losses.interval)
         if not rows[0].compared:
@@ -312,29 +312,29 @@ def _difference(rows: Sequence[ComparedRow], metric: str, other: str) -> Differe
 
 
 def _groups(rows: Sequence[ComparedRow], metric: str) -> list[list[ComparedRow]]:
-    """The rows that add to a metric: one group, or, where it is the sum of the means of two groups, as the margin of
-    unpaired preferences is, both."""
+    """The rows that contribute to a metric, as one group; two groups for the margin of unpaired preferences, which is a
+    sum of two means."""
     own = [row for row in rows if metric in row.answers[metrics.ADAPTER].scores]
     sides = dict.fromkeys(tuple(row.compared) if metric == metrics.REWARD_MARGIN else () for row in own)
     return [[row for row in own if metric != metrics.REWARD_MARGIN or tuple(row.compared) == side] for side in sides]
 
 
 def _is_reference(metric: str, values: Values) -> bool:
-    """Whether they are of the reference itself, whose rewards are all 0, so that half of all ties count as right. Other
-    rows would show the same."""
+    """Whether the values are reward accuracies of the reference itself: its rewards are all 0, and ties count half, on
+    any rows."""
     return metric == metrics.REWARD_ACCURACY and bool((values == _TIE).all())
 
 
 def _are_shares(metric: str, *scores: Values) -> bool:
-    """Whether a metric is a share of rows, each of which counts or does not."""
+    """Whether a metric is a proportion of rows, with scores of 0 or 1."""
     return metric not in metrics.MEANS and all(((values == 0) | (values == 1)).all() for values in scores)
 
 
 def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
-    """On which rows the loss of a model is not finite, in words; empty if on none. losses: (rows,).
+    """A text on the rows for which the loss of a model is not finite; empty if there are none. losses: (rows,).
 
     Raises:
-        NumericError: It is not finite, and the model is not the base.
+        NumericError: A loss of a model other than the base is not finite.
     """
     bad = [row.where for row, own in zip(rows, losses, strict=True) if not math.isfinite(own)]
     count = plural(len(rows), rows[0].item)
@@ -345,7 +345,7 @@ def not_finite(rows: Sequence[ComparedRow], losses: Values, model: str) -> str:
 
 
 def _invalid_json(rows: Sequence[ComparedRow], models: Sequence[str]) -> Iterator[str]:
-    """How many answers are not JSON, a line for each model that has such answers."""
+    """A line with the number of answers that are not JSON, for each model with such answers."""
     for name in models:
         if count := int(sum(row.answers[name].scores.get("invalid_json", 0.0) * row.copies for row in rows)):
             yield f"{name}: {plural(count, 'answer')} of {sum(row.copies for row in rows):,} are not valid JSON"

@@ -1,8 +1,8 @@
 """The engine that computes the losses of rows: it chooses layers and batches, runs the model, and orders the results.
 
-Training, its comparisons at the end, `evaluate` and `sweep` all score rows here. What is in a batch follows from the
-model and the rows alone, not from the batches of training or the number of processes. So one adapter has one loss on
-the same rows in the same dtype and on the same device, whichever command computes it.
+Training, its final comparisons, `evaluate` and `sweep` all score rows here. Batches depend only on the model and the
+rows, not on the batches of training or the number of processes. So every command computes the same loss for an adapter
+on the same rows, in the same dtype and on the same device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,19 +29,19 @@ from loratune.kernels import next_token_loss
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
 BATCH_TOKENS = 2048
-"""Tokens of a scoring batch, padding included, at most; a longer row is a batch by itself. Without gradients that needs
-less memory than training on a single row of a few hundred tokens."""
+"""The maximum tokens of a scoring batch, including padding; a longer row is a batch by itself. Without gradients, this
+needs less memory than training on a single row of a few hundred tokens."""
 WORTH_SHARING = 0.05
-"""The share of the tokens from which on shared prefixes are computed once."""
+"""The fraction of tokens saved from which on shared prefixes are computed once."""
 _SAMPLED_ROWS = 4096
-"""Rows by which the saving of shared prefixes is estimated, at most."""
+"""The most rows used to estimate the saving by shared prefixes."""
 
 Scores = Mapping[str, Sequence[float]]
-"""Name → numbers of rows, see `Objective.scores`."""
+"""Name → values of all rows, see `Objective.scores`."""
 Copies = Mapping[int, int]
 """Number of an item → how often it occurs."""
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
-"""Called with every batch that is read; it may raise an error, which ends the pass."""
+"""Called with every batch before its forward pass; an error that it raises ends the pass."""
 
 
 def nothing(_: Any) -> None:
@@ -50,16 +50,16 @@ def nothing(_: Any) -> None:
 
 @dataclass(frozen=True)
 class ScoringLayout:
-    """How rows are batched when each row gets its own loss.
+    """How rows are batched for scoring, where each row gets its own loss.
 
-    In other batches the loss of a row may differ by rounding. Where prefixes are shared, a batch may have a few tokens
-    more, as the tree leaves out prefixes of less than `LEAST_SHARED` tokens.
+    In other batches the loss of a row may differ by rounding. With shared prefixes, a batch may have a few tokens more,
+    as the tree does not share prefixes shorter than `LEAST_SHARED` tokens.
 
     Attributes:
-        flat: Whether rows are put end to end; otherwise rows of about the same length are padded.
-        saved: About the share of the tokens that need not be computed as rows share prefixes; None if all are.
-        pad_id: The token for padding.
-        tokens: Of a batch, padding included, at most; a longer row is a batch by itself.
+        flat: Whether rows are packed; otherwise rows of similar length are padded.
+        saved: The approximate fraction of tokens saved by shared prefixes; None if prefixes are not shared.
+        pad_id: The id of the padding token.
+        tokens: The maximum tokens of a batch, including padding; a longer row is a batch by itself.
     """
 
     flat: bool
@@ -68,7 +68,7 @@ class ScoringLayout:
     tokens: int
 
     def layout(self, items: Items, lengths: NDArray[np.integer[Any]], rows_per_example: int = 0) -> BatchLayout:
-        """Rows, an item by itself. lengths: (rows,). rows_per_example: as of `BatchLayout`."""
+        """A layout with one item per batch. lengths: (rows,). rows_per_example: see `BatchLayout`."""
         packing: Packing = "batch" if self.flat else "none"
         layout = BatchLayout(items, lengths, packing, 1, int(lengths.max()), self.pad_id, rows_per_example)
         return layout.sharing(self.saved) if self.saved is not None else layout
@@ -78,8 +78,8 @@ class ScoringLayout:
         return ScoringPass(layout, self.batches(layout, [*copies]), copies)
 
     def batches(self, layout: BatchLayout, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of some items of a layout, batch by batch: items of about one length, or, where prefixes are
-        shared, items that share a prefix."""
+        """The numbers of some items of a layout by batch: items of similar length, or with shared prefixes, items that
+        share a prefix."""
         found: list[list[int]] = []
         total = 0
         for number, alone, added in self._in_order(layout, numbers):
@@ -91,7 +91,7 @@ class ScoringLayout:
         return found
 
     def _in_order(self, layout: BatchLayout, numbers: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-        """Items, each with its tokens in a batch of its own, and those that it adds after the item before it."""
+        """Items, each with its tokens in a separate batch, and the tokens that it adds after the previous item."""
         if self.saved is None:
             for number in sorted(numbers, key=layout.tokens):
                 yield number, layout.tokens(number), layout.tokens(number)
@@ -110,8 +110,8 @@ class ScoringPass:
 
     Attributes:
         layout: The rows.
-        batches: The numbers of the items of each batch.
-        copies: The items, in the order in which their losses are wanted.
+        batches: The item numbers of each batch.
+        copies: The items, in the order of the results.
     """
 
     layout: BatchLayout
@@ -119,12 +119,12 @@ class ScoringPass:
     copies: Copies
 
     def heaviest(self) -> "ScoringPass":
-        """The batch with the most tokens, as a pass of its own."""
+        """A pass over only the batch with the most tokens."""
         batch = max(self.batches, key=lambda batch: sum(map(self.layout.tokens, batch)))
         return ScoringPass(self.layout, [batch], dict.fromkeys(batch, 1))
 
     def ordered(self, scores: Scores) -> dict[str, list[float]]:
-        """Scores in the order of the batches, as many of each item, put into the order of `copies`."""
+        """Scores in the order of the batches, reordered by item to the order of `copies`."""
         places = {number: place for place, number in enumerate(chain.from_iterable(self.batches))}
         order = [places[number] for number in self.copies]
         by_item = {name: np.reshape(values, (len(order), -1)) for name, values in scores.items()}
@@ -135,23 +135,23 @@ class Objective:
     """The loss of rows, which training minimizes. This one is the cross-entropy of `sft`.
 
     Attributes:
-        unit: What the loss is a mean over, in the singular: `token`, `pair`, `answer`.
+        unit: The unit over which the loss is averaged: `token`, `pair` or `answer`.
     """
 
     unit = "token"
 
     def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
-        """The rows of a dataset as `BatchLayout` takes them; and how many of them make an item, 0 where a row does."""
+        """The rows of a dataset for `BatchLayout`, and its `rows_per_example`: rows per item, 0 if each row is one."""
         return dataset.rows, 0
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
-        """Prepare an optimizer step of these micro-steps. Returns how many tokens, pairs or answers it has over all
-        processes. count: supervised tokens of the step, as Trainer counts them."""
+        """Prepare an optimizer step with these micro-batches. Returns its number of tokens, pairs or answers over all
+        processes. count: supervised tokens of the step, as counted by Trainer."""
         return count
 
     def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
-        """Remove from a batch what is not an input of the model, and keep it for the loss. Called before the forward
-        pass. by_row: no sum over rows."""
+        """Remove the entries of a batch that are not model inputs, and keep them for the loss. Called before the
+        forward pass. by_row: compute a loss per row, without summing over rows."""
         lengths = batch.pop("lengths", None)
         kernels.set_loss_targets(model, batch["labels"], batch.pop("places", None), lengths if by_row else None)
 
@@ -162,7 +162,7 @@ class Objective:
     def score(
         self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> RowLosses:
-        """The loss of each row, pair or answer. All processes get all of them. Arguments as of `read`."""
+        """The loss of each row, pair or answer; all processes get all of them. Args as for `read`."""
         found = self.row_losses(rows.ordered(self.read(model, rows, before_batch, group)))
         return replace(found, copies=np.array([*rows.copies.values()], np.float64))
 
@@ -170,13 +170,13 @@ class Objective:
     def read(
         self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> dict[str, list[float]]:
-        """What `scores` gives of all batches, in their order, without gradients and dropout.
+        """The `scores` of all batches, in their order, computed without gradients and dropout.
 
         Args:
-            model: Accelerated, and left in the mode, training or evaluation, in which it is.
+            model: The accelerated model; its mode, training or evaluation, is restored afterwards.
             rows: The rows.
             before_batch: See `BeforeBatch`.
-            group: The processes, each of which takes a share of the batches.
+            group: The processes, among which the batches are divided.
         """
         layout, batches = rows.layout, rows.batches
         own: list[tuple[int, dict[str, list[float]]]] = []
@@ -185,7 +185,7 @@ class Objective:
         with counting("computing losses, in batches", len(batches)) as advance:
             for first in range(0, len(batches), group.count):
                 position = first + group.rank
-                # Beyond the last batch a process repeats one, as all processes must take part in every forward pass.
+                # After the last batch a process repeats one, as all processes must take part in every forward pass.
                 batch = layout.collate([layout.items[number] for number in batches[position % len(batches)]])
                 before_batch(batch)
                 found = self.scores(model, batch)
@@ -196,40 +196,40 @@ class Objective:
         return {name: [*chain.from_iterable(part[name] for part in parts)] for name in parts[0]} if parts else {}
 
     def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
-        """Numbers of each row of a batch, by name. Objectives on preferences have further ones."""
+        """Name → values of each row of a batch. Preference objectives have additional ones."""
         labels, lengths, sums = run_batch(self, model, batch)
         return {"nats": sums.tolist(), "tokens": kernels.row_counts(labels, lengths).tolist()}
 
     def row_losses(self, scores: Scores) -> RowLosses:
-        """The losses that follow from what `read` gives."""
+        """The losses, from the result of `read`."""
         return RowLosses.of(scores["nats"], scores["tokens"])
 
     def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
-        """The items by which a whole dataset is scored, and how often each occurs: copies are computed once."""
+        """The items to score for a whole dataset, and how often each occurs: copies are computed once."""
         return {number: len(copies) for number, copies in dataset.copies().items()}
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """The context in which a model is scored, without gradients. model: as given to `read`."""
+        """The context in which a model is scored, without gradients. model: as for `read`."""
         return nullcontext()
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
-        """Check that the model is what the objective expects before its first step. first: makes the first batch, on
-        the CPU. Raises NumericError: it is not."""
+        """Check that the model meets the assumptions of the objective before the first step. first: makes the first
+        batch, on the CPU. Raises NumericError: it does not."""
 
     def logged(self, *, of_step: bool = False) -> dict[str, float]:
-        """Further metrics, by their names, of the last pass over rows; or of the last micro-step."""
+        """Additional metrics by name, of the last pass over rows, or with `of_step` of the last micro-step."""
         return {}
 
 
 SFT = Objective()
-"""The objective `sft`: every supervised token, given those before it."""
+"""The objective `sft`: the cross-entropy of all supervised tokens."""
 
 
 @torch.no_grad()
 def run_batch(
     objective: Objective, model: Any, batch: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The labels of a batch, the tokens of its rows, and the loss of each row, on the model's device."""
+    """The labels of a batch, the lengths of its rows, and the loss of each row, on the model's device."""
     given = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }
@@ -241,31 +241,31 @@ def run_batch(
 
 
 class Engine:
-    """How the losses of a model with an adapter, and of its base, are computed.
+    """Computes the losses of a model with an adapter, and of its base.
 
     Attributes:
-        acceleration: Which layers the kernels compute.
-        flat: Whether rows are put end to end.
-        padded: Whether rows that are not are padded; otherwise each is a batch by itself.
-        pad_id: The token for padding.
+        acceleration: The layers that kernels compute.
+        flat: Whether rows are packed.
+        padded: Whether rows can be padded, if they are not packed; if False, each row is a batch by itself.
+        pad_id: The id of the padding token.
     """
 
     def __init__(
         self, model: Any, section: DataSection, pad_id: int, acceleration: kernels.Acceleration,
         *, flat: bool | None = None, trees: bool | None = None, group: Group = SINGLE_PROCESS,
     ) -> None:  # fmt: skip
-        """Find out how the model can be given rows.
+        """Test whether the model supports packing and padding.
 
         Args:
-            model: A `PeftModel` with its weights, whose adapter is active. Inside a context in which it computes as its
-                base, the losses are those of the base.
-            section: Whether rows may be packed and prefixes shared.
+            model: A `PeftModel` with its weights, whose adapter is active. In a context that disables the adapter, the
+                losses are those of the base.
+            section: The settings of packing and shared prefixes.
             pad_id: See the attributes.
-            acceleration: What `kernels.accelerate` found.
-            flat: Whether the model, if its attention is accelerated, computes packed rows as it computes them alone;
-                None if that is not known.
-            trees: The same of rows that share prefixes.
-            group: The processes, each of which takes a share of the rows.
+            acceleration: The result of `kernels.accelerate`.
+            flat: Whether the model with accelerated attention gives the same results for packed rows as for single
+                rows; None if unknown.
+            trees: The same for rows that share prefixes.
+            group: The processes, among which the rows are divided.
         """
         self._model, self._section, self.pad_id = model, section, pad_id
         self.acceleration, self._group = acceleration, group
@@ -279,15 +279,15 @@ class Engine:
     def losses(
         self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing
     ) -> RowLosses:
-        """The losses of some rows of a dataset, or of its pairs or answers. before_batch: see `BeforeBatch`. Others as
-        of `plan`."""
+        """The losses of some rows, pairs or answers of a dataset. before_batch: see `BeforeBatch`. Other args as for
+        `plan`."""
         planned = self.plan(dataset, copies, objective)
         with self.acceleration.applied(self._model):
             return objective.score(self._model, planned, before_batch, self._group)
 
     def plan(self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT) -> ScoringPass:
-        """A pass over some items of a dataset. Prefixes are shared where that saves enough. copies: see `ScoringPass`.
-        objective: what the loss is."""
+        """A pass over some items of a dataset. Prefixes are shared if that saves enough. copies: see `ScoringPass`.
+        objective: defines the loss."""
         items, rows_per_example = objective.items(dataset)
         scoring = ScoringLayout(self.flat, None, self.pad_id, BATCH_TOKENS if self.padded else 0)
         layout = scoring.layout(items, dataset.rows.lengths, rows_per_example)
@@ -307,8 +307,8 @@ class Engine:
 
     @property
     def computed_by(self) -> dict[str, str]:
-        """How losses are computed, as plain values; another way differs by rounding. Whether prefixes are shared is
-        decided by the rows."""
+        """How losses are computed, as plain values; other ways differ by rounding. Not included: shared prefixes, which
+        depend on the rows."""
         layers = "accelerated" if self.acceleration.steps else "stock"
         batches = "packed" if self.flat else "padded" if self.padded else "one by one"
         return {"dtype": str(self._model.dtype).removeprefix("torch."), "layers": layers, "batches": batches}
@@ -324,7 +324,7 @@ def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
 
 
 def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
-    """Check that rows fit into the context of the model. limit: see `model.load.context_length`.
+    """Check that rows fit into the model's context. limit: see `model.load.context_length`.
 
     Raises:
         ConfigError: A row is longer.

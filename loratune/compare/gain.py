@@ -1,10 +1,9 @@
-"""Measures a new adapter at the end of training: the gain over the base on held-out rows, how much the loss on other
-text has changed, and the loss on test rows.
+"""Evaluates a new adapter at the end of training: the gain over the base on held-out rows, the change of the loss on
+other text, and the loss on test rows.
 
 All losses come from `engine`, as in `evaluate`: nats per supervised token over all supervised tokens, or the
-objective's loss per preference pair or answer. The unit of sampling is the row, because the tokens of a row depend on
-each other. A copy of a row adds no information: it is computed once, has the weight of all copies, and counts as one
-row.
+objective's loss per preference pair or answer. The sampling unit is the row, because the tokens of a row depend on each
+other. Copies of a row add no information: they are computed once, weighted by their number, and count as one row.
 """
 
 import math
@@ -27,20 +26,20 @@ from loratune.text import plural
 Model = Literal["base", "start"]
 
 _MOST_ROWS, _MOST_DRAWN = 64, 4096
-"""Distinct rows that are compared, and rows that are drawn to find them, at most."""
+"""The most distinct rows that are compared, and the most rows that are drawn to find them."""
 _WANTED_ROWS = 8
-"""Distinct rows that are compared even beyond `_SHARE`, as long as training read more tokens than they have."""
+"""Distinct rows that are compared even beyond `_SHARE`, as long as they have fewer tokens than training has read."""
 _SHARE = 32
-"""The sample holds at most this part of the tokens that were trained on, within the bounds below. A forward pass of
-base and adapter costs as much as training on the same tokens, so comparing takes some 3 % of the time of a long run."""
+"""The sample has at most 1/32 of the tokens trained on, within the bounds below. A forward pass of base and adapter
+costs as much as training on the same tokens, so the comparison takes some 3 % of the time of a long run."""
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
-"""Bounds of that part. Below the lower one comparing takes little time by itself."""
+"""Bounds of the sample's tokens. Below the lower one the comparison takes little time anyway."""
 _VISIBLE = 5e-4
-"""Nats below which a difference counts as none, as it does not show in the decimals of the report."""
+"""Nats below which a difference counts as zero, as the decimals of the report do not show it."""
 _PASSAGES = 12
-"""Passages of unrelated text that are read."""
+"""The number of passages of unrelated text."""
 _WORTH_TELLING = 0.1
-"""Nats per token from which on a loss on unrelated text is reported; its perplexity is a tenth higher then."""
+"""Nats per token from which on a higher loss on unrelated text is reported: a 10 % higher perplexity."""
 
 _OTHERS = {"base": "the base", "start": "the adapter that it started from"}
 
@@ -50,21 +49,21 @@ class Gain:
     """Losses of base and adapter on the same rows, in nats per supervised token.
 
     Attributes:
-        split: Which rows, `validation` or `training`.
-        rows: How many distinct rows were compared.
-        drawn: How many rows these are with their copies.
+        split: The split of the rows, `validation` or `training`.
+        rows: The number of distinct rows compared.
+        drawn: The number of rows compared, including copies.
         total: Rows of the split.
         base: Loss of the base.
         adapter: Loss of the adapter.
-        better_by: Loss of the base less loss of the adapter: above 0 where the adapter is better.
-        low: Lower end of the 95 % interval of `better_by`. None for too few rows.
-        high: Its upper end.
-        validation_rows: Distinct validation rows, where these were too few, so that training rows were compared.
-        adapter_low: Lower end of the 95 % interval of `adapter`. None for too few rows.
-        adapter_high: Its upper end.
-        unit: What the losses are a mean over: `token`, `pair` or `answer`.
-        other: What the adapter is compared with: its `base`; or its `start`, the adapter from which training continued,
-            where that is the reference of the objective. `base` is then the loss of that.
+        better_by: Loss of the base minus loss of the adapter: above 0 if the adapter is better.
+        low: Lower end of the 95 % interval of `better_by`; None for too few rows.
+        high: Upper end of that interval.
+        validation_rows: Distinct validation rows, if they were too few, so that training rows were compared.
+        adapter_low: Lower end of the 95 % interval of `adapter`; None for too few rows.
+        adapter_high: Upper end of that interval.
+        unit: The unit over which losses are averaged: `token`, `pair` or `answer`.
+        other: The model that the adapter is compared with: its `base`; or its `start`, the adapter from which training
+            continued, if that is the reference of the objective. The field `base` is then the loss of `start`.
     """
 
     split: str
@@ -87,7 +86,7 @@ class Gain:
         cls, base: RowLosses, adapter: RowLosses, split: str, *, total: int | None = None,
         validation_rows: int | None = None, unit: str = "token", other: Model = "base",
     ) -> "Gain":  # fmt: skip
-        """From the losses of two models on the same distinct rows. total: their number with copies, if not given."""
+        """Create it from the losses of two models on the same distinct rows. total: by default the rows with copies."""
         difference, drawn = compare(base, adapter), int(adapter.copies.sum())
         low, high = finite(difference.interval) or (None, None)
         own_low, own_high = finite(mean_ratio_interval(adapter.totals, adapter.counts)) or (None, None)
@@ -99,7 +98,7 @@ class Gain:
 
     @property
     def verdict(self) -> Literal["gain", "no gain", "worse", "not judged"]:
-        """`gain` or `worse` where the whole interval is on one side of 0, and the difference is visible."""
+        """`gain` or `worse` if the interval excludes 0, and the difference is visible."""
         if not math.isfinite(self.adapter):
             return "worse"
         if self.low is None or self.high is None:
@@ -110,8 +109,8 @@ class Gain:
     def held_out_interval(self, loss: float) -> Interval | None:
         """The 95 % interval of the adapter's loss on all validation rows, whose value is `loss`.
 
-        How much losses vary from row to row is that of the rows that were compared. A mean over more rows varies less,
-        by the square root of how many times as many they are. None where too few validation rows were compared.
+        The interval of the compared rows is scaled by the square root of their fraction of all rows, assuming the same
+        variance between rows. None if too few validation rows were compared.
         """
         if self.split != "validation" or self.adapter_low is None or self.adapter_high is None:
             return None
@@ -149,7 +148,7 @@ class Gain:
         return f"{self.rows:,}{distinct} of {plural(self.total, what)}"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, the verdict among them. Above 0 is better. A number that is not finite is null."""
+        """Plain values, with the verdict. Numbers that are not finite are null."""
         return {**finite(asdict(self)), "verdict": self.verdict}
 
 
@@ -159,10 +158,10 @@ class Forgetting:
 
     Attributes:
         comparison: The model before its first step, as `base`, and the trained one, on the same rows; None if the rows
-            are not known.
-        rows: What rows these are.
-        unknown: Why they are not known.
-        before: What the model before its first step is called.
+            are unavailable.
+        rows: A description of the rows.
+        unknown: Why the rows are unavailable.
+        before: The name of the model before its first step.
     """
 
     comparison: Gain | None
@@ -181,9 +180,9 @@ class Forgetting:
         return f"{self.before} {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval})"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: losses in nats per supervised token, and their `change`, above 0 where something was forgotten.
+        """Plain values: losses in nats per supervised token, and their `change`, above 0 if the loss has increased.
 
-        A loss that is not finite is null.
+        Losses that are not finite are null.
         """
         if (measured := self.comparison) is None:
             return {"not_measured": self.unknown}
@@ -197,7 +196,7 @@ class Forgetting:
 
     @property
     def remark(self) -> str:
-        """A line on what was lost on unrelated text, where that is much and certain; else empty."""
+        """A line on a large and significant increase of the loss on unrelated text; else empty."""
         measured = self.comparison
         if measured is None:
             return ""
@@ -212,11 +211,11 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class FinalScore:
-    """The loss of the adapter on the test rows, which are read once, after the last step.
+    """The loss of the adapter on the test rows, computed once, after the last step.
 
     Attributes:
-        losses: Of the distinct rows.
-        unit: What the loss is a mean over, see `Objective`.
+        losses: The losses of the distinct rows.
+        unit: The unit over which the loss is averaged, see `Objective`.
     """
 
     losses: RowLosses
@@ -233,7 +232,7 @@ class FinalScore:
         return f"{what} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: `tokens` are supervised ones, or pairs or answers; `distinct` rows are no copies."""
+        """Plain values: `tokens` counts supervised tokens, pairs or answers; `distinct` counts rows without copies."""
         found, interval = self.losses, self.losses.interval
         return {
             "loss": found.loss, "tokens": int(found.counts.sum()), "rows": int(found.copies.sum()),
@@ -242,7 +241,7 @@ class FinalScore:
 
 
 def per(unit: str) -> str:
-    """What a loss is measured in: `nats per token`, and `per pair` or `per answer` of preferences."""
+    """The unit of a loss as text: `nats per token`, or `per pair` or `per answer` for preferences."""
     return "nats per token" if unit == "token" else f"per {unit}"
 
 
@@ -252,7 +251,7 @@ def item(unit: str) -> str:
 
 
 def _nats(value: float) -> str:
-    """Three decimals, and never a negative zero."""
+    """The value with three decimals, without negative zero."""
     return f"{value:.3f}" if not abs(value) < _VISIBLE else "0.000"
 
 
@@ -267,11 +266,11 @@ def measure(
     """Compare a trained adapter with its base, or another model, on a sample of rows.
 
     Args:
-        engine: Computes the losses of the base with the adapter, as it was trained.
-        objective: What the loss is.
-        other: Inside, the model computes what it is compared with, see `tensors.as_initialized`.
-        splits: Rows by the name of their split. The sample is drawn from the first split with enough distinct rows, and
-            from the last if there is none; it is the same sample for the same rows and budget.
+        engine: Computes the losses of the trained adapter.
+        objective: Defines the loss.
+        other: A context in which the model computes as the one to compare with, see `tensors.as_initialized`.
+        splits: Split → rows. The sample is drawn from the first split with enough distinct rows, or else from the last;
+            the same rows and budget give the same sample.
         budget: Tokens that the run was trained on.
         compared_with: See `Gain.other`.
     """
@@ -286,7 +285,7 @@ def measure(
 
 
 def forgetting(engine: Engine, base: AbstractContextManager[None], text: TokenizedDataset) -> Forgetting:
-    """Compare a trained adapter with its base on passages of an unrelated text. Arguments as of `measure`."""
+    """Compare a trained adapter with its base on passages of an unrelated text. Args as for `measure`."""
     numbers = dict.fromkeys(passages(text), 1)
     after = engine.losses(text, numbers)
     with base:
@@ -306,16 +305,16 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
 
 
 def passages(rows: TokenizedDataset) -> range:
-    """The numbers of the rows that are read of unrelated text."""
+    """The numbers of the rows of unrelated text that are compared."""
     return range(min(_PASSAGES, rows.items))
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:
-    """Choose the rows that are compared. Arguments as of `measure`.
+    """Choose the rows to compare. Args as for `measure`.
 
     Returns:
-        The name of their split; the numbers of distinct rows, and how many of those that were drawn are copies of each,
-        itself included; and how many distinct validation rows there are, where these are too few.
+        The name of their split; number of a distinct row → its copies among the drawn rows, including itself; and the
+        number of distinct validation rows, if these are too few.
     """
     samples = {name: _sample(rows, budget) for name, rows in splits.items()}
     split = next((name for name, rows in samples.items() if len(rows) >= LEAST_ROWS), [*splits][-1])
@@ -324,11 +323,11 @@ def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, di
 
 
 def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
-    """Draw the rows that are compared. They have fewer tokens than training read, or than `_LEAST_TOKENS`, so that a
-    short run is not followed by a long comparison.
+    """Draw the rows to compare. Their tokens are limited by those of training, or by `_LEAST_TOKENS`, so that the
+    comparison after a short run is short.
 
     Returns:
-        The numbers of distinct rows, and how many of the rows that were drawn are copies of each, itself included.
+        Number of a distinct row → its copies among the drawn rows, including itself.
     """
     count = split.items
     share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)

@@ -1,10 +1,10 @@
 """The lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) on an adapter and its base.
 
-This is the only module that imports it. Both models run on one load of the base, on the same requests. An adapter that
-was not applied would show in metrics that equal the base's, which the harness's users found out late (its issue 511):
-here equal log-likelihoods are an error.
+This is the only module that imports it. Both models share one loaded base, and get the same requests. If an adapter is
+not applied, its metrics equal those of the base, which users of the harness noticed late (its issue 511); here equal
+log-likelihoods are an error.
 
-What the harness prints goes to the debug log; random states and environment variables are restored.
+Output of the harness goes to the debug log; random states and environment variables are restored.
 """
 
 import copy
@@ -41,19 +41,19 @@ from loratune.model.load import context_length
 from loratune.system.environment import kept_environment
 
 _BATCH = 32
-"""Requests of a batch, at most."""
+"""The maximum requests of a batch."""
 _BATCH_TOKENS = 8192
-"""Tokens of a batch, whose logits and log-probabilities are in memory at once: 3.3 GB with a vocabulary of 50,000."""
+"""The maximum tokens of a batch. Its logits and log-probabilities take 3.3 GB with a vocabulary of 50,000."""
 _BATCHES = 4
-"""Batches after which the progress may be shown."""
+"""Batches between progress updates."""
 _DRAWS = 1000
-"""Resamples behind the harness's standard errors of metrics that are not means."""
+"""Bootstrap resamples for the harness's standard errors of metrics that are not means."""
 _KINDS = {
     "loglikelihood": "log-likelihoods",
     "loglikelihood_rolling": "log-likelihoods of texts",
     "generate_until": "answers",
 }
-"""Kind of request, by the name of the harness's method, and what it is called in messages."""
+"""Name of the harness's request method → its name in messages."""
 
 _logger = logging.getLogger(__name__)
 
@@ -71,23 +71,23 @@ def open_tasks(specs: Sequence[str], required: Sequence[Requirement] = ()) -> Op
 
     Args:
         specs: Names of tasks, groups and tags of the harness; YAML files of tasks; directories, for all tasks in them.
-            A YAML file can name Python functions beside it, which then run.
-        required: What the user requires.
+            A YAML file can refer to Python functions in its directory, which are then executed.
+        required: The requirements of the user.
 
     Raises:
-        ConfigError: There is no such task; it runs code that a model writes, or needs images or sound; or see
+        ConfigError: A task does not exist, executes code written by the model, or needs images or sound; or see
             `requirements.check_tasks`.
-        DataError: It or its rows cannot be loaded.
+        DataError: A task or its rows cannot be loaded.
     """
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
     with contained():
-        for spec, manager, name in [*_found(specs)]:  # all are known before the rows of any are loaded
+        for spec, manager, name in [*_found(specs)]:  # find all tasks before loading rows
             if spec != name and (name in tasks or name in groups):
-                continue  # it came with a group of its directory
+                continue  # already loaded with a group of its directory
             try:
                 loaded = manager.load([name])
-            except (Exception, SystemExit) as error:  # its code may end the process, as if all were well
+            except (Exception, SystemExit) as error:  # code of a task may call sys.exit
                 fix = "without a network, HF_HUB_OFFLINE=1 takes rows of earlier downloads"
                 fix = fix if isinstance(error, ConnectionError) else ""
                 what = f"the harness cannot load it or its rows: {_reason(error)}"
@@ -109,7 +109,7 @@ def open_tasks(specs: Sequence[str], required: Sequence[Requirement] = ()) -> Op
 
 
 def _found(specs: Sequence[str]) -> Iterator[tuple[str, TaskManager, str]]:
-    """Each task as the user names it, where it is found, and what it is called there. Raises ConfigError: nowhere."""
+    """Each task: as the user names it, its task manager, and its name there. Raises ConfigError: it does not exist."""
     names = [spec for spec in specs if not is_path(spec)]
     known = TaskManager() if names else TaskManager(include_defaults=False)
     for spec in specs:
@@ -131,9 +131,9 @@ def _found(specs: Sequence[str]) -> Iterator[tuple[str, TaskManager, str]]:
 
 
 class _ModelOfHarness:
-    """What the harness takes for a model: the base, with its adapter or without, by the layers that `generate` uses.
+    """The model for the harness: the base with or without its adapter, computed with the layers that `generate` uses.
 
-    It is no module, so that the harness does not tie or move weights.
+    It is not a `torch.nn.Module`, so that the harness does not tie or move weights.
     """
 
     def __init__(self, loaded: LoadedAdapter):
@@ -147,14 +147,14 @@ class _ModelOfHarness:
 
     @torch.inference_mode()
     def generate(self, **keywords: Any) -> torch.Tensor:
-        """As the model's own."""
+        """As the model's `generate`."""
         with self._loaded.computing():
             ids: torch.Tensor = self._loaded.model.generate(**keywords)
         return ids
 
 
 class _HarnessedModel(HFLM):
-    """The harness's own model, which computes requests in batches of bounded size and keeps requests and responses.
+    """The harness's `HFLM`, which computes requests in batches of bounded size and records requests and responses.
 
     Attributes:
         requests: Kind of request → the arguments of each, in the harness's order.
@@ -162,11 +162,11 @@ class _HarnessedModel(HFLM):
     """
 
     def __init__(self, loaded: LoadedAdapter, name: str, stderr: Any):
-        """name: of the model, for the progress."""
+        """name: the model's name in progress events. stderr: the stream for progress."""
         super().__init__(
             _ModelOfHarness(loaded),
             backend="causal",
-            tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness gives it a padding token
+            tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness sets its padding token
             max_length=context_length(loaded.model.config),
             softmax_dtype="float32",
         )
@@ -175,29 +175,29 @@ class _HarnessedModel(HFLM):
         self.responses: dict[str, list[Any]] = {}
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Of continuations of contexts, each with whether it is what the model would greedily say."""
+        """Log-likelihoods of continuations of contexts, each with whether it is the greedy continuation."""
         lengths = [self._tokens("".join(request.args)) for request in requests]
         return self._in_batches("loglikelihood", super().loglikelihood, requests, lengths)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
-        """Of whole texts."""
+        """Log-likelihoods of whole texts."""
         lengths = [self._tokens(request.args[0]) for request in requests]
         return self._in_batches("loglikelihood_rolling", super().loglikelihood_rolling, requests, lengths)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[str]:
-        """Completions of contexts, up to a text that ends them."""
+        """Completions of contexts, up to a stop text."""
         pairs = [request.args for request in requests]
         lengths = [self._tokens(text) + (asked.get("max_gen_toks") or self.max_gen_toks) for text, asked in pairs]
         return self._in_batches("generate_until", super().generate_until, requests, lengths)
 
     def _tokens(self, text: str) -> int:
-        """Of a text, or of the part of it that the model takes at once."""
+        """The number of tokens of a text, at most the model's context."""
         return max(1, min(len(self.tok_encode(text)), int(self.max_length)))
 
     def _in_batches(
         self, kind: str, compute: Callable[..., list[Any]], requests: Sequence[Any], lengths: Sequence[int]
     ) -> list[Any]:
-        """Compute requests from the longest to the shortest, with as many in a batch as there is memory for."""
+        """Compute requests from the longest to the shortest, in batches of at most `_BATCH_TOKENS` tokens."""
         order = sorted(range(len(requests)), key=lambda number: -lengths[number])
         responses: list[Any] = [None] * len(requests)
         start, printed = 0, sys.stderr
@@ -205,7 +205,7 @@ class _HarnessedModel(HFLM):
             while start < len(order):
                 self.batch_size_per_gpu = max(1, min(_BATCH, _BATCH_TOKENS // lengths[order[start]]))
                 numbers = order[start : start + _BATCHES * self.batch_size_per_gpu]
-                with redirect_stderr(printed):  # one of the harness's bars cannot be switched off
+                with redirect_stderr(printed):  # one of the harness's progress bars cannot be disabled
                     found = compute([requests[number] for number in numbers], disable_tqdm=True)
                 for number, response in zip(numbers, found, strict=True):
                     responses[number] = response
@@ -219,13 +219,13 @@ def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None) -> TaskRe
     """Run tasks on base and adapter.
 
     Args:
-        loaded: The adapter. Prompts go through its chat template if it was trained on conversations.
+        loaded: The adapter. Prompts are rendered with its chat template if it was trained on conversations.
         opened: The tasks.
-        limit: How many documents of each task to take at most.
+        limit: The maximum number of documents of each task.
 
     Raises:
-        AdapterError: The base cannot be computed alone, see `LoadedAdapter.without_adapter`.
-        DataError: A task fails, or does not ask both models the same.
+        AdapterError: The adapter cannot be disabled, see `LoadedAdapter.without_adapter`.
+        DataError: A task fails, or its requests differ between both models.
         NumericError: The adapter has no effect.
     """
     models, found = {}, {}
@@ -246,7 +246,7 @@ def run(loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None) -> TaskRe
 def _run_one(
     loaded: LoadedAdapter, opened: OpenedTasks, limit: int | None, name: str
 ) -> tuple[_HarnessedModel, dict[str, Any]]:
-    """Run tasks on the model as it is. Returns it with the requests, and the harness's results with the documents."""
+    """Run tasks on the model in its current state. Returns the model with its requests, and the harness's results."""
     stderr = sys.stderr
     with contained():
         model = _HarnessedModel(loaded, name, stderr)
@@ -272,7 +272,7 @@ def _run_one(
 
 
 def _effect(base: Mapping[str, Sequence[Any]], adapter: Mapping[str, Sequence[Any]], where: str) -> str:
-    """A remark where answers do not show an effect of the adapter. Raises NumericError: log-likelihoods show none."""
+    """A remark if all answers equal those of the base; else empty. Raises NumericError: all log-likelihoods do."""
     likelihoods = [kind for kind in base if kind != "generate_until"]
     if likelihoods and all(base[kind] == adapter[kind] for kind in likelihoods):
         count = sum(len(base[kind]) for kind in likelihoods)
@@ -289,7 +289,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _metrics(opened: OpenedTasks, found: Mapping[str, Any]) -> dict[str, dict[str, TaskMetric]]:
-    """Task, or group with metrics of its own → metric → metric."""
+    """Task, or group with its own metrics → name of a metric → metric."""
     names = [name for name in found[BASE]["results"] if name in opened.tasks or name in found[BASE].get("groups", {})]
     return {name: dict(_metrics_of(name, opened, found)) for name in names}
 
@@ -315,15 +315,15 @@ def _metrics_of(name: str, opened: OpenedTasks, found: Mapping[str, Any]) -> Ite
 
 
 def _aggregation(task: Any, metric: str) -> str:
-    """The name of the harness's function by which a task makes one metric of a metric; empty if it is not the
-    harness's. The harness takes the mean where the task does not say."""
+    """The name of the harness's function with which a task aggregates a metric, by default the mean; empty if it is not
+    a function of the harness."""
     function = task.aggregation().get(metric, metrics.mean)
     name: str = getattr(function, "__name__", "")
     return name if getattr(metrics, name, None) is function else ""
 
 
 def _samples(found: Mapping[str, Any], leaves: Sequence[str], metric: str, filter_name: str) -> list[Any]:
-    """The metric of each document that has it."""
+    """The values of a metric for the documents that have it."""
     samples = [sample for leaf in leaves for sample in found["samples"][leaf] if sample["filter"] == filter_name]
     return [sample[metric] for sample in samples if metric in sample["metrics"]]
 
@@ -334,14 +334,14 @@ def _are_means(values: Mapping[str, float], samples: Mapping[str, Sequence[Any]]
 
 
 def _number(value: Any) -> float | None:
-    """A standard error; the harness has `N/A` where there is none."""
+    """A standard error; None for the harness's `N/A`."""
     return float(value) if isinstance(value, int | float | np.number) and np.isfinite(value) else None
 
 
 @contextmanager
 def contained() -> Iterator[None]:
-    """Inside, what is printed goes to the debug log, random numbers are those that the harness begins with, and it
-    starts no processes; random states and environment variables are restored."""
+    """Isolate the harness inside: output goes to the debug log, random seeds are the harness's, and it starts no
+    processes; afterwards random states and environment variables are restored."""
     states = random.getstate(), np.random.get_state()
     printed = io.StringIO()
     try:

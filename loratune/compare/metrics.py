@@ -1,11 +1,11 @@
-"""The metrics of a comparison: their names, losses of rows, how two models differ, and scores of answers.
+"""The metrics of a comparison: their names, losses of rows, differences between two models, and scores of answers.
 
-Two models are compared in pairs, on the same rows. Every distinct row counts as one row of the sample, with the weight
-of its copies: copies add no information. So shares have the interval of Kish's effective number of rows, see
+Comparisons of two models are paired, on the same rows. Every distinct row counts as one row of the sample, weighted by
+its number of copies, as copies add no information. So intervals of proportions use Kish's effective sample size, see
 `statistics.effective_rows`. Without copies that is the number of rows.
 
-Answers are compared with the expected text by `--metric contains`, `rouge_l`, `json` and `regex:PATTERN`. `exact_match`
-and `label` compare tokens and beginnings, see `answers`; they are always computed.
+`--metric contains`, `rouge_l`, `json` and `regex:PATTERN` compare answers with the expected text. `exact_match` and
+`label` compare tokens and beginnings, see `answers`; they are always computed.
 """
 
 import base64
@@ -32,19 +32,19 @@ from loratune.errors import ConfigError, Problem, missing_package
 from loratune.statistics import Interval, finite, loss_interval, mean_ratio
 
 BASE, ADAPTER, AGAINST, MAJORITY = "base", "adapter", "against", "majority"
-"""The names of the models: the base, the adapter on it, the other adapter that it is compared with, and one that always
-gives the most frequent of the expected answers, where these are labels."""
+"""The names of the models: the base, the adapter, another adapter to compare with, and a baseline that always gives the
+most frequent expected answer, if answers are labels."""
 
 LOSS, PERPLEXITY, EXACT_MATCH, LABEL_ACCURACY = "loss", "perplexity", "exact_match", "label_accuracy"
-"""The names of the metrics of rows; the last two are None where no row has a prompt."""
+"""The names of the metrics of rows; the last two are None if no row has a prompt."""
 FORGETTING, INVALID_JSON = "forgetting", "invalid_json"
 REWARD_ACCURACY, REWARD_MARGIN, RANKING_ACCURACY = "reward_accuracy", "reward_margin", "ranking_accuracy"
 LOG_PROBABILITY, PREFERRED_LENGTH = "log_probability", "preferred_length"
 SIDES = ("chosen", "rejected", "desirable", "undesirable")
 LOWER_IS_BETTER = (LOSS, PERPLEXITY, INVALID_JSON)
-"""Metrics of which less is better."""
+"""Metrics for which lower is better."""
 MEANS = ("rouge_l",)
-"""Metrics whose scores are fractions; all others are 0 or 1 on a row."""
+"""Bounded metrics whose row scores are fractions; the scores of other bounded metrics are 0 or 1."""
 _WITHOUT_DIRECTION = (*(f"{side}_{LOG_PROBABILITY}" for side in SIDES), PREFERRED_LENGTH)
 _UNBOUNDED = (LOSS, PERPLEXITY, FORGETTING, REWARD_MARGIN, *_WITHOUT_DIRECTION)
 
@@ -55,37 +55,37 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def has_direction(metric: str) -> bool:
-    """Whether more of a metric is better, or less; else a difference has no verdict."""
+    """Whether higher or lower values of a metric are better; if not, its difference has no verdict."""
     return metric not in _WITHOUT_DIRECTION
 
 
 def is_bounded(metric: str) -> bool:
-    """Whether a metric is a share of rows, or a mean of scores between 0 and 1."""
+    """Whether a metric is a proportion of rows, or a mean of scores between 0 and 1."""
     return metric not in _UNBOUNDED
 
 
 def sides(*, paired: bool) -> tuple[str, str]:
-    """What the better and the worse answers are called: of pairs, or of unpaired preferences."""
+    """The names of the better and the worse answers, for pairs or unpaired preferences."""
     return SIDES[:2] if paired else SIDES[2:]
 
 
 def metrics_of(*, paired: bool) -> tuple[str, ...]:
-    """The names of the metrics of pairs, or of unpaired preferences."""
+    """The names of the metrics for pairs or unpaired preferences."""
     own = [f"{side}_{LOG_PROBABILITY}" for side in sides(paired=paired)]
     return REWARD_ACCURACY, REWARD_MARGIN, *((RANKING_ACCURACY, *own, PREFERRED_LENGTH) if paired else own)
 
 
-# Losses of rows, and how two models differ
+# Losses of rows, and differences between two models
 
 Values = NDArray[np.float64]
 Sample = tuple[Values, Values]
-"""Totals and counts over rows, whose ratio of sums is a mean."""
+"""Totals and counts of rows; the ratio of their sums is a mean."""
 Verdict = Literal["better", "worse", "indistinguishable"]
 
 SIGNIFICANT = 0.05
-"""The p of McNemar's test below which two shares differ."""
+"""The p-value of McNemar's test below which two proportions differ significantly."""
 _MOST_BYTES = 1 << 22
-"""Bytes of packed row losses, once unpacked, at most."""
+"""The maximum bytes of unpacked row losses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +93,9 @@ class RowLosses:
     """The losses of one model on some rows, or on preference pairs or answers; arrays (rows,).
 
     Attributes:
-        nats: Of each row, summed over its supervised tokens; of preferences, the loss of the objective.
-        tokens: Its supervised tokens; 1 for preferences.
-        copies: How often the row occurs: a copy has the loss of the first of its kind, and counts as often.
+        nats: The loss of each row, summed over its supervised tokens; for preferences, the loss of the objective.
+        tokens: Supervised tokens of each row; 1 for preferences.
+        copies: How often each row occurs; copies have the same loss.
     """
 
     nats: Values
@@ -104,7 +104,7 @@ class RowLosses:
 
     @classmethod
     def of(cls, nats: Sequence[float], tokens: Sequence[float], copies: Sequence[int] | None = None) -> Self:
-        """From plain numbers. copies: one of each row, if not given."""
+        """Create it from plain numbers. copies: by default 1 for each row."""
         times = np.ones(len(nats)) if copies is None else np.asarray(copies, np.float64)
         return cls(np.asarray(nats, np.float64), np.asarray(tokens, np.float64), times)
 
@@ -113,17 +113,17 @@ class RowLosses:
 
     @property
     def totals(self) -> Values:
-        """(rows,), nats with those of the copies."""
+        """(rows,), nats times copies."""
         return self.copies * self.nats
 
     @property
     def counts(self) -> Values:
-        """(rows,), tokens with those of the copies."""
+        """(rows,), tokens times copies."""
         return self.copies * self.tokens
 
     @property
     def loss(self) -> float:
-        """The mean over all tokens, pairs or answers. It does not depend on the order of the rows."""
+        """The mean over all tokens, pairs or answers; independent of the order of the rows."""
         return mean_ratio(self.totals, self.counts)
 
     @property
@@ -132,17 +132,17 @@ class RowLosses:
         return loss_interval(self.totals, self.counts)
 
     def take(self, order: Sequence[int]) -> "RowLosses":
-        """Some of the rows, in this order."""
+        """The losses of some rows, in this order."""
         return RowLosses(self.nats[order], self.tokens[order], self.copies[order])
 
     def packed(self) -> str:
-        """As text of about five bytes a row, with eight digits of each loss."""
+        """The losses as text of about five bytes per row, with the precision of float32."""
         raw = np.stack([self.nats, self.tokens, self.copies]).astype(np.float32).tobytes()
         return base64.b85encode(zlib.compress(raw)).decode()
 
     @classmethod
     def unpacked(cls, text: str) -> "RowLosses":
-        """What `packed` made. Raises ValueError: it did not make this."""
+        """The losses from text written by `packed`. Raises ValueError: the text is not valid."""
         try:
             raw = zlib.decompressobj().decompress(base64.b85decode(text), _MOST_BYTES)
         except zlib.error as error:
@@ -154,12 +154,12 @@ class RowLosses:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all numbers are finite, also as `packed` writes them."""
+        """Whether all numbers are finite, also in float32, as `packed` writes them."""
         with np.errstate(over="ignore"):
             return all(np.isfinite(one.astype(np.float32)).all() for one in (self.nats, self.tokens, self.copies))
 
     def has_rows_of(self, other: "RowLosses") -> bool:
-        """Whether the rows are those of other losses, as far as their tokens and copies tell."""
+        """Whether other losses are of the same rows, judged by tokens and copies."""
         return np.array_equal(self.tokens, other.tokens) and np.array_equal(self.copies, other.copies)
 
 
@@ -167,16 +167,15 @@ class RowLosses:
 class Difference:
     """The paired difference of a metric on the same rows: adapter minus the model it is compared with.
 
-    For a difference between shares of rows, the verdict needs both: McNemar's p below 0.05, and an interval without 0.
+    A difference between proportions is significant only if McNemar's p is below 0.05 and the interval excludes 0.
 
     Attributes:
         value: The difference.
-        interval: Its paired 95 % interval; None where there are too few rows.
-        p: The exact p of McNemar's test over distinct rows, for metrics that are shares of rows; None for others.
-        verdict: What it means for the adapter; None where there is no interval, or where neither more nor less of the
-            metric is better.
-        rows_needed: About how many distinct rows would tell the two apart, where these do not; None if not known, as
-            where the difference is 0.
+        interval: Its paired 95 % interval; None if there are too few rows.
+        p: The exact p-value of McNemar's test over distinct rows, for metrics that are proportions; None for others.
+        verdict: The verdict on the adapter; None without an interval, or if neither higher nor lower values are better.
+        rows_needed: The estimated number of distinct rows for a significant difference, if it is not significant; None
+            if unknown, for example if the difference is 0.
     """
 
     value: float
@@ -187,11 +186,11 @@ class Difference:
 
     @property
     def is_distinguishable(self) -> bool:
-        """Whether it is more than chance. That of a metric of a task may have a p without a verdict."""
+        """Whether the difference is significant. The metric of a task may have a p-value without a verdict."""
         return self.verdict != "indistinguishable" and (self.p or 0.0) < SIGNIFICANT
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, `low` and `high` among them, and `rows_needed` where rows do not tell the two apart."""
+        """Plain values, with `low` and `high`, and with `rows_needed` if the difference is not significant."""
         low, high = (self.interval.low, self.interval.high) if self.interval else (None, None)
         values: dict[str, Any] = {"value": finite(self.value), "low": low, "high": high}
         values |= {"p": self.p} if self.p is not None else {}
@@ -199,43 +198,43 @@ class Difference:
 
 
 def compare(base: RowLosses, adapter: RowLosses) -> Difference:
-    """The paired difference of losses on the same rows: adapter minus its base, or another model."""
+    """The paired difference of losses on the same rows: adapter minus base, or another model."""
     return mean_difference([(adapter.totals - base.totals, adapter.counts)], lower_is_better=True)
 
 
 def mean_difference(samples: Sequence[Sample], *, lower_is_better: bool) -> Difference:
-    """A difference that is a ratio of two sums over rows, or, of several groups of rows, a sum of such ratios.
+    """A difference that is a ratio of two sums over rows; for several groups of rows, a sum of such ratios.
 
-    samples: of each group, a metric of each row less that of what it is compared with, (rows,); and counts above 0.
+    samples: for each group, the difference of a metric on each row, (rows,), and counts above 0.
     """
     value = sum(mean_ratio(*sample) for sample in samples)
     return judged(value, sum_interval(samples), samples, lower_is_better)
 
 
 def sum_interval(samples: Sequence[Sample]) -> Interval | None:
-    """The interval of a ratio of two sums over rows; of several groups of rows, of the sum of their ratios."""
+    """The interval of a ratio of two sums over rows; for several groups of rows, of the sum of their ratios."""
     of_one = len(samples) == 1
     return statistics.mean_ratio_interval(*samples[0]) if of_one else statistics.sum_of_ratios_interval(samples)
 
 
 def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """The difference of two means of scores between 0 and 1: second minus first. first, second: (rows,), the score of
-    each row. weights: (rows,), the copies of each."""
+    """The difference of two means of scores between 0 and 1: second minus first. first, second: (rows,), the scores of
+    the rows. weights: (rows,), their copies."""
     sample = weights * (second - first), weights
     interval = statistics.bounded_difference_interval(second - first, weights)
     return judged(mean_ratio(*sample), interval, [sample], lower_is_better)
 
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """The difference of two shares of rows: second minus first. first, second: (rows,), 0 or 1. weights: (rows,), the
-    copies of each."""
+    """The difference of two proportions of rows: second minus first. first, second: (rows,), 0 or 1. weights: (rows,),
+    the copies of the rows."""
     rows = statistics.effective_rows(weights)
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
     interval = statistics.share_difference_interval(first_only, second_only, rows)
     lost, won = int((first > second).sum()), int((second > first).sum())
     p, value = statistics.mcnemar(lost, won), shares[1] - shares[0]
-    agree = (won - lost) * value > 0  # with copies, more rows may be lost and yet fewer distinct ones, which p is about
+    agree = (won - lost) * value > 0  # p counts distinct rows, value counts copies: their signs may differ
     verdict = _verdict(value, interval, lower_is_better) if p < SIGNIFICANT and agree else "indistinguishable"
     needed = None
     if verdict == "indistinguishable":
@@ -244,7 +243,7 @@ def share_difference(first: Values, second: Values, weights: Values, *, lower_is
 
 
 def judged(value: float, interval: Interval | None, samples: Sequence[Sample], lower_is_better: bool) -> Difference:
-    """A difference with its verdict. samples: totals and counts over rows, whose ratios vary as it does."""
+    """A difference with its verdict. samples: totals and counts of rows; their ratios have the same standard error."""
     verdict = _verdict(value, interval, lower_is_better)
     needed = None
     if verdict == "indistinguishable":
@@ -262,13 +261,13 @@ def _verdict(value: float, interval: Interval | None, lower_is_better: bool) -> 
 
 
 def _rows_needed(value: float, error: float, rows: int) -> int | None:
-    """About how many rows a significant difference would need; more than there are."""
+    """The estimated number of rows for a significant difference, more than `rows`."""
     needed = statistics.rows_needed(value, error, rows)
     return needed and max(needed, rows + 1)
 
 
 def exp(value: float) -> float:
-    """e to the power of it; inf where that is beyond a float."""
+    """e to the power of a value; inf on overflow."""
     with np.errstate(over="ignore"):
         return float(np.exp(value))
 
@@ -277,17 +276,17 @@ def exp(value: float) -> float:
 
 
 class ExpectedTextError(ValueError):
-    """A metric says nothing about rows with such an expected text; the message says why."""
+    """An expected text for which a metric is undefined; the message says why."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How answers are scored.
+    """A metric of answers.
 
     Attributes:
-        name: Of its mean over rows, and of its score on a row.
-        scores: From the expected text and the answer to metric → score, the metric's own among them. It raises
-            `ExpectedTextError`, and `BadPatternError` if it takes too long. None for those that every evaluation has.
+        name: The name of its mean over rows, and of its score on a row.
+        scores: Function of the expected text and the answer that returns metric → score, including the metric itself.
+            Raises `ExpectedTextError`, and `BadPatternError` on timeout. None for metrics that are always computed.
     """
 
     name: str
@@ -295,7 +294,7 @@ class Metric:
 
 
 def parse(values: Sequence[str]) -> list[Metric]:
-    """The metrics that an option names, each once.
+    """The metrics named by an option, without duplicates.
 
     Raises:
         ConfigError: A name is unknown; an expression is not valid; a package is missing.
@@ -322,7 +321,8 @@ def _parse(value: str) -> Metric:
 
 def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
     """ROUGE-L as an F1 score over words (C.-Y. Lin, "ROUGE: a package for automatic evaluation of summaries", 2004), by
-    Google's package, without stemming. Its own tokenizer drops all letters but a to z; here words are of any script."""
+    Google's package, without stemming. Words may be of any script; the package's tokenizer keeps only letters a to z.
+    """
     if find_spec("rouge_score") is None:
         code, purpose = Code.SYSTEM_MISSING_PACKAGE, "computes rouge_l"
         raise ConfigError(missing_package(code, "rouge-score", purpose, "eval", key=OPTION))
@@ -338,14 +338,14 @@ def _rouge_l() -> Callable[[str, str], Mapping[str, float]]:
 
 
 def _contains_scores(expected: str, answer: str) -> Mapping[str, float]:
-    """Whether the answer contains the expected text. Any answer contains an empty text, which says nothing."""
+    """Whether the answer contains the expected text. Raises ExpectedTextError: the expected text is empty."""
     if not (text := expected.strip()):
         raise ExpectedTextError("the expected text is empty")
     return {"contains": float(text in answer)}
 
 
 def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
-    """Whether both are JSON with the same value, whatever its spaces and the order of its keys; and whether the answer
+    """Whether both texts are JSON with the same value, regardless of whitespace and key order; and whether the answer
     is not JSON."""
     try:
         value = _json_value(expected)
@@ -358,8 +358,8 @@ def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
 
 
 def _json_value(text: str) -> Any:
-    """The value of a JSON text, such that == compares as JSON does: true is not 1, and 1 is 1.0. Numbers of any size
-    and precision are themselves. Raises ValueError."""
+    """The value of a JSON text, such that == follows JSON: true differs from 1, and 1 equals 1.0. Numbers keep their
+    full size and precision. Raises ValueError."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
@@ -380,7 +380,7 @@ def _json_value(text: str) -> Any:
 
 
 def _regex_scores(metric: str, pattern: Pattern, expected: str, answer: str) -> Mapping[str, float]:
-    """Whether an expression finds the same in both."""
+    """Whether an expression extracts the same text from both."""
     value = _found(pattern, expected)
     if value is None:
         raise ExpectedTextError("the expression finds nothing in the expected text")
@@ -388,8 +388,8 @@ def _regex_scores(metric: str, pattern: Pattern, expected: str, answer: str) -> 
 
 
 def _found(pattern: Pattern, text: str) -> str | None:
-    """What the first match has in its first group that is not empty, or else the whole match; None without a match, and
-    where it is empty, as `[0-9]*` matches the beginning of any text.
+    """The first non-empty group of the first match, or else the whole match; None if there is no match or it is empty,
+    as for `[0-9]*`, which matches at the beginning of any text.
 
     lm-evaluation-harness's filter `regex` does the same (lm_eval/filters/extraction.py).
     """

@@ -1,36 +1,36 @@
 """The losses of preference objectives, as functions of the summed log-probabilities of answers, and their metrics.
 
-y is an answer to the prompt x, y_w the chosen one of a pair and y_l the rejected one, |y| the tokens of an answer,
-p(y|x) the probability that what is trained gives it, and ref(y|x) that of what it is compared with. Each objective
-gives a loss for every pair, or every answer, and its mean over all of an optimizer step is lowered.
+y is an answer to the prompt x, y_w the chosen answer of a pair and y_l the rejected one, |y| the tokens of an answer,
+p(y|x) its probability under the trained model, and ref(y|x) its probability under the reference. Each objective defines
+a loss for every pair or answer; training minimizes the mean over an optimizer step.
 
 - `dpo` (Rafailov et al. 2023, arXiv:2305.18290): -log sigmoid(r(y_w) - r(y_l)), r(y) = beta log(p(y|x) / ref(y|x)).
   With label smoothing e: -(1 - e) log sigmoid(m) - e log sigmoid(-m), the conservative DPO of Mitchell 2023
   (ericmitchell.ai/cdpo.pdf), of the margin m = r(y_w) - r(y_l).
-- `simpo` (Meng et al. 2024, arXiv:2405.14734): the same with r(y) = beta log p(y|x) / |y|, and m less simpo_gamma;
-  there is no reference.
+- `simpo` (Meng et al. 2024, arXiv:2405.14734): the same with r(y) = beta log p(y|x) / |y|, and m - simpo_gamma instead
+  of m; there is no reference.
 - `orpo` (Hong et al. 2024, arXiv:2403.07691): -a(y_w) - beta log sigmoid(log odds(y_w) - log odds(y_l)), where a(y) =
-  log p(y|x) / |y| and odds = q / (1 - q) of q = exp a(y); there is no reference. The first part is the mean over the
-  tokens of each answer; TRL takes the prompt's as well, and the mean over all tokens of a batch.
-- `kto` (Ethayarajh et al. 2024, arXiv:2402.01306): desirable_weight (1 - sigmoid(r(y) - z)) of a desirable answer, and
-  undesirable_weight (1 - sigmoid(z - r(y))) of an undesirable one, with DPO's r. z is beta times the divergence of p
-  from ref, which is estimated as the mean of log(p(y'|x) / ref(y'|x)) over prompts with answers to others, and is at
-  least 0; no gradient flows through it.
+  log p(y|x) / |y| and odds = q / (1 - q) with q = exp a(y); there is no reference. The first term is the mean over the
+  tokens of each answer; TRL includes the prompt, and averages over all tokens of a batch.
+- `kto` (Ethayarajh et al. 2024, arXiv:2402.01306): desirable_weight (1 - sigmoid(r(y) - z)) for a desirable answer, and
+  undesirable_weight (1 - sigmoid(z - r(y))) for an undesirable one, with DPO's r. z is beta times the KL divergence of
+  p from ref, estimated as the mean of log(p(y'|x) / ref(y'|x)) over prompts with mismatched answers, clipped at 0; no
+  gradient flows through it.
 
-With `sft_weight`, `dpo` and `simpo` also lower -sft_weight a(y_w), which holds up the probability of chosen answers
+With `sft_weight`, `dpo` and `simpo` add the term -sft_weight a(y_w), which keeps the probability of chosen answers high
 (Pang et al. 2024, arXiv:2404.19733).
 
 The metrics:
-- `reward_accuracy`: the share of pairs whose chosen answer has the higher reward, of equal ones half; or of unpaired
+- `reward_accuracy`: the fraction of pairs whose chosen answer has the higher reward, ties counting half; or of unpaired
   preferences whose reward is on the right side of KTO's border, which is beta times its estimate of the divergence.
-- `reward_margin`: by how much rewards of chosen answers are higher than those of rejected ones, in the mean; or those
-  of desirable answers than those of undesirable ones.
-- `ranking_accuracy`: the share of pairs whose chosen answer is the more probable one (Chen et al. 2024,
-  arXiv:2405.19534), whatever the reference says.
-- `chosen_log_probability`, and the same of the other sides: summed over an answer, in the mean over answers.
+- `reward_margin`: the mean reward of chosen answers minus that of rejected ones; or of desirable answers minus that of
+  undesirable ones.
+- `ranking_accuracy`: the fraction of pairs whose chosen answer is the more probable one (Chen et al. 2024,
+  arXiv:2405.19534), regardless of the reference.
+- `chosen_log_probability`, and the same for the other sides: the mean over answers of their summed log-probabilities.
 - `preferred_length`: the mean tokens of the more probable answer of each pair.
 
-Shares have Wilson's interval, means that of `metrics.sum_interval`; a pair is one draw.
+Fractions have Wilson's interval, means that of `metrics.sum_interval`; a pair is one draw.
 """
 
 from collections.abc import Iterator
@@ -60,21 +60,21 @@ from loratune.statistics import Interval, finite
 from loratune.text import plural
 
 WITH_REFERENCE = ("dpo", "kto")
-"""The objectives that compare what is trained with a reference."""
+"""The objectives that use a reference model."""
 SATURATED = 4.6
-"""A margin from which on a pair has less than a hundredth of its whole gradient: sigmoid(-4.6) = 0.01."""
+"""The margin above which the gradient of a pair is below a hundredth of its maximum: sigmoid(-4.6) = 0.01."""
 _MOST_SATURATED = 0.9
-"""The share of saturated pairs from which on that is reported."""
+"""The fraction of saturated pairs above which a warning is reported."""
 
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """What a model gives to answers.
+    """Log-probabilities of answers under a model and the reference.
 
     Attributes:
         log_probabilities: (answers,), float64, summed over their tokens.
-        tokens: (answers,), how many tokens that is.
-        reference: (answers,), float64, log-probabilities of the reference; zeros where the objective has none.
+        tokens: (answers,), their supervised tokens.
+        reference: (answers,), float64, log-probabilities under the reference; zeros if the objective has none.
     """
 
     log_probabilities: Tensor
@@ -83,7 +83,7 @@ class AnswerScores:
 
     @property
     def per_token(self) -> Tensor:
-        """(answers,), the mean log-probability of their tokens; 0 of an answer without any."""
+        """(answers,), the mean log-probability of their tokens; 0 for an answer without tokens."""
         return self.log_probabilities / self.tokens.clamp(min=1)
 
     def take(self, which: Tensor) -> "AnswerScores":
@@ -93,7 +93,7 @@ class AnswerScores:
 
 @dataclass(frozen=True)
 class Formula:
-    """One of the objectives, with its numbers, which are those of `PreferenceSection`; but `beta` is never null."""
+    """An objective with the parameters of `PreferenceSection`; a null `beta` is replaced by its default."""
 
     name: str
     beta: float
@@ -105,43 +105,43 @@ class Formula:
 
     @classmethod
     def of(cls, name: str, section: PreferenceSection) -> "Formula":
-        """That of an objective with the numbers of a section."""
+        """The formula of an objective, with the parameters of a section."""
         numbers = section.model_dump()
         return cls(name, **numbers | {"beta": DEFAULT_BETA[name] if section.beta is None else section.beta})
 
     @property
     def has_reference(self) -> bool:
-        """Whether it compares with a reference."""
+        """Whether it uses a reference model."""
         return self.name in WITH_REFERENCE
 
     def numbers(self) -> dict[str, Any]:
-        """Its name, and the numbers that it reads."""
+        """Its name, and the parameters that it uses."""
         return {key: value for key, value in asdict(self).items() if self.name in PREFERENCE_KEYS.get(key, self.name)}
 
     def __str__(self) -> str:
-        """`dpo with beta 0.1`; numbers that change nothing are left out."""
+        """`dpo with beta 0.1`; parameters with default values are left out."""
         defaults = {field.name: field.default for field in fields(self)}
         own = [f"{key} {one:g}" for key, one in self.numbers().items() if key != "name" and one != defaults[key]]
         return f"{self.name} with {', '.join(own)}"
 
     def compared_with(self, reference: str) -> str:
-        """`dpo with beta 0.1, the base as the reference`. reference: what it would be."""
+        """`dpo with beta 0.1, the base as the reference`. reference: its name, if the objective has one."""
         return f"{self}, {f'{reference} as the reference' if self.has_reference else 'without a reference'}"
 
     def item_losses(self, answers: AnswerScores, sides: Tensor, estimate: float) -> Tensor:
         """(items,), the loss of each pair, or of each answer.
 
         Args:
-            answers: The answers; of pairs, the chosen ones and the rejected ones in the same order.
+            answers: The answers; for pairs, chosen and rejected ones in the same order.
             sides: (answers,), see `TokenizedRow.side`.
-            estimate: See `answer_losses`; of objectives that compare pairs not read.
+            estimate: See `answer_losses`; not used by objectives on pairs.
         """
         if self.name == "kto":
             return self.answer_losses(answers, sides > 0, estimate)
         return self.pair_losses(answers.take(sides > 0), answers.take(sides < 0))
 
     def rewards(self, answers: AnswerScores) -> Tensor:
-        """(answers,), r of each; for ORPO, beta times the mean log-probability of its tokens, as TRL reports it."""
+        """(answers,), r(y); for ORPO, beta times the mean log-probability of the tokens, as TRL reports it."""
         if self.has_reference:
             return self.beta * (answers.log_probabilities - answers.reference)
         return self.beta * answers.per_token
@@ -158,19 +158,19 @@ class Formula:
         return losses - self.sft_weight * chosen.per_token if self.sft_weight else losses
 
     def answer_losses(self, answers: AnswerScores, desirable: Tensor, divergence: float) -> Tensor:
-        """(answers,), the loss of each answer alone.
+        """(answers,), the loss of each unpaired answer.
 
         Args:
             answers: The answers.
-            desirable: (answers,), bool, which of them are good.
-            divergence: The estimate that z is beta times of, at least 0.
+            desirable: (answers,), bool, whether each is desirable.
+            divergence: The estimated KL divergence, at least 0; z is beta times this.
         """
         difference = self.rewards(answers) - self.beta * divergence
         good, bad = 1 - torch.sigmoid(difference), 1 - torch.sigmoid(-difference)
         return torch.where(desirable, self.desirable_weight * good, self.undesirable_weight * bad)
 
     def first_loss(self) -> float | None:
-        """The loss of answers that are as likely as in the reference; None where it depends on the answers."""
+        """The loss if the model equals the reference; None if it depends on the answers."""
         if self.name == "dpo" and not self.sft_weight:
             return float(-logsigmoid(torch.zeros((), dtype=torch.float64)))
         both = self.desirable_weight == self.undesirable_weight
@@ -178,14 +178,14 @@ class Formula:
 
 
 def divergence(answers: AnswerScores | None) -> float:
-    """KTO's estimate of the divergence from the reference, by prompts with answers to others; 0 without any."""
+    """KTO's estimate of the KL divergence from the reference, from mismatched answers; 0 without any."""
     if answers is None or not len(answers.log_probabilities):
         return 0.0
     return max(0.0, float((answers.log_probabilities - answers.reference).mean()))
 
 
 def _log_odds(log_probabilities: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(x); p is taken to be 1 - 1e-12 at most."""
+    """log(p / (1 - p)) for p = exp(x), with p clipped at 1 - 1e-12."""
     x = log_probabilities.clamp(max=-1e-12)
     return x - torch.where(x < -0.6931471805599453, torch.log1p(-torch.exp(x)), torch.log(-torch.expm1(x)))
 
@@ -200,8 +200,8 @@ class Side:
     Attributes:
         items: The numbers of their items.
         tokens: Their supervised tokens.
-        before: Their log-probabilities in the reference, or the base.
-        after: Those of the model that is measured.
+        before: Their log-probabilities under the reference, or the base.
+        after: Their log-probabilities under the evaluated model.
         rewards: Their rewards.
     """
 
@@ -226,7 +226,7 @@ class Side:
 
 @dataclass(frozen=True)
 class PreferenceMetric:
-    """A share or a mean, with its interval; None where there are too few answers for one."""
+    """A fraction or a mean, with its interval, which is None if there are too few answers."""
 
     value: float
     interval: Interval | None
@@ -250,7 +250,7 @@ class PreferenceMetrics:
         paired: Whether they are pairs.
         good: The chosen answers, or the desirable ones.
         bad: The rejected ones, or the undesirable ones.
-        border: The reward from which on an answer of unpaired preferences counts as desirable.
+        border: For unpaired preferences, the reward above which an answer counts as desirable.
     """
 
     split: str
@@ -263,7 +263,7 @@ class PreferenceMetrics:
     def of(
         cls, split: str, formula: Formula, answers: AnswerScores, sides: Tensor, estimate: float
     ) -> "PreferenceMetrics":
-        """From what a model gives to answers, in the order of the items. Arguments as of `Formula.item_losses`."""
+        """Create it from scores of answers, in the order of the items. Args as for `Formula.item_losses`."""
         signs = sides.cpu().numpy()
         paired = bool(len(signs)) and abs(int(signs[0])) == CHOSEN
         items = np.arange(len(signs)) // (2 if paired else 1)
@@ -273,8 +273,8 @@ class PreferenceMetrics:
         return cls(split, paired, good, bad, formula.beta * estimate)
 
     def by_item(self) -> dict[str, tuple[NDArray[np.int64], Values]]:
-        """Metric → the items that it is a mean over, and what each of them adds. The margin of unpaired preferences is
-        a sum of two means, one of them of undesirable rewards with the other sign."""
+        """Metric → the items that it averages over, and their values. The margin of unpaired preferences is the mean
+        desirable reward plus the mean negated undesirable reward."""
         good, bad = self.good, self.bad
         names = [f"{name}_{LOG_PROBABILITY}" for name in self.names]
         of_sides = {names[0]: (good.items, good.after), names[1]: (bad.items, bad.after)}
@@ -294,12 +294,12 @@ class PreferenceMetrics:
         return {REWARD_ACCURACY: (every, right), **margin, **of_sides}
 
     def before(self) -> "PreferenceMetrics":
-        """The same of the reference, whose rewards are not known."""
+        """The same metrics for the reference, with all rewards 0."""
         good, bad = (replace(one, after=one.before, rewards=0 * one.rewards) for one in (self.good, self.bad))
         return replace(self, good=good, bad=bad, border=0.0)
 
     def share(self, metric: str) -> PreferenceMetric:
-        """One of the accuracies."""
+        """An accuracy with its interval."""
         right = self.by_item()[metric][1]
         interval = statistics.wilson(float(right.sum()), len(right)) if len(right) else None
         return PreferenceMetric(_mean(right), interval)
@@ -316,7 +316,7 @@ class PreferenceMetrics:
 
     @property
     def margins(self) -> tuple[Values, ...]:
-        """The sum of the means of these is `reward_margin`."""
+        """Groups of values; the sum of their means is `reward_margin`."""
         good, bad = self.good.rewards, self.bad.rewards
         return (good - bad,) if self.paired else (good, -bad)
 
@@ -329,12 +329,12 @@ class PreferenceMetrics:
 
     @property
     def preferred_length(self) -> float:
-        """`preferred_length`; of pairs."""
+        """`preferred_length`; for pairs only."""
         return _mean(self.by_item()[PREFERRED_LENGTH][1])
 
     @property
     def names(self) -> tuple[str, str]:
-        """What the two sides are called."""
+        """The names of the two sides."""
         return sides(paired=self.paired)
 
     def lines(self) -> Iterator[tuple[str, str]]:
@@ -358,7 +358,7 @@ class PreferenceMetrics:
             yield "length", f"{lengths} (chosen {_mean(self.good.tokens):.1f}, rejected {_mean(self.bad.tokens):.1f})"
 
     def warnings(self) -> Iterator[str]:
-        """What may not be intended."""
+        """Warnings: chosen answers became less likely, or most pairs are saturated."""
         if not self.paired:
             return
         change, margins = _measured(self.good.after - self.good.before), self.good.rewards - self.bad.rewards

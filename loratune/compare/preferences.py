@@ -1,11 +1,11 @@
 """Scores preferences: the rows, the objective, and the log-probabilities of its reference.
 
 A pair is two consecutive rows, an unpaired preference is one row; either is an item. The objective needs the summed
-log-probability of each row, which the output layer gives (`kernels.row_sums`). The formulas are in `objectives`.
+log-probability of each row, which the output layer computes (`kernels.row_sums`). The formulas are in `objectives`.
 
-The reference of training is the model before its first step: the base with the adapter switched off, or with the
-adapter that is trained further. So no second model is needed: its log-probabilities are computed once, before the first
-step, and kept in the cache of the rows, under everything that decides them. `evaluate` takes the base.
+The reference in training is the model before its first step: the base with the adapter disabled, or with the adapter
+from which training continues. So no second model is needed: the log-probabilities are computed once, before the first
+step, and cached with the rows, keyed by everything they depend on. In `evaluate`, the reference is the base.
 """
 
 import hashlib
@@ -34,24 +34,24 @@ from loratune.model.upstream import as_in_training, has_8bit_layers
 from loratune.system.launcher import Group
 
 _ROUNDING = {False: 0.25, True: 1e-3}
-"""Whether the model is in more than 16 bits → nats by which the log-probability of an answer may differ from the same
-in other batches, for 1 plus the root of its tokens. SmolLM2-135M in bfloat16 gave one of about 20 tokens 0.35 nats more
-in a tree of eight pairs than in one of the reference."""
+"""Whether the model has more than 16 bits → tolerance in nats for the log-probability of an answer computed in
+different batches, per (1 + square root of its tokens). SmolLM2-135M in bfloat16: 0.35 nats more for an answer of about
+20 tokens in a prefix tree of eight pairs than in that of the reference."""
 _ROUNDING_BY_BATCH = 1.0
-"""The same where bitsandbytes rounds activations to 8 bits, as on a GPU, by what else is in a batch. On a CPU the same
-gave an answer of about 28 tokens 3.1 nats more, half as much as this allows; a GPU was not tried."""
+"""The same tolerance for bitsandbytes' 8-bit layers, which on a GPU round activations depending on the batch. On a CPU,
+an answer of about 28 tokens got 3.1 nats more, half of this tolerance; a GPU was not tested."""
 MOST_COMPARED = 256
-"""Training items whose preferences are measured if there are no validation rows."""
+"""The number of training items that are evaluated if there are no validation rows."""
 _PARTNERS_TRIED = 64
-"""Rows among which one with another prompt is looked for."""
+"""The most rows that are searched for one with another prompt."""
 
 
 # The objective and the rows of a run
 
 
 def formula_for(run: RunConfig | None, kind: str) -> Formula:
-    """The objective by which rows of preferences are measured: that of a run; if it is not known, or does not fit the
-    rows, DPO or KTO. kind: `PAIRS` or `UNPAIRED`."""
+    """The objective with which preferences are evaluated: that of a run; if it is unknown or does not fit the rows, DPO
+    or KTO. kind: `PAIRS` or `UNPAIRED`."""
     trained = formula_of(run)
     if trained is not None and KINDS[trained.name] == kind:
         return trained
@@ -60,14 +60,14 @@ def formula_for(run: RunConfig | None, kind: str) -> Formula:
 
 
 def formula_of(run: RunConfig | None) -> Formula | None:
-    """The objective of a run; None where it was not trained on preferences, or is not known."""
+    """The objective of a run; None if the run is unknown, or was not trained on preferences."""
     if run is None or run.training.objective == "sft":
         return None
     return Formula.of(run.training.objective, run.preferences)
 
 
 def described(run: RunConfig) -> str:
-    """The objective of a run with its numbers and its reference; empty for `sft`."""
+    """The objective of a run with its parameters and its reference, as text; empty for `sft`."""
     if run.training.objective == "sft":
         return ""
     reference = "the base"
@@ -83,12 +83,13 @@ class ComparedRows:
 
     Attributes:
         dataset: The rows.
-        reference: (rows,), the log-probability of each in the reference; None where it was not computed.
-        mismatched: (rows,), the same of the prompt of each with the answer to another one; None as above.
+        reference: (rows,), their log-probabilities under the reference; None if not computed.
+        mismatched: (rows,), the same for mismatched answers: each prompt with the answer of another row; None if not
+            computed.
     """
 
     def __init__(self, dataset: TokenizedDataset, max_length: int, seed: int):
-        """max_length: The most tokens of a row. seed: decides which answers are put behind other prompts."""
+        """max_length: the maximum tokens of a row. seed: for drawing mismatched answers."""
         self.dataset, self._max_length = dataset, max_length
         self.reference: Values | None = None
         self.mismatched: Values | None = None
@@ -109,7 +110,7 @@ class ComparedRows:
         return found
 
     def _mismatched(self, row: TokenizedRow, partner: TokenizedRow) -> dict[str, Any]:
-        """The prompt of a row, cut at its left if need be, with the answer of another one."""
+        """The prompt of a row, truncated from the left if necessary, with the answer of another row."""
         start, answer = partner.spans[0][0], partner.ids[partner.spans[0][0] :]
         prompt = row.ids[: row.spans[0][0]]
         prompt = prompt[max(0, len(prompt) + len(answer) - self._max_length) :]
@@ -118,13 +119,13 @@ class ComparedRows:
         return {"input_ids": list(mixed.ids), "labels": mixed.labels}
 
     def partners_digest(self) -> str:
-        """SHA-256 of which answers stand behind other prompts; empty where none do."""
+        """SHA-256 of the assignment of mismatched answers; empty if there are none."""
         return hashlib.sha256(self._partners.tobytes()).hexdigest() if self._partners is not None else ""
 
 
 def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
-    """(rows,), for each row one with another prompt, if there is any near it in an order that is drawn; each row is one
-    for about one other."""
+    """(rows,), for each row the number of one with another prompt, if there is one near it in a random order; each row
+    is the partner of about one other."""
     count = len(dataset.rows)
     order = np.random.default_rng([seed, 3]).permutation(count)
     prompts = [hash(row.ids[: row.spans[0][0]]) for row in dataset.rows.rows()]
@@ -136,18 +137,18 @@ def _partners(dataset: TokenizedDataset, seed: int) -> NDArray[np.int64]:
     return partners
 
 
-# What models give to answers
+# Scores of answers
 
 
 @dataclass(frozen=True)
 class PreferenceScores:
-    """What a model gives to the answers of items, in the order of the items.
+    """The scores of a model on the answers of items, in the order of the items.
 
     Attributes:
-        answers: Of the rows.
+        answers: The scores of the rows.
         sides: (rows,), see `TokenizedRow.side`.
-        divergence: KTO's estimate of the divergence from the reference.
-        mismatched: Of prompts with the answers to others; None where the objective has none.
+        divergence: KTO's estimate of the KL divergence from the reference.
+        mismatched: The scores of mismatched answers; None if the objective has none.
     """
 
     answers: AnswerScores
@@ -157,7 +158,7 @@ class PreferenceScores:
 
     @classmethod
     def of(cls, scores: Scores) -> "PreferenceScores":
-        """From plain numbers, see `PreferenceObjective.scores`."""
+        """Create it from plain numbers, see `PreferenceObjective.scores`."""
         numbers = {name: torch.tensor([*values], dtype=torch.float64) for name, values in scores.items()}
         answers = AnswerScores(numbers["answers"], numbers["tokens"], numbers["references"])
         mismatched = None
@@ -167,12 +168,12 @@ class PreferenceScores:
 
     @property
     def log_probabilities(self) -> NDArray[np.float64]:
-        """(rows,), and behind them those of the mismatched answers, if there are any."""
+        """(rows,), followed by those of mismatched answers, if any."""
         parts = [self.answers, self.mismatched] if self.mismatched else [self.answers]
         return np.concatenate([part.log_probabilities.numpy() for part in parts])
 
     def compared_with(self, reference: "PreferenceScores") -> "PreferenceScores":
-        """The same answers with what another model gives to them as the reference."""
+        """The same answers, with the scores of another model as the reference."""
         answers, mismatched = replace(self.answers, reference=reference.answers.log_probabilities), self.mismatched
         if mismatched and reference.mismatched:
             mismatched = replace(mismatched, reference=reference.mismatched.log_probabilities)
@@ -183,13 +184,13 @@ class PreferenceObjective(Objective):
     """An objective on preferences.
 
     Attributes:
-        formula: Which.
+        formula: The formula of its loss.
         unit: `pair` or `answer`.
-        last: What the last pass gave; None before the first.
+        last: The scores of the last pass; None before the first.
     """
 
     def __init__(self, formula: Formula, splits: Mapping[str, ComparedRows]):
-        """splits: The rows by the name of their split."""
+        """splits: split → rows."""
         self.formula, self.splits = formula, splits
         self.unit = "answer" if formula.name == "kto" else "pair"
         self.last: PreferenceScores | None = None
@@ -197,14 +198,14 @@ class PreferenceObjective(Objective):
         self._given: dict[str, Any] = {}
         self._divergence = 0.0
 
-    # As an `Objective`
+    # Methods of `Objective`
 
     def items(self, dataset: TokenizedDataset) -> tuple[Items, int]:
         """See `Objective`."""
         return next(rows for rows in self.splits.values() if rows.dataset is dataset), dataset.rows_per_example
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
-        """See `Objective`; estimates KTO's divergence over all of the step."""
+        """See `Objective`; estimates KTO's divergence over the whole step."""
         own = [batch for batch in batches if (batch["labels"] >= 0).any()]
         rows, rows_per_example = sum(len(batch["sides"]) for batch in own), 2 if self.unit == "pair" else 1
         difference, prompts = 0.0, 0
@@ -222,7 +223,7 @@ class PreferenceObjective(Objective):
         return torch.tensor(rows / rows_per_example, device=model.device)
 
     def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
-        """See `Objective`; the loss is always wanted row by row."""
+        """See `Objective`; losses are always per row."""
         names = ("lengths", "sides", "references", "mismatched")
         self._given = {name: batch.pop(name, None) for name in names}
         kernels.set_loss_targets(model, batch["labels"], batch.pop("places", None), self._given["lengths"])
@@ -237,7 +238,7 @@ class PreferenceObjective(Objective):
         return (losses * is_there).sum().float(), is_there.sum()
 
     def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
-        """See `Objective`: log-probabilities, tokens and sides of answers, and the same of mismatched ones."""
+        """See `Objective`: log-probabilities, tokens and sides of answers, and log-probabilities of mismatched ones."""
         labels, _, sums = run_batch(self, model, batch)
         answers, sides, mismatched = self._answers(sums, labels), self._given["sides"], self._given["mismatched"]
         found = {"answers": answers.log_probabilities, "tokens": answers.tokens, "references": answers.reference}
@@ -253,16 +254,16 @@ class PreferenceObjective(Objective):
         return RowLosses.of(losses, [1] * len(losses))
 
     def item_losses(self, scored: PreferenceScores) -> list[float]:
-        """(items,), the loss of each."""
+        """(items,), the losses."""
         losses: list[float] = self.formula.item_losses(scored.answers, scored.sides, scored.divergence).tolist()
         return losses
 
     def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
-        """See `Objective`; all items are computed, also copies, whose mismatched answers differ."""
+        """See `Objective`; copies are computed too, as their mismatched answers differ."""
         return dict.fromkeys(range(dataset.items), 1)
 
     def metrics(self, split: str, scored: PreferenceScores) -> PreferenceMetrics:
-        """Of answers, compared with their reference. split: the name of the rows."""
+        """The metrics of scored answers. split: the name of the rows."""
         return PreferenceMetrics.of(split, self.formula, scored.answers, scored.sides, scored.divergence)
 
     def logged(self, *, of_step: bool = False) -> dict[str, float]:
@@ -271,11 +272,11 @@ class PreferenceObjective(Objective):
         return {} if scored is None else self.metrics("", scored).logged()
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
-        """See `Objective`: what training gives to answers is compared with what was read of the reference."""
+        """See `Objective`: the model computes as in training, so that its scores match those of the reference."""
         return as_in_training(model)
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
-        """See `Objective`: rewards start at 0, which a wrong reference would show in."""
+        """See `Objective`: rewards must start at 0, otherwise the reference is wrong."""
         if not self.formula.has_reference:
             return
         was_training = model.training
@@ -305,7 +306,7 @@ class PreferenceObjective(Objective):
         return self._answers(sums, labels)
 
     def _answers(self, sums: Tensor, labels: Tensor) -> AnswerScores:
-        """What a model gives to the rows of the batch that was expected last. sums: the loss of each."""
+        """The scores of the rows of the last batch given to `set_loss_targets`. sums: the loss of each row."""
         lengths, reference = self._given["lengths"], self._given["references"]
         tokens = kernels.row_counts(labels, lengths)
         known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
@@ -316,10 +317,10 @@ class PreferenceObjective(Objective):
 
 
 def set_reference(rows: ComparedRows, values: NDArray[np.float64]) -> None:
-    """Give rows their log-probabilities in the reference, see `PreferenceScores.log_probabilities`.
+    """Set the log-probabilities of rows under the reference, see `PreferenceScores.log_probabilities`.
 
     Raises:
-        NumericError: The reference gives an answer no log-probability that could be compared with.
+        NumericError: A log-probability is not finite.
     """
     if not np.isfinite(values).all():
         first = int(np.flatnonzero(~np.isfinite(values))[0])
@@ -332,7 +333,7 @@ def set_reference(rows: ComparedRows, values: NDArray[np.float64]) -> None:
 
 
 def order_note(rows: ComparedRows) -> str:
-    """A line on how many pairs the reference has in order."""
+    """A line on the fraction of pairs that the reference ranks correctly."""
     assert rows.reference is not None
     share = float((rows.reference[::2] > rows.reference[1::2]).mean())
     line = f"the chosen answer is the more likely one in {share:.0%} of the training pairs before training"

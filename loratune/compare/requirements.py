@@ -1,8 +1,8 @@
 """Requirements on an adapter; a pipeline stops if one is not met: `--require 'exact_match>=0.9'`.
 
-A requirement is judged on the end of the 95 % interval that is nearer to failing: for `exact_match>=0.9` the low end
-must be at least 0.9, for `loss<base` the high end of the paired difference must be below 0. So a requirement that too
-few rows cannot show is not met.
+A requirement is checked against the less favorable end of the 95 % interval: for `exact_match>=0.9` the low end must be
+at least 0.9, for `loss<base` the high end of the paired difference must be below 0. So with too few rows, a requirement
+is not met.
 """
 
 import difflib
@@ -33,9 +33,9 @@ _DIFFERENCE = "difference."
 _TASK_METRIC = re.compile(r"[^.:]+\..+", re.DOTALL)
 """`TASK.METRIC`."""
 _OF_ROWS = (metrics.LOSS, metrics.PERPLEXITY, metrics.EXACT_MATCH, metrics.LABEL_ACCURACY)
-"""The metrics of rows that have one answer, besides those of --metric."""
+"""The metrics of rows with one answer, without those of --metric."""
 _OF_PREFERENCES = {kind: metrics.metrics_of(paired=kind == PAIRS) for kind in (PAIRS, UNPAIRED)}
-"""Kind of preference rows → their metrics besides the loss."""
+"""Kind of preference rows → their metrics without the loss."""
 _SHORT = {"accuracy": metrics.REWARD_ACCURACY, "margin": metrics.REWARD_MARGIN}
 """Short names of metrics of preferences."""
 
@@ -45,11 +45,11 @@ class Requirement:
     """One requirement.
 
     Attributes:
-        text: As the user wrote it.
+        text: The requirement as written by the user.
         metric: The name of the metric in an evaluation, `forgetting`, or `TASK.METRIC`.
         comparison: `<`, `<=`, `>` or `>=`.
-        bound: A number, or the model whose metric it is, `majority` among them.
-        of_difference: Whether it is about how the adapter differs from what it is compared with, in this metric.
+        bound: A number, or the name of a model, such as `base` or `majority`, whose metric is the bound.
+        of_difference: Whether it is about the difference of the metric to the model compared with.
         of_task: Whether the metric is one of a task of the lm-evaluation-harness.
     """
 
@@ -66,10 +66,10 @@ class Judgement:
     """Whether a requirement is met.
 
     Attributes:
-        text: The requirement, as the user wrote it.
+        text: The requirement as written by the user.
         met: Whether it is met.
-        value: What it is about: the metric, or the difference to a model; None where it was not computed.
-        interval: The 95 % interval of that, whose cautious end decides.
+        value: The metric, or its difference to a model; None if not computed.
+        interval: The 95 % interval of the value; its less favorable end decides.
         reason: Why it is not met; empty if it is.
     """
 
@@ -80,12 +80,12 @@ class Judgement:
     reason: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, but for the reason, which the others say."""
+        """Plain values, without the reason."""
         low, high = finite(self.interval) or (None, None)
         return {"text": self.text, "met": self.met, "value": finite(self.value), "low": low, "high": high}
 
 
-# What is required
+# Parsing and checking requirements
 
 
 def parse(
@@ -97,18 +97,18 @@ def parse(
     rows: bool = True,
     tasks: bool = False,
 ) -> list[Requirement]:
-    """The requirements that the option states, each once.
+    """The requirements given by the option, without duplicates.
 
     Args:
-        values: Of the option.
-        asked: The names of the metrics that are computed besides those of all rows.
+        values: The values of the option.
+        asked: The names of additional metrics that are computed.
         against: Whether there is another adapter.
-        forgetting: Whether it is measured.
-        rows: Whether there are rows, without which there are no metrics but those of tasks.
+        forgetting: Whether forgetting is measured.
+        rows: Whether there are rows; without rows, only tasks have metrics.
         tasks: Whether there are tasks; see also `check_tasks`.
 
     Raises:
-        ConfigError: Some are not valid, or are about what the evaluation will not compute.
+        ConfigError: Some are not valid, or their metrics will not be computed.
     """
     computed = [*_OF_ROWS, *asked, *([metrics.INVALID_JSON] if "json" in asked else [])]
     computed += dict.fromkeys(metric for of_kind in _OF_PREFERENCES.values() for metric in of_kind)
@@ -155,7 +155,7 @@ def _parse(text: str, computed: Sequence[str]) -> Requirement:
 
 
 def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
-    """A metric by the name that the user gives. Raises ConfigError: there is no such metric, or it is not computed."""
+    """The name of a metric, from the user's name for it. Raises ConfigError: it is unknown, or not computed."""
     metric, option = (
         _SHORT.get(name, name),
         {metrics.FORGETTING: "--forgetting FILE", metrics.INVALID_JSON: "--metric 'json'"}.get(name),
@@ -184,12 +184,12 @@ def _refusal(what: str, fix: str, code: Code = Code.USAGE_BAD_VALUE) -> ConfigEr
 def check_rows(
     requirements: Sequence[Requirement], split: DatasetSplit, overlap: Overlap, *, allow_overlap: bool
 ) -> None:
-    """Check, before a model is loaded, that rows can show what is required of them.
+    """Check, before a model is loaded, that the requirements can be evaluated on the rows.
 
     Raises:
-        ConfigError: Rows of that kind do not have the metric.
-        DataError: Some are also in train, unless that is allowed; or a requirement is about answers to prompts, and
-            no row has one.
+        ConfigError: Rows of this kind do not have the metric.
+        DataError: Some rows are also in train, unless that is allowed; or a requirement is about answers to prompts,
+            and no row has a prompt.
     """
     of_rows = [one for one in requirements if not one.of_task]
     known = [metrics.LOSS, *_OF_PREFERENCES[split.kind], metrics.FORGETTING] if split.kind is not None else []
@@ -212,12 +212,14 @@ def check_rows(
 
 
 def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> None:
-    """Check, before a model is loaded, that what is required of tasks is required of those that will run.
+    """Check, before a model is loaded, that requirements on tasks are about tasks that will run.
 
-    names: of the tasks, and of groups of them.
+    The metrics of a task are known only after it has run.
+
+    names: the names of the tasks and of groups of tasks.
 
     Raises:
-        ConfigError: Some is not. Which metrics a task gives shows only when it has run.
+        ConfigError: A requirement is about another task.
     """
     fix = f"take one of {', '.join(names)}, and its metric behind a dot"
     for one in requirements:
@@ -225,7 +227,7 @@ def check_tasks(requirements: Sequence[Requirement], names: Sequence[str]) -> No
             raise _refusal(f"`{one.text}` is about none of the tasks", fix)
 
 
-# Whether it is met
+# Judging requirements
 
 
 def judge_task(requirement: Requirement, found_metrics: "Mapping[str, TaskMetric]", collapsed: str = "") -> Judgement:
@@ -239,7 +241,7 @@ def judge_task(requirement: Requirement, found_metrics: "Mapping[str, TaskMetric
 
 
 def judged_tasks(results: "TaskResults", requirements: Sequence[Requirement]) -> "TaskResults":
-    """Results of tasks alone with whether each requirement is met, in their order. requirements: of tasks."""
+    """Results of tasks, with a judgement on each requirement. requirements: on tasks only."""
     return replace(results, requirements=[judge_task(one, results.metrics()) for one in requirements])
 
 
@@ -248,7 +250,7 @@ def judge(requirement: Requirement, found: Difference | None, missing: str, coll
 
     Args:
         requirement: The requirement.
-        found: The metric, or the difference, that it is about; None if it was not computed.
+        found: The metric or the difference; None if not computed.
         missing: Why it was not computed.
         collapsed: See `Comparison`.
     """
@@ -274,7 +276,7 @@ def _unmet(requirement: Requirement, found: Difference) -> str:
     if not holds(end, limit):
         return f"{subject}, whose {which} end is not {requirement.comparison} {limit:g}"
     is_paired = requirement.of_difference or isinstance(bound, str)
-    if is_paired and not found.is_distinguishable and not holds(0.0, limit):  # it says that there is a difference
+    if is_paired and not found.is_distinguishable and not holds(0.0, limit):  # it requires a difference
         return f"{subject}, but McNemar's test cannot tell the two apart"
     return ""
 

@@ -1,8 +1,8 @@
 """Metrics of tasks of the lm-evaluation-harness, with base and adapter compared document by document; `harness` runs
 them.
 
-The harness gives each metric a standard error of its own. Base and adapter answer the same documents, so the difference
-is compared in pairs here, which is more exact than two intervals.
+The harness computes a standard error for each metric. As base and adapter answer the same documents, the difference is
+computed from paired values here, which is more exact than two separate intervals.
 """
 
 import math
@@ -32,8 +32,8 @@ _SCALES: dict[str, tuple[int, Scale]] = {
     "weighted_perplexity": (-1, exp),
     "bits_per_byte": (-1, lambda ratio: ratio / math.log(2)),
 }
-"""The name of the harness's function that makes one metric of the values of documents → with which sign the values
-count; and the metric as a function of their mean, or of the ratio of their sums. All of the functions rise."""
+"""Name of the harness's aggregation function → the sign of the documents' values; and the metric as an increasing
+function of their mean, or of the ratio of their sums."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class TaskMetric:
     """One metric of one task.
 
     Attributes:
-        values: Model → the metric as the harness computes it.
-        intervals: Model → its 95 % interval. None where there are too few documents, or the metric does not come from a
-            mean over documents.
-        errors: Model → the standard error that the harness gives, where there is no interval; None if it gives none.
-        difference: Of the adapter less the base.
-        rows: How many documents were scored.
+        values: Model → the metric as computed by the harness.
+        intervals: Model → its 95 % interval; None if there are too few documents, or the metric is not based on a mean
+            over documents.
+        errors: Model → the harness's standard error, for metrics without intervals; None if it has none.
+        difference: The difference, adapter minus base.
+        rows: The number of scored documents.
     """
 
     values: Mapping[str, float]
@@ -64,15 +64,15 @@ class TaskMetric:
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What the harness found.
+    """The results of the harness.
 
     Attributes:
-        tasks: Task, or group of tasks → metric → metric. A metric of a filter other than `none` is `metric,filter`.
-        limit: How many documents of each task were taken at most; None for all.
-        chat: Whether prompts went through the chat template.
-        version: Of the harness.
+        tasks: Task, or group of tasks → name → metric. The name with a filter other than `none` is `metric,filter`.
+        limit: The maximum number of documents of each task; None for all.
+        chat: Whether prompts were rendered with the chat template.
+        version: The version of the harness.
         remarks: Lines for the user.
-        requirements: Whether what the user requires is met, where nothing but tasks was run.
+        requirements: Judgements on the requirements, if only tasks were run.
     """
 
     tasks: Mapping[str, Mapping[str, TaskMetric]]
@@ -87,7 +87,7 @@ class TaskResults:
         return {f"{task}.{name}": metric for task, metrics in self.tasks.items() for name, metric in metrics.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, in keys of their own beside those of an evaluation on rows."""
+        """Plain values, under other keys than those of an evaluation on rows."""
         tasks = {task: {name: one.as_json() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
         values = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
         required = [one.as_json() for one in self.requirements]
@@ -104,12 +104,12 @@ def compare_metric(
     """Compare base and adapter on one metric.
 
     Args:
-        values: Model → the metric as the harness computes it.
+        values: Model → the metric as computed by the harness.
         errors: Model → its standard error by the harness.
         samples: Model → the metric of each document, the same documents in the same order: a number, or a pair of a
-            log-likelihood and what it counts, such as words.
-        aggregation: How the metric comes from them, by the name of the harness's function.
-        higher_is_better: None where the harness does not say.
+            log-likelihood and a count, such as words.
+        aggregation: The name of the harness's function that aggregates them.
+        higher_is_better: Whether higher is better; None if the harness does not define it.
     """
     tables = [_table(samples[model]) for model in (BASE, ADAPTER)]
     base, adapter = tables
@@ -135,7 +135,7 @@ def compare_metric(
 
 
 def _table(values: Sequence[Any]) -> NDArray[np.float64] | None:
-    """(2, documents), values and what they count, which is 1 of plain numbers; None if not all are such."""
+    """(2, documents), values and their counts, 1 for plain numbers; None if a value is neither a number nor a pair."""
     pairs = [value if isinstance(value, tuple) else (value, 1) for value in values]
     numeric = all(len(pair) == 2 and isinstance(pair[0], int | float | np.number) and pair[1] > 0 for pair in pairs)
     return np.array(pairs, dtype=np.float64).T if pairs and numeric else None
@@ -152,9 +152,10 @@ def _ratio(totals: Any, counts: Any, scale: Scale) -> Interval | None:
 def _on_scale(totals: Mapping[str, Any], counts: Any, scale: Scale, lower_is_better: bool) -> Difference:
     """The difference of metrics that are a function of a mean, or of a ratio of two sums, over documents.
 
-    What is compared in pairs is the mean or ratio, which is in nats where the metric is a perplexity. Its difference
-    and the ends of its interval are then taken to the metric's scale, from the base's metric as it was found. So the
-    interval of a difference of perplexities is that of their quotient, and has the same verdict as that of the nats.
+    The paired difference is computed for the mean or ratio, which is in nats if the metric is a perplexity. The
+    difference and the ends of its interval are then converted to the metric's scale, starting from the base's metric.
+    So the interval of a difference of perplexities corresponds to that of their quotient, and has the same verdict as
+    the difference in nats.
     """
     found = mean_difference([(totals[ADAPTER] - totals[BASE], counts)], lower_is_better=lower_is_better)
     start = float(totals[BASE].sum() / counts.sum())
@@ -166,13 +167,13 @@ def _on_scale(totals: Mapping[str, Any], counts: Any, scale: Scale, lower_is_bet
 
 
 def _scaled(interval: Interval | None, scale: Scale) -> Interval | None:
-    """An interval on another scale; None where an end is not finite there."""
+    """An interval on another scale; None if an end is not finite."""
     scaled = interval and Interval(scale(interval.low), scale(interval.high))
     return scaled if scaled and math.isfinite(scaled.low) and math.isfinite(scaled.high) else None
 
 
 def parse(text: str) -> list[str]:
-    """The tasks of a list with commas, each once.
+    """The tasks of a comma-separated list, without duplicates.
 
     Raises:
         ConfigError: The list is empty; the package lm-eval, which runs them, is not installed.
@@ -187,5 +188,5 @@ def parse(text: str) -> list[str]:
 
 
 def is_path(spec: str) -> bool:
-    """Whether a task is named by a path. No task of the harness has a name with a slash, or that ends so."""
+    """Whether a task is given as a path. No task name of the harness contains a slash or ends in .yaml or .yml."""
     return "/" in spec or spec.endswith((".yaml", ".yml")) or spec in (".", "..")

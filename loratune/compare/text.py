@@ -13,13 +13,13 @@ from loratune.statistics import Interval
 from loratune.text import plural
 
 _NAME = 24
-"""Characters of an expression, or of the most frequent answer, that are shown."""
+"""The maximum shown characters of an expression, or of the most frequent answer."""
 _WIDTH = 300
-"""Characters of a prompt or an answer that are shown."""
+"""The maximum shown characters of a prompt or an answer."""
 
 
 def name(metric: str) -> str:
-    """A metric as people write it: `exact match`, `invalid JSON`; an expression stays as it is, if it is short."""
+    """The display name of a metric: `exact match`, `invalid JSON`; expressions are only shortened."""
     if ":" in metric:
         return metric if len(metric) <= _NAME else f"{metric[: _NAME - 3]}..."
     words = metric.replace("log_probability", "log-probability").replace("_", " ")
@@ -27,7 +27,7 @@ def name(metric: str) -> str:
 
 
 def rows(comparison: Comparison) -> str:
-    """What the rows are: `48 rows, 900 supervised tokens`; of pairs and unpaired answers, their mean tokens."""
+    """A summary of the rows: `48 rows, 900 supervised tokens`; for preferences, with their mean tokens."""
     score = comparison.scores[metrics.ADAPTER]
     count = plural(score.rows, comparison.item)
     sides = dict.fromkeys(side for row in comparison.rows for side in row.compared)
@@ -41,14 +41,14 @@ def rows(comparison: Comparison) -> str:
 
 
 def measured(comparison: Comparison) -> str:
-    """What the loss and the rewards of compared answers are; empty for other rows."""
+    """A line on the objective of the loss and the rewards of preferences; empty for other rows."""
     if comparison.objective is None:
         return ""
     return f"loss and rewards of {comparison.objective.compared_with('the base')}"
 
 
 def number(metric: str, value: float | None, *, signed: bool = False) -> str:
-    """The value of a metric: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
+    """The value of a metric as text: `0.1070`, `18.27`, `93.5%`; or of a difference: `-2.7980`, `+93.5 pp`."""
     if value is None or math.isnan(value):
         return "-"
     sign = "+" if signed else ""
@@ -62,7 +62,7 @@ def number(metric: str, value: float | None, *, signed: bool = False) -> str:
 
 
 def with_interval(metric: str, value: float | None, interval: Interval | None, *, signed: bool = False) -> str:
-    """`0.1070 [0.0810, 0.1400]`; without brackets where there is no interval."""
+    """`0.1070 [0.0810, 0.1400]`; without brackets if there is no interval."""
     text = number(metric, value, signed=signed)
     if interval is None:
         return text
@@ -76,7 +76,7 @@ def p_value(p: float) -> str:
 
 
 def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a metric a row, a model a column."""
+    """Header and rows: one row per metric, one column per model."""
     models = comparison.scores
 
     def cells(metric: str) -> Iterator[str]:
@@ -86,7 +86,7 @@ def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: a metric a row, and two columns for each model that the adapter is paired with."""
+    """Header and rows: one row per metric, two columns per model that the adapter is compared with."""
     paired = comparison.paired
     header = [cell for model in paired for cell in (f"{metrics.ADAPTER} - {model}", "p (McNemar)")]
     rows = [
@@ -104,7 +104,7 @@ def _difference(metric: str, one: Difference | None) -> tuple[str, str]:
 
 
 def verdict(comparison: Comparison) -> str:
-    """What the comparison comes to, in a line."""
+    """The verdict of the comparison, with its numbers, as a line."""
     metric, other = comparison.metric, comparison.compared_with
     against = "the base" if other == metrics.BASE else "the other adapter"
     one = comparison.differences[metric]
@@ -125,7 +125,7 @@ def verdict(comparison: Comparison) -> str:
 
 
 def majority(comparison: Comparison) -> str:
-    """A line if an adapter beats the model it is compared with, but not the `majority` baseline; else empty."""
+    """A line if an adapter is better than the model it is compared with, but not than `majority`; else empty."""
     answers = len({row.expected for row in comparison.rows if row.expected is not None})
     if comparison.majority is None or comparison.verdict != "better" or answers < 2:
         return ""
@@ -144,7 +144,7 @@ def outlook(difference: Difference, item: str = "row") -> str:
     """How many rows a significant difference would need, or why that is unknown; empty if it is significant or rows are
     too few.
 
-    The number has two digits that are not 0: it is an estimate, so more would say nothing.
+    The number is rounded up to two significant digits, as it is an estimate.
     """
     if difference.verdict != "indistinguishable":
         return ""
@@ -157,7 +157,7 @@ def outlook(difference: Difference, item: str = "row") -> str:
 
 
 def forgetting(difference: Difference) -> str:
-    """The line about unrelated text."""
+    """The line on unrelated text."""
     text = with_interval(metrics.LOSS, difference.value, difference.interval, signed=True)
     is_unsure = difference.interval is None and math.isfinite(difference.value)
     too_few = ", of too few rows for an interval" if is_unsure else ""
@@ -165,19 +165,19 @@ def forgetting(difference: Difference) -> str:
 
 
 def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:
-    """Name and value of a line for each requirement."""
+    """A line for each requirement, as name and value."""
     return [("required", f"{one.text}: {'met' if one.met else 'not met'}") for one in judgements]
 
 
 def worst(comparison: Comparison, count: int) -> list[ComparedRow]:
-    """The rows on which the adapter is worse than what it is compared with, by nats per token, the worst first."""
+    """The rows on which the adapter is worse than the model compared with, by nats per token, the worst first."""
     other = comparison.compared_with
     worse = [row for row in comparison.rows if row.worsening(metrics.ADAPTER, other) > 0]
     return sorted(worse, key=lambda row: -row.worsening(metrics.ADAPTER, other))[:count]
 
 
 def row_lines(row: ComparedRow, other: str) -> Iterator[tuple[str, str]]:
-    """A row in a block: name and value of each line."""
+    """The lines of a block for a row, as names and values."""
     losses = {model: f"{answer.loss / row.count:.3f}" for model, answer in row.answers.items()}
     on = "" if row.compared else f", on {row.tokens:,} tokens"
     yield "loss", f"{losses[metrics.ADAPTER]} instead of {losses[other]}{on}"
@@ -194,13 +194,13 @@ def row_lines(row: ComparedRow, other: str) -> Iterator[tuple[str, str]]:
 
 
 def shorten(text: str, width: int = _WIDTH) -> str:
-    """A text in one line, with the middle of a long one left out."""
+    """A text on one line, with the middle of a long text left out."""
     line = " ↵ ".join(part.strip() for part in text.strip().splitlines() if part.strip())
     return line if len(line) <= width else f"{line[: width // 2]} [...] {line[-width // 2 :]}"
 
 
 def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of tasks of the harness: a metric a row."""
+    """Header and rows for tasks of the harness: one row per metric."""
     rows = []
     for metric, one in results.metrics().items():
         cells = [
@@ -215,7 +215,7 @@ def tasks_table(results: TaskResults) -> tuple[list[str], list[list[str]]]:
 
 
 def _plain_with_interval(value: float, interval: Interval | None, *, signed: bool = False) -> str:
-    """`0.4500 [0.3000, 0.6000]`; what a metric of a task means, and so its unit, is not known."""
+    """`0.4500 [0.3000, 0.6000]`, without a unit, as the units of task metrics are unknown."""
     if math.isnan(value):
         return "-"
     ends = (interval.low, interval.high) if interval else ()
