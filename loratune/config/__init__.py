@@ -35,7 +35,7 @@ from loratune.errors import ConfigError, Problem
 
 
 def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
-    """Read a config file, apply `section.key=value` assignments over it, and validate the whole.
+    """Read a config file, apply `section.key=value` assignments, and validate the result.
 
     Raises ConfigError with every problem of the file.
     """
@@ -43,20 +43,20 @@ def load(path: Path, assignments: Sequence[str] = ()) -> RunConfig:
 
 
 def load_with_lines(path: Path, assignments: Sequence[str] = ()) -> tuple[RunConfig, yaml_files.Document]:
-    """As `load`; also returns the values as they are written, and the line of each."""
+    """As `load`; also returns the values as written, and the line of each."""
     document = yaml_files.read(path)
     yaml_files.override(document, assignments)
     return _validated(document), document
 
 
 def for_model(name_or_path: str, assignments: Sequence[str] = ()) -> RunConfig:
-    """The default config for a model, with assignments over it, for what needs no rows. Raises ConfigError."""
+    """The default config for a model, with assignments applied, for uses without rows. Raises ConfigError."""
     values = {"model": {"name_or_path": name_or_path}, "data": {"train": "rows"}, "output_dir": "adapter"}
     return from_values(values, "--model", assignments)
 
 
 def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> RunConfig:
-    """Validate plain values as those of a file called `source`; assignments are applied to them, and change them.
+    """Validate plain values, with assignments applied in place. source: the file name in messages.
 
     Raises ConfigError.
     """
@@ -64,7 +64,7 @@ def from_values(values: dict[str, Any], source: str, assignments: Sequence[str] 
 
 
 def draft(values: dict[str, Any], source: str, assignments: Sequence[str] = ()) -> Draft:
-    """A config that is not complete or validated yet; arguments as of `from_values`."""
+    """A config that may be incomplete, and is not validated yet. Args as for `from_values`."""
     document = yaml_files.Document(source, values)
     yaml_files.override(document, assignments)
     return Draft(document)
@@ -76,7 +76,7 @@ def from_draft(draft: Draft) -> RunConfig:
 
 
 def parse(text: str, source: str) -> RunConfig:
-    """Validate YAML text as that of a file called `source`. Raises ConfigError."""
+    """Validate YAML text. source: the file name in messages. Raises ConfigError."""
     return _validated(yaml_files.parse(text, source))
 
 
@@ -88,17 +88,17 @@ def _validated(document: yaml_files.Document) -> RunConfig:
 
 
 def dump(config: RunConfig) -> str:
-    """The resolved config as YAML text that `load` reads back to an equal config."""
+    """The resolved config as YAML text, from which `load` restores an equal config."""
     return dump_values(config.resolved())
 
 
 def read_earlier(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The resolved values of a config that an earlier release recorded, as this release would have written them.
+    """The resolved values of a config recorded by an earlier release, as this release would have written them.
 
-    A key that a later release added has its default.
+    Keys added in later releases have their defaults.
 
     Returns:
-        The values; and those of keys that this release does not know, by `section.key`.
+        The values; and `section.key` → value for keys that this release does not know.
     """
     try:
         return RunConfig.model_validate(values).resolved(), {}
@@ -107,17 +107,17 @@ def read_earlier(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, A
         unknown = {dotted(key_path(one)): one["input"] for one in details}
     try:
         return RunConfig.model_validate(values, extra="ignore").resolved(), unknown
-    except ValidationError:  # What was valid then is not valid now.
+    except ValidationError:  # Values that were valid in the earlier release are now invalid.
         return dict(values), unknown
 
 
 OUTPUT = "output_dir"
-"""The only key whose path is written to; a run reads what is at the others."""
+"""The only key whose path is written to; all other paths are inputs of a run."""
 
 
 @cache
 def path_keys() -> frozenset[str]:
-    """The keys that hold a path, in each of their places: `data.test.path`, also where that is a list of sources."""
+    """The keys that hold a path, in each of their places: `data.test.path`, also for entries of a list of sources."""
     found = [key for group in groups() for key in group.keys]
     return frozenset(
         place
@@ -128,7 +128,7 @@ def path_keys() -> frozenset[str]:
 
 
 def with_paths(config: RunConfig, replacement: Callable[[str, str], str]) -> RunConfig:
-    """The config with other paths: `replacement` takes the key and the path of each."""
+    """The config with its paths replaced. replacement: function of key and path that returns the new path."""
 
     def replaced(key: str, value: Any) -> Any:
         if isinstance(value, list):
@@ -155,10 +155,10 @@ def paths(config: RunConfig) -> list[tuple[str, str]]:
 
 
 def input_paths(config_file: Path | None, run: RunConfig) -> tuple[tuple[str, str], ...]:
-    """The files and directories on this machine that a run reads, so that it does not write over them.
+    """The existing local files and directories that a run reads, which must not be overwritten.
 
     Returns:
-        The name of each in messages, e.g. `data.train`, and its path; of a glob, the directory that it searches.
+        The name of each in messages, e.g. `data.train`, and its path; for a glob, the directory that it searches.
     """
     found = [("the config file", str(config_file))] if config_file is not None else []
     for key, named in paths(run):
@@ -186,7 +186,7 @@ _EXPECTED = {
 
 
 def translate(error: ValidationError, document: Document) -> list[Problem]:
-    """One problem for each error of pydantic, in the order of the keys; alternatives of a union count once."""
+    """One problem for each error of pydantic, in the order of the keys; the alternatives of a union count as one."""
     groups: dict[KeyPath, list[ErrorDetails]] = {}
     for details in error.errors():
         groups.setdefault(key_path(details), []).append(details)
@@ -196,16 +196,16 @@ def translate(error: ValidationError, document: Document) -> list[Problem]:
 
 
 def key_path(details: ErrorDetails) -> KeyPath:
-    """The keys of a location, without the names that pydantic gives to the alternatives of a union."""
+    """The keys of an error's location, without pydantic's names for the alternatives of a union."""
     alternatives = {"str", "int", "float", "bool", "constrained-int", "constrained-float", "Source"}
     location = details["loc"]
-    own = location[-1:] if details["type"] == "extra_forbidden" else ()  # the user's word, whatever it is
+    own = location[-1:] if details["type"] == "extra_forbidden" else ()  # a key of the user, which is always kept
     above = location[: len(location) - len(own)]
     return (*(part for part in above if isinstance(part, int) or not (part in alternatives or "[" in part)), *own)
 
 
 def _without_alternatives(groups: dict[KeyPath, list[ErrorDetails]]) -> dict[KeyPath, list[ErrorDetails]]:
-    """Drop `a: not a number` where `a.b: unknown key` says what is wrong with the alternative that was meant."""
+    """Drop an error like `a: not a number` if one like `a.b: unknown key` explains the intended alternative."""
     parents = {path[:end] for path in groups for end in range(1, len(path))}
     return {
         path: group
@@ -236,7 +236,7 @@ def _problem(path: KeyPath, group: list[ErrorDetails], document: Document) -> Pr
 
 
 def _expectation(group: list[ErrorDetails]) -> tuple[str, str]:
-    """Which types or choices a value may have, and the choice that it is most like, as a question."""
+    """The types or choices that a value may have, and as a question the most similar choice."""
     literals = [each for each in group if each["type"] == "literal_error"]
     named = literals if any(each["ctx"]["expected"] != "'auto'" for each in literals) else group
     expected = [_EXPECTED.get(each["type"]) or each["ctx"]["expected"] for each in named]

@@ -1,6 +1,6 @@
-"""Regular expressions of users and of downloaded adapters, matched within a time limit.
+"""Regular expressions from users and downloaded adapters, matched with a time limit.
 
-An expression may need exponential time to match. `re` has no limit; the package regex has a timeout.
+An expression may need exponential time to match. `re` has no timeout; the package regex has one.
 """
 
 import math
@@ -15,22 +15,22 @@ from loratune.codes import Code
 from loratune.errors import ConfigError, Problem
 
 SECONDS = 2.0
-"""Of processor time, so that a busy machine does not count: matching a thousand paths takes milliseconds."""
+"""The default limit in seconds of CPU time, which is independent of the load. A thousand paths take milliseconds."""
 MAX_CHARACTERS, MAX_REPEATS = 10_000, 1_000_000
-"""Of an expression: its length, and the product of its counts of repetitions. regex has no limit as it compiles."""
+"""Maximum length of an expression, and maximum product of its repetition counts. regex compiles without a limit."""
 _COUNT = re.compile(r"\{(\d*),?(\d*)\}")
 _OTHER_DIALECT = re.compile(r"\{[\d<=\s]*[ides]\b|\[\[:")
-"""Approximate matches and classes of POSIX, which regex knows, and `re` takes literally."""
+"""Fuzzy matching and POSIX classes, which regex supports and `re` treats as literal text."""
 
 Pattern: TypeAlias = regex.Pattern
 
 
 class BadPatternError(ValueError):
-    """A text that is not a regular expression, or one that takes too long to match."""
+    """A text that is not a valid regular expression, or that takes too long to match."""
 
 
 def compile_pattern(text: str) -> Pattern:
-    """Compile an expression of the syntax of `re`. Raises BadPatternError: it is not one, or is too large."""
+    """Compile an expression in the syntax of `re`. Raises BadPatternError: it is invalid, or too large."""
     if len(text) > MAX_CHARACTERS:
         raise BadPatternError("is too large for a regular expression")
     try:
@@ -51,16 +51,16 @@ def compile_pattern(text: str) -> Pattern:
 
 
 class TimeLimit:
-    """A limit of processor time that several matches share: `limit(pattern.fullmatch, text)`.
+    """A limit on CPU time that several matches share: `limit(pattern.fullmatch, text)`.
 
-    Matching raises BadPatternError where it takes longer.
+    Matching raises BadPatternError if the limit is exceeded.
     """
 
     def __init__(self, seconds: float = SECONDS):
         self._seconds = self._left = seconds
 
     def __call__(self, match: Callable[..., Any], text: str) -> Any:
-        """The result of a method of a pattern."""
+        """Call a method of a pattern within the limit."""
         start = time.process_time()
         try:
             return match(text, timeout=self._left)
@@ -71,19 +71,19 @@ class TimeLimit:
 
 
 def full_matches(text: str, names: Iterable[str]) -> list[str]:
-    """The names that an expression matches as a whole. Raises BadPatternError."""
+    """The names that fully match an expression. Raises BadPatternError."""
     expression, limit = compile_pattern(text), TimeLimit()
     return [name for name in names if limit(expression.fullmatch, name)]
 
 
 def matching(text: str, names: Iterable[str], key: str, example: str) -> list[str]:
-    """The names that a regular expression matches as a whole.
+    """The names that fully match a regular expression.
 
     Args:
         text: The expression.
-        names: Of modules or parameters.
-        key: Where the expression is in the config.
-        example: What a list of names would hold.
+        names: Names of modules or parameters.
+        key: The config key of the expression.
+        example: Example names, for the message.
 
     Raises:
         ConfigError: The expression does not compile, or takes too long.

@@ -1,4 +1,4 @@
-"""The keys of a config, read from its schema: lists, explains, finds and suggests them, and gives the JSON schema."""
+"""The keys of a config, taken from its schema: listing, explaining, searching, suggestions, and the JSON schema."""
 
 import difflib
 import json
@@ -62,7 +62,7 @@ MEMORY_AND_TIME = {
     "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
     "output_dir": "disk for the adapter, and for checkpoints while the run lasts",
 }
-"""Key → its effect on memory and time, of those that have one."""
+"""Key → its effect on memory and time, for keys that have one."""
 
 _AUTO = (
     "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.format", "data.share_prefixes",
@@ -70,10 +70,10 @@ _AUTO = (
 )  # fmt: skip
 _NULL = ("model.attn_implementation", "preferences.beta", "training.eval_steps", "training.keep")
 DECIDED_BY_RUN = dict.fromkeys(_AUTO, "auto") | dict.fromkeys(_NULL, "null") | {"training.max_steps": "-1"}
-"""Key → the value, as in YAML, with which a run chooses its own."""
+"""Key → the value, as in YAML, that lets the run choose the effective value."""
 
 TECHNICAL_LIMIT = 1e6
-"""Upper bounds from here on only keep numbers within what torch can count, and are not shown."""
+"""Bounds from this value on are technical limits of torch, and are not shown."""
 BOUNDS = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
 
 _OTHER_NAMES = {
@@ -102,7 +102,7 @@ _OTHER_NAMES = {
     "sft_weight": "pref_ftx rpo_alpha cpo_alpha",
 }
 OTHER_NAMES = {other: own for own, others in _OTHER_NAMES.items() for other in others.split()}
-"""What other tools call a key → its name here."""
+"""Name of a key in other tools → its name here."""
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,11 @@ class Key:
     """A key of the configuration.
 
     Attributes:
-        label: Its name in full, e.g. `training.learning_rate`, or `Source.path` in a structure.
-        places: Where it is in a config, e.g. `training.learning_rate`; several for a key of a structure that several
-            keys take.
+        label: Its full name, e.g. `training.learning_rate`, or `Source.path` in a structure.
+        places: Its places in a config, e.g. `training.learning_rate`; several for a key of a structure that several
+            keys use.
         schema: The JSON schema of its values.
-        required: Whether a config without it is refused.
+        required: Whether it must be set.
     """
 
     label: str
@@ -129,31 +129,31 @@ class Key:
 
     @property
     def meaning(self) -> str:
-        """What it says, in a phrase."""
+        """Its description."""
         return str(self.schema.get("description", ""))
 
     @property
     def kind(self) -> str:
-        """Type, allowed values and range in words."""
+        """Type, allowed values and range, as text."""
         return kind(self.schema)
 
     @property
     def default(self) -> str:
-        """The default as one would write it, or `required`."""
+        """The default as in YAML, or `required`."""
         return "required" if self.required else yaml_flow(self.schema["default"])
 
     @property
     def costs(self) -> str:
-        """What it does to memory and time; `none` for nothing worth mentioning."""
+        """Its effect on memory and time; `none` if negligible."""
         return MEMORY_AND_TIME.get(self.label, "none")
 
     @property
     def other_names(self) -> tuple[str, ...]:
-        """What other tools call it."""
+        """Its names in other tools."""
         return tuple(other for other, own in OTHER_NAMES.items() if own == self.name)
 
     def is_decided_by_run(self, value: Any) -> bool:
-        """Whether a run that starts with this value chooses the one that it works with."""
+        """Whether the run chooses the effective value if the key has this value."""
         return DECIDED_BY_RUN.get(self.label) == yaml_flow(value)
 
 
@@ -162,10 +162,10 @@ class KeyGroup:
     """Keys that are documented together.
 
     Attributes:
-        name: Of a section, e.g. `training`, or of a structure, e.g. `Source`; empty for the keys outside of both.
+        name: The name of a section, e.g. `training`, or of a structure, e.g. `Source`; empty for the other keys.
         is_section: Whether it is a section.
-        description: What it is about.
-        keys: In the order of the schema.
+        description: Its description.
+        keys: The keys, in the order of the schema.
     """
 
     name: str
@@ -194,12 +194,12 @@ def groups(config: type[BaseModel] = RunConfig) -> tuple[KeyGroup, ...]:
 
 
 def reference_of(schema: Schema) -> str:
-    """The name of the definition that a schema refers to."""
+    """The name of the definition that a schema references."""
     return str(schema["$ref"]).rpartition("/")[2]
 
 
 def _structures_in(schema: Schema) -> Iterator[str]:
-    """The definitions that a value may follow, each once."""
+    """The names of the definitions that a schema references, without duplicates."""
     found = [reference_of(schema)] if "$ref" in schema else []
     parts = [
         *schema.get("anyOf", []),
@@ -219,7 +219,8 @@ def _group(name: str, section: Schema, prefixes: list[str], *, is_section: bool 
 
 
 def kind(schema: Schema, quote: str = "") -> str:
-    """The type of a value in words, e.g. "integer ≥ 1 or null"; choices with commas, in quotes if there are any."""
+    """The type of a value as text, e.g. "integer ≥ 1 or null", with choices separated by commas. quote: put around
+    choices and names of structures."""
     if "anyOf" in schema:
         return " or ".join(dict.fromkeys(kind(choice, quote) for choice in schema["anyOf"]))
     if "$ref" in schema:
@@ -239,7 +240,7 @@ def kind(schema: Schema, quote: str = "") -> str:
 
 
 def yaml_flow(value: Any) -> str:
-    """A value as one would write it in YAML, in one line. A text alone stays as it is."""
+    """A value as YAML on one line. A string by itself is unchanged."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_scalar(key)}: {_scalar(item)}' for key, item in value.items())}}}"
     if isinstance(value, list):
@@ -248,23 +249,23 @@ def yaml_flow(value: Any) -> str:
 
 
 def _scalar(value: Any) -> str:
-    """A value within another one. A text that YAML could read as something else is quoted, as in JSON."""
+    """A value inside a list or mapping. A string that YAML could read as another type is quoted, as in JSON."""
     if isinstance(value, str) and not (_PLAIN.fullmatch(value) and yaml.safe_load(value) == value):
         return json.dumps(value, ensure_ascii=False)
     return yaml_flow(value)
 
 
 _PLAIN = re.compile(r"[\w./][\w./+-]*( [\w./+-]+)*")
-"""A text that needs no quotes in YAML, unless it is that of a number, a date or a truth value."""
+"""A text that needs no quotes in YAML, unless it reads as a number, a date or a boolean."""
 
 
 def assignment(key: str, value: Any) -> str:
-    """The option of a command that sets a key, as one types it in a shell."""
+    """The command-line option that sets a key, quoted for a shell."""
     return f"--set {key}={shell_word(yaml_flow(value))}"
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`section.key` → value of a config, as YAML has it, in one line."""
+    """`section.key` → value of a config, as YAML on one line."""
     found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -288,14 +289,14 @@ def known_keys() -> Iterator[KeyPath]:
 
 
 def find(words: str) -> list[KeyGroup | Key]:
-    """The sections and keys that somebody may mean.
+    """The sections and keys that match a name.
 
     Args:
-        words: A section; a key with its place or without; the beginning of a key; or another tool's name for one.
+        words: A section; a key with or without its section; the beginning of a key; or another tool's name for one.
 
     Returns:
-        What has exactly this name, or else all that begin with it or that other tools call so, or else all whose name,
-        type or meaning contains it; a key that is in several places with those that are meant.
+        Exact matches; or else all that begin with the name or have it in other tools; or else all whose name, type or
+        meaning contains it. A key with several places has only the matching ones.
     """
     place = re.sub(r"\[\d*\]", "", words.strip())
     listed = groups()
@@ -319,19 +320,19 @@ def find(words: str) -> list[KeyGroup | Key]:
 
 
 def _joined(text: str) -> str:
-    """The text in lower case, with its words joined as those of a name are."""
+    """The text in lower case, with its words joined by underscores."""
     return re.sub(r"[\s-]", "_", text.lower())
 
 
 def nearest_name(word: str, choices: list[str], cutoff: float = 0.5) -> str:
-    """The choice that looks most like a word; empty if none does."""
+    """The choice most similar to a word; empty if none is similar."""
     return next(iter(difflib.get_close_matches(word, choices, n=1, cutoff=cutoff)), "")
 
 
 def suggestion(path: KeyPath) -> str:
-    """What to write for an unknown key: what another tool calls so, a sibling that looks alike, or a key elsewhere."""
+    """The fix for an unknown key: the key with that name in another tool, a similar sibling, or a key elsewhere."""
     name, keys = str(path[-1]).lower(), list(known_keys())
-    section = tuple(part for part in path[:-1] if isinstance(part, str))  # without the numbers of a list's entries
+    section = tuple(part for part in path[:-1] if isinstance(part, str))  # without list indices
     siblings = [str(key[-1]) for key in keys if key[:-1] == section]
     own_name = OTHER_NAMES.get(name, name)
     near = "" if name in OTHER_NAMES else nearest_name(name, siblings, 0.6)
@@ -347,10 +348,10 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of `RunConfig` by draft 2020-12, in which a source may also be plain text, its path.
+    """The JSON schema of `RunConfig` (draft 2020-12), in which a source may also be a string, its path.
 
-    Descriptions also say what a key does to memory and time. Titles are the keys themselves, not what pydantic makes of
-    them, and whole sections have no default, which an editor would write out.
+    Descriptions include the effect of a key on memory and time. Titles are the keys themselves. Sections have no
+    default, because an editor would insert it.
     """
     schema: dict[str, Any] = _as_read(RunConfig.model_json_schema())
     for group in groups():
@@ -368,7 +369,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _as_read(schema: Any) -> Any:
-    """The schema of what is in a file."""
+    """The schema of a config file."""
     if isinstance(schema, list):
         return [_as_read(item) for item in schema]
     if not isinstance(schema, dict):

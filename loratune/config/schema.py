@@ -1,6 +1,6 @@
-"""A whole run, `RunConfig`, with the sections `model`, `training` and `preferences`.
+"""The config of a run, `RunConfig`, with the sections `model`, `training` and `preferences`.
 
-The sections `lora` and `data` have modules of their own.
+The sections `lora` and `data` are in the module `sections`.
 """
 
 from collections.abc import Iterator
@@ -21,12 +21,12 @@ from loratune.config.sections import (
 )
 
 Objective = Literal["sft", "dpo", "orpo", "simpo", "kto"]
-"""What training lowers; see `compare.objectives` for the formulas and their papers."""
+"""The training objectives; see `compare.objectives` for the formulas and papers."""
 
 DEFAULT_BETA = {"dpo": 0.1, "orpo": 0.1, "simpo": 2.0, "kto": 0.1}
-"""Objective → its beta where none is set: that of DPO's experiments (arXiv:2305.18290), ORPO's lambda for Mistral
-(arXiv:2403.07691), the lower end of what SimPO's authors recommend, 2.0 to 2.5 (arXiv:2405.14734), and that of KTO's
-experiments (arXiv:2402.01306)."""
+"""Objective → its default beta: the value of DPO's experiments (arXiv:2305.18290), ORPO's lambda for Mistral
+(arXiv:2403.07691), the lower end of the range recommended for SimPO, 2.0 to 2.5 (arXiv:2405.14734), and the value of
+KTO's experiments (arXiv:2402.01306)."""
 
 PREFERENCE_KEYS = {
     "beta": ("dpo", "orpo", "simpo", "kto"),
@@ -36,7 +36,7 @@ PREFERENCE_KEYS = {
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
 }
-"""Key of the section → the objectives that read it."""
+"""Key of the section `preferences` → the objectives that use it."""
 
 
 class ModelSection(Section):
@@ -70,13 +70,13 @@ class ModelSection(Section):
 
 _STEPS = {"type": "integer", "minimum": 1, "exclusiveMaximum": 2**31}
 Steps = Annotated[int, Field(ge=-1, lt=2**31), WithJsonSchema({"anyOf": [{"type": "integer", "const": -1}, _STEPS]})]
-"""Optimizer steps of a run, or -1; `TrainingSection` checks that they are not 0."""
+"""Optimizer steps of a run, or -1; `TrainingSection` rejects 0."""
 Warmup = Annotated[
     float,
     Field(ge=0, lt=2**31),
     WithJsonSchema({"anyOf": [{"type": "number", "minimum": 0, "exclusiveMaximum": 1}, _STEPS]}),
 ]
-"""A fraction of all steps, or a number of them; `TrainingSection` checks that the latter is whole."""
+"""A fraction of all steps, or a number of steps; `TrainingSection` checks that the number is whole."""
 
 
 class TrainingSection(Section):
@@ -231,11 +231,11 @@ class RunConfig(Section):
 
     @property
     def keeps_best(self) -> bool:
-        """Whether the weights of the step with the lowest held-out loss become the adapter, not those of the last."""
+        """Whether the adapter gets the weights of the step with the lowest held-out loss, instead of the last step."""
         return self.data.validation is not None and self.training.keep != "last"
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting of the run as plain values; reading them back gives this config again."""
+        """Every setting of the run as plain values, from which an equal config can be read."""
         values = self.model_dump()
         if self.training.max_steps > 0:
             del values["training"]["num_train_epochs"], values["training"]["max_minutes"]

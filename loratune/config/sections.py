@@ -1,8 +1,7 @@
 """The base class of all sections of a config, and the sections `data` and `lora`.
 
-Sections are frozen, complete, and strict about unknown keys and types. Fields that belong to an upstream object carry
-upstream's name and are passed on by `model_dump`, so a field that is added here reaches its object without being copied
-by hand.
+Sections are frozen, complete, and strict about unknown keys and types. Fields of upstream objects have upstream's names
+and are passed on by `model_dump`, so new fields reach the object automatically.
 """
 
 from collections.abc import Iterator
@@ -15,28 +14,28 @@ from loratune.config.expressions import BadPatternError, compile_pattern
 from loratune.system.files import path_problem
 
 PATH_FORMAT = "path"
-"""The format, in the JSON schema, of text that names a file or directory of this machine."""
+"""The JSON schema format of strings that name a local file or directory."""
 AUTO: Literal["auto"] = "auto"
 Auto = Literal["auto"]
-"""A value that the run chooses itself, see `training.auto`."""
+"""A value that the run chooses, see `training.auto`."""
 _Value = TypeVar("_Value")
 
 
 def decided(value: _Value | Auto) -> _Value:
-    """A setting for which `auto` was allowed, once `training.auto` has chosen. Raises AssertionError: it has not."""
+    """A setting that allows `auto`, after `training.auto` has set it. Raises AssertionError: it is still `auto`."""
     assert value != AUTO, "a setting is still `auto`"
     return value
 
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
-"""How many of something, or how large: beyond this, torch and its optimizers lose numbers in silence, or fail."""
+"""A positive count or size. From 2³¹ on, torch and its optimizers silently lose precision, or fail."""
 
 
 class InvalidSettingError(ValueError):
-    """A value that a check of ours refuses, or several that contradict each other.
+    """A value rejected by a check of loratune, or several values that contradict each other.
 
     Attributes:
-        keys: Relative to the section that is being validated; none for the key itself.
+        keys: The keys, relative to the section being validated; empty for the key being validated.
         fix: What to do about it.
         code: What kind of problem it is.
     """
@@ -54,9 +53,9 @@ def _check_path(path: str) -> str:
 
 
 FileName = Annotated[str, Field(min_length=1), AfterValidator(_check_path)]
-"""The name of a file within a directory that another key names."""
+"""The name of a file in a directory given by another key."""
 FilePath = Annotated[FileName, WithJsonSchema({"type": "string", "minLength": 1, "format": PATH_FORMAT})]
-"""A path, or a glob or hub id in the place of one. `path_keys` finds the keys of this type."""
+"""A path, or a glob or hub id instead. `path_keys` finds the keys of this type."""
 
 
 class Section(BaseModel):
@@ -71,7 +70,7 @@ class Section(BaseModel):
         return self
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
-        """What is wrong with the values together; the first is reported."""
+        """Conflicts between the values; the first is reported."""
         yield from ()
 
 
@@ -86,7 +85,7 @@ class Source(Section):
 
 
 def _as_sources(value: Any) -> Any:
-    """Sources from paths, as text."""
+    """Sources, with paths given as strings converted to mappings."""
     if isinstance(value, list):
         return [_as_sources(source) for source in value]
     return {"path": value} if isinstance(value, str) else value
@@ -97,16 +96,16 @@ def _listed(sources: Source | list[Source] | float | None) -> list[Source]:
 
 
 Sources = Source | Annotated[list[Source], Field(min_length=1)]
-"""One source, or several."""
+"""One or several sources."""
 
 Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1})]
-"""A share of the rows; `DataSection` checks it, as only there it differs from sources."""
+"""A fraction of the rows; `DataSection` checks its range, after pydantic has distinguished it from sources."""
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
     "instruction", "input", "output", "history", "text", "chosen", "rejected", "label"
 )  # fmt: skip
-"""The names of the fields of a row; `data.columns` maps them to those in the data."""
+"""The names of the fields of a row; `data.columns` maps them to column names in the data."""
 
 
 class DataSection(Section):
@@ -164,17 +163,17 @@ class DataSection(Section):
 
     @property
     def train_sources(self) -> list[Source]:
-        """The sources of training, one or several."""
+        """The sources of the training rows."""
         return _listed(self.train)
 
     @property
     def validation_sources(self) -> list[Source]:
-        """The sources of validation; none where a fraction of training is held out, or nothing."""
+        """The sources of the validation rows; empty if a fraction of the training rows is held out, or none."""
         return _listed(self.validation)
 
     @property
     def test_sources(self) -> list[Source]:
-        """The sources of the test rows; none where nothing is tested."""
+        """The sources of the test rows; empty if there are none."""
         return _listed(self.test)
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
@@ -284,7 +283,7 @@ class LoraSection(Section):
                 yield InvalidSettingError(f"`{text}` {error}", key)
 
     def _variant_conflicts(self) -> Iterator[tuple[str, str, str]]:
-        """Two keys, and why they contradict each other."""
+        """Pairs of conflicting keys, with the reason."""
         init = str(self.init_lora_weights)
         if self.use_lorafa and self.loraplus_lr_ratio is not None:
             message = "LoRA+ makes B learn faster than A, but LoRA-FA does not train A"
@@ -302,7 +301,7 @@ class LoraSection(Section):
             yield "start_from", "init_lora_weights", "the values of the adapter it starts from are its start"
 
     def _parameter_conflicts(self) -> Iterator[tuple[str, str, str]]:
-        """What is only possible for modules, and not for `target_parameters`."""
+        """Settings that work only with modules, and conflict with `target_parameters`."""
         if self.target_parameters is None:
             return
         if self.lora_dropout > 0:
@@ -319,7 +318,7 @@ class LoraSection(Section):
 
 
 VLLM_RANK = 16
-"""The highest rank that vLLM reads without --max-lora-rank."""
+"""The highest rank that vLLM loads without --max-lora-rank."""
 _NOT_PLAIN = {
     "use_dora": "vLLM, llama.cpp and Ollama do not read DoRA",
     "bias": "vLLM, llama.cpp and Ollama do not read biases",
@@ -328,18 +327,18 @@ _NOT_PLAIN = {
     "modules_to_save": "vLLM, llama.cpp and Ollama do not read whole modules",
     "trainable_token_indices": "vLLM, llama.cpp and Ollama do not read trained tokens",
 }
-"""Key → what a value other than its default means to clients: the adapter is not plain LoRA."""
+"""Key → the limitation in clients if it differs from its default: the adapter is not plain LoRA."""
 _LOFTQ = "loftq compensates for what 4bit loses, so the adapter is off on an unquantized base"
 _SCALES = {
     "use_rslora": "llama.cpp and Ollama apply such an adapter with another scale, without saying so",
     "alpha_pattern": "vLLM, llama.cpp and Ollama apply one scale to all modules, without saying so",
 }
-"""The same of settings that change the scale of the update."""
+"""The same for keys that change the scale of the update."""
 _RANKS = "vLLM applies such an adapter with one scale for all modules, without saying so"
 
 
 def is_rank_doubled(lora: LoraSection) -> bool:
-    """Whether the adapter's file has twice the rank that is trained."""
+    """Whether the adapter is saved with twice its trained rank."""
     return str(lora.init_lora_weights).startswith(("pissa", "olora"))
 
 
@@ -349,17 +348,17 @@ def highest_rank(lora: LoraSection) -> int:
 
 
 def is_plain(lora: LoraSection) -> bool:
-    """Whether the adapter is plain LoRA, so that `loratune export` can make it readable for vLLM and llama.cpp."""
+    """Whether the adapter is plain LoRA, which `loratune export` can convert for vLLM and llama.cpp."""
     return lora.init_lora_weights != "loftq" and not _NOT_PLAIN.keys() & lora.model_dump(exclude_defaults=True)
 
 
 def has_one_scale(lora: LoraSection) -> bool:
-    """Whether all modules have one scale, so that vLLM reads the adapter as it is."""
+    """Whether all modules have the same scale, as vLLM requires."""
     return not lora.rank_pattern and not lora.alpha_pattern
 
 
 def portability(lora: LoraSection) -> Iterator[str]:
-    """One line for each choice that is not portable, with the clients that cannot read the adapter.
+    """One line for each setting that is not portable, with the clients that cannot read the adapter.
 
     A rank that is still `auto` counts as portable.
     """

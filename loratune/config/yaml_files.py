@@ -1,7 +1,7 @@
-"""Reads YAML text as plain values with the line of every key, refuses ambiguous YAML, and writes text that reads back.
+"""Reads YAML as plain values with the line of every key, rejects ambiguous YAML, and writes YAML that it can read.
 
-Refused rather than guessed: duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read
-differently (`no`, `010`, `12:30`). `1e-4` is a number.
+Rejected are duplicate keys, aliases and merges, tags, and plain scalars that YAML 1.1 and 1.2 read differently (`no`,
+`010`, `12:30`). `1e-4` is a number.
 """
 
 import errno
@@ -46,7 +46,7 @@ class Document:
     overridden: set[KeyPath] = field(default_factory=set)
 
     def where(self, path: KeyPath) -> str:
-        """`file:line` of the nearest ancestor of `path` that is in the file, or the option that set it."""
+        """`file:line` of `path` or its nearest ancestor in the file, or the option that set it."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.overridden:
                 return OPTION
@@ -86,7 +86,7 @@ def _read_text(path: Path) -> str:
 
 
 def parse(text: str, source: str) -> Document:
-    """Parse YAML text whose problems are reported as `source:line`."""
+    """Parse YAML text. source: the file name in messages. Raises ConfigError."""
     node = _compose(text, source)
     document = Document(source)
     builder = _Builder(document)
@@ -100,7 +100,7 @@ def parse(text: str, source: str) -> Document:
 
 
 def _compose(text: str, source: str) -> yaml.Node | None:
-    """The nodes of YAML text; None for an empty one. Raises ConfigError."""
+    """The root node of YAML text; None if it is empty. Raises ConfigError."""
     line, fix = 0, ""
     try:
         loader = _PlainLoader(text)
@@ -113,7 +113,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
     except ReaderError as error:
         mark, line = None, text.count("\n", 0, error.position)
         what = f"the control character U+{error.character:04X}"
-    except (ValueError, OverflowError):  # of `chr`, to which PyYAML passes whatever number an escape has
+    except (ValueError, OverflowError):  # from `chr`, to which PyYAML passes the unchecked number of an escape
         mark = loader.get_mark()
         what, fix = "an escape that names no character", "the last character is \\U0010FFFF"
     where = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else f"{source}:{line + 1}"
@@ -121,7 +121,7 @@ def _compose(text: str, source: str) -> yaml.Node | None:
 
 
 def override(document: Document, assignments: Sequence[str]) -> None:
-    """Apply each `section.key=value`. Values are read by the rules of the file; an empty one removes the key.
+    """Apply each `section.key=value`. Values are parsed as in a file; an empty value removes the key.
 
     Raises:
         ConfigError: There is no `=`, a key is empty, or a key is below something that is not a mapping.
@@ -161,7 +161,8 @@ def _assign(document: Document, assignment: str) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Composes plain nodes only, each once and to a bounded depth: nine lines of aliases could mean a billion nodes."""
+    """Composes nodes without aliases and tags, to a bounded depth: nine lines of aliases could expand to a billion
+    nodes."""
 
     depth = 0
 
@@ -183,7 +184,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 class _Builder:
-    """Turns a node graph into values, collecting lines and problems on the way."""
+    """Converts a node graph to values, and collects lines and problems."""
 
     def __init__(self, document: Document):
         self.document = document
@@ -235,25 +236,25 @@ class _Builder:
 
 
 def number(text: str) -> float | None:
-    """The number that a text is by the rules of a config, also for options: in ASCII digits; None for other text."""
+    """The number in a text by the rules of a config, in ASCII digits; None for other text. Also used for options."""
     return float(text) if _FLOAT.fullmatch(text.strip()) else None
 
 
 def first_problems(problems: Sequence[Problem], total: int | None = None) -> list[Problem]:
-    """The first of `total` problems, and how many more there are: a wrong file may have tens of thousands."""
+    """The first of `total` problems, and the number of the others: an invalid file may have tens of thousands."""
     more = (len(problems) if total is None else total) - MAX_PROBLEMS
     rest = [Problem(Code.MORE_PROBLEMS, f"and {more:,} more problems")] if more > 0 else []
     return [*problems[:MAX_PROBLEMS], *rest]
 
 
 def reads_as_text(text: str) -> bool:
-    """Whether text without quotes comes back as the same text."""
+    """Whether the text without quotes is read as the same text."""
     patterns = (_AMBIGUOUS, _INT, _FLOAT, _SPECIAL_FLOAT)
     return text.lower() not in _CONSTANTS and not any(pattern.fullmatch(text) for pattern in patterns)
 
 
 def kind_of(value: object) -> str:
-    """A value in a user's words: `text 'eight'`, `a number 8.5`, `a list`."""
+    """A value described for the user: `text 'eight'`, `a number 8.5`, `a list`."""
     kinds = {dict: "a section", list: "a list", str: "text", bool: "true/false", int: "a number", float: "a number"}
     shown = f" {value!r}" if isinstance(value, str | int | float) else ""
     return kinds.get(type(value), "nothing") + shown
@@ -262,11 +263,11 @@ def kind_of(value: object) -> str:
 # Writing
 
 _WIDTH = 110
-"""Characters of a line with its comment; a longer comment is above its key. Values are never broken."""
+"""The maximum characters of a line with its comment; longer comments are above the key. Values are never wrapped."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes all text that our reader would not read as text."""
+    """Quotes all text that this module would not read as text."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -283,7 +284,7 @@ def dump_values(values: Mapping[str, Any]) -> str:
 
 
 def _in_a_line(value: Any) -> str:
-    """A value as YAML in one line, whatever is in it."""
+    """A value as YAML on one line, even if it contains line breaks."""
     text: str = yaml.dump(
         value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=sys.maxsize, default_flow_style=True
     )
@@ -292,11 +293,11 @@ def _in_a_line(value: Any) -> str:
 
 @dataclass
 class Draft:
-    """A config in the making.
+    """A config that is being built.
 
     Attributes:
-        document: What is set, and where.
-        reasons: `section.key` → why it has its value.
+        document: The values set so far, and where they were set.
+        reasons: `section.key` → the reason for its value.
     """
 
     document: Document
@@ -304,7 +305,7 @@ class Draft:
 
     @property
     def values(self) -> dict[str, Any]:
-        """What is set, by section and key."""
+        """The values set so far, by section and key."""
         return self.document.values
 
     def has(self, key: str) -> bool:
@@ -313,7 +314,7 @@ class Draft:
         return name in (self.values.get(section, {}) if section else self.values)
 
     def choose(self, key: str, value: Any, reason: str) -> None:
-        """Set `section.key`, or a key outside the sections, unless it is set already."""
+        """Set `section.key`, or a key outside the sections, unless it is already set."""
         if self.has(key):
             return
         section, _, name = key.rpartition(".")
@@ -321,7 +322,7 @@ class Draft:
         self.reasons[key] = reason
 
     def text(self, title: str) -> str:
-        """The config as YAML, in the order of the schema, each value with its reason; `title` is a comment on top."""
+        """The config as YAML, in the order of the schema, each value with its reason. title: a comment at the top."""
         return "\n".join([*_comment(title, ""), "", *self._lines()]) + "\n"
 
     def _lines(self) -> Iterator[str]:
@@ -338,7 +339,7 @@ class Draft:
 
 
 def _line(text: str, reason: str) -> Iterator[str]:
-    """A line with its reason behind it, or above it where there is no room."""
+    """A line with its reason as a comment after it, or above it if the line would be too long."""
     if not reason:
         yield text
     elif len(text) + len(reason) + 4 <= _WIDTH:
@@ -356,5 +357,5 @@ def _comment(text: str, indent: str) -> list[str]:
 
 
 def _printable(text: str) -> str:
-    """The text without what YAML allows in no comment, such as line breaks in the names of files."""
+    """The text with characters escaped that YAML does not allow in comments, such as line breaks in file names."""
     return "".join(letter if letter.isprintable() else f"\\u{ord(letter):04x}" for letter in one_line(text))
