@@ -170,7 +170,7 @@ class EscapedStream(_Stream):
 
 @contextmanager
 def escape_output() -> Iterator[None]:
-    """Inside, all that is printed goes through an `EscapedStream`."""
+    """Route all output inside through an `EscapedStream`."""
     originals = {name: stream for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
     streams = {name: EscapedStream(stream) for name, stream in originals.items()}
     try:

@@ -8,7 +8,7 @@ LoratuneError           1   unexpected
 ├── NumericError        6   NaN, inf, an adapter without effect
 ├── ResumeError         7   a checkpoint does not fit the run
 ├── ResourceError       8   memory or disk
-├── LockedError         9   another run holds the directory
+├── LockedError         9   another run uses the directory
 ├── LostError          10   another process of the run has ended
 ├── RequirementError   11   an adapter is not as good as required
 ├── Interrupted       130   Ctrl-C

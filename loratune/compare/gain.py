@@ -30,7 +30,7 @@ _MOST_ROWS, _MOST_DRAWN = 64, 4096
 _WANTED_ROWS = 8
 """Distinct rows that are compared even beyond `_SHARE`, as long as they have fewer tokens than training has read."""
 _SHARE = 32
-"""The sample has at most 1/32 of the tokens trained on, within the bounds below. A forward pass of base and adapter
+"""The sample has at most 1/`_SHARE` of the tokens trained on, within the bounds below. Scoring with base and adapter
 costs as much as training on the same tokens, so the comparison takes some 3 % of the time of a long run."""
 _LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
 """Bounds of the sample's tokens. Below the lower one the comparison takes little time anyway."""

@@ -58,7 +58,7 @@ class Document:
 def read(path: Path) -> Document:
     """Read a config file.
 
-    Raises ConfigError: not a readable UTF-8 YAML mapping of at most 256 KiB; every duplicate and ambiguous value.
+    Raises ConfigError: not a readable UTF-8 YAML mapping of at most 256 KiB, or it has duplicate or ambiguous values.
     """
     document = parse(_read_text(path), str(path))
     if not document.values:
