@@ -117,7 +117,6 @@ def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, l
     """Make the next forward pass compute the summed loss of these labels instead of logits, if the model has a
     `LossHead`.
 
-
     places, lengths: see `LossHead`.
     """
     head = model.get_output_embeddings()

@@ -1,8 +1,8 @@
-"""Finds out what each attention layer attends to and with which arguments, from the model's own masks.
+"""Determines the attention pattern and the arguments of each attention layer from the model's own masks.
 
-transformers gives every layer a mask, which a function computes from positions of queries and keys; and every layer
-gives its queries, keys and values to a function that is looked up by name. A probe is registered for both: it calls the
-mask's function with positions far beyond any window, which costs no more than these calls.
+In transformers, every layer gets a mask, computed by a function of query and key positions, and passes its queries,
+keys and values to an attention function that is looked up by name. A probe is registered for both: it calls the mask
+function with positions far beyond any window, without computing a whole mask.
 """
 
 import logging
@@ -21,19 +21,19 @@ from loratune.kernels.upstream import attn_implementation, has_hooks
 _log = logging.getLogger(__name__)
 
 NAME = "loratune-probe"
-"""The name that the probe is registered under."""
+"""The name under which the probe is registered."""
 REACH = 1 << 18
-"""How many tokens before a query are examined. A window of as many tokens or more counts as none."""
+"""The number of tokens before a query that are examined. A window of at least this size counts as none."""
 QUERIES = (1 << 22, (1 << 20) + 977, 40961, 977, 3)
-"""Positions of queries that are tried: what depends on more than the distance, as chunks do, shows at one of them."""
+"""Tested query positions: masks that depend on more than the distance, such as chunks, are detected at one of them."""
 INERT = frozenset({
     "position_ids", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits", "use_cache",
     "return_dict", "position_embeddings", "logits_to_keep", "labels", "num_items_in_batch", "input_ids",
     "inputs_embeds",
 })  # fmt: skip
-"""Arguments that change nothing of what attention computes, or that the kernels read themselves."""
+"""Arguments that do not affect attention, or that the kernels read themselves."""
 HELD = ("scaling", "dropout", "sliding_window", "softcap", "s_aux")
-"""Arguments of attention functions that `AttentionSpec` holds."""
+"""Arguments of attention functions that `AttentionSpec` covers."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ class AttentionSpec:
     """How a layer attends: causally, within rows, and within a window.
 
     Attributes:
-        window: How many tokens a token attends to at most, itself included; None: any number.
-        heads: Heads of queries.
-        groups: Heads of keys and values.
-        size: The size of every head of queries and keys.
-        scale: Of the scores.
-        cap: The bound that scores approach; 0 for none.
-        value_size: The size of every head of values.
-        sinks: Whether heads have a score that takes its share of the weights and gives nothing.
-        placed: Whether the attention function is given the positions of the tokens.
+        window: The most tokens that a token attends to, including itself; None: no limit.
+        heads: The number of query heads.
+        groups: The number of key and value heads.
+        size: The size of query and key heads.
+        scale: The factor of the scores.
+        cap: The bound of soft-capped scores; 0 for none.
+        value_size: The size of value heads.
+        sinks: Whether there are attention sinks.
+        placed: Whether the attention function receives the positions of the tokens.
     """
 
     window: int | None
@@ -72,10 +72,10 @@ class _Probe:
     """A mask function and an attention function that record their arguments.
 
     Attributes:
-        specs: How each layer attends.
-        refused: Layers that do something that `AttentionSpec` cannot describe.
-        fitting: Layers of which the kernel computes all but the mask, which `AttentionSpec` may not describe.
-        altered: Whether a layer got another mask than transformers made, as in families that select keys.
+        specs: The specification of each layer.
+        refused: Layers that `AttentionSpec` cannot describe.
+        fitting: Layers that the kernel supports apart from the mask, which `AttentionSpec` may not describe.
+        altered: Whether a layer got another mask than the one made by transformers, as in families that select keys.
     """
 
     def __init__(self) -> None:
@@ -108,7 +108,7 @@ class _Probe:
         return query.new_zeros(rows, length, heads, value.shape[-1]), None
 
     def _window(self, mask: Any) -> int | None:
-        """The window of a mask; None: it has none; 0: the mask is of another kind."""
+        """The window of a mask; None: no window; 0: another kind of mask."""
         if not isinstance(mask, _Mask) or mask.padded:
             return 0
         if id(mask.function) not in self._windows:
@@ -127,10 +127,10 @@ class _Mask:
 
 
 def check_known(arguments: Mapping[str, Any], *known: str) -> None:
-    """Check what attention is called with. known: names that the caller handles, besides `INERT`.
+    """Check the arguments of an attention call. known: names that the caller handles, besides `INERT`.
 
     Raises:
-        TypeError: An argument may change what is computed, such as a cache, and no kernel knows it.
+        TypeError: An argument that may affect the result, such as a cache, is not supported by the kernels.
     """
     if unknown := [*_unknown(arguments, known)]:
         raise TypeError(f"no kernel of attention knows {', '.join(unknown)}")
@@ -144,7 +144,7 @@ def _unknown(arguments: Mapping[str, Any], known: Sequence[str]) -> Iterator[str
 
 
 def _is_known(arguments: dict[str, Any]) -> bool:
-    """Whether a layer asks for nothing but what `AttentionSpec` describes."""
+    """Whether `AttentionSpec` covers all arguments of a layer."""
     if arguments.get("dropout") or any(_unknown(arguments, HELD)):
         return False
     cap, sinks = arguments.get("softcap"), arguments.get("s_aux")
@@ -154,14 +154,14 @@ def _is_known(arguments: dict[str, Any]) -> bool:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether heads have sizes and numbers that the kernel takes."""
+    """Whether the kernel supports the sizes and numbers of heads."""
     size, heads, groups = query.shape[-1], query.shape[1], key.shape[1]
     same_tokens = key.shape[:-1] == value.shape[:-1] and key.shape[2] == query.shape[2]
     return same_tokens and key.shape[-1] == size >= value.shape[-1] and size % 2 == 0 and heads % groups == 0
 
 
 def _spec(query: Tensor, key: Tensor, value: Tensor, window: int | None, arguments: dict[str, Any]) -> AttentionSpec:
-    """How a layer attends that was called with these arguments on a row from its first token on."""
+    """The specification of a layer that was called with these arguments on a row from its first token on."""
     _, heads, length, size = query.shape
     scale, cap, positions = (arguments.get(name) for name in ("scaling", "softcap", "position_ids"))
     return AttentionSpec(
@@ -175,12 +175,12 @@ def window_of(function: Callable[..., Tensor]) -> int | None:
     """The window of a causal mask.
 
     Args:
-        function: A mask function of transformers' `masking_utils`: takes the numbers of row, head, query and key to
+        function: A mask function of transformers' `masking_utils`: returns for the indices of row, head, query and key
             whether the query attends to the key.
 
     Returns:
-        How many tokens a query attends to at most, itself included; None if to all before it; 0 if the mask is not
-        causal, or has holes, or depends on more than the distance.
+        The most tokens that a query attends to, including itself; None if there is no limit; 0 if the mask is not
+        causal, has holes, or depends on more than the distance.
     """
     counts: list[tuple[int, int]] = []  # Visible keys, and all keys up to the query.
     zero = torch.zeros((), dtype=torch.long)
@@ -203,13 +203,13 @@ def window_of(function: Callable[..., Tensor]) -> int | None:
 
 @dataclass(frozen=True)
 class AttentionSurvey:
-    """How the layers of a model attend that use transformers' attention interface.
+    """The attention layers of a model that use transformers' attention interface.
 
     Attributes:
-        specs: Of the layers that `AttentionSpec` can describe.
+        specs: The specifications of the layers that `AttentionSpec` can describe.
         modules: All layers that use the interface.
-        fitting: Those of which the kernel computes all but the mask, which `AttentionSpec` may not describe.
-        stock_masks: Whether all layers get their masks as transformers makes them, of whatever kind.
+        fitting: Layers that the kernel supports apart from the mask, which `AttentionSpec` may not describe.
+        stock_masks: Whether all layers get the masks made by transformers, of whatever kind.
     """
 
     specs: dict[nn.Module, AttentionSpec]
@@ -221,7 +221,7 @@ class AttentionSurvey:
 def survey(base: Any) -> AttentionSurvey:
     """Examine a causal language model of transformers.
 
-    The result is empty if it does not run on a row of ids, or if layers of attention have hooks, which may read masks.
+    The result is empty if it does not run on a row of ids, or if attention layers have hooks, which may read masks.
     """
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size

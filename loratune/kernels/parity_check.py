@@ -1,6 +1,6 @@
 """Checks that a model computes the same as before its layers were replaced: the second safeguard, after `recognition`.
 
-Two packed rows, and a row far from the first position, go through the whole decoder, forward and backward.
+Two packed rows, and a row at the last positions, are passed through the whole decoder, forward and backward.
 """
 
 import logging
@@ -21,22 +21,22 @@ _log = logging.getLogger(__name__)
 ROWS = (29, 19)
 """Tokens of the packed rows."""
 LONG_ROWS = (150, 70)
-"""The same where the attention function changes: some families select blocks of keys once a row has several."""
+"""The same if the attention function changes: some families select blocks of keys in longer rows."""
 DISTANT_TOKENS = 17
 """Tokens of the row at the last positions of the model."""
 MAX_SIZE = 1 << 24
-"""Gradients of larger tensors are not compared; trained embeddings are such."""
+"""Gradients of larger tensors, such as trained embeddings, are not compared."""
 MIN_TOLERANCE = {torch.bfloat16: 0.1, torch.float16: 0.1}
-"""The relative difference that is always allowed, 1e-3 in other dtypes."""
+"""The relative difference that is always allowed; 1e-3 in other dtypes."""
 ROUNDING_FACTOR = 2.0
-"""The difference that rounding of the inputs alone makes, times this factor, is allowed where it is larger. In bfloat16
-it can be half of a gradient, also in the real SmolLM2-135M, and nothing smaller can be distinguished from rounding."""
+"""The difference caused by rounding the inputs, times this factor, is allowed if it is larger. In bfloat16 it can reach
+half of a gradient, also in the real SmolLM2-135M; smaller differences cannot be distinguished from rounding."""
 MAX_TOLERANCE = 0.7
-"""The relative difference that is never allowed: a gradient that is lost altogether differs by 1."""
+"""The upper limit of the tolerance: a lost gradient differs by 1."""
 BRANCHES = ((0, 24), (16, 40), (40, 45), (16, 21), (0, 12))
-"""Of each row of a tree, how many tokens it has in common with the row before, and how many it has in all."""
+"""For each row of a tree, the number of tokens shared with the row before, and the total number."""
 DRAWS = 3
-"""Draws of rows before a difference counts: rounding can make a mixture of experts choose another one."""
+"""Draws of rows before a difference counts: rounding can change the routing of a mixture of experts."""
 
 Results = list[Tensor]
 """Hidden states, then gradients."""
@@ -45,11 +45,11 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a model computed before.
+    """The results of a model before the replacement.
 
     Attributes:
-        values: Its results.
-        tolerances: The largest relative difference that is allowed, for each of them.
+        values: The results.
+        tolerances: The largest allowed relative difference of each result.
         distant: Whether a row at the last positions is among the inputs.
     """
 
@@ -58,7 +58,7 @@ class Baseline:
     distant: bool
 
     def matches(self, new: Results | None) -> bool:
-        """Whether other results are the same, up to rounding."""
+        """Whether other results are equal up to rounding."""
         if new is None or len(new) != len(self.values):
             return False
         pairs = zip(self.values, new, self.tolerances, strict=True)
@@ -68,8 +68,7 @@ class Baseline:
 class ParityCheck:
     """Compares what a model computes with what it computed when the check was made.
 
-    base: a causal language model of transformers, with an adapter or without. A model of fake tensors has no results
-    that could differ, so it always passes.
+    base: a causal language model of transformers, with or without an adapter. A model of fake tensors always passes.
     """
 
     def __init__(self, base: Any, rows: tuple[int, ...] = ROWS):
@@ -88,7 +87,7 @@ class ParityCheck:
         self._baselines += [_baseline(self._base, seed, self._rows) for seed in seeds]
 
     def passes(self) -> bool:
-        """Whether the model computes the same on one draw at least: another computation differs on all of them."""
+        """Whether the model computes the same on at least one draw: a different computation differs on all of them."""
         if not self._has_data:
             return True
         baselines = [(seed, baseline) for seed, baseline in enumerate(self._baselines) if baseline is not None]
@@ -99,7 +98,7 @@ class ParityCheck:
 
 
 def computes_trees(base: Any) -> bool:
-    """Whether a model computes the same for rows in a tree as for the rows one after the other.
+    """Whether a model computes the same for a tree of rows as for concatenated rows.
 
     base: a causal language model of transformers whose layers are replaced. It passes if its tensors are fake.
     """
@@ -118,7 +117,7 @@ def _computes_tree(base: Any, seed: int) -> bool:
     ids = _drawn(base, tree, seed)
     state, gradients = _forward_backward(base, ids[:, order], tree[:, order], rounded=False)
     noisy_state, noisy_gradients = _forward_backward(base, ids[:, order], tree[:, order], rounded=True)
-    for flat in (gradients, noisy_gradients):  # Those of the embeddings add up where rows share a token.
+    for flat in (gradients, noisy_gradients):  # Embedding gradients of shared tokens are summed.
         embeddings = flat[0]
         flat[0] = embeddings.new_zeros(1, len(positions), embeddings.shape[-1], dtype=torch.float32)
         flat[0].index_add_(1, order, embeddings.float())
@@ -128,7 +127,7 @@ def _computes_tree(base: Any, seed: int) -> bool:
 
 
 def _baseline(base: Any, seed: int, rows: tuple[int, ...]) -> Baseline | None:
-    """What a model computes, and how much rounding changes it; None if it does not run on such rows."""
+    """The results of a model, and their sensitivity to rounding; None if it does not run on such rows."""
     for distant in (True, False):
         values = compute(base, seed, distant=distant, rows=rows)
         rounded = compute(base, seed, rounded=True, distant=distant, rows=rows) if values is not None else None
@@ -138,7 +137,7 @@ def _baseline(base: Any, seed: int, rows: tuple[int, ...]) -> Baseline | None:
 
 
 def _with_tolerances(values: Results, rounded: Results, *, distant: bool) -> Baseline:
-    """Results, with the differences that are allowed. rounded: the results of rounded inputs."""
+    """Results with their tolerances. rounded: the results of rounded inputs."""
     least = MIN_TOLERANCE.get(values[0].dtype, 1e-3)
     noise = [ROUNDING_FACTOR * relative_rms(*pair) for pair in zip(values, rounded, strict=True)]
     tolerances = [min(max(least, difference), MAX_TOLERANCE) for difference in noise]
@@ -153,8 +152,8 @@ def compute(
     Args:
         base: A causal language model of transformers.
         seed: Which rows are drawn.
-        rounded: Change the embeddings by half a unit in the last place, to see what rounding does.
-        distant: Also compute a row at the last positions, which not every family accepts.
+        rounded: Whether to change the embeddings by half a unit in the last place, to measure the effect of rounding.
+        distant: Whether to include a row at the last positions, which not every family supports.
         rows: Tokens of the packed rows.
 
     Returns:
@@ -164,7 +163,7 @@ def compute(
 
 
 def _attempt(base: Any, run: Callable[[], Value]) -> Value | None:
-    """What a pass through a model gives; None if it fails."""
+    """The result of a pass through a model; None if it fails."""
     with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
         try:
             return run()
@@ -203,7 +202,7 @@ def _forward_backward(
 ) -> tuple[Tensor, list[Tensor]]:
     """The hidden states of one batch, and the gradients of its embeddings and of the trained weights.
 
-    places: the tokens whose states are taken, some of them several times; None: all.
+    places: indices of the tokens whose states are used, possibly repeated; None: all.
     """
     embeddings: list[Tensor] = []
 
@@ -235,7 +234,7 @@ def _forward_backward(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing is dropped out; afterwards each module is in the mode that it was in."""
+    """Evaluation mode, without dropout; the mode of every module is restored afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

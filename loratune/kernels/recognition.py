@@ -1,10 +1,10 @@
-"""Which classes of layers may be replaced by kernels: those whose source was compared with the kernels.
+"""Identifies the layer classes that kernels may replace: those whose source was compared with the kernels.
 
-What a layer computes depends on its source and on the switches that a configuration sets, and no comparison on random
-numbers finds every clamp, cap, scale or dropout. So a layer is replaced only if its class is in `checked_layers.json`,
-with the digest of its source and the values of its switches. `scripts/check_layers.py` writes that file. It compares
-every class of every family with its replacement in float32: on inputs with mean 0 and with another mean, of size 1 and
-10, at positions beyond every limit of the configuration, in training mode.
+The results of a layer depend on its source and on the switches that a configuration sets, and a comparison on random
+numbers cannot find every clamp, cap, scale or dropout. So a layer is replaced only if its class is in
+`checked_layers.json`, with the digest of its source and the values of its switches. `scripts/check_layers.py` writes
+that file. It compares every class of every family with its replacement in float32: on inputs with zero and nonzero
+mean, of scale 1 and 10, at positions beyond every limit of the configuration, in training mode.
 
 A class that is not in the list, that was patched at run time, or whose source has changed in a release is not replaced.
 """
@@ -37,9 +37,9 @@ SHAPES = frozenset({
     "embed_dim", "normalized_shape", "q_size", "kv_size", "op_size", "rope_theta", "initializer_range", "num_experts",
     "num_local_experts", "hidden_dim", "intermediate_dim",
 })  # fmt: skip
-"""Attributes that a replacement reads from the layer, or that do not affect what it computes."""
+"""Attributes that a replacement reads from the layer, or that do not affect the results."""
 WINDOW = "sliding_window"
-"""The window of a layer. The model's mask says how long it is (`masks`), so only whether there is one counts here."""
+"""The window of a layer. Its length is read from the model's mask (`masks`), so only its presence matters here."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Layer:
 
     Attributes:
         name: The name of its class, with its module.
-        digest: Of the source of the class.
-        switches: Names and values, as JSON.
+        digest: The digest of the source of the class.
+        switches: Names and values of the switches, as JSON.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Layer:
 
     @classmethod
     def of(cls, module: nn.Module) -> "Layer | None":
-        """Of a module; None if its source cannot be read, or the module does not compute what its class says."""
+        """The `Layer` of a module; None if its source cannot be read, or the module is patched or has hooks."""
         kind: Any = type(module)
         if "forward" in vars(module) or has_hooks(module) or not _is_unpatched(kind):
             return None
@@ -73,7 +73,7 @@ class Layer:
 
 @cache
 def checked() -> Mapping[Layer, str]:
-    """Every layer of the list, and the form of the replacement that computes the same."""
+    """Layer of the list → form of the replacement that computes the same."""
     digests_by_name = json.loads(LIST.read_text(encoding="utf-8"))["layers"]
     return {
         Layer(name, digest, json.dumps(entry["switches"], sort_keys=True)): entry["form"]
@@ -84,7 +84,7 @@ def checked() -> Mapping[Layer, str]:
 
 
 def form_of(module: nn.Module) -> str | None:
-    """The form of the replacement that computes the same as a layer; None: none is known."""
+    """The form of the replacement that computes the same as a layer; None if none is known."""
     if _name(type(module)) not in _checked_names():
         return None  # This avoids reading the source of all classes of a model.
     layer = Layer.of(module)
@@ -101,7 +101,7 @@ def _name(kind: type) -> str:
 
 
 def _is_unpatched(kind: type) -> bool:
-    """Whether the forward of a class is the one in its file, and no other library has patched it."""
+    """Whether the `forward` of a class is the one in its file, not patched by another library."""
     owner = next((base for base in kind.__mro__ if "forward" in vars(base)), None)
     if owner is None or _is_torch(kind) or _is_torch(owner) or owner.__module__ not in sys.modules:
         return False
@@ -110,8 +110,8 @@ def _is_unpatched(kind: type) -> bool:
 
 
 def _switches(module: nn.Module) -> dict[str, Any]:
-    """What a layer was built with, besides shapes: its children, its own attributes, and what its methods read from the
-    configuration when they run."""
+    """The settings of a layer apart from shapes: its children, its own attributes, and the configuration values that
+    its methods read at run time."""
     switches: dict[str, Any] = {"children": {name: _child_class(child) for name, child in module.named_children()}}
     switches["own"] = sorted(
         name for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
@@ -127,8 +127,8 @@ def _switches(module: nn.Module) -> dict[str, Any]:
 
 
 def _child_class(child: nn.Module) -> str:
-    """The class of a child, and the digest of its source. All linear layers count as one class: the replacements check
-    them themselves, with LoRA or without."""
+    """The class of a child, and the digest of its source. All linear layers, with or without LoRA, count as one class:
+    the replacements check them."""
     kind: Any = type(child)
     if all(hasattr(child, name) for name in ("in_features", "out_features", "weight")):
         return "linear"
@@ -158,7 +158,7 @@ def source_digest(kind: type) -> str:
 
 
 def _trees(kind: type) -> Iterator[ast.AST]:
-    """A class, its bases but torch's, and the functions and constants of transformers that they refer to."""
+    """A class, its bases except torch's, and the functions and constants of transformers that they refer to."""
     queue = [(base.__module__, base.__qualname__) for base in kind.__mro__ if not _is_torch(base)]
     visited: set[tuple[str, str]] = set()
     while queue:
@@ -189,7 +189,7 @@ def _is_torch(kind: type) -> bool:
 
 @cache
 def _definitions(file: str) -> dict[str, Any]:
-    """Classes and functions at the top of a file, by name."""
+    """Name → top-level class or function of a file."""
     queue: list[Any] = list(ast.parse(Path(file).read_text(encoding="utf-8")).body)
     definitions = {}
     while queue:
@@ -206,7 +206,7 @@ IGNORED_FIELDS = ("annotation", "returns", "type_params", "type_comment", "kind"
 
 
 def _names(node: Any) -> set[str]:
-    """What a piece of source refers to when it runs, so without annotations."""
+    """The names that a piece of source refers to at run time, without annotations."""
     if isinstance(node, ast.Name):
         return {node.id}
     fields = [value for name, value in ast.iter_fields(node) if name not in IGNORED_FIELDS]
@@ -215,7 +215,7 @@ def _names(node: Any) -> set[str]:
 
 
 def _text(node: Any) -> str:
-    """A syntax tree as text that is the same in every release of Python: without empty fields and positions."""
+    """A syntax tree as text that does not depend on the Python release: without empty fields and positions."""
     if isinstance(node, list):
         return "[" + ",".join(map(_text, node)) + "]"
     if not isinstance(node, ast.AST):

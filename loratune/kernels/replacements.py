@@ -19,7 +19,7 @@ from loratune.kernels.sublayers import ExpertLayers, GatedLayer, HeadNorms, Self
 class Replacement(nn.Module):
     """Replaces a module, with the same children and weights, so that they keep their names.
 
-    Other attributes are those of the module: some families read attributes of a layer besides calling it.
+    Other attributes are read from the module: some families read attributes of a layer besides calling it.
     """
 
     def __init__(self, original: nn.Module):
@@ -28,7 +28,7 @@ class Replacement(nn.Module):
             self.add_module(name, child)
         for name, weight in original.named_parameters(recurse=False):
             self.register_parameter(name, weight)
-        self._original = [original]  # In a list, so that it is no child.
+        self._original = [original]  # In a list, so that it is not registered as a child.
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -40,13 +40,13 @@ class Replacement(nn.Module):
 
 
 def twin(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Module:
-    """A layer of PEFT that computes by another function, with the same class and children.
+    """A copy of a PEFT layer with another forward function, and the same class and children.
 
-    Of layers of other classes PEFT would not save what the adapter has learned.
+    PEFT would not save the weights of layers of another class.
 
     Args:
-        layer: It stays as it is.
-        forward: Of the states, and whether the layer is trained.
+        layer: The layer, which is not changed.
+        forward: Function of the states, and whether the layer is in training mode.
     """
     other = copy.copy(layer)
     other.forward = lambda x: forward(x, other.training)
@@ -54,13 +54,13 @@ def twin(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Modu
 
 
 def restore(base: Any, replaced: Sequence[tuple[str, nn.Module]]) -> None:
-    """Put modules back. replaced: path and module of each."""
+    """Restore modules. replaced: path and original module of each."""
     for name, original in replaced:
         base.set_submodule(name, original)
 
 
 class FastAttention(Replacement):
-    """Replaces a layer of attention. Rows begin where positions are 0; padding is at the end of rows."""
+    """Replaces an attention layer. Rows begin where positions are 0; padding is on the right."""
 
     def __init__(
         self,
@@ -75,9 +75,9 @@ class FastAttention(Replacement):
 
         Args:
             original: The layer.
-            attention: What computes it.
-            window: How many tokens a token attends to at most, itself included.
-            layouts: Shared by all layers of a model.
+            attention: The computation.
+            window: The most tokens that a token attends to, including itself.
+            layouts: The cache of layouts, shared by all layers of a model.
             rotary: Whether rotary embeddings are applied to queries and keys.
         """
         super().__init__(original)
@@ -146,7 +146,7 @@ class FastNorm(Replacement):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., size). Returns the same shape."""
-        # Some families have activations of another dtype than their weights.
+        # In some families, activations have another dtype than the weights.
         if x.dtype != self.weight.dtype:
             result: Tensor = self._original[0](x)
             return result
@@ -162,7 +162,7 @@ def replace_attention(
     rotary: bool = True,
     added: float = 0.0,
 ) -> FastAttention | None:
-    """The replacement of a layer of attention, judged by its structure alone; None: it has another structure.
+    """The replacement of an attention layer, judged by its structure alone; None if the structure does not match.
 
     rotary: whether rotary embeddings are applied; added: what the norms of heads add to their weights.
     """
@@ -187,7 +187,7 @@ def replace_attention(
 def replace_gated(
     module: nn.Module, reader: Reader, activation: tuple[float, float] = reference.SILU
 ) -> FastGatedLayer | None:
-    """The replacement of a gated feed-forward layer, judged by its structure alone; None: it has another structure."""
+    """The replacement of a gated feed-forward layer, judged by its structure alone; None if it does not match."""
     children = dict(module.named_children())
     joined = _projection(children, [("gate_proj", "up_proj"), ("gate_up_proj",)], reader)
     down = _projection(children, [("down_proj",)], reader)
@@ -199,7 +199,7 @@ def replace_gated(
 
 
 def replace_experts(module: nn.Module, activation: tuple[float, float] = reference.SILU) -> FastExperts | None:
-    """The replacement of the experts of a mixture, judged by their structure alone; None: they have another one."""
+    """The replacement of the experts of a mixture, judged by their structure alone; None if it does not match."""
     weights = dict(module.named_parameters())
     if weights.keys() != {"gate_up_proj", "down_proj"} or any(weight.requires_grad for weight in weights.values()):
         return None
@@ -210,7 +210,7 @@ def replace_experts(module: nn.Module, activation: tuple[float, float] = referen
 
 
 def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
-    """The replacement of a linear layer, with LoRA or without; None: it is something else."""
+    """The replacement of a linear layer with or without LoRA; None for other modules."""
     part = reader(module)
     if part is None:
         return None
@@ -219,7 +219,7 @@ def replace_linear(module: nn.Module, reader: Reader) -> nn.Module | None:
 
 
 def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:
-    """The replacement of a norm, judged by its structure alone; None: it has another structure.
+    """The replacement of a norm, judged by its structure alone; None if it does not match.
 
     added: what is added to its weight.
     """
@@ -232,7 +232,7 @@ def replace_norm(module: Any, added: float = 0.0) -> FastNorm | None:
 
 
 def _has_dropout(module: nn.Module) -> bool:
-    """Whether a layer has a dropout of its own."""
+    """Whether a layer has its own dropout."""
     return any("dropout" in name and value for name, value in vars(module).items())
 
 
@@ -249,7 +249,7 @@ def _head_norms(children: Mapping[str, Any], added: float) -> HeadNorms | None:
 
 
 def _projection(children: Mapping[str, Any], choices: Sequence[tuple[str, ...]], reader: Reader) -> Projection | None:
-    """The first choice of names that all exist, as one product; None if none exists, or one is not linear."""
+    """The projection of the first group of names that all exist; None if there is none, or a layer is not linear."""
     for names in choices:
         if children.keys() >= set(names):
             layers = [layer for name in names if (layer := reader(children[name])) is not None]

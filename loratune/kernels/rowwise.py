@@ -1,8 +1,8 @@
 """Attention within the rows of a batch, on a CPU, for attention layers that are not replaced.
 
-For packed rows transformers gives attention a mask over the whole batch, so that the cost is quadratic in the tokens of
-the batch. Here the rows are determined from the function that would make the mask, and attention goes over each row by
-itself: tile by tile in C, where queries, keys and values are as the kernel takes them, else row by row in torch.
+For packed rows, transformers masks attention over the whole batch, so the cost is quadratic in the tokens of the batch.
+Here, the rows are determined from the mask function, and attention is computed within each row: tile by tile in C if
+the kernel supports the inputs, otherwise row by row in torch.
 """
 
 import sys
@@ -24,28 +24,29 @@ from loratune.kernels.layout import Layout, PerBatch, Scoring
 from loratune.kernels.masks import HELD, check_known
 
 PREFIX = "loratune"
-"""What the names of all attention implementations begin with that go row by row, also those of other modules."""
+"""The prefix of the names of all row-wise attention implementations, including those of other modules."""
 STOCK = {"sdpa": upstream.sdpa_mask, "eager": upstream.eager_mask}
 """The attention implementations that can be replaced, and their masks."""
 MASK_ARGUMENTS = {
     "batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask", "local_size",
     "allow_is_causal_skip", "allow_is_bidirectional_skip", "use_vmap", "device", "dtype", "config",
 }  # fmt: skip
-"""Arguments of transformers' mask functions that are understood."""
+"""Supported arguments of transformers' mask functions."""
 TILE = 256
-"""Queries of a row with a window that are computed at once in torch."""
+"""Queries per tile of a row with a window, in torch."""
 FULL_CHECK = 256
-"""Up to so many tokens of a batch the whole mask is checked, and not only its edges."""
+"""Up to this many tokens of a batch, the whole mask is checked, beyond that only its edges."""
 
 
 @dataclass(frozen=True)
 class RowMask:
-    """Stands for a mask by which a token attends to those of its row up to itself, within a window.
+    """A causal mask within rows and a window, in compact form.
 
     Attributes:
-        positions: (tokens of all sequences,), of each token in its row, or in a tree of rows, see `Layout.of`.
-        window: How many tokens a token attends to at most, itself included; None: any number.
-        sequences: How many there are, of one length each.
+        positions: (tokens of all sequences,), the position of each token in its row, or in a tree of rows, see
+            `Layout.of`.
+        window: The most tokens that a token attends to, including itself; None: no limit.
+        sequences: The number of sequences, all of the same length.
     """
 
     positions: Tensor
@@ -60,12 +61,12 @@ class RowMask:
 
     @cached_property
     def layout(self) -> Layout:
-        """The same for tiles of queries. It is computed once for all layers with this mask."""
+        """The `Layout` of the mask. It is computed once for all layers with this mask."""
         return Layout.of(self.positions, self.window)
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Of the packed rows, the same in all sequences. Raises ValueError: rows share prefixes."""
+        """The lengths of the packed rows, equal in all sequences. Raises ValueError: rows share prefixes."""
         positions = self.positions.view(self.sequences, -1)[0]
         begins = torch.cat([torch.ones_like(positions[:1], dtype=torch.bool), positions.diff() != 1])
         if bool((positions[begins] != 0).any()):
@@ -74,7 +75,7 @@ class RowMask:
         return [end - begin for begin, end in pairwise(bounds)]
 
     def mask(self, queries: int, keys: int, like: Tensor) -> Tensor:
-        """What is added to the scores of the last tokens of a row: (queries, keys), in the dtype of `like`."""
+        """The additive mask of the last tokens of a row: (queries, keys), in the dtype of `like`."""
         if (queries, keys) not in self._masks:
             positions = torch.arange(keys, device=like.device)
             own = positions[keys - queries :, None]
@@ -84,14 +85,14 @@ class RowMask:
 
 
 def attend_by_rows(base: Any, is_same: Callable[[], bool]) -> bool:
-    """Have a model attend row by row, if it uses torch's attention or its own and then computes the same.
+    """Make a model attend row by row, if it uses one of the `STOCK` implementations and still computes the same.
 
     Args:
         base: A causal language model of transformers.
         is_same: Whether the model computes the same as before, forward and backward.
 
     Returns:
-        Whether the model now attends row by row. The caller sets its attention implementation back in the end.
+        Whether the model now attends row by row. The caller has to restore its attention implementation later.
     """
     own = upstream.attn_implementation(base)
     if own not in STOCK:
@@ -104,7 +105,7 @@ def attend_by_rows(base: Any, is_same: Callable[[], bool]) -> bool:
 
 
 def register(base: Any, own: str) -> None:
-    """Have a model attend row by row. own: its attention implementation, one of `STOCK`."""
+    """Make a model attend row by row. own: its attention implementation, one of `STOCK`."""
     name = f"{PREFIX}-rows-{own}"
     AttentionInterface.register(name, partial(attention, own=own))
     AttentionMaskInterface.register(name, partial(mask, own=own))
@@ -112,12 +113,12 @@ def register(base: Any, own: str) -> None:
 
 
 def register_by_positions(base: Any, name: str, windows: Mapping[nn.Module, int | None]) -> None:
-    """Have a model attend within rows that are read from `position_ids`, so that rows may share prefixes.
+    """Make a model attend within rows derived from `position_ids`, so that rows may share prefixes.
 
     Args:
         base: A causal language model of transformers.
-        name: What the attention implementation is registered as.
-        windows: How many tokens a token attends to at most, for each layer that hands positions on and is not replaced.
+        name: The name under which the attention implementation is registered.
+        windows: Layer that is not replaced and passes positions on → the most tokens that a token attends to.
     """
     batch = PerBatch(RowMask.of)
 
@@ -135,16 +136,16 @@ def register_by_positions(base: Any, name: str, windows: Mapping[nn.Module, int 
 
 
 def no_mask(*_: Any, **__: Any) -> None:
-    """A mask function of transformers that makes none: every layer reads the rows from the positions."""
+    """A mask function of transformers that returns no mask: every layer derives the rows from the positions."""
 
 
 def attends_by_rows(model: Any) -> bool:
-    """Whether attention is computed within the rows of a batch, and not over all of its tokens together."""
+    """Whether attention is computed within the rows of a batch rather than over all of its tokens."""
     return upstream.attn_implementation(model).startswith(PREFIX)
 
 
 def mask(*, own: str = "sdpa", **arguments: Any) -> Any:
-    """A mask function of transformers: a `RowMask` if that describes the mask, else the stock one.
+    """A mask function of transformers: returns a `RowMask` if that describes the mask, otherwise the stock mask.
 
     own: the attention implementation of the model.
     """
@@ -155,11 +156,11 @@ def mask(*, own: str = "sdpa", **arguments: Any) -> Any:
 def _row_mask(arguments: Mapping[str, Any]) -> RowMask | None:
     """The rows that a mask separates; None if it is another kind of mask.
 
-    Only padding attends to padding at the end of a sequence, so that it may count as a part of the last row.
+    Padding on the right is only attended to by padding, so it may be treated as a part of the last row.
 
     Args:
-        arguments: As transformers calls a mask function; the `mask_function` among them takes the numbers of sequence,
-            head, query and key to whether the query attends to the key.
+        arguments: The arguments of a mask function of transformers; `mask_function` returns for the indices of
+            sequence, head, query and key whether the query attends to the key.
     """
     q_length, batch_size, local_size = arguments["q_length"], arguments["batch_size"], arguments.get("local_size")
     offsets = arguments.get("q_offset", 0), arguments.get("kv_offset", 0)
@@ -200,22 +201,22 @@ def _row_mask(arguments: Mapping[str, Any]) -> RowMask | None:
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, own: str = "sdpa", **options: Any
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers: within rows where there is a `RowMask`, else the stock one.
+    """An attention function of transformers: within rows if the mask is a `RowMask`, otherwise the stock function.
 
     Args:
-        module: The layer of attention.
+        module: The attention layer.
         query: (sequences, heads, length, size).
         key: The same, with as many heads or fewer.
         value: The same as `key`; of another size in some families.
-        attention_mask: What `mask` returned.
+        attention_mask: The result of `mask`.
         own: The attention implementation of the model.
-        options: As transformers hands them to an attention function.
+        options: Keyword arguments of an attention function of transformers.
 
     Returns:
         (sequences, length, heads, size), and no weights.
 
     Raises:
-        TypeError, ValueError: The layer needs something that is not computed here.
+        TypeError, ValueError: The layer needs something that is not supported here.
     """
     if not isinstance(attention_mask, RowMask):
         result, *_ = _stock(module, own)(module, query, key, value, attention_mask, **options)
@@ -237,7 +238,7 @@ def attention(
 
 
 def _stock(module: Any, own: str) -> Callable[..., tuple[Tensor, Any]]:
-    """The attention function of a layer by itself; that named "eager" is in the file of its class."""
+    """The stock attention function of a layer; the function for "eager" is in the file of its class."""
     function: Callable[..., tuple[Tensor, Any]] = upstream.sdpa_attention_forward
     if own == "eager":
         function = vars(sys.modules[type(module).__module__])["eager_attention_forward"]
@@ -245,7 +246,7 @@ def _stock(module: Any, own: str) -> Callable[..., tuple[Tensor, Any]]:
 
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, *, special: bool) -> bool:
-    """Whether attention goes tile by tile: where it is compiled, and where torch has none, as with caps and sinks."""
+    """Whether attention is computed tile by tile: if the kernel is compiled, or torch has none (caps and sinks)."""
     size = query.shape[-1]
     alike = query.dtype == key.dtype == value.dtype and query.device.type == "cpu"
     shapes = size % 2 == 0 and key.shape[-1] == size >= value.shape[-1] and query.shape[1] % key.shape[1] == 0
@@ -253,14 +254,14 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, *, special: bool) -> bool:
 
 
 def attend_in_tiles(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scoring: Scoring) -> Tensor:
-    """Attention by the kernel of the layers that are replaced.
+    """Attention with the kernel of the replaced layers.
 
     Args:
         query: (sequences, heads, length, size).
         key: The same, with as many heads or fewer.
         value: The same as `key`, of the same size or a smaller one.
-        layout: Of all tokens, one sequence after the other.
-        scoring: How scores are made; sinks of any shape.
+        layout: The layout of all tokens, one sequence after the other.
+        scoring: How scores are computed; sinks may have any shape.
 
     Returns:
         (sequences, length, heads, size of a value).
@@ -292,14 +293,14 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any) -> Tensor:
-    """Torch's attention. hidden: see `RowMask.mask`; None: that of a whole row."""
+    """Torch's attention. hidden: see `RowMask.mask`; None: causal over a whole row."""
     return functional.scaled_dot_product_attention(query, key, value, hidden, is_causal=hidden is None, **options)
 
 
 def _as_module(
     module: Any, mask: RowMask, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The same by the attention function of the file that defines a layer."""
+    """Attention by the eager function in the file that defines a layer."""
     hidden = mask.mask(query.shape[2], key.shape[2], query) if hidden is None else hidden
     result: Tensor = _stock(module, "eager")(module, query, key, value, hidden[None, None], **options)[0]
     return result.transpose(1, 2)

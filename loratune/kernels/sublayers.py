@@ -1,5 +1,5 @@
-"""Layers over packed rows on a CPU, as functions with gradients: causal self-attention in tiles, and for very long rows
-by torch's own kernel; gated feed-forward layers, mixtures of frozen experts, and RMS norms."""
+"""Layers over packed rows on a CPU, as autograd functions: causal self-attention (in tiles, or with torch's kernel for
+very long rows), gated feed-forward layers, mixtures of frozen experts, and RMS norms."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.lora_linear import Projection
 
 Rows = Sequence[tuple[int, int]]
-"""The first token of each row, and the one after its last."""
+"""(first token, token after the last) of each row."""
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Triple: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 FEWEST_TOKENS = {torch.float32: 2048}
-"""From so many tokens on torch's kernel is faster, by dtype; of other dtypes ours is, whatever the length. So it is for
-AVX2 and AVX-512 and for heads of 64, 128 and 256, of which one to four share a head of keys:
+"""dtype → the number of tokens from which torch's kernel is faster; for other dtypes, ours is always faster. Measured
+with AVX2 and AVX-512 for heads of size 64, 128 and 256, one to four per key head:
 `python scripts/measure_fallbacks.py --attention` of revision 096b964."""
 
 
@@ -42,9 +42,9 @@ class HeadNorms:
     added: float
 
     def forward(self, joined: Tensor, columns: Sequence[int], ops: FusedOps) -> tuple[Tensor, list[Tensor]]:
-        """joined: (tokens, sum of columns); columns: how many are of queries, keys and values.
+        """joined: (tokens, sum of columns); columns: the numbers of columns of queries, keys and values.
 
-        Returns the same shape, and what `backward` needs.
+        Returns the same shape, and the tensors for `backward`.
         """
         query, key, value = torch.split(joined, list(columns), 1)
         saved, normalized = [], []
@@ -67,15 +67,15 @@ class HeadNorms:
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """A layer of attention.
+    """An attention layer.
 
     Attributes:
         joined: The projections to queries, keys and values as one product.
         out: The projection of the heads' output.
-        groups: Heads of keys and values.
-        heads: Heads of queries that share each head of keys and values.
+        groups: The number of key and value heads.
+        heads: The number of query heads per key head.
         size: The size of every head.
-        scoring: How scores are made; there are no sinks.
+        scoring: How scores are computed; there are no sinks.
         norms: Norms of the heads of queries and keys.
     """
 
@@ -97,7 +97,7 @@ class SelfAttention:
 
     @property
     def columns(self) -> list[int]:
-        """How many columns of the joined product are queries, keys and values."""
+        """The numbers of columns of queries, keys and values in the joined product."""
         return [self.size * count for count in (self.groups * self.heads, self.groups, self.groups)]
 
 
@@ -141,9 +141,9 @@ class _SelfAttentionFunction(torch.autograd.Function):
 
 
 def fewest_tokens(like: Tensor) -> int | None:
-    """The fewest tokens of a row that torch's kernel computes for states like this tensor; None: it computes none.
+    """The fewest tokens of a row for which torch's kernel is used with states like this tensor; None: it is never used.
 
-    The limit is fixed and not measured at run time, so that the same seed gives the same bytes.
+    The limit is fixed rather than measured at run time, so that results are reproducible.
     """
     return FEWEST_TOKENS.get(like.dtype)
 
@@ -151,13 +151,13 @@ def fewest_tokens(like: Tensor) -> int | None:
 def attend_whole_rows(rows: Rows, results: Pair, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Compute attention within whole rows by torch's own kernel.
 
-    It takes products from oneDNN and MKL, and with them instructions that ours has not, such as AMX.
+    It uses matrix products of oneDNN and MKL, with instructions that ours lacks, such as AMX.
 
     Args:
-        rows: Which.
-        results: Receives what `reference.attend` returns, of the tokens of these rows.
+        rows: The rows.
+        results: Receives the results of `reference.attend` for the tokens of these rows.
         query, key, value: See `reference.attend`.
-        scale: Of the scores.
+        scale: The factor of the scores.
     """
     groups, tokens, heads, size = query.shape
     result, total = results[0].view(tokens, groups, heads, size), results[1]
@@ -173,11 +173,11 @@ def attend_whole_rows_backward(
     """Compute the gradients of attention within whole rows.
 
     Args:
-        rows: Which.
-        gradients: Those of query, key and value. That of a query is overwritten; to the others is added, as other
+        rows: The rows.
+        gradients: The gradients of query, key and value. The first is overwritten; the others are added to, as other
             tokens may attend to the rows too.
         gradient, outputs, inputs: See `reference.attend_backward`.
-        scale: Of the scores.
+        scale: The factor of the scores.
     """
     (result, total), (query, key, value) = outputs, inputs
     groups, tokens, heads, size = query.shape
@@ -265,11 +265,11 @@ class _RMSNorm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class ExpertLayers:
-    """Gated feed-forward layers, of which each token takes a few. Shazeer et al. 2017.
+    """A mixture of experts: gated feed-forward layers, a few of which each token uses. Shazeer et al. 2017.
 
     Attributes:
-        gate_up: Their projections to gates and values, (experts, 2 * inner, size).
-        down: Their projections back, (experts, size, inner).
+        gate_up: The projections to gates and values, (experts, 2 * inner, size).
+        down: The output projections, (experts, size, inner).
         activation: See `reference.swiglu`.
     """
 
@@ -279,7 +279,7 @@ class ExpertLayers:
     activation: tuple[float, float] = reference.SILU
 
     def __call__(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """The sum of what the experts of each token give, weighted.
+        """The weighted sum of the outputs of the experts of each token.
 
         Args:
             x: (tokens, size).
@@ -299,7 +299,7 @@ class ExpertLayers:
         return result
 
     def ends(self, chosen: Tensor) -> list[int]:
-        """Where the rows of each expert end, among the pairs of a token and an expert in the order of experts."""
+        """The end of the rows of each expert among the (token, expert) pairs sorted by expert."""
         count = len(self.down)
         if upstream.is_fake(chosen):
             return [chosen.numel() * (expert + 1) // count for expert in range(count)]

@@ -25,22 +25,22 @@ from transformers.quantizers.base import get_keys_to_not_convert as get_keys_to_
 # registered under the names "sdpa" and "eager", where others may have replaced them.
 # FakeTensorMode, unset_fake_temporarily: operations on tensors without data, and one with data in between. torch
 # documents them for authors of compilers, under these underscored names only.
-# TorchDispatchMode: sees every operation, those of the backward included; hooks of modules see only calls of modules.
+# TorchDispatchMode: sees every operation, including the backward pass; module hooks see only calls of modules.
 # tree_leaves: the tensors in the results of an operation.
-# get_keys_to_not_convert: the modules that transformers leaves out when it quantizes a model. What is documented takes
-# their names and does not return them.
+# get_keys_to_not_convert: the modules that transformers does not quantize. The documented functions accept their names
+# but do not return them.
 
 FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
-"""Where torch logs an operation that fails without data, as an error of its own."""
+"""The logger to which torch logs an operation that fails without data, as an error."""
 
 
 def attn_implementation(model: Any) -> str:
-    """The attention implementation that a model uses. transformers documents how it is set, and not how it is read."""
+    """The attention implementation of a model. transformers documents how to set it, but not how to read it."""
     return str(model.config._attn_implementation)
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape and a dtype but no data, as those have that memory is estimated with.
+    """Whether a tensor has a shape and a dtype but no data, as in the memory estimate.
 
     torch documents fake tensors for authors of compilers, under this underscored name only.
     """
@@ -59,7 +59,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def dropout(x: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Dropout, and the mask of what it keeps, which no documented function of torch returns.
+    """Dropout, and the mask of kept values, which no documented function of torch returns.
 
     Both have the shape of x.
     """

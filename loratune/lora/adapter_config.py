@@ -21,7 +21,7 @@ from loratune.lora.module_names import ends_in, last, without_wrappers
 
 CONFIG_FILE = "adapter_config.json"
 MAX_ENTRIES = 1_000
-"""Layers that `layer_replication` may make, each of which is a copy; entries of `target_parameters`."""
+"""The most layers that `layer_replication` may create, each a copy, and the most entries of `target_parameters`."""
 MIN_ALLOWED = 64
 """How many names and patterns are always allowed, even if there are fewer modules."""
 
@@ -29,11 +29,11 @@ _PATTERNS = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
 FACTOR = re.compile(
     r"^base_model\.model\.(?P<path>.*)\.lora_(?P<embedding>embedding_)?(?P<kind>A|B|magnitude_vector)(\.weight)?$"
 )
-"""Names of the tensors of LoRA in an adapter file; the groups path and kind say whose they are, and which."""
+"""Names of LoRA tensors in an adapter file; the groups are the path of the module and the kind of tensor."""
 _KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-"""Values of `init_lora_weights` with which PEFT leaves the base as it is."""
+"""Values of `init_lora_weights` with which PEFT does not change the base."""
 _FROM_BASE = ("pissa", "olora")
-"""Those with which it takes a part out of the base, and the same part whenever it loads the adapter."""
+"""Values with which PEFT subtracts a part from the base, reproducibly each time it loads the adapter."""
 _ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"[\w.-]+")
 
@@ -50,7 +50,7 @@ _Ranges = Annotated[list[Annotated[list[int], Field(min_length=2, max_length=2)]
 
 
 class _SavedConfig(BaseModel):
-    """The values of a saved configuration that are used here or by PEFT as it makes layers."""
+    """The values of a saved configuration that are used here, or by PEFT to create layers."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
@@ -96,7 +96,7 @@ def check_values(config: Mapping[str, Any], where: str) -> None:
 
 @dataclass(frozen=True)
 class ModuleSettings:
-    """What a configuration says of a module. rank: r, a whole number unless it is wrong; scaling: of B·A."""
+    """The settings of a module. rank: r, a whole number unless it is invalid; scaling: the factor of B·A."""
 
     rank: float
     scaling: float
@@ -104,7 +104,7 @@ class ModuleSettings:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """A saved configuration, and what it says of the modules that the tensors of the adapter belong to.
+    """A saved configuration, and its settings for the modules of the adapter's tensors.
 
     Attributes:
         path: The adapter directory.
@@ -134,12 +134,12 @@ class AdapterConfig:
 
     @property
     def changes_base(self) -> bool:
-        """Whether PEFT takes a part out of the base when it loads the adapter."""
+        """Whether PEFT subtracts a part from the base when it loads the adapter."""
         return self.init in _FROM_BASE
 
     @property
     def is_reproducible(self) -> bool:
-        """Whether the files are enough: PEFT left the base as it was, or takes the same part out of it again."""
+        """Whether the files are sufficient: PEFT does not change the base, or subtracts the same part again."""
         return self.init in (*_KEEPS_BASE, *_FROM_BASE)
 
     @property
@@ -153,20 +153,20 @@ class AdapterConfig:
         return factors_in(self.tensors)
 
     def parameters_of(self, path: str) -> list[str]:
-        """The names of the parameters that the A and B at a path may belong to, none where they are those of a module.
+        """The names of the parameters that the A and B at a path may belong to; empty if they belong to a module.
 
-        With `target_parameters` PEFT wraps the module that holds a parameter, once for each that it adapts, so that the
-        paths of A and B are `experts` and `experts.base_layer`, and no name of a parameter is in the file.
+        With `target_parameters`, PEFT wraps the module that holds a parameter, once per adapted parameter. The paths of
+        A and B are then `experts` and `experts.base_layer`, and the file does not contain the parameter's name.
         """
         owner = without_wrappers(path)
         names = {entry: f"{owner}.{last(entry)}" for entry in self.config.get("target_parameters") or []}
         return [name for entry, name in names.items() if ends_in(name, entry)]
 
     def settings(self, parameters: Mapping[str, str] | None = None) -> dict[str, ModuleSettings]:
-        """Path → what the configuration says of each module that the tensors belong to.
+        """Path → settings of each module that the tensors belong to.
 
         Args:
-            parameters: Path → name of the parameter, where A and B do not belong to a module; see `parameters_of`.
+            parameters: Path → name of the parameter, if A and B do not belong to a module; see `parameters_of`.
 
         Raises:
             AdapterError: A pattern is not a regular expression or takes too long, or there are too many.
@@ -188,7 +188,7 @@ class AdapterConfig:
         return settings
 
     def checked_settings(self) -> dict[str, ModuleSettings]:
-        """`settings`. Raises AdapterError also if a rank is not that of the tensor."""
+        """`settings`. Also raises AdapterError if a rank differs from the rank of the tensor."""
         settings = self.settings()
         for path, rank in self.ranks.items():  # the A of a parameter holds the rows of all experts
             if settings[path].rank != rank and not self.parameters_of(path):
@@ -196,18 +196,18 @@ class AdapterConfig:
         return settings
 
     def peft_values(self, modules: Sequence[str], parameters: Sequence[str]) -> dict[str, Any]:
-        """Values for fields of `peft.LoraConfig` that replace those that are saved: exact names for its expressions.
+        """Values that replace saved fields of `peft.LoraConfig`: exact names instead of expressions.
 
-        Ranks are at most one more than the largest of the tensors. The modules of the tensors have their own rank; any
-        other module that PEFT matches is an error, whatever its rank, and should not cost the memory of a rank of 10⁹.
+        Ranks are limited to one more than the largest rank of the tensors. Modules without tensors that PEFT matches
+        are an error anyway, and should not allocate memory for a rank of 10⁹.
 
         Args:
             modules: The paths of the modules of the model.
             parameters: The names of its parameters.
 
         Raises:
-            AdapterError: An expression is not one or takes too long, there are more entries than modules, or a rank is
-                not that of the tensor, which PEFT would notice only after it has made a tensor of that rank.
+            AdapterError: An expression is not valid or takes too long, there are more entries than modules, or a rank
+                differs from the rank of the tensor, which PEFT would notice only after allocating a tensor.
         """
         self.checked_settings()
         self._check_lists(modules)
@@ -228,7 +228,7 @@ class AdapterConfig:
         return values
 
     def _check_lists(self, modules: Sequence[str]) -> None:
-        """Check the lists in a configuration. Arguments and errors as of `peft_values`."""
+        """Check the lists in a configuration. Arguments and errors as in `peft_values`."""
         layers = sum(end - start for start, end in self.config.get("layer_replication") or [] if end > start)
         self._check_number(layers, len(self.ranks), "layer_replication")
         for key in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
@@ -262,7 +262,7 @@ def factors_in(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 
 def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
-    """Name → value of the first pattern that matches it, as PEFT reads them (peft.utils.other.get_pattern_key).
+    """Name → value of the first matching pattern, by PEFT's rule (peft.utils.other.get_pattern_key).
 
     Raises:
         BadPatternError: A pattern is not a regular expression, or they take too long.
@@ -278,7 +278,7 @@ def _first_matches(entries: Mapping[str, float], names: Iterable[str]) -> dict[s
 
 
 def _exact(found: Mapping[str, float]) -> dict[str, float]:
-    """Patterns that match these names and no others: one for each value, as PEFT tries all patterns on each module."""
+    """Patterns that match exactly these names, one per value, because PEFT tries all patterns on each module."""
     names: dict[float, list[str]] = {}
     for name, value in found.items():
         names.setdefault(value, []).append(re.escape(name))

@@ -27,13 +27,13 @@ RECORD_FILE = RECORD
 _UNLISTED = ("README.md", RECORD_FILE)
 """Files without a digest: users may edit the card, and the record cannot hold its own digest."""
 _BASE_KEYS = ("base_model_name_or_path", "revision")
-"""Keys that do not count as an edit: the base may move; its fingerprint identifies it."""
+"""Keys whose change does not count as an edit: the base may be moved; its fingerprint identifies it."""
 _READ_SUFFIXES = (
     ".json", ".jinja", ".jinja2", ".j2", ".model", ".py", ".pyc", ".so", ".tiktoken", ".spm", ".bpe", ".codes",
     ".vocab", ".safetensors", ".gguf",
 )  # fmt: skip
-"""Suffixes of files that transformers, tokenizers or PEFT read, besides vocabularies and merges. Beside weights in
-safetensors they read no pickle."""
+"""Suffixes of files that transformers, tokenizers or PEFT read, apart from vocabularies and merges. If there are
+safetensors weights, they read no pickles."""
 _IGNORED_DIRECTORIES = (".git", ".cache")  # of git and of the hub's client; no library reads there
 _CODE = ("auto_mapping", "megatron_config")
 
@@ -45,7 +45,7 @@ _NOT_RECORDED = {
     "loftq": ("quantizes the base, and does not record the result", "save that base too, and set this to true"),
     "": ("may change the base in a way that this release does not know", "upgrade loratune"),
 }
-"""What others begin with → why the files of such an adapter are not enough; what to do."""
+"""Prefix of another value → why the files of such an adapter are not sufficient, and the fix."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class AdapterFiles(AdapterConfig):
 
     Attributes:
         record: Content of loratune.json; empty if there is none.
-        copies: File and name → shape of tensors of the base, which PEFT saves beside LoRA on embeddings and on the
-            output layer. They have to be the base's own, see `tensors.check_copies`, and are not read otherwise.
+        copies: File and name → shape of tensors of the base, which PEFT saves together with LoRA on embeddings and on
+            the output layer. They must equal the base's, see `tensors.check_copies`, and are otherwise ignored.
     """
 
     record: dict[str, Any]
@@ -70,7 +70,7 @@ class AdapterFiles(AdapterConfig):
 
     @property
     def parameters(self) -> dict[str, str]:
-        """Path of an A and a B → the parameter that they adapt, as far as it is known, as `parameters_of` says."""
+        """Path of A and B → the parameter that they adapt, if it is known; see `parameters_of`."""
         recorded = self.record.get("target_parameters")
         known = recorded if isinstance(recorded, Mapping) else {}
         found = {}
@@ -82,14 +82,14 @@ class AdapterFiles(AdapterConfig):
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the weights and of the configuration without the place of the base: what the adapter computes."""
+        """SHA-256 of the weights and of the configuration without the base's location: identifies the adapter."""
         digests = [_digest(self.path / name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
         return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
     def edits(self) -> list[Problem]:
         """A problem for each file that has changed since the adapter was saved, or was added and would be read.
 
-        The list is empty if no record lists the files.
+        Empty if there is no record of the files.
         """
         if not self.record:
             return []
@@ -109,12 +109,12 @@ class AdapterFiles(AdapterConfig):
 
 
 def inspect(path: Path) -> AdapterFiles:
-    """Open an adapter directory without loading weights. Never looks on the hub, never reads a pickle.
+    """Open an adapter directory without loading weights. Never accesses the hub, never reads a pickle.
 
     Raises:
-        AdapterError: No such directory; no config or no weights in it; files that are unreadable or not of LoRA; a link
-            out of the directory; a configuration that names code, or a base by a path that leads out of the directory;
-            one after which PEFT cannot load what was trained; a record of a newer version.
+        AdapterError: The directory, its config or its weights are missing; files are unreadable or not LoRA; a link
+            leads out of the directory; the configuration names code, or a base by a path that leads out of the
+            directory, or an initialization that PEFT cannot reproduce; the record is of a newer version.
     """
     if what := _missing(path):
         raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path)))
@@ -143,20 +143,20 @@ def _missing(path: Path) -> str:
 
 @progress("hashing the files")
 def manifest(directory: Path) -> dict[str, str]:
-    """Name → SHA-256 of every file at any depth, except the model card, and except where the base is.
+    """Name → SHA-256 of every file at any depth, except the model card. The base's location is not hashed.
 
     Names are relative to the directory, with `/`. Records of older releases list only files directly in the directory.
     """
     files = {path.relative_to(directory).as_posix(): path for path in _walk(directory) if path.is_file()}
     return {
         name: _digest(path)
-        for name, path in files.items()  # what an operating system or Jupyter leaves is read by no library
+        for name, path in files.items()  # files left by an operating system or Jupyter are read by no library
         if name not in _UNLISTED and not is_incidental_file(name) and notebook_original(name) is None
     }
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    """Files and links below a directory, not through links, and without those of git and of the hub's client."""
+    """Files and links below a directory, without following links, and without those of git and the hub's client."""
     for path in sorted(directory.iterdir()):
         if path.is_dir() and not path.is_symlink():
             if path.name not in _IGNORED_DIRECTORIES:
@@ -178,7 +178,7 @@ def _digest(path: Path) -> str:
 
 
 def is_read(name: str) -> bool:
-    """Whether transformers, tokenizers or PEFT would read a file of this name beside an adapter."""
+    """Whether transformers, tokenizers or PEFT would read a file of this name in an adapter directory."""
     name = name.lower()  # some file systems ignore case
     return name.endswith((*_READ_SUFFIXES, "merges.txt", "vocab.txt", "dict.txt"))
 
@@ -235,7 +235,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _is_copy(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor is of the base: no factor of LoRA, and nothing that was trained whole."""
+    """Whether a tensor is a copy from the base: neither a LoRA factor nor fully trained."""
     path, _, kind = name.rpartition(".")
     if ".lora_" in name or kind not in ("weight", "bias"):
         return False

@@ -1,4 +1,4 @@
-"""The LoRA adapter on a base: save, load and verify it; `creation` makes new ones. Only this package imports PEFT.
+"""Saves, loads and verifies the LoRA adapter on a base; `creation` makes new ones. Only this package imports PEFT.
 
 LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021, arXiv:2106.09685).
 """
@@ -39,7 +39,7 @@ from loratune.lora.tensors import (
 
 
 def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None:
-    """Refuse an adapter that is of no use.
+    """Reject an unusable adapter.
 
     Raises:
         NumericError: A tensor holds NaN or inf, or every B is still as it was initialized.
@@ -79,11 +79,11 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         state: The trained tensors, if the model holds only a part of them, see `tensors.full_weights`.
 
     Returns:
-        The size of the file of weights in bytes.
+        The size of the weights file in bytes.
 
     Raises:
         NumericError: As `check_trained`.
-        AdapterError: The file does not hold what is in memory.
+        AdapterError: The file differs from the weights in memory.
     """
     state = weights(model) if state is None else state
     check_trained(state, start)
@@ -93,7 +93,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
     config = json.loads(path.read_text())
     start.publish_config(config)
     for key, value in config.items():
-        if isinstance(value, list) and key != "trainable_token_indices":  # whose order is that of the tensor's rows
+        if isinstance(value, list) and key != "trainable_token_indices":  # in the order of the tensor's rows
             config[key] = sorted(value)  # PEFT writes its sets in hash order
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     disk = read_weights(directory / WEIGHTS_FILE)
@@ -104,10 +104,10 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
 
 
 def unknown_keys(files: AdapterFiles) -> list[str]:
-    """A note on the keys of the configuration that this version of PEFT does not know, and that have no value.
+    """Notes on configuration keys without a value that this version of PEFT does not know.
 
     Raises:
-        AdapterError: Such a key has a value, which PEFT would ignore.
+        AdapterError: An unknown key has a value, which PEFT would ignore.
     """
     where, known = files.where, {field.name for field in fields(LoraConfig)}
     unknown = {key: value for key, value in files.config.items() if key not in known}
@@ -118,20 +118,20 @@ def unknown_keys(files: AdapterFiles) -> list[str]:
 
 
 def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") -> PeftModel:
-    """Put LoRA on `base`, which may be on the meta device, as a saved configuration says, without its weights.
+    """Attach LoRA to `base` by a saved configuration, without loading the weights.
 
     Args:
-        base: The base, or a model that has other adapters already.
+        base: The base, which may be on the meta device, or a model with other adapters.
         files: The adapter.
         name: PEFT's name for it.
 
     Raises:
-        AdapterError: As `AdapterConfig.peft_values`; the configuration does not fit the base; tensors are missing from
-            the file, or it has others, or of other shapes, than this base needs.
+        AdapterError: As `AdapterConfig.peft_values`; the configuration does not fit the base; tensors in the file are
+            missing, unexpected, or of other shapes than this base needs.
     """
     config = _saved_config(base, files)
     with _as_mismatch(files):
-        config.inference_mode = False  # so that its parameters count as trained
+        config.inference_mode = False  # so that its parameters are trainable
         if next(base.parameters()).is_meta or not files.changes_base:
             config.init_lora_weights = True  # there are no values to initialize from, or those of the file are enough
         model = wrap(base, config, name)
@@ -153,7 +153,7 @@ def before_load(base: PreTrainedModel, files: AdapterFiles) -> BaseSnapshot:
 
 
 def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
-    """A saved configuration as PEFT is given it, with exact names. Raises as `AdapterConfig.peft_values`."""
+    """A saved configuration for PEFT, with exact names. Raises as `AdapterConfig.peft_values`."""
     plain: nn.Module = base.get_base_model() if isinstance(base, PeftModel) else base
     modules = [path for path, _ in plain.named_modules() if path]
     parameters = [name for name, _ in plain.named_parameters()]
@@ -164,8 +164,8 @@ def _saved_config(base: nn.Module, files: AdapterFiles) -> LoraConfig:
 
 @contextmanager
 def _as_mismatch(files: AdapterFiles) -> Iterator[None]:
-    """Whatever PEFT raises inside means that the adapter does not fit its base: values that PEFT does not check fail
-    wherever it first uses them."""
+    """Translates any error of PEFT inside to a mismatch of adapter and base: values that PEFT does not check fail
+    wherever they are first used."""
     try:
         yield
     except Exception as error:
@@ -175,7 +175,7 @@ def _as_mismatch(files: AdapterFiles) -> Iterator[None]:
 
 
 def load(base: PreTrainedModel | PeftModel, files: AdapterFiles, name: str = "default") -> PeftModel:
-    """Put a saved adapter on its base, in evaluation mode. Arguments as in `attach_saved`.
+    """Load a saved adapter onto its base, in evaluation mode. Arguments as in `attach_saved`.
 
     Raises:
         AdapterError: As `attach_saved` and `fill`.
@@ -186,7 +186,7 @@ def load(base: PreTrainedModel | PeftModel, files: AdapterFiles, name: str = "de
 
 
 def wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftModel:
-    """The base with LoRA as a configuration of PEFT says, without upstream's remarks."""
+    """The base with LoRA by a configuration of PEFT, without PEFT's warnings."""
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
@@ -202,7 +202,7 @@ def wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftMode
 
 
 def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -> list[Problem]:
-    """Each way in which the tensors of a file differ from those that the base needs."""
+    """A problem for each kind of difference between the tensors of a file and those that the base needs."""
     found = {
         "are missing": sorted(expected.keys() - files.tensors.keys()),
         "belong to no module": sorted(files.tensors.keys() - expected.keys()),
@@ -223,14 +223,14 @@ def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -
 
 
 def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
-    """A frozen linear layer, with plain LoRA, or without any, as where adapters are disabled.
+    """The linear layer and LoRA of a module: a frozen linear layer with plain LoRA, or without (disabled adapters).
 
     Args:
         module: Any module of a model.
-        name: PEFT's name of the adapter; None for the only one that the module has, which must be active.
+        name: PEFT's name of the adapter; None for the only adapter of the module, which must be active.
 
     Returns:
-        Its frozen layer, A and B, scaling and dropout; None for every other kind of module, such as DoRA and quantized
+        The frozen layer, A and B, scaling and dropout; None for every other kind of module, such as DoRA and quantized
         layers.
     """
     if type(module) is nn.Linear:
@@ -257,7 +257,7 @@ def _is_trained(layer: nn.Linear) -> bool:
 
 
 def is_plain(model: PeftModel, name: str) -> bool:
-    """Whether an adapter consists of nothing but LoRA of layers that `adapted_linear` reads. name: PEFT's for it."""
+    """Whether an adapter consists only of LoRA on layers that `adapted_linear` supports. name: PEFT's name for it."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     own = [layer for layer in layers if name in layer.lora_A or name in layer.lora_embedding_A]
     are_read = all((part := adapted_linear(layer, name)) is not None and part.down is not None for layer in own)

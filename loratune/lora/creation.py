@@ -1,4 +1,4 @@
-"""Puts new LoRA on a base: finds its targets, attaches it, gives it its first values, and counts its parameters."""
+"""Creates a LoRA adapter on a base: finds its targets, attaches and initializes it, and counts its parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -37,17 +37,17 @@ def adapt(
     dense: nn.Module | None = None,
     origin: tuple[str | None, str | None] = (None, None),
 ) -> tuple[PeftModel, Targets]:
-    """Find the modules that `lora.target_modules` and its like mean, and put LoRA on them.
+    """Resolve `lora.target_modules` and similar keys to modules, and attach LoRA to them.
 
     Args:
         base: The model, which may be on the meta device.
         section: The settings of LoRA.
         seed: Seed of the random values of A.
-        dense: The model in which modules are looked for, of the names of `base`, where its layers are packed.
-        origin: Recorded as the name of the base, and as its revision.
+        dense: The model in which modules are looked up, with the names of `base`, if the layers of `base` are packed.
+        origin: Recorded as the name and the revision of the base.
 
     Returns:
-        The model, and its targets with notes on all that may surprise.
+        The model, and its targets with notes on anything unexpected.
 
     Raises:
         ModelError, ConfigError: As `targets.find` and `attach`.
@@ -66,19 +66,19 @@ def attach(
     base_name: str | None = None,
     revision: str | None = None,
 ) -> PeftModel:
-    """Freeze `base` and put LoRA on its targets; the model's output does not change.
+    """Freeze `base` and attach LoRA to its targets; the model's output does not change.
 
     Args:
         base: The model, which may be on the meta device.
         section: The settings of LoRA.
-        targeting: Keywords for `LoraConfig`: `target_modules`, and the patterns and modules to save that go with them,
-            resolved to the names of this base. See `Targets.peft`.
+        targeting: Keyword arguments of `LoraConfig`: `target_modules`, patterns and modules to save, resolved to the
+            names of this base. See `Targets.peft`.
         seed: Seed of the random values of A.
         base_name: Recorded as the name of the base.
         revision: Recorded as its revision.
 
     Raises:
-        ModelError: PEFT cannot adapt the model; an initialization or a setting does not fit its layers.
+        ModelError: PEFT cannot adapt the model, or an initialization or a setting does not fit its layers.
     """
     is_meta = next(base.parameters()).is_meta  # there are no values to initialize from
     is_later = section.init_lora_weights in ("eva", "loftq")  # they start as plain LoRA, see `initialize_adapter`
@@ -116,7 +116,7 @@ def initialize_adapter(
     originals: Callable[[], Callable[[str], torch.Tensor]] | None = None,
     start_from: AdapterFiles | None = None,
 ) -> AdapterInit:
-    """Initialize a fresh adapter beyond what PEFT does while it attaches it.
+    """Complete the initialization of a fresh adapter, beyond what PEFT does on attaching.
 
     Args:
         model: The model with the fresh adapter.
@@ -150,6 +150,6 @@ def initialize_adapter(
 
 
 def count(model: PeftModel, start: AdapterInit) -> Count:
-    """Count parameters exactly, on any device, the meta device too."""
+    """Count parameters exactly, on any device including the meta device."""
     trainable, total = model.get_nb_trainable_parameters()
     return Count(trainable, total, file_bytes(start.published(weights(model))))

@@ -2,7 +2,7 @@
 bits (LoftQ), or from another adapter.
 
 PiSSA (Meng et al. 2024, arXiv:2404.02948) and OLoRA (Büyükakyüz 2024, arXiv:2406.01775) move a part of the base into
-the adapter, which is moved back on saving. With W = R + s·B0·A0 at the start, the result of training, R + s·B·A, is
+the adapter; on saving, this is undone. With W = R + s·B0·A0 at the start, the trained weight R + s·B·A equals
 W + s·[B, -B0]·[A; A0], so the file holds a plain LoRA of rank 2r that fits the unchanged base.
 """
 
@@ -32,16 +32,16 @@ from loratune.lora.tensors import Weights, effective_keys, read_adapter
 KEY = "lora.init_lora_weights"
 
 _MOST_FORWARDS = 1000
-"""PEFT's loop for EVA (peft.tuners.lora.eva) repeats its batches until the directions settle, without a limit."""
+"""PEFT's loop for EVA (peft.tuners.lora.eva) repeats its batches until the directions converge, without a limit."""
 
 
 def becomes_plain_lora(section: LoraSection) -> bool:
-    """Whether this initialization takes a part out of the base."""
+    """Whether this initialization subtracts a part from the base; the adapter is then saved as plain LoRA."""
     return str(section.init_lora_weights).startswith(("pissa", "olora"))
 
 
 def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]) -> None:
-    """Check that the initialization, and LoRA-FA, fit the kind and the weights of the targets.
+    """Check that the initialization and LoRA-FA support the kind and the weights of the targets.
 
     Args:
         base: The base model.
@@ -76,10 +76,10 @@ def check_layers(base: nn.Module, section: LoraSection, endings: tuple[str, ...]
 
 
 def check_ranks(model: PeftModel, section: LoraSection) -> None:
-    """Check that each layer has as many directions to start from as its rank.
+    """Check that no rank exceeds the smaller dimension of its layer, if the initialization needs that.
 
     Raises:
-        ModelError: A layer has fewer.
+        ModelError: A layer is too small.
     """
     if section.init_lora_weights in (True, "gaussian"):
         return
@@ -91,7 +91,7 @@ def check_ranks(model: PeftModel, section: LoraSection) -> None:
 
 
 def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-    """Set every A to the main directions of its layer's inputs at the supervised tokens, in place.
+    """Set every A to the principal directions of its layer's inputs at the supervised tokens, in place.
 
     Ranks do not change (rho = 1). Paischer et al. 2024, arXiv:2410.07170.
 
@@ -101,7 +101,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
 
     Raises:
         DataError: No batch has enough supervised tokens.
-        ModelError: The directions do not settle.
+        ModelError: The directions do not converge.
     """
     config: LoraConfig = copy(model.peft_config["default"])
     config.init_lora_weights, config.eva_config = "eva", EvaConfig(rho=1.0)
@@ -134,7 +134,7 @@ def eva(model: PeftModel, batches: Sequence[Mapping[str, torch.Tensor]]) -> None
 
 
 def loftq(model: PeftModel, original: Callable[[str], torch.Tensor]) -> None:
-    """Set A and B to the best rank-r approximation of what 4 bits lost of each weight, in place.
+    """Set A and B to the best rank-r approximation of the 4-bit quantization error of each weight, in place.
 
     One step of Li et al. 2023, arXiv:2310.08659, as in `peft.replace_lora_weights_loftq`, which needs a GPU and ignores
     the scaling.
@@ -164,9 +164,8 @@ def loftq(model: PeftModel, original: Callable[[str], torch.Tensor]) -> None:
 # --- Starting from another adapter
 #
 # The scale of B·A may differ, by lora_alpha, r, rsLoRA or patterns: B is multiplied by the old scale over the new one.
-# A larger rank keeps the fresh values of the added rows of A and columns of B, of which PEFT initializes one to zero,
-# the other at random: their product is zero, and they can learn. Modules that are adapted for the first time start
-# fresh.
+# If the rank grows, the added rows of A and columns of B keep their fresh values: PEFT initializes one of them to zero
+# and the other at random, so their product is zero and can be trained. Newly adapted modules start fresh.
 
 START_KEY = "lora.start_from"
 
@@ -175,10 +174,10 @@ _COMPARED = {"use_dora", "bias", "modules_to_save", "trainable_token_indices", "
 
 
 def start_settings(files: AdapterFiles) -> dict[str, Any]:
-    """Rank, lora_alpha and targets of a saved adapter, as far as they are values of these keys in the section `lora`.
+    """Rank, lora_alpha and targets of a saved adapter, if they are valid for the section `lora`.
 
-    The rank is the highest of its tensors, as those of a run may not be lower; of tensors of several experts, it is the
-    one in the configuration. Whatever else is in its configuration is a stranger's, and left out.
+    The rank is the highest rank of its tensors, as ranks of a run may not be lower; for tensors of several experts, it
+    is the rank in the configuration. Other keys of the configuration are untrusted and ignored.
     """
     ranks = [rank for path, rank in files.ranks.items() if not files.parameters_of(path)]
     if len(ranks) < len(files.ranks):
@@ -202,16 +201,16 @@ def _is_value(section: dict[str, Any], value: Any) -> bool:
 def start_values(
     model: PeftModel, section: LoraSection, files: AdapterFiles, fresh: Mapping[str, torch.Tensor]
 ) -> Weights:
-    """The values with which a fresh adapter computes what a saved one computes.
+    """The values with which a fresh adapter is equivalent to a saved one.
 
     Args:
-        model: The base with the fresh adapter, which may be on the meta device; then only the fit is checked.
+        model: The base with the fresh adapter. On the meta device, only compatibility is checked.
         section: The settings of the fresh adapter.
-        files: The saved one.
-        fresh: The tensors of the fresh one.
+        files: The saved adapter.
+        fresh: The tensors of the fresh adapter.
 
     Returns:
-        The tensors of the fresh one with the values of the saved one.
+        The tensors of the fresh adapter with the values of the saved one.
 
     Raises:
         ConfigError: The settings contradict those of the saved adapter, or would lose a part of it.
@@ -244,9 +243,9 @@ def _grown(
     """A fresh tensor with the values of a saved one, whose rank may be lower.
 
     Args:
-        name: Its name.
-        fresh: The fresh one.
-        saved: The saved one.
+        name: The name of the tensor.
+        fresh: The fresh tensor.
+        saved: The saved tensor.
         scales: Path → factor of B.
         layers: Path → the adapted layer.
     """
@@ -267,7 +266,7 @@ def _grown(
 def _contradictions(
     model: PeftModel, section: LoraSection, files: AdapterFiles, fresh: Mapping[str, torch.Tensor]
 ) -> Iterator[Problem]:
-    """Settings that have to be those of the saved adapter, and what only one of the two adapts or trains whole."""
+    """Settings that must equal those of the saved adapter, and modules that only one of the two trains."""
     old, where = files.config, str(files.path)
     was = {"use_dora": bool(old.get("use_dora")), "bias": old.get("bias") or "none"}
     was |= {"trainable_token_indices": old.get("trainable_token_indices")}
@@ -279,7 +278,7 @@ def _contradictions(
             f"the adapter has {key} {value} and this run {json.dumps(now[key])}, so it would not start as the adapter"
         )
         yield Problem(Code.LORA_START, what, where, START_KEY, f"set lora.{key} to {value}")
-    # Which tensors of a stacked parameter are whose follows from all parameters of its module together.
+    # The assignment of tensors to stacked parameters depends on all adapted parameters of their module.
     entries, stacked = old.get("target_parameters") or [], {*wrapped_parameters(model).values()}
     names = (without_wrappers(name) for name, _ in model.get_base_model().named_parameters())
     only = stacked ^ {name for name in names if any(ends_in(name, entry) for entry in entries)}
@@ -297,7 +296,7 @@ def _contradictions(
 
 
 def _lost_ranks(layers: Mapping[str, LoraLayer], files: AdapterFiles) -> Iterator[Problem]:
-    """Modules whose rank would become smaller."""
+    """Problems for modules whose rank would decrease."""
     ranks = {
         path: (rank // experts_of(layers[path]), int(layers[path].r["default"])) for path, rank in files.ranks.items()
     }
@@ -310,7 +309,7 @@ def _lost_ranks(layers: Mapping[str, LoraLayer], files: AdapterFiles) -> Iterato
 
 
 def _check_shapes(fresh: Mapping[str, torch.Tensor], files: AdapterFiles) -> None:
-    """Raises AdapterError: tensors are missing, or have another shape than this base needs, ranks left aside."""
+    """Raises AdapterError: tensors are missing, or have another shape than this base needs, apart from the rank."""
     ranks, wrong = files.ranks, []
     for name, tensor in fresh.items():
         match, shape = FACTOR.match(name), list(tensor.shape)

@@ -1,13 +1,13 @@
 """Merges saved adapters: each into the parameters of its base, and several into one that is their weighted sum.
 
 Into a base: in float32, one parameter or block at a time. The adapter is attached to the base on the meta device, so
-that PEFT decides which parameters it changes and by which factor, whatever the size of the base. Plain LoRA and DoRA on
-linear layers are computed by their formulas, on blocks of rows; every other case by PEFT's own `merge` of the layer,
-which then gets its whole weight.
+PEFT determines which parameters it changes and by which factor, whatever the size of the base. Plain LoRA and DoRA on
+linear layers are computed by their formulas on blocks of rows; every other case by PEFT's own `merge` of the layer, on
+its whole weight.
 
-Into one adapter: as plain LoRA, which is only A and B of single layers, without scales. Scales and weights are
-multiplied into B, and all modules have one rank, padded with zeros. With weights w, the sum of w·s·B·A is one product
-of stacked matrices, so nothing is approximated. Programs that read only `r` and `lora_alpha` can read this form.
+Into one adapter: as plain LoRA, i.e. only A and B of single layers, without scales. Scales and weights are multiplied
+into B, and all modules have the same rank, padded with zeros. With weights w, the sum of w·s·B·A is one product of
+stacked matrices, so the result is exact. Programs that read only `r` and `lora_alpha` can read this form.
 """
 
 import json
@@ -51,12 +51,12 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter does to one parameter.
+    """The change that an adapter makes to one parameter.
 
     Attributes:
-        apply: Takes the parameter in float32, or a block of its rows, and the number of the first row. Returns the
-            changed values, which may share memory with the given ones.
-        key: Equal for changes that make the same of the same parameter.
+        apply: Function of the parameter in float32, or a block of its rows, and the index of the first row. Returns
+            the changed values, which may share memory with the input.
+        key: Equal for changes with the same effect on the same parameter.
         is_whole: Whether `apply` needs all rows at once.
     """
 
@@ -90,7 +90,7 @@ def _low_rank(left: Tensor, right: Tensor, scaling: float, magnitude: Tensor | N
     """LoRA, or DoRA, on a weight.
 
     Args:
-        left: The factor whose rows belong to those of the stored weight: B, or A transposed where the weight is.
+        left: The factor whose rows correspond to rows of the stored weight: B, or A transposed if the weight is.
         right: The other factor.
         scaling: The factor of their product.
         magnitude: DoRA's norms of the rows; None for LoRA.
@@ -128,7 +128,7 @@ def _whole_layer(layer: Any, init: str) -> Change:
 
     Args:
         layer: The layer.
-        init: How the adapter was initialized, where PEFT takes a part out of the base again; else empty.
+        init: The initialization of the adapter, if PEFT subtracts a part from the base again; otherwise empty.
     """
 
     def apply(weight: Tensor, _: int) -> Tensor:
@@ -152,10 +152,10 @@ def _whole_layer(layer: Any, init: str) -> Change:
 
 @torch.no_grad()
 def changes(base: nn.Module, files: AdapterFiles) -> dict[str, tuple[Change, ...]]:
-    """The parameters of a base that an adapter changes, with the changes in their order.
+    """Parameter of a base that an adapter changes → the changes, in order.
 
     Args:
-        base: The base on the meta device, which PEFT then has changed.
+        base: The base on the meta device, which PEFT modifies.
         files: The adapter.
 
     Raises:
@@ -200,14 +200,14 @@ def _unsupported(files: AdapterFiles, reason: str) -> AdapterError:
 
 
 def _plain(path: str) -> str:
-    """The path of a module in the base without what PEFT has put around it."""
+    """The path of a module in the base, without PEFT's wrappers."""
     for wrapper in _WRAPPERS:
         path = path.replace(wrapper, "")
     return path
 
 
 def _base_parameters(inner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the base itself, by their names without PEFT."""
+    """The parameters of the base itself, with their names without PEFT's wrappers."""
     for path, module in inner.named_modules():
         if any(part.startswith("lora_") or part in ("modules_to_save", "token_adapter") for part in path.split(".")):
             continue
@@ -217,7 +217,7 @@ def _base_parameters(inner: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _module_changes(path: str, module: nn.Module, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
-    """What a module of PEFT does to parameters of the base."""
+    """The changes that a PEFT module makes to parameters of the base."""
     if isinstance(module, ModulesToSaveWrapper):
         saved = module.modules_to_save[ADAPTER]
         for name, tensor in (*saved.named_parameters(), *saved.named_buffers()):
@@ -235,7 +235,7 @@ def _module_changes(path: str, module: nn.Module, files: AdapterFiles) -> Iterat
 
 
 def _layer_changes(path: str, layer: Any, files: AdapterFiles) -> Iterator[tuple[str, Change]]:
-    """What LoRA on a linear layer or an embedding does to its weight and its bias."""
+    """The changes that LoRA on a linear layer or an embedding makes to its weight and bias."""
     variant = layer.lora_variant.get(ADAPTER)
     if type(layer) not in (Linear, Embedding):
         raise _unsupported(files, f"{path} is a {type(layer).__name__}, and only linear layers and embeddings can be")
@@ -313,9 +313,9 @@ class PlainAdapter:
 
 
 def obstacles(files: AdapterFiles) -> dict[str, str]:
-    """Why an adapter is not plain LoRA of layers: key of its configuration → reason; empty if it is.
+    """Why an adapter is not plain LoRA of layers: configuration key → reason; empty if it is.
 
-    A reason that no key gives has the key "". No weights are read.
+    A reason without a configuration key has the key "". No weights are read.
     """
     keys = effective_keys(files)
     found = {key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA") for key in keys}
@@ -332,9 +332,9 @@ _Factors = tuple[tuple[str, str], Tensor, Tensor]
 
 
 def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter:
-    """The sum of adapters of one base, each with its weight, in float32. The rank is the sum of the ranks.
+    """The weighted sum of adapters of one base, in float32. The rank is the sum of the ranks.
 
-    Whether they are of one base is not checked beyond the shapes of their tensors.
+    That they belong to the same base is only checked by the shapes of their tensors.
 
     Raises:
         AdapterError: An adapter is not plain LoRA, see `obstacles`; adapters have different shapes for one module; A or
@@ -376,7 +376,7 @@ def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
 
 
 def _stacked(layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles]) -> PlainAdapter:
-    """Path → the layers that are added there, as one adapter."""
+    """One adapter from path → the layers that are added there."""
     rank = max(sum(len(down) for _, down, _ in added) for added in layers.values())
     tensors: Weights = {}
     for added in layers.values():

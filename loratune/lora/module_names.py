@@ -1,11 +1,11 @@
-"""Names of modules as text: their layers, their endings, and how they are displayed. No model is needed."""
+"""Operations on module names: layers, endings, and display. No model is needed."""
 
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
 WRAPPER_PREFIX = "base_model.model."
-"""What PEFT puts before the names of a base's modules."""
+"""The prefix that PEFT adds to the names of a base's modules."""
 
 # PEFT's own rule for layers_to_transform (peft.tuners.tuners_utils.check_target_module_exists).
 _PEFT_LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -38,7 +38,7 @@ def own_name(path: str) -> str:
 
 
 def without_wrappers(path: str) -> str:
-    """The name of a module or parameter without what PEFT has put around modules: `experts.base_layer` → `experts`."""
+    """The name of a module or parameter without PEFT's wrappers: `experts.base_layer` → `experts`."""
     return re.sub(r"\.base_layer(?=\.|$)", "", path)
 
 
@@ -49,7 +49,7 @@ def layer_of(path: str) -> str:
 
 
 def number_of(path: str) -> int | None:
-    """The layer that PEFT counts a module to: the first number in its path."""
+    """The layer that PEFT assigns a module to: the first number in its path."""
     match = _PEFT_LAYER.match(path)
     return int(match[1]) if match else None
 
@@ -73,8 +73,8 @@ def endings(
     Args:
         chosen: The paths to select.
         every: All paths.
-        layers: Those of `layers_to_transform`, which PEFT applies to endings and not to whole paths.
-        dots: How many dots an ending has at least, so that it says more than is needed to select.
+        layers: The `layers_to_transform`, which PEFT applies to endings but not to whole paths.
+        dots: The minimum number of dots in an ending, for more readable names.
     """
     all_counts: Counter[str] = Counter()
     for path in every:

@@ -18,7 +18,7 @@ from loratune.config import LoraSection
 from loratune.lora.module_names import WRAPPER_PREFIX, join_counts, join_first, parent, short, without_wrappers
 
 _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-"""Where PEFT's layers keep A and B."""
+"""The attributes of PEFT's layers that hold A and B."""
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,25 @@ class Count:
 
 
 def lora_layers(model: PeftModel) -> Iterator[tuple[str, Any]]:
-    """Path of each A and B in an adapter file, and the layer that PEFT has put there."""
+    """Path of each A and B in an adapter file, and its PEFT layer."""
     layers = ((name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer))
     return ((name.removeprefix(WRAPPER_PREFIX), layer) for name, layer in layers)
 
 
 def layers_of(model: PeftModel) -> dict[str, Any]:
-    """Each target, a module or a parameter named as in the base → the layer that PEFT has put on it."""
+    """Target, a module or a parameter named as in the base → its PEFT layer."""
     names = wrapped_parameters(model)
     return {names.get(path, without_wrappers(path)): layer for path, layer in lora_layers(model)}
 
 
 def count_of(layer: Any) -> int:
-    """Trained parameters of one layer. Those of another parameter that is wrapped inside do not count."""
+    """The number of trained parameters of one layer, without those of another wrapped parameter inside it."""
     inner = {id(parameter) for parameter in layer.base_layer.parameters()} if isinstance(layer, ParamWrapper) else ()
     return sum(p.numel() for p in layer.parameters() if p.requires_grad and id(p) not in inner)
 
 
 def experts_of(layer: Any) -> int:
-    """How many experts the parameter of a layer holds, each of which has an A and a B; 1 for a module."""
+    """The number of experts in the parameter of a layer, each with its own A and B; 1 for a module."""
     return int(layer.num_experts) if isinstance(layer, ParamWrapper) else 1
 
 
@@ -75,9 +75,9 @@ def wrapped_parameters(model: PeftModel) -> dict[str, str]:
 
 
 def remade_sizes(model: PeftModel) -> dict[str, list[int]]:
-    """Path of each module with adapted parameters → their bytes, in the order in which the backward pass comes to them.
+    """Path of each module with adapted parameters → their sizes in bytes, in the order of the backward pass.
 
-    PEFT computes each of them again in a forward pass, as the sum of the parameter and its update.
+    In each forward pass, PEFT materializes them as the sum of the parameter and its update.
     """
     sizes: dict[str, list[int]] = {}
     for name, layer in layers_of(model).items():
@@ -103,9 +103,9 @@ def _base_name(parameter: str) -> str:
 
 
 def per_rank(model: PeftModel) -> int:
-    """How many parameters each unit of `r` brings: trained values of A and B, over their rank.
+    """The number of parameters per unit of `r`: trained values of A and B, divided by their rank.
 
-    Modules with a rank of their own do not count, which has to be another one.
+    Modules with their own rank, which must differ from `r`, are not counted.
     """
     rank = model.peft_config["default"].r
     layers = [layer for _, layer in lora_layers(model) if layer.r["default"] == rank]
@@ -115,7 +115,7 @@ def per_rank(model: PeftModel) -> int:
 
 
 def notes(model: PeftModel) -> list[str]:
-    """Notes for the user: ranks above what a layer can use, modules trained in 16 bit, clients that cannot load it."""
+    """Notes for the user: excessive ranks, modules trained in 16 bit, programs that cannot load the adapter."""
     unreadable = "lora.target_modules: llama.cpp and Ollama do not read an adapter of "
     unknown = [f"{unreadable}{layers}" for layers in layers_unknown_to_llama_cpp(model)]
     return [*_excessive_ranks(model), *_modules_in_16_bit(model), *unknown]
@@ -140,8 +140,8 @@ def _excessive_ranks(model: PeftModel) -> Iterator[str]:
 
 
 def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
-    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses, or converts to a file that does not load or
-    computes something else: `attn.c_attn, a Conv1D`."""
+    """Layers whose adapters llama.cpp's convert_lora_to_gguf.py refuses or converts incorrectly: `attn.c_attn, a
+    Conv1D`."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, str] = {}
     for name, layer in layers_of(model).items():

@@ -23,8 +23,8 @@ class Update:
     """ΔW = scaling·B·A of one module, or of a parameter that holds several experts, each with an A and a B.
 
     Attributes:
-        module: Path of the module or parameter in the base. Of a parameter whose name neither the files nor the record
-            of the adapter record, the path of A and B.
+        module: Path of the module or parameter in the base. For a parameter whose name is not recorded, the path of A
+            and B.
         rank: Rank of A and B.
         shape: Inputs and outputs of the module, or of an expert.
         scaling: The factor of B·A.
@@ -33,7 +33,7 @@ class Update:
             2007, "The effective rank"); 0 where ΔW is zero. Of experts, the mean of those whose ΔW is not zero.
         parameters: Number of values in A and B.
         experts: How many experts the parameter holds; 1 for a module.
-        unchanged: How many of them have an update that is zero, as where no token was sent to them.
+        unchanged: The number of experts with a zero update, for example because no token was routed to them.
     """
 
     module: str
@@ -51,7 +51,7 @@ def measure(files: AdapterFiles) -> list[Update]:
     """Measure the update of each module of an adapter directory, in the order of its layers.
 
     Raises:
-        AdapterError: An A without its B, or of another rank than the configuration says; NaN or inf.
+        AdapterError: A or B is missing, a rank differs from the configuration, or values are NaN or inf.
     """
     module_updates, settings, parameters = [], _settings(files), files.parameters
     with safe_open(files.path / WEIGHTS_FILE, framework="pt") as file:
@@ -69,7 +69,7 @@ def measure(files: AdapterFiles) -> list[Update]:
 
 
 def _settings(files: AdapterFiles) -> dict[str, ModuleSettings]:
-    """What the configuration says of each path. Raises AdapterError: it may say several things of a parameter."""
+    """The settings of each path. Raises AdapterError: the settings of a parameter are ambiguous."""
     has_patterns, names = bool(files.config.get("rank_pattern") or files.config.get("alpha_pattern")), files.parameters
     for path in files.ranks:
         if has_patterns and path not in names and files.parameters_of(path):
@@ -107,7 +107,7 @@ def _update(
 
 @dataclass(frozen=True)
 class AdapterStats:
-    """An adapter as its own files describe it.
+    """An adapter, described by its files.
 
     Attributes:
         base: The name or path of the base.
@@ -115,11 +115,11 @@ class AdapterStats:
         lora_alpha: The scaling in its configuration.
         dora: Whether the adapter also changes magnitudes, beyond ΔW.
         rslora: Whether B·A is scaled by lora_alpha over the square root of r.
-        parameters: Numbers in the file of weights.
-        adapter_bytes: The size of that file.
+        parameters: The number of values in the weights file.
+        adapter_bytes: The size of the weights file.
         targets: The last part of a module's name → patterns of the adapted modules of that name.
         updates: ΔW of each adapted module.
-        others: Pattern → numbers in all further tensors: biases, whole modules, trained tokens.
+        others: Pattern → number of values in all other tensors: biases, whole modules, trained tokens.
     """
 
     base: str

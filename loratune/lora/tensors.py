@@ -26,14 +26,14 @@ Weights = dict[str, torch.Tensor]
 
 
 KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
-"""Keys of a configuration that a sum of adapters takes from the first."""
+"""Configuration keys that a sum of adapters copies from the first."""
 _HARMLESS = {
     *KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
     "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "megatron_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
-"""Keys of a configuration that say where LoRA is and how it is scaled, or that have an effect in training only."""
+"""Configuration keys that define the targets and scales of LoRA, or that have an effect in training only."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class AdapterInit:
 
     Attributes:
         tensors: Name → initial value.
-        to_plain_lora: The values were taken out of the base, so that the adapter is saved as a plain LoRA of twice the
-            rank.
-        base: The values, its biases among them, with which the model computes what its base computes, where those of
-            `tensors` are of another adapter.
+        to_plain_lora: Whether the values were subtracted from the base, so that the adapter is saved as a plain LoRA of
+            twice the rank.
+        base: If `tensors` come from another adapter, the values, including biases, with which the model equals its
+            base.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ class AdapterInit:
         return tensors
 
     def publish_config(self, config: dict[str, Any]) -> None:
-        """Change the content of an adapter_config.json to the ranks of `published`, which may be twice the trained."""
+        """Set the ranks in an adapter_config.json to those of `published`, which may be twice the trained ranks."""
         if not self.to_plain_lora:
             return
         factor = 2**0.5 if config["use_rslora"] else 2  # so that lora_alpha / r, or / sqrt(r), does not change
@@ -74,8 +74,8 @@ class AdapterInit:
             config[pattern] = {name: by * value for name, value in (config[pattern] or {}).items()}
 
     def has_changed(self, state: Mapping[str, torch.Tensor]) -> bool:
-        """Whether training changed any B, by more than rounding: every update of the base goes through B."""
-        least = 1e-10  # the first step of Adam is as long as its learning rate
+        """Whether training changed any B by more than rounding: every update of the base goes through B."""
+        least = 1e-10  # the first step of Adam has the size of the learning rate
         steps = (
             tensor - self.tensors[name].to(tensor)
             for name, tensor in state.items()
@@ -85,28 +85,28 @@ class AdapterInit:
 
 
 def weights(model: PeftModel, name: str = "default") -> Weights:
-    """The tensors of an adapter under their names in the adapter file. name: PEFT's for the adapter."""
+    """Name in the adapter file → tensor of an adapter. name: PEFT's name for the adapter."""
     state: Weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     return state
 
 
 def read_weights(path: Path, names: Iterable[str] | None = None) -> Weights:
-    """The tensors of a safetensors file, or those of some names."""
+    """The tensors of a safetensors file. names: the tensors to read; None: all."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
 
 
 def full_weights(model: PeftModel) -> Weights:
-    """The same as whole tensors. Where processes hold parts of them, all of these must call this."""
+    """`weights` as whole tensors. If they are sharded, all processes must call this."""
     with _gathered(model):
         return {name: full_tensor(tensor).detach().clone() for name, tensor in weights(model).items()}
 
 
 def dense(model: PeftModel, where: str, *, merged: bool) -> Any:
-    """The base with the adapter merged into it, or without the adapter, which uses up the model.
+    """The base with the adapter merged into it, or without the adapter. The `PeftModel` cannot be used afterwards.
 
     Args:
-        model: The base, with its weights as they are, and the adapter.
+        model: The base, not quantized, with the adapter.
         where: The adapter, for messages.
         merged: Whether the adapter is merged.
 
@@ -120,9 +120,9 @@ def dense(model: PeftModel, where: str, *, merged: bool) -> Any:
 
 
 def detached(model: PeftModel) -> Any:
-    """The base without the adapter, which uses up the model: the same object as before, quantized or not.
+    """The base without the adapter, the same object as before. The `PeftModel` cannot be used afterwards.
 
-    What the adapter changed in the weights of the base stays changed.
+    Changes that the adapter made to the weights of the base remain.
     """
     return model.unload()
 
@@ -136,10 +136,10 @@ def distribute_like(value: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def restore(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Copy whole tensors into a model that may hold only a part of them; then all processes must call this.
+    """Copy whole tensors into a model. If it is sharded, all processes must call this.
 
     Raises:
-        KeyError: They belong to another adapter.
+        KeyError: The tensors belong to another adapter.
     """
     with _gathered(model, write=True):
         for name, target in weights(model).items():
@@ -148,8 +148,8 @@ def restore(model: PeftModel, tensors: Mapping[str, torch.Tensor]) -> None:
 
 @contextmanager
 def _gathered(model: Any, *, write: bool = False) -> Iterator[None]:
-    """Inside, parameters of the adapter that ZeRO-3 has partitioned are whole (deepspeed.readthedocs.io,
-    GatheredParameters). With `write`, their values in the main process are distributed at the end."""
+    """Inside, adapter parameters partitioned by ZeRO-3 are gathered (deepspeed.readthedocs.io, GatheredParameters).
+    With `write`, their values in the main process are distributed at the end."""
     partitioned = [p for p in model.parameters() if p.requires_grad and upstream.is_partitioned(p)]
     if not partitioned:
         yield
@@ -162,7 +162,7 @@ def fill(model: PeftModel, files: AdapterFiles, name: str = "default") -> None:
     """Load the tensors of a saved adapter that is attached under a name.
 
     Raises:
-        AdapterError: As `read_adapter`; or PEFT loses some.
+        AdapterError: As `read_adapter`; or PEFT does not load some of them.
     """
     result = set_peft_model_state_dict(model, read_adapter(files), name)
     if lost := list(result.unexpected_keys):  # PEFT renames some modules as it loads, and does not report what it loses
@@ -176,7 +176,7 @@ class BaseSnapshot:
 
     Attributes:
         values: Module, name of its parameter, and value.
-        refusal: Why the base's output cannot be computed beside the adapter; empty if it can.
+        refusal: Why the base's output cannot be computed while the adapter is attached; empty if it can.
     """
 
     values: tuple[tuple[nn.Module, str, torch.Tensor], ...]
@@ -208,9 +208,9 @@ class BaseSnapshot:
 
 
 def snapshot(base: nn.Module, config: LoraConfig, changes_base: bool) -> BaseSnapshot:
-    """Copy what PEFT may change in a base as it attaches a saved adapter of this configuration, and loads its tensors.
+    """Copy the parameters that PEFT may change in a base when it loads a saved adapter with this configuration.
 
-    Biases are small; the weights of adapted layers are copied only where it `changes_base`.
+    Biases are small; the weights of adapted layers are copied only if it `changes_base`.
     """
     if config.layer_replication:
         return BaseSnapshot((), "lora.layer_replication repeats its layers")
@@ -238,7 +238,7 @@ def read_adapter(files: AdapterFiles) -> Weights:
 
 
 def effective_keys(files: AdapterFiles) -> list[str]:
-    """The keys of an adapter's configuration by which it computes something else than plain LoRA does."""
+    """The configuration keys of an adapter that make it differ from plain LoRA."""
     defaults = {field.name: field.default for field in fields(LoraConfig)}
     harmless = _HARMLESS
     if all(".lora_A." in name or ".lora_B." in name for name in files.tensors):
@@ -247,15 +247,14 @@ def effective_keys(files: AdapterFiles) -> list[str]:
 
 
 def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:
-    """Check that the tensors of the base in an adapter's file are the base's own: then nothing is lost without them.
+    """Check that copies of base tensors in an adapter's file equal those of the base, so that they can be ignored.
 
-    Where dtypes differ, they have to be equal in one of the two.
+    If dtypes differ, they must be equal in one of the two.
 
     Args:
         files: The adapter.
         base: The base without adapters.
-        read: Reads the values of a parameter of a base that is on the meta device; without it nothing but shapes is
-            compared there.
+        read: Reads the values of a parameter of a base on the meta device; without it, only shapes are compared.
 
     Raises:
         AdapterError: The base has no such parameters, or other values.
@@ -280,16 +279,16 @@ def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], tor
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """The names of tensors that hold NaN or inf."""
     wide = ((name, tensor.float() if tensor.element_size() == 1 else tensor) for name, tensor in tensors.items())
-    return [name for name, tensor in wide if not tensor.isfinite().all()]  # which float8 has no function for
+    return [name for name, tensor in wide if not tensor.isfinite().all()]  # float8 has no isfinite
 
 
 @contextmanager
 def as_initialized(model: PeftModel, start: AdapterInit, trained_weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Inside, a trained model computes what its base computes.
 
-    An initialization that took a part out of the base (PiSSA, OLoRA) equals the base up to rounding, so the initial
-    adapter replaces the trained one; otherwise the adapter is disabled, and only trained biases are set back. Where
-    processes share the weights, all must call this.
+    If the initialization subtracted a part from the base (PiSSA, OLoRA), the initial adapter equals the base up to
+    rounding and replaces the trained one; otherwise the adapter is disabled, and only trained biases are reset. If
+    weights are sharded, all processes must call this.
 
     Args:
         model: The trained model.

@@ -17,9 +17,9 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 
 def conversion_of(model_type: str) -> str | None:
-    """The type of model after whose pattern transformers converts a checkpoint, None if it has no pattern of its own.
+    """The model type whose pattern transformers uses to convert a checkpoint; None if it has no pattern of its own.
 
-    PEFT renames the targets and the weights of an adapter by the same table, and has no public form of it either.
+    PEFT renames the targets and the weights of an adapter by the same table, which is not public there either.
     """
     pattern = _MODEL_TO_CONVERSION_PATTERN.get(model_type)
     return None if pattern is None else str(pattern)

@@ -1,9 +1,9 @@
 """Maps targets to a model: attention roles (q, k, v, o) and names to modules, experts to parameters.
 
-PEFT raises an error only when no target matches at all, so a name that this model does not have is ignored without a
-message. Here every entry of `lora.target_modules` means some modules or is an error, and the names that PEFT gets
-select exactly the modules that were meant. A model with another name for a projection needs one line in
-`survey.SERVES`. Notes report layers that roles do not adapt, and what all-linear leaves out.
+PEFT raises an error only if no target matches at all, so a name that the model lacks is silently ignored. Here, every
+entry of `lora.target_modules` must match modules, and the names passed to PEFT select exactly these modules. A model
+with another name for a projection needs one line in `survey.SERVES`. Notes report layers that roles do not adapt, and
+layers that all-linear leaves out.
 """
 
 from collections import Counter
@@ -43,10 +43,9 @@ class Targets:
         modules: All of these paths that are modules, once each, in model order.
         names: For `LoraConfig.target_modules`: sorted suffixes that select exactly `modules`, together with the
             `layers_to_transform` of the section.
-        fused: Path with layer numbers as `*` → the roles that one module serves, where it serves several; all of them
-            are adapted together.
-        notes: Notes for the user, one line each, on what may surprise.
-        rank_pattern: For `LoraConfig`, regular expressions that give each module exactly its value.
+        fused: Path with layer numbers as `*` → the roles of a module that serves several; they are adapted together.
+        notes: Lines for the user on anything unexpected.
+        rank_pattern: For `LoraConfig`, regular expressions that assign each module exactly its value.
         alpha_pattern: The same for lora_alpha.
         modules_to_save: For `LoraConfig`, sorted names that select exactly the modules meant, or None.
         parameters: The paths in `roles` that are parameters, once each, in model order.
@@ -75,7 +74,7 @@ class Targets:
         return {entry: list(dict.fromkeys(map(module_names.pattern, paths))) for entry, paths in self.roles.items()}
 
     def module_patterns(self) -> dict[str, list[str]]:
-        """Each path with layer numbers as `*` → the roles or entries that mean it."""
+        """Path with layer numbers as `*` → the roles or entries that match it."""
         entries_by_pattern: dict[str, list[str]] = {}
         for entry, patterns in self.entry_patterns().items():
             for pattern in patterns:
@@ -83,9 +82,9 @@ class Targets:
         return entries_by_pattern
 
     def shared_roles(self) -> dict[str, list[str]]:
-        """Each fused pattern → its roles that were not asked for, and are adapted with those that were.
+        """Each fused pattern → its roles that were not requested, but are adapted with the requested ones.
 
-        The list is empty where the module is a target by its name, or by an expression.
+        The list is empty if the module is a target by its name or by an expression.
         """
         entries_by_pattern = self.module_patterns()
         return {
@@ -126,8 +125,8 @@ def find(model: nn.Module, section: LoraSection) -> Targets:
             effect, with a note on what it leaves out) or a regular expression for whole paths.
 
     Raises:
-        ModelError: With every entry that means nothing, or means modules only in some layers, or modules that LoRA
-            cannot adapt, or contradicts another entry.
+        ModelError: Entries match nothing, match modules only in some layers, match modules that LoRA cannot adapt, or
+            contradict another entry.
         ConfigError: A regular expression does not compile or takes too long.
     """
     survey = take(model)
@@ -165,7 +164,7 @@ def notes(survey: Survey, asked: Sequence[str], targets: Sequence[str]) -> list[
 
     Args:
         survey: The model.
-        asked: The roles, names or `all-linear` that mean the targets.
+        asked: The requested roles, names or `all-linear`.
         targets: Paths of the targets.
     """
     found = _left_out(survey, targets) if "all-linear" in asked else []
@@ -178,7 +177,7 @@ def notes(survey: Survey, asked: Sequence[str], targets: Sequence[str]) -> list[
 
 
 def _hybrid(survey: Survey, targets: Collection[str]) -> list[str]:
-    """On a hybrid model: where attention is, and which mixers are not adapted."""
+    """A note for hybrid models: which layers have attention, and which mixers are not adapted."""
     free = [path for path in survey.mixers if path not in survey.obstacles and path not in targets]
     if not free:
         return []
@@ -193,14 +192,14 @@ def _hybrid(survey: Survey, targets: Collection[str]) -> list[str]:
 
 
 def _kind(survey: Survey, mixer: str) -> str:
-    """What a mixer is called: its class, where attention has the same name."""
+    """The display name of a mixer: its class, if attention has the same module name."""
     name = module_names.own_name(mixer)
     is_attention_name = any(f".{name}." in f".{module_names.parent(path)}." for path in survey.serves)
     return type(survey.modules[mixer]).__name__ if is_attention_name else name
 
 
 def _attention_layers(survey: Survey) -> tuple[int, int]:
-    """How many layers have attention, and how many there are, in the stacks that have attention."""
+    """The number of layers with attention, and of all layers, in the stacks that have attention."""
     projections = {id(survey.modules[path]) for path in survey.serves}
     modules = survey.model.named_modules(remove_duplicate=False)
     layers = {module_names.layer_of(module_names.parent(path)) for path, module in modules if id(module) in projections}
@@ -219,7 +218,7 @@ def _tied(survey: Survey, targets: Collection[str]) -> list[str]:
 
 
 def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
-    """What all-linear leaves out, by reason."""
+    """Notes on the layers that all-linear leaves out, by reason."""
     parts: dict[str, list[str]] = {}
     for path in survey.linears:
         if unused := unused_part(path, survey.modules):

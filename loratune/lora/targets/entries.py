@@ -1,9 +1,9 @@
 """Resolves the entries of a lora section on a model, with an error for entries that match nothing.
 
-`target_modules` and `modules_to_save` name modules, `target_parameters` names tensors that belong to no linear layer:
-transformers keeps the projections of all experts of a layer in one tensor of three dimensions. PEFT adds to such a
-tensor the product of an A and a B for each expert (peft.tuners.lora.ParamWrapper). `rank_pattern` and `alpha_pattern`
-give some of the targets another value.
+`target_modules` and `modules_to_save` name modules, `target_parameters` names tensors outside of linear layers:
+transformers keeps the projections of all experts of a layer in one 3-dimensional tensor. PEFT adds the product of A and
+B of each expert to such a tensor (peft.tuners.lora.ParamWrapper). `rank_pattern` and `alpha_pattern` set other values
+for some of the targets.
 """
 
 import difflib
@@ -24,18 +24,18 @@ KEY = "lora.target_modules"
 PARAMETERS_KEY = "lora.target_parameters"
 _FIX = f"set {KEY} to names from this list, or to all-linear"
 _LISTS = {KEY: ("roles or modules", "q_proj, v_proj"), PARAMETERS_KEY: ("parameters", EXPERTS)}
-"""Key → what a list of it names, and an example."""
+"""Key → the kind of names in its list, and an example."""
 
 Paths = tuple[str, ...]
 
 
 class Resolver:
-    """Finds what entries mean on a model.
+    """Resolves entries on a model.
 
     Attributes:
         survey: The model.
-        problems: Entries that mean nothing, or something that cannot be adapted.
-        notes: Lines for the user on what may surprise.
+        problems: Entries that match nothing, or something that cannot be adapted.
+        notes: Lines for the user on anything unexpected.
     """
 
     def __init__(self, survey: Survey):
@@ -112,7 +112,7 @@ class Resolver:
         return roles
 
     def _by_expression(self, text: str, names: Iterable[str], known: Sequence[str], key: str) -> dict[str, Paths]:
-        """The meaning of a regular expression for whole paths. known: paths to show where it matches none."""
+        """The matches of a regular expression for whole paths. known: example paths for the error message."""
         nouns, example = _LISTS[key]
         if paths := tuple(matching(text, names, key, example)):
             return {text: paths}
@@ -126,7 +126,7 @@ class Resolver:
         return {}
 
     def _refuse_parameter(self, entry: str) -> None:
-        """An entry that names nothing, with what could have been meant."""
+        """Record a problem for an entry that matches nothing, with suggestions."""
         survey = self.survey
         if entry == EXPERTS:
             what = f"role `{EXPERTS}`: {survey.architecture} has no tensors that hold the experts of a layer"
@@ -146,7 +146,7 @@ class Resolver:
         return () if entry in ROLES else tuple(path for path in self.survey.modules if ends_in(path, entry))
 
     def _as_role(self, entry: str) -> str | None:
-        """The role that an entry means: `q`, or `q_proj` where no layer has that name (or a container, as in Moshi)."""
+        """The role of an entry: `q`, or `q_proj` if no layer has that name (or only a container, as in Moshi)."""
         if entry in ROLES:
             return entry
         paths = self._named(entry)
@@ -157,7 +157,7 @@ class Resolver:
         return tuple(path for path, served in self.survey.serves.items() if role in served)
 
     def _nearest(self, entry: str, paths: Iterable[str] | None = None, otherwise: str = "") -> str:
-        """What could have been meant, such as `nearest: q_proj`; else all linear modules."""
+        """A suggestion such as `nearest: q_proj`; otherwise all linear modules."""
         # Compared with endings that have as many parts: `attn.q_prj` is near `attn.q_proj`, not near `q_proj`.
         depth = entry.count(".")
         known = self.survey.linears if paths is None else paths
@@ -166,7 +166,7 @@ class Resolver:
         return f"nearest: {', '.join(near)}" if near else otherwise or self.survey.candidates()
 
     def in_layers(self, roles: dict[str, Paths], layers: Sequence[int]) -> dict[str, Paths]:
-        """Restrict a meaning to the modules of some layers."""
+        """Restrict matches to the modules of some layers."""
         numbers = {path: module_names.number_of(path) for paths in roles.values() for path in paths}
         existing = sorted({number for number in numbers.values() if number is not None})
         fix = f"the layers with targets are {module_names.ranges(existing)}" if existing else ""
@@ -187,7 +187,7 @@ class Resolver:
         return names
 
     def check_effects(self, paths: Iterable[str]) -> None:
-        """Refuse targets that PEFT would refuse with a traceback, train to no effect, or take for something else."""
+        """Reject targets that PEFT would reject with a traceback, train without effect, or misinterpret."""
         obstacles = self.survey.obstacles
         reasons = {module_names.short(path): obstacles[path] for path in paths if path in obstacles}
         for name, reason in reasons.items():
@@ -224,10 +224,10 @@ class Resolver:
             self._refuse(Code.LORA_UNKNOWN_TARGET, f"{what}; {survey.candidates()}", KEY, _FIX)
 
     def modules_to_save(self, targets: Sequence[str], entries: Sequence[str]) -> Paths:
-        """The sorted names that make PEFT copy exactly the modules meant.
+        """The sorted names with which PEFT copies exactly the intended modules.
 
-        PEFT copies every module whose path ends in the name, letter by letter, so that `head` is `overhead` too, and
-        leaves out all targets within a copy (peft.utils.other._set_trainable, check_target_module_exists).
+        PEFT copies every module whose path has the name as a plain suffix, so `head` also matches `overhead`, and skips
+        all targets within a copy (peft.utils.other._set_trainable, check_target_module_exists).
 
         Args:
             targets: Paths of the targets.
@@ -260,7 +260,7 @@ class Resolver:
         return tuple(sorted(names))
 
     def _saving_obstacle(self, targets: Sequence[str], entry: str, paths: Paths) -> tuple[str, str] | None:
-        """Why modules cannot be saved whole, and what to do."""
+        """Why modules cannot be saved whole, and the fix; None if they can."""
         modules = self.survey.modules
         within = [path for path in targets if any(f"{path}.".startswith(f"{outer}.") for outer in paths)]
         inside = [path for path in paths if any(path.startswith(f"{target}.") for target in targets)]
@@ -279,9 +279,9 @@ class Resolver:
         return None
 
     def pattern(self, targets: Sequence[str], pattern: Mapping[str, int], key: str) -> dict[str, int]:
-        """`rank_pattern` or `alpha_pattern` for PEFT, so that it gives each target exactly its value.
+        """`rank_pattern` or `alpha_pattern` for PEFT, so that each target gets exactly its value.
 
-        PEFT takes the first entry for which `re.match(rf"(.*\\.)?({entry})$", path)` (peft.utils.get_pattern_key).
+        PEFT uses the first entry for which `re.match(rf"(.*\\.)?({entry})$", path)` (peft.utils.get_pattern_key).
 
         Args:
             targets: Paths of the targets.
@@ -322,7 +322,7 @@ class Resolver:
         return _escaped(targets, {path: next(iter(given.values())) for path, given in values.items()})
 
     def _matched(self, targets: Sequence[str], entry: str, role: str | None, limit: TimeLimit) -> list[str]:
-        """The targets that an entry of a pattern means. Raises BadPatternError."""
+        """The targets that an entry of a pattern matches. Raises BadPatternError."""
         if role:
             return [path for path in targets if role in self.survey.serves.get(path, "")]
         if entry == EXPERTS and (experts := [path for path in targets if path in self.survey.experts]):
@@ -338,14 +338,14 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _is_trainable(module: nn.Module) -> bool:
-    """Whether PEFT can wrap a module and train its copy: it is called, and has numbers that are not quantized."""
+    """Whether PEFT can wrap a module and train its copy: it is callable, and has parameters that are not quantized."""
     weights = list(module.parameters())
     is_called = not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
     return is_called and bool(weights) and all(weight.is_floating_point() for weight in weights)
 
 
 def _untied(modules: Mapping[str, nn.Module], chosen: Sequence[str]) -> list[str]:
-    """Notes on tied weights that become separate: PEFT trains a copy, and the other module keeps the base's weight."""
+    """Notes on tied weights that become untied: PEFT trains a copy, and the other module keeps the base's weight."""
     notes: dict[frozenset[str], str] = {}
     for path in chosen:
         own = {id(weight) for weight in modules[path].parameters()}

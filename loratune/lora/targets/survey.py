@@ -1,7 +1,7 @@
 """The possible targets of a model: its linear layers, the attention role of each, and whether an adapter has an effect
 on it.
 
-`SERVES` is the table that a new architecture extends by one line.
+To support a new architecture, add a line to the table `SERVES`.
 """
 
 import re
@@ -17,7 +17,7 @@ from loratune.lora.module_names import last, parent
 
 ROLES = ("q", "k", "v", "o")
 EXPERTS = "experts"
-"""The role of all tensors that hold the experts of a layer. As a string, it means the list of it."""
+"""The role of all tensors that hold the experts of a layer. As a string, it is equivalent to a list of it."""
 
 # Name of a projection within its attention module → the roles that it serves.
 SERVES = {
@@ -70,7 +70,7 @@ SERVES = {
     "qkv_proj.v_proj_delayed": "v",
 }
 
-# What a projection computes besides its roles.
+# What a projection computes in addition to its roles.
 SHARED_ROLES = {"q_gate_proj": "the gate of the attention's output"}
 
 # Names that most recipes list; on a model without them they stand for the roles.
@@ -79,8 +79,8 @@ STOCK = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
 
 _ATTENTION = re.compile(r"(attn|attentions?)$", re.IGNORECASE)
 _NOT_SELF = re.compile(r"cross|encoder_attn|vision|image|audio|patcher", re.IGNORECASE)
-"""Self-attention is recognized by the name or the class of a module (`mixer` is one if it is a NemotronHAttention),
-unless it attends to something else than the text. Roles mean the language model of a multimodal one."""
+"""Self-attention is recognized by the name or the class of a module (`mixer` if it is a NemotronHAttention), unless it
+attends to something other than the text. In a multimodal model, roles refer to its language model."""
 
 _RECURRENT = re.compile(
     r"(Mixer|MambaLayer|DeltaNet|DeltaAttention|LightningAttention|RecurrentBlock|ShortConv|xLSTMLayer|RwkvSelfAttention)$"
@@ -89,7 +89,7 @@ _RECURRENT = re.compile(
 Linear has both kinds under the name `self_attn`."""
 
 _NO_MATRIX = re.compile(r"bias|embed|A_log")
-"""Tensors of several dimensions that are added, not multiplied with."""
+"""Tensors of several dimensions that are added rather than multiplied."""
 
 CONVOLUTIONS = (
     nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -98,7 +98,7 @@ CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class Survey:
-    """What `resolve` needs to know about a model.
+    """The facts about a model that resolving targets needs.
 
     Attributes:
         model: The model.
@@ -109,9 +109,9 @@ class Survey:
         layers: The layer of each attention module → those of its paths that are in `serves`.
         mixers: Path of a linear layer inside a recurrent mixer → the path of that mixer.
         parameters: Name → parameter; one that several modules share has one name.
-        raw: Names of weights that multiply like those of linear layers but are other tensors, such as stacked experts.
-        experts: Those of them that hold the projections of all experts of a layer.
-        raw_attention: Short names of those in attention.
+        raw: Names of weights that act like linear layers but are other tensors, such as stacked experts.
+        experts: The raw weights that hold the projections of all experts of a layer.
+        raw_attention: Short names of the raw weights in attention.
         obstacles: Path of a linear layer → why an adapter on it has no effect.
     """
 
@@ -133,7 +133,7 @@ class Survey:
         return [path for path in self.linears if path not in self.obstacles]
 
     def candidates(self) -> str:
-        """What can be named instead: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
+        """The possible names: `its linear modules: attn.c_attn ×12, attn.c_proj ×12, …`."""  # noqa: RUF002
         return f"its linear modules: {module_names.join_counts(self.reachable(), 12)}"
 
 
@@ -170,7 +170,7 @@ def _ancestors(path: str) -> list[str]:
 
 
 def short_names(names: Iterable[str]) -> tuple[str, ...]:
-    """Names of weights as messages show them, once each."""
+    """Unique names of weights for messages."""
     return tuple(dict.fromkeys(module_names.short(name.removesuffix(".weight")) for name in names))
 
 
@@ -220,7 +220,7 @@ def _holds_experts(name: str, weight: nn.Parameter, modules: Mapping[str, nn.Mod
     return weight.dim() == 3 and (module_names.own_name(owner) == EXPERTS or kind.endswith("Experts"))
 
 
-# --- On which linear layers an adapter has an effect, and why not on the others
+# --- Linear layers on which an adapter has no effect, with reasons
 
 _BYPASSED = frozenset({"out_proj", "conv1d", "x_proj", "dt_proj"})
 _BYPASSED_IN = re.compile(r"mamba|mixer", re.IGNORECASE)
@@ -252,7 +252,7 @@ _STILL_LINEAR = frozenset({"FalconLinear"})
 """Classes of linear layers with a forward of their own that computes the same as that of `nn.Linear`."""
 
 _CHOOSER = re.compile(r"^(.*\.)?(indexer|patcher)(?=\.)")
-"""Parts that choose by rank which keys to attend to, or where a patch ends; no gradient passes such a choice."""
+"""Parts that select keys or patch boundaries by ranking; such a selection passes no gradient."""
 
 _OFF_TEXT = re.compile(
     r"^.*?(vision|visual|image|audio|speech|multi_?modal|(?<![^.])(encoder_attn|cross_attn|crossattention|pooler)(?![^.]))"
@@ -262,11 +262,11 @@ _OFF_TEXT = re.compile(
 _ONE_OF_MANY = re.compile(r"^.*?adapter_list(?=\.\d)")
 _OFF_TEXT_LAYER = re.compile(r"CrossAttentionDecoderLayer$")
 """Parts for images, sound or the states of another model, or that a language model does not use: an adapter there would
-stay at zero. So would one on those adapters of Zamba 2 that belong to another use of a shared block."""
+stay zero. The same holds for Zamba 2's adapters that belong to another use of a shared block."""
 
 
 def obstacle(path: str, modules: Mapping[str, nn.Module], model_type: str) -> str | None:
-    """Why an adapter on this linear layer would fail, get lost, or train to no effect; None where it has an effect."""
+    """Why an adapter on this linear layer would fail, get lost, or train without effect; None if it has an effect."""
     kind, within, name = type(modules[path]), type(modules.get(parent(path))).__name__, last(path)
     converted_as = "mixtral" if model_type == "mixtral" else upstream.conversion_of(model_type)
     if name in _TAKEN_FOR_EXPERTS.get(str(converted_as), ()):
@@ -282,13 +282,13 @@ def obstacle(path: str, modules: Mapping[str, nn.Module], model_type: str) -> st
 
 
 def chooser(path: str) -> str:
-    """The part around a module that chooses by rank; "" without one."""
+    """The enclosing part that selects by ranking; "" if there is none."""
     match = _CHOOSER.match(path)
     return match.group() if match else ""
 
 
 def unused_part(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
-    """The part in which a linear layer lies and why text alone would not train an adapter there; None elsewhere."""
+    """The enclosing part of a linear layer, and why text would not train an adapter there; None if it would."""
     if match := _ONE_OF_MANY.match(path):
         return match.group(), "one of many is in use"
     parts = path.split(".")
@@ -299,8 +299,8 @@ def unused_part(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] 
 
 
 _NOT_WRAPPED = frozenset({"DbrxExpertGLU", "Ernie4_5_MoeStatics", "JambaMambaMixer", "ZambaMambaMixer"})
-"""Classes whose parameters the model reads from outside, past an adapter, or which it calls with keywords alone, as
-PEFT's wrapper cannot be called."""
+"""Classes whose parameters the model reads directly, bypassing an adapter, or which it calls with keyword arguments
+only, which PEFT's wrapper does not support."""
 
 
 def parameter_obstacle(survey: Survey, name: str) -> str:
