@@ -1,8 +1,8 @@
 """Chooses values for `auto`: learning rate, schedule and length of a run, and the shape of its adapter.
 
-The choices are based on the experiments of scripts/learn.py (tables in scripts/learning/README.md), and where there are
-none, on the sources that are named with each number. The same config, rows and base give the same choices, in every
-process and on every machine; a resumed run keeps its own.
+The choices are based on the experiments of scripts/learn.py (tables in scripts/learning/README.md), otherwise on the
+sources given with each number. They depend only on config, rows and base, so they are the same in every process and on
+every machine; a resumed run keeps its choices.
 """
 
 import math
@@ -20,19 +20,19 @@ from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
 from loratune.errors import ConfigError, Problem
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
-"""Learning rate at a hidden size, how fast it falls with that, and for which lora_alpha. Source: the sweep of 35 models
+"""Learning rate at a reference hidden size, its exponent, and the lora_alpha. Source: the sweep of 35 models
 in https://thinkingmachines.ai/blog/lora/ and tinker_cookbook.hyperparam_utils."""
 _RATE_ROWS, _MOST_RATE = 8, 5e-3
-"""Rows of an optimizer step for which the rate holds; it grows with the root of their number. The highest rate."""
+"""Rows of an optimizer step at which the rate holds (it grows with the square root), and the highest rate."""
 _RATE_LAYERS = 30
 """Layers below which the rate grows, with the root of how many times fewer there are: each adapter has to do more.
 
 SmolLM2-135M (scripts/README.md): with adapters on 8 of its 30 layers, and on a model of 8 of them, 6.4e-3 is better
 than the 2.6e-3 that suits all 30, on two tasks of three and on four of five. Deeper models keep the source's rate."""
 _SMOOTH_ROWS = 32
-"""Rows of a step beyond which the rate does not grow any further."""
+"""Rows of a step beyond which the rate does not grow further."""
 _COMPARED_RATE, _ORPO_RATE = 1 / 10, 1 / 5
-"""By what the rate is multiplied where answers are compared, and where the loss holds the chosen answer's own as well.
+"""Factor of the rate for preference objectives, and for ORPO, whose loss includes the chosen answer's likelihood.
 
 SmolLM2-135M, 128 pairs, 30 steps (scripts/README.md): of 1/20, 1/10, 1/5 and 2/5 the second makes the chosen answers of
 DPO likeliest, and higher ones make them less likely again; KTO and ORPO gain beyond. LLaMA-Factory's examples of LoRA
@@ -70,18 +70,18 @@ WHY_ROWS_PER_STEP = f"about {_STEPS} steps in each pass, of {_LEAST_STEP} to {_M
 
 @dataclass(frozen=True)
 class Facts:
-    """What `auto` is decided by.
+    """The facts that `auto` is decided by.
 
     Attributes:
-        hidden_size: Width of the model; None where its configuration does not say.
-        layers: Its depth, likewise.
-        rows: Training rows, or packs of them.
-        supervised: Supervised tokens of one pass over them.
-        processes: Of the run.
-        unit_parameters: Counts the parameters that each unit of `r` brings; `r` of the section is higher than the ranks
-            of its patterns.
+        hidden_size: The width of the model; None if its configuration does not define it.
+        layers: The depth of the model; None if its configuration does not define it.
+        rows: The number of training rows, or of packs.
+        supervised: Supervised tokens of one pass over the rows.
+        processes: The number of processes.
+        unit_parameters: Function that counts the parameters per unit of `r`; `r` of the section is higher than the
+            ranks of its patterns.
         start: Settings of the adapter that the run starts from, see `initialize.start_settings`; empty without one.
-        rows_in_pack: Rows of a pack on average; 1 where rows are not packed.
+        rows_in_pack: The average number of rows per pack; 1 if rows are not packed.
     """
 
     hidden_size: int | None
@@ -95,7 +95,7 @@ class Facts:
 
 
 Choices = dict[str, tuple[Any, str]]
-"""Key in full → its value, and why it has it."""
+"""Full key → its value, and the reason."""
 
 
 def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
@@ -107,7 +107,7 @@ def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
 
 
 def lines(choices: Choices) -> Iterator[str]:
-    """What the user sees of the choices."""
+    """The choices as lines for the user."""
     for key, (value, why) in choices.items():
         yield line(key, value, why)
     if choices:
@@ -115,7 +115,7 @@ def lines(choices: Choices) -> Iterator[str]:
 
 
 def line(key: str, value: Any, why: str) -> str:
-    """What the user sees of one choice."""
+    """One choice as a line for the user."""
     return f"auto: {key} is {shown(value)} ({why})"
 
 
@@ -149,7 +149,7 @@ def decide_lora(lora: LoraSection, facts: Facts) -> tuple[LoraSection, Choices]:
 
 
 def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choices]:
-    """Rate, schedule and length of a run whose adapter has its shape.
+    """Rate, schedule and length of a run whose adapter shape is decided.
 
     Raises:
         ConfigError: There is no rate for the optimizer, or for a model of unknown width.
@@ -186,8 +186,8 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
 
 
 def lower_rate(run: RunConfig, facts: Facts) -> float:
-    """A learning rate to try where that of a run has spoilt the model: what `auto` comes to, if that is at most half of
-    it, else a tenth of it. run: without `auto`."""
+    """A learning rate to suggest if the rate of a run was too high: the choice of `auto`, if that is at most half of
+    it, otherwise a tenth of it. run: without `auto`."""
     rate = decided(run.training.learning_rate)
     training = run.training.model_copy(update={"learning_rate": AUTO})
     try:
@@ -198,12 +198,12 @@ def lower_rate(run: RunConfig, facts: Facts) -> float:
 
 
 def rows_per_step(rows: int) -> int:
-    """Rows of an optimizer step for so many training rows: a power of two."""
+    """Rows of an optimizer step for a number of training rows: a power of two."""
     return 1 << (min(max(rows // _STEPS, _LEAST_STEP), _MOST_STEP).bit_length() - 1)
 
 
 def validation(rows: int) -> float | None:
-    """The fraction of so many rows to hold out, if any."""
+    """The fraction to hold out of a number of rows; None for too few rows."""
     share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
     return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
 
@@ -212,9 +212,9 @@ def max_length(lengths: NDArray[np.int64], context: int | None, *, paired: bool 
     """`data.max_length`, and why.
 
     Args:
-        lengths: (rows,), in tokens; of pairs (answers,), each with its prompt.
-        context: The number of positions of the model, if that is known.
-        paired: Whether they are of pairs.
+        lengths: (rows,), in tokens; for pairs (answers,), each with its prompt.
+        context: The number of positions of the model, if known.
+        paired: Whether the rows are pairs.
     """
     longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
     wanted = longest if longest <= _TAIL * covered else covered
@@ -240,9 +240,8 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
     Args:
         lora: The section, without `auto`.
         hidden_size: Width of the model.
-        layers: Its depth; None where that is not known. Those that have adapters count, as far as
-            `layers_to_transform` says it.
-        rows: Of an optimizer step.
+        layers: Depth of the model; None if unknown. Only the layers in `layers_to_transform` count, if it is set.
+        rows: Rows of an optimizer step.
     """
     r, alpha = decided(lora.r), decided(lora.lora_alpha)
     strength = alpha * r**0.5 if lora.use_rslora else float(alpha)
@@ -261,7 +260,7 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
 
 
 def most_passes(lora: LoraSection) -> float:
-    """How often few rows are read; see `_PASSES_OF_ATTENTION`. lora: a section without `auto`."""
+    """The number of passes over few rows; see `_PASSES_OF_ATTENTION`. lora: a section without `auto`."""
     targets = lora.target_modules
     is_attention = isinstance(targets, list) and all(name.removesuffix("_proj") in _ATTENTION for name in targets)
     return _PASSES_OF_ATTENTION if is_attention and not lora.target_parameters else _PASSES_OF_MORE
@@ -277,10 +276,10 @@ def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tupl
     and 0 to 35 % more on three.
 
     Args:
-        rate: For one pass.
-        why: Its reason.
-        passes: Over the rows.
-        lora: As of `most_passes`.
+        rate: The rate for one pass.
+        why: The reason for it.
+        passes: The number of passes over the rows.
+        lora: As in `most_passes`.
     """
     share = min(1.0, max((most_passes(lora) / passes) ** 2, 1 / passes))
     if share == 1:
@@ -320,7 +319,7 @@ def optimizer_steps(training: TrainingSection, items: int, size: int, processes:
 
 
 def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSection:
-    """The section for a check or a count without rows; a rank that these decide is the lowest that may be decided.
+    """The section for a check or a count without rows; a rank that depends on rows is set to the lowest choice.
 
     start: as in `Facts`.
     """
@@ -329,13 +328,13 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
 
 _SECTIONS: dict[str, type[LoraSection] | type[TrainingSection]] = {"lora": LoraSection, "training": TrainingSection}
 _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
-"""Section and name of each key that `auto` is a value of."""
+"""Section and name of each key that can be `auto`."""
 
 
 def are_recorded(recorded: Mapping[str, Any]) -> bool:
     """Whether a record has valid, decided values for those of its keys that can be `auto`.
 
-    recorded: the config of an interrupted run as plain values. Where they came from is not known.
+    recorded: the config of an interrupted run as JSON values, not yet validated.
     """
     if not all(isinstance(recorded.get(name), dict) for name in _SECTIONS):
         return False
@@ -351,9 +350,9 @@ def are_recorded(recorded: Mapping[str, Any]) -> bool:
 
 
 def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Key in full → what was decided for it before an interruption, of each key that is `auto`.
+    """Full key → value decided before an interruption, for each key that is `auto`.
 
-    recorded: the config of the interrupted run as plain values, for which `are_recorded` holds.
+    recorded: the config of the interrupted run as JSON values, for which `are_recorded` holds.
     """
     values = run.model_dump()
     is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
@@ -371,7 +370,7 @@ def keep(run: RunConfig, recorded: Mapping[str, Any]) -> RunConfig:
     recorded: as in `kept`.
 
     Raises:
-        ConfigError: What was decided does not go with what the config has by now.
+        ConfigError: The decided values contradict the current config.
     """
     values = run.model_dump()
     for name, value in kept(run, recorded).items():

@@ -1,4 +1,4 @@
-"""The batches of a run: how its rows are laid out for its model, and which rows each process takes."""
+"""The batches of a run: how rows are packed or padded for its model, and which rows each process gets."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ class BatchedDatasets:
     """The batches of a run.
 
     Attributes:
-        layouts: The batches by the name of their split, but for test rows.
+        layouts: Split name → batches, except for test rows.
         train_rows: The training rows.
-        engine: Computes the losses of rows: of validation rows while training, and of all rows at its end.
+        engine: Computes the losses of rows: validation rows during training, and all rows at its end.
         held_out: The pass over the validation rows, if there are any.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
-        objective: What is lowered.
+        objective: The training objective.
     """
 
     layouts: dict[str, BatchLayout]
@@ -77,17 +77,17 @@ class BatchedDatasets:
 def batch(
     model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: RunConfig, group: Group = SINGLE_PROCESS
 ) -> BatchedDatasets:
-    """Lay out rows as the config says; or padded, where the model would mix packed rows.
+    """Batch rows as configured; rows are padded instead if the model would mix packed rows.
 
     Args:
-        model: A `PeftModel` with its weights, which stays as it is.
+        model: A `PeftModel` with its weights, which is not changed.
         pad_id: The token for padding.
-        splits: The rows by the name of their split.
-        run: How rows are to be packed, how many a batch has, and what is lowered.
+        splits: Split name → rows.
+        run: The config, with packing, batch size and objective.
         group: The processes of the run.
 
     Raises:
-        ModelError: Rows cannot be packed, and the model would compute something else for padded ones.
+        ModelError: Rows cannot be packed, and padding would change the results of the model.
     """
     acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     section, training, train = run.data, run.training, splits["train"]
@@ -124,10 +124,10 @@ def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Obje
 
 
 def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
-    """The share of the tokens that is saved where batches share prefixes, None where they do not; and lines on it.
+    """The share of tokens that shared prefixes save, None if batches do not share prefixes; and lines about it.
 
     Raises:
-        ConfigError: They are to share prefixes, and cannot.
+        ConfigError: Sharing is required by the config, but not possible.
     """
     saved = batches.saving() if section.share_prefixes is not False else 0.0
     if not is_sharing_asked(section, saved):
@@ -144,17 +144,17 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
 
 
 def is_sharing_asked(section: DataSection, saved: float) -> bool:
-    """Whether batches are to share prefixes where that saves a part of their tokens, and where it is possible."""
+    """Whether the config asks for shared prefixes, given the share of tokens that this saves."""
     return section.share_prefixes is True or (section.share_prefixes == AUTO and saved >= WORTH_SHARING)
 
 
 def would_share(run: RunConfig, saved: float) -> bool:
-    """Whether batches of a run on a CPU would share prefixes, as far as its config tells. saved: as of `saving`."""
+    """Whether batches of a run on a CPU would share prefixes, judged by its config. saved: the result of `saving`."""
     return run.data.packing != "none" and not run.lora.lora_dropout and is_sharing_asked(run.data, saved)
 
 
 def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]], int]:
-    """What of each row is computed in a tree of them, as tokens and supervised ones; and how many rows there are."""
+    """(tokens, supervised tokens) that each row adds to a prefix tree; and the number of rows that add any."""
     tree = PrefixTree.of([row["input_ids"] for row in rows])
     is_new = np.ones(len(tree.ids), bool)
     lengths = []
@@ -169,11 +169,10 @@ def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]]
 def _packing(
     model: Any, rows: TokenizedDataset, section: DataSection, training: TrainingSection, *, mixed: bool
 ) -> tuple[Packing, list[str]]:
-    """How rows are packed, with a line on the reason where that is not as the configuration says.
+    """How rows are packed, with a line on the reason if it differs from the config.
 
-    mixed: whether attention is the model's own, and goes over all rows of a batch. Then a batch is tried in its full
-    size, and rows are padded where that costs less. Packs that the user asked for stay, as other batches would mean
-    other steps.
+    mixed: whether attention is computed over all rows of a batch by the model itself. Then a batch is tried at full
+    size, and rows are padded if that costs less. Full packs are kept, as other batches would change the steps.
     """
     if section.packing == "none":
         return "none", []
@@ -189,7 +188,7 @@ def _packing(
 
 
 def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_example: int) -> None:
-    """Check that a model may be given padded rows, where batches have several. Raises ModelError: it may not."""
+    """Check that a model supports padded rows, if batches have several. Raises ModelError: it does not."""
     size = training.per_device_train_batch_size
     if size * rows_per_example == 1 or (reason := padding_refusal(model, pad_id)) is None:
         return
@@ -199,11 +198,11 @@ def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_
     raise ModelError(Problem(Code.MODEL_UNSUPPORTED, reason, key="training.per_device_train_batch_size", fix=fix))
 
 
-# Which rows each process takes in each micro-step
+# The rows of each process in each micro-step
 
 
 def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Tokens of a batch on the CPU, without padding; none of a batch that stands in for no rows, see `Loader`."""
+    """Tokens of a batch on the CPU, without padding; 0 for the placeholder batch of `Loader`."""
     if not (batch["labels"] >= 0).any():
         return 0
     mask = batch.get("attention_mask")
@@ -213,14 +212,14 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
 class DistributedBatchSampler(Sampler[list[int]]):
     """The batches of one process.
 
-    A micro-step takes the next `size` items for each process, in an order that is drawn again for each epoch. So the
-    number of processes, the batch size and the accumulation only share out the same steps in other ways. At the end of
-    an epoch fewer items may be left; they are spread evenly, and a process may get none.
+    A micro-step takes the next `size` items for each process, in an order that is shuffled for each epoch. So the
+    number of processes, the batch size and the accumulation only divide the same steps differently. At the end of an
+    epoch, fewer items may remain; they are distributed evenly, and a process may get none.
 
     Args:
-        items: How many items there are.
+        items: The number of items.
         size: Items of a micro-step for each process.
-        seed: Of the order; the number of the epoch is added to it.
+        seed: Random seed of the order; the number of the epoch is added.
         group: The processes of the run.
     """
 
@@ -255,10 +254,10 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
 
 class Loader(DataLoader[Any]):
-    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate shares them out no further.
+    """Loads the batches of a `DistributedBatchSampler`. Trainer sets its epoch; accelerate does not split it again.
 
-    A micro-step without items for this process is a batch of the first row in which nothing is supervised, as all
-    processes must take every step.
+    If a micro-step has no items for this process, it gets a placeholder batch of the first row without supervision, as
+    all processes must take every step.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Callbacks of the trainer: they check numbers, emit events, stop the run on request, and pass it on to trackers.
+"""Callbacks of the trainer: they check numbers, emit events, stop the run on request, and report to trackers.
 
-Trackers are the integrations of transformers: TensorBoard, W&B, Trackio and MLflow. They only watch. One that fails is
-reported once and then left out. The run draws the same random numbers with and without trackers. One that hangs, as on
-a network, blocks the run.
+Trackers are the integrations of transformers: TensorBoard, W&B, Trackio and MLflow. They do not affect the run. A
+tracker that fails is reported once and then disabled. The run draws the same random numbers with and without trackers.
+A tracker that hangs, e.g. on a network, blocks the run.
 """
 
 import copy
@@ -37,18 +37,18 @@ from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkp
 from loratune.training.upstream import TensorBoard
 
 _METRICS = ("reward_accuracy", "reward_margin")
-"""Metrics of preferences that the trainer logs beside the loss."""
+"""Preference metrics that the trainer logs in addition to the loss."""
 
 
 class NonFiniteGuard(TrainerCallback):
     """Computes the loss of every micro-step, and ends the run as soon as a number is not finite.
 
     Attributes:
-        tokens: How many tokens this process has read since the last optimizer step.
-        norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
-        before_first_step: Called before the first step; set as `norm`. It leaves model and trainer as they are.
-        losses: Those of the steps that were not reported yet.
-        objective: What the loss is.
+        tokens: The tokens that this process has read since the last optimizer step.
+        norm: Returns the norm of the gradients of a step; set by the trainer.
+        before_first_step: Called before the first step; set by the trainer.
+        losses: The losses of the steps that were not reported yet.
+        objective: The training objective.
     """
 
     norm: Callable[[], torch.Tensor]
@@ -67,10 +67,10 @@ class NonFiniteGuard(TrainerCallback):
         These are counted over all processes, so neither accumulation nor the number of processes changes the result.
 
         Args:
-            model: What is trained.
-            outputs: What it gives.
-            labels: Of shape (rows, length), -100 where a token is not supervised.
-            num_items_in_batch: What `Objective.begin_step` counts of the step; that of the micro-step if not given.
+            model: The model.
+            outputs: The output of the model.
+            labels: (rows, length), -100 at tokens without supervision.
+            num_items_in_batch: The count of `Objective.begin_step` for the step; None: the count of the micro-step.
         """
         total, count = self.objective.total(model, outputs.logits, labels)
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
@@ -84,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
         self.sum, self.tokens = None, 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Check loss and gradients before they change the weights. One transfer from the device per optimizer step."""
+        """Check loss and gradients before the weights change. One transfer from the device per optimizer step."""
         norm = self.norm()
         assert self.sum is not None
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
@@ -103,7 +103,7 @@ class NonFiniteGuard(TrainerCallback):
 
 
 def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
-    """The error of a run whose weights after a step lead to numbers that are not finite.
+    """The error of a run whose weights after a step produce non-finite numbers.
 
     The checkpoint of that step is removed.
     """
@@ -128,13 +128,13 @@ def check_finite(weights: Iterable[torch.Tensor], step: int) -> None:
 class BestStep:
     """The best step so far, by its held-out loss.
 
-    Each checkpoint holds the record and the weights of its own time, so a resumed run needs only the checkpoint, and
-    repeats the evaluations after it. The weights are in a file of their own unless they are the checkpoint's.
+    Each checkpoint holds the record and the best weights at that time, so a resumed run needs only the checkpoint, and
+    repeats the evaluations after it. The weights are in a separate file unless they are the checkpoint's own.
 
     Attributes:
-        record: What the evaluations gave; None before the first.
-        keep: Whether the weights of that step become the adapter.
-        patience: After how many evaluations in a row without a lower loss the run ends; None for never.
+        record: The record of the evaluations; None before the first.
+        keep: Whether the weights of the best step become the adapter.
+        patience: The run ends after this many consecutive evaluations without a lower loss; None: never.
     """
 
     def __init__(self, *, keep: bool, patience: int | None, record: BestRecord | None = None) -> None:
@@ -143,14 +143,14 @@ class BestStep:
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether the run ends by patience."""
         return self.record is not None and self.patience is not None and self.record.since >= self.patience
 
     def add(self, step: int, loss: float, weights: Callable[[], Weights]) -> None:
         """Add an evaluation.
 
         Args:
-            step: After which step it was.
+            step: The step of the evaluation.
             loss: The held-out loss.
             weights: Returns the trained weights as whole tensors, see `tensors.full_weights`; called in all processes
                 or in none.
@@ -160,7 +160,7 @@ class BestStep:
             self._weights = {name: tensor.cpu() for name, tensor in weights().items()}
 
     def kept_weights(self, step: int) -> Weights | None:
-        """The weights that become the adapter; None if they are those of the last step, which is given."""
+        """The weights that become the adapter; None if they are the current weights. step: the last step."""
         if not self.keep or self.record is None or self.record.step == step:
             return None
         assert self._weights is not None
@@ -178,11 +178,11 @@ class BestStep:
 
 
 class RunCallback(TrainerCallback):
-    """Emits events of what the trainer does, and ends a run after the current step once that is asked for.
+    """Emits the events of training, and ends a run after the current step on request.
 
     Args:
-        stopping: Whether any process was asked to stop; all of them call it together.
-        at_evaluations: Whether the loss is reported at each evaluation too, since any may be the end of the run.
+        stopping: Returns whether any process was asked to stop; all of them call it together.
+        at_evaluations: Whether the loss is also reported at each evaluation, as any may end the run.
     """
 
     def __init__(self, stopping: Callable[[], bool], *, at_evaluations: bool):
@@ -190,12 +190,12 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step."""
-        state.compute_steps(args, state.max_steps)  # a checkpoint brings those of the run that wrote it
+        state.compute_steps(args, state.max_steps)  # a checkpoint restores the values of the interrupted run
         self.tokens_before = int(state.num_input_tokens_seen)
         emit(TrainingEvent(state.max_steps, state.global_step))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """After each optimizer step. A step whose loss is reported has its event then."""
+        """After each optimizer step. If the loss of the step is reported, its event is emitted by `on_log`."""
         if state.global_step >= state.max_steps or (self.at_evaluations and control.should_evaluate):
             control.should_log = True  # the last loss is reported as the result of the run
         if not control.should_log:
@@ -244,8 +244,8 @@ class Pace(TrainerCallback):
     on_evaluate = on_save
 
     def metrics(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
-        """What is added to a report of the trainer: the tokens that the run has read, and with a loss, how many a
-        second since the report before; only the latter depends on the clock."""
+        """Values added to a report of the trainer: the tokens read so far and, with a loss, tokens per second since the
+        previous report; only the latter depends on the clock."""
         tokens = int(state.num_input_tokens_seen)
         if "loss" not in logs:
             return {"tokens": tokens}
@@ -263,9 +263,10 @@ class StepTimer(TrainerCallback):
     """Times the micro-steps of a run that accumulates nothing, and ends it when there are enough of them.
 
     Attributes:
-        is_enough: From the number of micro-steps to whether the run ends; all processes call it together.
-        micro_steps: Seconds of each, without those of the optimizer.
-        optimizer: Seconds of the optimizer after each.
+        is_enough: Function of the number of micro-steps that returns whether the run ends; all processes call it
+            together.
+        micro_steps: Seconds of each micro-step, without the optimizer.
+        optimizer: Seconds of the optimizer after each micro-step.
         setup: Seconds that it takes to set up the trainer.
         checkpoint: Seconds that a checkpoint takes.
     """
@@ -294,15 +295,15 @@ class StepTimer(TrainerCallback):
 
 
 class Tracker(TrainerCallback):
-    """Passes on to one integration what the trainer does, until that fails.
+    """Forwards the trainer's callbacks to one integration, until that fails.
 
-    The end of training is passed on by `end`: upstream's integrations close their run then, and the last held-out loss
-    comes after it.
+    The end of training is forwarded by `end`: upstream's integrations close their run then, and the last held-out loss
+    is reported later.
     """
 
     def __init__(self, name: str, make: Callable[[], TrainerCallback], run_name: str):
-        """name: its name in `training.report_to`; make: makes the integration, which imports its package; run_name:
-        what it is to call the run."""
+        """name: its name in `training.report_to`; make: creates the integration, which imports its package; run_name:
+        the name of the run in the tracker."""
         self._name, self._make, self._run_name = name, make, run_name
         self._integration: TrainerCallback | None = None
         self._last_call: tuple[Any, Any, Any, dict[str, Any]] | None = None
@@ -364,8 +365,8 @@ class Tracker(TrainerCallback):
 
 
 def trackers(names: Iterable[str], output: Path, *, is_resumed: bool) -> Sequence[Tracker]:
-    """The trackers of a run, for the main process. The run is called after the output directory, beside which
-    TensorBoard's files go; these are continued if the run `is_resumed`."""
+    """The trackers of a run, for the main process. The run is named after the output directory. TensorBoard's files are
+    written next to it, and continued if the run `is_resumed`."""
 
     def make(name: str) -> TrainerCallback:
         if name == "tensorboard":

@@ -39,7 +39,7 @@ from loratune.training.preflight import Run
 from loratune.training.rows import TokenizedDatasets, tokenize
 
 COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""The packages that compute. Others only read, and what they have read has a fingerprint."""
+"""The packages that affect computations. Others only read data, which has fingerprints."""
 _SIDES = {CHOSEN: ", chosen", REJECTED: ", rejected", DESIRABLE: ", desirable", UNDESIRABLE: ", undesirable"}
 _CHECKPOINT_OVERHEAD = 40_000
 """Bytes of a checkpoint besides weights and optimizer: random states, the trainer's own state, and a model card."""
@@ -50,7 +50,7 @@ class Plan:
     """Everything that is known before the first step.
 
     Attributes:
-        run: The run as it was checked: its directory, where it continues, its rows as they were read.
+        run: The checked run: its directory, resume point and raw rows.
         config: The configuration, with absolute paths and without `auto`.
         group: The processes of the run.
         datasets: The rows as tokens.
@@ -63,7 +63,7 @@ class Plan:
         memory: The estimate of the memory that training needs.
         checkpoints: The checkpoints of the run, with its record.
         notes: Lines that the user should see.
-        lower_rate: A learning rate to try should that of the run spoil the model.
+        lower_rate: A learning rate to suggest if the rate of the run is too high.
     """
 
     run: Run
@@ -88,14 +88,14 @@ class Plan:
 
     @property
     def best(self) -> BestRecord | None:
-        """What the evaluations before an interruption gave; None if there were none, or they do not count."""
+        """The record of the evaluations before an interruption; None if there were none, or they do not count."""
         if self.resume_point is None:
             return None
         return self.resume_point.evaluations(self.checkpoints.record, keep=self.config.keeps_best)[0]
 
     @property
     def training(self) -> TrainingSection:
-        """The section, with what it leaves to the rows: the steps between evaluations, and which step is kept."""
+        """The section, with values that depend on the rows: the steps between evaluations, and which step is kept."""
         steps = {"eval_steps": evaluations.interval} if (evaluations := self.evaluations) else {}
         return self.config.training.model_copy(update={**steps, "keep": "best" if self.config.keeps_best else "last"})
 
@@ -138,7 +138,7 @@ class Plan:
         yield from (f"  {line}" for line in datasets.leaks)
 
     def all_notes(self) -> Iterator[str]:
-        """What is allowed but may not be intended, and what was chosen."""
+        """Lines on settings that may not be intended, and on choices."""
         training = self.config.training
         batch_size, accumulation = self.batches.train.size, training.gradient_accumulation_steps
         batch = auto.rows_of_step(training, self.group.count)
@@ -212,7 +212,7 @@ def load_base(run: Run, group: Group = SINGLE_PROCESS) -> Base:
 def make_plan(
     run: Run, group: Group = SINGLE_PROCESS, *, datasets: TokenizedDatasets | None = None, base: Base | None = None
 ) -> Plan:
-    """Decide what the config leaves to the rows and the base, attach the adapter, and lay out the batches.
+    """Decide the values of `auto`, attach the adapter, and lay out the batches.
 
     Args:
         run: The run.
@@ -301,7 +301,7 @@ def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, st
 
     Args:
         model: The model on the device on which it is trained.
-        fallbacks: What of it PyTorch computes as no kernel accelerates it, see `kernels.Acceleration`.
+        fallbacks: The kinds of layers that are not accelerated, see `kernels.Acceleration`.
 
     Returns:
         Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
@@ -320,12 +320,12 @@ def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, st
 
 
 def template_fingerprint(run: RunConfig, tokenizer: Any) -> str:
-    """That of the chat template that the config names; empty where it is the tokenizer's own."""
+    """The fingerprint of the chat template in the config; empty if the tokenizer's own is used."""
     return hashlib.sha256(tokenizer.chat_template.encode()).hexdigest() if run.data.chat_template else ""
 
 
 def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) -> auto.Facts:
-    """What `auto` is decided by, as far as it is known before the rows are in batches; full packs are estimated."""
+    """The facts that `auto` is decided by, as far as known before batching; the number of full packs is estimated."""
     config, rows, items = run.config, datasets.train.rows, datasets.train.items
     model_config = load.load_config(config.model)
     packs = -(-int(rows.lengths.sum()) // config.data.max_length) if config.data.packing == "full" else items
@@ -342,7 +342,7 @@ def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) 
 
 
 def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
-    """The parameters that each unit of `r` brings, see `auto.Facts`. No weights are loaded."""
+    """The number of parameters per unit of `r`, see `auto.Facts`. No weights are loaded."""
     return parameters.per_rank(creation.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
 
 
@@ -356,7 +356,7 @@ def _unpaired_note(datasets: TokenizedDatasets) -> Iterator[str]:
 
 
 def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:
-    """Raises ConfigError: the warmup is longer than the run. A time budget has a check of its own."""
+    """Raises ConfigError: the warmup is longer than the run. A time budget has its own check."""
     steps = auto.optimizer_steps(training, len(batches.train.items), batches.train.size, processes)[0]
     if training.max_minutes is None and decided(training.warmup_steps) > steps:
         what = f"the run has {plural(steps, 'step')}, fewer than its warmup, so the rate would never reach its peak"

@@ -34,7 +34,7 @@ from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
-"""So many reports of either kind are kept, spread evenly over the run: a report takes about 230 and 110 bytes of
+"""The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
 loratune.json, which then stays below 200 kB."""
 
 
@@ -46,19 +46,19 @@ class TrainedAdapter:
         config: The config of the run, without `auto`.
         steps: Optimizer steps that were taken.
         planned_steps: Optimizer steps that the run was to take.
-        evaluations: What the evaluations gave, None without validation rows.
-        tokens: How many tokens were read in training, without padding.
-        seconds: How long it took.
-        tokens_per_second: How fast steps read tokens, without evaluations and checkpoints; None if there was no step.
-        curve: What the trainer logged with a loss or a held-out loss, see `thinned`.
-        weights: The adapter's tensors, whole; empty until they are compared with the base.
-        gain: How much better than its base the adapter does; None until it is measured, as what follows.
-        forgetting: What it does on the rows of the run before; None where it started from no adapter.
-        unrelated: What it does on text that no rows are about.
-        test: Its loss on the test rows; None without any.
-        preferences: What it prefers; None for objectives without preferences.
+        evaluations: The record of the evaluations; None without validation rows.
+        tokens: The tokens read in training, without padding.
+        seconds: The duration of training.
+        tokens_per_second: Tokens per second in steps, without evaluations and checkpoints; None if there was no step.
+        curve: The trainer's logs with a loss or a held-out loss, see `thinned`.
+        weights: The adapter's whole tensors; empty until they are compared with the base.
+        gain: The gain over the base; this and the following fields are None until they are measured.
+        forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
+        unrelated: The change on unrelated text.
+        test: The loss on the test rows; None without test rows.
+        preferences: The preference metrics; None for objectives without preferences.
         computed_by: How the metrics were computed, see `Engine.computed_by`.
-        not_accelerated: Kinds of layers that were not accelerated, and why not.
+        not_accelerated: Kind of layers that were not accelerated → reason.
         peak_memory: The most bytes in use at once, see `memory.peak`; empty until the adapter is published.
         adapter_bytes: The size of the file of weights; 0 until the adapter is published.
     """
@@ -88,7 +88,7 @@ class TrainedAdapter:
         return self.evaluations.step if self.evaluations and self.config.keeps_best else self.steps
 
     def losses(self, key: str = "loss") -> list[float]:
-        """Those of the curve. key: `loss` for those of steps, `eval_loss` for the held-out losses."""
+        """The losses of the curve. key: `loss` for steps, `eval_loss` for held-out losses."""
         return [entry[key] for entry in self.curve if key in entry]
 
     @property
@@ -100,7 +100,7 @@ class TrainedAdapter:
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
-        """How the adapter does on the rows that it was not trained on, as labels and texts."""
+        """The results on rows that the adapter was not trained on, as labels and texts."""
         return [
             *self._evaluation_lines(),
             *([("test", str(self.test))] if self.test else []),
@@ -108,7 +108,7 @@ class TrainedAdapter:
         ]
 
     def _evaluation_lines(self) -> list[tuple[str, str]]:
-        """What the evaluations gave; none without validation rows."""
+        """The results of the evaluations; empty without validation rows."""
         best, loss, comparison = self.evaluations, self.held_out_loss, self.gain
         if best is None or loss is None or comparison is None:
             return []
@@ -136,7 +136,7 @@ class TrainedAdapter:
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """All of it as plain values, for a record. held_out_interval: null where it is not known."""
+        """All metrics as JSON values, for the record. held_out_interval: null if unknown."""
         best, losses, loss = self.evaluations, self.losses(), self.held_out_loss
         interval = self.gain.held_out_interval(loss) if self.gain is not None and loss is not None else None
         metrics: dict[str, Any] = {
@@ -164,9 +164,9 @@ class TrainedAdapter:
 
 
 def thinned(history: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """The reports of a trainer that hold a loss or a held-out loss, evenly thinned where there are very many.
+    """The reports of a trainer with a loss or a held-out loss, evenly thinned if there are many.
 
-    The first and the last of either kind are always kept, and so is the lowest held-out loss.
+    The first and the last of each kind are always kept, and so is the lowest held-out loss.
     """
     losses, held_out = (
         [number for number, entry in enumerate(history) if key in entry] for key in ("loss", "eval_loss")
@@ -186,18 +186,17 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
 
 
 def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
-    """Give the rows of preferences their log-probabilities in the reference: the model before its first step, as it is
-    now. They come from the cache where they are known.
-
-    Objectives without a reference need those of held-out rows alone, to say what has changed.
+    """Set the reference log-probabilities of preference rows: those of the current model, before its first step. They
+    are read from the cache if possible.
+    Objectives without a reference need them for held-out rows only, to report changes.
 
     Args:
         plan: The run.
-        objective: That of the run, or another one that its adapter is measured by.
+        objective: The objective of the run, or another one to measure the adapter by.
         stop: Whether the run was asked to stop; None in one process that a signal just ends.
 
     Raises:
-        NumericError: The model gives an answer no finite log-probability.
+        NumericError: The log-probability of an answer is not finite.
         KeyboardInterrupt: The run was stopped.
     """
     if not isinstance(objective, PreferenceObjective):
@@ -271,7 +270,7 @@ def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
 
 
 def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
-    """Measure what else is to be reported of an adapter; a line is logged where it may not be intended.
+    """Measure the remaining results of an adapter; unexpected ones are logged.
 
     Args:
         plan: The run, whose model has the adapter.
@@ -304,7 +303,7 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
 
 
 def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
-    """How the adapter does on rows of the earlier run, compared with the adapter from which training continued."""
+    """The change on rows of the earlier run, compared with the adapter from which training continued."""
     earlier, start = plan.datasets.earlier, plan.run.start
     if earlier is None or start is None:
         return None
@@ -317,7 +316,7 @@ def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:
 
 
 def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
-    """What the adapter prefers, and a line on what of it may not be intended; None for other objectives."""
+    """The preference metrics of the adapter; unexpected ones are logged. None for other objectives."""
     objective = plan.batches.objective
     if not isinstance(objective, PreferenceObjective):
         return None

@@ -1,9 +1,7 @@
-"""The rows of a run as tokens: its own, tokenized once for all of its processes, and those of an earlier run that are
-replayed where it starts from an adapter (`lora.start_from`).
-
-The rows of the earlier run are those of its own config, read, rendered and cut as it did; that they are the same is
-known by the fingerprints that the adapter records. They are mixed in as tokens, so the two runs may read, render and
-supervise their rows in different ways.
+"""The tokenized rows of a run: its own rows, tokenized once for all processes, and replayed rows of an earlier run, if
+it starts from an adapter (`lora.start_from`).
+The rows of the earlier run are read, rendered and truncated by its own config, and verified with the fingerprints that
+the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise rows differently.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +25,17 @@ from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.preflight import Run, StartAdapter
 
 _FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
-"""The tokens of a passage of unrelated text, at least and at most. It has no more than a row may have."""
+"""The minimum and maximum number of tokens of a passage of unrelated text, also limited by `max_length`."""
 
 
 @dataclass(frozen=True)
 class MeasuredText:
-    """Rows beside those of the run, on which is measured what is forgotten.
+    """Further rows on which forgetting is measured.
 
     Attributes:
-        rows: The rows; None if they are not known.
-        unknown: Why they are not known, or empty.
-        split: Where they are from: `unrelated`, or the split of the earlier run.
+        rows: The rows; None if they are unavailable.
+        unknown: Why they are unavailable, or empty.
+        split: Their origin: `unrelated`, or the split of the earlier run.
     """
 
     rows: TokenizedDataset | None
@@ -79,7 +77,7 @@ class TokenizedDatasets:
 
     @property
     def splits(self) -> dict[str, TokenizedDataset]:
-        """Those that there are, by their names."""
+        """Name → split, for the splits that exist."""
         named = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: split for name, split in named.items() if split}
 
@@ -91,10 +89,10 @@ class TokenizedDatasets:
 
 
 def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> TokenizedDatasets:
-    """Tokenize the rows, or take them from the cache; and mix in those of an earlier run that are replayed.
+    """Tokenize the rows, or read them from the cache, and mix in replayed rows of an earlier run.
 
-    The main process does it for all processes that see its cache. On a machine that does not see it, one process does
-    it for the others there.
+    The main process does this for all processes that see its cache; on a machine that does not see it, one process does
+    it for the others.
 
     Args:
         run: The run.
@@ -145,7 +143,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
 
 
 def _unrelated(renderer: Renderer, vocabulary: int, longest: int, group: Group) -> MeasuredText:
-    """See `TokenizedDatasets`. No run fails because of it. longest: the most tokens of a passage."""
+    """See `TokenizedDatasets.unrelated`. Errors do not fail the run. longest: the most tokens of a passage."""
     prepare = partial(data.prepare_unrelated_text, renderer, vocabulary, longest)
     own, unknown = None, ""
     if longest < _FEWEST_UNRELATED_TOKENS:

@@ -49,7 +49,7 @@ class OutOfMemory(ResourceError):
 
 
 class NoStepLeft(Exception):
-    """The run ends where it is resumed. Trainer would take a step at least, if that is in the middle of an epoch."""
+    """A resumed run has no steps left. Trainer would take at least one step in the middle of an epoch."""
 
 
 class _EvaluationStopped(Exception):
@@ -60,12 +60,12 @@ def fit(plan: Plan, stop: SharedStop, *, oom_dry_run: bool = True) -> TrainedAda
     """Train the trainable weights of a plan's model in place.
 
     Args:
-        plan: What is trained, on what, and how.
+        plan: The plan of the run.
         stop: Whether the run was asked to stop.
-        oom_dry_run: Whether the largest batch is computed before all others, so that a lack of memory shows at once.
+        oom_dry_run: Whether to compute the largest batch first, so that a lack of memory is detected at once.
 
     Returns:
-        What the loop gives, without comparison.
+        The result of training, without comparison.
 
     Raises:
         NumericError: A loss, gradient or weight is not finite; at most one step after it became so.
@@ -101,7 +101,7 @@ def fit(plan: Plan, stop: SharedStop, *, oom_dry_run: bool = True) -> TrainedAda
 def build(
     plan: Plan, stop: SharedStop, section: TrainingSection, watchers: Sequence[TrainerCallback], *, oom_dry_run: bool
 ) -> "RunTrainer":
-    """The trainer of a plan. section: its settings, without `auto`; others as of `fit`."""
+    """The trainer of a plan. section: its settings, without `auto`; other arguments as in `fit`."""
     model, batches = plan.model, plan.batches
     arguments = training_arguments(
         section.model_copy(update={"per_device_train_batch_size": batches.train.size}),
@@ -167,13 +167,13 @@ class RunTrainer(CheckpointTrainer):
     # Before and after the steps
 
     def before_first_step(self) -> None:
-        """Check that steps are left, dry-run the largest batches if that is wanted, and evaluate if that is due.
+        """Check that steps are left, dry-run the largest batches if requested, and evaluate if an evaluation is due.
 
-        An evaluation is due where the run was stopped during one. Nothing of a dry run stays.
+        An evaluation is due if the run was stopped during one. A dry run has no lasting effect.
 
         Raises:
-            ResumeError: More steps were taken than the config asks for, or none is left for a new learning rate.
-            NoStepLeft: All steps were taken, patience is at its end, or the evaluation was stopped.
+            ResumeError: More steps were taken than configured, or no step is left for a new learning rate.
+            NoStepLeft: All steps were taken, the run ended by patience, or the evaluation was stopped.
         """
         done, steps, point = self.state.global_step, self.state.max_steps, self.plan.resume_point
         if done > steps:
@@ -196,7 +196,7 @@ class RunTrainer(CheckpointTrainer):
             self._evaluate_if_due(validation, done, steps)
 
     def _evaluate_if_due(self, validation: ScoringPass, done: int, steps: int) -> None:
-        """Dry-run the largest validation batch if that is wanted, and evaluate. Raises NoStepLeft."""
+        """Dry-run the largest validation batch if requested, and evaluate if due. Raises NoStepLeft."""
         if self.oom_dry_run:
             self._held_out_loss(validation.heaviest())
         if self.args.eval_strategy == "steps" and done and done % self.state.eval_steps == 0:
@@ -220,7 +220,7 @@ class RunTrainer(CheckpointTrainer):
         ]
 
     def _end(self, done: int, steps: int) -> Exception:
-        """What ends a run that is resumed behind its last step: an error if the user expects more of it."""
+        """The exception that ends a run resumed after its last step: an error if a new learning rate was set."""
         if self._learning_rate_factor == 1:
             return NoStepLeft()
         what = f"the run has taken all its {steps} steps, so a new learning rate has no effect"
@@ -235,8 +235,8 @@ class RunTrainer(CheckpointTrainer):
         return self.plan.resume_point.learning_rate_factor if self.plan.resume_point else 1.0
 
     def check_final_loss(self) -> None:
-        """Check that the model gives a finite loss after the last step, which no later step has shown. Raises
-        NumericError: the loss of the first rows is NaN or inf. The checkpoint of the step is removed then."""
+        """Check that the loss is finite after the last step, as no later step checks it. Raises NumericError: the loss
+        of the first rows is NaN or inf. The checkpoint of the step is then removed."""
         first = range(min(self.batches.size, len(self.batches.items)))
         objective, rows = self.guard.objective, ScoringPass(self.batches, [first], {})
         loss = objective.row_losses(objective.read(self.model, rows)).loss
@@ -247,12 +247,12 @@ class RunTrainer(CheckpointTrainer):
 
     @property
     def seconds(self) -> float:
-        """How long training has taken, with the time up to the checkpoint from which it is resumed."""
+        """The duration of training, including the time up to the checkpoint from which it was resumed."""
         before = self.plan.resume_point.record.seconds if self.plan.resume_point else 0.0
         return before + time.monotonic() - self.began
 
     def trained(self, seconds: float) -> TrainedAdapter:
-        """What the run came to. seconds: how long it took."""
+        """The result of the run. seconds: its duration."""
         return TrainedAdapter(
             config=self.plan.config,
             steps=self.state.global_step,
@@ -280,7 +280,7 @@ class RunTrainer(CheckpointTrainer):
     # Evaluations
 
     def evaluate_once(self) -> None:
-        """Evaluate, unless that was done at this step, and counts."""
+        """Evaluate, unless there is a valid evaluation at this step."""
         evaluation_steps = (entry["step"] for entry in self.state.log_history if "eval_loss" in entry)
         if self.best.record is None or self.state.global_step not in evaluation_steps:
             self.evaluate()
@@ -323,7 +323,7 @@ class RunTrainer(CheckpointTrainer):
     # Steps
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: nothing uses the number, and upstream walks over the whole model at each micro-step for it."""
+        """Not counted: the number is unused, and upstream traverses the whole model at each micro-step for it."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -333,7 +333,7 @@ class RunTrainer(CheckpointTrainer):
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """A batch as it goes into the model, without a cache.
+        """The inputs of the model for a batch, without a cache.
 
         With a key-value cache, which a model uses by default, it would treat packed rows as one row.
         """
@@ -346,7 +346,7 @@ class RunTrainer(CheckpointTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The micro-steps of an optimizer step, and what its loss is divided by."""
+        """The micro-steps of an optimizer step, and the divisor of its loss."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, self.guard.objective.begin_step(self.model, batches, count, self.group)
 
