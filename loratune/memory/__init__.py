@@ -74,7 +74,7 @@ def weights(model: nn.Module, weight_format: WeightFormat) -> int:
 
 
 _NO_WEIGHTS = ("weight_format", "bitsandbytes__nf4", "bitsandbytes__fp4")
-"""How entries of a state dict end that bitsandbytes adds to describe a layer, and that are no weights."""
+"""Suffixes of state dict entries with which bitsandbytes describes a layer; they are not weights."""
 
 
 def _quantized_size(module: Any, weight_format: WeightFormat) -> int:
@@ -93,7 +93,7 @@ def _quantized_size(module: Any, weight_format: WeightFormat) -> int:
 
 
 def moments(parameter: Tensor, optim: str) -> int:
-    """Bytes of the states that an optimizer has for a parameter that it has updated.
+    """Bytes of the optimizer state of a parameter.
 
     AdamW has two tensors like the parameter. In 8 bit (arXiv:2110.02861) it has, from 4,096 elements on, two bytes per
     element and two float32 scales per block of 256. Adafactor (arXiv:1804.04235) has a float32 per row and per column,
@@ -126,8 +126,8 @@ def peak() -> dict[str, int]:
     """The most bytes that were in use at once since this process started.
 
     Returns:
-        `process`: its resident memory (VmHWM of proc(5)); not getrusage's, which begins with that of the process that
-        started this one. `gpu`, where there is one: what torch had allocated on its GPUs.
+        `process`: its resident memory (VmHWM of proc(5)); getrusage's value would include the parent process. `gpu`, if
+        there is one: the memory allocated by torch on its GPUs.
     """
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     high = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
@@ -153,7 +153,7 @@ HOLES = 256 << 20
 """Bytes of holes in the heap, at most, where primitives made room for others; until then, half of what these took.
 After 110 steps over uneven rows there were 237 MiB of them."""
 CHECKED_LENGTH = 384
-"""Tokens of the longest row that is computed to check whether a model understands packed rows."""
+"""Tokens of the longest row with which a model is checked for packing."""
 
 _DEFAULTS = TrainingSection()
 
@@ -167,10 +167,10 @@ class Estimate:
         adapter: The trained parameters, and LoRA-FA's A.
         gradients: The gradients of the trained parameters.
         optimizer: The states of the optimizer.
-        activations: What the forward pass keeps for the backward pass.
-        logits: What the loss and the backward pass allocate beyond that.
-        runtime: The process itself, and what its libraries allocate besides tensors. On a CPU it also has what loading
-            needs beyond a step, if anything.
+        activations: Memory that the forward pass keeps for the backward pass.
+        logits: Additional memory of the loss and the backward pass.
+        runtime: The process itself and non-tensor memory of its libraries; on a CPU, also the memory that loading needs
+            beyond a step.
         traced: Whether activations are counted tensor by tensor, rather than by a formula.
     """
 
@@ -198,8 +198,8 @@ class Planned(NamedTuple):
     """How a model would be loaded.
 
     Attributes:
-        weight_format: How its linear layers would be quantized; None: as they are.
-        device: Where its weights would be; None: where they are, or on the CPU.
+        weight_format: The quantization of its linear layers; None: unchanged.
+        device: The device of its weights; None: their current device, or the CPU.
     """
 
     weight_format: WeightFormat | None = None
@@ -217,7 +217,7 @@ def estimate(
     planned: Planned | None = None,
     batch_tokens: Sequence[int] = (),
 ) -> Estimate:
-    """The peak of training steps, the largest of which has the `batch` longest rows.
+    """Estimate the peak memory of training; the largest step has the `batch` longest rows.
 
     On a CPU the bytes are those of the process: its peak resident set, without pages of the weight files, which the
     kernel can drop. On a GPU they are those that torch has allocated.
@@ -269,10 +269,10 @@ def estimate(
 
 
 def _runtime(model: Any, tensors: Estimate, overhead: int, step: TracedStep, batch_tokens: Sequence[int]) -> int:
-    """What the process needs besides tensors, on a CPU.
+    """Non-tensor memory of the process on a CPU.
 
-    Loading can need more than the steps: weights are there twice while they are read, and one and a half times while
-    layers are joined and logits compared.
+    Loading can need more than the steps: weights are in memory twice while they are read, and one and a half times
+    while layers are joined and logits compared.
     """
     vocabulary, itemsize = len(model.get_input_embeddings().weight), int(model.get_base_model().dtype.itemsize)
     code = _primitives(len(set(batch_tokens)) or 1) if itemsize <= 2 else 0

@@ -104,7 +104,7 @@ def trace(model: Any, step: TracedStep, reader: Callable[[nn.Module], Adapted | 
     Args:
         model: A `PeftModel` on any device; it stays as it is.
         step: The step. Where its rows are too long, shorter ones are traced, and the result is extrapolated.
-        reader: Takes a module to its linear layer and LoRA; see `kernels.accelerate`.
+        reader: Function that returns the linear layer and LoRA of a module; see `kernels.accelerate`.
 
     Returns:
         Bytes that the forward pass keeps for the backward pass, and the most that is allocated at once, gradients
@@ -129,7 +129,7 @@ _TRACED: dict[str, tuple[int, int] | None] = {}
 
 
 def _key(model: Any, step: TracedStep) -> str:
-    """SHA-256 of all that decides the allocations of a step: modules, tensors, configuration, compiled code, step."""
+    """SHA-256 of what determines the allocations of a step: modules, tensors, configuration, compiled code, step."""
     base = model.get_base_model()
     tensors = [(name, one.shape, one.dtype, one.requires_grad) for name, one in model.named_parameters()]
     hooks = [name for name, module in model.named_modules() if has_hooks(module)]
@@ -282,7 +282,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Replace masks that have data by the positions that they select: their number decides a shape."""
+    """Replace masks that have data by the positions that they select, as their number determines a shape."""
     result: list[Tensor | None] = []
     for index in indices:
         if index is None or index.dtype != torch.bool or is_fake(index):

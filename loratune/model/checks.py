@@ -33,7 +33,7 @@ def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelE
     Args:
         part: "configuration", "tokenizer" or "model".
         section: The settings of the model.
-        error: What the library raised; a ModelError is returned as it is.
+        error: The error of the library; a ModelError is returned unchanged.
     """
     if isinstance(error, ModelError):
         return error
@@ -66,7 +66,7 @@ def damaged_weights(section: ModelSection) -> Iterator[Problem]:
 
 
 def check_present(section: ModelSection) -> None:
-    """Look at a model directory's files of weights without loading them.
+    """Check the weight files of a model directory without loading them.
 
     Raises:
         ModelError: There are no such files, or one is damaged.
@@ -109,10 +109,10 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 @progress("checking the weights of the base")
 def check_finite(model: PreTrainedModel, name: str) -> None:
-    """Look at every weight once.
+    """Check that all weights are finite.
 
     Raises:
-        ModelError: One is NaN or inf.
+        ModelError: A weight is NaN or inf.
     """
     summable = (torch.float16, torch.bfloat16, torch.float32)  # the sum of a tensor with NaN or inf is NaN or inf
     bad = [
@@ -179,7 +179,7 @@ def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str
 def read_template(tokenizer: Any, path: str) -> None:
     """Read a tokenizer's chat template from a file, and render a conversation with it.
 
-    The template may refuse this conversation for reasons of its own; the user's rows decide about that later.
+    The template may refuse this conversation; the user's rows are checked later.
 
     Raises:
         ConfigError: The file cannot be read, or is not a template.

@@ -1,4 +1,4 @@
-"""Fingerprints, which show whether two bases are the same model: same weights, and same settings that affect results.
+"""Fingerprints to check that two bases are the same model: same weights, and same settings that affect results.
 
 A fingerprint is written into checkpoints and published adapters. It begins with the version of the method that computed
 it. `Sampled` and `BaseState` compare a base in memory with what it was, `FileStates` its files.
@@ -49,7 +49,7 @@ Read = Callable[[str], torch.Tensor]
 
 @progress("hashing the base")
 def fingerprint(base: PreTrainedModel, read: Read | None = None) -> str:
-    """SHA-256 of the settings of a model that decide what it computes, and of names, shapes and values of its tensors.
+    """SHA-256 of the settings of a model that affect its results, and of names, shapes and values of its tensors.
 
     All values count, as the sums of short blocks: on one core some 10 GB of bfloat16 a second, or 2 GB of float32.
     Floating-point values are rounded to bfloat16 first, so the dtype in which the model was loaded makes no difference.
@@ -171,8 +171,8 @@ def _sample(tensor: torch.Tensor) -> bytes:
 class BaseState:
     """A base as it was loaded, to check that it is the same again after an adapter was removed.
 
-    Adapters change more than they show: some initializations take a part out of the weights, biases are trained in
-    place, checkpointing and hooks stay on. What can be restored is restored; the rest is found by comparing all bits.
+    Adapters have side effects: some initializations subtract a part of the weights, biases are trained in place,
+    checkpointing and hooks stay enabled. Settings are restored; other changes are detected by comparing all bits.
     """
 
     def __init__(self, base: PreTrainedModel):
@@ -238,7 +238,7 @@ class FileStates:
             raise ModelError([Problem(Code.MODEL_CHANGED, what, str(path), fix=fix) for path in changed])
 
     def check_unchanged_in_run(self) -> None:
-        """The same during a run, which computes with a copy of its own; but its adapter would not fit the new files."""
+        """The same check during a run. The run has its own copy, but its adapter would not fit the new files."""
         self.check_unchanged("since the run began", "restore it, then continue with --resume, which compares weights")
 
 

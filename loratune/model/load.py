@@ -220,7 +220,7 @@ def dense_model(base: PreTrainedModel, section: ModelSection) -> PreTrainedModel
 
 
 def pad_id(tokenizer: Any) -> int:
-    """The id of padding, which is masked by position: the end of sequence will do where the tokenizer defines none."""
+    """The id of padding, which is masked by position; the end of sequence is used if the tokenizer defines none."""
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
@@ -231,7 +231,7 @@ def tokenizer_bytes(tokenizer: Any) -> int:
 
 
 def context_length(config: Any) -> int | None:
-    """How many tokens the model was built for, if its configuration says so."""
+    """The context length of the model in tokens; None if its configuration does not define it."""
     values = config.get_text_config().to_dict()
     length = values.get("max_position_embeddings") or values.get("n_positions")
     return int(length) if length and length > 1 else None  # -1 and the like say that there is no limit
@@ -267,7 +267,7 @@ def _trusted_origin(section: ModelSection) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Machine:
-    """What matters of a machine.
+    """The relevant properties of a machine.
 
     Attributes:
         gpu: Name of its GPU, None without one.
@@ -313,7 +313,7 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
 
 
 def check_kernels(section: ModelSection, *, gpu: bool) -> None:
-    """Check that this machine has what training is to use.
+    """Check that this machine supports the settings of training.
 
     Raises:
         ConfigError: A setting needs a GPU, or a package that is not installed.
@@ -333,7 +333,7 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
 
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
-    """What works on this machine, but not well. Arguments as in `check_machine`."""
+    """Lines on settings that work on this machine, but not well. Arguments as in `check_machine`."""
     if section.dtype == "float16":
         return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
     if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else _computes_bfloat16()):
@@ -371,7 +371,7 @@ def _copy_weights(model: nn.Module) -> None:
 
 
 def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and the scales that bitsandbytes keeps beside its packed weights, and their scales."""
+    """Parameters, buffers, and the (nested) scales of weights packed by bitsandbytes."""
     for tensor in (*model.parameters(), *model.buffers()):
         yield tensor
         for value in vars(tensor).values() if isinstance(tensor, nn.Parameter) else ():

@@ -29,7 +29,7 @@ class ModelSource:
     Attributes:
         name: The absolute path of a directory, or a hub id.
         gguf_file: The absolute path of a GGUF file.
-        from_hub: The GGUF file was downloaded. Which other files lie beside it in the cache is chance.
+        from_hub: Whether the GGUF file was downloaded; other files next to it in the cache are then ignored.
     """
 
     name: str
@@ -175,7 +175,7 @@ def summary(error: BaseException) -> str:
 # --- GGUF files: whether a file is one, and whether it is complete
 
 LFS_START = b"version https://git-lfs"
-"""How a file begins that Git LFS left as a pointer to the real one."""
+"""The beginning of a Git LFS pointer file."""
 
 _checked: set[tuple[int, ...]] = set()
 """Device, inode, size and time of change of the files that this process has found to be whole."""

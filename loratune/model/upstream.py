@@ -39,8 +39,8 @@ def quantizer(model: Any) -> Any:
 def is_quantization_known(method: str) -> bool:
     """Whether transformers knows a `quant_method` of config.json. Imports torch.
 
-    It would ignore one that it does not know, and take the weights for plain ones. Its documentation has a table of
-    methods, and no function that says which of them a release knows.
+    It ignores unknown methods and treats the weights as plain ones. Its documentation has a table of methods, but no
+    function that lists the methods of a release.
     """
     return bool(transformers.quantizers.AutoHfQuantizer.supports_quant_method({"quant_method": method}))
 

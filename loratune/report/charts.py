@@ -43,13 +43,13 @@ _SETTINGS: dict[Any, Any] = {
 WIDE, NARROW, _HALF = (9.6, 2.9), (3.6, 2.4), (4.2, 2.2)
 """Sizes in inches: across a desktop page; across a phone, or a third of a desktop page; half of it."""
 _SMOOTHED = 80
-"""Points from which on a noisy line is drawn faint, below its moving average."""
+"""From this number of points on, a noisy line is drawn faint, with its moving average."""
 _MOST_BINS, _MOST_TICKS = 32, 8
 _LONGEST_TICK, _LONGEST_NAME = 24, 32
 _STEPS = [1, 2, 2.5, 5, 10]
 """Distances of the ticks of an axis, times powers of ten."""
 _LOG_RATIO = 12
-"""The ratio of the largest value to the smallest from which on an axis is logarithmic."""
+"""If the ratio of the largest to the smallest value exceeds this, an axis is logarithmic."""
 _THOUSANDS = FuncFormatter(lambda value, _: f"{value:,.0f}")
 _SHORT = FuncFormatter(lambda value, _: _short(value))
 
@@ -111,7 +111,7 @@ def line_chart(
 
 
 def histogram(name: str, title: str, lengths: Mapping[int, int], max_length: int | None, series: int = 0) -> str:
-    """How many rows have which length in tokens.
+    """A histogram of row lengths in tokens.
 
     Args:
         name: The start of the chart's ids.

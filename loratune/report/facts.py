@@ -38,9 +38,9 @@ _OF_SELECTION = {
     "last_held_out_loss": "held-out loss of the last step",
     "test distinct": "distinct test rows",
 }
-"""Of a run with validation or test rows."""
+"""Labels of the metrics of a run with validation or test rows."""
 _OTHER_TEXT = {"unrelated_text": "loss on unrelated text", "forgetting": "loss on rows of the earlier run"}
-"""What was measured on other rows than the training rows, before and after."""
+"""Labels of losses on other rows than the training rows, before and after."""
 _FINGERPRINTS = {
     "base": "base",
     "data": "training rows",
@@ -67,7 +67,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class RecordedSplit:
-    """What became of the rows of a split."""
+    """The row counts of a split: used, dropped, truncated."""
 
     rows: _Count
     duplicates: _Count
@@ -81,15 +81,15 @@ class RecordedSplit:
 
 
 class RunRecord(BaseModel):
-    """A run. What is not recorded, or invalid, is empty or None.
+    """A run. Values that are missing or invalid are empty or None.
 
     Attributes:
         curve: The reports of the trainer: their `step` and other numbers.
         metrics: Every number of the result by its name; those of a group within it as `group name`.
         intervals: `held_out_interval`, `test interval` → the ends of the 95 % interval.
         gain: How base and adapter compared.
-        splits: Split → what became of its rows.
-        machine: What the run was computed on.
+        splits: Split → its row counts.
+        machine: The machine of the run.
         peak_memory: `process`, `gpu` → bytes.
         versions: Package → version.
         fingerprints: Of the base and the rows.

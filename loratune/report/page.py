@@ -226,7 +226,7 @@ def _histograms(number: int, subject: Subject) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ModuleCharts:
-    """How far an adapter moves its modules.
+    """How much an adapter changes its modules.
 
     Attributes:
         maps: Title → the heat maps for a desktop page and for a phone, each on a scale of its own.
@@ -334,7 +334,7 @@ def ends(metric: str, interval: Interval | None, *, signed: bool = False) -> str
 
 
 def meaning(difference: Difference, item: str = "row") -> str:
-    """What a difference means for the adapter, and how many rows would tell."""
+    """The meaning of a difference for the adapter, and how many rows would settle it."""
     unknown = f"too few {item}s for an interval" if difference.interval is None else "neither better nor worse"
     known = _MEANINGS.get(difference.verdict or "", unknown)
     return "; ".join(filter(None, (known, wording.outlook(difference, item))))

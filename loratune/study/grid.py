@@ -34,11 +34,11 @@ _OF_ROWS = (
     "data.max_length", "data.truncation", "data.packing", "data.loss_on", "data.invalid_rows", "data.max_dropped",
     "data.replay",
 )  # fmt: skip
-"""Keys of the rows that do not change which rows are held out."""
+"""Keys of the data section that do not change which rows are held out."""
 _FIXED = (
     "lora.start_from", "training.report_to", "training.save_steps", "training.ddp_timeout", "training.logging_steps",
 )  # fmt: skip
-"""Keys that change no adapter; and one with which each value would be a study of its own."""
+"""Keys that do not change the adapter; and `lora.start_from`, for which each value would be a separate study."""
 _COMMA = re.compile(r",(?![^\[{]*[\]}])")
 """A comma outside of brackets."""
 _RANGE = re.compile(r"\s*([-+.\deE]+)\.\.([-+.\deE]+)\s*", re.ASCII)
@@ -61,7 +61,7 @@ class Axis:
 
     @property
     def distribution(self) -> BaseDistribution:
-        """What values are drawn from. Ends of a range that are whole numbers make a range of these."""
+        """The distribution of values. If the ends of a range are whole numbers, so are the values."""
         if not self.is_range:
             return CategoricalDistribution(self.values)
         low, high = map(float, self.values)

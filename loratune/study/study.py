@@ -1,4 +1,4 @@
-"""The study of a sweep in Optuna's storage: its trials, who works on which, and their results.
+"""The study of a sweep in Optuna's storage: its trials, the processes that run them, and their results.
 
 The storage is a journal in `<output_dir>.study/`, or a database that several machines share. A process claims a trial
 by a lock named after the trial's directory, which ends with the process, and by setting the trial to running, which
@@ -36,7 +36,7 @@ _FIRST, _SETTINGS, _HOST, _PLACE, _RESULT, _OUTCOME = "first", "settings", "host
 """Attributes of a trial in the storage. first: the number under which its directory was made, before it was retried."""
 _STATES = {TrialState.WAITING: "waiting", TrialState.RUNNING: "running", TrialState.COMPLETE: DONE}
 _MAX_DUPLICATES = 50
-"""Draws in a row that were all tried before, after which no new one is expected."""
+"""After this many consecutive duplicate draws, no new combination is expected."""
 _FOREIGN = "the study holds what no sweep has written"
 
 
@@ -46,9 +46,9 @@ class TrialRecord:
 
     Attributes:
         number: The number of its directory, and in the table.
-        settings: What it tries.
+        settings: The settings to try.
         state: `waiting`, `running`, `done`, or why there is no adapter, see `TrialResult.state`.
-        result: What else is known of it.
+        result: Further results.
         host: The machine that worked on it.
         place: The directory of the study on that machine.
         optuna_number: Its number in Optuna's storage, which is another one after a retry.

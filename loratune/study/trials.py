@@ -60,9 +60,9 @@ class TrialPruned(Exception):
 
 
 class TrialProgress:
-    """The listener of a trial: the study learns that the trial is alive, and how it does; events go on to `outer`.
+    """The listener of a trial: it sends heartbeats and losses to the study, and forwards events to `outer`.
 
-    brief: whether of the plan only the count of parameters is passed on.
+    brief: whether to forward only the parameter count of the plan.
     """
 
     def __init__(self, outer: Listener, study: Study, record: TrialRecord, *, halving: bool, brief: bool):
@@ -82,8 +82,8 @@ class TrialProgress:
 def failure(error: Exception) -> tuple[str, str] | None:
     """The state of a trial that ended with an error, and the reason; None for an error that ends the sweep.
 
-    What the settings of a trial cause is a result. Problems of the disk, the storage or the base would end the next
-    trial too, and an unexpected error must not look like a result.
+    Errors caused by the settings of a trial are results. Problems of the disk, the storage or the base would end the
+    next trial too, and an unexpected error must not look like a result.
     """
     why = next(iter(str(error).splitlines()), "")
     if isinstance(error, TrialPruned):
@@ -122,7 +122,7 @@ class Budget:
         return float("inf") if self.seconds is None else self.seconds - (time.monotonic() - self.started)
 
     def expected(self, estimate: float) -> float:
-        """Seconds of a trial, by the slowest of those that ended here, relative to their estimates."""
+        """Expected seconds of a trial: the estimate times the largest ratio of trials that ended here."""
         return estimate * max(self.ratios, default=1.0)
 
     def fits(self, estimate: float) -> bool:
@@ -259,7 +259,7 @@ class TrialRunner:
         return losses
 
     def remove_adapter(self) -> None:
-        """Take the adapter off the base, and load the base again if it has changed.
+        """Remove the adapter from the base, and reload the base if it has changed.
 
         An error of the trial must have been handled before, as its traceback would keep the old base in memory.
         """

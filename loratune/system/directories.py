@@ -22,7 +22,7 @@ from loratune.system import files
 _log = logging.getLogger(__name__)
 
 RECORD, ROW_HASHES = "loratune.json", "train_rows.hashes"
-"""What made an adapter, and hashes of its training rows."""
+"""The record of an adapter, and hashes of its training rows."""
 CONFIG = "adapter_config.json"
 """The file without which a directory is no adapter."""
 _UNLISTED = frozenset({RECORD, "README.md"})
@@ -46,12 +46,12 @@ IsOwn = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class Contents:
-    """What is in a directory, by paths relative to it.
+    """The contents of a directory, as paths relative to it.
 
     Attributes:
         files: The files that belong to it, sorted.
         directories: The directories that belong to it, the deepest first.
-        foreign: What does not belong to it, sorted. A directory in which nothing belongs to it appears as one name
+        foreign: Entries that do not belong to it, sorted. A directory of only foreign entries is listed as one name
             that ends with `/`.
     """
 
@@ -170,9 +170,9 @@ def _entries(directory: Path) -> tuple[list[str], list[str]]:
 
 
 Inputs = Sequence[tuple[str, str]]
-"""What a command reads: how the user names it, e.g. `data.train`, and its path."""
+"""The inputs of a command: name for the user, e.g. `data.train`, and path."""
 CONFIG_INPUT = "the config file"
-"""How the config of a run is named among its inputs. It is not read again once the run has started."""
+"""The name of a run's config among its inputs. It is not read again once the run has started."""
 
 
 def why_in_use(directory: Path, inputs: Inputs) -> tuple[str, str]:

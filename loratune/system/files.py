@@ -54,10 +54,10 @@ def path_problem(path: str) -> str:
 
 
 def kind(path: Path) -> str:
-    """What has this name, in words: "a file", "a directory", "a link", ...; empty if nothing has it.
+    """The kind of a path, in words: "a file", "a directory", "a link", ...; empty if it does not exist.
 
     Raises:
-        OSError: It cannot be looked at, which is not the same as being absent.
+        OSError: The path cannot be examined, for reasons other than absence.
     """
     try:
         return _KINDS.get(stat.S_IFMT(path.lstat().st_mode), "of an unknown kind")
@@ -179,7 +179,7 @@ def explain_full_disk(what: str, size: int, where: Path, fix: str) -> Iterator[N
 
 @contextmanager
 def try_lock(path: Path) -> Iterator[bool]:
-    """Hold a lock that only one process has at a time; gives whether this process has it. Never waits.
+    """Try to hold an exclusive lock; yields whether this process has it. Never waits.
 
     The kernel releases the lock when the process ends; its file stays. Raises OSError if the file cannot be made.
     """
@@ -256,8 +256,8 @@ def contains(directory: Path, path: Path) -> bool:
     return False
 
 
-# What is in a cache is used without asking: code that is loaded, rows that are trained on. So it must have been put
-# there by this user, and nobody else may have had the right to write to it.
+# Cached code and rows are used without confirmation. So they must have been written by this user, and nobody else may
+# have had write access.
 
 
 def ownership_problem(status: os.stat_result) -> str:

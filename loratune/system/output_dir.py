@@ -24,7 +24,7 @@ class OutputDirectory:
     """Where a command works and where its result goes; here, a model or adapter that is made from an adapter.
 
     Attributes:
-        noun: What messages call the result.
+        noun: The name of the result in messages.
         key: The config key, or the option, by which the user names the directory.
         suffix: The end of the name of `partial`.
         output: The output directory.
@@ -59,7 +59,7 @@ class OutputDirectory:
 
     @property
     def replaced(self) -> Path:
-        """Where the old result is for the moment in which the new one takes its place."""
+        """The temporary location of the old result while the new one replaces it."""
         return self.partial / "replaced"
 
     @property

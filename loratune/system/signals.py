@@ -24,7 +24,7 @@ from typing import Any
 
 
 class StopSignal(KeyboardInterrupt):
-    """A signal that asks for the end. is_resumable: a run has left a checkpoint from which it can be continued."""
+    """A signal that requests termination. is_resumable: whether a run has left a checkpoint to resume from."""
 
     is_resumable = False
 
@@ -35,7 +35,7 @@ class Interruption(StopSignal):
 
 
 class Termination(StopSignal):
-    """Any other signal that asks for the end."""
+    """Any other signal that requests termination."""
 
 
 _EXCEPTIONS: dict[signal.Signals, type[StopSignal]] = {
@@ -135,7 +135,7 @@ def raise_on_signals(report: Callable[[str], None] = _silent) -> Iterator[Stop]:
 
     report: Takes a line about each signal that `defer_signals` defers inside, see there.
 
-    Gives the `Stop`, which remembers the signal even where the exception was lost on its way.
+    Yields the `Stop`, which remembers the signal even if the exception was lost.
     """
     hook = sys.unraisablehook
     sys.unraisablehook = lambda dropped: None if isinstance(dropped.exc_value, KeyboardInterrupt) else hook(dropped)

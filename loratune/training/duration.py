@@ -40,10 +40,10 @@ _ATTENTION = 2 * 3
 """Operations for each layer, hidden unit and pair of tokens of a row: two products, as much twice over backward, and
 half of the pairs are masked."""
 READ = 0.5
-"""The part of the operations of a token that is trained on which one that is only read takes."""
+"""Operations of a token in a forward pass alone, as a fraction of those in training."""
 WITH_MISMATCHED = 1.5
-"""How many times as many operations there are where each answer also has its prompt with another one's answer, which is
-only read, by which KTO estimates the divergence."""
+"""The factor of operations if each answer also has a mismatched row (forward only), from which KTO estimates the
+divergence."""
 _EFFICIENCY = 0.5
 """The part of the measured layers' speed that training reaches: so much did SmolLM2-135M on rows of 37 tokens (663
 tokens a second, one thread of a Xeon with AMX). On rows of 512 tokens it reached 0.8. It was not compared on other
@@ -54,7 +54,7 @@ _SECONDS, _SHARE, _REPEATS = 3.0, 0.01, 5
 """How long it is repeated at most, also as a part of the estimate, and how often at least. On a busy machine a process
 is fast in its first second, before its share of the processors is used up."""
 _EVALUATIONS = 10
-"""About how many evaluations a run has where their number is left to it."""
+"""The approximate number of evaluations if it is not configured."""
 _FORWARD = 3
 """A token that is trained on costs as much as so many that are only read: the backward pass takes twice the forward's
 arithmetic."""
@@ -85,7 +85,7 @@ class EvaluationSteps:
 
     @property
     def share(self) -> float:
-        """What they cost, as a part of the training."""
+        """The cost of all evaluations, as a fraction of the training."""
         return self.count * self.held_out / (_FORWARD * self.trained)
 
     def __str__(self) -> str:
@@ -324,7 +324,7 @@ class Speed:
         return cls(intercept, slope) if intercept >= 0 else proportional
 
     def seconds(self, batches: float, operations: float) -> float:
-        """How long so many batches with so many operations in all take."""
+        """The time of a number of batches with a total number of operations."""
         return self.per_batch * batches + self.per_operation * operations
 
 

@@ -52,7 +52,7 @@ class StartAdapter:
 
 @dataclass(frozen=True)
 class Run:
-    """A run that may start: where it works and continues, and the rows that were read for it.
+    """A checked run: its directory, its resume point, and the rows that were read for it.
 
     Attributes:
         config: The config, with absolute paths.
@@ -215,7 +215,7 @@ def _check_trackers(names: Iterable[str]) -> None:
 
 
 def with_absolute_paths(run: RunConfig) -> RunConfig:
-    """The config as it repeats this run from any directory.
+    """The config with absolute paths, to repeat this run from any directory.
 
     Raises:
         ConfigError: A path that begins with the working directory is not UTF-8, and could not be recorded.

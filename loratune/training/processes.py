@@ -38,7 +38,7 @@ _RESUME = "start all processes again, with --resume if a checkpoint was written"
 
 
 def join() -> "DistributedGroup":
-    """Meet the other processes of the run, on the device of this process.
+    """Join the other processes of the run, on the device of this process.
 
     Raises:
         LostError: The processes cannot reach each other.

@@ -188,6 +188,7 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
 def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
     """Set the reference log-probabilities of preference rows: those of the current model, before its first step. They
     are read from the cache if possible.
+
     Objectives without a reference need them for held-out rows only, to report changes.
 
     Args:

@@ -1,5 +1,6 @@
 """The tokenized rows of a run: its own rows, tokenized once for all processes, and replayed rows of an earlier run, if
 it starts from an adapter (`lora.start_from`).
+
 The rows of the earlier run are read, rendered and truncated by its own config, and verified with the fingerprints that
 the adapter records. They are mixed in as tokens, so the two runs may read, render and supervise rows differently.
 """

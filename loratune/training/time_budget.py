@@ -35,7 +35,7 @@ from loratune.training.processes import SharedStop
 
 KEY = "training.max_minutes"
 WARM_UP = 2
-"""Batches that are computed before any is timed: the first ones also allocate, compile and fill caches."""
+"""Warm-up batches before timing begins: the first ones also allocate, compile and fill caches."""
 _LEAST_TIMED, _MOST_SECONDS, _SHARE = 6, 20.0, 0.03
 """Batches are timed until there are so many of them and until timing has taken this part of the budget, or so long."""
 _MOST_EPOCHS, _MOST_STEPS = 100, 2**31 - 1
@@ -64,13 +64,13 @@ def is_timed_enough(batches: int, elapsed: float, left: float) -> bool:
 
 @dataclass(frozen=True)
 class StepBudget:
-    """What a budget has room for.
+    """The steps that fit into a time budget.
 
     Attributes:
-        steps: Optimizer steps.
-        taken: Seconds that they take.
-        others: Seconds that come beside them: evaluations, checkpoints, and what follows the last step.
-        fewest: Seconds from the first step on that the shortest run which is not refused takes.
+        steps: The number of optimizer steps.
+        taken: The seconds of these steps.
+        others: The seconds of evaluations, checkpoints, and everything after the last step.
+        fewest: The seconds, from the first step on, of the shortest run that is accepted.
         limited: Whether there would be time for more steps than the epochs have.
     """
 
@@ -84,13 +84,13 @@ class StepBudget:
 def step_budget(
     left: float, steps: Iterator[NDArray[np.float64]], others: Callable[[int], float], most: int
 ) -> StepBudget:
-    """How many steps there is time for.
+    """Compute how many steps fit into the time.
 
     Args:
         left: Seconds that are left.
         steps: For each epoch, the seconds of its steps.
-        others: From a number of steps to the seconds that come beside them, which must not fall by much as it rises.
-        most: Steps at most.
+        others: Function of the number of steps that returns the seconds of everything else, roughly increasing.
+        most: The maximum number of steps.
     """
     least, bound = min(FEWEST, most), min(most, _MOST_STEPS)
     parts: list[NDArray[np.float64]] = []
@@ -118,8 +118,8 @@ Scoring = tuple[TokenizedDataset, Sequence[int], Objective]
 def time_steps(plan: Plan, stop: SharedStop, timer: StepTimer, *, oom_dry_run: bool) -> None:
     """Time the first micro-steps of a run and one checkpoint, then restore everything.
 
-    The learning rate is next to nothing, so that no step can diverge. Trained weights are put back; optimizer and
-    checkpoint are dropped; the next trainer seeds the random generators anew.
+    The learning rate is negligible, so no step can diverge. Trained weights are restored, optimizer and checkpoint are
+    discarded, and the next trainer seeds the random generators again.
 
     Args:
         plan: What is trained; of the validation batches only the largest is computed, in the dry run.

@@ -13,7 +13,7 @@ from loratune.system.files import is_directory, is_file, sync
 from loratune.system.output_dir import OutputDirectory
 
 CHECKPOINT = "checkpoint-"
-"""How the name of a checkpoint begins; the step follows."""
+"""Prefix of the name of a checkpoint, followed by the step."""
 MANIFEST = "manifest.json"
 """The file that is written last to a checkpoint. It lists the others."""
 PUBLISH_WORSE = "publish it with --resume --allow-worse"

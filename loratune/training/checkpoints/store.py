@@ -95,7 +95,7 @@ class StepLosses:
 
 @validated_dataclass(frozen=True, config=_EXACT)
 class BestRecord:
-    """What is known of the evaluations of a run.
+    """The record of the evaluations of a run.
 
     Attributes:
         step: The step with the lowest held-out loss, the first of them if several have it.
@@ -122,7 +122,7 @@ class BestRecord:
 
 
 class _TrainingValues(BaseModel):
-    """What resuming computes with, of the section `training`."""
+    """The values of the section `training` that resuming uses."""
 
     model_config = _STRICT
 
@@ -157,9 +157,9 @@ class CheckpointRecord(BaseModel):
         sharding: How they shard the weights, see `launcher.sharding`.
         changes: What changed when the run was resumed: at which step, which key, from which value to which.
         max_minutes: The time budget from which `training.max_steps` was fixed as the run began.
-        best: What the evaluations gave.
-        unreported: The losses of the steps that no report has.
-        seconds: How long training took.
+        best: The record of the evaluations.
+        unreported: The losses of the steps that were not reported yet.
+        seconds: The duration of training.
     """
 
     model_config = ConfigDict(allow_inf_nan=False, frozen=True)
