@@ -38,7 +38,7 @@ class TrialResult:
     Attributes:
         number: The number of the trial.
         settings: Key → value as requested.
-        values: Key → value that the run used where it chose one, as with `auto`; the steps where it had a time budget.
+        values: Key → value that the run chose, as with `auto`; the number of steps if it had a time budget.
         state: `done`, `running`, `waiting`, or why there is no adapter: `diverged`, `worse than base`,
             `learned nothing`, `out of memory`, `stopped early`, `invalid`, `failed`.
         loss: Held-out loss, see `StudyResults.unit`; None without an adapter.
@@ -229,7 +229,7 @@ class StudyResults:
         return f"{text}; chosen by these {self.item}s, so its loss is optimistic"
 
     def remarks(self) -> list[str]:
-        """What the comparison leaves open: whether better values may lie beyond those tried, and what losses mean."""
+        """Limits of the comparison: better values may lie beyond those tried, and losses may favour some trials."""
         found = []
         for key in self.keys if self.winner else []:
             used = (_number(trial.used(key)) for trial in self.trials if trial.state not in _NOT_TRIED)

@@ -73,9 +73,9 @@ def rank() -> int:
 
 
 def sharding() -> str:
-    """By what accelerate shards the weights of the base over the processes: `fsdp`, `deepspeed`, or an empty text.
+    """The method by which accelerate shards the weights of the base: `fsdp`, `deepspeed`, or an empty text.
 
-    Accelerate says so in the environment (huggingface.co/docs/accelerate, `accelerate launch --config_file`).
+    Accelerate sets it in the environment (huggingface.co/docs/accelerate, `accelerate launch --config_file`).
     """
     for name in ("fsdp", "deepspeed"):
         if os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false").lower() in ("1", "true", "yes"):

@@ -26,7 +26,7 @@ _OPEN_FILE = re.compile(r"/dev/(?P<name>stdout|stderr)|(/dev|/proc/self)/fd/(?P<
 _STREAMS = {"stdout": 1, "stderr": 2}
 _EXISTS = "already exists"
 _NAME_BYTES = 200
-"""Bytes of a file's name that the name of its unfinished form begins with; a name may have 255."""
+"""The most bytes of a file's name that are used in the name of its unfinished form; a name may have 255."""
 
 
 @dataclass(frozen=True)

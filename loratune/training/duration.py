@@ -149,7 +149,7 @@ class Costs:
     def of_layout(
         cls, model: Any, layout: BatchLayout, lengths: Numbers, supervised: Numbers, *, checkpointed: bool
     ) -> Self:
-        """Those of training a `PeftModel`, which may be on the meta device; the arrays as the attributes.
+        """The costs of training a `PeftModel`, which may be on the meta device; for the arrays see the attributes.
 
         checkpointed: whether activations are recomputed.
         """
@@ -162,15 +162,15 @@ class Costs:
     def of_run(
         cls, model: Any, run: RunConfig, lengths: Numbers, supervised: Numbers, saved: float, rows_per_example: int = 1
     ) -> Self:
-        """Those of a run without `auto`, whose rows are laid out as it says; other arguments as of `of_layout`.
+        """The costs of a run without `auto`, with the batches of its config.
 
         Args:
-            model: As of `of_layout`.
+            model: As in `of_layout`.
             run: The run.
-            lengths: (rows,), or of the two answers of each pair together.
-            supervised: As the lengths.
-            saved: About the part of the tokens of batches that need not be computed where these can share prefixes.
-            rows_per_example: How many answers a length is of.
+            lengths: (rows,), or (pairs,) for the two answers of each pair together.
+            supervised: Like `lengths`.
+            saved: The approximate share of tokens saved by shared prefixes.
+            rows_per_example: The number of answers per length.
         """
         size, checkpointed = run.training.per_device_train_batch_size, run.training.activation_checkpointing
         layout = BatchLayout(lengths, lengths, run.data.packing, size, rows_per_example * run.data.max_length, pad_id=0)
@@ -179,12 +179,12 @@ class Costs:
         return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
 
     def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> tuple[int, float]:
-        """The steps of training in one process, and their operations, with evaluations and the pass for a reference.
+        """The steps of training in one process, and their operations, including evaluations and the reference pass.
 
         Args:
             training: The section, without `auto`.
             held_out: Tokens of the validation rows.
-            share: Of the rows, the part that is trained on.
+            share: The fraction of the rows that is trained on.
         """
         items, tokens = max(1, round(share * len(self.layout.items))), int(self.lengths.sum())
         plan = evaluation_steps(training, items, self.layout.size, 1, round(share * tokens), held_out)
@@ -217,7 +217,7 @@ class Costs:
         return np.asarray(padded + label * self.supervised[rows].sum(-1))
 
     def of_pass(self) -> tuple[int, float]:
-        """How many batches one pass in order has, and their operations."""
+        """The number of batches of one pass in order, and their operations."""
         numbers, size = np.arange(len(self.layout.items)), self.layout.size
         whole = len(numbers) // size * size
         total = float(self.of_batches(numbers[:whole].reshape(-1, size)).sum()) if whole else 0.0
@@ -225,7 +225,7 @@ class Costs:
         return -(-len(numbers) // size), total + (float(self.of_batches(rest)) if len(rest) else 0.0)
 
     def micro_steps(self, seed: int, processes: int) -> Iterator[NDArray[np.float64]]:
-        """For each epoch, without end: (micro-steps,), the operations of the process that has most of each."""
+        """Yields for each epoch, endlessly: (micro-steps,), the operations of the slowest process."""
         size = self.layout.size
         sampler = DistributedBatchSampler(len(self.layout.items), size * processes, seed)
         for epoch in count():
@@ -258,7 +258,7 @@ def _operations(model: Any, *, checkpointed: bool) -> tuple[float, float, float]
 
 
 def _used(parameter: nn.Parameter, experts: Mapping[str, Any]) -> int:
-    """Weights that a token is multiplied with: of experts, which are stacked, those that it is sent to."""
+    """The number of weights that a token is multiplied with: for stacked experts, only those it is routed to."""
     chosen = experts.get("num_experts_per_tok")
     if parameter.dim() == 3 and isinstance(chosen, int):
         return parameter.numel() * min(chosen, parameter.shape[0]) // parameter.shape[0]
@@ -266,13 +266,13 @@ def _used(parameter: nn.Parameter, experts: Mapping[str, Any]) -> int:
 
 
 def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, operations: float) -> float:
-    """How long an operation takes here and now, after a measurement of at most three seconds.
+    """The seconds per operation on this machine, measured in at most three seconds.
 
     Args:
-        model: The `PeftModel`, which may be on the meta device, and is not used but for its width.
-        section: Which dtype the model computes in.
-        costs: Those of its batches; one as large is measured.
-        operations: How many are to be estimated: the measurement takes a small part of the time that they take.
+        model: The `PeftModel`, which may be on the meta device; only its width is used.
+        section: The model section, which determines the dtype.
+        costs: The costs of its batches; a batch of average size is measured.
+        operations: The operations to estimate; the measurement takes a small fraction of their time.
     """
     dtype, device = load.compute_dtype(section), load.device()
     side = min(int(model.get_input_embeddings().weight.shape[1]), _WIDTH)
@@ -306,9 +306,9 @@ class Speed:
 
     @classmethod
     def fitted(cls, operations: Sequence[float], seconds: Sequence[float]) -> "Speed":
-        """The line through the mean of batches that were timed with the least squares of the differences.
+        """The least-squares line through the times of batches.
 
-        Where the slope or the intercept came out negative, as the times vary more than the batches, it is 0.
+        A negative slope or intercept, which occurs if the times vary more than the batches, is set to 0.
         """
         work, taken = np.asarray(operations, np.float64), np.asarray(seconds, np.float64)
         if not work.sum():
@@ -335,7 +335,7 @@ def step_seconds(
 
     Args:
         micro_steps: For each epoch, the operations of its micro-steps.
-        speed: That of micro-steps.
+        speed: The speed of micro-steps.
         optimizer: Seconds of the optimizer in each step.
         accumulation: Micro-steps of a step; the last step of an epoch may have fewer.
     """

@@ -148,7 +148,7 @@ def time_steps(plan: Plan, stop: SharedStop, timer: StepTimer, *, oom_dry_run: b
 
 @dataclass(frozen=True)
 class _Estimator:
-    """How long the parts of a run take.
+    """Estimates the duration of the parts of a run.
 
     Attributes:
         plan: The run.
@@ -193,7 +193,7 @@ class _Estimator:
         return self._pass_seconds(self.plan.batches.engine.plan(rows, dict.fromkeys(numbers, 1), objective), rows)
 
     def _pass_seconds(self, scored: ScoringPass, rows: TokenizedDataset) -> float:
-        """Batches that the processes share, and that are only read. Of KTO each row is read twice."""
+        """A forward pass over batches that the processes share. For KTO, each row is read twice."""
         costs, count = _costs(self.plan, scored.layout, rows), len(scored.batches)
         share = READ * (2 / WITH_MISMATCHED if self.plan.training.objective == "kto" else 1.0)
         rounds = -(-count // self.plan.group.count)
@@ -202,7 +202,7 @@ class _Estimator:
 
 
 def fix_length(plan: Plan, stop: SharedStop, began: float, *, scarce: bool) -> Plan:
-    """The plan with as many steps as its minutes have room for, on which all processes agree.
+    """The plan with the number of steps that fit into its time budget, the same in all processes.
 
     Args:
         plan: The plan, whose model is ready to train and does not change. Epochs that its run sets are an upper bound.
@@ -240,7 +240,7 @@ def fix_length(plan: Plan, stop: SharedStop, began: float, *, scarce: bool) -> P
 
 
 def estimate_length(plan: Plan, began: float) -> Plan:
-    """The plan with about as many steps as its minutes have room for, if it has a budget. No step is taken."""
+    """The plan with the estimated number of steps that fit into its time budget, if any. No step is taken."""
     minutes = plan.run.config.training.max_minutes
     if minutes is None:
         return plan
@@ -275,7 +275,7 @@ def _costs(plan: Plan, layout: BatchLayout | None = None, rows: TokenizedDataset
 
 
 def _passes_at_the_end(plan: Plan, tokens: int) -> Iterator[Scoring]:
-    """What is scored after the last step of a run that reads so many tokens; some by the base and by the adapter."""
+    """The scoring passes after the last step of a run that reads `tokens` tokens; some by both base and adapter."""
     objective, datasets = plan.batches.objective, plan.datasets
     split, sample, _ = gain.sample(datasets.compared, tokens)
     rows = datasets.compared[split]

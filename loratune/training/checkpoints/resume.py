@@ -22,10 +22,10 @@ CHANGEABLE = (
     "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "data.chat_template",
     "model.name_or_path", "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
 )  # fmt: skip
-"""Keys that a resumed run can change: each has its effect from the next step on, and the rows stay the same.
+"""Keys that a resumed run can change: they take effect from the next step on, and the rows stay the same.
 
-Those that hold a path may name another place, at which there has to be the same as before; see `CONTENTS`. The number
-of rows that an optimizer step takes, over all processes, has to stay the same as well.
+Paths may change, but the content must be the same as before; see `CONTENTS`. The number of rows of an optimizer step,
+over all processes, must also stay the same.
 """
 CONTENTS = {
     "data": ("data.train", "training rows have"),
@@ -35,8 +35,8 @@ CONTENTS = {
     "start": ("lora.start_from", "adapter that the run started from has"),
     "base": ("model.name_or_path", "base model has"),
 }
-"""What a run reads, by the name of its fingerprint: the key that says where it is, and what it is called. What is at a
-path and is not here, a resumed run would read unchecked."""
+"""Name of a fingerprint → the key of the content's path, and its description in messages. Any path that a run reads
+must be listed, or a resumed run would read it unchecked."""
 _ONLY_SCORED = ("data.validation", "data.test")
 """Keys of rows that are never trained on, so that other rows can be allowed."""
 _NOT_COMPARED = ("output_dir", "training.report_to", "training.ddp_timeout")
@@ -56,7 +56,7 @@ class ResumePoint:
         skipped: A problem for each newer checkpoint that is not whole.
         changes: The keys that this resumption changes, in the form of `CheckpointRecord.changes`.
         learning_rate_factor: The new learning rate divided by the old one.
-        kept: Keys that are `auto`, with what they were when the run was interrupted.
+        kept: Keys that are `auto` → their values when the run was interrupted.
     """
 
     checkpoint: Path
@@ -116,7 +116,7 @@ class ResumePoint:
 
         Args:
             current: The record of the run as it continues.
-            keep: As of `evaluations`.
+            keep: As in `evaluations`.
             dropout: Whether the run uses dropout.
         """
         yield from map(str, self.skipped)
