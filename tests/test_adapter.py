@@ -513,7 +513,7 @@ HASHED = """
 import sys
 from pathlib import Path
 from torch import nn
-from loratune.lora import attach
+from loratune.lora import attach, creation
 from loratune.config import LoraSection
 
 out = Path(sys.argv[1])
