@@ -204,7 +204,12 @@ def test_python_tags_are_not_executed(
         (in_section("data.train", "{path: a, splt: b}"), "FILE:5", "data.train.splt", "did you mean `split`?"),
         (in_section("data.validation", "{path: a, s: b}"), "FILE:5", "data.validation.s", "known here: path, "),
         (SOUND + "outputdir: x\n", "FILE:4", "outputdir", "did you mean `output_dir`?"),
-        (SOUND + "str: x\n", "FILE:4", "str", "known here: model, lora, data, training, preferences, output_dir"),
+        (
+            SOUND + "str: x\n",
+            "FILE:4",
+            "str",
+            "known here: model, lora, data, training, preferences, retention, output",
+        ),
         (SOUND + "'x[0]': x\n", "FILE:4", "x[0]", "known here: model"),
         (SOUND + "1: x\n", "FILE:4", "1", "known here: model"),
     ],

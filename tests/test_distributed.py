@@ -87,11 +87,10 @@ LAYOUTS = ((2, shared(2, 2)), (4, shared(2)), (2, shared(4)), (4, shared(1, 2)))
     ("packing", "layouts"),
     [
         ("none", LAYOUTS[:1]),
-        ("batch", LAYOUTS[1:2]),
         pytest.param("none", LAYOUTS[1:], marks=SLOW),
-        pytest.param("batch", (LAYOUTS[0], *LAYOUTS[2:]), marks=SLOW),
+        pytest.param("batch", LAYOUTS, marks=SLOW),
     ],
-    ids=["none on two", "batch on four", "none", "batch"],
+    ids=["none on two", "none", "batch"],
 )
 def test_two_and_four_processes_equal_one(
     packing: str,

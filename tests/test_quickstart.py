@@ -42,6 +42,7 @@ def test_shipped_rows_are_balanced_and_do_not_overlap() -> None:
     assert not prompts & {" ".join(row["prompt"].casefold().split()) for row in held_out}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("npm") is None, reason="WordNet comes from npm")
 def test_script_reproduces_the_shipped_rows(tmp_path: Path) -> None:
     """From WordNet. The script refuses to write sets that share a word."""

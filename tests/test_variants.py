@@ -140,7 +140,7 @@ def test_variant_trains_saves_and_loads_to_the_same_outputs(variant: str, tmp_pa
 
 AT_LENGTH = (
     "PiSSA, fast", "PiSSA with rsLoRA", "PiSSA with patterns", "LoRA-FA with rsLoRA", "PiSSA with modules_to_save",
-    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian", "DoRA",
+    "rsLoRA", "patterns", "OLoRA", "modules_to_save", "orthogonal", "gaussian", "DoRA", "EVA",
 )  # fmt: skip
 """Variants that resume like others, with the same kinds of state: a changed base, trained factors."""
 

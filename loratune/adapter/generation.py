@@ -8,7 +8,7 @@ rest, which requires correct masks and positions; before the first batch, a test
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -182,6 +182,12 @@ class LoadedAdapter:
         """Run the model with this adapter inside."""
         with adapters_of_rows([self]):
             yield
+
+    @contextmanager
+    def scaled(self, factor: float) -> "Iterator[LoadedAdapter]":
+        """Yields the same adapter with its update multiplied by a factor; this one must not be used inside."""
+        with attach.scaled(self.model, self.key, factor):
+            yield replace(self, layers=kernels.InferenceLayers(self.model, reader(self.key)))
 
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY

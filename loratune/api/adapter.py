@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
 from loratune.api import MergedDtype, Overrides, Rows, StrPath, assignments, libraries
-from loratune.api.adapters import Adapters, output_directory, source_of
+from loratune.api.adapters import Adapters, checked_scale, output_directory, scaled, source_of
 from loratune.api.functions import push
 from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
@@ -18,7 +18,7 @@ from loratune.events import FinishedEvent, Listener, emit, listening, note, note
 from loratune.system import output_file
 
 if TYPE_CHECKING:
-    from loratune.commands.evaluate import Tasks
+    from loratune.commands.evaluate import ScaleComparison, Tasks
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
     from loratune.compare.requirements import Requirement
@@ -39,11 +39,12 @@ class Adapter(Adapters):
         path: The directory.
     """
 
-    def __init__(self, path: StrPath, *, force: bool = False, overrides: Overrides = ()):
+    def __init__(self, path: StrPath, *, scale: float = 1.0, force: bool = False, overrides: Overrides = ()):
         """Open and verify the directory.
 
         Args:
             path: The directory.
+            scale: A number from 0 to 2 that its update is multiplied by: 0 gives the base.
             force: Accept edited files and another base.
             overrides: Overrides of its data settings, which apply to rows that are read.
 
@@ -51,7 +52,7 @@ class Adapter(Adapters):
             AdapterError: It is not an adapter directory, or its files have changed since they were saved.
             ConfigError: A value is not valid.
         """
-        super().__init__({UNNAMED: path}, force=force)
+        super().__init__({UNNAMED: path}, scale=scale, force=force)
         self.path, self._overrides = Path(path), assignments(overrides)
         self.open()
 
@@ -67,7 +68,7 @@ class Adapter(Adapters):
     def _noted(self) -> tuple[AdapterDirectory, tuple[str, ...]]:
         with noted() as notes:
             opened = AdapterDirectory.open(self.path, forced=self._force, assignments=self._overrides)
-        return opened, tuple(notes)
+        return scaled(opened, self.scale), tuple(notes)
 
     @property
     def _directory(self) -> AdapterDirectory:
@@ -214,6 +215,30 @@ class Adapter(Adapters):
             if keep_fields:
                 found = found.with_fields(split.own_fields())
             return _finish(found)
+
+    def evaluate_scales(
+        self,
+        rows: Rows,
+        scales: Sequence[float],
+        *,
+        metrics: str | Sequence[str] = (),
+        forgetting: Rows | None = None,
+        on_event: Listener | None = None,
+    ) -> "ScaleComparison":
+        """Compare the adapter with its base at several scales from 0 to 2; see `evaluate`, and `Adapter` for errors."""
+        with listening(on_event):
+            with libraries():
+                from loratune.commands import evaluate
+                from loratune.compare import metrics as known_metrics
+                from loratune.compare.answers import Judging
+
+            scales = [*dict.fromkeys(map(checked_scale, scales))]
+            parsed, split = known_metrics.parse(_listed(metrics)), self._read(rows)
+            unrelated = self._unrelated(forgetting) if forgetting is not None else None
+            options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
+            found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
+            emit(FinishedEvent(found))
+            return found
 
     def run_tasks(
         self,

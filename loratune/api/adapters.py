@@ -1,6 +1,8 @@
 """The public class `Adapters`: one or several adapters of one base, loaded together, or their weighted sum."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
@@ -13,6 +15,7 @@ from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.api import Rows, StrPath, libraries
 from loratune.codes import Code
 from loratune.config import Source
+from loratune.config.yaml_files import number
 from loratune.errors import ConfigError, Problem
 from loratune.events import Listener, listening, note
 from loratune.system.output_dir import OutputDirectory
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from loratune.data.sources import GivenRows
     from loratune.data.sources.rows import Row
 
+_MOST_SCALES = 50
+"""Scales that one command compares."""
 Client = Literal["peft", "vllm", "gguf", "ollama"]
 
 
@@ -35,6 +40,7 @@ class Adapters:
 
     Attributes:
         paths: Name → directory.
+        scale: What their updates are multiplied by.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class Adapters:
         *,
         use: str | None = None,
         mix: Mapping[str, float] | str | None = None,
+        scale: float = 1.0,
         force: bool = False,
     ):
         """Name the adapters.
@@ -52,10 +59,12 @@ class Adapters:
             use: The name of the adapter for prompts that name none; by default the first.
             mix: Name → weight; the weighted sum of these adapters is used instead of single ones. As a string:
                 `sql:0.7,tone:0.3`.
+            scale: A number from 0 to 2 that their updates are multiplied by: 0 gives the base.
             force: Accept edited files and another base.
 
         Raises:
-            ConfigError: A name is not valid, unknown or repeated; a weight is not a finite number.
+            ConfigError: A name is not valid, unknown or repeated; a weight is not a finite number; the scale is out of
+                range.
         """
         if isinstance(mix, Mapping):
             mix = ",".join(f"{name}:{weight}" for name, weight in mix.items())
@@ -65,12 +74,13 @@ class Adapters:
             if isinstance(adapters, Mapping):
                 adapters = [f"{name}={fspath(path)}" for name, path in adapters.items()]
             self._selection = options.parse_selection(adapters, use, mix)
-        self._force = force
+        self._force, self.scale = force, checked_scale(scale)
         self.paths: Mapping[str, Path] = self._selection.directories
 
     @cached_property
     def _opened(self) -> Mapping[str, AdapterDirectory]:
-        return {name: AdapterDirectory.open(path, forced=self._force) for name, path in self.paths.items()}
+        found = {name: AdapterDirectory.open(path, forced=self._force) for name, path in self.paths.items()}
+        return {name: scaled(one, self.scale) for name, one in found.items()}
 
     def open(self) -> list[str]:
         """Open and verify them now. Returns the directory or the hub id of each base. Raises AdapterError."""
@@ -191,7 +201,46 @@ class Adapters:
             if weights:
                 weighted = [(self._opened[name], weight) for name, weight in weights.items()]
                 source = loading.write_mixture(Path(place), weighted)
-            return export.export(source, directory, options, mix=weights, split=split)
+            made_of = {"mix": dict(weights), "adapter_scale": self.scale}
+            return export.export(source, directory, options, made_of, split=split)
+
+
+def parse_scales(text: str) -> tuple[float, ...]:
+    """The values of --adapter-scale: `0.5,0.7,1`, or from, to and step as `0:1:0.1`. Each is from 0 to 2.
+
+    Raises ConfigError: a value is not a number, or out of range; there are too many.
+    """
+    parts = [number(part) for part in re.split("[,:]", text)]
+    found = [part for part in parts if part is not None and 0 <= part <= 2]
+    is_range = ":" in text
+    if len(found) < len(parts) or (is_range and (len(found) != 3 or "," in text or found[2] == 0)):
+        what, fix = f"`{text}` is not a list of numbers from 0 to 2", "write it like 0.5,0.7,1 or 0:1:0.1"
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
+    if is_range:
+        first, last, step = found
+        found = [round(first + step * count, 9) for count in range(int((last - first) / step + 1e-9) + 1)]
+    if not 0 < len(found) <= _MOST_SCALES:
+        what = f"{len(found)} scales are not from 1 to {_MOST_SCALES}"
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
+    return tuple(dict.fromkeys(found))
+
+
+def checked_scale(scale: float) -> float:
+    """A scale of adapters. Raises ConfigError: it is not a number from 0 to 2."""
+    if not 0 <= scale <= 2:
+        what, fix = f"{scale} is not a number from 0 to 2", "0 is the base, 1 the adapter as it was trained"
+        raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale", fix=fix))
+    return scale
+
+
+def scaled(adapter: AdapterDirectory, scale: float) -> AdapterDirectory:
+    """An adapter with its update multiplied by a number. Raises AdapterError: see `tensors.scaled`."""
+    if scale == 1:
+        return adapter
+    with libraries():
+        from loratune.lora import tensors
+
+    return replace(adapter, files=tensors.scaled(adapter.files, scale))
 
 
 def source_of(rows: Rows) -> "Source | GivenRows":

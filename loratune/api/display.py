@@ -10,12 +10,14 @@ from loratune.text import block, format_duration, format_size, one_line, plural,
 
 if TYPE_CHECKING:
     from loratune.api.functions import PublishedAdapter
+    from loratune.commands.evaluate import ScaleComparison
     from loratune.commands.export import Exported
     from loratune.commands.init import Started
     from loratune.commands.merge import Merged
     from loratune.commands.params import Params
     from loratune.commands.sweep import SweepResult
-    from loratune.compare.comparison import Comparison
+    from loratune.compare.comparison import Comparison, Score
+    from loratune.compare.metrics import Difference
     from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats, Update
@@ -192,6 +194,27 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
     yield from block("result", [*lines, *text.required(found.requirements)])
     if found.tasks is not None:
         yield from tasks(found.tasks)
+
+
+def scales(found: "ScaleComparison") -> Iterator[str]:
+    """The metrics of an adapter at several scales, a scale a row."""
+    from loratune.compare import metrics, text
+
+    comparisons = found.comparisons
+    first = next(iter(comparisons.values()))
+    yield f"{text.rows(first)}, 95 % intervals in brackets"
+    names = [*first.scores[metrics.ADAPTER].metrics]
+    header = ["scale", *map(text.name, names), *(["forgetting"] if first.forgetting is not None else [])]
+
+    def cells(score: "Score", forgetting: "Difference | None") -> Iterator[str]:
+        yield from (text.with_interval(name, score.metrics.get(name), score.intervals.get(name)) for name in names)
+        if forgetting is not None:
+            yield text.with_interval(metrics.FORGETTING, forgetting.value, forgetting.interval, signed=True)
+
+    rows = [["base", *cells(first.scores[metrics.BASE], None)]]
+    rows[0] += [""] * (len(header) - len(rows[0]))
+    rows += [[f"{scale:g}", *cells(one.scores[metrics.ADAPTER], one.forgetting)] for scale, one in comparisons.items()]
+    yield from table(header, rows)
 
 
 def tasks(results: "TaskResults") -> Iterator[str]:

@@ -69,6 +69,14 @@ DataAssignments = Annotated[
     list[str],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a data setting of training, e.g. data.max_length=512."),
 ]
+AdapterScale = Annotated[
+    float,
+    typer.Option(
+        "--adapter-scale",
+        metavar="S",
+        help="Multiply the adapter's update by S, from 0 (the base) to 2; 1: as trained.",
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
 

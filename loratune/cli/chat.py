@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import Adapters, Debug, Force, MaxNewTokens, Temperature, app
+from loratune.cli.application import Adapters, AdapterScale, Debug, Force, MaxNewTokens, Temperature, app
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
 from loratune.console import log, raw_output
@@ -39,6 +39,7 @@ def chat(
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="The system message.")] = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
+    scale: AdapterScale = 1.0,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -46,7 +47,7 @@ def chat(
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
         import loratune
 
-        named = loratune.Adapters(adapters, force=force)
+        named = loratune.Adapters(adapters, scale=scale, force=force)
         talk = named.chat(system=system, max_new_tokens=max_new_tokens, temperature=temperature)
         log(*talk.notes())
         inputs = (*named.paths.values(), *map(Path, named.open()))

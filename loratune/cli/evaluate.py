@@ -1,6 +1,7 @@
 """The commands `evaluate` and `report`."""
 
 import glob
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -86,6 +87,14 @@ def evaluate(
     allow_overlap: Annotated[
         bool, typer.Option("--allow-overlap", help="With --require: accept rows that are also in train.")
     ] = False,
+    scale: Annotated[
+        str,
+        typer.Option(
+            "--adapter-scale",
+            metavar="S,...",
+            help="Multiply the adapter's update by S; a table for several, as 0.5,0.7,1 or 0:1:0.1.",
+        ),
+    ] = "1",
     assignments: DataAssignments = [],  # noqa: B006  typer copies it
     as_json: Json = False,
     force: Force = False,
@@ -108,12 +117,19 @@ def evaluate(
             raise ConfigError(problems)
 
         import loratune
+        from loratune.api.adapters import parse_scales
 
+        if len(scales := parse_scales(scale)) > 1:
+            _check_table({"tasks": tasks, "against": against, "require": require, "worst": worst, "output": output})
+            loratune.Adapter(adapter, force=force, overrides=assignments).evaluate_scales(
+                data, scales, metrics=metrics or [], forgetting=forgetting, on_event=_Shown(None, 0, as_json)
+            )
+            return
         names, required = tasks.split(",") if tasks is not None else [], require or []
         inputs = [Path(path) for path in (adapter, data, against, forgetting) if path is not None]
         inputs += [Path(f"{glob.escape(name)}/**/*.y*ml" if Path(name).is_dir() else name) for name in names]
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
-        opened = loratune.Adapter(adapter, force=force, overrides=assignments)
+        opened = loratune.Adapter(adapter, scale=scales[0], force=force, overrides=assignments)
         if data is None:
             opened.run_tasks(names, limit=limit, require=required, on_event=_Shown(None, 0, as_json))
             return
@@ -125,6 +141,13 @@ def evaluate(
             require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
             keep_fields=bool(file is not None or worst), on_event=_Shown(file, worst, as_json),
         )  # fmt: skip
+
+
+def _check_table(options: Mapping[str, object]) -> None:
+    """Raises ConfigError: one of these options is given, which a table of several scales has no room for."""
+    if given := [name for name, value in options.items() if value]:
+        what, fix = "does not work with several scales", "give one --adapter-scale"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key=f"--{given[0]}", fix=fix))
 
 
 class _Shown:
@@ -155,6 +178,8 @@ class _Shown:
         if hasattr(result, "rows"):
             rows = {"worst": display.worst_rows(result, worst)} if worst and self._as_json else {}
             show(display.comparison(result, worst), result.to_dict() | rows, self._as_json)
+        elif hasattr(result, "comparisons"):
+            show(display.scales(result), result.to_dict(), self._as_json)
         else:
             show(display.tasks(result), result.as_json(), self._as_json)
 

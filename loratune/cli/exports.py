@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from loratune.api import MergedDtype
-from loratune.cli.application import AdapterPath, Debug, Force, Json, app, check_paths, show
+from loratune.cli.application import AdapterPath, AdapterScale, Debug, Force, Json, app, check_paths, show
 from loratune.cli.boundary import boundary, stop_error
 from loratune.console import log
 
@@ -50,6 +50,7 @@ def export(
             "--verify/--no-verify", help="Verify the export in the target program; by default if it is installed."
         ),
     ] = None,
+    scale: AdapterScale = 1.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
     force: Force = False,
@@ -63,7 +64,7 @@ def export(
 
         client: Any = to
         weights: Any = merged
-        result = loratune.Adapters(adapters, mix=mix, force=force).export(
+        result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force).export(
             client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify, rows=data,
             overwrite=overwrite,
         )  # fmt: skip
@@ -81,6 +82,7 @@ def merge(
         MergedDtype | None, typer.Option(help="Dtype of the merged model; by default that of the base.")
     ] = None,
     data: Data = None,
+    scale: AdapterScale = 1.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
     force: Force = False,
@@ -92,7 +94,9 @@ def merge(
 
         import loratune
 
-        result = loratune.Adapter(adapter, force=force).merge(output, dtype=dtype, rows=data, overwrite=overwrite)
+        result = loratune.Adapter(adapter, scale=scale, force=force).merge(
+            output, dtype=dtype, rows=data, overwrite=overwrite
+        )
 
         from loratune.api import display
 

@@ -10,6 +10,7 @@ import typer
 from loratune.cli.application import (
     STDOUT,
     Adapters,
+    AdapterScale,
     Debug,
     Force,
     MaxNewTokens,
@@ -69,6 +70,7 @@ def generate(
     ] = [],  # noqa: B006
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Also print the base model's answer.")] = False,
+    scale: AdapterScale = 1.0,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -84,7 +86,7 @@ def generate(
 
         sampling = loratune.Sampling(temperature, top_p, top_k, seed, tuple(stop))
         sampling.check()
-        named = loratune.Adapters(adapters, use=use, mix=mix, force=force)
+        named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force)
         inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
         rows = _rows(prompts, source)

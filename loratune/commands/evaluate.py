@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,8 @@ from loratune.compare.tasks import TaskResults
 from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
 from loratune.errors import AdapterError
-from loratune.lora import attach
+from loratune.events import note
+from loratune.lora import attach, tensors
 from loratune.model import load
 from loratune.text import plural
 
@@ -130,6 +131,41 @@ def _collapsed(comparison: Comparison, vocabulary: int) -> str:
     loss = loss if comparison.unit == "token" else math.nan
     scored = f"these {plural(len(comparison.rows), comparison.item)}"
     return collapse.reason(comparison.sensitivity, scored, loss, of_base, vocabulary)
+
+
+@dataclass(frozen=True)
+class ScaleComparison:
+    """An adapter at several scales, each compared with the base. comparisons: scale → comparison."""
+
+    comparisons: Mapping[float, Comparison]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, without the rows."""
+        return {"scales": [{"adapter_scale": scale, **found.to_dict()} for scale, found in self.comparisons.items()]}
+
+
+def evaluate_scales(
+    adapter: AdapterDirectory, split: DatasetSplit, scales: Sequence[float], loaded: LoadedAdapter, **options: Any
+) -> ScaleComparison:
+    """Compare an adapter, its update multiplied by each of some numbers, with its base.
+
+    Args:
+        adapter: The adapter.
+        split: The rows.
+        scales: The numbers.
+        loaded: The adapter on its base.
+        options: `judging` and `forgetting`, see `evaluate`.
+
+    Raises:
+        AdapterError: The adapter changes more than products B·A.
+    """
+    tensors.check_scalable(adapter.files)
+    found = {}
+    for scale in scales:
+        note(f"adapter scale {scale:g}")
+        with loaded.scaled(scale) as at_scale:
+            found[scale] = evaluate(adapter, split, loaded=at_scale, **options)
+    return ScaleComparison(found)
 
 
 def evaluate_tasks(adapter: AdapterDirectory, tasks: Tasks, required: Sequence[Requirement]) -> TaskResults:

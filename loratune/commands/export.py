@@ -61,8 +61,8 @@ def export(
     source: AdapterDirectory,
     directory: OutputDirectory,
     options: ExportOptions,
+    made_of: Mapping[str, Any],
     *,
-    mix: Mapping[str, float] | None = None,
     split: DatasetSplit | None = None,
 ) -> Exported:
     """Write an adapter for another program.
@@ -70,9 +70,9 @@ def export(
     Args:
         source: The adapter.
         directory: The output, see `OutputDirectory.check`.
-        options: The program, and the options of the export.
-        mix: Name → weight of the summed adapters, for the record.
-        split: The rows to compare on, if the user gave any.
+        options: The program, and how the adapter is written for it.
+        made_of: `mix`, name → weight of the adapters whose sum it is; `adapter_scale`; for the record.
+        split: The rows that the user wants it compared on.
 
     Raises:
         AdapterError: The program cannot read the adapter, the base is another one, or the results of the export differ
@@ -84,7 +84,7 @@ def export(
     exact = replace(source, base=source.base.model_copy(update={"dtype": "float32"}))  # rounding hides differences
     if options.uses_llama_cpp:
         return _export_gguf(exact, directory, options, split)
-    return _export_plain(exact, directory, options, {"mix": dict(mix or {})}, split)
+    return _export_plain(exact, directory, options, dict(made_of), split)
 
 
 def _fold(source: AdapterDirectory, options: ExportOptions) -> tuple[PlainAdapter, Any]:

@@ -91,6 +91,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         stop = SharedStop(own, group)
         stop.check()  # Python ignores exceptions that a handler raises in a destructor.
         results.compute_reference(plan, plan.batches.objective, stop)
+        results.write_texts(plan)
         with _ready_to_train(plan):
             scarce = _is_memory_scarce(plan)
             is_timed = plan.run.config.training.max_minutes is not None
@@ -139,7 +140,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
             kernels.give_back_pages()
             yield
             return
-    except trainer.OutOfMemory as error:
+    except results.OutOfMemory as error:
         problem, evaluating = error.problems[0], error.evaluating
     fix = "lower data.max_length, or leave out data.validation"
     if not evaluating:

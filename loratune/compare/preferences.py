@@ -306,9 +306,10 @@ class PreferenceObjective(Objective):
         return self._answers(sums, labels)
 
     def _answers(self, sums: Tensor, labels: Tensor) -> AnswerScores:
-        """The scores of the rows of the last batch given to `set_loss_targets`. sums: the loss of each row."""
-        lengths, reference = self._given["lengths"], self._given["references"]
-        tokens = kernels.row_counts(labels, lengths)
+        """What a model gives to the rows of the batch that was expected last. sums: the loss of each."""
+        lengths, reference, sides = (self._given[name] for name in ("lengths", "references", "sides"))
+        own = slice(None if sides is None else len(sides))  # without the texts of `retention`, which come last
+        sums, tokens = sums[own], kernels.row_counts(labels, lengths)[own]
         known = torch.zeros_like(sums) if reference is None else reference.to(sums.device)
         return AnswerScores(-sums, tokens, known)
 

@@ -17,6 +17,7 @@ from loratune.config.schema import DEFAULT_BETA as DEFAULT_BETA
 from loratune.config.schema import PREFERENCE_KEYS as PREFERENCE_KEYS
 from loratune.config.schema import ModelSection as ModelSection
 from loratune.config.schema import PreferenceSection as PreferenceSection
+from loratune.config.schema import RetentionSection as RetentionSection
 from loratune.config.schema import RunConfig as RunConfig
 from loratune.config.schema import TrainingSection as TrainingSection
 from loratune.config.sections import AUTO as AUTO

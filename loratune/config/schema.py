@@ -172,6 +172,19 @@ class PreferenceSection(Section):
     undesirable_weight: float = Field(1.0, gt=0, le=1e3, description="kto: weight of undesirable answers")
 
 
+class RetentionSection(Section):
+    """Keeping what the base can do: the model is held to its predictions before training, on texts that it wrote."""
+
+    kl_weight: float = Field(
+        0.0, ge=0, le=1e3, description="weight of the divergence from the model before training; 0: none"
+    )
+    num_samples: Count = Field(48, description="texts that the model writes before the first step")
+    max_new_tokens: Count = Field(48, description="tokens of each text")
+    prompts: FilePath | None = Field(
+        None, description="rows whose prompts the model answers; null: it writes the questions too"
+    )
+
+
 class RunConfig(Section):
     """A whole run, as `loratune train` reads it."""
 
@@ -180,6 +193,7 @@ class RunConfig(Section):
     data: DataSection
     training: TrainingSection = TrainingSection()
     preferences: PreferenceSection = PreferenceSection()
+    retention: RetentionSection = RetentionSection()
     output_dir: FilePath = Field(description="directory that the adapter is written to")
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -74,22 +75,38 @@ def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Collate rows into a batch.
 
     Args:
-        put: Collates the ids and labels.
-        rows: Rows of preference data have a `side` (see `TokenizedRow`), and optionally a `reference` (log-probability
-            under the reference model) and a `mismatched` row, which is the prompt with the answer to another prompt.
+        put: What makes them tensors.
+        rows: The last ones may have a `teacher`: the first place at which it predicts, the most probable tokens there
+            and at the following places, and their log-probabilities. Where answers are compared, the others each have
+            a `side`, see `TokenizedRow`, and perhaps the log-probability as `reference`, and a further row as
+            `mismatched`, which is the prompt with the answer to another one.
 
     Returns:
-        The batch, with tensors of shape (rows,): `lengths`, and `sides` and `references` if the rows have them; and
-        under `mismatched` the batch of the mismatched rows.
+        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; as
+        `mismatched` the same of the further rows; as `teacher` its places, tokens and log-probabilities, see
+        `kernels.TeacherTargets`, and the number of tokens of its rows.
     """
     batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
+    own = [row for row in rows if "teacher" not in row]
+    if len(own) < len(rows):
+        batch["teacher"] = _teacher_targets(rows, batch["labels"].shape)
     if "side" in rows[0]:
-        batch["sides"] = torch.tensor([row["side"] for row in rows])
+        batch["sides"] = torch.tensor([row["side"] for row in own])
     if "reference" in rows[0]:
-        batch["references"] = torch.tensor([row["reference"] for row in rows], dtype=torch.float64)
+        batch["references"] = torch.tensor([row["reference"] for row in own], dtype=torch.float64)
     if "mismatched" in rows[0]:
-        batch["mismatched"] = put_rows(put, [row["mismatched"] for row in rows])
+        batch["mismatched"] = put_rows(put, [row["mismatched"] for row in own])
     return batch
+
+
+def _teacher_targets(rows: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """What a teacher predicts in the last rows of a batch. shape: of the labels; rows are end to end, or padded."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = [*accumulate(lengths, initial=0)] if shape[0] == 1 else [number * shape[1] for number in range(len(rows))]
+    texts = [(start, *row["teacher"]) for start, row in zip(starts, rows, strict=False) if "teacher" in row]
+    places = [torch.arange(len(ids)) + start + first for start, first, ids, _ in texts]
+    ids, values = (torch.cat([torch.from_numpy(text[part]) for text in texts]) for part in (2, 3))
+    return torch.cat(places), ids, values, torch.tensor(sum(lengths[-len(texts) :]))
 
 
 def pad(

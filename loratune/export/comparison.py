@@ -24,7 +24,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export.clients import CLIENTS
 from loratune.export.gguf import ScoredAnswer
-from loratune.lora import merging
+from loratune.lora import merging, tensors
 from loratune.lora.adapter_files import RECORD_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.module_names import endings, join_first
@@ -231,7 +231,7 @@ def check_plain(files: AdapterFiles, client: str) -> None:
     Raises:
         AdapterError: The adapter holds more than A and B of layers, or PEFT changes the base when it loads the adapter.
     """
-    reasons = dict.fromkeys(merging.obstacles(files).values())
+    reasons = dict.fromkeys(tensors.obstacles(files).values())
     if client != "peft" and any(".lora_embedding_" in name for name in files.tensors):
         reasons[f"it adapts embeddings, and {CLIENTS[client]} reads that for few models only"] = None
     if reasons:

@@ -10,6 +10,7 @@ from loratune.kernels.acceleration import accelerated as accelerated
 from loratune.kernels.acceleration import give_back_pages as give_back_pages
 from loratune.kernels.acceleration import keep_pages as keep_pages
 from loratune.kernels.acceleration import set_loss_targets as set_loss_targets
+from loratune.kernels.acceleration import set_teacher as set_teacher
 from loratune.kernels.acceleration import tree_refusal as tree_refusal
 from loratune.kernels.compiled.fused_ops import notes as notes
 from loratune.kernels.compiled.fused_ops import variant as variant
@@ -23,8 +24,12 @@ from loratune.kernels.lora_linear import inference_lora as inference_lora
 from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full_tensor as full_tensor
 from loratune.kernels.loss import global_norm as global_norm
-from loratune.kernels.loss import next_token_logits as next_token_logits
 from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.loss import row_counts as row_counts
 from loratune.kernels.loss import row_sums as row_sums
+from loratune.kernels.loss import teacher_divergence as teacher_divergence
+from loratune.kernels.predictions import TeacherTargets as TeacherTargets
+from loratune.kernels.predictions import logits_at as logits_at
+from loratune.kernels.predictions import most_probable as most_probable
+from loratune.kernels.predictions import next_token_logits as next_token_logits
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows

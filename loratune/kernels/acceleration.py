@@ -24,6 +24,7 @@ from loratune.kernels.lora_linear import Reader
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.masks import AttentionSpec, AttentionSurvey
 from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
+from loratune.kernels.predictions import TeacherTargets
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
@@ -121,7 +122,14 @@ def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, l
     """
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
-        head.labels, head.places, head.lengths = labels, places, lengths
+        head.labels, head.places, head.lengths, head.teacher = labels, places, lengths, None
+
+
+def set_teacher(model: Any, teacher: TeacherTargets) -> None:
+    """Have the next forward pass compute the divergence from a teacher as well; called after `set_loss_targets`."""
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.teacher = teacher
 
 
 def tree_refusal(model: Any) -> str | None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.parity_check import evaluating
+from loratune.kernels.predictions import HeadDivergence, TeacherTargets, divergence
 from loratune.kernels.upstream import is_fake
 
 _log = logging.getLogger(__name__)
@@ -89,6 +90,20 @@ def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Ten
     return losses.new_zeros(len(lengths), dtype=torch.float64).index_add(0, numbers, losses.double())
 
 
+def teacher_divergence(model: Any, logits: Tensor, teacher: TeacherTargets) -> Tensor:
+    """The summed divergence of a batch from a teacher, in nats, a scalar. It is to be read once for each forward pass.
+
+    model, logits: As of `next_token_loss`. teacher: As given to `set_loss_targets`.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        found, head.divergence = head.divergence, None
+        assert found is not None
+        return found
+    teacher = teacher.to(logits.device)
+    return divergence(logits.flatten(0, 1)[teacher.places], teacher.ids, teacher.log_probabilities).sum()
+
+
 def _taken(model: Any) -> Tensor | None:
     """Returns and clears the losses that the `LossHead` of a model computed in its last forward pass; None if it
     returned logits."""
@@ -97,23 +112,6 @@ def _taken(model: Any) -> Tensor | None:
         return None
     losses, head.losses = head.losses, None
     return losses
-
-
-@torch.no_grad()
-def next_token_logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """The logits after some ids, (vocabulary,), float32 on the CPU. model: without a `LossHead`."""
-    inputs = torch.tensor([ids], device=model.device)
-
-    def last(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *others = given
-        return (hidden[:, -1:], *others) if hidden.shape[:2] == inputs.shape else given
-
-    hook = model.get_output_embeddings().register_forward_pre_hook(last)
-    try:
-        logits: Tensor = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
-    finally:
-        hook.remove()
-    return logits[0, -1].float().cpu()
 
 
 @dataclass(frozen=True)
@@ -163,11 +161,13 @@ class LossHead(nn.Module):
     Attributes:
         head: The output layer.
         scaling: What the model does with its output.
-        labels: Labels of the next batch, (rows, length), -100 at positions without supervision.
-        places: For each label, the index of its token in the flattened hidden states, with the shape of the labels;
-            None: labels and hidden states are in the same order.
-        lengths: (rows,), the tokens of each row, to compute one sum per row; otherwise None.
-        losses: The result: the summed loss, a scalar, or the sum of each row, (rows,).
+        labels: Of the next batch, (rows, length), -100 where nothing is supervised.
+        places: Where in its hidden states, row after row, the tokens are that the labels belong to: of the shape of
+            the labels. None: in that order.
+        lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
+        teacher: What a teacher predicts after some tokens of the next batch; None: nothing.
+        divergence: The summed divergence from it, a scalar; None: there was no teacher.
+        losses: What was computed in place of logits: the summed loss, a scalar, or that of each row, (rows,).
     """
 
     def __init__(self, head: nn.Linear, scaling: Scaling):
@@ -176,6 +176,8 @@ class LossHead(nn.Module):
         self.labels: Tensor | None = None
         self.places: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.teacher: TeacherTargets | None = None
+        self.divergence: Tensor | None = None
         self.losses: Tensor | None = None
 
     @property
@@ -185,12 +187,14 @@ class LossHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden: (rows, length, size). Returns logits; or, once after labels were set, NaN, (1, 1, vocabulary): the
-        loss bypasses the model, which may scale or cap logits."""
-        labels, places, lengths = self.labels, self.places, self.lengths
-        self.labels = self.places = self.lengths = self.losses = None
+        loss goes past the model, which may scale or cap what it takes for logits."""
+        labels, places, lengths, teacher = self.labels, self.places, self.lengths, self.teacher
+        self.labels = self.places = self.lengths = self.teacher = self.divergence = self.losses = None
         if labels is None:
             logits: Tensor = self.head(hidden)
             return logits
+        if teacher is not None:
+            self.divergence = self._divergence(hidden, teacher.to(hidden.device), places)
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets >= 0
         targets, counts, entries = targets[supervised], None, None
@@ -207,8 +211,16 @@ class LossHead(nn.Module):
         else:
             losses = _HeadLoss.apply(states, self.head, targets, self.scaling, counts)  # type: ignore[no-untyped-call]
         self.losses = losses
-        # DDP may traverse the graph from the model's output to find the parameters that were used.
-        return (losses.sum() * math.nan).repeat(1, 1, len(self.weight))
+        # DDP may go back from what a model returns to the weights that were used.
+        used = losses.sum() if self.divergence is None else losses.sum() + self.divergence
+        return (used * math.nan).repeat(1, 1, len(self.weight))
+
+    def _divergence(self, hidden: Tensor, teacher: TeacherTargets, places: Tensor | None) -> Tensor:
+        """The summed divergence from a teacher. places: as of the labels."""
+        numbers = teacher.places if places is None else places.to(hidden.device).flatten()[teacher.places]
+        states = hidden.flatten(0, 1).index_select(0, numbers)
+        result: Tensor = HeadDivergence.apply(states, self.head, self.scaling, teacher.ids, teacher.log_probabilities)  # type: ignore[no-untyped-call]
+        return result
 
 
 class _RowsOfLabels(NamedTuple):

@@ -212,7 +212,7 @@ class AdapterConfig:
         self.checked_settings()
         self._check_lists(modules)
         most = max(self.ranks.values(), default=0) + 1
-        values: dict[str, Any] = {"r": min(int(self.config["r"]), most)}
+        values: dict[str, Any] = {"r": min(int(self.config["r"]), most), "lora_alpha": self.config["lora_alpha"]}
         for key in ("target_modules", "exclude_modules", *_PATTERNS):
             entry = self.config.get(key)
             try:

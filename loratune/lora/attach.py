@@ -252,6 +252,20 @@ def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
     return Adapted(module.base_layer, down, up, float(module.scaling[name]), probability)
 
 
+@contextmanager
+def scaled(model: PeftModel, name: str, factor: float) -> Iterator[None]:
+    """Inside, the update of an adapter is multiplied by a factor. name: PEFT's name of the adapter."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and name in layer.scaling]
+    before = [layer.scaling[name] for layer in layers]
+    try:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[name] = scaling * factor
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling[name] = scaling
+
+
 def _is_trained(layer: nn.Linear) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 

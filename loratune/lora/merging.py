@@ -29,24 +29,12 @@ from torch.nn.functional import pad
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files, attach, tensors, upstream
-from loratune.lora.adapter_config import FACTOR
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import join_first
-from loratune.lora.tensors import KEPT, Weights, effective_keys, not_finite, read_adapter
+from loratune.lora.tensors import KEPT, Weights, not_finite, obstacles, read_adapter
 
 ADAPTER = "default"
 _WRAPPERS = (".base_layer", ".original_module")
-_REASONS = {
-    "use_dora": "DoRA scales each row of the merged weight, which no sum of B·A does",
-    "bias": "it holds trained biases",
-    "lora_bias": "it holds trained biases",
-    "modules_to_save": "it holds modules that were trained whole",
-    "trainable_token_indices": "it holds embeddings of tokens that were trained whole",
-    "target_parameters": "it adapts stacked parameters, such as experts, instead of linear layers",
-    "layer_replication": "it repeats layers of the base",
-    "ensure_weight_tying": "it ties the adapters of the embeddings and of the output layer",
-}
-"""Key of the configuration → why an adapter that sets it is not plain LoRA."""
 
 
 @dataclass(frozen=True)
@@ -310,21 +298,6 @@ class PlainAdapter:
         (directory / CONFIG_FILE).write_text(json.dumps(self.config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         save_file(self.tensors, directory / WEIGHTS_FILE, {"format": "pt"})
         return adapter_files.inspect(directory)
-
-
-def obstacles(files: AdapterFiles) -> dict[str, str]:
-    """Why an adapter is not plain LoRA of layers: configuration key → reason; empty if it is.
-
-    A reason without a configuration key has the key "". No weights are read.
-    """
-    keys = effective_keys(files)
-    found = {key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA") for key in keys}
-    if files.changes_base:
-        found["init_lora_weights"] = f"PEFT changes the base's own weights as it loads it ({files.init})"
-    others = [name for name, shape in files.tensors.items() if not FACTOR.match(name) or len(shape) != 2]
-    if others and not found:
-        found[""] = f"it holds {join_first(others, 2)}, which are not A or B of a linear layer"
-    return found
 
 
 _Factors = tuple[tuple[str, str], Tensor, Tensor]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.kernels import full_tensor
 from loratune.lora import upstream
+from loratune.lora.adapter_config import FACTOR
 from loratune.lora.adapter_files import WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import WRAPPER_PREFIX, join_first
 
@@ -26,7 +27,18 @@ Weights = dict[str, torch.Tensor]
 
 
 KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
-"""Configuration keys that a sum of adapters copies from the first."""
+"""Keys of a configuration that a sum of adapters takes from the first."""
+_REASONS = {
+    "use_dora": "DoRA scales each row of the merged weight, which no sum of B·A does",
+    "bias": "it holds trained biases",
+    "lora_bias": "it holds trained biases",
+    "modules_to_save": "it holds modules that were trained whole",
+    "trainable_token_indices": "it holds embeddings of tokens that were trained whole",
+    "target_parameters": "it adapts stacked parameters, such as experts, instead of linear layers",
+    "layer_replication": "it repeats layers of the base",
+    "ensure_weight_tying": "it ties the adapters of the embeddings and of the output layer",
+}
+"""Key of the configuration → why an adapter that sets it is not plain LoRA."""
 _HARMLESS = {
     *KEPT, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out", "target_modules",
     "exclude_modules", "layers_to_transform", "layers_pattern", "auto_mapping", "inference_mode", "peft_version",
@@ -244,6 +256,46 @@ def effective_keys(files: AdapterFiles) -> list[str]:
     if all(".lora_A." in name or ".lora_B." in name for name in files.tensors):
         harmless = _HARMLESS | {"ensure_weight_tying"}  # no embeddings are adapted, or trained whole
     return [k for k, value in files.config.items() if k not in harmless and value and value != defaults.get(k)]
+
+
+def obstacles(files: AdapterFiles) -> dict[str, str]:
+    """Why an adapter is not plain LoRA of layers: key of its configuration → reason; empty if it is.
+
+    A reason that no key gives has the key "". No weights are read.
+    """
+    keys = effective_keys(files)
+    found = {key: _REASONS.get(key, f"{key} is set, which belongs to a variant of LoRA") for key in keys}
+    if files.changes_base:
+        found["init_lora_weights"] = f"PEFT changes the base's own weights as it loads it ({files.init})"
+    others = [name for name, shape in files.tensors.items() if not FACTOR.match(name) or len(shape) != 2]
+    if others and not found:
+        found[""] = f"it holds {join_first(others, 2)}, which are not A or B of a linear layer"
+    return found
+
+
+def check_scalable(files: AdapterFiles) -> None:
+    """Raises AdapterError: an adapter changes more than products B·A, which no scaling reaches."""
+    if problems := [
+        Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be scaled: {reason}", files.where, key)
+        for key, reason in obstacles(files).items()
+        if key not in _SCALABLE
+    ]:
+        raise AdapterError(problems)
+
+
+def scaled(files: AdapterFiles, scale: float) -> AdapterFiles:
+    """An adapter whose update is multiplied by a number: 0 gives the base, 1 the adapter as it was trained.
+
+    Raises AdapterError: see `check_scalable`.
+    """
+    check_scalable(files)
+    pattern = {name: scale * alpha for name, alpha in (files.config.get("alpha_pattern") or {}).items()}
+    changes = {"lora_alpha": scale * files.config["lora_alpha"], "alpha_pattern": pattern}
+    return replace(files, config=files.config | changes)
+
+
+_SCALABLE = ("target_parameters", "ensure_weight_tying")
+"""Keys with which all that an adapter changes are products B·A all the same."""
 
 
 def check_copies(files: AdapterFiles, base: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> None:

@@ -22,6 +22,7 @@ from loratune.events import progress
 from loratune.lora import attach
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
+from loratune.training.retention import Retention, is_text
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class BatchedDatasets:
         engine: Computes the losses of rows: validation rows during training, and all rows at its end.
         held_out: The pass over the validation rows, if there are any.
         notes: Lines on why rows could not be packed, and on what is not accelerated.
-        objective: The training objective.
+        objective: What is lowered.
+        retention: What keeps the model near what it was; None without a weight.
     """
 
     layouts: dict[str, BatchLayout]
@@ -43,6 +45,7 @@ class BatchedDatasets:
     held_out: ScoringPass | None
     notes: list[str]
     objective: Objective
+    retention: Retention | None = None
 
     @property
     def train(self) -> BatchLayout:
@@ -62,6 +65,13 @@ class BatchedDatasets:
         Returns:
             (length, supervised tokens) of its rows, and how many rows there are.
         """
+        lengths, rows = self._largest_of_rows()
+        if self.retention is None:
+            return lengths, rows
+        texts = [self.retention.size] * self.retention.texts_of_step
+        return [*lengths, *texts], rows + len(texts)
+
+    def _largest_of_rows(self) -> tuple[list[tuple[int, int]], int]:
         heaviest = self.train.heaviest()
         if not self.train.flat and not isinstance(self.objective, PreferenceObjective):
             supervised = self.train_rows.rows.supervised
@@ -221,10 +231,13 @@ class DistributedBatchSampler(Sampler[list[int]]):
         size: Items of a micro-step for each process.
         seed: Random seed of the order; the number of the epoch is added.
         group: The processes of the run.
+        retention: Its texts, which have the numbers after those of the items.
     """
 
-    def __init__(self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS):
-        self.items, self.size, self.seed, self.epoch = items, size, seed, 0
+    def __init__(
+        self, items: int, size: int, seed: int, group: Group = SINGLE_PROCESS, retention: Retention | None = None
+    ):
+        self.items, self.size, self.seed, self.epoch, self.retention = items, size, seed, 0, retention
         self.rank, self.processes = group.rank, group.count
 
     def set_epoch(self, epoch: int) -> None:
@@ -243,8 +256,15 @@ class DistributedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order()
-        for start in range(0, self.items, self.size * self.processes):
-            yield self._share(order[start : start + self.size * self.processes])
+        for number, start in enumerate(range(0, self.items, self.size * self.processes)):
+            own = self._share(order[start : start + self.size * self.processes])
+            yield [*own, *self._texts(self.epoch * len(self) + number)]
+
+    def _texts(self, micro_step: int) -> list[int]:
+        """The numbers of the texts that this process takes besides, see `Retention`."""
+        if self.retention is None:
+            return []
+        return self.retention.numbers(micro_step * self.processes + self.rank, self.items)
 
     def _share(self, numbers: list[int]) -> list[int]:
         """The part of a micro-step's items that this process takes."""
@@ -269,9 +289,9 @@ class Loader(DataLoader[Any]):
         pin_memory: bool,
     ):
         def batch(selected: Sequence[Any]) -> dict[str, torch.Tensor]:
-            if selected:
+            if not all(map(is_text, selected)):
                 return collate(selected)
-            idle = collate([items[0]])
+            idle = collate([items[0], *selected])
             return idle | {"labels": torch.full_like(idle["labels"], -100)}
 
         self.rows_sampler = sampler

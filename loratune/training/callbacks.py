@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import Weights, read_weights
 from loratune.system.launcher import Group
 from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkpoints, StepLosses
+from loratune.training.retention import RetentionTerm
 from loratune.training.upstream import TensorBoard
 
 _METRICS = ("reward_accuracy", "reward_margin")
@@ -44,11 +45,12 @@ class NonFiniteGuard(TrainerCallback):
     """Computes the loss of every micro-step, and ends the run as soon as a number is not finite.
 
     Attributes:
-        tokens: The tokens that this process has read since the last optimizer step.
-        norm: Returns the norm of the gradients of a step; set by the trainer.
-        before_first_step: Called before the first step; set by the trainer.
-        losses: The losses of the steps that were not reported yet.
-        objective: The training objective.
+        tokens: How many tokens this process has read since the last optimizer step.
+        norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
+        before_first_step: Called before the first step; set as `norm`. It leaves model and trainer as they are.
+        losses: Those of the steps that were not reported yet.
+        retention: The term that keeps the model near what it was; None without one.
+        objective: What the loss is.
     """
 
     norm: Callable[[], torch.Tensor]
@@ -57,7 +59,7 @@ class NonFiniteGuard(TrainerCallback):
     def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
         self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
         self.sum: torch.Tensor | None = None
-        self.tokens = 0
+        self.tokens, self.retention = 0, cast(RetentionTerm | None, None)
 
     def loss(
         self, model: Any, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -76,7 +78,7 @@ class NonFiniteGuard(TrainerCallback):
         value = total / (count if num_items_in_batch is None else num_items_in_batch)
         own = value.detach().clone()  # Trainer multiplies the loss in place, by the number of processes
         self.sum = own if self.sum is None else self.sum + own
-        return value
+        return value if self.retention is None else value + self.retention.of_batch(model, outputs.logits)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Before the first step, also of a resumed run."""
@@ -91,7 +93,8 @@ class NonFiniteGuard(TrainerCallback):
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
         self.sum, self.tokens = None, 0
-        for name, value in (("loss", loss), ("gradient norm", norm)):
+        divergence = 0.0 if self.retention is None else self.retention.end_step()
+        for name, value in (("loss", loss), ("gradient norm", norm), ("divergence from the base", divergence)):
             if not math.isfinite(value):
                 fix = "lower training.learning_rate, or train in float32"
                 if not state.global_step:

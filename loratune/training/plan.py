@@ -16,6 +16,7 @@ from loratune import kernels, memory
 from loratune.codes import Code
 from loratune.compare import preferences
 from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
+from loratune.data.rendering import Renderer
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import PlanEvent
@@ -30,12 +31,13 @@ from loratune.model.load import Base
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
-from loratune.training import auto, batching
+from loratune.training import auto, batching, retention
 from loratune.training.batching import BatchedDatasets
 from loratune.training.checkpoints.resume import ResumePoint
 from loratune.training.checkpoints.store import BestRecord, CheckpointRecord, Checkpoints
 from loratune.training.duration import EvaluationSteps, evaluation_steps
 from loratune.training.preflight import Run
+from loratune.training.retention import Retention
 from loratune.training.rows import TokenizedDatasets, tokenize
 
 COMPUTING_PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "bitsandbytes")
@@ -80,6 +82,11 @@ class Plan:
     checkpoints: Checkpoints
     notes: list[str]
     lower_rate: float
+
+    @property
+    def retention(self) -> Retention | None:
+        """What keeps the model near what it was; None without a weight."""
+        return self.batches.retention
 
     @property
     def resume_point(self) -> ResumePoint | None:
@@ -230,8 +237,8 @@ def make_plan(
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group)
-    items = len(batches.train.items)
-    known = replace(known, rows=items, rows_in_pack=datasets.train.items / items)
+    batches = _with_retention(batches, run, datasets, model.config, group)
+    known = replace(known, rows=(items := len(batches.train.items)), rows_in_pack=datasets.train.items / items)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
     _check_warmup(config.training, batches, group.count)
     adapter_init = creation.initialize_adapter(
@@ -241,7 +248,7 @@ def make_plan(
         originals=partial(stored.original_weights, config.model, base.model),
         start_from=run.start.info.files if run.start else None,
     )
-    record = _record(run, config, datasets, base, conditions(model, batches.engine.acceleration.fallbacks))
+    record = _record(run, config, datasets, base, conditions(model, batches.engine.acceleration.fallbacks), batches)
     packed, tokens = batches.train.flat, batches.train.total_tokens(config.training.max_steps).tolist()
     estimate = memory.estimate(model, *batches.largest(), config.training, packed=packed, batch_tokens=tokens)
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
@@ -266,8 +273,29 @@ def make_plan(
     )
 
 
+def _with_retention(
+    batches: BatchedDatasets, run: Run, datasets: TokenizedDatasets, model_config: Any, group: Group
+) -> BatchedDatasets:
+    """The batches with the texts of `retention`, if that has a weight. Raises as `retention.prompts`."""
+    section = run.config.retention
+    if not section.kl_weight:
+        return batches
+    given: list[Any] = []
+    if group.main:
+        renderer = Renderer(datasets.tokenizer, model_config.get_text_config().vocab_size)
+        chat = run.rows is not None and run.rows.train.chat
+        given = [*map(list, retention.prompts(renderer, run.config, chat, load.context_length(model_config)))]
+    texts = Retention.of(section, group.broadcast(given), batches.train)
+    return replace(batches, retention=texts, notes=[*batches.notes, str(texts)])
+
+
 def _record(
-    run: Run, config: RunConfig, datasets: TokenizedDatasets, base: Base, computed_with: dict[str, str]
+    run: Run,
+    config: RunConfig,
+    datasets: TokenizedDatasets,
+    base: Base,
+    computed_with: dict[str, str],
+    batches: BatchedDatasets,
 ) -> CheckpointRecord:
     """What checkpoints record of the run. Raises ResumeError: it differs from the run that was interrupted."""
     point, template = run.resume_point, template_fingerprint(config, datasets.tokenizer)
@@ -278,6 +306,7 @@ def _record(
         **({"test": datasets.test.fingerprint} if datasets.test else {}),
         **({"template": template} if template else {}),
         **({"start": run.start.digest} if run.start else {}),
+        **({"retention": batches.retention.fingerprint} if batches.retention else {}),
     }
     record = CheckpointRecord(
         config=config.resolved(),

@@ -7,8 +7,8 @@ of the loss on other rows, and the loss on test rows are measured.
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,10 +23,12 @@ from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective, order_note, set_reference
 from loratune.config import RunConfig
 from loratune.data import token_cache
-from loratune.errors import Problem
+from loratune.data.rendering import Renderer
+from loratune.errors import Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
+from loratune.system import launcher
 from loratune.text import plural
 from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
@@ -36,6 +38,14 @@ from loratune.training.processes import SharedStop
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
 loratune.json, which then stays below 200 kB."""
+
+
+class OutOfMemory(ResourceError):
+    """A step, or an evaluation, needs more memory than there is."""
+
+    def __init__(self, position: str, *, evaluating: bool):
+        super().__init__(Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory {position}"))
+        self.evaluating = evaluating
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,33 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
 # Before the first step
 
 
+def _before_training(plan: Plan) -> tuple[dict[str, Any], Callable[[], AbstractContextManager[None]]]:
+    """What decides what the model computes before its first step, as plain values; and a context in which it does."""
+    start = plan.run.start.digest if plan.run.start else ""
+    starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
+    identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
+    identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
+    identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
+    identity |= {"flat": plan.batches.engine.flat, "padded": plan.batches.engine.padded}
+    if starts_elsewhere:  # it is the model with the adapter that it starts from
+        return identity, nullcontext
+    weights = tensors.full_weights(plan.model)
+    return identity, partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
+
+
+def write_texts(plan: Plan) -> None:
+    """Give a run its texts of `retention`, and what the model predicts in them before its first step."""
+    if plan.retention is None:
+        return
+    identity, before = _before_training(plan)
+    renderer = Renderer(plan.datasets.tokenizer, plan.model.config.get_text_config().vocab_size)
+    engine, group = plan.batches.engine, plan.group
+    if group.main or launcher.sharding():  # whose forward passes all processes take part in
+        plan.retention.write(plan.model, engine, renderer, identity, before)
+    if not launcher.sharding():
+        plan.retention.set_numbers(group.broadcast(plan.retention.as_numbers() if group.main else []))
+
+
 def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
     """Set the reference log-probabilities of preference rows: those of the current model, before its first step. They
     are read from the cache if possible.
@@ -202,16 +239,8 @@ def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None 
     """
     if not isinstance(objective, PreferenceObjective):
         return
-    start, batches, group = plan.run.start.digest if plan.run.start else "", plan.batches, plan.group
-    starts_elsewhere, engine = bool(start) or plan.config.lora.init_lora_weights == "loftq", batches.engine
-    identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
-    identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
-    identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
-    identity |= {"flat": engine.flat, "padded": engine.padded}
-    inside = nullcontext
-    if not starts_elsewhere:  # otherwise it is the model with the adapter that it starts from
-        weights = tensors.full_weights(plan.model)
-        inside = partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)  # type: ignore[assignment]
+    batches, group, engine = plan.batches, plan.group, plan.batches.engine
+    identity, inside = _before_training(plan)
     for name, rows in objective.splits.items():
         dataset = rows.dataset
         if name == "train" and not objective.formula.has_reference and "validation" in batches.layouts:

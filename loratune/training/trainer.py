@@ -18,7 +18,7 @@ from loratune.codes import Code
 from loratune.compare.engine import ScoringPass
 from loratune.compare.metrics import RowLosses
 from loratune.config import TrainingSection
-from loratune.errors import Problem, ResourceError, ResumeError, is_out_of_memory
+from loratune.errors import Problem, ResumeError, is_out_of_memory
 from loratune.events import TrainingEvent, emit
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
@@ -30,7 +30,8 @@ from loratune.training.callbacks import BestStep, NonFiniteGuard, Pace, RunCallb
 from loratune.training.checkpoints.store import StepLosses
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
-from loratune.training.results import TrainedAdapter, thinned
+from loratune.training.results import OutOfMemory, TrainedAdapter, thinned
+from loratune.training.retention import RetentionTerm
 from loratune.training.upstream import (
     CheckpointTrainer,
     exclude_from_ddp,
@@ -38,14 +39,6 @@ from loratune.training.upstream import (
     training_arguments,
     use_one_gpu,
 )
-
-
-class OutOfMemory(ResourceError):
-    """A step, or an evaluation, needs more memory than there is."""
-
-    def __init__(self, position: str, *, evaluating: bool):
-        super().__init__(Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory {position}"))
-        self.evaluating = evaluating
 
 
 class NoStepLeft(Exception):
@@ -143,10 +136,12 @@ class RunTrainer(CheckpointTrainer):
     ):
         self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
         self.shape, self.keeps_checkpoints, self.oom_dry_run = tuple[int, ...](), True, oom_dry_run
+        self.items = self.batches.items if plan.retention is None else plan.retention.with_texts(self.batches.items)
         self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         point = plan.resume_point
         unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()
         self.guard = NonFiniteGuard(plan.checkpoints, stop.group, unreported, plan.batches.objective)
+        self.guard.retention = RetentionTerm.of(plan.retention, stop.group, point.record.divergences if point else None)
         self.guard.norm, self.guard.before_first_step = self.gradient_norm, self.before_first_step
         super().__init__(
             model=plan.model,
@@ -161,8 +156,9 @@ class RunTrainer(CheckpointTrainer):
 
     def get_train_dataloader(self) -> Loader:
         """The batches of this process."""
-        sampler = DistributedBatchSampler(len(self.batches.items), self.batches.size, self.args.seed, self.group)
-        return Loader(self.batches.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
+        size, seed, retention = self.batches.size, self.args.seed, self.plan.retention
+        sampler = DistributedBatchSampler(len(self.batches.items), size, seed, self.group, retention)
+        return Loader(self.items, sampler, self.batches.collate, pin_memory=self.args.dataloader_pin_memory)
 
     # Before and after the steps
 
@@ -178,8 +174,7 @@ class RunTrainer(CheckpointTrainer):
         done, steps, point = self.state.global_step, self.state.max_steps, self.plan.resume_point
         if done > steps:
             what = f"the run has taken {done} steps, but only {steps} are set"
-            fix = "set more, or start with --overwrite"
-            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix=fix))
+            raise ResumeError(Problem(Code.RESUME_CHANGED, what, key="training", fix="set more, or use --overwrite"))
         if point is not None:
             self.best.load(point.checkpoint, done)
             if point.has_other_validation(self.plan.checkpoints.record):
@@ -189,7 +184,8 @@ class RunTrainer(CheckpointTrainer):
         if done == 0:
             self.guard.objective.check_start(self.model, self._first_batch)
         if self.oom_dry_run:
-            batch = self.batches.collate([self.batches.items[number] for number in self.batches.heaviest()])
+            texts = [] if self.plan.retention is None else self.plan.retention.numbers(0, len(self.batches.items))
+            batch = self.batches.collate([self.items[number] for number in [*self.batches.heaviest(), *texts]])
             with torch.random.fork_rng():
                 self.dry_run_step(batch)
         if (validation := self.plan.batches.held_out) is not None:
@@ -210,6 +206,7 @@ class RunTrainer(CheckpointTrainer):
         """The first batch of the run; no random number is drawn for it."""
         with torch.random.fork_rng():
             batch: dict[str, Any] = next(iter(self.get_train_dataloader()))
+            batch.pop("teacher", None)
             return batch
 
     def _forget_evaluations(self, step: int | None = None) -> None:
@@ -272,10 +269,9 @@ class RunTrainer(CheckpointTrainer):
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            where = "in the evaluation after" if self.evaluating else "at"
-            step, shape = self.state.global_step + (not self.evaluating), " x ".join(map(str, self.shape))
-            position = f"{where} step {step}, on a batch of {shape} tokens"
-            raise OutOfMemory(position, evaluating=self.evaluating) from None
+            where, shape = "in the evaluation after" if self.evaluating else "at", " x ".join(map(str, self.shape))
+            where += f" step {self.state.global_step + (not self.evaluating)}, on a batch of {shape} tokens"
+            raise OutOfMemory(where, evaluating=self.evaluating) from None
 
     # Evaluations
 
@@ -330,6 +326,7 @@ class RunTrainer(CheckpointTrainer):
         """Report metrics, and how many tokens were read."""
         means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
         means |= self.guard.objective.logged(of_step=True) if means else {}
+        means |= {"divergence": self.guard.retention.steps.take_mean()} if means and self.guard.retention else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -337,10 +334,11 @@ class RunTrainer(CheckpointTrainer):
 
         With a key-value cache, which a model uses by default, it would treat packed rows as one row.
         """
-        self.guard.tokens += count_tokens(inputs)
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         self.guard.objective.set_loss_targets(self.model, prepared)
+        texts = 0 if self.guard.retention is None else self.guard.retention.set_teacher(self.model, prepared)
+        self.guard.tokens += max(0, count_tokens(inputs) - texts)
         return prepared | {"use_cache": False}
 
     def get_batch_samples(
@@ -348,6 +346,8 @@ class RunTrainer(CheckpointTrainer):
     ) -> tuple[list[Any], Any]:
         """The micro-steps of an optimizer step, and the divisor of its loss."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.guard.retention is not None:
+            self.guard.retention.begin_step(batches)
         return batches, self.guard.objective.begin_step(self.model, batches, count, self.group)
 
     # Checkpoints
@@ -366,6 +366,7 @@ class RunTrainer(CheckpointTrainer):
         """Write a checkpoint, which is whole or does not exist."""
         step, checkpoints = self.state.global_step, self.plan.checkpoints
         progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
+        progress |= {"divergences": self.guard.retention.steps} if self.guard.retention is not None else {}
         with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
             super()._save_checkpoint(model, trial)
             if checkpoints.is_writer:

@@ -127,6 +127,10 @@ class Renderer:
         check_tools_are_shown(self._template, chat)
         return self._template.text(chat, prompt=True)
 
+    def user_header(self) -> tuple[int, ...]:
+        """The ids after which a chat model writes a user's turn; of a model without a template, its first token."""
+        return tuple(self._encode.one(self._template.user_header())) or (self.eos if self._bos is None else self._bos,)
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of what determines the ids apart from the code: tokenizer, special tokens, template, libraries.

@@ -189,6 +189,13 @@ class ChatTemplate:
             return None
         return generation_ranges(chat.messages, chat.tools, self._source(chat), self._tokenizer.special_tokens_map)
 
+    def user_header(self) -> str:
+        """What the template writes before the content of a first turn of a user; empty without a template."""
+        if not self._tokenizer.chat_template:
+            return ""
+        marker = "\u241fquestion\u241f"
+        return self.text(TemplateInput([{"role": "user", "content": marker}])).partition(marker)[0]
+
     @cached_property
     def header(self) -> str:
         """The generation prompt after a user's turn; empty if it is not known."""

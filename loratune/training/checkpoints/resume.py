@@ -21,6 +21,7 @@ CHANGEABLE = (
     "training.per_device_train_batch_size", "training.gradient_accumulation_steps",
     "lora.lora_dropout", "lora.start_from", "data.train", "data.validation", "data.test", "data.chat_template",
     "model.name_or_path", "model.attn_implementation", "model.torch_compile", "model.use_liger_kernel",
+    "retention.prompts",
 )  # fmt: skip
 """Keys that a resumed run can change: they take effect from the next step on, and the rows stay the same.
 
@@ -33,6 +34,7 @@ CONTENTS = {
     "test": ("data.test", "test rows have"),
     "template": ("data.chat_template", "chat template has"),
     "start": ("lora.start_from", "adapter that the run started from has"),
+    "retention": ("retention.prompts", "prompts of retention have"),
     "base": ("model.name_or_path", "base model has"),
 }
 """Name of a fingerprint → the key of the content's path, and its description in messages. Any path that a run reads

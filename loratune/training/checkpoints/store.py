@@ -174,6 +174,7 @@ class CheckpointRecord(BaseModel):
     max_minutes: StrictFloat | None = None
     best: BestRecord | None = None
     unreported: StepLosses | None = None
+    divergences: StepLosses | None = None
     seconds: Annotated[float, Field(strict=True, ge=0)] = 0.0
 
     @model_validator(mode="after")

@@ -1,0 +1,365 @@
+"""Retention: training also holds the model to what it predicted before, on texts that it wrote itself (`retention`).
+
+Before the first step the model writes texts: a chat model from the header of a user's turn on, so that it writes the
+question and the answer; another one from its first token on; or answers to the prompts of a file. Its predictions at
+each token that it wrote are kept, as its most probable tokens. Each micro-step then holds a few of these texts, in the
+batch of its rows, and the loss has the term `kl_weight` times the mean divergence KL(before ‖ model) over their tokens.
+arXiv:2605.26097 compares this with other means against forgetting.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from loratune import kernels
+from loratune.codes import Code
+from loratune.compare.engine import Engine, ScoringLayout
+from loratune.config import RetentionSection, RunConfig, Source
+from loratune.data import token_cache
+from loratune.data.batches import pad
+from loratune.data.formats.recognition import parse_question
+from loratune.data.packing import BatchLayout, Items, PackedRows
+from loratune.data.rendering import Renderer
+from loratune.data.sources import read_rows
+from loratune.data.sources.rows import Row
+from loratune.errors import ConfigError, ModelError, Problem
+from loratune.events import progress
+from loratune.system.launcher import Group
+from loratune.text import plural
+from loratune.training.checkpoints.store import StepLosses
+
+TOP = 20
+"""Tokens whose probabilities are kept at each token of a text; all others count as one."""
+_BATCH = 16
+"""Texts that are written at once."""
+_PASS_TOKENS = 512
+"""Tokens of a batch whose predictions are read, and whose logits are in memory at once."""
+_SHARE = 0.2
+"""The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
+_SAMPLED_BATCHES = 64
+"""Batches by which the tokens of a micro-step are estimated."""
+NO_STOP = -1
+"""An end token that no vocabulary has."""
+
+Ids = Sequence[int]
+KEY = "retention"
+
+
+@dataclass(frozen=True)
+class RetentionText:
+    """A text of the model as it was before training.
+
+    Attributes:
+        ids: Its tokens, with those that it continues.
+        begin: How many tokens it continues.
+        top_ids: (tokens, K), the most probable tokens at each token that the model wrote.
+        log_probabilities: (tokens, K), float32, theirs in nats.
+    """
+
+    ids: tuple[int, ...]
+    begin: int
+    top_ids: NDArray[np.int64]
+    log_probabilities: NDArray[np.float32]
+
+    def row(self) -> dict[str, Any]:
+        """The text as a row of a batch, in which no token is supervised."""
+        teacher = self.begin - 1, self.top_ids, self.log_probabilities
+        return {"input_ids": [*self.ids], "labels": [-100] * len(self.ids), "teacher": teacher}
+
+
+@dataclass
+class Retention:
+    """The retention of a run.
+
+    Attributes:
+        section: Its settings.
+        given: What each text continues.
+        texts_of_step: How many texts go with the rows of a micro-step.
+        texts: The texts; none until they are written.
+    """
+
+    section: RetentionSection
+    given: Sequence[Ids]
+    texts_of_step: int
+    texts: Sequence[RetentionText] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The tokens of the longest text, and those of which predictions are compared."""
+        return max(map(len, self.given)) + self.section.max_new_tokens, self.section.max_new_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the texts continue."""
+        return hashlib.sha256(json.dumps([[*ids] for ids in self.given]).encode()).hexdigest()
+
+    def __str__(self) -> str:
+        """A line for the plan."""
+        return (
+            f"retention: the model writes {plural(len(self.given), 'text')} of {self.section.max_new_tokens} tokens "
+            f"before the first step; {self.texts_of_step} of them beside the rows of each micro-step"
+        )
+
+    @classmethod
+    def of(cls, section: RetentionSection, given: Sequence[Ids], layout: BatchLayout) -> "Retention":
+        """From the settings, what the texts continue, and the batches of the training rows."""
+        tokens = float(layout.total_tokens(_SAMPLED_BATCHES).mean()) if len(layout.items) >= layout.size else 0.0
+        longest = max(map(len, given)) + section.max_new_tokens
+        return cls(section, given, max(1, min(len(given), int(_SHARE * tokens / longest))))
+
+    def with_texts(self, items: Items) -> Items:
+        """Items of rows, and after them the texts, as items of the same kind."""
+        return ItemsWithTexts(items, self.texts)
+
+    def numbers(self, micro_step: int, first: int) -> list[int]:
+        """The numbers of the texts of a micro-step, in turn. first: that of the first text."""
+        start = micro_step * self.texts_of_step
+        return [first + (start + number) % len(self.texts) for number in range(self.texts_of_step)]
+
+    def write(
+        self,
+        model: Any,
+        engine: Engine,
+        renderer: Renderer,
+        identity: Mapping[str, Any],
+        before: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        """Have the model write the texts, and read what it predicts in them; or take both from the cache.
+
+        Args:
+            model: A `PeftModel` with its adapter.
+            engine: How it is computed.
+            renderer: Of its tokenizer.
+            identity: What decides the predictions beside the prompts and the settings, as plain values; `seed` is that
+                of the texts.
+            before: Makes a context in which the model computes as before its first step.
+
+        Raises:
+            ModelError: The model writes nothing but its end token.
+        """
+        settings = self.section.model_dump(exclude={"kl_weight"})
+        parts = ["retention", dict(identity), settings, TOP, [[*ids] for ids in self.given]]
+        key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        if (known := token_cache.load_values(key)) is not None:
+            self.texts = _from_numbers(known)
+            return
+        ends, longest = renderer.end_ids if self.section.prompts else (), self.section.max_new_tokens
+        with progress("writing texts of the base"), before():
+            new = write_texts(
+                model, self.given, longest, pad_id=engine.pad_id, end_ids=ends, seed=int(identity["seed"])
+            )
+            pairs = zip(self.given, new, strict=True)
+            written = [(ids, tokens) for ids, tokens in pairs if not {*tokens} <= {*renderer.end_ids}]
+            if not written:
+                what, fix = "the model writes nothing but its end token", "set prompts, or kl_weight to 0"
+                raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, key=KEY, fix=fix))
+            self.texts = read_predictions(model, engine, written)
+        token_cache.store_values(key, _as_numbers(self.texts))
+
+    def as_numbers(self) -> list[float]:
+        """The texts as plain numbers, for other processes."""
+        numbers: list[float] = _as_numbers(self.texts).tolist()
+        return numbers
+
+    def set_numbers(self, numbers: Sequence[float]) -> None:
+        """Take the texts from `as_numbers`."""
+        self.texts = _from_numbers(np.array(numbers))
+
+
+class RetentionTerm:
+    """The term of `retention` in the loss.
+
+    Attributes:
+        steps: The divergence of the steps since the last report.
+    """
+
+    def __init__(self, retention: Retention, group: Group, steps: StepLosses):
+        self._weight, self._group, self.steps = retention.section.kl_weight, group, steps
+        self._teacher: kernels.TeacherTargets | None = None
+        self._sum: torch.Tensor | None = None
+        self._tokens = 0
+
+    @classmethod
+    def of(cls, retention: Retention | None, group: Group, steps: StepLosses | None) -> "RetentionTerm | None":
+        """The term of a run, None without retention. steps: those of a checkpoint that no report has yet."""
+        return None if retention is None else cls(retention, group, replace(steps) if steps else StepLosses())
+
+    def begin_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the tokens whose predictions are compared in an optimizer step, over all processes."""
+        own = sum(len(batch["teacher"][0]) for batch in batches if "teacher" in batch)
+        self._tokens, self._sum = int(self._group.total([own])[0]), None
+
+    def set_teacher(self, model: Any, batch: dict[str, Any]) -> int:
+        """Take the predictions to compare with out of a batch, once the objective has taken its labels.
+
+        Returns how many tokens of the batch belong to texts.
+        """
+        *targets, tokens = batch.pop("teacher")
+        self._teacher = kernels.TeacherTargets(*targets)
+        kernels.set_teacher(model, self._teacher)
+        return int(tokens)
+
+    def of_batch(self, model: Any, logits: torch.Tensor) -> torch.Tensor:
+        """The term of a micro-step, a scalar. logits: what the model returned."""
+        assert self._teacher is not None
+        divergence = kernels.teacher_divergence(model, logits, self._teacher)
+        divergence = divergence / (self._tokens or len(self._teacher.places))
+        own = divergence.detach().clone()
+        self._sum = own if self._sum is None else self._sum + own
+        return self._weight * divergence
+
+    def end_step(self) -> float:
+        """The divergence of the optimizer step, nats per token, over all processes."""
+        found = self._group.total([0.0 if self._sum is None else float(self._sum)])[0]
+        self._sum = None
+        self.steps.add(found)
+        return found
+
+
+def is_text(item: Any) -> bool:
+    """Whether an item of a batch is a text, and not rows of the run."""
+    return "teacher" in (item[0] if isinstance(item, list) else item)
+
+
+class ItemsWithTexts:
+    """The items of the training rows, and after them the texts, as items of the same kind."""
+
+    def __init__(self, items: Items, texts: Sequence[RetentionText]):
+        """items: rows, or packs of rows."""
+        self._items, self._texts = items, texts
+
+    def __len__(self) -> int:
+        return len(self._items) + len(self._texts)
+
+    def __getitem__(self, number: int, /) -> Any:
+        if number < len(self._items):
+            return self._items[number]
+        row = self._texts[number - len(self._items)].row()
+        return [row] if isinstance(self._items, PackedRows) else row
+
+
+# Writing the texts
+
+
+def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None) -> list[tuple[int, ...]]:
+    """What the texts continue: prompts of the file; or the header of a user's turn, or the first token.
+
+    Args:
+        renderer: Renders prompts.
+        run: The config.
+        chat: Whether the rows of the run are conversations; then text is a user's turn.
+        context: The positions of the model, if they are known.
+
+    Raises:
+        DataError: The file has no prompts, or they cannot be read or rendered.
+        ConfigError: A text would be longer than the context of the model.
+    """
+    section = run.retention
+    given = [renderer.user_header()] * section.num_samples
+    if section.prompts is not None:
+        rows = read_rows(Source(path=section.prompts))
+        chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: section.num_samples]
+        given = [_prompt(renderer, rows[number], run, chat) for number in sorted(chosen.tolist())]
+    longest = max(map(len, given)) + section.max_new_tokens
+    if context is not None and longest > context:
+        what = f"a text would have {longest} tokens, but the model has {context} positions"
+        fix = f"lower it to {max(1, section.max_new_tokens - longest + context)}"
+        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="retention.max_new_tokens", fix=fix))
+    return given
+
+
+def _prompt(renderer: Renderer, row: Row, run: RunConfig, chat: bool) -> tuple[int, ...]:
+    question = parse_question(row, run.data)
+    turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
+    return renderer.prompt(turns or question.prompt, row.where, question.tools)
+
+
+def write_texts(
+    model: Any, given: Sequence[Ids], max_new_tokens: int, *, pad_id: int, end_ids: Sequence[int], seed: int
+) -> Iterator[list[int]]:
+    """Continue prompts by tokens that are drawn with the probabilities of a model.
+
+    Args:
+        model: A `PeftModel`.
+        given: The prompts.
+        max_new_tokens: Of each text, at most.
+        pad_id: The token for padding.
+        end_ids: Tokens that end a text; none for texts that all have `max_new_tokens`.
+        seed: Of the draws.
+
+    Returns:
+        The new tokens of each text, with the one that ends it.
+    """
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+        eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=pad_id,
+    )  # fmt: skip
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        torch.manual_seed(seed)
+        for start in range(0, len(given), _BATCH):
+            batch = pad([{"input_ids": ids} for ids in given[start : start + _BATCH]], pad_id, "left")
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            for ids in model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist():
+                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+                yield ids[:end]
+    model.train(was_training)
+
+
+def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Ids]]) -> list[RetentionText]:
+    """What a model predicts at each token of texts. written: what each continues, and its tokens after that."""
+    rows = [{"input_ids": [*before, *new], "labels": [-100] * len(before) + [*new]} for before, new in written]
+    scoring = ScoringLayout(engine.flat, None, engine.pad_id, _PASS_TOKENS if engine.padded else 0)
+    layout = scoring.layout(rows, np.array([len(row["input_ids"]) for row in rows]))
+    found = dict[int, RetentionText]()
+    was_training = model.training
+    model.eval()
+    with engine.acceleration.applied(model), torch.inference_mode():
+        for numbers in scoring.batches(layout, range(len(rows))):
+            batch = layout.collate([rows[number] for number in numbers])
+            labels, _ = batch.pop("labels"), batch.pop("lengths")
+            at = (labels[:, 1:] >= 0).nonzero()
+            logits = kernels.logits_at(model, batch, at[:, 0] * labels.shape[1] + at[:, 1])
+            counts = [len(written[number][1]) for number in numbers]
+            parts = (torch.split(part.cpu(), counts) for part in kernels.most_probable(logits, TOP))
+            for number, ids, values in zip(numbers, *parts, strict=True):
+                before, new = written[number]
+                found[number] = RetentionText((*before, *new), len(before), ids.numpy(), values.numpy())
+    model.train(was_training)
+    return [found[number] for number in range(len(rows))]
+
+
+def _as_numbers(texts: Sequence[RetentionText]) -> NDArray[np.float64]:
+    """Texts as one array: of each its tokens, those that it continues, K, its ids, and what is kept of predictions."""
+    parts = list[Any]()
+    for text in texts:
+        parts += [[len(text.ids), text.begin, text.top_ids.shape[1]], text.ids]
+        parts += [text.top_ids.ravel(), text.log_probabilities.ravel()]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _from_numbers(values: NDArray[np.float64]) -> list[RetentionText]:
+    texts = list[RetentionText]()
+    while len(values):
+        length, begin, top = values[:3].astype(int).tolist()
+        count = (length - begin) * top
+        ids, top_ids, logs, values = np.split(values[3:], np.cumsum([length, count, count]))
+        shape = length - begin, top
+        texts.append(
+            RetentionText(
+                tuple(ids.astype(int).tolist()),
+                begin,
+                top_ids.astype(np.int64).reshape(shape),
+                logs.astype(np.float32).reshape(shape),
+            )
+        )
+    return texts

@@ -1,0 +1,183 @@
+"""Retention: the model is held to what it predicted before training, on texts that it wrote itself."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROWS, Ran, check_refused, write_rows
+from fork_server import ForkServer
+from peft import PeftModel
+from running import WEIGHTS, Cli, MakeConfig, before_batch, curve
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import loratune
+from loratune.codes import Code
+from loratune.lora import tensors
+from loratune.training import results, retention
+
+SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
+PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 7"} for row in ROWS]
+
+
+def record_of(output: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((output / "loratune.json").read_text())
+    return record
+
+
+def trained(cli: Cli, config: Path, output: Path, *arguments: str) -> tuple[bytes, list[dict[str, float]]]:
+    ran = cli("train", config, "--set", f"output_dir={output}", *arguments)
+    assert ran.code == 0, ran.err
+    return (output / WEIGHTS).read_bytes(), record_of(output)["curve"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"data": {"packing": "none"}}, {"data": {"packing": "full"}}])
+def test_it_keeps_the_model_nearer_to_its_base(
+    changes: dict[str, dict[str, str]], cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    plain = run_config(training={"num_train_epochs": 4}, **changes)
+    held = run_config("held.yaml", training={"num_train_epochs": 4}, retention=SETTINGS, **changes)
+    adapter, of_plain = trained(cli, plain, tmp_path / "plain")
+    other, of_held = trained(cli, held, tmp_path / "held")
+    assert adapter != other
+    assert all("divergence" not in step for step in of_plain)
+    divergences = [step["divergence"] for step in of_held if "divergence" in step]
+    assert abs(divergences[0]) < 1e-5 < divergences[-1]
+    assert of_held[0]["loss"] == pytest.approx(of_plain[0]["loss"], rel=1e-5)
+    assert record_of(tmp_path / "held")["metrics"]["tokens"] == record_of(tmp_path / "plain")["metrics"]["tokens"]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_three_steps_are_those_of_plain_torch(
+    accumulation: int, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Rows and texts one by one in stock transformers and PEFT, with divergences of the whole vocabulary, in which all
+    tokens but the most probable ones are added up."""
+    settings = {"max_steps": 3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": 3}
+    settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
+    path = run_config(training=settings, retention=SETTINGS)
+    _, logged = trained(cli, path, tmp_path / "ours")
+    plan = loratune.plan(loratune.load_config(path, {"output_dir": tmp_path / "plan"}))
+    results.write_texts(plan)
+    assert plan.retention is not None
+    texts, each = plan.retention.texts, plan.retention.texts_of_step
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(plan.config.model.name_or_path), tmp_path / "ours", is_trainable=True
+    )
+    start = {name: value.clone() for name, value in tensors.weights(plan.model).items()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(start[name.replace(".default", "")])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(plan.config.model.name_or_path)
+    losses, divergences = [], []
+    for step in range(3):
+        size = 4 * accumulation
+        rows = [ROWS[number] for number in order[step * size : (step + 1) * size]]
+        numbers = range(step * accumulation * each, (step + 1) * accumulation * each)
+        total, count = torch.zeros(()), 0
+        for row in rows:
+            before = tokenizer(row["prompt"]).input_ids
+            ids = torch.tensor([[*before, *tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id]])
+            logits = model(ids).logits[0]
+            total = total + functional.cross_entropy(
+                logits[len(before) - 1 : -1], ids[0, len(before) :], reduction="sum"
+            )
+            count += ids.shape[1] - len(before)
+        divergence, tokens = torch.zeros(()), 0
+        for text in (texts[number % len(texts)] for number in numbers):
+            ids = torch.tensor([text.ids])
+            with torch.no_grad(), model.disable_adapter():
+                of_base = model(ids).logits[0, text.begin - 1 : -1].softmax(-1)
+            ours = model(ids).logits[0, text.begin - 1 : -1].softmax(-1)
+            top = of_base.topk(retention.TOP).indices
+            merged = [
+                torch.cat([p.gather(1, top), 1 - p.gather(1, top).sum(1, keepdim=True)], 1) for p in (of_base, ours)
+            ]
+            divergence = divergence + (merged[0] * (merged[0].log() - merged[1].log())).sum()
+            tokens += len(top)
+        loss, kept = total / count, divergence / tokens
+        losses.append(loss.item())
+        divergences.append(kept.item())
+        optimizer.zero_grad()
+        (loss + 2.0 * kept).backward()
+        optimizer.step()
+    assert [step["loss"] for step in logged] == pytest.approx(losses, rel=1e-4)
+    assert [step["divergence"] for step in logged] == pytest.approx(divergences, rel=1e-3, abs=1e-5)
+    ours = load_file(tmp_path / "ours" / WEIGHTS)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = name.replace(".default", "")
+            moved = (parameter.detach() - start[key]).norm()
+            assert float((parameter.detach() - ours[key]).norm()) < 2e-3 * float(moved), key
+
+
+def test_an_interrupted_run_has_the_same_bytes(processes: ForkServer, run_config: MakeConfig, tmp_path: Path) -> None:
+    settings = {"max_steps": 6, "save_steps": 1, "logging_steps": 2}
+    path = run_config(training=settings, retention=SETTINGS)
+    straight = processes.start("train", path, "--set", f"output_dir={tmp_path / 'straight'}")
+    assert straight.wait() == 0, straight.said()
+    child = processes.start("train", path, first=before_batch(3, "signal.raise_signal(signal.SIGINT)"))
+    assert child.wait() == 130, child.said()
+    resumed = processes.start("train", path, "--resume")
+    assert resumed.wait() == 0, resumed.said()
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "straight" / WEIGHTS).read_bytes()
+    ours, others = (record_of(tmp_path / name) for name in ("out", "straight"))
+    assert curve(ours) == curve(others)
+    found = [[step["divergence"] for step in record["curve"]] for record in (ours, others)]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_beside_preferences(objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    rows: Sequence[dict[str, Any]] = PAIRS
+    if objective == "kto":
+        rows = [{**row, "label": number % 2 == 0} for number, row in enumerate(ROWS)]
+    data = {"train": str(write_rows(tmp_path / "compared.jsonl", rows))}
+    settings = {"objective": objective, "max_steps": 4}
+    _, plain = trained(cli, run_config(data=data, training=settings), tmp_path / "plain")
+    held = run_config("held.yaml", data=data, training=settings, retention=SETTINGS)
+    _, logged = trained(cli, held, tmp_path / "held", "--allow-worse")
+    assert logged[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-4)
+    assert abs(logged[0]["divergence"]) < 1e-5 < logged[-1]["divergence"]
+
+
+def test_prompts_of_a_file(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "say"}, {"prompt": "what is"}])
+    path = run_config(training={"max_steps": 2}, retention=SETTINGS | {"prompts": str(prompts)})
+    plan = loratune.plan(loratune.load_config(path))
+    assert plan.retention is not None and len(plan.retention.given) == 2
+    assert any("retention" in note for note in plan.all_notes())
+    assert plan.datasets.tokenizer.decode(plan.retention.given[0]) == "say"
+    trained(cli, path, tmp_path / "done")
+    write_rows(prompts, [])
+    ran = cli("train", path, "--set", f"output_dir={tmp_path / 'none'}")
+    assert ran.code == 4 and not (tmp_path / "none").exists(), ran.err
+
+
+def test_what_cannot_be_done_is_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    path = run_config(retention={"kl_weight": 1.0, "max_new_tokens": 512})
+    check_refused(cli("train", path), 2, (Code.DATA_TOO_LONG, "", "retention.max_new_tokens"))
+    for value in ("-1", "nan", "yes"):
+        ran: Ran = cli("train", path, "--set", f"retention.kl_weight={value}")
+        assert ran.code == 2 and "retention.kl_weight" in ran.err
+
+
+def test_a_base_that_writes_only_its_end(cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retention, "write_texts", lambda model, given, *_, **__: [[256, 256]] * len(given))
+    path = run_config(training={"seed": 11}, retention=SETTINGS)  # of which no texts are in the cache
+    check_refused(cli("train", path), 3, (Code.MODEL_UNSUPPORTED, "", "retention"))
+
+
+def test_texts_survive_as_numbers() -> None:
+    plan = [retention.RetentionText((1, 2, 3, 4), 2, torch.arange(6).view(2, 3).numpy(), torch.rand(2, 3).numpy())] * 2
+    found = retention._from_numbers(retention._as_numbers(plan))
+    assert [(text.ids, text.begin) for text in found] == [((1, 2, 3, 4), 2)] * 2
+    assert all((one.top_ids == two.top_ids).all() for one, two in zip(found, plan, strict=True))
+    assert all((one.log_probabilities == two.log_probabilities).all() for one, two in zip(found, plan, strict=True))
