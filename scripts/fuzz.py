@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import yaml
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -193,6 +193,7 @@ def rows(scratch: Path, ends: Ends) -> Callable[..., None]:
     renderer, path = Renderer(byte_level()), scratch / "rows.jsonl"
     choices = st.sampled_from(["completion", "assistant", "all"])
 
+    @example([{"prompt": "a", "completion": "b"}], [], "completion", "keep_completion")  # one that is valid
     @given(FILES, BYTES, choices, st.sampled_from(["keep_completion", "drop", "error"]))
     def property(file_rows: list[Any], edits: list[Any], loss_on: str, truncation: str) -> None:
         raw = b"".join(json.dumps(row).encode() + b"\n" for row in file_rows)

@@ -132,7 +132,8 @@ class Sweep:
     def _identity(self) -> dict[str, str]:
         """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
-        skipped = (*_NOT_COMPARED, *places, *self.grid.keys)
+        unused = () if self.run.config.retention.kl_weight else ("retention",)  # earlier studies have no such section
+        skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused)
         shared = {
             key: value
             for key, value in keys.flat(self.run.config.resolved()).items()
