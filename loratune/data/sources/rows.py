@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
+from itertools import chain, compress
 from typing import Any, BinaryIO, TextIO
 
 from loratune.codes import Code
@@ -220,25 +220,25 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
             number of records.
     """
     text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-    reader, header, line = csv.reader(text, strict=True), list[str](), 1
-    while True:
+    header, line = list[str](), 0
+    for first in text:
+        line += 1
+        if first in ("\n", "\r\n"):
+            continue
+        reader = csv.reader(chain((first,), text), strict=True)
         try:
-            for cells in reader:
-                if not cells:
-                    line += 1
-                    continue
-                if header:
-                    yield _record(cells, header, name, line)
-                else:
-                    header = _header(cells, name, line)
-                line = reader.line_num + 1
-            return
+            cells = next(reader)
         except csv.Error as error:
             problem = Problem(Code.DATA_SYNTAX, f"not valid CSV: {error}", f"{name}:{line}", fix=_FIX_LINE)
-            if not header or reader.line_num > line:
+            if not header or reader.line_num > 1:
                 raise DataError(problem) from None
             yield problem
-            line = reader.line_num + 1
+            continue
+        if cells and header:
+            yield _record(cells, header, name, line)
+        elif cells:
+            header = _header(cells, name, line)
+        line += reader.line_num - 1
 
 
 def _record(cells: list[str], header: list[str], name: str, line: int) -> RowOrProblem:
