@@ -1,7 +1,6 @@
 """Files, directories, globs and hub ids → rows: what is accepted, and which line of invalid input is reported."""
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -118,7 +117,7 @@ BLANK = {
 
 @pytest.mark.parametrize(("name", "content", "places"), BLANK.values(), ids=BLANK)
 def test_blank_text_is_skipped_quickly(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
-    """In at most 20 times the time of a loop over as many lines. It once took 1,000 times as long."""
+    """At tens of MB/s, even in a gzip file, with correct line numbers afterwards. Regression: it was 0.2 MB/s."""
     path = tmp_path / f"{name}.gz"
     path.write_bytes(gzip.compress(content, 1))
     start = time.process_time()
@@ -126,10 +125,7 @@ def test_blank_text_is_skipped_quickly(tmp_path: Path, name: str, content: bytes
         found = [row.where for row in read(path)]
     except DataError as error:
         found = [problem.where for problem in error.problems]
-    elapsed, start = time.process_time() - start, time.process_time()
-    for _ in io.BytesIO(content + b"\n" * len(content)):
-        pass
-    assert elapsed < 20 * (time.process_time() - start)
+    assert time.process_time() - start < len(content) / 5e6
     assert found == [f"{path}:{place}" for place in places]
 
 
