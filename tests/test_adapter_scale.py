@@ -1,11 +1,12 @@
 """`--adapter-scale`: an adapter's update, multiplied by a number."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, check_refused, write_rows
+from conftest import ROWS, check_refused, meanings, write_rows
 from peft import PeftModel
 from running import WEIGHTS, Cli, MakeConfig
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import loratune
 from loratune.codes import Code
+from loratune.errors import ConfigError
 
 PROMPTS = [f"{number} and {number} make" for number in range(3)]
 
@@ -102,3 +104,15 @@ def test_a_table_of_scales(adapter: Path, cli: Cli, tmp_path: Path) -> None:
 def test_scales_that_are_none_are_refused(value: str, adapter: Path, cli: Cli) -> None:
     ran = cli("evaluate", "--adapter", adapter, "--data", "rows.jsonl", "--adapter-scale", value)
     check_refused(ran, 2, (Code.USAGE_BAD_VALUE, "", "--adapter-scale"))
+
+
+def test_scales_of_a_program_are_checked_as_those_of_a_command(adapter: Path) -> None:
+    opened, rows = loratune.Adapter(adapter), [{"prompt": "a:", "chosen": "b", "rejected": "c"}]
+    for scales in ([], [3.0], [0.5] * 51):
+        with pytest.raises(ConfigError) as error:
+            opened.evaluate_scales(ROWS, scales)
+        assert meanings(error.value)[0][::2] == (Code.USAGE_BAD_VALUE, "--adapter-scale")
+    for method in (partial(opened.evaluate_scales, scales=[1]), opened.evaluate):
+        with pytest.raises(ConfigError) as error:
+            method(rows, metrics="contains")
+        assert meanings(error.value)[0][::2] == (Code.USAGE_CONFLICT, "--metric")

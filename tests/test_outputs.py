@@ -310,3 +310,19 @@ def test_full_disk_leaves_the_old_output_unchanged(tmp_path: Path) -> None:
     for name in ("new", "old"):
         assert subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=False).returncode == 8
     assert tree(tmp_path) == {"old": b"precious"}
+
+
+def test_an_interrupt_just_after_the_creation_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes before the new file is in use."""
+    create = os.open
+
+    def interrupted(path: Any, *args: Any) -> int:
+        os.close(create(path, *args))
+        assert list(tmp_path.iterdir()) == [path]
+        raise KeyboardInterrupt
+
+    made = output(tmp_path / "answers.jsonl")
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), made.opened():
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
 from loratune.api import MergedDtype, Overrides, Rows, StrPath, assignments, libraries
-from loratune.api.adapters import Adapters, checked_scale, output_directory, scaled, source_of
+from loratune.api.adapters import Adapters, check_metrics, checked_scales, output_directory, scaled, source_of
 from loratune.api.functions import push
 from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
@@ -199,9 +199,7 @@ class Adapter(Adapters):
                 requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
                 if overlap.unknown:
                     note(overlap.unknown)
-            if parsed and split.kind is not None:
-                what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
-                raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, known_metrics.OPTION, fix))
+            check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             with libraries():
                 from loratune.commands import evaluate
@@ -232,8 +230,9 @@ class Adapter(Adapters):
                 from loratune.compare import metrics as known_metrics
                 from loratune.compare.answers import Judging
 
-            scales = [*dict.fromkeys(map(checked_scale, scales))]
+            scales = checked_scales(scales)
             parsed, split = known_metrics.parse(_listed(metrics)), self._read(rows)
+            check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
             found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from loratune.commands.chat import Chat
     from loratune.commands.export import Exported
     from loratune.commands.generate import Answer
+    from loratune.compare.metrics import Metric
+    from loratune.data import DatasetSplit
     from loratune.data.sources import GivenRows
     from loratune.data.sources.rows import Row
 
@@ -219,10 +221,15 @@ def parse_scales(text: str) -> tuple[float, ...]:
     if is_range:
         first, last, step = found
         found = [round(first + step * count, 9) for count in range(int((last - first) / step + 1e-9) + 1)]
-    if not 0 < len(found) <= _MOST_SCALES:
-        what = f"{len(found)} scales are not from 1 to {_MOST_SCALES}"
+    return checked_scales(found)
+
+
+def checked_scales(scales: Sequence[float]) -> tuple[float, ...]:
+    """Scales without duplicates. Raises ConfigError: one is not a number from 0 to 2; there are none, or too many."""
+    if not 0 < len(scales) <= _MOST_SCALES:
+        what = f"{len(scales)} scales are not from 1 to {_MOST_SCALES}"
         raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--adapter-scale"))
-    return tuple(dict.fromkeys(found))
+    return tuple(dict.fromkeys(map(checked_scale, scales)))
 
 
 def checked_scale(scale: float) -> float:
@@ -286,3 +293,10 @@ def output_directory(
         inputs[f"--adapter {name}".strip()] = str(one.path)
         inputs[f"the base of {name}" if name else "the base"] = local_or_hub(one.base.name_or_path)
     return OutputDirectory.at(fspath(output), overwrite=overwrite, inputs=[*inputs.items()]).check()
+
+
+def check_metrics(metrics: "Sequence[Metric]", split: "DatasetSplit") -> None:
+    """Raises ConfigError: the metrics are of written answers, and the rows are preferences."""
+    if metrics and split.kind is not None:
+        what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
+        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, "--metric", fix))

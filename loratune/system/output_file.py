@@ -131,21 +131,25 @@ class Output:
         short = os.fsencode(self.path.name)[:_NAME_BYTES].decode(errors="ignore")
         unfinished = self.path.with_name(f".{short}.{secrets.token_hex(6)}.unfinished")
         try:
-            handle = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            with _text(self._created(unfinished)) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:  # also of a signal between the creation of the file, whose name is random, and its use
+            with suppress(OSError):
+                unfinished.unlink()
+            raise
+        self._rename(unfinished)
+
+    def _created(self, unfinished: Path) -> int:
+        """The handle of a new file. Raises ConfigError: it cannot be created."""
+        try:
+            return os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except OSError as error:
             if is_disk_full(error):
                 raise
             what = f"cannot be written: {error.strerror}"
             raise ConfigError(Problem(Code.OUTPUT_UNUSABLE, what, self.named, self.key)) from None
-        try:
-            with _text(handle) as file:
-                yield file
-                file.flush()
-                os.fsync(handle)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        self._rename(unfinished)
 
     def _rename(self, unfinished: Path) -> None:
         """Give the complete file its name, unless another file has taken it in the meantime."""
