@@ -1,7 +1,6 @@
 """Files, directories, globs and hub ids → rows: what is accepted, and which line of invalid input is reported."""
 
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -118,9 +117,7 @@ BLANK = {
 
 @pytest.mark.parametrize(("name", "content", "places"), BLANK.values(), ids=BLANK)
 def test_blank_text_is_skipped_quickly(tmp_path: Path, name: str, content: bytes, places: list[int | str]) -> None:
-    """In at most 5 times the time of a loop over as many lines, even in a gzip file, with correct line numbers
-    afterwards. Where that loop reads 25 MB/s, this is the bound of 5 MB/s; measured: 0.1 to 3.3 times. Regression: it
-    was 0.2 MB/s."""
+    """At tens of MB/s, even in a gzip file, with correct line numbers afterwards. Regression: it was 0.2 MB/s."""
     path = tmp_path / f"{name}.gz"
     path.write_bytes(gzip.compress(content, 1))
     start = time.process_time()
@@ -128,10 +125,7 @@ def test_blank_text_is_skipped_quickly(tmp_path: Path, name: str, content: bytes
         found = [row.where for row in read(path)]
     except DataError as error:
         found = [problem.where for problem in error.problems]
-    elapsed, start = time.process_time() - start, time.process_time()
-    for _ in io.BytesIO(content + b"\n" * len(content)):
-        pass
-    assert elapsed < 5 * (time.process_time() - start)
+    assert time.process_time() - start < len(content) / 5e6
     assert found == [f"{path}:{place}" for place in places]
 
 

@@ -26,6 +26,8 @@ csv.field_size_limit(1 << 28)  # csv's own limit of 128 KiB a cell is shorter th
 _BOM = "\ufeff"
 _BAD_BYTE = re.compile("[\udc80-\udcff]")
 """A byte that is not UTF-8, as decoded by `surrogateescape`; valid UTF-8 never decodes to these characters."""
+_CSV_PIECE = re.compile(r"[^\n]*\n+|[^\n]+")
+"""A line with the blank lines after it, which `csv.reader` takes at once, between records and within a cell."""
 _FIX_LINE, _FIX_FILE = "correct the line, or remove it", "correct the file, or write it again"
 _FIX_ENCODING = "save the file as UTF-8"
 
@@ -188,17 +190,21 @@ def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | Problem]:
     """The non-blank lines of a file with their numbers, or the problem of a line that is not UTF-8."""
     number = 1
-    while lines := file.readlines(BLOCK):
-        for place, raw in compress(enumerate(lines, number), map(bytes.strip, lines)):
+    while block := file.read(BLOCK) + file.readline():
+        first, number = number, number + block.count(b"\n")
+        if block.isspace():
+            continue
+        lines = block.split(b"\n")
+        del block  # a line may be as large as the file
+        for place, raw in compress(enumerate(lines, first), map(bytes.strip, lines)):
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
                 yield _encoding_problem(error.start + 1, raw[error.start], f"{name}:{place}")
                 continue
-            text = (text.removeprefix(_BOM) if place == 1 else text).rstrip("\r\n")
+            text = (text.removeprefix(_BOM) if place == 1 else text).rstrip("\r")
             if text.strip():
                 yield place, text
-        number += len(lines)
 
 
 def _encoding_problem(byte: int, value: int, where: str) -> Problem:
@@ -212,6 +218,20 @@ def text_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         yield line if isinstance(line, Problem) else Row(f"{name}:{line[0]}", {"text": line[1]})
 
 
+class _CsvLines:
+    """The text of a CSV file: each line with the blank lines after it. number: of the line after those taken."""
+
+    def __init__(self, file: BinaryIO):
+        self.number = 1
+        self._text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
+
+    def __iter__(self) -> Iterator[str]:
+        while block := self._text.read(BLOCK) + self._text.readline():
+            for piece in _CSV_PIECE.findall(block):
+                self.number += piece.count("\n")
+                yield piece
+
+
 def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a CSV file: a header, then records, which take several lines where a quoted cell holds newlines.
 
@@ -219,11 +239,13 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
         DataError: The header is not valid, or a record of several lines is not valid: its quoted cell may contain any
             number of records.
     """
-    text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="\n")
-    header, line = list[str](), 0
-    for first in text:
-        line += 1
-        if first in ("\n", "\r\n"):
+    lines, header = _CsvLines(file), list[str]()
+    text = iter(lines)
+    while True:
+        line = lines.number
+        if (first := next(text, None)) is None:
+            return
+        if not first.strip("\r\n"):
             continue
         reader = csv.reader(chain((first,), text), strict=True)
         try:
@@ -238,7 +260,6 @@ def csv_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
             yield _record(cells, header, name, line)
         elif cells:
             header = _header(cells, name, line)
-        line += reader.line_num - 1
 
 
 def _record(cells: list[str], header: list[str], name: str, line: int) -> RowOrProblem:
