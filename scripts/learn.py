@@ -33,8 +33,10 @@ from learning.experiments import EXPERIMENTS, Spec
 from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
+from loratune.adapter.generation import LoadedAdapter
 from loratune.commands.evaluate import engine_of
 from loratune.commands.train import train as train_run
+from loratune.compare import behavior
 from loratune.config import Source
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
@@ -54,6 +56,8 @@ TRAINING: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "save_steps": 10**6,
 }
+_ANSWERS = dict[str, Any]()
+"""Base → its answers to everyday instructions, with the prompts."""
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "k", "v", "o"]}
 """What holds where a run does not say otherwise."""
 
@@ -86,7 +90,7 @@ def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) ->
     }
     for key, value in one["settings"].items():
         section, _, field = key.partition(".")
-        values[section][field] = str(paths["validation"]) if key == "data.validation" else value
+        values.setdefault(section, {})[field] = str(paths["validation"]) if key == "data.validation" else value
     if "max_steps" in values["training"]:
         del values["training"]["num_train_epochs"]
     return values
@@ -128,7 +132,7 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
     info = AdapterDirectory.open(adapter)
     loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {} if base else _behavior(loaded)
     for name, path, section in (
         ("rows", held_out, loaded.data),
         ("text", text, loaded.data.model_copy(update={"format": "text", "columns": {}})),
@@ -144,6 +148,23 @@ def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str,
             f"{name}_loss": float(nats.sum() / sum(tokens)),
         }
     return found
+
+
+def _behavior(loaded: LoadedAdapter) -> dict[str, Any]:
+    """How far an adapter moves its base on the base's own answers to everyday instructions."""
+    base = str(loaded.model.get_base_model().config.name_or_path)
+    if base not in _ANSWERS:
+        _, given = behavior.prompts(loaded.renderer, None)
+        with loaded.without_adapter():
+            _ANSWERS[base] = list(zip(given, loaded.complete(given, behavior.ANSWER_TOKENS), strict=True))
+    nats, equal, tokens = behavior.compare_tokens(
+        loaded.model, engine_of(loaded), loaded.without_adapter, _ANSWERS[base]
+    )
+    found = behavior.Behavior.of(nats, equal, tokens)
+    return {
+        "behavior_nats": packed(nats.tolist()), "behavior_tokens": tokens.astype(int).tolist(),
+        "divergence": found.divergence, "agreement": found.agreement,
+    }  # fmt: skip
 
 
 def unrelated_text(work: Path) -> Path:

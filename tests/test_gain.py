@@ -164,10 +164,10 @@ def gain_line(ran: Ran) -> str:
 
 
 def by_hand(base_dir: Path, out: Path, texts: Sequence[str] = ()) -> list[RowLosses]:
-    """The loss of each row of ROWS, or of the first 128 tokens of texts, for base and adapter, by stock PEFT in
+    """The loss of each row of ROWS, or of the first 64 tokens of texts, for base and adapter, by stock PEFT in
     float32."""
     tokenizer = AutoTokenizer.from_pretrained(out)
-    whole = [tokenizer(text).input_ids[:128] for text in texts]
+    whole = [tokenizer(text).input_ids[:64] for text in texts]
     rows = [(ids[:1], ids[1:]) for ids in whole] or [
         (tokenizer(row["prompt"]).input_ids, [*tokenizer(row["completion"]).input_ids, tokenizer.eos_token_id])
         for row in ROWS
@@ -209,7 +209,7 @@ def test_the_metrics_equal_those_of_stock_peft(
     expected = Gain.of(*by_hand(biased_dir, tmp_path / "out"), "training").as_json()
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     found, way = metrics["gain"], metrics["computed_by"]["gain"]
-    assert metrics["computed_by"].keys() == {"gain", "unrelated_text"}  # the rows and texts that were measured
+    assert metrics["computed_by"].keys() == {"gain", "unrelated_text", "behavior"}  # what was measured
     assert (way["dtype"], way["layers"] in ("accelerated", "stock"), way["batches"][:6]) == ("float32", True, "packed")
     assert (found["verdict"], found["rows"], found["total"], found["split"]) == ("gain", 40, 40, "training")
     for name, value in found.items():
@@ -218,13 +218,19 @@ def test_the_metrics_equal_those_of_stock_peft(
     assert "\ncomparing the adapter with its base on 40 training rows\n" in ran.err
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- **Gain:** {gain_line(ran)}\n" in card
-    texts = UNRELATED_TEXT.read_text(encoding="utf-8").splitlines()[:12]
-    lost, found = Gain.of(*by_hand(biased_dir, tmp_path / "out", texts), "unrelated"), metrics["unrelated_text"]
+    passages = [*map(json.loads, UNRELATED_TEXT.read_text(encoding="utf-8").splitlines())]
+    texts = [passage["text"] for passage in passages]
+    losses, found = by_hand(biased_dir, tmp_path / "out", texts), metrics["unrelated_text"]
+    lost = Gain.of(*losses, "unrelated")
     expected = dict(zip(("before", "after", "change"), (lost.base, lost.adapter, -lost.better_by), strict=True))
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=2e-5)
-    assert found["low"] < found["change"] < found["high"] and found["rows"] == 12
-    passages = "12 passages of general English, 128 tokens at most"
-    line = f"base {found['before']:.4f} → {found['after']:.4f} on {passages} ({found['change']:+.4f}, "
+    assert found["low"] < found["change"] < found["high"] and found["rows"] == 38
+    for kind, change in found["kinds"].items():
+        numbers = [number for number, passage in enumerate(passages) if passage["kind"] == kind]
+        assert change == pytest.approx(-Gain.of(*(one.take(numbers) for one in losses), "").better_by, abs=2e-5)
+    assert [*found["kinds"]] == ["prose", "dialogue", "code", "french", "german"]
+    what = "38 passages of general text, 64 tokens at most"
+    line = f"base {found['before']:.4f} → {found['after']:.4f} on {what} ({found['change']:+.4f}, "
     assert f"  unrelated text  {line}" in ran.out and f"- **Unrelated text:** {line}" in card
     assert (f"by {found['change']:.2f} nats per token on unrelated text; " in ran.err) == (found["low"] >= 0.1)
 
@@ -234,7 +240,7 @@ def test_the_metrics_equal_those_of_stock_peft(
     [
         ("short rows", "rows of 15 tokens are too short for it"),
         ("full disk", "the tokenized rows cannot be written: "),
-        ("unknown letters", "the tokenizer does not know all letters of English"),
+        ("unknown letters", "the tokenizer does not know all characters of the passages"),
     ],
 )
 def test_a_run_reports_why_unrelated_text_was_not_measured(

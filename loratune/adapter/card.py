@@ -56,6 +56,7 @@ class CardLines:
         gain: A line comparing the adapter with its base.
         forgetting: A line on the rows of the previous run, if the adapter started from another adapter.
         unrelated: A line on text unrelated to the training rows.
+        behavior: A line on the base's answers to everyday instructions.
         held_out: Results on held-out rows, as labels and lines.
         formats: The formats of the rows.
         changes: Settings that were changed when the run was resumed.
@@ -67,6 +68,7 @@ class CardLines:
     gain: str
     forgetting: str
     unrelated: str
+    behavior: str
     held_out: Sequence[tuple[str, str]]
     formats: Sequence[str]
     changes: Sequence[Mapping[str, Any]]
@@ -112,6 +114,7 @@ A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
   over {metrics["steps"]:,} steps and {metrics["tokens"]:,} tokens
 {held_out_lines}- **Gain:** {lines.gain}
 - **Unrelated text:** {lines.unrelated}
+- **Base's answers:** {lines.behavior}
 {history}- **Repeat it:** `loratune train run.yaml --set output_dir=NEW`{process_note}
 
 ## Use

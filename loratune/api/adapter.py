@@ -18,7 +18,7 @@ from loratune.events import FinishedEvent, Listener, emit, listening, note, note
 from loratune.system import output_file
 
 if TYPE_CHECKING:
-    from loratune.commands.evaluate import ScaleComparison, Tasks
+    from loratune.commands.evaluate import ScaleComparison, Tasks, UnrelatedText
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
     from loratune.compare.requirements import Requirement
@@ -164,7 +164,7 @@ class Adapter(Adapters):
             rows: The rows, in a format supported for training.
             against: Another adapter of the same base, to compare with instead of the base.
             metrics: Metrics of greedy answers: exact_match, label, contains, rouge_l, json, regex:PATTERN.
-            forgetting: Unrelated text to measure forgetting on; `builtin` for the text included in loratune.
+            forgetting: Unrelated text (`builtin` for loratune's) to measure forgetting on, as on everyday instructions.
             tasks: Tasks of the lm-evaluation-harness to run as well, or task files, whose code is executed.
             limit: The maximum number of rows of each task.
             require: Requirements such as `exact_match>=0.9`, see `Comparison.require`; they are parsed first.
@@ -335,7 +335,7 @@ class Adapter(Adapters):
         with listening(on_event):
             other = _opened(against)
             subjects = [one for one in (self, other) if one is not None]
-            inputs = [one.path for one in subjects] + ([Path(rows)] if isinstance(rows, str | PathLike) else [])
+            inputs = [one.path for one in subjects] + [Path(one) for one in (rows,) if isinstance(one, str | PathLike)]
             inputs += [Path(self.base)] if rows is not None else []
             file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
             with libraries():
@@ -354,16 +354,18 @@ class Adapter(Adapters):
 
         return data.read_source(source_of(rows), self._directory.data)
 
-    def _unrelated(self, rows: Rows) -> "DatasetSplit":
+    def _unrelated(self, rows: Rows) -> "UnrelatedText":
         """Rows in any format except preferences. Raises DataError."""
         from loratune import data
+        from loratune.commands.evaluate import UnrelatedText
         from loratune.data.sources import GIVEN
 
-        source = source_of(data.UNRELATED_TEXT if isinstance(rows, str) and rows == BUILTIN else rows)
+        is_builtin = isinstance(rows, str) and rows == BUILTIN
+        source = source_of(data.UNRELATED_TEXT if is_builtin else rows)
         section = DataSection(train=Source(path=GIVEN), max_length=self._directory.data.max_length)
         split = data.read_source(source, section)
         split.check_kind(None)
-        return split
+        return UnrelatedText(split, data.unrelated_kinds() if is_builtin else {})
 
 
 def _finish(found: Found) -> Found:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from loratune.commands.params import Params
     from loratune.commands.sweep import SweepResult
     from loratune.compare.comparison import Comparison, Score
-    from loratune.compare.metrics import Difference
     from loratune.compare.tasks import TaskResults
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats, Update
@@ -190,7 +189,9 @@ def comparison(found: "Comparison", worst: int = 0) -> Iterator[str]:
     if majority := text.majority(found):
         lines.append(("majority", majority))
     if found.forgetting is not None:
-        lines.append(("forgetting", text.forgetting(found.forgetting)))
+        lines.append(("forgetting", text.forgetting(found.forgetting, found.forgetting_by_kind)))
+    if found.behavior is not None:
+        lines.append(("base's answers", str(found.behavior)))
     yield from block("result", [*lines, *text.required(found.requirements)])
     if found.tasks is not None:
         yield from tasks(found.tasks)
@@ -205,15 +206,19 @@ def scales(found: "ScaleComparison") -> Iterator[str]:
     yield f"{text.rows(first)}, 95 % intervals in brackets"
     names = [*first.scores[metrics.ADAPTER].metrics]
     header = ["scale", *map(text.name, names), *(["forgetting"] if first.forgetting is not None else [])]
+    header += ["KL to the base's answers"] if first.behavior is not None else []
 
-    def cells(score: "Score", forgetting: "Difference | None") -> Iterator[str]:
-        yield from (text.with_interval(name, score.metrics.get(name), score.intervals.get(name)) for name in names)
-        if forgetting is not None:
-            yield text.with_interval(metrics.FORGETTING, forgetting.value, forgetting.interval, signed=True)
+    def cells(score: "Score") -> Iterator[str]:
+        return (text.with_interval(name, score.metrics.get(name), score.intervals.get(name)) for name in names)
 
-    rows = [["base", *cells(first.scores[metrics.BASE], None)]]
+    rows = [["base", *cells(first.scores[metrics.BASE])]]
     rows[0] += [""] * (len(header) - len(rows[0]))
-    rows += [[f"{scale:g}", *cells(one.scores[metrics.ADAPTER], one.forgetting)] for scale, one in comparisons.items()]
+    for scale, one in comparisons.items():
+        rows.append([f"{scale:g}", *cells(one.scores[metrics.ADAPTER])])
+        if (lost := one.forgetting) is not None:
+            rows[-1].append(text.with_interval(metrics.FORGETTING, lost.value, lost.interval, signed=True))
+        if one.behavior is not None:
+            rows[-1].append(f"{one.behavior.divergence:.3f}" if not one.behavior.unknown else "-")
     yield from table(header, rows)
 
 

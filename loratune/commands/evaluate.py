@@ -12,7 +12,7 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
-from loratune.compare import collapse, requirements
+from loratune.compare import behavior, collapse, requirements
 from loratune.compare.answers import (
     ComparedRow,
     Judging,
@@ -22,17 +22,18 @@ from loratune.compare.answers import (
     distinct_rows,
     majority_answers,
 )
+from loratune.compare.behavior import Behavior
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
 from loratune.compare.engine import Engine, check_positions
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS, Difference, compare
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS, compare
 from loratune.compare.objectives import Formula
 from loratune.compare.preferences import formula_for, formula_of
 from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
-from loratune.errors import AdapterError
+from loratune.errors import AdapterError, DataError, ModelError
 from loratune.events import note
 from loratune.lora import attach, tensors
 from loratune.model import load
@@ -44,13 +45,21 @@ _MOST_ROWS = 64
 """The most rows from which prompts with different expected answers are chosen."""
 
 
+@dataclass(frozen=True)
+class UnrelatedText:
+    """Text that no training row is about. kinds: kind → the numbers of its rows; empty without kinds."""
+
+    split: DatasetSplit
+    kinds: Mapping[str, Sequence[int]]
+
+
 def evaluate(
     adapter: AdapterDirectory,
     split: DatasetSplit,
     *,
     against: AdapterDirectory | None = None,
     judging: Judging = Judging(),  # noqa: B008  it is frozen
-    forgetting: DatasetSplit | None = None,
+    forgetting: UnrelatedText | None = None,
     tasks: Tasks | None = None,
     loaded: LoadedAdapter | None = None,
 ) -> Comparison:
@@ -63,7 +72,7 @@ def evaluate(
         split: The rows.
         against: Another adapter of the same base, to compare with instead of the base.
         judging: The metrics for rows with one answer. The verdict is about the first one, or about the loss if empty.
-        forgetting: Unrelated text, on which adapter and base are also compared.
+        forgetting: Unrelated text, on which adapter and base are also compared, as well as on everyday instructions.
         tasks: Runs tasks on the adapter and its base.
         loaded: The adapter on its base, if already loaded.
 
@@ -83,8 +92,8 @@ def evaluate(
     with first.without_adapter():
         found = {BASE: rows.answers(BASE, first, engine)}
     found[ADAPTER] = rows.answers(ADAPTER, first, engine)
-    forgotten = _forgetting(first, engine, forgetting, remarks) if forgetting else None
-    facts: dict[str, Any] = {
+    facts: dict[str, Any] = _forgetting(first, engine, forgetting, remarks) if forgetting else {}
+    facts |= {
         "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
         "sensitivity": _sensitivity(first, dataset, [row.number for row in rows.rows]),
@@ -106,7 +115,7 @@ def evaluate(
     if isinstance(rows, PreferenceAnswers):
         remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
         facts["objective"] = rows.formula
-    comparison = replace(_compared(rows.rows, found, judging, forgotten, remarks), **facts)
+    comparison = replace(_compared(rows.rows, found, judging, remarks), **facts)
     return replace(comparison, collapsed=_collapsed(comparison, vocabulary))
 
 
@@ -114,7 +123,6 @@ def _compared(
     rows: Sequence[ComparedRow],
     found: Mapping[str, Sequence[ModelAnswer]],
     judging: Judging,
-    forgotten: Difference | None,
     remarks: Sequence[str],
 ) -> Comparison:
     """The comparison, from the results of each model. found: model → its result on each row."""
@@ -122,7 +130,7 @@ def _compared(
         replace(row, answers={name: by_row[place] for name, by_row in found.items()}) for place, row in enumerate(rows)
     ]
     metric = judging.metrics[0].name if judging.metrics else LOSS
-    return compare_rows(answered, metric, forgotten, remarks, majority_answers(answered, judging))
+    return compare_rows(answered, metric, remarks, majority_answers(answered, judging))
 
 
 def _collapsed(comparison: Comparison, vocabulary: int) -> str:
@@ -238,15 +246,19 @@ def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, 
         )
 
 
-def _forgetting(loaded: LoadedAdapter, engine: Engine, split: DatasetSplit, remarks: list[str]) -> Difference:
-    """The loss of the adapter minus that of its base on unrelated text, cut to the model's context.
+def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
+    """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, by kind too, and `behavior`.
 
-    remarks: receives lines about the rows.
+    Args:
+        loaded: The adapter on its base.
+        engine: Computes its losses.
+        text: The text, which is cut to the model's context.
+        remarks: Receives lines about the rows.
 
     Raises:
         NumericError: The loss of the adapter is not finite.
     """
-    context = load.context_length(loaded.model.config)
+    split, context = text.split, load.context_length(loaded.model.config)
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
@@ -260,4 +272,14 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, split: DatasetSplit, rema
     not_finite(rows, after.nats, ADAPTER)
     if what := not_finite(rows, before.nats, BASE):
         remarks.append(f"unrelated text: {what}, so it is not known what is forgotten")
-    return compare(before, after)
+    places = {row.number: place for place, row in enumerate(rows)}
+    by_kind = {kind: [places[number] for number in own if number in places] for kind, own in text.kinds.items()}
+    try:
+        changed = behavior.measure(
+            loaded.model, engine, loaded.renderer, loaded.without_adapter,
+            lambda given: loaded.complete(given, behavior.ANSWER_TOKENS), context=context,
+        )  # fmt: skip
+    except (DataError, ModelError) as error:
+        changed = Behavior(unknown=error.problems[0].what)
+    found = {kind: compare(before.take(own), after.take(own)) for kind, own in by_kind.items() if own}
+    return {"forgetting": compare(before, after), "forgetting_by_kind": found, "behavior": changed}

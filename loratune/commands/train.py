@@ -190,6 +190,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
         unrelated=str(trained.unrelated),
+        behavior=str(trained.behavior or ""),
         held_out=trained.held_out,
         formats=rows.train.formats,
         changes=plan.checkpoints.record.changes,

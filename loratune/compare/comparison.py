@@ -11,6 +11,7 @@ from loratune import statistics
 from loratune.codes import Code
 from loratune.compare import metrics, requirements
 from loratune.compare.answers import ComparedRow, ModelAnswer
+from loratune.compare.behavior import Behavior
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.metrics import (
     Difference,
@@ -73,6 +74,8 @@ class Comparison:
         rows: The distinct rows, in the order of the split.
         forgetting: The loss of the adapter minus that of the base on unrelated text, in nats per token; None if not
             requested.
+        forgetting_by_kind: Kind of unrelated text → the same on it alone; empty for text of the user.
+        behavior: How the base's answers to everyday instructions change; None if not requested.
         remarks: Lines for the user: rows that were truncated or dropped, or are also in train; too few rows.
         majority: The most frequent expected answer; None if answers are not labels.
         tasks: Results of tasks of the lm-evaluation-harness; None if not requested.
@@ -91,6 +94,8 @@ class Comparison:
     metric: str
     rows: Sequence[ComparedRow]
     forgetting: Difference | None = None
+    forgetting_by_kind: Mapping[str, Difference] = field(default_factory=dict)
+    behavior: Behavior | None = None
     remarks: Sequence[str] = ()
     majority: str | None = None
     tasks: TaskResults | None = None
@@ -189,7 +194,10 @@ class Comparison:
             key = "difference" if model == self.compared_with else f"difference_from_{model}"
             values[key] = {name: difference.as_json() for name, difference in differences.items()}
         if self.forgetting is not None:
-            values["forgetting"] = self.forgetting.as_json()
+            kinds = {kind: one.as_json() for kind, one in self.forgetting_by_kind.items()}
+            values["forgetting"] = self.forgetting.as_json() | ({"kinds": kinds} if kinds else {})
+        if self.behavior is not None:
+            values["behavior"] = self.behavior.as_json()
         verdict = "collapsed" if self.collapsed else self.verdict
         values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
         values |= {"computed_by": dict(self.computed_by)}
@@ -202,7 +210,6 @@ class Comparison:
 def compare_rows(
     rows: Sequence[ComparedRow],
     metric: str = metrics.LOSS,
-    forgetting: Difference | None = None,
     remarks: Sequence[str] = (),
     majority: Sequence[ModelAnswer] = (),
 ) -> Comparison:
@@ -211,7 +218,6 @@ def compare_rows(
     Args:
         rows: Distinct rows, at least one, each with the results of `base`, `adapter` and optionally `against`.
         metric: The metric that the verdict is about.
-        forgetting: See `Comparison`.
         remarks: Lines about the rows.
         majority: The result on each row of always giving the most frequent answer; empty if answers are not labels.
 
@@ -249,7 +255,7 @@ def compare_rows(
         )
     lines += _invalid_json(rows, [name for name in scores if name != metrics.MAJORITY])
     constant = next((one.text for one in majority if one.text is not None), None)
-    return Comparison(scores, paired, metric, rows, forgetting, lines, constant)
+    return Comparison(scores, paired, metric, rows, remarks=lines, majority=constant)
 
 
 def _score(rows: Sequence[ComparedRow], model: str) -> Score:

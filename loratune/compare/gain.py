@@ -7,9 +7,9 @@ other. Copies of a row add no information: they are computed once, weighted by t
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -36,8 +36,6 @@ _LEAST_TOKENS, _MOST_TOKENS = 2048, 32_768
 """Bounds of the sample's tokens. Below the lower one the comparison takes little time anyway."""
 _VISIBLE = 5e-4
 """Nats below which a difference counts as zero, as the decimals of the report do not show it."""
-_PASSAGES = 12
-"""The number of passages of unrelated text."""
 _WORTH_TELLING = 0.1
 """Nats per token from which on a higher loss on unrelated text is reported: a 10 % higher perplexity."""
 
@@ -162,12 +160,14 @@ class Forgetting:
         rows: A description of the rows.
         unknown: Why the rows are unavailable.
         before: The name of the model before its first step.
+        kinds: Kind of passages → the comparison on them alone, for unrelated text.
     """
 
     comparison: Gain | None
     rows: str = ""
     unknown: str = ""
     before: str = "loss"
+    kinds: Mapping[str, Gain] = field(default_factory=dict)
 
     def __str__(self) -> str:
         """A line with the loss before and after."""
@@ -177,7 +177,11 @@ class Forgetting:
         interval = ""
         if measured.low is not None and measured.high is not None:
             interval = f", 95 % interval {-measured.high:+.4f} to {-measured.low:+.4f}"
-        return f"{self.before} {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval})"
+        kinds = "; " + ", ".join(f"{kind} {-own.better_by:+.3f}" for kind, own in self.kinds.items())
+        return (
+            f"{self.before} {measured.base:.4f} → {measured.adapter:.4f} on {self.rows} ({change:+.4f}{interval}"
+            f"{kinds if self.kinds else ''})"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Plain values: losses in nats per supervised token, and their `change`, above 0 if the loss has increased.
@@ -192,6 +196,7 @@ class Forgetting:
             **finite({"before": measured.base, "after": measured.adapter, "change": -measured.better_by}),
             "low": None if high is None else -high,
             "high": None if low is None else -low,
+            **({"kinds": finite({kind: -own.better_by for kind, own in self.kinds.items()})} if self.kinds else {}),
         }
 
     @property
@@ -284,15 +289,28 @@ def measure(
     return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=objective.unit, other=compared_with)
 
 
-def forgetting(engine: Engine, base: AbstractContextManager[None], text: TokenizedDataset) -> Forgetting:
-    """Compare a trained adapter with its base on passages of an unrelated text. Args as for `measure`."""
-    numbers = dict.fromkeys(passages(text), 1)
+def forgetting(
+    engine: Engine, base: AbstractContextManager[None], text: TokenizedDataset, kinds: Mapping[str, Sequence[int]]
+) -> Forgetting:
+    """Compare a trained adapter with its base on unrelated text.
+
+    Args:
+        engine: As for `measure`.
+        base: As `other` for `measure`.
+        text: The passages.
+        kinds: Kind of passages → numbers of their rows, in any order.
+    """
+    numbers = dict.fromkeys(range(text.items), 1)
     after = engine.losses(text, numbers)
     with base:
         before = engine.losses(text, numbers)
-    longest = max(text.rows.lengths[number] for number in numbers)
-    what = f"{plural(len(numbers), 'passage')} of general English, {longest} tokens at most"
-    return Forgetting(Gain.of(before, after, "unrelated", total=text.items), what, before="base")
+
+    def compared(kept: Sequence[int]) -> Gain:
+        return Gain.of(before.take(kept), after.take(kept), "unrelated", total=len(kept))
+
+    what = f"{plural(text.items, 'passage')} of general text, {max(text.rows.lengths)} tokens at most"
+    by_kind = {kind: compared(kept) for kind, kept in kinds.items() if max(kept) < text.items}
+    return Forgetting(compared(range(text.items)), what, before="base", kinds=by_kind)
 
 
 def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) -> FinalScore:
@@ -302,11 +320,6 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
         what, fix = f"the loss on the test rows is {losses.loss}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.test", fix=fix))
     return FinalScore(losses, objective.unit)
-
-
-def passages(rows: TokenizedDataset) -> range:
-    """The numbers of the rows of unrelated text that are compared."""
-    return range(min(_PASSAGES, rows.items))
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:

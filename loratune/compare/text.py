@@ -1,7 +1,7 @@
 """Formats a comparison as text: tables of metrics with intervals, the verdict as a sentence, and rows as blocks."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from loratune.compare import metrics
 from loratune.compare.answers import ComparedRow
@@ -156,12 +156,14 @@ def outlook(difference: Difference, item: str = "row") -> str:
     return f"about {math.ceil(difference.rows_needed / step) * step:,} {item}s would tell"
 
 
-def forgetting(difference: Difference) -> str:
-    """The line on unrelated text."""
+def forgetting(difference: Difference, kinds: Mapping[str, Difference]) -> str:
+    """The line on unrelated text. kinds: its kinds → the same for each."""
     text = with_interval(metrics.LOSS, difference.value, difference.interval, signed=True)
     is_unsure = difference.interval is None and math.isfinite(difference.value)
     too_few = ", of too few rows for an interval" if is_unsure else ""
-    return f"{text} nats per token on unrelated text{too_few}, {metrics.ADAPTER} - {metrics.BASE}"
+    by_kind = ", ".join(f"{kind} {number(metrics.LOSS, one.value, signed=True)}" for kind, one in kinds.items())
+    by_kind = f": {by_kind}" if kinds else ""
+    return f"{text} nats per token on unrelated text{too_few}, {metrics.ADAPTER} - {metrics.BASE}{by_kind}"
 
 
 def required(judgements: Sequence[Judgement]) -> list[tuple[str, str]]:

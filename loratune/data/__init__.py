@@ -30,11 +30,11 @@ from loratune.events import reading
 __all__ = [
     "DatasetSplit", "RawDatasets", "TokenizedDataset", "find_leaks",
     "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
-    "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
+    "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers", "unrelated_kinds",
 ]  # fmt: skip
 
-UNRELATED_TEXT = Path(__file__).parent / "unrelated.txt"
-"""54 paragraphs of American speeches and of Moby Dick, a topic that training rows rarely cover."""
+UNRELATED_TEXT = Path(__file__).parent / "general.jsonl"
+"""Passages written for loratune, under its licence: prose, dialogue, code, French and German; `kind` says which."""
 
 _DECODED_ROWS, _DECODED = 100, 100_000
 """How many rows and characters at most are encoded and decoded to find characters that the tokenizer loses."""
@@ -127,7 +127,7 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
 
 
 def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: int) -> tuple[TokenizedDataset, str]:
-    """Tokenize `UNRELATED_TEXT`, one paragraph per row, each truncated to `longest` tokens.
+    """Tokenize `UNRELATED_TEXT`, one passage per row, each truncated to `longest` tokens.
 
     Returns:
         The rows, and why a loss on them is meaningless, or an empty text. Raises as `prepare`.
@@ -136,7 +136,18 @@ def prepare_unrelated_text(renderer: Renderer, vocabulary_size: int, longest: in
     rows = prepare(read_source(section.train_sources[0], section), renderer, section, vocabulary_size)
     unknown = {renderer.tokenizer.unk_token_id} - {None, renderer.eos}
     count = sum(id in unknown for row in rows.rows.rows() for id in row.ids) if unknown else 0
-    return rows, "the tokenizer does not know all letters of English" if count > 0.01 * rows.report.tokens else ""
+    return (
+        rows,
+        "the tokenizer does not know all characters of the passages" if count > 0.01 * rows.report.tokens else "",
+    )
+
+
+def unrelated_kinds() -> dict[str, list[int]]:
+    """Kind of passages → the numbers of their rows in `UNRELATED_TEXT`."""
+    found: dict[str, list[int]] = {}
+    for number, line in enumerate(UNRELATED_TEXT.read_text(encoding="utf-8").splitlines()):
+        found.setdefault(json.loads(line)["kind"], []).append(number)
+    return found
 
 
 def mix_in(own: TokenizedDataset, earlier: TokenizedDataset, numbers: Sequence[int]) -> TokenizedDataset:

@@ -80,6 +80,25 @@ class RecordedSplit:
     lengths: dict[_Count, _Count] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class RecordedAnswers:
+    """An instruction, and the answers of base and adapter."""
+
+    instruction: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class RecordedBehavior:
+    """How the base's own answers have changed, see `compare.behavior`."""
+
+    texts: _Count
+    divergence: float
+    agreement: float
+    samples: Annotated[list[RecordedAnswers], Field(max_length=_MOST_SPLITS)] = field(default_factory=list)
+
+
 class RunRecord(BaseModel):
     """A run. Values that are missing or invalid are empty or None.
 
@@ -88,6 +107,7 @@ class RunRecord(BaseModel):
         metrics: Every number of the result by its name; those of a group within it as `group name`.
         intervals: `held_out_interval`, `test interval` → the ends of the 95 % interval.
         gain: How base and adapter compared.
+        behavior: How the base's own answers have changed.
         splits: Split → its row counts.
         machine: The machine of the run.
         peak_memory: `process`, `gpu` → bytes.
@@ -104,6 +124,7 @@ class RunRecord(BaseModel):
     metrics: dict[str, int | float] = {}
     intervals: dict[str, tuple[float, float]] = {}
     gain: Gain | None = None
+    behavior: RecordedBehavior | None = None
     splits: Annotated[dict[str, RecordedSplit], Field(max_length=_MOST_SPLITS)] = {}
     machine: dict[str, str] = {}
     peak_memory: dict[str, _Count] = {}
@@ -141,7 +162,7 @@ def read(record: Mapping[str, Any]) -> RunRecord:
     """Read a record. Never raises: see `RunRecord`."""
     metrics, machine = (value if isinstance(value := record.get(key), dict) else {} for key in ("metrics", "machine"))
     curve = record.get("curve")
-    leaves = dict(_leaves({name: value for name, value in metrics.items() if name != "gain"}))
+    leaves = dict(_leaves({name: value for name, value in metrics.items() if name not in ("gain", "behavior")}))
     pairs = {name: value for name, value in leaves.items() if isinstance(value, list) and len(value) == 2}
     parts = {
         "curve": [point for entry in curve if (point := _point(entry))] if isinstance(curve, list) else [],
@@ -150,6 +171,7 @@ def read(record: Mapping[str, Any]) -> RunRecord:
             name: value for name, value in pairs.items() if name.endswith("interval") and all(map(_is_number, value))
         },
         "gain": metrics.get("gain"),
+        "behavior": metrics.get("behavior"),
         "machine": {name: str(value) for name, value in machine.items() if isinstance(value, str | int)},
         "peak_memory": machine.get("peak_memory"),
     }
@@ -311,6 +333,9 @@ def _results(record: RunRecord) -> dict[str, str]:
         values = [record.metrics.get(f"{group} {name}", math.nan) for name in ("before", "after", "change")]
         if all(map(math.isfinite, values)):
             results[label] = "{:.4f} → {:.4f} ({:+.4f})".format(*values)
+    if (changed := record.behavior) is not None:
+        results["KL to the base on its own answers"] = f"{changed.divergence:.4f}"
+        results["same next token as the base"] = f"{changed.agreement:.1%}, in answers to {changed.texts} instructions"
     for name, value in record.metrics.items():
         if name.startswith(_PREFERENCES):
             results[_preference_label(name)] = _with_interval(record, name, value)

@@ -39,7 +39,8 @@ from loratune.statistics import Interval, finite
 from loratune.text import format_duration, printable
 
 _PLOTS = {"learning_rate": "Learning rate", "grad_norm": "Gradient norm", "tokens_per_second": "Tokens a second"}
-_PREFERENCE_PLOTS = {
+_OPTIONAL_PLOTS = {
+    "divergence": "KL to the model before training, on texts that it wrote",
     "reward_accuracy": "Reward accuracy",
     "reward_margin": "Reward margin",
     **{f"{side}_log_probability": f"Log-probability of {side} answers, in nats" for side in SIDES},
@@ -194,7 +195,7 @@ def _losses(subjects: Sequence[Subject]) -> list[Plot]:
 def _plots(subjects: Sequence[Subject]) -> list[Plot]:
     """The other metrics of the curve; those that every run has also if they are not recorded."""
     made = []
-    for name, title in (_PLOTS | _PREFERENCE_PLOTS).items():
+    for name, title in (_PLOTS | _OPTIONAL_PLOTS).items():
         lines = _lines(subjects, name, range(len(subjects)))
         chart = line_chart(name, f"{title}, by step", lines, log=name != "learning_rate") if lines else None
         if lines or name in _PLOTS:

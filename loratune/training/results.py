@@ -16,18 +16,20 @@ from typing import Any
 import numpy as np
 
 from loratune.codes import Code
-from loratune.compare import collapse, gain
+from loratune.compare import behavior, collapse, gain
+from loratune.compare.behavior import Behavior
 from loratune.compare.engine import SFT, Objective, nothing
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective, order_note, set_reference
 from loratune.config import RunConfig
-from loratune.data import token_cache
+from loratune.data import token_cache, unrelated_kinds
 from loratune.data.rendering import Renderer
-from loratune.errors import Problem, ResourceError
+from loratune.errors import DataError, ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
+from loratune.model import load
 from loratune.system import launcher
 from loratune.text import plural
 from loratune.training.callbacks import diverged_error
@@ -65,6 +67,7 @@ class TrainedAdapter:
         gain: The gain over the base; this and the following fields are None until they are measured.
         forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
         unrelated: The change on unrelated text.
+        behavior: The change of the base's answers to everyday instructions.
         test: The loss on the test rows; None without test rows.
         preferences: The preference metrics; None for objectives without preferences.
         computed_by: How the metrics were computed, see `Engine.computed_by`.
@@ -85,6 +88,7 @@ class TrainedAdapter:
     gain: Gain | None = None
     forgetting: Forgetting | None = None
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
+    behavior: Behavior | None = None
     test: FinalScore | None = None
     preferences: PreferenceMetrics | None = None
     computed_by: dict[str, str] = field(default_factory=dict)
@@ -141,7 +145,7 @@ class TrainedAdapter:
     @property
     def side_effects(self) -> list[tuple[str, str]]:
         """How much general ability was lost, as labels and texts."""
-        named = {"unrelated text": self.unrelated, "earlier rows": self.forgetting}
+        named = {"unrelated text": self.unrelated, "base's answers": self.behavior, "earlier rows": self.forgetting}
         return [(label, str(found)) for label, found in named.items() if found]
 
     @property
@@ -166,7 +170,7 @@ class TrainedAdapter:
         }
         named = {
             "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
-            "preferences": self.preferences, "test": self.test,
+            "behavior": self.behavior, "preferences": self.preferences, "test": self.test,
         }  # fmt: skip
         metrics |= {name: found.as_json() for name, found in named.items() if found is not None}
         computed = ["held_out_loss", *named, *(["kept_step"] if best else [])]
@@ -313,9 +317,10 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     forgetting = _forgotten(plan, trained)
     if text is not None:
         base = tensors.as_initialized(plan.model, plan.adapter_init, trained.weights)
-        unrelated = gain.forgetting(plan.batches.engine, base, text)
-    if unrelated.remark:
-        note(unrelated.remark)
+        unrelated = gain.forgetting(plan.batches.engine, base, text, unrelated_kinds())
+    changed = _measure_behavior(plan, trained)
+    for remark in filter(None, (unrelated.remark, changed.remark)):
+        note(remark)
     test = None
     if (rows := plan.datasets.test) is not None:
         objective = plan.batches.objective
@@ -325,11 +330,33 @@ def measure(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
         trained,
         forgetting=forgetting,
         unrelated=unrelated,
+        behavior=changed,
         test=test,
         preferences=_measure_preferences(plan),
         computed_by=plan.batches.engine.computed_by,
         not_accelerated=plan.batches.engine.acceleration.fallbacks,
     )
+
+
+def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
+    """How the base's own answers have changed. Errors do not fail the run; only the main process measures, unless all
+    take part in each forward pass."""
+    if not plan.group.main and not launcher.sharding():
+        return Behavior(unknown="measured by the main process")
+    model, engine = plan.model, plan.batches.engine
+    renderer = Renderer(plan.datasets.tokenizer, model.config.get_text_config().vocab_size)
+    identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
+
+    def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:
+        end_ids = renderer.end_ids
+        return [*behavior.write(model, given, behavior.ANSWER_TOKENS, pad_id=engine.pad_id, end_ids=end_ids)]
+
+    base = partial(tensors.as_initialized, model, plan.adapter_init, trained.weights)
+    context = load.context_length(model.config)
+    try:
+        return behavior.measure(model, engine, renderer, base, answer, context=context, identity=identity)
+    except (DataError, ModelError) as error:
+        return Behavior(unknown=error.problems[0].what)
 
 
 def _forgotten(plan: Plan, trained: TrainedAdapter) -> Forgetting | None:

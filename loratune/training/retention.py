@@ -9,7 +9,7 @@ arXiv:2605.26097 compares this with other means against forgetting.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,14 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.compare import behavior
 from loratune.compare.engine import Engine, ScoringLayout
 from loratune.config import RetentionSection, RunConfig, Source
 from loratune.data import token_cache
-from loratune.data.batches import pad
 from loratune.data.formats.recognition import parse_question
 from loratune.data.packing import BatchLayout, Items, PackedRows
 from loratune.data.rendering import Renderer
@@ -38,16 +37,12 @@ from loratune.training.checkpoints.store import StepLosses
 
 TOP = 20
 """Tokens whose probabilities are kept at each token of a text; all others count as one."""
-_BATCH = 16
-"""Texts that are written at once."""
 _PASS_TOKENS = 512
 """Tokens of a batch whose predictions are read, and whose logits are in memory at once."""
 _SHARE = 0.2
 """The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
 _SAMPLED_BATCHES = 64
 """Batches by which the tokens of a micro-step are estimated."""
-NO_STOP = -1
-"""An end token that no vocabulary has."""
 
 Ids = Sequence[int]
 KEY = "retention"
@@ -153,7 +148,7 @@ class Retention:
             return
         ends, longest = renderer.end_ids if self.section.prompts else (), self.section.max_new_tokens
         with progress("writing texts of the base"), before():
-            new = write_texts(
+            new = behavior.write(
                 model, self.given, longest, pad_id=engine.pad_id, end_ids=ends, seed=int(identity["seed"])
             )
             pairs = zip(self.given, new, strict=True)
@@ -280,39 +275,6 @@ def _prompt(renderer: Renderer, row: Row, run: RunConfig, chat: bool) -> tuple[i
     question = parse_question(row, run.data)
     turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
     return renderer.prompt(turns or question.prompt, row.where, question.tools)
-
-
-def write_texts(
-    model: Any, given: Sequence[Ids], max_new_tokens: int, *, pad_id: int, end_ids: Sequence[int], seed: int
-) -> Iterator[list[int]]:
-    """Continue prompts by tokens that are drawn with the probabilities of a model.
-
-    Args:
-        model: A `PeftModel`.
-        given: The prompts.
-        max_new_tokens: Of each text, at most.
-        pad_id: The token for padding.
-        end_ids: Tokens that end a text; none for texts that all have `max_new_tokens`.
-        seed: Of the draws.
-
-    Returns:
-        The new tokens of each text, with the one that ends it.
-    """
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-        eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=pad_id,
-    )  # fmt: skip
-    was_training = model.training
-    model.eval()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
-        torch.manual_seed(seed)
-        for start in range(0, len(given), _BATCH):
-            batch = pad([{"input_ids": ids} for ids in given[start : start + _BATCH]], pad_id, "left")
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            for ids in model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist():
-                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
-                yield ids[:end]
-    model.train(was_training)
 
 
 def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Ids]]) -> list[RetentionText]:

@@ -25,7 +25,7 @@ from loratune.model import load
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.training.preflight import Run, StartAdapter
 
-_FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 128
+_FEWEST_UNRELATED_TOKENS, _UNRELATED_TOKENS = 16, 64
 """The minimum and maximum number of tokens of a passage of unrelated text, also limited by `max_length`."""
 
 

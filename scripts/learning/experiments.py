@@ -8,9 +8,11 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
-ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600}
+ROWS = {"classes": 1000, "spelling": 1000, "dialogue": 400, "docstrings": 800, "mail": 600, "quickstart": 1600}
+FRONT_TASKS = ("spelling", "quickstart", "dialogue", "classes", "docstrings", "mail")
 """Training rows where an experiment does not vary them; dialogue has no more."""
 RATES = (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3, 3.2e-3)
+FIVE = tuple(task for task in ROWS if task != "quickstart")
 FORMULA = 2.6e-3
 """The rate of `training.auto` for SmolLM2-135M, lora_alpha 16 and 8 rows a step."""
 SHALLOW = 5e-3
@@ -54,13 +56,13 @@ def spec(task: str, model: str = "135M", rows: int | None = None, seed: int = 1,
 
 def _rate() -> Iterator[Spec]:
     """Up to far above the best rate of most tasks."""
-    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), ROWS):
+    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), FIVE):
         yield spec(task, training__learning_rate=rate)
 
 
 def _seeds() -> Iterator[Spec]:
     """Further ones, about the best rate."""
-    for seed, rate, task in itertools.product((2, 3), (8e-4, FORMULA, 6.4e-3), ROWS):
+    for seed, rate, task in itertools.product((2, 3), (8e-4, FORMULA, 6.4e-3), FIVE):
         yield spec(task, seed=seed, training__learning_rate=rate)
 
 
@@ -71,7 +73,7 @@ SHAPES = (("57M", (*RATES, FORMULA, 6.4e-3, 1.28e-2, SHALLOW)), ("narrow", (*RAT
 def _shapes() -> Iterator[Spec]:
     """The rate on other shapes of model; the narrow one wants higher rates."""
     for model, rates in SHAPES:
-        for rate, task in itertools.product(rates, ROWS):
+        for rate, task in itertools.product(rates, FIVE):
             yield spec(task, model=model, training__learning_rate=rate)
 
 
@@ -84,9 +86,9 @@ def _depth() -> Iterator[Spec]:
 
 def _targets() -> Iterator[Spec]:
     """Those of `_rate` have q, k, v, o at r=8."""
-    for rate, task in itertools.product((8e-4, *TWO, FORMULA), ROWS):
+    for rate, task in itertools.product((8e-4, *TWO, FORMULA), FIVE):
         yield spec(task, lora__target_modules="all-linear", lora__r=8, training__learning_rate=rate)
-    for modules, rate, task in itertools.product((["q", "k", "v", "o"], "all-linear"), TWO, ROWS):
+    for modules, rate, task in itertools.product((["q", "k", "v", "o"], "all-linear"), TWO, FIVE):
         yield spec(task, lora__target_modules=modules, lora__r=32, training__learning_rate=rate)
 
 
@@ -137,7 +139,7 @@ def _best() -> Iterator[Spec]:
 
 def _tenth() -> Iterator[Spec]:
     """Also of rates above the best, where whole runs are no longer the better the higher the rate."""
-    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), ROWS):
+    for rate, task in itertools.product((*RATES, FORMULA, 6.4e-3, 1.28e-2), FIVE):
         yield spec(task, training__learning_rate=rate, training__max_steps=max(5, ROWS[task] // 80))
 
 
@@ -161,6 +163,27 @@ def _early() -> Iterator[Spec]:
         )  # fmt: skip
 
 
+def _front() -> Iterator[Spec]:
+    """What a task gains and what the base loses: rates, passes, shapes of adapter and retention, over three seeds."""
+    for seed, rate, task in itertools.product((1, 2, 3), (1.6e-3, 1e-3, FORMULA), FRONT_TASKS):
+        yield _shaped(task, seed, rate)
+        yield _shaped(task, seed, rate, retention__kl_weight=1.0)
+
+
+def _front_attention() -> Iterator[Spec]:
+    """The same with adapters on q, k, v and o alone, over one pass and two."""
+    for seed, rate, passes, task in itertools.product(
+        (1, 2, 3), (1e-3, 1.6e-3, FORMULA, 5e-4), (1.0, 2.0), FRONT_TASKS
+    ):
+        modules = ["q", "k", "v", "o"]
+        yield _shaped(task, seed, rate, lora__target_modules=modules, training__num_train_epochs=passes)
+
+
+def _shaped(task: str, seed: int, rate: float, **settings: Any) -> Spec:
+    shape = {"lora__target_modules": "all-linear", "lora__r": 8, "retention__kl_weight": 0.0}
+    return spec(task, seed=seed, training__learning_rate=rate, **{**shape, **settings})
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -176,4 +199,6 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "best": _best,
     "early": _early,
     "linear": _linear,
+    "front": _front,
+    "front-attention": _front_attention,
 }

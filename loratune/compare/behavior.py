@@ -1,0 +1,283 @@
+"""What a model writes by itself, and how far an adapter changes it on the base's answers to everyday instructions.
+
+The base answers each instruction by its most probable tokens. At each token of these answers, the distributions of
+base and adapter are compared: their Kullback-Leibler divergence, over the whole vocabulary, and whether both would
+choose the same token. An adapter that has learned a task and nothing else has a divergence near 0 here.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+
+from loratune import data, kernels
+from loratune.codes import Code
+from loratune.compare.engine import Engine, ScoringLayout
+from loratune.data import token_cache
+from loratune.data.batches import pad
+from loratune.data.rendering import Renderer
+from loratune.errors import ModelError, Problem
+from loratune.events import progress
+from loratune.statistics import Interval, finite, mean_ratio_interval
+from loratune.text import plural
+
+INSTRUCTIONS = Path(data.__file__).with_name("instructions.txt")
+"""Everyday instructions, one per line."""
+ANSWER_TOKENS = 48
+"""The maximum number of tokens of an answer."""
+SHOWN = 6
+"""The number of instructions whose answers are kept, to be shown side by side."""
+NO_STOP = -1
+"""An end token that no vocabulary has."""
+_WRITTEN_AT_ONCE = 24
+"""The number of texts that are written in one batch."""
+_BATCH_TOKENS = 512
+"""Tokens per batch; the logits of its answers are in memory at once, those of base and adapter."""
+_WORTH_TELLING = 0.5
+"""Nats per token from which on a divergence is reported."""
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An instruction, and the answers of base and adapter."""
+
+    instruction: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """How an adapter changes the base's answers to everyday instructions.
+
+    Attributes:
+        texts: The number of answers of the base that were compared; 0 if none were.
+        tokens: Their tokens.
+        divergence: KL(base ‖ adapter), in nats per token.
+        divergence_interval: Its 95 % interval over texts; None for too few.
+        agreement: The share of tokens for which both would choose the same.
+        agreement_interval: Its 95 % interval over texts; None for too few.
+        samples: Some of the instructions with both answers.
+        unknown: Why nothing was compared, or empty.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    divergence: float = 0.0
+    divergence_interval: Interval | None = None
+    agreement: float = 1.0
+    agreement_interval: Interval | None = None
+    samples: tuple[Sample, ...] = ()
+    unknown: str = ""
+
+    @classmethod
+    def of(
+        cls,
+        divergences: NDArray[np.float64],
+        equal: NDArray[np.float64],
+        tokens: NDArray[np.float64],
+        samples: Sequence[Sample] = (),
+    ) -> "Behavior":
+        """Create it from what `compare_tokens` returns."""
+        total, near, same = (
+            float(tokens.sum()),
+            mean_ratio_interval(divergences, tokens),
+            mean_ratio_interval(equal, tokens),
+        )
+        return cls(
+            len(tokens), int(total),
+            float(divergences.sum()) / total, near and Interval(max(near.low, 0.0), near.high),
+            float(equal.sum()) / total, same and Interval(max(same.low, 0.0), min(same.high, 1.0)), tuple(samples),
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        """A line with both numbers."""
+        if self.unknown:
+            return f"not measured: {self.unknown}"
+        near, same = self.divergence_interval, self.agreement_interval
+        return (
+            f"KL {self.divergence:.3f} nats per token"
+            f"{f' (95 % interval {near.low:.3f} to {near.high:.3f})' if near else ''} on its answers to "
+            f"{plural(self.texts, 'instruction')}; the same next token for {self.agreement:.0%}"
+            f"{f' ({same.low:.0%} to {same.high:.0%})' if same else ''}"
+        )
+
+    @property
+    def remark(self) -> str:
+        """A line on a large and significant divergence; else empty."""
+        near = self.divergence_interval
+        if near is None or near.low < _WORTH_TELLING:
+            return ""
+        return (
+            f"the model no longer answers as its base elsewhere: the same next token for {self.agreement:.0%} of its "
+            "base's answers; where that matters, set retention.kl_weight, or lower training.learning_rate"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values."""
+        if self.unknown:
+            return {"not_measured": self.unknown}
+        intervals = {"divergence_interval": self.divergence_interval, "agreement_interval": self.agreement_interval}
+        values: dict[str, Any] = {"texts": self.texts, "tokens": self.tokens}
+        values |= finite({"divergence": self.divergence, "agreement": self.agreement})
+        values |= {name: finite(interval and interval.as_json()) for name, interval in intervals.items()}
+        return values | {"samples": [vars(sample) for sample in self.samples]}
+
+
+Answer = Callable[[Sequence[Ids]], Sequence[Ids]]
+"""Returns the most probable answers of a model to prompts, of at most `ANSWER_TOKENS` tokens each."""
+Base = Callable[[], AbstractContextManager[None]]
+"""Returns a context in which a model computes as its base."""
+
+
+def measure(
+    model: Any, engine: Engine, renderer: Renderer, base: Base, answer: Answer, *, context: int | None,
+    identity: Mapping[str, Any] | None = None,
+) -> Behavior:  # fmt: skip
+    """Compare an adapter with its base on the base's answers.
+
+    Args:
+        model: A `PeftModel`, whose adapter is active.
+        engine: Computes its logits.
+        renderer: Renders the instructions.
+        base: See `Base`.
+        answer: Answers as the model does: as the adapter, and within `base` as the base.
+        context: The number of positions of the model, if known.
+        identity: What defines the base, as plain values, to keep its answers in the cache; None to keep none.
+
+    Raises:
+        DataError, ModelError: As `prompts`; the base answers nothing.
+    """
+    instructions, given = prompts(renderer, context)
+    with progress("comparing the adapter with its base on everyday instructions"):
+        answers = _base_answers(given, base, answer, identity)
+        texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
+        if not texts:
+            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, "the base answers nothing but its end token"))
+        found = compare_tokens(model, engine, base, texts)
+        own = answer(given[:SHOWN])
+    pairs = zip(instructions[:SHOWN], answers, own, strict=False)
+    return Behavior.of(*found, [Sample(text, *(_text(renderer, ids) for ids in both)) for text, *both in pairs])
+
+
+def _text(renderer: Renderer, ids: Ids) -> str:
+    text: str = renderer.tokenizer.decode([*ids], skip_special_tokens=True)
+    return text.strip()
+
+
+def _base_answers(given: Sequence[Ids], base: Base, answer: Answer, identity: Mapping[str, Any] | None) -> list[Ids]:
+    """The answers of the base, from the cache if they are in it."""
+    parts = ["answers", identity, ANSWER_TOKENS, [[*ids] for ids in given]]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    if identity is not None and (known := token_cache.load_values(key)) is not None:
+        lengths, ids = np.split(known.astype(np.int64), [len(given)])
+        return [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])]
+    with base():
+        found = [[*ids] for ids in answer(given)]
+    if identity is not None:
+        token_cache.store_values(key, np.array([*map(len, found), *(id for ids in found for id in ids)], np.float64))
+    return [*found]
+
+
+def prompts(renderer: Renderer, context: int | None) -> tuple[list[str], list[Ids]]:
+    """The instructions and their ids: as a user's turn of the chat template, or as text if there is none.
+
+    Raises:
+        DataError: The chat template refuses them.
+        ModelError: The context of the model has no room for them.
+    """
+    texts, found = list[str](), list[Ids]()
+    for text in INSTRUCTIONS.read_text(encoding="utf-8").splitlines():
+        ids = renderer.prompt([{"role": "user", "content": text}] if renderer.tokenizer.chat_template else f"{text}\n")
+        if context is None or len(ids) + ANSWER_TOKENS <= context:
+            texts.append(text)
+            found.append(ids)
+    if not found:
+        what = f"the instructions and their answers are too long for the {context:,} positions of the model"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what))
+    return texts, found
+
+
+@torch.inference_mode()
+def compare_tokens(
+    model: Any, engine: Engine, base: Base, texts: Sequence[tuple[Ids, Ids]]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Compare an adapter with its base at each token of some answers.
+
+    Args:
+        model: A `PeftModel`, whose adapter is active.
+        engine: Computes its logits.
+        base: See `Base`.
+        texts: Prompt and answer of each text; answers have at least one token.
+
+    Returns:
+        For each text: the summed divergence in nats, at how many tokens both would choose the same, and the tokens of
+        the answer. (texts,) each.
+    """
+    rows = [{"input_ids": [*ids, *answer], "labels": [-100] * len(ids) + [*answer]} for ids, answer in texts]
+    scoring = ScoringLayout(engine.flat, None, engine.pad_id, _BATCH_TOKENS if engine.padded else 0)
+    layout = scoring.layout(rows, np.array([len(row["input_ids"]) for row in rows]))
+    values = np.zeros((len(rows), 2))
+    was_training = model.training
+    model.eval()
+    for numbers in scoring.batches(layout, range(len(rows))):
+        batch = layout.collate([rows[number] for number in numbers])
+        labels, _ = batch.pop("labels"), batch.pop("lengths")
+        places = (labels[:, 1:] >= 0).nonzero()
+        at = places[:, 0] * labels.shape[1] + places[:, 1]
+        with engine.acceleration.applied(model):
+            ours = kernels.logits_at(model, batch, at).float().log_softmax(-1)
+        with base(), engine.acceleration.applied(model):
+            its = kernels.logits_at(model, batch, at).float().log_softmax(-1)
+        same = (ours.argmax(-1) == its.argmax(-1)).double()
+        nats = its.sub(ours).mul_(its.exp_()).sum(-1, dtype=torch.float64)
+        counts = [len(texts[number][1]) for number in numbers]
+        for column, part in enumerate((nats, same)):
+            values[[*numbers], column] = [float(one.sum()) for one in torch.split(part.cpu(), counts)]
+    model.train(was_training)
+    return values[:, 0], values[:, 1], np.array([len(answer) for _, answer in texts], np.float64)
+
+
+def write(
+    model: Any, given: Sequence[Ids], max_new_tokens: int, *, pad_id: int, end_ids: Sequence[int],
+    seed: int | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
+    """Continue prompts by the most probable tokens, or by tokens drawn with their probabilities.
+
+    Args:
+        model: A `PeftModel`.
+        given: The prompts.
+        max_new_tokens: The maximum number of tokens per text.
+        pad_id: The token for padding.
+        end_ids: Tokens that end a text; none for texts that all have `max_new_tokens`.
+        seed: The seed of the draws; None for the most probable tokens.
+
+    Returns:
+        The new tokens of each text, including the one that ends it.
+    """
+    draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if seed is not None else {}
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=pad_id, **draw
+    )
+    was_training = model.training
+    model.eval()
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(given), _WRITTEN_AT_ONCE):
+            batch = pad([{"input_ids": ids} for ids in given[start : start + _WRITTEN_AT_ONCE]], pad_id, "left")
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            for ids in model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist():
+                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+                yield ids[:end]
+    model.train(was_training)

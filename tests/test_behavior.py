@@ -1,0 +1,117 @@
+"""The base's own answers to everyday instructions: how far an adapter moves from them, and what it answers itself."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Ran, tiny_llama, write_rows
+from peft import PeftModel
+from running import MakeConfig
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from loratune.compare import behavior
+from loratune.compare.behavior import Behavior
+from loratune.statistics import Interval
+
+Run = Callable[..., Ran]
+TRAINED = {"learning_rate": 0.02, "max_steps": 20}
+
+
+def recorded(output: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((output / "loratune.json").read_text())["metrics"]["behavior"]
+    return found
+
+
+@torch.inference_mode()
+def by_hand(base_dir: Path, out: Path, *, chat: bool) -> dict[str, float]:
+    """The numbers from stock transformers and PEFT, text by text in float32, over the whole vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(base_dir)
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32).eval()
+    texts = []
+    for line in behavior.INSTRUCTIONS.read_text(encoding="utf-8").splitlines():
+        turns = [{"role": "user", "content": line}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True)["input_ids"] if chat else tokenizer(
+            f"{line}\n"
+        ).input_ids  # fmt: skip
+        whole = base.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=48, pad_token_id=0)
+        texts.append((len(ids), whole))
+    model = PeftModel.from_pretrained(base, str(out)).eval()
+
+    def distributions() -> torch.Tensor:
+        return torch.cat([model(whole).logits[0, begin - 1 : -1].log_softmax(-1) for begin, whole in texts])
+
+    with model.disable_adapter():
+        its = distributions()
+    ours = distributions()
+    nats = functional.kl_div(ours, its, reduction="none", log_target=True).sum(-1)
+    agree = (ours.argmax(-1) == its.argmax(-1)).double()
+    return {"divergence": float(nats.mean()), "agreement": float(agree.mean()), "tokens": len(nats)}
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_the_numbers_equal_those_of_stock_peft(
+    chat: bool, cli: Run, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path
+) -> None:
+    """In train and in evaluate; for a base without a chat template, on continuations of the instructions as text."""
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_dir).save_pretrained(base)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    tokenizer.chat_template = tokenizer.chat_template if chat else None
+    tokenizer.save_pretrained(base)
+    ran = cli("train", run_config(model={"name_or_path": str(base)}, training=TRAINED))
+    assert ran.code == 0, ran.err
+    found, expected = recorded(tmp_path / "out"), by_hand(base, tmp_path / "out", chat=chat)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4) and found["divergence"] > 0.01
+    assert found["texts"] == 24 and found["divergence_interval"][0] < found["divergence"]
+    assert len(found["samples"]) == 6 and found["samples"][0]["base"] != found["samples"][0]["adapter"]
+    line = f"KL {found['divergence']:.3f} nats per token (95 % interval "
+    assert f"  base's answers  {line}" in ran.out
+    assert f"- **Base's answers:** {line}" in (tmp_path / "out" / "README.md").read_text()
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", rows, "--forgetting", "builtin", "--json")
+    evaluated = json.loads(ran.out)
+    assert evaluated["behavior"]["divergence"] == pytest.approx(expected["divergence"], rel=1e-4)
+    assert [*evaluated["forgetting"]["kinds"]] == ["prose", "dialogue", "code", "french", "german"]
+    assert evaluated["behavior"]["samples"] == found["samples"]
+    ran = cli("report", "--adapter", tmp_path / "out", "--output", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert ran.code == 0 and 'id="everyday"' in page and "Explain in two sentences why the sky looks blue." in page
+
+
+@pytest.mark.parametrize(
+    ("why", "text"),
+    [
+        ("context", "the instructions and their answers are too long for the 60 positions of the model"),
+        ("template", "the chat template refuses these messages"),
+        ("end", "the base answers nothing but its end token"),
+    ],
+)
+def test_a_run_reports_why_nothing_was_measured(
+    why: str, text: str, cli: Run, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The run succeeds as usual."""
+    model = tiny_llama(max_position_embeddings=60 if why == "context" else 500)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    if why == "template":
+        tokenizer.chat_template = "{{ raise_exception('no chat') }}"
+    if why == "end":
+        monkeypatch.setattr(behavior, "write", lambda model, given, *_, **__: [[256]] * len(given))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {"model": {"name_or_path": str(tmp_path / "base")}, "data": {"max_length": 40}}
+    ran = cli("train", run_config(**changes, training={"max_steps": 2}), "--allow-worse")
+    assert ran.code == 0, ran.err
+    found = recorded(tmp_path / "out")
+    assert [*found] == ["not_measured"] and text in found["not_measured"]
+    assert f"  base's answers  not measured: {found['not_measured']}" in ran.out
+
+
+def test_a_large_divergence_is_reported() -> None:
+    far = Behavior(24, 900, 1.2, Interval(0.8, 1.9), 0.6, Interval(0.5, 0.7))
+    assert far.remark.startswith("the model no longer answers as its base elsewhere: the same next token for 60%")
+    assert not Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6).remark and not Behavior(unknown="no room").remark
