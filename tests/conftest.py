@@ -270,8 +270,10 @@ def config_in(folder: Path, model: Path) -> Callable[..., Path]:
     def make(name: str = "run.yaml", **sections: Any) -> Path:
         values: dict[str, Any] = {
             "model": {"name_or_path": str(model), "dtype": "float32"},
+            "lora": {"target_modules": ["q", "k", "v", "o"]},
             "data": {"train": str(write_rows(folder / "rows.jsonl", ROWS))},
             "training": {"learning_rate": 1e-2, "logging_steps": 1},
+            "retention": {"kl_weight": 0},
             "output_dir": str(folder / "out"),
         }
         for key, value in sections.items():

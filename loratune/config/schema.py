@@ -175,10 +175,12 @@ class PreferenceSection(Section):
 class RetentionSection(Section):
     """Keeping what the base can do: the model is held to its predictions before training, on texts that it wrote."""
 
-    kl_weight: float = Field(
-        0.0, ge=0, le=1e3, description="weight of the divergence from the model before training; 0: none"
+    kl_weight: Annotated[float, Field(ge=0, le=1e3)] | Auto = Field(
+        AUTO, description="weight of the divergence from the model before training; 0: none; auto: 1 for sft, else 0"
     )
-    num_samples: Count = Field(48, description="texts that the model writes before the first step")
+    num_samples: Count | Auto = Field(
+        AUTO, description="texts that the model writes before the first step; auto: at most 48, fewer for short runs"
+    )
     max_new_tokens: Count = Field(48, description="tokens of each text")
     prompts: FilePath | None = Field(
         None, description="rows whose prompts the model answers; null: it writes the questions too"

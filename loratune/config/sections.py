@@ -222,7 +222,7 @@ class LoraSection(Section):
     lora_alpha: Count | Auto = Field(16, description="the update is scaled by lora_alpha / r; auto: 16")
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter's input while training")
     target_modules: list[str] | str = Field(
-        ["q", "k", "v", "o"],
+        AUTO,
         description="roles (q, k, v, o), exact names, a regular expression, or all-linear, which leaves out stacked "
         "experts and routers; auto: all-linear",
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from loratune.codes import Code
-from loratune.config import AUTO, LoraSection, RunConfig, TrainingSection, decided, from_values
+from loratune.config import AUTO, LoraSection, RetentionSection, RunConfig, TrainingSection, decided, from_values
 from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
 from loratune.errors import ConfigError, Problem
 
@@ -56,6 +56,8 @@ _RANKS = (8, 16, 32, 64)
 about two bits a parameter, and a token of instructions teaches about one (https://thinkingmachines.ai/blog/lora/)."""
 _ALPHA = 16
 """With it the best learning rate hardly depends on the rank, as the update is scaled by lora_alpha / r."""
+_RETENTION = 1.0
+"""`retention.kl_weight` of sft. Preferences were not measured, and DPO has a reference of its own."""
 _ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
 """Optimizers whose steps have the size of the rate, so that one formula holds for them."""
 _COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
@@ -183,6 +185,13 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
     choose("lr_scheduler_type", "linear", "down to zero")
     choose("warmup_steps", 0.0, "the update starts at zero and grows by itself")
     return training, found
+
+
+def retention_weight(run: RunConfig) -> tuple[float, str]:
+    """`retention.kl_weight`, and why."""
+    if run.training.objective == "sft":
+        return _RETENTION, "the base keeps what it can do otherwise, with the same held-out loss on six tasks"
+    return 0.0, f"retention was measured for sft, and not for {run.training.objective}"
 
 
 def lower_rate(run: RunConfig, facts: Facts) -> float:
@@ -326,7 +335,9 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
     return decide_lora(lora, Facts(None, None, 0, 0, 1, lambda _: 0, start))[0]
 
 
-_SECTIONS: dict[str, type[LoraSection] | type[TrainingSection]] = {"lora": LoraSection, "training": TrainingSection}
+_SECTIONS: dict[str, type[LoraSection] | type[TrainingSection] | type[RetentionSection]] = {
+    "lora": LoraSection, "training": TrainingSection, "retention": RetentionSection,
+}  # fmt: skip
 _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
 """Section and name of each key that can be `auto`."""
 
@@ -336,6 +347,7 @@ def are_recorded(recorded: Mapping[str, Any]) -> bool:
 
     recorded: the config of an interrupted run as JSON values, not yet validated.
     """
+    recorded = {"retention": {}, **recorded}  # runs of earlier releases have none
     if not all(isinstance(recorded.get(name), dict) for name in _SECTIONS):
         return False
     for name, key in _DECIDED:
@@ -354,7 +366,7 @@ def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
     recorded: the config of the interrupted run as JSON values, for which `are_recorded` holds.
     """
-    values = run.model_dump()
+    values, recorded = run.model_dump(), {"retention": {"kl_weight": 0.0}, **recorded}
     is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
     return {
         f"{name}.{key}": recorded[name][key]

@@ -1,7 +1,7 @@
 """The batches of a run: how rows are packed or padded for its model, and which rows each process gets."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,16 @@ from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
 from loratune.data import TokenizedDataset
 from loratune.data.batches import flatten, packing_refusal, padding_is_cheaper, padding_refusal
 from loratune.data.packing import BatchLayout, Packing, PrefixTree
-from loratune.errors import ConfigError, ModelError, Problem
+from loratune.data.rendering import Renderer
+from loratune.errors import ConfigError, DataError, ModelError, Problem
 from loratune.events import progress
 from loratune.lora import attach
+from loratune.model import load
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training.retention import Retention, is_text
+from loratune.training import auto
+from loratune.training.preflight import Run
+from loratune.training.retention import Retention, is_text, prompts, sample_count
 
 
 @dataclass(frozen=True)
@@ -217,6 +221,45 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> int:
         return 0
     mask = batch.get("attention_mask")
     return batch["labels"].numel() if mask is None else int(mask.sum())
+
+
+def with_retention(
+    config: RunConfig, batches: BatchedDatasets, run: Run, tokenizer: Any, model_config: Any, group: Group
+) -> tuple[RunConfig, BatchedDatasets, auto.Choices]:
+    """The config without `auto` in `retention`, the batches with its texts if it has a weight, and what was chosen.
+
+    Raises:
+        DataError, ConfigError: As `retention.prompts`, unless the weight was `auto`; then it is 0.
+    """
+    section, choices = config.retention, auto.Choices()
+    if section.kl_weight == AUTO:
+        choices["retention.kl_weight"] = auto.retention_weight(config)
+    weight = choices["retention.kl_weight"][0] if choices else section.kl_weight
+    count, why = sample_count(batches.train, config.training, section.max_new_tokens, group.count)
+    if section.num_samples != AUTO:
+        count = section.num_samples
+    elif weight:
+        choices["retention.num_samples"] = count, why
+    section = section.model_copy(update={"kl_weight": weight, "num_samples": count})
+    given, unusable = list[Any](), ""
+    if weight and group.main:
+        renderer = Renderer(tokenizer, model_config.get_text_config().vocab_size)
+        chat = run.rows is not None and run.rows.train.chat
+        context = load.context_length(model_config)
+        try:
+            asked = config.model_copy(update={"retention": section})
+            given = [*map(list, prompts(renderer, asked, chat, context))]
+        except (DataError, ModelError, ConfigError) as error:
+            if "retention.kl_weight" not in choices or section.prompts is not None:
+                raise
+            unusable = error.problems[0].what
+    if unusable := group.broadcast(unusable):
+        section = section.model_copy(update={"kl_weight": 0.0})
+        choices = {"retention.kl_weight": (0.0, unusable)}
+    elif weight:
+        texts = Retention.of(section, group.broadcast(given), batches.train, config.training, group.count)
+        batches = replace(batches, retention=texts, notes=[*batches.notes, str(texts)])
+    return config.model_copy(update={"retention": section}), batches, choices
 
 
 class DistributedBatchSampler(Sampler[list[int]]):

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from loratune import kernels, memory
 from loratune.codes import Code
 from loratune.compare import preferences
-from loratune.config import LoraSection, ModelSection, RunConfig, TrainingSection, decided
-from loratune.data.rendering import Renderer
+from loratune.config import AUTO, LoraSection, ModelSection, RunConfig, TrainingSection, decided
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import PlanEvent
@@ -31,7 +30,7 @@ from loratune.model.load import Base
 from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
-from loratune.training import auto, batching, retention
+from loratune.training import auto, batching
 from loratune.training.batching import BatchedDatasets
 from loratune.training.checkpoints.resume import ResumePoint
 from loratune.training.checkpoints.store import BestRecord, CheckpointRecord, Checkpoints
@@ -82,6 +81,12 @@ class Plan:
     checkpoints: Checkpoints
     notes: list[str]
     lower_rate: float
+
+    def decides(self, key: str) -> bool:
+        """Whether the run has decided the value of a key that the user gives as `auto`."""
+        section, _, name = key.partition(".")
+        kept = self.resume_point.kept if self.resume_point is not None else {}
+        return key in kept or self.run.config.model_dump()[section][name] == AUTO
 
     @property
     def retention(self) -> Retention | None:
@@ -237,9 +242,9 @@ def make_plan(
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
     batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group)
-    batches = _with_retention(batches, run, datasets, model.config, group)
     known = replace(known, rows=(items := len(batches.train.items)), rows_in_pack=datasets.train.items / items)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
+    config, batches, kept = batching.with_retention(config, batches, run, datasets.tokenizer, model.config, group)
     _check_warmup(config.training, batches, group.count)
     adapter_init = creation.initialize_adapter(
         model,
@@ -254,7 +259,7 @@ def make_plan(
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
     notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
-    notes += [*auto.lines(choices | more), *load.machine_notes(config.model), *batches.notes, *targets.notes]
+    notes += [*auto.lines(choices | more | kept), *load.machine_notes(config.model), *batches.notes, *targets.notes]
     return Plan(
         run=run,
         config=config,
@@ -271,22 +276,6 @@ def make_plan(
         notes=[*notes, *datasets.notes],
         lower_rate=auto.lower_rate(config, known),
     )
-
-
-def _with_retention(
-    batches: BatchedDatasets, run: Run, datasets: TokenizedDatasets, model_config: Any, group: Group
-) -> BatchedDatasets:
-    """The batches with the texts of `retention`, if that has a weight. Raises as `retention.prompts`."""
-    section = run.config.retention
-    if not section.kl_weight:
-        return batches
-    given: list[Any] = []
-    if group.main:
-        renderer = Renderer(datasets.tokenizer, model_config.get_text_config().vocab_size)
-        chat = run.rows is not None and run.rows.train.chat
-        given = [*map(list, retention.prompts(renderer, run.config, chat, load.context_length(model_config)))]
-    texts = Retention.of(section, group.broadcast(given), batches.train)
-    return replace(batches, retention=texts, notes=[*batches.notes, str(texts)])
 
 
 def _record(

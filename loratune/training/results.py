@@ -221,7 +221,12 @@ def write_texts(plan: Plan) -> None:
     renderer = Renderer(plan.datasets.tokenizer, plan.model.config.get_text_config().vocab_size)
     engine, group = plan.batches.engine, plan.group
     if group.main or launcher.sharding():  # whose forward passes all processes take part in
-        plan.retention.write(plan.model, engine, renderer, identity, before)
+        try:
+            plan.retention.write(plan.model, engine, renderer, identity, before)
+        except ModelError as error:
+            if not plan.decides("retention.kl_weight"):
+                raise
+            note(f"retention has no effect: {error.problems[0].what}")
     if not launcher.sharding():
         plan.retention.set_numbers(group.broadcast(plan.retention.as_numbers() if group.main else []))
 

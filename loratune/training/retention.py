@@ -9,6 +9,7 @@ arXiv:2605.26097 compares this with other means against forgetting.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.compare.engine import Engine, ScoringLayout
-from loratune.config import RetentionSection, RunConfig, Source
+from loratune.config import RetentionSection, RunConfig, Source, TrainingSection, decided
 from loratune.data import token_cache
 from loratune.data.formats.recognition import parse_question
 from loratune.data.packing import BatchLayout, Items, PackedRows
@@ -33,6 +34,7 @@ from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
 from loratune.system.launcher import Group
 from loratune.text import plural
+from loratune.training.auto import optimizer_steps
 from loratune.training.checkpoints.store import StepLosses
 
 TOP = 20
@@ -41,6 +43,11 @@ _PASS_TOKENS = 512
 """Tokens of a batch whose predictions are read, and whose logits are in memory at once."""
 _SHARE = 0.2
 """The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
+_MOST_SAMPLES, _SHARE_OF_RUN = 48, 0.1
+"""The most texts that `auto` has written, and the most of their tokens as a share of those of the run: writing a token
+takes about as long as training on it."""
+_SPARSEST = 8
+"""At least one micro-step of so many has a text."""
 _SAMPLED_BATCHES = 64
 """Batches by which the tokens of a micro-step are estimated."""
 
@@ -77,13 +84,17 @@ class Retention:
     Attributes:
         section: Its settings.
         given: What each text continues.
-        texts_of_step: How many texts go with the rows of a micro-step.
+        texts_of_step: How many texts go with the rows of a micro-step that has some.
+        every: One of so many micro-steps has texts: where rows are short, a text in each would take too long.
+        weight: That of the term in an optimizer step that has texts; on average it is `kl_weight`.
         texts: The texts; none until they are written.
     """
 
     section: RetentionSection
     given: Sequence[Ids]
     texts_of_step: int
+    every: int
+    weight: float
     texts: Sequence[RetentionText] = ()
 
     @property
@@ -98,17 +109,24 @@ class Retention:
 
     def __str__(self) -> str:
         """A line for the plan."""
+        steps = "each micro-step" if self.every == 1 else f"every {self.every}th micro-step"
         return (
             f"retention: the model writes {plural(len(self.given), 'text')} of {self.section.max_new_tokens} tokens "
-            f"before the first step; {self.texts_of_step} of them beside the rows of each micro-step"
+            f"before the first step; {self.texts_of_step} beside the rows of {steps}"
         )
 
     @classmethod
-    def of(cls, section: RetentionSection, given: Sequence[Ids], layout: BatchLayout) -> "Retention":
+    def of(
+        cls, section: RetentionSection, given: Sequence[Ids], layout: BatchLayout, training: TrainingSection,
+        processes: int,
+    ) -> "Retention":  # fmt: skip
         """From the settings, what the texts continue, and the batches of the training rows."""
-        tokens = float(layout.total_tokens(_SAMPLED_BATCHES).mean()) if len(layout.items) >= layout.size else 0.0
-        longest = max(map(len, given)) + section.max_new_tokens
-        return cls(section, given, max(1, min(len(given), int(_SHARE * tokens / longest))))
+        tokens, longest = mean_tokens(layout), max(map(len, given)) + section.max_new_tokens
+        wanted = _SHARE * tokens / longest
+        every = min(_SPARSEST, max(1, math.ceil(1 / max(wanted, 1 / _SPARSEST))))
+        rarity = max(1.0, every / (training.gradient_accumulation_steps * processes))
+        number = max(1, min(len(given), int(wanted)))
+        return cls(section, given, number, every, decided(section.kl_weight) * rarity)
 
     def with_texts(self, items: Items) -> Items:
         """Items of rows, and after them the texts, as items of the same kind."""
@@ -116,7 +134,9 @@ class Retention:
 
     def numbers(self, micro_step: int, first: int) -> list[int]:
         """The numbers of the texts of a micro-step, in turn. first: that of the first text."""
-        start = micro_step * self.texts_of_step
+        if micro_step % self.every or not self.texts:
+            return []
+        start = micro_step // self.every * self.texts_of_step
         return [first + (start + number) % len(self.texts) for number in range(self.texts_of_step)]
 
     def write(
@@ -177,7 +197,7 @@ class RetentionTerm:
     """
 
     def __init__(self, retention: Retention, group: Group, steps: StepLosses):
-        self._weight, self._group, self.steps = retention.section.kl_weight, group, steps
+        self._weight, self._group, self.steps = retention.weight, group, steps
         self._teacher: kernels.TeacherTargets | None = None
         self._sum: torch.Tensor | None = None
         self._tokens = 0
@@ -197,14 +217,18 @@ class RetentionTerm:
 
         Returns how many tokens of the batch belong to texts.
         """
+        if "teacher" not in batch:
+            self._teacher = None
+            return 0
         *targets, tokens = batch.pop("teacher")
         self._teacher = kernels.TeacherTargets(*targets)
         kernels.set_teacher(model, self._teacher)
         return int(tokens)
 
-    def of_batch(self, model: Any, logits: torch.Tensor) -> torch.Tensor:
+    def of_batch(self, model: Any, logits: torch.Tensor) -> torch.Tensor | float:
         """The term of a micro-step, a scalar. logits: what the model returned."""
-        assert self._teacher is not None
+        if self._teacher is None:
+            return 0.0
         divergence = kernels.teacher_divergence(model, logits, self._teacher)
         divergence = divergence / (self._tokens or len(self._teacher.places))
         own = divergence.detach().clone()
@@ -215,7 +239,8 @@ class RetentionTerm:
         """The divergence of the optimizer step, nats per token, over all processes."""
         found = self._group.total([0.0 if self._sum is None else float(self._sum)])[0]
         self._sum = None
-        self.steps.add(found)
+        if self._tokens:
+            self.steps.add(found)
         return found
 
 
@@ -244,6 +269,21 @@ class ItemsWithTexts:
 # Writing the texts
 
 
+def mean_tokens(layout: BatchLayout) -> float:
+    """The mean number of tokens of a micro-step, from some of them; 0 for fewer rows than one has."""
+    return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) if len(layout.items) >= layout.size else 0.0
+
+
+def sample_count(layout: BatchLayout, training: TrainingSection, longest: int, processes: int) -> tuple[int, str]:
+    """`retention.num_samples`, and why. longest: the tokens of a text. training: the section, without `auto`."""
+    if training.max_minutes is not None:
+        return _MOST_SAMPLES, "the most that auto takes"
+    steps = optimizer_steps(training, len(layout.items), layout.size, processes)[0]
+    tokens = int(steps * training.gradient_accumulation_steps * processes * mean_tokens(layout))
+    count = max(1, min(_MOST_SAMPLES, int(_SHARE_OF_RUN * tokens / longest)))
+    return count, f"at most a tenth of the {tokens:,} tokens of the run" if count < _MOST_SAMPLES else "enough"
+
+
 def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None) -> list[tuple[int, ...]]:
     """What the texts continue: prompts of the file; or the header of a user's turn, or the first token.
 
@@ -258,10 +298,10 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
         ConfigError: A text would be longer than the context of the model.
     """
     section = run.retention
-    given = [renderer.user_header()] * section.num_samples
+    given = [renderer.user_header()] * decided(section.num_samples)
     if section.prompts is not None:
         rows = read_rows(Source(path=section.prompts))
-        chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: section.num_samples]
+        chosen = np.random.default_rng(run.training.seed).permutation(len(rows))[: decided(section.num_samples)]
         given = [_prompt(renderer, rows[number], run, chat) for number in sorted(chosen.tolist())]
     longest = max(map(len, given)) + section.max_new_tokens
     if context is not None and longest > context:
