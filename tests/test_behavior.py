@@ -100,7 +100,7 @@ def test_a_run_reports_why_nothing_was_measured(
     if why == "template":
         tokenizer.chat_template = "{{ raise_exception('no chat') }}"
     if why == "end":
-        monkeypatch.setattr(behavior, "write", lambda model, given, *_, **__: [[256]] * len(given))
+        monkeypatch.setattr(behavior, "write", lambda model, engine, given, *_, **__: [[256]] * len(given))
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     changes: dict[str, Any] = {"model": {"name_or_path": str(tmp_path / "base")}, "data": {"max_length": 40}}

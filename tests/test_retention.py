@@ -171,7 +171,7 @@ def test_what_cannot_be_done_is_refused(cli: Cli, run_config: MakeConfig, tmp_pa
 
 
 def test_a_base_that_writes_only_its_end(cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(behavior, "write", lambda model, given, *_, **__: [[256, 256]] * len(given))
+    monkeypatch.setattr(behavior, "write", lambda model, engine, given, *_, **__: [[256, 256]] * len(given))
     path = run_config(training={"seed": 11}, retention=SETTINGS)  # of which no texts are in the cache
     check_refused(cli("train", path), 3, (Code.MODEL_UNSUPPORTED, "", "retention"))
 

@@ -33,6 +33,7 @@ from loratune.compare.requirements import Requirement
 from loratune.compare.tasks import TaskResults
 from loratune.data import DatasetSplit, TokenizedDataset, splits
 from loratune.data.formats import PAIRS, UNPAIRED
+from loratune.data.report import remarks_on_weights
 from loratune.errors import AdapterError, DataError, ModelError
 from loratune.events import note
 from loratune.lora import attach, tensors
@@ -88,6 +89,7 @@ def evaluate(
     check_positions(dataset, first.data, load.context_length(first.model.config))
     rows, overlap = _rows(adapter, first, dataset, judging), splits.find_overlap(split, adapter.path)
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
+    remarks += remarks_on_weights(dataset.rows.weights)
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: rows.answers(BASE, first, engine)}
@@ -264,7 +266,7 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, rema
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
     remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
     rows = distinct_rows(loaded, dataset)
-    copies = {row.number: row.copies for row in rows}
+    copies = {row.number: row.times for row in rows}
     loaded.activate()
     with loaded.without_adapter():
         before = engine.losses(dataset, copies)

@@ -72,6 +72,7 @@ class ComparedRow:
         compared: For preferences: `chosen` and `rejected`, or one of `desirable` and `undesirable` → the answer.
         elsewhere: The places of its other copies.
         fields: The row's own fields as plain values; empty unless requested.
+        weight: How often the row counts in means, if rows have weights; None: as often as it has copies.
     """
 
     number: int
@@ -84,6 +85,12 @@ class ComparedRow:
     compared: Mapping[str, ComparedAnswer] = field(default_factory=dict)
     elsewhere: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
+    weight: float | None = None
+
+    @property
+    def times(self) -> float:
+        """How often the row counts in means."""
+        return self.copies if self.weight is None else self.weight
 
     def at_places(self, fields: Mapping[str, Mapping[str, Any]]) -> Iterator["ComparedRow"]:
         """The row and its copies, each with its own place and fields. fields: place → fields."""
@@ -173,7 +180,7 @@ class RowAnswers:
             engine: Computes the losses.
         """
         model.activate()
-        nats = engine.losses(self._dataset, {row.number: row.copies for row in self.rows}).nats.tolist()
+        nats = engine.losses(self._dataset, {row.number: row.times for row in self.rows}).nats.tolist()
         found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
         return [
             ModelAnswer(total, *found.get(row.number, (None, {}))) for row, total in zip(self.rows, nats, strict=True)
@@ -264,8 +271,10 @@ def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[Comp
     """The distinct rows, pairs or answers with supervised tokens, in the order of their first occurrence, without
     results of models."""
     names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()
-    for number, copies in dataset.copies().items():
-        item = dataset.item(number)
+    groups = dataset.copies()
+    weights = dataset.weighted({number: len(copies) for number, copies in groups.items()})
+    for number, weight in weights.items():
+        item, copies = dataset.item(number), groups[number]
         prompt, tokens = item[0].prompt, sum(row.supervised for row in item)
         compared = {
             names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item if row.side
@@ -276,7 +285,7 @@ def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[Comp
         where, *elsewhere = (dataset.item(copy)[0].where for copy in copies)
         if tokens:
             row = ComparedRow(number, where, len(copies), text, expected, tokens, compared=compared)
-            rows.append(replace(row, elsewhere=tuple(elsewhere)))
+            rows.append(replace(row, elsewhere=tuple(elsewhere), weight=weight))
     return rows
 
 

@@ -7,7 +7,8 @@ choose the same token. An adapter that has learned a task and nothing else has a
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.statistics import Interval, finite, mean_ratio_interval
 from loratune.text import plural
+
+_log = logging.getLogger(__name__)
 
 INSTRUCTIONS = Path(data.__file__).with_name("instructions.txt")
 """Everyday instructions, one per line."""
@@ -249,35 +252,47 @@ def compare_tokens(
 
 
 def write(
-    model: Any, given: Sequence[Ids], max_new_tokens: int, *, pad_id: int, end_ids: Sequence[int],
+    model: Any, engine: Engine, given: Sequence[Ids], max_new_tokens: int, *, end_ids: Sequence[int],
     seed: int | None = None,
-) -> Iterator[list[int]]:  # fmt: skip
+) -> list[list[int]]:  # fmt: skip
     """Continue prompts by the most probable tokens, or by tokens drawn with their probabilities.
 
     Args:
         model: A `PeftModel`.
+        engine: Says whether its rows can be padded, and with which token.
         given: The prompts.
         max_new_tokens: The maximum number of tokens per text.
-        pad_id: The token for padding.
         end_ids: Tokens that end a text; none for texts that all have `max_new_tokens`.
         seed: The seed of the draws; None for the most probable tokens.
 
     Returns:
         The new tokens of each text, including the one that ends it.
+
+    Raises:
+        ModelError: The model does not generate text.
     """
     draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if seed is not None else {}
     settings = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=pad_id, **draw
+        max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
-    was_training = model.training
+    each, was_training, found = _WRITTEN_AT_ONCE if engine.padded else 1, model.training, list[list[int]]()
     model.eval()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
-        if seed is not None:
-            torch.manual_seed(seed)
-        for start in range(0, len(given), _WRITTEN_AT_ONCE):
-            batch = pad([{"input_ids": ids} for ids in given[start : start + _WRITTEN_AT_ONCE]], pad_id, "left")
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            for ids in model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist():
-                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
-                yield ids[:end]
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(given), each):
+                batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+                for ids in written.tolist():
+                    end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+                    found.append(ids[:end])
+    except (AssertionError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        _log.debug("the model does not generate", exc_info=error)
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        what = f"the model does not generate text: {type(error).__name__}: {reason}"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what)) from None
+    finally:
+        model.train(was_training)
+    return found

@@ -360,11 +360,11 @@ def _invalid_json(rows: Sequence[ComparedRow], models: Sequence[str]) -> Iterato
 def losses_of(rows: Sequence[ComparedRow], model: str) -> RowLosses:
     """The losses of one model on the rows."""
     nats = [row.answers[model].loss for row in rows]
-    return RowLosses.of(nats, [row.count for row in rows], [row.copies for row in rows])
+    return RowLosses.of(nats, [row.count for row in rows], [row.times for row in rows])
 
 
 def _weights(rows: Sequence[ComparedRow]) -> Values:
-    return np.array([row.copies for row in rows], dtype=np.float64)
+    return np.array([row.times for row in rows], dtype=np.float64)
 
 
 def _scores(rows: Sequence[ComparedRow], metric: str, model: str) -> Values:

@@ -22,6 +22,7 @@ from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
 from loratune.data.batches import LONGEST, packing_refusal, padding_refusal
+from loratune.data.formats import IGNORED
 from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree, common_prefix
 from loratune.errors import ConfigError, Problem
 from loratune.events import counting
@@ -38,8 +39,8 @@ _SAMPLED_ROWS = 4096
 
 Scores = Mapping[str, Sequence[float]]
 """Name → values of all rows, see `Objective.scores`."""
-Copies = Mapping[int, int]
-"""Number of an item → how often it occurs."""
+Copies = Mapping[int, float]
+"""Number of an item → how often it counts."""
 BeforeBatch = Callable[[dict[str, torch.Tensor]], None]
 """Called with every batch before its forward pass; an error that it raises ends the pass."""
 
@@ -204,9 +205,14 @@ class Objective:
         """The losses, from the result of `read`."""
         return RowLosses.of(scores["nats"], scores["tokens"])
 
-    def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
-        """The items to score for a whole dataset, and how often each occurs: copies are computed once."""
-        return {number: len(copies) for number, copies in dataset.copies().items()}
+    def training_items(self, dataset: TokenizedDataset) -> Items:
+        """The rows of a dataset to train on, as those of `items`."""
+        return self.items(dataset)[0]
+
+    def copies(self, dataset: TokenizedDataset) -> dict[int, float]:
+        """The items to score for a whole dataset, and how often each counts, see `TokenizedDataset.weighted`; copies
+        are computed once."""
+        return dataset.weighted({number: len(copies) for number, copies in dataset.copies().items()})
 
     def reading(self, model: Any) -> AbstractContextManager[None]:
         """The context in which a model is scored, without gradients. model: as for `read`."""
@@ -223,6 +229,64 @@ class Objective:
 
 SFT = Objective()
 """The objective `sft`: the cross-entropy of all supervised tokens."""
+
+
+class WeightedObjective(Objective):
+    """The weighted cross-entropy of `sft`: Σ w·loss / Σ w over the tokens of an optimizer step.
+
+    A supervised token has the weight of its row, and any other one this times the weight of prompts. Only training rows
+    have weights in a batch; a row that is scored has the loss of its supervised tokens, and counts by its weight.
+    """
+
+    def __init__(self, prompt_weight: float):
+        """prompt_weight: the weight of the tokens that are not supervised."""
+        self._prompt_weight = prompt_weight
+        self._weights: torch.Tensor | None = None
+
+    def training_items(self, dataset: TokenizedDataset) -> Items:
+        """The rows of a dataset with the weights of their tokens."""
+        return WeightedRows(dataset.rows, dataset.rows.weights, self._prompt_weight)
+
+    def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
+        """Returns the sum of the weights of the step; 1 if that is 0."""
+        own = sum(float(batch["weights"][:, 1:][batch["labels"][:, 1:] >= 0].sum()) for batch in batches)
+        return float(group.total([own])[0]) or 1.0
+
+    def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
+        """See `Objective`."""
+        self._weights = weights = batch.pop("weights", None)
+        super().set_loss_targets(model, batch, by_row=by_row)
+        if weights is not None:
+            kernels.set_loss_weights(model, weights)
+
+    def total(self, model: Any, logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Objective`; the number is the sum of the weights."""
+        return next_token_loss(model, logits, labels, self._weights)
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """Rows of `input_ids` and `labels`, with a weight for each label: `weights`.
+
+    Attributes:
+        rows: The rows.
+        weights: (rows,), the factor of each row; None: 1.
+        prompt_weight: The weight of the tokens that are not supervised, whose labels are then their ids.
+    """
+
+    rows: Items
+    weights: NDArray[np.float64] | None
+    prompt_weight: float
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int, /) -> dict[str, list[Any]]:
+        row = self.rows[number]
+        factor = 1.0 if self.weights is None else float(self.weights[number])
+        weights = [factor if label >= 0 else factor * self.prompt_weight for label in row["labels"]]
+        labels = [IGNORED, *row["input_ids"][1:]] if self.prompt_weight else row["labels"]
+        return {**row, "labels": labels, "weights": weights}
 
 
 @torch.no_grad()

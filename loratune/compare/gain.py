@@ -85,7 +85,7 @@ class Gain:
         validation_rows: int | None = None, unit: str = "token", other: Model = "base",
     ) -> "Gain":  # fmt: skip
         """Create it from the losses of two models on the same distinct rows. total: by default the rows with copies."""
-        difference, drawn = compare(base, adapter), int(adapter.copies.sum())
+        difference, drawn = compare(base, adapter), round(adapter.copies.sum())
         low, high = finite(difference.interval) or (None, None)
         own_low, own_high = finite(mean_ratio_interval(adapter.totals, adapter.counts)) or (None, None)
         return cls(
@@ -228,7 +228,7 @@ class FinalScore:
 
     def __str__(self) -> str:
         """`0.1043 on 200 test rows (95 % interval 0.0911 to 0.1202)`."""
-        found, rows = self.losses, int(self.losses.copies.sum())
+        found, rows = self.losses, round(self.losses.copies.sum())
         copies = f", {len(found):,} distinct" if len(found) < rows else ""
         loss = f"{found.loss:.4f}" if self.unit == "token" else f"{found.loss:.4f} {per(self.unit)}"
         what = f"{loss} on {plural(rows, f'test {item(self.unit)}')}{copies}"
@@ -240,7 +240,7 @@ class FinalScore:
         """Plain values: `tokens` counts supervised tokens, pairs or answers; `distinct` counts rows without copies."""
         found, interval = self.losses, self.losses.interval
         return {
-            "loss": found.loss, "tokens": int(found.counts.sum()), "rows": int(found.copies.sum()),
+            "loss": found.loss, "tokens": int(found.counts.sum()), "rows": round(found.copies.sum()),
             "distinct": len(found), "interval": finite(interval),
         }  # fmt: skip
 
@@ -322,14 +322,14 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
     return FinalScore(losses, objective.unit)
 
 
-def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, int], int | None]:
+def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, float], int | None]:
     """Choose the rows to compare. Args as for `measure`.
 
     Returns:
-        The name of their split; number of a distinct row → its copies among the drawn rows, including itself; and the
-        number of distinct validation rows, if these are too few.
+        The name of their split; number of a distinct row → how often it counts, see `TokenizedDataset.weighted`; and
+        the number of distinct validation rows, if these are too few.
     """
-    samples = {name: _sample(rows, budget) for name, rows in splits.items()}
+    samples = {name: rows.weighted(_sample(rows, budget)) for name, rows in splits.items()}
     split = next((name for name, rows in samples.items() if len(rows) >= LEAST_ROWS), [*splits][-1])
     too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
     return split, samples[split], too_few

@@ -95,7 +95,7 @@ class RowLosses:
     Attributes:
         nats: The loss of each row, summed over its supervised tokens; for preferences, the loss of the objective.
         tokens: Supervised tokens of each row; 1 for preferences.
-        copies: How often each row occurs; copies have the same loss.
+        copies: How often each row counts: its copies, which have the same loss, or its weight.
     """
 
     nats: Values
@@ -103,7 +103,7 @@ class RowLosses:
     copies: Values
 
     @classmethod
-    def of(cls, nats: Sequence[float], tokens: Sequence[float], copies: Sequence[int] | None = None) -> Self:
+    def of(cls, nats: Sequence[float], tokens: Sequence[float], copies: Sequence[float] | None = None) -> Self:
         """Create it from plain numbers. copies: by default 1 for each row."""
         times = np.ones(len(nats)) if copies is None else np.asarray(copies, np.float64)
         return cls(np.asarray(nats, np.float64), np.asarray(tokens, np.float64), times)

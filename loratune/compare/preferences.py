@@ -258,9 +258,9 @@ class PreferenceObjective(Objective):
         losses: list[float] = self.formula.item_losses(scored.answers, scored.sides, scored.divergence).tolist()
         return losses
 
-    def copies(self, dataset: TokenizedDataset) -> dict[int, int]:
+    def copies(self, dataset: TokenizedDataset) -> dict[int, float]:
         """See `Objective`; copies are computed too, as their mismatched answers differ."""
-        return dict.fromkeys(range(dataset.items), 1)
+        return dict.fromkeys(range(dataset.items), 1.0)
 
     def metrics(self, split: str, scored: PreferenceScores) -> PreferenceMetrics:
         """The metrics of scored answers. split: the name of the rows."""

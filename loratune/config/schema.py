@@ -10,6 +10,7 @@ from pydantic import Field, WithJsonSchema
 
 from loratune.config.sections import (
     AUTO,
+    WEIGHT,
     Auto,
     Count,
     DataSection,
@@ -239,6 +240,10 @@ class RunConfig(Section):
             message = f"{objective} compares answers to a prompt, so it takes the loss over these alone"
             fix = "leave loss_on at completion"
             yield InvalidSettingError(message, "data.loss_on", "training.objective", fix=fix)
+        if objective != "sft" and (self.data.prompt_loss_weight or WEIGHT in self.data.columns):
+            key = "data.prompt_loss_weight" if self.data.prompt_loss_weight else "data.columns"
+            message = f"the tokens of a row are weighted for sft, and not for {objective}"
+            yield InvalidSettingError(message, key, "training.objective", fix="leave the weight out")
         if objective != "sft" and self.data.replay is not None:
             message = f"rows of an earlier run are replayed with the loss of sft, and not with {objective}"
             held = "; preferences.sft_weight keeps chosen answers probable"

@@ -103,9 +103,12 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
-    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label"
+    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label", "weight"
 )  # fmt: skip
-"""The names of the fields of a row; `data.columns` maps them to column names in the data."""
+"""The names of the fields of a row; `data.columns` maps them to column names in the data. `weight` is read only if it
+is mapped."""
+WEIGHT, MOST_WEIGHT = COLUMNS[-1], 1_000_000
+"""The field with the factor of a row in the loss, and the largest factor."""
 
 
 class DataSection(Section):
@@ -137,6 +140,9 @@ class DataSection(Section):
         "completion",
         description="completion: completions, or all assistant turns of messages; assistant: also assistant turns in "
         "the prompt; all: every token up to the end of the last answer",
+    )
+    prompt_loss_weight: float = Field(
+        0.0, ge=0, le=1, description="weight in the loss of the tokens that loss_on leaves out, arXiv:2401.13586"
     )
     max_length: int = Field(1024, ge=2, lt=2**31, description="maximum tokens of a row, with the end-of-sequence token")
     truncation: Literal["keep_completion", "drop", "error"] = Field(
@@ -185,6 +191,9 @@ class DataSection(Section):
         if self.format in ("text", "input_ids") and self.chat_template is not None:
             message = f"{self.format} rows do not go through a chat template"
             yield InvalidSettingError(message, "format", "chat_template")
+        if self.loss_on == "all" and self.prompt_loss_weight:
+            message = "loss_on all gives each token the weight 1"
+            yield InvalidSettingError(message, "prompt_loss_weight", "loss_on", fix="choose one of the two")
         if self.format in ("text", "input_ids") and self.loss_on == "assistant":
             yield InvalidSettingError(f"{self.format} rows have no assistant turns", "format", "loss_on")
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from loratune.codes import Code
 from loratune.config import DataSection, Source
+from loratune.config.sections import WEIGHT
 from loratune.data import formats, token_cache
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, sides
 from loratune.data.holding_out import replay_numbers
@@ -80,13 +81,27 @@ class TokenizedDataset:
         """SHA-256 over every id and supervised span in order."""
         return self.rows.fingerprint
 
+    def weighted(self, copies: Mapping[int, int]) -> dict[int, float]:
+        """Number of an item → how often it counts in a mean: its copies, or with weights of rows their weight, so that
+        all items together count as often. Items of weight 0 are left out, unless all have it.
+
+        copies: number of an item → how often it occurs.
+        """
+        if (weights := self.rows.weights) is None:
+            return {number: float(count) for number, count in copies.items()}
+        found = {number: count * float(weights[number]) for number, count in copies.items()}
+        total = sum(found.values())
+        if not total:
+            return {number: float(count) for number, count in copies.items()}
+        return {number: weight * sum(copies.values()) / total for number, weight in found.items() if weight}
+
     def copies(self) -> dict[int, list[int]]:
         """Groups of identical items: number of the first one → numbers of all of them, in order. Items are identical if
-        their ids, supervised spans and preferences are equal."""
+        their ids, supervised spans, weights and preferences are equal."""
         firsts: dict[bytes, int] = {}
         copies: dict[int, list[int]] = {}
         for number in range(self.items):
-            content = [(row.ids, row.spans, row.side) for row in self.item(number)]
+            content = [(row.ids, row.spans, row.side, row.weight) for row in self.item(number)]
             digest = hashlib.blake2b(repr(content).encode(), digest_size=16).digest()
             first = firsts.setdefault(digest, number)
             copies.setdefault(first, []).append(number)
@@ -110,6 +125,7 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
         ResourceError: There is no room on the disk.
     """
     settings = section.model_dump(include={"loss_on", "max_length", "truncation", "invalid_rows"})
+    settings |= {"counts_prompts": True} if section.prompt_loss_weight else {}  # which refuses turns of weight 0
     parts = json.dumps([_code_digest(), split.digest, renderer.digest, vocabulary_size, settings], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()
     tokenizer = _ExampleTokenizer(renderer, section, vocabulary_size)
@@ -123,6 +139,9 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
     rows.report = total([split.invalid or Report(), rows.report])
     rows.report.duplicates = find_duplicates(split)
     _check_report(rows.report, split, section)
+    if rows.weights is not None and not rows.weights.any():
+        what, fix = "all rows have the weight 0", f"remove {WEIGHT} from data.columns"
+        raise DataError(Problem(Code.DATA_EMPTY, what, split.source, "data.columns", fix))
     return TokenizedDataset(rows)
 
 
@@ -291,7 +310,8 @@ class _ExampleTokenizer:
         whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
         rows = list[TokenizedRow]()
         for example in kept:
-            both = [replace(next(whole), where=example.where, side=side) for side in _sides_of(example)]
+            weight = 1.0 if isinstance(example, Preference) else example.weight
+            both = [replace(next(whole), where=example.where, side=side, weight=weight) for side in _sides_of(example)]
             rows += self._cut(both, report)
         return report, rows
 

@@ -76,18 +76,20 @@ def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     Args:
         put: What makes them tensors.
-        rows: The last ones may have a `teacher`: the first place at which it predicts, the most probable tokens there
-            and at the following places, and their log-probabilities. Where answers are compared, the others each have
-            a `side`, see `TokenizedRow`, and perhaps the log-probability as `reference`, and a further row as
-            `mismatched`, which is the prompt with the answer to another one.
+        rows: They may have `weights`, one per label. The last ones may have a `teacher`: the first place at which it
+            predicts, the most probable tokens there and at the following places, and their log-probabilities. Where
+            answers are compared, the others each have a `side`, see `TokenizedRow`, and perhaps the log-probability as
+            `reference`, and a further row as `mismatched`, which is the prompt with the answer to another one.
 
     Returns:
-        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; as
-        `mismatched` the same of the further rows; as `teacher` its places, tokens and log-probabilities, see
-        `kernels.TeacherTargets`, and the number of tokens of its rows.
+        The batch, with tensors of (rows,): `lengths`, and `sides` and `references` where rows have them; `weights` of
+        the shape of the labels where rows have them; as `mismatched` the same of the further rows; as `teacher` its
+        places, tokens and log-probabilities, see `kernels.TeacherTargets`, and the number of tokens of its rows.
     """
     batch: dict[str, Any] = {**put(rows), "lengths": torch.tensor([len(row["input_ids"]) for row in rows])}
     own = [row for row in rows if "teacher" not in row]
+    if "weights" in rows[0]:
+        batch["weights"] = _weights(rows, batch["labels"].shape)
     if len(own) < len(rows):
         batch["teacher"] = _teacher_targets(rows, batch["labels"].shape)
     if "side" in rows[0]:
@@ -97,6 +99,14 @@ def put_rows(put: Put, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if "mismatched" in rows[0]:
         batch["mismatched"] = put_rows(put, [row["mismatched"] for row in own])
     return batch
+
+
+def _weights(rows: Sequence[dict[str, Any]], shape: Sequence[int]) -> Tensor:
+    """The weight of each label of a batch in the loss, float32, of the shape of the labels."""
+    weights = [torch.tensor(row.get("weights", [0.0] * len(row["labels"])), dtype=torch.float32) for row in rows]
+    if shape[0] == 1:
+        return torch.cat(weights)[None]
+    return torch.nn.utils.rnn.pad_sequence(weights, batch_first=True)
 
 
 def _teacher_targets(rows: Sequence[dict[str, Any]], shape: Sequence[int]) -> tuple[Tensor, ...]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Self
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from loratune.data.formats import Plain, Single, quote
@@ -40,6 +42,14 @@ class RowTally:
     def places(self) -> str:
         """`rows.jsonl:3, rows.jsonl:9, ...`"""
         return ", ".join(self.first) + (", ..." if self.count > len(self.first) else "")
+
+
+def remarks_on_weights(weights: NDArray[np.float64] | None) -> list[str]:
+    """A line about the weights of rows; none without weights. weights: (rows,)."""
+    if weights is None:
+        return []
+    unused = f"; {count:,} rows have the weight 0" if (count := np.count_nonzero(weights == 0)) else ""
+    return [f"rows have weights from {weights.min():g} to {weights.max():g}, {weights.mean():.3g} on average{unused}"]
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ KEPT_DAYS = 30
 _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
 """The maximum size of a shard. A shard is held in memory until it is written."""
 _LISTS = pa.list_(pa.int32())
-_SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS), ("side", pa.int8())])
+_SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS), ("side", pa.int8()),
+                     ("weight", pa.float64())])  # fmt: skip
 _METADATA = b"loratune"
 """The metadata key of a shard. Its value is JSON: the report on the rows, and the digest of each batch of rows."""
 _WHOLE = "whole"
@@ -94,8 +95,9 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """Returns a row with its place and its supervised spans."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        where, ids, flat, side = (self._table[name][number].as_py() for name in _SCHEMA.names)
-        return TokenizedRow(where, tuple(ids), tuple(zip(flat[::2], flat[1::2], strict=True)), side=side)
+        where, ids, flat, side, weight = (self._table[name][number].as_py() for name in _SCHEMA.names)
+        spans = tuple(zip(flat[::2], flat[1::2], strict=True))
+        return TokenizedRow(where, tuple(ids), spans, side=side, weight=weight)
 
     def side(self, number: int) -> int:
         """Returns the role of a row in preference data, see `TokenizedRow.side`."""
@@ -106,6 +108,12 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """(rows,), the role of each row in preference data; None for other data."""
         sides = np.asarray(self._table["side"], dtype=np.int8)
         return sides if sides.any() else None
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64] | None:
+        """(rows,), the factor of each row in the loss; None if all are 1."""
+        weights = np.asarray(self._table["weight"], dtype=np.float64)
+        return weights if (weights != 1).any() else None
 
     def rows(self) -> Iterator[TokenizedRow]:
         """Yields all rows in order."""
@@ -190,6 +198,7 @@ def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
         "ids": _list_array([row.ids for row in rows]),
         "spans": _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
         "side": [row.side for row in rows],
+        "weight": [row.weight for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, _SCHEMA)
 
@@ -201,13 +210,15 @@ def _list_array(values: Sequence[Sequence[int]]) -> Any:
 
 
 def _digest(batch: Any) -> str:
-    """SHA-256 of the ids and spans of a batch, and of the roles of its rows in preference data."""
+    """SHA-256 of the ids and spans of a batch, of the roles of its rows in preference data, and of their weights."""
     digest = hashlib.sha256()
     for lists in batch.columns[1:3]:
         for part in (lists.flatten(), lists.value_lengths()):
             digest.update(np.ascontiguousarray(np.asarray(part, dtype="<i4")).tobytes())
     if (sides := np.asarray(batch.columns[3], dtype="<i1")).any():
         digest.update(sides.tobytes())
+    if ((weights := np.asarray(batch.columns[4], dtype="<f8")) != 1).any():
+        digest.update(weights.tobytes())
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ from loratune.kernels.acceleration import accelerated as accelerated
 from loratune.kernels.acceleration import give_back_pages as give_back_pages
 from loratune.kernels.acceleration import keep_pages as keep_pages
 from loratune.kernels.acceleration import set_loss_targets as set_loss_targets
+from loratune.kernels.acceleration import set_loss_weights as set_loss_weights
 from loratune.kernels.acceleration import set_teacher as set_teacher
 from loratune.kernels.acceleration import tree_refusal as tree_refusal
 from loratune.kernels.compiled.fused_ops import notes as notes

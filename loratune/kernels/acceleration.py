@@ -123,6 +123,17 @@ def set_loss_targets(model: Any, labels: Tensor, places: Tensor | None = None, l
     head = model.get_output_embeddings()
     if isinstance(head, LossHead):
         head.labels, head.places, head.lengths, head.teacher = labels, places, lengths, None
+        head.weights = None
+
+
+def set_loss_weights(model: Any, weights: Tensor) -> None:
+    """Have the next forward pass weight the loss of each label; called after `set_loss_targets`.
+
+    weights: see `LossHead`.
+    """
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.weights = weights
 
 
 def set_teacher(model: Any, teacher: TeacherTargets) -> None:

@@ -24,7 +24,7 @@ _LARGEST = 200.0
 """The largest test value for the output of the output layer."""
 
 
-def next_token_loss(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(model: Any, logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every supervised token given the tokens before it.
 
     Position t is scored against label t + 1. Only supervised positions are converted to float32, so the cost depends on
@@ -35,16 +35,21 @@ def next_token_loss(model: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor,
         logits: Its logits, (rows, length, vocabulary), any float dtype. They are ignored if a `LossHead` computed the
             loss.
         labels: (rows, length), int64, -100 at positions without supervision.
+        weights: (rows, length), the weight of each label; None: 1. A `LossHead` has been given the same.
 
     Returns:
-        The sum in nats, a float32 scalar; and the number of supervised tokens.
+        The weighted sum in nats, a float32 scalar; and the sum of the weights of the supervised tokens.
     """
     targets = labels[:, 1:]
     supervised = targets >= 0
+    count = supervised.sum() if weights is None else weights[:, 1:][supervised].sum()
     if (losses := _taken(model)) is not None:
-        return losses.view(()), supervised.sum()
+        return losses.view(()), count
     scores = logits[:, :-1][supervised].float()
-    return functional.cross_entropy(scores, targets[supervised], reduction="sum"), supervised.sum()
+    if weights is None:
+        return functional.cross_entropy(scores, targets[supervised], reduction="sum"), count
+    losses = functional.cross_entropy(scores, targets[supervised], reduction="none")
+    return losses @ weights[:, 1:][supervised], count
 
 
 def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
@@ -165,6 +170,7 @@ class LossHead(nn.Module):
         places: Where in its hidden states, row after row, the tokens are that the labels belong to: of the shape of
             the labels. None: in that order.
         lengths: (rows,), the tokens of each row, where each is to have a sum of its own; else None.
+        weights: The weight of each label in the sum, of the shape of the labels, float32; None: 1. Not with `lengths`.
         teacher: What a teacher predicts after some tokens of the next batch; None: nothing.
         divergence: The summed divergence from it, a scalar; None: there was no teacher.
         losses: What was computed in place of logits: the summed loss, a scalar, or that of each row, (rows,).
@@ -176,6 +182,7 @@ class LossHead(nn.Module):
         self.labels: Tensor | None = None
         self.places: Tensor | None = None
         self.lengths: Tensor | None = None
+        self.weights: Tensor | None = None
         self.teacher: TeacherTargets | None = None
         self.divergence: Tensor | None = None
         self.losses: Tensor | None = None
@@ -189,6 +196,7 @@ class LossHead(nn.Module):
         """hidden: (rows, length, size). Returns logits; or, once after labels were set, NaN, (1, 1, vocabulary): the
         loss goes past the model, which may scale or cap what it takes for logits."""
         labels, places, lengths, teacher = self.labels, self.places, self.lengths, self.teacher
+        weights, self.weights = self.weights, None
         self.labels = self.places = self.lengths = self.teacher = self.divergence = self.losses = None
         if labels is None:
             logits: Tensor = self.head(hidden)
@@ -197,12 +205,14 @@ class LossHead(nn.Module):
             self.divergence = self._divergence(hidden, teacher.to(hidden.device), places)
         targets = labels[:, 1:].to(hidden.device)
         supervised = targets >= 0
-        targets, counts, entries = targets[supervised], None, None
+        targets, entries = targets[supervised], None
+        counts = None if weights is None else weights[:, 1:].to(hidden.device)[supervised]
         if places is None:
             states = hidden[:, :-1][supervised]
         else:
             pairs = torch.stack([places[:, :-1].to(hidden.device)[supervised], targets])
-            (numbers, targets), entries, counts = torch.unique(pairs, dim=1, return_inverse=True, return_counts=True)
+            (numbers, targets), entries, number = torch.unique(pairs, dim=1, return_inverse=True, return_counts=True)
+            counts = number if counts is None else counts.new_zeros(len(number)).index_add_(0, entries, counts)
             states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         if lengths is not None:
             rows = row_numbers(labels, lengths)[:, 1:].to(hidden.device)[supervised]
@@ -260,7 +270,7 @@ def _chunk_losses(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The summed loss of all labels. counts: (states,), how many labels each state counts for; None: one."""
+    """The summed loss of all labels. counts: (states,), the labels of each state, or their total weight; None: 1."""
 
     @staticmethod
     def forward(
@@ -271,8 +281,8 @@ class _HeadLoss(torch.autograd.Function):
         ctx.unit, shares = 1.0, None
         if hidden.dtype == torch.bfloat16:  # The gradient of the mean, to avoid another rounding by the division.
             shares = torch.ones(len(hidden), device=hidden.device) if counts is None else counts.float()
-            ctx.unit = 1 / shares.sum().clamp(min=1)
-            shares *= ctx.unit
+            ctx.unit = 1 / shares.sum().clamp(min=1e-30)
+            shares = shares * ctx.unit  # a new tensor, as it may be `counts`
         for rows, losses in _chunk_losses(hidden, head, targets, scaling, gradient, shares):
             total += losses.sum() if counts is None else losses @ counts[rows].float()
         if gradient is not None and counts is not None and shares is None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from loratune import kernels
 from loratune.codes import Code
-from loratune.compare.engine import SFT, WORTH_SHARING, Engine, Objective, ScoringPass
+from loratune.compare.engine import SFT, WORTH_SHARING, Engine, Objective, ScoringPass, WeightedObjective
 from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
 from loratune.config import AUTO, DataSection, RunConfig, TrainingSection
@@ -41,6 +41,7 @@ class BatchedDatasets:
         notes: Lines on why rows could not be packed, and on what is not accelerated.
         objective: What is lowered.
         retention: What keeps the model near what it was; None without a weight.
+        counts_prompts: Whether tokens that are not supervised count in the training loss as well.
     """
 
     layouts: dict[str, BatchLayout]
@@ -50,6 +51,7 @@ class BatchedDatasets:
     notes: list[str]
     objective: Objective
     retention: Retention | None = None
+    counts_prompts: bool = False
 
     @property
     def train(self) -> BatchLayout:
@@ -78,7 +80,8 @@ class BatchedDatasets:
     def _largest_of_rows(self) -> tuple[list[tuple[int, int]], int]:
         heaviest = self.train.heaviest()
         if not self.train.flat and not isinstance(self.objective, PreferenceObjective):
-            supervised = self.train_rows.rows.supervised
+            cached = self.train_rows.rows
+            supervised = cached.lengths if self.counts_prompts else cached.supervised
             return [(self.train.tokens(number), int(supervised[number])) for number in heaviest], self.train.size
         rows = self.train.rows(heaviest)
         if self.train.saved is not None:
@@ -115,6 +118,7 @@ def batch(
         for name, split in splits.items():
             if name != "test":
                 items, together = objective.items(split)
+                items = objective.training_items(split) if name == "train" else items
                 size, longest = training.per_device_train_batch_size, section.max_length
                 layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
         saved, more = sharing(model, layouts["train"], section)
@@ -126,13 +130,17 @@ def batch(
     held_out = None
     if (validation := splits.get("validation")) is not None:
         held_out = engine.plan(validation, objective.copies(validation), objective)
-    return BatchedDatasets(layouts, train, engine, held_out, notes, objective)
+    counts_prompts = section.prompt_loss_weight > 0
+    if counts_prompts:
+        notes.append(f"data.prompt_loss_weight: a token of a prompt counts {section.prompt_loss_weight:g} in the loss")
+    return BatchedDatasets(layouts, train, engine, held_out, notes, objective, counts_prompts=counts_prompts)
 
 
 def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:
     """The objective of a run; for preferences with the rows of each split."""
     if run.training.objective == "sft":
-        return SFT
+        is_weighted = run.data.prompt_loss_weight > 0 or splits["train"].rows.weights is not None
+        return WeightedObjective(run.data.prompt_loss_weight) if is_weighted else SFT
     compared = {name: ComparedRows(split, run.data.max_length, run.training.seed) for name, split in splits.items()}
     return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
 

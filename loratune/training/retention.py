@@ -168,9 +168,7 @@ class Retention:
             return
         ends, longest = renderer.end_ids if self.section.prompts else (), self.section.max_new_tokens
         with progress("writing texts of the base"), before():
-            new = behavior.write(
-                model, self.given, longest, pad_id=engine.pad_id, end_ids=ends, seed=int(identity["seed"])
-            )
+            new = behavior.write(model, engine, self.given, longest, end_ids=ends, seed=int(identity["seed"]))
             pairs = zip(self.given, new, strict=True)
             written = [(ids, tokens) for ids, tokens in pairs if not {*tokens} <= {*renderer.end_ids}]
             if not written:

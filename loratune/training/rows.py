@@ -19,6 +19,7 @@ from loratune.compare.engine import check_positions
 from loratune.config import ModelSection
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import Renderer
+from loratune.data.report import remarks_on_weights
 from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
 from loratune.lora.initialize import START_KEY as KEY
 from loratune.model import load
@@ -122,6 +123,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
     if run.rows is not None:
         for name, split in run.rows.splits.items():
             remarks[name] += [*split.remarks(), *filter(None, [splits[name].rows.remark])]
+            remarks[name] += remarks_on_weights(splits[name].rows.weights)
         train = run.rows.train
         rendering = (
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),

@@ -274,7 +274,8 @@ def _costs(plan: Plan, layout: BatchLayout | None = None, rows: TokenizedDataset
     """The operations of rows in batches; of those of training, if none are given."""
     rows = rows or plan.datasets.train
     checkpointed = plan.training.activation_checkpointing
-    lengths, supervised = rows.rows.lengths, rows.rows.supervised
+    lengths = rows.rows.lengths
+    supervised = lengths if plan.batches.counts_prompts and rows is plan.datasets.train else rows.rows.supervised
     return Costs.of_layout(plan.model, layout or plan.batches.train, lengths, supervised, checkpointed=checkpointed)
 
 

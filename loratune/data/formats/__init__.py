@@ -36,12 +36,14 @@ class Plain:
         prompt: Not supervised, unless `loss_on` is `all`.
         completion: Supervised, followed by the end of sequence.
         whole: Whether the row is one text without a prompt; such a text may be truncated.
+        weight: The factor of the row in the loss.
     """
 
     where: str
     prompt: str
     completion: str
     whole: bool = False
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Conversation:
             turns from it on are supervised.
         tools: Schemas for the template, usually `{type: function, function: {name, ...}}`.
         zero_weight: Indices, from 0, of the assistant turns whose weight is 0.
+        weight: The factor of the row in the loss.
     """
 
     where: str
@@ -62,6 +65,7 @@ class Conversation:
     first_supervised: int = 0
     tools: tuple[Any, ...] = ()
     zero_weight: frozenset[int] = frozenset()
+    weight: float = 1.0
 
     def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
         """The indices, from 0, of the assistant turns that contribute to the loss. loss_on: as in the configuration."""
@@ -85,11 +89,13 @@ class Ids:
         where: The place of the row.
         ids: Token ids, without padding.
         labels: For each token its own id if it is supervised, otherwise -100; None: all are supervised.
+        weight: The factor of the row in the loss.
     """
 
     where: str
     ids: tuple[int, ...]
     labels: tuple[int, ...] | None = None
+    weight: float = 1.0
 
 
 Single: TypeAlias = Plain | Conversation | Ids

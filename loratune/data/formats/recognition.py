@@ -5,14 +5,15 @@ row into an Example, and the further fields that it reads.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from loratune.codes import Code
 from loratune.config import DataSection
+from loratune.config.sections import MOST_WEIGHT, WEIGHT
 from loratune.data import formats
-from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Fields, Message, RowError, parsers
+from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Fields, Message, Preference, RowError, parsers
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -223,7 +224,9 @@ class Parser:
                 not read; a chat template, or a loss on assistant turns, is set for rows that are not conversations.
         """
         self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
-        self._supervise_all = section.loss_on == "all"
+        self._counts_all = "data.loss_on: all" if section.loss_on == "all" else ""
+        if section.prompt_loss_weight:
+            self._counts_all = f"data.prompt_loss_weight: {section.prompt_loss_weight:g}"
         self._check_columns(first)
         fields = _rename(first.values, self._columns)
         self._format = recognise(first.where, fields, section)
@@ -231,7 +234,7 @@ class Parser:
         self._may_be_preference = self._is_recognised and self.format_name not in PREFERENCE_FORMATS
         self.unread_label = unread_label(fields) if self._may_be_preference else ""
         self.identity = (self.format_name, *self._format.keys)
-        self._known = {*self._format.keys, *self._format.optional}
+        self._known = {*self._format.keys, *self._format.optional, *({WEIGHT} & self._columns.keys())}
         self.fields = tuple(first.values)
         self._grouped_by = {section.group_by}
         self.unused_fields: set[str] = set()
@@ -264,10 +267,21 @@ class Parser:
         if not fields.keys() <= self._known:
             self.unused_fields |= fields.keys() - self._known - self._grouped_by
         example = self._format.parse(row.where, fields)
-        if self._supervise_all and isinstance(example, Conversation) and example.zero_weight:
-            what = "a turn has the weight 0, but with data.loss_on: all every token is supervised"
-            raise RowError(what, "set data.loss_on to assistant")
+        if self._counts_all and isinstance(example, Conversation) and example.zero_weight:
+            what = f"a turn has the weight 0, but with {self._counts_all} every token counts"
+            raise RowError(what, f"leave out {self._counts_all.partition(':')[0]}")
+        if WEIGHT in self._columns:
+            return self._weighted(example, fields)
         return example
+
+    def _weighted(self, example: Example, fields: Mapping[str, Any]) -> Example:
+        """The example with the weight of its row. Raises RowError: it has none, or none that can be used."""
+        name, weight = self._columns[WEIGHT], fields.get(WEIGHT)
+        if isinstance(example, Preference):
+            raise RowError(f"`{name}` is a weight, which preferences do not have", f"remove {WEIGHT} from data.columns")
+        if isinstance(weight, bool) or not (isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT):
+            raise RowError(f"`{name}` is {weight!r:.40}, not a weight from 0 to {MOST_WEIGHT:,}")
+        return replace(example, weight=float(weight))
 
     def _check_no_preference(self, fields: Mapping[str, Any]) -> None:
         in_file = f"in a file of the format {self.format_name}"
@@ -283,7 +297,7 @@ class Parser:
 def _contradictions(format: Format, section: DataSection, where: str) -> Iterator[Problem]:
     """Settings that do not apply to rows of this format."""
     fields = (*format.keys, *format.optional)
-    if unused := sorted(set(section.columns) - set(fields)):
+    if unused := sorted(set(section.columns) - {*fields, WEIGHT}):
         what = f"`{unused[0]}` is not read from rows of the format {format.name}, which has {', '.join(fields)}"
         yield Problem(Code.DATA_FORMAT, what, where, "data.columns", f"remove `{unused[0]}`")
     if format.name in CHAT_FORMATS:

@@ -38,6 +38,7 @@ class TokenizedRow:
         spans: The supervised ranges of positions, in order, none of them empty.
         answer: The position at which the last answer begins; None in a row without a prompt.
         side: The role of the row in preference data, see `CHOSEN`; 0 for other data.
+        weight: The factor of the row in the loss.
     """
 
     where: str
@@ -45,6 +46,7 @@ class TokenizedRow:
     spans: tuple[Span, ...]
     answer: int | None = field(default=None, compare=False)
     side: int = 0
+    weight: float = 1.0
 
     @classmethod
     def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
