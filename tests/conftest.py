@@ -264,13 +264,17 @@ def decided_training(**settings: Any) -> TrainingSection:
 ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(40)]
 
 
+ATTENTION: dict[str, Any] = {"target_modules": ["q", "k", "v", "o"]}
+"""An adapter whose shape does not depend on `auto`, and that most tests are written for."""
+
+
 def config_in(folder: Path, model: Path) -> Callable[..., Path]:
     """Like `run_config`, in the given folder and with the given model."""
 
     def make(name: str = "run.yaml", **sections: Any) -> Path:
         values: dict[str, Any] = {
             "model": {"name_or_path": str(model), "dtype": "float32"},
-            "lora": {"target_modules": ["q", "k", "v", "o"]},
+            "lora": ATTENTION,
             "data": {"train": str(write_rows(folder / "rows.jsonl", ROWS))},
             "training": {"learning_rate": 1e-2, "logging_steps": 1},
             "retention": {"kl_weight": 0},

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Ran, check_refused, config_in, meanings
+from conftest import ATTENTION, Ran, check_refused, config_in, meanings
 from fork_server import ForkServer
 from running import WEIGHTS, Cli, MakeConfig, checkpoints, copy_of, interrupt, straight
 from transformers import BltConfig, Gemma3nConfig, GPT2Config, OPTConfig, PretrainedConfig
@@ -62,7 +62,8 @@ def test_the_learning_rate_counts_the_rows_of_all_processes() -> None:
 
 
 def test_small_datasets_are_trained_for_more_epochs() -> None:
-    epochs = [decided(replace(FACTS, rows=rows)).training.num_train_epochs for rows in (40, 800, 10**6)]
+    few_to_many = [replace(FACTS, rows=rows) for rows in (40, 800, 10**6)]
+    epochs = [decided(facts, lora=ATTENTION).training.num_train_epochs for facts in few_to_many]
     assert epochs == sorted(epochs, reverse=True) and epochs[0] > epochs[-1] == 1
     limited = decided(training={"max_steps": 5})
     assert limited.training.num_train_epochs == AUTO and "num_train_epochs" not in limited.resolved()["training"]
@@ -71,9 +72,9 @@ def test_small_datasets_are_trained_for_more_epochs() -> None:
 @pytest.mark.parametrize(
     ("lora", "passes"),
     [
-        ({}, 2), ({"target_modules": ["q", "v_proj"]}, 2), ({"target_modules": "all-linear"}, 1),
+        ({}, 1), (ATTENTION, 2), ({"target_modules": ["q", "v_proj"]}, 2), ({"target_modules": "all-linear"}, 1),
         ({"target_modules": AUTO}, 1), ({"target_modules": ["q", "gate"]}, 1), ({"target_modules": ".*q_proj"}, 1),
-        ({"target_parameters": ["experts"]}, 1),
+        (ATTENTION | {"target_parameters": ["experts"]}, 1),
     ],
 )  # fmt: skip
 def test_small_datasets_get_one_epoch_with_more_than_attention(lora: dict[str, Any], passes: int) -> None:
@@ -87,7 +88,7 @@ def test_small_datasets_get_one_epoch_with_more_than_attention(lora: dict[str, A
 
 def test_more_epochs_lower_the_learning_rate() -> None:
     def rate_of(**training: Any) -> Any:
-        return decided(replace(FACTS, rows=80), training=training).training.learning_rate
+        return decided(replace(FACTS, rows=80), lora=ATTENTION, training=training).training.learning_rate
 
     once = rate_of(num_train_epochs=1)
     assert [rate_of(num_train_epochs=epochs) for epochs in (0.5, 2, 4, 10)] == pytest.approx(
@@ -213,12 +214,14 @@ FORGED = [
     ("lora", "lora_alpha", 1e9), ("lora", "target_modules", AUTO), ("lora", "target_modules", []),
     ("training", "learning_rate", AUTO), ("training", "learning_rate", math.inf), ("training", "warmup_steps", -1.0),
     ("training", "warmup_steps", 2.5), ("training", "num_train_epochs", "5"), ("training", "lr_scheduler_type", "wsd"),
+    ("retention", "kl_weight", AUTO), ("retention", "kl_weight", -1.0), ("retention", "num_samples", 0),
+    ("retention", "num_samples", AUTO),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("section", "key", "value"), FORGED)
 def test_invalid_recorded_values_are_rejected(section: str, key: str, value: Any) -> None:
-    recorded = decided(lora=SHAPE).resolved()
+    recorded = decided(lora=SHAPE, retention={"kl_weight": 1.0, "num_samples": 48}).resolved()
     assert auto.are_recorded(recorded)
     recorded[section][key] = value
     assert not auto.are_recorded(recorded)
@@ -249,7 +252,7 @@ def test_a_record_with_other_lora_shapes_is_refused(
 )  # fmt: skip
 def test_only_parameters_that_grow_with_the_rank_are_counted(tiny_dir: Path, variant: dict[str, Any]) -> None:
     model = ModelSection(name_or_path=str(tiny_dir))
-    count = lambda **lora: unit_parameters(model, load.load_config(model), LoraSection(r=10, **lora))  # noqa: E731
+    count = lambda **lora: unit_parameters(model, load.load_config(model), LoraSection(r=10, **ATTENTION, **lora))  # noqa: E731
     assert count(**variant) == count() == 2 * 2 * (32 + 32 + 32 + 16)  # q and o, k and v, of two layers
     assert count(rank_pattern={"q": 4}) == count() - 2 * (32 + 32)
     chosen = decided(replace(FACTS, unit_parameters=lambda _: 0), lora=SHAPE | {"rank_pattern": {"q": 4}})

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROWS, check_refused, meanings, tiny_llama, write_rows
+from conftest import ATTENTION, ROWS, check_refused, meanings, tiny_llama, write_rows
 from running import Cli
 from transformers import PreTrainedTokenizerFast
 
@@ -360,7 +360,7 @@ def test_settings_are_chosen_to_fit_in_memory(
     draft = config.draft(values, "test")
     run = config.from_draft(draft)
     with torch.device("meta"):
-        model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
+        model, _ = creation.adapt(tiny_llama(), LoraSection(**ATTENTION), seed=0)
     split = read_source(Source(path=str(write_rows(tmp_path / "rows.jsonl", ROWS))), run.data)
     found = fit(model, run, draft, measured(split, 40, 0.0), 8, free, quantizable=quantizable)
     assert (found.batch, found.quantization, found.checkpointed) == chosen
@@ -400,7 +400,7 @@ def test_the_memory_estimate_accounts_for_shared_prefixes(packing: str, tmp_path
         values: dict[str, Any] = {
             "model": {"name_or_path": "x"},
             "output_dir": "out",
-            "lora": {"lora_dropout": dropout},
+            "lora": ATTENTION | {"lora_dropout": dropout},
         }
         values["data"] = {"train": "rows.jsonl", "max_length": 16, "packing": packing, "share_prefixes": share}
         draft = config.draft(values, "test")
@@ -414,7 +414,7 @@ def test_the_memory_estimate_accounts_for_shared_prefixes(packing: str, tmp_path
 
 
 def test_the_number_of_operations_of_training() -> None:
-    model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
+    model, _ = creation.adapt(tiny_llama(), LoraSection(**ATTENTION), seed=0)
     lengths, supervised = np.array([3, 5]), np.array([1, 2])
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     logits, attention = 4 * 264 * 32, 6 * 2 * 32
@@ -449,7 +449,7 @@ def test_the_number_of_operations_of_training() -> None:
 def test_shared_prefixes_are_computed_once(data: dict[str, Any], dropout: float, saved: float, part: float) -> None:
     values = {"model": {"name_or_path": "x"}, "lora": {"lora_dropout": dropout}, "output_dir": "out"}
     run = config.from_values({**values, "data": {"train": "rows.jsonl", **data}}, "test")
-    model, _ = creation.adapt(tiny_llama(), LoraSection(), seed=0)
+    model, _ = creation.adapt(tiny_llama(), LoraSection(**ATTENTION), seed=0)
     lengths = np.array([5, 5])
     alone, shared = (Costs.of_run(model, run, lengths, np.array([0, 0]), value).weights[0] for value in (0.0, saved))
     assert shared == pytest.approx(part * alone)

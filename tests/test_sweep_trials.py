@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
+from conftest import ATTENTION, Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from running import WEIGHTS, MakeConfig, until
 from test_study_grid import HELD_OUT, RATES, study_config
@@ -489,7 +489,7 @@ def test_directory_that_appears_at_output_dir_is_kept(processes: ForkServer, cop
 def test_base_is_restored_or_reported_as_changed(lora: dict[str, Any], is_same: bool) -> None:
     base = tiny_llama(attention_bias="bias" in lora).eval()
     before, state = {name: tensor.clone() for name, tensor in base.state_dict().items()}, BaseState(base)
-    model, _ = creation.adapt(base, LoraSection(**lora), seed=0)
+    model, _ = creation.adapt(base, LoraSection(**ATTENTION, **lora), seed=0)
     model.train()
     model.get_base_model().activation_checkpointing_enable()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

@@ -13,7 +13,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.commands import train as training
 from loratune.compare.metrics import RowLosses
-from loratune.config import RunConfig, keys, path_keys
+from loratune.config import AUTO, RunConfig, keys, path_keys
 from loratune.data.formats import KINDS
 from loratune.errors import (
     AdapterError,
@@ -97,9 +97,11 @@ class Sweep:
         self._check_grid()
         if kind(self.directory / RESULTS):
             StudyResults.read(self.directory)
-        seed, identity = self.run.config.training.seed, self._identity()
+        seed = self.run.config.training.seed
         self.study = Study(self.directory, self.name, self.storage, halving=self.halving, seed=seed)
-        self.study.check(identity, record=False)
+        self.run = replace(self.run, config=self._as_begun(self.run.config))
+        self.runs = {name: self._as_begun(run) for name, run in self.runs.items()}
+        self.study.check(identity := self._identity(), record=False)
         self.runner = TrialRunner(self.run)
         for run in self.runs.values():
             self.runner.prepare_rows(run)
@@ -128,6 +130,13 @@ class Sweep:
             except (ModelError, ConfigError) as error:
                 problems = [replace(one, where=one.where or f"{OPTION} {name}") for one in error.problems]
                 raise type(error)(problems) from None
+
+    def _as_begun(self, run: RunConfig) -> RunConfig:
+        """A config with what `auto` stood for when the study began: earlier releases had no retention."""
+        recorded = self.study.identity()
+        if recorded is None or "retention.kl_weight" in recorded or run.retention.kl_weight != AUTO:
+            return run
+        return run.model_copy(update={"retention": run.retention.model_copy(update={"kl_weight": 0.0})})
 
     def _identity(self) -> dict[str, str]:
         """The settings common to all trials of the study, and the keys that vary."""
@@ -164,7 +173,7 @@ class Sweep:
             if record is None:
                 return False
             try:
-                run = self.runs.get(label(record.settings)) or self.grid.run(record.settings)
+                run = self.runs.get(label(record.settings)) or self._as_begun(self.grid.run(record.settings))
             except ConfigError as error:  # a sampled value may be invalid although both ends of its range are valid
                 self._fail(record, "invalid", error.problems[0].what)
                 return True

@@ -119,6 +119,14 @@ class Study:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
+    def identity(self) -> dict[str, Any] | None:
+        """The recorded identity of the study, see `check`; None before the first. Raises LoratuneError: it is none."""
+        with self._explaining():
+            recorded = self._study.user_attrs.get(IDENTITY)
+            if recorded is not None and not isinstance(recorded, dict):
+                raise TypeError(_FOREIGN)
+            return recorded
+
     def check(self, identity: Mapping[str, Any], *, record: bool) -> None:
         """Compare the identity of the study with the recorded one.
 
@@ -130,16 +138,13 @@ class Study:
             ConfigError: It is the study of something else.
         """
         with self._explaining(), self.locked():
-            recorded = self._study.user_attrs.get(IDENTITY)
-            if recorded is None:
+            if (recorded := self.identity()) is None:
                 if self._trials() or self._study.directions != [StudyDirection.MINIMIZE]:
                     what = f"holds a study called {self._study.study_name!r} that no sweep has begun"
                     raise storage.other_program(what, self.where)
                 if record:
                     self._study.set_user_attr(IDENTITY, dict(identity))
                 return
-            if not isinstance(recorded, dict):
-                raise TypeError(_FOREIGN)
         if other := [name for name in identity if recorded.get(name) != identity[name]]:
             what = f"is a study of other settings than these: {', '.join(other)}"
             fix = "choose another output_dir, or move the study away"

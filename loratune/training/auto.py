@@ -101,7 +101,7 @@ Choices = dict[str, tuple[Any, str]]
 
 
 def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
-    """Give each `auto` of a config its value. Raises ConfigError: as `decide_training`."""
+    """Give each `auto` of `lora` and `training` its value. Raises ConfigError: as `decide_training`."""
     lora, choices = decide_lora(run.lora, facts)
     run = run.model_copy(update={"lora": lora})
     training, more = decide_training(run, facts)
@@ -342,13 +342,17 @@ _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if va
 """Section and name of each key that can be `auto`."""
 
 
+def with_added_sections(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded config of a run, with the sections that runs of earlier releases did not have, as these computed."""
+    return {"retention": {"kl_weight": 0.0}, **recorded}
+
+
 def are_recorded(recorded: Mapping[str, Any]) -> bool:
     """Whether a record has valid, decided values for those of its keys that can be `auto`.
 
     recorded: the config of an interrupted run as JSON values, not yet validated.
     """
-    recorded = {"retention": {}, **recorded}  # runs of earlier releases have none
-    if not all(isinstance(recorded.get(name), dict) for name in _SECTIONS):
+    if not all(isinstance((recorded := with_added_sections(recorded)).get(name), dict) for name in _SECTIONS):
         return False
     for name, key in _DECIDED:
         if name in _SECTIONS and key in recorded[name]:
@@ -366,7 +370,7 @@ def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
 
     recorded: the config of the interrupted run as JSON values, for which `are_recorded` holds.
     """
-    values, recorded = run.model_dump(), {"retention": {"kl_weight": 0.0}, **recorded}
+    values, recorded = run.model_dump(), with_added_sections(recorded)
     is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
     return {
         f"{name}.{key}": recorded[name][key]

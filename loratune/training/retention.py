@@ -109,7 +109,7 @@ class Retention:
 
     def __str__(self) -> str:
         """A line for the plan."""
-        steps = "each micro-step" if self.every == 1 else f"every {self.every}th micro-step"
+        steps = "each micro-step" if self.every == 1 else f"one micro-step in {self.every}"
         return (
             f"retention: the model writes {plural(len(self.given), 'text')} of {self.section.max_new_tokens} tokens "
             f"before the first step; {self.texts_of_step} beside the rows of {steps}"
@@ -191,7 +191,7 @@ class RetentionTerm:
     """The term of `retention` in the loss.
 
     Attributes:
-        steps: The divergence of the steps since the last report.
+        steps: The divergence of the steps since the last report, of those that had texts.
     """
 
     def __init__(self, retention: Retention, group: Group, steps: StepLosses):
@@ -240,6 +240,10 @@ class RetentionTerm:
         if self._tokens:
             self.steps.add(found)
         return found
+
+    def logged(self) -> dict[str, float]:
+        """The mean divergence of the steps since the last report, as a metric; none if no step had texts."""
+        return {"divergence": self.steps.take_mean()} if self.steps.steps else {}
 
 
 def is_text(item: Any) -> bool:
@@ -340,7 +344,7 @@ def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Id
 
 def _as_numbers(texts: Sequence[RetentionText]) -> NDArray[np.float64]:
     """Texts as one array: of each its tokens, those that it continues, K, its ids, and what is kept of predictions."""
-    parts = list[Any]()
+    parts: list[Any] = [[]]
     for text in texts:
         parts += [[len(text.ids), text.begin, text.top_ids.shape[1]], text.ids]
         parts += [text.top_ids.ravel(), text.log_probabilities.ravel()]

@@ -326,7 +326,7 @@ class RunTrainer(CheckpointTrainer):
         """Report metrics, and how many tokens were read."""
         means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
         means |= self.guard.objective.logged(of_step=True) if means else {}
-        means |= {"divergence": self.guard.retention.steps.take_mean()} if means and self.guard.retention else {}
+        means |= self.guard.retention.logged() if means and self.guard.retention else {}
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

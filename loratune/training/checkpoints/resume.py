@@ -159,7 +159,7 @@ def find_resume_point(checkpoints: Path, run: RunConfig, allowed: Sequence[str])
     if other_budget := [*_changed_budget(before, run)]:
         raise ResumeError([*skipped, *other_budget])
     config = auto.keep(run, before.config).resolved()
-    old, unknown = read_earlier(before.config)
+    old, unknown = read_earlier(auto.with_added_sections(before.config))
     if "num_train_epochs" in config["training"]:  # which is left out where max_steps sets the length
         old = old | {"training": {"num_train_epochs": AUTO} | old["training"]}
     problems = [*_changed_keys(old, config, allowed), *_lost_values(unknown, before)]
