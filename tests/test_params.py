@@ -108,7 +108,8 @@ def test_adapter_file_size_is_predicted_exactly(
 
 def test_model_option_counts_the_default_lora_config(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
     default = {"target_modules": "auto"}
-    config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"}, lora=default)
+    retention = {"kl_weight": "auto"}
+    config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"}, lora=default, retention=retention)
     assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
 
 

@@ -15,6 +15,7 @@ from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
 from loratune.model import load
 from loratune.training import auto
+from loratune.training.retention import typical_texts
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def params(run: RunConfig) -> Params:
     model, targets = creation.adapt(base, run.lora, seed=0)
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
+    rows = [*[(length, length - 1)] * batch, *typical_texts(run, batch * length)]
     planned = memory.Planned(run.model.quantization, load.device())
     layers: dict[int, int] = {}
     for path, layer in parameters.layers_of(model).items():
@@ -118,7 +120,7 @@ def params(run: RunConfig) -> Params:
         others=_others(model, targets),
         targets=targets,
         notes=[*targets.notes, *targets.shared_lines()],
-        memory=memory.estimate(model, [(length, length - 1)] * batch, batch, run.training, planned=planned),
+        memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,
     )

@@ -11,7 +11,7 @@ a run with a time budget fits a and b to batches that it times, see `time_budget
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, Self
 
@@ -28,6 +28,7 @@ from loratune.lora.module_names import without_wrappers
 from loratune.model import load
 from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, would_share
+from loratune.training.retention import SHARE, keeps_base
 
 _FORWARD_AND_BACKWARD = 2 * 2
 """Operations for each weight of the frozen base and each token: a multiplication and an addition, forward and for the
@@ -176,7 +177,11 @@ class Costs:
         layout = BatchLayout(lengths, lengths, run.data.packing, size, rows_per_example * run.data.max_length, pad_id=0)
         if would_share(run, saved):
             layout = layout.sharing(saved)
-        return cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
+        found = cls.of_layout(model, layout, lengths, supervised, checkpointed=checkpointed)
+        if not keeps_base(run):
+            return found
+        token, label, pair = found.weights
+        return replace(found, weights=((1 + SHARE) * token, (1 + SHARE) * label, pair))
 
     def work(self, training: TrainingSection, held_out: int, share: float = 1.0) -> tuple[int, float]:
         """The steps of training in one process, and their operations, including evaluations and the reference pass.

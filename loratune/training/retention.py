@@ -23,7 +23,7 @@ from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.compare.engine import Engine, ScoringLayout
-from loratune.config import RetentionSection, RunConfig, Source, TrainingSection, decided
+from loratune.config import AUTO, RetentionSection, RunConfig, Source, TrainingSection, decided
 from loratune.data import token_cache
 from loratune.data.formats.recognition import parse_question
 from loratune.data.packing import BatchLayout, Items, PackedRows
@@ -34,18 +34,20 @@ from loratune.errors import ConfigError, ModelError, Problem
 from loratune.events import progress
 from loratune.system.launcher import Group
 from loratune.text import plural
-from loratune.training.auto import optimizer_steps
+from loratune.training import auto
 from loratune.training.checkpoints.store import StepLosses
 
 TOP = 20
 """Tokens whose probabilities are kept at each token of a text; all others count as one."""
 _PASS_TOKENS = 512
 """Tokens of a batch whose predictions are read, and whose logits are in memory at once."""
-_SHARE = 0.2
+SHARE = 0.2
 """The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
 _MOST_SAMPLES, _SHARE_OF_RUN = 48, 0.1
 """The most texts that `auto` has written, and the most of their tokens as a share of those of the run: writing a token
 takes about as long as training on it."""
+_HEADER = 32
+"""About the tokens of the header of a user's turn, with the system prompt that some templates add."""
 _SPARSEST = 8
 """At least one micro-step of so many has a text."""
 _SAMPLED_BATCHES = 64
@@ -122,7 +124,7 @@ class Retention:
     ) -> "Retention":  # fmt: skip
         """From the settings, what the texts continue, and the batches of the training rows."""
         tokens, longest = mean_tokens(layout), max(map(len, given)) + section.max_new_tokens
-        wanted = _SHARE * tokens / longest
+        wanted = SHARE * tokens / longest
         every = min(_SPARSEST, max(1, math.ceil(1 / max(wanted, 1 / _SPARSEST))))
         rarity = max(1.0, every / (training.gradient_accumulation_steps * processes))
         number = max(1, min(len(given), int(wanted)))
@@ -271,6 +273,21 @@ class ItemsWithTexts:
 # Writing the texts
 
 
+def keeps_base(run: RunConfig) -> bool:
+    """Whether a run has retention, as far as its config says."""
+    weight = run.retention.kl_weight
+    return (auto.retention_weight(run)[0] if weight == AUTO else decided(weight)) > 0
+
+
+def typical_texts(run: RunConfig, tokens: int) -> list[tuple[int, int]]:
+    """The sizes of the texts beside rows of so many tokens, before their prompts are known: (length, tokens compared)
+    of each; none without retention."""
+    if not keeps_base(run):
+        return []
+    longest = run.retention.max_new_tokens
+    return [(_HEADER + longest, longest)] * max(1, int(SHARE * tokens / (_HEADER + longest)))
+
+
 def mean_tokens(layout: BatchLayout) -> float:
     """The mean number of tokens of a micro-step, from some of them; 0 for fewer rows than one has."""
     return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) if len(layout.items) >= layout.size else 0.0
@@ -280,7 +297,7 @@ def sample_count(layout: BatchLayout, training: TrainingSection, longest: int, p
     """`retention.num_samples`, and why. longest: the tokens of a text. training: the section, without `auto`."""
     if training.max_minutes is not None:
         return _MOST_SAMPLES, "the most that auto takes"
-    steps = optimizer_steps(training, len(layout.items), layout.size, processes)[0]
+    steps = auto.optimizer_steps(training, len(layout.items), layout.size, processes)[0]
     tokens = int(steps * training.gradient_accumulation_steps * processes * mean_tokens(layout))
     count = max(1, min(_MOST_SAMPLES, int(_SHARE_OF_RUN * tokens / longest)))
     return count, f"at most a tenth of the {tokens:,} tokens of the run" if count < _MOST_SAMPLES else "enough"
