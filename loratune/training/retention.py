@@ -289,8 +289,10 @@ def typical_texts(run: RunConfig, tokens: int) -> list[tuple[int, int]]:
 
 
 def mean_tokens(layout: BatchLayout) -> float:
-    """The mean number of tokens of a micro-step, from some of them; 0 for fewer rows than one has."""
-    return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) if len(layout.items) >= layout.size else 0.0
+    """The mean number of tokens that a micro-step computes, from some of them; 0 for fewer rows than one has."""
+    if len(layout.items) < layout.size:
+        return 0.0
+    return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) * (1 - (layout.saved or 0.0))
 
 
 def sample_count(layout: BatchLayout, training: TrainingSection, longest: int, processes: int) -> tuple[int, str]:
