@@ -86,11 +86,12 @@ def config_of(one: Spec, paths: Mapping[str, Path], work: Path, output: Path) ->
         "data": {"train": str(paths["train"])},
         "training": {**TRAINING, "seed": one["seed"]},
         "lora": dict(LORA),
+        "retention": {"kl_weight": 0.0},
         "output_dir": str(output),
     }
     for key, value in one["settings"].items():
         section, _, field = key.partition(".")
-        values.setdefault(section, {})[field] = str(paths["validation"]) if key == "data.validation" else value
+        values[section][field] = str(paths["validation"]) if key == "data.validation" else value
     if "max_steps" in values["training"]:
         del values["training"]["num_train_epochs"]
     return values
@@ -124,13 +125,13 @@ def _steps(one: Spec) -> int:
     return int(settings.get("max_steps", whole))
 
 
-def score(adapter: Path, held_out: Path, text: Path, *, base: bool) -> dict[str, Any]:
-    """Nats and tokens of each held-out row and of each block of unrelated text, in float32.
+def score(adapter: Path, held_out: Path, text: Path, *, base: bool, dtype: str = "float32") -> dict[str, Any]:
+    """Nats and tokens of each held-out row and of each block of unrelated text, and of the base's own answers.
 
     base: without the adapter.
     """
     info = AdapterDirectory.open(adapter)
-    loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": "float32"})))
+    loaded = loading.load(replace(info, base=info.base.model_copy(update={"dtype": dtype})))
     vocabulary = loaded.model.config.get_text_config().vocab_size
     found: dict[str, Any] = {} if base else _behavior(loaded)
     for name, path, section in (
@@ -223,7 +224,8 @@ def _measure(one: Spec, work: Path, text: Path) -> None:
     base_name = f"base {one['model']} {one['task']}"
     if base_name not in {entry["name"] for entry in recorded()}:
         _append({"name": base_name} | score(adapter, paths["held_out"], text, base=True))
-    scores = score(adapter, paths["held_out"], text, base=False)
+    dtype = "bfloat16" if "retention.kl_weight" in one["settings"] else "float32"
+    scores = score(adapter, paths["held_out"], text, base=False, dtype=dtype)
     figures: dict[str, Any] = {
         "steps": result.steps,
         "tokens": result.tokens,

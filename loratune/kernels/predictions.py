@@ -147,7 +147,7 @@ class HeadDivergence(torch.autograd.Function):
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits, bounded = scaling.forward(head(hidden[part]))
-            values, dlogits = _divergence(logits.float().clone(), ids[part], log_probabilities[part])
+            values, dlogits = _divergence(logits.to(torch.float32, copy=True), ids[part], log_probabilities[part])
             total += values.sum()
             if gradient is not None:
                 dlogits = scaling.backward(dlogits.mul_(ctx.unit).to(logits.dtype), bounded)

@@ -17,7 +17,7 @@ from datetime import datetime
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,11 +55,12 @@ class NonFiniteGuard(TrainerCallback):
 
     norm: Callable[[], torch.Tensor]
     before_first_step: Callable[[], None]
+    retention: RetentionTerm | None = None
+    sum: torch.Tensor | None
 
     def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
         self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
-        self.sum: torch.Tensor | None = None
-        self.tokens, self.retention = 0, cast(RetentionTerm | None, None)
+        self.sum, self.tokens = None, 0
 
     def loss(
         self, model: Any, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None

@@ -130,10 +130,6 @@ class Retention:
         number = max(1, min(len(given), int(wanted)))
         return cls(section, given, number, every, decided(section.kl_weight) * rarity)
 
-    def with_texts(self, items: Items) -> Items:
-        """Items of rows, and after them the texts, as items of the same kind."""
-        return ItemsWithTexts(items, self.texts)
-
     def numbers(self, micro_step: int, first: int) -> list[int]:
         """The numbers of the texts of a micro-step, in turn. first: that of the first text."""
         if micro_step % self.every or not self.texts:

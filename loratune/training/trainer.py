@@ -31,7 +31,7 @@ from loratune.training.checkpoints.store import StepLosses
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
 from loratune.training.results import OutOfMemory, TrainedAdapter, thinned
-from loratune.training.retention import RetentionTerm
+from loratune.training.retention import ItemsWithTexts, RetentionTerm
 from loratune.training.upstream import (
     CheckpointTrainer,
     exclude_from_ddp,
@@ -136,7 +136,7 @@ class RunTrainer(CheckpointTrainer):
     ):
         self.plan, self.batches, self.stop, self.group, self.best = plan, plan.batches.train, stop, stop.group, best
         self.shape, self.keeps_checkpoints, self.oom_dry_run = tuple[int, ...](), True, oom_dry_run
-        self.items = self.batches.items if plan.retention is None else plan.retention.with_texts(self.batches.items)
+        self.items = ItemsWithTexts(self.batches.items, plan.retention.texts if plan.retention else ())
         self.evaluating, self.pace, self.began = False, Pace(), time.monotonic()
         point = plan.resume_point
         unreported = replace(point.record.unreported) if point and point.record.unreported else StepLosses()

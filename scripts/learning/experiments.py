@@ -166,21 +166,10 @@ def _early() -> Iterator[Spec]:
 def _front() -> Iterator[Spec]:
     """What a task gains and what the base loses: rates with and without retention, over three seeds."""
     for seed, rate, weight, task in itertools.product((1, 2, 3), (1.6e-3, FORMULA, 1e-3), (1.0, 0.0), FRONT_TASKS):
-        yield _shaped(task, seed, rate, retention__kl_weight=weight)
-
-
-def _front_attention() -> Iterator[Spec]:
-    """The same with adapters on q, k, v and o alone, over one pass and two."""
-    for seed, rate, passes, task in itertools.product(
-        (1, 2, 3), (1e-3, 1.6e-3, FORMULA, 5e-4), (1.0, 2.0), FRONT_TASKS
-    ):
-        modules = ["q", "k", "v", "o"]
-        yield _shaped(task, seed, rate, lora__target_modules=modules, training__num_train_epochs=passes)
-
-
-def _shaped(task: str, seed: int, rate: float, **settings: Any) -> Spec:
-    shape = {"lora__target_modules": "all-linear", "lora__r": 8, "retention__kl_weight": 0.0}
-    return spec(task, seed=seed, training__learning_rate=rate, **{**shape, **settings})
+        yield spec(
+            task, seed=seed, training__learning_rate=rate, lora__target_modules="all-linear", lora__r=8,
+            retention__kl_weight=weight,
+        )  # fmt: skip
 
 
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
@@ -199,5 +188,4 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "early": _early,
     "linear": _linear,
     "front": _front,
-    "front-attention": _front_attention,
 }

@@ -316,6 +316,27 @@ def _place(result: Result) -> tuple[Any, ...]:
     return result["model"], result["task"], result["rows"], result["minutes"], result["seed"]
 
 
+def front(results: Sequence[Result]) -> str:
+    """What tasks gain and the base loses, by rate and `retention.kl_weight`: means over seeds."""
+    bases = {one["name"]: one for one in results if "settings" not in one}
+    groups: dict[tuple[str, float, float], list[Result]] = defaultdict(list)
+    for one in matching(results, RATE, "lora.r", "lora.target_modules", "retention.kl_weight"):
+        if "divergence" in one:
+            groups[one["task"], one["settings"][RATE], one["settings"]["retention.kl_weight"]].append(one)
+    rows = []
+    for (task, rate, weight), own in sorted(groups.items()):
+        losses, unrelated = (np.array([one[name] for one in own]) for name in ("rows_loss", "text_loss"))
+        base = bases[f"base 135M {task}"]["text_loss"]
+        spread = f" ({losses.min():.4f} to {losses.max():.4f})" if len(own) > 1 else ""
+        rows.append(
+            [task, f"{rate:g}", f"{weight:g}", str(len(own)), f"{losses.mean():.4f}{spread}",
+             f"{unrelated.mean() - base:+.3f}", f"{np.mean([one['divergence'] for one in own]):.3f}",
+             f"{np.mean([one['agreement'] for one in own]):.0%}"]
+        )  # fmt: skip
+    header = ["task", "rate", "kl_weight", "seeds", "held-out loss", "unrelated text", "KL to the base", "same token"]
+    return markdown(header, rows)
+
+
 def document(results: Sequence[Result]) -> str:
     """Markdown tables of all experiments that have results."""
     parts = {
@@ -335,6 +356,7 @@ def document(results: Sequence[Result]) -> str:
             ["lora.target_modules", "lora.r", "training.num_train_epochs"],
             ["all-linear", 8, 1.0],
         ),
+        "Task and base: retention": front(results),
         "A tenth of the steps": ranks(results),
         "Ranks on the way": early(results),
     }
