@@ -56,11 +56,11 @@ class NonFiniteGuard(TrainerCallback):
     norm: Callable[[], torch.Tensor]
     before_first_step: Callable[[], None]
     retention: RetentionTerm | None = None
-    sum: torch.Tensor | None
 
     def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
         self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
-        self.sum, self.tokens = None, 0
+        self.sum: torch.Tensor | None = None
+        self.tokens = 0
 
     def loss(
         self, model: Any, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -94,12 +94,11 @@ class NonFiniteGuard(TrainerCallback):
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
         self.sum, self.tokens = None, 0
-        divergence = 0.0 if self.retention is None else self.retention.end_step()
+        divergence = self.retention.end_step() if self.retention else 0.0
         for name, value in (("loss", loss), ("gradient norm", norm), ("divergence from the base", divergence)):
             if not math.isfinite(value):
                 fix = "lower training.learning_rate, or train in float32"
-                if not state.global_step:
-                    fix = "check that the base model works by itself"
+                fix = fix if state.global_step else "check that the base model works by itself"
                 what = f"the {name} of step {state.global_step + 1} is {value}"
                 problem = Problem(Code.TRAINING_NOT_FINITE, what, fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
