@@ -1,7 +1,7 @@
 """The public class `Adapter`: an adapter directory and its operations (generate, evaluate, merge, export, push)."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
 from loratune.api import MergedDtype, Overrides, Rows, StrPath, assignments, libraries
-from loratune.api.adapters import Adapters, check_metrics, checked_scales, output_directory, scaled, source_of
+from loratune.api.adapters import (
+    Adapters,
+    check_metrics,
+    checked_scales,
+    open_tasks,
+    output_directory,
+    scaled,
+    source_of,
+)
 from loratune.api.functions import push
 from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
@@ -18,10 +26,9 @@ from loratune.events import FinishedEvent, Listener, emit, listening, note, note
 from loratune.system import output_file
 
 if TYPE_CHECKING:
-    from loratune.commands.evaluate import ScaleComparison, Tasks, UnrelatedText
+    from loratune.commands.evaluate import ScaleComparison, UnrelatedText
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
-    from loratune.compare.requirements import Requirement
     from loratune.compare.tasks import TaskResults
     from loratune.data import DatasetSplit
     from loratune.data.formats import Message
@@ -192,7 +199,7 @@ class Adapter(Adapters):
             known = {"against": against is not None, "forgetting": forgetting is not None, "tasks": bool(tasks)}
             required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
             other = _opened(against)
-            opened = _open_tasks(tasks, limit, required) if tasks else None
+            opened = open_tasks(tasks, limit, required) if tasks else None
             split = self._read(rows)
             if any(not one.of_task for one in required):
                 overlap = splits.find_overlap(split, self.path)
@@ -252,7 +259,7 @@ class Adapter(Adapters):
             from loratune.compare import requirements
 
             required = requirements.parse(_listed(require), [], rows=False, tasks=True)
-            opened = _open_tasks(_listed(tasks), limit, required)
+            opened = open_tasks(_listed(tasks), limit, required)
             with libraries():
                 from loratune.commands import evaluate
 
@@ -314,6 +321,7 @@ class Adapter(Adapters):
         *,
         rows: Rows | None = None,
         against: "Adapter | StrPath | None" = None,
+        scales: Sequence[float] = (),
         overwrite: bool = False,
         on_event: Listener | None = None,
     ) -> Path:
@@ -323,6 +331,7 @@ class Adapter(Adapters):
             output: The HTML file.
             rows: Held-out rows to score; without them, the base is not loaded.
             against: Another adapter, shown next to it.
+            scales: With rows: scales of the adapter whose losses and forgetting are shown as curves.
             overwrite: Replace an existing file.
             on_event: Receives events.
 
@@ -342,10 +351,11 @@ class Adapter(Adapters):
                 from loratune.commands import report
 
             comparison = self.evaluate(rows, against=other, whole_answers=True) if rows is not None else None
+            by_scale = self.evaluate_scales(rows, scales, forgetting=BUILTIN) if rows is not None and scales else None
             pages = [(one._directory, one.notes) for one in subjects]
             name = fspath(rows) if isinstance(rows, str | PathLike) else None
             with file.opened() as writable:
-                writable.write(report.report(pages, comparison, name))
+                writable.write(report.report(pages, comparison, name, by_scale))
             return file.path
 
     def _read(self, rows: Rows) -> "DatasetSplit":
@@ -386,15 +396,3 @@ def _listed(names: str | Sequence[str]) -> Sequence[str]:
 
 def _opened(other: Adapter | StrPath | None) -> Adapter | None:
     return other if other is None or isinstance(other, Adapter) else Adapter(other)
-
-
-def _open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requirement]") -> "Tasks":
-    """Open tasks with the harness, which is imported only here."""
-    from loratune.compare import tasks as known_tasks
-    from loratune.system.environment import kept_environment
-
-    names = known_tasks.parse(",".join(tasks))
-    with libraries(), kept_environment():
-        from loratune.compare import harness
-
-    return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike, fspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,9 +23,11 @@ from loratune.system.output_dir import OutputDirectory
 if TYPE_CHECKING:
     from loratune.adapter.loading import LoadedAdapters
     from loratune.commands.chat import Chat
+    from loratune.commands.evaluate import Tasks
     from loratune.commands.export import Exported
     from loratune.commands.generate import Answer
     from loratune.compare.metrics import Metric
+    from loratune.compare.requirements import Requirement
     from loratune.data import DatasetSplit
     from loratune.data.sources import GivenRows
     from loratune.data.sources.rows import Row
@@ -300,3 +302,15 @@ def check_metrics(metrics: "Sequence[Metric]", split: "DatasetSplit") -> None:
     if metrics and split.kind is not None:
         what, fix = f"the rows are {split.kind}, of which none is written by a model", "leave it out"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, split.source, "--metric", fix))
+
+
+def open_tasks(tasks: Sequence[str], limit: int | None, required: "Sequence[Requirement]") -> "Tasks":
+    """Open tasks with the harness, which is imported only here."""
+    from loratune.compare import tasks as known_tasks
+    from loratune.system.environment import kept_environment
+
+    names = known_tasks.parse(",".join(tasks))
+    with libraries(), kept_environment():
+        from loratune.compare import harness
+
+    return partial(harness.run, opened=harness.open_tasks(names, required), limit=limit)

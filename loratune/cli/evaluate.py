@@ -196,6 +196,10 @@ def report(
         str | None,
         typer.Option("--data", metavar="FILE", help="Held-out rows to score; this loads the base."),
     ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option("--adapter-scale", metavar="LIST", help="Scales to draw as curves, e.g. 0:1:0.1; with --data."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="The HTML file; by default ./ADAPTER-report.html.")
     ] = None,
@@ -210,13 +214,14 @@ def report(
         if (adapter is None) == (study is None):
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give exactly one of --adapter and --study"))
         problems = [] if adapter else needs({"against": against, "data": data}, "--adapter")
-        problems += [] if data else needs({"set": assignments}, "--data")
+        problems += [] if data else needs({"set": assignments, "adapter-scale": scale}, "--data")
         if problems:
             raise ConfigError(problems)
         if find_spec("matplotlib") is None:
             raise ConfigError(missing_package(Code.SYSTEM_MISSING_PACKAGE, "matplotlib", "draws the charts", "report"))
 
         import loratune
+        from loratune.api.adapters import parse_scales
 
         if study is not None:
             target = output or Path(f"{study.resolve().name}-report.html")
@@ -227,6 +232,7 @@ def report(
             forced = force or data is None  # the page lists what was edited
             opened = loratune.Adapter(adapter, force=forced, overrides=assignments)
             other = loratune.Adapter(against, force=forced) if against is not None else None
-            page = opened.report(target, rows=data, against=other, overwrite=overwrite)
+            scales = parse_scales(scale) if scale else ()
+            page = opened.report(target, rows=data, against=other, scales=scales, overwrite=overwrite)
         if page.is_file() and not str(page).startswith(("/dev/", "/proc/")):
             print(target)

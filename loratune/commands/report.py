@@ -5,6 +5,7 @@ from pathlib import Path
 
 from loratune import config
 from loratune.adapter.directory import AdapterDirectory
+from loratune.commands.evaluate import ScaleComparison
 from loratune.compare import preferences
 from loratune.compare.comparison import Comparison
 from loratune.config import keys
@@ -21,6 +22,7 @@ def report(
     adapters: Sequence[tuple[AdapterDirectory, Sequence[str]]],
     evaluation: Comparison | None = None,
     data: str | None = None,
+    by_scale: ScaleComparison | None = None,
 ) -> str:
     """The page, as HTML.
 
@@ -28,13 +30,16 @@ def report(
         adapters: The adapter, and optionally one to compare with, each with lines about it.
         evaluation: Their comparison on rows, if any.
         data: The file of these rows.
+        by_scale: The adapter at several scales on these rows, if any.
     """
     paths = [adapter.files.path for adapter, _ in adapters]
     names = [path.resolve().name or str(path) for path in paths]
     if len({*names}) < len(names):
         names = [str(path) for path in paths]
     subjects = [_subject(name, *one) for name, one in zip(names, adapters, strict=True)]
-    return page.render(subjects, evaluation, data, [*_commands([adapter for adapter, _ in adapters], data)])
+    scales = by_scale.comparisons if by_scale is not None else {}
+    commands = [*_commands([adapter for adapter, _ in adapters], data, [*scales])]
+    return page.render(subjects, evaluation, data, commands, scales)
 
 
 def study_report(directory: Path) -> str:
@@ -90,7 +95,7 @@ def _facts(stats: AdapterStats) -> dict[str, str]:
     return facts
 
 
-def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterator[str]:
+def _commands(adapters: Sequence[AdapterDirectory], data: str | None, scales: Sequence[float]) -> Iterator[str]:
     """Commands that repeat the training, the evaluation and the report."""
     first, *others = [_absolute(str(adapter.files.path)) for adapter in adapters]
     options = "".join(f" --against {other}" for other in others) + (f" --data {_absolute(data)}" if data else "")
@@ -98,6 +103,7 @@ def _commands(adapters: Sequence[AdapterDirectory], data: str | None) -> Iterato
         yield f"loratune train {_absolute(str(adapters[0].files.path / 'run.yaml'))} --set output_dir=NEW"
     if data:
         yield f"loratune evaluate --adapter {first}{options}"
+    options += f" --adapter-scale {','.join(f'{scale:g}' for scale in scales)}" if scales else ""
     yield f"loratune report --adapter {first}{options}"
 
 

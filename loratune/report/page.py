@@ -16,7 +16,7 @@ from loratune import __version__
 from loratune.compare import text as wording
 from loratune.compare.answers import ComparedRow
 from loratune.compare.comparison import Comparison
-from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, MAJORITY, SIDES, Difference
+from loratune.compare.metrics import ADAPTER, AGAINST, BASE, EXACT_MATCH, LOSS, MAJORITY, SIDES, Difference
 from loratune.events import progress
 from loratune.lora.module_names import number_of, pattern, shortest
 from loratune.lora.stats import TABLE_HEADER, Update, by_pattern, table_row
@@ -85,7 +85,11 @@ class Subject:
 
 @progress("drawing the page")
 def render(
-    subjects: Sequence[Subject], evaluation: Comparison | None, data: str | None, commands: Sequence[str]
+    subjects: Sequence[Subject],
+    evaluation: Comparison | None,
+    data: str | None,
+    commands: Sequence[str],
+    by_scale: Mapping[float, Comparison],
 ) -> str:
     """The page of adapters.
 
@@ -94,6 +98,7 @@ def render(
         evaluation: How both do on rows, if there are any.
         data: The name of these rows.
         commands: What to type to repeat all this.
+        by_scale: Scale of the adapter → its comparison with the base on these rows; empty without scales.
     """
     records = [subject.record for subject in subjects]
     return _render(
@@ -108,6 +113,7 @@ def render(
             **dict(zip((ADAPTER, AGAINST), (one.name for one in subjects), strict=False)),
         },
         answers=answers(evaluation) if evaluation else [],
+        scale_charts=_scale_charts(by_scale),
         tiles=[
             facts.tiles(one.record, one.adapter, keeps_last=one.settings.get("training.keep") == "last")
             for one in subjects
@@ -190,6 +196,25 @@ def _losses(subjects: Sequence[Subject]) -> list[Plot]:
         )
         made.append(Plot(title, shown, narrow, wide, any(line.marked for line in lines)))
     return made
+
+
+def _scale_charts(by_scale: Mapping[float, Comparison]) -> dict[str, str]:
+    """Title → a chart of what an adapter gains, or loses, by its scale."""
+    series: dict[str, list[Point]] = {}
+    for scale, found in by_scale.items():
+        score, lost, changed = found.scores[ADAPTER], found.forgetting, found.behavior
+        values = {f"{name} on these rows": (score.metrics.get(name), score.intervals.get(name)) for name in (LOSS,)}
+        if lost is not None:
+            values["change of the loss on unrelated text"] = lost.value, lost.interval
+        if changed is not None and not changed.unknown:
+            values["KL to the base on its own answers"] = changed.divergence, changed.divergence_interval
+        for title, (value, interval) in values.items():
+            if value is not None and math.isfinite(value):
+                series.setdefault(title, []).append(Point(f"{scale:g}", value, finite(interval), 0))
+    return {
+        title: point_chart(f"scale-{number}", title, points, "adapter scale", [point.x for point in points])
+        for number, (title, points) in enumerate(series.items())
+    }
 
 
 def _plots(subjects: Sequence[Subject]) -> list[Plot]:
