@@ -265,7 +265,9 @@ ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + num
 
 
 ATTENTION: dict[str, Any] = {"target_modules": ["q", "k", "v", "o"]}
-"""An adapter whose shape does not depend on `auto`, and that most tests are written for."""
+"""The targets of the adapters that most tests are written for."""
+PLAIN: dict[str, Any] = {"lora": ATTENTION, "retention": {"kl_weight": 0}}
+"""Sections of runs that train such an adapter on their rows alone."""
 
 
 def config_in(folder: Path, model: Path) -> Callable[..., Path]:
@@ -274,10 +276,9 @@ def config_in(folder: Path, model: Path) -> Callable[..., Path]:
     def make(name: str = "run.yaml", **sections: Any) -> Path:
         values: dict[str, Any] = {
             "model": {"name_or_path": str(model), "dtype": "float32"},
-            "lora": ATTENTION,
+            **PLAIN,
             "data": {"train": str(write_rows(folder / "rows.jsonl", ROWS))},
             "training": {"learning_rate": 1e-2, "logging_steps": 1},
-            "retention": {"kl_weight": 0},
             "output_dir": str(folder / "out"),
         }
         for key, value in sections.items():

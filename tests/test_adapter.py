@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, tree, write_rows
+from conftest import PLAIN, ROWS, Ran, check_refused, is_problem, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file, save_file
@@ -49,6 +49,7 @@ def train(place: Path, base: Path, name: str = "out") -> Path:
     """Train through the command line, and return the adapter directory."""
     values = {
         "model": {"name_or_path": str(base), "dtype": "float32"},
+        **PLAIN,
         "data": {"train": str(write_rows(place / "rows.jsonl", ROWS))},
         "training": {"learning_rate": 1e-2, "max_steps": 3},
         "output_dir": str(place / name),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, check_refused, meanings, write_rows
+from conftest import PLAIN, ROWS, check_refused, meanings, write_rows
 from peft import PeftModel
 from running import WEIGHTS, Cli, MakeConfig
 from safetensors.torch import load_file
@@ -24,7 +24,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     folder = tmp_path_factory.mktemp("scaled")
     rows = write_rows(folder / "rows.jsonl", ROWS)
     values = {
-        "model": {"name_or_path": str(tiny_dir), "dtype": "float32"}, "data": {"train": str(rows)},
+        **PLAIN, "model": {"name_or_path": str(tiny_dir), "dtype": "float32"}, "data": {"train": str(rows)},
         "training": {"learning_rate": 0.02, "max_steps": 12}, "output_dir": str(folder / "out"),
     }  # fmt: skip
     return loratune.train(loratune.load_config(values)).path

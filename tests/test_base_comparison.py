@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, meanings, tiny_llama, write_rows
+from conftest import ATTENTION, ROWS, Ran, check_refused, meanings, tiny_llama, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import MakeConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -140,7 +140,7 @@ STARTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", STARTS)
 def test_the_base_is_restored_after_training(kind: str, base_dir: Path) -> None:
     """In the trained model, before the adapter is saved."""
-    base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**STARTS[kind])
+    base, section = AutoModelForCausalLM.from_pretrained(base_dir), LoraSection(**ATTENTION | STARTS[kind])
     alone = logits(base)
     model = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
     start = creation.initialize_adapter(model, section)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import Ran, check_refused, tiny_llama, tree, write_rows
+from conftest import PLAIN, Ran, check_refused, tiny_llama, tree, write_rows
 from fork_server import Child, ForkServer
 from running import Cli
 from typer.testing import CliRunner
@@ -36,6 +36,7 @@ def train(path: Path, base: Path, rows: list[dict[str, Any]], steps: int) -> Pat
     path.mkdir(exist_ok=True)
     values = {
         "model": {"name_or_path": str(base), "dtype": "float32"},
+        **PLAIN,
         "data": {"train": str(write_rows(path / "rows.jsonl", rows))},
         "training": {"learning_rate": 2e-2, "max_steps": steps},
         "output_dir": str(path / "adapter"),

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import (
+    ATTENTION,
     CHAT_TEMPLATE,
     ROWS,
     Ran,
@@ -55,7 +56,7 @@ def outputs(model: Any) -> torch.Tensor:
 
 def saved(path: Path, **settings: Any) -> Path:
     """An adapter of the base model with random nonzero weights, as after long training."""
-    model, start = begun(LoraSection(**settings))
+    model, start = begun(LoraSection(**ATTENTION | settings))
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -107,7 +108,7 @@ def test_training_starts_with_the_function_of_the_adapter(name: str, tmp_path: P
     expected = outputs(attach.load(base_model(), inspect(adapter)))
     alone = outputs(base_model())
     assert (expected - alone).abs().max() > 0.01
-    model, start = begun(LoraSection(**new, start_from=str(adapter)))
+    model, start = begun(LoraSection(**ATTENTION | new, start_from=str(adapter)))
     assert torch.allclose(outputs(model), expected, rtol=0, atol=1e-6)
     trained = {key: tensor + 0.05 for key, tensor in tensors.weights(model).items()}
     tensors.restore(model, trained)
@@ -124,9 +125,9 @@ def test_training_starts_with_the_function_of_the_adapter(name: str, tmp_path: P
 def test_added_ranks_are_trained_and_equal_ranks_keep_their_bytes(tmp_path: Path) -> None:
     adapter = saved(tmp_path / "old")
     old = load_file(adapter / WEIGHTS)
-    same, _ = begun(LoraSection(start_from=str(adapter)))
+    same, _ = begun(LoraSection(**ATTENTION, start_from=str(adapter)))
     assert all(torch.equal(tensor, old[name]) for name, tensor in tensors.weights(same).items())
-    model, _ = begun(LoraSection(r=12, lora_alpha=24, start_from=str(adapter)))  # the scale is still 2
+    model, _ = begun(LoraSection(**ATTENTION, r=12, lora_alpha=24, start_from=str(adapter)))  # the scale is still 2
     model(input_ids=IDS, labels=IDS).loss.backward()
     for name, parameter in model.named_parameters():
         file_name = name.replace(".default", "")
@@ -141,7 +142,7 @@ def test_added_ranks_are_trained_and_equal_ranks_keep_their_bytes(tmp_path: Path
 
 
 def test_unchanged_weights_are_measured_from_the_starting_adapter(tmp_path: Path) -> None:
-    model, start = begun(LoraSection(start_from=str(saved(tmp_path / "old"))))
+    model, start = begun(LoraSection(**ATTENTION, start_from=str(saved(tmp_path / "old"))))
     state = tensors.full_weights(model)
     with pytest.raises(NumericError) as caught:
         attach.check_trained(state, start)
@@ -174,7 +175,7 @@ def test_settings_that_would_change_the_starting_function_are_refused(name: str,
     old, new, codes = CONTRADICTING[name]
     adapter = saved(tmp_path / "old", **old)
     with pytest.raises(ConfigError) as caught:
-        begun(LoraSection(**new, start_from=str(adapter)))
+        begun(LoraSection(**ATTENTION | new, start_from=str(adapter)))
     assert meanings(caught.value) == [(code, str(adapter), "lora.start_from") for code in codes]
 
 
@@ -214,7 +215,7 @@ def test_an_adapter_that_does_not_fit_the_run_is_refused(name: str, tmp_path: Pa
     adapter = saved(tmp_path / "old")
     change(adapter)
     with pytest.raises(AdapterError) as caught:
-        begun(LoraSection(start_from=str(adapter)))
+        begun(LoraSection(**ATTENTION, start_from=str(adapter)))
     assert [problem.code for problem in caught.value.problems] == [code]
 
 

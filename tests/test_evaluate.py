@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, check_refused, tiny_llama, tree, write_rows
+from conftest import PLAIN, Ran, check_refused, tiny_llama, tree, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -65,6 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_dir: Path) -> Path:
     path = tmp_path_factory.mktemp("evaluate")
     config = {
         "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
+        **PLAIN,
         "data": {
             "train": str(write_rows(path / "train.jsonl", TRAIN)),
             "validation": str(write_rows(path / "held-out.jsonl", HELD_OUT)),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, check_refused, config_in, meanings, resolve, tiny_llama, write_rows
+from conftest import ATTENTION, Ran, check_refused, config_in, meanings, resolve, tiny_llama, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from running import stopped
 from safetensors.torch import load_file, save_file
@@ -126,7 +126,8 @@ def test_layers_can_be_selected_although_peft_ignores_them_for_parameters() -> N
 
 def test_rank_and_alpha_patterns_apply_to_experts() -> None:
     ranks = {"experts": 2, r".*layers\.0.*down_proj": 2, "q": 3}
-    section = LoraSection(r=4, target_parameters=["experts"], rank_pattern=ranks, alpha_pattern={"down_proj": 5})
+    patterns = {"rank_pattern": ranks, "alpha_pattern": {"down_proj": 5}}
+    section = LoraSection(r=4, target_parameters=["experts"], **ATTENTION, **patterns)
     model, targets = creation.adapt(build("gpt_oss", "meta"), section, seed=0)
     found = {path.rpartition(".")[2]: (layer.r["default"], layer.lora_alpha["default"])
              for path, layer in parameters.layers_of(model).items()}  # fmt: skip

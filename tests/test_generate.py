@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Expected, Ran, check_refused, process, tree, write_rows
+from conftest import PLAIN, Expected, Ran, check_refused, process, tree, write_rows
 from fork_server import ForkServer
 from peft import PeftModel
 from running import Cli, MakeConfig, until
@@ -42,6 +42,7 @@ def user(text: str) -> list[dict[str, str]]:
 def train(path: Path, base: Path, rows: list[dict[str, Any]], steps: int) -> Path:
     config = {
         "model": {"name_or_path": str(base), "dtype": "float32"},
+        **PLAIN,
         "data": {"train": str(write_rows(path / "rows.jsonl", rows))},
         "training": {"learning_rate": 1e-2, "max_steps": steps, "per_device_train_batch_size": 14},
         "output_dir": str(path / "adapter"),
@@ -532,6 +533,7 @@ def test_files_of_two_conversation_formats_can_be_combined(tmp_path: Path, tiny_
         write_rows(tmp_path / f"{name}.jsonl", rows)
     values = {
         "model": {"name_or_path": str(tiny_dir), "dtype": "float32"},
+        **PLAIN,
         "training": {"learning_rate": 0.01},
         "data": {"train": f"{os.path.relpath(tmp_path)}/?.jsonl", "validation": 0.25},
         "output_dir": str(tmp_path / "out"),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
+from conftest import ATTENTION, CHAT_TEMPLATE, Ran, decided_training, tiny_llama, write_rows
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast
 
@@ -153,11 +153,11 @@ def attached(section: LoraSection) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def default_lora() -> tuple[dict[str, Any], dict[str, Any]]:
-    return attached(LoraSection())
+    return attached(LoraSection(**ATTENTION))
 
 
 def test_the_same_section_builds_the_same_model(default_lora: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    settings, parts = attached(LoraSection())
+    settings, parts = attached(LoraSection(**ATTENTION))
     assert {name: value for name, value in settings.items() if value != default_lora[0][name]} == {}
     assert parts == default_lora[1]
 
@@ -168,7 +168,7 @@ def test_the_same_section_builds_the_same_model(default_lora: tuple[dict[str, An
 def test_each_lora_field_changes_the_adapter(
     default_lora: tuple[dict[str, Any], dict[str, Any]], name: str, value: Any
 ) -> None:
-    settings, parts = attached(LoraSection(**{name: value}))
+    settings, parts = attached(LoraSection(**ATTENTION | {name: value}))
     ours = {"use_lorafa", "loraplus_lr_ratio"}  # optimizer settings, which are not in PEFT's configuration
     assert {key for key in settings if settings[key] != default_lora[0][key]} == {name} - ours
     assert parts != default_lora[1]
@@ -183,8 +183,8 @@ def test_lora_target_parameters_adds_weights() -> None:
         model = copy.deepcopy(base)
         return {*attach.weights(creation.attach(model, section, targets.find(model, section).peft(), seed=0))}
 
-    changed = LoraSection(target_parameters=LORA["target_parameters"])
-    assert built(LoraSection()) < built(changed)
+    changed = LoraSection(**ATTENTION, target_parameters=LORA["target_parameters"])
+    assert built(LoraSection(**ATTENTION)) < built(changed)
 
 
 def test_lora_start_from_changes_only_values(tmp_path: Path) -> None:
@@ -197,13 +197,13 @@ def test_lora_start_from_changes_only_values(tmp_path: Path) -> None:
         creation.initialize_adapter(built, section, start_from=files)
         return built, {name: weight.tolist() for name, weight in built.named_parameters() if weight.requires_grad}
 
-    model, values = started(LoraSection())
+    model, values = started(LoraSection(**ATTENTION))
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(weight.requires_grad)
     state = {name: tensor.clone() for name, tensor in attach.weights(model).items()}
     attach.write(model, tmp_path / LORA["start_from"], state)
-    other, others = started(LoraSection(start_from=str(tmp_path / LORA["start_from"])))
+    other, others = started(LoraSection(**ATTENTION, start_from=str(tmp_path / LORA["start_from"])))
     assert other.peft_config["default"].to_dict() == model.peft_config["default"].to_dict()
     assert others.keys() == values.keys()
     assert others != values
@@ -429,7 +429,7 @@ def test_each_data_field_changes_the_prepared_rows(prepared: Callable[..., Any],
 
 def test_sharing_prefixes_can_be_set() -> None:
     """Whole runs are tested in `test_prefix_runs`."""
-    model, lora = tiny_llama(), LoraSection(r=2, lora_alpha=4)
+    model, lora = tiny_llama(), LoraSection(r=2, lora_alpha=4, **ATTENTION)
     adapted = creation.attach(model, lora, targets.find(model, lora).peft(), seed=0)
     rows = [{"input_ids": [*range(20), number], "labels": [*range(20), number]} for number in range(20, 24)]
     layout = BatchLayout(rows, np.full(4, 21), "batch", 4, 21, 0)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import Ran, check_refused, meanings, tiny_llama, write_rows
+from conftest import PLAIN, Ran, check_refused, meanings, tiny_llama, write_rows
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,6 +50,7 @@ def train(path: Path, base: Path, rows: list[dict[str, Any]], **data: Any) -> Pa
     path.mkdir()
     values = {
         "model": {"name_or_path": str(base), "dtype": "float32"},
+        **PLAIN,
         "data": {"train": str(write_rows(path / "rows.jsonl", rows)), **data},
         "training": {"learning_rate": 2e-2, "max_steps": 12},
         "output_dir": str(path / "adapter"),

@@ -6,6 +6,7 @@ from copy import deepcopy
 import pytest
 import reference
 import torch
+from conftest import ATTENTION
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ def test_llama_2_7b_has_8388608_trainable_parameters() -> None:
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
     base = load.build_meta(shape)
-    ours = creation.attach(base, LoraSection(r=8), targets.find(base, LoraSection()).peft(), seed=0)
+    ours = creation.attach(base, LoraSection(r=8), targets.find(base, LoraSection(**ATTENTION)).peft(), seed=0)
     line = "trainable params: 8,388,608 || all params: 6,746,804,224 || trainable%: 0.1243"
     count = creation.count(ours, creation.initialize_adapter(ours, LoraSection(r=8)))
     assert str(count) == line

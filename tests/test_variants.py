@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ran, decided_training, meanings, tiny_llama, tree
+from conftest import ATTENTION, Ran, decided_training, meanings, tiny_llama, tree
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -80,7 +80,7 @@ def interrupt_at(step: int) -> Listener:
 
 def begun(base: nn.Module | None = None, **lora: Any) -> tuple[PeftModel, LoraSection, AdapterInit]:
     """The tiny Llama with an adapter, before its first step."""
-    section, base = LoraSection(**lora), base or tiny_llama()
+    section, base = LoraSection(**ATTENTION | lora), base or tiny_llama()
     found = targets.find(base, section)
     model = creation.attach(base, section, found.peft(), seed=0, base_name="tiny")
     return model, section, creation.initialize_adapter(model, section, batches=BATCHES)
@@ -258,7 +258,7 @@ def test_lorafa_does_not_train_a(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_loftq_starts_from_the_quantization_error(rslora: bool, tiny_dir: Path) -> None:
     held = ModelSection(name_or_path=str(tiny_dir), dtype="float32", quantization="4bit")
-    section = LoraSection(init_lora_weights="loftq", use_rslora=rslora)
+    section = LoraSection(**ATTENTION, init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
     tuned = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
     creation.initialize_adapter(tuned, section, originals=partial(stored.original_weights, held, base))
