@@ -142,7 +142,8 @@ class Sweep:
         """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
         unused = () if self.run.config.retention.kl_weight else ("retention",)  # earlier studies have no such section
-        skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused)
+        later = ("training.adapter_scale",) if self.run.config.training.adapter_scale == 1 else ()  # nor this key
+        skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused, *later)
         shared = {
             key: value
             for key, value in keys.flat(self.run.config.resolved()).items()

@@ -24,7 +24,7 @@ from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import results, time_budget, trainer
+from loratune.training import results, scale, time_budget, trainer
 from loratune.training.checkpoints.run_dir import PUBLISH_WORSE
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS
 from loratune.training.plan import Plan, make_plan
@@ -100,6 +100,7 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
             emit(plan.event())
             trained = trainer.fit(plan, stop, oom_dry_run=scarce and not is_timed)
     stop.check()  # A signal can arrive after the trainer's last check.
+    trained = replace(trained, scale=scale.apply(plan, trained.held_out_loss))
     trained = results.compare_with_base(plan, trained)
     assert trained.gain is not None
     if trained.gain.verdict == "worse" and not allow_worse:
@@ -168,7 +169,8 @@ def _publish(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     try:
         with explain_full_disk("the adapter directory", size, directory.partial, "make room, then --resume"):
             directory.create_staging()
-            size = attach.save(plan.model, directory.staging, plan.adapter_init, trained.weights)
+            scaled, init = trained.scale.value != 1, plan.adapter_init
+            size = attach.save(plan.model, directory.staging, init, trained.weights, is_scaled=scaled)
             _write_descriptions(plan, trained)
             for path in directory.publish():
                 note(f"{path} is kept: this run did not write it")

@@ -335,7 +335,12 @@ def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, di
     return split, samples[split], too_few
 
 
-def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
+def draw(split: TokenizedDataset, most: int) -> dict[int, int]:
+    """Draw rows of a split, as many tokens as after a long run. most: the most distinct rows. Returns as `_sample`."""
+    return _sample(split, _SHARE * _MOST_TOKENS, most)
+
+
+def _sample(split: TokenizedDataset, budget: int, most: int = _MOST_ROWS) -> dict[int, int]:
     """Draw the rows to compare. Their tokens are limited by those of training, or by `_LEAST_TOKENS`, so that the
     comparison after a short run is short.
 
@@ -355,7 +360,7 @@ def _sample(split: TokenizedDataset, budget: int) -> dict[int, int]:
         if first == number:
             tokens += sum(len(row.ids) for row in rows)
             limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
-            if len(copies) == _MOST_ROWS or tokens > limit:
+            if len(copies) == most or tokens > limit:
                 break
         copies[first] = copies.get(first, 0) + 1
     return dict(sorted(copies.items()))

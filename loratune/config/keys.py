@@ -59,6 +59,7 @@ MEMORY_AND_TIME = {
     "training.save_steps": "each checkpoint writes the trained weights and the states of the optimizer to disk",
     "training.eval_steps": "each evaluation is a forward pass over all validation rows",
     "training.keep": "best keeps another copy of the trained weights in host memory",
+    "training.adapter_scale": "at the end: auto takes at most nine passes over 100 rows; if not 1, one more evaluation",
     "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
     "retention.kl_weight": "above 0: texts beside the rows of each step, at most a fifth of its time, and some memory",
     "retention.num_samples": "only at the start, when they are written; kept in the cache for later runs of the base",
@@ -70,7 +71,7 @@ MEMORY_AND_TIME = {
 _AUTO = (
     "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.format", "data.share_prefixes",
     "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
-    "retention.kl_weight", "retention.num_samples",
+    "training.adapter_scale", "retention.kl_weight", "retention.num_samples",
 )  # fmt: skip
 _NULL = ("model.attn_implementation", "preferences.beta", "training.eval_steps", "training.keep")
 DECIDED_BY_RUN = dict.fromkeys(_AUTO, "auto") | dict.fromkeys(_NULL, "null") | {"training.max_steps": "-1"}

@@ -69,7 +69,9 @@ def write(model: PeftModel, directory: Path, state: Mapping[str, torch.Tensor]) 
     save_file(tensors, directory / WEIGHTS_FILE, {"format": "pt"})
 
 
-def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None) -> int:
+def save(
+    model: PeftModel, directory: Path, start: AdapterInit, state: Weights | None = None, *, is_scaled: bool = False
+) -> int:
     """Write the two files that PEFT reads, and read them back.
 
     Args:
@@ -77,6 +79,7 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         directory: Where to.
         start: The adapter as it was initialized.
         state: The trained tensors, if the model holds only a part of them, see `tensors.full_weights`.
+        is_scaled: Whether they were multiplied by a number after `check_trained`, which may be 0.
 
     Returns:
         The size of the weights file in bytes.
@@ -86,7 +89,8 @@ def save(model: PeftModel, directory: Path, start: AdapterInit, state: Weights |
         AdapterError: The file differs from the weights in memory.
     """
     state = weights(model) if state is None else state
-    check_trained(state, start)
+    if not is_scaled:
+        check_trained(state, start)
     memory = {name: tensor.cpu().contiguous() for name, tensor in start.published(state).items()}
     write(model, directory, memory)
     path = directory / CONFIG_FILE

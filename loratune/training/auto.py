@@ -338,8 +338,9 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
 _SECTIONS: dict[str, type[LoraSection] | type[TrainingSection] | type[RetentionSection]] = {
     "lora": LoraSection, "training": TrainingSection, "retention": RetentionSection,
 }  # fmt: skip
-_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO]
-"""Section and name of each key that can be `auto`."""
+_LATER = "training.adapter_scale"
+_DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO and key != _LATER]
+"""Section and name of each key that can be `auto`, except the one that is decided after the last step."""
 
 
 def with_added_sections(recorded: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
 from loratune.training.plan import Plan
 from loratune.training.processes import SharedStop
+from loratune.training.scale import AdapterScale
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
 """The most reports of each kind that are kept, spread evenly over the run: a report takes about 230 or 110 bytes of
@@ -64,6 +65,7 @@ class TrainedAdapter:
         tokens_per_second: Tokens per second in steps, without evaluations and checkpoints; None if there was no step.
         curve: The trainer's logs with a loss or a held-out loss, see `thinned`.
         weights: The adapter's whole tensors; empty until they are compared with the base.
+        scale: The number that the update was multiplied by after the last step; all results below are after that.
         gain: The gain over the base; this and the following fields are None until they are measured.
         forgetting: The change on rows of the earlier run; None if training did not start from an adapter.
         unrelated: The change on unrelated text.
@@ -85,6 +87,7 @@ class TrainedAdapter:
     tokens_per_second: float | None
     curve: list[dict[str, float]]
     weights: Weights = field(default_factory=dict)
+    scale: AdapterScale = field(default_factory=AdapterScale)
     gain: Gain | None = None
     forgetting: Forgetting | None = None
     unrelated: Forgetting = field(default_factory=lambda: Forgetting(None))
@@ -108,15 +111,16 @@ class TrainedAdapter:
     @property
     def held_out_loss(self) -> float | None:
         """The loss of the weights that become the adapter on the validation rows, None without any."""
-        if self.evaluations and self.config.keeps_best:
-            return self.evaluations.loss
-        return next(reversed(self.losses("eval_loss")), None)
+        best = self.evaluations.loss if self.evaluations and self.config.keeps_best else None
+        last = next(reversed(self.losses("eval_loss")), None)
+        return next((loss for loss in (self.scale.held_out, best, last) if loss is not None), None)
 
     @property
     def held_out(self) -> list[tuple[str, str]]:
         """The results on rows that the adapter was not trained on, as labels and texts."""
         return [
             *self._evaluation_lines(),
+            *self.scale.lines,
             *([("test", str(self.test))] if self.test else []),
             *(self.preferences.lines() if self.preferences else ()),
         ]
@@ -129,6 +133,7 @@ class TrainedAdapter:
         text = f"{loss:.4f}" if comparison.unit == "token" else f"{loss:.4f} {gain.per(comparison.unit)}"
         if interval := comparison.held_out_interval(loss):
             text += f" (95 % interval {interval.low:.4f} to {interval.high:.4f})"
+        text += self.scale.remark
         if best.evaluations > 1 and self.config.keeps_best:
             text += f" at step {self.kept_step:,}, kept: the lowest of {best.evaluations:,} evaluations"
             text += "" if self.test else ", so optimistic"
@@ -168,6 +173,7 @@ class TrainedAdapter:
             "tokens_per_second": self.tokens_per_second,
             "held_out_interval": interval.as_json() if interval else None,
         }
+        metrics |= self.scale.as_json()
         named = {
             "gain": self.gain, "forgetting": self.forgetting, "unrelated_text": self.unrelated,
             "behavior": self.behavior, "preferences": self.preferences, "test": self.test,

@@ -75,6 +75,10 @@ def scale_learning_rates(optimizer: Any, scheduler: Any, factor: float) -> None:
         rates[:] = [rate * factor for rate in rates]
 
 
+_OWN_KEYS = {"adapter_scale", "keep", "max_minutes", "objective", "patience", "report_to"}
+"""Keys of the section that are not arguments of upstream's, or are passed in another way."""
+
+
 def training_arguments(
     section: TrainingSection, checkpoints: Path, *, has_validation: bool, experts: bool = False, bfloat16: bool = False
 ) -> TrainingArguments:
@@ -87,10 +91,10 @@ def training_arguments(
         experts: Whether a step may leave some of the trained weights unused.
         bfloat16: Whether DeepSpeed is to keep the base in bfloat16; otherwise it makes it float32.
     """
-    unused = ["num_train_epochs"] if section.num_train_epochs == AUTO else []  # max_steps sets the length
+    unused = {"num_train_epochs"} if section.num_train_epochs == AUTO else set()  # max_steps sets the length
     return TrainingArguments(
         output_dir=str(checkpoints),
-        **section.model_dump(exclude={"keep", "max_minutes", "objective", "patience", "report_to", *unused}),
+        **section.model_dump(exclude=_OWN_KEYS | unused),
         per_device_eval_batch_size=section.per_device_train_batch_size,
         activation_checkpointing_kwargs={"use_reentrant": False} if section.activation_checkpointing else None,
         eval_strategy="steps" if has_validation and section.eval_steps else "no",
