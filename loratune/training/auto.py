@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, RetentionSection, RunConfig, TrainingSection, decided, from_values
 from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
+from loratune.config.sections import Section
 from loratune.errors import ConfigError, Problem
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
@@ -37,6 +38,11 @@ _COMPARED_RATE, _ORPO_RATE = 1 / 10, 1 / 5
 SmolLM2-135M, 128 pairs, 30 steps (scripts/README.md): of 1/20, 1/10, 1/5 and 2/5 the second makes the chosen answers of
 DPO likeliest, and higher ones make them less likely again; KTO and ORPO gain beyond. LLaMA-Factory's examples of LoRA
 take 1/20 for DPO and KTO (examples/train_lora, 0.9), on more pairs."""
+_RATE_OF_MORE = 0.77
+"""Factor of the rate with adapters on more than q, k, v and o.
+
+SmolLM2-135M, all linear layers (scripts/learning/README.md): of 1.6e-3 and 2.6e-3 neither is better on all tasks, and
+the lower one keeps more of the base; this is between them."""
 _ATTENTION = frozenset("qkvo")
 _PASSES_OF_ATTENTION, _PASSES_OF_MORE = 2.0, 1.0
 """Passes over few rows, and those after which a time budget ends: with adapters on q, k, v and o alone, and on more.
@@ -56,8 +62,6 @@ _RANKS = (8, 16, 32, 64)
 about two bits a parameter, and a token of instructions teaches about one (https://thinkingmachines.ai/blog/lora/)."""
 _ALPHA = 16
 """With it the best learning rate hardly depends on the rank, as the update is scaled by lora_alpha / r."""
-_RETENTION = 1.0
-"""`retention.kl_weight` of sft. Preferences were not measured, and DPO has a reference of its own."""
 _ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
 """Optimizers whose steps have the size of the rate, so that one formula holds for them."""
 _COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
@@ -110,8 +114,7 @@ def decide(run: RunConfig, facts: Facts) -> tuple[RunConfig, Choices]:
 
 def lines(choices: Choices) -> Iterator[str]:
     """The choices as lines for the user."""
-    for key, (value, why) in choices.items():
-        yield line(key, value, why)
+    yield from (line(key, value, why) for key, (value, why) in choices.items())
     if choices:
         yield "auto: each can be set instead, in the config or by --set KEY=VALUE"
 
@@ -187,13 +190,6 @@ def decide_training(run: RunConfig, facts: Facts) -> tuple[TrainingSection, Choi
     return training, found
 
 
-def retention_weight(run: RunConfig) -> tuple[float, str]:
-    """`retention.kl_weight`, and why."""
-    if run.training.objective == "sft":
-        return _RETENTION, "the base keeps what it can do otherwise, with the same held-out loss on six tasks"
-    return 0.0, f"retention was measured for sft, and not for {run.training.objective}"
-
-
 def lower_rate(run: RunConfig, facts: Facts) -> float:
     """A learning rate to suggest if the rate of a run was too high: the choice of `auto`, if that is at most half of
     it, otherwise a tenth of it. run: without `auto`."""
@@ -259,6 +255,7 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
     adapted = len(set(lora.layers_to_transform)) if lora.layers_to_transform else layers
     rate *= max(1.0, _RATE_LAYERS / (adapted or _RATE_LAYERS)) ** 0.5
     rate /= (lora.loraplus_lr_ratio or 1.0) ** 0.5
+    rate *= 1.0 if _is_attention(lora) else _RATE_OF_MORE
     variants = (", rsLoRA" if lora.use_rslora else "") + (", LoRA+" if lora.loraplus_lr_ratio else "")
     depth = f"{adapted:,} layers, " if adapted else ""
     why = f"for a hidden size of {hidden_size:,}, {depth}lora_alpha {alpha}{variants}, "
@@ -270,9 +267,13 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
 
 def most_passes(lora: LoraSection) -> float:
     """The number of passes over few rows; see `_PASSES_OF_ATTENTION`. lora: a section without `auto`."""
-    targets = lora.target_modules
-    is_attention = isinstance(targets, list) and all(name.removesuffix("_proj") in _ATTENTION for name in targets)
-    return _PASSES_OF_ATTENTION if is_attention and not lora.target_parameters else _PASSES_OF_MORE
+    return _PASSES_OF_ATTENTION if _is_attention(lora) else _PASSES_OF_MORE
+
+
+def _is_attention(lora: LoraSection) -> bool:
+    """Whether only q, k, v and o get adapters. lora: a section without `auto`."""
+    names = lora.target_modules if isinstance(lora.target_modules, list) else [""]
+    return not lora.target_parameters and all(name.removesuffix("_proj") in _ATTENTION for name in names)
 
 
 def over_passes(rate: float, why: str, passes: float, lora: LoraSection) -> tuple[float, str]:
@@ -335,9 +336,7 @@ def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSectio
     return decide_lora(lora, Facts(None, None, 0, 0, 1, lambda _: 0, start))[0]
 
 
-_SECTIONS: dict[str, type[LoraSection] | type[TrainingSection] | type[RetentionSection]] = {
-    "lora": LoraSection, "training": TrainingSection, "retention": RetentionSection,
-}  # fmt: skip
+_SECTIONS: dict[str, type[Section]] = {"lora": LoraSection, "training": TrainingSection, "retention": RetentionSection}
 _LATER = "training.adapter_scale"
 _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO and key != _LATER]
 """Section and name of each key that can be `auto`, except the one that is decided after the last step."""

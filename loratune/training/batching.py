@@ -26,7 +26,7 @@ from loratune.system import launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto
 from loratune.training.preflight import Run
-from loratune.training.retention import Retention, is_text, prompts, sample_count
+from loratune.training.retention import Retention, auto_weight, is_text, prompts, sample_count
 
 
 @dataclass(frozen=True)
@@ -241,7 +241,7 @@ def with_retention(
     """
     section, choices = config.retention, auto.Choices()
     if section.kl_weight == AUTO:
-        choices["retention.kl_weight"] = auto.retention_weight(config)
+        choices["retention.kl_weight"] = auto_weight(config)
     weight = choices["retention.kl_weight"][0] if choices else section.kl_weight
     count, why = sample_count(batches.train, config.training, section.max_new_tokens, group.count)
     if section.num_samples != AUTO:

@@ -43,6 +43,8 @@ _PASS_TOKENS = 512
 """Tokens of a batch whose predictions are read, and whose logits are in memory at once."""
 SHARE = 0.2
 """The tokens of the texts in a micro-step, as a share of those of its rows, at most, where one text is not more."""
+_WEIGHT = 1.0
+"""`kl_weight` of sft. Preferences were not measured, and DPO has a reference of its own."""
 _MOST_SAMPLES, _SHARE_OF_RUN = 48, 0.1
 """The most texts that `auto` has written, and the most of their tokens as a share of those of the run: writing a token
 takes about as long as training on it."""
@@ -269,10 +271,17 @@ class ItemsWithTexts:
 # Writing the texts
 
 
+def auto_weight(run: RunConfig) -> tuple[float, str]:
+    """`retention.kl_weight`, and why."""
+    if run.training.objective == "sft":
+        return _WEIGHT, "the base keeps what it can do otherwise, with the same held-out loss on six tasks"
+    return 0.0, f"retention was measured for sft, and not for {run.training.objective}"
+
+
 def keeps_base(run: RunConfig) -> bool:
     """Whether a run has retention, as far as its config says."""
     weight = run.retention.kl_weight
-    return (auto.retention_weight(run)[0] if weight == AUTO else decided(weight)) > 0
+    return (auto_weight(run)[0] if weight == AUTO else decided(weight)) > 0
 
 
 def typical_texts(run: RunConfig, tokens: int) -> list[tuple[int, int]]:
