@@ -8,7 +8,7 @@ choose the same token. An adapter that has learned a task and nothing else has a
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from loratune.compare.engine import Engine, ScoringLayout
 from loratune.data import token_cache
 from loratune.data.batches import pad
 from loratune.data.rendering import Renderer
-from loratune.errors import ModelError, Problem
+from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import progress
 from loratune.statistics import Interval, finite, mean_ratio_interval
 from loratune.text import plural
@@ -264,6 +264,9 @@ def write(
 
     Returns:
         The new tokens of each text, including the one that ends it.
+
+    Raises:
+        ModelError: The model cannot write.
     """
     draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if seed is not None else {}
     settings = GenerationConfig(
@@ -277,7 +280,22 @@ def write(
         for start in range(0, len(given), _WRITTEN_AT_ONCE):
             batch = pad([{"input_ids": ids} for ids in given[start : start + _WRITTEN_AT_ONCE]], pad_id, "left")
             inputs = {name: value.to(model.device) for name, value in batch.items()}
-            for ids in model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :].tolist():
+            with _as_unsupported():
+                written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+            for ids in written.tolist():
                 end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
                 yield ids[:end]
     model.train(was_training)
+
+
+@contextmanager
+def _as_unsupported() -> Iterator[None]:
+    """Translates errors of a model that writes, but for a lack of memory: families raise all kinds of errors where
+    their cache of keys and values does not fit them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LoratuneError) or is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, f"the model cannot write: {reason}")) from None
