@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROWS, Ran, check_refused, write_rows
 from fork_server import ForkServer
-from peft import PeftModel
+from peft import PeftModel, PeftModelForCausalLM
 from running import WEIGHTS, Cli, MakeConfig, before_batch, curve
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -174,6 +174,51 @@ def test_a_base_that_writes_only_its_end(cli: Cli, run_config: MakeConfig, monke
     monkeypatch.setattr(behavior, "write", lambda model, engine, given, *_, **__: [[256, 256]] * len(given))
     path = run_config(training={"seed": 11}, retention=SETTINGS)  # of which no texts are in the cache
     check_refused(cli("train", path), 3, (Code.MODEL_UNSUPPORTED, "", "retention"))
+
+
+@pytest.mark.parametrize(
+    ("reason", "write"),
+    [
+        ("the model writes nothing but its end token", lambda model, given, *_, **__: [[256, 256]] * len(given)),
+        ("the model cannot write: no cache fits it", None),
+    ],
+    ids=["only ends", "an error"],
+)
+def test_a_base_that_cannot_write_trains_without_it_by_default(
+    reason: str, write: Any, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no cache fits it\nat all")
+
+    if write is not None:
+        monkeypatch.setattr(behavior, "write", write)
+    else:
+        monkeypatch.setattr(PeftModelForCausalLM, "generate", fail)
+    settings = {"seed": 12, "max_steps": 6}  # of which no texts are in the cache
+    plain, _ = trained(cli, run_config("plain.yaml", training=settings), tmp_path / "plain")
+    ran = cli("train", run_config(training=settings, retention={"kl_weight": "auto"}))
+    assert ran.code == 0, ran.err
+    assert f"retention has no effect: {reason}" in ran.err
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == plain
+    assert all("divergence" not in step for step in record_of(tmp_path / "out")["curve"])
+
+
+def test_short_rows_have_texts_in_some_of_the_steps(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """These have a weight that is higher by as much, and a report on other steps has no divergence."""
+    path = run_config(training={"max_steps": 9, "per_device_train_batch_size": 1}, retention={"kl_weight": "auto"})
+    plan = loratune.plan(loratune.load_config(path))
+    assert plan.retention is not None
+    assert (plan.config.retention.kl_weight, plan.retention.every, plan.retention.weight) == (1.0, 8, 8.0)
+    assert "; 1 beside the rows of one micro-step in 8" in str(plan.retention)
+    _, curve = trained(cli, path, tmp_path / "held", "--allow-worse")
+    assert [step["step"] for step in curve if "divergence" in step] == [1, 9]
+
+
+def test_texts_without_room_are_left_out_by_default(cli: Cli, run_config: MakeConfig) -> None:
+    path = run_config(retention={"kl_weight": "auto", "max_new_tokens": 512})
+    plan = loratune.plan(loratune.load_config(path))
+    assert plan.retention is None and plan.config.retention.kl_weight == 0
+    assert any("retention.kl_weight is 0 (a text would have" in note for note in plan.all_notes())
 
 
 def test_texts_survive_as_numbers() -> None:

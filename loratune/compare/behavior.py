@@ -7,9 +7,8 @@ choose the same token. An adapter that has learned a task and nothing else has a
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ from loratune.compare.engine import Engine, ScoringLayout
 from loratune.data import token_cache
 from loratune.data.batches import pad
 from loratune.data.rendering import Renderer
-from loratune.errors import ModelError, Problem
+from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import progress
 from loratune.statistics import Interval, finite, mean_ratio_interval
 from loratune.text import plural
-
-_log = logging.getLogger(__name__)
 
 INSTRUCTIONS = Path(data.__file__).with_name("instructions.txt")
 """Everyday instructions, one per line."""
@@ -254,7 +251,7 @@ def compare_tokens(
 def write(
     model: Any, engine: Engine, given: Sequence[Ids], max_new_tokens: int, *, end_ids: Sequence[int],
     seed: int | None = None,
-) -> list[list[int]]:  # fmt: skip
+) -> Iterator[list[int]]:  # fmt: skip
     """Continue prompts by the most probable tokens, or by tokens drawn with their probabilities.
 
     Args:
@@ -269,30 +266,36 @@ def write(
         The new tokens of each text, including the one that ends it.
 
     Raises:
-        ModelError: The model does not generate text.
+        ModelError: The model cannot write.
     """
     draw = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if seed is not None else {}
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
-    each, was_training, found = _WRITTEN_AT_ONCE if engine.padded else 1, model.training, list[list[int]]()
+    each, was_training = _WRITTEN_AT_ONCE if engine.padded else 1, model.training
     model.eval()
-    try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
-            if seed is not None:
-                torch.manual_seed(seed)
-            for start in range(0, len(given), each):
-                batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
-                inputs = {name: value.to(model.device) for name, value in batch.items()}
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        if seed is not None:
+            torch.manual_seed(seed)
+        for start in range(0, len(given), each):
+            batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
+            inputs = {name: value.to(model.device) for name, value in batch.items()}
+            with _as_unsupported():
                 written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-                for ids in written.tolist():
-                    end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
-                    found.append(ids[:end])
-    except (AssertionError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-        _log.debug("the model does not generate", exc_info=error)
-        reason = (str(error).strip() or "no reason given").splitlines()[0]
-        what = f"the model does not generate text: {type(error).__name__}: {reason}"
-        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what)) from None
-    finally:
-        model.train(was_training)
-    return found
+            for ids in written.tolist():
+                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+                yield ids[:end]
+    model.train(was_training)
+
+
+@contextmanager
+def _as_unsupported() -> Iterator[None]:
+    """Translates errors of a model that writes, but for a lack of memory: families raise all kinds of errors where
+    their cache of keys and values does not fit them."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, LoratuneError) or is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, f"the model cannot write: {reason}")) from None

@@ -359,7 +359,7 @@ def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
     identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
 
     def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:
-        return behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=renderer.end_ids)
+        return [*behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=renderer.end_ids)]
 
     base = partial(tensors.as_initialized, model, plan.adapter_init, trained.weights)
     context = load.context_length(model.config)
