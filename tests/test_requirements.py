@@ -197,11 +197,10 @@ def test_too_few_rows_meet_no_requirement() -> None:
     [(0.049, True, True), (0.05, True, False), (0.051, True, False), (0.04, False, False)],
 )
 def test_high_end_of_the_forgetting_interval_decides(high: float, interval: bool, is_met: bool) -> None:
-    found = comparison.compare_rows(
-        rows(*[(0, 1, 0)] * 9), forgetting=Difference(0.03, Interval(0.01, high) if interval else None)
-    )
+    forgotten = Difference(0.03, Interval(0.01, high) if interval else None)
+    found = replace(comparison.compare_rows(rows(*[(0, 1, 0)] * 9)), forgetting=forgotten)
     assert verdict(found, "forgetting<0.05") is is_met
-    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting)) is not interval
+    assert found.forgetting is not None and ("too few rows" in wording.forgetting(found.forgetting, {})) is not interval
 
 
 def test_base_with_a_non_finite_loss_cannot_be_beaten() -> None:
