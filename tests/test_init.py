@@ -419,6 +419,7 @@ def test_the_number_of_operations_of_training() -> None:
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
     logits, attention = 4 * 264 * 32, 6 * 2 * 32
     for checkpointed, factor in ((False, 4), (True, 6)):
+        texts = 1.2  # of retention, in the time of a fifth of the rows
         for packing, tokens, pairs in (("full", 16, 68), ("batch", 16, 68), ("none", 20, 100)):
             values = {"model": {"name_or_path": "x"}, "data": {"train": "rows.jsonl", "packing": packing}}
             training = {
@@ -428,8 +429,12 @@ def test_the_number_of_operations_of_training() -> None:
             }
             run = config.from_values({**values, "training": training, "output_dir": "out"}, "test")
             costs = Costs.of_run(model, run, lengths, supervised, 0.0)
-            expected = factor * weights * tokens + logits * 6 + attention * pairs
-            assert costs.work(run.training, held_out=0) == (2, expected)
+            expected = texts * (factor * weights * tokens + logits * 6) + attention * pairs
+            assert costs.work(run.training, held_out=0) == (2, pytest.approx(expected))
+            alone = run.model_copy(update={"retention": config.RetentionSection(kl_weight=0)})
+            expected_alone = factor * weights * tokens + logits * 6 + attention * pairs
+            costs_alone = Costs.of_run(model, alone, lengths, supervised, 0.0)
+            assert costs_alone.work(run.training, held_out=0) == (2, expected_alone)
             evaluations = 4 / (3 * 16)  # one more would be more than a tenth of the training
             assert costs.work(run.training, held_out=4) == (2, pytest.approx(expected * (1 + evaluations)))
             assert costs.work(run.training, held_out=0, share=0.5)[1] == pytest.approx(expected / 2)

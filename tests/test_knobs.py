@@ -99,6 +99,7 @@ DATA: dict[str, Any] = {
     "columns": {"prompt": "system", "completion": "prompt"},
     "chat_template": "other.jinja",
     "loss_on": "all",
+    "prompt_loss_weight": 0.5,
     "max_length": 24,
     "truncation": "drop",
     "invalid_rows": "drop",
@@ -413,7 +414,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
     return run
 
 
-ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes")
+ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes", "prompt_loss_weight")
 
 
 @pytest.mark.parametrize("name, value", [item for item in DATA.items() if item[0] not in ELSEWHERE])

@@ -179,7 +179,10 @@ def test_a_base_that_writes_only_its_end(cli: Cli, run_config: MakeConfig, monke
 @pytest.mark.parametrize(
     ("reason", "write"),
     [
-        ("the model writes nothing but its end token", lambda model, engine, given, *_, **__: [[256, 256]] * len(given)),
+        (
+            "the model writes nothing but its end token",
+            lambda model, engine, given, *_, **__: [[256, 256]] * len(given),
+        ),
         ("the model cannot write: no cache fits it", None),
     ],
     ids=["only ends", "an error"],

@@ -142,7 +142,9 @@ class Sweep:
         """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
         unused = () if self.run.config.retention.kl_weight else ("retention",)  # earlier studies have no such section
-        later = ("training.adapter_scale",) if self.run.config.training.adapter_scale == 1 else ()  # nor this key
+        added = {"training.adapter_scale": self.run.config.training.adapter_scale != 1}  # nor these keys
+        added |= {"data.prompt_loss_weight": self.run.config.data.prompt_loss_weight > 0}
+        later = [key for key, is_set in added.items() if not is_set]
         skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused, *later)
         shared = {
             key: value

@@ -89,7 +89,7 @@ def render(
     evaluation: Comparison | None,
     data: str | None,
     commands: Sequence[str],
-    by_scale: Mapping[float, Comparison],
+    by_scale: Mapping[float, Comparison] | None = None,
 ) -> str:
     """The page of adapters.
 
@@ -98,7 +98,7 @@ def render(
         evaluation: How both do on rows, if there are any.
         data: The name of these rows.
         commands: What to type to repeat all this.
-        by_scale: Scale of the adapter → its comparison with the base on these rows; empty without scales.
+        by_scale: Scale of the adapter → its comparison with the base on these rows, if any.
     """
     records = [subject.record for subject in subjects]
     return _render(
@@ -113,7 +113,7 @@ def render(
             **dict(zip((ADAPTER, AGAINST), (one.name for one in subjects), strict=False)),
         },
         answers=answers(evaluation) if evaluation else [],
-        scale_charts=_scale_charts(by_scale),
+        scale_charts=_scale_charts(by_scale or {}),
         tiles=[
             facts.tiles(one.record, one.adapter, keeps_last=one.settings.get("training.keep") == "last")
             for one in subjects

@@ -139,7 +139,9 @@ def batch(
 def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:
     """The objective of a run; for preferences with the rows of each split."""
     if run.training.objective == "sft":
-        is_weighted = run.data.prompt_loss_weight > 0 or splits["train"].rows.weights is not None
+        is_weighted = run.data.prompt_loss_weight > 0 or any(
+            split.rows.weights is not None for split in splits.values()
+        )
         return WeightedObjective(run.data.prompt_loss_weight) if is_weighted else SFT
     compared = {name: ComparedRows(split, run.data.max_length, run.training.seed) for name, split in splits.items()}
     return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
