@@ -160,6 +160,45 @@ def test_a_bad_weight_is_refused(kind: str, cli: Cli, run_config: MakeConfig, tm
     assert text in ran.err
 
 
+def test_the_unit_of_weights_does_not_matter(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Also of weights that are 0 in float32, and of cells of CSV, which are text."""
+    found = {}
+    for name, unit in (("one", 1.0), ("tiny", 1e-50), ("csv", 1.0)):
+        rows = [{**row, "importance": row["importance"] * unit} for row in WEIGHTED]
+        train = write_rows(tmp_path / f"{name}.jsonl", rows)
+        if name == "csv":
+            train = tmp_path / "rows.csv"
+            lines = [f'"{row["prompt"]}","{row["completion"]}",{row["importance"]}' for row in rows]
+            train.write_text("\n".join(["prompt,completion,importance", *lines]))
+        path = run_config(data={"train": str(train), "columns": COLUMNS}, training=STEPS)
+        ran = cli("train", path, "--set", f"output_dir={tmp_path / name}", "--allow-worse")
+        assert ran.code == 0, ran.err
+        found[name] = [step["loss"] for step in record_of(tmp_path / name)["curve"]]
+    assert found["tiny"] == pytest.approx(found["one"], rel=1e-5)
+    assert found["csv"] == pytest.approx(found["one"], rel=1e-5)
+
+
+def test_steps_without_weight_learn_nothing(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    """Retention alone does not make an adapter of rounding errors."""
+    rows = [{**row, "importance": 0} for row in WEIGHTED] + [{**WEIGHTED[0], "importance": 1}]
+    train = write_rows(tmp_path / "one.jsonl", rows)
+    order = torch.randperm(41, generator=torch.Generator().manual_seed(3)).tolist()
+    assert order.index(40) >= 8  # the row that counts is in a later step
+    training = STEPS | {"max_steps": 2}
+    path = run_config(data={"train": str(train), "columns": COLUMNS}, training=training, retention={"kl_weight": 1.0})
+    ran = cli("train", path, "--allow-worse")
+    check_refused(ran, 6, (Code.LORA_UNCHANGED, "", ""))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_weights_are_scored(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "weighted.jsonl", WEIGHTED)
+    ran = cli("train", run_config(data={"train": str(train), "columns": COLUMNS}, training=STEPS), "--allow-worse")
+    assert ran.code == 0, ran.err
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", write_rows(tmp_path / "plain.jsonl", ROWS))
+    assert ran.code == 0 and "the rows have no `importance`, so each counts once" in ran.err
+
+
 def test_weights_that_are_all_zero_are_refused(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "bad.jsonl", [{**row, "importance": 0} for row in WEIGHTED])
     ran = cli("train", run_config(data={"train": str(train), "columns": COLUMNS}))

@@ -15,6 +15,7 @@ from loratune.api.adapters import (
     checked_scales,
     open_tasks,
     output_directory,
+    read_held_out,
     scaled,
     source_of,
 )
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from loratune.commands.merge import Merged
     from loratune.compare.comparison import Comparison
     from loratune.compare.tasks import TaskResults
-    from loratune.data import DatasetSplit
     from loratune.data.formats import Message
     from loratune.export.hub import Upload
 
@@ -200,7 +200,7 @@ class Adapter(Adapters):
             required = requirements.parse(require, [metric.name for metric in parsed], rows=True, **known)
             other = _opened(against)
             opened = open_tasks(tasks, limit, required) if tasks else None
-            split = self._read(rows)
+            split = read_held_out(rows, self._directory.data)
             if any(not one.of_task for one in required):
                 overlap = splits.find_overlap(split, self.path)
                 requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
@@ -238,7 +238,7 @@ class Adapter(Adapters):
                 from loratune.compare.answers import Judging
 
             scales = checked_scales(scales)
-            parsed, split = known_metrics.parse(_listed(metrics)), self._read(rows)
+            parsed, split = known_metrics.parse(_listed(metrics)), read_held_out(rows, self._directory.data)
             check_metrics(parsed, split)
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
@@ -292,7 +292,7 @@ class Adapter(Adapters):
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="dtype", fix=fix))
         with listening(on_event):
             directory = output_directory(output, self._opened, rows, overwrite=overwrite)
-            split = self._read(rows) if rows is not None else None
+            split = read_held_out(rows, self._directory.data) if rows is not None else None
             with libraries():
                 from loratune.commands import merge
 
@@ -357,12 +357,6 @@ class Adapter(Adapters):
             with file.opened() as writable:
                 writable.write(report.report(pages, comparison, name, by_scale))
             return file.path
-
-    def _read(self, rows: Rows) -> "DatasetSplit":
-        with libraries():
-            from loratune import data
-
-        return data.read_source(source_of(rows), self._directory.data)
 
     def _unrelated(self, rows: Rows) -> "UnrelatedText":
         """Rows in any format except preferences. Raises DataError."""

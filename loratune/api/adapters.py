@@ -14,9 +14,10 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.api import Rows, StrPath, libraries
 from loratune.codes import Code
-from loratune.config import Source
+from loratune.config import DataSection, Source
+from loratune.config.sections import WEIGHT
 from loratune.config.yaml_files import number
-from loratune.errors import ConfigError, Problem
+from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import Listener, listening, note
 from loratune.system.output_dir import OutputDirectory
 
@@ -250,6 +251,22 @@ def scaled(adapter: AdapterDirectory, scale: float) -> AdapterDirectory:
         from loratune.lora import tensors
 
     return replace(adapter, files=tensors.scaled(adapter.files, scale))
+
+
+def read_held_out(rows: Rows, section: DataSection) -> "DatasetSplit":
+    """Rows to score, read as those of training. If they have no weights, each counts once. Raises DataError."""
+    with libraries():
+        from loratune import data
+
+    try:
+        return data.read_source(source_of(rows), section)
+    except DataError as error:
+        if WEIGHT not in section.columns or error.problems[0].key != "data.columns":
+            raise
+        columns = {ours: theirs for ours, theirs in section.columns.items() if ours != WEIGHT}
+        split = data.read_source(source_of(rows), section.model_copy(update={"columns": columns}))
+        note(f"the rows have no `{section.columns[WEIGHT]}`, so each counts once")
+        return split
 
 
 def source_of(rows: Rows) -> "Source | GivenRows":

@@ -234,8 +234,8 @@ SFT = Objective()
 class WeightedObjective(Objective):
     """The weighted cross-entropy of `sft`: Σ w·loss / Σ w over the tokens of an optimizer step.
 
-    A supervised token has the weight of its row, and any other one this times the weight of prompts. Only training rows
-    have weights in a batch; a row that is scored has the loss of its supervised tokens, and counts by its weight.
+    A supervised token has the weight of its row, other tokens this times the weight of prompts. Only training rows have
+    weights in a batch; a row that is scored has the loss of its supervised tokens, and counts by its weight.
     """
 
     def __init__(self, prompt_weight: float):
@@ -244,13 +244,14 @@ class WeightedObjective(Objective):
         self._weights: torch.Tensor | None = None
 
     def training_items(self, dataset: TokenizedDataset) -> Items:
-        """The rows of a dataset with the weights of their tokens."""
-        return WeightedRows(dataset.rows, dataset.rows.weights, self._prompt_weight)
+        """The rows with the weights of their tokens, relative to the mean of rows: in float32 small ones would be 0."""
+        weights = dataset.rows.weights
+        return WeightedRows(dataset.rows, None if weights is None else weights / weights.mean(), self._prompt_weight)
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
-        """Returns the sum of the weights of the step; 1 if that is 0."""
+        """Returns the sum of the weights of the step."""
         own = sum(float(batch["weights"][:, 1:][batch["labels"][:, 1:] >= 0].sum()) for batch in batches)
-        return float(group.total([own])[0]) or 1.0
+        return float(group.total([own])[0])
 
     def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = False) -> None:
         """See `Objective`."""

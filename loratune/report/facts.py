@@ -93,9 +93,9 @@ class RecordedAnswers:
 class RecordedBehavior:
     """How the base's own answers have changed, see `compare.behavior`."""
 
-    texts: _Count
-    divergence: float
-    agreement: float
+    texts: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
+    divergence: Annotated[float, Field(strict=True, ge=0, le=_LARGEST, allow_inf_nan=False)]
+    agreement: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
     samples: Annotated[list[RecordedAnswers], Field(max_length=_MOST_SPLITS)] = field(default_factory=list)
 
 

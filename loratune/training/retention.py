@@ -198,15 +198,20 @@ class RetentionTerm:
         self._weight, self._group, self.steps = retention.weight, group, steps
         self._teacher: kernels.TeacherTargets | None = None
         self._sum: torch.Tensor | None = None
-        self._tokens = 0
+        self._tokens, self._applies = 0, False
 
     @classmethod
     def of(cls, retention: Retention | None, group: Group, steps: StepLosses | None) -> "RetentionTerm | None":
         """The term of a run, None without retention. steps: those of a checkpoint that no report has yet."""
         return None if retention is None else cls(retention, group, replace(steps) if steps else StepLosses())
 
-    def begin_step(self, batches: Sequence[Mapping[str, Any]]) -> None:
-        """Count the tokens whose predictions are compared in an optimizer step, over all processes."""
+    def begin_step(self, batches: Sequence[Mapping[str, Any]], *, applies: bool) -> None:
+        """Count the tokens whose predictions are compared in an optimizer step, over all processes.
+
+        applies: whether the term has a gradient. In the first step it has none, as the model still is what it is held
+        to: an optimizer that divides by the size of gradients would make a step of their rounding errors.
+        """
+        self._applies = applies
         own = sum(len(batch["teacher"][0]) for batch in batches if "teacher" in batch)
         self._tokens, self._sum = int(self._group.total([own])[0]), None
 
@@ -228,10 +233,10 @@ class RetentionTerm:
         if self._teacher is None:
             return 0.0
         divergence = kernels.teacher_divergence(model, logits, self._teacher)
-        divergence = divergence / (self._tokens or len(self._teacher.places))
+        divergence = divergence / self._tokens
         own = divergence.detach().clone()
         self._sum = own if self._sum is None else self._sum + own
-        return self._weight * divergence
+        return self._weight * divergence if self._applies else 0.0
 
     def end_step(self) -> float:
         """The divergence of the optimizer step, nats per token, over all processes."""
@@ -294,9 +299,9 @@ def typical_texts(run: RunConfig, tokens: int) -> list[tuple[int, int]]:
 
 
 def mean_tokens(layout: BatchLayout) -> float:
-    """The mean number of tokens that a micro-step computes, from some of them; 0 for fewer rows than one has."""
+    """The mean number of tokens that a micro-step computes, from some of them."""
     if len(layout.items) < layout.size:
-        return 0.0
+        return float(sum(map(layout.tokens, range(len(layout.items)))))
     return float(layout.total_tokens(_SAMPLED_BATCHES).mean()) * (1 - (layout.saved or 0.0))
 
 

@@ -184,7 +184,7 @@ class RunTrainer(CheckpointTrainer):
         if done == 0:
             self.guard.objective.check_start(self.model, self._first_batch)
         if self.oom_dry_run:
-            texts = [] if self.plan.retention is None else self.plan.retention.numbers(0, len(self.batches.items))
+            texts = self.plan.retention.numbers(0, len(self.batches.items)) if self.plan.retention else []
             batch = self.batches.collate([self.items[number] for number in [*self.batches.heaviest(), *texts]])
             with torch.random.fork_rng():
                 self.dry_run_step(batch)
@@ -319,7 +319,7 @@ class RunTrainer(CheckpointTrainer):
     # Steps
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted: the number is unused, and upstream traverses the whole model at each micro-step for it."""
+        """Not counted: upstream traverses the whole model at each micro-step for an unused number."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -330,14 +330,11 @@ class RunTrainer(CheckpointTrainer):
         super().log(logs | means | self.pace.metrics(logs, self.state), start_time)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The inputs of the model for a batch, without a cache.
-
-        With a key-value cache, which a model uses by default, it would treat packed rows as one row.
-        """
+        """The inputs of the model for a batch, without a cache, with which packed rows would be treated as one row."""
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         self.shape = tuple(prepared["input_ids"].shape)
         self.guard.objective.set_loss_targets(self.model, prepared)
-        texts = 0 if self.guard.retention is None else self.guard.retention.set_teacher(self.model, prepared)
+        texts = self.guard.retention.set_teacher(self.model, prepared) if self.guard.retention else 0
         self.guard.tokens += max(0, count_tokens(inputs) - texts)
         return prepared | {"use_cache": False}
 
@@ -346,9 +343,10 @@ class RunTrainer(CheckpointTrainer):
     ) -> tuple[list[Any], Any]:
         """The micro-steps of an optimizer step, and the divisor of its loss."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = self.guard.objective.begin_step(self.model, batches, count, self.group)
         if self.guard.retention is not None:
-            self.guard.retention.begin_step(batches)
-        return batches, self.guard.objective.begin_step(self.model, batches, count, self.group)
+            self.guard.retention.begin_step(batches, applies=self.state.global_step > 0 and bool(count != 0))
+        return batches, 1 if isinstance(count, float) and not count else count
 
     # Checkpoints
 
@@ -366,7 +364,7 @@ class RunTrainer(CheckpointTrainer):
         """Write a checkpoint, which is whole or does not exist."""
         step, checkpoints = self.state.global_step, self.plan.checkpoints
         progress = {"best": self.best.record, "unreported": self.guard.losses, "seconds": round(self.seconds, 3)}
-        progress |= {"divergences": self.guard.retention.steps} if self.guard.retention is not None else {}
+        progress |= {"divergences": self.guard.retention.steps} if self.guard.retention else {}
         with checkpoints.writing(step, progress, is_kept=self.keeps_checkpoints) as directory:
             super()._save_checkpoint(model, trial)
             if checkpoints.is_writer:

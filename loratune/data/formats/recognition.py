@@ -4,7 +4,9 @@ A new format is one entry in `FORMATS`: its name, the fields that identify it, t
 row into an Example, and the further fields that it reads.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -279,9 +281,13 @@ class Parser:
         name, weight = self._columns[WEIGHT], fields.get(WEIGHT)
         if isinstance(example, Preference):
             raise RowError(f"`{name}` is a weight, which preferences do not have", f"remove {WEIGHT} from data.columns")
-        if isinstance(weight, bool) or not (isinstance(weight, int | float) and 0 <= weight <= MOST_WEIGHT):
+        value = math.nan
+        if isinstance(weight, int | float | str) and not isinstance(weight, bool):  # a cell of CSV is text
+            with suppress(ValueError, OverflowError):
+                value = float(weight)
+        if not 0 <= value <= MOST_WEIGHT:
             raise RowError(f"`{name}` is {weight!r:.40}, not a weight from 0 to {MOST_WEIGHT:,}")
-        return replace(example, weight=float(weight))
+        return replace(example, weight=value)
 
     def _check_no_preference(self, fields: Mapping[str, Any]) -> None:
         in_file = f"in a file of the format {self.format_name}"
