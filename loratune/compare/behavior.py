@@ -274,18 +274,20 @@ def write(
     )
     each, was_training = _WRITTEN_AT_ONCE if engine.padded else 1, model.training
     model.eval()
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
-        if seed is not None:
-            torch.manual_seed(seed)
-        for start in range(0, len(given), each):
-            batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
-            inputs = {name: value.to(model.device) for name, value in batch.items()}
-            with _as_unsupported():
-                written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
-            for ids in written.tolist():
-                end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
-                yield ids[:end]
-    model.train(was_training)
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+            if seed is not None:
+                torch.manual_seed(seed)
+            for start in range(0, len(given), each):
+                batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
+                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                with _as_unsupported():
+                    written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+                for ids in written.tolist():
+                    end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
+                    yield ids[:end]
+    finally:
+        model.train(was_training)
 
 
 @contextmanager
