@@ -216,6 +216,9 @@ class Numbered:
 
     lengths = np.full(500, 10)
 
+    def __init__(self, weights: Any = None):
+        self.weights = weights
+
     def __len__(self) -> int:
         return 500
 
@@ -229,6 +232,14 @@ class Numbered:
 def test_at_most_a_hundred_rows_are_scored() -> None:
     drawn = gain.draw(TokenizedDataset(Numbered()), scale.MOST_ROWS)  # type: ignore[arg-type]
     assert len(drawn) == 100 and drawn == gain.draw(TokenizedDataset(Numbered()), 100)  # type: ignore[arg-type]
+
+
+def test_rows_count_by_their_weight() -> None:
+    """As in the held-out loss; rows of weight 0 do not count."""
+    drawn = gain.draw(TokenizedDataset(Numbered(np.arange(500) % 3)), 100)  # type: ignore[arg-type]
+    assert drawn and all(number % 3 for number in drawn)
+    heavy, light = ({count for number, count in drawn.items() if number % 3 == part} for part in (2, 1))
+    assert max(heavy) == pytest.approx(2 * min(light))
 
 
 def test_a_time_budget_includes_the_passes(run_config: MakeConfig) -> None:

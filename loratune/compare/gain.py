@@ -335,9 +335,9 @@ def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, di
     return split, samples[split], too_few
 
 
-def draw(split: TokenizedDataset, most: int) -> dict[int, int]:
-    """Draw rows of a split, as many tokens as after a long run. most: the most distinct rows. Returns as `_sample`."""
-    return _sample(split, _SHARE * _MOST_TOKENS, most)
+def draw(split: TokenizedDataset, most: int) -> dict[int, float]:
+    """Draw rows of a split, as many tokens as after a long run. most: the most distinct rows. Returns as `sample`."""
+    return split.weighted(_sample(split, _SHARE * _MOST_TOKENS, most))
 
 
 def _sample(split: TokenizedDataset, budget: int, most: int = _MOST_ROWS) -> dict[int, int]:
