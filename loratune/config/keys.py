@@ -61,7 +61,7 @@ MEMORY_AND_TIME = {
     "training.keep": "best keeps another copy of the trained weights in host memory",
     "training.adapter_scale": "at the end: auto takes at most nine passes over 100 rows; if not 1, one more evaluation",
     "training.activation_checkpointing": "keeps activations of one layer at a time; adds a forward pass to each step",
-    "retention.kl_weight": "above 0: texts beside the rows of each step, at most a fifth of its time, and some memory",
+    "retention.kl_weight": "above 0: texts beside the rows of a step, about a fifth of their tokens, and some memory",
     "retention.num_samples": "only at the start, when they are written; kept in the cache for later runs of the base",
     "retention.max_new_tokens": "as num_samples; fewer of longer texts go with each step",
     "output_dir": "disk for the adapter, and for checkpoints while the run lasts",
