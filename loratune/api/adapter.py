@@ -344,7 +344,7 @@ class Adapter(Adapters):
         with listening(on_event):
             other = _opened(against)
             subjects = [one for one in (self, other) if one is not None]
-            inputs = [one.path for one in subjects] + [Path(one) for one in (rows,) if isinstance(one, str | PathLike)]
+            inputs = [one.path for one in subjects] + ([Path(rows)] if isinstance(rows, str | PathLike) else [])
             inputs += [Path(self.base)] if rows is not None else []
             file = output_file.output(Path(output), "--output", overwrite=overwrite, inputs=inputs)
             with libraries():

@@ -141,11 +141,11 @@ class Sweep:
     def _identity(self) -> dict[str, str]:
         """The settings common to all trials of the study, and the keys that vary."""
         places = (key.removesuffix(".path") for key in path_keys())
-        unused = () if self.run.config.retention.kl_weight else ("retention",)  # earlier studies have no such section
-        added = {"training.adapter_scale": self.run.config.training.adapter_scale != 1}  # nor these keys
-        added |= {"data.prompt_loss_weight": self.run.config.data.prompt_loss_weight > 0}
-        later = [key for key, is_set in added.items() if not is_set]
-        skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused, *later)
+        run = self.run.config
+        added = {"retention": run.retention.kl_weight != 0, "training.adapter_scale": run.training.adapter_scale != 1}
+        added |= {"data.prompt_loss_weight": run.data.prompt_loss_weight > 0}
+        unused = [name for name, is_set in added.items() if not is_set]  # which earlier studies do not have
+        skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused)
         shared = {
             key: value
             for key, value in keys.flat(self.run.config.resolved()).items()

@@ -208,6 +208,21 @@ def prompts(renderer: Renderer, context: int | None) -> tuple[list[str], list[Id
     return texts, found
 
 
+def batches(
+    engine: Engine, texts: Sequence[tuple[Ids, Ids]]
+) -> Iterator[tuple[Sequence[int], dict[str, Any], torch.Tensor]]:
+    """The texts in batches, as their numbers, the inputs of the model, and where `kernels.logits_at` gives the logits
+    of their answers. texts: prompt and answer of each."""
+    rows = [{"input_ids": [*ids, *answer], "labels": [-100] * len(ids) + [*answer]} for ids, answer in texts]
+    scoring = ScoringLayout(engine.flat, None, engine.pad_id, _BATCH_TOKENS if engine.padded else 0)
+    layout = scoring.layout(rows, np.array([len(row["input_ids"]) for row in rows]))
+    for numbers in scoring.batches(layout, range(len(rows))):
+        batch = layout.collate([rows[number] for number in numbers])
+        labels, _ = batch.pop("labels"), batch.pop("lengths")
+        places = (labels[:, 1:] >= 0).nonzero()
+        yield numbers, batch, places[:, 0] * labels.shape[1] + places[:, 1]
+
+
 @torch.inference_mode()
 def compare_tokens(
     model: Any, engine: Engine, base: Base, texts: Sequence[tuple[Ids, Ids]]
@@ -224,17 +239,10 @@ def compare_tokens(
         For each text: the summed divergence in nats, at how many tokens both would choose the same, and the tokens of
         the answer. (texts,) each.
     """
-    rows = [{"input_ids": [*ids, *answer], "labels": [-100] * len(ids) + [*answer]} for ids, answer in texts]
-    scoring = ScoringLayout(engine.flat, None, engine.pad_id, _BATCH_TOKENS if engine.padded else 0)
-    layout = scoring.layout(rows, np.array([len(row["input_ids"]) for row in rows]))
-    values = np.zeros((len(rows), 2))
+    values = np.zeros((len(texts), 2))
     was_training = model.training
     model.eval()
-    for numbers in scoring.batches(layout, range(len(rows))):
-        batch = layout.collate([rows[number] for number in numbers])
-        labels, _ = batch.pop("labels"), batch.pop("lengths")
-        places = (labels[:, 1:] >= 0).nonzero()
-        at = places[:, 0] * labels.shape[1] + places[:, 1]
+    for numbers, batch, at in batches(engine, texts):
         with engine.acceleration.applied(model):
             ours = kernels.logits_at(model, batch, at).float().log_softmax(-1)
         with base(), engine.acceleration.applied(model):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from loratune.compare.behavior import Sample
 from loratune.compare.gain import Gain
 from loratune.text import format_duration, short_size
 
@@ -81,22 +82,13 @@ class RecordedSplit:
 
 
 @dataclass(frozen=True)
-class RecordedAnswers:
-    """An instruction, and the answers of base and adapter."""
-
-    instruction: str
-    base: str
-    adapter: str
-
-
-@dataclass(frozen=True)
 class RecordedBehavior:
     """How the base's own answers have changed, see `compare.behavior`."""
 
     texts: Annotated[int, Field(ge=1, le=_LARGEST_COUNT)]
     divergence: Annotated[float, Field(strict=True, ge=0, le=_LARGEST, allow_inf_nan=False)]
     agreement: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)]
-    samples: Annotated[list[RecordedAnswers], Field(max_length=_MOST_SPLITS)] = field(default_factory=list)
+    samples: Annotated[list[Sample], Field(max_length=_MOST_SPLITS)] = field(default_factory=list)
 
 
 class RunRecord(BaseModel):
