@@ -165,8 +165,8 @@ def _early() -> Iterator[Spec]:
 
 def _front() -> Iterator[Spec]:
     """What a task gains and what the base loses: rates with and without retention, over three seeds."""
-    for seed, rate, weight, task in itertools.product(
-        (1, 2, 3), (2e-3, 1.6e-3, FORMULA, 1e-3), (1.0, 0.0), FRONT_TASKS
+    for rate, seed, weight, task in itertools.product(
+        (2e-3, 1.6e-3, FORMULA, 1e-3), (1, 2, 3), (1.0, 0.0), FRONT_TASKS
     ):
         yield spec(
             task, seed=seed, training__learning_rate=rate, lora__target_modules="all-linear", lora__r=8,
