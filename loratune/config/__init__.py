@@ -13,6 +13,10 @@ from pydantic_core import ErrorDetails
 from loratune.codes import Code
 from loratune.config import yaml_files
 from loratune.config.keys import KeyPath, dotted, groups, nearest_name, suggestion
+from loratune.config.portability import has_one_scale as has_one_scale
+from loratune.config.portability import highest_rank as highest_rank
+from loratune.config.portability import is_plain as is_plain
+from loratune.config.portability import portability as portability
 from loratune.config.schema import DEFAULT_BETA as DEFAULT_BETA
 from loratune.config.schema import PREFERENCE_KEYS as PREFERENCE_KEYS
 from loratune.config.schema import ModelSection as ModelSection
@@ -26,10 +30,6 @@ from loratune.config.sections import DataSection as DataSection
 from loratune.config.sections import LoraSection as LoraSection
 from loratune.config.sections import Source as Source
 from loratune.config.sections import decided as decided
-from loratune.config.sections import has_one_scale as has_one_scale
-from loratune.config.sections import highest_rank as highest_rank
-from loratune.config.sections import is_plain as is_plain
-from loratune.config.sections import portability as portability
 from loratune.config.yaml_files import MAX_PROBLEMS, Document, dump_values, first_problems, kind_of
 from loratune.config.yaml_files import Draft as Draft
 from loratune.errors import ConfigError, Problem
