@@ -16,13 +16,15 @@ from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
-from loratune.export import clients, gguf, ollama
+from loratune.export import clients, experts, gguf, ollama
 from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
+from loratune.export.experts import Placement
 from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult, ScoredAnswer
 from loratune.lora import tensors
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import file_bytes
+from loratune.lora.tensors import PARAMETERS
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub
 from loratune.model.upstream import quiet_transformers
@@ -87,12 +89,19 @@ def export(
     return _export_plain(exact, directory, options, dict(made_of), split)
 
 
-def _fold(source: AdapterDirectory, options: ExportOptions) -> tuple[PlainAdapter, Any]:
-    """The adapter as plain LoRA, and its base without weights."""
+def _fold(
+    source: AdapterDirectory, options: ExportOptions
+) -> tuple[PlainAdapter, Any, Mapping[str, str], Sequence[Placement]]:
+    """The adapter as plain LoRA, its base without weights, the parameters that it adapts, and where its A and B are."""
     check_plain(source.files, options.to)
     with loading.finding_base(source):
-        base = load.build_meta(load.load_config(source.base), source.base)
-    return fold(source.files, [path for path, _ in base.named_modules()]), base
+        config = load.load_config(source.base)
+        base = load.build_meta(config, source.base)
+    parameters = experts.adapted_parameters(source.files, base)
+    adapter = fold(source.files, [path for path, _ in base.named_modules()], parameters)
+    architecture = next(iter(config.architectures or ()), type(base).__name__)
+    places = experts.place(source.files, base, parameters, options.to, architecture)
+    return experts.placed(adapter, base, parameters, places), base, parameters, places
 
 
 def _export_plain(
@@ -103,10 +112,12 @@ def _export_plain(
     split: DatasetSplit | None,
 ) -> Exported:
     """Write a plain LoRA directory, for PEFT and vLLM. details: further fields of its record."""
-    adapter, meta = _fold(source, options)
+    adapter, meta, parameters, places = _fold(source, options)
     needed, free = 5 * sum(parameter.numel() for parameter in meta.parameters()), memory.available(load.device())
     not_compared = options.why_not_verified
-    if needed > free and not not_compared:
+    if parameters and not adapter.config.get(PARAMETERS):
+        not_compared = "PEFT does not read experts one by one"
+    elif needed > free and not not_compared:
         not_compared = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
     metrics: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2, "logits": None}
     fingerprint, in_peft = source.files.base_fingerprint, f"not compared: {not_compared}"
@@ -115,7 +126,7 @@ def _export_plain(
     with directory.staged(file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
         source.copy_tokenizer(staging, RUN_FILE)
-        metrics["tensors"] = check_tensors(source.files, staging)
+        metrics["tensors"] = check_tensors(source.files, staging, parameters, places)
         if loaded and compared:
             metrics["texts"] = compared.origin
             metrics["logits"] = check_logits(source.files, loaded.model, staging, compared.ids)

@@ -9,8 +9,8 @@ VLLM_RANK = 16
 _NOT_PLAIN = {
     "use_dora": "vLLM, llama.cpp and Ollama do not read DoRA",
     "bias": "vLLM, llama.cpp and Ollama do not read biases",
-    "target_parameters": "llama.cpp and Ollama do not read LoRA of experts, and vLLM of some models only; loratune "
-    "merge makes a model for them",
+    "target_parameters": "vLLM, SGLang and llama.cpp read experts in forms of their own, which loratune export writes "
+    "for most models; loratune merge makes a model for any program",
     "modules_to_save": "vLLM, llama.cpp and Ollama do not read whole modules",
     "trainable_token_indices": "vLLM, llama.cpp and Ollama do not read trained tokens",
 }

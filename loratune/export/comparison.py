@@ -22,13 +22,16 @@ from loratune.data import DatasetSplit
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
+from loratune.export import experts
 from loratune.export.clients import CLIENTS
+from loratune.export.experts import Placement
 from loratune.export.gguf import ScoredAnswer
 from loratune.lora import merging, tensors
+from loratune.lora.adapter_config import factors_in
 from loratune.lora.adapter_files import RECORD_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.module_names import endings, join_first
-from loratune.lora.tensors import read_adapter, read_weights
+from loratune.lora.tensors import PARAMETERS, read_adapter, read_weights
 from loratune.text import plural
 
 MOST_TEXTS = 32
@@ -231,7 +234,7 @@ def check_plain(files: AdapterFiles, client: str) -> None:
     Raises:
         AdapterError: The adapter holds more than A and B of layers, or PEFT changes the base when it loads the adapter.
     """
-    reasons = dict.fromkeys(tensors.obstacles(files).values())
+    reasons = {reason: None for key, reason in tensors.obstacles(files).items() if key != PARAMETERS}
     if client != "peft" and any(".lora_embedding_" in name for name in files.tensors):
         reasons[f"it adapts embeddings, and {CLIENTS[client]} reads that for few models only"] = None
     if reasons:
@@ -240,17 +243,18 @@ def check_plain(files: AdapterFiles, client: str) -> None:
         raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, str(files.path), fix=fix))
 
 
-def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
+def fold(files: AdapterFiles, paths: Collection[str], parameters: Mapping[str, str] | None = None) -> PlainAdapter:
     """An adapter as plain LoRA, in the dtype of its file if that represents the scaled values exactly.
 
     Args:
         files: The adapter.
         paths: The modules of its base.
+        parameters: See `experts.adapted_parameters`.
 
     Raises:
         AdapterError: See `weighted_sum`; or the adapter uses other module names than the base.
     """
-    plain = merging.weighted_sum([(files, 1.0)])
+    plain = merging.weighted_sum([(files, 1.0)], parameters)
     chosen = plain.config["target_modules"]
     if renamed := sorted(set(chosen) - set(paths)):
         what = f"names {join_first(renamed, 2)}, which the base calls otherwise, and only PEFT renames them as it loads"
@@ -271,8 +275,19 @@ def fold(files: AdapterFiles, paths: Collection[str]) -> PlainAdapter:
     return replace(plain, notes=(note,))
 
 
-def check_tensors(files: AdapterFiles, directory: Path) -> float:
-    """Compare ΔW of each module between the written files and the adapter.
+def check_tensors(
+    files: AdapterFiles,
+    directory: Path,
+    parameters: Mapping[str, str] | None = None,
+    places: Sequence[Placement] | None = None,
+) -> float:
+    """Compare ΔW of each module, and of each expert, between the written files and the adapter.
+
+    Args:
+        files: The adapter.
+        directory: The written files.
+        parameters: See `experts.adapted_parameters`.
+        places: Where the A and B are in the written files; None: where they are in the adapter.
 
     Returns:
         The largest difference of a module's ΔW, relative to the norm of ΔW.
@@ -281,12 +296,19 @@ def check_tensors(files: AdapterFiles, directory: Path) -> float:
         AdapterError: The difference is larger than `CLOSENESS`, or not finite.
     """
     stored, written = read_adapter(files), read_weights(directory / WEIGHTS_FILE)
-    names, errors = files.factors, {}
-    for path, setting in files.settings().items():
-        down, up = names[path]["A"], names[path]["B"]
-        change = setting.scaling * (stored[up].double() @ stored[down].double())
-        difference = float((written[up].double() @ written[down].double() - change).norm())
-        errors[path] = difference / (float(change.norm()) or 1.0)
+    errors, names, held, settings = {}, factors_in(written), files.factors, files.settings(parameters)
+    paths = {(parameters or {}).get(path, path): path for path in held}
+    for one in [Placement(path, path) for path in held] if places is None else places:
+        found = experts.products([written[names[one.target][kind]] for kind in "AB"], one, written=True)
+        if (path := paths.get(one.source)) is None:  # a parameter that it does not adapt
+            errors[one.target] = max(float(product.norm()) for product in found)
+            continue
+        own = experts.products([stored[held[path][kind]] for kind in "AB"], one, written=False)
+        pairs = [(product, settings[path].scaling * change) for product, change in zip(found, own, strict=True)]
+        total = math.hypot(*(float(change.norm()) for _, change in pairs))
+        errors[one.target] = math.hypot(*(float((product - change).norm()) for product, change in pairs)) / (
+            total or 1.0
+        )
     return _largest(errors, "the change of {} differs by {:.1e} of itself from the adapter's", files)
 
 

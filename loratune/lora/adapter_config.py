@@ -187,9 +187,9 @@ class AdapterConfig:
             settings[path] = ModuleSettings(rank, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
         return settings
 
-    def checked_settings(self) -> dict[str, ModuleSettings]:
+    def checked_settings(self, parameters: Mapping[str, str] | None = None) -> dict[str, ModuleSettings]:
         """`settings`. Also raises AdapterError if a rank differs from the rank of the tensor."""
-        settings = self.settings()
+        settings = self.settings(parameters)
         for path, rank in self.ranks.items():  # the A of a parameter holds the rows of all experts
             if settings[path].rank != rank and not self.parameters_of(path):
                 raise self._invalid(f"has rank {rank} where the configuration says {settings[path].rank:g}", path)

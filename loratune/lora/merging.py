@@ -31,7 +31,7 @@ from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files, attach, tensors, upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
 from loratune.lora.module_names import join_first
-from loratune.lora.tensors import KEPT, Weights, not_finite, obstacles, read_adapter
+from loratune.lora.tensors import KEPT, PARAMETERS, Weights, not_finite, obstacles, read_adapter
 
 ADAPTER = "default"
 _WRAPPERS = (".base_layer", ".original_module")
@@ -304,10 +304,16 @@ _Factors = tuple[tuple[str, str], Tensor, Tensor]
 """The names of A and B of one module in the adapter file; A; B with all scales multiplied into it; both in float32."""
 
 
-def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter:
+def weighted_sum(
+    weighted: Sequence[tuple[AdapterFiles, float]], parameters: Mapping[str, str] | None = None
+) -> PlainAdapter:
     """The weighted sum of adapters of one base, in float32. The rank is the sum of the ranks.
 
     That they belong to the same base is only checked by the shapes of their tensors.
+
+    Args:
+        weighted: The adapters with their weights.
+        parameters: Path of A and B → the parameter that they adapt. Without it, adapters of parameters are refused.
 
     Raises:
         AdapterError: An adapter is not plain LoRA, see `obstacles`; adapters have different shapes for one module; A or
@@ -317,18 +323,19 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
         Problem(Code.ADAPTER_UNSUPPORTED, f"cannot be mixed: {reason}", files.where, key)
         for files, _ in weighted
         for key, reason in obstacles(files).items()
+        if key != PARAMETERS or parameters is None
     ]:
         raise AdapterError(problems)
     added: dict[str, list[_Factors]] = {}
     for files, weight in weighted:
-        for path, (names, down, up) in _layers(files, weight).items():
+        for path, (names, down, up) in _layers(files, weight, parameters or {}).items():
             others = added.setdefault(path, [(names, down, up)])
             expected, first, last = others[0]
-            if (names, down.shape[1], up.shape[0]) != (expected, first.shape[1], last.shape[0]):
+            if (names, down.shape[-1], up.shape[:-1]) != (expected, first.shape[-1], last.shape[:-1]):
                 what, fix = f"{path} has another shape than in {weighted[0][0].path}", "mix adapters of one base"
                 raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path), fix=fix))
             others += [(names, down, up)] if down is not first else []
-    plain = _stacked(added, [files for files, _ in weighted])
+    plain = _stacked(added, [files for files, _ in weighted], parameters or {})
     if bad := not_finite(plain.tensors):
         what = f"the weighted sum is NaN or inf in {len(bad)} tensors, among them {join_first(bad, 2)}"
         where, fix = str(weighted[0][0].path), "lower the weights"
@@ -336,30 +343,50 @@ def weighted_sum(weighted: Sequence[tuple[AdapterFiles, float]]) -> PlainAdapter
     return plain
 
 
-def _layers(files: AdapterFiles, weight: float) -> dict[str, _Factors]:
+def by_expert(down: Tensor, up: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """A and B of each expert, (experts, rank, in) and (experts, out, rank).
+
+    Args:
+        down: A as PEFT stores it for a stacked parameter, (experts · rank, in).
+        up: B likewise, (out, rank · experts). The ranks are in another order than in A.
+        experts: The number of experts.
+    """
+    return down.reshape(experts, -1, down.shape[-1]), up.reshape(len(up), -1, experts).permute(2, 0, 1)
+
+
+def _layers(files: AdapterFiles, weight: float, parameters: Mapping[str, str]) -> dict[str, _Factors]:
     """Path of each module → its A and B. Raises AdapterError: one is missing, of another rank, or not finite."""
-    settings, tensors, layers = files.checked_settings(), read_adapter(files), {}
+    settings, tensors, layers = files.checked_settings(parameters), read_adapter(files), {}
     for path, names in files.factors.items():
         if len(names) < 2:
             what = f"{path} has only one of A and B"
             raise AdapterError(Problem(Code.ADAPTER_MISMATCH, what, str(files.path / WEIGHTS_FILE)))
         a, b = names["A"], names["B"]
-        layers[path] = (a, b), tensors[a].float(), tensors[b].float() * (weight * settings[path].scaling)
+        down, up = tensors[a].float(), tensors[b].float() * (weight * settings[path].scaling)
+        if (experts := len(down) // int(settings[path].rank)) > 1:
+            down, up = by_expert(down, up, experts)
+        layers[path] = (a, b), down, up
     return layers
 
 
-def _stacked(layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles]) -> PlainAdapter:
+def _stacked(
+    layers: Mapping[str, Sequence[_Factors]], files: Sequence[AdapterFiles], parameters: Mapping[str, str]
+) -> PlainAdapter:
     """One adapter from path → the layers that are added there."""
-    rank = max(sum(len(down) for _, down, _ in added) for added in layers.values())
+    rank = max(sum(down.shape[-2] for _, down, _ in added) for added in layers.values())
     tensors: Weights = {}
     for added in layers.values():
         names, downs, ups = zip(*added, strict=True)
-        down, up = torch.cat(downs), torch.cat(ups, 1)
-        tensors[names[0][0]] = pad(down, (0, 0, 0, rank - len(down))).contiguous()
-        tensors[names[0][1]] = pad(up, (0, rank - len(down))).contiguous()
-    config = {key: files[0].config.get(key) for key in KEPT} | {
-        "r": rank, "lora_alpha": rank, "target_modules": sorted(layers), "bias": "none", "rank_pattern": {},
-        "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None,
-        "fan_in_fan_out": any(one.config.get("fan_in_fan_out") for one in files), "inference_mode": True,
+        down, up = torch.cat(downs, -2), torch.cat(ups, -1)
+        missing = rank - down.shape[-2]
+        down, up = pad(down, (0, 0, 0, missing)), pad(up, (0, missing))
+        if down.dim() > 2:
+            down, up = down.flatten(0, 1), up.permute(1, 2, 0).flatten(1)
+        tensors[names[0][0]], tensors[names[0][1]] = down.contiguous(), up.contiguous()
+    config = {key: files[0].config.get(key) for key in (*KEPT, *([PARAMETERS] if parameters else []))} | {
+        "r": rank, "lora_alpha": rank, "target_modules": sorted(layers.keys() - parameters.keys()), "bias": "none",
+        "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "modules_to_save": None, "inference_mode": True,
+        "fan_in_fan_out": any(one.config.get("fan_in_fan_out") for one in files),
     }  # fmt: skip
     return PlainAdapter(tensors, config)

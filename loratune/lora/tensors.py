@@ -28,13 +28,15 @@ Weights = dict[str, torch.Tensor]
 
 KEPT = ("peft_type", "task_type", "base_model_name_or_path", "revision", "lora_dropout")
 """Keys of a configuration that a sum of adapters takes from the first."""
+PARAMETERS = "target_parameters"
+"""The key of adapted parameters, such as stacked experts."""
 _REASONS = {
     "use_dora": "DoRA scales each row of the merged weight, which no sum of B·A does",
     "bias": "it holds trained biases",
     "lora_bias": "it holds trained biases",
     "modules_to_save": "it holds modules that were trained whole",
     "trainable_token_indices": "it holds embeddings of tokens that were trained whole",
-    "target_parameters": "it adapts stacked parameters, such as experts, instead of linear layers",
+    PARAMETERS: "it adapts stacked parameters, such as experts, instead of linear layers",
     "layer_replication": "it repeats layers of the base",
     "ensure_weight_tying": "it ties the adapters of the embeddings and of the output layer",
 }
@@ -299,7 +301,7 @@ def scaled(files: AdapterFiles, scale: float) -> AdapterFiles:
     return replace(files, config=files.config | changes)
 
 
-_SCALABLE = ("target_parameters", "ensure_weight_tying")
+_SCALABLE = (PARAMETERS, "ensure_weight_tying")
 """Keys with which all that an adapter changes are products B·A all the same."""
 
 

@@ -166,6 +166,12 @@ class CheckpointLayout:
         reverted: dict[str, Any] = self._loading.revert_weight_conversion(self._model, tensors)
         return reverted
 
+    def saved(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """The stored tensors that some of the model become as it is saved, had it not been read from files."""
+        self._model._weight_conversions = None
+        saved: dict[str, Any] = self._loading.revert_weight_conversion(self._model, tensors)
+        return saved
+
     def in_order(self, names: Any) -> list[str]:
         """Names in the order in which transformers collects what it stacks: numbers count as numbers."""
         return sorted(names, key=self._loading.dot_natural_key)
