@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +46,25 @@ _MOST_ROWS = 64
 """The most rows from which prompts with different expected answers are chosen."""
 
 
+@dataclass
+class Subject:
+    """A loaded adapter, and what its base gives on the rows of an evaluation, which is the same at every scale.
+
+    Attributes:
+        loaded: The adapter on its base.
+        known: Name → a result of the base.
+    """
+
+    loaded: LoadedAdapter
+    known: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A result of the base by its name, computed if it is not known yet."""
+        if name not in self.known:
+            self.known[name] = compute()
+        return self.known[name]
+
+
 @dataclass(frozen=True)
 class UnrelatedText:
     """Text that no training row is about. kinds: kind → the numbers of its rows; empty without kinds."""
@@ -62,7 +81,7 @@ def evaluate(
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: UnrelatedText | None = None,
     tasks: Tasks | None = None,
-    loaded: LoadedAdapter | None = None,
+    subject: Subject | None = None,
 ) -> Comparison:
     """Score base, adapter and optionally another adapter on the same rows, rendered with the first adapter's settings.
 
@@ -75,7 +94,7 @@ def evaluate(
         judging: The metrics for rows with one answer. The verdict is about the first one, or about the loss if empty.
         forgetting: Unrelated text, on which adapter and base are also compared, as well as on everyday instructions.
         tasks: Runs tasks on the adapter and its base.
-        loaded: The adapter on its base, if already loaded.
+        subject: The adapter on its base, if already loaded, with what is known of the base on the same rows.
 
     Raises:
         AdapterError, ModelError, DataError: An adapter, the base or the rows cannot be used.
@@ -83,18 +102,20 @@ def evaluate(
         NumericError: The loss of an adapter is not finite.
     """
     split.check_kind(split.kind)
-    models = [loaded] if loaded is not None else _load(adapter, against)
+    models = [subject.loaded] if subject is not None else _load(adapter, against)
+    subject = subject or Subject(models[0])
     first, vocabulary = models[0], _vocabulary_size(models[0])
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
     check_positions(dataset, first.data, load.context_length(first.model.config))
-    rows, overlap = _rows(adapter, first, dataset, judging), splits.find_overlap(split, adapter.path)
+    rows = subject.once("rows", lambda: _rows(adapter, first, dataset, judging))
+    overlap = subject.once("overlap", lambda: splits.find_overlap(split, adapter.path))
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
     engine = engine_of(first)
     with first.without_adapter():
-        found = {BASE: rows.answers(BASE, first, engine)}
+        found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}
     found[ADAPTER] = rows.answers(ADAPTER, first, engine)
-    facts: dict[str, Any] = _forgetting(first, engine, forgetting, remarks) if forgetting else {}
+    facts: dict[str, Any] = _forgetting(subject, engine, forgetting, remarks) if forgetting else {}
     facts |= {
         "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
@@ -106,7 +127,7 @@ def evaluate(
     if against is not None:
         asked: dict[str, Any] = {"tokenizer": first.tokenizer, "renderer": first.renderer, "data": adapter.data}
         if len(models) == 1:
-            del first, engine, loaded
+            del first, engine, subject
             models.clear()
             gc.collect()  # otherwise two bases would be in memory
             models = loading.load_all([against], adapter.base)
@@ -170,11 +191,11 @@ def evaluate_scales(
         AdapterError: The adapter changes more than products B·A.
     """
     tensors.check_scalable(adapter.files)
-    found = {}
+    found, known = {}, dict[str, Any]()
     for scale in scales:
         note(f"adapter scale {scale:g}")
         with loaded.scaled(scale) as at_scale:
-            found[scale] = evaluate(adapter, split, loaded=at_scale, **options)
+            found[scale] = evaluate(adapter, split, subject=Subject(at_scale, known), **options)
     return ScaleComparison(found)
 
 
@@ -248,11 +269,11 @@ def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, 
         )
 
 
-def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
+def _forgetting(subject: Subject, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
     """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, by kind too, and `behavior`.
 
     Args:
-        loaded: The adapter on its base.
+        subject: The adapter on its base.
         engine: Computes its losses.
         text: The text, which is cut to the model's context.
         remarks: Receives lines about the rows.
@@ -260,7 +281,8 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, rema
     Raises:
         NumericError: The loss of the adapter is not finite.
     """
-    split, context = text.split, load.context_length(loaded.model.config)
+    split, loaded = text.split, subject.loaded
+    context = load.context_length(loaded.model.config)
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
@@ -269,7 +291,7 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, rema
     copies = {row.number: row.times for row in rows}
     loaded.activate()
     with loaded.without_adapter():
-        before = engine.losses(dataset, copies)
+        before = subject.once("text", lambda: engine.losses(dataset, copies))
     after = engine.losses(dataset, copies)
     not_finite(rows, after.nats, ADAPTER)
     if what := not_finite(rows, before.nats, BASE):
@@ -279,7 +301,7 @@ def _forgetting(loaded: LoadedAdapter, engine: Engine, text: UnrelatedText, rema
     try:
         changed = behavior.measure(
             loaded.model, engine, loaded.renderer, loaded.without_adapter,
-            lambda given: loaded.complete(given, behavior.ANSWER_TOKENS), context=context,
+            lambda given: loaded.complete(given, behavior.ANSWER_TOKENS), once=subject.once,
         )  # fmt: skip
     except (DataError, ModelError) as error:
         changed = Behavior(unknown=error.problems[0].what)

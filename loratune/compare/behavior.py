@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from loratune.data.batches import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import progress
+from loratune.model.load import context_length
 from loratune.statistics import Interval, finite, mean_ratio_interval
 from loratune.text import plural
 
@@ -136,13 +138,15 @@ class Behavior:
 
 Answer = Callable[[Sequence[Ids]], Sequence[Ids]]
 """Returns the most probable answers of a model to prompts, of at most `ANSWER_TOKENS` tokens each."""
+Once = Callable[[str, Callable[[], Any]], Any]
+"""Computes a value, or returns what it was under its name before."""
 Base = Callable[[], AbstractContextManager[None]]
 """Returns a context in which a model computes as its base."""
 
 
 def measure(
-    model: Any, engine: Engine, renderer: Renderer, base: Base, answer: Answer, *, context: int | None,
-    identity: Mapping[str, Any] | None = None,
+    model: Any, engine: Engine, renderer: Renderer, base: Base, answer: Answer, *,
+    identity: Mapping[str, Any] | None = None, once: Once | None = None,
 ) -> Behavior:  # fmt: skip
     """Compare an adapter with its base on the base's answers.
 
@@ -152,15 +156,16 @@ def measure(
         renderer: Renders the instructions.
         base: See `Base`.
         answer: Answers as the model does: as the adapter, and within `base` as the base.
-        context: The number of positions of the model, if known.
         identity: What defines the base, as plain values, to keep its answers in the cache; None to keep none.
+        once: Keeps the base's answers by a name, for further adapters of the same base.
 
     Raises:
         DataError, ModelError: As `prompts`; the base answers nothing.
     """
-    instructions, given = prompts(renderer, context)
+    instructions, given = prompts(renderer, context_length(model.config))
     with progress("comparing the adapter with its base on everyday instructions"):
-        answers = _base_answers(given, base, answer, identity)
+        compute = partial(_base_answers, given, base, answer, identity)
+        answers = once("answers", compute) if once else compute()
         texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
         if not texts:
             raise ModelError(Problem(Code.MODEL_UNSUPPORTED, "the base answers nothing but its end token"))

@@ -29,7 +29,6 @@ from loratune.errors import DataError, ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
 from loratune.lora.tensors import Weights
-from loratune.model import load
 from loratune.system import launcher
 from loratune.text import plural
 from loratune.training.callbacks import diverged_error
@@ -362,9 +361,8 @@ def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
         return [*behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=renderer.end_ids)]
 
     base = partial(tensors.as_initialized, model, plan.adapter_init, trained.weights)
-    context = load.context_length(model.config)
     try:
-        return behavior.measure(model, engine, renderer, base, answer, context=context, identity=identity)
+        return behavior.measure(model, engine, renderer, base, answer, identity=identity)
     except (DataError, ModelError) as error:
         return Behavior(unknown=error.problems[0].what)
 
