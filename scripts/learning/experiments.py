@@ -174,6 +174,15 @@ def _front() -> Iterator[Spec]:
         )  # fmt: skip
 
 
+def _prompt() -> Iterator[Spec]:
+    """Weights of the tokens of prompts, compared with 0, which is in `front`."""
+    for weight, task in itertools.product((0.1, 0.01), ("quickstart", "spelling", "classes", "docstrings", "dialogue")):
+        yield spec(
+            task, training__learning_rate=2e-3, lora__target_modules="all-linear", lora__r=8,
+            retention__kl_weight=1.0, data__prompt_loss_weight=weight,
+        )  # fmt: skip
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -190,4 +199,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "early": _early,
     "linear": _linear,
     "front": _front,
+    "prompt": _prompt,
 }
