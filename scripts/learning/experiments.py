@@ -183,6 +183,15 @@ def _prompt() -> Iterator[Spec]:
         )  # fmt: skip
 
 
+def _weight() -> Iterator[Spec]:
+    """Lower weights of retention, compared with 1 and 0, which are in `front`."""
+    for weight, task in itertools.product((0.3,), ("dialogue", "spelling", "quickstart", "classes")):
+        yield spec(
+            task, training__learning_rate=2e-3, lora__target_modules="all-linear", lora__r=8,
+            retention__kl_weight=weight,
+        )  # fmt: skip
+
+
 EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "rate": _rate,
     "lower": _lower,
@@ -200,4 +209,5 @@ EXPERIMENTS: dict[str, Callable[[], Iterator[Spec]]] = {
     "linear": _linear,
     "front": _front,
     "prompt": _prompt,
+    "weight": _weight,
 }
