@@ -308,7 +308,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path.home() / ".cache" / "loratune-learning")
     parser.add_argument("--minutes", type=float, default=3.0)
-    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(tasks.TASKS))
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(ROWS))
     parser.add_argument("--contestants", nargs="+", default=[*RECIPES, OURS], choices=[*RECIPES, OURS])
     parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own", INIT])
     parser.add_argument("--model", default="135M", choices=list(learn.MODELS))
