@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROWS, Ran, check_refused, write_rows
+from families import small
 from fork_server import ForkServer
 from peft import PeftModel, PeftModelForCausalLM
 from running import WEIGHTS, Cli, MakeConfig, before_batch, curve
 from safetensors.torch import load_file
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import loratune
 from loratune.codes import Code
@@ -22,6 +23,10 @@ from loratune.lora import tensors
 from loratune.training import results, retention
 
 SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "mixtral": {}, "gemma2": {"final_logit_softcapping": 2.0}, "cohere": {}, "falcon_h1": {}, "bamba": {},
+}  # fmt: skip
+"""Dense, with experts, with capped and with scaled logits, hybrids; with what makes it visible."""
 PAIRS = [{"prompt": row["prompt"], "chosen": row["completion"], "rejected": " 7"} for row in ROWS]
 
 
@@ -52,15 +57,20 @@ def test_it_keeps_the_model_nearer_to_its_base(
     assert record_of(tmp_path / "held")["metrics"]["tokens"] == record_of(tmp_path / "plain")["metrics"]["tokens"]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("family", "accumulation"), [*dict.fromkeys(FAMILIES, 1).items(), ("llama", 2)], ids=lambda value: str(value)
+)
 def test_three_steps_are_those_of_plain_torch(
-    accumulation: int, cli: Cli, run_config: MakeConfig, tmp_path: Path
-) -> None:
+    family: str, accumulation: int, cli: Cli, run_config: MakeConfig, tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:  # fmt: skip
     """Rows and texts one by one in stock transformers and PEFT, with divergences of the whole vocabulary, in which all
     tokens but the most probable ones are added up."""
     settings = {"max_steps": 3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "seed": 3}
     settings |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
-    path = run_config(training=settings, retention=SETTINGS)
+    small(family, vocab_size=264, **FAMILIES[family]).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    path = run_config(model={"name_or_path": str(tmp_path / "base")}, training=settings, retention=SETTINGS)
     _, logged = trained(cli, path, tmp_path / "ours")
     plan = loratune.plan(loratune.load_config(path, {"output_dir": tmp_path / "plan"}))
     results.write_texts(plan)
