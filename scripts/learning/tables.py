@@ -304,9 +304,12 @@ def peers(results: Sequence[Result], others: Sequence[Result], ours: str = "lora
                 f"{one['rows_loss']:.4f}",
                 "" if other is one else paired(other, one) if other is not None else MISSING,
                 f"{one['text_loss'] - base:+.3f}" if base is not None else MISSING,
+                f"{one['divergence']:.3f}" if "divergence" in one else MISSING,
+                f"{one['agreement']:.0%}" if "agreement" in one else MISSING,
             ]
         )
     header = ["task (rows)", "contestant", "s", "steps", "loss", "less loratune's (95 %)", "other text"]
+    header += ["KL to the base", "same token"]
     verdicts = [[*names, *map(str, found)] for names, found in sorted(counts.items())]
     second = markdown(["loratune", "against", "ahead", "behind", "not told apart"], verdicts)
     return f"{markdown(header, lines)}\n\n{second}"
