@@ -41,7 +41,7 @@ from loratune.export.comparison import Texts
 from loratune.export.merging import Merge
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import inspect
-from loratune.model import fingerprints, load, stored
+from loratune.model import fingerprints, load, stored, tensor_files
 from loratune.system.output_dir import OutputDirectory
 
 IDS = torch.tensor([[1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 200]])
@@ -175,7 +175,7 @@ def test_loaded_base_is_written_with_the_original_tensor_names(
     _, _, streamed = written(case, tmp_path / "streamed", torch.float32)
 
     def refuse(*_: Any) -> None:
-        raise stored.NotStreamableError("a test")
+        raise tensor_files.NotStreamableError("a test")
 
     monkeypatch.setattr(stored, "open_stored", refuse)
     plan, _, loaded = written(case, tmp_path / "loaded", torch.float32)
@@ -187,7 +187,7 @@ def test_loaded_base_is_written_with_the_original_tensor_names(
 
 
 def stored_tensors(path: Path) -> dict[str, Any]:
-    return stored.tensors(path.glob("*.safetensors"))
+    return tensor_files.tensors(path.glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

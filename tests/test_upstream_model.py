@@ -50,11 +50,11 @@ def test_hooks() -> None:
     assert upstream.hooks(module) == 0
 
 
-def test_quantizer(packed: dict[str, PreTrainedModel]) -> None:
-    assert upstream.quantizer(tiny_llama()) is None
+def test_is_trainable(packed: dict[str, PreTrainedModel]) -> None:
     for model in packed.values():
-        assert upstream.quantizer(model).is_trainable is True
-        assert upstream.quantizer(model).quantization_config.quant_method.value == "bitsandbytes"
+        assert upstream.is_trainable(model.config.quantization_config.to_dict())
+    assert not upstream.is_trainable({"quant_method": "bitnet"})
+    assert upstream.is_trainable({"quant_method": "quanto", "weights": "int8"})  # its package is missing
 
 
 def test_is_quantization_known() -> None:

@@ -261,7 +261,9 @@ def test_loftq_starts_from_the_quantization_error(rslora: bool, tiny_dir: Path) 
     section = LoraSection(**ATTENTION, init_lora_weights="loftq", use_rslora=rslora)
     base, whole = load.load_base(held), tiny_llama()
     tuned = creation.attach(base, section, targets.find(base, section).peft(), seed=0)
-    creation.initialize_adapter(tuned, section, originals=partial(stored.original_weights, held, base))
+    creation.initialize_adapter(
+        tuned, section, originals=partial(stored.original_weights, held, base, load.load_config(held))
+    )
     for path, (layer, update) in factors(tuned).items():
         lost = whole.get_submodule(path).weight.detach() - dequantize_module_weight(layer.get_base_layer()).float()
         singular = torch.linalg.svdvals(lost)
@@ -284,7 +286,8 @@ def test_loftq_on_the_command_line(cli: Cli, run_config: MakeConfig, tmp_path: P
 
 def test_loftq_reports_missing_original_weights(tiny_dir: Path, tmp_path: Path) -> None:
     base = tiny_llama()
-    read = stored.original_weights(ModelSection(name_or_path=str(tiny_dir)), base)
+    section = ModelSection(name_or_path=str(tiny_dir))
+    read = stored.original_weights(section, base, load.load_config(section))
     assert torch.equal(read("model.layers.0.self_attn.q_proj"), base.model.layers[0].self_attn.q_proj.weight)
     with pytest.raises(ModelError, match=r"model\.layers\.9\.gone\.weight") as caught:
         read("model.layers.9.gone")

@@ -160,7 +160,8 @@ def init(run: RunConfig, draft: Draft) -> Started:
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
-    quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
+    if not (released := load.quantization_notes(run.model, model_config)):
+        quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary)
@@ -173,11 +174,11 @@ def init(run: RunConfig, draft: Draft) -> Started:
     lora, _ = auto.decide_lora(run.lora, facts)
     cut = _check_length(rows, run.data, renderer, vocabulary)
     model, targets = creation.adapt(load.build_meta(model_config, run.model), lora, seed=0)
-    for line in (*(f"rows: {remark}" for remark in remarks), *targets.notes):
+    for line in (*released, *(f"rows: {remark}" for remark in remarks), *targets.notes):
         note(line)
     machine, free = load.this_machine(), memory.available(load.device())
     quantizable = not machine.bitsandbytes and run.model.gguf_file is None
-    quantizable &= quantization.record_of(model_config.to_dict()) is None
+    quantizable &= quantization.record_of(model_config.to_dict()) is None or bool(released)
     step = auto.rows_per_step(trained)
     fitting = fit(model, run, draft, rows, step, free, quantizable=quantizable)
     _choose_training(draft, run, step, fitting)

@@ -103,7 +103,8 @@ def params(run: RunConfig) -> Params:
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="lora.r", fix=fix))
     lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
     run = run.model_copy(update={"lora": lora})
-    base = load.build_meta(load.load_config(run.model), run.model)
+    model_config = load.load_config(run.model)
+    base = load.build_meta(model_config, run.model)
     model, targets = creation.adapt(base, run.lora, seed=0)
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
@@ -119,7 +120,7 @@ def params(run: RunConfig) -> Params:
         layers=layers,
         others=_others(model, targets),
         targets=targets,
-        notes=[*targets.notes, *targets.shared_lines()],
+        notes=[*load.quantization_notes(run.model, model_config), *targets.notes, *targets.shared_lines()],
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,

@@ -20,6 +20,7 @@ from loratune.events import emit, note
 from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import load
+from loratune.model.quantization import method, record_of
 from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
@@ -211,7 +212,9 @@ def _record(plan: Plan, trained: TrainedAdapter) -> dict[str, Any]:
     """The content of loratune.json, except the list of files."""
     kept, datasets, start, rows = plan.checkpoints.record, plan.datasets, plan.run.start, plan.run.rows
     assert rows is not None
-    record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints)
+    quantized = record_of(plan.base.config.to_dict())
+    released = method(quantized) if quantized else None
+    record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints, released)
     record["machine"] |= {key: (kept.conditions or {})[name] for key, name in _CONDITIONS.items()}
     record["machine"]["peak_memory"] = trained.peak_memory
     prompts = card.recorded_prompts(data.first_examples(rows.train, datasets.train))

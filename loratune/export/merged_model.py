@@ -17,7 +17,8 @@ from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge, name_of
-from loratune.model import load, stored
+from loratune.model import load, tensor_files
+from loratune.model.quantization import remove_record
 from loratune.model.source import local_or_hub
 from loratune.model.upstream import quiet_transformers
 from loratune.system.files import write_json
@@ -44,8 +45,10 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
     Raises:
         ModelError: The generation configuration of the base cannot be read.
     """
-    file = None if merge.is_loaded else stored.file(source.base, CONFIG)  # else it records quantization
+    file = None if merge.is_loaded else tensor_files.file(source.base, CONFIG)
     values = json.loads(file.read_text(encoding="utf-8")) if file else merge.config.to_diff_dict()
+    if remove_record(values) and "torch_dtype" not in values:
+        values.setdefault("dtype", name_of(tensor_files.dense_dtype(merge.config)))
     changes: dict[str, Any] = {"tie_word_embeddings": False} if merge.untied else {}
     if merge.dtype is not None:
         values.pop("torch_dtype", None)
@@ -65,7 +68,7 @@ def write_configs(staging: Path, source: AdapterDirectory, merge: Merge, end_ids
 
 def _generation(source: AdapterDirectory, config: Any) -> dict[str, Any]:
     """The generation configuration of the base. Raises ModelError: its file cannot be read."""
-    file = stored.file(source.base, GENERATION)
+    file = tensor_files.file(source.base, GENERATION)
     if file is None:
         made: dict[str, Any] = GenerationConfig.from_model_config(config).to_diff_dict()
         return made

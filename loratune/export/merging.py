@@ -1,10 +1,9 @@
 """Merges an adapter into its base: W' = round(W + ΔW), computed in float32 and rounded once.
 
 The weights of the base are read, changed and written tensor by tensor, so the base need not fit in memory. A base whose
-tensors are only known after loading, such as a quantized one, is loaded into memory.
+tensors are only known after loading, such as one that bitsandbytes has quantized, is loaded into memory.
 """
 
-import copy
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,12 +22,14 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.events import reading
 from loratune.lora import merging, tensors
-from loratune.model import fingerprints, load, stored
-from loratune.model.quantization import record_of
-from loratune.model.stored import DTYPES, NotStreamableError, StoredBase
+from loratune.model import fingerprints, load, stored, tensor_files
+from loratune.model.quantization import dense_config, method, record_of
+from loratune.model.stored import StoredBase
+from loratune.model.tensor_files import DTYPES, NotStreamableError, dense_dtype
 from loratune.model.upstream import quiet_transformers
 from loratune.text import format_size
 
+_DEQUANTIZED = "the base is merged in its dequantized form, as {}, and not quantized again: {}"
 MOST_BYTES = 2_000_000_000
 """The maximum size of one file in bytes. Its tensors are in memory until it is written."""
 _BLOCK_VALUES = 4 << 20
@@ -117,9 +118,7 @@ class Merge:
         """
         self._source, self.dtype, self.note = source, dtype, ""
         config = load.load_config(source.base)
-        self.config = copy.deepcopy(config)
-        for part in (self.config, self.config.get_text_config()):
-            vars(part).pop("quantization_config", None)
+        self.config = dense_config(config)
         self._base = load.build_meta(self.config)
         ties = stored.tied_names(self._base)
         self.parameters = sum(parameter.numel() for parameter in self._base.parameters())
@@ -129,6 +128,8 @@ class Merge:
             self._stored = stored.open_stored(source.base, config, self._base)
         except NotStreamableError as reason:
             self._base = self._load(config, str(reason))
+        if self._stored and (record := record_of(config.to_dict())):
+            self.note = _DEQUANTIZED.format(name_of(self.dtype or dense_dtype(config)), method(record))
         self._read = self._stored.reader() if self._stored else None
         tensors.check_copies(source.files, self._base, self._read)
         self.untied = any(map(self._differ, ties))
@@ -176,7 +177,7 @@ class Merge:
         else:
             self._save_loaded(staging, kept, most)
         paths, count, size, dtypes = sorted(staging.glob("*.safetensors")), 0, 0, set[str]()
-        for tensor in stored.tensors(paths).values():
+        for tensor in tensor_files.tensors(paths).values():
             dtype = DTYPES[tensor.dtype]
             count, size = count + 1, size + torch.Size(tensor.shape).numel() * dtype.itemsize
             dtypes |= {name_of(dtype)} if dtype.is_floating_point else set()
@@ -199,7 +200,7 @@ class Merge:
         self.note = f"the base was loaded: {reason}"
         if is_quantized:
             name = name_of(self._dtype_of(computed))
-            self.note = f"the base is merged in its dequantized form, as {name}, and not quantized again: {reason}"
+            self.note = _DEQUANTIZED.format(name, reason)
         self.config.architectures = [type(self._base).__name__]
         return load.load_base(section)
 

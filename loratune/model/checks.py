@@ -154,7 +154,7 @@ def check_complete(model: PreTrainedModel, info: Any, name: str) -> None:
 
 
 def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str]:
-    """The unexpected tensors that matter: those of a further layer or expert like the model's own, and biases.
+    """The unexpected tensors that matter: those of a further layer or expert like the model's own, biases, and scales.
 
     Others are harmless: buffers of other versions, heads of other tasks. transformers has removed what the model class
     ignores on purpose, and layers that predict further tokens, but those only for the released model's number of
@@ -169,7 +169,8 @@ def _relevant(model: PreTrainedModel, unexpected: Iterable[str]) -> Iterator[str
         module, _, last = name.rpartition(".")
         number = _NUMBER.search(name)
         further = number is not None and number.group() not in ignored and _NUMBER.sub("*", name) in patterns
-        if further or (last == "bias" and f"{module}.weight" in known):
+        is_own = f"{module}.weight" in known and (last == "bias" or last.startswith("weight_"))
+        if further or is_own or name.removesuffix("_scale_inv") in known:
             yield name
 
 

@@ -1,7 +1,7 @@
 """Loads the tokenizer and the base model: source, dtype and device, and whether this machine can hold the base."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -25,9 +24,10 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
-from loratune.model import checks, fingerprints, upstream
+from loratune.model import checks, fingerprints, tensor_files, upstream
+from loratune.model.dequantization import packed_format
 from loratune.model.fingerprints import FileStates
-from loratune.model.quantization import check_bitsandbytes, check_trainable, loading_config, method, record_of
+from loratune.model.quantization import check_bitsandbytes, check_known, dense_config, loading_config, method, record_of
 from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
 from loratune.system import launcher
 
@@ -47,7 +47,8 @@ def load_config(section: ModelSection, source: ModelSource | None = None) -> Any
 
     Raises:
         ModelError: The model does not exist or cannot be downloaded from the hub; it is not a decoder-only
-            causal language model, or needs remote code that is not trusted; it is quantized twice.
+            causal language model, or needs remote code that is not trusted; it is quantized twice, or by a method or
+            variant that is not supported.
     """
     source = source or locate(section)
     try:
@@ -58,7 +59,11 @@ def load_config(section: ModelSection, source: ModelSource | None = None) -> Any
         raise checks.unreadable("configuration", section, error) from None
     checks.check_hub_kernels(config, section.name_or_path)
     checks.check_decoder(config, section)
-    if section.quantization != "none" and (record := record_of(config.to_dict())) is not None:
+    record = record_of(config.to_dict())
+    if record is None or packed_format(record, section.name_or_path) is not None:
+        return config
+    check_known(record, section.name_or_path)
+    if section.quantization != "none":
         what = f"{section.quantization} cannot be applied: the base is quantized already ({method(record)})"
         fix = "set it to none, or use the base that is not quantized"
         raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, QUANTIZATION_KEY, fix))
@@ -98,7 +103,8 @@ def load_tokenizer(section: ModelSection, chat_template: str | None = None) -> A
 @progress("loading the base")
 @upstream.quiet_transformers()
 def load_base(section: ModelSection) -> PreTrainedModel:
-    """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file is dequantized.
+    """The base model with its weights, on the GPU if there is one, in evaluation mode. A GGUF file and the formats of
+    `dequantization` are dequantized, tensor by tensor.
 
     Later changes of its files do not change the model. Whether the machine can hold it is `check_machine`'s to say.
 
@@ -108,14 +114,14 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     """
     source = locate(section)
     config = load_config(section, source)
+    before = FileStates(section)
+    from_pretrained, config, origin = _loader(section, source, config)
     quantization_config = loading_config(section, config, compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
-    before = FileStates(section)
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                source.name,
+            model, info = from_pretrained(
                 config=config,
                 dtype=compute_dtype(section),
                 quantization_config=quantization_config,
@@ -123,22 +129,41 @@ def load_base(section: ModelSection) -> PreTrainedModel:
                 attn_implementation=section.attn_implementation,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` reports them with their names
-                **source.gguf_unless(),
-                **_trusted_origin(section),
+                **origin,
             )
     except _LOADING_ERRORS as error:
         if problems := list(checks.damaged_weights(section)):
             raise ModelError(problems) from None
         raise checks.unreadable("model", section, error) from None
     before.check_unchanged()  # copying from a truncated file would end the process
-    _copy_weights(model)
+    tensor_files.copy_mapped(model)
     before.check_unchanged()
+    model.name_or_path = model.config.name_or_path = source.name
     checks.check_complete(model, info, section.name_or_path)
-    check_trainable(model, section.name_or_path)
     for module in model.modules():
         upstream.keep_4bit_backward(module)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
+
+
+def _loader(section: ModelSection, source: ModelSource, config: Any) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+    """What loads a base: `from_pretrained` of a class, the configuration for it, and where it reads the weights.
+
+    The weights of a quantized release are those of a dense one, which are computed when transformers reads them.
+    """
+    if packed_format(record_of(config.to_dict()), section.name_or_path) is None:
+        origin = {"pretrained_model_name_or_path": source.name, **source.gguf_unless(), **_trusted_origin(section)}
+        return AutoModelForCausalLM.from_pretrained, config, origin
+    try:
+        weights: dict[str, Any] = {**tensor_files.release_tensors(section, config)}
+    except tensor_files.NotStreamableError as reason:
+        fix = "use a release that has model.safetensors or its index"
+        what = f"the quantized base cannot be read: {reason}"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix)) from None
+    if launcher.sharding() == "deepspeed":  # ZeRO-3 does not wait until a weight is needed
+        weights = {name: tensor.read() for name, tensor in weights.items()}
+    empty = build_meta(dense_config(config), section)
+    return type(empty).from_pretrained, empty.config, {"pretrained_model_name_or_path": None, "state_dict": weights}
 
 
 @dataclass(frozen=True)
@@ -149,11 +174,15 @@ class Base:
         model: The model with its weights.
         fingerprint: Of the model.
         files: The state of its files when they were read.
+        config: The configuration in its files, with the record of their quantization.
+        notes: Lines for the user on what was loaded, and how the machine computes it.
     """
 
     model: PreTrainedModel
     fingerprint: str
     files: FileStates
+    config: Any
+    notes: list[str]
 
 
 def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
@@ -174,7 +203,8 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
         what = f"the base on {launcher.host()} differs from that of the main process"
         fix = "give all machines the same files"
         raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, fix))
-    return Base(model, fingerprint, files)
+    config = load_config(section)
+    return Base(model, fingerprint, files, config, [*quantization_notes(section, config), *machine_notes(section)])
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:
@@ -341,6 +371,16 @@ def machine_notes(section: ModelSection, machine: Machine | None = None) -> list
     return []
 
 
+def quantization_notes(section: ModelSection, config: Any) -> list[str]:
+    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases."""
+    record = record_of(config.to_dict())
+    if record is None or packed_format(record, section.name_or_path) is None:
+        return []
+    again = f", and quantized again to {section.quantization}" if section.quantization != "none" else ""
+    dtype = str(tensor_files.dense_dtype(config)).removeprefix("torch.")
+    return [f"model: the base is a quantized release ({method(record)}); it is dequantized to {dtype}{again}"]
+
+
 def device() -> torch.device:
     """The GPU of this process, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -357,30 +397,3 @@ def _computes_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
-
-
-def _copy_weights(model: nn.Module) -> None:
-    """Copy all weights into memory of their own, one after another.
-
-    transformers maps weights into memory instead of reading them. While such a mapping is in use, a file that is
-    overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. This takes a
-    second for some 2 GB.
-    """
-    for tensor in {id(tensor): tensor for tensor in _tensors(model) if tensor.device.type == "cpu"}.values():
-        tensor.data = tensor.data.clone()
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters, buffers, and the (nested) scales of weights packed by bitsandbytes."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        yield tensor
-        for value in vars(tensor).values() if isinstance(tensor, nn.Parameter) else ():
-            yield from _scales(value)
-
-
-def _scales(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif upstream.is_quant_state(value):
-        for inner in vars(value).values():
-            yield from _scales(inner)

@@ -1,5 +1,6 @@
 """Quantized bases: what their config.json records, and how transformers loads them."""
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +16,15 @@ from loratune.system.launcher import sharding
 if TYPE_CHECKING:
     import torch
 
-_DEQUANTIZED = {
-    "compressed-tensors": "CompressedTensorsConfig",
-    "fp8": "FineGrainedFP8Config",
-    "mxfp4": "Mxfp4Config",
-    "mxfp8": "FineGrainedFP8Config",
-}
-"""`quant_method` → transformers' class of its settings, for bases that are dequantized as they are loaded: transformers
-computes with them, but does not have a backward for them on every machine."""
+_KEYS = "quantization_config", "compression_config"
+_FIX = "use the release that is not quantized, or one in a format that configs/README.md lists"
 
 
 def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a model's configuration records of its quantization; None for a plain model. Multimodal ones may nest it."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping):
-            for key in ("quantization_config", "compression_config"):
+            for key in _KEYS:
                 if isinstance(part.get(key), Mapping) and part[key]:
                     return dict(part[key])
     return None
@@ -57,29 +52,49 @@ def check_bitsandbytes(quantization: str, reason: str | None = None) -> None:
         raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key=QUANTIZATION_KEY, fix=fix))
 
 
+def remove_record(config: dict[str, Any]) -> bool:
+    """Remove the record of quantization from the values of a config.json. Returns whether there was one."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return any([part.pop(key, None) for part in parts for key in _KEYS])
+
+
+def dense_config(config: Any) -> Any:
+    """A copy of a model's configuration without the record of its quantization."""
+    dense = copy.deepcopy(config)
+    for part in (dense, dense.get_text_config()):
+        remove_record(vars(part))
+    return dense
+
+
+def check_known(record: Mapping[str, Any], name: str) -> None:
+    """Check that transformers knows how a base is quantized.
+
+    Raises:
+        ModelError: It does not.
+    """
+    if (known := method(record)) != "bitsandbytes" and not upstream.is_quantization_known(known):
+        what = f"the base is quantized by a method that is not known ({known})"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, "quantization_config", _FIX))
+
+
 def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dtype") -> Any:
     """The `quantization_config` for `from_pretrained`; None leaves it to the model's own configuration.
 
     Args:
         section: The settings of the model.
-        config: The model's configuration.
+        config: The model's configuration, without a record of quantization if the weights are dequantized.
         compute_dtype: What 4-bit layers compute in.
 
     Raises:
-        ModelError: transformers does not know how the base is quantized, or a package is missing.
+        ModelError: transformers has no backward for the quantization of the base.
     """
     if section.gguf_file is not None:
         return transformers.GgufConfig(dequantize=True)
     if (record := record_of(config.to_dict())) is not None:
-        name = method(record)
-        if name != "bitsandbytes" and not upstream.is_quantization_known(name):
-            what = f"the base is quantized by a method that transformers does not know ({name})"
-            fix = "use one that is not quantized, or by GPTQ"
-            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix))
-        try:
-            return getattr(transformers, _DEQUANTIZED[name])(dequantize=True) if name in _DEQUANTIZED else None
-        except ImportError as error:
-            raise ModelError(Problem(Code.SYSTEM_MISSING_PACKAGE, str(error), section.name_or_path)) from None
+        if not upstream.is_trainable(record):
+            what = f"a base quantized with {method(record)} cannot be trained"
+            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=_FIX))
+        return None
     if section.quantization == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     if section.quantization == "4bit":
@@ -89,16 +104,3 @@ def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dty
             bnb_4bit_quant_storage=compute_dtype if sharding() == "fsdp" else None,  # FSDP does not shard bytes
         )  # fmt: skip
     return None
-
-
-def check_trainable(model: "transformers.PreTrainedModel", name: str) -> None:
-    """Check that transformers has a backward for the quantization in which this base is held.
-
-    Raises:
-        ModelError: It has none.
-    """
-    quantizer = upstream.quantizer(model)
-    if quantizer is not None and not quantizer.is_trainable:
-        what = f"a base quantized with {quantizer.quantization_config.quant_method.value} cannot be trained"
-        fix = "use one that is not quantized, or by bitsandbytes or GPTQ"
-        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, fix=fix))

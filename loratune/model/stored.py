@@ -5,15 +5,11 @@ each tensor of the model the stored ones that it comes from, and checks on shape
 saving; `StoredBase.is_reversible` checks the same on values.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import errors, hf_hub_download
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,53 +18,9 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.model import checks
-from loratune.model.quantization import method, record_of
-from loratune.model.source import cached_directory, local_or_hub, summary
+from loratune.model.source import summary
+from loratune.model.tensor_files import DTYPES, NotStreamableError, StoredTensor, release_tensors
 from loratune.model.upstream import CheckpointLayout
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-"""The dtypes that stored tensors may have."""
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-class NotStreamableError(Exception):
-    """The base has to be loaded; the message says why."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor in a file.
-
-    Attributes:
-        file: The open file, which is mapped into memory.
-        name: Its name there.
-        dtype: The name of its dtype in the format.
-        shape: Its shape.
-    """
-
-    file: Any
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    def read(self) -> Tensor:
-        """Its values, which are not to be changed in place."""
-        values: Tensor = self.file.get_tensor(self.name)
-        return values
-
-
-def tensors(paths: Iterable[Path]) -> dict[str, StoredTensor]:
-    """The tensors of safetensors files by their names."""
-    found = {}
-    for path in paths:
-        file: Any = safe_open(path, framework="pt")
-        for name in file.keys():  # noqa: SIM118
-            part = file.get_slice(name)
-            found[name] = StoredTensor(file, name, part.get_dtype(), tuple(part.get_shape()))
-    return found
 
 
 @dataclass(frozen=True)
@@ -141,7 +93,7 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     Args:
         section: The settings of the base.
         config: Its configuration.
-        model: The model on the meta device, not quantized.
+        model: The model on the meta device, dense.
 
     Raises:
         NotStreamableError: The base has to be loaded.
@@ -149,14 +101,9 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     """
     if section.gguf_file is not None:
         raise NotStreamableError("it is a GGUF file")
-    record = record_of(config.to_dict())
-    if record is not None or section.quantization != "none":
-        name = section.quantization if record is None else method(record)
-        raise NotStreamableError(f"it is quantized ({name})")
-    paths = _paths(section)
-    if problems := list(checks.damaged_weights(section)):
-        raise ModelError(problems)
-    stored = tensors(paths)
+    if section.quantization != "none":
+        raise NotStreamableError(f"it is quantized ({section.quantization})")
+    stored = release_tensors(section, config)
     if other := {tensor.dtype for tensor in stored.values()} - DTYPES.keys():
         raise NotStreamableError(f"its files hold {', '.join(sorted(other))}")
     layout = CheckpointLayout(model)
@@ -170,36 +117,6 @@ def open_stored(section: ModelSection, config: Any, model: PreTrainedModel) -> S
     except ModelError as error:  # loading reports it, unless transformers knows better
         raise NotStreamableError(error.problems[0].what) from None
     return StoredBase(stored, groups, ties, layout)
-
-
-def _paths(section: ModelSection) -> list[Path]:
-    """The files that transformers would read: one with all weights, else those of an index."""
-    if (single := file(section, _SINGLE)) is not None:
-        return [single]
-    if (index := file(section, _INDEX)) is None:
-        raise NotStreamableError("its weights are not in safetensors files")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [file(section, name) for name in names if Path(name).name == name]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotStreamableError(f"{index} cannot be read ({error})") from None
-    if len(paths) < len(names) or None in paths or not paths:
-        raise NotStreamableError(f"{index} names files that do not exist")
-    return [path for path in paths if path is not None]
-
-
-def file(section: ModelSection, name: str) -> Path | None:
-    """A file of a base, downloaded if need be; None if it does not exist. Raises ModelError: see `open_stored`."""
-    directory = Path(local_or_hub(section.name_or_path))
-    if directory.is_dir():
-        return directory / name if (directory / name).is_file() else None
-    try:
-        return Path(hf_hub_download(section.name_or_path, name, revision=section.revision))
-    except Exception as error:  # whatever the network stack raises
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-            return None
-        what = f"{name} cannot be downloaded: {summary(error)}"
-        raise ModelError(Problem(Code.MODEL_HUB_UNREACHABLE, what, section.name_or_path)) from None
 
 
 def _groups(
@@ -274,15 +191,22 @@ def _ties(model: PreTrainedModel, groups: Mapping[str, StoredGroup]) -> Iterator
             yield (*stored, *(name for name in names if name not in groups))
 
 
-def original_weights(section: ModelSection, base: PreTrainedModel) -> Callable[[str], Tensor]:
+def original_weights(section: ModelSection, base: PreTrainedModel, config: Any) -> Callable[[str], Tensor]:
     """A reader of single weights as they were saved, before quantization.
+
+    Args:
+        section: The settings of the base.
+        base: The base in memory.
+        config: The configuration in its files.
 
     Returns:
         A function from the path of a linear layer to its weight, (out, in). It raises ModelError where no safetensors
         file has this weight.
     """
-    directory = cached_directory(section)
-    stored = tensors(directory.glob("*.safetensors") if directory else ())
+    try:
+        stored = release_tensors(section, config)
+    except NotStreamableError:
+        stored = {}
     prefix = f"{base.base_model_prefix}."
 
     def read(layer: str) -> Tensor:

@@ -7,7 +7,7 @@ a release removes one. This module does not import torch, which the checks befor
 import copy
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,12 +28,18 @@ def attention(config: Any) -> Any:
     return config._attn_implementation
 
 
-def quantizer(model: Any) -> Any:
-    """The `HfQuantizer` of a quantized model, None for others.
+def is_trainable(record: Mapping[str, Any]) -> bool:
+    """Whether transformers has a backward for the quantization that a configuration records. Imports torch.
 
-    `is_trainable` of the quantizer is documented; the attribute of the model that holds the quantizer is not.
+    `is_trainable` of its quantizers is documented, but not how to ask before a model is loaded. Where a package is
+    missing, loading reports it.
     """
-    return getattr(model, "hf_quantizer", None)
+    try:
+        quantizer = transformers.quantizers.AutoHfQuantizer.from_config(dict(record), pre_quantized=True)
+        return bool(quantizer.is_trainable)
+    except Exception:
+        _log.debug("the quantizer cannot be made", exc_info=True)
+        return True
 
 
 def is_quantization_known(method: str) -> bool:

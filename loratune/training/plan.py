@@ -250,7 +250,7 @@ def make_plan(
         model,
         config.lora,
         batches=batches.first(),
-        originals=partial(stored.original_weights, config.model, base.model),
+        originals=partial(stored.original_weights, config.model, base.model, base.config),
         start_from=run.start.info.files if run.start else None,
     )
     record = _record(run, config, datasets, base, conditions(model, batches.engine.acceleration.fallbacks), batches)
@@ -259,7 +259,7 @@ def make_plan(
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
     notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
-    notes += [*auto.lines(choices | more | kept), *load.machine_notes(config.model), *batches.notes, *targets.notes]
+    notes += [*auto.lines(choices | more | kept), *base.notes, *batches.notes, *targets.notes]
     return Plan(
         run=run,
         config=config,

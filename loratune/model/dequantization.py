@@ -1,0 +1,233 @@
+"""Quantized releases: how the weights of the dense model follow from the tensors in their files.
+
+They are computed here for every format, so that they are the same on all machines, need no further packages, and can be
+read one after another. Weights have the shape (outputs, inputs), or (experts, outputs, inputs).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loratune.codes import Code
+from loratune.errors import ModelError, Problem
+from loratune.model.quantization import method
+
+Parts = Mapping[str, Tensor]
+"""The tensors of one quantized weight, by the ends of their names."""
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of 4-bit floating-point numbers (OCP Microscaling Formats 1.0)."""
+_AWQ_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Where AWQ packs each of eight neighbouring columns (github.com/casper-hansen/AutoAWQ, WQLinear_GEMM)."""
+_EXPONENT_BIAS = 127
+"""Scales that are exponents in a byte are 2 ** (byte - bias)."""
+
+
+@dataclass(frozen=True)
+class PackedFormat:
+    """How the files of a release hold a quantized weight: in several tensors, whose names begin alike.
+
+    Attributes:
+        weight: The end of the name of the dense weight.
+        packed: That of the tensor with the packed values.
+        needed: Those of the tensors without which the values have no meaning.
+        optional: Those of tensors that not every weight has.
+        dequantize: Computes the weight, or several at once, in float32.
+    """
+
+    weight: str
+    packed: str
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    dequantize: Callable[[Parts], Tensor]
+
+
+def packed_format(record: Mapping[str, Any] | None, name: str) -> PackedFormat | None:
+    """The format of a release; None if it is not quantized, or by a method that only transformers reads.
+
+    Args:
+        record: What the configuration of the base records of its quantization.
+        name: The name of the base.
+
+    Raises:
+        ModelError: A variant of the method that is not read here, or a record with invalid values.
+    """
+    if record is None or (read := _METHODS.get(method(record))) is None:
+        return None
+    try:
+        return read(record)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        what = f"the base is quantized ({method(record)}) in a way that is not supported: {reason}"
+        fix = "use the release that is not quantized; configs/README.md lists what is supported"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, "quantization_config", fix)) from None
+
+
+# --- Values and scales
+
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Unsigned integers of 2, 4 or 8 bits, which are packed along the last dimension, the lowest bits first."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (packed.contiguous().view(torch.uint8).unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
+
+
+def _fp4(packed: Tensor) -> Tensor:
+    """4-bit floating-point values, two in a byte."""
+    return torch.tensor(_E2M1, device=packed.device)[_unpacked(packed, 4).int()]
+
+
+def _number(scales: Tensor) -> Tensor:
+    """Scales in float32; those in bytes are exponents."""
+    return scales.float() if scales.dtype != torch.uint8 else torch.exp2(scales.float() - _EXPONENT_BIAS)
+
+
+def _scaled(values: Tensor, scales: Tensor, block: tuple[int, int], zeros: Tensor | None = None) -> Tensor:
+    """(values - zeros) * scales, where each block of rows and columns has one scale and zero; 0: all in the weight."""
+    return (values if zeros is None else values - _spread(zeros, values, block)) * _spread(scales, values, block)
+
+
+def _spread(scales: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
+    """The scale of each value, in a shape that broadcasts to it. Blocks at the edges may be smaller."""
+    grid = scales.reshape(*scales.shape, *[1] * (2 - scales.dim())) if scales.dim() < 2 else scales
+    for axis in (-2, -1):
+        size, step = values.shape[axis], block[axis] or values.shape[axis]
+        if grid.shape[axis] != -(-size // step):
+            what = f"scales of shape {tuple(scales.shape)} for a weight of shape {tuple(values.shape)}"
+            raise ValueError(f"{what} in blocks of {step} along dimension {axis}")
+        if step < size:
+            grid = grid.repeat_interleave(step, axis).narrow(axis, 0, size)
+    return grid
+
+
+# --- Weights
+
+
+def _by_block(parts: Parts, packed: str, scale: str, block: tuple[int, int]) -> Tensor:
+    zeros = parts.get(".weight_zero_point")
+    return _scaled(parts[packed].float(), _number(parts[scale]), block, zeros if zeros is None else zeros.float())
+
+
+def _by_fp4(parts: Parts, packed: str, block: tuple[int, int]) -> Tensor:
+    scales = _number(parts[".weight_scale"])
+    if (factor := parts.get(".weight_global_scale")) is not None:  # by which compressed-tensors has multiplied them
+        scales = scales / factor.float()
+    if (factor := parts.get(".weight_scale_2")) is not None:
+        scales = scales * factor.float()
+    return _scaled(_fp4(parts[packed]), scales, block)
+
+
+def _by_gpt_oss(parts: Parts) -> Tensor:
+    """Experts, which the model holds transposed: (experts, inputs, outputs)."""
+    return _scaled(_fp4(parts["_blocks"]).flatten(-2), _number(parts["_scales"]), (1, 32)).transpose(-2, -1)
+
+
+def _by_integers(parts: Parts, bits: int, block: tuple[int, int]) -> Tensor:
+    """compressed-tensors: values are packed along the inputs, zeros along the outputs."""
+    values, zeros = _unpacked(parts[".weight_packed"], bits).float(), parts.get(".weight_zero_point")
+    if zeros is None:
+        return _scaled(values - (1 << bits - 1), parts[".weight_scale"].float(), block)
+    zeros = _unpacked(zeros.transpose(-2, -1), bits)[..., : values.shape[-2]].transpose(-2, -1)
+    return _scaled(values, parts[".weight_scale"].float(), block, zeros.float())
+
+
+def _by_gptq(parts: Parts, bits: int, group: int, offset: int) -> Tensor:
+    """Values are packed along the inputs, which are rows here; zeros, less `offset`, along the outputs. Inputs that
+    were ordered by activation have a list of their groups."""
+    values, scales = _unpacked(parts[".qweight"].T, bits).float(), parts[".scales"].float().T
+    zeros = ((_unpacked(parts[".qzeros"], bits) + offset) & (1 << bits) - 1).float().T
+    if ".g_idx" not in parts:
+        return _scaled(values, scales, (1, group), zeros)
+    if len(groups := parts[".g_idx"].int()) != values.shape[1]:
+        raise ValueError(f"g_idx of {len(groups)} inputs for a weight of {values.shape[1]} at {bits} bits")
+    return (values - zeros[:, groups]) * scales[:, groups]
+
+
+def _by_awq(parts: Parts, group: int) -> Tensor:
+    """Values and zeros are packed along the outputs, which are columns here."""
+    values, zeros = (
+        _unpacked(parts[name], 4).reshape(len(parts[name]), -1, 8)[..., _AWQ_COLUMNS].flatten(-2).float().T
+        for name in (".qweight", ".qzeros")
+    )
+    return _scaled(values, parts[".scales"].float().T, (1, group), zeros)
+
+
+# --- Formats: what config.json records
+
+
+def _one_of(values: Mapping[str, Any], key: str, *known: Any) -> Any:
+    """A setting that has to have one of these values, the first of which is the default."""
+    if (value := values.get(key, known[0])) not in known:
+        raise ValueError(f"{key}: {value}")
+    return value
+
+
+def _size(value: Any) -> int:
+    """The size of a block; 0 stands for all values, as -1 and null do in configurations."""
+    if value not in (None, -1) and (type(value) is not int or value < 1):
+        raise ValueError(f"a block size of {value}")
+    return max(value or 0, 0)
+
+
+def _sizes(value: Any) -> tuple[int, int]:
+    rows, columns = value or (None, None)
+    return _size(rows), _size(columns)
+
+
+def _fp8(record: Mapping[str, Any]) -> PackedFormat:
+    block = _sizes(record.get("weight_block_size", (1, 32) if method(record) == "mxfp8" else (128, 128)))
+    return PackedFormat("", "", ("_scale_inv",), (), partial(_by_block, packed="", scale="_scale_inv", block=block))
+
+
+def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
+    weights, *others = [group["weights"] for group in record["config_groups"].values()]
+    keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure")
+    if any(weights.get(key) != other.get(key) for other in others for key in keys):
+        raise ValueError("its layers are quantized in different ways (config_groups)")
+    _one_of(record, "quantization_status", "compressed")
+    _one_of(record.get("sparsity_config") or {}, "format", "dense")
+    blocks = {"tensor": (0, 0), "channel": (1, 0), "group": (1, _size(weights.get("group_size")))}
+    blocks |= {"tensor_group": blocks["group"], "block": _sizes(weights.get("block_structure"))}
+    block, zero = blocks[_one_of(weights, "strategy", *blocks)], (".weight_zero_point",)
+    needed = (".weight_scale", *(() if weights.get("symmetric", True) else zero))
+    if (kind := record["format"]) in ("float-quantized", "int-quantized", "naive-quantized"):
+        dequantize = partial(_by_block, packed=".weight", scale=".weight_scale", block=block)
+        return PackedFormat(".weight", ".weight", needed, zero, dequantize)
+    _one_of(record, "format", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+    dequantize = partial(_by_fp4, packed=".weight_packed", block=block)
+    if kind == "pack-quantized":
+        dequantize = partial(_by_integers, bits=_one_of(weights, "num_bits", 8, 4, 2), block=block)
+    needed += (".weight_global_scale",) if kind == "nvfp4-pack-quantized" else ()
+    return PackedFormat(".weight", ".weight_packed", needed, (".weight_shape",), dequantize)
+
+
+def _modelopt(record: Mapping[str, Any]) -> PackedFormat:
+    if _one_of(record, "quant_algo", "NVFP4", "W4A16_NVFP4", "FP8") == "FP8":
+        dequantize = partial(_by_block, packed=".weight", scale=".weight_scale", block=(0, 0))
+        return PackedFormat(".weight", ".weight", (".weight_scale",), (), dequantize)
+    sizes = {group["weights"].get("group_size", 16) for group in (record.get("config_groups") or {}).values()} or {16}
+    dequantize = partial(_by_fp4, packed=".weight", block=(1, _size(*sizes)))
+    return PackedFormat(".weight", ".weight", (".weight_scale", ".weight_scale_2"), (), dequantize)
+
+
+def _gptq(record: Mapping[str, Any]) -> PackedFormat:
+    offset = 1 if _one_of(record, "checkpoint_format", "gptq", "gptq_v2") == "gptq" else 0
+    bits = _one_of(record, "bits", 4, 2, 8)
+    dequantize = partial(_by_gptq, bits=bits, group=_size(record["group_size"]), offset=offset)
+    return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (".g_idx",), dequantize)
+
+
+def _awq(record: Mapping[str, Any]) -> PackedFormat:
+    _one_of(record, "bits", 4)
+    _one_of(record, "version", "gemm", "GEMM")
+    dequantize = partial(_by_awq, group=_size(record["group_size"]))
+    return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (), dequantize)
+
+
+_METHODS: dict[str, Callable[[Mapping[str, Any]], PackedFormat]] = {
+    "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8, "gptq": _gptq, "modelopt": _modelopt,
+    "mxfp4": lambda _: PackedFormat("", "_blocks", ("_scales",), (), _by_gpt_oss), "mxfp8": _fp8,
+}  # fmt: skip

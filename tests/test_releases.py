@@ -1,0 +1,288 @@
+"""Quantized releases: FP8, MXFP4, NVFP4, AWQ, GPTQ and compressed-tensors. They are dequantized tensor by tensor."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from conftest import Ran, check_refused, meanings
+from releases import FORMATS, configure, tiny, write
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)  # fmt: skip
+
+from loratune.codes import Code
+from loratune.config import ModelSection
+from loratune.errors import ModelError
+from loratune.lora.adapter_files import RECORD_FILE
+from loratune.model import fingerprints, load
+
+pytestmark = pytest.mark.usefixtures("untraced_module")
+
+Cli = Callable[..., Ran]
+MakeConfig = Callable[..., Path]
+OTHERS = {
+    "gpt-oss": ("mxfp4", "gpt-oss"),
+    "fp8 experts": ("fp8", "deepseek"),
+    "nvfp4 experts": ("modelopt nvfp4", "deepseek"),
+}
+ALL = {form: (form, "llama") for form in FORMATS} | OTHERS
+TRAINED = ["gpt-oss", "gptq"]
+
+
+class Release(NamedTuple):
+    """A quantized release, and the dense one that it stands for."""
+
+    path: Path
+    twin: Path
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[[str], Release]:
+    made: dict[str, Release] = {}
+
+    def make(name: str) -> Release:
+        if name not in made:
+            path = tmp_path_factory.mktemp("release")
+            made[name] = Release(path / "quantized", path / "dense")
+            dense = write(made[name].path, tokenizer, *ALL[name])
+            shutil.copytree(made[name].path, made[name].twin, ignore=shutil.ignore_patterns("*.safetensors"))
+            configure(made[name].twin, quantization_config=None)
+            save_file(dense, made[name].twin / "model.safetensors", {"format": "pt"})
+        return made[name]
+
+    return make
+
+
+def base(path: Path, **settings: Any) -> PreTrainedModel:
+    return load.load_base(ModelSection(name_or_path=str(path), **{"dtype": "float32"} | settings))
+
+
+def assert_same(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    found, expected = model.state_dict(), other.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+    assert {tensor.dtype for tensor in found.values()} == {tensor.dtype for tensor in expected.values()}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_base_in_memory_is_the_dense_release(name: str, release: Callable[[str], Release]) -> None:
+    """Every weight is, to the last bit, what another implementation decodes; also for blocks that are cut off."""
+    path, twin = release(name)
+    loaded, expected = base(path, dtype="bfloat16"), base(twin, dtype="bfloat16")
+    assert_same(loaded, expected)
+    assert fingerprints.fingerprint(loaded) == fingerprints.fingerprint(expected)
+    assert "quantization_config" not in loaded.config.to_dict() and loaded.config.name_or_path == str(path)
+    if name in ("fp8", "gptq"):
+        assert_same(base(path), base(twin))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("gpt-oss", Mxfp4Config), ("mxfp8", FineGrainedFP8Config), ("fp8 of one scale", FineGrainedFP8Config)],
+)
+def test_base_in_memory_is_what_transformers_dequantizes(
+    name: str, config: Any, release: Callable[[str], Release]
+) -> None:
+    path = release(name).path
+    theirs = AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=config(dequantize=True), dtype=torch.bfloat16
+    )
+    assert_same(base(path, dtype="bfloat16"), theirs)
+
+
+@pytest.mark.parametrize("name", [pytest.param(one, marks=[] if one in TRAINED else pytest.mark.slow) for one in ALL])
+def test_release_trains_generates_and_merges(
+    name: str, release: Callable[[str], Release], tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    path, twin = release(name)
+    model = {"name_or_path": str(path), "dtype": "auto"}
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    ran = cli("train", config := run_config(model=model, training={"max_steps": 2, "learning_rate": 1e-2}))
+    assert ran.code == 0, ran.err
+    method = json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
+    assert f"the base is a quantized release ({method})" in ran.err
+    assert json.loads((out / RECORD_FILE).read_text())["base"]["quantized"] == method
+
+    counted = json.loads(cli("params", config, "--json").out)  # as the dense release, in whose size it is in memory
+    assert counted == json.loads(cli("params", config, "--set", f"model.name_or_path={twin}", "--json").out)
+    ran = cli("generate", "--adapter", out, "--max-new-tokens", 3, "3 and 3 make")
+    assert ran.code == 0, ran.err
+
+    ran = cli("merge", "--adapter", out, "--output", merged, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)
+    assert "not quantized again" in found["note"]
+    assert found["comparison"]["adapter"]["divergence"] < 1e-3 < found["comparison"]["base"]["divergence"]
+    written = json.loads((merged / "config.json").read_text())
+    assert "quantization_config" not in written and (written.get("dtype") or written["torch_dtype"]) in found["dtypes"]
+    dense, tuned = load_file(twin / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert {key: (value.shape, value.dtype) for key, value in dense.items()} == {
+        key: (value.shape, value.dtype) for key, value in tuned.items()
+    }
+    changed = [key for key in dense if not torch.equal(dense[key], tuned[key])]
+    assert changed and all("self_attn" in key for key in changed)
+    AutoModelForCausalLM.from_pretrained(merged)
+
+
+def test_release_is_quantized_again_on_request(
+    release: Callable[[str], Release], tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """4bit of a GPTQ base is 4bit of its dense release: the same losses, and the dense weights for LoftQ."""
+    losses = []
+    for place in release("gptq"):
+        section = {"name_or_path": str(place), "quantization": "4bit"}
+        ran = cli(
+            "train",
+            run_config(
+                model=section,
+                lora={"init_lora_weights": "loftq"},
+                training={"max_steps": 2},
+                output_dir=str(tmp_path / place.name),
+            ),
+        )
+        assert ran.code == 0, ran.err
+        assert ("quantized again to 4bit" in ran.err) is (place.name == "quantized")
+        curve = json.loads((tmp_path / place.name / RECORD_FILE).read_text())["curve"]
+        losses.append([entry["loss"] for entry in curve if "loss" in entry])
+    assert losses[0] == losses[1]
+
+
+# Releases that are refused
+
+GROUP = "config_groups"
+SETTINGS: dict[str, tuple[str, Any, str]] = {
+    "unknown method": ("fp8", {"quant_method": "alchemy"}, "alchemy"),
+    "no method": ("fp8", {"quant_method": None}, "unknown"),
+    "3 bits": ("gptq", {"bits": 3}, "bits: 3"),
+    "marlin": ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format: marlin"),
+    "no group size": ("gptq", {"group_size": None, "bits": None}, "bits: None"),
+    "group size of 0": ("awq", {"group_size": 0}, "block size of 0"),
+    "group size as text": ("awq", {"group_size": "64"}, "block size of 64"),
+    "gemv": ("awq", {"version": "gemv"}, "version: gemv"),
+    "AWQ of 8 bits": ("awq", {"bits": 8}, "bits: 8"),
+    "AWQ of NVIDIA": ("modelopt nvfp4", {"quant_algo": "W4A8_AWQ"}, "quant_algo: W4A8_AWQ"),
+    "block of one number": ("fp8", {"weight_block_size": [128]}, "not supported"),
+    "block as number": ("fp8", {"weight_block_size": 128}, "not supported"),
+    "block of negative size": ("fp8", {"weight_block_size": [-2, 128]}, "block size of -2"),
+    "sparse": ("compressed int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
+    "not compressed": ("compressed int4", {"quantization_status": "frozen"}, "quantization_status: frozen"),
+    "no groups": ("compressed int4", {GROUP: None}, "not supported"),
+    "empty groups": ("compressed int4", {GROUP: {}}, "not supported"),
+    "two schemes": ("compressed int4", {GROUP: {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
+                    "in different ways"),
+    "another format": ("compressed int4", {"format": "marlin-24"}, "format: marlin-24"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+def test_unsupported_quantization_is_refused_by_its_configuration(
+    case: str, release: Callable[[str], Release], tmp_path: Path, cli: Cli
+) -> None:
+    """Without any weights, so before they are loaded or downloaded."""
+    form, changes, named = SETTINGS[case]
+    shutil.copytree(release(form).path, path := tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    record = json.loads((path / "config.json").read_text())["quantization_config"]
+    configure(
+        path,
+        quantization_config={
+            key: value for key, value in (record | changes).items() if value is not None or key != "quant_method"
+        },
+    )
+    ran = cli("params", "--model", path)
+    check_refused(ran, 3, (Code.MODEL_UNSUPPORTED, str(path), "quantization_config"))
+    assert named in ran.err and "release that is not quantized" in ran.err
+
+
+def without(end: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[next(name for name in tensors if name.endswith(end))]
+
+    return change
+
+
+def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def apply(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(end))
+        tensors[name] = change(tensors[name]).contiguous()
+
+    return apply
+
+
+def added(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.ones(3)})
+
+
+Q = "model.layers.0.self_attn.q_proj."
+FILES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] = {
+    "no scale": ("fp8", without("0.self_attn.q_proj.weight_scale_inv"), Q + "weight"),
+    "no value": ("fp8", without("0.self_attn.q_proj.weight"), Q + "weight"),
+    "fewer scales": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales[:1]), "scales of shape (1, 2)"),
+    "scales that are NaN": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales * torch.nan), "NaN"),
+    "scales of another name": ("fp8", added(Q + "weight_scale"), Q + "weight_scale"),
+    "no zeros": ("gptq", without("0.self_attn.q_proj.qzeros"), "q_proj.weight (without .qzeros)"),
+    "fewer zeros": ("gptq", changed("0.self_attn.q_proj.qzeros", lambda zeros: zeros[:, :-1]), Q + "weight"),
+    "fewer groups": ("gptq", changed("0.self_attn.q_proj.g_idx", lambda groups: groups[:-1]), "g_idx of 191 inputs"),
+    "groups that do not exist": ("gptq", changed("0.self_attn.q_proj.g_idx", lambda groups: groups + 9), Q + "weight"),
+    "fewer words": ("awq", changed("0.self_attn.q_proj.qweight", lambda words: words[:-1]), Q + "weight"),
+    "scales of activations": ("awq", added("model.layers.0.mlp.act.scales"), "without .qweight and .qzeros"),
+    "scales before": ("modelopt nvfp4", added(Q + "pre_quant_scale"), Q + "pre_quant_scale"),
+    "no second scale": ("modelopt nvfp4", without("0.self_attn.q_proj.weight_scale_2"), "without .weight_scale_2"),
+    "no global scale": ("compressed nvfp4", without("q_proj.weight_global_scale"), "weight_global_scale"),
+    "no blocks": ("gpt-oss", without("0.mlp.experts.down_proj_blocks"), "without _blocks"),
+    "fewer blocks": ("gpt-oss", changed("experts.down_proj_blocks", lambda blocks: blocks[:, :, :-1]), "down_proj"),
+    "another shape": ("gptq", changed("norm.weight", lambda weight: weight[:-1]), "norm.weight"),
+    "no norm": ("gptq", without("norm.weight"), "norm.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_damaged_release_is_refused(case: str, release: Callable[[str], Release], tmp_path: Path) -> None:
+    form, change, named = FILES[case]
+    shutil.copytree(release(form).path, path := tmp_path / "model")
+    change(tensors := load_file(path / "model.safetensors"))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError) as caught:
+        model = base(path)
+        load.checks.check_finite(model, str(path))
+    assert {code for code, _, _ in meanings(caught.value)} <= {Code.MODEL_DAMAGED, Code.MODEL_UNREADABLE}
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize("record", [None, "fp8", [], {}, ["fp8"], 3])
+@pytest.mark.parametrize("name", ["fp8", "modelopt nvfp4", "compressed int8", "awq"])
+def test_quantized_weights_without_a_record_are_refused(
+    name: str, record: Any, release: Callable[[str], Release], tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Loaded as they are, they would be random weights."""
+    shutil.copytree(release(name).path, path := tmp_path / "model")
+    configure(path, quantization_config=record)
+    ran = cli("train", run_config(model={"name_or_path": str(path)}))
+    assert (ran.code, ran.out) == (3, ""), ran.err
+
+
+def test_release_in_pickles_is_refused(release: Callable[[str], Release], tmp_path: Path) -> None:
+    shutil.copytree(release("gptq").path, path := tmp_path / "model")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="safetensors") as caught:
+        base(path)
+    assert meanings(caught.value) == [(Code.MODEL_UNSUPPORTED, str(path), "")]
+
+
+def test_tensors_are_read_one_after_another(release: Callable[[str], Release]) -> None:
+    """The files hold no dense weights, and a tensor is computed when it is asked for."""
+    section = ModelSection(name_or_path=str(release("awq").path))
+    found = load.tensor_files.release_tensors(section, load.load_config(section))
+    assert {tensor.dtype for tensor in found.values()} == {"F16"}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tiny("llama").state_dict().items()
+    }
