@@ -21,7 +21,8 @@ from loratune.data.formats import (
     drop_reason,
     no_loss_reason,
 )
-from loratune.data.formats.recognition import CHAT_FORMATS, FORMATS, Parser, parse_question
+from loratune.data.formats.questions import parse_question
+from loratune.data.formats.recognition import CHAT_FORMATS, FORMATS, Parser
 from loratune.data.row_index import completion_key, content_key, prompt_key
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem

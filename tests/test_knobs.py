@@ -98,6 +98,8 @@ DATA: dict[str, Any] = {
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
     "chat_template": "other.jinja",
+    "chat_template_kwargs": {"tone": "dry"},
+    "reasoning": "mask",
     "loss_on": "all",
     "prompt_loss_weight": 0.5,
     "max_length": 24,
@@ -392,9 +394,10 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             for length in (4, 12, 40)
         ]
         write_rows(tmp_path / f"{name}.jsonl", rows)
-    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>so</think>ho"}]
     write_rows(tmp_path / "chat.jsonl", [{"messages": chat}] * 3)
     (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "!<|end|>"))
+    (tmp_path / "tone.jinja").write_text("{{ tone }}" + CHAT_TEMPLATE)
 
     def run(**changes: Any) -> Any:
         values: dict[str, Any] = {"train": {"path": "rows.jsonl"}, "format": "prompt_completion"} | changes
@@ -404,8 +407,9 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
             values["chat_template"] = str(tmp_path / values["chat_template"])
         section = DataSection(**values)
         words = load_module.load_tokenizer(ModelSection(name_or_path=str(tmp_path / "words")), section.chat_template)
+        renderer = Renderer(words, None, section.chat_template_kwargs)
         rows = data.read_datasets(section, seed=1)
-        datasets = [data.prepare(split, Renderer(words), section, 264) for split in rows.splits.values()]
+        datasets = [data.prepare(split, renderer, section, 264) for split in rows.splits.values()]
         packing, length = section.packing, section.max_length
         batches = [BatchLayout(each.rows, each.rows.lengths, packing, 4, length, 0) for each in datasets]
         return [(dataset.fingerprint, len(batch.items)) for dataset, batch in zip(datasets, batches, strict=True)]
@@ -421,6 +425,12 @@ ELSEWHERE = ("invalid_rows", "max_dropped", "replay", "share_prefixes", "prompt_
 def test_each_data_field_changes_the_prepared_rows(prepared: Callable[..., Any], name: str, value: Any) -> None:
     base: dict[str, Any] = {
         "chat_template": {"train": {"path": "chat.jsonl"}, "format": "messages"},
+        "chat_template_kwargs": {
+            "train": {"path": "chat.jsonl"},
+            "format": "messages",
+            "chat_template": "tone.jinja",
+        },
+        "reasoning": {"train": {"path": "chat.jsonl"}, "format": "messages"},
         "truncation": {"max_length": 16, "max_dropped": 1.0},
         "max_length": {"max_dropped": 1.0},
         "group_by": {"validation": 0.4},

@@ -454,11 +454,11 @@ class Stopped(Renderer):
     at = 99
     batches: list[int]
 
-    def rows(self, examples: Any, loss_on: str = "completion") -> Any:
+    def rows(self, examples: Any, loss_on: str = "completion", **settings: Any) -> Any:
         self.batches.append(len(examples))
         if len(self.batches) > self.at:
             raise KeyboardInterrupt
-        return super().rows(examples, loss_on)
+        return super().rows(examples, loss_on, **settings)
 
 
 @pytest.fixture

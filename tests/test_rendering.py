@@ -19,10 +19,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from loratune.codes import Code
-from loratune.data import rendering
 from loratune.data.batches import pad
 from loratune.data.formats import IGNORED, Conversation, Example, Ids, Message, Plain
-from loratune.data.rendering import Renderer
+from loratune.data.rendering import Renderer, encoder
 from loratune.data.rendering.spans import TokenizedRow, truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load
@@ -177,8 +176,8 @@ def test_long_prompts_keep_their_ids(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although only the last words are encoded twice, and very long texts are encoded in pieces."""
-    monkeypatch.setattr(rendering, "LONG", 1 << 13)
-    monkeypatch.setattr(rendering, "_BATCH", 1 << 11)
+    monkeypatch.setattr(encoder, "LONG", 1 << 13)
+    monkeypatch.setattr(encoder, "_BATCH", 1 << 11)
     if name == "bytes":
         real: Any = tokenizer
     else:

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
+from loratune.config.template_arguments import FIELD
 from loratune.data import DatasetSplit
 from loratune.data.formats import IGNORED, Conversation, Example, Plain, Single, sides
 from loratune.system.files import versioned
@@ -165,7 +166,8 @@ def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2
         max_length: The maximum length of a prompt, in characters of its JSON.
 
     Returns:
-        Rows with one of the keys `prompt`, `messages` (with `tools`, if there are any) and `input_ids`.
+        Rows with one of the keys `prompt`, `messages` (with `tools` and `chat_template_kwargs`, if there are any) and
+        `input_ids`.
     """
     prompts = (_recorded_prompt(example) for example in islice(rows, 100))
     texts = {text: prompt for prompt in prompts if prompt and len(text := json.dumps(prompt)) <= max_length}
@@ -180,8 +182,8 @@ def _recorded_prompt(of: Example) -> dict[str, Any]:
     if isinstance(example, Conversation):
         turns = example.supervised_turns("assistant")
         messages = [*example.messages[: turns[0]]] if turns else []
-        tools = {"tools": [*example.tools]} if example.tools else {}
-        return {"messages": messages, **tools} if messages else {}
+        others = {"tools": [*example.tools], FIELD: dict(example.arguments)}
+        return {"messages": messages} | {key: value for key, value in others.items() if value} if messages else {}
     supervised = (number for number, label in enumerate(example.labels or ()) if label != IGNORED)
     return {"input_ids": [*example.ids[: max(next(supervised, 8), 1)]]}
 

@@ -204,6 +204,15 @@ class LoadedAdapter:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def split_reasoning(self, ids: Sequence[int]) -> tuple[str, str]:
+        """The reasoning of a completion, which may be empty, and the rest as text."""
+        if not self.chat or (parts := self.renderer.template().split_reasoning(self.tokenizer.decode(ids))) is None:
+            return "", self.text(ids)
+        reasoning, content = parts
+        for token in self.tokenizer.all_special_tokens:
+            content = content.replace(token, "")
+        return reasoning, content
+
     def until_end(self, ids: list[int]) -> list[int]:
         """The ids up to the first end token; what follows it is padding."""
         ends = [position for position, token in enumerate(ids) if token in self.renderer.end_ids]

@@ -162,7 +162,11 @@ def _attach_all(
         check: Checks the fingerprint of the base against the adapters.
     """
     tokenizers = [load_tokenizer_of(adapter) for adapter, _ in attached]
-    renderers = [Renderer(tokenizer, base.config.get_text_config().vocab_size) for tokenizer in tokenizers]
+    vocabulary, settings = base.config.get_text_config().vocab_size, [adapter.data for adapter, _ in attached]
+    renderers = [
+        Renderer(tokenizer, vocabulary, data.chat_template_kwargs)
+        for tokenizer, data in zip(tokenizers, settings, strict=True)
+    ]
     sample, snapshots = Sampled(base), [attach.before_load(base, files) for _, files in attached]
     if len(attached) > 1:
         _check_sharing([(adapter, before) for (adapter, _), before in zip(attached, snapshots, strict=True)])

@@ -115,6 +115,9 @@ def _print_plan(plan: "Plan", rows: int) -> None:
     for number in range(min(rows * train.rows_per_example, len(train.rows))):
         print(f"{one_line(train.rows.row(number).where)}{plan.side_name(number)}, supervised text marked")
         print_marked(plan.row_text(number))
+    for title, pieces in plan.other_rows(rows):
+        print(title)
+        print_marked(pieces)
     print_lines(behind)
 
 

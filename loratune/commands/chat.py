@@ -21,19 +21,36 @@ RAW_NOTE = (
 
 @dataclass(frozen=True)
 class Exchange:
-    """A user turn and the answer. is_whole: the answer was not cut off."""
+    """A user turn and the answer.
+
+    Attributes:
+        question: The turn.
+        answer: The answer without its reasoning.
+        is_whole: Whether it was not cut off.
+        reasoning: The reasoning; may be empty.
+    """
 
     question: str
     answer: str
     is_whole: bool
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer. cut: why it was cut off; empty if it is complete."""
+    """An answer.
+
+    Attributes:
+        text: The answer with its reasoning, as it was written.
+        cut: Why it was cut off; empty if it is complete.
+        reasoning: The reasoning, as the chat template tells it; may be empty.
+        content: The answer without it.
+    """
 
     text: str
     cut: str
+    reasoning: str
+    content: str
 
 
 class Chat:
@@ -108,7 +125,7 @@ class Chat:
         """
         reply = self._answer(self.exchanges, question, on_text, stopped)
         if reply.text:
-            self.exchanges.append(Exchange(question, reply.text, is_whole=not reply.cut))
+            self.exchanges.append(Exchange(question, reply.content, not reply.cut, reply.reasoning))
         return reply
 
     def ask_base(
@@ -164,14 +181,15 @@ class Chat:
             full = f"the model's context of {limit} tokens is full; /reset begins anew"
             cut = full if room < self._new_tokens else f"--max-new-tokens is {self._new_tokens}"
             cut = "stopped" if len(new) < room or stopped() else cut
-        return Reply(adapter.text(new), cut)
+        return Reply(adapter.text(new), cut, *adapter.split_reasoning(new))
 
     def _messages(self, exchanges: list[Exchange]) -> list[Message]:
         """The system message and the exchanges as messages."""
         messages: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         for exchange in exchanges:
+            reasoning = {"reasoning_content": exchange.reasoning} if exchange.reasoning else {}
             messages += [
                 {"role": "user", "content": exchange.question},
-                {"role": "assistant", "content": exchange.answer},
+                {"role": "assistant", "content": exchange.answer, **reasoning},
             ]
         return messages

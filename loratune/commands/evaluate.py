@@ -111,6 +111,8 @@ def evaluate(
     overlap = subject.once("overlap", lambda: splits.find_overlap(split, adapter.path))
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
+    if first.data.reasoning == "mask" and any("reasoning" in kind for kind in dataset.report.kinds):
+        remarks.append("data.reasoning: mask: answers are generated after the reasoning of the row")
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}
@@ -259,7 +261,7 @@ def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[L
 def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
     """A line on how the rows may be rendered differently than in the training of the other adapter."""
     own, its = (one.data.model_dump() for one in (adapter, against))
-    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation") if own[key] != its[key]]
+    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation", "reasoning") if own[key] != its[key]]
     differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
     differences += ["prompts that go through the chat template"] if adapter.chat != against.chat else []
     if differences:

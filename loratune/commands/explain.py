@@ -10,8 +10,12 @@ from loratune.codes import Code
 from loratune.config import RunConfig, load_with_lines
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
 from loratune.config.schema import DEFAULT_BETA, PREFERENCE_KEYS
+from loratune.config.template_variables import described, variables
 from loratune.config.yaml_files import Document
 from loratune.errors import ConfigError, Problem
+from loratune.model.source import chat_templates
+
+ARGUMENTS_KEY = "data.chat_template_kwargs"
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,13 @@ class Explanation:
         found: The keys and sections.
         path: The config file, if any.
         config: The validated config and the content of its file, if any.
+        template: Name → default of each argument that the chat template of the config reads; None if it is not known.
     """
 
     found: Sequence[KeyGroup | Key]
     path: Path | None
     config: tuple[RunConfig, Document] | None
+    template: Mapping[str, str] | None = None
 
     def settings(self, key: Key) -> list[Setting]:
         """The effective value at each place of a key in the config; empty without a config."""
@@ -93,6 +99,9 @@ class Explanation:
         yield "memory and time", key.costs
         if key.other_names:
             yield "elsewhere called", ", ".join(key.other_names)
+        if key.label == ARGUMENTS_KEY and self.config:
+            unknown = "unknown, as the template is not on this machine"
+            yield "template reads", unknown if self.template is None else described(self.template) or "none"
         settings = self.settings(key)
         for setting in settings:
             place = "" if setting.key in key.places and len(settings) == 1 else f"{setting.key}: "
@@ -108,7 +117,7 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values: the explanation of each key, by its places."""
         keys = [key for item in self.found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
-        described = {
+        described_keys: dict[str, dict[str, Any]] = {
             place: {
                 "meaning": key.meaning,
                 "type": key.kind,
@@ -121,7 +130,9 @@ class Explanation:
             for key in keys
             for place in key.places
         }
-        return {"config": str(self.path) if self.path else None, "keys": described}
+        if self.template is not None:
+            described_keys[ARGUMENTS_KEY]["template_reads"] = dict(self.template)
+        return {"config": str(self.path) if self.path else None, "keys": described_keys}
 
 
 def _at(values: Any, names: list[str], path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
@@ -152,4 +163,16 @@ def explain(words: str | None, path: Path | None, assignments: Sequence[str]) ->
         fix = suggestion(tuple(str(words).strip().split(".")))
         fix = fix if fix.startswith("did") else "loratune explain lists all keys"
         raise ConfigError(Problem(Code.CONFIG_UNKNOWN_KEY, "unknown key", key=str(words), fix=fix))
-    return Explanation(found, path, config)
+    keys = [key.label for item in found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
+    sources = _templates(config[0]) if config and ARGUMENTS_KEY in keys else []
+    template = {name: default for one in sources for name, default in variables(one).items()}
+    return Explanation(found, path, config, template if sources else None)
+
+
+def _templates(run: RunConfig) -> list[str]:
+    """The chat templates of a run, as far as they can be read."""
+    try:
+        own = run.data.chat_template
+        return [Path(own).read_text(encoding="utf-8")] if own else chat_templates(run.model)
+    except (OSError, ValueError):
+        return []

@@ -145,7 +145,8 @@ def _export_plain(
         place, template = directory.output, directory.output / TEMPLATE  # vLLM would use the base's template
         rendering = str(template) if source.chat and template.is_file() else None
         base, name = source.base.name_or_path, clients.name_of(place.name)
-        commands = [clients.vllm(base, name, str(place), adapter.rank, rendering)]
+        arguments = source.data.chat_template_kwargs
+        commands = [clients.vllm(base, name, str(place), adapter.rank, rendering, arguments)]
     return Exported(directory.output, CLIENTS[options.to], lines, metrics, commands)
 
 
@@ -192,7 +193,8 @@ def _export_gguf(
         source.write_record(staging, kind, {"comparison": metrics, "chat": source.chat})
     file = directory.output / file.name
     base = str(base_gguf or "BASE.gguf") if adapter else None
-    commands = ollama.commands(name, file.with_name("Modelfile")) if modelfile else [clients.llama_server(file, base)]
+    commands = [clients.llama_server(file, base, arguments=source.data.chat_template_kwargs)]
+    commands = ollama.commands(name, file.with_name("Modelfile")) if modelfile else commands
     return Exported(directory.output, CLIENTS[options.to], lines, metrics, commands)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from loratune.adapter import generation
@@ -10,7 +10,7 @@ from loratune.adapter.generation import LoadedAdapter, Request, TextPieces
 from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.codes import Code
-from loratune.data.formats.recognition import Question, parse_question
+from loratune.data.formats.questions import Question, parse_question
 from loratune.data.sources.rows import Row, reported, with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance
@@ -72,7 +72,7 @@ def answers(
     answering = [loaded.by_name.get(name, loaded.default) for name in names]
     questions = _questions(answering, rows)
     requests = [
-        (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools))
+        (adapter, adapter.renderer.prompt(question.prompt, row.where, question.tools, question.arguments))
         for adapter, question, row in zip(answering, questions, rows, strict=True)
     ]
     _check_lengths(requests, rows, max_new_tokens)
@@ -127,7 +127,7 @@ def _questions(answering: Sequence[LoadedAdapter], rows: Sequence[Row]) -> list[
     if empty := [row.where for row, question in zip(rows, questions, strict=True) if not question.prompt]:
         raise ConfigError([Problem(Code.USAGE_NO_PROMPT, "the prompt is empty", where) for where in empty])
     return [
-        Question(adapter.turns(question.prompt), question.tools)
+        replace(question, prompt=adapter.turns(question.prompt))
         for adapter, question in zip(answering, questions, strict=True)
     ]
 

@@ -164,7 +164,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
         quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
-    renderer = Renderer(tokenizer, vocabulary)
+    renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
     rows, remarks = measure(run.data, renderer, vocabulary)
     held_out = _choose_data(draft, run, rows, context)
     draft.choose("lora.r", run.lora.r, "rank of the update")

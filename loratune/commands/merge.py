@@ -105,7 +105,7 @@ def merge(
     loading.check_base(adapter, adapter.base, plan.fingerprint())
     tokenizer = loading.load_tokenizer_of(adapter)
     vocabulary = plan.config.get_text_config().vocab_size
-    renderer = Renderer(tokenizer, vocabulary)
+    renderer = Renderer(tokenizer, vocabulary, adapter.data.chat_template_kwargs)
     compared_on = texts(adapter, renderer, vocabulary, split)
     with directory.staged(plan.size + (64 << 20), "the merged model") as staging:
         written = plan.write(staging)

@@ -217,7 +217,7 @@ def _record(plan: Plan, trained: TrainedAdapter) -> dict[str, Any]:
     record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints, released)
     record["machine"] |= {key: (kept.conditions or {})[name] for key, name in _CONDITIONS.items()}
     record["machine"]["peak_memory"] = trained.peak_memory
-    prompts = card.recorded_prompts(data.first_examples(rows.train, datasets.train))
+    prompts = card.recorded_prompts(data.first_examples(rows.train, datasets.train.rows))
     record |= {
         "not_accelerated": dict(trained.not_accelerated),
         "formats": rows.train.formats,

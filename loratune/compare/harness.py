@@ -169,6 +169,7 @@ class _HarnessedModel(HFLM):
             tokenizer=copy.deepcopy(loaded.tokenizer),  # the harness sets its padding token
             max_length=context_length(loaded.model.config),
             softmax_dtype="float32",
+            chat_template_args=loaded.renderer.arguments,
         )
         self._name, self._stderr = name, stderr
         self.requests: dict[str, list[Any]] = {}

@@ -43,6 +43,7 @@ MEMORY_AND_TIME = {
     "data.train": "time grows with the tokens of all rows, memory with those of the longest",
     "data.validation": "each evaluation is a forward pass over its rows, see training.eval_steps",
     "data.test": "one forward pass over its rows, at the end",
+    "data.reasoning": "train and mask: more rows where the template drops the reasoning of earlier answers",
     "data.loss_on": "all takes most: accelerated models compute logits of supervised tokens only",
     "data.max_length": "the longest rows determine peak memory; attention time grows with the square of the length",
     "data.truncation": "drop leaves fewer rows, which take less time",
@@ -99,6 +100,7 @@ _OTHER_NAMES = {
     "max_length": "max_seq_length sequence_len cutoff_len",
     "packing": "sample_packing neat_packing",
     "chat_template": "template",
+    "chat_template_kwargs": "template_kwargs chat_template_args",
     "train": "dataset datasets",
     "validation": "val_size val_set_size",
     "lr_scheduler_type": "scheduler",
@@ -236,7 +238,8 @@ def kind(schema: Schema, quote: str = "") -> str:
     if schema["type"] == "array":
         return f"list of {kind(schema['items'], quote)}"
     if schema["type"] == "object":
-        return f"mapping of text to {kind(schema['additionalProperties'], quote)}"
+        values = schema["additionalProperties"]
+        return f"mapping of text to {kind(values, quote)}" if values else "mapping"
     name = {"string": "text"}.get(schema["type"], schema["type"])
     limits = [
         f"{sign} {schema[bound]:g}" for bound, sign in BOUNDS.items() if abs(schema.get(bound, 1e300)) < TECHNICAL_LIMIT

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from loratune.codes import Code
 from loratune.config.expressions import BadPatternError, compile_pattern
+from loratune.config.template_arguments import TemplateArguments
 from loratune.system.files import path_problem
 
 PATH_FORMAT = "path"
@@ -103,7 +104,8 @@ Fraction = Annotated[float, WithJsonSchema({"type": "number", "exclusiveMinimum"
 
 COLUMNS = (
     "input_ids", "labels", "prompt", "completion", "messages", "tools", "conversations", "system",
-    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label", "weight"
+    "instruction", "input", "output", "history", "text", "chosen", "rejected", "label",
+    "chat_template_kwargs", "weight"
 )  # fmt: skip
 """The names of the fields of a row; `data.columns` maps them to column names in the data. `weight` is read only if it
 is mapped."""
@@ -136,6 +138,14 @@ class DataSection(Section):
         description="field → its name in the data, e.g. {prompt: question}; then a field `prompt` is ignored",
     )
     chat_template: FilePath | None = Field(None, description="a Jinja file that replaces the tokenizer's chat template")
+    chat_template_kwargs: TemplateArguments = Field(
+        {}, description="arguments of the chat template, e.g. {enable_thinking: false}; a row's field of this name adds"
+    )
+    reasoning: Literal["train", "mask", "drop"] = Field(
+        "train",
+        description="reasoning of answers: train: supervised, each answer after its own; mask: not supervised; drop: "
+        "removed",
+    )
     loss_on: Literal["completion", "assistant", "all"] = Field(
         "completion",
         description="completion: completions, or all assistant turns of messages; assistant: also assistant turns in "
@@ -191,6 +201,8 @@ class DataSection(Section):
         if self.format in ("text", "input_ids") and self.chat_template is not None:
             message = f"{self.format} rows do not go through a chat template"
             yield InvalidSettingError(message, "format", "chat_template")
+        if self.reasoning == "mask" and self.loss_on == "all":
+            yield InvalidSettingError("loss_on all supervises every token", "reasoning", "loss_on")
         if self.loss_on == "all" and self.prompt_loss_weight:
             message = "loss_on all gives each token the weight 1"
             yield InvalidSettingError(message, "prompt_loss_weight", "loss_on", fix="choose one of the two")

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +16,19 @@ from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.config.sections import WEIGHT
 from loratune.data import formats, token_cache
-from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, sides
+from loratune.data.formats import Conversation, Example, Ids, Preference, Single, sides
+from loratune.data.formats.reasoning import kind_of, reasoning_of
 from loratune.data.holding_out import replay_numbers
+from loratune.data.remarks import (
+    first_examples,
+    remark_on_arguments,
+    remark_on_lost_characters,
+    size_of,
+)
 from loratune.data.rendering import Renderer, spans
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report, total
-from loratune.data.sources.rows import place_in_cache, reported
+from loratune.data.sources.rows import reported
 from loratune.data.splits import DatasetSplit, RawDatasets, find_duplicates, find_leaks, read_datasets, read_source
 from loratune.data.token_cache import TokenCache, TokenCacheWriter, remove_old_entries
 from loratune.errors import DataError, Problem
@@ -31,16 +37,13 @@ from loratune.events import reading
 __all__ = [
     "DatasetSplit", "RawDatasets", "TokenizedDataset", "find_leaks",
     "first_examples", "mix_in", "open_tokenized", "prepare", "prepare_unrelated_text", "read_datasets",
-    "read_source", "remark_on_lost_characters", "remove_old_entries", "replay_numbers", "unrelated_kinds",
+    "read_source", "remark_on_arguments", "remark_on_lost_characters", "remove_old_entries", "replay_numbers",
+    "unrelated_kinds",
 ]  # fmt: skip
 
 UNRELATED_TEXT = Path(__file__).parent / "general.jsonl"
 """Passages written for loratune, under its licence: prose, dialogue, code, French and German; `kind` says which."""
 
-_DECODED_ROWS, _DECODED = 100, 100_000
-"""How many rows and characters at most are encoded and decoded to find characters that the tokenizer loses."""
-
-_SHOWN_CHARACTERS = 40
 _BATCH_ROWS, _BATCH_CHARACTERS = 1024, 4_000_000
 """The most examples, and characters, that are tokenized in one batch."""
 
@@ -124,7 +127,7 @@ def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocab
         ModelError: As `Renderer.rows`.
         ResourceError: There is no room on the disk.
     """
-    settings = section.model_dump(include={"loss_on", "max_length", "truncation", "invalid_rows"})
+    settings = section.model_dump(include={"loss_on", "max_length", "truncation", "invalid_rows", "reasoning"})
     settings |= {"counts_prompts": True} if section.prompt_loss_weight else {}  # which refuses turns of weight 0
     parts = json.dumps([_code_digest(), split.digest, renderer.digest, vocabulary_size, settings], sort_keys=True)
     key = hashlib.sha256(parts.encode()).hexdigest()
@@ -197,61 +200,14 @@ def _report(rows: Sequence[TokenizedRow]) -> Report:
     """The report on rows that are used unchanged."""
     lengths = Counter(len(row.ids) for row in rows)
     supervised = sum(row.supervised for row in rows)
-    return Report(rows=len(rows), tokens=sum(len(row.ids) for row in rows), supervised=supervised, lengths=lengths)
+    tokens, count = sum(len(row.ids) for row in rows), len(rows)
+    return Report(rows=count, written=count, tokens=tokens, supervised=supervised, lengths=lengths)
 
 
 def open_tokenized(directory: Path) -> TokenizedDataset | None:
     """Open rows that another process has tokenized; None if this process cannot open them."""
     rows = token_cache.open_trusted(directory)
     return TokenizedDataset(rows) if rows is not None else None
-
-
-def first_examples(split: DatasetSplit, rows: TokenizedDataset) -> Iterator[Example]:
-    """The first hundred rows of a split, without those that are not trained on. rows: the rows of the split."""
-    places = {rows.rows.row(number).where for number in range(min(_DECODED_ROWS, len(rows.rows)))}
-    return (example for example in islice(split.examples(), _DECODED_ROWS) if place_in_cache(example.where) in places)
-
-
-def remark_on_lost_characters(
-    split: DatasetSplit, rows: TokenizedDataset, renderer: Renderer, section: DataSection
-) -> str | None:
-    """Returns a line about letters and digits of answers that are lost by encoding and decoding, or None.
-
-    The last answers of the first rows are checked. Case, accents, compatibility forms, white space and punctuation are
-    ignored, because tokenizers normalise them.
-    """
-    loss_on = "assistant" if section.loss_on == "assistant" else "completion"
-    few, characters = list[Plain | Conversation](), 0
-    for example in first_examples(split, rows):
-        characters += _characters(example)
-        texts = [
-            side for side in sides(example) if not isinstance(side, Ids) and not formats.no_loss_reason(side, loss_on)
-        ]
-        few += texts if characters <= _DECODED else ()
-    tokenizer, count, lost, shown = renderer.tokenizer, 0, 0, ""
-    special = [*zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)]
-    for one, row in zip(few, renderer.rows(few, loss_on) if few else (), strict=True):
-        if isinstance(one, Plain):
-            answer = one.completion
-        else:
-            answer = one.messages[one.supervised_turns(loss_on)[-1]]["content"]
-        added = {id for token, id in special if token not in answer}  # the end of sequence, the unknown token
-        decoded = tokenizer.decode([id for id in row.completion if id not in added], skip_special_tokens=False)
-        letters = _letters_and_digits(answer)
-        missing = (letters - _letters_and_digits(decoded)).total()
-        count, lost = count + letters.total(), lost + missing
-        if missing and not shown:
-            shown = f"{one.where}: {answer[:_SHOWN_CHARACTERS]!r} -> {decoded[:_SHOWN_CHARACTERS]!r}"
-    if not lost:
-        return None
-    share = f"{lost / count:.0%}" if lost / count >= 0.01 else "less than 1%"
-    return f"the tokenizer drops {share} of the letters and digits of answers, e.g. {shown}"
-
-
-def _letters_and_digits(text: str) -> Counter[str]:
-    """Returns how often a text has each letter and digit, without case, accents and compatibility forms."""
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
-    return Counter(character for character in decomposed if character.isalnum())
 
 
 @cache
@@ -306,17 +262,45 @@ class _ExampleTokenizer:
         checked = (formats.check_ids(example, self.vocabulary_size) for example in kept if isinstance(example, Ids))
         if problems := [problem for problem in checked if problem]:
             raise DataError(reported(problems))
-        singles = [side for example in kept for side in sides(example)]
-        whole = iter(self.renderer.rows(singles, loss_on) if singles else [])
+        parts = [self._parts(example, loss_on) for example in kept]
+        masked, singles = self.section.reasoning == "mask", [one for some in parts for one in some]
+        whole = iter(self.renderer.rows(singles, loss_on, masks_reasoning=masked) if singles else [])
         rows = list[TokenizedRow]()
-        for example in kept:
+        for example, some in zip(kept, parts, strict=True):
             weight = 1.0 if isinstance(example, Preference) else example.weight
-            both = [replace(next(whole), where=example.where, side=side, weight=weight) for side in _sides_of(example)]
-            rows += self._cut(both, report)
+            last = len(some) - len(signs := _sides_of(example))
+            made = [
+                replace(next(whole), where=example.where, side=side, weight=weight) for side in (*[0] * last, *signs)
+            ]
+            if own := self._cut(made[last:], report):
+                before = [row for one in made[:last] for row in self._cut([one], report, is_earlier=True)]
+                rows += [*before, *own]
+                self._count(example, before, own, report)
         return report, rows
 
-    def _cut(self, whole: list[TokenizedRow], report: Report) -> list[TokenizedRow]:
-        """Returns the truncated row, or the two rows of a pair; an empty list if they are dropped."""
+    def _parts(self, example: Example, loss_on: str) -> Sequence[Single]:
+        """Returns what is rendered for an example: both answers of a pair, or the parts of a conversation."""
+        return self.renderer.parts(example, loss_on) if isinstance(example, Conversation) else sides(example)
+
+    def _count(
+        self, example: Example, earlier: Sequence[TokenizedRow], own: Sequence[TokenizedRow], report: Report
+    ) -> None:
+        """Count what the user should see of an example that is trained on."""
+        report.written += len(earlier) + len(own)
+        report.own_rows += len(earlier)
+        if isinstance(example, Conversation):
+            report.add_kind(kind_of(example), report.written - 1)
+            answers = example.supervised_turns(self.section.loss_on)
+            *earlier_bare, is_bare = [not reasoning_of(example.messages[at]) for at in answers] or [False]
+            template = self.renderer.template(example.arguments)
+            report.empty_reasoning += is_bare and self.section.reasoning != "mask" and template.empties_reasoning
+            report.rewritten += sum(earlier_bare) * template.rewrites_answers
+
+    def _cut(self, whole: list[TokenizedRow], report: Report, *, is_earlier: bool = False) -> list[TokenizedRow]:
+        """Returns the truncated row, or the two rows of a pair; an empty list if they are dropped.
+
+        is_earlier: whether the row is that of an earlier answer of an example whose last answer is trained on.
+        """
         where, max_length = whole[0].where, self.section.max_length
         if len(whole) > 1 and whole[0].ids == whole[1].ids:
             report.drop("the chosen and the rejected answer have the same tokens", where)
@@ -324,6 +308,9 @@ class _ExampleTokenizer:
         report.lengths.update(len(row.ids) for row in whole)
         rows = self._truncate(whole)
         if rows is None or not all(row.supervised for row in rows):
+            if is_earlier:
+                report.cut_answers += 1
+                return []
             what = "an answer" if whole[0].side else "the answer"
             how = "longer than" if self.section.truncation == "drop" else f"{what} does not fit in"
             report.drop(f"{how} max_length {max_length}", where)
@@ -381,20 +368,9 @@ def _batches(examples: Iterator[Example]) -> Iterator[list[Example]]:
     characters = 0
     for example in examples:
         batch.append(example)
-        characters += _characters(example)
+        characters += size_of(example)
         if len(batch) >= _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _characters(example: Example) -> int:
-    """Returns the approximate number of characters of an example."""
-    if isinstance(example, Preference):
-        return sum(map(_characters, sides(example)))
-    if isinstance(example, Plain):
-        return len(example.prompt) + len(example.completion)
-    if isinstance(example, Conversation):
-        return sum(len(str(message.get("content"))) for message in example.messages)
-    return 4 * len(example.ids)

@@ -90,6 +90,12 @@ class Report:
         truncated: Rows that are trained on, but were truncated.
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
+        empty_reasoning: Last answers without reasoning that begin with an empty block of it, which is supervised.
+        rewritten: Earlier answers without reasoning that are not trained as a server's prompt begins them.
+        own_rows: Earlier answers that are trained in rows of their own, after their reasoning.
+        written: Rows of tokens that are trained on.
+        kinds: What conversations have, such as `reasoning, tools` → how many rows, and the number of the first among
+            the rows of tokens.
         dropped: Reason → dropped rows.
         invalid: Dropped rows that are invalid, also counted in `dropped`; each place comes with the problem.
         duplicates: Rows with the content of an earlier row; they are still trained on.
@@ -100,7 +106,10 @@ class Report:
         "rows", "duplicates", "dropped", "truncated", "tokens", "supervised", "p50", "p95", "max",
     )  # fmt: skip
     """The columns of the table; p50, p95 and max are lengths in tokens before truncation."""
-    _COUNTS: ClassVar = ("rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers")
+    _COUNTS: ClassVar = (
+        "rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers", "empty_reasoning", "own_rows",
+        "rewritten", "written",
+    )  # fmt: skip
 
     rows: int = 0
     tokens: int = 0
@@ -108,6 +117,11 @@ class Report:
     truncated: int = 0
     cut_answers: int = 0
     empty_answers: int = 0
+    empty_reasoning: int = 0
+    rewritten: int = 0
+    own_rows: int = 0
+    written: int = 0
+    kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
     dropped: dict[str, RowTally] = field(default_factory=dict)
     invalid: RowTally = field(default_factory=RowTally)
     duplicates: RowTally = field(default_factory=RowTally)
@@ -123,8 +137,15 @@ class Report:
         self.drop(f"{meaning[:1].lower()}{meaning[1:]} [{problem.code}]", problem.where)
         self.invalid.add(f"{problem.where}: {problem.what}", _LISTED)
 
+    def add_kind(self, kind: str, first: int, count: int = 1) -> None:
+        """Count conversations of a kind. first: the number of the first one among the rows of tokens."""
+        earlier, number = self.kinds.get(kind, (0, first))
+        self.kinds[kind] = earlier + count, number
+
     def extend(self, other: Self) -> None:
         """Add the rows of another report, which come later."""
+        for kind, (count, first) in other.kinds.items():
+            self.add_kind(kind, self.written + first, count)
         for name in self._COUNTS:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.lengths.update(other.lengths)
@@ -205,6 +226,17 @@ class Report:
             lines.append(f"{self.cut_answers:,} earlier answers are not supervised: max_length cuts them off")
         if self.empty_answers:
             lines.append(f"{self.empty_answers:,} answers are not supervised: they are empty")
+        if self.own_rows:
+            why = "the chat template leaves out their reasoning when it renders later answers"
+            lines.append(f"{self.own_rows:,} earlier answers are trained in rows of their own: {why}")
+        if self.rewritten:
+            how = "give each a row of its own to train it as it is served"
+            what = "earlier answers come without the reasoning block in which their prompts end"
+            lines.append(f"{self.rewritten:,} {what}: {how}")
+        if self.empty_reasoning:
+            how = "set data.reasoning to mask, or data.chat_template_kwargs if the model is served without reasoning"
+            what = "answers without reasoning begin with an empty block of it, which is supervised"
+            lines.append(f"{self.empty_reasoning:,} {what}: {how}")
         more = self.invalid.count - len(self.invalid.first)
         listed = [f"dropped: {line}" for line in self.invalid.first]
         return [*lines, *self.reasons(), *listed, *([f"dropped: {more:,} more invalid rows"] if more else [])]

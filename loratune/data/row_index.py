@@ -260,7 +260,7 @@ def content_key(example: Example, folded: bool = False) -> bytes:
         return _join_ids(example.ids)
     if isinstance(example, Plain):
         return _join([example.prompt, example.completion], folded)
-    return _join(_text_parts(example.messages, example.tools), folded)
+    return _join(_text_parts(example.messages, _settings(example)), folded)
 
 
 def prompt_key(example: Example, loss_on: str) -> bytes | None:
@@ -282,7 +282,7 @@ def prompt_key(example: Example, loss_on: str) -> bytes | None:
         return None
     if isinstance(example, Ids):
         return _join_ids(example.ids[:first])
-    return _join(_text_parts(example.messages[:first], example.tools), folded=True)
+    return _join(_text_parts(example.messages[:first], _settings(example)), folded=True)
 
 
 def completion_key(example: Example, loss_on: str) -> bytes:
@@ -317,12 +317,17 @@ def _join(texts: Iterable[str], folded: bool) -> bytes:
     return _SEPARATOR.join(texts).encode(errors="surrogatepass")
 
 
-def _text_parts(messages: Sequence[Message], tools: Sequence[Any]) -> Iterator[str]:
+def _settings(chat: Conversation) -> tuple[Any, ...]:
+    """What a row gives to the template besides its messages."""
+    return (*chat.tools, dict(chat.arguments)) if chat.arguments else chat.tools
+
+
+def _text_parts(messages: Sequence[Message], settings: Sequence[Any]) -> Iterator[str]:
     yield ""  # at least three texts, where a Plain has two
     for message in messages:
         yield message["role"]
         yield message["content"]
         if len(message) > 2:
             yield json.dumps({name: message[name] for name in message if name != "content"}, sort_keys=True)
-    if tools:
-        yield json.dumps(tools, sort_keys=True)
+    if settings:
+        yield json.dumps(settings, sort_keys=True)

@@ -86,9 +86,9 @@ def alias_reasoning_fields(messages: Sequence[dict[str, Any]]) -> list[dict[str,
 
 
 def generation_ranges(
-    messages: Sequence[dict[str, Any]], tools: Sequence[Any], source: str, special_tokens: dict[str, Any]
+    messages: Sequence[dict[str, Any]], tools: Sequence[Any], source: str, values: dict[str, Any]
 ) -> list[tuple[int, int]]:
-    """Returns the ranges of characters that a template marks with `{% generation %}`.
+    """Returns the ranges of characters that a template marks with `{% generation %}`. values: its other variables.
 
     `apply_chat_template` turns these ranges into a mask of tokens and does not return them; `render_jinja_template`
     does, and is not documented.
@@ -98,6 +98,6 @@ def generation_ranges(
         tools=list(tools) or None,
         chat_template=source,
         return_assistant_tokens_mask=True,
-        **special_tokens,
+        **values,
     )
     return [(start, end) for start, end in ranges[0]]

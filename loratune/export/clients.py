@@ -2,17 +2,21 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from loratune import config
 from loratune.codes import Code
-from loratune.config import ModelSection, RunConfig
+from loratune.config import RunConfig
 from loratune.errors import ConfigError, Problem, install, missing_package
 from loratune.text import code_block, code_span, is_printable_line, one_line, shell_word
 
+Arguments = Mapping[str, Any]
+_NONE: Arguments = MappingProxyType({})
 CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
 """Value of `--to` → name of the program."""
 TYPES = ("f32", "f16", "bf16", "q8_0")
@@ -94,7 +98,9 @@ def name_of(directory: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", directory).strip("-.") or "adapter"
 
 
-def vllm(base: str, name: str, directory: str, rank: int, template: str | None = None) -> str:
+def vllm(
+    base: str, name: str, directory: str, rank: int, template: str | None = None, arguments: Arguments = _NONE
+) -> str:
     """The command that serves an adapter with vLLM.
 
     Args:
@@ -103,26 +109,35 @@ def vllm(base: str, name: str, directory: str, rank: int, template: str | None =
         directory: The directory of the adapter.
         rank: The rank of the adapter.
         template: A chat template that replaces the template of the base.
+        arguments: Arguments of the chat template.
     """
     most = next((most for most in VLLM_RANKS if rank <= most), rank)
     rendering = f" --chat-template {shell_word(template)}" if template else ""
+    rendering += _option("--default-chat-template-kwargs", arguments)
     module = shell_word(f"{name}={directory}")
     return f"vllm serve {shell_word(base)} --enable-lora --max-lora-rank {most}{rendering} --lora-modules {module}"
 
 
-def llama_server(file: Path, base: str | None, *, chat: bool | None = None) -> str:
+def _option(name: str, arguments: Arguments) -> str:
+    return f" {name} {shell_word(json.dumps(dict(arguments)))}" if arguments else ""
+
+
+def llama_server(file: Path, base: str | None, *, chat: bool | None = None, arguments: Arguments = _NONE) -> str:
     """The command that serves a GGUF file with llama.cpp.
 
     Args:
         file: The model, or an adapter.
         base: The GGUF file of the base of an adapter.
         chat: Whether the chat template next to an adapter is used; None: if it exists.
+        arguments: Arguments of the chat template.
     """
+    values = _option("--chat-template-kwargs", arguments)
     if base is None:
-        return f"llama-server --jinja -m {shell_word(str(file))}"
+        return f"llama-server --jinja -m {shell_word(str(file))}{values}"
     template, rendering = file.with_name("chat_template.jinja"), ""
     if template.is_file() if chat is None else chat:
         rendering = f" --jinja --chat-template-file {shell_word(str(template))}"
+    rendering += f"{'' if rendering else ' --jinja'}{values}" if values else ""
     return f"llama-server -m {shell_word(base)} --lora {shell_word(str(file))}{rendering}"
 
 
@@ -136,7 +151,7 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) 
         are_layers_known: Whether llama.cpp and vLLM support adapters for the adapted kinds of layers.
     """
     command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
-    blocks = [f"{code_block(_peft(run.model, name), 'python')}\n\nor {command}"]
+    blocks = [f"{code_block(_peft(run, name), 'python')}\n\nor {command}"]
     if are_layers_known and config.is_plain(run.lora):
         if run.model.gguf_file is None:
             blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name))}")
@@ -155,19 +170,21 @@ def _vllm(run: RunConfig, name: str) -> Iterator[str]:
         directory = f"{name}-vllm"
         yield f"loratune export --adapter {shell_word(name)} --to vllm --output {shell_word(directory)}"
     template = f"{directory}/chat_template.jinja" if run.data.chat_template else None
-    yield vllm(run.model.name_or_path, name_of(name), directory, config.highest_rank(run.lora), template)
+    base, rank, arguments = run.model.name_or_path, config.highest_rank(run.lora), run.data.chat_template_kwargs
+    yield vllm(base, name_of(name), directory, rank, template, arguments)
 
 
 def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
     directory = f"{name}-gguf"
     yield f"loratune export --adapter {shell_word(name)} --to gguf --output {shell_word(directory)}"
     base = f"{run.model.name_or_path}/{run.model.gguf_file}" if run.model.gguf_file else "BASE.gguf"
-    yield llama_server(Path(directory) / f"{name_of(directory)}.gguf", base, chat=run.data.chat_template is not None)
+    file, arguments = Path(directory) / f"{name_of(directory)}.gguf", run.data.chat_template_kwargs
+    yield llama_server(file, base, chat=run.data.chat_template is not None, arguments=arguments)
 
 
-def _peft(base: ModelSection, name: str) -> str:
+def _peft(run: RunConfig, name: str) -> str:
     """Python code that loads base, adapter and tokenizer. Only the base of a GGUF file is not loaded by PEFT."""
-    name, classes, lines = _quoted(name), "AutoTokenizer", [""]
+    base, name, classes, lines = run.model, _quoted(name), "AutoTokenizer", [""]
     if base.gguf_file is not None:
         loader, classes = "PeftModel", "AutoModelForCausalLM, AutoTokenizer, GgufConfig"
         lines += [
@@ -185,7 +202,12 @@ def _peft(base: ModelSection, name: str) -> str:
             lines.append(f"quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base.quantization]})")
         lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({name}{option})")
     imports = [f"from peft import {loader}", f"from transformers import {classes}"]
-    return "\n".join([*imports, *lines, f"tokenizer = AutoTokenizer.from_pretrained({name})"])
+    lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
+    if run.data.chat_template_kwargs:
+        values = ", ".join(f"{key}={value!r}" for key, value in run.data.chat_template_kwargs.items())
+        prompt = f"tokenizer.apply_chat_template(messages, add_generation_prompt=True, {values})"
+        lines.append(one_line(f"prompt = {prompt}  # of `messages`"))
+    return "\n".join([*imports, *lines])
 
 
 def _quoted(text: str) -> str:

@@ -18,6 +18,7 @@ from loratune.adapter import card
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
+from loratune.config.template_arguments import FIELD, problem
 from loratune.data import DatasetSplit
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
@@ -185,9 +186,17 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
         with loaded.without_adapter():
             base = [_log_probabilities(loaded, *pair) for pair in pairs]
     return [
-        ScoredAnswer({} if "input_ids" in row else row, prompt, answer, first, alone)
+        ScoredAnswer(_request(row, loaded.renderer), prompt, answer, first, alone)
         for (row, prompt), answer, first, alone in zip(prompts, answers, adapted, base, strict=True)
     ]
+
+
+def _request(row: Row, renderer: Renderer) -> Row:
+    """A prompt as a server gets it; empty if there are only ids."""
+    if "input_ids" in row:
+        return {}
+    arguments = renderer.arguments | row.get(FIELD, {})
+    return {**row, FIELD: arguments} if arguments and "messages" in row else row
 
 
 def _log_probabilities(loaded: LoadedAdapter, prompt: Sequence[int], answer: Sequence[int]) -> list[float]:
@@ -213,7 +222,10 @@ def _recorded(source: AdapterDirectory, renderer: Renderer, vocabulary_size: int
 def _prompt_ids(row: Row, renderer: Renderer) -> tuple[int, ...]:
     if "input_ids" in row:
         return tuple(row["input_ids"])
-    return renderer.prompt(row.get("messages", row.get("prompt")), "", row.get("tools") or ())
+    prompt, tools, arguments = row.get("messages", row.get("prompt")), row.get("tools"), row.get(FIELD) or {}
+    if reason := problem(arguments):
+        raise ValueError(reason)
+    return renderer.prompt(prompt, "", tools or (), arguments)
 
 
 # Plain LoRA

@@ -97,6 +97,8 @@ def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) ->
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()
     base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
     head = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "---"])
+    if arguments := source.data.chat_template_kwargs:
+        lines = [*lines, f"prompts are rendered with these arguments of the chat template: {json.dumps(arguments)}"]
     listed = "\n".join(f"- {markdown(line)}" for line in lines)
     title = markdown(f"{Path(source.files.path).resolve().name}, merged")
     (staging / "README.md").write_text(f"{head}\n\n# {title}\n\n{listed}\n", encoding="utf-8")

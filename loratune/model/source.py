@@ -1,6 +1,7 @@
 """The source of a base model, a local directory or a repository of the hub. This module imports neither torch nor
 transformers."""
 
+import json
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hu
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem, missing_package
+from loratune.system.directories import TEMPLATES
 from loratune.system.environment import cache_fix
 
 if TYPE_CHECKING:
@@ -120,6 +122,21 @@ def cached_directory(section: ModelSection) -> Path | None:
         return directory
     cached = try_to_load_from_cache(section.name_or_path, file or "config.json", revision=section.revision)
     return Path(cached).parents[len(Path(file).parts) - 1 if file else 0] if isinstance(cached, str) else None
+
+
+def chat_templates(section: ModelSection) -> list[str]:
+    """The chat templates of a model's tokenizer, as far as its files are on this machine; not those in a GGUF file."""
+    if (directory := cached_directory(section)) is None:
+        return []
+    files = [directory / "chat_template.jinja", *sorted((directory / TEMPLATES).glob("*.jinja"))]
+    try:
+        if found := [file.read_text(encoding="utf-8") for file in files if file.is_file()]:
+            return found
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        listed = settings.get("chat_template") or []
+        return [listed] if isinstance(listed, str) else [str(one["template"]) for one in listed]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # which loading the tokenizer reports
+        return []
 
 
 def check_repository(name: str, revision: str | None, file: str = "config.json", *, perhaps_path: bool = True) -> None:

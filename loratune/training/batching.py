@@ -253,7 +253,8 @@ def with_retention(
     section = section.model_copy(update={"kl_weight": weight, "num_samples": count})
     given, unusable = list[Any](), ""
     if weight and group.main:
-        renderer = Renderer(tokenizer, model_config.get_text_config().vocab_size)
+        arguments = config.data.chat_template_kwargs
+        renderer = Renderer(tokenizer, model_config.get_text_config().vocab_size, arguments)
         chat = run.rows is not None and run.rows.train.chat
         context = load.context_length(model_config)
         try:

@@ -130,6 +130,7 @@ class Plan:
             (f"first row{self.side_name(number)}, supervised text marked:", tuple(_shortened(self.row_text(number))))
             for number in range(self.datasets.train.rows_per_example)
         ]
+        examples += [(f"{title}:", pieces) for title, pieces in self.other_rows()]
         return PlanEvent(
             rows=tuple(self.dataset_lines()),
             examples=tuple(examples),
@@ -170,6 +171,16 @@ class Plan:
         """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""
         return _SIDES.get(self.datasets.train.rows.side(number), "")
 
+    def other_rows(self, shown: int = 1) -> Iterator[tuple[str, tuple[tuple[str, bool], ...]]]:
+        """A title and the end of the first training row of each kind of conversations (with reasoning, tools, a system
+        message) that is not among the first rows. shown: how many rows are shown already."""
+        first = {kind: number for kind, (_, number) in self.datasets.train.report.kinds.items()}
+        seen = max(shown, min(first.values(), default=0) + 1)
+        for kind, number in first.items():
+            if number >= seen:
+                title = f"first row with {kind or 'messages alone'}, supervised text marked"
+                yield title, tuple(_shortened(self.row_text(number), 200, 12))
+
     def row_text(self, number: int = 0) -> Iterator[tuple[str, bool]]:
         """A training row as pieces of text, each with whether it is supervised."""
         row, start = self.datasets.train.rows.row(number), 0
@@ -181,9 +192,11 @@ class Plan:
             start = span[1]
 
 
-def _shortened(pieces: Iterable[tuple[str, bool]], limit: int = 600) -> Iterator[tuple[str, bool]]:
-    """Pieces of text, with the middle of long ones left out."""
-    for text, supervised in pieces:
+def _shortened(
+    pieces: Iterable[tuple[str, bool]], limit: int = 600, most: int | None = None
+) -> Iterator[tuple[str, bool]]:
+    """Pieces of text, with the middle of long ones left out. most: how many of the last pieces are shown."""
+    for text, supervised in [*pieces][-(most or 0) :]:
         is_long = len(text) > limit
         yield f"{text[: limit // 2]} [...] {text[-limit // 2 :]}" if is_long else text, supervised
 

@@ -24,7 +24,6 @@ from loratune.compare.objectives import PreferenceMetrics
 from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective, order_note, set_reference
 from loratune.config import RunConfig
 from loratune.data import token_cache, unrelated_kinds
-from loratune.data.rendering import Renderer
 from loratune.errors import DataError, ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
@@ -223,7 +222,7 @@ def write_texts(plan: Plan) -> None:
     if plan.retention is None:
         return
     identity, before = _before_training(plan)
-    renderer = Renderer(plan.datasets.tokenizer, plan.model.config.get_text_config().vocab_size)
+    renderer = plan.datasets.renderer
     engine, group = plan.batches.engine, plan.group
     if group.main or launcher.sharding():  # whose forward passes all processes take part in
         try:
@@ -354,7 +353,7 @@ def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
     if not plan.group.main and not launcher.sharding():
         return Behavior(unknown="measured by the main process")
     model, engine = plan.model, plan.batches.engine
-    renderer = Renderer(plan.datasets.tokenizer, model.config.get_text_config().vocab_size)
+    renderer = plan.datasets.renderer
     identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
 
     def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:

@@ -25,7 +25,7 @@ from loratune.compare import behavior
 from loratune.compare.engine import Engine
 from loratune.config import AUTO, RetentionSection, RunConfig, Source, TrainingSection, decided
 from loratune.data import token_cache
-from loratune.data.formats.recognition import parse_question
+from loratune.data.formats.questions import parse_question
 from loratune.data.packing import BatchLayout, Items, PackedRows
 from loratune.data.rendering import Renderer
 from loratune.data.sources import read_rows
@@ -343,7 +343,7 @@ def prompts(renderer: Renderer, run: RunConfig, chat: bool, context: int | None)
 def _prompt(renderer: Renderer, row: Row, run: RunConfig, chat: bool) -> tuple[int, ...]:
     question = parse_question(row, run.data)
     turns = [{"role": "user", "content": question.prompt}] if chat and isinstance(question.prompt, str) else None
-    return renderer.prompt(turns or question.prompt, row.where, question.tools)
+    return renderer.prompt(turns or question.prompt, row.where, question.tools, question.arguments)
 
 
 def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Ids]]) -> list[RetentionText]:

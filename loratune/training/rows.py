@@ -50,7 +50,7 @@ class TokenizedDatasets:
     """The rows of a run as tokens.
 
     Attributes:
-        tokenizer: The tokenizer of the base.
+        renderer: Renders the rows and prompts of the run, with the tokenizer of the base.
         train: The training rows, with those that are replayed.
         validation: The validation rows, if there are any.
         test: The test rows, if there are any.
@@ -65,7 +65,7 @@ class TokenizedDatasets:
         notes: Lines on what the run starts from.
     """
 
-    tokenizer: Any
+    renderer: Renderer
     train: TokenizedDataset
     validation: TokenizedDataset | None
     test: TokenizedDataset | None
@@ -76,6 +76,11 @@ class TokenizedDatasets:
     earlier: MeasuredText | None = None
     replay: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the base."""
+        return self.renderer.tokenizer
 
     @property
     def splits(self) -> dict[str, TokenizedDataset]:
@@ -108,7 +113,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
     """
     section, model_config = run.config.data, load.load_config(run.config.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
-    renderer = Renderer(tokenizer, vocabulary)
+    renderer = Renderer(tokenizer, vocabulary, section.chat_template_kwargs)
 
     def prepare(name: str) -> TokenizedDataset:
         raw = run.rows or data.read_datasets(section, run.config.training.seed)
@@ -127,13 +132,14 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
         train = run.rows.train
         rendering = (
             renderer.remark_on_bos(splits["train"].rows.row(0).ids),
-            data.remark_on_lost_characters(train, splits["train"], renderer, section),
+            data.remark_on_arguments(train, splits["train"].rows, renderer),
+            data.remark_on_lost_characters(train, splits["train"].rows, renderer, section),
         )
         remarks["train"] += filter(None, rendering)
         leaks = [line for one in data.find_leaks(run.rows) for line in one.remarks()]
     longest = min(_UNRELATED_TOKENS, section.max_length, context or _UNRELATED_TOKENS)
     datasets = TokenizedDatasets(
-        tokenizer,
+        renderer,
         splits["train"],
         splits.get("validation"),
         splits.get("test"),
@@ -253,7 +259,8 @@ def _prepare_earlier(run: Run, start: StartAdapter, name: str) -> TokenizedDatas
     else:
         tokenizer = load.load_tokenizer(run.config.model, earlier.data.chat_template)
     vocabulary = load.load_config(run.config.model).get_text_config().vocab_size
-    rows = data.prepare(split, Renderer(tokenizer, vocabulary), earlier.data, vocabulary)
+    renderer = Renderer(tokenizer, vocabulary, earlier.data.chat_template_kwargs)
+    rows = data.prepare(split, renderer, earlier.data, vocabulary)
     recorded = record["fingerprints"].get("validation" if name == "validation" else "data")
     started = record.get("start_from")
     if name == "training" and isinstance(started, dict) and isinstance(started.get("replay"), dict):

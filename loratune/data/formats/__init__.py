@@ -5,7 +5,7 @@ Reading: the fields of a file's first row → one of the usual formats (`recogni
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -58,6 +58,7 @@ class Conversation:
         tools: Schemas for the template, usually `{type: function, function: {name, ...}}`.
         zero_weight: Indices, from 0, of the assistant turns whose weight is 0.
         weight: The factor of the row in the loss.
+        arguments: Further arguments of the template, which take precedence over those of the config.
     """
 
     where: str
@@ -66,6 +67,7 @@ class Conversation:
     tools: tuple[Any, ...] = ()
     zero_weight: frozenset[int] = frozenset()
     weight: float = 1.0
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def supervised_turns(self, loss_on: str) -> tuple[int, ...]:
         """The indices, from 0, of the assistant turns that contribute to the loss. loss_on: as in the configuration."""
@@ -161,7 +163,9 @@ def no_loss_reason(example: Single, loss_on: str) -> str | None:
 
 
 def _has_content(message: Message) -> bool:
-    return bool(message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content", "thinking"})
+    return bool(
+        message["content"].strip() or message.keys() & {"tool_calls", "reasoning_content", "reasoning", "thinking"}
+    )
 
 
 def drop_reason(example: Example, loss_on: str) -> str | None:

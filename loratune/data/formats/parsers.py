@@ -1,8 +1,8 @@
 """Parsers: the fields of a row → an example, one function per family of formats. All of them raise RowError.
 
 Conversations come in all common shapes: turns of OpenAI or ShareGPT, fields of Alpaca, tools. `name`, `tool_call_id`,
-`reasoning_content` and `thinking` are passed to the chat template with role, content and tool calls; any other field of
-a turn is an error, because it would be ignored.
+`reasoning_content`, `reasoning` and `thinking` are passed to the chat template with role, content and tool calls; any
+other field of a turn is an error, because it would be ignored.
 
 Preference data: a prompt may be text or messages. If it is missing, it is the common prefix of both answers.
 An answer may be text, a message, or a list of messages.
@@ -14,6 +14,8 @@ from typing import Any
 
 from loratune.data import formats
 from loratune.data.formats import Conversation, Fields, Message, Plain, PreferencePair, RowError, UnpairedPreference
+from loratune.data.formats.reasoning import FIELDS as REASONING_FIELDS
+from loratune.data.formats.tools import check_unused, parse_arguments, parse_tools, tool_call
 
 SIDES = ("chosen", "rejected")
 _LABELS = {"true": True, "1": True, "false": False, "0": False}
@@ -26,10 +28,8 @@ ROLES = {role: role for role in ("system", "developer", "user", "assistant", "to
 }  # fmt: skip
 """The role of a turn, as OpenAI or ShareGPT name it → the role for the template."""
 
-_TEXT_FIELDS = ("name", "tool_call_id", "reasoning_content", "thinking")
+_TEXT_FIELDS = ("name", "tool_call_id", *REASONING_FIELDS)
 _MESSAGE_FIELDS = {"role", "content", "tool_calls", "weight", *_TEXT_FIELDS}
-_NULLABLE_SCHEMA_FIELDS = {"default", "const"}
-"""Fields of a JSON schema in which null has a meaning."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def _conversation(where: str, fields: Fields, prompt: Sequence[Turn], answer: Se
     if not any(turn.message["role"] == "assistant" for turn in answer):
         raise RowError("no assistant message, so that no token is supervised")
     zero_weight = frozenset(number for number, turn in enumerate(turns) if turn.zero_weight)
-    return Conversation(where, tuple(turn.message for turn in turns), len(prompt), tools, zero_weight)
+    messages, arguments = tuple(turn.message for turn in turns), parse_arguments(fields)
+    return Conversation(where, messages, len(prompt), tools, zero_weight, arguments=arguments)
 
 
 # Preference data
@@ -255,7 +256,7 @@ def _turn(item: Fields, place: str) -> Turn:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise RowError(f"{place} has the role {name!r}, not one of {', '.join(ROLES)}")
-    _check_unused(item, _MESSAGE_FIELDS, place)
+    check_unused(item, _MESSAGE_FIELDS, place)
     message: Message = {"role": role, "content": ""}
     if item.get("tool_calls"):
         if role != "assistant":
@@ -263,7 +264,7 @@ def _turn(item: Fields, place: str) -> Turn:
         if not isinstance(calls := item["tool_calls"], list):
             raise formats.type_error(f"`tool_calls` of {place}", "a list", calls)
         message["tool_calls"] = [
-            _tool_call(call, f"tool call {number} of {place}") for number, call in enumerate(calls, start=1)
+            tool_call(call, f"tool call {number} of {place}") for number, call in enumerate(calls, start=1)
         ]
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
@@ -274,11 +275,6 @@ def _turn(item: Fields, place: str) -> Turn:
     if weight == 1 and role != "assistant":
         raise RowError(f"{place} has the weight 1, but only assistant turns are supervised")
     return Turn(message, role == "assistant" and weight == 0)
-
-
-def _check_unused(item: Fields, known: set[str], place: str) -> None:
-    if extra := {field for field, value in item.items() if value is not None} - known:
-        raise RowError(f"{place} has {formats.quote(extra)}, which would be left out of training")
 
 
 def _content(item: Fields, place: str) -> str:
@@ -312,73 +308,3 @@ def _sharegpt_to_openai(item: Fields, place: str) -> Fields:
     if not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls) or not calls:
         raise RowError(f"{place} must be JSON with name and arguments")
     return {**item, "role": "assistant", "content": None, "tool_calls": calls}
-
-
-# Tools
-
-
-def parse_tools(fields: Fields) -> tuple[Any, ...]:
-    """The `tools` of a row: a list of JSON schemas, JSON of one, or null.
-
-    A bare function is wrapped as `{type: function, function: ...}`, as clients send it. Nulls are removed: tables add
-    them for fields that only the schemas of other rows have.
-
-    Raises:
-        RowError: `tools` is something else, or the row has `functions`.
-    """
-    if fields.get("functions"):
-        what = "the row has `functions`, which would be left out of training"
-        raise RowError(what, "set data.columns to {tools: functions}")
-    value = formats.parse_json(fields.get("tools") or None, "`tools`")
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise formats.type_error("`tools`", "a list of JSON schemas", value)
-    tools = []
-    for number, item in enumerate(value, start=1):
-        place = f"entry {number} of `tools`"
-        tool = formats.parse_json(item, place) if isinstance(item, str) else item
-        if not isinstance(tool, Mapping):
-            raise formats.type_error(place, "a JSON schema", tool)
-        try:
-            tool = _without_nulls(tool)
-        except RecursionError:
-            raise RowError(f"{place} is nested too deeply") from None
-        tools.append(_wrapped(tool, set(tool) - {"type"}) if "name" in tool and "function" not in tool else tool)
-    return tuple(tools)
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept = {name: inner for name, inner in value.items() if inner is not None or name in _NULLABLE_SCHEMA_FIELDS}
-        return {name: _without_nulls(inner) for name, inner in kept.items()}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _wrapped(value: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
-    """The value with the named fields moved into a field `function`."""
-    function = {name: value[name] for name in value if name in names}
-    rest = {name: value[name] for name in value if name not in names}
-    return {**rest, "type": "function", "function": function}
-
-
-def _tool_call(item: Any, place: str) -> dict[str, Any]:
-    """A tool call in OpenAI's format. Arguments given as JSON text become an object, as servers pass them on."""
-    if not isinstance(item, Mapping):
-        raise formats.type_error(place, "an object with a function", item)
-    call = {name: value for name, value in item.items() if value is not None}
-    if "function" not in call:
-        call = _wrapped(call, {"name", "arguments"} & call.keys())
-    function = call["function"]
-    if not isinstance(function, Mapping):
-        raise formats.type_error(f"`function` of {place}", "an object with name and arguments", function)
-    _check_unused(call, {"id", "type", "index", "function"}, place)
-    _check_unused(function, {"name", "arguments"}, place)
-    if not formats.text(function, "name", place):
-        raise RowError(f"{place} names no function")
-    arguments = function.get("arguments")
-    arguments = {} if arguments in (None, "") else formats.parse_json(arguments, f"`arguments` of {place}")
-    if not isinstance(arguments, dict):
-        raise formats.type_error(f"`arguments` of {place}", "an object, or JSON of one", arguments)
-    ids = {"id": formats.text(call, "id", place)} if "id" in call else {}
-    return {**ids, "type": "function", "function": {"name": function["name"], "arguments": arguments}}

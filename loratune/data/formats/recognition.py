@@ -14,8 +14,19 @@ from typing import Any
 from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.config.sections import MOST_WEIGHT, WEIGHT
+from loratune.config.template_arguments import FIELD
 from loratune.data import formats
-from loratune.data.formats import PAIRS, UNPAIRED, Conversation, Example, Fields, Message, Preference, RowError, parsers
+from loratune.data.formats import (
+    PAIRS,
+    UNPAIRED,
+    Conversation,
+    Example,
+    Fields,
+    Preference,
+    RowError,
+    parsers,
+    reasoning,
+)
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError, Problem
 
@@ -37,7 +48,7 @@ class Format:
     optional: tuple[str, ...] = ()
 
 
-_CHAT, _ALPACA = ("tools", "system"), ("input", "system", "history", "tools")
+_CHAT, _ALPACA = ("tools", "system", FIELD), ("input", "system", "history", "tools", FIELD)
 _LABELS = ("label", "kto_tag")
 """Fields that may hold whether an answer is desirable; LLaMA-Factory's `kto_tag` has no other meaning."""
 _UNPAIRED_ANSWERS = {
@@ -81,7 +92,7 @@ OPTIONAL_FIELDS = frozenset(name for format in FORMATS for name in format.option
 }
 """Fields that are optional in some format and required in none."""
 
-_TWO_LISTS = Format("messages", ("prompt", "completion"), parsers.parse_two_lists, ("tools",))
+_TWO_LISTS = Format("messages", ("prompt", "completion"), parsers.parse_two_lists, ("tools", FIELD))
 """Conversations in two lists of messages, of which the second is supervised."""
 
 CHAT_FORMATS = frozenset({"messages", "conversations", "alpaca", "preference_messages", "unpaired_preference_messages"})
@@ -226,11 +237,12 @@ class Parser:
                 not read; a chat template, or a loss on assistant turns, is set for rows that are not conversations.
         """
         self._columns, self._is_recognised = dict(section.columns), section.format == "auto"
+        self._drops_reasoning = section.reasoning == "drop"
         self._counts_all = "data.loss_on: all" if section.loss_on == "all" else ""
         if section.prompt_loss_weight:
             self._counts_all = f"data.prompt_loss_weight: {section.prompt_loss_weight:g}"
         self._check_columns(first)
-        fields = _rename(first.values, self._columns)
+        fields = rename(first.values, self._columns)
         self._format = recognise(first.where, fields, section)
         self.format_name = self._format.name
         self._may_be_preference = self._is_recognised and self.format_name not in PREFERENCE_FORMATS
@@ -258,7 +270,7 @@ class Parser:
         Raises:
             RowError: The row lacks a field, or holds something that the format does not allow.
         """
-        fields = _rename(row.values, self._columns)
+        fields = rename(row.values, self._columns)
         if self._may_be_preference:
             self._check_no_preference(fields)
         if absent := [name for name in self._format.keys if name not in fields]:
@@ -269,6 +281,8 @@ class Parser:
         if not fields.keys() <= self._known:
             self.unused_fields |= fields.keys() - self._known - self._grouped_by
         example = self._format.parse(row.where, fields)
+        if self._drops_reasoning:
+            example = reasoning.dropped(example)
         if self._counts_all and isinstance(example, Conversation) and example.zero_weight:
             what = f"a turn has the weight 0, but with {self._counts_all} every token counts"
             raise RowError(what, f"leave out {self._counts_all.partition(':')[0]}")
@@ -308,72 +322,17 @@ def _contradictions(format: Format, section: DataSection, where: str) -> Iterato
         yield Problem(Code.DATA_FORMAT, what, where, "data.columns", f"remove `{unused[0]}`")
     if format.name in CHAT_FORMATS:
         return
-    if section.chat_template:
+    settings = {"chat_template": section.chat_template, FIELD: section.chat_template_kwargs}
+    keys = [key for key, value in settings.items() if value] + ["reasoning"] * (section.reasoning != "train")
+    for key in keys:
         what = f"the rows are {format.name}, which use no chat template"
-        yield Problem(Code.DATA_FORMAT, what, where, "data.chat_template", "remove the setting")
+        yield Problem(Code.DATA_FORMAT, what, where, f"data.{key}", "remove the setting")
     if section.loss_on == "assistant":
         what = f"the rows are {format.name}, which have no assistant turns"
         yield Problem(Code.DATA_FORMAT, what, where, "data.loss_on", "set it to completion or all")
 
 
-@dataclass(frozen=True)
-class Question:
-    """The prompt of a row.
-
-    Attributes:
-        prompt: Plain text, or messages for the chat template.
-        tools: Schemas for the chat template.
-    """
-
-    prompt: str | list[Message]
-    tools: tuple[Any, ...] = ()
-
-
-_QUESTIONS = ("prompt", "messages", "conversations", "instruction", "text")
-"""Fields that may hold the prompt of a row."""
-
-
-def parse_question(row: Row, section: DataSection) -> Question:
-    """The prompt of a row: its `prompt`, `messages` or `conversations` up to the last answer, `instruction` with input,
-    system and history, or `text`.
-
-    If a row has several of these, the format that training would detect decides; without one, the first is used.
-
-    Raises:
-        DataError: The row has none of these fields, or they hold something else.
-    """
-    fields = _rename(row.values, {ours: theirs for ours, theirs in section.columns.items() if theirs in row.values})
-    names = [
-        format.keys[0]
-        for format in FORMATS
-        if fields.keys() >= set(format.keys)
-        and section.format in ("auto", format.name)
-        and format.name not in PREFERENCE_FORMATS
-    ]
-    is_recognised = len(names) == 1 and names[0] in _QUESTIONS and (section.format != "auto" or names[0] != "text")
-    name = names[0] if is_recognised else next((name for name in _QUESTIONS if name in fields), "")
-    try:
-        return _question(fields, name, row)
-    except RowError as error:
-        fix = "give a prompt, messages, conversations, an instruction or text"
-        raise DataError(Problem(Code.DATA_FIELD, str(error), row.where, fix=fix)) from None
-
-
-def _question(fields: Mapping[str, Any], name: str, row: Row) -> Question:
-    if not name:
-        raise RowError(f"the row has no prompt; its fields are {formats.quote(row.values)}")
-    tools = parsers.parse_tools(fields)
-    if name == "text" or (name == "prompt" and not isinstance(formats.messages_or_text(fields, name), list)):
-        return Question(formats.text(fields, name), tools)
-    turns = parsers.parse_turns(fields, name) if name == "prompt" else parsers.prompt_turns(fields, name)
-    if name in ("messages", "conversations") and turns[-1].message["role"] == "assistant":
-        turns = turns[:-1]
-    if not turns:
-        raise RowError("no message comes before the answer")
-    return Question([turn.message for turn in turns], tools)
-
-
-def _rename(fields: Fields, columns: Mapping[str, str]) -> Fields:
+def rename(fields: Fields, columns: Mapping[str, str]) -> Fields:
     """The fields under loratune's names.
 
     Args:

@@ -6,10 +6,12 @@ If the tokenizer merges characters across that boundary, prompt and answer are e
 
 import datetime
 import hashlib
-import re
-from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -18,40 +20,34 @@ import transformers
 
 from loratune.codes import Code
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Span
+from loratune.data.formats.reasoning import reasoning_of, with_mark
 from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
-from loratune.data.rendering.spans import RenderedText, TokenizedRow, check_tools_are_shown, render_conversation
+from loratune.data.rendering.encoder import Encoder, TokenizerFailure
+from loratune.data.rendering.spans import (
+    RenderedText,
+    TokenizedRow,
+    check_tools_are_shown,
+    render_conversation,
+    without_reasoning,
+)
 from loratune.data.sources.rows import reported
 from loratune.data.upstream import tokenizer_settings
-from loratune.errors import DataError, ModelError, Problem, is_rust_panic
+from loratune.errors import DataError, ModelError, Problem
 
-_BATCH = 2**18
-"""Characters that are encoded in one call: the tokenizer needs a few hundred bytes of memory per character."""
-LONG = 2**20
-"""A text of more characters, such as a file of one document, is encoded in pieces of at most `_BATCH`."""
-
-_TAIL = 160  # characters at the end of a prompt that are encoded once more together with what follows it
-_PROBE = " Ünder 12 345\n\n\tx()  🙂 don't"
-_WORD_BORDER = re.compile(r"(?<=\w)(?= \w)")
-_LINE_BORDER = re.compile(r"(?<=\S)\n(?=\S)")
-
-
-class TokenizerFailure(Exception):
-    """The tokenizer fails on a text."""
-
-    def __init__(self, text: str, reason: str):
-        super().__init__(f"fails: {reason}")
-        self.text = text
+Arguments = Mapping[str, Any]
+_NONE: Arguments = MappingProxyType({})
 
 
 class Renderer:
     """Renders examples with one tokenizer; `end_ids` are the ids that end an answer."""
 
-    def __init__(self, tokenizer: Any, vocabulary_size: int | None = None):
+    def __init__(self, tokenizer: Any, vocabulary_size: int | None = None, arguments: Arguments = _NONE):
         """Test the tokenizer and its chat template.
 
         Args:
             tokenizer: A tokenizer of transformers, fast or slow.
             vocabulary_size: The number of embeddings of the model; None if there is no model to compare with.
+            arguments: Arguments of the chat template, to which those of a row are added.
 
         Raises:
             ModelError: The tokenizer has no end of sequence, or fails; it has more special tokens than the model.
@@ -64,7 +60,7 @@ class Renderer:
         self._size = vocabulary_size
         try:
             self._encode = Encoder(tokenizer)
-            self._template = ChatTemplate(tokenizer)
+            self._template = ChatTemplate(tokenizer, arguments)
             turn_ids = [id for token in self._template.end_tokens for id in self._encode.one(token)[-1:]]
             bos = self._bos = tokenizer.bos_token_id
             self.starts_with_bos = bos is not None and list(tokenizer("a").input_ids[:1]) == [bos]
@@ -73,13 +69,22 @@ class Renderer:
         self.end_ids: tuple[int, ...] = tuple(dict.fromkeys([self.eos, *turn_ids]))
         special = [self.eos, *turn_ids, tokenizer.pad_token_id or 0]
         self._check_ids([("", special)])
+        self.arguments = dict(arguments)
+        self._templates = lru_cache(16)(lambda own: ChatTemplate(tokenizer, self.arguments | json.loads(own)))
 
-    def rows(self, examples: Sequence[Example], loss_on: str = "completion") -> list[TokenizedRow]:
+    def template(self, arguments: Arguments = _NONE) -> ChatTemplate:
+        """The chat template with the arguments of a row."""
+        return self._templates(json.dumps(dict(arguments), sort_keys=True)) if arguments else self._template
+
+    def rows(
+        self, examples: Sequence[Example], loss_on: str = "completion", *, masks_reasoning: bool = False
+    ) -> list[TokenizedRow]:
         """Render examples in order, without truncation, encoded as one batch.
 
         Args:
             examples: Texts, conversations, and ids, which are not changed.
             loss_on: As in the configuration.
+            masks_reasoning: Whether the reasoning of answers is not supervised.
 
         Raises:
             DataError: Lists the first 10 rows that cannot be rendered: there is no supervised turn; the chat template
@@ -87,7 +92,7 @@ class Renderer:
                 tokenizer fails on a row.
             ModelError: There is no chat template; an id has no embedding in the model.
         """
-        rendered = self._texts(examples, loss_on)
+        rendered = self._texts(examples, loss_on, masks_reasoning)
         texts = [text for text in rendered if isinstance(text, RenderedText)]
         try:
             encoded = self._encode_texts(texts, loss_on)
@@ -102,8 +107,33 @@ class Renderer:
         """Render one example; see `rows`."""
         return self.rows([example], loss_on)[0]
 
+    def parts(self, chat: Conversation, loss_on: str) -> list[Conversation]:
+        """The conversations that are trained on for one: itself and, before it, the beginning up to each supervised
+        answer whose reasoning the chat template leaves out once another question follows. In the conversation itself,
+        those answers are not supervised, so that each answer is trained as it is generated: after its own reasoning.
+
+        Raises ModelError: There is no chat template.
+        """
+        *earlier, last = (chat.supervised_turns(loss_on) if loss_on != "all" else ()) or (0,)
+        if not (numbers := [number for number in earlier if reasoning_of(chat.messages[number])]):
+            return [chat]
+        marks = {number: f" loratune reasoning {number}." for number in numbers}
+        messages = [with_mark(one, marks[at]) if at in marks else one for at, one in enumerate(chat.messages[:last])]
+        try:
+            text = self.template(chat.arguments).text(TemplateInput(messages, chat.tools), prompt=True)
+        except DataError:  # reported when the row is rendered
+            return [chat]
+        hidden = [number for number in numbers if marks[number] not in text]
+        others = chat.zero_weight.union(earlier)
+        parts = [replace(chat, messages=chat.messages[: at + 1], zero_weight=others - {at}) for at in hidden]
+        return [*parts, replace(chat, zero_weight=chat.zero_weight.union(hidden))]
+
     def prompt(
-        self, prompt: str | Sequence[Message], where: str = "prompt", tools: Sequence[Any] = ()
+        self,
+        prompt: str | Sequence[Message],
+        where: str = "prompt",
+        tools: Sequence[Any] = (),
+        arguments: Arguments = _NONE,
     ) -> tuple[int, ...]:
         """Render a prompt, raw text or messages, to the ids that precede an answer.
 
@@ -115,17 +145,23 @@ class Renderer:
                 ids = self._encode.one(prompt)
                 ids = [*self._bos_before(ids), *ids]
             else:
-                ids = self._encode.one(self.prompt_text(prompt, tools, where))
+                ids = self._encode.one(self.prompt_text(prompt, tools, where, arguments))
         except TokenizerFailure as error:
             raise _tokenizer_error(error, where) from None
         self._check_ids([(where, ids)])
         return tuple(ids)
 
-    def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] = (), where: str = "messages") -> str:
+    def prompt_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] = (),
+        where: str = "messages",
+        arguments: Arguments = _NONE,
+    ) -> str:
         """The text of a prompt of messages. Raises DataError: the chat template refuses it, or omits the tools."""
-        chat = TemplateInput(messages, tools, where)
-        check_tools_are_shown(self._template, chat)
-        return self._template.text(chat, prompt=True)
+        chat, template = TemplateInput(messages, tools, where), self.template(arguments)
+        check_tools_are_shown(template, chat)
+        return template.text(chat, prompt=True)
 
     def user_header(self) -> tuple[int, ...]:
         """The ids after which a chat model writes a user's turn; of a model without a template, its first token."""
@@ -133,7 +169,8 @@ class Renderer:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what determines the ids apart from the code: tokenizer, special tokens, template, libraries.
+        """SHA-256 of what determines the ids apart from the code: tokenizer, special tokens, template, its arguments,
+        libraries.
 
         It includes the date if the template writes the date.
         """
@@ -148,7 +185,8 @@ class Renderer:
             )
         date = datetime.date.today().isoformat() if "strftime_now" in template else ""
         versions = (transformers.__version__, tokenizers.__version__, jinja2.__version__)
-        parts = (inner, template, date, repr(sorted(tokenizer.special_tokens_map.items())), repr(versions))
+        special, own = sorted(tokenizer.special_tokens_map.items()), json.dumps(self.arguments, sort_keys=True)
+        parts = (inner, template, own, date, repr(special), repr(versions))
         return hashlib.sha256("\0".join(parts).encode(errors="surrogatepass")).hexdigest()
 
     def remark_on_bos(self, ids: Sequence[int]) -> str | None:
@@ -179,7 +217,9 @@ class Renderer:
                 where, fix = where or self.tokenizer.name_or_path, "use the tokenizer that belongs to the model"
                 raise ModelError(Problem(Code.TOKENIZER_UNUSABLE, what, where, fix=fix))
 
-    def _texts(self, examples: Sequence[Example], loss_on: str) -> list[RenderedText | TokenizedRow]:
+    def _texts(
+        self, examples: Sequence[Example], loss_on: str, masks_reasoning: bool
+    ) -> list[RenderedText | TokenizedRow]:
         """Returns the texts of examples, and the rows of those that are ids already. Raises DataError."""
         texts: list[RenderedText | TokenizedRow] = []
         problems: list[Problem] = []
@@ -189,10 +229,12 @@ class Renderer:
             elif isinstance(example, Plain):
                 text, border = example.prompt + example.completion, len(example.prompt)
                 spans, has_prompt = ((border, len(text)),), not example.whole
-                texts.append(RenderedText(example.where, text, border, spans, templated=False, has_prompt=has_prompt))
+                plain = RenderedText(example.where, text, border, spans, templated=False, has_prompt=has_prompt)
+                texts.append(plain)
             elif isinstance(example, Conversation):
                 try:
-                    texts.append(self._conversation(example, loss_on))
+                    found = self._conversation(example, loss_on)
+                    texts.append(without_reasoning(found, example.messages) if masks_reasoning else found)
                 except DataError as error:
                     problems += error.problems
         if problems:
@@ -208,7 +250,8 @@ class Renderer:
         if not supervised:
             what = "no assistant turn is supervised"
             raise DataError(Problem(Code.DATA_FIELD, what, chat.where))
-        return render_conversation(self._template, TemplateInput(chat.messages, chat.tools, chat.where), supervised)
+        found = TemplateInput(chat.messages, chat.tools, chat.where)
+        return render_conversation(self.template(chat.arguments), found, supervised)
 
     def _encode_texts(self, texts: Sequence[RenderedText], loss_on: str) -> list[TokenizedRow]:
         """Encode texts so that span boundaries are token boundaries."""
@@ -269,132 +312,3 @@ def _inner_pieces(text: RenderedText) -> list[str]:
     if borders == {text.prompt, len(text.text)}:
         return []
     return [text.text[start:end] for start, end in pairwise(sorted(borders | {0}))]
-
-
-# Encoding
-
-
-class Encoder:
-    """Encodes texts with one tokenizer. No special tokens are added; those written in a text become their ids."""
-
-    def __init__(self, tokenizer: Any):
-        """Test the tokenizer on a few texts. Raises TokenizerFailure."""
-        self._tokenizer = tokenizer
-        self._backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None
-        probe, self._newline, newline_letter, letter = (
-            self._encode_one(text, self._encode_slowly) for text in (_PROBE, "\n", "\na", "a")
-        )
-        if self._backend is not None and self._encode_one(_PROBE, self._encode_fast) != probe:
-            self._backend = None
-        count = len(self._newline)
-        self._adds_space = newline_letter[:count] == self._newline and newline_letter[count:] != letter
-
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode texts, very long ones in pieces that end at words or lines. Raises TokenizerFailure."""
-        ids_of: dict[str, list[int]] = {"": []}
-        for batch in _batches([text for text in dict.fromkeys(texts) if 0 < len(text) <= LONG]):
-            ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
-        for text in texts:
-            if text not in ids_of:
-                pieces = _pieces(text, without_space=self._adds_space)
-                ids_of[text] = [*chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)]
-        return [ids_of[text] for text in texts]
-
-    def one(self, text: str) -> list[int]:
-        """Encode one text."""
-        return self([text])[0]
-
-    def pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[int, list[int]]]:
-        """Encode prompts with the text after each: jointly if the joint ids begin with the ids of the prompt, otherwise
-        separately. Only the last words of a long prompt are encoded a second time, because words do not change the ids
-        of the words before them.
-
-        Returns:
-            For each pair the number of ids of the prompt, and the ids of both.
-        """
-        tails = [(prompt, self._last_words(prompt), rest) for prompt, rest in pairs]
-        encoded = iter(self([text for prompt, tail, rest in tails for text in (prompt, tail, tail + rest)]))
-        results: list[tuple[int, list[int]]] = []
-        for prompt, rest in pairs:
-            ids, tail_ids, joint_ids = next(encoded), next(encoded), next(encoded)
-            if ids[len(ids) - len(tail_ids) :] != tail_ids:
-                tail_ids, joint_ids = ids, self.one(prompt + rest)
-            joint = joint_ids[: len(tail_ids)] == tail_ids
-            results.append((len(ids), ids + (joint_ids[len(tail_ids) :] if joint else self._continuation(rest))))
-        return results
-
-    def _continuation(self, text: str) -> list[int]:
-        """Encode a text that follows another, without the space that some tokenizers put before every text."""
-        if self._adds_space:
-            ids = self.one(f"\n{text}")
-            if ids[: len(self._newline)] == self._newline:
-                return ids[len(self._newline) :]
-        return self.one(text)
-
-    def _last_words(self, prompt: str) -> str:
-        """Returns the end of a prompt, starting at a word boundary; all of it if there are no words near its end."""
-        borders = [
-            border.end() for border in _WORD_BORDER.finditer(prompt, max(0, len(prompt) - _TAIL), len(prompt) - 8)
-        ]
-        return prompt[borders[-1] + self._adds_space :] if borders else prompt
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        encode = self._encode_slowly if self._backend is None else self._encode_fast
-        try:
-            return encode(texts)
-        except BaseException as error:
-            _check_is_failure(error)
-            return [self._encode_one(text, encode) for text in texts]
-
-    def _encode_fast(self, texts: list[str]) -> list[list[int]]:
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _encode_slowly(self, texts: list[str]) -> list[list[int]]:
-        return [self._tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-
-    def _encode_one(self, text: str, encode: Callable[[list[str]], list[list[int]]]) -> list[int]:
-        """Raises TokenizerFailure."""
-        try:
-            return encode([text])[0]
-        except BaseException as error:
-            _check_is_failure(error)
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise TokenizerFailure(text, reason) from None
-
-
-def _check_is_failure(error: BaseException) -> None:
-    """Re-raises anything that is not an error of the tokenizer, such as KeyboardInterrupt."""
-    if not isinstance(error, Exception) and not is_rust_panic(error):
-        raise error
-
-
-def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """Yields batches of texts of at most `_BATCH` characters in total, or of a single longer text."""
-    batch: list[str] = []
-    size = 0
-    for text in texts:
-        if batch and size + len(text) > _BATCH:
-            yield batch
-            batch, size = [], 0
-        batch.append(text)
-        size += len(text)
-    if batch:
-        yield batch
-
-
-def _pieces(text: str, *, without_space: bool) -> Iterator[str]:
-    """Yields the pieces of a text; each ends at the last word or line that fits.
-
-    without_space: drop the leading space of later pieces, as the tokenizer adds a space before every text.
-    """
-    start = 0
-    while len(text) - start > _BATCH:
-        window = start + _BATCH // 2, start + _BATCH
-        words = [border.end() for border in _WORD_BORDER.finditer(text, *window)]
-        lines = [] if words else [border.end() for border in _LINE_BORDER.finditer(text, *window)]
-        end = [window[1], *lines, *words][-1]
-        yield text[start:end].removeprefix(" " if start and without_space else "")
-        start = end
-    yield text[start:].removeprefix(" " if start and without_space else "")

@@ -11,15 +11,17 @@ and inside blocks whose output is stored in a variable, get no marks.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import Template, TemplateSyntaxError, nodes
 
 from loratune.codes import Code
 from loratune.data.formats import Message, Span
+from loratune.data.formats.reasoning import EMPTY_REASONING, REASONING_OPENED
 from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
 from loratune.errors import DataError, ModelError, Problem, template_error_reason
 
@@ -95,9 +97,12 @@ class ChatTemplate:
         end_tokens: The special tokens that end an answer, the one after a last answer first; empty if there are none.
     """
 
-    def __init__(self, tokenizer: Any):
-        """Compile the template, if there is one, and find the tokens that end answers. Raises no syntax errors yet."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] = MappingProxyType({})):
+        """Compile the template, if there is one, and find the tokens that end answers. Raises no syntax errors yet.
+
+        arguments: further variables of the template.
+        """
+        self._tokenizer, self._arguments = tokenizer, dict(arguments)
         source = tokenizer.chat_template or ""
         self._sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
         self._special_tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
@@ -130,7 +135,7 @@ class ChatTemplate:
         tools = list(chat.tools) or None
         try:
             text: str = self._tokenizer.apply_chat_template(
-                list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt
+                list(chat.messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self._arguments
             )
         except Exception as error:  # a template may fail in any way
             what = f"the chat template refuses these messages: {error}"
@@ -148,6 +153,7 @@ class ChatTemplate:
                 "documents": None,
                 "add_generation_prompt": prompt,
                 **self._tokenizer.special_tokens_map,
+                **self._arguments,
             }
             try:
                 marked = self._marked[self._source(chat)].render(**values)
@@ -187,7 +193,8 @@ class ChatTemplate:
         """Returns the text ranges within `{% generation %}`, or None if the template has no such block."""
         if not any(map(_GENERATION.search, self._sources)):
             return None
-        return generation_ranges(chat.messages, chat.tools, self._source(chat), self._tokenizer.special_tokens_map)
+        values = self._tokenizer.special_tokens_map | self._arguments
+        return generation_ranges(chat.messages, chat.tools, self._source(chat), values)
 
     def user_header(self) -> str:
         """What the template writes before the content of a first turn of a user; empty without a template."""
@@ -201,6 +208,43 @@ class ChatTemplate:
         """The generation prompt after a user's turn; empty if it is not known."""
         rendered = self._probe([_QUESTION], prompt=True)
         return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else ""
+
+    @cached_property
+    def empties_reasoning(self) -> bool:
+        """Whether an answer without reasoning begins with an empty block of it, or closes one that its prompt opens."""
+        rendered, prompt = self._probe([_QUESTION, _ANSWER]), self._probe([_QUESTION], prompt=True)
+        if rendered is None or prompt is None or REASONING_OPENED.search(prompt.text):
+            return rendered is not None and prompt is not None
+        return bool(EMPTY_REASONING.match(rendered.text.removeprefix(prompt.text)))
+
+    @cached_property
+    def rewrites_answers(self) -> bool:
+        """Whether an earlier answer without reasoning is not rendered as its prompt begins it."""
+        prompt, later = self._probe([_QUESTION], prompt=True), self._probe([_QUESTION, _ANSWER, _QUESTION])
+        return prompt is not None and later is not None and not later.text.startswith(prompt.text)
+
+    def split_reasoning(self, answer: str) -> tuple[str, str] | None:
+        """The reasoning, which may be empty, and the rest of an answer as it was generated, with its special tokens;
+        None if the answer closes no reasoning."""
+        opened, closed = self._around_reasoning
+        if not closed or closed not in answer:
+            return None
+        reasoning, _, content = answer.partition(closed)
+        return reasoning.strip().removeprefix(opened).strip(), content.lstrip()
+
+    @cached_property
+    def _around_reasoning(self) -> tuple[str, str]:
+        """What the template writes before and after the reasoning of an answer, stripped; empty if not known."""
+        reasoning = "loratune reasons."
+        rendered = self._probe([_QUESTION, {**_ANSWER, "reasoning_content": reasoning}])
+        prompt = self._probe([_QUESTION], prompt=True)
+        if rendered is None or prompt is None:
+            return "", ""
+        if (opened := REASONING_OPENED.search(prompt.text)) is not None:
+            return f"<{opened[1]}>", f"</{opened[1]}>"
+        before, found, after = rendered.text.removeprefix(prompt.text).partition(reasoning)
+        closed = after.partition(_ANSWER["content"])[0].strip()
+        return (before.strip(), closed) if found and rendered.text.startswith(prompt.text) else ("", "")
 
     @cached_property
     def shows_tools(self) -> bool:
@@ -265,6 +309,7 @@ def _with_marks(messages: Sequence[Message]) -> list[Message]:
     return marked
 
 
+@lru_cache(8)
 def _mark_loops(source: str) -> Template:
     """Returns a template with marks around the iterations of its loops.
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass, field, replace
 
 from loratune.codes import Code
 from loratune.data.formats import IGNORED, Message, Span, common_prefix
+from loratune.data.formats.reasoning import CLOSING_TAG, REASONING_OPENED, end_of_reasoning, reasoning_of
 from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
 from loratune.errors import DataError
 
-_REASONING_OPENED = re.compile(r"<(think|thinking|thought|thoughts|reason|reasoning)>\s*\Z")
-_REASONING_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>", re.DOTALL)
 _INCOMPLETE_TAG = re.compile(r"<[|/]?\w*\Z")
-_CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 
+
+_WITHOUT_REASONING = "set data.chat_template_kwargs so that it does, or data.reasoning to drop"
 
 CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = 2, -2, 1, -1
 """The role of a row in preference data: an answer of a pair (the chosen one comes first), or an unpaired answer.
@@ -135,6 +135,7 @@ class RenderedText:
         spans: The supervised ranges of characters.
         templated: Whether a chat template wrote the text.
         has_prompt: Whether the row has a prompt, which may be empty.
+        turns: The numbers of the messages that the spans belong to; empty for text.
     """
 
     where: str
@@ -143,6 +144,16 @@ class RenderedText:
     spans: tuple[Span, ...]
     templated: bool
     has_prompt: bool = True
+    turns: tuple[int, ...] = ()
+
+
+def without_reasoning(rendered: RenderedText, messages: Sequence[Message]) -> RenderedText:
+    """Returns the text with the reasoning of its answers, also an empty block of it, taken out of the spans."""
+    spans = [
+        (start + end_of_reasoning(rendered.text[start:end], reasoning_of(messages[number])), end)
+        for number, (start, end) in zip(rendered.turns, rendered.spans, strict=True)
+    ]
+    return replace(rendered, spans=tuple(spans)) if spans else rendered
 
 
 def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised: Sequence[int]) -> RenderedText:
@@ -169,12 +180,13 @@ def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised:
     else:
         finder = _TurnFinder(template, chat, whole)
         start = finder.start(last)[0] if prompt is None else len(prompt)
-        spans = [finder.find(number) for number in supervised[:-1]] + [finder.find(last, start)]
-        spans = _within_generation_marks(template, chat, spans)
-        rendered = RenderedText(chat.where, whole.text[: spans[-1][1]], start, tuple(spans), templated=True)
-    if (reasoning := _reasoning(chat.messages[last])) and reasoning not in rendered.text[rendered.prompt :]:
+        found = [finder.find(number) for number in supervised[:-1]] + [finder.find(last, start)]
+        turns, spans = _within_generation_marks(template, chat, supervised, found)
+        text = whole.text[: spans[-1][1]]
+        rendered = RenderedText(chat.where, text, start, spans, templated=True, turns=turns)
+    if (reasoning := reasoning_of(chat.messages[last])) and reasoning not in rendered.text[rendered.prompt :]:
         what = f"the chat template leaves out the reasoning of {chat.name(last)}"
-        raise chat.error(Code.TEMPLATE_OMITS, what, "renders it", "take it out of the rows")
+        raise chat.error(Code.TEMPLATE_OMITS, what, "renders it", _WITHOUT_REASONING)
     return rendered
 
 
@@ -207,61 +219,67 @@ def _answer_after_other_prompt(
     history = template.render(chat.first(last), prompt=True)
     finder = _TurnFinder(template, chat, whole)
     start, prompt_tail = finder.start(last, history)
-    closed = bool(_CLOSING_TAG.search(prompt_tail))
-    if prompt_tail.strip() and not closed and not _REASONING_OPENED.search(prompt_tail):
+    closed = bool(CLOSING_TAG.search(prompt_tail))
+    if prompt_tail.strip() and not closed and not REASONING_OPENED.search(prompt_tail):
         ending = f"the chat template ends the prompt in {prompt_tail.strip()!r}"
         what = f"{ending}, which it does not write in the answer of {chat.name(last)}"
         raise chat.error(Code.TEMPLATE_ANSWER, what, "begins answers as it ends prompts")
+    if closed and reasoning_of(chat.messages[last]):
+        what = f"the chat template closes the reasoning before the answer of {chat.name(last)}, which has its own"
+        raise chat.error(Code.TEMPLATE_OMITS, what, "opens it", _WITHOUT_REASONING)
     answer = finder.find(last, start, reasoning_closed=closed)
     text = _continuation(prompt_tail, chat.messages[last], whole, answer, last)
     border = len(history.text)
-    ((mark_start, _),) = _within_generation_marks(template, chat, [answer])
+    _, ((mark_start, _),) = _within_generation_marks(template, chat, [last], [answer])
     start_in_text = mark_start - answer[0] if text == whole.text[slice(*answer)] else 0
-    spans: list[Span] = [(border + start_in_text, border + len(text))]
+    turns: tuple[int, ...] = ()
+    spans: tuple[Span, ...] = ()
     if supervised[:-1]:
-        earlier = map(_TurnFinder(template, chat, history).find, supervised[:-1])
-        spans[:0] = _within_generation_marks(template, chat.first(last), [*earlier])
-    return RenderedText(chat.where, history.text + text, border, tuple(spans), templated=True)
+        earlier = [*map(_TurnFinder(template, chat, history).find, supervised[:-1])]
+        turns, spans = _within_generation_marks(template, chat.first(last), supervised[:-1], earlier)
+    spans = (*spans, (border + start_in_text, border + len(text)))
+    return RenderedText(chat.where, history.text + text, border, spans, templated=True, turns=(*turns, last))
 
 
-def _within_generation_marks(template: ChatTemplate, chat: TemplateInput, spans: Sequence[Span]) -> list[Span]:
+def _within_generation_marks(
+    template: ChatTemplate, chat: TemplateInput, turns: Sequence[int], spans: Sequence[Span]
+) -> tuple[tuple[int, ...], tuple[Span, ...]]:
     """Move the start of each span to the start of the `{% generation %}` block in it; the end is unchanged.
 
-    Spans without such a block are dropped.
+    Spans without such a block are dropped. turns: the message of each span.
+
+    Returns:
+        The messages and spans that are left.
 
     Raises:
         DataError: The last span has no such block.
     """
     ranges = template.generated(chat)
     if ranges is None:
-        return [*spans]
+        return tuple(turns), tuple(spans)
     starts = [next((first for first, after in ranges if first < end and start < after), None) for start, end in spans]
     if not starts or starts[-1] is None:
         what = f"the chat template's {{% generation %}} marks leave out {chat.name(len(chat.messages) - 1)}"
         raise chat.error(Code.TEMPLATE_ANSWER, what, "marks every answer, or has no such marks")
-    pairs = zip(starts, spans, strict=True)
-    return [(max(start, first), end) for first, (start, end) in pairs if first is not None]
-
-
-def _reasoning(message: Message) -> str:
-    """Returns the reasoning of an answer, from its own field or from the beginning of the content."""
-    in_content = _REASONING_IN_CONTENT.match(message["content"])
-    text = message.get("reasoning_content") or message.get("thinking") or (in_content[1] if in_content else "")
-    return str(text).strip()
+    found = zip(turns, starts, spans, strict=True)
+    left = [(turn, (max(start, first), end)) for turn, first, (start, end) in found if first is not None]
+    return tuple(turn for turn, _ in left), tuple(span for _, span in left)
 
 
 def _continuation(prompt_tail: str, message: Message, whole: RenderedMessages, answer: Span, number: int) -> str:
     """Returns an answer that continues a prompt whose end, e.g. `<think>`, is not in the text of all messages."""
     answer_text = whole.text[slice(*answer)]
     # `<think>\n` of Qwen3.5 or DeepSeek-R1: the reasoning comes first, and is empty if the answer has none.
-    tag = _REASONING_OPENED.search(prompt_tail)
+    tag = REASONING_OPENED.search(prompt_tail)
     if tag is None:
         return answer_text
     content, closing_tag = message["content"].strip(), f"</{tag[1]}>"
     if closing_tag in content and number in whole.content_ends:
         inner: str = content.removeprefix(f"<{tag[1]}>").removeprefix("\n")
         return inner + whole.text[whole.content_ends[number] : answer[1]]
-    return f"{_reasoning(message)}\n{closing_tag}\n\n{answer_text}"
+    if answer_text.lstrip().startswith(closing_tag):  # DeepSeek-V3.1 writes it before each answer
+        return reasoning_of(message) + answer_text
+    return f"{reasoning_of(message)}\n{closing_tag}\n\n{answer_text}"
 
 
 def _written_forms(content: str) -> Iterator[str]:
@@ -294,7 +312,7 @@ class _TurnFinder:
             start, prompt_tail = self.start(number)
             reasoning_closed = bool(prompt_tail)
         if reasoning_closed and content is not None:
-            start = self._past_reasoning(number, start, content)
+            start = self._pastreasoning_of(number, start, content)
         end = self._end(number, start)
         calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
         if any(name not in text[start:end] for name in calls):
@@ -302,7 +320,7 @@ class _TurnFinder:
             raise self._chat.error(Code.TEMPLATE_OMITS, what, "renders tool calls")
         is_missing = content is None and bool(message["content"].strip()) and not calls
         is_missing &= self._rendered.marked or message["content"].strip() not in text[start:end]
-        starts_inside = content is not None and content < start and not _REASONING_OPENED.fullmatch(text[content:start])
+        starts_inside = content is not None and content < start and not REASONING_OPENED.fullmatch(text[content:start])
         if is_missing or end < start or starts_inside:
             raise self._hidden(number)
         return start, end
@@ -352,7 +370,7 @@ class _TurnFinder:
                 return end - len(form)
         written = self._rendered.text[max(0, end - len(content)) : end]
         hidden = len(content) - common_prefix(content[::-1], written[::-1])
-        tags = [tag.end() for tag in _CLOSING_TAG.finditer(content) if tag.end() >= len(content[:hidden].rstrip())]
+        tags = [tag.end() for tag in CLOSING_TAG.finditer(content) if tag.end() >= len(content[:hidden].rstrip())]
         if not tags:
             raise self._hidden(number)
         return end - len(content[tags[0] :].lstrip())
@@ -365,9 +383,9 @@ class _TurnFinder:
             raise self._hidden(number)
         return self._template.last_end(self._rendered.text, start)
 
-    def _past_reasoning(self, number: int, start: int, content: int) -> int:
+    def _pastreasoning_of(self, number: int, start: int, content: int) -> int:
         """Returns the end of the reasoning in this text: the start of an answer whose prompt closes the reasoning."""
-        tags = [tag.end() for tag in _CLOSING_TAG.finditer(self._rendered.text, start, content)]
+        tags = [tag.end() for tag in CLOSING_TAG.finditer(self._rendered.text, start, content)]
         rest = self._rendered.text[tags[-1] if tags else start : content]
         is_own_space = self._chat.messages[number]["content"].startswith(rest)
         return start if not tags and (rest.strip() or is_own_space) else content - len(rest.lstrip())

@@ -1,0 +1,83 @@
+"""The reasoning of answers: in a field of the message, or in `<think>` at the beginning of its content."""
+
+import re
+from dataclasses import replace
+from typing import TypeVar
+
+from loratune.data.formats import Conversation, Example, Message, PreferencePair, UnpairedPreference
+
+FIELDS = ("reasoning_content", "reasoning", "thinking")
+"""The fields of a message that may hold the reasoning; transformers passes it to templates under each of the names."""
+CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
+_NAMES = "think|thinking|thought|thoughts|reason|reasoning"
+REASONING_OPENED = re.compile(rf"<({_NAMES})>\s*\Z")
+"""A prompt that ends in an opened reasoning."""
+_CLOSED = rf"\s*(?:</(?:{_NAMES})>|<channel\|>|\[/THINK\])\s*"
+_AFTER = re.compile(_CLOSED)
+EMPTY_REASONING = re.compile(rf"\s*(?:<(?:{_NAMES})>|<\|channel>\w*|\[THINK\])?{_CLOSED}")
+"""The beginning of an answer: a reasoning without text, or the end of one that the prompt opens."""
+_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>\s*", re.DOTALL)
+_Some = TypeVar("_Some", bound=Example)
+
+
+def reasoning_of(message: Message) -> str:
+    """The reasoning of an answer, stripped; empty if there is none."""
+    text = next((message[name] for name in FIELDS if message.get(name)), "")
+    if not text and (found := _IN_CONTENT.match(message["content"])):
+        text = found[1]
+    return str(text).strip()
+
+
+def with_mark(message: Message, mark: str) -> Message:
+    """The message with a mark at the end of its reasoning."""
+    fields = {name: message[name] + mark for name in FIELDS if message.get(name)}
+    content = message["content"]
+    if not fields and (found := _IN_CONTENT.match(content)):
+        content = content[: found.end(1)] + mark + content[found.end(1) :]
+    return {**message, **fields, "content": content}
+
+
+def end_of_reasoning(answer: str, reasoning: str) -> int:
+    """Where the reasoning at the beginning of a rendered answer ends, with the tag that closes it; 0 without one.
+
+    Args:
+        answer: What is generated, without the prompt.
+        reasoning: The reasoning of the message; if it is empty, a block without text may be rendered.
+    """
+    place = answer.find(reasoning) if reasoning else -1
+    if place >= 0:
+        closed = _AFTER.match(answer, place + len(reasoning))
+        return closed.end() if closed else place + len(reasoning)
+    empty = EMPTY_REASONING.match(answer)
+    return empty.end() if empty else 0
+
+
+def dropped(example: _Some) -> _Some:
+    """The example without the reasoning of its messages."""
+    if isinstance(example, PreferencePair):
+        return replace(example, chosen=dropped(example.chosen), rejected=dropped(example.rejected))
+    if isinstance(example, UnpairedPreference):
+        return replace(example, answer=dropped(example.answer))
+    if not isinstance(example, Conversation):
+        return example
+    return replace(example, messages=tuple(map(without, example.messages)))
+
+
+def without(message: Message) -> Message:
+    """The message without its reasoning, if it is an answer."""
+    if message["role"] != "assistant":
+        return message
+    left = {name: value for name, value in message.items() if name not in FIELDS}
+    found = _IN_CONTENT.match(message["content"])
+    return {**left, "content": message["content"][found.end() :]} if found else left
+
+
+def kind_of(chat: Conversation) -> str:
+    """What a conversation has of reasoning, tools and a system message, such as `reasoning, tools`; may be empty."""
+    answers = [message for message in chat.messages if message["role"] == "assistant"]
+    has = {
+        "reasoning": any(map(reasoning_of, answers)),
+        "tools": bool(chat.tools) or any("tool_calls" in message for message in answers),
+        "a system message": any(message["role"] in ("system", "developer") for message in chat.messages),
+    }
+    return ", ".join(name for name, found in has.items() if found)

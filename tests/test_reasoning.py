@@ -1,0 +1,242 @@
+"""Reasoning of answers, and the arguments of chat templates: with real templates, what is trained is what is served."""
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+from conftest import byte_tokenizer, meanings
+from test_rendering import fetched, loaded, supervised, turn
+from test_templates import CALL, TOOLS, said, templates
+from tokenizers import AddedToken
+
+from loratune.codes import Code
+from loratune.config.template_variables import unread, variables
+from loratune.data.formats import Conversation, Message
+from loratune.data.formats.reasoning import dropped, kind_of
+from loratune.data.rendering import Renderer
+from loratune.errors import DataError
+
+GEMMA4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>")
+V31 = (
+    "{{ bos_token }}{% if not thinking is defined %}{% set thinking = false %}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"  # noqa: RUF001
+    "{% elif m.role == 'assistant' %}<｜Assistant｜></think>"  # noqa: RUF001
+    "{{ m.content.split('</think>', 1)[1] if '</think>' in m.content else m.content }}<｜end▁of▁sentence｜>{% endif %}"  # noqa: RUF001
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{{ '<think>' if thinking else '</think>' }}{% endif %}"  # noqa: RUF001
+)
+"""As that of DeepSeek-V3.1, without tools."""
+SMOLLM3 = (
+    "{%- set enable_thinking = enable_thinking if enable_thinking is defined else true -%}"
+    "<|im_start|>system\nReasoning Mode: {{ '/think' if enable_thinking else '/no_think' }}<|im_end|>\n"
+    "{%- for m in messages -%}<|im_start|>{{ m.role }}\n"
+    "{%- if m.role == 'assistant' and not enable_thinking and '</think>' not in m.content -%}"
+    "{{ '<think>\n\n</think>\n' }}{%- endif -%}{{ m.content.lstrip('\n') }}<|im_end|>\n{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant\n"
+    "{%- if not enable_thinking -%}{{ '<think>\n\n</think>\n' }}{%- endif -%}{%- endif -%}"
+)
+"""In the manner of SmolLM3: the mode is in the system message, and reasoning in the content."""
+OWN = {"DeepSeek-V3.1": V31, "SmolLM3": SMOLLM3}
+THINKING: dict[str, list[dict[str, Any]]] = {"enable_thinking": [{}, {"enable_thinking": True}]}
+ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
+MODELS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
+    "Qwen3": ("qwen3", "qwen3", [{}, ON, OFF]),
+    "Qwen3.5": ("qwen3", "qwen3_5_think", [{}, ON, OFF]),
+    "Qwen3.5, small": ("qwen3", "qwen3_5_nothink", [{}, ON, OFF]),
+    "Qwen3.6": ("qwen3", "qwen3_6", [{}, OFF, {"preserve_thinking": True}]),
+    "DeepSeek-R1": ("deepseek_v3", "deepseek_r1_distill", [{}]),
+    "DeepSeek-V3.1": ("deepseek_v3", "", [{}, {"thinking": True}]),
+    "GPT-OSS": ("gptoss", "gptoss", [{}, {"reasoning_effort": "high"}, {"model_identity": "Be."}]),
+    "Gemma 4": ("bytes", "gemma4_v5", [{}, ON, OFF]),
+    "GLM-4.5": ("qwen3", "glm4moe", [{}, OFF]),
+    "Nemotron 3": ("qwen3", "nemotron_3_nano", [{}, OFF, {"truncate_history_thinking": False}]),
+    "SmolLM3": ("qwen3", "", [{}, OFF]),
+    "Mistral-Nemo": ("mistral_nemo", "own", [{}]),
+}
+"""Name → tokenizer, template in the `trl` wheel, and settings of the switches."""
+CASES = [(name, number) for name, (*_, switches) in MODELS.items() for number in range(len(switches))]
+Q1, Q2 = turn("user", "First?"), turn("user", "Second?")
+CHATS: dict[str, Conversation] = {
+    "plain": Conversation("", (Q1, said("Alpha"), Q2, said("Beta"))),
+    "reasoning": Conversation(
+        "", (Q1, said("Alpha", reasoning_content="Hmm one."), Q2, said("Beta", reasoning_content="Hmm two."))
+    ),
+    "in the content": Conversation(
+        "",
+        (Q1, said("<think>\nHmm one.\n</think>\n\nAlpha"), Q2, said("<think>\nHmm two.\n</think>\n\nBeta")),
+    ),
+    "some": Conversation("", (Q1, said("Alpha", reasoning="Hmm one."), Q2, said("Beta"))),
+    "system": Conversation("", (turn("system", "Be brief."), Q1, said("Beta", thinking="Hmm two."))),
+    "a tool": Conversation(
+        "",
+        (
+            Q1,
+            said("", tool_calls=[CALL], reasoning_content="Hmm one."),
+            {"role": "tool", "name": "get_weather", "tool_call_id": "abc123XYZ", "content": "15"},
+            said("Beta", reasoning_content="Hmm two."),
+        ),
+        tools=TOOLS,
+    ),
+}
+
+
+CLOSED = {
+    *(("Qwen3", 2), ("Qwen3.5", 2), ("Qwen3.5, small", 0), ("Qwen3.5, small", 2), ("Qwen3.6", 1), ("GLM-4.5", 1)),
+    *(("Nemotron 3", 1), ("DeepSeek-V3.1", 0)),
+}
+"""The cases in which the prompt closes the reasoning, so that an answer cannot have its own."""
+WITHOUT_TOOLS = {"DeepSeek-R1", "DeepSeek-V3.1", "SmolLM3", "Mistral-Nemo"}
+UNREAD = {"SmolLM3", "Mistral-Nemo"}
+"""Templates that do not read the fields of reasoning."""
+
+
+def refusal(name: str, number: int, chat: str) -> Code | None:
+    """Why a conversation cannot be trained with a template; without its reasoning it can."""
+    if chat == "a tool" and name == "Gemma 4":  # it writes the call and its result as one turn
+        return Code.TEMPLATE_ANSWER
+    if chat == "a tool" and name in WITHOUT_TOOLS:
+        return Code.TEMPLATE_OMITS
+    if chat == "in the content" and (name, number) == ("SmolLM3", 1):
+        return Code.TEMPLATE_OMITS
+    is_closed = (name, number) in CLOSED or (name in UNREAD and chat != "in the content")
+    return Code.TEMPLATE_OMITS if is_closed and chat != "plain" else None
+
+
+@cache
+def tokenizer_of(name: str) -> Any:
+    source, template, _ = MODELS[name]
+    tokenizer = byte_tokenizer() if source == "bytes" else loaded(fetched(source))
+    if template != "own":
+        tokenizer = copy.copy(tokenizer)
+        own = OWN.get(name) or (templates() / f"{template}.jinja").read_text(encoding="utf-8")
+        tokenizer.chat_template = own
+    if name == "Gemma 4":
+        special = [AddedToken(token, normalized=False, special=True) for token in GEMMA4]
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+    return tokenizer
+
+
+@cache
+def renderer_of(name: str, number: int) -> Renderer:
+    return Renderer(tokenizer_of(name), None, MODELS[name][2][number])
+
+
+def answer_of(messages: tuple[Message, ...]) -> str:
+    return str(messages[-1]["content"]).rpartition("</think>")[2].strip()
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name}, {number}" for name, number in CASES])
+def test_what_is_trained_is_what_is_served(name: str, number: int, chat: str) -> None:
+    """Each answer that is supervised comes after the prompt that a server renders for it, with its own reasoning."""
+    renderer, switches = renderer_of(name, number), MODELS[name][2][number]
+    parts = renderer.parts(CHATS[chat], "completion")
+    if expected := refusal(name, number, chat):
+        with pytest.raises(DataError) as caught:
+            renderer.rows(parts)
+        assert {code for code, *_ in meanings(caught.value)} == {expected}
+        assert chat == "a tool" or renderer.row(dropped(CHATS[chat])).supervised
+        return
+    rows = renderer.rows(parts)
+    for part, row in zip(parts, rows, strict=True):
+        history, tools = list(part.messages[:-1]), list(part.tools) or None
+        settings: dict[str, Any] = {"tools": tools, "add_generation_prompt": True, "return_dict": False, **switches}
+        assert list(row.ids[: len(row.prompt)]) == renderer.tokenizer.apply_chat_template(history, **settings)
+        assert row.prompt == renderer.prompt(history, tools=part.tools)
+        text = renderer.tokenizer.decode(row.completion)
+        reasoning = part.messages[-1].get("reasoning_content") or part.messages[-1].get("thinking") or ""
+        assert reasoning in text and answer_of(part.messages) in text
+        whole = renderer.tokenizer.apply_chat_template(
+            list(part.messages), **(settings | {"add_generation_prompt": False, "tokenize": False})
+        )
+        if whole.startswith(renderer.tokenizer.decode(row.prompt)) and name != "GPT-OSS":
+            assert whole.startswith(renderer.tokenizer.decode(row.ids[:-1]))
+    texts = [text for row in rows for text in supervised(renderer.tokenizer, row)]
+    if chat in ("reasoning", "in the content"):
+        assert [sum(f"Hmm {which}." in text for text in texts) for which in ("one", "two")] == [1, 1]
+        assert all(("Hmm one." in text) == ("Alpha" in text) for text in texts)
+    masked = [
+        text for row in renderer.rows(parts, masks_reasoning=True) for text in supervised(renderer.tokenizer, row)
+    ]
+    assert len(masked) == len(texts) and not any("Hmm" in text or "think>" in text for text in masked)
+    assert all(text.endswith(short) for text, short in zip(texts, masked, strict=True))
+
+
+# Arguments of templates
+
+IDENTITY = '"You are ChatGPT, a large language model trained by OpenAI."'
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen3", {"enable_thinking": ""}),
+        ("Qwen3.6", {"add_vision_id": "", "enable_thinking": "", "preserve_thinking": ""}),
+        ("GPT-OSS", {"builtin_tools": "", "model_identity": IDENTITY, "reasoning_effort": '"medium"'}),
+        ("Nemotron 3", {"enable_thinking": "true", "truncate_history_thinking": "true"}),
+        ("DeepSeek-V3.1", {"thinking": "false"}),
+        ("SmolLM3", {"enable_thinking": "true"}),
+        ("DeepSeek-R1", {}),
+    ],
+)
+def test_the_arguments_that_a_template_reads(name: str, expected: dict[str, str]) -> None:
+    assert variables(tokenizer_of(name).chat_template) == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ x | default('a') }}{{ y | d(2, true) }}", {"x": '"a"', "y": "2"}),
+        ("{% set x = 3 if x is undefined else x %}{{ x }}", {"x": "3"}),
+        ("{% if not x is defined %}{% set x = none %}{% endif %}{{ x }}", {"x": "null"}),
+        (
+            "{% if not x is defined %}{% if y %}{% set x = y %}{% endif %}{% endif %}{{ x }}",
+            {"x": "", "y": ""},
+        ),
+        ("{% for m in messages %}{% if m %}{% set c = 1 %}{% endif %}{{ c }}{% endfor %}", {}),
+        ("{%- generation -%}{{ x }}{%- endgeneration -%}", {"x": ""}),
+        ("{% for m in messages %}{{ m.y }}{{ loop.index }}{{ strftime_now('%d') }}{% endfor %}{{ bos_token }}", {}),
+        ("{% macro f(a) %}{{ a }}{{ x }}{% endmacro %}{{ f(1) }}", {"x": ""}),
+        ("{% if %}", {}),
+        ("{{ x | nothing }}", {}),
+        ("", {}),
+    ],
+)
+def test_defaults_of_arguments(source: str, expected: dict[str, str]) -> None:
+    assert variables(source) == expected
+
+
+def test_arguments_that_no_template_reads_are_reported() -> None:
+    assert unread(["{{ x }}", "{{ y }}"], ["x", "y"]) == ""
+    line = unread(["{{ x | default(1) }}"], ["z", "x", "w"])
+    assert "`z`, `w`" in line and "x (default 1)" in line
+    assert "no argument" in unread([""], ["z"])
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "expected"),
+    [
+        ("Qwen3", "<think>\nHmm.\n</think>\n\nAlpha<|im_end|>", ("Hmm.", "Alpha<|im_end|>")),
+        ("Qwen3", "<think>\n\n</think>\n\nAlpha<|im_end|>", ("", "Alpha<|im_end|>")),
+        ("Qwen3", "Alpha", None),
+        ("Qwen3.5", "Hmm.\n</think>\n\nAlpha", ("Hmm.", "Alpha")),
+        ("DeepSeek-R1", "Hmm.\n</think>\n\nAlpha", ("Hmm.", "Alpha")),
+        (
+            "GPT-OSS",
+            "<|channel|>analysis<|message|>Hmm.<|end|><|start|>assistant<|channel|>final<|message|>Alpha<|return|>",
+            ("Hmm.", "Alpha<|return|>"),
+        ),
+        ("GPT-OSS", "<|channel|>final<|message|>Alpha<|return|>", None),
+        ("Mistral-Nemo", "a </think> b", None),
+    ],
+)
+def test_the_reasoning_of_an_answer_is_told_from_the_rest(
+    name: str, written: str, expected: tuple[str, str] | None
+) -> None:
+    assert renderer_of(name, 0).template().split_reasoning(written) == expected
+
+
+def test_kinds_of_conversations() -> None:
+    assert [kind_of(CHATS[name]) for name in ("plain", "in the content", "system", "a tool")] == [
+        "", "reasoning", "reasoning, a system message", "reasoning, tools",
+    ]  # fmt: skip
