@@ -192,6 +192,7 @@ def test_what_becomes_of_the_reasoning(
     first |= {} if reasoning == "drop" else {"reasoning": len(expected) - 1}
     assert report.kinds == {kind: (1, number) for kind, number in first.items()} or reasoning == "drop"
     assert any("rows of their own" in line for line in report.remarks(1024)) == (reasoning != "drop")
+    assert any("which is context" in line for line in report.losses()) == (reasoning == "mask")
     short = section.model_copy(update={"max_length": 20, "max_dropped": 1.0})
     rows = data.prepare(data.read_datasets(section, 0).train, renderer, short, 264)
     assert not rows.report.own_rows and rows.report.written == len(rows.rows)

@@ -111,8 +111,6 @@ def evaluate(
     overlap = subject.once("overlap", lambda: splits.find_overlap(split, adapter.path))
     remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
-    if first.data.reasoning == "mask" and any("reasoning" in kind for kind in dataset.report.kinds):
-        remarks.append("data.reasoning: mask: answers are generated after the reasoning of the row")
     engine = engine_of(first)
     with first.without_adapter():
         found = {BASE: subject.once(BASE, lambda: rows.answers(BASE, first, engine))}

@@ -55,20 +55,20 @@ def described(known: Mapping[str, str]) -> str:
 
 def _tests(tree: nodes.Template, name: str) -> Iterator[tuple[int, str]]:
     """The line of each test whether a variable is set, and the default there; empty where it is not constant."""
-    for node in tree.find_all((nodes.Filter, nodes.CondExpr, nodes.If)):
-        value: nodes.Node | None = None
-        if isinstance(node, nodes.Filter):
-            if not (node.name in ("default", "d") and _is_name(node.node, name)):
-                continue
-            value = node.args[0] if node.args else None
-        elif (missing := _is_missing(node.test, name)) is None:
-            continue
-        elif isinstance(node, nodes.CondExpr):
-            value = node.expr1 if missing else node.expr2
-        elif missing:
-            sets = (one for one in node.body if isinstance(one, nodes.Assign) and _is_name(one.target, name))
-            value = next((one.node for one in sets), None)
-        yield node.lineno, json.dumps(value.value, default=str) if isinstance(value, nodes.Const) else ""
+    for node in tree.find_all(nodes.Filter):
+        if node.name in ("default", "d") and _is_name(node.node, name):
+            yield node.lineno, _constant(node.args[0] if node.args else None)
+    for choice in tree.find_all(nodes.CondExpr):
+        if (missing := _is_missing(choice.test, name)) is not None:
+            yield choice.lineno, _constant(choice.expr1 if missing else choice.expr2)
+    for branch in tree.find_all(nodes.If):
+        if (missing := _is_missing(branch.test, name)) is not None:
+            sets = (one for one in branch.body if isinstance(one, nodes.Assign) and _is_name(one.target, name))
+            yield branch.lineno, _constant(next((one.node for one in sets), None) if missing else None)
+
+
+def _constant(node: nodes.Node | None) -> str:
+    return json.dumps(node.value, default=str) if isinstance(node, nodes.Const) else ""
 
 
 def _is_missing(test: nodes.Node | None, name: str) -> bool | None:

@@ -293,7 +293,9 @@ class _ExampleTokenizer:
             answers = example.supervised_turns(self.section.loss_on)
             *earlier_bare, is_bare = [not reasoning_of(example.messages[at]) for at in answers] or [False]
             template = self.renderer.template(example.arguments)
-            report.empty_reasoning += is_bare and self.section.reasoning != "mask" and template.empties_reasoning
+            is_masked = self.section.reasoning == "mask"
+            report.masked += is_masked and not all((is_bare, *earlier_bare))
+            report.empty_reasoning += is_bare and not is_masked and template.empties_reasoning
             report.rewritten += sum(earlier_bare) * template.rewrites_answers
 
     def _cut(self, whole: list[TokenizedRow], report: Report, *, is_earlier: bool = False) -> list[TokenizedRow]:

@@ -91,6 +91,7 @@ class Report:
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
         empty_reasoning: Last answers without reasoning that begin with an empty block of it, which is supervised.
+        masked: Rows whose answers have reasoning that is not supervised.
         rewritten: Earlier answers without reasoning that are not trained as a server's prompt begins them.
         own_rows: Earlier answers that are trained in rows of their own, after their reasoning.
         written: Rows of tokens that are trained on.
@@ -108,7 +109,7 @@ class Report:
     """The columns of the table; p50, p95 and max are lengths in tokens before truncation."""
     _COUNTS: ClassVar = (
         "rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers", "empty_reasoning", "own_rows",
-        "rewritten", "written",
+        "rewritten", "masked", "written",
     )  # fmt: skip
 
     rows: int = 0
@@ -118,6 +119,7 @@ class Report:
     cut_answers: int = 0
     empty_answers: int = 0
     empty_reasoning: int = 0
+    masked: int = 0
     rewritten: int = 0
     own_rows: int = 0
     written: int = 0
@@ -229,6 +231,9 @@ class Report:
         if self.own_rows:
             why = "the chat template leaves out their reasoning when it renders later answers"
             lines.append(f"{self.own_rows:,} earlier answers are trained in rows of their own: {why}")
+        if self.masked:
+            how = "not supervised, and `evaluate` generates what follows it"
+            lines.append(f"{self.masked:,} rows have reasoning, which is context: {how}")
         if self.rewritten:
             how = "give each a row of its own to train it as it is served"
             what = "earlier answers come without the reasoning block in which their prompts end"
