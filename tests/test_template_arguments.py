@@ -123,7 +123,7 @@ def test_explain_lists_what_the_template_reads(base: Path, run_config: MakeConfi
     "arguments",
     [
         "{messages: []}", "{tools: 1}", "{add_generation_prompt: false}", "{tokenize: true}", "{bos_token: a}",
-        "{chat_template: a}", "{a b: 1}", "{1: 1}", "{'': 1}", "[1]", "5", "{x: .nan}", "{self: 1}",
+        "{chat_template: a}", "{a b: 1}", "{1: 1}", "{'': 1}", "[1]", "5", "{x: .nan}", "{self: 1}", "{x: 'False'}",
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_set_are_refused(arguments: str, run_config: MakeConfig, cli: Cli) -> None:

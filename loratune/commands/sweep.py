@@ -144,6 +144,7 @@ class Sweep:
         run = self.run.config
         added = {"retention": run.retention.kl_weight != 0, "training.adapter_scale": run.training.adapter_scale != 1}
         added |= {"data.prompt_loss_weight": run.data.prompt_loss_weight > 0}
+        added["data.reasoning"] = run.data.reasoning != "train"
         unused = [name for name, is_set in added.items() if not is_set]  # which earlier studies do not have
         skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused)
         shared = {

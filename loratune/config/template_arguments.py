@@ -28,6 +28,8 @@ def problem(arguments: Mapping[str, Any]) -> str:
             return f"{name!r:.60} is not the name of a variable of a chat template"
         if name in RESERVED:
             return f"`{name}` is not an argument of a chat template that can be set"
+        if str(arguments[name]).lower() in ("true", "false", "yes", "no") and isinstance(arguments[name], str):
+            return f"`{name}` is the text {arguments[name]!r}, which a template takes for true: write true or false"
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         if json.loads(text) != arguments or len(text.encode()) > _LONGEST:

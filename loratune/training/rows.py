@@ -235,7 +235,10 @@ def _template_note(run: Run, start: StartAdapter, tokenizer: Any) -> Iterator[st
         ways = "conversations, through a chat template", "plain text, without a chat template"
         before, now = ways if info.chat else reversed(ways)
         yield f"{KEY}: {path} was trained on {before}; these rows are {now}"
-    elif chat and (path / "tokenizer_config.json").is_file():
+        return
+    if chat and info.run is not None and info.run.data.chat_template_kwargs != run.config.data.chat_template_kwargs:
+        yield f"{KEY}: {path} was trained with other data.chat_template_kwargs than these rows are rendered with"
+    if chat and (path / "tokenizer_config.json").is_file():
         try:
             trained_with = load.load_tokenizer(ModelSection(name_or_path=str(path))).chat_template
         except ModelError:  # of another program, whose tokenizer is not used
