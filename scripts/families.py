@@ -126,13 +126,19 @@ SIZES: list[tuple[str, Callable[[int], int]]] = [
 KEY_HEADS = "(num_|swa_num_|global_num_|num_global_)(key_value|kv)_heads|n_head_kv"
 
 
-def small(model_type: str, width: int = 64, **changes: Any) -> PreTrainedModel:
-    """A model with random weights in float32. width: of its states; changes: of the decoder's configuration."""
+def small_config(model_type: str, width: int = 64, **changes: Any) -> PreTrainedConfig:
+    """The configuration of a small model. width: of its states; changes: of the decoder's configuration."""
     config = sized(configure(model_type), width)
     _fit(config, model_type, width)
     inner = config.get_text_config()
     for name, value in changes.items():
         setattr(inner, name, value)
+    return config
+
+
+def small(model_type: str, width: int = 64, **changes: Any) -> PreTrainedModel:
+    """A model with random weights in float32. Arguments as in `small_config`."""
+    config = small_config(model_type, width, **changes)
     torch.manual_seed(0)
     if model_type in DECODERS:
         return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])(config)

@@ -25,8 +25,8 @@ from loratune.codes import Code
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, ConfigError
 from loratune.export import clients, comparison, gguf, llama_cpp_process, ollama
+from loratune.export.answers import ScoredAnswer
 from loratune.export.comparison import Texts, texts
-from loratune.export.gguf import ScoredAnswer
 from loratune.lora.adapter_files import inspect, manifest
 from loratune.lora.merging import PlainAdapter
 from loratune.system import environment
@@ -387,6 +387,7 @@ def test_only_an_existing_export_is_replaced(trained: Path, tmp_path: Path, cli:
         (("--to", "ggml"), "--to"), (("--to", "gguf", "--merged", "q2"), "--merged"),
         (("--to", "vllm", "--merged", "f16"), "--merged"),
         (("--to", "peft", "--llama-cpp", "x"), "--llama-cpp"), (("--to", "vllm", "--base-gguf", "x"), "--base-gguf"),
+        (("--to", "sglang", "--vllm-python", "x"), "--vllm-python"), (("--to", "vllm", "--verify"), "--verify"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_apply_to_the_client(cli: Cli, arguments: tuple[str, ...], key: str) -> None:
@@ -674,7 +675,7 @@ def test_llama_cpp_is_not_run_without_verification(
 
 
 def test_logits_are_not_computed_without_verification(trained: Path, tmp_path: Path, cli: Cli) -> None:
-    arguments = ("export", "--adapter", trained, "--output", tmp_path / "out", "--to", "vllm", "--json")
+    arguments = ("export", "--adapter", trained, "--output", tmp_path / "out", "--to", "peft", "--json")
     assert json.loads(cli(*arguments, "--no-verify").out)["comparison"]["logits"] is None
     assert json.loads(cli(*arguments, "--verify", "--overwrite").out)["comparison"]["logits"] < 1e-5
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 _MOST_SCALES = 50
 """Scales that one command compares."""
-Client = Literal["peft", "vllm", "gguf", "ollama"]
+Client = Literal["peft", "vllm", "sglang", "gguf", "ollama"]
 
 
 class Adapters:
@@ -164,6 +164,7 @@ class Adapters:
         llama_cpp: StrPath | None = None,
         base_gguf: StrPath | None = None,
         verify: bool | None = None,
+        vllm_python: StrPath | None = None,
         rows: Rows | None = None,
         overwrite: bool = False,
         on_event: Listener | None = None,
@@ -177,6 +178,7 @@ class Adapters:
             llama_cpp: A checkout of llama.cpp, for its converters.
             base_gguf: A GGUF file of the base, whose tokenizer is used.
             verify: Run the export in the target program and compare; by default if the program is installed.
+            vllm_python: The Python of an environment with vLLM; by default this one, if it has vLLM.
             rows: Rows to compare on; by default prompts recorded in training.
             overwrite: Replace an earlier export at `output`.
             on_event: Receives events.
@@ -188,8 +190,9 @@ class Adapters:
         from loratune.export.clients import ExportOptions
 
         with listening(on_event), TemporaryDirectory() as place:
-            converters, tokenizer = (Path(path) if path else None for path in (llama_cpp, base_gguf))
-            options = ExportOptions(to, merged, converters, tokenizer, verify)
+            named = (Path(path) if path else None for path in (llama_cpp, base_gguf, vllm_python))
+            converters, tokenizer, python = named
+            options = ExportOptions(to, merged, converters, tokenizer, verify, python)
             weights = self._selection.mix
             if len(self.paths) > 1 and not weights:
                 what, fix = "several adapters are exported as one, their sum", "give weights: --mix sql:0.7,tone:0.3"

@@ -24,7 +24,7 @@ def export(
         list[str],
         typer.Option("--adapter", metavar="[NAME=]DIR", help="The adapter directory; for --mix, repeat with names."),
     ],
-    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, gguf or ollama.")],
+    to: Annotated[str, typer.Option("--to", metavar="CLIENT", help="peft, vllm, sglang, gguf or ollama.")],
     output: Annotated[Path, typer.Option("--output", metavar="OUT", help="The directory to write.")],
     merged: Annotated[
         str | None, typer.Option("--merged", metavar="TYPE", help="Export the merged model, as f32, f16, bf16 or q8_0.")
@@ -50,23 +50,28 @@ def export(
             "--verify/--no-verify", help="Verify the export in the target program; by default if it is installed."
         ),
     ] = None,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option("--vllm-python", metavar="FILE", help="The Python of an environment with vLLM, for --verify."),
+    ] = None,
     scale: AdapterScale = 1.0,
     overwrite: Overwrite = False,
     as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Export an adapter for vLLM, llama.cpp, Ollama or PEFT. The export is verified."""
+    """Export an adapter for vLLM, SGLang, llama.cpp, Ollama or PEFT. The export is verified."""
     with boundary(debug):
-        check_paths(output=output, data=data, **{"llama-cpp": llama_cpp, "base-gguf": base_gguf})
+        files = {"llama-cpp": llama_cpp, "base-gguf": base_gguf, "vllm-python": vllm_python}
+        check_paths(output=output, data=data, **files)
 
         import loratune
 
         client: Any = to
         weights: Any = merged
         result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force).export(
-            client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify, rows=data,
-            overwrite=overwrite,
+            client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify,
+            vllm_python=vllm_python, rows=data, overwrite=overwrite,
         )  # fmt: skip
 
         from loratune.api import display

@@ -1,7 +1,8 @@
 """`loratune export`: writes an adapter in the format of another program, reads it back, and compares it.
 
-For PEFT and vLLM, the output is a plain LoRA directory, which is loaded in stock PEFT for the comparison. For llama.cpp
-and Ollama, it is a GGUF file, written by llama.cpp's converters and compared in llama.cpp.
+For PEFT, vLLM and SGLang, the output is a plain LoRA directory, which is loaded in stock PEFT for the comparison; then
+its keys get the names that the server needs. For llama.cpp and Ollama, it is a GGUF file, written by llama.cpp's
+converters and compared in llama.cpp.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,13 @@ from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.data import DatasetSplit
 from loratune.errors import AdapterError
 from loratune.events import note
-from loratune.export import clients, experts, gguf, ollama
+from loratune.export import clients, experts, gguf, ollama, vllm
+from loratune.export.answers import ScoredAnswer
 from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
 from loratune.export.experts import Placement
-from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult, ScoredAnswer
+from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult
+from loratune.export.served import SERVERS, Served, names_for, renamed
 from loratune.lora import tensors
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import file_bytes
@@ -89,10 +92,27 @@ def export(
     return _export_plain(exact, directory, options, dict(made_of), split)
 
 
-def _fold(
-    source: AdapterDirectory, options: ExportOptions
-) -> tuple[PlainAdapter, Any, Mapping[str, str], Sequence[Placement]]:
-    """The adapter as plain LoRA, its base without weights, the parameters that it adapts, and where its A and B are."""
+@dataclass(frozen=True)
+class _Folded:
+    """An adapter as plain LoRA.
+
+    Attributes:
+        adapter: With the paths of A and B that a program reads, as our base names them.
+        base: Its base without weights.
+        parameters: Path of A and B → the parameter that they adapt.
+        places: Where its A and B are.
+        served: The names of its modules in a server; None: the program is none.
+    """
+
+    adapter: PlainAdapter
+    base: Any
+    parameters: Mapping[str, str]
+    places: Sequence[Placement]
+    served: Served | None
+
+
+def _fold(source: AdapterDirectory, options: ExportOptions) -> _Folded:
+    """The adapter as plain LoRA for a program."""
     check_plain(source.files, options.to)
     with loading.finding_base(source):
         config = load.load_config(source.base)
@@ -101,7 +121,11 @@ def _fold(
     adapter = fold(source.files, [path for path, _ in base.named_modules()], parameters)
     architecture = next(iter(config.architectures or ()), type(base).__name__)
     places = experts.place(source.files, base, parameters, options.to, architecture)
-    return experts.placed(adapter, base, parameters, places), base, parameters, places
+    adapter = experts.placed(adapter, base, parameters, places)
+    served = None
+    if options.to in SERVERS:
+        served = names_for(options.to, config, type(base).__name__, adapter.modules, str(source.path))
+    return _Folded(adapter, base, parameters, places, served)
 
 
 def _export_plain(
@@ -111,43 +135,82 @@ def _export_plain(
     details: dict[str, Any],
     split: DatasetSplit | None,
 ) -> Exported:
-    """Write a plain LoRA directory, for PEFT and vLLM. details: further fields of its record."""
-    adapter, meta, parameters, places = _fold(source, options)
-    needed, free = 5 * sum(parameter.numel() for parameter in meta.parameters()), memory.available(load.device())
-    not_compared = options.why_not_verified
-    if parameters and not adapter.config.get(PARAMETERS):
-        not_compared = "PEFT does not read experts one by one"
-    elif needed > free and not not_compared:
-        not_compared = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
-    metrics: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.tensors) // 2, "logits": None}
-    fingerprint, in_peft = source.files.base_fingerprint, f"not compared: {not_compared}"
-    loaded = None if not_compared else loading.load(source)
-    compared = loaded and texts(source, loaded.renderer, meta.config.get_text_config().vocab_size, split)
+    """Write a plain LoRA directory, for PEFT, vLLM and SGLang. details: further fields of its record."""
+    folded, client, in_server = _fold(source, options), CLIENTS[options.to], ""
+    adapter, meta, served = folded.adapter, folded.base, folded.served
+    not_compared, not_run = _why_not(source, folded, options)
+    metrics: dict[str, Any] = {"rank": adapter.rank, "modules": len(adapter.modules), "logits": None}
+    loaded = None if not_compared and not_run else loading.load(source)
+    vocabulary = meta.config.get_text_config().vocab_size
+    compared = texts(source, loaded.renderer, vocabulary, split) if loaded and not not_compared else None
+    answers = scored_answers(loaded, source, split) if loaded and not not_run else []
     with directory.staged(file_bytes(adapter.tensors) + (1 << 20), "the adapter") as staging:
         adapter.write(staging)
         source.copy_tokenizer(staging, RUN_FILE)
-        metrics["tensors"] = check_tensors(source.files, staging, parameters, places)
+        metrics["tensors"] = check_tensors(source.files, staging, folded.parameters, folded.places)
+        fingerprint = source.files.base_fingerprint
         if loaded and compared:
             metrics["texts"] = compared.origin
             metrics["logits"] = check_logits(source.files, loaded.model, staging, compared.ids)
-            in_peft = f"logits {_difference(metrics['logits'], 'the largest')}, on {compared.origin}"
             fingerprint = fingerprint or fingerprints.fingerprint(tensors.detached(loaded.model))
+        if served:
+            renamed(adapter, served, meta).write(staging)
+            base, python = source.base.name_or_path, options.runs_vllm
+            result = vllm.compare(python, base, staging, adapter.rank, answers) if answers else None
+            metrics["server"] = {"class": served.architecture, "since": served.since, "run": result and asdict(result)}
+            in_server = f"{served}; {result or f'not run: {not_run}'}"
         details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
-        source.write_record(staging, f"plain LoRA for {CLIENTS[options.to]}", details)
+        source.write_record(staging, f"plain LoRA for {client}", details)
+    lines = _plain_lines(adapter, metrics, not_compared, (client, in_server))
+    return Exported(
+        directory.output, client, lines, metrics, _server_commands(source, directory, options, adapter.rank)
+    )
+
+
+def _plain_lines(
+    adapter: PlainAdapter, metrics: Mapping[str, Any], not_compared: str, in_server: tuple[str, str]
+) -> list[tuple[str, str]]:
+    """The lines of a plain LoRA directory. in_server: a server, and what is known of the adapter there."""
+    logits = f"not compared: {not_compared}"
+    if not not_compared:
+        logits = f"logits {_difference(metrics['logits'], 'the largest')}, on {metrics['texts']}"
     lines = [
         ("each ΔW", f"{_difference(metrics['tensors'], 'its norm')}, {metrics['modules']} modules"),
-        ("in PEFT", in_peft),
+        ("in PEFT", logits),
+        (f"in {in_server[0]}", in_server[1]),
         ("rank", f"{adapter.rank}, lora_alpha {adapter.rank}"),
         *(("note", note) for note in adapter.notes),
     ]
-    commands = []
-    if options.to == "vllm":
-        place, template = directory.output, directory.output / TEMPLATE  # vLLM would use the base's template
-        rendering = str(template) if source.chat and template.is_file() else None
-        base, name = source.base.name_or_path, clients.name_of(place.name)
-        arguments = source.data.chat_template_kwargs
-        commands = [clients.vllm(base, name, str(place), adapter.rank, rendering, arguments)]
-    return Exported(directory.output, CLIENTS[options.to], lines, metrics, commands)
+    return [line for line in lines if line[1]]
+
+
+def _why_not(source: AdapterDirectory, folded: _Folded, options: ExportOptions) -> tuple[str, str]:
+    """Why the export is not compared in PEFT, and why it is not run in a server; each is empty if it is."""
+    copies = 9 if options.runs_vllm else 5  # bytes per parameter: vLLM loads the base once more
+    needed, free = copies * sum(value.numel() for value in folded.base.parameters()), memory.available(load.device())
+    reason = options.why_not_verified
+    if needed > free and not reason:
+        reason = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
+    each = folded.parameters and not folded.adapter.config.get(PARAMETERS)
+    not_compared = reason or "PEFT does not read experts one by one" * bool(each)
+    if not options.runs_vllm:
+        name = ", name it with --vllm-python" * (options.to == "vllm")
+        return not_compared, reason or f"{CLIENTS[options.to]} is not found{name}"
+    is_dense = source.base.quantization == "none" and source.base.gguf_file is None
+    return not_compared, reason or "vLLM loads the base in another form than training did" * (not is_dense)
+
+
+def _server_commands(
+    source: AdapterDirectory, directory: OutputDirectory, options: ExportOptions, rank: int
+) -> list[str]:
+    """The commands that serve an export."""
+    place = directory.output
+    template = place / TEMPLATE  # a server would use the base's template
+    rendering = str(template) if source.chat and template.is_file() else None
+    base, name, arguments = source.base.name_or_path, clients.name_of(place.name), source.data.chat_template_kwargs
+    if options.to == "sglang":
+        return [clients.sglang(base, name, str(place), rendering)]
+    return [clients.vllm(base, name, str(place), rank, rendering, arguments)] if options.to == "vllm" else []
 
 
 def _difference(share: float, whole: str) -> str:
@@ -161,7 +224,7 @@ def _export_gguf(
     converters, not_run = gguf.find_converters(options.llama_cpp), options.why_not_verified
     if not_run:
         note(f"llama.cpp will not be run: {not_run}")
-    adapter = None if options.merged_type else _fold(source, options)[0]
+    adapter = None if options.merged_type else _fold(source, options).adapter
     loaded, base_gguf = loading.load(source), options.base_gguf or _own_gguf(source)
     if adapter:
         gguf.check_layers(loaded.model, str(source.path))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,7 +18,7 @@ from loratune.text import code_block, code_span, is_printable_line, one_line, sh
 
 Arguments = Mapping[str, Any]
 _NONE: Arguments = MappingProxyType({})
-CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "gguf": "llama.cpp", "ollama": "Ollama"}
+CLIENTS = {"peft": "PEFT", "vllm": "vLLM", "sglang": "SGLang", "gguf": "llama.cpp", "ollama": "Ollama"}
 """Value of `--to` → name of the program."""
 TYPES = ("f32", "f16", "bf16", "q8_0")
 """Weight types of a GGUF file of base and adapter."""
@@ -30,8 +31,8 @@ _QUANTIZATION_CODE = {
 }
 
 
-LLAMA_CPP = "xllamacpp"
-"""The package that runs llama.cpp."""
+LLAMA_CPP, VLLM = "xllamacpp", "vllm"
+"""The packages that run llama.cpp and vLLM."""
 
 
 def is_installed() -> bool:
@@ -48,11 +49,11 @@ class ExportOptions:
         merged: The weight type of a GGUF file of base and adapter; None: the adapter alone (gguf), f16 (ollama).
         llama_cpp: A checkout of llama.cpp, for its converters; None: the converters of the package are used.
         base_gguf: A GGUF file of the base.
-        verify: Whether the export is run in its program (in PEFT if the program reads PEFT's format); None: llama.cpp
-            is run if it is installed.
+        verify: Whether the export is run in its program (SGLang is not run, but PEFT); None: if it is installed.
+        vllm_python: The Python of an environment with vLLM; None: this one, if it has vLLM.
 
     Raises:
-        ConfigError: An option has an invalid value, or does not apply to this program; `verify` needs llama.cpp, which
+        ConfigError: An option has an invalid value, or does not apply to this program; `verify` needs a program that
             is not installed.
     """
 
@@ -61,6 +62,7 @@ class ExportOptions:
     llama_cpp: Path | None = None
     base_gguf: Path | None = None
     verify: bool | None = None
+    vllm_python: Path | None = None
 
     def __post_init__(self) -> None:
         for option, value, choices in (("--to", self.to, tuple(CLIENTS)), ("--merged", self.merged, TYPES)):
@@ -71,9 +73,31 @@ class ExportOptions:
         what = "only works with --to gguf and --to ollama"
         if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
             raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
+        self._check_vllm()
         if self.uses_llama_cpp and self.verify and not is_installed():
             code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
             raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
+
+    def _check_vllm(self) -> None:
+        """Raises ConfigError: vLLM is named for another program, or is not found."""
+        python, key = self.vllm_python, "--vllm-python"
+        if python and self.to != "vllm":
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --to vllm", key=key))
+        if python and not python.is_file():
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(python), key))
+        if self.to == "vllm" and self.verify and not self.runs_vllm:
+            what, fix = (
+                "needs vLLM, which is not installed here",
+                "name the Python of an environment that has it: " + key,
+            )
+            raise ConfigError(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="--verify", fix=fix))
+
+    @property
+    def runs_vllm(self) -> str:
+        """The Python that runs vLLM; empty if the export is not run in vLLM."""
+        if self.to != "vllm" or self.verify is False:
+            return ""
+        return str(self.vllm_python or (sys.executable if find_spec(VLLM) else ""))
 
     @property
     def uses_llama_cpp(self) -> bool:
@@ -120,6 +144,13 @@ def vllm(
 
 def _option(name: str, arguments: Arguments) -> str:
     return f" {name} {shell_word(json.dumps(dict(arguments)))}" if arguments else ""
+
+
+def sglang(base: str, name: str, directory: str, template: str | None = None) -> str:
+    """The command that serves an adapter with SGLang. Arguments as in `vllm`."""
+    rendering = f" --chat-template {shell_word(template)}" if template else ""
+    paths = f"--lora-paths {shell_word(f'{name}={directory}')}"
+    return f"python -m sglang.launch_server --model-path {shell_word(base)} --enable-lora{rendering} {paths}"
 
 
 def llama_server(file: Path, base: str | None, *, chat: bool | None = None, arguments: Arguments = _NONE) -> str:

@@ -24,9 +24,9 @@ from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
 from loratune.events import progress
 from loratune.export import experts
+from loratune.export.answers import ScoredAnswer
 from loratune.export.clients import CLIENTS
 from loratune.export.experts import Placement
-from loratune.export.gguf import ScoredAnswer
 from loratune.lora import merging, tensors
 from loratune.lora.adapter_config import factors_in
 from loratune.lora.adapter_files import RECORD_FILE, WEIGHTS_FILE, AdapterFiles

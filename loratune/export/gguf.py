@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from os import environ
@@ -26,6 +26,7 @@ from loratune.adapter.generation import LoadedAdapter
 from loratune.codes import Code
 from loratune.errors import AdapterError, ConfigError, Problem, install, missing_package
 from loratune.events import progress
+from loratune.export.answers import SHARE, Effect, ScoredAnswer, effect
 from loratune.lora import tensors
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import layers_unknown_to_llama_cpp
@@ -263,43 +264,18 @@ class Conversion:
 # Running llama.cpp
 
 SCRIPT = Path(__file__).with_name("llama_cpp_process.py")
-SHARE = (0.9, 1.1)
-"""The allowed share of the adapter's effect on log-probabilities: all of it, up to the rounding of llama.cpp, which
-computes with fewer bits. A lost scale shows as a factor of 2 or more."""
 ROUNDING = 0.05
 """A mean difference of a log-probability, in nats, that counts as rounding, however small the adapter's effect."""
 _ERROR = re.compile(r"\w+(Error|Exception)\b")
 
 
 @dataclass(frozen=True)
-class ScoredAnswer:
-    """A prompt, and the adapter's answer to it.
-
-    Attributes:
-        request: A text under `prompt`, or `messages` with `tools`, in llama.cpp's format; empty if there are only ids.
-        prompt: The ids of the rendered prompt.
-        answer: The ids of the adapter's greedy answer.
-        adapted: The log-probability of each token of the answer, with the adapter.
-        base: The same, by the base alone.
-    """
-
-    request: Mapping[str, Any]
-    prompt: Sequence[int]
-    answer: Sequence[int]
-    adapted: Sequence[float]
-    base: Sequence[float]
-
-
-@dataclass(frozen=True)
-class LlamaCppResult:
+class LlamaCppResult(Effect):
     """The comparison of llama.cpp with the adapter.
 
     Attributes:
         answers: The number of answers compared.
         tokens: The total number of their tokens.
-        mean: The mean absolute difference of their log-probabilities.
-        largest: The largest absolute difference of a log-probability.
-        share: The share of the adapter's effect on log-probabilities that llama.cpp reproduces.
         exact: The number of equal greedy answers.
         ties: The number of greedy answers that differ at a tie, where the gap is at most twice the largest difference.
         counts: The number of rendered prompts whose token counts were compared; all counts are equal.
@@ -307,17 +283,13 @@ class LlamaCppResult:
 
     answers: int
     tokens: int
-    mean: float
-    largest: float
-    share: float
     exact: int
     ties: int
     counts: int
 
     def __str__(self) -> str:
         return (
-            f"{self.answers} answers of {self.tokens} tokens: log-probabilities within {self.mean:.3f} on average and "
-            f"{self.largest:.3f} at most, {self.share:.1%} of the adapter's effect; greedy {self.exact} equal, "
+            f"{self.answers} answers of {self.tokens} tokens: {super().__str__()}; greedy {self.exact} equal, "
             f"{self.ties} ties; {self.counts} rendered prompts of equal length"
         )
 
@@ -345,17 +317,15 @@ def compare(
         if answer["count"] not in (None, len(question.prompt)):
             what = f"llama.cpp makes {answer['count']} tokens of a prompt that has {len(question.prompt)}: "
             raise AdapterError(Problem(Code.EXPORT_DIFFERS, what + _shortened(question)))
-    found = np.concatenate([answer["logprobs"] for answer in answers])
-    adapted, base = (np.concatenate([getattr(q, name) for q in questions]) for name in ("adapted", "base"))
-    differences, effect = np.abs(found - adapted), adapted - base
-    mean, largest = float(differences.mean()), float(differences.max())
-    share = float((found - base) @ effect / (effect @ effect)) if effect.any() else math.nan
-    if not mean <= ROUNDING and not SHARE[0] <= share <= SHARE[1]:
-        what = f"in llama.cpp it has {share:.1%} of its effect: log-probabilities differ by {mean:.3f} on average"
-        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(model)))
-    equal = [_is_greedy(*pair, largest, ends) for pair in zip(questions, answers, strict=True)]
+    found = effect(np.concatenate([answer["logprobs"] for answer in answers]), questions)
+    if not found.mean <= ROUNDING and not SHARE[0] <= found.share <= SHARE[1]:
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, found.deviation("llama.cpp"), str(model)))
+    equal = [_is_greedy(*pair, found.largest, ends) for pair in zip(questions, answers, strict=True)]
     counts = sum(answer["count"] is not None for answer in answers)
-    return LlamaCppResult(len(answers), len(found), mean, largest, share, sum(equal), len(equal) - sum(equal), counts)
+    tokens, ties = sum(len(question.answer) for question in questions), len(equal) - sum(equal)
+    return LlamaCppResult(
+        **asdict(found), answers=len(answers), tokens=tokens, exact=sum(equal), ties=ties, counts=counts
+    )
 
 
 def _is_greedy(question: ScoredAnswer, answer: Mapping[str, Any], largest: float, ends: Collection[int]) -> bool:

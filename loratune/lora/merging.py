@@ -30,7 +30,7 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.lora import adapter_files, attach, tensors, upstream
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import join_first
+from loratune.lora.module_names import WRAPPER_PREFIX, join_first
 from loratune.lora.tensors import KEPT, PARAMETERS, Weights, not_finite, obstacles, read_adapter
 
 ADAPTER = "default"
@@ -292,6 +292,11 @@ class PlainAdapter:
     def rank(self) -> int:
         """The rank of all modules."""
         return int(self.config["r"])
+
+    @property
+    def modules(self) -> list[str]:
+        """The adapted modules."""
+        return sorted({name.removeprefix(WRAPPER_PREFIX).rpartition(".lora_")[0] for name in self.tensors})
 
     def write(self, directory: Path) -> AdapterFiles:
         """Write the two files that PEFT reads to an existing directory, and open it."""

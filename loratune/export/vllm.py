@@ -1,0 +1,95 @@
+"""Runs an exported adapter in vLLM, and compares log-probabilities with those of the adapter and of its base."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from os import environ
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from loratune.codes import Code
+from loratune.errors import AdapterError, Problem
+from loratune.events import progress
+from loratune.export.answers import SHARE, Effect, ScoredAnswer, effect
+from loratune.export.clients import VLLM_RANKS
+from loratune.lora.module_names import join_first
+
+SCRIPT = Path(__file__).with_name("vllm_process.py")
+CLOSENESS = 0.02
+"""The largest allowed mean difference of a log-probability, in nats. Both sides compute in float32."""
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VllmResult(Effect):
+    """The comparison of vLLM with the adapter.
+
+    Attributes:
+        version: The release of vLLM.
+        answers: The number of answers compared.
+        tokens: The total number of their tokens.
+    """
+
+    version: str
+    answers: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.version}, {self.answers} answers of {self.tokens} tokens: {super().__str__()}"
+
+
+@progress("comparing answers in vLLM")
+def compare(python: str, base: str, directory: Path, rank: int, answers: Sequence[ScoredAnswer]) -> VllmResult:
+    """Run an adapter in vLLM, and compare its log-probabilities with those of the adapter and of the base.
+
+    Args:
+        python: The Python of an environment with vLLM.
+        base: The base, a directory or a hub id.
+        directory: The exported adapter.
+        rank: Its rank.
+        answers: The prompts, with the adapter's answers.
+
+    Raises:
+        AdapterError: vLLM fails, ignores a module of the adapter, or computes something else than the adapter.
+    """
+    rows = [{"prompt": [*one.prompt], "answer": [*one.answer]} for one in answers if len(one.answer)]
+    highest = next((most for most in VLLM_RANKS if rank <= most), rank)
+    limits = {"image": 0, "video": 0, "audio": 0}
+    said = _run(python, {"base": base, "adapter": str(directory), "rank": highest, "rows": rows, "limits": limits})
+    where = f"vLLM {said['version']}"
+    if missing := said["ignored"]:
+        what = f"{where} ignores {len(missing)} modules of the adapter: {join_first(missing, 3)}"
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(directory)))
+    found = effect(said["logprobs"], answers)
+    if not found.mean <= CLOSENESS or not SHARE[0] <= found.share <= SHARE[1]:
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, found.deviation(where), str(directory)))
+    return VllmResult(**asdict(found), version=said["version"], answers=len(rows), tokens=len(said["logprobs"]))
+
+
+def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The result of `vllm_process`. Raises AdapterError: it fails."""
+    with TemporaryDirectory() as name:
+        script, *files = (Path(name) / file for file in ("run.py", "request.json", "result.json"))
+        shutil.copyfile(SCRIPT, script)  # or Python would import the modules next to it
+        files[0].write_text(json.dumps(request), encoding="utf-8")
+        command = [python, "-E", *map(str, (script, *files))]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False,
+                env=environ | _SETTINGS,
+            )  # fmt: skip
+            said: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8")) if not done.returncode else {}
+        except (OSError, ValueError) as error:
+            raise AdapterError(Problem(Code.EXPORT_FAILED, f"vLLM cannot be run: {error}", python)) from None
+    if not said:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        what = f"vLLM failed: {' | '.join(lines[-3:]) or f'exit code {done.returncode}'}"
+        fix = "--no-verify exports without running vLLM"
+        raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix=fix))
+    return said

@@ -1,0 +1,231 @@
+"""The names that keys need in vLLM and SGLang: the recorded table, and wrapped bases, from training to the server."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import PLAIN, ROOT, Ran, tiny_llama, write_rows
+from peft import PeftModel
+from safetensors.torch import load_file
+from test_export import adapter_in, folded, logits
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from loratune.codes import Code
+from loratune.errors import AdapterError
+from loratune.export import served, vllm
+from loratune.export.answers import ScoredAnswer
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import families
+
+Cli = Callable[..., Ran]
+
+# --- the table
+
+DENSE = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"]
+GATED = [*DENSE, "mlp.gate_proj", "mlp.up_proj"]
+NAMES: dict[str, list[str]] = {
+    "LlamaForCausalLM": GATED, "Qwen2ForCausalLM": GATED, "Qwen3ForCausalLM": GATED, "Gemma3ForCausalLM": GATED,
+    "Gemma4ForCausalLM": GATED, "MistralForCausalLM": GATED, "GraniteForCausalLM": GATED, "Glm4ForCausalLM": DENSE,
+    "Phi3ForCausalLM": ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
+    "Qwen3MoeForCausalLM": [*DENSE[:4], "mlp.gate"], "GptOssForCausalLM": ["self_attn.q_proj", "self_attn.o_proj"],
+    "Qwen3_5ForCausalLM": [*GATED, "linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.out_proj"],
+    "NemotronHForCausalLM": ["mixer.q_proj", "mixer.o_proj", "mixer.in_proj", "mixer.up_proj", "mixer.down_proj"],
+    "DeepseekV3ForCausalLM": ["self_attn.q_a_proj", "self_attn.kv_b_proj", "self_attn.o_proj", "mlp.down_proj"],
+    "FalconH1ForCausalLM": ["self_attn.q_proj", "mamba.in_proj", "feed_forward.down_proj"],
+    "Lfm2ForCausalLM": ["self_attn.q_proj", "self_attn.out_proj", "short_conv.in_proj", "feed_forward.w2"],
+}  # fmt: skip
+"""Class → names of its modules in a layer of transformers."""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_has_the_modules_of_vllm(name: str) -> None:
+    paths = [f"model.layers.0.{module}" for module in NAMES[name]]
+    found = served.names_for("vllm", config(name), name, paths, "adapter")
+    assert dict(found.names) == {path: path for path in paths} and found.since
+    for module in NAMES[name]:
+        with pytest.raises(AdapterError):
+            served.names_for("vllm", config(name), name, [f"model.layers.0.other.{module}"], "adapter")
+
+
+def config(architecture: str | None, model_type: str = "llama") -> Any:
+    made = AutoConfig.for_model(model_type)
+    made.architectures = [architecture] if architecture else None
+    return made
+
+
+# --- wrapped bases
+
+WRAPPED = {
+    "qwen3_5": ("Qwen3_5ForCausalLM", {}),
+    "gemma3": ("Gemma3ForConditionalGeneration", {}),
+}
+"""Model type of a base of text and images → the class in which it is trained, and settings of its language model."""
+ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
+
+
+def wrapper(path: Path, model_type: str, tokenizer: Any) -> Path:
+    """A directory with a small model of text and images."""
+    torch.manual_seed(0)
+    config = families.small_config(model_type, **WRAPPED[model_type][1])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("model_type", WRAPPED)
+def test_an_adapter_of_a_wrapped_base_applies_in_the_wrapper(
+    tmp_path: Path, model_type: str, tokenizer: Any, cli: Cli, untraced: None
+) -> None:
+    """Trained on the language model, exported for vLLM, and read by the class that vLLM loads, in transformers."""
+    base = wrapper(tmp_path / "base", model_type, tokenizer)
+    values = PLAIN | {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", ROWS))},
+        "training": {"learning_rate": 1e-2, "max_steps": 2},
+        "output_dir": str(tmp_path / "adapter"),
+    }
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump(values))
+    assert (ran := cli("train", run)).code == 0, ran.err
+    ran = cli("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out", "--json")
+    assert ran.code == 0, ran.err
+    server = json.loads(ran.out)["comparison"]["server"]
+    kind = type(whole := AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)).__name__
+    assert server["class"] == kind and server["since"]
+    assert all(".language_model.layers." in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
+    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    assert type(ours).__name__ == WRAPPED[model_type][0]
+    ids = torch.arange(40, 72)[None]
+    with torch.inference_mode():
+        alone = whole.eval()(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(ours, tmp_path / "adapter").eval()(input_ids=ids).logits
+        found = PeftModel.from_pretrained(whole, tmp_path / "out").eval()(input_ids=ids).logits
+    assert (expected - alone).abs().max() > 1e-3
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+OURS = ["model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("client", "architecture", "own", "prefix"),
+    [
+        ("vllm", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.language_model."),
+        ("vllm", "Qwen3_5ForCausalLM", "Qwen3_5ForCausalLM", "model."),
+        ("sglang", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.language_model."),
+        ("vllm", None, "LlamaForCausalLM", "model."), ("vllm", "Phi3SomethingNew", "Phi3SomethingNew", "model."),
+        ("vllm", "Qwen3_5ForConditionalGeneration", "Qwen9ForCausalLM", "model.language_model."),
+    ],
+)  # fmt: skip
+def test_names_follow_the_class_that_the_server_loads(
+    client: str, architecture: str | None, own: str, prefix: str
+) -> None:
+    found = served.names_for(client, config(architecture), own, OURS, "adapter")
+    assert dict(found.names) == {path: prefix + path.removeprefix("model.") for path in OURS}
+    assert bool(found.since) == (architecture != "Phi3SomethingNew")
+    assert found.is_renamed == (prefix != "model.")
+
+
+@pytest.mark.parametrize(
+    ("client", "architecture", "own", "path"),
+    [
+        ("vllm", "Qwen9ForConditionalGeneration", "Qwen9ForCausalLM", OURS[0]),
+        ("vllm", "GPT2LMHeadModel", "GPT2LMHeadModel", "transformer.h.0.attn.c_attn"),
+        ("vllm", "Gemma3nForConditionalGeneration", "Gemma3nForConditionalGeneration", OURS[0]),
+        ("vllm", "LlamaForCausalLM", "LlamaForCausalLM", "model.layers.0.self_attn.query"),
+        ("vllm", "LlamaForCausalLM", "LlamaForCausalLM", "layers.0.self_attn.q_proj"),
+        ("sglang", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.layers.0.linear_attn.in_proj_qkv"),
+    ],
+)  # fmt: skip
+def test_names_that_address_nothing_are_refused(client: str, architecture: str, own: str, path: str) -> None:
+    with pytest.raises(AdapterError) as error:
+        served.names_for(client, config(architecture), own, [path], "adapter")
+    (problem,) = error.value.problems
+    assert problem.code == Code.EXPORT_UNSUPPORTED and problem.where == "adapter" and "merge" in problem.fix
+
+
+def test_keys_of_vllm_are_renamed_in_its_order() -> None:
+    """As `WeightsMapper` does it: several prefixes may apply one after another, a part only once."""
+    renames = {
+        "regex": {r"(?<!\.moe)\.experts": ".moe.experts"}, "substr": {".self_attn.": ".attn."},
+        "prefix": {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+        "suffix": {".weight": ".w"},
+    }  # fmt: skip
+    expected = {
+        "model.language_model.0.self_attn.self_attn.q.weight": "language_model.model.0.attn.self_attn.q.w",
+        "lm_head.lora_A": "language_model.lm_head.lora_A", "model.experts": "model.moe.experts", "x.model.": "x.model.",
+    }  # fmt: skip
+    assert {key: served._renamed(key, renames) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("targets", "zeros"),
+    [
+        (["q_proj"], {"v_proj"}), (["v_proj"], {"q_proj"}), (["up_proj"], {"gate_proj"}),
+        (["k_proj"], {"q_proj", "v_proj"}),
+        (["q_proj", "v_proj", "o_proj"], set()), (["gate_proj", "down_proj"], set()),
+    ],
+)  # fmt: skip
+def test_modules_that_sglang_expects_together_are_completed(
+    tmp_path: Path, targets: list[str], zeros: set[str]
+) -> None:
+    """With zeros, which change nothing: the logits in PEFT are those of the adapter."""
+    adapter = adapter_in(tmp_path / "a", tiny_llama(), target_modules=targets)
+    plain = folded(adapter, tmp_path / "plain", tiny_llama())
+    names = served.names_for("sglang", config(None), "LlamaForCausalLM", plain.modules, "adapter")
+    (tmp_path / "out").mkdir()
+    served.renamed(plain, names, tiny_llama()).write(tmp_path / "out")
+    written = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name, tensor in written.items() if not tensor.any()} == zeros
+    assert torch.equal(*(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / name)) for name in ("plain", "out")))
+
+
+# --- vLLM, which a script stands for
+
+FAKE = """#!{python}
+import json, sys
+from math import nan as NaN
+request, result = (open(path, mode) for path, mode in zip(sys.argv[-2:], "rw"))
+rows = json.load(request)["rows"]
+{do}
+json.dump({{"logprobs": {logprobs}, "ignored": {ignored}, "version": "9.9"}}, result)
+"""
+ANSWERS = [ScoredAnswer({}, [1, 2], [3, 4], [-1.0, -2.0], [-3.0, -5.0]), ScoredAnswer({}, [1], [5], [-0.5], [-4.0])]
+
+
+def fake_vllm(path: Path, logprobs: list[float] | None = None, ignored: Any = (), do: str = "") -> str:
+    logprobs = [-1.0, -2.0, -0.5] if logprobs is None else logprobs
+    path.write_text(FAKE.format(python=sys.executable, do=do, logprobs=json.dumps(logprobs), ignored=[*ignored]))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "what"),
+    [
+        ({"logprobs": [-1.001, -2.0, -0.5]}, None, ""),
+        ({"logprobs": [-3.0, -5.0, -4.0]}, Code.EXPORT_DIFFERS, "0.0% of its effect"),
+        ({"logprobs": [-1.1, -2.1, -0.6]}, Code.EXPORT_DIFFERS, "0.100 on average"),
+        ({"logprobs": [float("nan")] * 3}, Code.EXPORT_DIFFERS, "nan"),
+        ({"ignored": ["model.layers.0.q"]}, Code.EXPORT_DIFFERS, "ignores 1 modules of the adapter: model.layers.0.q"),
+        ({"do": "sys.exit('RuntimeError: no Triton')"}, Code.EXPORT_FAILED, "vLLM failed: RuntimeError: no Triton"),
+        ({"do": "sys.exit(0)"}, Code.EXPORT_FAILED, "vLLM cannot be run"),
+    ],
+)  # fmt: skip
+def test_answers_of_vllm_are_compared(tmp_path: Path, answer: dict[str, Any], code: Code | None, what: str) -> None:
+    python = fake_vllm(tmp_path / "python", **answer)
+    if code is None:
+        result = vllm.compare(python, "base", tmp_path, 8, ANSWERS)
+        assert (result.answers, result.tokens, result.version) == (2, 3, "9.9") and 0.9 < result.share < 1.1
+        return
+    with pytest.raises(AdapterError) as error:
+        vllm.compare(python, "base", tmp_path, 8, ANSWERS)
+    (problem,) = error.value.problems
+    assert problem.code == code and what in problem.what
