@@ -363,7 +363,7 @@ def write(path: Path, tokenizer: PreTrainedTokenizerFast, form: str, kind: str =
             continue
         dense[name] = torch.from_numpy(np.ascontiguousarray(weight)).to(one.dtype)
     save_file(stored, path / "model.safetensors", {"format": "pt"})
-    configure(path, quantization_config=one.config)
+    configure(path, quantization_config=one.config, **({"dtype": None} if kind == "gpt-oss" else {}))  # as released
     return dense
 
 

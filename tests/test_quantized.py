@@ -353,6 +353,17 @@ def test_targets_are_resolved_on_plain_linear_layers(wide: Path, ready: Callable
         assert isinstance(found.model.layers[1].self_attn.q_proj, torch.nn.Linear)
 
 
+@pytest.mark.parametrize("quantization", LAYER)
+def test_memory_of_a_base_that_is_saved_quantized(
+    quantization: str, wide: Path, ready: Callable[[str], Path], cli: Cli, run_config: MakeConfig
+) -> None:
+    def counted(path: Path, how: str) -> str:
+        section = {"name_or_path": str(path), "dtype": "bfloat16", "quantization": how}
+        return cli("params", run_config(model=section), "--json").out
+
+    assert counted(ready(quantization), "none") == counted(wide, quantization) != counted(wide, "none")
+
+
 @pytest.mark.parametrize("method", ABSENT)
 def test_missing_quantization_package_is_reported(
     method: str, wide: Path, tmp_path: Path, cli: Cli, run_config: MakeConfig

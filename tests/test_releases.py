@@ -111,6 +111,7 @@ def test_release_trains_generates_and_merges(
     method = json.loads((path / "config.json").read_text())["quantization_config"]["quant_method"]
     assert f"the base is a quantized release ({method})" in ran.err
     assert json.loads((out / RECORD_FILE).read_text())["base"]["quantized"] == method
+    assert f"quantized ({method})" in (out / "README.md").read_text()
 
     counted = json.loads(cli("params", config, "--json").out)  # as the dense release, in whose size it is in memory
     assert counted == json.loads(cli("params", config, "--set", f"model.name_or_path={twin}", "--json").out)
@@ -131,6 +132,17 @@ def test_release_trains_generates_and_merges(
     changed = [key for key in dense if not torch.equal(dense[key], tuned[key])]
     assert changed and all("self_attn" in key for key in changed)
     AutoModelForCausalLM.from_pretrained(merged)
+
+
+def test_parts_of_a_weight_may_be_in_different_files(release: Callable[[str], Release], tmp_path: Path) -> None:
+    shutil.copytree(release("gptq").path, path := tmp_path / "model")
+    tensors, files = load_file(path / "model.safetensors"), ("model-00001-of-00002", "model-00002-of-00002")
+    (path / "model.safetensors").unlink()
+    places = {name: f"{files[name.endswith(('scales', 'g_idx'))]}.safetensors" for name in tensors}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in tensors if places[name] == file}, path / file, {"format": "pt"})
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    assert_same(base(path), base(release("gptq").twin))
 
 
 def test_release_is_quantized_again_on_request(
@@ -276,6 +288,13 @@ def test_release_in_pickles_is_refused(release: Callable[[str], Release], tmp_pa
     with pytest.raises(ModelError, match="safetensors") as caught:
         base(path)
     assert meanings(caught.value) == [(Code.MODEL_UNSUPPORTED, str(path), "")]
+
+
+def test_dtype_is_that_of_the_release(release: Callable[[str], Release], cli: Cli) -> None:
+    """Whatever the dtype of the run is."""
+    for name, dtype in (("gptq", "float16"), ("fp8", "bfloat16"), ("gpt-oss", "bfloat16")):
+        ran = cli("params", "--model", release(name).path)
+        assert f"dequantized to {dtype}" in ran.out + ran.err
 
 
 def test_tensors_are_read_one_after_another(release: Callable[[str], Release]) -> None:

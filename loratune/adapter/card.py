@@ -26,7 +26,7 @@ def provenance(
     metrics: Mapping[str, Any],
     curve: Sequence[Mapping[str, float]],
     fingerprints: Mapping[str, str | None],
-    released: str | None,
+    quantized: str | None,
 ) -> dict[str, Any]:
     """The provenance record of an adapter.
 
@@ -35,14 +35,14 @@ def provenance(
         metrics: The metrics of the run.
         curve: Losses by step.
         fingerprints: Fingerprints of the base and the rows.
-        released: The method by which the base is quantized in its files; None if it is not.
+        quantized: The method by which the base is quantized in its files; None if it is not.
     """
     return versioned(
         {
             "versions": {name: version(name) for name in PACKAGES},
             "machine": {"python": platform.python_version(), "platform": platform.platform()},
             "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")}
-            | {"quantized": released},
+            | {"quantized": quantized},
             "fingerprints": dict(fingerprints),
             "seed": settings["training"]["seed"],
             "metrics": dict(metrics),

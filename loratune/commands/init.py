@@ -23,7 +23,7 @@ from loratune.lora import creation
 from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
-from loratune.model import checks, load, quantization
+from loratune.model import checks, load, quantization, tensor_files
 from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
@@ -160,7 +160,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
-    if not (released := load.quantization_notes(run.model, model_config)):
+    if not (released := tensor_files.notes(run.model, model_config)):
         quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)

@@ -13,7 +13,7 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.targets import Targets
-from loratune.model import load
+from loratune.model import load, quantization, tensor_files
 from loratune.training import auto
 from loratune.training.retention import typical_texts
 
@@ -109,7 +109,7 @@ def params(run: RunConfig) -> Params:
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [*[(length, length - 1)] * batch, *typical_texts(run, batch * length)]
-    planned = memory.Planned(run.model.quantization, load.device())
+    planned = memory.Planned(quantization.held_as(run.model, model_config), load.device())
     layers: dict[int, int] = {}
     for path, layer in parameters.layers_of(model).items():
         if (number := number_of(path)) is not None:
@@ -120,7 +120,7 @@ def params(run: RunConfig) -> Params:
         layers=layers,
         others=_others(model, targets),
         targets=targets,
-        notes=[*load.quantization_notes(run.model, model_config), *targets.notes, *targets.shared_lines()],
+        notes=[*tensor_files.notes(run.model, model_config), *targets.notes, *targets.shared_lines()],
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,

@@ -20,7 +20,6 @@ from loratune.events import emit, note
 from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import load
-from loratune.model.quantization import method, record_of
 from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
@@ -189,7 +188,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     (staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     prompt, known = card.example_prompt(rows.train), not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     lines = card.CardLines(
-        use=clients.sections(plan.config, name, prompt, are_layers_known=known),
+        use=clients.sections(plan.config, name, prompt, are_layers_known=known, quantized=plan.base.quantized),
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
         unrelated=str(trained.unrelated),
@@ -212,9 +211,8 @@ def _record(plan: Plan, trained: TrainedAdapter) -> dict[str, Any]:
     """The content of loratune.json, except the list of files."""
     kept, datasets, start, rows = plan.checkpoints.record, plan.datasets, plan.run.start, plan.run.rows
     assert rows is not None
-    quantized = record_of(plan.base.config.to_dict())
-    released = method(quantized) if quantized else None
-    record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints, released)
+    quantized = plan.base.quantized
+    record = card.provenance(plan.config.resolved(), trained.metrics, trained.curve, kept.fingerprints, quantized)
     record["machine"] |= {key: (kept.conditions or {})[name] for key, name in _CONDITIONS.items()}
     record["machine"]["peak_memory"] = trained.peak_memory
     prompts = card.recorded_prompts(data.first_examples(rows.train, datasets.train.rows))

@@ -172,7 +172,7 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None, argu
     return f"llama-server -m {shell_word(base)} --lora {shell_word(str(file))}{rendering}"
 
 
-def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) -> str:
+def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool, quantized: str | None = None) -> str:
     """The section of a model card on how to use an adapter, with the programs that support it.
 
     Args:
@@ -180,9 +180,13 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool) 
         name: The name of the adapter directory.
         prompt: An example prompt, quoted for a shell.
         are_layers_known: Whether llama.cpp and vLLM support adapters for the adapted kinds of layers.
+        quantized: The method by which the files of the base hold it quantized.
     """
     command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
     blocks = [f"{code_block(_peft(run, name), 'python')}\n\nor {command}"]
+    if quantized:
+        text = f"The files of the base are quantized ({quantized}). Where transformers cannot load them, use "
+        blocks[0] += f"\n\n{text}{code_span(f'loratune merge --adapter {shell_word(name)} --output MODEL')} instead."
     if are_layers_known and config.is_plain(run.lora):
         if run.model.gguf_file is None:
             blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name))}")

@@ -20,8 +20,8 @@ Parts = Mapping[str, Tensor]
 """The tensors of one quantized weight, by the ends of their names."""
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 """The values of 4-bit floating-point numbers (OCP Microscaling Formats 1.0)."""
-_AWQ_COLUMNS = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Where AWQ packs each of eight neighbouring columns (github.com/casper-hansen/AutoAWQ, WQLinear_GEMM)."""
+_AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+"""The bit at which AWQ packs each of eight neighbouring columns (github.com/casper-hansen/AutoAWQ, WQLinear_GEMM)."""
 _EXPONENT_BIAS = 127
 """Scales that are exponents in a byte are 2 ** (byte - bias)."""
 
@@ -112,11 +112,9 @@ def _by_block(parts: Parts, packed: str, scale: str, block: tuple[int, int]) -> 
 
 
 def _by_fp4(parts: Parts, packed: str, block: tuple[int, int]) -> Tensor:
-    scales = _number(parts[".weight_scale"])
-    if (factor := parts.get(".weight_global_scale")) is not None:  # by which compressed-tensors has multiplied them
-        scales = scales / factor.float()
-    if (factor := parts.get(".weight_scale_2")) is not None:
-        scales = scales * factor.float()
+    scales, one = _number(parts[".weight_scale"]), torch.ones((), device=parts[packed].device)
+    scales = scales * parts.get(".weight_scale_2", one).float()
+    scales = scales / parts.get(".weight_global_scale", one).float()  # by which compressed-tensors has multiplied them
     return _scaled(_fp4(parts[packed]), scales, block)
 
 
@@ -148,10 +146,9 @@ def _by_gptq(parts: Parts, bits: int, group: int, offset: int) -> Tensor:
 
 def _by_awq(parts: Parts, group: int) -> Tensor:
     """Values and zeros are packed along the outputs, which are columns here."""
-    values, zeros = (
-        _unpacked(parts[name], 4).reshape(len(parts[name]), -1, 8)[..., _AWQ_COLUMNS].flatten(-2).float().T
-        for name in (".qweight", ".qzeros")
-    )
+    packed = parts[".qweight"], parts[".qzeros"]
+    shifts = torch.tensor(_AWQ_SHIFTS, dtype=torch.int32, device=packed[0].device)
+    values, zeros = ((part.unsqueeze(-1) >> shifts & 15).flatten(-2).float().T for part in packed)
     return _scaled(values, parts[".scales"].float().T, (1, group), zeros)
 
 

@@ -1,5 +1,6 @@
 """Loads the tokenizer and the base model: source, dtype and device, and whether this machine can hold the base."""
 
+import copy
 import io
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
@@ -184,6 +185,12 @@ class Base:
     config: Any
     notes: list[str]
 
+    @property
+    def quantized(self) -> str | None:
+        """The method by which its files hold it quantized; None if they do not."""
+        record = record_of(self.config.to_dict())
+        return method(record) if record else None
+
 
 def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     """The base of a run, with its fingerprint.
@@ -204,7 +211,7 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
         fix = "give all machines the same files"
         raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, fix))
     config = load_config(section)
-    return Base(model, fingerprint, files, config, [*quantization_notes(section, config), *machine_notes(section)])
+    return Base(model, fingerprint, files, config, [*tensor_files.notes(section, config), *machine_notes(section)])
 
 
 def _device_map(section: ModelSection, *, packed: bool) -> Any:
@@ -230,7 +237,7 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
             is_imported = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # by an earlier call
             needs_code = section.trust_remote_code and has_code and not is_imported
             return AutoModelForCausalLM.from_config(
-                config,
+                copy.deepcopy(config),  # transformers sets its dtype
                 trust_remote_code=section.trust_remote_code,
                 dtype=compute_dtype(section),
                 **({"code_revision": section.revision} if needs_code else {}),
@@ -369,16 +376,6 @@ def machine_notes(section: ModelSection, machine: Machine | None = None) -> list
     if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else _computes_bfloat16()):
         return ["model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"]
     return []
-
-
-def quantization_notes(section: ModelSection, config: Any) -> list[str]:
-    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases."""
-    record = record_of(config.to_dict())
-    if record is None or packed_format(record, section.name_or_path) is None:
-        return []
-    again = f", and quantized again to {section.quantization}" if section.quantization != "none" else ""
-    dtype = str(tensor_files.dense_dtype(config)).removeprefix("torch.")
-    return [f"model: the base is a quantized release ({method(record)}); it is dequantized to {dtype}{again}"]
 
 
 def device() -> torch.device:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import transformers
 
@@ -50,6 +50,13 @@ def check_bitsandbytes(quantization: str, reason: str | None = None) -> None:
     if quantization != "none" and (reason := upstream.bitsandbytes_lacks() if reason is None else reason):
         what, fix = f"{quantization} does not work here: {reason}", "repair bitsandbytes, or set it to none"
         raise ConfigError(Problem(Code.MODEL_UNSUPPORTED, what, key=QUANTIZATION_KEY, fix=fix))
+
+
+def held_as(section: ModelSection, config: Any) -> Literal["none", "8bit", "4bit"]:
+    """How bitsandbytes holds a base in memory: as the setting says, or as its files do."""
+    record = record_of(config.to_dict()) or {}
+    saved: Literal["none", "8bit", "4bit"] = "4bit" if record.get("load_in_4bit") else "8bit"
+    return saved if record.get("load_in_4bit") or record.get("load_in_8bit") else section.quantization
 
 
 def remove_record(config: dict[str, Any]) -> bool:

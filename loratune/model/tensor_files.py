@@ -4,6 +4,7 @@ Quantized weights are computed by their format when they are read.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,10 +31,7 @@ DTYPES = {
 """The dtypes that stored tensors may have."""
 _FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 """Those that only tensors of quantized weights may have."""
-_ACTIVATIONS = (
-    "input_scale", "input_global_scale", "input_zero_point", "activation_scale", "output_scale", "q_scale", "k_scale",
-    "v_scale",
-)  # fmt: skip
+_ACTIVATIONS = re.compile(r"\.((input|activation|output)_((global_)?scale|zero_point)|[qkv]_scale)$")
 """Names of tensors by which servers quantize activations and caches, which training does not."""
 _FIX = "get all files of the release, with the config.json that belongs to them"
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -111,6 +109,16 @@ def dense_dtype(config: Any) -> torch.dtype:
     return next((one for one in recorded if one in (torch.float16, torch.float32)), torch.bfloat16)
 
 
+def notes(section: ModelSection, config: Any) -> list[str]:
+    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases."""
+    record = record_of(config.to_dict())
+    if record is None or packed_format(record, section.name_or_path) is None:
+        return []
+    again = f", and quantized again to {section.quantization}" if section.quantization != "none" else ""
+    dtype = str(dense_dtype(config)).removeprefix("torch.")
+    return [f"model: the base is a quantized release ({method(record)}); it is dequantized to {dtype}{again}"]
+
+
 def release_tensors(section: ModelSection, config: Any) -> dict[str, StoredTensor]:
     """The tensors of a base as a dense release names them. Quantized weights are computed when they are read.
 
@@ -142,7 +150,7 @@ def _dense(
     ends = sorted({release.packed, *release.needed, *release.optional}, key=len, reverse=True)
     found: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in stored.items():
-        if not name.endswith(_ACTIVATIONS):
+        if not _ACTIVATIONS.search(name):
             end = next((end for end in ends if name.endswith(end)), "")
             found.setdefault(name.removesuffix(end), {})[end] = tensor
     dense: dict[str, StoredTensor] = {}
