@@ -95,6 +95,7 @@ DATA: dict[str, Any] = {
     "validation": 0.5,
     "test": {"path": "other.jsonl"},
     "group_by": "topic",
+    "sample_by": "paragraph",
     "format": "text",
     "columns": {"prompt": "system", "completion": "prompt"},
     "chat_template": "other.jinja",
@@ -104,6 +105,7 @@ DATA: dict[str, Any] = {
     "prompt_loss_weight": 0.5,
     "max_length": 24,
     "truncation": "drop",
+    "stride": 4,
     "invalid_rows": "drop",
     "max_dropped": 0.0,
     "packing": "full",
@@ -396,6 +398,7 @@ def prepared(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[...
         write_rows(tmp_path / f"{name}.jsonl", rows)
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "<think>so</think>ho"}]
     write_rows(tmp_path / "chat.jsonl", [{"messages": chat}] * 3)
+    (tmp_path / "lines.txt").write_text("a\nb\n")
     (tmp_path / "other.jinja").write_text(CHAT_TEMPLATE.replace("<|end|>", "!<|end|>"))
     (tmp_path / "tone.jinja").write_text("{{ tone }}" + CHAT_TEMPLATE)
 
@@ -434,6 +437,8 @@ def test_each_data_field_changes_the_prepared_rows(prepared: Callable[..., Any],
         "truncation": {"max_length": 16, "max_dropped": 1.0},
         "max_length": {"max_dropped": 1.0},
         "group_by": {"validation": 0.4},
+        "sample_by": {"train": {"path": "lines.txt"}, "format": "text"},
+        "stride": {"format": "text", "max_length": 5},
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})

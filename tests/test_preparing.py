@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from loratune import data
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data import TokenizedDataset, holding_out, token_cache
+from loratune.data import TokenizedDataset, example_tokenizer, holding_out, token_cache
 from loratune.data.formats import Plain
 from loratune.data.rendering import Renderer
 from loratune.data.report import Report, RowTally
@@ -359,7 +359,7 @@ def test_answers_are_never_truncated(tmp_path: Path, renderer: Renderer, loss_on
     assert prepared_sets["chats"].report.cut_answers == (loss_on == "completion") * (
         "one<|end|>" not in texts["chats"][0]
     )
-    assert texts["texts"] == [LONG[:32]]
+    assert texts["texts"][0] == LONG[:32] and texts["texts"][-1].endswith("<|endoftext|>")
 
 
 def test_fingerprint_depends_on_the_format(tmp_path: Path, renderer: Renderer) -> None:
@@ -464,7 +464,7 @@ class Stopped(Renderer):
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(token_cache, "_SHARD_ROWS", 20)
-    monkeypatch.setattr(data, "_BATCH_ROWS", 10)
+    monkeypatch.setattr(example_tokenizer, "BATCH_ROWS", 10)
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 6, 9])

@@ -22,7 +22,8 @@ from loratune.codes import Code
 from loratune.data.batches import pad
 from loratune.data.formats import IGNORED, Conversation, Example, Ids, Message, Plain
 from loratune.data.rendering import Renderer, encoder
-from loratune.data.rendering.spans import TokenizedRow, truncate
+from loratune.data.rendering.spans import TokenizedRow
+from loratune.data.rendering.truncation import truncate
 from loratune.errors import DataError, ModelError
 from loratune.model import load
 

@@ -177,7 +177,7 @@ def recorded_prompts(rows: Iterable[Example], most: int = 8, max_length: int = 2
 def _recorded_prompt(of: Example) -> dict[str, Any]:
     example: Single = sides(of)[0]  # The sides of a pair have the same prompt.
     if isinstance(example, Plain):
-        prompt = " ".join(example.completion.split()[:8]) if example.whole else example.prompt
+        prompt = " ".join(example.completion.split(None, 8)[:8]) if example.whole else example.prompt
         return {"prompt": prompt} if prompt else {}
     if isinstance(example, Conversation):
         turns = example.supervised_turns("assistant")

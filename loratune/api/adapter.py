@@ -366,7 +366,8 @@ class Adapter(Adapters):
 
         is_builtin = isinstance(rows, str) and rows == BUILTIN
         source = source_of(data.UNRELATED_TEXT if is_builtin else rows)
-        section = DataSection(train=Source(path=GIVEN), max_length=self._directory.data.max_length)
+        longest = self._directory.data.max_length
+        section = DataSection(train=Source(path=GIVEN), max_length=longest, truncation="keep_completion")
         split = data.read_source(source, section)
         split.check_kind(None)
         return UnrelatedText(split, data.unrelated_kinds() if is_builtin else {})

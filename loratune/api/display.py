@@ -118,6 +118,7 @@ def started(started: "Started") -> list[tuple[str, str]]:
     rows, fit, run = started.rows, started.fit, started.run
     lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
     answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
+    blocks = f", in {rows.blocks_per_row * len(rows.train):,.0f} blocks" if rows.blocks_per_row > 1 else ""
     sampled = f", of {len(lengths) // rows.rows_per_example:,} drawn from them" if rows.is_sample else ""
     median, high = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="inverted_cdf"))
     sampled += ", of each answer with its prompt" * paired
@@ -128,7 +129,7 @@ def started(started: "Started") -> list[tuple[str, str]]:
         duration = f"at most {run.training.max_minutes:g} min, for about {steps}, within a factor of two"
     context = f", {started.context:,} positions" if started.context else ""
     return [
-        ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}"),
+        ("rows", f"{len(rows.train):,}, {' and '.join(rows.train.formats)}{answers}{blocks}"),
         ("lengths", f"{median:,} tokens in the median, {high:,} at 95 %, {lengths.max():,} at most{sampled}"),
         ("model", f"{started.count.total - started.count.trainable:,} parameters{context}"),
         ("machine", f"{started.machine}, {fit.free / (1 << 30):.1f} GiB free"),

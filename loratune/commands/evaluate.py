@@ -20,12 +20,13 @@ from loratune.compare.answers import (
     PreferenceAnswers,
     RowAnswers,
     distinct_rows,
+    items_of,
     majority_answers,
 )
 from loratune.compare.behavior import Behavior
 from loratune.compare.collapse import PromptSensitivity
 from loratune.compare.comparison import Comparison, compare_rows, not_finite
-from loratune.compare.engine import Engine, check_positions
+from loratune.compare.engine import Engine
 from loratune.compare.metrics import ADAPTER, AGAINST, BASE, LOSS, compare
 from loratune.compare.objectives import Formula
 from loratune.compare.preferences import formula_for, formula_of
@@ -106,10 +107,10 @@ def evaluate(
     subject = subject or Subject(models[0])
     first, vocabulary = models[0], _vocabulary_size(models[0])
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
-    check_positions(dataset, first.data, load.context_length(first.model.config))
+    data.check_positions(dataset, first.data, load.context_length(first.model.config))
     rows = subject.once("rows", lambda: _rows(adapter, first, dataset, judging))
     overlap = subject.once("overlap", lambda: splits.find_overlap(split, adapter.path))
-    remarks = [*split.remarks(), *dataset.report.losses(), *overlap.remarks()]
+    remarks = [*split.remarks(), *dataset.report.splits(), *dataset.report.losses(), *overlap.remarks()]
     remarks += remarks_on_weights(dataset.rows.weights)
     engine = engine_of(first)
     with first.without_adapter():
@@ -132,7 +133,7 @@ def evaluate(
             gc.collect()  # otherwise two bases would be in memory
             models = loading.load_all([against], adapter.base)
         same_tokens = asked["renderer"].digest == models[-1].renderer.digest
-        remarks += _rendering_remarks(adapter, against, same_tokens=same_tokens)
+        remarks += _rendering_remarks(adapter, against, is_text=split.formats == ["text"], same_tokens=same_tokens)
         other = replace(models[-1], **asked)
         found[AGAINST] = rows.answers(AGAINST, other, engine_of(other))
     if isinstance(rows, PreferenceAnswers):
@@ -256,10 +257,15 @@ def _load(adapter: AdapterDirectory, against: AdapterDirectory | None) -> list[L
     return loading.load_all([adapter])
 
 
-def _rendering_remarks(adapter: AdapterDirectory, against: AdapterDirectory, *, same_tokens: bool) -> Iterator[str]:
+def _rendering_remarks(
+    adapter: AdapterDirectory, against: AdapterDirectory, *, is_text: bool, same_tokens: bool
+) -> Iterator[str]:
     """A line on how the rows may be rendered differently than in the training of the other adapter."""
-    own, its = (one.data.model_dump() for one in (adapter, against))
-    keys = [f"data.{key}" for key in ("loss_on", "max_length", "truncation", "reasoning") if own[key] != its[key]]
+    own, its = (
+        one.data.model_dump() | {"truncation": one.data.truncation_of(is_text=is_text)} for one in (adapter, against)
+    )
+    compared = ("loss_on", "max_length", "truncation", "stride", "reasoning")
+    keys = [f"data.{key}" for key in compared if own[key] != its[key]]
     differences = [*([] if same_tokens else ["tokenizer or chat template"]), *keys]
     differences += ["prompts that go through the chat template"] if adapter.chat != against.chat else []
     if differences:
@@ -288,7 +294,7 @@ def _forgetting(subject: Subject, engine: Engine, text: UnrelatedText, remarks: 
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
     remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
     rows = distinct_rows(loaded, dataset)
-    copies = {row.number: row.times for row in rows}
+    copies = items_of(rows)
     loaded.activate()
     with loaded.without_adapter():
         before = subject.once("text", lambda: engine.losses(dataset, copies))

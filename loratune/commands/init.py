@@ -2,20 +2,18 @@
 
 import itertools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from loratune import config, data, memory
+from loratune import config, memory
+from loratune.commands import init_start
 from loratune.commands.init_start import SOURCE
-from loratune.config import AUTO, DataSection, Draft, RunConfig
-from loratune.data import DatasetSplit, RawDatasets, fields
-from loratune.data.fields import Classes, ColumnChoice
-from loratune.data.formats import PAIRS, UNPAIRED
-from loratune.data.holding_out import hold_out, random_mask
+from loratune.config import AUTO, Draft, RunConfig
+from loratune.data.holding_out import hold_out
+from loratune.data.measured_rows import OBJECTIVES, MeasuredRows, fit_length, measure
 from loratune.data.packing import BatchLayout
 from loratune.data.rendering import Renderer
 from loratune.events import note
@@ -29,15 +27,6 @@ from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import unit_parameters
 
-MOST_ROWS = 20_000
-"""The most rows that are tokenized; of more rows, a random sample of this size."""
-_LABEL_TOKENS = 16
-"""The largest median of supervised tokens for completions to count as labels."""
-_OBJECTIVES = {None: "sft", PAIRS: "dpo", UNPAIRED: "kto"}
-"""Kind of rows → the objective chosen for them."""
-_BATCH = 8
-"""The batch size for estimating shared prefixes: the batch is chosen later, and much larger ones save hardly more."""
-_NO_LIMIT = 2**31 - 1
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys that are written as `auto`, with a comment on the resulting value."""
 _TITLE = (
@@ -45,53 +34,6 @@ _TITLE = (
     "directory where loratune is started. `loratune explain KEY` says what a key does."
 )
 _SCARCE = "half of the memory would not suffice without"
-
-
-@dataclass(frozen=True)
-class MeasuredRows:
-    """The rows, tokenized and measured.
-
-    Attributes:
-        splits: All rows by split; validation and test rows only if they have separate files.
-        choice: The columns that are read, and why.
-        all_lengths: (rows,), token counts of the tokenized rows of all splits.
-        tokenized: The tokenized training rows, each answer of a pair as one row; with `lengths`, `supervised`.
-        saved: The approximate fraction of a batch's tokens that shared prefixes save.
-        classes: The completions as class labels, if they are short and few.
-        rows_per_example: 2 for preference pairs, else 1.
-    """
-
-    splits: RawDatasets
-    choice: ColumnChoice
-    all_lengths: NDArray[np.int64]
-    tokenized: Any
-    saved: float
-    classes: Classes = Classes()  # noqa: RUF009  it is frozen
-    rows_per_example: int = 1
-
-    @property
-    def train(self) -> DatasetSplit:
-        """The training rows."""
-        return self.splits.train
-
-    @property
-    def held_out(self) -> int:
-        """The number of rows in validation files; 0 without such files."""
-        return len(self.splits.validation) if self.splits.validation else 0
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether only a sample of the training rows was tokenized."""
-        return len(self.train) > MOST_ROWS
-
-    def cut(self, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Two arrays (rows,): the tokens and supervised tokens of each row or pair, cut to `max_length`."""
-        lengths, supervised = (
-            values.reshape(-1, self.rows_per_example).sum(1)
-            for values in (self.tokenized.lengths, self.tokenized.supervised)
-        )
-        lengths = lengths.clip(max=max_length * self.rows_per_example)
-        return lengths, supervised.clip(max=lengths)
 
 
 @dataclass(frozen=True)
@@ -170,9 +112,9 @@ def init(run: RunConfig, draft: Draft) -> Started:
     draft.choose("lora.r", run.lora.r, "rank of the update")
     draft.choose("lora.target_modules", auto.TARGETS, auto.WHY_TARGETS)
     run = config.from_draft(draft)
+    rows, cut = fit_length(rows, run.data, renderer, vocabulary)
     trained, facts = _facts(run, rows, held_out, model_config)
     lora, _ = auto.decide_lora(run.lora, facts)
-    cut = _check_length(rows, run.data, renderer, vocabulary)
     model, targets = creation.adapt(load.build_meta(model_config, run.model), lora, seed=0)
     for line in (*released, *(f"rows: {remark}" for remark in remarks), *targets.notes):
         note(line)
@@ -195,44 +137,6 @@ def init(run: RunConfig, draft: Draft) -> Started:
     return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
 
 
-def measure(section: DataSection, renderer: Renderer, vocabulary: int) -> tuple[MeasuredRows, list[str]]:
-    """Read and check all rows, and tokenize them, or a sample if there are many, without truncation.
-
-    Returns the rows, and lines on how they were read. Raises DataError, ModelError: as `fields.read`, `data.prepare`.
-    """
-    raw, choice = fields.read(section, chat=bool(renderer.tokenizer.chat_template))
-    whole = section.model_copy(update={"columns": choice.columns, "max_length": _NO_LIMIT})
-    tokenized = [data.prepare(_sample(split), renderer, whole, vocabulary).rows for split in raw.splits.values()]
-    rows, kind = tokenized[0], raw.train.kind
-    for split in raw.splits.values():
-        split.check_kind(kind, _OBJECTIVES[kind])
-    rows_per_example = 2 if kind == PAIRS else 1
-    is_short = kind is None and float(np.median(rows.supervised)) <= _LABEL_TOKENS
-    classes = Classes.of(raw.train.examples(), len(raw.train), section.loss_on) if is_short else Classes()
-    saved = BatchLayout(rows, rows.lengths, "batch", _BATCH, _NO_LIMIT, 0, rows_per_example).saving()
-    lengths = np.concatenate([split.lengths for split in tokenized])
-    remarks = [*choice.remarks, *raw.train.remarks(), *rows.report.reasons(), *classes.remarks()]
-    return MeasuredRows(raw, choice, lengths, rows, saved, classes, rows_per_example), remarks
-
-
-def _check_length(rows: MeasuredRows, section: DataSection, renderer: Renderer, vocabulary: int) -> list[str]:
-    """Lines on rows that `max_length` truncates or drops. Raises DataError: more would be dropped than `max_dropped`
-    allows."""
-    if not (rows.all_lengths > section.max_length).any():
-        return []
-    return [
-        f"{name}: {loss}"
-        for name, split in rows.splits.splits.items()
-        for loss in data.prepare(_sample(split), renderer, section, vocabulary).report.losses()
-    ]
-
-
-def _sample(split: DatasetSplit) -> DatasetSplit:
-    if len(split) <= MOST_ROWS or not split.mask.all():
-        return split
-    return replace(split, mask=random_mask(len(split), MOST_ROWS, np.random.default_rng(0)))
-
-
 def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int | None) -> int:
     """Choose the section `data`. Returns the number of training rows that are held out."""
     if rows.choice.columns:
@@ -243,11 +147,12 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     held_out = _choose_validation(draft, run, rows)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    length, why = auto.max_length(rows.all_lengths, context, paired=rows.rows_per_example > 1)
+    paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
+    length, why = init_start.max_length(rows.all_lengths, context, paired=paired, split=split)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
     if (kind := rows.train.kind) is not None:
-        draft.choose("training.objective", _OBJECTIVES[kind], f"the rows are {kind}")
+        draft.choose("training.objective", OBJECTIVES[kind], f"the rows are {kind}")
     draft.choose("data.packing", "batch", "the rows of a batch end to end, without padding")
     return held_out
 
@@ -255,7 +160,7 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
 def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
     """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
     best = "the step with the lowest loss on them is kept"
-    fraction = run.data.validation if draft.has("data.validation") else auto.validation(len(rows.train))
+    fraction = run.data.validation if draft.has("data.validation") else init_start.validation(len(rows.train))
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):
@@ -362,9 +267,10 @@ class _CutRows:
 
 
 def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any) -> tuple[int, auto.Facts]:
-    """The number of training rows without held-out rows, and the facts that `auto` values depend on."""
+    """The number of training rows, or blocks, without held-out ones, and the facts that `auto` values depend on."""
     trained = max(1, len(rows.train) - held_out)
     share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
+    trained = round(trained * rows.blocks_per_row)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
     return trained, auto.Facts(
         hidden_size=load.hidden_size(model_config),
@@ -381,7 +287,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
 def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
     """The optimizer steps of the run, and their estimated seconds, with evaluations."""
     lengths, supervised = rows.cut(run.data.max_length)
-    held_out = rows.held_out or len(rows.train) - trained
+    held_out = rows.held_out * rows.blocks_per_row or len(rows.train) * rows.blocks_per_row - trained
     costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)
     tokens = round(float(lengths.mean()) * held_out)
     steps, operations = costs.work(run.training, tokens, share=trained / len(lengths))

@@ -73,6 +73,7 @@ class ComparedRow:
         elsewhere: The places of its other copies.
         fields: The row's own fields as plain values; empty unless requested.
         weight: How often the row counts in means, if rows have weights; None: as often as it has copies.
+        blocks: How many items the row is, from `number` on: its blocks, if it was split.
     """
 
     number: int
@@ -86,6 +87,7 @@ class ComparedRow:
     elsewhere: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     weight: float | None = None
+    blocks: int = 1
 
     @property
     def times(self) -> float:
@@ -180,7 +182,7 @@ class RowAnswers:
             engine: Computes the losses.
         """
         model.activate()
-        nats = engine.losses(self._dataset, {row.number: row.times for row in self.rows}).nats.tolist()
+        nats = engine.losses(self._dataset, items_of(self.rows)).nats.tolist()
         found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
         return [
             ModelAnswer(total, *found.get(row.number, (None, {}))) for row, total in zip(self.rows, nats, strict=True)
@@ -267,15 +269,24 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
     return [ModelAnswer(math.nan, None, {}) if row.expected is None else answer(row.expected) for row in rows]
 
 
+def items_of(rows: Sequence[ComparedRow]) -> dict[int, float]:
+    """The items to score for some rows, and how often each counts."""
+    return {number: row.times for row in rows for number in range(row.number, row.number + row.blocks)}
+
+
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[ComparedRow]:
     """The distinct rows, pairs or answers with supervised tokens, in the order of their first occurrence, without
-    results of models."""
+    results of models. Rows that were split are whole."""
     names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()
     groups = dataset.copies()
     weights = dataset.weighted({number: len(copies) for number, copies in groups.items()})
     for number, weight in weights.items():
         item, copies = dataset.item(number), groups[number]
         prompt, tokens = item[0].prompt, sum(row.supervised for row in item)
+        if item[0].block:
+            tokens, blocks = rows[-1].tokens + tokens, rows[-1].blocks + 1
+            rows[-1] = replace(rows[-1], prompt=None, expected=None, tokens=tokens, blocks=blocks)
+            continue
         compared = {
             names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item if row.side
         }

@@ -17,14 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from loratune import kernels
-from loratune.codes import Code
 from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
 from loratune.data.batches import LONGEST, packing_refusal, padding_refusal
 from loratune.data.formats import IGNORED
 from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree, common_prefix
-from loratune.errors import ConfigError, Problem
 from loratune.events import counting
 from loratune.kernels import next_token_loss
 from loratune.system.launcher import SINGLE_PROCESS, Group
@@ -113,11 +111,13 @@ class ScoringPass:
         layout: The rows.
         batches: The item numbers of each batch.
         copies: The items, in the order of the results.
+        owners: (items,), for blocks of rows the number of the row, see `TokenCache.owners`; None if no row was split.
     """
 
     layout: BatchLayout
     batches: Sequence[Sequence[int]]
     copies: Copies
+    owners: NDArray[np.int64] | None = None
 
     def heaviest(self) -> "ScoringPass":
         """A pass over only the batch with the most tokens."""
@@ -163,9 +163,11 @@ class Objective:
     def score(
         self, model: Any, rows: ScoringPass, before_batch: BeforeBatch = nothing, group: Group = SINGLE_PROCESS
     ) -> RowLosses:
-        """The loss of each row, pair or answer; all processes get all of them. Args as for `read`."""
+        """The loss of each row, pair or answer; all processes get all of them. The loss of a row that was split is that
+        of its blocks together, as they depend on each other. Args as for `read`."""
         found = self.row_losses(rows.ordered(self.read(model, rows, before_batch, group)))
-        return replace(found, copies=np.array([*rows.copies.values()], np.float64))
+        found = replace(found, copies=np.array([*rows.copies.values()], np.float64))
+        return found if rows.owners is None else found.of_rows(rows.owners)
 
     @torch.no_grad()
     def read(
@@ -359,7 +361,8 @@ class Engine:
         saved = _saving(layout, [*copies]) if self.flat and self._trees is not False else 0.0
         if saved and (saved >= WORTH_SHARING or self._section.share_prefixes is True) and self._computes_trees():
             scoring, layout = replace(scoring, saved=saved), layout.sharing(saved)
-        return scoring.plan(layout, copies)
+        owners = dataset.rows.owners
+        return replace(scoring.plan(layout, copies), owners=None if owners is None else owners[[*copies]])
 
     def _computes_trees(self) -> bool:
         if self._trees is None and "loss" in self.acceleration.fallbacks:
@@ -386,15 +389,3 @@ def _saving(layout: BatchLayout, numbers: Sequence[int]) -> float:
     every = sum(layout.tokens(number) for number in numbers)
     trees = ScoringLayout(True, 0.0, 0, 0)
     return 1 - sum(added for _, _, added in trees._in_order(layout, numbers)) / every
-
-
-def check_positions(rows: TokenizedDataset, section: DataSection, limit: int | None) -> None:
-    """Check that rows fit into the model's context. limit: see `model.load.context_length`.
-
-    Raises:
-        ConfigError: A row is longer.
-    """
-    longest = int(rows.rows.lengths.max())
-    if limit is not None and longest > limit:
-        what = f"is {section.max_length}, and the longest row has {longest} tokens, but the model has {limit} positions"
-        raise ConfigError(Problem(Code.DATA_TOO_LONG, what, key="data.max_length", fix=f"set it to {limit}"))

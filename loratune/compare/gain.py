@@ -280,12 +280,12 @@ def measure(
         compared_with: See `Gain.other`.
     """
     split, drawn, too_few = sample(splits, budget)
-    rows = plural(len(drawn), f"{split} {item(objective.unit)}")
+    rows = plural(splits[split].count_rows(drawn), f"{split} {item(objective.unit)}")
     note(f"comparing the adapter with {'its base' if compared_with == 'base' else 'the one it started from'} on {rows}")
     adapter = engine.losses(splits[split], drawn, objective)
     with other:
         base = engine.losses(splits[split], drawn, objective)
-    total = splits[split].items
+    total = splits[split].count_rows(range(splits[split].items))
     return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=objective.unit, other=compared_with)
 
 
@@ -330,8 +330,9 @@ def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, di
         the number of distinct validation rows, if these are too few.
     """
     samples = {name: rows.weighted(_sample(rows, budget)) for name, rows in splits.items()}
-    split = next((name for name, rows in samples.items() if len(rows) >= LEAST_ROWS), [*splits][-1])
-    too_few = len(samples["validation"]) if "validation" in splits and split != "validation" else None
+    distinct = {name: splits[name].count_rows(rows) for name, rows in samples.items()}
+    split = next((name for name, count in distinct.items() if count >= LEAST_ROWS), [*splits][-1])
+    too_few = distinct["validation"] if "validation" in splits and split != "validation" else None
     return split, samples[split], too_few
 
 

@@ -105,8 +105,8 @@ class RowLosses:
     @classmethod
     def of(cls, nats: Sequence[float], tokens: Sequence[float], copies: Sequence[float] | None = None) -> Self:
         """Create it from plain numbers. copies: by default 1 for each row."""
-        times = np.ones(len(nats)) if copies is None else np.asarray(copies, np.float64)
-        return cls(np.asarray(nats, np.float64), np.asarray(tokens, np.float64), times)
+        times = np.ones(len(nats)) if copies is None else copies
+        return cls(*(np.asarray(one, np.float64) for one in (nats, tokens, times)))
 
     def __len__(self) -> int:
         return len(self.nats)
@@ -134,6 +134,12 @@ class RowLosses:
     def take(self, order: Sequence[int]) -> "RowLosses":
         """The losses of some rows, in this order."""
         return RowLosses(self.nats[order], self.tokens[order], self.copies[order])
+
+    def of_rows(self, owners: NDArray[np.int64]) -> "RowLosses":
+        """The losses of rows, from those of their blocks. owners: (blocks,), increasing numbers of their rows."""
+        _, rows = np.unique(owners, return_inverse=True)
+        copies = np.bincount(rows, self.copies) / np.bincount(rows)
+        return RowLosses(np.bincount(rows, self.totals) / copies, np.bincount(rows, self.counts) / copies, copies)
 
     def packed(self) -> str:
         """The losses as text of about five bytes per row, with the precision of float32."""
@@ -218,16 +224,14 @@ def sum_interval(samples: Sequence[Sample]) -> Interval | None:
 
 
 def score_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """The difference of two means of scores between 0 and 1: second minus first. first, second: (rows,), the scores of
-    the rows. weights: (rows,), their copies."""
+    """The difference of two means of scores: second minus first. first, second: (rows,), 0 to 1. weights: copies."""
     sample = weights * (second - first), weights
     interval = statistics.bounded_difference_interval(second - first, weights)
     return judged(mean_ratio(*sample), interval, [sample], lower_is_better)
 
 
 def share_difference(first: Values, second: Values, weights: Values, *, lower_is_better: bool) -> Difference:
-    """The difference of two proportions of rows: second minus first. first, second: (rows,), 0 or 1. weights: (rows,),
-    the copies of the rows."""
+    """The difference of two proportions: second minus first. first, second: (rows,), 0 or 1. weights: their copies."""
     rows = statistics.effective_rows(weights)
     shares = [float(weights[one > other].sum() / weights.sum()) for one, other in ((first, second), (second, first))]
     first_only, second_only = (share * rows for share in shares)
@@ -358,8 +362,7 @@ def _json_scores(expected: str, answer: str) -> Mapping[str, float]:
 
 
 def _json_value(text: str) -> Any:
-    """The value of a JSON text, such that == follows JSON: true differs from 1, and 1 equals 1.0. Numbers keep their
-    full size and precision. Raises ValueError."""
+    """The value of a JSON text: == follows JSON, so true differs from 1, and 1 equals 1.0. Raises ValueError."""
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not JSON")

@@ -46,7 +46,8 @@ MEMORY_AND_TIME = {
     "data.reasoning": "train and mask: more rows where the template drops the reasoning of earlier answers",
     "data.loss_on": "all takes most: accelerated models compute logits of supervised tokens only",
     "data.max_length": "the longest rows determine peak memory; attention time grows with the square of the length",
-    "data.truncation": "drop leaves fewer rows, which take less time",
+    "data.truncation": "drop leaves fewer rows, which take less time; split keeps all tokens",
+    "data.stride": "repeated tokens are computed again: max_length / (max_length - stride) times the time",
     "data.packing": "none computes padding too; full fills all batches: more memory, fewer steps",
     "data.share_prefixes": "both fall with the number of computed tokens: often by half with a long prompt",
     "data.replay": "adds rows and their time: 0.05 makes the run about 5 % longer",
@@ -70,7 +71,8 @@ MEMORY_AND_TIME = {
 """Key → its effect on memory and time, for keys that have one."""
 
 _AUTO = (
-    "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.format", "data.share_prefixes",
+    "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.sample_by", "data.format",
+    "data.truncation", "data.share_prefixes",
     "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
     "training.adapter_scale", "retention.kl_weight", "retention.num_samples",
 )  # fmt: skip
@@ -97,7 +99,8 @@ _OTHER_NAMES = {
     "name_or_path": "base_model model_name_or_path",
     "quantization": "load_in_8bit load_in_4bit quantization_bit",
     "dtype": "bf16 fp16",
-    "max_length": "max_seq_length sequence_len cutoff_len",
+    "max_length": "max_seq_length sequence_len cutoff_len block_size",
+    "stride": "overlap doc_stride",
     "packing": "sample_packing neat_packing",
     "chat_template": "template",
     "chat_template_kwargs": "template_kwargs chat_template_args",

@@ -128,6 +128,9 @@ class DataSection(Section):
     group_by: str | None = Field(
         None, min_length=1, description="rows equal in this field stay in one split when a fraction is held out"
     )
+    sample_by: Literal["auto", "line", "paragraph", "document"] = Field(
+        AUTO, description="what is a row of a text file; auto: a line of .txt, otherwise the document"
+    )
     format: Literal[
         "auto", "input_ids", "prompt_completion", "messages", "conversations", "alpaca", "text", "preference",
         "unpaired_preference"
@@ -155,8 +158,13 @@ class DataSection(Section):
         0.0, ge=0, le=1, description="weight in the loss of the tokens that loss_on leaves out, arXiv:2401.13586"
     )
     max_length: int = Field(1024, ge=2, lt=2**31, description="maximum tokens of a row, with the end-of-sequence token")
-    truncation: Literal["keep_completion", "drop", "error"] = Field(
-        "keep_completion", description="rows over max_length: truncate the prompt from the left, drop, or stop the run"
+    truncation: Literal["auto", "keep_completion", "split", "drop", "error"] = Field(
+        AUTO,
+        description="rows over max_length: truncate the prompt from the left, split into blocks, drop, or stop the "
+        "run; auto: split for text, keep_completion for other formats",
+    )
+    stride: int = Field(
+        0, ge=0, lt=2**31, description="tokens that a block repeats from the block before, as context without loss"
     )
     invalid_rows: Literal["error", "drop"] = Field(
         "error", description="unusable rows, e.g. invalid JSON or without a field: stop, or drop up to max_dropped"
@@ -195,6 +203,7 @@ class DataSection(Section):
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         yield from self._column_conflicts()
         yield from self._source_conflicts()
+        yield from self._length_conflicts()
         if self.share_prefixes is True and self.packing == "none":
             message, fix = "padded rows share no prefix", "set packing to batch or full, or leave share_prefixes out"
             yield InvalidSettingError(message, "share_prefixes", "packing", fix=fix)
@@ -208,6 +217,25 @@ class DataSection(Section):
             yield InvalidSettingError(message, "prompt_loss_weight", "loss_on", fix="choose one of the two")
         if self.format in ("text", "input_ids") and self.loss_on == "assistant":
             yield InvalidSettingError(f"{self.format} rows have no assistant turns", "format", "loss_on")
+
+    def truncation_of(self, *, is_text: bool) -> str:
+        """What becomes of a row over `max_length`. is_text: whether the format of the row is `text`."""
+        automatic = "split" if is_text else "keep_completion"
+        return automatic if self.truncation == AUTO else self.truncation
+
+    def _length_conflicts(self) -> Iterator[InvalidSettingError]:
+        if self.stride >= self.max_length:
+            message = f"blocks of {self.max_length} tokens that repeat {self.stride} would have nothing new"
+            yield InvalidSettingError(message, "stride", "max_length", fix="lower stride")
+        if self.stride and self.truncation not in (AUTO, "split"):
+            message, fix = f"truncation {self.truncation} makes no blocks", "set it to split, or leave stride out"
+            yield InvalidSettingError(message, "stride", "truncation", fix=fix)
+        if self.stride and self.prompt_loss_weight:
+            message = "tokens that a block repeats would count again"
+            yield InvalidSettingError(message, "stride", "prompt_loss_weight", fix="choose one of the two")
+        if self.truncation == "split" and self.format not in (AUTO, "text", "input_ids"):
+            message = f"{self.format} rows have a prompt, which each block would need; only texts can be split"
+            yield InvalidSettingError(message, "truncation", "format", fix="set truncation to keep_completion")
 
     def _column_conflicts(self) -> Iterator[InvalidSettingError]:
         names = list(self.columns.values())

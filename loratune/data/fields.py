@@ -100,7 +100,7 @@ def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> Colum
     unread = problem.key == "data.columns"
     if section.columns or problem.code != Code.DATA_FORMAT or problem.key not in ("", "data.columns"):
         raise error
-    rows = (row for part in open_source(section.train_sources[0]) for row in part.rows())
+    rows = (row for part in open_source(section.train_sources[0], section.sample_by) for row in part.rows())
     columns = propose_columns(next(row.values for row in rows if isinstance(row, Row)), chat=chat)
     if not unread and columns.keys() <= {"text"}:
         choice = _survey_and_choose(section, columns.get("text", ""), chat=chat)
@@ -217,7 +217,7 @@ class _Column:
 
 def _survey_and_choose(section: DataSection, text: str, *, chat: bool) -> ColumnChoice:
     """`choose_answer` for the training rows."""
-    parts = [part for source in section.train_sources for part in open_source(source)]
+    parts = [part for source in section.train_sources for part in open_source(source, section.sample_by)]
     with reading("looking for classes", sum(part.size for part in parts)) as advance:
         rows = (row for part in parts for row in part.rows(advance) if isinstance(row, Row))
         return choose_answer(rows, text, chat=chat)

@@ -3,6 +3,7 @@
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 
 from loratune.config import DataSection
@@ -37,6 +38,8 @@ def remark_on_lost_characters(
     loss_on = "assistant" if section.loss_on == "assistant" else "completion"
     few, characters = list[Plain | Conversation](), 0
     for example in first_examples(split, rows):
+        if isinstance(example, Plain) and example.whole:
+            example = replace(example, completion=example.completion[: _DECODED // 10])
         characters += size_of(example)
         texts = [
             side for side in sides(example) if not isinstance(side, Ids) and not formats.no_loss_reason(side, loss_on)

@@ -2,7 +2,7 @@
 
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, ClassVar, Self
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from loratune.data.formats import Plain, Single, quote
+from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import Problem
 
 MAX_PLACES = 3
@@ -85,9 +86,12 @@ class Report:
 
     Attributes:
         rows: Rows that were read.
-        tokens: Tokens of the rows that are trained on, after truncation.
+        tokens: Tokens of the rows that are trained on, after truncation, with those that blocks repeat.
         supervised: Those of these tokens that contribute to the loss.
         truncated: Rows that are trained on, but were truncated.
+        split_rows: Rows that were split into blocks.
+        blocks: Their blocks.
+        repeated: Tokens of blocks that repeat those of the block before.
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
         empty_reasoning: Last answers without reasoning that begin with an empty block of it, which is supervised.
@@ -100,7 +104,7 @@ class Report:
         dropped: Reason → dropped rows.
         invalid: Dropped rows that are invalid, also counted in `dropped`; each place comes with the problem.
         duplicates: Rows with the content of an earlier row; they are still trained on.
-        lengths: Length in tokens before truncation → number of rows.
+        lengths: Length in tokens before truncation → number of rows, of blocks for rows that were split.
     """
 
     COLUMNS: ClassVar = (
@@ -108,14 +112,17 @@ class Report:
     )  # fmt: skip
     """The columns of the table; p50, p95 and max are lengths in tokens before truncation."""
     _COUNTS: ClassVar = (
-        "rows", "tokens", "supervised", "truncated", "cut_answers", "empty_answers", "empty_reasoning", "own_rows",
-        "rewritten", "masked", "written",
+        "rows", "tokens", "supervised", "truncated", "split_rows", "blocks", "repeated", "cut_answers",
+        "empty_answers", "empty_reasoning", "own_rows", "rewritten", "masked", "written",
     )  # fmt: skip
 
     rows: int = 0
     tokens: int = 0
     supervised: int = 0
     truncated: int = 0
+    split_rows: int = 0
+    blocks: int = 0
+    repeated: int = 0
     cut_answers: int = 0
     empty_answers: int = 0
     empty_reasoning: int = 0
@@ -128,6 +135,15 @@ class Report:
     invalid: RowTally = field(default_factory=RowTally)
     duplicates: RowTally = field(default_factory=RowTally)
     lengths: Counter[int] = field(default_factory=Counter)
+
+    def add_blocks(self, length: int, blocks: Sequence[TokenizedRow]) -> None:
+        """Count a row that was split. length: its tokens. blocks: its blocks."""
+        lengths = [len(block.ids) for block in blocks]
+        self.split_rows, self.blocks = self.split_rows + 1, self.blocks + len(blocks)
+        self.lengths.update(lengths)
+        self.tokens += sum(lengths)
+        self.repeated += max(0, sum(lengths) - length)
+        self.supervised += sum(block.supervised for block in blocks)
 
     def drop(self, reason: str, where: str) -> None:
         """Count a dropped row."""
@@ -192,6 +208,13 @@ class Report:
             for reason, tally in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         ]
 
+    def splits(self) -> list[str]:
+        """A line on rows that were split into blocks, if any."""
+        if not self.split_rows:
+            return []
+        repeated = f"; {self.repeated:,} of their tokens are repeated, without loss" if self.repeated else ""
+        return [f"{_rows(self.split_rows)} split into {self.blocks:,} blocks, as data.truncation is split{repeated}"]
+
     def losses(self) -> list[str]:
         """Lines on what was truncated or dropped."""
         truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
@@ -199,7 +222,7 @@ class Report:
 
     def remarks(self, max_length: int, context: int | None = None) -> list[str]:
         """Lines on the rows that complement the table. context: context length of the model in tokens."""
-        lines = self._unsupervised()
+        lines = self.splits() + self._unsupervised()
         if self.duplicates.count:
             lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
         more = "raise it, or " if context is None or max_length < context else ""
@@ -251,7 +274,7 @@ class Report:
         return {
             "rows": self.rows, "duplicates": self.duplicates.count, "dropped": self.dropped_rows,
             "truncated": self.truncated, "tokens": self.tokens, "supervised": self.supervised, "longest": self.longest,
-        }  # fmt: skip
+        } | ({"split": self.split_rows, "blocks": self.blocks} if self.split_rows else {})  # fmt: skip
 
     def record(self) -> dict[str, Any]:
         """The totals, the number of lost tokens, the reasons of drops, and the distribution of lengths.

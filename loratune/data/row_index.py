@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -240,6 +241,8 @@ def _number(written: str) -> float | int:
 
 _SEPARATOR = "\ud800"
 """Separates the texts of a key; no text of a row contains it."""
+_WHITE_SPACE, _PIECE = re.compile(r"\s"), 1 << 20
+"""Where a long text can be divided, and into pieces of about how many characters."""
 _OTHER_SIDE = "\ud801".encode(errors="surrogatepass")
 """Separates the keys of preferred answers and others."""
 
@@ -313,13 +316,23 @@ def _join_ids(ids: Sequence[int]) -> bytes:
 
 def _join(texts: Iterable[str], folded: bool) -> bytes:
     if folded:
-        texts = (" ".join(text.split()) for text in texts)
+        texts = (" ".join(filter(None, _folded_pieces(text))) for text in texts)
     return _SEPARATOR.join(texts).encode(errors="surrogatepass")
 
 
 def _settings(chat: Conversation) -> tuple[Any, ...]:
     """What a row gives to the template besides its messages."""
     return (*chat.tools, dict(chat.arguments)) if chat.arguments else chat.tools
+
+
+def _folded_pieces(text: str) -> Iterator[str]:
+    """The text with single spaces between words, in pieces: a list of all words takes ten times its memory."""
+    start = 0
+    while start < len(text):
+        border = _WHITE_SPACE.search(text, start + _PIECE)
+        end = border.start() if border else len(text)
+        yield " ".join(text[start:end].split())
+        start = end
 
 
 def _text_parts(messages: Sequence[Message], settings: Sequence[Any]) -> Iterator[str]:

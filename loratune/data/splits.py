@@ -231,7 +231,10 @@ def _read_split(
     group_by: str | None = None,
 ) -> DatasetSplit:
     index = index_rows(sources, section, group_by)
-    notes, mask = [*filter(None, map(left_out, sources))], np.ones(len(index), dtype=np.bool_)
+    notes, mask = (
+        [*filter(None, (left_out(source, section.sample_by) for source in sources))],
+        np.ones(len(index), dtype=np.bool_),
+    )
     if weights := [source.weight for source in sources if source.weight is not None]:
         shares = mix_counts(index.counts, weights)
         counts = [*zip(index.counts, shares, strict=True)]

@@ -47,7 +47,7 @@ _SHARD_TOKENS, _SHARD_ROWS = 8_000_000, 500_000
 """The maximum size of a shard. A shard is held in memory until it is written."""
 _LISTS = pa.list_(pa.int32())
 _SCHEMA = pa.schema([("where", pa.string()), ("ids", _LISTS), ("spans", _LISTS), ("side", pa.int8()),
-                     ("weight", pa.float64())])  # fmt: skip
+                     ("weight", pa.float64()), ("block", pa.int32())])  # fmt: skip
 _METADATA = b"loratune"
 """The metadata key of a shard. Its value is JSON: the report on the rows, and the digest of each batch of rows."""
 _WHOLE = "whole"
@@ -95,9 +95,9 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """Returns a row with its place and its supervised spans."""
         if not 0 <= number < len(self):
             raise IndexError(number)
-        where, ids, flat, side, weight = (self._table[name][number].as_py() for name in _SCHEMA.names)
+        where, ids, flat, side, weight, block = (self._table[name][number].as_py() for name in _SCHEMA.names)
         spans = tuple(zip(flat[::2], flat[1::2], strict=True))
-        return TokenizedRow(where, tuple(ids), spans, side=side, weight=weight)
+        return TokenizedRow(where, tuple(ids), spans, side=side, weight=weight, block=block)
 
     def side(self, number: int) -> int:
         """Returns the role of a row in preference data, see `TokenizedRow.side`."""
@@ -114,6 +114,12 @@ class TokenCache(Sequence[dict[str, list[int]]]):
         """(rows,), the factor of each row in the loss; None if all are 1."""
         weights = np.asarray(self._table["weight"], dtype=np.float64)
         return weights if (weights != 1).any() else None
+
+    @cached_property
+    def owners(self) -> NDArray[np.int64] | None:
+        """(rows,), for each block the number of the row that was split, counted from 0; None if no row was."""
+        blocks = np.asarray(self._table["block"])
+        return np.cumsum(blocks == 0) - 1 if blocks.any() else None
 
     def rows(self) -> Iterator[TokenizedRow]:
         """Yields all rows in order."""
@@ -199,6 +205,7 @@ def _record_batch(rows: Sequence[TokenizedRow]) -> Any:
         "spans": _list_array([tuple(chain.from_iterable(row.spans)) for row in rows]),
         "side": [row.side for row in rows],
         "weight": [row.weight for row in rows],
+        "block": [row.block for row in rows],
     }
     return pa.RecordBatch.from_pydict(columns, _SCHEMA)
 

@@ -68,7 +68,7 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class RecordedSplit:
-    """The row counts of a split: used, dropped, truncated."""
+    """The row counts of a split: used, dropped, truncated, and the blocks of rows that were split."""
 
     rows: _Count
     duplicates: _Count
@@ -77,6 +77,7 @@ class RecordedSplit:
     tokens: _Count
     supervised: _Count
     longest: _Count
+    blocks: _Count = 0
     reasons: dict[str, _Count] = field(default_factory=dict)
     lengths: dict[_Count, _Count] = field(default_factory=dict)
 

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from loratune.codes import Code
@@ -64,11 +62,6 @@ _ALPHA = 16
 """With it the best learning rate hardly depends on the rank, as the update is scaled by lora_alpha / r."""
 _ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_8bit", "adafactor")
 """Optimizers whose steps have the size of the rate, so that one formula holds for them."""
-_COVERED, _TAIL, _MULTIPLE = 0.99, 2, 64
-"""`max_length`: this share of the rows stays whole in any case, and all do if the longest row is at most so many times
-as long; it is a multiple of 64."""
-_WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1, 100, 0.2, 500, 50
-"""A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
 _STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
 """About the number of optimizer steps of a pass over the rows, and the fewest and the most rows of a step."""
 WHY_ROWS_PER_STEP = f"about {_STEPS} steps in each pass, of {_LEAST_STEP} to {_MOST_STEP} rows"
@@ -207,31 +200,6 @@ def rows_per_step(rows: int) -> int:
     return 1 << (min(max(rows // _STEPS, _LEAST_STEP), _MOST_STEP).bit_length() - 1)
 
 
-def validation(rows: int) -> float | None:
-    """The fraction to hold out of a number of rows; None for too few rows."""
-    share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
-    return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
-
-
-def max_length(lengths: NDArray[np.int64], context: int | None, *, paired: bool = False) -> tuple[int, str]:
-    """`data.max_length`, and why.
-
-    Args:
-        lengths: (rows,), in tokens; for pairs (answers,), each with its prompt.
-        context: The number of positions of the model, if known.
-        paired: Whether the rows are pairs.
-    """
-    longest, covered = int(lengths.max()), int(np.quantile(lengths, _COVERED, method="inverted_cdf"))
-    wanted = longest if longest <= _TAIL * covered else covered
-    rounded = max(_MULTIPLE, -(-wanted // _MULTIPLE) * _MULTIPLE)
-    length = min(rounded, context or rounded)
-    what, tokens = ("answer", f"{longest:,} tokens with its prompt") if paired else ("row", f"{longest:,} tokens")
-    if not (cut := int(np.count_nonzero(lengths > length))):
-        return length, f"the longest {what} has {tokens}"
-    limit = f"the model has {length:,} positions; " if length < wanted else ""
-    return length, f"{limit}{cut:,} of {len(lengths):,} {what}s are longer, up to {tokens}, and are cut"
-
-
 def rows_of_step(training: TrainingSection, processes: int) -> int:
     """Rows of an optimizer step over all processes."""
     return processes * training.per_device_train_batch_size * training.gradient_accumulation_steps
@@ -340,6 +308,8 @@ _SECTIONS: dict[str, type[Section]] = {"lora": LoraSection, "training": Training
 _LATER = "training.adapter_scale"
 _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO and key != _LATER]
 """Section and name of each key that can be `auto`, except the one that is decided after the last step."""
+_KEPT = [key for key in _DECIDED if key[0] in _SECTIONS or key == ("data", "truncation")]
+"""Those that a resumed run keeps; `data.truncation` of an earlier release that had no `auto`, and cut texts."""
 
 
 def with_added_sections(recorded: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +322,8 @@ def are_recorded(recorded: Mapping[str, Any]) -> bool:
 
     recorded: the config of an interrupted run as JSON values, not yet validated.
     """
-    if not all(isinstance((recorded := with_added_sections(recorded)).get(name), dict) for name in _SECTIONS):
+    recorded = with_added_sections(recorded)
+    if not all(isinstance(recorded.get(name), dict) for name in ("data", *_SECTIONS)):
         return False
     for name, key in _DECIDED:
         if name in _SECTIONS and key in recorded[name]:
@@ -374,8 +345,8 @@ def kept(run: RunConfig, recorded: Mapping[str, Any]) -> dict[str, Any]:
     is_length_set = run.training.max_steps > 0 or run.training.max_minutes is not None
     return {
         f"{name}.{key}": recorded[name][key]
-        for name, key in _DECIDED
-        if name in _SECTIONS and values[name][key] == AUTO and key in recorded[name]
+        for name, key in _KEPT
+        if values[name][key] == AUTO and recorded[name].get(key, AUTO) != AUTO
         if not (key == "num_train_epochs" and is_length_set)
     }
 

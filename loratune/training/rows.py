@@ -15,7 +15,6 @@ import numpy as np
 
 from loratune import data
 from loratune.codes import Code
-from loratune.compare.engine import check_positions
 from loratune.config import ModelSection
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import Renderer
@@ -122,7 +121,7 @@ def tokenize(run: Run, tokenizer: Any, group: Group = SINGLE_PROCESS) -> Tokeniz
     values = {"train": section.train, "validation": section.validation, "test": section.test}
     splits = {name: shared_rows(partial(prepare, name), group) for name, value in values.items() if value is not None}
     for rows in splits.values():
-        check_positions(rows, section, context)
+        data.check_positions(rows, section, context)
     remarks: dict[str, list[str]] = {name: [] for name in splits}
     leaks: list[str] = []
     if run.rows is not None:

@@ -142,9 +142,10 @@ def _chosen(plan: Plan) -> AdapterScale:
     engine, objective, rows = plan.batches.engine, plan.batches.objective, plan.datasets.validation
     assert rows is not None, "the config requires validation rows"
     drawn = gain.draw(rows, MOST_ROWS)
-    what = plural(len(drawn), f"distinct validation {gain.item(objective.unit)}")
-    if len(drawn) < LEAST_ROWS:
-        return AdapterScale(1.0, f"{what} {'is' if len(drawn) == 1 else 'are'} too few, {LEAST_ROWS} are needed")
+    count = rows.count_rows(drawn)
+    what = plural(count, f"distinct validation {gain.item(objective.unit)}")
+    if count < LEAST_ROWS:
+        return AdapterScale(1.0, f"{what} {'is' if count == 1 else 'are'} too few, {LEAST_ROWS} are needed")
     note(f"choosing the adapter scale on {what}")
 
     def losses(scale: float) -> RowLosses:

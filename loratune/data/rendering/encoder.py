@@ -48,8 +48,9 @@ class Encoder:
             ids_of.update(zip(batch, self._encode_batch(batch), strict=True))
         for text in texts:
             if text not in ids_of:
-                pieces = _pieces(text, without_space=self._adds_space)
-                ids_of[text] = [*chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)]
+                pieces, same = _pieces(text, without_space=self._adds_space), dict[int, int]()
+                ids = chain.from_iterable(self._encode_batch([piece])[0] for piece in pieces)
+                ids_of[text] = [same.setdefault(id, id) for id in ids]  # a number in Python takes 32 bytes
         return [ids_of[text] for text in texts]
 
     def one(self, text: str) -> list[int]:
@@ -72,7 +73,8 @@ class Encoder:
             if ids[len(ids) - len(tail_ids) :] != tail_ids:
                 tail_ids, joint_ids = ids, self.one(prompt + rest)
             joint = joint_ids[: len(tail_ids)] == tail_ids
-            results.append((len(ids), ids + (joint_ids[len(tail_ids) :] if joint else self._continuation(rest))))
+            both = ids + (joint_ids[len(tail_ids) :] if joint else self._continuation(rest)) if prompt else joint_ids
+            results.append((len(ids), both))
         return results
 
     def _continuation(self, text: str) -> list[int]:

@@ -39,6 +39,7 @@ class TokenizedRow:
         answer: The position at which the last answer begins; None in a row without a prompt.
         side: The role of the row in preference data, see `CHOSEN`; 0 for other data.
         weight: The factor of the row in the loss.
+        block: The number of the block in the row that it is a part of, from 0; 0 for a whole row.
     """
 
     where: str
@@ -47,6 +48,7 @@ class TokenizedRow:
     answer: int | None = field(default=None, compare=False)
     side: int = 0
     weight: float = 1.0
+    block: int = field(default=0, compare=False)
 
     @classmethod
     def from_ids(cls, where: str, ids: Sequence[int], labels: Sequence[int] | None) -> "TokenizedRow":
@@ -85,43 +87,6 @@ class TokenizedRow:
     def completion(self) -> tuple[int, ...]:
         """The ids of the last span, including its end token: what `generate` should return."""
         return self.ids[self.spans[-1][0] : self.spans[-1][1]]
-
-
-def truncate(row: TokenizedRow, max_length: int, bos: int | None) -> TokenizedRow | None:
-    """Truncate a row to at most `max_length` tokens.
-
-    The prompt is truncated from the left, after the BOS. The last answer is kept whole; an earlier answer is kept whole
-    or is no longer supervised. A row without a prompt is truncated from the right.
-
-    Returns:
-        The row, or None if nothing supervised is left.
-    """
-    excess, ids = len(row.ids) - max_length, row.ids
-    if excess <= 0:
-        return row
-    if row.answer is None:
-        spans = tuple((start, min(end, max_length)) for start, end in row.spans if start < max_length)
-        return replace(row, ids=ids[:max_length], spans=spans) if spans else None
-    keep = 1 if ids[0] == bos and ids.count(bos) == 1 else 0  # some templates begin every turn with the BOS
-    if row.answer < keep + excess:
-        return None
-    ids = ids[:keep] + ids[keep + excess :]
-    if row.spans == ((0, len(row.ids)),):  # the prompt is supervised too
-        return replace(row, ids=ids, spans=((0, max_length),), answer=row.answer - excess)
-    spans = tuple((start - excess, end - excess) for start, end in row.spans if start >= keep + excess)
-    return replace(row, ids=ids, spans=spans, answer=row.answer - excess) if spans else None
-
-
-def truncate_sides(rows: Sequence[TokenizedRow], max_length: int, bos: int | None) -> list[TokenizedRow] | None:
-    """Truncate the shared prompt of answers equally, so that the longest row fits. Answers are never truncated.
-
-    Returns:
-        The rows; None if an answer does not fit.
-    """
-    excess = max(len(row.ids) for row in rows) - max_length
-    cut = [truncate(row, len(row.ids) - excess, bos) if excess > 0 else row for row in rows]
-    kept = [row for row, whole in zip(cut, rows, strict=True) if row and len(row.spans) == len(whole.spans)]
-    return kept if len(kept) == len(rows) else None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError
 
 from loratune.codes import Code
-from loratune.config import Source
+from loratune.config import AUTO, Source
 from loratune.data import upstream
 from loratune.data.sources import files
 from loratune.data.sources.rows import MAX_PROBLEMS, Row, RowOrProblem, jsonl_rows, reported, to_json_line, to_row
@@ -132,8 +132,8 @@ def _plain(value: Any) -> Any:
     return _plain(value.tolist()) if isinstance(value, np.ndarray | np.generic) else value
 
 
-def open_source(source: Source | GivenRows) -> list[RowSource]:
-    """The files of a source in order, or its one split on the hub.
+def open_source(source: Source | GivenRows, sample_by: str = AUTO) -> list[RowSource]:
+    """The files of a source in order, or its one split on the hub. sample_by: as in the configuration.
 
     A slice counts the rows of all files as one sequence, so a file may have no rows in it; if `split` is a sum of
     slices, the files are repeated for each slice.
@@ -148,18 +148,28 @@ def open_source(source: Source | GivenRows) -> list[RowSource]:
         what, fix = "a program gave these rows, and they are in no file", "run that program, or name a file of the rows"
         raise DataError(Problem(Code.DATA_NOT_FOUND, what, source.path, fix=fix))
     path = _local_path(source)
-    return [*files.file_slices(files.find_files(path)[0], source)] if path else [_load_hub_split(source)]
+    if path is None:
+        return [_load_hub_split(source)]
+    return [*files.file_slices(files.find_files(path, sample_by)[0], source, sample_by)]
 
 
-def left_out(source: Source | GivenRows) -> str:
+def text_files(source: Source) -> list[Path]:
+    """The files of a source that are text files, if all are. Raises DataError: as `open_source`."""
+    path = _local_path(source)
+    found = files.find_files(path, "document")[0] if path else []
+    return found if all(map(files.is_text, found)) else []
+
+
+def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
     """A line on files of a directory or a glob that `open_source` does not read; empty if there are none."""
     path = _local_path(source)
-    others = files.find_files(path)[1] if path and not isinstance(source, GivenRows) else ()
-    return (
-        f"{source.path}: not read: {files.shown(others)} (files that end in {files.KNOWN_ENDINGS} are)"
-        if others
-        else ""
-    )
+    read, others = files.find_files(path, sample_by) if path and not isinstance(source, GivenRows) else ([], [])
+    if not others:
+        return ""
+    known = f"files that end in {files.KNOWN_ENDINGS} are"
+    if any(map(files.is_document, others)):
+        known = "documents are not rows" if not all(map(files.is_text, read)) else "data.sample_by: document reads them"
+    return f"{source.path}: not read: {files.shown(others)} ({known})"
 
 
 def _local_path(source: Source | GivenRows) -> Path | None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from loratune.codes import Code
-from loratune.config import Source
+from loratune.config import AUTO, Source
 from loratune.data import upstream
 from loratune.data.sources import rows as readers
 from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable
@@ -29,8 +29,14 @@ from loratune.events import Advance, no_advance, progress
 from loratune.system.files import sha256
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
-GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in ENDINGS if ending != ".parquet")
-KNOWN_ENDINGS = ", ".join(ENDINGS[:-1]) + " (each also as .gz), .parquet"
+DOCUMENT_ENDINGS = (
+    ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".log", ".py", ".pyi", ".r", ".jl", ".js", ".jsx", ".ts",
+    ".tsx", ".java", ".kt", ".scala", ".go", ".rs", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".swift", ".rb",
+    ".php", ".pl", ".lua", ".sh", ".sql", ".hs", ".ml", ".el",
+)  # fmt: skip
+"""The endings of text files that are documents."""
+GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in (*ENDINGS, *DOCUMENT_ENDINGS) if ending != ".parquet")
+KNOWN_ENDINGS = f"{', '.join(ENDINGS[:-1])} (each also as .gz), .parquet, or of text such as .md, .rst, .py"
 _UNBOUNDED = sys.maxsize
 _SHOWN = 5
 """The most file names that a message lists."""
@@ -39,14 +45,28 @@ _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
     ".jsonl": readers.jsonl_rows,
     ".json": readers.json_document,
     ".csv": readers.csv_rows,
-    ".txt": readers.text_rows,
+    "line": readers.line_rows,
+    "paragraph": readers.paragraph_rows,
+    "document": readers.document_rows,
 }
+"""Ending of a file, or what is a row of a text file → its reader."""
 
 
 def data_ending(path: Path) -> str:
-    """The ending of a data file: `.jsonl`, `.csv.gz`, ...; empty for other types of files."""
+    """The ending of a data file: `.jsonl`, `.csv.gz`, `.md`, ...; empty for other types of files."""
     name = path.name.lower()
-    return next((ending for ending in (*GZIP_ENDINGS, *ENDINGS) if name.endswith(ending) and name != ending), "")
+    endings = (*GZIP_ENDINGS, *ENDINGS, *DOCUMENT_ENDINGS)
+    return next((ending for ending in endings if name.endswith(ending) and name != ending), "")
+
+
+def is_text(path: Path) -> bool:
+    """Whether a file is a text file: `.txt`, or a document."""
+    return data_ending(path).removesuffix(".gz") in (".txt", *DOCUMENT_ENDINGS)
+
+
+def is_document(path: Path) -> bool:
+    """Whether a file is a text file that is a document, such as `.md` or `.py`."""
+    return is_text(path) and data_ending(path).removesuffix(".gz") != ".txt"
 
 
 def looks_like_hub_id(path: str) -> bool:
@@ -57,11 +77,14 @@ def looks_like_hub_id(path: str) -> bool:
     return len(parts) <= 2 and bool(parts[-1]) and not data_ending(Path(path))
 
 
-def find_files(path: Path) -> tuple[list[Path], list[Path]]:
+def find_files(path: Path, sample_by: str = AUTO) -> tuple[list[Path], list[Path]]:
     """The data files of a path, sorted by name, and the other files there.
+
+    Next to files of rows, documents such as README.md are other files; next to `.txt`, they are with `auto`.
 
     Args:
         path: A file, a directory (not searched recursively), or a glob.
+        sample_by: As in the configuration.
 
     Returns:
         The data files; and other files, and directories without data files, except hidden ones.
@@ -71,12 +94,11 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     """
     try:
         if path.is_dir():
-            return _data_files(path.iterdir(), path, "no data files in this directory")
+            return _data_files(path.iterdir(), path, sample_by, "no data files in this directory")
         if not path.exists():
             if glob.has_magic(str(path)):
-                return _data_files(
-                    {*map(Path, glob.iglob(str(path), recursive=True))}, path, "no data files match this glob"
-                )
+                found = {*map(Path, glob.iglob(str(path), recursive=True))}
+                return _data_files(found, path, sample_by, "no data files match this glob")
             raise DataError(Problem(Code.DATA_NOT_FOUND, "no such file", str(path), fix="check the path"))
         if not path.is_file():
             what, fix = "neither a file nor a directory", "write the rows to a file first"
@@ -89,9 +111,11 @@ def find_files(path: Path) -> tuple[list[Path], list[Path]]:
     return [path], []
 
 
-def _data_files(paths: Iterable[Path], parent: Path, otherwise: str) -> tuple[list[Path], list[Path]]:
+def _data_files(paths: Iterable[Path], parent: Path, sample_by: str, otherwise: str) -> tuple[list[Path], list[Path]]:
     found = sorted(paths)
     files = [path for path in found if data_ending(path) and path.is_file()]
+    if not all(map(is_text, files)) or (sample_by == AUTO and not all(map(is_document, files))):
+        files = [path for path in files if not is_document(path)]
     read = {*files, *(directory for file in files for directory in file.parents)}
     others = [path for path in found if path not in read and not path.name.startswith(".")]
     if files:
@@ -125,31 +149,39 @@ def _reading(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One data file, and its size in bytes."""
+    """One data file, its size in bytes, and what is a row of a text file, as in the configuration."""
 
     path: Path
     size: int
+    sample_by: str = AUTO
+
+    @property
+    def reader(self) -> str:
+        """The ending of a file of rows, without `.gz`; what is a row of a text file."""
+        if is_text(self.path):
+            automatic = "document" if is_document(self.path) else "line"
+            return automatic if self.sample_by == AUTO else self.sample_by
+        return data_ending(self.path).removesuffix(".gz")
 
     @cached_property
     @progress("hashing the rows")
     def content_digest(self) -> str:
-        """SHA-256 of its content and its ending."""
+        """SHA-256 of its content, its ending, and how it is read."""
         with _reading(self.path):
             digest = sha256(self.path)
-        return hashlib.sha256(f"{data_ending(self.path)} {digest}".encode()).hexdigest()
+        return hashlib.sha256(f"{data_ending(self.path)} {self.reader} {digest}".encode()).hexdigest()
 
     def rows(self, advance: Advance = no_advance) -> Iterator[RowOrProblem]:
         """All rows, see `FileSlice.rows`."""
-        ending = data_ending(self.path)
         with _reading(self.path), self.path.open("rb", buffering=0) as raw:
-            if ending == ".parquet":
+            if self.reader == ".parquet":
                 yield from _parquet_rows(raw, self, advance)
                 return
             file: Any = io.BufferedReader(raw, BLOCK)
-            if ending.endswith(".gz"):
+            if data_ending(self.path).endswith(".gz"):
                 file = io.BufferedReader(gzip.GzipFile(fileobj=file), BLOCK)
             done = 0
-            for row in _TEXT_READERS[ending.removesuffix(".gz")](file, str(self.path)):
+            for row in _TEXT_READERS[self.reader](file, str(self.path)):
                 yield row
                 advance(raw.tell() - done)
                 done = raw.tell()
@@ -216,15 +248,15 @@ class FileSlice:
             advance(self.size - bytes_read)
 
 
-def file_slices(paths: list[Path], source: Source) -> list[FileSlice]:
-    """The files in order, once for each slice of `split`.
+def file_slices(paths: list[Path], source: Source, sample_by: str = AUTO) -> list[FileSlice]:
+    """The files in order, once for each slice of `split`. sample_by: as in the configuration.
 
     Rows are counted first if the slices depend on it: with several files, percentages, or negative indices.
 
     Raises:
         DataError: `split` is not a slice, or a file cannot be read.
     """
-    files, split = tuple(DataFile(path, _file_size(path)) for path in paths), source.split
+    files, split = tuple(DataFile(path, _file_size(path), sample_by) for path in paths), source.split
     if split is None:
         return [FileSlice(files, number) for number in range(len(files))]
     _slice_bounds(split, 1_000, source)

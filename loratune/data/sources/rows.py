@@ -14,7 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, compress
+from itertools import chain, compress, groupby
 from typing import Any, BinaryIO, TextIO
 
 from loratune.codes import Code
@@ -187,8 +187,8 @@ def with_own_fields(own: Mapping[str, Any], found: Mapping[str, Any]) -> dict[st
 # Text files
 
 
-def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | Problem]:
-    """The non-blank lines of a file with their numbers, or the problem of a line that is not UTF-8."""
+def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str | Problem]]:
+    """The numbers of the non-blank lines of a file, each with the line, or with its problem if it is not UTF-8."""
     number = 1
     while block := file.read(BLOCK) + file.readline():
         first, number = number, number + block.count(b"\n")
@@ -200,7 +200,7 @@ def _text_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str] | Problem
             try:
                 text = raw.decode()
             except UnicodeDecodeError as error:
-                yield _encoding_problem(error.start + 1, raw[error.start], f"{name}:{place}")
+                yield place, _encoding_problem(error.start + 1, raw[error.start], f"{name}:{place}")
                 continue
             text = (text.removeprefix(_BOM) if place == 1 else text).rstrip("\r")
             if text.strip():
@@ -212,10 +212,39 @@ def _encoding_problem(byte: int, value: int, where: str) -> Problem:
     return Problem(Code.DATA_SYNTAX, what, where, fix=_FIX_ENCODING)
 
 
-def text_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
-    """Rows of a plain text file: one text per line; blank lines are skipped. name: the path, for messages."""
-    for line in _text_lines(file, name):
-        yield line if isinstance(line, Problem) else Row(f"{name}:{line[0]}", {"text": line[1]})
+def _whole_text(file: BinaryIO, name: str) -> str | Problem:
+    """The text of a file without its BOM, or the problem of the first byte that is not UTF-8."""
+    raw = file.read()
+    try:
+        return raw.decode().removeprefix(_BOM)
+    except UnicodeDecodeError as error:
+        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
+        return _encoding_problem(byte, raw[error.start], f"{name}:{line}")
+
+
+def line_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a text file: one text per line; blank lines are skipped. name: the path, for messages."""
+    for number, line in _text_lines(file, name):
+        yield line if isinstance(line, Problem) else Row(f"{name}:{number}", {"text": line})
+
+
+def paragraph_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """Rows of a text file: one text per paragraph, the lines between blank lines. A paragraph with a line that is not
+    UTF-8 is that problem only."""
+    # As long as no line is blank, the numbers of lines and those of non-blank lines grow alike.
+    for _, lines in groupby(enumerate(_text_lines(file, name)), lambda item: item[1][0] - item[0]):
+        numbers, paragraph = zip(*(line for _, line in lines), strict=True)
+        problem = next((line for line in paragraph if isinstance(line, Problem)), None)
+        yield problem or Row(f"{name}:{numbers[0]}", {"text": "\n".join(paragraph)})
+
+
+def document_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
+    """The row of a text file that is one document, with LF instead of CRLF; none if it is blank."""
+    text = _whole_text(file, name)
+    if isinstance(text, Problem):
+        yield text
+    elif text and not text.isspace():
+        yield Row(f"{name}:1", {"text": text.replace("\r\n", "\n")})
 
 
 class _CsvLines:
@@ -314,13 +343,13 @@ _decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 def jsonl_rows(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     """Rows of a file with one JSON object per line; blank lines are skipped. name: the path, for messages."""
-    for line in _text_lines(file, name):
+    for number, line in _text_lines(file, name):
         if isinstance(line, Problem):
             yield line
             continue
-        where = f"{name}:{line[0]}"
+        where = f"{name}:{number}"
         try:
-            yield to_row(_decode(line[1]), where)
+            yield to_row(_decode(line), where)
         except (ValueError, RecursionError) as error:
             yield _json_problem(error, where, _FIX_LINE)
 
@@ -345,13 +374,9 @@ def json_document(file: BinaryIO, name: str) -> Iterator[RowOrProblem]:
     Raises:
         DataError: It is not a JSON document, or not UTF-8.
     """
-    raw = file.read()
-    try:
-        text = raw.decode().removeprefix(_BOM)
-    except UnicodeDecodeError as error:
-        line, byte = raw.count(b"\n", 0, error.start) + 1, error.start - raw.rfind(b"\n", 0, error.start)
-        raise DataError(_encoding_problem(byte, raw[error.start], f"{name}:{line}")) from None
-    del raw
+    text = _whole_text(file, name)
+    if isinstance(text, Problem):
+        raise DataError(text)
     if not text or text.isspace():
         return
     try:
