@@ -131,6 +131,8 @@ def holding(place: str, value: Any) -> dict[str, Any]:
         values["data"][above[1]] = [{"path": "a", name: value}, {"path": "b", name: 1}]
     else:
         values.setdefault(above[0], {})[name] = value
+    if place == "data.stride":
+        values["data"]["max_length"] = 2**31 - 1
     if above[0] == "preferences":
         values["training"] = {"objective": PREFERENCE_KEYS[name][0]}
     return values

@@ -90,7 +90,8 @@ def test_texts_longer_than_the_context_of_the_model(cli: Cli, tiny_dir: Path, he
     run = written(cli, tiny_dir, write_rows(here / "texts.jsonl", TEXTS))
     assert run.data.max_length == 512
     assert "12 of 12 rows are longer" in (here / "config.yaml").read_text()
-    dry = cli("train", "config.yaml", "--dry-run").out
+    assert "12 rows split into " in cli("train", "config.yaml", "--dry-run").out
+    dry = cli("train", "config.yaml", "--dry-run", "--set", "data.truncation=keep_completion").out
     assert "would be needed to keep everything, and the model has 512 positions" in dry, "not an advice that is refused"
 
 

@@ -438,7 +438,7 @@ def test_each_data_field_changes_the_prepared_rows(prepared: Callable[..., Any],
         "max_length": {"max_dropped": 1.0},
         "group_by": {"validation": 0.4},
         "sample_by": {"train": {"path": "lines.txt"}, "format": "text"},
-        "stride": {"format": "text", "max_length": 5},
+        "stride": {"format": "text", "columns": {"text": "completion"}, "max_length": 16},
     }.get(name, {})
     assert prepared(**base) == prepared(**base)
     assert prepared(**base) != prepared(**base | {name: value})

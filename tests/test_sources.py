@@ -349,11 +349,11 @@ def test_globs_match_data_files(tmp_path: Path, pattern: str, expected: list[str
 @pytest.mark.parametrize("pattern", ["*.jsonl", "none/*.jsonl", "*", "data?"])
 def test_glob_without_data_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "notes.md").write_bytes(PAIR)
+    (tmp_path / "notes.xml").write_bytes(PAIR)
     (tmp_path / "data1").mkdir()
     refusal = problem(pattern)
     assert (refusal.code, refusal.where) == (Code.DATA_NOT_FOUND, pattern)
-    assert "glob" in refusal.what and ("notes.md" in refusal.what) == (pattern == "*") and ".jsonl, " in refusal.fix
+    assert "glob" in refusal.what and ("notes.xml" in refusal.what) == (pattern == "*") and ".jsonl, " in refusal.fix
 
 
 @pytest.mark.parametrize(

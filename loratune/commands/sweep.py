@@ -132,8 +132,11 @@ class Sweep:
                 raise type(error)(problems) from None
 
     def _as_begun(self, run: RunConfig) -> RunConfig:
-        """A config with what `auto` stood for when the study began: earlier releases had no retention."""
+        """A config with what `auto` was when the study began: earlier releases had no retention, and cut texts."""
         recorded = self.study.identity()
+        if recorded is not None and run.data.truncation == AUTO:
+            truncation = {"truncation": recorded.get("data.truncation", AUTO)}
+            run = run.model_copy(update={"data": run.data.model_copy(update=truncation)})
         if recorded is None or "retention.kl_weight" in recorded or run.retention.kl_weight != AUTO:
             return run
         return run.model_copy(update={"retention": run.retention.model_copy(update={"kl_weight": 0.0})})
@@ -143,8 +146,8 @@ class Sweep:
         places = (key.removesuffix(".path") for key in path_keys())
         run = self.run.config
         added = {"retention": run.retention.kl_weight != 0, "training.adapter_scale": run.training.adapter_scale != 1}
-        added |= {"data.prompt_loss_weight": run.data.prompt_loss_weight > 0}
-        added["data.reasoning"] = run.data.reasoning != "train"
+        added |= {"data.prompt_loss_weight": run.data.prompt_loss_weight > 0, "data.stride": run.data.stride > 0}
+        added |= {"data.reasoning": run.data.reasoning != "train", "data.sample_by": run.data.sample_by != AUTO}
         unused = [name for name, is_set in added.items() if not is_set]  # which earlier studies do not have
         skipped = (*_NOT_COMPARED, *places, *self.grid.keys, *unused)
         shared = {

@@ -164,7 +164,7 @@ class DataSection(Section):
         "run; auto: split for text, keep_completion for other formats",
     )
     stride: int = Field(
-        0, ge=0, lt=2**31, description="tokens that a block repeats from the block before, as context without loss"
+        0, ge=0, lt=2**31 - 1, description="tokens that a block repeats from the block before, as context without loss"
     )
     invalid_rows: Literal["error", "drop"] = Field(
         "error", description="unusable rows, e.g. invalid JSON or without a field: stop, or drop up to max_dropped"
