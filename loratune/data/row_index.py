@@ -128,7 +128,7 @@ def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, grou
         DataError: As `open_source` and `Parser`; up to 10 rows do not fit their format (with a note that there may be
             more), unless such rows are dropped; a source has no rows; or no row has a value of `group_by`.
     """
-    parts_by_source = [(source, open_source(source)) for source in sources]
+    parts_by_source = [(source, open_source(source, section.sample_by)) for source in sources]
     indexer = _Indexer(section, group_by, Report() if section.invalid_rows == "drop" else None)
     files, counts, invalid = list[IndexedFile](), list[int](), indexer.invalid
     with reading("reading", sum(part.size for _, parts in parts_by_source for part in parts)) as advance:
