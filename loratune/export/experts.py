@@ -27,7 +27,7 @@ from loratune.model.upstream import CheckpointLayout
 
 STACKED = ("GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
 """The classes for which vLLM (0.20 to 0.32) reads experts as PEFT stores them: its models with `is_3d_moe_weight`."""
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
+PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Parameter of an experts module → the projections that it holds, named as in checkpoints of most models."""
 
 
@@ -123,7 +123,7 @@ def _each(whole: Placement, owner: str, module: Any, layout: CheckpointLayout | 
         layout: Names them as in checkpoints; None: they are named as SGLang names them in all models.
     """
     leaf, experts = last(whole.source), whole.experts
-    parts = ("gate_proj",) if layout is None and leaf == "up_proj" else _PARTS[leaf]  # SGLang keeps it as the gate
+    parts = ("gate_proj",) if layout is None and leaf == "up_proj" else PARTS[leaf]  # SGLang keeps it as the gate
     names = [f"{owner}.{expert}.{part}" for expert in range(experts) for part in parts]
     if layout is not None:
         numbers = torch.arange(len(names)).reshape(experts, len(parts), 1)

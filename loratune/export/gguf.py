@@ -41,6 +41,8 @@ _KNOWN_FAILURES = (
      "loratune merge makes a model that transformers and vLLM load"),
     ("pre-tokenizer was not recognized", "does not know the tokenizer",
      "name a GGUF file of the base with --base-gguf, whose tokenizer is then copied"),
+    (r"Can not map tensor '([^']+)'", "does not know the tensor {}",
+     "export base and adapter as one model: --merged f16"),
 )  # fmt: skip
 """Known error messages of the converters (regular expression), their meaning, and the fix."""
 _MOST_VALUES = 0.9

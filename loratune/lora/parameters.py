@@ -147,7 +147,7 @@ def layers_unknown_to_llama_cpp(model: PeftModel) -> Iterator[str]:
     for name, layer in layers_of(model).items():
         base, layer_name = layer.get_base_layer(), short(name)
         if isinstance(layer, ParamWrapper):
-            continue  # No client but PEFT reads it, see `config.portability`.
+            continue  # `export.experts` decides it
         if isinstance(base, Conv1D):
             kinds[layer_name] = "a Conv1D"
         elif isinstance(base, nn.Embedding):
