@@ -127,6 +127,9 @@ class Source:
             parts = [*expression.values]
         elif isinstance(expression, ast.Subscript):
             parts = [expression.value]
+        elif isinstance(expression, ast.Call) and (returned := self._returned(expression, scope)):
+            function, scope = returned  # a function that returns classes, as SGLang's `get_moe_impl_class`
+            parts = [node.value for node in walked(function) if isinstance(node, ast.Return) and node.value]
         elif isinstance(expression, ast.Call) and isinstance(expression.func, ast.Attribute):
             parts = [expression.func.value] if expression.func.attr == "get" else []
             parts += expression.args[1:] if expression.func.attr == "get" else []
@@ -140,6 +143,13 @@ class Source:
             value = self.attribute(scope.owner, expression.attr) if expression.value.id in ("self", "cls") else None
             return self.classes(value[1], Scope(value[0].module, {}, []), depth + 1) if value else frozenset()
         return frozenset().union(*(self.classes(part, scope, depth + 1) for part in parts))
+
+    def _returned(self, call: ast.Call, scope: Scope) -> tuple[ast.FunctionDef, Scope] | None:
+        """The function that a call calls, and the scope of its results; None for methods and classes."""
+        found = self.find(scope.module, call.func.id) if isinstance(call.func, ast.Name) else None
+        if found and isinstance(found[1], ast.FunctionDef):
+            return found[1], Scope(found[0], {}, [found[1]])
+        return None
 
     def _named(self, name: str, scope: Scope, depth: int) -> Classes:
         if scope.bound.get(name):

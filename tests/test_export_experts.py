@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DeepseekV3Config,
     Glm4MoeConfig,
     GptOssConfig,
@@ -24,6 +24,8 @@ from transformers import (
     MixtralConfig,
     NemotronHConfig,
     PreTrainedTokenizerFast,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3_5MoeTextConfig,
     Qwen3MoeConfig,
 )
@@ -178,11 +180,11 @@ def test_vllm_adds_what_merge_adds(family: str, trained: Path, merged: Tensors, 
         check_equal({f"{path}.weight": change for path, change in added(tensors).items()}, merged)
 
 
-def test_sglang_adds_what_merge_adds(family: str, base: Path, trained: Path, merged: Tensors) -> None:
+def test_sglang_adds_what_merge_adds(family: str, trained: Path, merged: Tensors, cli: Cli, tmp_path: Path) -> None:
     """SGLang names experts alike in all models, and reads gate and up apart, those of GPT-OSS too."""
-    made = written(trained, AutoConfig.from_pretrained(base), "sglang")
-    assert {"gate_proj", "up_proj", "down_proj"} <= {*made.config["target_modules"]}
-    changes = {f"{path}.weight": change for path, change in added(made.tensors).items()}
+    tensors, config = exported(cli, trained, "sglang", tmp_path / "out")
+    assert {"gate_proj", "up_proj", "down_proj"} <= {name.rpartition(".")[2] for name in config["target_modules"]}
+    changes = {f"{path}.weight": change for path, change in added(tensors).items()}
     if family == "mixtral":
         names = {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
         expression = re.compile("|".join(names))
@@ -214,7 +216,7 @@ def test_peft_reads_the_plain_adapter(trained: Path, base: Path, cli: Cli, tmp_p
 # --- of stock PEFT
 
 
-def stock(folder: Path, family: str, dtype: torch.dtype = torch.float32, **lora: Any) -> Path:
+def stock(folder: Path, family: str, dtype: torch.dtype = torch.float32, base: str = "base", **lora: Any) -> Path:
     """An adapter directory as stock PEFT writes it, with random values."""
     settings = {"r": 2, "lora_alpha": 4, "target_modules": []} | lora
     model = get_peft_model(build(family), LoraConfig(task_type="CAUSAL_LM", **settings))
@@ -222,7 +224,7 @@ def stock(folder: Path, family: str, dtype: torch.dtype = torch.float32, **lora:
     for parameter in model.parameters():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
-    model.peft_config["default"].base_model_name_or_path = "base"
+    model.peft_config["default"].base_model_name_or_path = base
     model.to(dtype).save_pretrained(folder, save_embedding_layers=False)
     return folder
 
@@ -254,6 +256,34 @@ def test_stock_peft_reads_single_experts_alike(family: str, tmp_path: Path) -> N
                     for model, name in zip(models, ("a", "vllm"), strict=False))  # fmt: skip
     assert (mine - models[2](ids).logits).abs().max() > 0.1
     assert (mine - theirs).abs().max() < 1e-5
+
+
+def test_experts_of_a_wrapped_base_apply_in_the_wrapper(
+    tokenizer: PreTrainedTokenizerFast, cli: Cli, tmp_path: Path
+) -> None:
+    """vLLM reads them as PEFT stores them, so stock PEFT reads the export on the class that vLLM loads."""
+    sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    ids = {
+        f"{name}_token_id": 258 + number for number, name in enumerate(("image", "video", "vision_start", "vision_end"))
+    }
+    config = Qwen3_5MoeConfig(text_config=FAMILIES["qwen3_5_moe"].to_dict(), vision_config=sizes, **ids)
+    Qwen3_5MoeForConditionalGeneration(config).float().save_pretrained(base := tmp_path / "base")
+    tokenizer.save_pretrained(base)
+    lora = {"target_parameters": NAMES, "target_modules": ["o_proj"]}
+    adapter, output = stock(tmp_path / "a", "qwen3_5_moe", base=str(base), **lora), tmp_path / "out"
+    ran = cli("export", "--adapter", adapter, "--to", "vllm", "--output", output, "--json")
+    assert ran.code == 0, ran.err
+    server = json.loads(ran.out)["comparison"]["server"]
+    assert (server["class"], server["since"]) == ("Qwen3_5MoeForConditionalGeneration", "0.20.2")
+    assert all(".language_model." in name for name in load_file(output / WEIGHTS_FILE))
+    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    text = torch.arange(20)[None]
+    with torch.no_grad():
+        alone, expected = ours(text).logits, PeftModel.from_pretrained(ours, adapter).eval()(text).logits
+        found = PeftModel.from_pretrained(whole, output).eval()(input_ids=text).logits
+    assert (expected - alone).abs().max() > 1e-2
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.slow

@@ -143,6 +143,8 @@ def test_names_follow_the_class_that_the_server_loads(
         ("vllm", "LlamaForCausalLM", "LlamaForCausalLM", "model.layers.0.self_attn.query"),
         ("vllm", "LlamaForCausalLM", "LlamaForCausalLM", "layers.0.self_attn.q_proj"),
         ("sglang", "Qwen3_5ForConditionalGeneration", "Qwen3_5ForCausalLM", "model.layers.0.linear_attn.in_proj_qkv"),
+        ("vllm", "Qwen3MoeForCausalLM", "Qwen3MoeForCausalLM", "model.layers.0.mlp.experts"),
+        ("vllm", "MixtralForCausalLM", "MixtralForCausalLM", "model.layers.0.block_sparse_moe.experts.base_layer"),
     ],
 )  # fmt: skip
 def test_names_that_address_nothing_are_refused(client: str, architecture: str, own: str, path: str) -> None:

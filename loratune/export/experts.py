@@ -2,8 +2,8 @@
 
 transformers keeps the experts of a layer in tensors of three dimensions. PEFT stores A of such a tensor as (experts ·
 rank, in) and B as (out, rank · experts), under names that do not contain the tensor's: `experts.base_layer` and
-`experts`. vLLM reads the same for the classes in `STACKED`. For other classes, and in SGLang and llama.cpp, each
-projection of each expert has its own A and B, as in checkpoints: `experts.0.gate_proj`.
+`experts`. vLLM reads the same for some classes. For other classes, and in SGLang and llama.cpp, each projection of each
+expert has its own A and B, as in checkpoints: `experts.0.gate_proj`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from torch import Tensor
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.export.clients import CLIENTS
+from loratune.export.served import reads_stacked_experts
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_config import factors_in
 from loratune.lora.adapter_files import AdapterFiles
@@ -25,8 +26,6 @@ from loratune.lora.parameters import wrapped_parameters
 from loratune.lora.tensors import PARAMETERS, Weights
 from loratune.model.upstream import CheckpointLayout
 
-STACKED = ("GptOssForCausalLM", "Qwen3VLMoeForConditionalGeneration", "Qwen3_5MoeForConditionalGeneration")
-"""The classes for which vLLM (0.20 to 0.32) reads experts as PEFT stores them: its models with `is_3d_moe_weight`."""
 PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "up_proj": ("up_proj",), "down_proj": ("down_proj",)}
 """Parameter of an experts module → the projections that it holds, named as in checkpoints of most models."""
 
@@ -97,10 +96,10 @@ def place(
             continue
         for leaf, path in zip(leaves, (f"{owner}.base_layer", owner), strict=True):
             whole = Placement(f"{owner}.{leaf}", path, len(module.down_proj))
-            is_stacked = client == "vllm" and architecture in STACKED
+            is_stacked = client == "vllm" and reads_stacked_experts(architecture)
             found += [whole] if is_stacked else _each(whole, owner, module, layout)
     if problems:
-        what = f"it adapts {join_first(problems, 2)}, which {CLIENTS.get(client, client)} is not known to read"
+        what = f"it adapts {join_first(problems, 2)}, which {CLIENTS[client]} is not known to read"
         fix = "`loratune merge` makes a model of it"
         raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, str(files.path), PARAMETERS, fix))
     return found

@@ -32,6 +32,8 @@ _OUTER = r"^(model\.language_model\.|language_model\.model\.|model\.)"
 _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 """How the classes of transformers, those of vLLM, and language models alone spell the path of the decoder."""
 _SUFFIX = ".lora_A.weight"
+_STACKED = (".experts", ".experts.base_layer")
+"""The ends of paths of stacked experts."""
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,19 @@ def _applies(client: str, entry: Mapping[str, Any], name: str, config: Any) -> b
     modules = {*entry["modules"], *_of_text(client, entry, config)}
     if client == "sglang":
         return last(name) in map(last, modules)
+    if name.endswith(_STACKED) and not _has_stacked_experts(entry):
+        return False
     name = pattern(_renamed(name + _SUFFIX, entry.get("rename", {})).removesuffix(_SUFFIX))
     return name in modules or bool(re.sub(r"\.experts\..*", ".experts", name) in modules)
+
+
+def reads_stacked_experts(architecture: str) -> bool:
+    """Whether the newest recorded release of vLLM reads A and B of experts of a class as PEFT stores them."""
+    return any(map(_has_stacked_experts, _table()["vllm"]["classes"].get(architecture, [])[-1:]))
+
+
+def _has_stacked_experts(entry: Mapping[str, Any]) -> bool:
+    return entry.get("experts") == "3d"
 
 
 def _of_text(client: str, entry: Mapping[str, Any], config: Any) -> Iterator[str]:
@@ -193,8 +206,8 @@ def renamed(adapter: PlainAdapter, served: Served, model: nn.Module) -> PlainAda
                     tensors[f"{WRAPPER_PREFIX}{other}.lora_{factor}.weight"] = torch.zeros(size, dtype=dtype)
     if not served.is_renamed and len(names) == len(served.names):
         return adapter
-    modules = [name for name in names.values() if not (adapter.config.get(PARAMETERS) and ".experts" in name)]
-    targets = sorted(modules) if served.is_renamed else sorted({*map(last, modules)})
+    chosen = [name for name in names.values() if not (adapter.config.get(PARAMETERS) and ".experts" in name)]
+    targets = sorted(chosen) if served.is_renamed else sorted({*map(last, chosen)})
     moved = {_moved(key, names): tensor for key, tensor in tensors.items()}
     return replace(adapter, tensors=moved, config={**adapter.config, "target_modules": targets})
 
