@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import families
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForImageTextToText,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     GptOssConfig,
@@ -335,32 +337,45 @@ def tiny(kind: str) -> PreTrainedModel:
     )
 
 
-def is_quantized(name: str, tensor: torch.Tensor) -> bool:
-    """Whether releases quantize this weight of a linear layer."""
-    return tensor.dim() == 2 and not any(part in name for part in ("embed", "lm_head", "norm", "mlp.gate.weight"))
+PLAIN = "embed", "lm_head", "norm", "gate.weight", "router", "conv", "vision", "visual", "projector"
+"""Parts of the names of tensors that releases do not quantize."""
 
 
 def write(path: Path, tokenizer: PreTrainedTokenizerFast, form: str, kind: str = "llama") -> dict[str, torch.Tensor]:
     """Write a release in one of `FORMATS`; GPT-OSS in MXFP4.
 
+    Args:
+        kind: A model of `tiny`, or the type of a model of text and images.
+
     Returns: The tensors of the dense release that it stands for, in its dtype.
     """
     one = MXFP4 if kind == "gpt-oss" else FORMATS[form]
-    model = tiny(kind).to(one.dtype)
-    model.save_pretrained(path)
+    if kind in ("llama", "gpt-oss", "deepseek"):
+        model = tiny(kind)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(families.small_config(kind))
+    model.to(one.dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     draw, dense, stored = np.random.default_rng(0), load_file(path / "model.safetensors"), {}
     for name in sorted(dense):
         tensor = dense[name]
-        if kind == "gpt-oss" and name.endswith("_proj") and tensor.dim() == 3:
-            parts, weight = by_mxfp4(draw, *tensor.shape)
-            stored |= {f"{name}_{end}": value for end, value in parts.items()}
-        elif kind != "gpt-oss" and is_quantized(name, tensor):
-            parts, weight = one.pack(draw, *tensor.shape)
-            stored |= {name.removesuffix("weight") + end: value for end, value in parts.items()}
-        else:
+        if tensor.dim() not in (2, 3) or any(part in name for part in PLAIN) or name.endswith("bias"):
             stored[name] = tensor
             continue
+        if kind == "gpt-oss" and tensor.dim() == 3:
+            parts, weight = by_mxfp4(draw, *tensor.shape)
+        elif kind == "gpt-oss":
+            stored[name] = tensor
+            continue
+        elif tensor.dim() == 3:
+            each = [one.pack(draw, *tensor.shape[1:]) for _ in tensor]
+            parts = {end: torch.stack([its[end] for its, _ in each]) for end in each[0][0]}
+            weight = np.stack([its for _, its in each])
+        else:
+            parts, weight = one.pack(draw, *tensor.shape)
+        whole = name.removesuffix("weight")  # experts have no such end
+        stored |= {whole + (end if whole != name else end.removeprefix("weight")): its for end, its in parts.items()}
         dense[name] = torch.from_numpy(np.ascontiguousarray(weight)).to(one.dtype)
     save_file(stored, path / "model.safetensors", {"format": "pt"})
     configure(path, quantization_config=one.config, **({"dtype": None} if kind == "gpt-oss" else {}))  # as released
@@ -381,8 +396,8 @@ def by_mxfp4(draw: np.random.Generator, experts: int, inputs: int, outputs: int)
     )
     packed = bits_of(codes.reshape(experts, outputs, -1, 32), 4)
     return {
-        "blocks": torch.from_numpy(packed),
-        "scales": torch.from_numpy(exponents.astype(np.uint8)),
+        "_blocks": torch.from_numpy(packed),
+        "_scales": torch.from_numpy(exponents.astype(np.uint8)),
     }, weight.transpose(0, 2, 1)
 
 

@@ -34,6 +34,7 @@ OTHERS = {
     "fp8 experts": ("fp8", "deepseek"),
     "nvfp4 experts": ("modelopt nvfp4", "deepseek"),
 }
+OTHERS |= {model_type: ("fp8", model_type) for model_type in ("qwen3_5", "qwen3_5_moe", "gemma3")}
 ALL = {form: (form, "llama") for form in FORMATS} | OTHERS
 TRAINED = ["gpt-oss", "gptq"]
 
@@ -122,7 +123,8 @@ def test_release_trains_generates_and_merges(
     assert ran.code == 0, ran.err
     found = json.loads(ran.out)
     assert "not quantized again" in found["note"]
-    assert found["comparison"]["adapter"]["divergence"] < 1e-3 < found["comparison"]["base"]["divergence"]
+    adapted, plain = (found["comparison"][other]["divergence"] for other in ("adapter", "base"))
+    assert adapted < 1e-3 and 10 * adapted < plain
     written = json.loads((merged / "config.json").read_text())
     assert "quantization_config" not in written and (written.get("dtype") or written["torch_dtype"]) in found["dtypes"]
     dense, tuned = load_file(twin / "model.safetensors"), load_file(merged / "model.safetensors")
@@ -186,7 +188,7 @@ SETTINGS: dict[str, tuple[str, Any, str]] = {
     "block as number": ("fp8", {"weight_block_size": 128}, "not supported"),
     "block of negative size": ("fp8", {"weight_block_size": [-2, 128]}, "block size of -2"),
     "sparse": ("compressed int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24-bitmask"),
-    "not compressed": ("compressed int4", {"quantization_status": "frozen"}, "quantization_status: frozen"),
+    "another layout": ("gptq", {"format": "gptq_v2"}, "format: gptq_v2"),
     "no groups": ("compressed int4", {GROUP: None}, "not supported"),
     "empty groups": ("compressed int4", {GROUP: {}}, "not supported"),
     "two schemes": ("compressed int4", {GROUP: {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
@@ -239,6 +241,11 @@ FILES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] = {
     "no value": ("fp8", without("0.self_attn.q_proj.weight"), Q + "weight"),
     "fewer scales": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales[:1]), "scales of shape (1, 2)"),
     "scales that are NaN": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales * torch.nan), "NaN"),
+    "weights that are not quantized": (
+        "fp8",
+        changed("0.self_attn.q_proj.weight", lambda weight: weight.bfloat16()),
+        "values of bfloat16",
+    ),
     "scales of another name": ("fp8", added(Q + "weight_scale"), Q + "weight_scale"),
     "no zeros": ("gptq", without("0.self_attn.q_proj.qzeros"), "q_proj.weight (without .qzeros)"),
     "fewer zeros": ("gptq", changed("0.self_attn.q_proj.qzeros", lambda zeros: zeros[:, :-1]), Q + "weight"),

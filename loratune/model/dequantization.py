@@ -108,6 +108,8 @@ def _spread(scales: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _by_block(parts: Parts, packed: str, scale: str, block: tuple[int, int]) -> Tensor:
     zeros = parts.get(".weight_zero_point")
+    if parts[packed].element_size() > 1:
+        raise ValueError(f"scales, and values of {str(parts[packed].dtype).removeprefix('torch.')}")
     return _scaled(parts[packed].float(), _number(parts[scale]), block, zeros if zeros is None else zeros.float())
 
 
@@ -184,7 +186,6 @@ def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
     keys = ("num_bits", "type", "symmetric", "strategy", "group_size", "block_structure")
     if any(weights.get(key) != other.get(key) for other in others for key in keys):
         raise ValueError("its layers are quantized in different ways (config_groups)")
-    _one_of(record, "quantization_status", "compressed")
     _one_of(record.get("sparsity_config") or {}, "format", "dense")
     blocks = {"tensor": (0, 0), "channel": (1, 0), "group": (1, _size(weights.get("group_size")))}
     blocks |= {"tensor_group": blocks["group"], "block": _sizes(weights.get("block_structure"))}
@@ -211,15 +212,15 @@ def _modelopt(record: Mapping[str, Any]) -> PackedFormat:
 
 
 def _gptq(record: Mapping[str, Any]) -> PackedFormat:
-    offset = 1 if _one_of(record, "checkpoint_format", "gptq", "gptq_v2") == "gptq" else 0
-    bits = _one_of(record, "bits", 4, 2, 8)
+    kind, bits = _one_of(record, "checkpoint_format", "gptq", "gptq_v2"), _one_of(record, "bits", 4, 2, 8)
+    offset = 1 if _one_of(record, "format", kind) == "gptq" else 0
     dequantize = partial(_by_gptq, bits=bits, group=_size(record["group_size"]), offset=offset)
     return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (".g_idx",), dequantize)
 
 
 def _awq(record: Mapping[str, Any]) -> PackedFormat:
     _one_of(record, "bits", 4)
-    _one_of(record, "version", "gemm", "GEMM")
+    _one_of(record, "version", _one_of(record, "format", "gemm"), "GEMM")
     dequantize = partial(_by_awq, group=_size(record["group_size"]))
     return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (), dequantize)
 
