@@ -252,13 +252,13 @@ def test_functions_are_read_as_tools_with_data_columns() -> None:
 def test_a_message_is_passed_to_the_template_unchanged() -> None:
     """Fields that are null are removed; everything else is passed on."""
     user = USER | {"role": "developer", "name": "Ann", "tool_calls": None, "weight": None}
-    bot = BOT | {"reasoning_content": "r", "thinking": "t", "tool_calls": []}
+    bot = BOT | {"reasoning_content": "r", "thinking": "r", "tool_calls": []}
     tool = {"role": "tool", "content": "18", "tool_call_id": "c1", "name": "weather"}
     example = conversation(user, tool, bot)
     assert example.messages == (
         {"role": "developer", "content": "a", "name": "Ann"},
         tool,
-        BOT | {"reasoning_content": "r", "thinking": "t"},
+        BOT | {"reasoning_content": "r", "thinking": "r"},
     )
 
 

@@ -41,6 +41,7 @@ THINKING: dict[str, list[dict[str, Any]]] = {"enable_thinking": [{}, {"enable_th
 ON, OFF = {"enable_thinking": True}, {"enable_thinking": False}
 MODELS: dict[str, tuple[str, str, list[dict[str, Any]]]] = {
     "Qwen3": ("qwen3", "qwen3", [{}, ON, OFF]),
+    "Qwen3, marked": ("qwen3", "qwen3_training", [{}]),
     "Qwen3.5": ("qwen3", "qwen3_5_think", [{}, ON, OFF]),
     "Qwen3.5, small": ("qwen3", "qwen3_5_nothink", [{}, ON, OFF]),
     "Qwen3.6": ("qwen3", "qwen3_6", [{}, OFF, {"preserve_thinking": True}]),
@@ -234,6 +235,27 @@ def test_the_reasoning_of_an_answer_is_told_from_the_rest(
     name: str, written: str, expected: tuple[str, str] | None
 ) -> None:
     assert renderer_of(name, 0).template().split_reasoning(written) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["<think>never closed", "</think>only closed", "a <think>b</think>", "<think></think>a", "<think> </think>", "a"],
+)
+@pytest.mark.parametrize("name", ["Qwen3", "GPT-OSS", "Mistral-Nemo"])
+def test_odd_reasoning_neither_fails_nor_vanishes(name: str, content: str) -> None:
+    """An answer that only looks like one with reasoning is rendered as the template says, or refused."""
+    renderer = renderer_of(name, 0)
+    for fields in ({}, {"reasoning": " "}, {"thinking": "4"}):
+        chat = Conversation("rows:1", (Q1, said(content, **fields), Q2, said("4", **fields)))
+        for example in (chat, dropped(chat)):
+            try:
+                rows = renderer.rows(renderer.parts(example, "completion"), masks_reasoning=True)
+            except DataError as error:
+                assert error.problems[0].where == "rows:1"
+                continue
+            assert all(row.supervised for row in rows) and rows[-1].labels[-1] == rows[-1].ids[-1]
+            texts = [text for row in rows for text in supervised(renderer.tokenizer, row)]
+            assert "4" in texts[-1] and not texts[-1].startswith("<think>")
 
 
 def test_kinds_of_conversations() -> None:

@@ -36,6 +36,8 @@ def conversation(question: str, answer: str, **fields: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **fields}
 
 
+ASKED = {"role": "user", "content": "a"}
+REASONED = {"role": "assistant", "content": "b", "reasoning_content": "Because."}
 ROWS = [conversation(f"{number}:", "xyz"[number % 3]) for number in range(12)]
 
 
@@ -155,7 +157,32 @@ def test_arguments_of_rows_in_tables(tmp_path: Path, tokenizer: PreTrainedTokeni
     assert rows.report.duplicates.count == 3  # the first three, and the two that turn reasoning off
 
 
-REASONED = {"role": "assistant", "content": "b", "reasoning_content": "Because."}
+TWICE: list[dict[str, Any]] = [
+    {"reasoning_content": "a", "reasoning": "b"},
+    {"thinking": "a", "content": "<think>b</think>c"},
+]
+
+
+@pytest.mark.parametrize("fields", [*TWICE, {"reasoning": ["a"]}, {"thinking": 5}])
+def test_ambiguous_reasoning_is_refused(
+    fields: dict[str, Any], run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    row = {"messages": [ASKED, {"role": "assistant", "content": "b", **fields}]}
+    rows = write_rows(tmp_path / "r.jsonl", [row])
+    ran = cli("train", run_config(data={"train": str(rows)}), "--dry-run")
+    check_refused(ran, 4, (Code.DATA_FIELD, f"{rows}:1", ""))
+
+
+@pytest.mark.parametrize("reasoning", ["train", "mask", "drop"])
+def test_the_reasoning_of_preferences(reasoning: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    pair = {"prompt": [ASKED], "chosen": [REASONED], "rejected": [REASONED | {"content": "c"}]}
+    section = DataSection(train={"path": str(write_rows(tmp_path / "r.jsonl", [pair]))}, reasoning=reasoning)
+    renderer = Renderer(changed(tokenizer, chat_template=SWITCHED), 264)
+    rows = data.prepare(data.read_datasets(section, 0).train, renderer, section, 264)
+    start = "<think>\nBecause.\n</think>\n\n" if reasoning == "train" else ""
+    assert [tokenizer.decode(row.completion) for row in rows.rows.rows()] == [f"{start}b<|end|>", f"{start}c<|end|>"]
+
+
 MANY = [
     {
         "messages": [

@@ -15,6 +15,7 @@ from typing import Any
 from loratune.data import formats
 from loratune.data.formats import Conversation, Fields, Message, Plain, PreferencePair, RowError, UnpairedPreference
 from loratune.data.formats.reasoning import FIELDS as REASONING_FIELDS
+from loratune.data.formats.reasoning import has_several
 from loratune.data.formats.tools import check_unused, parse_arguments, parse_tools, tool_call
 
 SIDES = ("chosen", "rejected")
@@ -269,6 +270,8 @@ def _turn(item: Fields, place: str) -> Turn:
     if item.get("content") or not item.get("tool_calls"):
         message["content"] = _content(item, place)
     message |= {field: formats.text(item, field, place) for field in _TEXT_FIELDS if item.get(field) is not None}
+    if role == "assistant" and has_several(message):
+        raise RowError(f"{place} has reasoning in more than one place", "give it in one field, or in the content")
     weight = item.get("weight")
     if weight not in (0, 1, None):
         raise RowError(f"{place} has the weight {weight!r}, not 0 or 1")

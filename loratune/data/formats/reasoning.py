@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from loratune.data.formats import Conversation, Example, Message, PreferencePair, UnpairedPreference
 
-FIELDS = ("reasoning_content", "reasoning", "thinking")
-"""The fields of a message that may hold the reasoning; transformers passes it to templates under each of the names."""
+FIELDS = ("reasoning_content", "thinking", "reasoning")
+"""The fields of a message that may hold the reasoning, in the order in which transformers looks for it."""
 CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 _NAMES = "think|thinking|thought|thoughts|reason|reasoning"
 REASONING_OPENED = re.compile(rf"<({_NAMES})>\s*\Z")
@@ -26,6 +26,12 @@ def reasoning_of(message: Message) -> str:
     if not text and (found := _IN_CONTENT.match(message["content"])):
         text = found[1]
     return str(text).strip()
+
+
+def has_several(message: Message) -> bool:
+    """Whether a message has reasoning in more than one place, of which a template would take one."""
+    texts = {message[name].strip() for name in FIELDS if message.get(name)}
+    return len(texts) + bool(texts and _IN_CONTENT.match(message["content"])) > 1
 
 
 def with_mark(message: Message, mark: str) -> Message:
