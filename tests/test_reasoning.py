@@ -13,9 +13,10 @@ from tokenizers import AddedToken
 from loratune.codes import Code
 from loratune.config.template_variables import unread, variables
 from loratune.data.formats import Conversation, Message
-from loratune.data.formats.reasoning import dropped, kind_of
+from loratune.data.formats.reasoning import dropped, end_of_reasoning, kind_of
 from loratune.data.rendering import Renderer
-from loratune.errors import DataError
+from loratune.errors import AdapterError, DataError
+from loratune.export import ollama
 
 GEMMA4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>")
 V31 = (
@@ -256,6 +257,24 @@ def test_odd_reasoning_neither_fails_nor_vanishes(name: str, content: str) -> No
             assert all(row.supervised for row in rows) and rows[-1].labels[-1] == rows[-1].ids[-1]
             texts = [text for row in rows for text in supervised(renderer.tokenizer, row)]
             assert "4" in texts[-1] and not texts[-1].startswith("<think>")
+
+
+@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name}, {number}" for name, number in CASES])
+def test_the_modelfile_renders_as_the_template_with_its_arguments(name: str, number: int) -> None:
+    renderer, messages = renderer_of(name, number), [Q1, said("Alpha"), Q2]
+    if name == "GPT-OSS":  # it writes the date
+        with pytest.raises(AdapterError):
+            ollama.find_turns(renderer)
+        return
+    text = ollama.find_turns(renderer)[0].render(messages)
+    settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **MODELS[name][2][number]}
+    expected = renderer.tokenizer.apply_chat_template(messages, **settings)
+    assert text == (expected.removeprefix(renderer.tokenizer.bos_token) if renderer.starts_with_bos else expected)
+
+
+def test_white_space_costs_no_time() -> None:
+    assert end_of_reasoning(" \n" * 500_000 + "a", "") == 0
+    assert end_of_reasoning("\n<think>\n" + " " * 500_000 + "</think>\n\na", "") == 500_019
 
 
 def test_kinds_of_conversations() -> None:

@@ -12,9 +12,9 @@ CLOSING_TAG = re.compile(r"</\w+>|<\w+\|>|\[/\w+\]")
 _NAMES = "think|thinking|thought|thoughts|reason|reasoning"
 REASONING_OPENED = re.compile(rf"<({_NAMES})>\s*\Z")
 """A prompt that ends in an opened reasoning."""
-_CLOSED = rf"\s*(?:</(?:{_NAMES})>|<channel\|>|\[/THINK\])\s*"
+_CLOSED = rf"\s*+(?:</(?:{_NAMES})>|<channel\|>|\[/THINK\])\s*"
 _AFTER = re.compile(_CLOSED)
-EMPTY_REASONING = re.compile(rf"\s*(?:<(?:{_NAMES})>|<\|channel>\w*|\[THINK\])?{_CLOSED}")
+EMPTY_REASONING = re.compile(rf"\s*+(?:<(?:{_NAMES})>|<\|channel>\w*|\[THINK\])?{_CLOSED}")
 """The beginning of an answer: a reasoning without text, or the end of one that the prompt opens."""
 _IN_CONTENT = re.compile(r"\s*<think>(.*)</think>\s*", re.DOTALL)
 _Some = TypeVar("_Some", bound=Example)
