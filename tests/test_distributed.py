@@ -17,13 +17,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import releases
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from conftest import ROOT, config_in, is_problem, tiny_llama, write_rows
+from conftest import ROOT, byte_tokenizer, config_in, is_problem, tiny_llama, write_rows
 from fork_server import Child, ForkServer, launch_variables
 from running import WEIGHTS, MakeConfig, checkpoints, curve, handles, until
 from safetensors.torch import load_file
@@ -551,7 +552,11 @@ ZERO3 = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is 
 
 @pytest.mark.parametrize(
     "how, quantization",
-    [("fsdp2", "none"), pytest.param("fsdp2", "4bit", marks=SLOW), pytest.param("zero3", "none", marks=[ZERO3, SLOW])],
+    [
+        ("fsdp2", "none"),
+        *(pytest.param("fsdp2", one, marks=SLOW) for one in ("4bit", "gptq")),
+        *(pytest.param("zero3", one, marks=[ZERO3, SLOW]) for one in ("none", "gptq")),
+    ],
 )
 def test_a_sharded_base_gives_the_same_training(
     how: str, quantization: str, processes: ForkServer, alone: Alone, tmp_path: Path
@@ -560,6 +565,9 @@ def test_a_sharded_base_gives_the_same_training(
     if quantization != "none":
         values = yaml.safe_load(config.read_text())
         values["model"] |= {"quantization": quantization, "dtype": "bfloat16"}
+        if quantization == "gptq":
+            releases.write(tmp_path / "release", byte_tokenizer(), "gptq")
+            values["model"] = {"dtype": "float32", "name_or_path": str(tmp_path / "release")}
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(values))
         expected = trained(processes, config, tmp_path / "1", 1, *shared(8))
