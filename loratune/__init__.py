@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratune.api.adapter import Adapter as Adapter
     from loratune.api.adapters import Adapters as Adapters
     from loratune.api.functions import count_parameters as count_parameters
+    from loratune.api.functions import environment as environment
     from loratune.api.functions import explain as explain
     from loratune.api.functions import init as init
     from loratune.api.functions import load_config as load_config
@@ -55,7 +56,7 @@ _MODULES = {
     "adapter.options": "Sampling",
     "api.adapter": "Adapter",
     "api.adapters": "Adapters",
-    "api.functions": "count_parameters explain init load_config plan report_study train",
+    "api.functions": "count_parameters environment explain init load_config plan report_study train",
     "api.sweep": "sweep",
     "compare.comparison": "Comparison",
     "config": "RunConfig",

@@ -45,6 +45,8 @@ class Code(StrEnum):
     SYSTEM_LOCKED = "system.locked", "Another run is using the same directory or database."
     SYSTEM_MISSING_PACKAGE = "system.missing_package", "A package that a setting or option needs is not installed."
 
+    SYSTEM_SELF_TEST = "system.self_test", "A check of `loratune env --self-test` found a wrong result."
+
     # Rows
     DATA_NOT_FOUND = "data.not_found", "A data path names nothing that exists, or no file of a type that is read."
     DATA_UNREADABLE = "data.unreadable", "A data file cannot be read, is damaged, or changed while it was in use."

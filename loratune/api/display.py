@@ -10,6 +10,7 @@ from loratune.text import block, format_duration, format_size, one_line, plural,
 
 if TYPE_CHECKING:
     from loratune.api.functions import PublishedAdapter
+    from loratune.commands.env import Environment
     from loratune.commands.evaluate import ScaleComparison
     from loratune.commands.export import Exported
     from loratune.commands.init import Started
@@ -73,6 +74,18 @@ def params(params: "Params") -> Iterator[str]:
     yield f"per layer: {_per_layer(params.layers)}"
     yield f"adapter file: {format_size(params.count.adapter_bytes)}"
     yield f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}"
+
+
+def environment(found: "Environment") -> Iterator[str]:
+    """The facts about a machine by section, the results of the self-test, and what to do."""
+    for title, facts in found.sections.items():
+        yield from block(title, [(fact.name, fact.value) for fact in facts])
+    if found.checks:
+        lines = [(check.name, f"{check.result} ({check.seconds:.1f} s): {check.detail}") for check in found.checks]
+        yield from block("self-test", lines)
+    if found.advice:
+        yield "what to do"
+        yield from (f"  {line}" for line in found.advice)
 
 
 def stats(path: str, stats: "AdapterStats") -> Iterator[str]:

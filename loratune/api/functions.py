@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -22,6 +22,7 @@ from loratune.text import shell_word
 
 if TYPE_CHECKING:
     from loratune.api.adapter import Adapter
+    from loratune.commands.env import Environment
     from loratune.commands.params import Params
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats
@@ -224,6 +225,23 @@ def count_parameters(config: RunConfig, *, on_event: Listener | None = None) -> 
             from loratune.commands import params
 
         return params.params(config)
+
+
+def environment(*, self_test: bool = False, on_event: Listener | None = None) -> "Environment":
+    """Find out what this machine has for training, and what to do where something is slow or missing.
+
+    Args:
+        self_test: Also train, load and generate with tiny random models on this machine's device, and compare the
+            results with those of stock transformers and PEFT; takes up to a minute.
+        on_event: Receives events.
+    """
+    with listening(on_event):
+        with libraries():
+            from loratune.api import self_test as tests
+            from loratune.commands import env
+
+        found = env.describe()
+        return replace(found, checks=tests.run()) if self_test else found
 
 
 def push(

@@ -25,7 +25,7 @@ MAX_COUNT = 2**31 - 1
 
 _COMMANDS = (
     "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
-    "export", "push",
+    "export", "push", "env",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The commands `init`, `params`, `schema` and `explain`, which create and explain configs."""
+"""The commands `init`, `params`, `schema` and `explain`, which create and explain configs, and `env`."""
 
 import shutil
 import sys
@@ -146,6 +146,27 @@ def explain(
                 is_key = lines[0][0] == "meaning"
                 room = sys.maxsize if is_key else width - max(len(name) for name, _ in lines) - 4
                 print_lines(block(title, [(name, _shortened(text, room)) for name, text in lines]))
+
+
+@app.command()
+def env(
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Also train and load tiny models here, and compare them with stock PEFT."),
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Describe this machine for training, and what to do where something is slow or missing."""
+    with boundary(debug):
+        import loratune
+
+        found = loratune.environment(self_test=self_test)
+
+        from loratune.api import display
+
+        show(display.environment(found), found.to_dict(), as_json)
+        found.check_passed()
 
 
 def _shortened(text: str, room: int) -> str:

@@ -384,9 +384,14 @@ def device() -> torch.device:
 
 
 def compute_dtype(section: ModelSection) -> torch.dtype:
-    """The dtype of the frozen weights; `auto` is bfloat16 where the machine multiplies in it, else float32."""
+    """The dtype of the frozen weights."""
     if section.dtype != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[section.dtype]
+    return automatic_dtype()
+
+
+def automatic_dtype() -> torch.dtype:
+    """What `model.dtype: auto` is here: bfloat16 where the machine multiplies in it, else float32."""
     return torch.bfloat16 if _computes_bfloat16() else torch.float32
 
 

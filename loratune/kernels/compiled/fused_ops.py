@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratune.kernels.compiled import build, library, reference
+from loratune.kernels.compiled import build, library, reference, self_test
 from loratune.kernels.compiled.library import Library
 from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.upstream import is_fake
@@ -35,11 +35,12 @@ def fused_ops(like: Tensor) -> reference.FusedOps:
 
 
 def notes(like: Tensor) -> list[str]:
-    """A line for the user if compiled operations are used for such tensors, but with a problem."""
-    if refusal(like):
-        return []
-    note = _library(like.dtype).note
-    return [note] if note is not None else []
+    """Lines for the user: what failed the self-test on this machine, and a problem of the compiled operations that are
+    used for such tensors."""
+    failed = ", ".join(self_test.failed())
+    lines = [f"loratune env --self-test failed on this machine: {failed}"] if failed else []
+    note = None if refusal(like) else _library(like.dtype).note
+    return [*lines, note] if note is not None else lines
 
 
 def variant(like: Tensor) -> str:
@@ -67,6 +68,9 @@ def _untried(like: Tensor) -> str:
         ),
         f"no compiled code is for {platform.system()}": platform.system() != "Linux",
         "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
+        "they failed the self-test on this machine: run loratune env --self-test": (
+            self_test.OPERATIONS.format(str(like.dtype).removeprefix("torch.")) in self_test.failed()
+        ),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

@@ -93,6 +93,15 @@ def features() -> frozenset[str]:
     )
 
 
+def processor_name() -> str:
+    """The model of the processor as Linux names it; empty if it is not known."""
+    try:
+        lines = [line.partition(":") for line in _processor().splitlines()]
+    except OSError:
+        return ""
+    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), "")
+
+
 def _processor() -> str:
     """The entry of the first processor in /proc/cpuinfo."""
     return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]

@@ -1,0 +1,337 @@
+"""`loratune env --self-test`: whether this machine computes what stock transformers and PEFT compute.
+
+Small models with random weights are trained, loaded and run on the device of this machine, through the functions that
+users call, and the results are compared with those of plain loops over the stock model. The results are kept in the
+cache directory; operations that failed are then not used.
+"""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from loratune.adapter import loading
+from loratune.adapter.directory import AdapterDirectory
+from loratune.api.adapter import Adapter
+from loratune.api.functions import load_config, train
+from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
+from loratune.config import RunConfig
+from loratune.errors import LoratuneError
+from loratune.events import Event, StepEvent, listening, note, progress
+from loratune.kernels.compiled import fused_ops, reference
+from loratune.kernels.compiled import self_test as results
+from loratune.kernels.layout import Layout, Scoring
+from loratune.kernels.parity_check import relative_rms
+from loratune.lora import creation
+from loratune.lora.adapter_files import WEIGHTS_FILE
+from loratune.model import load
+from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+"""The largest relative difference of an operation from its reference, by dtype."""
+CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+"""The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
+STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
+"""Steps of sft, and of dpo and of other comparisons; tokens of an answer."""
+SHAPE = {
+    "vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
+TRAINING = {
+    "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "warmup_steps": 0,
+    "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
+}  # fmt: skip
+LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+PACKED = "packed"
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "padded": {"packing": "none"}, PACKED: {"packing": "batch", "share_prefixes": False},
+}  # fmt: skip
+"""How rows are put together without shared prefixes → the settings for it."""
+ROWS = [{"prompt": f"Add the numbers. {n} + {3 * n} =", "completion": f" {4 * n}"} for n in range(1, 9)]
+PAIRS = [
+    {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f" {n} or so"} for n, row in enumerate(ROWS)
+]
+
+
+class NotAvailableError(Exception):
+    """What is checked does not exist here."""
+
+
+class DifferenceError(Exception):
+    """A result differs from the one that is expected."""
+
+
+def run() -> list[Check]:
+    """Run all checks, keep the results, and return them in order. It takes about half a minute on two cores."""
+    found = list[Check]()
+    results.record({})  # or an operation that has failed once would not be tested again
+    with tempfile.TemporaryDirectory(prefix="loratune-self-test-") as folder:
+        for name, check in _SelfTest(Path(folder)).checks():
+            start = time.monotonic()
+            with progress(f"self-test: {name}"), listening(_ignored):
+                result, detail = _outcome(check)
+            found.append(Check(name, result, detail, round(time.monotonic() - start, 2)))
+    if why := results.record({check.name: check.result for check in found}):
+        note(f"the results of the self-test are not kept: {why}")
+    return found
+
+
+def _ignored(event: Event) -> None:
+    """The events of the runs of a check are not shown."""
+
+
+def _outcome(check: Callable[[], str]) -> tuple[str, str]:
+    """The result of a check, and a line on it. An error of any kind is a failure."""
+    try:
+        return PASSED, check()
+    except NotAvailableError as reason:
+        return NOT_AVAILABLE, str(reason)
+    except LoratuneError as error:
+        return FAILED, error.problems[0].what
+    except Exception as error:
+        return FAILED, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+
+
+@dataclass
+class _SelfTest:
+    """The checks. folder: an empty directory for models and adapters."""
+
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self._dtype, self._device = load.automatic_dtype(), load.device()
+        self._tokenizer = _tokenizer()
+        self._base = self.folder / "base"
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(self._base)
+        self._tokenizer.save_pretrained(self._base)
+        self._curves: dict[torch.dtype, list[float]] = {}
+
+    def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
+        """Name and function of each check. The function returns a line on what it found."""
+        for dtype in fused_ops.DEFINES:
+            yield results.OPERATIONS.format(_name(dtype)), partial(_operations, dtype)
+        for dtype in dict.fromkeys((torch.float32, self._dtype)):
+            yield f"sft with shared prefixes, {_name(dtype)}", partial(self._sft, dtype)
+        yield "padded and packed rows", self._layouts
+        yield "dpo, float32", self._dpo
+        yield "resume", self._resume
+        yield "generate", self._generate
+        for bits in ("8bit", "4bit"):
+            yield f"quantization: {bits}", partial(self._quantized, bits)
+
+    def _config(self, name: str, rows: Sequence[dict[str, str]], **sections: dict[str, Any]) -> RunConfig:
+        """A config. sections: what differs from the constants above."""
+        file = self.folder / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        values: dict[str, dict[str, Any]] = {
+            "model": {"name_or_path": str(self._base), "dtype": "float32"}, "data": {"train": str(file)},
+            "training": {**TRAINING, "max_steps": COMPARED_STEPS}, "lora": LORA, "retention": {"kl_weight": 0.0},
+        }  # fmt: skip
+        merged = {key: value | sections.pop(key, {}) for key, value in values.items()}
+        return load_config({**merged, **sections, "output_dir": str(self.folder / name)})
+
+    def _trained(self, name: str, rows: Sequence[dict[str, str]], **sections: dict[str, Any]) -> list[float]:
+        """The loss of each step of a run, whose adapter is then in the directory of that name."""
+        train(self._config(name, rows, **sections), allow_worse=True)
+        curve = json.loads((self.folder / name / "loratune.json").read_text())["curve"]
+        return [float(step["loss"]) for step in curve]
+
+    def _stock(self, dtype: torch.dtype, steps: int, loss: Callable[[Any], Callable[[], Tensor]]) -> list[float]:
+        """The loss of each step of a plain loop over PEFT's model. loss: returns the loss of a model as a function."""
+        with quiet_transformers():
+            base = AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype).to(self._device)
+        section = self._config("stock", ROWS).lora
+        model = creation.adapt(base, section, seed=TRAINING["seed"])[0]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.0)
+        losses, compute = [], loss(model)
+        for _ in range(steps):
+            value = compute()
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+            losses.append(float(value.detach()))
+        return losses
+
+    def _log_probability(self, model: Any, prompt: str, answer: str) -> tuple[Tensor, int]:
+        """That of an answer with its end token, and its tokens; the row alone, without a mask."""
+        before, after = (self._tokenizer(text).input_ids for text in (prompt, answer))
+        ids = torch.tensor([[*before, *after, SHAPE["eos_token_id"]]], device=self._device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(before) - 1 : -1].float()
+        return -functional.cross_entropy(logits, ids[0, len(before) :], reduction="sum"), len(after) + 1
+
+    def _sft_loss(self, model: Any) -> Callable[[], Tensor]:
+        def loss() -> Tensor:
+            found = [self._log_probability(model, row["prompt"], row["completion"]) for row in ROWS]
+            return -sum((value for value, _ in found), torch.zeros((), device=self._device)) / sum(n for _, n in found)
+
+        return loss
+
+    def _sft(self, dtype: torch.dtype) -> str:
+        name = f"sft-{_name(dtype)}"
+        ours = self._trained(name, ROWS, model={"dtype": _name(dtype)}, training={"max_steps": STEPS})
+        self._curves[dtype] = stock = self._stock(dtype, STEPS, self._sft_loss)
+        return f"{STEPS} steps, loss {stock[0]:.3f} to {stock[-1]:.3f}; {_compared(ours, stock, CURVE[dtype])}"
+
+    def _dpo(self) -> str:
+        def loss(model: Any) -> Callable[[], Tensor]:
+            def margins() -> Tensor:
+                chosen, rejected = (
+                    torch.stack([self._log_probability(model, row["prompt"], row[side])[0] for row in PAIRS])
+                    for side in ("chosen", "rejected")
+                )
+                return chosen - rejected
+
+            with torch.no_grad():
+                before = margins()
+            return lambda: -functional.logsigmoid(0.1 * (margins() - before)).mean()
+
+        ours = self._trained("dpo", PAIRS, training={"objective": "dpo"}, preferences={"beta": 0.1})
+        return _compared(ours, self._stock(torch.float32, COMPARED_STEPS, loss), CURVE[torch.float32])
+
+    def _layouts(self) -> str:
+        stock, told = self._curves[torch.float32], list[str]()
+        for name, section in LAYOUTS.items():
+            try:
+                told.append(_compared(self._trained(name, ROWS, data=section), stock, CURVE[torch.float32]))
+            except DifferenceError as error:
+                raise DifferenceError(f"{name}: {error}") from None
+        return f"against rows alone, {', '.join(LAYOUTS)}: {told[-1]}"
+
+    def _resume(self) -> str:
+        def stop(event: Event) -> None:
+            if isinstance(event, StepEvent) and event.step == 2:
+                raise KeyboardInterrupt
+
+        config = self._config("resumed", ROWS, data=LAYOUTS[PACKED])
+        with suppress(KeyboardInterrupt):
+            train(config, allow_worse=True, on_event=stop)
+            raise DifferenceError("the run was not interrupted")
+        train(config, resume=True, allow_worse=True)
+        if len({(self.folder / name / WEIGHTS_FILE).read_bytes() for name in (PACKED, "resumed")}) > 1:
+            raise DifferenceError("a run that was interrupted after two steps ends with other weights")
+        return f"interrupted after 2 of {COMPARED_STEPS} steps: the same bytes"
+
+    def _generate(self) -> str:
+        loaded = loading.load(AdapterDirectory.open(self.folder / f"sft-{_name(torch.float32)}"))
+        prompts = [self._tokenizer(row["prompt"]).input_ids for row in ROWS]
+        written = [*map(loaded.until_end, loaded.complete(prompts, NEW_TOKENS))]
+        for prompt, answer in zip(prompts, written, strict=True):
+            ids = [*prompt]
+            for _ in answer:
+                with torch.inference_mode():
+                    inputs = torch.tensor([ids], device=self._device)
+                    ids.append(int(loaded.model(input_ids=inputs, use_cache=False).logits[0, -1].argmax()))
+            if ids[len(prompt) :] != answer:
+                alone = loaded.text(ids[len(prompt) :])
+                raise DifferenceError(f"{loaded.text(answer)!r} with a cache in a batch, {alone!r} without and alone")
+        return f"{len(prompts)} prompts, with and without a cache: the same text, such as {loaded.text(written[0])!r}"
+
+    def _quantized(self, bits: str) -> str:
+        if lacks := bitsandbytes_lacks():
+            raise NotAvailableError(lacks)
+        dtype = self._dtype if self._device.type == "cuda" else torch.float32
+        losses = self._trained(bits, ROWS, model={"quantization": bits, "dtype": _name(dtype)})
+        again = Adapter(self.folder / bits).generate([ROWS[0]["prompt"]], max_new_tokens=4)
+        if not all(map(math.isfinite, losses)) or not losses[-1] < losses[0]:
+            raise DifferenceError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
+        return f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps; saved, loaded, answers {again[0]!r}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _compared(ours: Sequence[float], stock: Sequence[float], allowed: float) -> str:
+    """The largest difference of two curves, relative to the first loss. Raises DifferenceError: it is not allowed."""
+    worst = max(abs(one - other) for one, other in zip(ours, stock, strict=False)) / abs(stock[0])
+    told = f"largest difference from stock PEFT {worst:.1e} of the first loss"
+    if not worst <= allowed:
+        raise DifferenceError(f"{told}, {allowed:g} is allowed")
+    return told
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each byte, and the end token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+
+
+def _operations(dtype: torch.dtype) -> str:
+    """Each compiled operation against its reference, forward and backward."""
+    like = torch.zeros(1, dtype=dtype)
+    if refusal := fused_ops.refusal(like):
+        raise NotAvailableError(refusal)
+    ops, worst = fused_ops.fused_ops(like), dict[str, float]()
+    for name, compute in _OPERATIONS.items():
+        pairs = zip(compute(ops, dtype), compute(reference, dtype), strict=True)
+        worst[name] = max(relative_rms(old, now) for now, old in pairs)
+    name = max(worst, key=lambda one: worst[one])
+    told = f"{len(worst)} operations, largest relative difference {worst[name]:.1e} ({name})"
+    if not worst[name] <= TOLERANCE[dtype]:
+        raise DifferenceError(f"{told}, {TOLERANCE[dtype]:g} is allowed")
+    return told
+
+
+def _drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _norm(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    x, weight, gradient = _drawn(dtype, 37, 96), _drawn(dtype, 96, seed=1), _drawn(dtype, 37, 96, seed=2)
+    y, inverse = ops.rms_norm(x, weight, 1e-5)
+    return [y, ops.rms_norm_backward(gradient, x, weight, inverse)]
+
+
+def _gate(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    both, gradient = _drawn(dtype, 37, 192), _drawn(dtype, 37, 96, seed=1)
+    return [ops.swiglu(both), ops.swiglu_backward(gradient, both)]
+
+
+def _heads(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    joined, angle = _drawn(dtype, 37, (2 * 3 + 2 * 2) * 16), _drawn(torch.float32, 37, 8, seed=1)
+    cosine, sine = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
+    split = ops.split_heads(joined, cosine, sine, 2, 3)
+    return [*split, ops.join_heads(*split, cosine, sine)]
+
+
+def _attention(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    positions = torch.cat([torch.arange(length) for length in (20, 5, 70)])
+    shapes = [(2, 95, 3, 16), (2, 95, 16), (2, 95, 16)]
+    inputs = tuple(_drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
+    layout, scoring = Layout.of(positions, None, 48), Scoring(0.25)
+    outputs = ops.attend(*inputs, layout, scoring)
+    gradient = _drawn(dtype, 95, 2 * 3 * 16, seed=3)
+    return [outputs[0], *ops.attend_backward(gradient, outputs, inputs, layout, scoring)]
+
+
+def _update(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    y, x = _drawn(dtype, 37, 48), _drawn(dtype, 37, 32, seed=1)
+    ops.add_lora(y, x, _drawn(dtype, 8, 32, seed=2), _drawn(dtype, 8, 48, seed=3))
+    return [y]
+
+
+def _loss(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
+    return [ops.cross_entropy(logits, targets), logits]
+
+
+_OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
+    "norm": _norm, "gate": _gate, "heads": _heads, "attention": _attention, "LoRA": _update, "loss": _loss,
+}  # fmt: skip
