@@ -27,7 +27,7 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "scipy")
 OLD = {"adapter_config.json": b'{"old": true}', "adapter_model.safetensors": b"old weights"}
 COMMANDS = (
     "init", "train", "sweep", "params", "schema", "explain", "evaluate", "report", "generate", "chat", "merge",
-    "export", "push",
+    "export", "push", "env",
 )  # fmt: skip
 """In the order of the help."""
 ONE_STEP = {"max_steps": 1}

@@ -215,7 +215,7 @@ class Adapter(Adapters):
             found = evaluate.evaluate(
                 self._directory, split, against=other._directory if other is not None else None,
                 judging=Judging(parsed, whole_answers), forgetting=unrelated, tasks=opened,
-                subject=evaluate.Subject(self._loaded.default) if other is None else None,
+                subject=evaluate.EvaluatedAdapter(self._loaded.default) if other is None else None,
             ).judged(required)  # fmt: skip
             if keep_fields:
                 found = found.with_fields(split.own_fields())

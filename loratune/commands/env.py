@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from loratune.system import environment
 from loratune.text import format_size, plural
 
 SECONDS = 2.0
-"""The most seconds that the hub may take to answer."""
+"""The most seconds for which the hub is waited for."""
 LOW_DISK = 5 << 30
 """Bytes; with less free space than this in a cache, a base of a few billion parameters does not fit."""
 FEATURES = {"avx512_bf16": "bf16", "amx_bf16": "AMX bf16", "amx_int8": "AMX int8", "avx512_vnni": "VNNI"}
@@ -233,19 +232,11 @@ def _hub() -> Iterator[Fact]:
 
 
 def _reached(url: str) -> str:
-    """Why a server cannot be reached within `SECONDS`; empty if it answers. The time includes that of its name."""
-    found = ["does not answer"]
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=SECONDS):
-                found[0] = ""
-        except urllib.error.HTTPError:
-            found[0] = ""
-        except (OSError, ValueError) as error:
-            found[0] = f"cannot be reached ({getattr(error, 'reason', error)})"
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return found[0]
+    """Why a server cannot be reached within `SECONDS`; empty if it answers. Finding its address may take longer."""
+    try:
+        with urllib.request.urlopen(url, timeout=SECONDS):
+            return ""
+    except urllib.error.HTTPError:
+        return ""
+    except (OSError, ValueError) as error:
+        return f"cannot be reached ({getattr(error, 'reason', error)})"

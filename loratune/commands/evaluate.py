@@ -48,7 +48,7 @@ _MOST_ROWS = 64
 
 
 @dataclass
-class Subject:
+class EvaluatedAdapter:
     """A loaded adapter, and what its base gives on the rows of an evaluation, which is the same at every scale.
 
     Attributes:
@@ -82,7 +82,7 @@ def evaluate(
     judging: Judging = Judging(),  # noqa: B008  it is frozen
     forgetting: UnrelatedText | None = None,
     tasks: Tasks | None = None,
-    subject: Subject | None = None,
+    subject: EvaluatedAdapter | None = None,
 ) -> Comparison:
     """Score base, adapter and optionally another adapter on the same rows, rendered with the first adapter's settings.
 
@@ -104,7 +104,7 @@ def evaluate(
     """
     split.check_kind(split.kind)
     models = [subject.loaded] if subject is not None else _load(adapter, against)
-    subject = subject or Subject(models[0])
+    subject = subject or EvaluatedAdapter(models[0])
     first, vocabulary = models[0], _vocabulary_size(models[0])
     dataset = data.prepare(split, first.renderer, first.data, vocabulary)
     data.check_positions(dataset, first.data, load.context_length(first.model.config))
@@ -196,7 +196,7 @@ def evaluate_scales(
     for scale in scales:
         note(f"adapter scale {scale:g}")
         with loaded.scaled(scale) as at_scale:
-            found[scale] = evaluate(adapter, split, subject=Subject(at_scale, known), **options)
+            found[scale] = evaluate(adapter, split, subject=EvaluatedAdapter(at_scale, known), **options)
     return ScaleComparison(found)
 
 
@@ -275,7 +275,7 @@ def _rendering_remarks(
         )
 
 
-def _forgetting(subject: Subject, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
+def _forgetting(subject: EvaluatedAdapter, engine: Engine, text: UnrelatedText, remarks: list[str]) -> dict[str, Any]:
     """The attributes of `Comparison` on what the adapter has forgotten: `forgetting`, by kind too, and `behavior`.
 
     Args:
