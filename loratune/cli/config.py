@@ -157,7 +157,7 @@ def env(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Describe this machine for training, and what to do where something is slow or missing."""
+    """Describe this machine, and what it lacks for training."""
     with boundary(debug):
         import loratune
 
