@@ -73,6 +73,10 @@ class DifferenceError(Exception):
     """A result differs from the one that is expected."""
 
 
+class _StoppedError(Exception):
+    """Ends a run that is then resumed."""
+
+
 def run() -> list[Check]:
     """Run all checks, keep the results, and return them in order. It takes about half a minute on two cores."""
     found = list[Check]()
@@ -213,17 +217,17 @@ class _SelfTest:
 
     def _resume(self) -> str:
         def stop(event: Event) -> None:
-            if isinstance(event, StepEvent) and event.step == 2:
-                raise KeyboardInterrupt
+            if isinstance(event, StepEvent) and event.step == 3:
+                raise _StoppedError
 
-        config = self._config("resumed", ROWS, data=LAYOUTS[PACKED])
-        with suppress(KeyboardInterrupt):
+        config = self._config("resumed", ROWS, data=LAYOUTS[PACKED], training={"save_steps": 2})
+        with suppress(_StoppedError):
             train(config, allow_worse=True, on_event=stop)
-            raise DifferenceError("the run was not interrupted")
+            raise DifferenceError("the run was not stopped")
         train(config, resume=True, allow_worse=True)
         if len({(self.folder / name / WEIGHTS_FILE).read_bytes() for name in (PACKED, "resumed")}) > 1:
-            raise DifferenceError("a run that was interrupted after two steps ends with other weights")
-        return f"interrupted after 2 of {COMPARED_STEPS} steps: the same bytes"
+            raise DifferenceError("a run that was resumed from its second step ends with other weights")
+        return f"from step 2 of {COMPARED_STEPS}: the same bytes"
 
     def _generate(self) -> str:
         loaded = loading.load(AdapterDirectory.open(self.folder / f"sft-{_name(torch.float32)}"))
