@@ -49,7 +49,7 @@ SHAPE = {
     "vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
 }  # fmt: skip
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
 }  # fmt: skip
@@ -165,7 +165,7 @@ class _SelfTest:
         for _ in range(steps):
             value = compute()
             optimizer.zero_grad()
-            value.backward()
+            torch.autograd.backward(value)
             optimizer.step()
             losses.append(float(value.detach()))
         return losses
