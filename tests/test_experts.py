@@ -1,6 +1,7 @@
 """`lora.target_parameters`: LoRA of fused experts. Names in the config select the same parameters as in stock PEFT."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,39 @@ def test_the_card_names_no_server(trained: Path) -> None:
     """Which server reads the experts depends on the base; `export` says it."""
     card = (trained / "README.md").read_text()
     assert "vllm serve" not in card and "llama-server" not in card
+
+
+@pytest.mark.parametrize(
+    ("version", "width", "exchanged", "code"),
+    [
+        ("0.18.1", 48, True, Code.ADAPTER_UNSUPPORTED), ("0.18.1", 48, False, None),
+        ("0.19.0", 16, False, Code.ADAPTER_UNSUPPORTED), ("0.19.1", 16, False, None),
+        ("0.21.2", 48, True, Code.ADAPTER_MISMATCH), (None, 48, False, None),
+    ],
+)  # fmt: skip
+def test_experts_of_early_releases_of_peft_are_not_read_the_wrong_way_round(
+    version: str | None, width: int, exchanged: bool, code: Code | None, tmp_path: Path
+) -> None:
+    """Of square tensors, shapes do not tell."""
+    made = MixtralConfig(**SHAPE | {"intermediate_size": width}, num_local_experts=4)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=[], target_parameters=NAMES[1:])
+    get_peft_model(AutoModelForCausalLM.from_config(made), lora).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / CONFIG_FILE).read_text())
+    values |= {"peft_version": version, "base_model_name_or_path": "base"}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(values))
+    if exchanged:
+        tensors, pair = load_file(tmp_path / WEIGHTS_FILE), {"A": "B", "B": "A"}
+        swapped = {re.sub("lora_([AB])", lambda kind: f"lora_{pair[kind[1]]}", name): tensor.T.contiguous()
+                   for name, tensor in tensors.items()}  # fmt: skip
+        save_file(swapped, tmp_path / WEIGHTS_FILE, {"format": "pt"})
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(made)
+    if code is None:
+        attach.attach_saved(base, inspect(tmp_path))
+        return
+    with pytest.raises(AdapterError) as caught:
+        attach.attach_saved(base, inspect(tmp_path))
+    assert {problem.code for problem in caught.value.problems} == {code}
 
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])

@@ -4,6 +4,7 @@ LoRA: y = Wx + (alpha / r) B A x, W frozen, B zero at the start (Hu et al. 2021,
 """
 
 import json
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,8 +26,10 @@ from loratune.codes import Code
 from loratune.errors import AdapterError, NumericError, Problem
 from loratune.kernels import Adapted
 from loratune.lora.adapter_files import CONFIG_FILE, WEIGHTS_FILE, AdapterFiles
-from loratune.lora.module_names import join_first
+from loratune.lora.module_names import WRAPPER_PREFIX, join_first
+from loratune.lora.parameters import experts_of, lora_layers
 from loratune.lora.tensors import (
+    PARAMETERS,
     AdapterInit,
     BaseSnapshot,
     Weights,
@@ -36,6 +39,8 @@ from loratune.lora.tensors import (
     snapshot,
     weights,
 )
+
+_EARLY_PEFT = re.compile(r"0\.(18\.|19\.0$)")
 
 
 def check_trained(state: Mapping[str, torch.Tensor], start: AdapterInit) -> None:
@@ -140,9 +145,28 @@ def attach_saved(base: nn.Module, files: AdapterFiles, name: str = "default") ->
             config.init_lora_weights = True  # there are no values to initialize from, or those of the file are enough
         model = wrap(base, config, name)
     expected = {key: tuple(tensor.shape) for key, tensor in weights(model, name).items()}
-    if problems := _differences(expected, files):
+    if problems := _exchanged(model, expected, files) or _differences(expected, files):
         raise AdapterError(problems)
     return model
+
+
+def _exchanged(model: PeftModel, expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -> list[Problem]:
+    """A problem if the inputs and outputs of stacked parameters are, or may be, exchanged.
+
+    PEFT 0.18 took the second dimension of a parameter for its inputs, 0.19.0 that of some, and 0.19.1 none any more.
+    """
+    if not _EARLY_PEFT.match(str(files.config.get("peft_version"))):
+        return []
+    layers = {
+        f"{WRAPPER_PREFIX}{path}.lora_A.weight": layer for path, layer in lora_layers(model) if experts_of(layer) > 1
+    }
+    is_square = any(layer.in_features == layer.out_features for layer in layers.values())
+    if not is_square and all(files.tensors.get(key) == expected.get(key) for key in layers):
+        return []
+    what = (
+        f"PEFT {files.config['peft_version']}, which saved it, had inputs and outputs of stacked parameters exchanged"
+    )
+    return [Problem(Code.ADAPTER_UNSUPPORTED, what, str(files.path), PARAMETERS, "merge it with that release")]
 
 
 def before_load(base: PreTrainedModel, files: AdapterFiles) -> BaseSnapshot:
