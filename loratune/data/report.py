@@ -262,7 +262,7 @@ class Report:
             what = "earlier answers come without the reasoning block in which their prompts end"
             lines.append(f"{self.rewritten:,} {what}: {how}")
         if self.empty_reasoning:
-            how = "set data.reasoning to mask, or data.chat_template_kwargs if the model is served without reasoning"
+            how = "set data.chat_template_kwargs if the model is served without; data.reasoning: mask leaves them out"
             what = "answers without reasoning begin with an empty block of it, which is supervised"
             lines.append(f"{self.empty_reasoning:,} {what}: {how}")
         more = self.invalid.count - len(self.invalid.first)
