@@ -320,7 +320,7 @@ class Machine:
 def this_machine() -> Machine:
     """The machine of this process. Imports bitsandbytes."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return Machine(gpu, _computes_bfloat16(), upstream.bitsandbytes_lacks())
+    return Machine(gpu, automatic_dtype() == torch.bfloat16, upstream.bitsandbytes_lacks())
 
 
 def check_machine(section: ModelSection, machine: Machine | None = None) -> None:
@@ -373,7 +373,7 @@ def machine_notes(section: ModelSection, machine: Machine | None = None) -> list
     """Lines on settings that work on this machine, but not well. Arguments as in `check_machine`."""
     if section.dtype == "float16":
         return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
-    if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else _computes_bfloat16()):
+    if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else automatic_dtype() == torch.bfloat16):
         return ["model.dtype: this CPU has no instructions for bfloat16 and emulates it, slowly; auto is float32 here"]
     return []
 
@@ -392,10 +392,8 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
 
 def automatic_dtype() -> torch.dtype:
     """What `model.dtype: auto` is here: bfloat16 where the machine multiplies in it, else float32."""
-    return torch.bfloat16 if _computes_bfloat16() else torch.float32
-
-
-def _computes_bfloat16() -> bool:
     if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
+        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        multiplies = torch.cpu.get_capabilities().get("avx512_bf16")
+    return torch.bfloat16 if multiplies else torch.float32
