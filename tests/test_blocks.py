@@ -352,6 +352,12 @@ def test_files_of_directories(
     assert note in sources.left_out(source, sample_by) and bool(note) == bool(sources.left_out(source, sample_by))
 
 
+def test_a_setting_for_text_files_without_any_is_reported(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}])
+    (line,) = checked(str(path), sample_by="document").train.notes
+    assert "data.sample_by has no effect" in line and checked(str(path)).train.notes == ()
+
+
 def test_files_of_a_recursive_glob(tmp_path: Path) -> None:
     for name in ("a.rst", "b/c.rst", "b/d/e.rst", "b/f.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -389,3 +395,19 @@ def test_init_proposes_documents_and_blocks(
         cli("init", "docs", "--model", tiny_dir, "--output", "set.yaml", "--set", "data.sample_by=paragraph").code == 0
     )
     assert yaml.safe_load(Path("set.yaml").read_text())["data"]["sample_by"] == "paragraph"
+
+
+def test_blocks_are_replayed_and_mixed_with_chats(
+    trained: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path
+) -> None:
+    chat = [{"role": "user", "content": words(100)}, {"role": "assistant", "content": "b"}]
+    rows = write_rows(tmp_path / "chats.jsonl", [{"messages": chat}] * 3)
+    section = {"train": [{"path": str(rows)}, {"path": str(trained / "docs")}], "max_length": 64, "replay": 0.3}
+    ran = cli(
+        "train",
+        run_config(data=section, lora={"start_from": str(trained / "out")}, training={"max_steps": 1}),
+    )
+    assert ran.code == 0, ran.err
+    assert " rows split into " in ran.err and "are replayed from" in ran.err
+    counts = json.loads((tmp_path / "out" / "loratune.json").read_text())["splits"]["train"]
+    assert counts["truncated"] == 3 and counts["split"] == 12

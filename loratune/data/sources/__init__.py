@@ -161,11 +161,13 @@ def text_files(source: Source) -> list[Path]:
 
 
 def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
-    """A line on files of a directory or a glob that `open_source` does not read; empty if there are none."""
+    """A line on files of a directory or a glob that `open_source` does not read, or on a setting that has no effect on
+    the source; empty if there are none."""
     path = _local_path(source)
     read, others = files.find_files(path, sample_by) if path and not isinstance(source, GivenRows) else ([], [])
     if not others:
-        return ""
+        is_unused = sample_by != AUTO and not any(map(files.is_text, read))
+        return f"{source.path}: data.sample_by has no effect, as there is no text file" if is_unused else ""
     known = f"files that end in {files.KNOWN_ENDINGS} are"
     if any(map(files.is_document, others)):
         known = "documents are not rows" if not all(map(files.is_text, read)) else "data.sample_by: document reads them"
