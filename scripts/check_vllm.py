@@ -42,7 +42,9 @@ def environment(venv: Path) -> Path:
             print(f"vLLM does not run here: pip cannot install {VLLM}: {' '.join(lines)}")
             print("give pip torch 2.13.0+cpu: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu")
             sys.exit(2)
-        subprocess.run([*pip, "uninstall", "--quiet", "--yes", *UNUSED], check=True)
+        for name in UNUSED:  # multimodal models need torchvision, and there are wheels of it for the CPU
+            if subprocess.run([str(python), "-c", f"import {name}"], capture_output=True, check=False).returncode:
+                subprocess.run([*pip, "uninstall", "--quiet", "--yes", name], check=True)
     return python
 
 

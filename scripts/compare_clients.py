@@ -10,7 +10,6 @@ llama.cpp needs `pip install 'loratune[llama-cpp]'`, and vLLM an environment of 
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -160,18 +159,12 @@ def of_llama_cpp(adapter: Path, out: Path, *options: str) -> str:
     return f"{found['mean']:.3f}, {found['share']:.1%}" if found else "not run"
 
 
-def of_vllm(adapter: Path, plain: Path, python: Path) -> str:
-    """The plain adapter in vLLM."""
-    if not plain.exists():
-        return "-"
-    command = [sys.executable, str(ROOT / "scripts" / "check_vllm.py"), "--adapter", str(adapter)]
-    command += ["--export", str(plain), "--venv", str(python.parents[1])]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = dict(line.split("  ", 1) for line in done.stdout.splitlines() if "  " in line)
-    if done.returncode > 1 or "modules applied" not in lines:
-        print(done.stdout, done.stderr[-2000:], file=sys.stderr)
-        return "does not run"
-    return f"{lines['modules applied'].strip()}; {lines['log-probabilities'].split()[0]}"
+def of_vllm(adapter: Path, out: Path, python: Path) -> str:
+    """The plain adapter in vLLM, of which the exported names must all be applied."""
+    command = ("export", "--adapter", adapter, "--to", "vllm", "--vllm-python", python, "--output", out)
+    code, said = run(*command)
+    found = said["comparison"]["server"]["run"] if not code else None
+    return f"refused: {said}" if code else f"{found['mean']:.0e}, {found['share']:.1%}" if found else "not run"
 
 
 def rows(folder: Path, families: list[str], variants: list[str], python: Path | None) -> Iterator[list[str]]:
@@ -180,10 +173,10 @@ def rows(folder: Path, families: list[str], variants: list[str], python: Path | 
         for variant in (one for one in variants if one != "experts" or family in MIXTURES):
             place = folder / family
             adapter = write(place, family, variant)
-            out = {name: place / f"{adapter.name}.{name}" for name in ("merged", "plain", "gguf", "whole")}
+            out = {name: place / f"{adapter.name}.{name}" for name in ("merged", "plain", "gguf", "whole", "served")}
             cells = [of_transformers(adapter, out["merged"]), of_peft(adapter, out["plain"])]
             cells += [of_llama_cpp(adapter, out["gguf"]), of_llama_cpp(adapter, out["whole"], "--merged", "f32")]
-            cells.append(of_vllm(adapter, out["plain"], python) if python else "-")
+            cells.append(of_vllm(adapter, out["served"], python) if python else "-")
             print(family, variant, *cells, sep=" | ", flush=True)
             yield [family, variant, *cells]
 

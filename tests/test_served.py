@@ -95,6 +95,8 @@ def test_an_adapter_of_a_wrapped_base_applies_in_the_wrapper(
     run = tmp_path / "run.yaml"
     run.write_text(yaml.safe_dump(values))
     assert (ran := cli("train", run)).code == 0, ran.err
+    is_renamed, card = model_type == "qwen3_5", (tmp_path / "adapter" / "README.md").read_text()
+    assert ("with other module names" in ran.err) == is_renamed == ("export --adapter adapter --to vllm" in card)
     ran = cli("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out", "--json")
     assert ran.code == 0, ran.err
     server = json.loads(ran.out)["comparison"]["server"]

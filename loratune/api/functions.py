@@ -162,10 +162,12 @@ def plan(
             place = _run_directory(config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
         run = validated(config, place, group, resume=resume, rows=rows)
         with libraries():
+            from loratune.commands.train import in_vllm
             from loratune.training import time_budget
             from loratune.training.plan import make_plan
 
         made = time_budget.estimate_length(make_plan(run, group), began)
+        made.notes.extend(filter(None, in_vllm(made)[1:]))
         group.close()
         return made
 

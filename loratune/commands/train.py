@@ -17,7 +17,7 @@ from loratune.compare import preferences
 from loratune.data import splits
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
-from loratune.export import clients
+from loratune.export import clients, served
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import load
 from loratune.model.upstream import quiet_transformers
@@ -69,6 +69,7 @@ def train(
     group.set_timeout(run.config.training.ddp_timeout)
     with group.connected(), run.directory.locked() if group.main else nullcontext():
         plan = make_plan(run, group)
+        plan.notes.extend(filter(None, in_vllm(plan)[1:]))
         gc.collect()
         gc.freeze()  # Rows and model are kept until the end, so the collector can ignore them.
         return carry_out(plan, allow_worse=allow_worse, began=began)
@@ -110,6 +111,12 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         plan.base.files.check_unchanged_in_run()
     group.close()
     return _publish(plan, replace(trained, peak_memory=memory.peak())) if group.main else None
+
+
+def in_vllm(plan: Plan) -> tuple[bool, str]:
+    """Whether vLLM serves the adapter of a plan, and a remark, see `served.remark`."""
+    model = plan.model.get_base_model()
+    return served.remark(load.load_config(plan.config.model), type(model).__name__, parameters.layers_of(plan.model))
 
 
 def _check_start(plan: Plan) -> None:
@@ -188,7 +195,9 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     (staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     prompt, known = card.example_prompt(rows.train), not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
     lines = card.CardLines(
-        use=clients.sections(plan.config, name, prompt, are_layers_known=known, quantized=plan.base.quantized),
+        use=clients.sections(
+            plan.config, name, prompt, are_layers_known=known, quantized=plan.base.quantized, vllm=in_vllm(plan)
+        ),
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
         unrelated=str(trained.unrelated),

@@ -172,14 +172,23 @@ def llama_server(file: Path, base: str | None, *, chat: bool | None = None, argu
     return f"llama-server -m {shell_word(base)} --lora {shell_word(str(file))}{rendering}"
 
 
-def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool, quantized: str | None = None) -> str:
+def sections(
+    run: RunConfig,
+    name: str,
+    prompt: str,
+    *,
+    are_layers_known: bool,
+    quantized: str | None = None,
+    vllm: tuple[bool, str] = (True, ""),
+) -> str:
     """The section of a model card on how to use an adapter, with the programs that support it.
 
     Args:
         run: The config of its run.
         name: The name of the adapter directory.
         prompt: An example prompt, quoted for a shell.
-        are_layers_known: Whether llama.cpp and vLLM support adapters for the adapted kinds of layers.
+        are_layers_known: Whether llama.cpp supports adapters for the adapted kinds of layers.
+        vllm: Whether vLLM does, and a remark if it needs an export, see `served.remark`.
         quantized: The method by which the files of the base hold it quantized.
     """
     command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
@@ -188,8 +197,9 @@ def sections(run: RunConfig, name: str, prompt: str, *, are_layers_known: bool, 
         text = f"The files of the base are quantized ({quantized}). Where transformers cannot load them, use "
         blocks[0] += f"\n\n{text}{code_span(f'loratune merge --adapter {shell_word(name)} --output MODEL')} instead."
     if are_layers_known and config.is_plain(run.lora):
-        if run.model.gguf_file is None:
-            blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name))}")
+        if run.model.gguf_file is None and vllm[0]:
+            exported = not config.has_one_scale(run.lora) or bool(vllm[1])
+            blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name, exported=exported))}")
         base = "" if run.model.gguf_file else ", where `BASE.gguf` is the base as a GGUF file"
         blocks.append(f"In llama.cpp{base}:\n\n{_shell_block(_llama_cpp(run, name))}")
     return "\n\n".join(blocks)
@@ -199,9 +209,9 @@ def _shell_block(commands: Iterable[str]) -> str:
     return code_block("\n".join(commands), "sh")
 
 
-def _vllm(run: RunConfig, name: str) -> Iterator[str]:
+def _vllm(run: RunConfig, name: str, *, exported: bool) -> Iterator[str]:
     directory = name
-    if not config.has_one_scale(run.lora):
+    if exported:
         directory = f"{name}-vllm"
         yield f"loratune export --adapter {shell_word(name)} --to vllm --output {shell_word(directory)}"
     template = f"{directory}/chat_template.jinja" if run.data.chat_template else None

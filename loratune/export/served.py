@@ -114,6 +114,16 @@ def names_for(client: str, config: Any, own: str, paths: Iterable[str], where: s
     return Served(client, name, spelling, str(entries[number]["since"]))
 
 
+def remark(config: Any, own: str, paths: Iterable[str]) -> tuple[bool, str]:
+    """Whether vLLM serves adapters of some modules, and what the user has to know. Arguments as in `names_for`."""
+    try:
+        found = names_for("vllm", config, own, paths, "")
+    except AdapterError as error:
+        return False, f"vLLM will not apply this adapter: {error.problems[0].what}"
+    text = f"vLLM loads this base as {found.architecture}, with other module names: serve an `export --to vllm`"
+    return True, text if found.is_renamed else ""
+
+
 def _unserved(what: str, where: str) -> AdapterError:
     fix = "merge it: loratune merge; or adapt other modules (lora.target_modules)"
     return AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, where, fix=fix))
