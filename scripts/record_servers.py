@@ -138,7 +138,7 @@ class Source:
             and isinstance(expression.func, ast.Name)
             and expression.func.id == "partial"
         ):
-            parts = expression.args[:1]
+            parts = [*expression.args[:1]]
         elif isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name) and scope.owner:
             value = self.attribute(scope.owner, expression.attr) if expression.value.id in ("self", "cls") else None
             return self.classes(value[1], Scope(value[0].module, {}, []), depth + 1) if value else frozenset()
@@ -161,10 +161,10 @@ class Source:
             self._active.discard(key)
             if found:
                 return found
-        found = self.find(scope.module, name)
-        if found is None:
+        defined = self.find(scope.module, name)
+        if defined is None:
             return frozenset()
-        module, node = found
+        module, node = defined
         if isinstance(node, str):
             return frozenset({Class(module, ast.ClassDef(node, [], [], [], []), node)})
         if isinstance(node, ast.ClassDef):
@@ -423,9 +423,10 @@ def _attributes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.AST]]:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 for one in target.elts if isinstance(target, ast.Tuple) else [target]:
-                    is_own = isinstance(one, ast.Attribute) and getattr(one.value, "id", "") == "self"
-                    if is_own and not re.match(r"_?(start|end)_", one.attr):  # of make_layers, which gives both as well
-                        yield one.attr, node.value
+                    name = one.attr if isinstance(one, ast.Attribute) else "_start_"
+                    is_own = getattr(getattr(one, "value", None), "id", "") == "self"
+                    if is_own and not re.match(r"_?(start|end)_", name):  # make_layers gives both as well
+                        yield name, node.value
 
 
 class Literals:
@@ -652,10 +653,10 @@ def _vllm_registry(source: Source) -> dict[str, Class]:
         if isinstance(node, ast.Dict):
             for key, value in zip(node.keys, node.values, strict=True):
                 if isinstance(key, ast.Constant) and isinstance(value, ast.Tuple) and len(value.elts) == 2:
-                    module, name = (getattr(one, "value", None) for one in value.elts)
-                    found = source.find(f"{package}.{module}", name) if isinstance(name, str) else None
+                    module, name = (str(getattr(one, "value", None)) for one in value.elts)
+                    found = source.find(f"{package}.{module}", name)
                     if found and isinstance(found[1], ast.ClassDef):
-                        registry[key.value] = Class(found[0], found[1], name)
+                        registry[str(key.value)] = Class(found[0], found[1], name)
     return registry
 
 
