@@ -88,7 +88,7 @@ class Source:
                 parts = module.split(".")[: -node.level] if node.level else []
                 origin = ".".join([*parts, *(node.module or "").split(".")]).strip(".")
                 for alias in node.names:
-                    yield alias.asname or alias.name, ast.Constant((origin, alias.name))
+                    yield alias.asname or alias.name, ast.Constant(f"{origin}\0{alias.name}")
         for node in tree.body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef):
                 yield node.name, node
@@ -102,8 +102,8 @@ class Source:
     def find(self, module: str, name: str, depth: int = 0) -> tuple[str, ast.AST | str] | None:
         """The definition of a name with its module; the name itself if its origin is not in the source."""
         found = self.names.get(module, {}).get(name)
-        if isinstance(found, ast.Constant) and isinstance(found.value, tuple):
-            origin, original = found.value
+        if isinstance(found, ast.Constant) and isinstance(found.value, str) and "\0" in found.value:
+            origin, original = found.value.split("\0")
             if depth < DEPTH and (there := self.find(origin, original, depth + 1)):
                 return there
             package = f"{origin}.__init__"

@@ -1,6 +1,7 @@
 """Runs an exported adapter in vLLM, and compares log-probabilities with those of the adapter and of its base."""
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from loratune.lora.module_names import join_first
 SCRIPT = Path(__file__).with_name("vllm_process.py")
 CLOSENESS = 0.02
 """The largest allowed mean difference of a log-probability, in nats. Both sides compute in float32."""
+_ERROR = re.compile(r"\w+(Error|Exception)\b: ")
 _SETTINGS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -89,7 +91,8 @@ def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
             raise AdapterError(Problem(Code.EXPORT_FAILED, f"vLLM cannot be run: {error}", python)) from None
     if not said:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        what = f"vLLM failed: {' | '.join(lines[-3:]) or f'exit code {done.returncode}'}"
+        errors = [line for line in lines if _ERROR.search(line)]  # progress and frames of the traceback come after them
+        what = f"vLLM failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}'}"
         fix = "--no-verify exports without running vLLM"
         raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix=fix))
     return said
