@@ -163,7 +163,7 @@ def test_the_adapter_records_how_to_load_its_base(
 ) -> None:
     assert json.loads((adapter_dir / "adapter_config.json").read_text())["base_model_name_or_path"] == str(pair[0])
     record = json.loads((adapter_dir / "loratune.json").read_text())
-    assert record["base"] == {"name_or_path": str(pair[0]), "revision": None, "gguf_file": FILE}
+    assert record["base"] == {"name_or_path": str(pair[0]), "revision": None, "gguf_file": FILE, "quantized": None}
     with_config = loading.load(AdapterDirectory.open(adapter_dir)).model
 
     (alone := tmp_path / "alone").mkdir()

@@ -91,7 +91,7 @@ def test_classic_recipe_dry_run_shows_the_plan(cli: Callable[..., Ran], stand_in
     for part in (
         "q, k, v  transformer.h.*.self_attention.query_key_value x 2, fused",
         "o        transformer.h.*.self_attention.dense x 2",
-        "train  2,000 ", "  223\n", "max_length 223 would keep everything", "supervised",
+        "train  2,000 ", "  128\n", "900 rows split into 1,800 blocks", "supervised",
     ):  # fmt: skip
         assert part in ran.out, ran.out
     per_layer = 8 * (64 + 64 + 2 * 16) + 8 * (64 + 64)  # fused q, k, v with one key and one value head; and o
