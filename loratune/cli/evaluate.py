@@ -60,7 +60,11 @@ def evaluate(
     ] = None,
     forgetting: Annotated[
         str | None,
-        typer.Option("--forgetting", metavar="FILE", help="Unrelated text to measure forgetting on, or `builtin`."),
+        typer.Option(
+            "--forgetting",
+            metavar="FILE",
+            help="Measure forgetting on this text, or on `builtin`; and on the base's answers.",
+        ),
     ] = None,
     worst: Annotated[
         int,

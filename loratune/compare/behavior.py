@@ -122,7 +122,7 @@ class Behavior:
             return ""
         return (
             f"the model no longer answers as its base elsewhere: the same next token for {self.agreement:.0%} of its "
-            "base's answers; where that matters, set retention.kl_weight, or lower training.learning_rate"
+            "base's answers; where that matters, raise retention.kl_weight, or lower training.learning_rate"
         )
 
     def as_json(self) -> dict[str, Any]:

@@ -95,7 +95,8 @@ class TrainingSection(Section):
         "sft", description="sft: supervised fine-tuning; dpo, orpo, simpo: preference pairs; kto: unpaired preferences"
     )
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] | Auto = Field(
-        AUTO, description="peak learning rate; auto: from the model's size, lora_alpha, rows per step and passes"
+        AUTO,
+        description="peak learning rate; auto: from the model's size, lora_alpha, rows per step, passes and targets",
     )
     num_train_epochs: Annotated[float, Field(gt=0, le=1e9)] | Auto = Field(
         AUTO, description="passes over the data; auto: one, or two for few rows if only q, k, v, o are adapted"
@@ -138,8 +139,8 @@ class TrainingSection(Section):
     activation_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
     adapter_scale: Annotated[float, Field(ge=0, le=2)] | Auto = Field(
         1.0,
-        description="number that the trained update is multiplied by; auto: the smallest of 0.3, 0.4 to 1 that loses "
-        "at most 1 % of the gain on validation rows, by a 95 % interval",
+        description="number that the trained update is multiplied by; auto: lowered in tenths, to 0.3 at least, "
+        "as long as at most 1 % of the gain on validation rows is lost, by a 95 % interval",
     )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
