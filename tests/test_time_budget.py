@@ -285,7 +285,8 @@ def test_budgeted_run_can_be_repeated_from_run_yaml(
     steps = steps_of(tmp_path / "out")
     assert steps >= FEWEST
     assert f"training.max_minutes: {steps:,} steps in {minutes:g} min: " in child.said()
-    assert json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["evaluations"] > 1
+    evaluations = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["evaluations"]
+    assert evaluations > 1 or steps < 4 * FEWEST  # a busy machine leaves time for few steps
     check_repeats(processes, tmp_path)
 
 
