@@ -24,12 +24,12 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune import config, data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
+from loratune.api.self_test import byte_tokenizer
 from loratune.commands import train
 from loratune.config import DataSection
 from loratune.data.rendering import Renderer
@@ -243,11 +243,7 @@ def adapters(scratch: Path, ends: Ends) -> Callable[..., None]:
 
 def byte_level() -> PreTrainedTokenizerFast:
     """One token a byte, and a chat template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]})
     tokenizer.chat_template = (
         "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n{% endfor %}"

@@ -85,7 +85,7 @@ def environment(found: "Environment") -> Iterator[str]:
         yield from block("self-test", lines)
     if found.advice:
         yield "what to do"
-        yield from (f"  {line}" for line in found.advice)
+        yield from (one_line(f"  {line}") for line in found.advice)
 
 
 def stats(path: str, stats: "AdapterStats") -> Iterator[str]:

@@ -239,11 +239,15 @@ def environment(*, self_test: bool = False, on_event: Listener | None = None) ->
     """
     with listening(on_event):
         with libraries():
-            from loratune.api import self_test as tests
             from loratune.commands import env
 
         found = env.describe()
-        return replace(found, checks=tests.run()) if self_test else found
+        if self_test:
+            with libraries():
+                from loratune.api import self_test as tests
+
+            found = replace(found, checks=tests.run())
+        return found
 
 
 def push(

@@ -27,7 +27,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.api.adapter import Adapter
 from loratune.api.functions import load_config, train
 from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
-from loratune.config import RunConfig
+from loratune.config import LoraSection, RunConfig
 from loratune.errors import LoratuneError
 from loratune.events import Event, StepEvent, listening, note, progress
 from loratune.kernels.compiled import fused_ops, reference
@@ -53,7 +53,7 @@ TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
 }  # fmt: skip
-LORA = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
 PACKED = "packed"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "padded": {"packing": "none"}, PACKED: {"packing": "batch", "share_prefixes": False},
@@ -116,7 +116,7 @@ class _SelfTest:
 
     def __post_init__(self) -> None:
         self._dtype, self._device = load.automatic_dtype(), load.device()
-        self._tokenizer = _tokenizer()
+        self._tokenizer = byte_tokenizer()
         self._base = self.folder / "base"
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(self._base)
@@ -157,8 +157,7 @@ class _SelfTest:
         """The loss of each step of a plain loop over PEFT's model. loss: returns the loss of a model as a function."""
         with quiet_transformers():
             base = AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype).to(self._device)
-        section = self._config("stock", ROWS).lora
-        model = creation.adapt(base, section, seed=TRAINING["seed"])[0]
+        model = creation.adapt(base, LoraSection(**LORA), seed=TRAINING["seed"])[0]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.0)
         losses, compute = [], loss(model)
@@ -268,7 +267,7 @@ def _compared(ours: Sequence[float], stock: Sequence[float], allowed: float) -> 
     return told
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token for each byte, and the end token."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))

@@ -24,6 +24,7 @@ from loratune.codes import Code
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
 from loratune.kernels.compiled import fused_ops, library
+from loratune.kernels.compiled.self_test import FAILED as FAILED
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks
 from loratune.system import environment
@@ -59,8 +60,8 @@ class Fact:
     advice: str = ""
 
 
-PASSED, FAILED, NOT_AVAILABLE = "passed", "failed", "not available"
-"""The results of a check of the self-test."""
+PASSED, NOT_AVAILABLE = "passed", "not available"
+"""The results of a check of the self-test, beside `FAILED`."""
 
 
 @dataclass(frozen=True)

@@ -83,23 +83,24 @@ def features() -> frozenset[str]:
 
     Empty if that file cannot be read, as in some sandboxes.
     """
-    try:
-        lines = [line.partition(":") for line in _processor().splitlines()]
-    except OSError:
-        _log.debug("the processor is not known", exc_info=True)
-        return frozenset()
     return frozenset(
-        word for name, _, words in lines if name.startswith(("flags", "Features")) for word in words.split()
+        word for name, value in _fields() if name.startswith(("flags", "Features")) for word in value.split()
     )
 
 
 def processor_name() -> str:
     """The model of the processor as Linux names it; empty if it is not known."""
+    return next((value for name, value in _fields() if name == "model name"), "")
+
+
+def _fields() -> list[tuple[str, str]]:
+    """Name and value of each line on the first processor; none if they cannot be read."""
     try:
         lines = [line.partition(":") for line in _processor().splitlines()]
     except OSError:
-        return ""
-    return next((value.strip() for name, _, value in lines if name.strip() == "model name"), "")
+        _log.debug("the processor is not known", exc_info=True)
+        return []
+    return [(name.strip(), value.strip()) for name, _, value in lines]
 
 
 def _processor() -> str:

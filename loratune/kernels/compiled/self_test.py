@@ -22,17 +22,20 @@ FAILED = "failed"
 OPERATIONS = "compiled operations, {}"
 """The name of the check of the compiled operations in a dtype."""
 _MAX_BYTES = 1 << 20
+_UNKNOWN = (OSError, RuntimeError, importlib.metadata.PackageNotFoundError)
+"""The cache cannot be used, there is no home directory, or a package is installed without its metadata."""
 
 
 def record(results: Mapping[str, str]) -> str:
-    """Keep the results of this machine: check → result; none forgets them. Returns why that is not possible."""
+    """Keep the results of this machine: check → result; none forgets them. Returns why that is not possible, or an
+    empty text."""
     _failed.cache_clear()
     try:
         path = _path()
         make_private_directory(path.parent)
         known = _read(path)
         write_json(path, {**known, _machine(): dict(results)})
-    except (OSError, RuntimeError) as error:
+    except _UNKNOWN as error:
         return str(error)
     return ""
 
@@ -46,7 +49,7 @@ def failed() -> list[str]:
 def _failed() -> tuple[str, ...]:
     try:
         results = _read(_path()).get(_machine(), {})
-    except (OSError, RuntimeError):
+    except _UNKNOWN:
         return ()
     return tuple(name for name, result in results.items() if result == FAILED)
 
