@@ -146,7 +146,7 @@ def test_full_packs_are_counted_as_training_items(cli: Cli, run_config: MakeConf
         assert line, ran.err
         epochs.append(int(line.split(" (")[1].split()[0].replace(",", "")))
         line = next(line for line in ran.err.splitlines() if "learning_rate is" in line)
-        rows.append(int(line.partition(" and ")[2].split()[0]))
+        rows.append(int(line.rpartition(" and ")[2].split()[0]))
     assert epochs[0] == 40 and epochs[1] == 6, "best fit puts 7 rows of 17 or 18 tokens into 128"
     assert rows == [1, 7]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from loratune.compare import behavior
 from loratune.compare.behavior import Behavior
 from loratune.statistics import Interval
+from loratune.training import time_budget
 
 Run = Callable[..., Ran]
 TRAINED = {"learning_rate": 0.02, "max_steps": 20}
@@ -111,7 +112,29 @@ def test_a_run_reports_why_nothing_was_measured(
     assert f"  base's answers  not measured: {found['not_measured']}" in ran.out
 
 
-def test_a_large_divergence_is_reported() -> None:
-    far = Behavior(24, 900, 1.2, Interval(0.8, 1.9), 0.6, Interval(0.5, 0.7))
+def test_with_a_time_budget_the_base_answers_before_steps_are_timed(
+    cli: Run, run_config: MakeConfig, tmp_path: Path, tiny_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are in the cache then, so the end of the run takes as long as was foreseen."""
+    tiny_llama(max_position_embeddings=300).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_dir).save_pretrained(tmp_path / "base")
+    calls, write, fix_length = list[Any](), behavior.write, time_budget.fix_length
+    monkeypatch.setattr(
+        behavior, "write", lambda model, engine, given, *rest, **more: (
+            calls.append(len(given)), write(model, engine, given, *rest, **more))[1]
+    )  # fmt: skip
+    monkeypatch.setattr(
+        time_budget, "fix_length", lambda *given, **more: (calls.append("timed"), fix_length(*given, **more))[1]
+    )
+    training = {"max_minutes": 5, "max_steps": -1, "num_train_epochs": 1}
+    ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "base")}, training=training), "--allow-worse")
+    assert ran.code == 0 and calls == [24, "timed", behavior.SHOWN], ran.err
+
+
+def test_a_low_agreement_is_reported() -> None:
+    far = Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6, Interval(0.5, 0.7))
     assert far.remark.startswith("the model no longer answers as its base elsewhere: the same next token for 60%")
-    assert not Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6).remark and not Behavior(unknown="no room").remark
+    assert (
+        not Behavior(24, 900, 1.2, Interval(0.2, 1.9), 0.6, Interval(0.4, 0.81)).remark
+        and not Behavior(unknown="no room").remark
+    )

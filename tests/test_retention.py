@@ -20,7 +20,7 @@ import loratune
 from loratune.codes import Code
 from loratune.compare import behavior
 from loratune.lora import tensors
-from loratune.training import results, retention
+from loratune.training import reference, retention
 
 SETTINGS = {"kl_weight": 2.0, "num_samples": 6, "max_new_tokens": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def test_three_steps_are_those_of_plain_torch(
     path = run_config(model={"name_or_path": str(tmp_path / "base")}, training=settings, retention=SETTINGS)
     _, logged = trained(cli, path, tmp_path / "ours")
     plan = loratune.plan(loratune.load_config(path, {"output_dir": tmp_path / "plan"}))
-    results.write_texts(plan)
+    reference.write_texts(plan)
     assert plan.retention is not None
     texts, each = plan.retention.texts, plan.retention.texts_of_step
     order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
@@ -214,6 +214,8 @@ def test_a_base_that_cannot_write_trains_without_it_by_default(
     assert f"retention has no effect: {reason}" in ran.err
     assert (tmp_path / "out" / WEIGHTS).read_bytes() == plain
     assert all("divergence" not in step for step in record_of(tmp_path / "out")["curve"])
+    ran = cli("train", tmp_path / "out" / "run.yaml", "--set", f"output_dir={tmp_path / 'again'}")
+    assert ran.code == 0 and (tmp_path / "again" / WEIGHTS).read_bytes() == plain, ran.err
 
 
 def test_short_rows_have_texts_in_some_of_the_steps(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:

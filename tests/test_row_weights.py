@@ -191,6 +191,18 @@ def test_steps_without_weight_learn_nothing(cli: Cli, run_config: MakeConfig, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_steps_without_weight_have_no_loss(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(3)).tolist()
+    weightless = order[4:8]  # the rows of the second step
+    rows = [{**row, "importance": float(number not in weightless)} for number, row in enumerate(WEIGHTED)]
+    train = write_rows(tmp_path / "some.jsonl", rows)
+    path = run_config(data={"train": str(train), "columns": COLUMNS, "share_prefixes": False}, training=STEPS)
+    ran = cli("train", path, "--allow-worse")
+    assert ran.code == 0, ran.err
+    losses = {step["step"]: step["loss"] for step in record_of(tmp_path / "out")["curve"] if "loss" in step}
+    assert [*losses] == [1, 3] and min(losses.values()) > 1
+
+
 def test_rows_without_weights_are_scored(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
     train = write_rows(tmp_path / "weighted.jsonl", WEIGHTED)
     ran = cli("train", run_config(data={"train": str(train), "columns": COLUMNS}, training=STEPS), "--allow-worse")

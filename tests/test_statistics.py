@@ -19,6 +19,7 @@ from loratune.statistics import (
     mcnemar,
     mean_ratio_error,
     mean_ratio_interval,
+    positive_ratio_interval,
     rows_needed,
     share_difference_error,
     share_difference_interval,
@@ -228,3 +229,19 @@ def test_loss_intervals_do_not_go_below_0() -> None:
     whole, loss = mean_ratio_interval(nats, tokens), loss_interval(nats, tokens)
     assert whole is not None and whole.low < 0
     assert loss == Interval(0.0, whole.high)
+
+
+def test_intervals_of_positive_ratios_with_heavy_tails() -> None:
+    """They are above 0, contain the ratio, and scale with it."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(8, 48, 24).astype(float)
+    totals = counts * rng.lognormal(0.0, 1.5, 24)
+    found = positive_ratio_interval(totals, counts)
+    assert found and 0 < found.low < totals.sum() / counts.sum() < found.high
+    scaled = positive_ratio_interval(100 * totals, counts)
+    assert scaled and (scaled.low, scaled.high) == pytest.approx((100 * found.low, 100 * found.high))
+    totals[0] *= 100
+    wider = positive_ratio_interval(totals, counts)
+    assert wider and 0 < wider.low < totals.sum() / counts.sum() < wider.high
+    assert positive_ratio_interval(np.zeros(24), counts) == Interval(0.0, 0.0)
+    assert positive_ratio_interval(counts[:1], counts[:1]) is None

@@ -24,7 +24,7 @@ from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
-from loratune.training import results, scale, time_budget, trainer
+from loratune.training import reference, results, scale, time_budget, trainer
 from loratune.training.checkpoints.run_dir import PUBLISH_WORSE
 from loratune.training.checkpoints.store import MOST_CHECKPOINTS
 from loratune.training.plan import Plan, make_plan
@@ -91,11 +91,12 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         _check_start(plan)
         stop = SharedStop(own, group)
         stop.check()  # Python ignores exceptions that a handler raises in a destructor.
-        results.compute_reference(plan, plan.batches.objective, stop)
-        results.write_texts(plan)
+        reference.compute(plan, plan.batches.objective, stop)
+        plan = reference.write_texts(plan)
+        if is_timed := plan.run.config.training.max_minutes is not None:
+            reference.answer_as_base(plan)
         with _ready_to_train(plan):
             scarce = _is_memory_scarce(plan)
-            is_timed = plan.run.config.training.max_minutes is not None
             if is_timed:
                 plan = time_budget.fix_length(plan, stop, began, scarce=scarce)
             emit(plan.event())

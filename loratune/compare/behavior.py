@@ -28,7 +28,7 @@ from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import progress
 from loratune.model.load import context_length
-from loratune.statistics import Interval, finite, mean_ratio_interval
+from loratune.statistics import Interval, finite, mean_ratio_interval, positive_ratio_interval
 from loratune.text import plural
 
 INSTRUCTIONS = Path(data.__file__).with_name("instructions.txt")
@@ -43,8 +43,8 @@ _WRITTEN_AT_ONCE = 24
 """The number of texts that are written in one batch."""
 _BATCH_TOKENS = 512
 """Tokens per batch; the logits of its answers are in memory at once, those of base and adapter."""
-_WORTH_TELLING = 0.5
-"""Nats per token from which on a divergence is reported."""
+_WORTH_TELLING = 0.8
+"""An agreement that is significantly below this share is reported."""
 
 Ids = Sequence[int]
 
@@ -91,14 +91,10 @@ class Behavior:
         samples: Sequence[Sample] = (),
     ) -> "Behavior":
         """Create it from what `compare_tokens` returns."""
-        total, near, same = (
-            float(tokens.sum()),
-            mean_ratio_interval(divergences, tokens),
-            mean_ratio_interval(equal, tokens),
-        )
+        total, same = float(tokens.sum()), mean_ratio_interval(equal, tokens)
         return cls(
             len(tokens), int(total),
-            float(divergences.sum()) / total, near and Interval(max(near.low, 0.0), near.high),
+            float(divergences.sum()) / total, positive_ratio_interval(divergences.clip(min=0), tokens),
             float(equal.sum()) / total, same and Interval(max(same.low, 0.0), min(same.high, 1.0)), tuple(samples),
         )  # fmt: skip
 
@@ -116,9 +112,8 @@ class Behavior:
 
     @property
     def remark(self) -> str:
-        """A line on a large and significant divergence; else empty."""
-        near = self.divergence_interval
-        if near is None or near.low < _WORTH_TELLING:
+        """A line on a low agreement; else empty."""
+        if self.agreement_interval is None or self.agreement_interval.high >= _WORTH_TELLING:
             return ""
         return (
             f"the model no longer answers as its base elsewhere: the same next token for {self.agreement:.0%} of its "
@@ -164,7 +159,7 @@ def measure(
     """
     instructions, given = prompts(renderer, context_length(model.config))
     with progress("comparing the adapter with its base on everyday instructions"):
-        compute = partial(_base_answers, given, base, answer, identity)
+        compute = partial(base_answers, given, base, answer, identity)
         answers = once("answers", compute) if once else compute()
         texts = [(ids, new) for ids, new in zip(given, answers, strict=True) if not {*new} <= {*renderer.end_ids}]
         if not texts:
@@ -180,8 +175,8 @@ def _text(renderer: Renderer, ids: Ids) -> str:
     return text.strip()
 
 
-def _base_answers(given: Sequence[Ids], base: Base, answer: Answer, identity: Mapping[str, Any] | None) -> list[Ids]:
-    """The answers of the base, from the cache if they are in it."""
+def base_answers(given: Sequence[Ids], base: Base, answer: Answer, identity: Mapping[str, Any] | None) -> list[Ids]:
+    """The answers of the base to prompts, from the cache if they are in it. Arguments as for `measure`."""
     parts = ["answers", identity, ANSWER_TOKENS, [[*ids] for ids in given]]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     if identity is not None and (known := token_cache.load_values(key)) is not None:

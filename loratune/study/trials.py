@@ -38,13 +38,12 @@ from loratune.study.study import Study, TrialRecord
 from loratune.system.files import is_directory, is_file
 from loratune.system.launcher import SINGLE_PROCESS
 from loratune.text import format_duration
-from loratune.training import auto, batching, preflight
+from loratune.training import auto, batching, preflight, reference
 from loratune.training.checkpoints.resume import find_resume_point
 from loratune.training.checkpoints.run_dir import RunDirectory
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import Plan, facts, load_base, load_rows, make_plan, template_fingerprint
 from loratune.training.preflight import Run
-from loratune.training.results import compute_reference
 from loratune.training.rows import TokenizedDatasets, tokenize
 
 _MAX_ROWS = 2048
@@ -235,7 +234,7 @@ class TrialRunner:
         trial = self._resumed(replace(self._with_config(run), directory=directory))
         with directory.locked():
             self._plan = make_plan(trial, datasets=self.prepare_rows(trial.config), base=self.base)
-            compute_reference(self._plan, self.objective)
+            reference.compute(self._plan, self.objective)
             yield self._plan
 
     def _resumed(self, trial: Run) -> Run:

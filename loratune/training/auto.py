@@ -17,6 +17,7 @@ from loratune.config import AUTO, LoraSection, RetentionSection, RunConfig, Trai
 from loratune.config.keys import DECIDED_BY_RUN, yaml_flow
 from loratune.config.sections import Section
 from loratune.errors import ConfigError, Problem
+from loratune.text import plural
 
 _RATE, _RATE_WIDTH, _RATE_EXPONENT, _RATE_ALPHA = 5e-4, 2000, 0.78, 32
 """Learning rate at a reference hidden size, its exponent, and the lora_alpha. Source: the sweep of 35 models
@@ -224,10 +225,11 @@ def learning_rate(lora: LoraSection, hidden_size: int, layers: int | None, rows:
     rate *= max(1.0, _RATE_LAYERS / (adapted or _RATE_LAYERS)) ** 0.5
     rate /= (lora.loraplus_lr_ratio or 1.0) ** 0.5
     rate *= 1.0 if _is_attention(lora) else _RATE_OF_MORE
+    targets = "adapters on q, k, v and o" if _is_attention(lora) else "adapters on more than q, k, v and o"
     variants = (", rsLoRA" if lora.use_rslora else "") + (", LoRA+" if lora.loraplus_lr_ratio else "")
     depth = f"{adapted:,} layers, " if adapted else ""
-    why = f"for a hidden size of {hidden_size:,}, {depth}lora_alpha {alpha}{variants}, "
-    why += f"and {rows:,} row{'s' if rows > 1 else ''} a step"
+    why = f"for a hidden size of {hidden_size:,}, {depth}{targets}, lora_alpha {alpha}{variants}, "
+    why += f"and {plural(rows, 'row')} a step"
     if rate > _MOST_RATE:
         why = f"the highest that auto takes, {why}"
     return float(f"{min(rate, _MOST_RATE):.2g}"), why

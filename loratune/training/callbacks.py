@@ -1,8 +1,7 @@
 """Callbacks of the trainer: they check numbers, emit events, stop the run on request, and report to trackers.
 
-Trackers are the integrations of transformers: TensorBoard, W&B, Trackio and MLflow. They do not affect the run. A
-tracker that fails is reported once and then disabled. The run draws the same random numbers with and without trackers.
-A tracker that hangs, e.g. on a network, blocks the run.
+Trackers are the integrations of transformers (TensorBoard, W&B, Trackio, MLflow). A run draws the same random numbers
+with and without them. A tracker that fails is reported once and then disabled; one that hangs blocks the run.
 """
 
 import copy
@@ -46,8 +45,9 @@ class NonFiniteGuard(TrainerCallback):
 
     Attributes:
         tokens: How many tokens this process has read since the last optimizer step.
+        has_rows: Whether a row of the optimizer step has a weight above 0.
         norm: Returns the norm of the gradients of a step; set once there is a trainer to compute it.
-        before_first_step: Called before the first step; set as `norm`. It leaves model and trainer as they are.
+        before_first_step: Called before the first step; set as `norm`.
         losses: Those of the steps that were not reported yet.
         retention: The term that keeps the model near what it was; None without one.
         objective: What the loss is.
@@ -60,7 +60,7 @@ class NonFiniteGuard(TrainerCallback):
     def __init__(self, checkpoints: Checkpoints, group: Group, losses: StepLosses, objective: Objective) -> None:
         self.checkpoints, self.group, self.losses, self.objective = checkpoints, group, losses, objective
         self.sum: torch.Tensor | None = None
-        self.tokens = 0
+        self.tokens, self.has_rows = 0, True
 
     def loss(
         self, model: Any, outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
@@ -88,8 +88,8 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check loss and gradients before the weights change. One transfer from the device per optimizer step."""
-        norm = self.norm()
         assert self.sum is not None
+        norm = self.norm()
         loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
         loss, tokens = self.group.total([loss, self.tokens])
         state.num_input_tokens_seen += int(tokens)
@@ -102,7 +102,8 @@ class NonFiniteGuard(TrainerCallback):
                 what = f"the {name} of step {state.global_step + 1} is {value}"
                 problem = Problem(Code.TRAINING_NOT_FINITE, what, fix=fix)
                 raise diverged_error(problem, self.checkpoints, state.global_step)
-        self.losses.add(loss)
+        if self.has_rows:
+            self.losses.add(loss)
 
 
 def diverged_error(problem: Problem, checkpoints: Checkpoints, step: int) -> NumericError:
@@ -213,7 +214,7 @@ class RunCallback(TrainerCallback):
         if "eval_loss" in values:
             metrics = {name: values[f"eval_{name}"] for name in _METRICS if f"eval_{name}" in values}
             emit(EvaluationEvent(state.global_step, state.max_steps, values["eval_loss"], metrics))
-        elif "loss" in values:
+        elif "learning_rate" in values:
             self._emit_step(state, values)
 
     def _emit_step(self, state: Any, values: Mapping[str, float]) -> None:
@@ -247,8 +248,7 @@ class Pace(TrainerCallback):
     on_evaluate = on_save
 
     def metrics(self, logs: Mapping[str, float], state: Any) -> dict[str, float]:
-        """Values added to a report of the trainer: the tokens read so far and, with a loss, tokens per second since the
-        previous report; only the latter depends on the clock."""
+        """Values added to a report of the trainer: the tokens read so far and, with a loss, tokens per second."""
         tokens = int(state.num_input_tokens_seen)
         if "loss" not in logs:
             return {"tokens": tokens}

@@ -88,6 +88,11 @@ class Plan:
         kept = self.resume_point.kept if self.resume_point is not None else {}
         return key in kept or self.run.config.model_dump()[section][name] == AUTO
 
+    def with_config(self, config: RunConfig, **recorded: Any) -> "Plan":
+        """The plan with another config, which its record has as well. recorded: further fields of the record."""
+        record = self.checkpoints.record.model_copy(update={"config": config.resolved(), **recorded})
+        return replace(self, config=config, checkpoints=replace(self.checkpoints, record=record))
+
     @property
     def retention(self) -> Retention | None:
         """What keeps the model near what it was; None without a weight."""

@@ -1,14 +1,11 @@
 """The results of training: the adapter's weights, the loss curve, and the comparison of the adapter with its base.
 
-The reference of preferences is computed before the first step. After the last step, the gain over the base, the change
-of the loss on other rows, and the loss on test rows are measured.
+After the last step, the gain over the base, the change of the loss on other rows, and the loss on test rows are
+measured.
 """
 
-import hashlib
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,12 +15,12 @@ import numpy as np
 from loratune.codes import Code
 from loratune.compare import behavior, collapse, gain
 from loratune.compare.behavior import Behavior
-from loratune.compare.engine import SFT, Objective, nothing
+from loratune.compare.engine import SFT
 from loratune.compare.gain import FinalScore, Forgetting, Gain
 from loratune.compare.objectives import PreferenceMetrics
-from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective, order_note, set_reference
+from loratune.compare.preferences import MOST_COMPARED, PreferenceObjective
 from loratune.config import RunConfig
-from loratune.data import token_cache, unrelated_kinds
+from loratune.data import unrelated_kinds
 from loratune.errors import DataError, ModelError, Problem, ResourceError
 from loratune.events import note
 from loratune.lora import tensors
@@ -33,7 +30,7 @@ from loratune.text import plural
 from loratune.training.callbacks import diverged_error
 from loratune.training.checkpoints.store import BestRecord
 from loratune.training.plan import Plan
-from loratune.training.processes import SharedStop
+from loratune.training.reference import answering
 from loratune.training.scale import AdapterScale
 
 MOST_LOSSES, MOST_HELD_OUT = 600, 300
@@ -200,88 +197,6 @@ def _spread(numbers: Sequence[int], most: int) -> list[int]:
     return [numbers[place] for place in np.linspace(0, len(numbers) - 1, most).round().astype(int).tolist()]
 
 
-# Before the first step
-
-
-def _before_training(plan: Plan) -> tuple[dict[str, Any], Callable[[], AbstractContextManager[None]]]:
-    """What decides what the model computes before its first step, as plain values; and a context in which it does."""
-    start = plan.run.start.digest if plan.run.start else ""
-    starts_elsewhere = bool(start) or plan.config.lora.init_lora_weights == "loftq"
-    identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
-    identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
-    identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
-    identity |= {"flat": plan.batches.engine.flat, "padded": plan.batches.engine.padded}
-    if starts_elsewhere:  # it is the model with the adapter that it starts from
-        return identity, nullcontext
-    weights = tensors.full_weights(plan.model)
-    return identity, partial(tensors.as_initialized, plan.model, plan.adapter_init, weights)
-
-
-def write_texts(plan: Plan) -> None:
-    """Give a run its texts of `retention`, and what the model predicts in them before its first step."""
-    if plan.retention is None:
-        return
-    identity, before = _before_training(plan)
-    renderer = plan.datasets.renderer
-    engine, group = plan.batches.engine, plan.group
-    if group.main or launcher.sharding():  # whose forward passes all processes take part in
-        try:
-            plan.retention.write(plan.model, engine, renderer, identity, before)
-        except ModelError as error:
-            if not plan.decides("retention.kl_weight"):
-                raise
-            note(f"retention has no effect: {error.problems[0].what}")
-    if not launcher.sharding():
-        plan.retention.set_numbers(group.broadcast(plan.retention.as_numbers() if group.main else []))
-
-
-def compute_reference(plan: Plan, objective: Objective, stop: SharedStop | None = None) -> None:
-    """Set the reference log-probabilities of preference rows: those of the current model, before its first step. They
-    are read from the cache if possible.
-
-    Objectives without a reference need them for held-out rows only, to report changes.
-
-    Args:
-        plan: The run.
-        objective: The objective of the run, or another one to measure the adapter by.
-        stop: Whether the run was asked to stop; None in one process that a signal just ends.
-
-    Raises:
-        NumericError: The log-probability of an answer is not finite.
-        KeyboardInterrupt: The run was stopped.
-    """
-    if not isinstance(objective, PreferenceObjective):
-        return
-    batches, group, engine = plan.batches, plan.group, plan.batches.engine
-    identity, inside = _before_training(plan)
-    for name, rows in objective.splits.items():
-        dataset = rows.dataset
-        if name == "train" and not objective.formula.has_reference and "validation" in batches.layouts:
-            continue
-        parts = [identity, dataset.fingerprint, rows.partners_digest()]
-        key = hashlib.sha256(json.dumps(["reference", parts], sort_keys=True).encode()).hexdigest()
-        known = token_cache.load_values(key) if group.main else None
-        known = group.broadcast(known.tolist() if known is not None else None)
-        if known is not None:
-            values = np.array(known, np.float64)
-        else:
-            note(f"computing the reference of {plural(dataset.items, f'{name} {objective.unit}')}")
-            with inside():
-                engine.losses(
-                    dataset, objective.copies(dataset), objective, (lambda _: stop.check()) if stop else nothing
-                )
-            assert objective.last is not None
-            values = objective.last.log_probabilities
-            if group.main and np.isfinite(values).all():
-                token_cache.store_values(key, values)
-        set_reference(rows, values)
-        if name == "train" and dataset.rows_per_example == 2:
-            note(order_note(rows))
-
-
-# After the last step
-
-
 def compare_with_base(plan: Plan, trained: TrainedAdapter) -> TrainedAdapter:
     """The adapter with its weights, and how it compares with the base; or with the adapter from which training
     continued, where that is the reference of preferences. Raises NumericError: a loss is NaN or inf; or see
@@ -352,16 +267,12 @@ def _measure_behavior(plan: Plan, trained: TrainedAdapter) -> Behavior:
     take part in each forward pass."""
     if not plan.group.main and not launcher.sharding():
         return Behavior(unknown="measured by the main process")
-    model, engine = plan.model, plan.batches.engine
-    renderer = plan.datasets.renderer
-    identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
-
-    def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:
-        return [*behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=renderer.end_ids)]
-
-    base = partial(tensors.as_initialized, model, plan.adapter_init, trained.weights)
+    answer, identity = answering(plan)
+    base = partial(tensors.as_initialized, plan.model, plan.adapter_init, trained.weights)
     try:
-        return behavior.measure(model, engine, renderer, base, answer, identity=identity)
+        return behavior.measure(
+            plan.model, plan.batches.engine, plan.datasets.renderer, base, answer, identity=identity
+        )
     except (DataError, ModelError) as error:
         return Behavior(unknown=error.problems[0].what)
 

@@ -323,7 +323,8 @@ class RunTrainer(CheckpointTrainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Report metrics, and how many tokens were read."""
+        """Report metrics, and how many tokens were read; no loss if all rows since the last report have weight 0."""
+        logs = {name: value for name, value in logs.items() if name != "loss" or self.guard.losses.steps}
         means = {"loss": self.guard.losses.take_mean()} if "loss" in logs else {}
         means |= self.guard.objective.logged(of_step=True) if means else {}
         means |= self.guard.retention.logged() if means and self.guard.retention else {}
@@ -344,8 +345,9 @@ class RunTrainer(CheckpointTrainer):
         """The micro-steps of an optimizer step, and the divisor of its loss."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = self.guard.objective.begin_step(self.model, batches, count, self.group)
+        self.guard.has_rows = bool(count != 0)
         if self.guard.retention is not None:
-            self.guard.retention.begin_step(batches, applies=self.state.global_step > 0 and bool(count != 0))
+            self.guard.retention.begin_step(batches, applies=self.state.global_step > 0 and self.guard.has_rows)
         return batches, 1 if isinstance(count, float) and not count else count
 
     # Checkpoints
