@@ -7,7 +7,7 @@ The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.
 an environment of its own and trains in a process of its own, with all cores, one after the other, task by task. The
 time is that of the whole process, from its start to its end with the adapter saved. loratune is told the minutes
 (`training.max_minutes`) and nothing else but the model, the rows and the seed; `--variants init` trains the config that
-`loratune init` writes as well, whose own seconds are not counted. The other tools count steps, so each first trains a
+`loratune init` writes as well, whose own seconds are not counted, and `--variants plain` without retention. The other tools count steps, so each first trains a
 few, which are not counted, and is then given as many as fit; its schedule ends at its last step. A run that takes 5 %
 more or less than the time, because the machine's speed changed, is made again, with its steps corrected, twice at most,
 and the nearest is scored. loratune may end early, as it does after two passes over the rows.
@@ -52,6 +52,8 @@ RESULTS = Path(__file__).parent / "learning" / "peers.jsonl"
 OURS = "loratune"
 INIT = "init"
 """The variant of loratune that trains the config of `loratune init`."""
+PLAIN = "plain"
+"""The variant of loratune that trains without retention."""
 TRIED = 10
 """Steps of the run that is not counted."""
 ROOM = 0.02
@@ -227,6 +229,7 @@ def train_ours(race: Race, rows: Path, variant: str, _: int) -> Finished:
         spawn(race, command, place, [race.checkout])
     else:
         settings = {"model": {"name_or_path": model}, "data": {"train": str(rows)}, "output_dir": "adapter"}
+        settings |= {"retention": {"kl_weight": 0}} if variant == PLAIN else {}
         config_path.write_text(json.dumps(settings), encoding="utf-8")
     options = [option for key, value in training.items() for option in ("--set", f"{key}={value}")]
     seconds = spawn(race, [*program, "train", str(config_path), *options], place, [race.checkout])
@@ -279,7 +282,7 @@ def compete(race: Race, task: str, rows: int, names: list[str], variants: list[s
         return None if any(wanted.items() <= one.items() for one in done) else wanted
 
     for name in names:
-        known_variants = ("scaled", INIT) if name == OURS else ("scaled", "own")
+        known_variants = ("scaled", PLAIN, INIT) if name == OURS else ("scaled", "own")
         chosen = [variant for variant in known_variants if variant in variants]
         wanted = {variant: known for variant in chosen if (known := missing(name, variant))}
         try:
@@ -310,7 +313,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=3.0)
     parser.add_argument("--tasks", nargs="+", default=list(tasks.TASKS), choices=list(ROWS))
     parser.add_argument("--contestants", nargs="+", default=[*RECIPES, OURS], choices=[*RECIPES, OURS])
-    parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own", INIT])
+    parser.add_argument("--variants", nargs="+", default=["scaled"], choices=["scaled", "own", PLAIN, INIT])
     parser.add_argument("--model", default="135M", choices=list(learn.MODELS))
     parser.add_argument("--rows", type=int, default=0, help="training rows (default: those of learning/experiments.py)")
     parser.add_argument("--seed", type=int, default=1)
