@@ -7,10 +7,11 @@ The tasks are those of `learning/tasks.py`, the recipes those of `peers/recipes.
 an environment of its own and trains in a process of its own, with all cores, one after the other, task by task. The
 time is that of the whole process, from its start to its end with the adapter saved. loratune is told the minutes
 (`training.max_minutes`) and nothing else but the model, the rows and the seed; `--variants init` trains the config that
-`loratune init` writes as well, whose own seconds are not counted, and `--variants plain` without retention. The other tools count steps, so each first trains a
-few, which are not counted, and is then given as many as fit; its schedule ends at its last step. A run that takes 5 %
-more or less than the time, because the machine's speed changed, is made again, with its steps corrected, twice at most,
-and the nearest is scored. loratune may end early, as it does after two passes over the rows.
+`loratune init` writes as well, whose own seconds are not counted, and `--variants plain` without retention. The other
+tools count steps, so each first trains a few, which are not counted, and is then given as many as fit; its schedule
+ends at its last step. A run that takes 5 % more or less than the time, because the machine's speed changed, is made
+again, with its steps corrected, twice at most, and the nearest is scored. loratune may end early, as it does after two
+passes over the rows.
 Where its recipe would end before that by itself, `--variants own` trains that as well.
 
 All learn from the same rows, tokenised once by loratune: only completions and answers are supervised, but for those
