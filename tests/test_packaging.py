@@ -4,21 +4,26 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+import typer
 import write_reference
 import yaml
 from conftest import ROOT
 from pydantic import Field
+from typer.core import TyperGroup
 
 from loratune import errors
+from loratune.cli import app
 from loratune.config import RunConfig
 from loratune.kernels.compiled import library
 from loratune.kernels.compiled.build import DEFINES, DIGEST_BYTES, VARIANTS
@@ -100,6 +105,41 @@ def test_broken_links_are_detected(tmp_path: Path) -> None:
     assert list(broken_links(tmp_path / "guide.md")) == ["#a", "gone.md", "guide.md#gone"]
 
 
+def commands_in(text: str) -> Iterator[list[str]]:
+    """The words of each loratune command of a guide, in code blocks and in running text."""
+    lines = re.sub(r" \\\n\s*", " ", text)
+    for line in re.findall(r"(?:^(?: {4}|\$ )+.*?|`|-m |^)loratune ([a-z]+(?: [^`\n]*)?)", lines, flags=re.MULTILINE):
+        line = re.split(r" +#| \| | >| && ?|$", line.replace("...", "X"))[0].replace("|", "-or-")
+        with suppress(ValueError):  # a quotation that the text ends
+            yield shlex.split(line.replace("[", "").replace("]", ""))
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_commands_of_guides_have_these_options(name: str) -> None:
+    group, wrong = typer.main.get_command(app), list[str]()
+    assert isinstance(group, TyperGroup)
+    for command, *words in commands_in((ROOT / name).read_text(encoding="utf-8")):
+        if command in group.commands:
+            try:
+                group.commands[command].make_context(command, words)
+            except (typer.BadParameter, typer.Exit):
+                pass  # a placeholder, and --help
+            except typer.BadParameter.__mro__[1] as error:  # any other error of usage
+                wrong.append(f"{command} {shlex.join(words)}: {error}")
+    assert not wrong
+
+
+def test_commands_of_guides_are_found() -> None:
+    text = """
+    $ loratune train a.yaml \\
+        --set a.b=1   # why
+`loratune chat --adapter DIR` and x &&
+    python -m loratune env --json | jq
+"""
+    found = ["train a.yaml --set a.b=1", "chat --adapter DIR", "env --json"]
+    assert [*commands_in(text)] == [one.split() for one in found]
+
+
 def test_all_guides_are_checked() -> None:
     done = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -107,9 +147,9 @@ def test_all_guides_are_checked() -> None:
     assert sorted(done.stdout.split()) == sorted(GUIDES)
 
 
-def test_readme_is_short_and_lists_every_exit_code() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
+def test_readme_is_short_and_the_guide_lists_every_exit_code() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+    text = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
     rows = text.split("| exit code | |\n|---|---|\n")[1].split("\n\n")[0].splitlines()
     codes = [int(code) for row in rows for code in row.split("|")[1].split(",")]
     family = [errors.LoratuneError, *errors.LoratuneError.__subclasses__()]
