@@ -46,6 +46,7 @@ INDEXER = {
     "indexer_compress_ratio": 4,
 }  # fmt: skip
 ADJUSTED["qwen4_exp_text"] = ("no indexer", INDEXER)
+ADJUSTED["mistral3"] = ("as Ministral 3", {"text_config": {"model_type": "ministral3"}})
 ADJUSTED["qwen4_exp"] = ("no indexer", {"text_config": INDEXER})
 
 # Built with all of their layers: which layers share keys and values, or a whole block, follows from the number.

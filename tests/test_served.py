@@ -1,6 +1,8 @@
 """The names that keys need in vLLM and SGLang: the recorded table, and wrapped bases, from training to the server."""
 
+import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import PLAIN, ROOT, Ran, tiny_llama, write_rows
+from conftest import PLAIN, ROOT, Ran, check_refused, tiny_llama, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_export import adapter_in, folded, logits
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from loratune.codes import Code
-from loratune.errors import AdapterError
-from loratune.export import served, vllm
+from loratune.errors import AdapterError, ModelError
+from loratune.export import vllm
 from loratune.export.answers import ScoredAnswer
+from loratune.lora import served
+from loratune.model import checks
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import families
@@ -61,57 +65,170 @@ def config(architecture: str | None, model_type: str = "llama") -> Any:
 
 # --- wrapped bases
 
-WRAPPED = {
-    "qwen3_5": ("Qwen3_5ForCausalLM", {}),
-    "gemma3": ("Gemma3ForConditionalGeneration", {}),
-    "gemma4": ("Gemma4ForConditionalGeneration", {"per_layer_config": {}}),
+WRAPPED: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+    "qwen3_5": ("Qwen3_5ForCausalLM", {}, ("vllm",)),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", {}, ("vllm", "sglang")),
+    "gemma3": ("Gemma3ForConditionalGeneration", {}, ("vllm", "sglang")),
+    "gemma4": ("Gemma4ForConditionalGeneration", {"per_layer_config": {}}, ("vllm",)),
+    "mistral3": ("Mistral3ForConditionalGeneration", {}, ("vllm", "sglang")),
+    "qwen3_vl": ("Qwen3VLForConditionalGeneration", {}, ("vllm", "sglang")),
 }
-"""Model type of a base of text and images → the class in which it is trained, and settings of its language model."""
+"""Model type of a base of text and images → the class in which it is trained, settings of its language model, and the
+servers that apply an adapter of all its linear layers."""
+LORA: dict[str, Any] = {"qwen3_5_moe": {"target_modules": ["q", "o"], "target_parameters": ["experts"]}}
 ROWS = [{"prompt": f"{number} and {number} make", "completion": f" {number + number}"} for number in range(8)]
 
 
 def wrapper(path: Path, model_type: str, tokenizer: Any) -> Path:
     """A directory with a small model of text and images."""
     torch.manual_seed(0)
-    config = families.small_config(model_type, **WRAPPED[model_type][1])
+    config = families.small_config(model_type, **WRAPPED.get(model_type, ("", {}))[1])
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-@pytest.mark.parametrize("model_type", WRAPPED)
+def run_file(folder: Path, base: Path, **lora: Any) -> Path:
+    """A config that trains an adapter of a base in two steps."""
+    values = PLAIN | {
+        "model": {"name_or_path": str(base), "dtype": "float32"},
+        "lora": {"r": 4, "target_modules": "all-linear"} | lora,
+        "data": {"train": str(write_rows(folder / "rows.jsonl", ROWS))},
+        "training": {"learning_rate": 1e-2, "max_steps": 2},
+        "output_dir": str(folder / "adapter"),
+    }
+    run = folder / "run.yaml"
+    run.write_text(yaml.safe_dump(values))
+    return run
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [pytest.param(one, marks=[] if one in ("qwen3_5", "mistral3") else [pytest.mark.slow]) for one in WRAPPED],
+)
 def test_an_adapter_of_a_wrapped_base_applies_in_the_wrapper(
     tmp_path: Path, model_type: str, tokenizer: Any, cli: Cli, untraced: None
 ) -> None:
-    """Trained on the language model, exported for vLLM, and read by the class that vLLM loads, in transformers."""
-    base = wrapper(tmp_path / "base", model_type, tokenizer)
-    values = PLAIN | {
-        "model": {"name_or_path": str(base), "dtype": "float32"},
-        "lora": {"r": 4, "target_modules": "all-linear"},
-        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", ROWS))},
-        "training": {"learning_rate": 1e-2, "max_steps": 2},
-        "output_dir": str(tmp_path / "adapter"),
-    }
-    run = tmp_path / "run.yaml"
-    run.write_text(yaml.safe_dump(values))
+    """Trained on the language model, exported for servers, and read by the class that they load, in transformers."""
+    base, (own, _, servers) = wrapper(tmp_path / "base", model_type, tokenizer), WRAPPED[model_type]
+    run, adapter = run_file(tmp_path, base, **LORA.get(model_type, {})), tmp_path / "adapter"
     assert (ran := cli("train", run)).code == 0, ran.err
-    is_renamed, card = model_type == "qwen3_5", (tmp_path / "adapter" / "README.md").read_text()
-    assert ("with other module names" in ran.err) == is_renamed == ("export --adapter adapter --to vllm" in card)
-    ran = cli("export", "--adapter", tmp_path / "adapter", "--to", "vllm", "--output", tmp_path / "out", "--json")
-    assert ran.code == 0, ran.err
-    server = json.loads(ran.out)["comparison"]["server"]
-    kind = type(whole := AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)).__name__
-    assert server["class"] == kind and server["since"]
-    assert all(".language_model." in key for key in load_file(tmp_path / "out" / "adapter_model.safetensors"))
-    ours = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert type(ours).__name__ == WRAPPED[model_type][0]
+    is_renamed, card = model_type.startswith("qwen3_5"), (adapter / "README.md").read_text()
+    assert ("with other module names" in ran.err) == is_renamed
+    assert is_renamed or ("vllm serve" in card) == ("vllm" in servers)
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    ours = checks.auto_class(AutoConfig.from_pretrained(base)).from_pretrained(base, dtype=torch.float32)
+    assert type(ours).__name__ == own
     ids = torch.arange(40, 72)[None]
     with torch.inference_mode():
-        alone = whole.eval()(input_ids=ids).logits
-        expected = PeftModel.from_pretrained(ours, tmp_path / "adapter").eval()(input_ids=ids).logits
-        found = PeftModel.from_pretrained(whole, tmp_path / "out").eval()(input_ids=ids).logits
+        alone = whole(input_ids=ids).logits
+        expected = PeftModel.from_pretrained(ours, adapter).eval()(input_ids=ids).logits
     assert (expected - alone).abs().max() > 1e-3
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    for client in ("vllm", "sglang"):
+        out = tmp_path / client
+        ran = cli("export", "--adapter", adapter, "--to", client, "--output", out, "--json")
+        assert (ran.code == 0) == (client in servers), ran.err
+        if ran.code:
+            assert ran.code == 5 and f"{served.SERVERS[client]} is not known to apply" in cli("params", run).err
+            continue
+        server = json.loads(ran.out)["comparison"]["server"]
+        assert server["class"] == type(whole).__name__ and server["since"]
+        names = load_file(out / "adapter_model.safetensors")
+        assert all(".language_model." in name for name in names)
+        if client == "vllm" or not LORA.get(model_type):  # PEFT stacks single experts of no wrapper
+            loaded = PeftModel.from_pretrained(copy.deepcopy(whole), out).eval()
+            with torch.inference_mode():
+                assert (loaded(input_ids=ids).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_every_command_works_on_a_model_of_text_and_images(
+    tmp_path: Path, tokenizer: Any, cli: Cli, untraced: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one that transformers has no language model of: Ministral 3. Its vision tower stays as it is."""
+    base, adapter, merged = wrapper(tmp_path / "base", "mistral3", tokenizer), tmp_path / "adapter", tmp_path / "merged"
+    for command in (
+        ("train", run_file(tmp_path, base)), ("evaluate", "--adapter", adapter, "--data", tmp_path / "rows.jsonl"),
+        ("generate", "--adapter", adapter, "1 and 1 make", "--max-new-tokens", 8),
+        ("export", "--adapter", adapter, "--to", "peft", "--output", tmp_path / "plain"),
+    ):  # fmt: skip
+        assert (ran := cli(*command)).code == 0, ran.err
+    ran = cli("merge", "--adapter", adapter, "--output", merged, "--dtype", "float32")
+    assert ran.code == 0 and f"AutoModelForImageTextToText.from_pretrained('{merged}')" in ran.out, ran.err
+    ids = torch.arange(40, 72)[None]
+
+    def logits_of(model: Any) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = model.eval()(input_ids=ids).logits
+        return found
+
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    expected = logits_of(PeftModel.from_pretrained(copy.deepcopy(whole), adapter))
+    monkeypatch.chdir(tmp_path)
+    code = (adapter / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code, of_card := dict[str, Any]())
+    others = {
+        "card": of_card["model"].float(), "plain": PeftModel.from_pretrained(whole, tmp_path / "plain"),
+        "merged": AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.float32),
+    }  # fmt: skip
+    for name, model in others.items():
+        assert (logits_of(model) - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    files = [load_file(path / "model.safetensors") for path in (base, merged)]
+    assert files[0].keys() == files[1].keys()
+    changed = {name for name in files[0] if not torch.equal(files[0][name], files[1][name])}
+    assert changed and all("language_model." in name and ".layers." in name for name in changed)
+
+
+REFUSED = {
+    "paligemma": "what it predicts depends on later tokens", "blip-2": "missing 1 required positional argument",
+    "molmo2": "required as a model input when training", "idefics": "has to be not-None",
+}  # fmt: skip
+"""Models of text and images that cannot be trained on text alone, and why."""
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_model_that_needs_images_is_refused(tmp_path: Path, model_type: str, tokenizer: Any, cli: Cli) -> None:
+    with pytest.raises(ModelError, match=REFUSED[model_type]):
+        checks.check_text(AutoModelForImageTextToText.from_config(families.small_config(model_type)), "base")
+    if model_type == "paligemma":
+        base = wrapper(tmp_path / "base", model_type, tokenizer)
+        check_refused(cli("train", run_file(tmp_path, base)), 3, (Code.MODEL_UNSUPPORTED, str(base), ""))
+
+
+EXPLAINED: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "llama": ("llama", {}, "loaded as LlamaForCausalLM; all names apply from vLLM 0.16.0 on", "SGLang 0.5.12 on"),
+    "other names": ("qwen3_5", {}, "vLLM 0.18.1 on, after `loratune export --to vllm`", "not applied: in SGLang"),
+    "text alone": ("qwen3_5_text", {"target_modules": ["q", "v"]}, "from vLLM 0.28.0 on", "from SGLang 0.5.18 on"),
+    "a class for text": ("mistral3", {}, "ForConditionalGeneration; all names apply from vLLM 0.20.2", "from SGLang"),
+    "without LoRA": ("gpt2", {}, "not applied: for this base vLLM loads GPT2LMHeadModel, and does not", "not recorded"),
+    "DoRA": ("llama", {"use_dora": True}, "not applied: it is not plain LoRA", "not applied: it is not plain LoRA"),
+    "experts": ("mixtral", {"target_modules": ["q"], "target_parameters": ["experts"]}, "export --to vllm", "SGLang 0"),
+    "auto": ("llama", {"r": "auto"}, "from vLLM 0.16.0 on", "from SGLang 0.5.12 on"),
+    "no such layer": ("llama", {"target_modules": ["c_attn"]}, "unknown: lora.target_modules", "unknown: lora.target"),
+    "no base": ("", {}, "unknown, as the base is not on this machine", "unknown, as the base is not on this machine"),
+}  # fmt: skip
+"""Case → model type of the base, settings of LoRA, and a part of what is said of vLLM and of SGLang."""
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_explain_says_which_servers_apply_the_adapter(tmp_path: Path, case: str, cli: Cli) -> None:
+    """From the configuration of the base alone: there are no weights."""
+    model_type, lora, *expected = EXPLAINED[case]
+    base = tmp_path / "base"
+    if model_type:
+        config = families.small_config(model_type)
+        kind = checks.auto_class(config)._model_mapping[type(config)]
+        config.architectures = [kind.__name__]
+        if model_type in WRAPPED:
+            config.architectures = [AutoModelForImageTextToText._model_mapping[type(config)].__name__]
+        config.save_pretrained(base)
+    run = run_file(tmp_path, base, **lora)
+    ran = cli("explain", "lora.target_modules", run, "--json")
+    assert ran.code == 0, ran.err
+    found = json.loads(ran.out)["keys"]["lora.target_modules"]["servers"]
+    assert [*found] == ["vLLM", "SGLang"], found
+    assert all(part in text for part, text in zip(expected, found.values(), strict=True)), found
+    lines = cli("explain", "name_or_path", run).out
+    assert re.search(f"in vLLM +{re.escape(found['vLLM'])}\n", lines) and "in vLLM" not in cli("explain", "r", run).out
 
 
 OURS = ["model.layers.3.self_attn.q_proj", "model.layers.0.mlp.down_proj"]

@@ -321,7 +321,7 @@ def merged(merged: "Merged") -> Iterator[str]:
     else:
         count = f"{found['adapter']['positions']:,} tokens, in {found['dtype']}"
         lines.append(("compared", f"on {merged.texts.origin}, {count}"))
-    lines.append(("use it", f"AutoModelForCausalLM.from_pretrained({str(merged.directory)!r})"))
+    lines.append(("use it", f"{merged.loader}.from_pretrained({str(merged.directory)!r})"))
     yield from block("merged", lines)
     if "tensors" not in found:
         rows = [

@@ -76,7 +76,13 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
     Raises:
         ConfigError: The key is unknown, or the config is not valid.
     """
-    return explain_keys(key, None if path is None else Path(path), assignments(overrides))
+    found = explain_keys(key, None if path is None else Path(path), assignments(overrides))
+    if found.config and found.decides_servers:
+        with libraries():
+            from loratune.commands import params
+
+        found = replace(found, servers=params.servers(found.config[0]))
+    return found
 
 
 def train(
@@ -162,12 +168,10 @@ def plan(
             place = _run_directory(config, config_file, resume=resume, overwrite=overwrite, dry_run=True)
         run = validated(config, place, group, resume=resume, rows=rows)
         with libraries():
-            from loratune.commands.train import in_vllm
             from loratune.training import time_budget
             from loratune.training.plan import make_plan
 
         made = time_budget.estimate_length(make_plan(run, group), began)
-        made.notes.extend(filter(None, in_vllm(made)[1:]))
         group.close()
         return made
 

@@ -16,6 +16,8 @@ from loratune.errors import ConfigError, Problem
 from loratune.model.source import chat_templates
 
 ARGUMENTS_KEY = "data.chat_template_kwargs"
+SERVED_KEYS = ("model.name_or_path", "lora.target_modules", "lora.target_parameters")
+"""The keys that decide which servers apply the adapter."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,20 @@ class Explanation:
         path: The config file, if any.
         config: The validated config and the content of its file, if any.
         template: Name → default of each argument that the chat template of the config reads; None if it is not known.
+        servers: Server → what it does with the adapter of the config; None if the keys do not decide that.
     """
 
     found: Sequence[KeyGroup | Key]
     path: Path | None
     config: tuple[RunConfig, Document] | None
     template: Mapping[str, str] | None = None
+    servers: Mapping[str, str] | None = None
+
+    @property
+    def decides_servers(self) -> bool:
+        """Whether a key that decides which servers apply the adapter is explained for a config."""
+        keys = (item.label for item in self.found if isinstance(item, Key))
+        return self.config is not None and any(key in SERVED_KEYS for key in keys)
 
     def settings(self, key: Key) -> list[Setting]:
         """The effective value at each place of a key in the config; empty without a config."""
@@ -102,6 +112,8 @@ class Explanation:
         if key.label == ARGUMENTS_KEY and self.config:
             unknown = "unknown, as the template is not on this machine"
             yield "template reads", unknown if self.template is None else described(self.template) or "none"
+        if key.label in SERVED_KEYS:
+            yield from ((f"in {name}", text) for name, text in (self.servers or {}).items())
         settings = self.settings(key)
         for setting in settings:
             place = "" if setting.key in key.places and len(settings) == 1 else f"{setting.key}: "
@@ -132,6 +144,9 @@ class Explanation:
         }
         if self.template is not None:
             described_keys[ARGUMENTS_KEY]["template_reads"] = dict(self.template)
+        if self.servers is not None:
+            for key in described_keys.keys() & {*SERVED_KEYS}:
+                described_keys[key]["servers"] = dict(self.servers)
         return {"config": str(self.path) if self.path else None, "keys": described_keys}
 
 

@@ -23,10 +23,10 @@ from loratune.export.clients import CLIENTS, ExportOptions
 from loratune.export.comparison import check_logits, check_plain, check_tensors, fold, scored_answers, texts
 from loratune.export.experts import Placement
 from loratune.export.gguf import TEMPLATE, Conversion, LlamaCppResult
-from loratune.export.served import SERVERS, Served, names_for, renamed
 from loratune.lora import tensors
 from loratune.lora.merging import PlainAdapter
 from loratune.lora.parameters import file_bytes
+from loratune.lora.served import SERVERS, Served, names_for, renamed
 from loratune.lora.tensors import PARAMETERS
 from loratune.model import fingerprints, load
 from loratune.model.source import local_or_hub

@@ -18,7 +18,7 @@ from loratune.export import merged_model
 from loratune.export.comparison import Texts, texts
 from loratune.export.merging import Kept, Merge, Written
 from loratune.lora import attach
-from loratune.model import load
+from loratune.model import checks, load
 from loratune.model.fingerprints import FileStates
 from loratune.model.source import locate
 from loratune.system.output_dir import OutputDirectory
@@ -35,6 +35,7 @@ class Merged:
         comparison: See `merged_model.compare`; if memory is too small for that, `tensors`: the number of tensors read
             back, and `nearer`: whether the changed ones are closer to base and adapter than to the base.
         note: Why and how the base was loaded; empty if its files were read directly.
+        loader: The class of transformers that loads the model.
     """
 
     LOW_SHARE: ClassVar = 0.9
@@ -45,6 +46,7 @@ class Merged:
     texts: Texts
     comparison: dict[str, Any]
     note: str
+    loader: str
 
     @property
     def low(self) -> list[Kept]:
@@ -100,6 +102,7 @@ def merge(
         before = FileStates(adapter.base)
         plan = Merge(adapter, getattr(torch, dtype) if dtype else None)
     parameters, is_loaded, loaded_how = plan.parameters, plan.is_loaded, plan.note
+    loader = checks.auto_class(plan.config).__name__
     if loaded_how:
         note(loaded_how)
     loading.check_base(adapter, adapter.base, plan.fingerprint())
@@ -121,7 +124,7 @@ def merge(
             nearer = sum(one.error for one in written.kept) < sum(one.moved for one in written.kept)
             comparison = {"tensors": written.tensors, "nearer": nearer}
         before.check_unchanged()
-        merged = Merged(directory.output, written, compared_on, comparison, loaded_how)
+        merged = Merged(directory.output, written, compared_on, comparison, loaded_how, loader)
         _check_nearer(merged, adapter)
         merged_model.write_card(staging, adapter, summary(merged))
         adapter.write_record(staging, "merged model", {"merge": merged.as_json()})

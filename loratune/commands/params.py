@@ -7,13 +7,17 @@ from typing import Any
 from loratune import memory
 from loratune.codes import Code
 from loratune.config import AUTO, RunConfig
-from loratune.errors import ConfigError, Problem
-from loratune.lora import adapter_files, creation, initialize, parameters
+from loratune.config.portability import is_plain
+from loratune.errors import ConfigError, LoratuneError, Problem
+from loratune.lora import adapter_files, creation, initialize, parameters, served
+from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
+from loratune.lora.served import SERVERS, Served
 from loratune.lora.targets import Targets
 from loratune.model import load, quantization, tensor_files
+from loratune.model.source import cached_directory
 from loratune.training import auto
 from loratune.training.retention import typical_texts
 
@@ -97,15 +101,13 @@ def params(run: RunConfig) -> Params:
     rank is `auto`, which depends on the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not
     fit.
     """
-    start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
-    if run.lora.r == AUTO and start_from is None:
+    if run.lora.r == AUTO and run.lora.start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"
         raise ConfigError(Problem(Code.CONFIG_CONFLICT, what, key="lora.r", fix=fix))
-    lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
-    run = run.model_copy(update={"lora": lora})
+    run, start_from = _without_rows(run)
     model_config = load.load_config(run.model)
-    base = load.build_meta(model_config, run.model)
-    model, targets = creation.adapt(base, run.lora, seed=0)
+    model, targets = creation.adapt(base := load.build_meta(model_config, run.model), run.lora, seed=0)
+    in_servers = served.servers(model_config, type(base).__name__, parameters.layers_of(model))
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [*[(length, length - 1)] * batch, *typical_texts(run, batch * length)]
@@ -120,11 +122,47 @@ def params(run: RunConfig) -> Params:
         layers=layers,
         others=_others(model, targets),
         targets=targets,
-        notes=[*tensor_files.notes(run.model, model_config), *targets.notes, *targets.shared_lines()],
+        notes=[
+            *tensor_files.notes(run.model, model_config),
+            *targets.notes,
+            *targets.shared_lines(),
+            *served.remarks(in_servers),
+        ],
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,
     )
+
+
+def _without_rows(run: RunConfig) -> tuple[RunConfig, AdapterFiles | None]:
+    """A config with the choices of `auto` that do not depend on rows, and the adapter that it starts from."""
+    start_from = adapter_files.inspect(Path(run.lora.start_from).expanduser()) if run.lora.start_from else None
+    lora = auto.without_rows(run.lora, initialize.start_settings(start_from) if start_from else {})
+    return run.model_copy(update={"lora": lora}), start_from
+
+
+def servers(run: RunConfig) -> dict[str, str]:
+    """Server → from which release on it applies the adapter of a config, or why it does not.
+
+    Only the configuration of the base is read, if it is on this machine.
+    """
+    if cached_directory(run.model) is None:
+        return dict.fromkeys(SERVERS.values(), "unknown, as the base is not on this machine")
+    try:
+        run, _ = _without_rows(run)
+        config = load.load_config(run.model)
+        model, _ = creation.adapt(base := load.build_meta(config, run.model), run.lora, seed=0)
+        found = served.servers(config, type(base).__name__, parameters.layers_of(model))
+    except LoratuneError as error:
+        return dict.fromkeys(SERVERS.values(), f"unknown: {error}")
+    if not is_plain(run.lora.model_copy(update={"target_parameters": None})):
+        found = dict.fromkeys(found, "it is not plain LoRA; `loratune merge` makes a model of it")
+    texts = {}
+    for client, one in found.items():
+        is_exported = client != "vllm" or run.lora.target_parameters or (isinstance(one, Served) and one.is_renamed)
+        after = f", after `loratune export --to {client}`" if is_exported else ""
+        texts[SERVERS[client]] = f"not applied: {one}" if isinstance(one, str) else f"{one}{after}"
+    return texts
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, NoReturn
 
 from loratune import config, data, kernels, memory
@@ -17,9 +18,9 @@ from loratune.compare import preferences
 from loratune.data import splits
 from loratune.errors import NumericError, Problem, ResourceError
 from loratune.events import emit, note
-from loratune.export import clients, served
+from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
-from loratune.model import load
+from loratune.model import checks, load
 from loratune.model.upstream import quiet_transformers
 from loratune.system import signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
@@ -69,7 +70,6 @@ def train(
     group.set_timeout(run.config.training.ddp_timeout)
     with group.connected(), run.directory.locked() if group.main else nullcontext():
         plan = make_plan(run, group)
-        plan.notes.extend(filter(None, in_vllm(plan)[1:]))
         gc.collect()
         gc.freeze()  # Rows and model are kept until the end, so the collector can ignore them.
         return carry_out(plan, allow_worse=allow_worse, began=began)
@@ -112,12 +112,6 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         plan.base.files.check_unchanged_in_run()
     group.close()
     return _publish(plan, replace(trained, peak_memory=memory.peak())) if group.main else None
-
-
-def in_vllm(plan: Plan) -> tuple[bool, str]:
-    """Whether vLLM serves the adapter of a plan, and a remark, see `served.remark`."""
-    model = plan.model.get_base_model()
-    return served.remark(load.load_config(plan.config.model), type(model).__name__, parameters.layers_of(plan.model))
 
 
 def _check_start(plan: Plan) -> None:
@@ -195,10 +189,10 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
     plan.datasets.tokenizer.save_pretrained(staging)
     (staging / "run.yaml").write_text(config.dump(plan.config), encoding="utf-8")
     prompt, known = card.example_prompt(rows.train), not [*parameters.layers_unknown_to_llama_cpp(plan.model)]
+    loader, quantized = checks.auto_class(plan.base.config).__name__, plan.base.quantized
+    use = partial(clients.sections, loader=loader, quantized=quantized, in_vllm=plan.servers["vllm"])
     lines = card.CardLines(
-        use=clients.sections(
-            plan.config, name, prompt, are_layers_known=known, quantized=plan.base.quantized, vllm=in_vllm(plan)
-        ),
+        use=use(plan.config, name, prompt, are_layers_known=known),
         gain=str(trained.gain),
         forgetting=str(trained.forgetting or ""),
         unrelated=str(trained.unrelated),

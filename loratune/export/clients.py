@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loratune import config
 from loratune.codes import Code
 from loratune.config import RunConfig
 from loratune.errors import ConfigError, Problem, install, missing_package
 from loratune.text import code_block, code_span, is_printable_line, one_line, shell_word
+
+if TYPE_CHECKING:
+    from loratune.lora.served import Served
 
 Arguments = Mapping[str, Any]
 _NONE: Arguments = MappingProxyType({})
@@ -31,6 +34,8 @@ _QUANTIZATION_CODE = {
 }
 
 
+LOADER = "AutoModelForCausalLM"
+"""The class of transformers that loads language models."""
 LLAMA_CPP, VLLM = "xllamacpp", "vllm"
 """The packages that run llama.cpp and vLLM."""
 
@@ -178,8 +183,9 @@ def sections(
     prompt: str,
     *,
     are_layers_known: bool,
+    loader: str = LOADER,
     quantized: str | None = None,
-    vllm: tuple[bool, str] = (True, ""),
+    in_vllm: "Served | str | None" = None,
 ) -> str:
     """The section of a model card on how to use an adapter, with the programs that support it.
 
@@ -188,17 +194,18 @@ def sections(
         name: The name of the adapter directory.
         prompt: An example prompt, quoted for a shell.
         are_layers_known: Whether llama.cpp supports adapters for the adapted kinds of layers.
-        vllm: Whether vLLM does, and a remark if it needs an export, see `served.remark`.
+        loader: The class of transformers that loads the base.
         quantized: The method by which the files of the base hold it quantized.
+        in_vllm: What vLLM does with the adapter, see `served.servers`; None: it applies it unchanged.
     """
     command = code_span(f"loratune generate --adapter {shell_word(name)} {prompt}")
-    blocks = [f"{code_block(_peft(run, name), 'python')}\n\nor {command}"]
+    blocks = [f"{code_block(_peft(run, name, loader), 'python')}\n\nor {command}"]
     if quantized:
         text = f"The files of the base are quantized ({quantized}). Where transformers cannot load them, use "
         blocks[0] += f"\n\n{text}{code_span(f'loratune merge --adapter {shell_word(name)} --output MODEL')} instead."
     if are_layers_known and config.is_plain(run.lora):
-        if run.model.gguf_file is None and vllm[0]:
-            exported = not config.has_one_scale(run.lora) or bool(vllm[1])
+        if run.model.gguf_file is None and not isinstance(in_vllm, str):
+            exported = not config.has_one_scale(run.lora) or (in_vllm is not None and in_vllm.is_renamed)
             blocks.append(f"In vLLM:\n\n{_shell_block(_vllm(run, name, exported=exported))}")
         base = "" if run.model.gguf_file else ", where `BASE.gguf` is the base as a GGUF file"
         blocks.append(f"In llama.cpp{base}:\n\n{_shell_block(_llama_cpp(run, name))}")
@@ -227,26 +234,27 @@ def _llama_cpp(run: RunConfig, name: str) -> Iterator[str]:
     yield llama_server(file, base, chat=run.data.chat_template is not None, arguments=arguments)
 
 
-def _peft(run: RunConfig, name: str) -> str:
-    """Python code that loads base, adapter and tokenizer. Only the base of a GGUF file is not loaded by PEFT."""
-    base, name, classes, lines = run.model, _quoted(name), "AutoTokenizer", [""]
+def _peft(run: RunConfig, name: str, loader: str) -> str:
+    """Python code that loads base, adapter and tokenizer. PEFT loads a base by itself if it is a language model.
+
+    loader: The class of transformers that loads the base.
+    """
+    base, name, classes, lines, options = run.model, _quoted(name), ["AutoTokenizer"], [""], list[str]()
     if base.gguf_file is not None:
-        loader, classes = "PeftModel", "AutoModelForCausalLM, AutoTokenizer, GgufConfig"
-        lines += [
-            "base = AutoModelForCausalLM.from_pretrained(",
-            f"    {_quoted(base.name_or_path)},",
-            f"    gguf_file={_quoted(base.gguf_file)},",
-            "    quantization_config=GgufConfig(dequantize=True),",
-            ")",
-            f"model = PeftModel.from_pretrained(base, {name})",
-        ]
+        classes.append("GgufConfig")
+        options = [f"gguf_file={_quoted(base.gguf_file)}", "quantization_config=GgufConfig(dequantize=True)"]
+    elif base.quantization != "none":
+        classes.append("BitsAndBytesConfig")
+        lines.append(f"quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base.quantization]})")
+        options = ["quantization_config=quantization"]
+    if base.gguf_file is None and loader == LOADER:
+        peft = "AutoPeftModelForCausalLM"
+        lines.append(f"model = {peft}.from_pretrained({', '.join([name, *options])})")
     else:
-        loader, option = "AutoPeftModelForCausalLM", ""
-        if base.quantization != "none":
-            classes, option = "AutoTokenizer, BitsAndBytesConfig", ", quantization_config=quantization"
-            lines.append(f"quantization = BitsAndBytesConfig({_QUANTIZATION_CODE[base.quantization]})")
-        lines.append(f"model = AutoPeftModelForCausalLM.from_pretrained({name}{option})")
-    imports = [f"from peft import {loader}", f"from transformers import {classes}"]
+        peft, given = "PeftModel", [f"    {option}," for option in (_quoted(base.name_or_path), *options)]
+        lines += [f"base = {loader}.from_pretrained(", *given, ")", f"model = PeftModel.from_pretrained(base, {name})"]
+        classes.append(loader)
+    imports = [f"from peft import {peft}", f"from transformers import {', '.join(sorted(classes))}"]
     lines.append(f"tokenizer = AutoTokenizer.from_pretrained({name})")
     if run.data.chat_template_kwargs:
         values = ", ".join(f"{key}={value!r}" for key, value in run.data.chat_template_kwargs.items())

@@ -16,13 +16,13 @@ from torch import Tensor
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
 from loratune.export.clients import CLIENTS
-from loratune.export.served import reads_stacked_experts
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_config import factors_in
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.merging import PlainAdapter, by_expert
 from loratune.lora.module_names import WRAPPER_PREFIX, join_first, last, parent
 from loratune.lora.parameters import wrapped_parameters
+from loratune.lora.served import reads_stacked_experts
 from loratune.lora.tensors import PARAMETERS, Weights
 from loratune.model.upstream import CheckpointLayout
 

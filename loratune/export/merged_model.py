@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from loratune import memory
 from loratune.adapter import loading
@@ -17,7 +17,7 @@ from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge, name_of
-from loratune.model import load, tensor_files
+from loratune.model import checks, load, tensor_files
 from loratune.model.quantization import remove_record
 from loratune.model.source import local_or_hub
 from loratune.model.upstream import quiet_transformers
@@ -144,9 +144,9 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     adapter = [logits(loaded.model, text) for text in ids]
     with loaded.without_adapter():
         base = [logits(loaded.model, text) for text in ids]
+    loader, attention = checks.auto_class(loaded.model.config), source.base.attn_implementation
     del loaded
-    attention = source.base.attn_implementation
-    merged = AutoModelForCausalLM.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
+    merged = loader.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
     merged = merged.eval().to(device)
     found = [logits(merged, text) for text in ids]
     return {

@@ -12,7 +12,13 @@ import torch
 from huggingface_hub import errors, hf_hub_download
 from jinja2 import TemplateSyntaxError
 from safetensors import SafetensorError, safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 
 from loratune.codes import Code
 from loratune.config import ModelSection
@@ -91,7 +97,7 @@ def check_decoder(config: Any, section: ModelSection) -> None:
         ModelError: It is not.
     """
     architectures = [*map(str, config.architectures or [])]
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or section.trust_remote_code
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or has_images(config) or section.trust_remote_code
     other_head = architectures and not any(
         name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures
     )
@@ -100,6 +106,45 @@ def check_decoder(config: Any, section: ModelSection) -> None:
         what = f"{', '.join(architectures) or config.model_type} (model type {config.model_type}) is {kind}"
         fix = "loratune adapts decoder-only language models"
         raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=fix))
+
+
+def has_images(config: Any) -> bool:
+    """Whether transformers loads a configuration only as a model of text and images, of which text passes a part."""
+    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that loads a base with this configuration."""
+    return AutoModelForImageTextToText if has_images(config) else AutoModelForCausalLM
+
+
+_ROUNDING = 0.05
+"""By how much of their spread logits may differ by rounding."""
+
+
+def check_text(model: PreTrainedModel, name: str) -> None:
+    """Check that a model of text and images computes causal logits of text alone, in training too.
+
+    Raises:
+        ModelError: It does not.
+    """
+    weight = model.get_input_embeddings().weight
+    if not has_images(model.config) or not weight.numel():  # DeepSpeed keeps the weights elsewhere
+        return
+    ids = torch.ones(2, 8, dtype=torch.long, device=weight.device)
+    ids[1, -1] = 2
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        is_causal = float((one - other).abs().max()) <= _ROUNDING * float(one.std())
+        reason = "" if is_causal else "what it predicts depends on later tokens"
+    except Exception as error:  # whatever a model does that expects an image
+        reason = summary(error)
+    model.eval()
+    if reason:
+        what, fix = f"{type(model).__name__} cannot be trained on text alone: {reason}", "use a language model"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, fix=fix))
 
 
 # --- Weights

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -141,6 +140,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     before.check_unchanged()
     model.name_or_path = model.config.name_or_path = source.name
     checks.check_complete(model, info, section.name_or_path)
+    checks.check_text(model, section.name_or_path)
     for module in model.modules():
         upstream.keep_4bit_backward(module)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
@@ -154,7 +154,7 @@ def _loader(section: ModelSection, source: ModelSource, config: Any) -> tuple[Ca
     """
     if packed_format(record_of(config.to_dict()), section.name_or_path) is None:
         origin = {"pretrained_model_name_or_path": source.name, **source.gguf_unless(), **_trusted_origin(section)}
-        return AutoModelForCausalLM.from_pretrained, config, origin
+        return checks.auto_class(config).from_pretrained, config, origin
     try:
         weights: dict[str, Any] = {**tensor_files.release_tensors(section, config)}
     except tensor_files.NotStreamableError as reason:
@@ -236,12 +236,13 @@ def build_meta(config: Any, section: ModelSection | None = None) -> PreTrainedMo
             has_code = "AutoModelForCausalLM" in (config.to_dict().get("auto_map") or {})
             is_imported = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING  # by an earlier call
             needs_code = section.trust_remote_code and has_code and not is_imported
-            return AutoModelForCausalLM.from_config(
+            made: PreTrainedModel = checks.auto_class(config).from_config(
                 copy.deepcopy(config),  # transformers sets its dtype
                 trust_remote_code=section.trust_remote_code,
                 dtype=compute_dtype(section),
                 **({"code_revision": section.revision} if needs_code else {}),
             )
+            return made
     except Exception as error:  # values that the configuration accepts may fail wherever a layer first uses them
         raise checks.unreadable("model", section, error) from None
 

@@ -120,7 +120,10 @@ def cached_directory(section: ModelSection) -> Path | None:
     directory, file = Path(local_or_hub(section.name_or_path)), section.gguf_file
     if directory.is_dir():
         return directory
-    cached = try_to_load_from_cache(section.name_or_path, file or "config.json", revision=section.revision)
+    try:
+        cached = try_to_load_from_cache(section.name_or_path, file or "config.json", revision=section.revision)
+    except errors.HFValidationError:  # a path that does not exist
+        return None
     return Path(cached).parents[len(Path(file).parts) - 1 if file else 0] if isinstance(cached, str) else None
 
 

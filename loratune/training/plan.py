@@ -4,7 +4,7 @@ import hashlib
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from loratune.config import AUTO, LoraSection, ModelSection, RunConfig, Training
 from loratune.data.rendering.spans import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import PlanEvent
-from loratune.lora import creation, parameters, tensors
+from loratune.lora import creation, parameters, served, tensors
 from loratune.lora.attach import PeftModel
 from loratune.lora.initialize import START_KEY, start_settings
 from loratune.lora.parameters import Count
@@ -129,6 +129,11 @@ class Plan:
         count, size = len(self.batches.train.items), self.batches.train.size
         return evaluation_steps(training, count, size, self.group.count, trained, tokens)
 
+    @cached_property
+    def servers(self) -> dict[str, served.Served | str]:
+        """The servers that apply the adapter, and those that do not, see `served.servers`."""
+        return served.servers(self.base.config, type(self.base.model).__name__, parameters.layers_of(self.model))
+
     def event(self) -> PlanEvent:
         """The plan as users see it before the first step."""
         examples = [
@@ -170,7 +175,7 @@ class Plan:
             yield f"{evaluations}{kept if evaluations.count > 1 else ''}"
             if training.patience is not None and training.patience + 1 >= evaluations.count:
                 yield f"training.patience: {training.patience} has no effect with so few evaluations"
-        yield from self.notes
+        yield from (*self.notes, *served.remarks(self.servers))
 
     def side_name(self, number: int) -> str:
         """`, chosen` and the like behind the place of a training row that is an answer to be compared; else empty."""

@@ -221,7 +221,7 @@ def _left_out(survey: Survey, targets: Sequence[str]) -> list[str]:
     """Notes on the layers that all-linear leaves out, by reason."""
     parts: dict[str, list[str]] = {}
     for path in survey.linears:
-        if unused := unused_part(path, survey.modules):
+        if unused := unused_part(path, survey):
             parts.setdefault(unused[1], []).append(module_names.pattern(unused[0]))
         elif path in survey.obstacles:
             part = module_names.pattern(chooser(path)) or module_names.short(path)

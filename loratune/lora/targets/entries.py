@@ -52,7 +52,7 @@ class Resolver:
         """
         survey = self.survey
         if isinstance(wanted, str) and wanted.lower() == "all-linear":
-            paths = tuple(path for path in survey.reachable() if not unused_part(path, survey.modules))
+            paths = tuple(path for path in survey.reachable() if not unused_part(path, survey))
             if not paths:
                 what = f"all-linear: {survey.architecture} has no linear layer on which LoRA has an effect"
                 self._refuse(Code.LORA_UNSUPPORTED, what, KEY, "")

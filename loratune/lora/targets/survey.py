@@ -7,9 +7,10 @@ To support a new architecture, add a line to the table `SERVES`.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from loratune.lora import module_names, upstream
@@ -113,6 +114,7 @@ class Survey:
         experts: The raw weights that hold the projections of all experts of a layer.
         raw_attention: Short names of the raw weights in attention.
         obstacles: Path of a linear layer → why an adapter on it has no effect.
+        text: The beginning of the paths in the language model of a model of text and images; empty for other models.
     """
 
     model: nn.Module
@@ -127,6 +129,7 @@ class Survey:
     experts: tuple[str, ...]
     raw_attention: tuple[str, ...]
     obstacles: dict[str, str]
+    text: str
 
     def reachable(self) -> list[str]:
         """The linear layers on which an adapter has an effect."""
@@ -140,14 +143,17 @@ class Survey:
 def take(model: nn.Module) -> Survey:
     """Survey a model, which may be on the meta device."""
     modules = {path: module for path, module in model.named_modules() if path}
-    architecture, output = type(model).__name__, None
+    architecture, output, text = type(model).__name__, None, ""
     if isinstance(model, PreTrainedModel):
         architecture, output = model.config.model_type, model.get_output_embeddings()
+        if type(model.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            decoder = model.get_decoder()
+            text = next((f"{path}." for path, module in modules.items() if module is decoder), "")
     linears = tuple(p for p, part in modules.items() if isinstance(part, nn.Linear | Conv1D) and part is not output)
     serves: dict[str, str] = {}
     layers: dict[str, list[str]] = {}
     for path in linears:
-        service = _service(path, modules)
+        service = _service(path, modules) if path.startswith(text) else None
         if service:
             attention, serves[path] = service
             layers.setdefault(module_names.layer_of(attention), []).append(path)
@@ -159,7 +165,7 @@ def take(model: nn.Module) -> Survey:
     experts = tuple(name for name in raw if _holds_experts(name, parameters[name], modules))
     return Survey(
         model, architecture, modules, linears, serves, layers, mixers,
-        parameters, tuple(raw), experts, short_names(in_attention), obstacles,
+        parameters, tuple(raw), experts, short_names(in_attention), obstacles, text,
     )  # fmt: skip
 
 
@@ -287,14 +293,17 @@ def chooser(path: str) -> str:
     return match.group() if match else ""
 
 
-def unused_part(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str] | None:
+def unused_part(path: str, survey: Survey) -> tuple[str, str] | None:
     """The enclosing part of a linear layer, and why text would not train an adapter there; None if it would."""
     if match := _ONE_OF_MANY.match(path):
         return match.group(), "one of many is in use"
     parts = path.split(".")
-    ancestors = (type(modules.get(".".join(parts[:end]))).__name__ for end in range(1, len(parts)))
+    ancestors = (type(survey.modules.get(".".join(parts[:end]))).__name__ for end in range(1, len(parts)))
     match = _OFF_TEXT.match(path)
     part = next((kind for kind in ancestors if _OFF_TEXT_LAYER.search(kind)), match.group() if match else "")
+    if not part and not path.startswith(survey.text):
+        shared = takewhile(lambda pair: pair[0] == pair[1], zip(parts, survey.text.split("."), strict=False))
+        part = ".".join(parts[: len([*shared]) + 1])
     return (part, "text does not pass there") if part else None
 
 
@@ -321,6 +330,6 @@ def parameter_obstacle(survey: Survey, name: str) -> str:
         return "PEFT adds the update of a single expert the wrong way round"
     if kind in _NOT_WRAPPED:
         return f"a {kind} is not called as PEFT's wrapper around it could be"
-    if unused := unused_part(name, survey.modules):
+    if unused := unused_part(name, survey):
         return unused[1]
     return "it chooses by rank, and no gradient passes a choice" if chooser(name) else ""

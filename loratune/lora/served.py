@@ -9,7 +9,7 @@ that keys may address, as `scripts/record_servers.py` reads them from the source
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +34,8 @@ _PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 _SUFFIX = ".lora_A.weight"
 _STACKED = (".experts", ".experts.base_layer")
 """The ends of paths of stacked experts."""
+_PARAMETERS = tuple(f".experts.{name}_proj" for name in ("gate_up", "up", "down"))
+"""The ends of names of their parameters, which `export.experts` names as a class reads them."""
 
 
 @dataclass(frozen=True)
@@ -95,33 +97,47 @@ def names_for(client: str, config: Any, own: str, paths: Iterable[str], where: s
             recorded and differ from ours.
     """
     name, paths, server = str((config.architectures or [own])[0]), tuple(paths), SERVERS[client]
-    is_own = name == own
-    entries = _table()[client]["classes"].get(name)
-    if entries is None and is_own:
+    is_own, newest = name == own, len(releases(client)) - 1
+    entry = _entry(client, name, config, newest)
+    if not entry and is_own:
         return Served(client, name, {path: path for path in paths}, "")
-    if entries is None or not {"modules", "own"} & entries[-1].keys():
-        known = "calls its modules by names that are not recorded" if entries is None else "does not serve it with LoRA"
+    if not {"modules", "own"} & entry.keys():
+        known = "does not serve it with LoRA" if entry else "calls its modules by names that are not recorded"
         raise _unserved(f"for this base {server} loads {name}, and {known}", where)
     spellings = [{path: _spelled(path, prefix) for path in paths} for prefix in _PREFIXES]
     spellings.insert(0 if is_own else 3, {path: path for path in paths})
-    found = [(_since(client, entries, spelling.values(), config), spelling) for spelling in spellings]
+    entries = [_entry(client, name, config, number) for number in range(newest + 1)]
+    found = [(_since(client, entries, spelling.values()), spelling) for spelling in spellings]
     applied = [(number, spelling) for number, spelling in found if number is not None]
     if not applied:
-        missing = [path for path in paths if not any(_applies(client, entries[-1], s[path], config) for s in spellings)]
+        missing = [path for path in paths if not any(_applies(client, entry, one[path]) for one in spellings)]
         what = f"in {server}, {name} has no {join_first(missing or list(paths), 3)}, and keys for it would be ignored"
         raise _unserved(what, where)
     number, spelling = min(applied, key=lambda pair: pair[0])
-    return Served(client, name, spelling, str(entries[number]["since"]))
+    return Served(client, name, spelling, releases(client)[number])
 
 
-def remark(config: Any, own: str, paths: Iterable[str]) -> tuple[bool, str]:
-    """Whether vLLM serves adapters of some modules, and what the user has to know. Arguments as in `names_for`."""
-    try:
-        found = names_for("vllm", config, own, paths, "")
-    except AdapterError as error:
-        return False, f"vLLM will not apply this adapter: {error.problems[0].what}"
-    text = f"vLLM loads this base as {found.architecture}, with other module names: serve an `export --to vllm`"
-    return True, text if found.is_renamed else ""
+def servers(config: Any, own: str, paths: Iterable[str]) -> dict[str, Served | str]:
+    """Each client of `SERVERS` → the names of some modules there, or why it does not apply them all.
+
+    Arguments as in `names_for`.
+    """
+    found: dict[str, Served | str] = {}
+    for client in SERVERS:
+        try:
+            found[client] = names_for(client, config, own, paths, "")
+        except AdapterError as error:
+            found[client] = error.problems[0].what
+    return found
+
+
+def remarks(found: Mapping[str, Served | str]) -> Iterator[str]:
+    """What the user has to know of servers, as `servers` gives them, before an adapter is trained."""
+    for client, one in found.items():
+        if isinstance(one, str):
+            yield f"{SERVERS[client]} is not known to apply this adapter: {one}"
+        elif one.is_renamed and client == "vllm":  # SGLang compares only the last parts of names
+            yield f"vLLM loads this base as {one.architecture}, with other module names: serve an `export --to vllm`"
 
 
 def _unserved(what: str, where: str) -> AdapterError:
@@ -134,45 +150,56 @@ def _spelled(path: str, prefix: str) -> str:
     return re.sub(_OUTER, prefix, path)
 
 
-def _since(client: str, entries: list[dict[str, Any]], names: Iterable[str], config: Any) -> int | None:
-    """The first of the newest entries of a class that apply all names; None if the newest does not."""
-    names, first = tuple(names), None
+def _entry(client: str, name: str, config: Any, number: int) -> dict[str, Any]:
+    """What is recorded of a class in a release, by the number of the release; empty if there is nothing.
+
+    With the names inside a language model whose class follows from the configuration of the base.
+    """
+    entry = _recorded(client, name, number)
+    if "text" not in entry:
+        return entry
+    text = config.get_text_config()
+    inner = (text.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)])[0]
+    modules = _recorded(client, str(inner), number).get("modules", ())
+    return entry | {"modules": [*entry["modules"], *(f"{entry['text']}.{module}" for module in modules)]}
+
+
+def _recorded(client: str, name: str, number: int) -> dict[str, Any]:
+    entries, known = _table()[client]["classes"].get(name, ()), releases(client)[: number + 1]
+    return next((entry for entry in reversed(entries) if entry["since"] in known), {})
+
+
+def _since(client: str, entries: Sequence[Mapping[str, Any]], names: Iterable[str]) -> int | None:
+    """The first of the newest releases that apply all names; None if the newest does not. entries: of each release."""
+    kinds, first = {pattern(name): name for name in names}.values(), None
     for number in reversed(range(len(entries))):
-        if not all(_applies(client, entries[number], name, config) for name in names):
+        if not all(_applies(client, entries[number], name) for name in kinds):
             break
         first = number
     return first
 
 
-def _applies(client: str, entry: Mapping[str, Any], name: str, config: Any) -> bool:
+def _applies(client: str, entry: Mapping[str, Any], name: str) -> bool:
     """Whether a server applies a key of this name. An entry with `own` stands for the class of transformers itself."""
     if "modules" not in entry:
         return "own" in entry and name.startswith("model.") and ".language_model." not in name
-    modules = {*entry["modules"], *_of_text(client, entry, config)}
+    if name.endswith(_PARAMETERS):
+        return any(".experts" in module for module in entry["modules"])
     if client == "sglang":
-        return last(name) in map(last, modules)
+        return last(name) in map(last, entry["modules"])
     if name.endswith(_STACKED) and not _has_stacked_experts(entry):
         return False
     name = pattern(_renamed(name + _SUFFIX, entry.get("rename", {})).removesuffix(_SUFFIX))
-    return name in modules or bool(re.sub(r"\.experts\..*", ".experts", name) in modules)
+    return name in entry["modules"] or re.sub(r"\.experts\..*", ".experts", name) in entry["modules"]
 
 
 def reads_stacked_experts(architecture: str) -> bool:
     """Whether the newest recorded release of vLLM reads A and B of experts of a class as PEFT stores them."""
-    return any(map(_has_stacked_experts, _table()["vllm"]["classes"].get(architecture, [])[-1:]))
+    return _has_stacked_experts(_recorded("vllm", architecture, len(releases("vllm")) - 1))
 
 
 def _has_stacked_experts(entry: Mapping[str, Any]) -> bool:
     return entry.get("experts") == "3d"
-
-
-def _of_text(client: str, entry: Mapping[str, Any], config: Any) -> Iterator[str]:
-    """The names inside a language model whose class follows from the configuration of the base."""
-    if "text" in entry:
-        text = config.get_text_config()
-        name = (text.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(text.model_type)])[0]
-        for inner in _table()[client]["classes"].get(name, [])[-1:]:
-            yield from (f"{entry['text']}.{module}" for module in inner["modules"])
 
 
 def _renamed(key: str, renames: Mapping[str, Mapping[str, str]]) -> str:
