@@ -119,6 +119,32 @@ def test_packs_are_distributed_among_processes(
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
+@pytest.mark.parametrize(("packing", "sizes"), [("none", (8, 4)), pytest.param("full", (2, 1), marks=SLOW)])
+def test_blocks_are_distributed_among_processes(
+    packing: str, sizes: tuple[int, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Documents of one to six blocks: the same steps, and the same scores of whole documents, which processes share."""
+    texts = [{"text": f"{number} and " * (11 * number % 29 + 1)} for number in range(24)]
+    data = {"train": str(write_rows(tmp_path / "texts.jsonl", texts)), "packing": packing, **EVALUATED}
+    data |= {"max_length": 40, "stride": 8, "test": str(write_rows(tmp_path / "test.jsonl", texts[5:8]))}
+    config = run_config(data=data, training={"num_train_epochs": 2, "eval_steps": 4})
+    alone, two = (
+        trained(processes, config, tmp_path / f"{count}", count, *shared(size))
+        for count, size in zip((1, 2), sizes, strict=True)
+    )
+    same(two, alone)
+    assert alone["splits"] == two["splits"] and alone["splits"]["train"]["blocks"] > alone["splits"]["train"]["rows"]
+    for name in ("held_out_loss", "held_out_interval", "test", "gain"):
+        assert approximately(two["metrics"][name]) == approximately(alone["metrics"][name])
+    tensors, expected = (load_file(tmp_path / name / WEIGHTS) for name in ("2", "1"))
+    assert all((tensors[name] - expected[name]).abs().max() < 1e-4 for name in expected)
+
+
+def approximately(value: Any) -> Any:
+    """A record with its floats rounded to four digits."""
+    return json.loads(json.dumps(value), parse_float=lambda text: round(float(text), 4))
+
+
 @pytest.mark.parametrize("objective", [pytest.param("dpo", marks=SLOW), "kto"])
 def test_preference_rows_are_distributed_among_processes(
     objective: str, processes: ForkServer, run_config: MakeConfig, tmp_path: Path
