@@ -94,8 +94,6 @@ UNREAD = {"SmolLM3", "Mistral-Nemo"}
 
 def refusal(name: str, number: int, chat: str) -> Code | None:
     """Why a conversation cannot be trained with a template; without its reasoning it can."""
-    if chat == "a tool" and name == "Gemma 4":  # it writes the call and its result as one turn
-        return Code.TEMPLATE_ANSWER
     if chat == "a tool" and name in WITHOUT_TOOLS:
         return Code.TEMPLATE_OMITS
     if chat == "in the content" and (name, number) == ("SmolLM3", 1):

@@ -46,6 +46,13 @@ _TOOL = {
         "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}},
     },
 }
+_CALL = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {"type": "function", "id": "abc123XYZ", "function": {"name": "loratune_tool", "arguments": {"x": "1"}}}
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -279,6 +286,8 @@ class ChatTemplate:
         for number, end in zip(answers[1:], ends[1:], strict=True):
             token = self._special_token_at_end(text[content_ends[number] : end]) if end is not None else ""
             tokens += [token] if token not in closing else []
+        if (calls := self._probe([_QUESTION, _CALL], tools=(_TOOL,))) is not None:
+            tokens.append(self._special_token_at_end(calls.text.rstrip()))  # Gemma 4 ends calls with another token
         return tuple(dict.fromkeys(filter(None, tokens)))
 
     def _special_token_at_end(self, text: str) -> str:

@@ -345,6 +345,10 @@ class _TurnFinder:
         if (end := self._template.turn_end(self._rendered, number, start)) is not None:
             return end
         if number < len(self._chat.messages) - 1:
+            # Gemma 4 writes calls and their results as one turn: what the model writes ends as the calls alone do.
+            alone = self._template.text(self._chat.first(number + 1)).rstrip()
+            if self._chat.messages[number].get("tool_calls") and self._rendered.text.startswith(alone):
+                return len(alone)
             raise self._hidden(number)
         return self._template.last_end(self._rendered.text, start)
 
