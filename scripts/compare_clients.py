@@ -3,7 +3,8 @@
     python scripts/compare_clients.py [FOLDER] [--families llama,phi3] [--vllm PYTHON]
 
 Bases are random, of each family's own class, with the tokenizer of SmolLM2; adapters are random too, and large enough
-to change what the base says. `merge` and `export` write, read back and compare, and their figures are the table's.
+to change what the base says. `merge` and `export` write, read back and compare, and their figures are the table's. For
+models of text and images, the export for a server is also read by transformers' class of the whole model.
 llama.cpp needs `pip install 'loratune[llama-cpp]'`, and vLLM an environment of its own, whose Python `--vllm` names and
 `scripts/check_vllm.py` makes. What a client refuses is shown by the code of the error.
 """
@@ -19,13 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from families import small_config
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, PreTrainedModel
 
 from loratune.cli import app
 from loratune.console import print_lines
 from loratune.errors import LoratuneError
 from loratune.export import gguf
+from loratune.model import checks
 from loratune.text import table as table_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,6 +66,13 @@ MIXTURES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 FAMILIES |= MIXTURES
+WRAPPED: dict[str, dict[str, Any]] = {
+    "qwen3_5": {}, "qwen3_5_moe": {}, "gemma3": {}, "gemma3n": {}, "gemma4": {"per_layer_config": {}}, "mistral3": {},
+    "qwen3_vl": {},
+}  # fmt: skip
+"""Models of text and images, with changes of the sizes of their language models in `families.small_config`."""
+TEXT = r"(?!.*(vision|visual|audio|image)).*\.({})"
+"""Targets of a model of text and images: those in its language model."""
 TARGETS = {
     "phi3": ["qkv_proj", "o_proj"], "gpt2": ["c_attn", "c_proj"], "gpt_neox": ["query_key_value", "dense"],
     "deepseek_v3": ["o_proj"],
@@ -83,12 +93,17 @@ def write(folder: Path, family: str, variant: str) -> Path:
     base = folder / "base"
     if not base.exists():
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **FAMILIES[family])
-        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        if family in WRAPPED:
+            config = small_config(family, 128, vocab_size=len(tokenizer), **WRAPPED[family])
+            AutoModelForImageTextToText.from_config(config).save_pretrained(base)
+        else:
+            config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **FAMILIES[family])
+            AutoModelForCausalLM.from_config(config).save_pretrained(base)
         tokenizer.save_pretrained(base)
     targets = TARGETS.get(family, ["q_proj", "v_proj", "o_proj"])
-    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets, **VARIANTS[variant])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    chosen = TEXT.format("|".join(targets)) if family in WRAPPED else targets
+    settings = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=chosen, **VARIANTS[variant])
+    model = get_peft_model(ours(base), settings)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -102,6 +117,13 @@ def write(folder: Path, family: str, variant: str) -> Path:
             f"model: {{name_or_path: {base}, quantization: 4bit}}\ndata: {{train: rows.jsonl}}\noutput_dir: {adapter}\n"
         )
     return adapter
+
+
+def ours(base: Path) -> PreTrainedModel:
+    """The base as loratune loads it."""
+    loader = checks.auto_class(AutoConfig.from_pretrained(base))
+    model: PreTrainedModel = loader.from_pretrained(base, dtype=torch.float32)
+    return model
 
 
 def run(*arguments: object) -> tuple[int, Any]:
@@ -138,6 +160,24 @@ def of_peft(adapter: Path, out: Path) -> str:
     )
 
 
+@torch.inference_mode()
+def of_wrapper(adapter: Path, out: Path) -> str:
+    """The adapter exported for a server, in transformers' class of text and images, which the server loads too."""
+    for client in ("vllm", "sglang", "peft"):  # the first that serves it
+        code, said = run("export", "--adapter", adapter, "--to", client, "--output", out, "--no-verify")
+        if not code:
+            break
+    else:
+        return f"refused: {said}"
+    base, ids = adapter.with_name("base"), torch.arange(100, 164)[None]
+    whole = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+    alone = whole(input_ids=ids).logits
+    expected = PeftModel.from_pretrained(ours(base), adapter).eval()(input_ids=ids).logits
+    found = PeftModel.from_pretrained(whole, out).eval()(input_ids=ids).logits
+    difference, effect = ((expected - other).abs().max() / expected.abs().max() for other in (found, alone))
+    return f"{difference:.0e}, base {effect:.1f} ({client})"
+
+
 def base_gguf(base: Path) -> tuple[object, ...]:
     """The option that names the base as a GGUF file, with the tokenizer of SmolLM2's own; empty if there is none."""
     file, tokenizer = base.with_name("base.gguf"), next(GGUF.glob("*.gguf"), None)
@@ -170,11 +210,13 @@ def of_vllm(adapter: Path, out: Path, python: Path) -> str:
 def rows(folder: Path, families: list[str], variants: list[str], python: Path | None) -> Iterator[list[str]]:
     """The table's rows: one for each family and variant."""
     for family in families:
-        for variant in (one for one in variants if one != "experts" or family in MIXTURES):
+        for variant in (one for one in variants if one != "experts" or family in (*MIXTURES, "qwen3_5_moe")):
             place = folder / family
             adapter = write(place, family, variant)
-            out = {name: place / f"{adapter.name}.{name}" for name in ("merged", "plain", "gguf", "whole", "served")}
+            names = ("merged", "plain", "wrapped", "gguf", "whole", "served")
+            out = {name: place / f"{adapter.name}.{name}" for name in names}
             cells = [of_transformers(adapter, out["merged"]), of_peft(adapter, out["plain"])]
+            cells.append(of_wrapper(adapter, out["wrapped"]) if family in WRAPPED else "-")
             cells += [of_llama_cpp(adapter, out["gguf"]), of_llama_cpp(adapter, out["whole"], "--merged", "f32")]
             cells.append(of_vllm(adapter, out["served"], python) if python else "-")
             print(family, variant, *cells, sep=" | ", flush=True)
@@ -185,14 +227,15 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
-    parser.add_argument("--families", default=",".join(FAMILIES))
+    parser.add_argument("--families", default=",".join([*FAMILIES, *WRAPPED]))
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--vllm", type=Path, metavar="PYTHON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
         table = list(rows(folder, options.families.split(","), options.variants.split(","), options.vllm))
-    head = ["family", "variant", "transformers (merged)", "PEFT (plain)", "llama.cpp", "llama.cpp (merged)", "vLLM"]
+    head = ["family", "variant", "transformers (merged)", "PEFT (plain)", "transformers' wrapper"]
+    head += ["llama.cpp", "llama.cpp (merged)", "vLLM"]
     print_lines(table_lines(head, table))
 
 
