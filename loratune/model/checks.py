@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -109,8 +110,11 @@ def check_decoder(config: Any, section: ModelSection) -> None:
 
 
 def has_images(config: Any) -> bool:
-    """Whether transformers loads a configuration only as a model of text and images, of which text passes a part."""
-    return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    """Whether transformers loads a configuration only as a model of text and images, which computes text alone too."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return False
+    arguments = signature(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].forward).parameters.values()
+    return {one.name for one in arguments if one.default is one.empty} <= {"self", "input_ids", "kwargs"}
 
 
 def auto_class(config: Any) -> Any:
