@@ -349,6 +349,7 @@ def test_choices_that_depend_on_the_number_of_rows() -> None:
     assert [init_start.validation(rows) for rows in (49, 50, 500, 700, 4_000, 100_000)] == [
         None, 0.2, 0.2, 0.14, 0.1, 0.005,
     ]  # fmt: skip
+    assert [init_start.validation(rows, blocks=454) for rows in (4, 5, 30)] == [None, 0.2, 0.2]  # few long texts
     assert [auto.rows_per_step(rows) for rows in (10, 1_600, 5_000, 10**6)] == [8, 8, 16, 32]
 
 

@@ -216,6 +216,15 @@ def test_unsupported_quantization_is_refused_by_its_configuration(
     assert named in ran.err and "release that is not quantized" in ran.err
 
 
+def test_quantization_without_a_backward_is_refused_by_its_configuration(
+    release: Callable[[str], Release], tmp_path: Path, cli: Cli
+) -> None:
+    shutil.copytree(release("fp8").path, path := tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    configure(path, quantization_config={"quant_method": "bitnet"})
+    ran = cli("params", "--model", path)
+    assert ran.code == 3 and "a base quantized with bitnet cannot be trained" in ran.err
+
+
 def without(end: str) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors[next(name for name in tensors if name.endswith(end))]

@@ -99,7 +99,14 @@ def test_generate_and_chat_render_as_training(trained: tuple[Path, Ran], cli: Cl
     ran = cli("generate", "--adapter", path, "--input", rows, "--output", "-", "--max-new-tokens", 1)
     assert ran.code == 0, ran.err
     alone = cli("chat", "--adapter", path, "--max-new-tokens", 1, stdin="1:")
-    assert alone.out.strip() == json.loads(ran.out.splitlines()[0])["completion"].strip()
+    first, second = (json.loads(line)["completion"].strip() for line in ran.out.splitlines())
+    assert alone.out.strip() == first != second
+    switch = ("--set", "data.chat_template_kwargs.enable_thinking=true", "--max-new-tokens", 1)
+    assert cli("chat", "--adapter", path, *switch, stdin="1:").out.strip() == second
+    ran = cli("generate", "--adapter", path, "--input", rows, "--output", "-", *switch)
+    assert [json.loads(line)["completion"].strip() for line in ran.out.splitlines()] == [second, second]
+    ran = cli("generate", "--adapter", path, "1:", "--set", "training.seed=1")
+    assert ran.code == 2 and "set keys of data.* only" in ran.err
 
 
 def test_the_modelfile_has_the_arguments(trained: tuple[Path, Ran], tokenizer: PreTrainedTokenizerFast) -> None:

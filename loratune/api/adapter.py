@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, get_args
 
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, SamplingOptions
-from loratune.api import MergedDtype, Overrides, Rows, StrPath, assignments, libraries
+from loratune.api import MergedDtype, Overrides, Rows, StrPath, libraries
 from loratune.api.adapters import (
     Adapters,
     check_metrics,
@@ -59,8 +59,8 @@ class Adapter(Adapters):
             AdapterError: It is not an adapter directory, or its files have changed since they were saved.
             ConfigError: A value is not valid.
         """
-        super().__init__({UNNAMED: path}, scale=scale, force=force)
-        self.path, self._overrides = Path(path), assignments(overrides)
+        super().__init__({UNNAMED: path}, scale=scale, force=force, overrides=overrides)
+        self.path = Path(path)
         self.open()
 
     @classmethod
@@ -68,7 +68,7 @@ class Adapter(Adapters):
         """The adapter of a directory that another process may still be writing. It is opened on first use."""
         adapter = cls.__new__(cls)
         Adapters.__init__(adapter, {UNNAMED: path})
-        adapter.path, adapter._overrides = Path(path), []
+        adapter.path = Path(path)
         return adapter
 
     @cached_property
@@ -243,6 +243,8 @@ class Adapter(Adapters):
             unrelated = self._unrelated(forgetting) if forgetting is not None else None
             options: dict[str, Any] = {"judging": Judging(parsed), "forgetting": unrelated}
             found = evaluate.evaluate_scales(self._directory, split, scales, self._loaded.default, **options)
+            for line in next(iter(found.comparisons.values())).remarks:
+                note(line)
             emit(FinishedEvent(found))
             return found
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Literal
 from loratune.adapter import options
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import UNNAMED, Sampling, Selection
-from loratune.api import Rows, StrPath, libraries
+from loratune.api import Overrides, Rows, StrPath, assignments, libraries
 from loratune.codes import Code
 from loratune.config import DataSection, Source
 from loratune.config.sections import WEIGHT
@@ -56,6 +56,7 @@ class Adapters:
         mix: Mapping[str, float] | str | None = None,
         scale: float = 1.0,
         force: bool = False,
+        overrides: Overrides = (),
     ):
         """Name the adapters.
 
@@ -66,6 +67,7 @@ class Adapters:
                 `sql:0.7,tone:0.3`.
             scale: A number from 0 to 2 that their updates are multiplied by: 0 gives the base.
             force: Accept edited files and another base.
+            overrides: Overrides of their data settings, such as the arguments of the chat template.
 
         Raises:
             ConfigError: A name is not valid, unknown or repeated; a weight is not a finite number; the scale is out of
@@ -79,12 +81,15 @@ class Adapters:
             if isinstance(adapters, Mapping):
                 adapters = [f"{name}={fspath(path)}" for name, path in adapters.items()]
             self._selection = options.parse_selection(adapters, use, mix)
-        self._force, self.scale = force, checked_scale(scale)
+        self._force, self.scale, self._overrides = force, checked_scale(scale), assignments(overrides)
         self.paths: Mapping[str, Path] = self._selection.directories
 
     @cached_property
     def _opened(self) -> Mapping[str, AdapterDirectory]:
-        found = {name: AdapterDirectory.open(path, forced=self._force) for name, path in self.paths.items()}
+        found = {
+            name: AdapterDirectory.open(path, forced=self._force, assignments=self._overrides)
+            for name, path in self.paths.items()
+        }
         return {name: scaled(one, self.scale) for name, one in found.items()}
 
     def open(self) -> list[str]:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from loratune.cli.application import Adapters, AdapterScale, Debug, Force, MaxNewTokens, Temperature, app
+from loratune.cli.application import (
+    Adapters,
+    AdapterScale,
+    DataAssignments,
+    Debug,
+    Force,
+    MaxNewTokens,
+    Temperature,
+    app,
+)
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
 from loratune.console import log, raw_output
@@ -40,6 +49,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     scale: AdapterScale = 1.0,
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -47,7 +57,7 @@ def chat(
     with boundary(debug, memory_fix="free memory, lower --max-new-tokens, or begin anew with /reset"):
         import loratune
 
-        named = loratune.Adapters(adapters, scale=scale, force=force)
+        named = loratune.Adapters(adapters, scale=scale, force=force, overrides=assignments)
         talk = named.chat(system=system, max_new_tokens=max_new_tokens, temperature=temperature)
         log(*talk.notes())
         inputs = (*named.paths.values(), *map(Path, named.open()))

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 import typer
 
 from loratune.api import MergedDtype
-from loratune.cli.application import AdapterPath, AdapterScale, Debug, Force, Json, app, check_paths, show
+from loratune.cli.application import (
+    AdapterPath,
+    AdapterScale,
+    DataAssignments,
+    Debug,
+    Force,
+    Json,
+    app,
+    check_paths,
+    show,
+)
 from loratune.cli.boundary import boundary, stop_error
 from loratune.console import log
 
@@ -55,6 +65,7 @@ def export(
         typer.Option("--vllm-python", metavar="FILE", help="The Python of an environment with vLLM, for --verify."),
     ] = None,
     scale: AdapterScale = 1.0,
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
     overwrite: Overwrite = False,
     as_json: Json = False,
     force: Force = False,
@@ -69,7 +80,7 @@ def export(
 
         client: Any = to
         weights: Any = merged
-        result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force).export(
+        result = loratune.Adapters(adapters, mix=mix, scale=scale, force=force, overrides=assignments).export(
             client, output, merged=weights, llama_cpp=llama_cpp, base_gguf=base_gguf, verify=verify,
             vllm_python=vllm_python, rows=data, overwrite=overwrite,
         )  # fmt: skip

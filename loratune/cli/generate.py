@@ -11,6 +11,7 @@ from loratune.cli.application import (
     STDOUT,
     Adapters,
     AdapterScale,
+    DataAssignments,
     Debug,
     Force,
     MaxNewTokens,
@@ -71,6 +72,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file that --output names.")] = False,
     base: Annotated[bool, typer.Option("--base", help="Also print the base model's answer.")] = False,
     scale: AdapterScale = 1.0,
+    assignments: DataAssignments = [],  # noqa: B006  typer copies it
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -86,7 +88,7 @@ def generate(
 
         sampling = loratune.Sampling(temperature, top_p, top_k, seed, tuple(stop))
         sampling.check()
-        named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force)
+        named = loratune.Adapters(adapters, use=use, mix=mix, scale=scale, force=force, overrides=assignments)
         inputs = (*named.paths.values(), *([source] if source and str(source) != STDOUT else []))
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
         rows = _rows(prompts, source)

@@ -102,8 +102,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     """
     tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
     model_config = load.load_config(run.model)
-    if not (released := tensor_files.notes(run.model, model_config)):
-        quantization.loading_config(run.model, model_config, load.compute_dtype(run.model))
+    released = tensor_files.notes(run.model, model_config)
     checks.check_present(run.model)
     vocabulary, context = model_config.get_text_config().vocab_size, load.context_length(model_config)
     renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
@@ -144,10 +143,11 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     chat = ", through the model's chat template" if rows.train.chat else ""
     count = f"{len(rows.train):,} row{'s' if len(rows.train) > 1 else ''}"
     draft.reasons["data.train"] = f"{count}, {' and '.join(rows.train.formats)}{chat}"
-    held_out = _choose_validation(draft, run, rows)
+    paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
+    blocks = int(rows.all_lengths.sum()) // init_start.BLOCK if split else 0
+    held_out = _choose_validation(draft, run, rows, blocks)
     if "test" in draft.values["data"]:
         draft.reasons["data.test"] = "scored once, at the end"
-    paired, split = rows.rows_per_example > 1, run.data.truncation_of(is_text=rows.is_text) == "split"
     length, why = init_start.max_length(rows.all_lengths, context, paired=paired, split=split)
     drawn = f", among {len(rows.all_lengths):,} that were drawn" if rows.is_sample else ""
     draft.choose("data.max_length", length, why + drawn)
@@ -157,10 +157,10 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
     return held_out
 
 
-def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows) -> int:
+def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, blocks: int) -> int:
     """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
     best = "the step with the lowest loss on them is kept"
-    fraction = run.data.validation if draft.has("data.validation") else init_start.validation(len(rows.train))
+    fraction = run.data.validation if draft.has("data.validation") else init_start.validation(len(rows.train), blocks)
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"
     elif isinstance(fraction, float):

@@ -18,6 +18,7 @@ from loratune.data.sources.files import data_ending, is_document
 from loratune.errors import ConfigError, Problem
 from loratune.events import note
 from loratune.model.source import is_directory
+from loratune.statistics import LEAST_ROWS
 from loratune.system.output_file import Output
 from loratune.training.checkpoints import run_dir
 
@@ -136,8 +137,9 @@ def _free_directory(rows: str) -> str:
     return next(candidate for candidate in names if candidate not in taken)
 
 
-def validation(rows: int) -> float | None:
-    """The fraction to hold out of a number of rows; None for too few rows."""
+def validation(rows: int, blocks: int = 0) -> float | None:
+    """The fraction to hold out of a number of rows; None for too few rows. blocks: those of texts that are split."""
+    rows = max(rows, blocks) if rows >= LEAST_ROWS else rows
     share = max(_WANTED_SHARE, min(_MOST_SHARE, _LEAST_SHARE_ROWS / max(1, rows)))
     return float(f"{min(share, _MOST_HELD_OUT / rows):.2g}") if rows >= _LEAST_ROWS else None
 

@@ -97,9 +97,9 @@ class Params:
 def params(run: RunConfig) -> Params:
     """Count on the meta device, which needs no weights and little memory for any model size.
 
-    Raises ModelError: the model's configuration cannot be read, or the targets match no module; ConfigError: the
-    rank is `auto`, which depends on the rows; and ConfigError, AdapterError: the adapter of `lora.start_from` does not
-    fit.
+    Raises ModelError: the model's configuration cannot be read, its quantization cannot be trained, or the targets
+    match no module; ConfigError: the rank is `auto`, which depends on the rows; and ConfigError, AdapterError: the
+    adapter of `lora.start_from` does not fit.
     """
     if run.lora.r == AUTO and run.lora.start_from is None:
         what, fix = "auto is decided by the rows, and this command reads none", "loratune train --dry-run reads them"

@@ -209,8 +209,8 @@ class Forgetting:
             return ""
         change = f"by {-measured.better_by:.2f} nats per token" if math.isfinite(measured.adapter) else "beyond measure"
         return (
-            f"what the base could do elsewhere has suffered, {change} on unrelated text; where that matters, lower "
-            "training.learning_rate, or add rows of other kinds to data.train"
+            f"what the base could do elsewhere has suffered, {change} on unrelated text; where that matters, set or "
+            "raise retention.kl_weight, set training.adapter_scale: auto, or lower training.learning_rate"
         )
 
 

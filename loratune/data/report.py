@@ -262,9 +262,9 @@ class Report:
             what = "earlier answers come without the reasoning block in which their prompts end"
             lines.append(f"{self.rewritten:,} {what}: {how}")
         if self.empty_reasoning:
-            how = "set data.chat_template_kwargs if the model is served without; data.reasoning: mask leaves them out"
-            what = "answers without reasoning begin with an empty block of it, which is supervised"
-            lines.append(f"{self.empty_reasoning:,} {what}: {how}")
+            what = "answers without reasoning begin with an empty block of it, which teaches when not to reason"
+            how = "if the model is always served without reasoning, set data.chat_template_kwargs, "
+            lines.append(f"{self.empty_reasoning:,} {what}; {how}as in {{enable_thinking: false}}")
         more = self.invalid.count - len(self.invalid.first)
         listed = [f"dropped: {line}" for line in self.invalid.first]
         return [*lines, *self.reasons(), *listed, *([f"dropped: {more:,} more invalid rows"] if more else [])]

@@ -84,6 +84,13 @@ def check_known(record: Mapping[str, Any], name: str) -> None:
         raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, "quantization_config", _FIX))
 
 
+def check_trainable(record: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError: transformers has no backward for the quantization of a base. where: the base."""
+    if not upstream.is_trainable(record):
+        what = f"a base quantized with {method(record)} cannot be trained"
+        raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, where, fix=_FIX))
+
+
 def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dtype") -> Any:
     """The `quantization_config` for `from_pretrained`; None leaves it to the model's own configuration.
 
@@ -98,9 +105,7 @@ def loading_config(section: ModelSection, config: Any, compute_dtype: "torch.dty
     if section.gguf_file is not None:
         return transformers.GgufConfig(dequantize=True)
     if (record := record_of(config.to_dict())) is not None:
-        if not upstream.is_trainable(record):
-            what = f"a base quantized with {method(record)} cannot be trained"
-            raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, section.name_or_path, fix=_FIX))
+        check_trainable(record, section.name_or_path)
         return None
     if section.quantization == "8bit":
         return transformers.BitsAndBytesConfig(load_in_8bit=True)

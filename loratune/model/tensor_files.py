@@ -21,7 +21,7 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.model import checks, upstream
 from loratune.model.dequantization import PackedFormat, packed_format
-from loratune.model.quantization import method, record_of
+from loratune.model.quantization import check_trainable, method, record_of
 from loratune.model.source import local_or_hub, summary
 
 DTYPES = {
@@ -110,9 +110,14 @@ def dense_dtype(config: Any) -> torch.dtype:
 
 
 def notes(section: ModelSection, config: Any) -> list[str]:
-    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases."""
-    record = record_of(config.to_dict())
-    if record is None or packed_format(record, section.name_or_path) is None:
+    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases.
+
+    Raises ModelError: as `packed_format` and `check_trainable`.
+    """
+    if (record := record_of(config.to_dict())) is None:
+        return []
+    if packed_format(record, section.name_or_path) is None:
+        check_trainable(record, section.name_or_path)
         return []
     again = f", and quantized again to {section.quantization}" if section.quantization != "none" else ""
     dtype = str(dense_dtype(config)).removeprefix("torch.")

@@ -65,7 +65,7 @@ _ADAPTIVE = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "paged_adamw_
 """Optimizers whose steps have the size of the rate, so that one formula holds for them."""
 _STEPS, _LEAST_STEP, _MOST_STEP = 200, 8, 32
 """About the number of optimizer steps of a pass over the rows, and the fewest and the most rows of a step."""
-WHY_ROWS_PER_STEP = f"about {_STEPS} steps in each pass, of {_LEAST_STEP} to {_MOST_STEP} rows"
+WHY_ROWS_PER_STEP = f"{_LEAST_STEP} to {_MOST_STEP}, so that a pass has about {_STEPS} steps where the rows allow it"
 
 
 @dataclass(frozen=True)
