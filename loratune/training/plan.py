@@ -281,7 +281,7 @@ def make_plan(
     estimate = memory.estimate(model, *batches.largest(), config.training, packed=packed, batch_tokens=tokens)
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
-    notes = [f"training.objective: {described}", *_unpaired_note(datasets)] if described else []
+    notes = [f"training.objective: {described}", *datasets.notes_on_sides()] if described else []
     notes += [*auto.lines(choices | more | kept), *base.notes, *batches.notes, *targets.notes]
     return Plan(
         run=run,
@@ -385,15 +385,6 @@ def facts(run: Run, datasets: TokenizedDatasets, group: Group = SINGLE_PROCESS) 
 def unit_parameters(section: ModelSection, model_config: Any, lora: LoraSection) -> int:
     """The number of parameters per unit of `r`, see `auto.Facts`. No weights are loaded."""
     return parameters.per_rank(creation.adapt(load.build_meta(model_config, section), lora, seed=0)[0])
-
-
-def _unpaired_note(datasets: TokenizedDatasets) -> Iterator[str]:
-    """How many answers are desirable, for unpaired preferences."""
-    if (sides := datasets.train.rows.sides) is not None and datasets.train.is_unpaired:
-        good = int((sides == DESIRABLE).sum())
-        bad = len(sides) - good
-        absent = "" if good and bad else f": {'undesirable' if good else 'desirable'} answers are missing"
-        yield f"{good:,} of the answers are desirable, {bad:,} undesirable{absent}"
 
 
 def _check_warmup(training: TrainingSection, batches: BatchedDatasets, processes: int) -> None:

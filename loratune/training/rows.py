@@ -18,6 +18,7 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.data import TokenizedDataset
 from loratune.data.rendering import Renderer
+from loratune.data.rendering.spans import DESIRABLE
 from loratune.data.report import remarks_on_weights
 from loratune.errors import ConfigError, DataError, ModelError, Problem, ResourceError
 from loratune.lora.initialize import START_KEY as KEY
@@ -75,6 +76,14 @@ class TokenizedDatasets:
     earlier: MeasuredText | None = None
     replay: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+
+    def notes_on_sides(self) -> Iterator[str]:
+        """How many answers are desirable, for unpaired preferences."""
+        if (sides := self.train.rows.sides) is not None and self.train.is_unpaired:
+            good = int((sides == DESIRABLE).sum())
+            bad = len(sides) - good
+            absent = "" if good and bad else f": {'undesirable' if good else 'desirable'} answers are missing"
+            yield f"{good:,} of the answers are desirable, {bad:,} undesirable{absent}"
 
     @property
     def tokenizer(self) -> Any:
