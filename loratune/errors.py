@@ -106,14 +106,18 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. Recognizes the message of torch, which has an exception class for it on GPUs only, of the
-    dynamic linker loading a library, and of Python when there is no memory for a thread's stack."""
+    """Whether memory ran out. Recognizes the message of torch, which has an exception class for its own allocator on
+    GPUs only, of libraries that allocate on a GPU themselves (Triton, NCCL, cuBLAS), of the dynamic linker loading a
+    library, and of Python when there is no memory for a thread's stack."""
     has_class = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if has_class or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_GPU_MEMORY):
         return True
     return any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
+_OUT_OF_GPU_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 _OUT_OF_MEMORY = (
     "can't allocate memory",
     "Cannot allocate memory",

@@ -150,6 +150,8 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
         packed = plan.batches.train.flat
         savings = memory.savings(plan.model, *plan.batches.largest(), plan.training, packed=packed)
         fix = "set " + ", or ".join(f"{change} (saves about {size / (1 << 20):,.0f} MiB)" for change, size in savings)
+    if plan.model.device.type == "cuda":  # docs.pytorch.org/docs/stable/notes/cuda.html
+        fix += "; against fragmentation, set the environment variable PYTORCH_ALLOC_CONF=expandable_segments:True"
     raise ResourceError(replace(problem, fix=fix))
 
 

@@ -29,6 +29,7 @@ from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import progress
 from loratune.model.load import context_length
 from loratune.statistics import Interval, finite, mean_ratio_interval, positive_ratio_interval
+from loratune.system import accelerator
 from loratune.text import plural
 
 INSTRUCTIONS = Path(data.__file__).with_name("instructions.txt")
@@ -283,7 +284,7 @@ def write(
     each, was_training = _WRITTEN_AT_ONCE if engine.padded else 1, model.training
     model.eval()
     try:
-        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.inference_mode():
+        with accelerator.same_random_numbers(model.device), torch.inference_mode():
             if seed is not None:
                 torch.manual_seed(seed)
             for start in range(0, len(given), each):

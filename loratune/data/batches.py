@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loratune.data.formats import IGNORED
+from loratune.errors import is_out_of_memory
+from loratune.system.accelerator import same_random_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -177,14 +179,14 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
         flat rows gets its own reason.
 
     Raises:
-        torch.OutOfMemoryError: There is not enough memory.
+        Exception: There is not enough memory, see `errors.is_out_of_memory`.
     """
     name = model.config.model_type
     try:
         mixing = _mixing(model, _flat, longest, total)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # a model may raise anything on input that it does not understand
+        if is_out_of_memory(error):
+            raise
         _log.debug("%s does not run on flat rows", name, exc_info=True)
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
@@ -202,14 +204,14 @@ def padding_refusal(model: Any, pad_id: int) -> str | None:
         Why not, as a sentence; None if it does, or if the model raises an error, which training will report.
 
     Raises:
-        torch.OutOfMemoryError: There is not enough memory.
+        Exception: There is not enough memory, see `errors.is_out_of_memory`.
     """
     name = model.config.model_type
     try:
         mixing = _mixing(model, partial(_padded, pad_id), PADDED_LONGEST)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # as above
+    except Exception as error:  # as above
+        if is_out_of_memory(error):
+            raise
         _log.debug("%s does not run on padded rows", name, exc_info=True)
         return None
     return f"{name} computes something else for rows that are padded: {mixing}" if mixing else None
@@ -267,8 +269,7 @@ def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int)
 def _evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode; the mode of every module and the random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    device = model.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.inference_mode(False):
+    with same_random_numbers(model.device), torch.inference_mode(False):
         model.eval()
         try:
             yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loratune.errors import is_out_of_memory
 from loratune.kernels.upstream import is_fake
+from loratune.system.accelerator import same_random_numbers
 
 _log = logging.getLogger(__name__)
 
@@ -164,7 +165,7 @@ def compute(
 
 def _attempt(base: Any, run: Callable[[], Value]) -> Value | None:
     """The result of a pass through a model; None if it fails."""
-    with torch.random.fork_rng([base.device] if base.device.type == "cuda" else []):
+    with same_random_numbers(base.device):
         try:
             return run()
         except Exception as error:  # Families raise all kinds of errors where they need other inputs.

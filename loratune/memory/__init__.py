@@ -19,7 +19,7 @@ from loratune.kernels.upstream import get_keys_to_not_convert
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace
-from loratune.system import environment
+from loratune.system import accelerator, environment
 
 WeightFormat = Literal["none", "8bit", "4bit"]
 """How the linear layers of the base are quantized."""
@@ -112,9 +112,8 @@ def moments(parameter: Tensor, optim: str) -> int:
 
 def available(device: torch.device) -> int:
     """Bytes that are free on a GPU; on a CPU, in the machine and within the limits of process and container."""
-    if device.type == "cuda":
-        free: int = torch.cuda.mem_get_info(device)[0]
-        return free
+    if device.type != "cpu":
+        return accelerator.free_memory(device)
     bounds = [int(psutil.virtual_memory().available)]
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
@@ -132,9 +131,7 @@ def peak() -> dict[str, int]:
     lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     high = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
     process = int(high or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
-    if not torch.cuda.is_available():
-        return {"process": process}
-    return {"process": process, "gpu": sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))}
+    return {"process": process} | ({"gpu": accelerator.peak_memory()} if accelerator.has_gpu() else {})
 
 
 RUNTIME = 570 << 20

@@ -29,7 +29,8 @@ from loratune.model.dequantization import packed_format
 from loratune.model.fingerprints import FileStates
 from loratune.model.quantization import check_bitsandbytes, check_known, dense_config, loading_config, method, record_of
 from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
-from loratune.system import launcher
+from loratune.system import accelerator, launcher
+from loratune.system.accelerator import device as device
 
 _LOADING_ERRORS = (
     OSError, ValueError, TypeError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError,
@@ -220,7 +221,7 @@ def _device_map(section: ModelSection, *, packed: bool) -> Any:
         return section.device_map
     if launcher.sharding():
         return None  # accelerate moves the weights from the machine's memory to the devices, shard by shard
-    return {"": device()} if packed or torch.cuda.is_available() else None
+    return {"": device()} if packed or accelerator.has_gpu() else None
 
 
 @upstream.quiet_transformers()
@@ -320,7 +321,7 @@ class Machine:
 
 def this_machine() -> Machine:
     """The machine of this process. Imports bitsandbytes."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = accelerator.name(device()) if accelerator.has_gpu() else None
     return Machine(gpu, automatic_dtype() == torch.bfloat16, upstream.bitsandbytes_lacks())
 
 
@@ -356,14 +357,15 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
     Raises:
         ConfigError: A setting needs a GPU, or a package that is not installed.
     """
-    settings = section.model_dump(include={"device_map", "torch_compile", "use_liger_kernel"})
+    settings = section.model_dump(include={"device_map", "torch_compile"})
+    settings["use_liger_kernel"] = section.use_liger_kernel is True
     what, fix = "needs a GPU, and this machine has none", "leave it out"
     problems = [
         Problem(Code.MODEL_UNSUPPORTED, what, key=f"model.{name}", fix=fix)
         for name, value in settings.items()
         if value and not gpu
     ]
-    if section.use_liger_kernel and gpu and not is_liger_kernel_available():
+    if section.use_liger_kernel is True and gpu and not is_liger_kernel_available():
         what, fix = "needs the package liger-kernel", "leave it out, or: pip install liger-kernel"
         problems.append(Problem(Code.SYSTEM_MISSING_PACKAGE, what, key="model.use_liger_kernel", fix=fix))
     if problems:
@@ -379,11 +381,6 @@ def machine_notes(section: ModelSection, machine: Machine | None = None) -> list
     return []
 
 
-def device() -> torch.device:
-    """The GPU of this process, or the CPU."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def compute_dtype(section: ModelSection) -> torch.dtype:
     """The dtype of the frozen weights."""
     if section.dtype != "auto":
@@ -393,8 +390,4 @@ def compute_dtype(section: ModelSection) -> torch.dtype:
 
 def automatic_dtype() -> torch.dtype:
     """What `model.dtype: auto` is here: bfloat16 where the machine multiplies in it, else float32."""
-    if torch.cuda.is_available():
-        multiplies = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        multiplies = torch.cpu.get_capabilities().get("avx512_bf16")
-    return torch.bfloat16 if multiplies else torch.float32
+    return torch.bfloat16 if accelerator.multiplies_bfloat16() else torch.float32

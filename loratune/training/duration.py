@@ -26,6 +26,7 @@ from loratune.data.packing import BatchLayout, Numbers, PackedRows
 from loratune.lora import parameters
 from loratune.lora.module_names import without_wrappers
 from loratune.model import load
+from loratune.system import accelerator
 from loratune.training.auto import optimizer_steps
 from loratune.training.batching import DistributedBatchSampler, would_share
 from loratune.training.retention import SHARE, keeps_base
@@ -298,8 +299,7 @@ def seconds_per_operation(model: Any, section: ModelSection, costs: Costs, opera
 
 def _step(layer: nn.Module, states: torch.Tensor) -> None:
     layer(states).sum().backward()
-    if states.is_cuda:
-        torch.cuda.synchronize(states.device)
+    accelerator.synchronize(states.device)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from accelerate import PartialState
 
 from loratune.codes import Code
 from loratune.errors import LostError, Problem
+from loratune.system import accelerator
 from loratune.system.launcher import SINGLE_PROCESS, Group, host
 from loratune.system.signals import Interruption, Stop, Termination
 from loratune.training import upstream
@@ -44,7 +45,7 @@ def join() -> "DistributedGroup":
         LostError: The processes cannot reach each other.
     """
     try:
-        return DistributedGroup(PartialState(cpu=not torch.accelerator.is_available()))
+        return DistributedGroup(PartialState(cpu=not accelerator.has_gpu()))
     except (RuntimeError, ValueError, OSError) as error:  # torch's network errors are RuntimeErrors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         where = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"

@@ -22,6 +22,7 @@ from transformers.integrations import TensorBoardCallback
 from loratune.config import AUTO, TrainingSection
 from loratune.kernels import full_tensor, global_norm
 from loratune.lora import tensors
+from loratune.system import accelerator
 from loratune.system.launcher import Group
 
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
@@ -104,8 +105,8 @@ def training_arguments(
         ddp_broadcast_buffers=False,  # buffers such as rotation angles are the same in all processes
         remove_unused_columns=False,
         bf16=bfloat16,
-        use_cpu=not torch.accelerator.is_available(),  # otherwise accelerate takes many processes for one
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=not accelerator.has_gpu(),  # otherwise accelerate takes many processes for one
+        dataloader_pin_memory=accelerator.has_gpu(),
         disable_tqdm=True,
         report_to="none",
     )

@@ -1,0 +1,71 @@
+"""The GPU of this process, through `torch.accelerator` where that serves: CUDA, ROCm (which torch calls CUDA) and XPU.
+
+MPS is not used, because it has no float64, in which losses are added up. Imports torch.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+USED = ("cuda", "xpu")
+"""The types of GPUs that are used."""
+
+
+def device() -> torch.device:
+    """The GPU of this process, or the CPU. Of several processes, each has chosen its GPU when it joined the others."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None or found.type not in USED:
+        return torch.device("cpu")
+    return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that is used."""
+    return device().type != "cpu"
+
+
+def name(gpu: torch.device) -> str:
+    """The name of a GPU, such as `NVIDIA H100 80GB HBM3`."""
+    return str(torch.get_device_module(gpu).get_device_name(gpu))
+
+
+def names() -> list[str]:
+    """The names of all GPUs that this process sees."""
+    own = device()
+    return [name(torch.device(own.type, number)) for number in range(torch.accelerator.device_count())] * has_gpu()
+
+
+def free_memory(gpu: torch.device) -> int:
+    """Bytes that this process can still allocate on a GPU: what is free there, and what torch keeps for reuse."""
+    free, _ = torch.accelerator.get_memory_info(gpu)
+    return free + torch.accelerator.memory_reserved(gpu) - torch.accelerator.memory_allocated(gpu)
+
+
+def peak_memory() -> int:
+    """The most bytes that torch had allocated on all GPUs since this process started."""
+    return sum(map(torch.accelerator.max_memory_allocated, range(torch.accelerator.device_count())))
+
+
+def synchronize(used: torch.device) -> None:
+    """Wait until a GPU has done all its work."""
+    if used.type in USED:
+        torch.accelerator.synchronize(used)
+
+
+@contextmanager
+def same_random_numbers(used: torch.device) -> Iterator[None]:
+    """After this, torch draws random numbers on the CPU and on a device as if nothing had been drawn inside.
+
+    Without the device, torch would keep the states of all GPUs, and claim memory on each of them.
+    """
+    with torch.random.fork_rng([used] if used.type in USED else []):
+        yield
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the GPU, or without one the processor, multiplies in bfloat16 rather than emulating it."""
+    kind = device().type
+    if kind in USED:
+        return bool(getattr(torch, kind).is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
