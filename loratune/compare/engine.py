@@ -201,7 +201,8 @@ class Objective:
     def scores(self, model: Any, batch: Mapping[str, Any]) -> dict[str, list[float]]:
         """Name → values of each row of a batch. Preference objectives have additional ones."""
         labels, lengths, sums = run_batch(self, model, batch)
-        return {"nats": sums.tolist(), "tokens": kernels.row_counts(labels, lengths).tolist()}
+        counts = kernels.row_counts(kernels.on_host(labels), kernels.on_host(lengths))
+        return {"nats": sums.tolist(), "tokens": counts.tolist()}
 
     def row_losses(self, scores: Scores) -> RowLosses:
         """The losses, from the result of `read`."""
@@ -297,9 +298,7 @@ def run_batch(
     objective: Objective, model: Any, batch: Mapping[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The labels of a batch, the lengths of its rows, and the loss of each row, on the model's device."""
-    given = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
+    given = kernels.to_device(batch, model.device)
     lengths = given["lengths"]
     objective.set_loss_targets(model, given, by_row=True)
     labels = given.pop("labels")

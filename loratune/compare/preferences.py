@@ -220,7 +220,7 @@ class PreferenceObjective(Objective):
             model.train(was_training)
         rows, difference, prompts = group.total([rows, difference, prompts])  # type: ignore[assignment]
         self._divergence = max(0.0, difference / prompts) if prompts else 0.0
-        return torch.tensor(rows / rows_per_example, device=model.device)
+        return torch.tensor(rows / rows_per_example)
 
     def set_loss_targets(self, model: Any, batch: dict[str, Any], *, by_row: bool = True) -> None:
         """See `Objective`; losses are always per row."""

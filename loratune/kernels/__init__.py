@@ -17,6 +17,7 @@ from loratune.kernels.compiled.fused_ops import notes as notes
 from loratune.kernels.compiled.fused_ops import variant as variant
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
+from loratune.kernels.gpu import uses_liger as uses_liger
 from loratune.kernels.lora_linear import Adapted as Adapted
 from loratune.kernels.lora_linear import InferenceLayers as InferenceLayers
 from loratune.kernels.lora_linear import Reader as Reader
@@ -26,11 +27,13 @@ from loratune.kernels.loss import LossHead as LossHead
 from loratune.kernels.loss import full_tensor as full_tensor
 from loratune.kernels.loss import global_norm as global_norm
 from loratune.kernels.loss import next_token_loss as next_token_loss
-from loratune.kernels.loss import row_counts as row_counts
 from loratune.kernels.loss import row_sums as row_sums
 from loratune.kernels.loss import teacher_divergence as teacher_divergence
+from loratune.kernels.loss_targets import row_counts as row_counts
 from loratune.kernels.predictions import TeacherTargets as TeacherTargets
 from loratune.kernels.predictions import logits_at as logits_at
 from loratune.kernels.predictions import most_probable as most_probable
 from loratune.kernels.predictions import next_token_logits as next_token_logits
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows
+from loratune.kernels.transfer import on_host as on_host
+from loratune.kernels.transfer import to_device as to_device

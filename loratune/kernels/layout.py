@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loratune.kernels.transfer import on_host
+
 TILE = 128
 """The most queries whose scores are in memory at once."""
 LANES = 16
@@ -37,7 +39,7 @@ class Scoring(NamedTuple):
 class PerBatch(Generic[Value]):
     """Caches values computed from the positions of a batch, for all layers that see the same batch.
 
-    compute: function of positions, (tokens,), and a key.
+    compute: function of positions, (tokens,) on the CPU, and a key.
     """
 
     def __init__(self, compute: Callable[[Tensor, Any], Value]):
@@ -51,8 +53,15 @@ class PerBatch(Generic[Value]):
         if self._batch is None or self._batch[0] is not positions or self._batch[1] != shape:
             self._batch, self._values = (positions, shape), {}
         if key not in self._values:
-            self._values[key] = self._compute(positions.expand(shape).reshape(-1), key)
+            self._values[key] = self._compute(_read(positions, shape).expand(shape).reshape(-1), key)
         return self._values[key]
+
+
+def _read(positions: Tensor, shape: torch.Size) -> Tensor:
+    """Positions on the CPU. Those that a model on a GPU has made for padded rows are known without waiting for it."""
+    if shape[0] > 1 and len(positions) == 1 and positions.device.type != "cpu":
+        return torch.arange(shape[1])
+    return on_host(positions)
 
 
 @dataclass(frozen=True)
@@ -114,6 +123,19 @@ class Layout:
                 place += count
         joined, bounds = np.concatenate(keys, dtype=np.int32), torch.tensor(tiles, dtype=torch.int64).view(-1, 6)
         return cls(torch.from_numpy(spans), torch.from_numpy(joined), bounds, tuple(rows))
+
+
+def descendants_end(positions: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """(tokens,), the token after the last descendant of each token, in rows or in a tree of rows (`Layout.of`).
+
+    A token attends, within a window, to those tokens before it whose descendants do not end before it.
+    """
+    ends, limits = np.empty(len(positions), np.int64), np.full(int(positions.max()) + 1, len(positions))
+    starts = [*np.flatnonzero(np.diff(positions, prepend=positions[0]) <= 0).tolist(), len(positions)]
+    for first, end in reversed([*pairwise(starts)]):
+        ends[first:end] = limits[positions[first:end]]
+        limits[positions[first] :] = first
+    return ends
 
 
 @dataclass(frozen=True)

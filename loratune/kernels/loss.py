@@ -12,8 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.kernels.loss_targets import LossTargets
 from loratune.kernels.parity_check import evaluating
 from loratune.kernels.predictions import HeadDivergence, TeacherTargets, divergence
+from loratune.kernels.transfer import send
 from loratune.kernels.upstream import is_fake
 
 _log = logging.getLogger(__name__)
@@ -38,41 +40,23 @@ def next_token_loss(model: Any, logits: Tensor, labels: Tensor, weights: Tensor 
         weights: (rows, length), the weight of each label; None: 1. A `LossHead` has been given the same.
 
     Returns:
-        The weighted sum in nats, a float32 scalar; and the sum of the weights of the supervised tokens.
+        The weighted sum in nats, a float32 scalar; and the sum of the weights of the supervised tokens, on the CPU.
     """
-    targets = labels[:, 1:]
-    supervised = targets >= 0
-    count = supervised.sum() if weights is None else weights[:, 1:][supervised].sum()
+    wanted = LossTargets.of(labels, None, None, weights)
+    count = torch.tensor(len(wanted.targets)) if wanted.counts is None else wanted.counts.sum()
     if (losses := _taken(model)) is not None:
         return losses.view(()), count
-    scores = logits[:, :-1][supervised].float()
-    if weights is None:
-        return functional.cross_entropy(scores, targets[supervised], reduction="sum"), count
-    losses = functional.cross_entropy(scores, targets[supervised], reduction="none")
-    return losses @ weights[:, 1:][supervised], count
+    if wanted.counts is None:
+        return _of_logits(logits, labels, wanted, "sum"), count
+    return _of_logits(logits, labels, wanted) @ send(wanted.counts, logits.device), count
 
 
-def row_numbers(labels: Tensor, lengths: Tensor) -> Tensor:
-    """The row that each label belongs to.
-
-    Args:
-        labels: Labels of concatenated rows, (1, tokens of all rows), or of padded rows, (rows, length).
-        lengths: (rows,), int64, the tokens of each row.
-
-    Returns:
-        Row numbers from 0, int64, with the shape of the labels.
-    """
-    rows = torch.arange(len(lengths), device=labels.device)
-    if len(labels) == len(lengths):
-        return rows[:, None].expand_as(labels)
-    return rows.repeat_interleave(lengths.to(labels.device), output_size=labels.shape[1])[None]
-
-
-def row_counts(labels: Tensor, lengths: Tensor) -> Tensor:
-    """(rows,), int64, the number of supervised tokens of each row. Arguments as in `row_sums`."""
-    supervised = (labels[:, 1:] >= 0).long()
-    numbers = row_numbers(labels, lengths)[:, 1:]
-    return supervised.new_zeros(len(lengths)).index_add_(0, numbers.reshape(-1), supervised.reshape(-1))
+def _of_logits(logits: Tensor, labels: Tensor, wanted: LossTargets, reduction: str = "none") -> Tensor:
+    """The loss of each supervised label, (labels,) float32, or their sum. Raises ValueError: the shapes differ."""
+    if logits.shape[:2] != labels.shape:
+        raise ValueError(f"{tuple(labels.shape)} labels for {tuple(logits.shape[:2])} states")
+    scores = logits.flatten(0, 1).index_select(0, send(wanted.numbers, logits.device)).float()
+    return functional.cross_entropy(scores, send(wanted.targets, logits.device), reduction=reduction)
 
 
 def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Tensor:
@@ -88,11 +72,11 @@ def row_sums(model: Any, logits: Tensor, labels: Tensor, lengths: Tensor) -> Ten
     """
     if (losses := _taken(model)) is not None:
         return losses.view(len(lengths))
-    targets = labels[:, 1:]
-    supervised = targets >= 0
-    losses = functional.cross_entropy(logits[:, :-1][supervised].float(), targets[supervised], reduction="none")
-    numbers = row_numbers(labels, lengths)[:, 1:][supervised]
-    return losses.new_zeros(len(lengths), dtype=torch.float64).index_add(0, numbers, losses.double())
+    wanted = LossTargets.of(labels, None, lengths, None)
+    losses = _of_logits(logits, labels, wanted)
+    assert wanted.rows is not None
+    rows = send(wanted.rows, logits.device)
+    return losses.new_zeros(len(lengths), dtype=torch.float64).index_add(0, rows, losses.double())
 
 
 def teacher_divergence(model: Any, logits: Tensor, teacher: TeacherTargets) -> Tensor:
@@ -203,19 +187,15 @@ class LossHead(nn.Module):
             return logits
         if teacher is not None:
             self.divergence = self._divergence(hidden, teacher.to(hidden.device), places)
-        targets = labels[:, 1:].to(hidden.device)
-        supervised = targets >= 0
-        targets, entries = targets[supervised], None
-        counts = None if weights is None else weights[:, 1:].to(hidden.device)[supervised]
-        if places is None:
-            states = hidden[:, :-1][supervised]
-        else:
-            pairs = torch.stack([places[:, :-1].to(hidden.device)[supervised], targets])
-            (numbers, targets), entries, number = torch.unique(pairs, dim=1, return_inverse=True, return_counts=True)
-            counts = number if counts is None else counts.new_zeros(len(number)).index_add_(0, entries, counts)
-            states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
-        if lengths is not None:
-            rows = row_numbers(labels, lengths)[:, 1:].to(hidden.device)[supervised]
+        if places is None and hidden.shape[:2] != labels.shape:
+            raise ValueError(f"{tuple(labels.shape)} labels for {tuple(hidden.shape[:2])} states")
+        wanted = LossTargets.of(labels, places, lengths, weights)
+        numbers, targets, counts, rows, entries = (
+            None if part is None else send(part, hidden.device) for part in wanted
+        )
+        assert numbers is not None and targets is not None
+        states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
+        if lengths is not None and rows is not None:
             of_labels = _RowsOfLabels(rows, len(lengths), entries)
             losses: Tensor = _RowSums.apply(states, self.head, targets, self.scaling, of_labels)  # type: ignore[no-untyped-call]
         else:

@@ -31,6 +31,7 @@ from loratune.events import EvaluationEvent, StepEvent, TrainingEvent, emit, not
 from loratune.kernels import global_norm
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.tensors import Weights, read_weights
+from loratune.system import accelerator
 from loratune.system.launcher import Group
 from loratune.training.checkpoints.store import BEST_WEIGHTS, BestRecord, Checkpoints, StepLosses
 from loratune.training.retention import RetentionTerm
@@ -89,18 +90,18 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check loss and gradients before the weights change. One transfer from the device per optimizer step."""
         assert self.sum is not None
-        norm = self.norm()
-        loss, norm = torch.stack([self.sum.float(), norm.to(self.sum.device).float()]).tolist()
-        loss, tokens = self.group.total([loss, self.tokens])
+        own = [self.sum, self.norm(), *(self.retention.taken() if self.retention else ())]
+        loss, norm, *texts = torch.stack([value.to(own[0].device).float() for value in own]).tolist()
+        loss, tokens, divergence = self.group.total([loss, self.tokens, sum(texts)])
         state.num_input_tokens_seen += int(tokens)
         self.sum, self.tokens = None, 0
-        divergence = self.retention.end_step() if self.retention else 0.0
+        if self.retention:
+            self.retention.end_step(divergence)
         for name, value in (("loss", loss), ("gradient norm", norm), ("divergence from the base", divergence)):
             if not math.isfinite(value):
-                fix = "lower training.learning_rate, or train in float32"
-                fix = fix if state.global_step else "check that the base model works by itself"
+                fixes = "check that the base model works by itself", "lower training.learning_rate, or train in float32"
                 what = f"the {name} of step {state.global_step + 1} is {value}"
-                problem = Problem(Code.TRAINING_NOT_FINITE, what, fix=fix)
+                problem = Problem(Code.TRAINING_NOT_FINITE, what, fix=fixes[state.global_step > 0])
                 raise diverged_error(problem, self.checkpoints, state.global_step)
         if self.has_rows:
             self.losses.add(loss)
@@ -390,10 +391,9 @@ def _log_directory(output: Path, *, is_resumed: bool) -> Path:
 @contextmanager
 def _same_random_numbers() -> Iterator[None]:
     """After this, random numbers are drawn as if nothing had been drawn inside."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     state, array_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices):
+        with accelerator.same_random_numbers(accelerator.device()):
             yield
     finally:
         random.setstate(state)

@@ -236,13 +236,15 @@ class RetentionTerm:
         self._sum = own if self._sum is None else self._sum + own
         return self._weight * divergence if self._applies else 0.0
 
-    def end_step(self) -> float:
-        """The divergence of the optimizer step, nats per token, over all processes."""
-        found = self._group.total([0.0 if self._sum is None else float(self._sum)])[0]
-        self._sum = None
+    def taken(self) -> list[torch.Tensor]:
+        """The divergence of the optimizer step in this process, nats per token, a scalar; none without texts."""
+        own, self._sum = self._sum, None
+        return [] if own is None else [own]
+
+    def end_step(self, divergence: float) -> None:
+        """Note the divergence of the optimizer step over all processes."""
         if self._tokens:
-            self.steps.add(found)
-        return found
+            self.steps.add(divergence)
 
     def logged(self) -> dict[str, float]:
         """The mean divergence of the steps since the last report, as a metric; none if no step had texts."""

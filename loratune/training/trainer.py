@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from loratune import kernels
 from loratune.codes import Code
 from loratune.compare.engine import ScoringPass
 from loratune.compare.metrics import RowLosses
@@ -23,7 +24,7 @@ from loratune.events import TrainingEvent, emit
 from loratune.lora import attach, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.lora.parameters import choose_optimizer
-from loratune.system import launcher
+from loratune.system import accelerator, launcher
 from loratune.training import callbacks
 from loratune.training.batching import DistributedBatchSampler, Loader, count_tokens
 from loratune.training.callbacks import BestStep, NonFiniteGuard, Pace, RunCallback, diverged_error
@@ -186,7 +187,7 @@ class RunTrainer(CheckpointTrainer):
         if self.oom_dry_run:
             texts = self.plan.retention.numbers(0, len(self.batches.items)) if self.plan.retention else []
             batch = self.batches.collate([self.items[number] for number in [*self.batches.heaviest(), *texts]])
-            with torch.random.fork_rng():
+            with accelerator.same_random_numbers(self.args.device):
                 self.dry_run_step(batch)
         if (validation := self.plan.batches.held_out) is not None:
             self._evaluate_if_due(validation, done, steps)
@@ -204,7 +205,7 @@ class RunTrainer(CheckpointTrainer):
 
     def _first_batch(self) -> dict[str, Any]:
         """The first batch of the run; no random number is drawn for it."""
-        with torch.random.fork_rng():
+        with accelerator.same_random_numbers(self.args.device):
             batch: dict[str, Any] = next(iter(self.get_train_dataloader()))
             batch.pop("teacher", None)
             return batch
@@ -332,17 +333,16 @@ class RunTrainer(CheckpointTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The inputs of the model for a batch, without a cache, with which packed rows would be treated as one row."""
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        prepared: dict[str, Any] = kernels.to_device(inputs, self.args.device)
         self.shape = tuple(prepared["input_ids"].shape)
         self.guard.objective.set_loss_targets(self.model, prepared)
         texts = self.guard.retention.set_teacher(self.model, prepared) if self.guard.retention else 0
         self.guard.tokens += max(0, count_tokens(inputs) - texts)
         return prepared | {"use_cache": False}
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Any]:
-        """The micro-steps of an optimizer step, and the divisor of its loss."""
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-steps of an optimizer step, and the divisor of its loss, for a single process on the CPU."""
+        device = device if self.group.count > 1 else torch.device("cpu")
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         count = self.guard.objective.begin_step(self.model, batches, count, self.group)
         self.guard.has_rows = bool(count != 0)
