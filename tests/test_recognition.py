@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig
 
 from loratune import kernels
 from loratune.kernels import masks, recognition, rowwise
-from loratune.kernels.gpu import VarlenAttention
+from loratune.kernels.gpu import RowAttention
 from loratune.kernels.recognition import LIST, Layer, form_of, source_digest
 from loratune.kernels.replacements import FastAttention
 from loratune.lora import attach
@@ -256,7 +256,7 @@ def attend_by_rows(**arguments: Any) -> Any:
 
 def attend_on_a_gpu(**arguments: Any) -> Any:
     heads, positions = torch.zeros(1, 2, 8, 4), torch.arange(8)[None]
-    return VarlenAttention()(nn.Module(), heads, heads, heads, None, position_ids=positions, **arguments)
+    return RowAttention()(nn.Module(), heads, heads, heads, None, position_ids=positions, **arguments)
 
 
 @pytest.mark.parametrize("attend", [replaced_layer, attend_by_rows, attend_on_a_gpu])

@@ -135,7 +135,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
     """Apply the training kernels to the model inside. Raises ResourceError: out of memory, with settings that would
     reduce it."""
     try:
-        if plan.config.model.use_liger_kernel:
+        if plan.config.model.use_liger_kernel is True:
             kernels.use_liger(plan.model)
         with plan.batches.engine.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:

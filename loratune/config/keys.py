@@ -71,8 +71,8 @@ MEMORY_AND_TIME = {
 """Key → its effect on memory and time, for keys that have one."""
 
 _AUTO = (
-    "model.dtype", "lora.r", "lora.lora_alpha", "lora.target_modules", "data.sample_by", "data.format",
-    "data.truncation", "data.share_prefixes",
+    "model.dtype", "model.use_liger_kernel", "lora.r", "lora.lora_alpha", "lora.target_modules",
+    "data.sample_by", "data.format", "data.truncation", "data.share_prefixes",
     "training.learning_rate", "training.num_train_epochs", "training.warmup_steps", "training.lr_scheduler_type",
     "training.adapter_scale", "retention.kl_weight", "retention.num_samples",
 )  # fmt: skip

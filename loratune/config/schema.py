@@ -66,7 +66,11 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(False, description="run code from the model's repository; needs revision")
     torch_compile: bool = Field(False, description="compile each layer with torch.compile, for training on a GPU")
-    use_liger_kernel: bool = Field(False, description="Liger's norms, rotary embeddings and activations, on a GPU")
+    use_liger_kernel: bool | Auto = Field(
+        AUTO,
+        description="Liger's norms, rotary embeddings and activations, on a GPU; auto: if `loratune env --self-test` "
+        "has found them right and faster on it",
+    )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:
         if self.trust_remote_code and self.revision is None:

@@ -38,8 +38,6 @@ GATED: dict[str, dict[str, Any]] = {"gated": {}, "gated by GELU": {"activation":
 EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"activation": reference.GELU}}
 NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
 """Form of a replacement, as named in the list of checked layers → keyword arguments of its factory."""
-UNMASKED = "loratune"
-"""The attention implementation of a model whose attention layers are all replaced."""
 ALL_LAYERS = "all layers"
 """The kind in `fallbacks` if no process holds whole layers."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
@@ -86,18 +84,20 @@ class Acceleration:
             yield
 
 
-def accelerate(model: Any, reader: Reader, *, sharded: bool = False) -> Acceleration:
+def accelerate(model: Any, reader: Reader, *, sharded: bool = False, trees: bool = False) -> Acceleration:
     """Determine which layers of a model can be accelerated. The model is run for this, and is not changed.
 
     Args:
         model: A `PeftModel` around a causal language model of transformers; on a GPU, see `gpu.replace`.
         reader: Function that returns the linear layer and LoRA of a module.
         sharded: Whether the base is sharded in training; then no layer can be replaced.
+        trees: Whether batches must be able to share prefixes. On a CPU they are where that is possible; on a GPU
+            another attention function is used then, which no measurement has shown to be as fast.
     """
     if sharded:
         return Acceleration({ALL_LAYERS: "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
-        replace = _replace if base.device.type == "cpu" else gpu.replace
+        replace = _replace if base.device.type == "cpu" else partial(gpu.replace, trees=trees)
         steps, fallbacks = replace(base, reader, replaced)
         head = output_layer(base)
     if head is None:
@@ -157,7 +157,7 @@ def tree_refusal(model: Any) -> str | None:
         The reason if it may not, as the rest of a sentence about the model; None if it may.
     """
     base = model.get_base_model()
-    if attn_implementation(base) != UNMASKED:
+    if attn_implementation(base) != rowwise.UNMASKED:
         return "has attention that is not accelerated"
     if not isinstance(model.get_output_embeddings(), LossHead):
         return "has a loss that is not accelerated"
@@ -277,7 +277,7 @@ class _Kind:
             yield name, module
             base.set_submodule(name, replacement.train(module.training))
         if self.name == "attention" and self.complete:
-            rowwise.register_by_positions(base, UNMASKED, self.windows)
+            rowwise.register_by_positions(base, rowwise.UNMASKED, self.windows)
         elif self.name == "attention":
             rowwise.register(base, self.implementation)  # For the other layers of attention.
 

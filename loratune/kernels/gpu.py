@@ -1,32 +1,42 @@
-"""Acceleration on a GPU: LoRA in the dtype of the base, and attention row by row.
+"""Acceleration on a GPU: LoRA in the dtype of the base, norms without float32 copies, and attention row by row.
 
 The other layers are accelerated by `compile_layers` and by Liger's kernels, if the config asks for them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
-from loratune.kernels import rowwise, upstream
-from loratune.kernels.layout import PerBatch
+from loratune.kernels import replacements, rowwise, upstream
+from loratune.kernels.compiled import self_test
+from loratune.kernels.layout import PerBatch, descendants_end
 from loratune.kernels.lora_linear import Adapted, Reader
 from loratune.kernels.masks import HELD, check_known
 from loratune.kernels.parity_check import ParityCheck
-from loratune.kernels.replacements import twin
+from loratune.kernels.recognition import form_of
+from loratune.kernels.replacements import restore, twin
+from loratune.kernels.transfer import send
 
 Layers = Iterable[tuple[str, nn.Module]]
 """Path and module of each layer that is replaced."""
 VARLEN = "loratune-varlen"
-"""The name under which the attention function is registered."""
+"""The name under which attention row by row is registered."""
+NORMS = {"norm": 0.0, "norm that adds 1": 1.0}
+"""Form of a norm, as named in the list of checked layers → what it adds to its weight."""
+BLOCK = 128
+"""Queries and keys of a block of a `BlockMask`."""
 LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False}
 """The Liger kernels that are used; the loss is computed by `LossHead`."""
 
@@ -44,15 +54,15 @@ class RowBounds:
     longest: int
 
     @classmethod
-    def of(cls, positions: Tensor, _: None = None) -> "RowBounds":
-        """positions: (tokens,), 0 where a row begins."""
+    def of(cls, positions: Tensor, device: torch.device) -> "RowBounds":
+        """positions: (tokens,), 0 where a row begins, on the CPU. device: of the bounds."""
         begins = torch.nonzero(positions[1:] == 0)[:, 0] + 1
         bounds = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), len(positions))])
-        return cls(bounds.to(torch.int32), int(bounds.diff().max()))
+        return cls(send(bounds.to(torch.int32), device), int(bounds.diff().max()))
 
 
-class VarlenAttention:
-    """An attention function of transformers for a GPU.
+class RowAttention:
+    """An attention function of transformers for a GPU, by torch's kernel for rows of unequal length.
 
     Batches must have no cache, and no padding except on the right.
 
@@ -85,66 +95,174 @@ class VarlenAttention:
         """
         check_known(options, *HELD)
         unsupported = options.get("softcap"), options.get("s_aux"), options.get("dropout") or None, attention_mask
-        if any(value is not None for value in unsupported):
-            raise ValueError("the kernel has no caps, sinks, dropout or masks")
+        if any(one is not None for one in unsupported) or value.shape[-1] != query.shape[-1]:
+            raise ValueError("the kernel has no caps, sinks, dropout, masks, or values of another size than keys")
         window = options.get("sliding_window")
         self.windowed |= window is not None
+        return self.attend(query, key, value, options["position_ids"], window, options.get("scaling")), None
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float | None
+    ) -> Tensor:
+        """The result. positions: (1 or rows, length); window: the most tokens that a token attends to; scale: the
+        factor of the scores, None for 1 / sqrt(size). Other arguments as for a call."""
         rows, heads, length, size = query.shape
-        bounds = self._bounds.get(options["position_ids"], torch.Size((rows, length)))
+        bounds = self._bounds.get(positions, torch.Size((rows, length)), query.device)
         queries, keys, values = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (query, key, value))
         result: Any = varlen_attn(
             queries, keys, values, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest,
-            scale=options.get("scaling"), window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
+            scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
         )  # fmt: skip
-        return result.view(rows, length, heads, size), None
+        attended: Tensor = result.view(rows, length, heads, size)
+        return attended
 
 
-def fast_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor) -> nn.Module:
-    """A linear layer with LoRA that computes in the dtype of the base."""
+def tree_mask(positions: Tensor, key: tuple[int | None, torch.device]) -> BlockMask:
+    """What each token of packed rows or of a tree of rows attends to, for FlexAttention.
+
+    Blocks are found on the CPU, and no mask of all pairs of tokens is made.
+
+    Args:
+        positions: (tokens,) on the CPU, see `Layout.of`.
+        key: The most tokens that a token attends to, None for no limit; and the device of the mask.
+    """
+    window, device = key
+    at, ends = positions.numpy(), descendants_end(positions.numpy())
+    starts = np.arange(0, len(at), BLOCK)
+    lasts = np.minimum(starts + BLOCK, len(at)) - 1
+    low, high = np.minimum.reduceat(at, starts), np.maximum.reduceat(at, starts)
+    first, last = np.minimum.reduceat(ends, starts), np.maximum.reduceat(ends, starts)
+    reach = window or len(at) + int(at.max()) + 1
+    seen = np.tri(len(starts), dtype=bool) & (last > starts[:, None]) & (low[:, None] - high < reach)
+    whole = np.tri(len(starts), k=-1, dtype=bool) & (first > lasts[:, None]) & (high[:, None] - low < reach)
+
+    def sent(values: NDArray[Any]) -> Tensor:
+        return send(torch.from_numpy(values.astype(np.int32)), device)
+
+    def listed(blocks: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+        """For each block of queries, the number of blocks of keys; and these, then the others."""
+        return sent(blocks.sum(1)[None, None]), sent(np.argsort(~blocks, axis=1, kind="stable")[None, None])
+
+    (some, some_blocks), (all_, all_blocks), ends_of, at_of = listed(seen & ~whole), listed(whole), sent(ends), sent(at)
+
+    def attends(_row: Tensor, _head: Tensor, query: Tensor, token: Tensor) -> Tensor:
+        visible = (token <= query) & (query < ends_of[token])
+        return visible if window is None else visible & (at_of[query] - at_of[token] < window)
+
+    lengths = len(at), len(at)
+    return BlockMask.from_kv_blocks(
+        some, some_blocks, all_, all_blocks, BLOCK_SIZE=BLOCK, mask_mod=attends, seq_lengths=lengths
+    )
+
+
+class TreeAttention(RowAttention):
+    """The same by FlexAttention, also for trees of rows (`Layout.of`)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._masks = PerBatch(tree_mask)
+
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Tensor, window: int | None, scale: float | None
+    ) -> Tensor:
+        """See `RowAttention`."""
+        rows, heads, length, _ = query.shape
+        mask = self._masks.get(positions, torch.Size((rows, length)), (window, query.device))
+        queries, keys, values = (
+            x.transpose(0, 1).reshape(1, x.shape[1], rows * length, -1) for x in (query, key, value)
+        )
+        attend = _flex_attention() if query.device.type != "cpu" else flex_attention
+        result: Any = attend(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=heads != key.shape[1])
+        attended: Tensor = result[0].reshape(heads, rows, length, -1).permute(1, 2, 0, 3)
+        return attended
+
+
+@cache
+def _flex_attention() -> Any:
+    """The compiled function; without compilation, all scores would be in memory."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def quantized_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor) -> nn.Module:
+    """A quantized linear layer with LoRA that computes in the dtype of its input, which PEFT casts to float32."""
 
     def forward(x: Tensor, training: bool) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        y = functional.linear(x, part.layer.weight, part.layer.bias)
         inner = functional.linear(functional.dropout(x, part.dropout, training), down.to(x.dtype))
-        return y + functional.linear(inner, (up * part.scaling).to(x.dtype))
+        y: Tensor = part.layer(x)
+        return y + functional.linear(inner, (up * part.scaling).to(x.dtype)).to(y.dtype)
 
     return twin(module, forward)
 
 
+class TorchNorm(replacements.Replacement):
+    """Replaces an RMS norm by torch's kernel, which keeps nothing in float32 but a number for each token."""
+
+    def __init__(self, original: nn.Module, epsilon: float):
+        super().__init__(original)
+        self._epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., size). Returns the same shape."""
+        if x.dtype != self.weight.dtype:  # as in `FastNorm`
+            result: Tensor = self._original[0](x)
+            return result
+        return functional.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+
+
+def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in list(base.named_modules()):
+        added = NORMS.get(form_of(module) or "")
+        fast = None if added is None else replacements.replace_norm(module, added)
+        if fast is not None:
+            yield name, module
+            base.set_submodule(name, fast if added else TorchNorm(module, fast.epsilon))
+
+
 def replace(
-    base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]]
+    base: Any, reader: Reader, replaced: list[tuple[str, nn.Module]], *, trees: bool = False
 ) -> tuple[list[Callable[[Any], Layers]], dict[str, str]]:
-    """Replace layers on a GPU. Arguments and results as in `acceleration._replace`."""
-    steps: list[Callable[[Any], Layers]] = [partial(_replace_linear, reader)]
-    replaced += _replace_linear(reader, base)
-    fallbacks = {} if replaced else {"LoRA": "no adapted layer is a linear one with LoRA alone"}
-    if _attends_by_rows(base):
-        return [*steps, partial(_register_attention, VarlenAttention())], fallbacks
+    """Replace layers on a GPU. Arguments and results as in `acceleration._replace`. trees: see `accelerate`."""
+    check, fallbacks = ParityCheck(base), dict[str, str]()
+    steps: list[Callable[[Any], Layers]] = []
+    for kind, step in (("LoRA", partial(_replace_linear, reader)), ("norms", _replace_norms)):
+        found = [*step(base)]
+        if found and (check.passes() or (kind == "LoRA" and not check.runs)):
+            steps.append(step)
+            replaced += found
+        elif found or kind == "LoRA":
+            restore(base, found)
+            fallbacks[kind] = "the model does not compute the same" if found else "no layer is a linear one with LoRA"
+    if (own := upstream.attn_implementation(base)) not in rowwise.STOCK:
+        return steps, fallbacks | {"attention": f"model.attn_implementation is {own}"}
+    name, function = (rowwise.UNMASKED, TreeAttention()) if trees else (VARLEN, RowAttention())
+    if _attends_by_rows(base, name, function):
+        return [*steps, partial(_register_attention, name, function)], fallbacks
     return steps, fallbacks | {"attention": "by rows the model does not compute the same, or drops out weights"}
 
 
 def _replace_linear(reader: Reader, base: Any) -> Iterator[tuple[str, nn.Module]]:
     for name, module in list(base.named_modules()):
-        part = reader(module)
+        part = reader(module, quantized=True)
         if part is not None and part.down is not None and part.up is not None:
+            fast = replacements.replace_linear(module, reader)
             yield name, module
-            base.set_submodule(name, fast_linear(module, part, part.down, part.up))
+            base.set_submodule(name, fast or quantized_linear(module, part, part.down, part.up))
 
 
-def _register_attention(function: VarlenAttention, base: Any) -> Layers:
-    AttentionInterface.register(VARLEN, function)
-    AttentionMaskInterface.register(VARLEN, rowwise.no_mask)
-    base.set_attn_implementation(VARLEN)
+def _register_attention(name: str, function: RowAttention, base: Any) -> Layers:
+    """Without a mask function of this name, transformers makes no masks; it would wait for the GPU for each."""
+    AttentionInterface.register(name, function)
+    base.set_attn_implementation(name)
     return ()
 
 
-def _attends_by_rows(base: Any) -> bool:
+def _attends_by_rows(base: Any, name: str, function: RowAttention) -> bool:
     """Make the model attend row by row, if it then computes the same."""
     if any(getattr(module, "attention_dropout", 0) for module in base.modules()):
         return False
-    own, function = upstream.attn_implementation(base), VarlenAttention()
-    check = ParityCheck(base)
-    _register_attention(function, base)
+    own, check = upstream.attn_implementation(base), ParityCheck(base)
+    _register_attention(name, function, base)
     if check.passes() and (function.windowed or not has_windows(base.config)):
         return True
     base.set_attn_implementation(own)
@@ -155,6 +273,16 @@ def has_windows(config: Any) -> bool:
     """Whether a configuration limits the attention of some layers by a window or by chunks."""
     settings = config.get_text_config().to_dict()
     return bool(settings.get("sliding_window") or settings.get("attention_chunk_size"))
+
+
+def uses_liger(setting: bool | str) -> tuple[bool, list[str]]:
+    """Whether Liger's kernels are used in training, and a line for the user where the self-test of this machine
+    decides. setting: `model.use_liger_kernel`."""
+    if setting is True and self_test.LIGER in self_test.failed():
+        return False, ["model.use_liger_kernel: off, as Liger's kernels failed the self-test on this machine"]
+    if setting == "auto" and {self_test.LIGER, self_test.LIGER_FASTER} <= {*self_test.passed()}:
+        return True, ["auto: model.use_liger_kernel is true (right and faster in the self-test on this GPU)"]
+    return setting is True, []
 
 
 def use_liger(model: Any) -> None:

@@ -278,8 +278,9 @@ class InferenceLinear(nn.Module):
         return y
 
 
-Reader = Callable[[nn.Module], Adapted | None]
-"""Function that returns the linear layer and LoRA of a module, or None: quantized layers and DoRA are left to PEFT."""
+Reader = Callable[..., Adapted | None]
+"""Function that returns the linear layer and LoRA of a module, or None: DoRA is left to PEFT, and so are quantized
+layers without `quantized=True`."""
 
 
 @dataclass(frozen=True)

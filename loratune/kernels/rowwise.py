@@ -25,6 +25,8 @@ from loratune.kernels.masks import HELD, check_known
 
 PREFIX = "loratune"
 """The prefix of the names of all row-wise attention implementations, including those of other modules."""
+UNMASKED = PREFIX
+"""The attention implementation of a model whose attention layers all derive what they attend to from positions."""
 STOCK = {"sdpa": upstream.sdpa_mask, "eager": upstream.eager_mask}
 """The attention implementations that can be replaced, and their masks."""
 MASK_ARGUMENTS = {

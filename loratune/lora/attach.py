@@ -250,12 +250,13 @@ def _differences(expected: Mapping[str, tuple[int, ...]], files: AdapterFiles) -
     ]
 
 
-def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
+def adapted_linear(module: Any, name: str | None = None, *, quantized: bool = False) -> Adapted | None:
     """The linear layer and LoRA of a module: a frozen linear layer with plain LoRA, or without (disabled adapters).
 
     Args:
         module: Any module of a model.
         name: PEFT's name of the adapter; None for the only adapter of the module, which must be active.
+        quantized: Whether layers of bitsandbytes are read as well, whose weights are packed.
 
     Returns:
         The frozen layer, A and B, scaling and dropout; None for every other kind of module, such as DoRA and quantized
@@ -263,7 +264,9 @@ def adapted_linear(module: Any, name: str | None = None) -> Adapted | None:
     """
     if type(module) is nn.Linear:
         return None if _is_trained(module) else Adapted(module)
-    if type(module) is not Linear or type(module.base_layer) is not nn.Linear or _is_trained(module.base_layer):
+    own = module.base_layer if isinstance(module, LoraLayer) else None
+    is_plain = type(module) is Linear and type(own) is nn.Linear
+    if not (is_plain or (quantized and isinstance(own, nn.Linear))) or _is_trained(module.base_layer):
         return None
     if module.disable_adapters:
         return Adapted(module.base_layer)

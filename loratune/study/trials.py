@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from loratune import kernels
 from loratune.codes import Code
 from loratune.compare import preferences
 from loratune.compare.metrics import RowLosses
@@ -268,7 +269,8 @@ class TrialRunner:
         del plan
         gc.collect()
         section, base = self._run.config.model, self.base
-        if not (section.torch_compile or section.use_liger_kernel) and self._state.restore(base.model):
+        is_patched = section.torch_compile or kernels.uses_liger(section.use_liger_kernel)[0]
+        if not is_patched and self._state.restore(base.model):
             return
         note("the adapter has changed the base, which is loaded again")
         fingerprint = base.fingerprint

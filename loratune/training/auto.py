@@ -310,7 +310,8 @@ _SECTIONS: dict[str, type[Section]] = {"lora": LoraSection, "training": Training
 _LATER = "training.adapter_scale"
 _DECIDED = [tuple(key.split(".")) for key, value in DECIDED_BY_RUN.items() if value == AUTO and key != _LATER]
 """Section and name of each key that can be `auto`, except the one that is decided after the last step."""
-_KEPT = [key for key in _DECIDED if key[0] in _SECTIONS or key == ("data", "truncation")]
+_OTHERS = ("data", "truncation"), ("model", "use_liger_kernel")
+_KEPT = [key for key in _DECIDED if key[0] in _SECTIONS or key in _OTHERS]
 """Those that a resumed run keeps; `data.truncation` of an earlier release that had no `auto`, and cut texts."""
 
 
@@ -325,7 +326,7 @@ def are_recorded(recorded: Mapping[str, Any]) -> bool:
     recorded: the config of an interrupted run as JSON values, not yet validated.
     """
     recorded = with_added_sections(recorded)
-    if not all(isinstance(recorded.get(name), dict) for name in ("data", *_SECTIONS)):
+    if not all(isinstance(recorded.get(name), dict) for name in ("data", "model", *_SECTIONS)):
         return False
     for name, key in _DECIDED:
         if name in _SECTIONS and key in recorded[name]:

@@ -106,8 +106,9 @@ def batch(
     Raises:
         ModelError: Rows cannot be packed, and padding would change the results of the model.
     """
-    acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=bool(launcher.sharding()))
     section, training, train = run.data, run.training, splits["train"]
+    sharded, shares = bool(launcher.sharding()), section.share_prefixes is True
+    acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=sharded, trees=shares)
     objective = objective_of(splits, run)
     with acceleration.applied(model):
         mixed = not kernels.attends_by_rows(model)
@@ -134,6 +135,13 @@ def batch(
     if counts_prompts:
         notes.append(f"data.prompt_loss_weight: a token of a prompt counts {section.prompt_loss_weight:g} in the loss")
     return BatchedDatasets(layouts, train, engine, held_out, notes, objective, counts_prompts=counts_prompts)
+
+
+def decide_kernels(run: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The config with a decided `model.use_liger_kernel`, and lines for the user."""
+    used, notes = kernels.uses_liger(run.model.use_liger_kernel)
+    section = run.model.model_copy(update={"use_liger_kernel": used})
+    return run.model_copy(update={"model": section}), notes
 
 
 def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Objective:

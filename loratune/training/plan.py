@@ -27,7 +27,7 @@ from loratune.lora.targets import Targets
 from loratune.lora.tensors import AdapterInit
 from loratune.model import fingerprints, load, stored
 from loratune.model.load import Base
-from loratune.system import launcher
+from loratune.system import accelerator, launcher
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
 from loratune.training import auto, batching
@@ -260,7 +260,7 @@ def make_plan(
         ResumeError: Something that the run reads has changed since it was interrupted.
     """
     datasets, base = datasets or load_rows(run, group), base or load_base(run, group)
-    config, known = run.config, facts(run, datasets, group)
+    (config, liger), known = batching.decide_kernels(run.config), facts(run, datasets, group)
     lora, choices = auto.decide_lora(config.lora, known)
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
@@ -282,7 +282,7 @@ def make_plan(
     size = (2 + config.keeps_best) * estimate.adapter + estimate.optimizer + _CHECKPOINT_OVERHEAD
     described = preferences.described(config)
     notes = [f"training.objective: {described}", *datasets.notes_on_sides()] if described else []
-    notes += [*auto.lines(choices | more | kept), *base.notes, *batches.notes, *targets.notes]
+    notes += [*auto.lines(choices | more | kept), *liger, *base.notes, *batches.notes, *targets.notes]
     return Plan(
         run=run,
         config=config,
@@ -347,13 +347,13 @@ def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, st
     Returns:
         Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
     """
-    path, on_gpu = Path("/proc/cpuinfo"), model.device.type == "cuda"
+    path, on_gpu = Path("/proc/cpuinfo"), model.device.type in accelerator.USED
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return {
         **{name: version(name) for name in COMPUTING_PACKAGES},
         "the processor": next(processors, platform.processor() or platform.machine()),
-        "the device": torch.cuda.get_device_name(model.device) if on_gpu else model.device.type,
+        "the device": accelerator.name(model.device) if on_gpu else model.device.type,
         "the number of threads": str(torch.get_num_threads()),
         "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),
         "what PyTorch computes instead of fast code": ", ".join(fallbacks) or "nothing",

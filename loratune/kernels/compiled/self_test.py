@@ -10,17 +10,19 @@ import json
 import os
 from collections.abc import Mapping
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-
-import torch
 
 from loratune import __version__
 from loratune.kernels.compiled import library
+from loratune.system import accelerator
 from loratune.system.files import make_private_directory, open_file, ownership_problem, write_json
 
-FAILED = "failed"
+PASSED, FAILED = "passed", "failed"
 OPERATIONS = "compiled operations, {}"
 """The name of the check of the compiled operations in a dtype."""
+LIGER, LIGER_FASTER = "Liger's kernels", "Liger's kernels: faster"
+"""The name of the check of Liger's kernels; and what is kept as passed beside it where they were faster."""
 _MAX_BYTES = 1 << 20
 _UNKNOWN = (OSError, RuntimeError, importlib.metadata.PackageNotFoundError)
 """The cache cannot be used, there is no home directory, or a package is installed without its metadata."""
@@ -29,7 +31,7 @@ _UNKNOWN = (OSError, RuntimeError, importlib.metadata.PackageNotFoundError)
 def record(results: Mapping[str, str]) -> str:
     """Keep the results of this machine: check → result; none forgets them. Returns why that is not possible, or an
     empty text."""
-    _failed.cache_clear()
+    _known.cache_clear()
     try:
         path = _path()
         make_private_directory(path.parent)
@@ -42,16 +44,20 @@ def record(results: Mapping[str, str]) -> str:
 
 def failed() -> list[str]:
     """The names of the checks that failed on this machine; empty if it was not tested."""
-    return [*_failed()]
+    return [name for name, result in _known().items() if result == FAILED]
+
+
+def passed() -> list[str]:
+    """The names of the checks that passed on this machine; empty if it was not tested."""
+    return [name for name, result in _known().items() if result == PASSED]
 
 
 @cache
-def _failed() -> tuple[str, ...]:
+def _known() -> Mapping[str, str]:
     try:
-        results = _read(_path()).get(_machine(), {})
+        return _read(_path()).get(_machine(), {})
     except _UNKNOWN:
-        return ()
-    return tuple(name for name, result in results.items() if result == FAILED)
+        return {}
 
 
 def _path() -> Path:
@@ -79,8 +85,7 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
 @cache
 def _machine() -> str:
     """A hash of what the results depend on."""
-    has_gpu = torch.cuda.is_available()
-    names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())] if has_gpu else []
-    stack = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
-    parts = [library.processor_name(), sorted(library.features()), names, stack, __version__]
+    names = ["torch", "transformers", "peft", "bitsandbytes", *(["liger-kernel"] if find_spec("liger_kernel") else [])]
+    stack = [importlib.metadata.version(name) for name in names]
+    parts = [library.processor_name(), sorted(library.features()), accelerator.names(), stack, __version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

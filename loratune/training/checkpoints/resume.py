@@ -122,7 +122,7 @@ class ResumePoint:
             dropout: Whether the run uses dropout.
         """
         yield from map(str, self.skipped)
-        if kept := [f"{key} {auto.shown(value)}" for key, value in self.kept.items()]:
+        if kept := [f"{key} {auto.shown(value)}" for key, value in self.kept.items() if value is not False]:
             yield f"auto: as when the run was interrupted, {', '.join(kept)}"
         for change in current.changes:
             yield f"{change['key']} was {change['was']} up to step {change['step']}, and is {change['is']} from there"
