@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from conftest import check_refused
 from running import Cli, MakeConfig
 
 import loratune
-from loratune.api import self_test
+from loratune.api import self_test, self_test_operations
 from loratune.codes import Code
 from loratune.commands import env
 from loratune.kernels.compiled import fused_ops, library, reference
@@ -29,7 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     results.record({})
     yield tmp_path / "cache"
     monkeypatch.undo()
-    results._failed.cache_clear()
+    results._known.cache_clear()
 
 
 def test_the_page(cli: Cli) -> None:
@@ -57,6 +58,23 @@ def test_a_hub_that_accepts_and_never_answers(monkeypatch: pytest.MonkeyPatch) -
     assert env._reached("no url").startswith("cannot be reached")
 
 
+def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looking up an address has no timeout."""
+    slow = "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
+    monkeypatch.setattr(env, "_REQUEST", slow + env._REQUEST)
+    monkeypatch.setattr(env, "SECONDS", 0.5)
+    start = time.monotonic()
+    assert env._reached("http://nowhere.invalid") == "does not answer within 0.5 s"
+    assert time.monotonic() - start < 10
+
+
+def test_a_library_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_kernels.py").write_text("raise OSError('libcudart.so.12 is missing')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert env._imported("broken_kernels") == "installed, but cannot be imported (libcudart.so.12 is missing)"
+    assert env._imported("nothing_like_this") == "not installed" and env._imported("json") == "installed"
+
+
 def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     needed = ["torch>=2.13", "nothing-like-this>=1", 'pytest>=9999; extra == "dev"']
     monkeypatch.setattr(env.importlib.metadata, "requires", lambda name: needed)
@@ -82,14 +100,23 @@ def test_all_checks_pass_here(cli: Cli, own_cache: Path) -> None:
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
     assert [check for check in checks.values() if check["result"] == env.FAILED] == []
     assert {"resume", "generate", "dpo, float32", FLOAT32} <= checks.keys()
+    assert checks["speed"]["result"] == env.PASSED and "times as fast" in checks["speed"]["detail"]
+    if not torch.accelerator.is_available():
+        needing = {
+            "attention within rows on a GPU",
+            "attention within trees on a GPU",
+            "FlashAttention 2",
+            results.LIGER,
+        }
+        assert {name for name in needing if checks[name]["result"] == env.NOT_AVAILABLE} == needing
     assert results.failed() == []
 
 
 def test_operations_that_compute_something_else_fail(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert self_test._outcome(lambda: self_test._operations(torch.float32))[0] == env.PASSED
+    assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == env.PASSED
     compiled = fused_ops.CompiledOps.swiglu
     monkeypatch.setattr(fused_ops.CompiledOps, "swiglu", lambda *given: compiled(*given) * 1.01)
-    result, detail = self_test._outcome(lambda: self_test._operations(torch.float32))
+    result, detail = self_test._outcome(lambda: self_test_operations.operations(torch.float32))
     assert result == env.FAILED and "(gate)" in detail and "is allowed" in detail
 
 
@@ -116,7 +143,7 @@ def test_what_failed_is_not_used_and_said(
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
 def test_results_that_are_damaged_are_none(content: str, own_cache: Path) -> None:
     (own_cache / "self-test.json").write_text(content)
-    results._failed.cache_clear()
+    results._known.cache_clear()
     assert results.failed() == []
     assert results.record({FLOAT32: env.FAILED}) == ""
     assert results.failed() == [FLOAT32]
@@ -125,7 +152,7 @@ def test_results_that_are_damaged_are_none(content: str, own_cache: Path) -> Non
 def test_results_of_another_user_are_not_read(own_cache: Path) -> None:
     results.record({FLOAT32: env.FAILED})
     os.chmod(own_cache / "self-test.json", 0o666)
-    results._failed.cache_clear()
+    results._known.cache_clear()
     assert results.failed() == []
 
 

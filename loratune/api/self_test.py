@@ -21,28 +21,39 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
+from loratune import kernels
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
+from loratune.api import self_test_operations as checked
 from loratune.api.adapter import Adapter
 from loratune.api.functions import load_config, train
+from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
 from loratune.config import LoraSection, RunConfig
 from loratune.errors import LoratuneError
 from loratune.events import Event, StepEvent, listening, note, progress
-from loratune.kernels.compiled import fused_ops, reference
+from loratune.kernels import gpu
+from loratune.kernels.compiled import fused_ops
 from loratune.kernels.compiled import self_test as results
-from loratune.kernels.layout import Layout, Scoring
-from loratune.kernels.parity_check import relative_rms
-from loratune.lora import creation
+from loratune.lora import attach, creation
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
-"""The largest relative difference of an operation from its reference, by dtype."""
 CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
+WIDE: dict[bool, dict[str, Any]] = {
+    True: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
+    False: {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
+"""What differs from `SHAPE` where speed is measured, on a CPU and on a GPU."""
+LEAST_GAIN = 1.03
+"""The factor from which on Liger's kernels count as faster."""
 STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
 """Steps of sft, and of dpo and of other comparisons; tokens of an answer."""
 SHAPE = {
@@ -65,14 +76,6 @@ PAIRS = [
 ]
 
 
-class NotAvailableError(Exception):
-    """What is checked does not exist here."""
-
-
-class DifferenceError(Exception):
-    """A result differs from the one that is expected."""
-
-
 class _StoppedError(Exception):
     """Ends a run that is then resumed."""
 
@@ -82,12 +85,14 @@ def run() -> list[Check]:
     found = list[Check]()
     results.record({})  # or an operation that has failed once would not be tested again
     with tempfile.TemporaryDirectory(prefix="loratune-self-test-") as folder:
-        for name, check in _SelfTest(Path(folder)).checks():
+        tests = _SelfTest(Path(folder))
+        for name, check in tests.checks():
             start = time.monotonic()
             with progress(f"self-test: {name}"), listening(_ignored):
                 result, detail = _outcome(check)
             found.append(Check(name, result, detail, round(time.monotonic() - start, 2)))
-    if why := results.record({check.name: check.result for check in found}):
+    faster = {results.LIGER_FASTER: PASSED} if tests.is_liger_faster else {}
+    if why := results.record({check.name: check.result for check in found} | faster):
         note(f"the results of the self-test are not kept: {why}")
     return found
 
@@ -110,7 +115,12 @@ def _outcome(check: Callable[[], str]) -> tuple[str, str]:
 
 @dataclass
 class _SelfTest:
-    """The checks. folder: an empty directory for models and adapters."""
+    """The checks.
+
+    Attributes:
+        folder: An empty directory for models and adapters.
+        is_liger_faster: Whether a step took less time with Liger's kernels.
+    """
 
     folder: Path
 
@@ -122,11 +132,13 @@ class _SelfTest:
         LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(self._base)
         self._tokenizer.save_pretrained(self._base)
         self._curves: dict[torch.dtype, list[float]] = {}
+        self._seconds: dict[str, float] = {}
+        self.is_liger_faster = False
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
         """Name and function of each check. The function returns a line on what it found."""
         for dtype in fused_ops.DEFINES:
-            yield results.OPERATIONS.format(_name(dtype)), partial(_operations, dtype)
+            yield results.OPERATIONS.format(_name(dtype)), partial(checked.operations, dtype)
         for dtype in dict.fromkeys((torch.float32, self._dtype)):
             yield f"sft with shared prefixes, {_name(dtype)}", partial(self._sft, dtype)
         yield "padded and packed rows", self._layouts
@@ -135,6 +147,11 @@ class _SelfTest:
         yield "generate", self._generate
         for bits in ("8bit", "4bit"):
             yield f"quantization: {bits}", partial(self._quantized, bits)
+        for name, kind in {"rows": gpu.RowAttention, "trees": gpu.TreeAttention}.items():
+            yield f"attention within {name} on a GPU", partial(self._attention, kind)
+        yield "FlashAttention 2", self._flash
+        yield "speed", self._speed
+        yield results.LIGER, self._liger
 
     def _config(self, name: str, rows: Sequence[dict[str, str]], **sections: dict[str, Any]) -> RunConfig:
         """A config. sections: what differs from the constants above."""
@@ -253,6 +270,44 @@ class _SelfTest:
             raise DifferenceError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
         return f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps; saved, loaded, answers {again[0]!r}"
 
+    def _needs_gpu(self, lacks: str = "") -> None:
+        """Raises NotAvailableError: there is no GPU, or something else is missing."""
+        if self._device.type == "cpu" or lacks:
+            raise NotAvailableError(lacks if self._device.type != "cpu" else "there is no GPU")
+
+    def _attention(self, kind: type[gpu.RowAttention]) -> str:
+        is_missing = kind is gpu.RowAttention and self._dtype == torch.float32
+        self._needs_gpu("the kernel has no float32" if is_missing else "")
+        return checked.attention(kind(), self._device, self._dtype)
+
+    def _flash(self) -> str:
+        self._needs_gpu("" if is_flash_attn_2_available() else "the package flash-attn is not installed")
+        chosen = {"dtype": _name(self._dtype), "attn_implementation": "flash_attention_2"}
+        return _compared(self._trained("flash", ROWS, model=chosen), self._curves[self._dtype], CURVE[self._dtype])
+
+    def _speed(self) -> str:
+        model, own = self._wide_model(), self._seconds
+        own["stock"] = checked.step_seconds(model, fast=False)
+        with kernels.accelerated(model, attach.adapted_linear):
+            own["accelerated"] = checked.step_seconds(model)
+        return f"{own['stock'] / own['accelerated']:.2f} times as fast as stock PEFT with padded rows"
+
+    def _liger(self) -> str:
+        self._needs_gpu("" if is_liger_kernel_available() else "the package liger-kernel is not installed")
+        chosen, dtype = {"dtype": _name(self._dtype), "use_liger_kernel": True}, self._dtype
+        told = _compared(self._trained("liger", ROWS, model=chosen), self._curves[dtype], CURVE[dtype])
+        model = self._wide_model()
+        kernels.use_liger(model)
+        with kernels.accelerated(model, attach.adapted_linear):
+            factor = self._seconds["accelerated"] / checked.step_seconds(model)
+        self.is_liger_faster = factor > LEAST_GAIN
+        return f"{told}; {factor:.2f} times as fast as without"
+
+    def _wide_model(self) -> Any:
+        """A PEFT model in training mode, large enough for its speed to be measured."""
+        base = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **WIDE[self._device.type == "cpu"]}))
+        return creation.adapt(base.to(self._device, self._dtype), LoraSection(**LORA), seed=1)[0].train()
+
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
@@ -274,67 +329,3 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
-
-
-def _operations(dtype: torch.dtype) -> str:
-    """Each compiled operation against its reference, forward and backward."""
-    like = torch.zeros(1, dtype=dtype)
-    if refusal := fused_ops.refusal(like):
-        raise NotAvailableError(refusal)
-    ops, worst = fused_ops.fused_ops(like), dict[str, float]()
-    for name, compute in _OPERATIONS.items():
-        pairs = zip(compute(ops, dtype), compute(reference, dtype), strict=True)
-        worst[name] = max(relative_rms(old, now) for now, old in pairs)
-    name = max(worst, key=lambda one: worst[one])
-    told = f"{len(worst)} operations, largest relative difference {worst[name]:.1e} ({name})"
-    if not worst[name] <= TOLERANCE[dtype]:
-        raise DifferenceError(f"{told}, {TOLERANCE[dtype]:g} is allowed")
-    return told
-
-
-def _drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _norm(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    x, weight, gradient = _drawn(dtype, 37, 96), _drawn(dtype, 96, seed=1), _drawn(dtype, 37, 96, seed=2)
-    y, inverse = ops.rms_norm(x, weight, 1e-5)
-    return [y, ops.rms_norm_backward(gradient, x, weight, inverse)]
-
-
-def _gate(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    both, gradient = _drawn(dtype, 37, 192), _drawn(dtype, 37, 96, seed=1)
-    return [ops.swiglu(both), ops.swiglu_backward(gradient, both)]
-
-
-def _heads(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    joined, angle = _drawn(dtype, 37, (2 * 3 + 2 * 2) * 16), _drawn(torch.float32, 37, 8, seed=1)
-    cosine, sine = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-    split = ops.split_heads(joined, cosine, sine, 2, 3)
-    return [*split, ops.join_heads(*split, cosine, sine)]
-
-
-def _attention(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    positions = torch.cat([torch.arange(length) for length in (20, 5, 70)])
-    shapes = [(2, 95, 3, 16), (2, 95, 16), (2, 95, 16)]
-    inputs = tuple(_drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
-    layout, scoring = Layout.of(positions, None, 48), Scoring(0.25)
-    outputs = ops.attend(*inputs, layout, scoring)
-    gradient = _drawn(dtype, 95, 2 * 3 * 16, seed=3)
-    return [outputs[0], *ops.attend_backward(gradient, outputs, inputs, layout, scoring)]
-
-
-def _update(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    y, x = _drawn(dtype, 37, 48), _drawn(dtype, 37, 32, seed=1)
-    ops.add_lora(y, x, _drawn(dtype, 8, 32, seed=2), _drawn(dtype, 8, 48, seed=3))
-    return [y]
-
-
-def _loss(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
-    return [ops.cross_entropy(logits, targets), logits]
-
-
-_OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
-    "norm": _norm, "gate": _gate, "heads": _heads, "attention": _attention, "LoRA": _update, "loss": _loss,
-}  # fmt: skip

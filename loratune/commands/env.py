@@ -1,13 +1,14 @@
 """`loratune env`: what this machine has for training, and what to do where something is slow or missing."""
 
+import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -25,9 +26,10 @@ from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
 from loratune.kernels.compiled import fused_ops, library
 from loratune.kernels.compiled.self_test import FAILED as FAILED
+from loratune.kernels.compiled.self_test import PASSED as PASSED
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks
-from loratune.system import environment
+from loratune.system import accelerator, environment
 from loratune.text import format_size, plural
 
 SECONDS = 2.0
@@ -60,8 +62,8 @@ class Fact:
     advice: str = ""
 
 
-PASSED, NOT_AVAILABLE = "passed", "not available"
-"""The results of a check of the self-test, beside `FAILED`."""
+NOT_AVAILABLE = "not available"
+"""The result of a check of the self-test, beside `PASSED` and `FAILED`."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _processor() -> Iterator[Fact]:
     names = ", ".join(name for feature, name in FEATURES.items() if feature in has)
     dtype = str(load.automatic_dtype()).removeprefix("torch.")
     yield Fact("instructions", names or "none of " + ", ".join(FEATURES.values()))
-    yield Fact("model.dtype: auto", f"{dtype} on this {'GPU' if torch.cuda.is_available() else 'processor'}")
+    yield Fact("model.dtype: auto", f"{dtype} on this {'GPU' if accelerator.has_gpu() else 'processor'}")
 
 
 def _compiled_code() -> Iterator[Fact]:
@@ -181,16 +183,21 @@ def _gpus() -> Iterator[Fact]:
     missing = has_driver and not torch.cuda.is_available()
     advice = "there is a driver for NVIDIA GPUs, but torch cannot use it; install torch as https://pytorch.org says"
     yield Fact("build of torch", build, advice if missing else "")
-    for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        known = torch.cuda.get_device_properties(number)
-        bf16 = "bf16" if (known.major, known.minor) >= (8, 0) else "no bf16"
-        size = format_size(known.total_memory)
-        yield Fact(f"GPU {number}", f"{known.name}, {size}, compute capability {known.major}.{known.minor}, {bf16}")
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None:
-        yield Fact("GPU", "none; training runs on the CPU")
-    elif accelerator.type != "cuda":
-        yield Fact("GPU", f"{accelerator.type}, which is not used", "training runs on the CPU, or on a GPU by CUDA")
+    bf16 = "bf16" if accelerator.multiplies_bfloat16() else "no bf16"
+    for number, name in enumerate(accelerator.names()):
+        known: Any = torch.get_device_module(accelerator.device()).get_device_properties(number)
+        kind = f"compute capability {known.major}.{known.minor}" if torch.cuda.is_available() else "not tested by us"
+        yield Fact(f"GPU {number}", f"{name}, {format_size(known.total_memory)}, {kind}, {bf16}{_driver()}")
+    if not accelerator.has_gpu():
+        other = torch.accelerator.current_accelerator(check_available=True)
+        yield Fact("GPU", f"{other.type}, which is not used" if other else "none; training runs on the CPU")
+
+
+def _driver() -> str:
+    """The version of NVIDIA's driver, as the rest of a fact; empty if it is not known."""
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Kernel Module.*?(\d+\.\d[\d.]*)", path.read_text(errors="replace")) if path.is_file() else None
+    return f", driver {found[1]}" if found else ""
 
 
 def _libraries() -> Iterator[Fact]:
@@ -199,7 +206,18 @@ def _libraries() -> Iterator[Fact]:
         "bitsandbytes", lacks or "its native library works", "model.quantization cannot be used" if lacks else ""
     )
     for name, use in OPTIONAL.items():
-        yield Fact(name, f"{'installed' if find_spec(name) else 'not installed'}; {use}")
+        yield Fact(name, f"{_imported(name)}; {use}")
+
+
+def _imported(name: str) -> str:
+    """Whether a module is installed, and can be imported."""
+    if find_spec(name) is None:
+        return "not installed"
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # such as a library that was built for another version of CUDA or torch
+        return f"installed, but cannot be imported ({error})"
+    return "installed"
 
 
 def _memory() -> Iterator[Fact]:
@@ -233,11 +251,27 @@ def _hub() -> Iterator[Fact]:
 
 
 def _reached(url: str) -> str:
-    """Why a server cannot be reached within `SECONDS`; empty if it answers. Finding its address may take longer."""
+    """Why a server cannot be reached within `SECONDS`; empty if it answers.
+
+    Another process asks, as looking up an address has no timeout.
+    """
+    command = [sys.executable, "-I", "-c", _REQUEST, url]
     try:
-        with urllib.request.urlopen(url, timeout=SECONDS):
-            return ""
-    except urllib.error.HTTPError:
-        return ""
-    except (OSError, ValueError) as error:
-        return f"cannot be reached ({getattr(error, 'reason', error)})"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return f"does not answer within {SECONDS:g} s"
+    except OSError as error:
+        return f"cannot be tried ({error})"
+    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return f"cannot be reached ({reason})" if done.returncode else ""
+
+
+_REQUEST = """
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1])
+except urllib.error.HTTPError:
+    pass
+except Exception as error:
+    sys.exit(str(getattr(error, "reason", error)))
+"""
