@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 ADAPTER := quickstart-adapter
 
-.PHONY: quickstart test test-all test-latest lint types unit unit-all bench clean
+.PHONY: quickstart test test-all test-latest gpu-dry lint types unit unit-all bench clean
 
 quickstart: .venv/quickstart.stamp
 	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
@@ -40,6 +40,17 @@ test-latest:
 	$(PYTHON) -m venv .venv-latest
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
 	$(PYTEST) -m "not slow" --continue-on-collection-errors tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
+
+# What a GPU would run, without one: torch for CUDA takes 6 GB, and pip must not take a build for CPUs that lies here.
+GPU_DRY ?= $(HOME)/.cache/loratune-gpu-dry
+gpu-dry: $(GPU_DRY)/installed
+	PYTHONPATH=. $(GPU_DRY)/bin/python scripts/gpu_dry.py
+
+$(GPU_DRY)/installed: pyproject.toml
+	$(PYTHON) -m venv $(GPU_DRY)
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(GPU_DRY)/bin/python -m pip install --quiet --editable .
+	$(GPU_DRY)/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
+	touch $@
 
 # Hours, on a machine that does nothing else; BENCH="--sets natural --rounds 1" makes it less.
 bench: .venv/quickstart.stamp

@@ -38,6 +38,22 @@ CONTESTANTS = {
     "loratune-compiled": Contestant(
         "loratune", "", (), "with torch_compile", {"MODEL_SETTINGS": '{"torch_compile": true}'}, device="cuda"
     ),
+    "loratune-liger": Contestant(
+        "loratune",
+        "",
+        (),
+        "with Liger's kernels (pip install liger-kernel)",
+        {"MODEL_SETTINGS": '{"use_liger_kernel": true}'},
+        device="cuda",
+    ),
+    "loratune-trees": Contestant(
+        "loratune",
+        "",
+        (),
+        "prefixes are shared, with FlexAttention",
+        {"DATA_SETTINGS": '{"share_prefixes": true}'},
+        device="cuda",
+    ),
     "textbook": Contestant(
         "textbook", "trainer", STOCK, "Trainer + PEFT, fp32, rows padded to max_length", batch="whole"
     ),

@@ -27,7 +27,12 @@ def config() -> Path:
     settings = {
         "model": {"name_or_path": task.model, **json.loads(os.environ.get("MODEL_SETTINGS", "{}"))},
         "lora": {"r": task.r, "lora_alpha": task.lora_alpha, "target_modules": list(task.target_modules)},
-        "data": {"train": task.train, "packing": "full", "max_length": task.max_length},
+        "data": {
+            "train": task.train,
+            "packing": "full",
+            "max_length": task.max_length,
+            **json.loads(os.environ.get("DATA_SETTINGS", "{}")),
+        },
         "training": {
             "learning_rate": task.learning_rate,
             "num_train_epochs": 1,
