@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +196,7 @@ class LossHead(nn.Module):
         assert numbers is not None and targets is not None
         states = hidden.flatten(0, 1).index_select(0, numbers)  # Its gradient is added up in a fixed order.
         if lengths is not None and rows is not None:
-            of_labels = _RowsOfLabels(rows, len(lengths), entries)
+            of_labels = rows, len(lengths), entries
             losses: Tensor = _RowSums.apply(states, self.head, targets, self.scaling, of_labels)  # type: ignore[no-untyped-call]
         else:
             losses = _HeadLoss.apply(states, self.head, targets, self.scaling, counts)  # type: ignore[no-untyped-call]
@@ -211,20 +211,6 @@ class LossHead(nn.Module):
         states = hidden.flatten(0, 1).index_select(0, numbers)
         result: Tensor = HeadDivergence.apply(states, self.head, self.scaling, teacher.ids, teacher.log_probabilities)  # type: ignore[no-untyped-call]
         return result
-
-
-class _RowsOfLabels(NamedTuple):
-    """The rows that supervised labels belong to.
-
-    Attributes:
-        rows: (labels,), the row of each label.
-        number: The number of rows.
-        entries: (labels,), the index of the state and target of each label; None: they are in the same order.
-    """
-
-    rows: Tensor
-    number: int
-    entries: Tensor | None
 
 
 def _chunk_losses(
@@ -328,15 +314,17 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, scaling: Scaling, labels: _RowsOfLabels
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, head: nn.Linear, targets: Tensor, scaling: Scaling,
+        labels: tuple[Tensor, int, Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        """labels: the row of each label, the number of rows, and the state of each label, None for the same order."""
+        rows, number, entries = labels
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
         for chunk, own in _chunk_losses(hidden, head, targets, scaling, gradient):
             losses[chunk] = own
-        of_labels = losses if labels.entries is None else losses[labels.entries]
-        ctx.save_for_backward(gradient, labels.entries, labels.rows)
-        return losses.new_zeros(labels.number).index_add_(0, labels.rows, of_labels)
+        ctx.save_for_backward(gradient, entries, rows)
+        return losses.new_zeros(number).index_add_(0, rows, losses if entries is None else losses[entries])
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Any, ...]:

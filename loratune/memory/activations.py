@@ -8,7 +8,7 @@ import copy
 import hashlib
 import logging
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +30,6 @@ from loratune.kernels.upstream import (
     is_fake,
     storage_id,
     tree_leaves,
-    unset_fake_temporarily,
 )
 
 _log = logging.getLogger(__name__)
@@ -258,8 +257,6 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operations += 1
         if self._limited and self._operations > self._limit:
             raise _TooLong
-        if func is torch.ops.aten.index.Tensor and is_fake(args[0]):
-            args = (args[0], _positions(args[1]))
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
@@ -279,15 +276,3 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.current -= size
-
-
-def _positions(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Replace masks that have data by the positions that they select, as their number determines a shape."""
-    result: list[Tensor | None] = []
-    for index in indices:
-        if index is None or index.dtype != torch.bool or is_fake(index):
-            result.append(index)
-        else:
-            with unset_fake_temporarily():
-                result += index.nonzero().unbind(1)
-    return result
