@@ -102,12 +102,7 @@ def test_all_checks_pass_here(cli: Cli, own_cache: Path) -> None:
     assert {"resume", "generate", "dpo, float32", FLOAT32} <= checks.keys()
     assert checks["speed"]["result"] == env.PASSED and "times as fast" in checks["speed"]["detail"]
     if not torch.accelerator.is_available():
-        needing = {
-            "attention within rows on a GPU",
-            "attention within trees on a GPU",
-            "FlashAttention 2",
-            results.LIGER,
-        }
+        needing = {"shared prefixes on a GPU", "FlashAttention 2", results.LIGER}
         assert {name for name in needing if checks[name]["result"] == env.NOT_AVAILABLE} == needing
     assert results.failed() == []
 

@@ -32,9 +32,9 @@ from loratune.api.functions import load_config, train
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
 from loratune.config import LoraSection, RunConfig
+from loratune.data.batches import flatten, pad
 from loratune.errors import LoratuneError
 from loratune.events import Event, StepEvent, listening, note, progress
-from loratune.kernels import gpu
 from loratune.kernels.compiled import fused_ops
 from loratune.kernels.compiled import self_test as results
 from loratune.lora import attach, creation
@@ -44,14 +44,6 @@ from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
 
 CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
-WIDE: dict[bool, dict[str, Any]] = {
-    True: {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4},
-    False: {
-        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-}  # fmt: skip
-"""What differs from `SHAPE` where speed is measured, on a CPU and on a GPU."""
 LEAST_GAIN = 1.03
 """The factor from which on Liger's kernels count as faster."""
 STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
@@ -147,9 +139,10 @@ class _SelfTest:
         yield "generate", self._generate
         for bits in ("8bit", "4bit"):
             yield f"quantization: {bits}", partial(self._quantized, bits)
-        for name, kind in {"rows": gpu.RowAttention, "trees": gpu.TreeAttention}.items():
-            yield f"attention within {name} on a GPU", partial(self._attention, kind)
-        yield "FlashAttention 2", self._flash
+        yield "shared prefixes on a GPU", partial(self._on_gpu, "trees", "", data={"share_prefixes": True})
+        lacks = "" if is_flash_attn_2_available() else "the package flash-attn is not installed"
+        chosen = {"attn_implementation": "flash_attention_2"}
+        yield "FlashAttention 2", partial(self._on_gpu, "flash", lacks, model=chosen)
         yield "speed", self._speed
         yield results.LIGER, self._liger
 
@@ -270,42 +263,33 @@ class _SelfTest:
             raise DifferenceError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}")
         return f"loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps; saved, loaded, answers {again[0]!r}"
 
-    def _needs_gpu(self, lacks: str = "") -> None:
-        """Raises NotAvailableError: there is no GPU, or something else is missing."""
+    def _on_gpu(self, name: str, lacks: str, **sections: dict[str, Any]) -> str:
+        """A run on a GPU with other settings against stock PEFT. lacks: what is missing for it; empty if nothing is."""
         if self._device.type == "cpu" or lacks:
             raise NotAvailableError(lacks if self._device.type != "cpu" else "there is no GPU")
-
-    def _attention(self, kind: type[gpu.RowAttention]) -> str:
-        is_missing = kind is gpu.RowAttention and self._dtype == torch.float32
-        self._needs_gpu("the kernel has no float32" if is_missing else "")
-        return checked.attention(kind(), self._device, self._dtype)
-
-    def _flash(self) -> str:
-        self._needs_gpu("" if is_flash_attn_2_available() else "the package flash-attn is not installed")
-        chosen = {"dtype": _name(self._dtype), "attn_implementation": "flash_attention_2"}
-        return _compared(self._trained("flash", ROWS, model=chosen), self._curves[self._dtype], CURVE[self._dtype])
+        sections["model"] = {"dtype": _name(self._dtype)} | sections.pop("model", {})
+        return _compared(self._trained(name, ROWS, **sections), self._curves[self._dtype], CURVE[self._dtype])
 
     def _speed(self) -> str:
         model, own = self._wide_model(), self._seconds
-        own["stock"] = checked.step_seconds(model, fast=False)
+        own["stock"] = checked.step_seconds(model, partial(pad, pad_id=0))
         with kernels.accelerated(model, attach.adapted_linear):
-            own["accelerated"] = checked.step_seconds(model)
+            own["accelerated"] = checked.step_seconds(model, flatten)
         return f"{own['stock'] / own['accelerated']:.2f} times as fast as stock PEFT with padded rows"
 
     def _liger(self) -> str:
-        self._needs_gpu("" if is_liger_kernel_available() else "the package liger-kernel is not installed")
-        chosen, dtype = {"dtype": _name(self._dtype), "use_liger_kernel": True}, self._dtype
-        told = _compared(self._trained("liger", ROWS, model=chosen), self._curves[dtype], CURVE[dtype])
-        model = self._wide_model()
+        lacks = "" if is_liger_kernel_available() else "the package liger-kernel is not installed"
+        told, model = self._on_gpu("liger", lacks, model={"use_liger_kernel": True}), self._wide_model()
         kernels.use_liger(model)
         with kernels.accelerated(model, attach.adapted_linear):
-            factor = self._seconds["accelerated"] / checked.step_seconds(model)
+            factor = self._seconds["accelerated"] / checked.step_seconds(model, flatten)
         self.is_liger_faster = factor > LEAST_GAIN
         return f"{told}; {factor:.2f} times as fast as without"
 
     def _wide_model(self) -> Any:
         """A PEFT model in training mode, large enough for its speed to be measured."""
-        base = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **WIDE[self._device.type == "cpu"]}))
+        size = 256 if self._device.type == "cpu" else 1024
+        base = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "hidden_size": size, "intermediate_size": 3 * size}))
         return creation.adapt(base.to(self._device, self._dtype), LoraSection(**LORA), seed=1)[0].train()
 
 

@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from loratune import kernels
-from loratune.data.batches import flatten, pad
-from loratune.kernels import gpu
 from loratune.kernels.compiled import fused_ops, reference
 from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.parity_check import relative_rms
@@ -21,8 +18,6 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """The largest relative difference of an operation from its reference, by dtype."""
 SPEED_ROWS, TIMED_STEPS = (16, 32, 48, 64, 96, 128, 192, 256), 3
 """Tokens of the rows; steps that are timed, after as many that are not."""
-PACK, TREE = ((0, 20), (0, 5), (0, 70)), ((0, 40), (20, 70), (60, 65), (20, 21), (0, 130))
-"""Positions of packed rows, and of the branches of a tree."""
 
 
 class NotAvailableError(Exception):
@@ -97,55 +92,17 @@ _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
 }  # fmt: skip
 
 
-def step_seconds(model: Any, *, fast: bool = True) -> float:
-    """The median time of forward and backward passes over rows of unequal length.
-
-    fast: packed, through our loss; otherwise padded, through the loss of the model.
-    """
+def step_seconds(model: Any, put: Callable[[Any], dict[str, Tensor]]) -> float:
+    """The median time of forward and backward passes over rows of unequal length. put: collates rows."""
     rows = [{"input_ids": [*range(length)], "labels": [*range(length)]} for length in SPEED_ROWS]
-    batch = kernels.to_device(flatten(rows) if fast else pad(rows, 0), model.device)
-    seconds = list[float]()
+    batch = kernels.to_device(put(rows), model.device)
+    labels, seconds = batch.pop("labels"), list[float]()
     for _ in range(2 * TIMED_STEPS):
-        start, labels = time.monotonic(), batch["labels"]
-        if fast:
-            kernels.set_loss_targets(model, labels)
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            loss = kernels.next_token_loss(model, model(**inputs, use_cache=False).logits, labels)[0]
-        else:
-            loss = model(**batch, use_cache=False).loss
+        start = time.monotonic()
+        kernels.set_loss_targets(model, labels)
+        loss, _ = kernels.next_token_loss(model, model(**batch, use_cache=False).logits, labels)
         torch.autograd.backward(loss)
         model.zero_grad()
         accelerator.synchronize(model.device)
         seconds.append(time.monotonic() - start)
     return median(seconds[TIMED_STEPS:])
-
-
-def attention(function: gpu.RowAttention, device: torch.device, dtype: torch.dtype) -> str:
-    """An attention function for a GPU against a mask of all pairs of tokens: forward, and on a GPU backward."""
-    positions = torch.cat([torch.arange(*span) for span in (TREE if isinstance(function, gpu.TreeAttention) else PACK)])
-    visible = torch.zeros(len(positions), len(positions), dtype=torch.bool)
-    for token, place in enumerate(positions.tolist()):
-        earlier = torch.nonzero(positions[:token] < place)[:, 0]
-        visible[token] = visible[earlier[-1]] if len(earlier) else False
-        visible[token, token] = True
-    given = [_drawn(dtype, 1, heads, len(positions), 64, seed=heads).to(device) for heads in (6, 2, 2)]
-
-    def by_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        mixed = functional.scaled_dot_product_attention(query, key, value, visible.to(device), enable_gqa=True)
-        return mixed.transpose(1, 2)
-
-    def by_kernel(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return function.attend(query, key, value, positions[None].to(device), None, None)
-
-    results = []
-    for attend in (by_mask, by_kernel):
-        query, key, value = (x.detach().requires_grad_(device.type != "cpu") for x in given)
-        found = attend(query, key, value)
-        heads = query, key, value
-        gradients = torch.autograd.grad(found.float().square().sum(), heads) if found.requires_grad else ()
-        results.append([found.detach(), *gradients])
-    worst = max(relative_rms(old, new) for old, new in zip(results[0], results[1], strict=True))
-    told = f"largest relative difference from a mask of all pairs {worst:.1e}"
-    if not worst <= TOLERANCE[dtype]:
-        raise DifferenceError(f"{told}, {TOLERANCE[dtype]:g} is allowed")
-    return told

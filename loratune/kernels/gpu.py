@@ -4,7 +4,6 @@ The other layers are accelerated by `compile_layers` and by Liger's kernels, if 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -41,24 +40,19 @@ LIGER = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False,
 """The Liger kernels that are used; the loss is computed by `LossHead`."""
 
 
-@dataclass(frozen=True)
-class RowBounds:
-    """The row boundaries of a batch.
+def row_bounds(positions: Tensor, device: torch.device) -> tuple[Tensor, int]:
+    """The boundaries of the rows of a batch, and the tokens of the longest.
 
-    Attributes:
-        cumulative: (rows + 1,), int32, from 0 to the number of tokens.
-        longest: Tokens of the longest row.
+    Args:
+        positions: (tokens,), 0 where a row begins, on the CPU.
+        device: Of the boundaries.
+
+    Returns:
+        (rows + 1,), int32, from 0 to the number of tokens; and the tokens.
     """
-
-    cumulative: Tensor
-    longest: int
-
-    @classmethod
-    def of(cls, positions: Tensor, device: torch.device) -> "RowBounds":
-        """positions: (tokens,), 0 where a row begins, on the CPU. device: of the bounds."""
-        begins = torch.nonzero(positions[1:] == 0)[:, 0] + 1
-        bounds = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), len(positions))])
-        return cls(send(bounds.to(torch.int32), device), int(bounds.diff().max()))
+    begins = torch.nonzero(positions[1:] == 0)[:, 0] + 1
+    bounds = torch.cat([begins.new_zeros(1), begins, begins.new_full((1,), len(positions))])
+    return send(bounds.to(torch.int32), device), int(bounds.diff().max())
 
 
 class RowAttention:
@@ -72,7 +66,7 @@ class RowAttention:
 
     def __init__(self) -> None:
         self.windowed = False
-        self._bounds = PerBatch(RowBounds.of)
+        self._bounds = PerBatch(row_bounds)
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -107,10 +101,10 @@ class RowAttention:
         """The result. positions: (1 or rows, length); window: the most tokens that a token attends to; scale: the
         factor of the scores, None for 1 / sqrt(size). Other arguments as for a call."""
         rows, heads, length, size = query.shape
-        bounds = self._bounds.get(positions, torch.Size((rows, length)), query.device)
+        bounds, longest = self._bounds.get(positions, torch.Size((rows, length)), query.device)
         queries, keys, values = (x.transpose(1, 2).reshape(rows * length, -1, size) for x in (query, key, value))
         result: Any = varlen_attn(
-            queries, keys, values, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest,
+            queries, keys, values, bounds, bounds, longest, longest,
             scale=scale, window_size=(-1 if window is None else window - 1, 0), enable_gqa=True,
         )  # fmt: skip
         attended: Tensor = result.view(rows, length, heads, size)
@@ -195,19 +189,16 @@ def quantized_linear(module: nn.Module, part: Adapted, down: Tensor, up: Tensor)
     return twin(module, forward)
 
 
-class TorchNorm(replacements.Replacement):
-    """Replaces an RMS norm by torch's kernel, which keeps nothing in float32 but a number for each token."""
+def fast_norm(module: nn.Module, epsilon: float) -> nn.Module:
+    """An RMS norm by torch's kernel, which keeps nothing in float32 but a number for each token."""
+    weight = module.get_parameter("weight")
 
-    def __init__(self, original: nn.Module, epsilon: float):
-        super().__init__(original)
-        self._epsilon = epsilon
+    def forward(x: Tensor, _training: bool) -> Tensor:
+        """x: (..., size). Returns the same shape. In some families, activations have another dtype than the weights."""
+        result = module(x) if x.dtype != weight.dtype else functional.rms_norm(x, weight.shape, weight, epsilon)
+        return result
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., size). Returns the same shape."""
-        if x.dtype != self.weight.dtype:  # as in `FastNorm`
-            result: Tensor = self._original[0](x)
-            return result
-        return functional.rms_norm(x, self.weight.shape, self.weight, self._epsilon)
+    return twin(module, forward)
 
 
 def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:
@@ -216,7 +207,7 @@ def _replace_norms(base: Any) -> Iterator[tuple[str, nn.Module]]:
         fast = None if added is None else replacements.replace_norm(module, added)
         if fast is not None:
             yield name, module
-            base.set_submodule(name, fast if added else TorchNorm(module, fast.epsilon))
+            base.set_submodule(name, fast if added else fast_norm(module, fast.epsilon))
 
 
 def replace(
