@@ -181,9 +181,8 @@ def _indices(mask: Tensor | None) -> Sequence[Tensor | None]:
     return [torch.empty(mask.numel(), dtype=torch.int64, device=DEVICE) for _ in range(mask.dim())]
 
 
-def backward(loss: Tensor) -> list[str]:
-    """The backward pass without torch's engine: gradients are added to `grad`. Returns functions that were skipped."""
-    skipped = list[str]()
+def backward(loss: Tensor) -> None:
+    """The backward pass without torch's engine: gradients are added to `grad`."""
     order: list[Any] = []
     seen, stack = set[Any](), [(loss.grad_fn, False)]
     while stack:
@@ -203,26 +202,14 @@ def backward(loss: Tensor) -> list[str]:
                     own = node.variable
                     own.grad = value if own.grad is None else own.grad + value
                 continue
-            found = _called(node, gradients, skipped) if gradients else ()
+            values = [gradients.get(number) for number in range(len(node._input_metadata))]
+            found = (node.apply if hasattr(node, "apply") else node)(*values) if gradients else ()
+            found = found if isinstance(found, tuple) else (found,)
             for (following, number), value in zip(node.next_functions, found, strict=False):
                 if following is not None and value is not None:
-                    own = given.setdefault(following, {})
+                    wanted, own = following._input_metadata[number], given.setdefault(following, {})
+                    value = value.sum_to_size(wanted.shape).to(wanted.dtype)  # as the engine does
                     own[number] = own[number] + value if number in own else value
-    return skipped
-
-
-def _called(node: Any, gradients: dict[int, Tensor], skipped: list[str]) -> tuple[Tensor | None, ...]:
-    """What a function of the backward pass returns; nothing if it fails, of which `skipped` receives the name."""
-    values = [gradients.get(number) for number in range(len(node._input_metadata))]
-    if hasattr(node, "apply"):
-        found = node.apply(*values)
-    else:
-        try:
-            found = node(*values)
-        except RuntimeError:  # functions of torch that its engine prepares, such as those of some views
-            skipped.append(node.name())
-            return ()
-    return found if isinstance(found, tuple) else (found,)
 
 
 class DryCheck:
@@ -239,7 +226,7 @@ class DryCheck:
         try:
             with torch.no_grad():
                 self._base.get_decoder()(torch.ones_like(positions), position_ids=positions, use_cache=False)
-        except (TypeError, ValueError):  # of an attention function
+        except (KeyError, TypeError, ValueError):  # of an attention function
             return False
         return True
 
@@ -396,9 +383,11 @@ def place_of(error: BaseException) -> str:
 def _layers(model: Any, acceleration: Any) -> str:
     """What is accelerated, with numbers."""
     modules = [*model.modules()]
+    patched = [type(one).__name__ for one in modules if "forward" in vars(one)]
+    norms = sum("norm" in name.lower() for name in patched)
     counts = {
-        "LoRA": sum("forward" in vars(one) for one in modules),
-        "norms": sum(type(one).__name__ in ("TorchNorm", "FastNorm") for one in modules),
+        "LoRA": len(patched) - norms,
+        "norms": norms + sum(type(one).__name__ == "FastNorm" for one in modules),
         "attention": int(kernels.attends_by_rows(model)),
         "loss": int(isinstance(model.get_output_embeddings(), kernels.LossHead)),
     }
@@ -429,8 +418,7 @@ def _step(dry: DryRun, model: Any, case: Case, batch: dict[str, Any], line: Line
     line.floats, line.on_cpu = dry.floats, [*dry.on_cpu]
     for hook in hooks:
         hook.remove()
-    if skipped := backward(loss):
-        line.layers += f" (backward without {_counted(skipped)})"
+    backward(loss)
     guard.on_pre_optimizer_step(None, SimpleNamespace(global_step=1, num_input_tokens_seen=0), None)
     optimizer.step()
     line.waits = [*dry.waits]
