@@ -7,7 +7,6 @@ may lack a character that is printed, or its file may be on a full disk. A finis
 import io
 import json
 import os
-import select
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ from rich.text import Text
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
+from loratune.system.platforms import ATOMIC_BYTES
 from loratune.text import one_line, printable
 
 
@@ -145,7 +145,7 @@ class LossyStream(_Stream):
         data, self._pending = self._pending.encode(self.encoding, self.errors), ""
         with suppress(OSError, ValueError):
             while data:
-                data = data[os.write(self.fileno(), data[: select.PIPE_BUF]) :]
+                data = data[os.write(self.fileno(), data[:ATOMIC_BYTES]) :]
 
 
 class EscapedStream(_Stream):

@@ -19,6 +19,7 @@ from fork_server import ForkServer
 
 from loratune.kernels.compiled import build, library
 from loratune.kernels.compiled.build import NATIVE
+from loratune.system import environment
 
 DEFINE = "-DFLOAT32"
 # The process has already imported all of this.
@@ -292,9 +293,9 @@ def test_missing_cpuinfo_means_no_known_cpu_features(
 
     (tmp_path / "shipped").mkdir()
     monkeypatch.setattr(build, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(library, "_processor", absent)
+    monkeypatch.setattr(environment, "processor_entry", absent)
     found = library.load(DEFINE)
-    assert library.features() == frozenset() and found.functions is None
+    assert environment.features() == frozenset() and found.functions is None
     assert "No such file or directory: /proc/cpuinfo" in (found.note or "")
 
 
@@ -386,7 +387,7 @@ def test_variant_requires_exactly_the_features_its_code_may_use(variant: build.V
 def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, built: Path) -> Path:
     """A wheel's library for this dtype and AVX2; this processor is patched to look like one with AVX2."""
     monkeypatch.setattr(build, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(library, "features", lambda: build._V3)
+    monkeypatch.setattr(environment, "features", lambda: build._V3)
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     variant = build.VARIANTS[-1]
     path = tmp_path / "shipped" / variant.file_name(DEFINE)
@@ -404,7 +405,7 @@ def test_shipped_library_is_loaded_without_compiling(cache: Path, shipped: Path)
 def test_library_is_compiled_for_an_unsupported_processor(
     cache: Path, shipped: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(library, "features", lambda: build._V3 - {"fma"})
+    monkeypatch.setattr(environment, "features", lambda: build._V3 - {"fma"})
     loaded(cache, called=1)
     for name in ("gcc", "cc", "clang"):
         (cache.parent.parent / name).unlink()
@@ -453,8 +454,8 @@ def test_wheel_tag_matches_the_glibc_its_libraries_need() -> None:
         return build_backend.platform_tag({"one": library, "other": b"\0libc.so.6\0GLIBC_2.14\0"}, "linux_x86_64")
 
     machine = platform.machine()
-    assert tag(b"libm.so.6", b"libc.so.6", b"GLIBC_2.2.5", b"GLIBC_2.27") == f"manylinux_2_27_{machine}"
-    assert tag(b"libc.so.6", b"GLIBC_2.4") == f"manylinux_2_14_{machine}"
+    assert tag(b"libm.so.6", b"libc.so.6", b"GLIBC_2.2.5", b"GLIBC_2.27") == f"manylinux_2_28_{machine}"
+    assert tag(b"libc.so.6", b"GLIBC_2.34") == f"manylinux_2_34_{machine}"
     assert tag(b"libgomp.so.1", b"libc.so.6", b"GLIBC_2.27") == "linux_x86_64"
     assert tag(b"libc.so.6", b"GLIBC_2.27", b"GLIBC_ABI_DT_RELR") == "linux_x86_64"
 

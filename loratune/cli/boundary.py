@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import resource
 import sys
 import traceback
 import warnings
@@ -26,7 +25,7 @@ from loratune.errors import (
     is_out_of_memory,
 )
 from loratune.events import listening
-from loratune.system import environment, launcher, signals
+from loratune.system import environment, launcher, platforms, signals
 from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group
 from loratune.system.signals import Stop, Termination, raise_on_signals
@@ -153,7 +152,7 @@ def unread_output() -> Iterator[None]:
 
 def _print_nowhere() -> None:
     """Discard further output after the reader of stdout has gone or the disk is full, as Python flushes it at exit."""
-    sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> None:
@@ -175,8 +174,8 @@ def _explain(error: BaseException, memory_fix: str) -> tuple[Sequence[Problem], 
     if isinstance(error, LoratuneError):
         return error.problems, error.exit_code
     if is_out_of_memory(error):
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        allowed = "" if limit == resource.RLIM_INFINITY else f"; this process may have {limit:,} bytes (ulimit -v)"
+        limit = platforms.memory_limit()
+        allowed = "" if limit is None else f"; this process may have {limit:,} bytes (ulimit -v)"
         return [Problem(Code.SYSTEM_OUT_OF_MEMORY, f"out of memory{allowed}", fix=memory_fix)], 8
     if isinstance(error, OSError):
         what, where = error.strerror or str(error), str(error.filename or "")

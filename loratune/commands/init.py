@@ -1,7 +1,6 @@
 """`loratune init`: chooses a config for rows and a model, with a comment on each choice. No weights are loaded."""
 
 import itertools
-import os
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ from loratune.lora.attach import PeftModel
 from loratune.lora.parameters import Count
 from loratune.memory import Estimate
 from loratune.model import checks, load, quantization, tensor_files
+from loratune.system import platforms
 from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
@@ -131,7 +131,7 @@ def init(run: RunConfig, draft: Draft) -> Started:
     run = config.parse(text, SOURCE)
     steps, seconds = _duration(run.model_copy(update={"training": training}), rows, trained, model)
     count = creation.count(model, creation.initialize_adapter(model, lora))
-    cores = len(os.sched_getaffinity(0))
+    cores = platforms.processor_count()
     hardware = f"{cores} core{'s' if cores > 1 else ''}, {machine.gpu or 'no GPU'}"
     return Started(text, run, rows, cut, fitting, count, hardware, context, steps, seconds)
 

@@ -1,8 +1,8 @@
 """Estimates the peak memory of a training run from shapes alone, and determines the free memory of the machine."""
 
 import os
-import resource
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from loratune.kernels.upstream import get_keys_to_not_convert
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
 from loratune.memory.activations import TracedStep, trace
-from loratune.system import accelerator, environment
+from loratune.system import accelerator, environment, platforms
 
 WeightFormat = Literal["none", "8bit", "4bit"]
 """How the linear layers of the base are quantized."""
@@ -115,8 +115,7 @@ def available(device: torch.device) -> int:
     if device.type != "cpu":
         return accelerator.free_memory(device)
     bounds = [int(psutil.virtual_memory().available)]
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
+    if (limit := platforms.memory_limit()) is not None:
         bounds.append(limit - int(psutil.Process().memory_info().vms))
     return int(max(0, min(*bounds, environment.free_memory())))
 
@@ -125,12 +124,15 @@ def peak() -> dict[str, int]:
     """The most bytes that were in use at once since this process started.
 
     Returns:
-        `process`: its resident memory (VmHWM of proc(5)); getrusage's value would include the parent process. `gpu`, if
-        there is one: the memory allocated by torch on its GPUs.
+        `process`: its resident memory (VmHWM of proc(5)); on Linux, `platforms.peak_memory` would include the parent
+        process. `gpu`, if there is one: the memory allocated by torch on its GPUs.
     """
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    lines = list[str]()
+    with suppress(OSError):
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
     high = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-    process = int(high or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
+    used = psutil.Process().memory_info()
+    process = int(high) << 10 if high else platforms.peak_memory() or getattr(used, "peak_wset", used.rss)
     return {"process": process} | ({"gpu": accelerator.peak_memory()} if accelerator.has_gpu() else {})
 
 

@@ -7,7 +7,6 @@ other machines Optuna's heartbeats and its retry callback do the same. A trial c
 directory.
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.study import storage
 from loratune.study.grid import Axis, Settings, label
 from loratune.study.storage import IDENTITY, JOURNAL, LOCKS
+from loratune.system import platforms
 from loratune.system.files import open_lock, try_lock
 from loratune.system.launcher import host
 
@@ -116,7 +116,7 @@ class Study:
     def locked(self) -> Iterator[None]:
         """Inside, no other process on this machine claims a trial, publishes, or removes adapters."""
         with open_lock(self.directory / LOCKS / "study", os.O_RDWR | os.O_CREAT) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            platforms.lock(file, wait=True)
             yield
 
     def identity(self) -> dict[str, Any] | None:

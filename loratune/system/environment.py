@@ -6,6 +6,7 @@ is that of the container.
 """
 
 import errno
+import logging
 import math
 import os
 import sys
@@ -13,10 +14,46 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from loratune.system.platforms import processor_count
+
+_log = logging.getLogger(__name__)
+
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 _THREADS = "OMP_NUM_THREADS"
+_PROCESSORS = Path("/proc/cpuinfo")
+_ENTRY_CHARACTERS = 1 << 14  # more than the entry of a processor has
 _ROOT, _OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def processor_entry() -> str:
+    """What Linux tells about the first processor. Raises OSError: this is another system, or a sandbox hides it."""
+    with _PROCESSORS.open(encoding="utf-8", errors="replace") as file:
+        return file.read(_ENTRY_CHARACTERS).split("\n\n")[0]
+
+
+def _processor_fields() -> list[tuple[str, str]]:
+    """Name and value of each line on the first processor; none if they cannot be read."""
+    try:
+        lines = [line.partition(":") for line in processor_entry().splitlines()]
+    except OSError:
+        _log.debug("the processor is not known", exc_info=True)
+        return []
+    return [(name.strip(), value.strip()) for name, _, value in lines]
+
+
+def features() -> frozenset[str]:
+    """The processor features that the operating system lets programs use, by the names in `/proc/cpuinfo`.
+
+    Empty if that file cannot be read, as in some sandboxes.
+    """
+    fields = _processor_fields()
+    return frozenset(word for name, value in fields if name.startswith(("flags", "Features")) for word in value.split())
+
+
+def processor_name() -> str:
+    """The model of the processor as Linux names it; empty if it is not known."""
+    return next((value for name, value in _processor_fields() if name == "model name"), "")
 
 
 def processors() -> float:
@@ -35,7 +72,7 @@ def threads() -> int:
     given = os.environ.get(_THREADS, "").partition(",")[0]
     if given.isascii() and given.isdecimal() and int(given) > 0:
         return int(given)
-    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), processors())))
+    return max(1, math.ceil(min(processor_count(), processors())))
 
 
 def limit_threads() -> str:
@@ -47,7 +84,7 @@ def limit_threads() -> str:
     Returns:
         A line for the user, empty where nothing was set.
     """
-    seen, allowed = len(os.sched_getaffinity(0)), processors()
+    seen, allowed = processor_count(), processors()
     if "torch" in sys.modules or allowed > seen - 1 or os.environ.get(_THREADS):
         return ""
     os.environ[_THREADS] = str(threads())

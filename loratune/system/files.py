@@ -4,7 +4,6 @@ No function here follows a link where a file or directory is expected, and none 
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, TextIO
 
 from loratune.codes import Code
 from loratune.errors import LockedError, Problem, ResourceError, is_disk_full
+from loratune.system import platforms
 
 _KINDS = {
     stat.S_IFREG: "a file", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link", stat.S_IFIFO: "a named pipe",
@@ -77,7 +77,7 @@ def is_directory(path: Path) -> bool:
 
 def open_file(path: Path) -> BinaryIO:
     """Open a regular file for reading, not through a link. Raises OSError: it is of another kind, or cannot be read."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK))  # noqa: SIM115
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | platforms.SAFE_OPEN))  # noqa: SIM115
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
@@ -105,8 +105,10 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or directory to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file or directory to the disk; Windows flushes no directories, and files only if they can be written."""
+    if platforms.IS_WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if platforms.IS_WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -185,7 +187,7 @@ def try_lock(path: Path) -> Iterator[bool]:
     """
     with open_lock(path, os.O_RDWR | os.O_CREAT) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            platforms.lock(file)
         except BlockingIOError:
             yield False
         else:
@@ -194,7 +196,7 @@ def try_lock(path: Path) -> Iterator[bool]:
 
 def open_lock(path: Path, flags: int) -> TextIO:
     """Open a lock file without following a link, or truncating what its holder wrote, as package filelock would."""
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    handle = os.open(path, flags | platforms.SAFE_OPEN, 0o666)
     return open(handle, "r" if flags == os.O_RDONLY else "a+", encoding="utf-8")
 
 
@@ -211,7 +213,7 @@ def hold_lock(file: TextIO, where: str, key: str = "output_dir") -> None:
     """
     for attempt in range(5):  # another process may only be checking whether the lock is free
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            platforms.lock(file)
             return
         except BlockingIOError:
             time.sleep(0.05 if attempt < 4 else 0)
@@ -264,7 +266,9 @@ def ownership_problem(status: os.stat_result) -> str:
     """Why somebody else can write to a file or directory, in words; empty if only this user can."""
     if stat.S_ISLNK(status.st_mode):
         return "is a link"
-    if status.st_uid != os.geteuid():
+    if (owner := platforms.owner()) is None:
+        return ""
+    if status.st_uid != owner:
         return "belongs to another user"
     return "can be written to by others" if status.st_mode & _WRITABLE_BY_OTHERS else ""
 

@@ -6,7 +6,6 @@ written directly: named pipes, devices such as /dev/null, and open files of this
 """
 
 import errno
-import fcntl
 import glob
 import os
 import re
@@ -21,6 +20,7 @@ from typing import TextIO
 from loratune.codes import Code
 from loratune.errors import ConfigError, Problem, ResourceError, is_disk_full
 from loratune.system.files import contains, kind, sync
+from loratune.system.platforms import SAFE_OPEN
 
 _OPEN_FILE = re.compile(r"/dev/(?P<name>stdout|stderr)|(/dev|/proc/self)/fd/(?P<number>\d+)")
 _STREAMS = {"stdout": 1, "stderr": 2}
@@ -121,7 +121,7 @@ class Output:
     @contextmanager
     def _stream(self) -> Iterator[TextIO]:
         """A pipe or device, or a file that is open already and is continued at its position."""
-        handle = os.dup(self.handle) if self.handle is not None else os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        handle = os.dup(self.handle) if self.handle is not None else os.open(self.path, os.O_WRONLY)
         with _text(handle) as file:
             yield file
 
@@ -144,7 +144,7 @@ class Output:
     def _created(self, unfinished: Path) -> int:
         """The handle of a new file. Raises ConfigError: it cannot be created."""
         try:
-            return os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            return os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | SAFE_OPEN, 0o666)
         except OSError as error:
             if is_disk_full(error):
                 raise
@@ -223,9 +223,10 @@ def _is_regular(file_kind: str) -> bool:
 
 def _is_writable(handle: int) -> bool:
     try:
-        return fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
+        os.write(handle, b"")
     except OSError:
         return False
+    return True
 
 
 def _text(handle: int) -> TextIO:

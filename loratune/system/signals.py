@@ -12,7 +12,6 @@ stderr, and Python's buffered streams and rich raise RuntimeError where a handle
 """
 
 import os
-import select
 import signal
 import sys
 import threading
@@ -21,6 +20,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+from loratune.system.platforms import is_writable
 
 
 class StopSignal(KeyboardInterrupt):
@@ -41,10 +42,11 @@ class Termination(StopSignal):
 _EXCEPTIONS: dict[signal.Signals, type[StopSignal]] = {
     signal.SIGINT: Interruption,
     signal.SIGTERM: Termination,
-    signal.SIGHUP: Termination,
-    signal.SIGUSR1: Termination,
-    signal.SIGUSR2: Termination,
-    signal.SIGXCPU: Termination,
+    **{  # which Windows lacks
+        getattr(signal, name): Termination
+        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+        if hasattr(signal, name)
+    },
 }
 _REPEATABLE = (signal.SIGINT, signal.SIGTERM)
 """A second one of these stops at once. The others come more than once although nobody asks twice: shell and kernel both
@@ -122,9 +124,7 @@ def write_line(line: str) -> None:
     """
     with suppress(Exception):  # there is no other place to report to
         handle = sys.stderr.fileno()
-        poll = select.poll()
-        poll.register(handle, select.POLLOUT)
-        if poll.poll(0):
+        if is_writable(handle):
             start = "\n" if os.isatty(handle) else ""
             os.write(handle, f"{start}{line}\n".encode())
 

@@ -6,7 +6,6 @@ from there, so nobody can change or truncate them while they are in use.
 """
 
 import ctypes
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,7 +20,9 @@ from pathlib import Path
 from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
+from loratune.system import environment
 from loratune.system.files import make_private_directory, open_file, ownership_problem
+from loratune.system.platforms import sealed_file
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def load(define: str) -> Library:
     """
     if not build.SHIPPED.is_dir():  # A checkout, or a wheel that was built without a compiler.
         return compiled(define)
-    variant = build.choose(platform.machine(), features())
+    variant = build.choose(platform.machine(), environment.features())
     if variant is None:
         library, why = compiled(define), "loratune came with compiled code for other processors than this one"
         return replace(library, note=f"{why}, and {library.note}") if library.functions is None else library
@@ -76,36 +77,6 @@ def _load_shipped(variant: Variant, define: str) -> Library:
     if content is None:
         raise OSError(f"{path} is missing, damaged, or of another release: {_REINSTALL}")
     return Library(_link(content), name=f"{variant.name}-{hashlib.sha256(content).hexdigest()[:16]}")
-
-
-def features() -> frozenset[str]:
-    """The processor features that the operating system lets programs use, by the names in `/proc/cpuinfo`.
-
-    Empty if that file cannot be read, as in some sandboxes.
-    """
-    return frozenset(
-        word for name, value in _fields() if name.startswith(("flags", "Features")) for word in value.split()
-    )
-
-
-def processor_name() -> str:
-    """The model of the processor as Linux names it; empty if it is not known."""
-    return next((value for name, value in _fields() if name == "model name"), "")
-
-
-def _fields() -> list[tuple[str, str]]:
-    """Name and value of each line on the first processor; none if they cannot be read."""
-    try:
-        lines = [line.partition(":") for line in _processor().splitlines()]
-    except OSError:
-        _log.debug("the processor is not known", exc_info=True)
-        return []
-    return [(name.strip(), value.strip()) for name, _, value in lines]
-
-
-def _processor() -> str:
-    """The entry of the first processor in /proc/cpuinfo."""
-    return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
 
 
 @progress("compiling the fast CPU code")
@@ -188,12 +159,8 @@ def _link(content: bytes) -> ctypes.CDLL:
 
     The descriptor stays open: the linker identifies libraries by path, and another one could get the same number.
     """
-    descriptor = os.memfd_create("loratune", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = sealed_file(content)
     try:
-        with os.fdopen(descriptor, "wb", closefd=False) as file:
-            file.write(content)
-        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
         library = ctypes.CDLL(f"/proc/self/fd/{descriptor}")
     except OSError:
         os.close(descriptor)
@@ -205,7 +172,11 @@ def _link(content: bytes) -> ctypes.CDLL:
 
 def _key(compiler: str, variant: Variant, define: str) -> str:
     """A hash of everything that a library depends on: source, compiler, processor, and C library."""
-    lines = [line for line in _processor().splitlines() if line.startswith(("flags", "Features", "model name"))]
+    lines = [
+        line
+        for line in environment.processor_entry().splitlines()
+        if line.startswith(("flags", "Features", "model name"))
+    ]
     status = Path(compiler).resolve().stat()
     machine = [lines, platform.machine(), platform.libc_ver()]
     parts = [variant.key(define), compiler, status.st_mtime_ns, status.st_size, machine]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from loratune import __version__
 from loratune.kernels.compiled import library
-from loratune.system import accelerator
+from loratune.system import accelerator, environment
 from loratune.system.files import make_private_directory, open_file, ownership_problem, write_json
 
 PASSED, FAILED = "passed", "failed"
@@ -87,5 +87,5 @@ def _machine() -> str:
     """A hash of what the results depend on."""
     names = ["torch", "transformers", "peft", "bitsandbytes", *(["liger-kernel"] if find_spec("liger_kernel") else [])]
     stack = [importlib.metadata.version(name) for name in names]
-    parts = [library.processor_name(), sorted(library.features()), accelerator.names(), stack, __version__]
+    parts = [environment.processor_name(), sorted(environment.features()), accelerator.names(), stack, __version__]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
