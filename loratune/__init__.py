@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from loratune.events import StepEvent as StepEvent
     from loratune.events import TrainingEvent as TrainingEvent
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _MODULES = {
     "adapter.options": "Sampling",

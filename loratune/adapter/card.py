@@ -4,17 +4,18 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from loratune import __version__
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.config.template_arguments import FIELD
 from loratune.data import DatasetSplit
 from loratune.data.formats import IGNORED, Conversation, Example, Plain, Single, sides
+from loratune.system import release
 from loratune.system.files import versioned
 from loratune.text import code_block, code_span, is_printable_line, markdown, one_line, printable, shell_word
 
@@ -39,7 +40,7 @@ def provenance(
     """
     return versioned(
         {
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": release.versions(PACKAGES),
             "machine": {"python": platform.python_version(), "platform": platform.platform()},
             "base": {key: settings["model"][key] for key in ("name_or_path", "revision", "gguf_file")}
             | {"quantized": quantized},
@@ -111,7 +112,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
 
 # {markdown(name)}
 
-A LoRA adapter for {base_name}, trained with loratune {version("loratune")}.
+A LoRA adapter for {base_name}, trained with loratune {__version__}.
 
 - **Data:** {_sources(settings["data"]["train"])} ({", ".join(lines.formats)})
 {objective_line}- **Result:** loss {metrics["first_loss"]:.4f} → {metrics["last_loss"]:.4f}

@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from loratune.errors import AdapterError, ConfigError, Problem
 from loratune.events import note
 from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE, RECORD_FILE, WEIGHTS_FILE, AdapterFiles
+from loratune.system import release
 from loratune.system.directories import ROW_HASHES, is_adapter_file
 from loratune.system.files import versioned, write_json
 
@@ -124,7 +124,7 @@ class AdapterDirectory:
         """
         record = {
             "kind": kind,
-            "versions": {name: version(name) for name in _PACKAGES},
+            "versions": release.versions(_PACKAGES),
             "base": self.base.model_dump(include={"name_or_path", "revision", "gguf_file"}),
             "fingerprints": {"base": self.files.base_fingerprint},
             "adapter": adapter_files.manifest(self.path),

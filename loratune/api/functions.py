@@ -1,5 +1,6 @@
 """The functions of the public API."""
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -7,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from loratune import __version__
 from loratune import config as configs
 from loratune.api import Overrides, Rows, StrPath, assignments, libraries
 from loratune.codes import Code
@@ -129,6 +131,9 @@ def train(
     group = group or join_processes()
     with listening(on_event if group.main else None):
         place = _run_directory(config, config_file, resume=resume, overwrite=overwrite) if group.main else None
+        if "torch" not in sys.modules:
+            base, output = config.model.name_or_path, config.output_dir
+            note(f"loratune {__version__}: base {base}, adapter {output}; loading the libraries")
         run = validated(config, place, group, resume=resume, rows=rows)
         with libraries():
             from loratune.api.adapter import Adapter

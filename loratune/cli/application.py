@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from loratune import __version__
 from loratune.cli.boundary import checked_output
 from loratune.codes import Code
 from loratune.console import EscapedStream, escape_output, print_json, print_lines, raw_output
@@ -83,7 +82,9 @@ Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding; 0.0
 
 def _version(requested: bool) -> None:
     if requested:
-        print(f"loratune {__version__}")
+        from loratune.system import release
+
+        print(f"loratune {release.describe()}")
         raise typer.Exit
 
 

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 
-from uniplot import plot_to_string
-
 _WIDTH, _HEIGHT = 64, 7
 _LEAST_POINTS = 3
 _MARKS = {"loss": ".", "held-out": "o"}
@@ -24,6 +22,8 @@ def loss_plot(curve: Sequence[Mapping[str, float]], encoding: str) -> list[str]:
     }
     if len(series["loss"]) < _LEAST_POINTS:
         return []
+    from uniplot import plot_to_string  # it imports numpy
+
     series = {name: points for name, points in series.items() if points}
     text = plot_to_string(
         xs=[[step for step, _ in points] for points in series.values()],

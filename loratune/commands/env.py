@@ -20,7 +20,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from loratune import __version__, memory
+from loratune import memory
 from loratune.codes import Code
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
@@ -29,7 +29,7 @@ from loratune.kernels.compiled.self_test import FAILED as FAILED
 from loratune.kernels.compiled.self_test import PASSED as PASSED
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks
-from loratune.system import accelerator, environment
+from loratune.system import accelerator, environment, platforms, release
 from loratune.text import format_size, plural
 
 SECONDS = 2.0
@@ -128,7 +128,7 @@ def describe() -> Environment:
 
 
 def _program() -> Iterator[Fact]:
-    yield Fact("loratune", f"{__version__} ({Path(__file__).resolve().parent.parent})")
+    yield Fact("loratune", f"{release.describe()}, in {Path(__file__).resolve().parent.parent}")
     yield Fact("Python", f"{platform.python_version()} ({sys.executable})")
     libc = " ".join(platform.libc_ver())
     yield Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}{f', {libc}' if libc else ''}")
@@ -153,11 +153,11 @@ def _packages() -> Iterator[Fact]:
 
 
 def _processor() -> Iterator[Fact]:
-    seen, allowed = len(os.sched_getaffinity(0)), environment.processors()
+    seen, allowed = platforms.processor_count(), environment.processors()
     share = f"; this container may use {allowed:g}" if allowed < seen else ""
-    yield Fact("processor", library.processor_name() or platform.processor() or "unknown")
+    yield Fact("processor", environment.processor_name() or platform.processor() or "unknown")
     yield Fact("cores", f"{seen} of {os.cpu_count()}{share}; {plural(torch.get_num_threads(), 'thread')} of torch")
-    has = library.features()
+    has = environment.features()
     names = ", ".join(name for feature, name in FEATURES.items() if feature in has)
     dtype = str(load.automatic_dtype()).removeprefix("torch.")
     yield Fact("instructions", names or "none of " + ", ".join(FEATURES.values()))

@@ -5,8 +5,6 @@ import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ from loratune.lora.targets import Targets
 from loratune.lora.tensors import AdapterInit
 from loratune.model import fingerprints, load, stored
 from loratune.model.load import Base
-from loratune.system import accelerator, launcher
+from loratune.system import accelerator, environment, launcher, release
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.text import align, plural
 from loratune.training import auto, batching
@@ -347,12 +345,10 @@ def conditions(model: PreTrainedModel, fallbacks: Iterable[str]) -> dict[str, st
     Returns:
         Names and values. Both are shown to the user: "NAME was VALUE up to step 5, and is VALUE from there".
     """
-    path, on_gpu = Path("/proc/cpuinfo"), model.device.type in accelerator.USED
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    processors = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    on_gpu = model.device.type in accelerator.USED
     return {
-        **{name: version(name) for name in COMPUTING_PACKAGES},
-        "the processor": next(processors, platform.processor() or platform.machine()),
+        **release.versions(COMPUTING_PACKAGES),
+        "the processor": environment.processor_name() or platform.processor() or platform.machine(),
         "the device": accelerator.name(model.device) if on_gpu else model.device.type,
         "the number of threads": str(torch.get_num_threads()),
         "the compiled CPU code": kernels.variant(model.get_input_embeddings().weight),

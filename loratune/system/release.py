@@ -1,0 +1,64 @@
+"""This release: its version, the commit that it was built from, and its compiled code for this processor."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loratune import __version__
+from loratune.system import environment
+
+RECORD = Path(__file__).with_name("release.json")
+"""What `scripts/build_backend.py` records in sdists and wheels; a checkout has no such file. `commit`: empty if it was
+not known. `variants`, in wheels with compiled code: its processor variants, the best one first, each with the required
+processor features."""
+_GIT_SECONDS = 2.0
+
+
+def describe() -> str:
+    """Version, commit and compiled code in one line. Neither torch nor the compiled code is loaded."""
+    found = commit()
+    return f"{__version__} ({f'commit {found}, ' if found else ''}{compiled_code()})"
+
+
+def commit() -> str:
+    """The first 12 digits of the commit, as recorded by the build, or from git in a checkout; empty if not known."""
+    if RECORD.is_file():
+        return str(_record().get("commit", ""))
+    git = Path(__file__).parents[2] / ".git"
+    command = ["git", f"--git-dir={git}", "rev-parse", "--short=12", "HEAD"]
+    with suppress(OSError, subprocess.SubprocessError):
+        if git.exists():
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+            return done.stdout.strip()
+    return ""
+
+
+def compiled_code() -> str:
+    """Which compiled operations train on this processor, unless loading them fails: `loratune env` loads them."""
+    if os.environ.get("LORATUNE_NATIVE") == "0":
+        return "no compiled code, as LORATUNE_NATIVE is 0"
+    if platform.system() != "Linux":
+        return f"no compiled code, as none is for {platform.system()}"
+    has, variants = environment.features(), _record().get("variants", {})
+    for name, needed in variants.items():
+        if has.issuperset(needed):
+            return f"compiled code for {name}"
+    if any(map(shutil.which, ("gcc", "cc", "clang"))):
+        return "code compiled on this machine"
+    return "no compiled code, as there is no C compiler"
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """The installed versions of packages; that of loratune itself is of its code, also in a checkout."""
+    return {name: __version__ if name == "loratune" else version(name) for name in packages}
+
+
+def _record() -> dict[str, Any]:
+    return dict(json.loads(RECORD.read_text(encoding="utf-8"))) if RECORD.is_file() else {}

@@ -1,0 +1,92 @@
+"""`loratune --version`, and what is imported before a command does its work."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Ran
+from running import Cli, MakeConfig
+
+from loratune import __version__
+from loratune.system import environment, release
+
+VARIANTS = {"best": ["fma", "nothing_has_this"], "good": ["fma"], "any": []}
+
+
+@pytest.fixture
+def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The record of a wheel; the package is not in a checkout."""
+    monkeypatch.setattr(release, "RECORD", tmp_path / "release.json")
+    monkeypatch.setattr(release, "__file__", str(tmp_path / "loratune" / "system" / "release.py"))
+    monkeypatch.delenv("LORATUNE_NATIVE", raising=False)
+    return tmp_path / "release.json"
+
+
+def test_version_names_commit_and_compiled_code(cli: Cli) -> None:
+    ran = cli("--version")
+    assert ran.code == 0 and ran.out == f"loratune {release.describe()}\n"
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert release.commit() == done.stdout[:12]  # empty if this is not a checkout
+
+
+@pytest.mark.parametrize(
+    ("has", "expected"), [({"fma", "sse"}, "compiled code for good"), (set(), "compiled code for any")]
+)
+def test_wheels_record_commit_and_variants(
+    has: set[str], expected: str, record: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.write_text(json.dumps({"commit": "0123456789ab", "variants": VARIANTS}))
+    monkeypatch.setattr(environment, "features", lambda: frozenset(has))
+    assert release.describe() == f"{__version__} (commit 0123456789ab, {expected})"
+
+
+def test_without_record_git_or_compiler(record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A damaged repository, and one of something that loratune was installed in, count as none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert release.describe() == f"{__version__} (no compiled code, as there is no C compiler)"
+    (tmp_path / ".git").mkdir()
+    monkeypatch.undo()
+    monkeypatch.setattr(release, "__file__", str(tmp_path / "loratune" / "system" / "release.py"))
+    assert release.commit() == ""
+    monkeypatch.setenv("LORATUNE_NATIVE", "0")
+    assert "LORATUNE_NATIVE is 0" in release.compiled_code()
+    monkeypatch.setattr(release.platform, "system", lambda: "Darwin")
+    monkeypatch.delenv("LORATUNE_NATIVE")
+    assert release.compiled_code() == "no compiled code, as none is for Darwin"
+
+
+WITHOUT = """
+import os, sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in {names}:
+            os.write(2, f"\\nimports {{name}}\\n".encode())
+            os._exit(77)
+
+sys.meta_path.insert(0, Finder())
+from loratune.__main__ import main
+main()
+"""
+
+
+def without(names: set[str], *arguments: object) -> Ran:
+    """Runs a command in a new process, which ends with 77 as soon as one of the modules is imported."""
+    command = [sys.executable, "-c", WITHOUT.format(names=names), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def test_help_imports_neither_numpy_nor_pydantic_models() -> None:
+    ran = without(
+        {"numpy", "yaml", "uniplot", "psutil", "datasets", "loratune.config", "loratune.api.functions"}, "--help"
+    )
+    assert ran.code == 0, ran.err
+
+
+def test_train_prints_its_first_line_before_the_libraries_are_imported(run_config: MakeConfig) -> None:
+    ran = without({"numpy", "torch", "transformers", "datasets"}, "train", run_config())
+    assert ran.code == 77 and ran.err.startswith(f"loratune {__version__}: base "), ran.err
