@@ -5,7 +5,7 @@ BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 ADAPTER := quickstart-adapter
 
-.PHONY: quickstart test test-all test-latest gpu-dry lint types unit unit-all bench clean
+.PHONY: quickstart test test-all test-oldest test-latest gpu-dry lint types unit unit-all release bench clean
 
 quickstart: .venv/quickstart.stamp
 	$(BIN)/python scripts/fetch_smollm2.py $(MODEL)
@@ -33,13 +33,30 @@ unit: .venv/dev.stamp
 unit-all: .venv/dev.stamp
 	$(PYTEST)
 
-# The newest versions that pyproject.toml allows, in an environment of their own: is everything undocumented that we use
-# still there, and does a run still do what it did? A module that cannot be imported does not hide the others' failures.
+# The oldest and the newest versions that pyproject.toml allows, in environments of their own: is everything undocumented
+# that we use there, and does a run do what it did? A module that cannot be imported does not hide the others' failures.
+BOUNDS = tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
+test-oldest: BIN := .venv-oldest/bin
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --resolution lowest-direct --editable '.[dev]'
+	$(PYTEST) -m "not slow" --continue-on-collection-errors $(BOUNDS)
+
 test-latest: BIN := .venv-latest/bin
 test-latest:
 	$(PYTHON) -m venv .venv-latest
 	$(BIN)/python -m pip install --quiet --upgrade --upgrade-strategy eager --editable '.[dev]'
-	$(PYTEST) -m "not slow" --continue-on-collection-errors tests/test_upstream_*.py tests/test_sweep.py tests/test_train.py
+	$(PYTEST) -m "not slow" --continue-on-collection-errors $(BOUNDS)
+
+# The sdist and both wheels of the last commit, see scripts/build_release.py. The bytes depend on the commit, the gcc, and
+# scripts/release.txt.
+DIST := dist
+release:
+	$(PYTHON) -m venv .venv-release
+	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check --requirement scripts/release.txt
+	rm -rf $(DIST)
+	.venv-release/bin/python scripts/build_release.py $(DIST)
 
 # What a GPU would run, without one: torch for CUDA takes 6 GB, and pip must not take a build for CPUs that lies here.
 GPU_DRY ?= $(HOME)/.cache/loratune-gpu-dry
@@ -64,4 +81,4 @@ bench: .venv/quickstart.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-latest $(ADAPTER) $(ADAPTER).partial .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .venv-latest .venv-release dist $(ADAPTER) $(ADAPTER).partial .mypy_cache .ruff_cache .pytest_cache

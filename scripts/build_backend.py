@@ -1,10 +1,13 @@
 """The build backend of pyproject.toml: setuptools', with the fused operations compiled into a wheel.
 
 On Linux on x86-64 with a gcc, `pip wheel .` makes a wheel with one library for each kind of processor and each dtype
-(see `loratune/kernels/compiled/build.py`); elsewhere it makes one without, and the operations are compiled where they
-are used. An editable installation has no libraries either.
+(see `loratune/kernels/compiled/build.py`); elsewhere, and with LORATUNE_WHEEL=pure, it makes one without, and the
+operations are compiled where they are used. An editable installation has no libraries either. Wheels and sdists record
+the commit. With SOURCE_DATE_EPOCH, the same files and tools give the same bytes (reproducible-builds.org).
 """
 
+import gzip
+import json
 import os
 import platform
 import re
@@ -12,8 +15,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -21,8 +26,13 @@ from pathlib import Path
 from setuptools.build_meta import *  # noqa: F403  the hooks of PEP 517
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parents[1]
+RECORD = Path("loratune/system/release.json")
+"""What `loratune/system/release.py` reads."""
+OLDEST_GLIBC = 28
+"""The oldest glibc of a wheel is 2.28, which torch's wheels need too."""
 SPEC = util.spec_from_file_location("loratune_build", ROOT / "loratune" / "kernels" / "compiled" / "build.py")
 assert SPEC is not None and SPEC.loader is not None
 build = util.module_from_spec(SPEC)
@@ -39,6 +49,8 @@ def without(reason: str) -> dict[str, bytes]:
 @cache
 def libraries() -> dict[str, bytes]:
     """The content of each library by its file name; empty if this is the wrong machine, or has no gcc for it."""
+    if os.environ.get("LORATUNE_WHEEL") == "pure":
+        return without("LORATUNE_WHEEL is pure")
     if (sys.platform, platform.machine(), sys.maxsize > 1 << 32) != ("linux", "x86_64", True):
         return without("it is made for Linux on x86-64 only")
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "cc"))), None)
@@ -73,7 +85,8 @@ def check_shippable(library: bytes) -> None:
 
 
 def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
-    """The tag of a wheel with these libraries: `manylinux` with the oldest glibc that has all that they need (PEP 600).
+    """The tag of a wheel with these libraries: `manylinux` with the oldest glibc that has all that they need (PEP 600),
+    and that is no older than `OLDEST_GLIBC`.
 
     default: the tag if they need anything else.
     """
@@ -83,11 +96,25 @@ def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
     if not names <= {b"libc.so.6", b"libm.so.6"} or not numbers or None in numbers:
         return default
     newest = max(int(number[1]) for number in numbers if number is not None)
-    return f"manylinux_2_{newest}_{platform.machine()}"
+    return f"manylinux_2_{max(newest, OLDEST_GLIBC)}_{platform.machine()}"
+
+
+def write_record(folder: Path, variants: Sequence[object] = ()) -> None:
+    """Write the record of the release into a copy of the package. An sdist has it already, with the commit."""
+    commit = ""
+    if (ROOT / RECORD).is_file():
+        commit = json.loads((ROOT / RECORD).read_text(encoding="utf-8"))["commit"]
+    elif (ROOT / ".git").exists() and shutil.which("git"):
+        command = ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "--short=12", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    named = {one.name: sorted(one.features) for one in variants}  # type: ignore[attr-defined]
+    text = json.dumps({"commit": commit, "variants": named}, indent=1) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
 
 
 class BuildPy(build_py):
-    """Adds the libraries to the modules of a wheel, and this file to those of an sdist."""
+    """Adds the libraries and the record of the release to the modules of a wheel, and this file to those of an
+    sdist."""
 
     def run(self) -> None:
         """Copy modules; for a wheel, compile and write the libraries too."""
@@ -96,9 +123,11 @@ class BuildPy(build_py):
             return
         folder = Path(self.build_lib, build.SHIPPED.relative_to(ROOT))
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier build in the same place
-        for name, content in (libraries() if "bdist_wheel" in self.distribution.commands else {}).items():
+        made = libraries() if "bdist_wheel" in self.distribution.commands else {}
+        for name, content in made.items():
             folder.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
+        write_record(Path(self.build_lib), build.VARIANTS if made else ())
 
     def get_source_files(self) -> list[str]:
         """The files of an sdist."""
@@ -115,3 +144,31 @@ class Wheel(bdist_wheel):
             return tag
         default = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         return "py3", "none", self.plat_name if self.plat_name_supplied else platform_tag(libraries(), default)
+
+
+class Sdist(sdist):
+    """An sdist with the record of the release, without tests, and with the same bytes for the same files."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        """Copy the files into a directory; setuptools adds the tests, but none of the files that they need."""
+        super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests")])
+        write_record(Path(base_dir))
+
+    def make_archive(self, base_name: str, *arguments: object, **keywords: object) -> str:
+        """Pack the directory of this name, sorted, without owners, and with the time of SOURCE_DATE_EPOCH."""
+        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+
+        def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = seconds
+            return entry
+
+        path = Path(f"{base_name}.tar.gz")
+        with (
+            path.open("wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=seconds) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(path.name.removesuffix(".tar.gz"), filter=plain)
+        return str(path)

@@ -12,6 +12,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import pytest
@@ -22,12 +23,13 @@ from conftest import ROOT
 from pydantic import Field
 from typer.core import TyperGroup
 
-from loratune import errors
+from loratune import __version__, errors
 from loratune.cli import app
 from loratune.config import RunConfig
 from loratune.kernels.compiled import library
 from loratune.kernels.compiled.build import DEFINES, DIGEST_BYTES, VARIANTS
 
+RECORD = "loratune/system/release.json"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GUIDES = (
     "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/keys.md",
@@ -213,15 +215,60 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
 
 
+ENDS = {"compiled": "-manylinux_2_28_x86_64.whl", "pure": "-any.whl", "sdist": ".tar.gz"}
+
+
 @pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The binaries of an environment with only the wheel and its declared dependencies."""
-    folder = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
-    options = ("--quiet", "--disable-pip-version-check", "--no-compile")  # most modules are never imported
-    install = [folder / "venv" / "bin" / "pip", "install", *options, wheel]
-    subprocess.run(install, cwd=folder, check=True)
-    yield folder / "venv" / "bin"
+def releases(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """What `make release` builds from the last commit, twice."""
+    if not HAS_LIBRARIES or not (ROOT / ".git").exists():
+        pytest.skip("a release is built in a git checkout on x86-64")
+    folder = tmp_path_factory.mktemp("releases")
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", ROOT.as_uri(), folder / "checkout"], check=True)
+    made = []
+    for name, umask in (("one", 0o022), ("two", 0o077)):
+        command = ["make", "--silent", "release", f"DIST={folder / name}", f"PYTHON={sys.executable}"]
+        subprocess.run(command, cwd=folder / "checkout", umask=umask, check=True)
+        made.append(folder / name)
+    return made
+
+
+@pytest.mark.slow
+def test_releases_built_twice_are_identical(releases: list[Path]) -> None:
+    """With another umask and at another time; all files have the time and the commit of the last commit."""
+    one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in releases)
+    assert {name for name in one} == {
+        f"loratune-{__version__}{end if end == '.tar.gz' else f'-py3-none{end}'}" for end in ENDS.values()
+    }
+    assert one == two
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in one:
+        if name.endswith(".whl"):
+            record = json.loads(ZipFile(releases[0] / name).read(RECORD))
+            assert record["commit"] == commit[:12]
+            assert bool(record["variants"]) is name.endswith(ENDS["compiled"])
+
+
+@pytest.fixture(scope="module", params=ENDS)
+def installed(request: pytest.FixtureRequest, releases: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The kind of a distribution, and the binaries of a new environment with it.
+
+    Its dependencies are those of the tests' environment, as a path after its own. With LORATUNE_INSTALL=all they are
+    installed, which downloads gigabytes.
+    """
+    kind, folder = request.param, tmp_path_factory.mktemp("installed")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PIP_"))}
+    (path,) = releases[0].glob(f"*{ENDS[kind]}")
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], env=environment, check=True)
+    whole = os.environ.get("LORATUNE_INSTALL") == "all"
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile", *([] if whole else ["--no-deps"])]
+    environment["LORATUNE_WHEEL"] = "pure"  # for the sdist, as if there were no compiler
+    install = [folder / "venv" / "bin" / "pip", "install", *options, path]
+    subprocess.run(install, cwd=folder, env=environment, check=True)
+    if not whole:
+        (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
+        site.joinpath("tests.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
+    yield kind, folder / "venv" / "bin"
     shutil.rmtree(folder)
 
 
@@ -242,10 +289,10 @@ def test_wheel_contains_the_package_and_its_license(wheel: Path) -> None:
     records = {name for name in names if ".dist-info/" in name}
     files = [variant.file_name(define) for variant in VARIANTS for define in DEFINES]
     libraries = {f"loratune/kernels/compiled/shipped/{name}" for name in files}
-    assert names - records == source_files() | (libraries if HAS_LIBRARIES else set())
+    assert names - records == source_files() | {RECORD} | (libraries if HAS_LIBRARIES else set())
     assert any(name.endswith("/licenses/LICENSE") for name in records)
-    tag = r"manylinux_2_\d+_x86_64" if HAS_LIBRARIES else "any"
-    assert re.fullmatch(rf"loratune-[\d.]+-py3-none-{tag}\.whl", wheel.name)
+    tag = "manylinux_2_28_x86_64" if HAS_LIBRARIES else "any"
+    assert wheel.name == f"loratune-{__version__}-py3-none-{tag}.whl"
     assert wheel.stat().st_size < 2 << 20
 
 
@@ -267,7 +314,7 @@ def test_wheel_libraries_match_the_tag_and_use_the_loaders_openmp(wheel: Path, t
         assert set(re.findall(r"\(NEEDED\).*\[(.*)\]", text)) <= {"libc.so.6", "libm.so.6"} and "PATH)" not in text
         assert re.search(r"UND GOMP_parallel\n", text) and ".symtab" not in text and ".debug" not in text
         versions |= {int(number) for number in re.findall(r"@GLIBC_2\.(\d+)", text)}
-    assert max(versions) == int(minor) and len(paths) == 6
+    assert max(versions) <= int(minor) == 28 and len(paths) == 6
 
 
 WITHOUT = {  # What the fake gcc does, and what is reported.
@@ -296,7 +343,8 @@ def test_wheel_is_pure_and_says_so_without_a_suitable_compiler(
     path, said = build_wheel(source, tmp_path, PATH=str(tmp_path / "bin"))
     assert path.name.endswith("-py3-none-any.whl") and said.count("a wheel without compiled code, as ") == 1
     assert line.format(gcc=gcc) in said
-    assert {name for name in names_in(path) if ".dist-info/" not in name} == source_files()
+    assert {name for name in names_in(path) if ".dist-info/" not in name} == source_files() | {RECORD}
+    assert json.loads(ZipFile(path).read(RECORD))["variants"] == {}
 
 
 @pytest.mark.slow
@@ -337,12 +385,13 @@ def test_editable_installation_contains_no_libraries(source: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_installed_wheel_trains_outside_the_checkout(
-    installed: Path, run_config: Callable[..., Path], tmp_path: Path
+def test_each_distribution_trains_without_a_compiler_outside_the_checkout(
+    installed: tuple[str, Path], run_config: Callable[..., Path], tmp_path: Path
 ) -> None:
+    (kind, binaries), compiled = installed, installed[0] == "compiled"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XDG_", "HF_"))}
     environment["HOME"] = str(tmp_path)
-    environment["PATH"] = str(tmp_path / "none")  # There is no compiler; with HAS_LIBRARIES none is needed.
+    environment["PATH"] = str(tmp_path / "none")
 
     def run(*command: object) -> str:
         done = subprocess.run(
@@ -352,17 +401,19 @@ def test_installed_wheel_trains_outside_the_checkout(
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    assert run(installed / "python", "-c", "import loratune; print(loratune.__file__)").startswith(
-        str(installed.parent / "lib")
+    assert run(binaries / "python", "-c", "import loratune; print(loratune.__file__)").startswith(
+        str(binaries.parent / "lib")
     )
-    said = run(installed / "loratune", "train", run_config(training={"max_steps": 4}))
+    shown = "compiled code for x86-64-v" if compiled else "no compiled code, as there is no C compiler"
+    assert shown in run(binaries / "loratune", "--version"), kind
+    said = run(binaries / "loratune", "train", run_config(training={"max_steps": 4}))
     record = json.loads((tmp_path / "out" / "loratune.json").read_text(encoding="utf-8"))
     assert len(record["curve"]) >= 4 and (tmp_path / "out" / "adapter_model.safetensors").is_file()
-    assert not [*(tmp_path / ".cache").glob("**/*.so")]
-    expected = "in use (for x86-64-v" if HAS_LIBRARIES else "not in use (there is no C compiler"
+    assert record["versions"]["loratune"] == __version__ and not [*(tmp_path / ".cache").glob("**/*.so")]
+    expected = "in use (for x86-64-v" if compiled else "not in use (there is no C compiler"
     assert record["machine"]["compiled_code"].startswith(expected), record["machine"]
-    assert bool(record["not_accelerated"]) != HAS_LIBRARIES and said.count("no C compiler") == (not HAS_LIBRARIES)
-    assert run(installed / "loratune", "generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "1 and 1 make")
+    assert bool(record["not_accelerated"]) != compiled and said.count("no C compiler") == (not compiled)
+    assert run(binaries / "loratune", "generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "1 and 1 make")
 
 
 def test_project_declares_its_license_and_pytest_markers() -> None:
