@@ -17,7 +17,6 @@ from rich.text import Text
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
-from loratune.system.platforms import ATOMIC_BYTES
 from loratune.text import one_line, printable
 
 
@@ -144,8 +143,8 @@ class LossyStream(_Stream):
         """Write the pending text, or drop it."""
         data, self._pending = self._pending.encode(self.encoding, self.errors), ""
         with suppress(OSError, ValueError):
-            while data:
-                data = data[os.write(self.fileno(), data[:ATOMIC_BYTES]) :]
+            while data:  # Linux does not mix so many bytes with those of other processes
+                data = data[os.write(self.fileno(), data[:4096]) :]
 
 
 class EscapedStream(_Stream):

@@ -1,6 +1,7 @@
-"""Files written by an earlier revision can be read: adapters, configs, checkpoints and studies.
+"""Files written by earlier releases can be read: adapters, configs, checkpoints and studies. What 1.0 promised holds.
 
-`release_0.tar.xz` was made by revision 096b964, in a directory of this name, as records contain absolute paths.
+`release_0.tar.xz` was made by revision 096b964, before there was a release; the others by `write_release.py`. Each was
+made in a directory of its name, as records contain absolute paths.
 """
 
 import json
@@ -8,29 +9,44 @@ import shutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Ran, alone
 from running import WEIGHTS
 from safetensors.torch import load_file
+from write_release import GRID, promises
 
-PLACE = Path("/tmp/loratune-release-0")
+from loratune import __version__
+
+ARCHIVES = sorted(path.name.removesuffix(".tar.xz") for path in Path(__file__).parent.glob("release_*.tar.xz"))
+STABLE = [name for name in ARCHIVES if name != "release_0"]
 
 
-@pytest.fixture
-def release(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+@pytest.fixture(
+    params=[pytest.param(name, marks=[] if name == STABLE[-1] else [pytest.mark.slow]) for name in ARCHIVES]
+)
+def release(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory, with the base, rows, configs, two adapters, and an interrupted run and study."""
-    with alone("release-0"):
-        shutil.rmtree(PLACE, ignore_errors=True)
-        with tarfile.open(Path(__file__).with_name("release_0.tar.xz")) as archive:
-            archive.extractall(PLACE.parent, filter="data")
-        monkeypatch.chdir(PLACE)
-        yield PLACE
-        shutil.rmtree(PLACE)
+    place = Path("/tmp", f"loratune-{request.param.replace('_', '-')}")
+    with alone(place.name):
+        shutil.rmtree(place, ignore_errors=True)
+        with tarfile.open(Path(__file__).with_name(f"{request.param}.tar.xz")) as archive:
+            archive.extractall(place.parent, filter="data")
+        monkeypatch.chdir(place)
+        yield place
+        shutil.rmtree(place)
+
+
+def keys(values: Any, place: str = "") -> set[str]:
+    """The paths of the keys of nested values; all entries of a list count as one."""
+    if isinstance(values, dict):
+        return {path for key, value in values.items() for path in {f"{place}.{key}"} | keys(value, f"{place}.{key}")}
+    return {path for value in values for path in keys(value, f"{place}[]")} if isinstance(values, list) else set()
 
 
 def test_an_earlier_checkpoint_is_resumed(cli: Callable[..., Ran], release: Path) -> None:
-    """From step 4 of 6, with the same final weights as the uninterrupted run."""
+    """From step 4 of 6, with the same final weights as the uninterrupted run. Its record has all keys of that run's."""
     ran = cli("train", "sft.yaml", "--resume")
     assert ran.code == 0, ran.err
     found, expected = (load_file(release / name / WEIGHTS) for name in ("sft", "whole"))
@@ -40,6 +56,8 @@ def test_an_earlier_checkpoint_is_resumed(cli: Callable[..., Ran], release: Path
     records = [json.loads((release / name / "loratune.json").read_text()) for name in ("sft", "whole")]
     losses = [[entry["loss"] for entry in record["curve"] if "loss" in entry] for record in records]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    if release.name != "loratune-release-0":
+        assert keys(records[1]) - keys(records[0]) == set()
 
 
 @pytest.mark.parametrize(("name", "rows"), [("whole", "rows.jsonl"), ("dpo", "pairs.jsonl")])
@@ -61,9 +79,74 @@ def test_an_earlier_adapter_can_be_used(cli: Callable[..., Ran], release: Path, 
 
 def test_an_earlier_study_is_continued(cli: Callable[..., Ran], release: Path) -> None:
     """Two of its trials are finished, and the third is pending."""
-    grid = "training.learning_rate=1e-3,1e-2,3e-3"
-    ran = cli("sweep", "study.yaml", "--grid", grid)
+    before = json.loads((release / "best.study" / "results.json").read_text())
+    config = "study.yaml" if release.name == "loratune-release-0" else "best.yaml"
+    ran = cli("sweep", config, "--grid", GRID)
     assert ran.code == 0, ran.err
     assert (release / "best" / WEIGHTS).is_file()
     results = json.loads((release / "best.study" / "results.json").read_text())
-    assert len(results["trials"]) == 3
+    assert len(results["trials"]) == 3 and keys(before) - keys(results) == set()
+
+
+# What releases promise
+
+
+def accepted(schema: dict[str, Any], definitions: dict[str, Any], place: str = "") -> dict[str, set[str]]:
+    """Key of a config → what it accepts: types, and the values of enumerations."""
+    found: dict[str, set[str]] = {place: set()}
+    for part in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())):
+        part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        values = part.get("enum", [part["const"]] if "const" in part else None)
+        types = part.get("type", [])
+        found[place] |= (
+            {repr(value) for value in values} if values else {*([types] if isinstance(types, str) else types)}
+        )
+        inner = part.get("properties", {}) | ({"[]": part["items"]} if isinstance(part.get("items"), dict) else {})
+        for name, one in inner.items():
+            for key, atoms in accepted(one, definitions, f"{place}.{name}".strip(".")).items():
+                found[key] = found.get(key, set()) | atoms
+    return found
+
+
+def broken(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """The promises of a release that a later one does not keep."""
+    before, after = (accepted(one["schema"], one["schema"].get("$defs", {})) for one in (old, new))
+    for key, atoms in before.items():
+        lost = atoms - after.get(key, set()) - ({"'integer'"} if "number" in after.get(key, set()) else set())
+        yield from (f"the key {key} does not accept {one}" for one in sorted(lost))
+        if key not in after:
+            yield f"there is no key {key}"
+    yield from (f"there is no error code {code}" for code in sorted({*old["codes"]} - {*new["codes"]}))
+    for name, number in old["exit_codes"].items():
+        if new["exit_codes"].get(name) != number:
+            yield f"{name} no longer ends with exit code {number}"
+    for command, options in old["options"].items():
+        gone = {*options} - {*new["options"].get(command, ())}
+        yield from (f"{command} has no {option}" for option in sorted(gone))
+
+
+def promised(name: str) -> dict[str, Any]:
+    with tarfile.open(Path(__file__).with_name(f"{name}.tar.xz")) as archive:
+        file = archive.extractfile(f"loratune-{name.replace('_', '-')}/promises.json")
+        assert file is not None
+        return dict(json.load(file))
+
+
+@pytest.mark.parametrize("name", STABLE)
+def test_promises_of_earlier_releases_are_kept(name: str) -> None:
+    """Keys, values, codes and options may be added. Before one of these goes, see `configs/README.md#stability`."""
+    assert __version__.split(".")[0] == name.removeprefix("release_").split(".")[0], "a major release may break them"
+    assert list(broken(promised(name), promises())) == []
+
+
+def test_broken_promises_are_detected() -> None:
+    old, new = promised(STABLE[0]), promised(STABLE[0])
+    del new["schema"]["$defs"]["LoraSection"]["properties"]["r"]
+    new["schema"]["$defs"]["ModelSection"]["properties"]["quantization"]["enum"].remove("4bit")
+    new["codes"].remove("config.conflict")
+    new["exit_codes"]["DataError"] = 5
+    new["options"]["train"].remove("--resume")
+    found = list(broken(old, new))
+    assert "there is no key lora.r" in found and "the key model.quantization does not accept '4bit'" in found
+    assert "there is no error code config.conflict" in found and "train has no --resume" in found
+    assert "DataError no longer ends with exit code 4" in found

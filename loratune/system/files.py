@@ -266,11 +266,9 @@ def ownership_problem(status: os.stat_result) -> str:
     """Why somebody else can write to a file or directory, in words; empty if only this user can."""
     if stat.S_ISLNK(status.st_mode):
         return "is a link"
-    if (owner := platforms.owner()) is None:
-        return ""
-    if status.st_uid != owner:
+    if (owner := platforms.owner()) is not None and status.st_uid != owner:
         return "belongs to another user"
-    return "can be written to by others" if status.st_mode & _WRITABLE_BY_OTHERS else ""
+    return "can be written to by others" if owner is not None and status.st_mode & _WRITABLE_BY_OTHERS else ""
 
 
 def make_private_directory(path: Path) -> None:

@@ -20,8 +20,6 @@ else:
 SAFE_OPEN: int = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 """Flags of `os.open`: follow no link, do not wait at a named pipe, keep the file from child processes, and read the
 bytes as they are."""
-ATOMIC_BYTES: int = 512 if IS_WINDOWS else select.PIPE_BUF
-"""A write to a pipe of at most this many bytes is not mixed with those of other processes."""
 _LOCKED_BYTE, _PAUSE = 1 << 30, 0.05  # Windows locks bytes, here one that no lock file has; and seconds between tries.
 
 
@@ -61,10 +59,8 @@ def memory_limit() -> int | None:
 
 def peak_memory() -> int | None:
     """The most bytes of memory of this process or, on Linux, of the process that started it; None on Windows."""
-    if IS_WINDOWS:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if os.uname().sysname == "Darwin" else most << 10
+    most = None if IS_WINDOWS else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most << 10 if most and os.uname().sysname != "Darwin" else most
 
 
 def is_writable(handle: int) -> bool:

@@ -18,7 +18,6 @@ RECORD = Path(__file__).with_name("release.json")
 """What `scripts/build_backend.py` records in sdists and wheels; a checkout has no such file. `commit`: empty if it was
 not known. `variants`, in wheels with compiled code: its processor variants, the best one first, each with the required
 processor features."""
-_GIT_SECONDS = 2.0
 
 
 def describe() -> str:
@@ -29,14 +28,12 @@ def describe() -> str:
 
 def commit() -> str:
     """The first 12 digits of the commit, as recorded by the build, or from git in a checkout; empty if not known."""
-    if RECORD.is_file():
-        return str(_record().get("commit", ""))
-    git = Path(__file__).parents[2] / ".git"
+    recorded, git = _record(), Path(__file__).parents[2] / ".git"
+    if recorded or not git.exists():
+        return str(recorded.get("commit", ""))
     command = ["git", f"--git-dir={git}", "rev-parse", "--short=12", "HEAD"]
     with suppress(OSError, subprocess.SubprocessError):
-        if git.exists():
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
-            return done.stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()
     return ""
 
 
@@ -46,10 +43,9 @@ def compiled_code() -> str:
         return "no compiled code, as LORATUNE_NATIVE is 0"
     if platform.system() != "Linux":
         return f"no compiled code, as none is for {platform.system()}"
-    has, variants = environment.features(), _record().get("variants", {})
-    for name, needed in variants.items():
-        if has.issuperset(needed):
-            return f"compiled code for {name}"
+    has = environment.features()
+    if name := next((name for name, needed in _record().get("variants", {}).items() if has.issuperset(needed)), ""):
+        return f"compiled code for {name}"
     if any(map(shutil.which, ("gcc", "cc", "clang"))):
         return "code compiled on this machine"
     return "no compiled code, as there is no C compiler"

@@ -42,12 +42,10 @@ class Termination(StopSignal):
 _EXCEPTIONS: dict[signal.Signals, type[StopSignal]] = {
     signal.SIGINT: Interruption,
     signal.SIGTERM: Termination,
-    **{  # which Windows lacks
-        getattr(signal, name): Termination
-        for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-        if hasattr(signal, name)
-    },
 }
+for _name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # Windows lacks them
+    if hasattr(signal, _name):
+        _EXCEPTIONS[getattr(signal, _name)] = Termination
 _REPEATABLE = (signal.SIGINT, signal.SIGTERM)
 """A second one of these stops at once. The others come more than once although nobody asks twice: shell and kernel both
 send SIGHUP as a terminal closes, and SIGXCPU comes every second."""
