@@ -3,7 +3,10 @@
 import copy
 import json
 import re
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,10 +317,10 @@ def test_modules_that_sglang_expects_together_are_completed(
 FAKE = """#!{python}
 import json, sys
 from math import nan as NaN
-request, result = (open(path, mode) for path, mode in zip(sys.argv[-2:], "rw"))
-rows = json.load(request)["rows"]
+result, rows = open(sys.argv[-1], "w"), json.load(sys.stdin)["rows"]
+said = {{"logprobs": {logprobs}, "ignored": {ignored}, "version": "9.9"}}
 {do}
-json.dump({{"logprobs": {logprobs}, "ignored": {ignored}, "version": "9.9"}}, result)
+json.dump(said, result)
 """
 ANSWERS = [ScoredAnswer({}, [1, 2], [3, 4], [-1.0, -2.0], [-3.0, -5.0]), ScoredAnswer({}, [1], [5], [-0.5], [-4.0])]
 
@@ -338,16 +341,51 @@ def fake_vllm(path: Path, logprobs: list[float] | None = None, ignored: Any = ()
         ({"logprobs": [float("nan")] * 3}, Code.EXPORT_DIFFERS, "nan"),
         ({"ignored": ["model.layers.0.q"]}, Code.EXPORT_DIFFERS, "ignores 1 modules of the adapter: model.layers.0.q"),
         ({"do": "sys.exit('RuntimeError: no Triton')"}, Code.EXPORT_FAILED, "vLLM failed: RuntimeError: no Triton"),
-        ({"do": "sys.exit(0)"}, Code.EXPORT_FAILED, "vLLM cannot be run"),
+        ({"do": "sys.exit(0)"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"do": "said = [1]"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"do": "said['ignored'] = 5"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"do": "said['logprobs'] = -1.0"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"do": "del said['version']"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"do": "print('[' * 100_000, file=result); sys.exit(0)"}, Code.EXPORT_FAILED, "it gave no result of vLLM"),
+        ({"logprobs": [-1.0]}, Code.EXPORT_FAILED, "gave 1 log-probabilities for 3 tokens"),
+        ({"do": "import os; os.remove(result.name); sys.exit(0)"}, Code.EXPORT_FAILED, "exit code 0, no result"),
     ],
 )  # fmt: skip
 def test_answers_of_vllm_are_compared(tmp_path: Path, answer: dict[str, Any], code: Code | None, what: str) -> None:
     python = fake_vllm(tmp_path / "python", **answer)
     if code is None:
-        result = vllm.compare(python, "base", tmp_path, 8, ANSWERS)
+        result = vllm.compare(python, "base", tmp_path, 8, ANSWERS, "adapter")
         assert (result.answers, result.tokens, result.version) == (2, 3, "9.9") and 0.9 < result.share < 1.1
         return
     with pytest.raises(AdapterError) as error:
-        vllm.compare(python, "base", tmp_path, 8, ANSWERS)
+        vllm.compare(python, "base", tmp_path, 8, ANSWERS, "adapter")
     (problem,) = error.value.problems
-    assert problem.code == code and what in problem.what
+    assert problem.code == code and what in problem.what and problem.where in (python, "adapter")
+
+
+def test_the_python_of_vllm_is_a_file_not_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_vllm(tmp_path / "python3")
+    monkeypatch.chdir(tmp_path)
+    assert vllm.compare("python3", "base", tmp_path, 8, ANSWERS, "adapter").version == "9.9"
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
+    end = time.monotonic() + 50
+    while not seen():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_the_process_of_vllm_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    shutil.copy(vllm.SCRIPT, tmp_path / "run.py")
+    (tmp_path / "vllm.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n")
+    (tmp_path / "request").write_text('{"rows": [{"prompt": [1], "answer": [1]}]}')
+    start = "subprocess.Popen([sys.executable, 'run.py', 'result'], stdin=open('request'))"
+    outer = f"import subprocess, sys; child = {start}; print(child.pid, flush=True); child.wait()"
+    with subprocess.Popen([sys.executable, "-c", outer], cwd=tmp_path, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        wait_until(lambda: (tmp_path / "begun").exists())
+        parent.kill()
+    status = Path(f"/proc/{pid}/status")
+    wait_until(lambda: not status.exists() or "State:\tZ" in status.read_text())

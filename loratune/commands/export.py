@@ -29,6 +29,7 @@ from loratune.lora.parameters import file_bytes
 from loratune.lora.served import SERVERS, Served, names_for, renamed
 from loratune.lora.tensors import PARAMETERS
 from loratune.model import fingerprints, load
+from loratune.model.quantization import record_of
 from loratune.model.source import local_or_hub
 from loratune.model.upstream import quiet_transformers
 from loratune.system.output_dir import OutputDirectory
@@ -156,7 +157,7 @@ def _export_plain(
         if served:
             renamed(adapter, served, meta).write(staging)
             base, python = source.base.name_or_path, options.runs_vllm
-            result = vllm.compare(python, base, staging, adapter.rank, answers) if answers else None
+            result = vllm.compare(python, base, staging, adapter.rank, answers, str(source.path)) if answers else None
             metrics["server"] = {"class": served.architecture, "since": served.since, "run": result and asdict(result)}
             in_server = f"{served}; {result or f'not run: {not_run}'}"
         details |= {"comparison": metrics, "chat": source.chat, "fingerprints": {"base": fingerprint}}
@@ -197,6 +198,7 @@ def _why_not(source: AdapterDirectory, folded: _Folded, options: ExportOptions) 
         name = ", name it with --vllm-python" * (options.to == "vllm")
         return not_compared, reason or f"{CLIENTS[options.to]} is not found{name}"
     is_dense = source.base.quantization == "none" and source.base.gguf_file is None
+    is_dense &= record_of(load.load_config(source.base).to_dict()) is None
     return not_compared, reason or "vLLM loads the base in another form than training did" * (not is_dense)
 
 

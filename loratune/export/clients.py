@@ -54,7 +54,7 @@ class ExportOptions:
         merged: The weight type of a GGUF file of base and adapter; None: the adapter alone (gguf), f16 (ollama).
         llama_cpp: A checkout of llama.cpp, for its converters; None: the converters of the package are used.
         base_gguf: A GGUF file of the base.
-        verify: Whether the export is run in its program (SGLang is not run, but PEFT); None: if it is installed.
+        verify: Whether the export is run in its program, which SGLang never is; None: if it is installed.
         vllm_python: The Python of an environment with vLLM; None: this one, if it has vLLM.
 
     Raises:
@@ -84,12 +84,14 @@ class ExportOptions:
             raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
 
     def _check_vllm(self) -> None:
-        """Raises ConfigError: vLLM is named for another program, or is not found."""
+        """Raises ConfigError: vLLM is named for another program, or is not found; SGLang is to be run."""
         python, key = self.vllm_python, "--vllm-python"
         if python and self.to != "vllm":
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "only works with --to vllm", key=key))
         if python and not python.is_file():
             raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(python), key))
+        if self.to == "sglang" and self.verify:
+            raise ConfigError(Problem(Code.USAGE_CONFLICT, "SGLang is not run; leave it out", key="--verify"))
         if self.to == "vllm" and self.verify and not self.runs_vllm:
             what, fix = (
                 "needs vLLM, which is not installed here",

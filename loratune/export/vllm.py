@@ -7,9 +7,13 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from os import environ
+from os.path import abspath
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as validated_dataclass
 
 from loratune.codes import Code
 from loratune.errors import AdapterError, Problem
@@ -46,8 +50,19 @@ class VllmResult(Effect):
         return f"{self.version}, {self.answers} answers of {self.tokens} tokens: {super().__str__()}"
 
 
+@validated_dataclass(frozen=True, config=ConfigDict(strict=True))
+class _Said:
+    """What `vllm_process.run` returns."""
+
+    logprobs: list[float]
+    ignored: list[str]
+    version: str
+
+
 @progress("comparing answers in vLLM")
-def compare(python: str, base: str, directory: Path, rank: int, answers: Sequence[ScoredAnswer]) -> VllmResult:
+def compare(
+    python: str, base: str, directory: Path, rank: int, answers: Sequence[ScoredAnswer], where: str
+) -> VllmResult:
     """Run an adapter in vLLM, and compare its log-probabilities with those of the adapter and of the base.
 
     Args:
@@ -56,6 +71,7 @@ def compare(python: str, base: str, directory: Path, rank: int, answers: Sequenc
         directory: The exported adapter.
         rank: Its rank.
         answers: The prompts, with the adapter's answers.
+        where: The adapter, for errors.
 
     Raises:
         AdapterError: vLLM fails, ignores a module of the adapter, or computes something else than the adapter.
@@ -64,35 +80,37 @@ def compare(python: str, base: str, directory: Path, rank: int, answers: Sequenc
     highest = next((most for most in VLLM_RANKS if rank <= most), rank)
     limits = {"image": 0, "video": 0, "audio": 0}
     said = _run(python, {"base": base, "adapter": str(directory), "rank": highest, "rows": rows, "limits": limits})
-    where = f"vLLM {said['version']}"
-    if missing := said["ignored"]:
-        what = f"{where} ignores {len(missing)} modules of the adapter: {join_first(missing, 3)}"
-        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, str(directory)))
-    found = effect(said["logprobs"], answers)
+    tokens, server = sum(len(row["answer"]) for row in rows), f"vLLM {said.version}"
+    if said.ignored:
+        what = f"{server} ignores {len(said.ignored)} modules of the adapter: {join_first(said.ignored, 3)}"
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, what, where))
+    if len(said.logprobs) != tokens:
+        what = f"{server} gave {len(said.logprobs)} log-probabilities for {tokens} tokens"
+        raise AdapterError(Problem(Code.EXPORT_FAILED, what, python))
+    found = effect(said.logprobs, answers)
     if not found.mean <= CLOSENESS or not SHARE[0] <= found.share <= SHARE[1]:
-        raise AdapterError(Problem(Code.EXPORT_DIFFERS, found.deviation(where), str(directory)))
-    return VllmResult(**asdict(found), version=said["version"], answers=len(rows), tokens=len(said["logprobs"]))
+        raise AdapterError(Problem(Code.EXPORT_DIFFERS, found.deviation(server), where))
+    return VllmResult(**asdict(found), version=said.version, answers=len(rows), tokens=tokens)
 
 
-def _run(python: str, request: dict[str, Any]) -> dict[str, Any]:
+def _run(python: str, request: dict[str, Any]) -> _Said:
     """The result of `vllm_process`. Raises AdapterError: it fails."""
-    with TemporaryDirectory() as name:
-        script, *files = (Path(name) / file for file in ("run.py", "request.json", "result.json"))
-        shutil.copyfile(SCRIPT, script)  # or Python would import the modules next to it
-        files[0].write_text(json.dumps(request), encoding="utf-8")
-        command = [python, "-E", *map(str, (script, *files))]
-        try:
+    try:
+        with TemporaryDirectory() as name:
+            script, result = Path(name, "run.py"), Path(name, "result.json")
+            shutil.copyfile(SCRIPT, script)  # or Python would import the modules next to it
             done = subprocess.run(
-                command, capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL, check=False,
-                env=environ | _SETTINGS,
+                [abspath(python), "-E", str(script), str(result)], input=json.dumps(request), capture_output=True,
+                text=True, errors="replace", check=False, env=environ | _SETTINGS,
             )  # fmt: skip
-            said: dict[str, Any] = json.loads(files[1].read_text(encoding="utf-8")) if not done.returncode else {}
-        except (OSError, ValueError) as error:
-            raise AdapterError(Problem(Code.EXPORT_FAILED, f"vLLM cannot be run: {error}", python)) from None
-    if not said:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        errors = [line for line in lines if _ERROR.search(line)]  # progress and frames of the traceback come after them
-        what = f"vLLM failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}'}"
-        fix = "--no-verify exports without running vLLM"
-        raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix=fix))
-    return said
+            if not done.returncode and result.is_file():
+                return TypeAdapter(_Said).validate_json(result.read_bytes())
+    except OSError as error:
+        raise AdapterError(Problem(Code.EXPORT_FAILED, f"vLLM cannot be run: {error}", python)) from None
+    except ValidationError as error:
+        what = f"it gave no result of vLLM: {error.errors()[0]['msg']}"
+        raise AdapterError(Problem(Code.EXPORT_FAILED, what, python)) from None
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if _ERROR.search(line)]  # progress and frames of the traceback come after them
+    what = f"vLLM failed: {' | '.join((errors or lines)[-3:]) or f'exit code {done.returncode}, no result'}"
+    raise AdapterError(Problem(Code.EXPORT_FAILED, what, python, fix="--no-verify exports without running vLLM"))

@@ -1,12 +1,15 @@
 """A script that runs an adapter in vLLM, with the Python of vLLM's environment.
 
-    PYTHON vllm_process.py REQUEST RESULT
+    PYTHON vllm_process.py RESULT < REQUEST
 
-It reads a request from a file of JSON, see `vllm.compare`, and writes a result to another: vLLM prints to stdout.
+It reads a request, see `vllm.compare`, and writes a result to a file, both as JSON: vLLM prints to stdout. It ends with
+the process that started it.
 """
 
+import ctypes
 import json
 import math
+import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -45,4 +48,6 @@ def run(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))), "utf-8")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    Path(sys.argv[1]).write_text(json.dumps(run(json.load(sys.stdin))), "utf-8")
