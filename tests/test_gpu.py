@@ -103,6 +103,8 @@ def test_copies_know_their_originals() -> None:
     assert sent["labels"].device == sent["teacher"][0].device == sent["more"][0]["x"].device == META
     assert on_host(sent["labels"]) is labels and sent["teacher"][1] is scalar and sent["name"] == "x"
     assert on_host(to_device(sent, META)["labels"]) is labels
+    view = sent["labels"].view(3, 2)
+    assert on_host(view).tolist() == labels.view(3, 2).tolist()
     assert send(labels, CPU) is labels and on_host(labels) is labels
     assert "labels" in to_device({"labels": labels}, CPU)
 

@@ -17,8 +17,7 @@ a loss for every pair or answer; training minimizes the mean over an optimizer s
   p from ref, estimated as the mean of log(p(y'|x) / ref(y'|x)) over prompts with mismatched answers, clipped at 0; no
   gradient flows through it.
 
-With `sft_weight`, `dpo` and `simpo` add the term -sft_weight a(y_w), which keeps the probability of chosen answers high
-(Pang et al. 2024, arXiv:2404.19733).
+With `sft_weight`, `dpo` and `simpo` add the term -sft_weight a(y_w) (Pang et al. 2024, arXiv:2404.19733).
 
 The metrics:
 - `reward_accuracy`: the fraction of pairs whose chosen answer has the higher reward, ties counting half; or of unpaired
@@ -43,7 +42,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from loratune import statistics
+from loratune import kernels, statistics
 from loratune.compare.metrics import (
     LOG_PROBABILITY,
     PREFERRED_LENGTH,
@@ -138,7 +137,9 @@ class Formula:
         """
         if self.name == "kto":
             return self.answer_losses(answers, sides > 0, estimate)
-        return self.pair_losses(answers.take(sides > 0), answers.take(sides < 0))
+        signs, device = kernels.on_host(sides), answers.tokens.device
+        good, bad = (kernels.send(torch.nonzero(own)[:, 0], device) for own in (signs > 0, signs < 0))
+        return self.pair_losses(answers.take(good), answers.take(bad))
 
     def rewards(self, answers: AnswerScores) -> Tensor:
         """(answers,), r(y); for ORPO, beta times the mean log-probability of the tokens, as TRL reports it."""

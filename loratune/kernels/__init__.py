@@ -36,4 +36,5 @@ from loratune.kernels.predictions import most_probable as most_probable
 from loratune.kernels.predictions import next_token_logits as next_token_logits
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows
 from loratune.kernels.transfer import on_host as on_host
+from loratune.kernels.transfer import send as send
 from loratune.kernels.transfer import to_device as to_device

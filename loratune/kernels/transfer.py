@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _ORIGINAL = "loratune_original"
-"""The attribute of a copy that holds its original."""
+"""The attribute of the storage of a copy that holds its original."""
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -30,13 +30,18 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device)
     source = tensor.pin_memory() if torch.accelerator.is_available() else tensor
     sent = source.to(device, non_blocking=True)
-    vars(sent)[_ORIGINAL] = tensor
+    vars(sent.untyped_storage())[_ORIGINAL] = tensor
     return sent
 
 
 def on_host(tensor: Tensor) -> Tensor:
-    """A tensor in the memory of the machine: itself, the original of a copy, or else a copy, which waits."""
+    """A tensor in the memory of the machine: itself, the original of a copy, or else a copy, which waits.
+
+    Some models give the positions another shape first; a view of all values of a copy has its original.
+    """
     if tensor.device.type == "cpu":
         return tensor
-    original: Tensor | None = vars(tensor).get(_ORIGINAL)
-    return tensor.cpu() if original is None else original
+    original: Tensor | None = vars(tensor.untyped_storage()).get(_ORIGINAL)
+    if original is None or not tensor.is_contiguous() or tensor.numel() != original.numel():
+        return tensor.cpu()
+    return original if original.shape == tensor.shape else original.reshape(tensor.shape)
