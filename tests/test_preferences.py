@@ -26,7 +26,7 @@ from loratune.compare.preferences import ComparedRows
 from loratune.config import DataSection
 from loratune.data import token_cache
 from loratune.data.rendering import Renderer
-from loratune.training import results
+from loratune.training import reference
 
 Cli = Callable[..., Ran]
 
@@ -238,8 +238,8 @@ def test_first_loss_check_passes_with_dropout(cli: Cli, run_config: MakeConfig, 
 def test_wrong_reference_ends_the_run(
     objective: str, cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    set_reference = results.set_reference
-    monkeypatch.setattr(results, "set_reference", lambda rows, values: set_reference(rows, values - 0.5))
+    set_reference = reference.set_reference
+    monkeypatch.setattr(reference, "set_reference", lambda rows, values: set_reference(rows, values - 0.5))
     ran = cli("train", config(run_config, tmp_path, objective))
     check_refused(ran, 6, (Code.LORA_START, "", "training.objective"))
     assert "0.5 nats from that of the reference" in ran.err
