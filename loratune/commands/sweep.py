@@ -132,11 +132,15 @@ class Sweep:
                 raise type(error)(problems) from None
 
     def _as_begun(self, run: RunConfig) -> RunConfig:
-        """A config with what `auto` was when the study began: earlier releases had no retention, and cut texts."""
+        """A config with what `auto` was when the study began: earlier releases had no retention, cut texts, and did not
+        decide on Liger's kernels."""
         recorded = self.study.identity()
         if recorded is not None and run.data.truncation == AUTO:
             truncation = {"truncation": recorded.get("data.truncation", AUTO)}
             run = run.model_copy(update={"data": run.data.model_copy(update=truncation)})
+        if recorded is not None and run.model.use_liger_kernel == AUTO:
+            used = {"true": True, "false": False}.get(recorded.get("model.use_liger_kernel", AUTO), AUTO)
+            run = run.model_copy(update={"model": run.model.model_copy(update={"use_liger_kernel": used})})
         if recorded is None or "retention.kl_weight" in recorded or run.retention.kl_weight != AUTO:
             return run
         return run.model_copy(update={"retention": run.retention.model_copy(update={"kl_weight": 0.0})})
