@@ -90,3 +90,7 @@ def test_help_imports_neither_numpy_nor_pydantic_models() -> None:
 def test_train_prints_its_first_line_before_the_libraries_are_imported(run_config: MakeConfig) -> None:
     ran = without({"numpy", "torch", "transformers", "datasets"}, "train", run_config())
     assert ran.code == 77 and ran.err.startswith(f"loratune {__version__}: base "), ran.err
+
+
+def test_the_changelog_has_this_version() -> None:
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
