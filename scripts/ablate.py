@@ -30,6 +30,7 @@ from loratune import kernels
 from loratune.config import LoraSection
 from loratune.data.batches import flatten, pad
 from loratune.lora import attach, creation, targets
+from loratune.system import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 WITHOUT = {
@@ -103,7 +104,7 @@ def _batches(path: Path, without: str) -> list[Mapping[str, Any]]:
 def _measured(without: str, batches: Sequence[Mapping[str, Any]], path: Path, *, profile: bool) -> dict[str, Any]:
     """Tokens per second, without padding, over all batches; the first one is taken once before."""
     if without not in ("allocator", "everything"):
-        kernels.keep_pages()
+        environment.keep_pages()
     base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
     section = LoraSection(r=8, lora_alpha=16)
     model = creation.attach(base, section, targets.find(base, section).peft(), seed=0).train()

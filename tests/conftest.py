@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
 from loratune.memory import activations
+from loratune.system import kept_results
 
 ROOT = Path(__file__).parent.parent
 # Under nohup, or in the background of a script, these are ignored, and `loratune` leaves ignored signals alone.
@@ -108,6 +110,23 @@ def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         patch.setenv("HF_DATASETS_CACHE", str(path))
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", path)  # which was read when `datasets` was imported
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_kept_results_at_first(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Results of checks are kept for the fixtures of a session."""
+    path = tmp_path_factory.mktemp("results") / "kept"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kept_results, "directory", lambda: path)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the results of checks are kept in a test: a test that breaks something must not decide others."""
+    path = tmp_path_factory.getbasetemp() / f"kept-{uuid.uuid4().hex}"
+    monkeypatch.setattr(kept_results, "directory", lambda: path)
+    return path
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -167,7 +167,7 @@ def test_lora_on_quantized_layers_keeps_the_dtype(bits: str, tmp_path: Any, monk
     ids = [*range(1, 40)]
     batch = flatten([{"input_ids": ids, "labels": ids}])
     monkeypatch.setattr(gpu, "varlen_attn", row_by_row)
-    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", lambda *of, **_: gpu.replace(*of))
     loss, gradients = step(model.train(), batch)
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         patched = [type(one).__name__ for one in model.modules() if "forward" in vars(one)]
@@ -197,7 +197,7 @@ def test_quantized_products_are_in_the_dtype_of_the_input() -> None:
 def test_norms_keep_no_copy_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = get_peft_model(tiny_llama().bfloat16(), LoraConfig(r=4, target_modules="all-linear"))
     monkeypatch.setattr(gpu, "varlen_attn", row_by_row)
-    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", lambda *of, **_: gpu.replace(*of))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:
         norms = [one for one in model.modules() if type(one).__name__ == "LlamaRMSNorm" and "forward" in vars(one)]
         assert fallbacks == [] and len(norms) == 5

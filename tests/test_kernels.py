@@ -626,7 +626,7 @@ ON_GPU: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_acceleration_for_gpus_gives_the_same_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, with the reference in place of the kernel."""
     monkeypatch.setattr(gpu, "varlen_attn", row_by_row)
-    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", lambda *of, **_: gpu.replace(*of))
     kind, changes, expected = ON_GPU[name]
     model = adapted(kind, changes=changes)
     names = tensors.weights(model).keys()
@@ -644,7 +644,7 @@ def test_acceleration_for_gpus_gives_the_same_gradients(name: str, monkeypatch: 
 def test_compiled_layers_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     """As traced with the acceleration for GPUs. The generated machine code can be tested only on a GPU."""
     monkeypatch.setattr(gpu, "varlen_attn", torch.compiler.disable(row_by_row))
-    monkeypatch.setattr(acceleration, "_replace", gpu.replace)
+    monkeypatch.setattr(acceleration, "_replace", lambda *of, **_: gpu.replace(*of))
     model = adapted()
     loss, gradients = step(model, flatten(rows()))
     with kernels.accelerated(model, attach.adapted_linear) as fallbacks:

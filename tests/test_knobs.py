@@ -450,10 +450,11 @@ def test_sharing_prefixes_can_be_set() -> None:
     adapted = creation.attach(model, lora, targets.find(model, lora).peft(), seed=0)
     rows = [{"input_ids": [*range(20), number], "labels": [*range(20), number]} for number in range(20, 24)]
     layout = BatchLayout(rows, np.full(4, 21), "batch", 4, 21, 0)
-    with kernels.accelerated(adapted, attach.adapted_linear):
-        shared, notes = batching.sharing(adapted, layout, DataSection(train=Source(path="rows.jsonl")))
+    acceleration = kernels.accelerate(adapted, attach.adapted_linear)
+    with acceleration.applied(adapted):
+        shared, notes = batching.sharing(adapted, layout, DataSection(train=Source(path="rows.jsonl")), acceleration)
         section = DataSection(train=Source(path="rows.jsonl"), share_prefixes=DATA["share_prefixes"])
-        alone, none = batching.sharing(adapted, layout, section)
+        alone, none = batching.sharing(adapted, layout, section, acceleration)
     assert (shared, alone) == (1 - 24 / 84, None) and len(notes) == 1 and none == []
 
 

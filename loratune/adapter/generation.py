@@ -55,7 +55,7 @@ class SharedPrompts:
     @cached_property
     def mixes_padding(self) -> bool:
         """Whether padding changes the model's output for a row; tested once."""
-        return padding_refusal(self._model, self.padding) is not None
+        return padding_refusal(self._model, self.padding, kernels.sample_layers(self._model)) is not None
 
     def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
         """The keyword arguments of `generate` for a batch. The adapter must be active.
@@ -147,6 +147,7 @@ class LoadedAdapter:
         mixes: Whether a batch may contain rows of this adapter and of other adapters with `mixes`.
         is_enough: Whether applying `layers` selects this adapter; if not, it must also be PEFT's active adapter.
         prompts: Makes batches of prompts for the model.
+        fingerprint: That of the base.
     """
 
     model: PeftModel
@@ -161,6 +162,7 @@ class LoadedAdapter:
     mixes: bool
     is_enough: bool
     prompts: SharedPrompts
+    fingerprint: str = ""
 
     @contextmanager
     def without_adapter(self) -> Iterator[None]:

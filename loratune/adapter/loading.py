@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,7 @@ from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import BaseSnapshot
 from loratune.model import fingerprints
-from loratune.model.fingerprints import Sampled
+from loratune.model.fingerprints import FileStates, Sampled
 from loratune.model.load import check_machine, load_base, load_tokenizer, pad_id
 from loratune.model.source import local_or_hub
 
@@ -75,8 +76,8 @@ def load_all(adapters: Sequence[AdapterDirectory], base: ModelSection | None = N
         AdapterError: See `attach.load`; an adapter was trained on another base, which is only logged with `forced`;
             base and adapter give NaN or inf; one of several adapters changes the base.
     """
-    model, check = _load_base(adapters, base or adapters[0].base)
-    return _attach_all(model, [(adapter, adapter.files) for adapter in adapters], check)
+    model, fingerprint, check = _load_base(adapters, base or adapters[0].base)
+    return _attach_all(model, fingerprint, [(adapter, adapter.files) for adapter in adapters], check)
 
 
 def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedAdapter:
@@ -87,9 +88,9 @@ def _load_mixture(weighted: Sequence[tuple[AdapterDirectory, float]]) -> LoadedA
     for other in (adapter for adapter in adapters if adapter.chat != first.chat):
         kind = "conversations" if other.chat else "raw prompts"
         note(f"{other.path}: was trained on {kind}; the mixture renders prompts as its first adapter, {first.path}")
-    base, check = _load_base(adapters, first.base)
+    base, fingerprint, check = _load_base(adapters, first.base)
     with TemporaryDirectory() as directory:
-        return _attach_all(base, [(first, mixed.write(Path(directory)))], check)[0]
+        return _attach_all(base, fingerprint, [(first, mixed.write(Path(directory)))], check)[0]
 
 
 def write_mixture(directory: Path, weighted: Sequence[tuple[AdapterDirectory, float]]) -> AdapterDirectory:
@@ -129,15 +130,16 @@ def finding_base(adapter: AdapterDirectory) -> Iterator[None]:
 
 def _load_base(
     adapters: Sequence[AdapterDirectory], section: ModelSection
-) -> tuple[PreTrainedModel, Callable[[], None]]:
-    """A base, and a function that checks its fingerprint, taken before anything is attached, against all adapters.
+) -> tuple[PreTrainedModel, str, Callable[[], None]]:
+    """A base, its fingerprint before anything is attached, and a function that checks this against all adapters.
 
     The check runs after the adapters are attached: an error about tensors is more specific than one about fingerprints.
     """
     check_machine(section)
     with finding_base(adapters[0]):
-        base = load_base(section)
-    fingerprint = fingerprints.fingerprint(base)
+        files, base = FileStates(section), load_base(section)
+        kept = files.kept_results(base.device)
+    fingerprint = kept.once("fingerprint", partial(fingerprints.fingerprint, base))
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             note(line)
@@ -147,17 +149,21 @@ def _load_base(
         for adapter in adapters:
             check_base(adapter, section, fingerprint)
 
-    return base, check
+    return base, fingerprint, check
 
 
 @progress("attaching the adapter")
 def _attach_all(
-    base: PreTrainedModel, attached: Sequence[tuple[AdapterDirectory, AdapterFiles]], check: Callable[[], None]
+    base: PreTrainedModel,
+    fingerprint: str,
+    attached: Sequence[tuple[AdapterDirectory, AdapterFiles]],
+    check: Callable[[], None],
 ) -> list[LoadedAdapter]:
     """Attach adapters to their base.
 
     Args:
         base: The base.
+        fingerprint: Of the base.
         attached: The directory of each adapter, and the files that are attached for it.
         check: Checks the fingerprint of the base against the adapters.
     """
@@ -183,7 +189,7 @@ def _attach_all(
         LoadedAdapter(
             model, tokenizer, renderer, adapter.data, adapter.chat, (sample, before), str(adapter.files.path), key,
             kernels.InferenceLayers(model, reader(key)), mixes=key in mixing, is_enough=plain == keys,
-            prompts=SharedPrompts(model, pad_id(tokenizer)),
+            prompts=SharedPrompts(model, pad_id(tokenizer)), fingerprint=fingerprint,
         )
         for (adapter, _), tokenizer, renderer, before, key in zip(
             attached, tokenizers, renderers, snapshots, keys, strict=True

@@ -217,7 +217,8 @@ def _rows(
 def engine_of(loaded: LoadedAdapter) -> Engine:
     """The engine that computes the losses of an adapter, and of its base while the adapter is disabled."""
     loaded.activate()
-    acceleration = kernels.accelerate(loaded.model, partial(attach.adapted_linear, name=loaded.key))
+    reader = partial(attach.adapted_linear, name=loaded.key)
+    acceleration = kernels.accelerate(loaded.model, reader, fingerprint=loaded.fingerprint)
     return Engine(loaded.model, loaded.data, loaded.prompts.padding, acceleration)
 
 

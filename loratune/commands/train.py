@@ -22,7 +22,7 @@ from loratune.export import clients
 from loratune.lora import adapter_files, attach, parameters
 from loratune.model import checks, load
 from loratune.model.upstream import quiet_transformers
-from loratune.system import signals
+from loratune.system import environment, signals
 from loratune.system.files import check_free_space, explain_full_disk, versioned, write_json
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import reference, results, scale, time_budget, trainer
@@ -140,7 +140,7 @@ def _ready_to_train(plan: Plan) -> Iterator[None]:
         with plan.batches.engine.acceleration.applied(plan.model):
             if plan.config.model.torch_compile:
                 kernels.compile_layers(plan.model)
-            kernels.give_back_pages()
+            environment.give_back_pages()
             yield
             return
     except results.OutOfMemory as error:

@@ -8,6 +8,7 @@ on the same rows, in the same dtype and on the same device.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -338,9 +339,12 @@ class Engine:
         self._trees = False if section.share_prefixes is False else trees
         with self.acceleration.applied(model):
             self.flat = section.packing != "none" and kernels.attends_by_rows(model)
+            checks, sample = acceleration.checks, acceleration.sample
             if self.flat:
-                self.flat = packing_refusal(model, LONGEST) is None if flat is None else flat
-            self.padded = self.flat or padding_refusal(model, pad_id) is None
+                refusal = partial(packing_refusal, model, LONGEST, sample=sample)
+                self.flat = checks.once(f"packing {LONGEST}", refusal) is None if flat is None else flat
+            refusal = partial(padding_refusal, model, pad_id, sample)
+            self.padded = self.flat or checks.once(f"padding {pad_id}", refusal) is None
 
     def losses(
         self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing
@@ -369,7 +373,7 @@ class Engine:
         elif self._trees is None:
             is_applied = isinstance(self._model.get_output_embeddings(), kernels.LossHead)
             with nullcontext() if is_applied else self.acceleration.applied(self._model):
-                self._trees = kernels.tree_refusal(self._model) is None
+                self._trees = self.acceleration.tree_refusal(self._model) is None
         return self._trees
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from loratune.data.formats import IGNORED
 from loratune.errors import is_out_of_memory
+from loratune.kernels import WHOLE_MODEL, LayerSample
 from loratune.system.accelerator import same_random_numbers
 
 _log = logging.getLogger(__name__)
@@ -153,7 +154,7 @@ def pad(
 # Whether a model processes the rows of a batch independently
 
 
-def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
+def packing_refusal(model: Any, longest: int, total: int = 0, sample: LayerSample = WHOLE_MODEL) -> str | None:
     """Check whether a model computes each row of a flat batch as it computes the row alone.
 
     The model is run as described in `flatten`, in evaluation mode, on random rows. Two things must hold:
@@ -173,6 +174,7 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
         model: A causal language model of transformers, in any dtype, with or without an adapter.
         longest: Tokens of the longest row to be trained on.
         total: Tokens of the largest flat batch.
+        sample: The layers that compute, if the model runs with these alone; others that compute alike add nothing.
 
     Returns:
         One line on why the model does not support flat batches, or None if it does. A model that raises an error on
@@ -183,22 +185,26 @@ def packing_refusal(model: Any, longest: int, total: int = 0) -> str | None:
     """
     name = model.config.model_type
     try:
-        mixing = _mixing(model, _flat, longest, total)
+        with sample.alone():
+            mixing = _mixing(model, _flat, longest, total)
     except Exception as error:  # a model may raise anything on input that it does not understand
         if is_out_of_memory(error):
             raise
+        if sample.left_out:
+            return packing_refusal(model, longest, total)
         _log.debug("%s does not run on flat rows", name, exc_info=True)
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         return f"packing: {name} does not run on flat rows: {type(error).__name__}: {reason}"
     return f"packing: {name} mixes rows: {mixing}" if mixing else None
 
 
-def padding_refusal(model: Any, pad_id: int) -> str | None:
+def padding_refusal(model: Any, pad_id: int, sample: LayerSample = WHOLE_MODEL) -> str | None:
     """Check whether a model computes each row of a padded batch as it computes the row alone; see `packing_refusal`.
 
     Args:
         model: As in `packing_refusal`.
         pad_id: The token for padding.
+        sample: As in `packing_refusal`.
 
     Returns:
         Why not, as a sentence; None if it does, or if the model raises an error, which training will report.
@@ -208,10 +214,13 @@ def padding_refusal(model: Any, pad_id: int) -> str | None:
     """
     name = model.config.model_type
     try:
-        mixing = _mixing(model, partial(_padded, pad_id), PADDED_LONGEST)
+        with sample.alone():
+            mixing = _mixing(model, partial(_padded, pad_id), PADDED_LONGEST)
     except Exception as error:  # as above
         if is_out_of_memory(error):
             raise
+        if sample.left_out:
+            return padding_refusal(model, pad_id)
         _log.debug("%s does not run on padded rows", name, exc_info=True)
         return None
     return f"{name} computes something else for rows that are padded: {mixing}" if mixing else None

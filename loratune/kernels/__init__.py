@@ -7,8 +7,6 @@ the model is trained.
 from loratune.kernels.acceleration import Acceleration as Acceleration
 from loratune.kernels.acceleration import accelerate as accelerate
 from loratune.kernels.acceleration import accelerated as accelerated
-from loratune.kernels.acceleration import give_back_pages as give_back_pages
-from loratune.kernels.acceleration import keep_pages as keep_pages
 from loratune.kernels.acceleration import set_loss_targets as set_loss_targets
 from loratune.kernels.acceleration import set_loss_weights as set_loss_weights
 from loratune.kernels.acceleration import set_teacher as set_teacher
@@ -18,6 +16,8 @@ from loratune.kernels.compiled.fused_ops import variant as variant
 from loratune.kernels.gpu import compile_layers as compile_layers
 from loratune.kernels.gpu import use_liger as use_liger
 from loratune.kernels.gpu import uses_liger as uses_liger
+from loratune.kernels.layer_sample import WHOLE_MODEL as WHOLE_MODEL
+from loratune.kernels.layer_sample import LayerSample as LayerSample
 from loratune.kernels.lora_linear import Adapted as Adapted
 from loratune.kernels.lora_linear import InferenceLayers as InferenceLayers
 from loratune.kernels.lora_linear import Reader as Reader
@@ -30,6 +30,7 @@ from loratune.kernels.loss import next_token_loss as next_token_loss
 from loratune.kernels.loss import row_sums as row_sums
 from loratune.kernels.loss import teacher_divergence as teacher_divergence
 from loratune.kernels.loss_targets import row_counts as row_counts
+from loratune.kernels.masks import sample_layers as sample_layers
 from loratune.kernels.predictions import TeacherTargets as TeacherTargets
 from loratune.kernels.predictions import logits_at as logits_at
 from loratune.kernels.predictions import most_probable as most_probable

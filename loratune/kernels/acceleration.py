@@ -5,9 +5,7 @@ There are two safeguards. The class of a layer must be in the list of classes th
 must still compute the same, forward and backward (`parity_check`).
 """
 
-import ctypes
 import logging
-import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +17,17 @@ from torch import Tensor, nn
 from loratune.kernels import gpu, masks, replacements, rowwise, sublayers
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops, refusal
+from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
 from loratune.kernels.layout import Layout, PerBatch
 from loratune.kernels.lora_linear import Reader
 from loratune.kernels.loss import LossHead, Scaling, output_layer
 from loratune.kernels.masks import AttentionSpec, AttentionSurvey
-from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees
+from loratune.kernels.parity_check import LONG_ROWS, ROWS, ParityCheck, computes_trees, kept_checks
 from loratune.kernels.predictions import TeacherTargets
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
+from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
 
@@ -60,10 +60,14 @@ class Acceleration:
     Attributes:
         fallbacks: Kind of layers that are not accelerated → reason.
         steps: Functions that replace the layers, in this order.
+        sample: Layers that stand for all layers of the model, in checks of what it computes.
+        checks: What they found.
     """
 
     fallbacks: Mapping[str, str]
     steps: Sequence[Step] = ()
+    sample: LayerSample = WHOLE_MODEL
+    checks: KeptResults = NOTHING_KEPT
 
     def notes(self) -> Iterator[str]:
         """Lines for the user on what is not accelerated."""
@@ -83,8 +87,14 @@ class Acceleration:
                 replaced += step(base)
             yield
 
+    def tree_refusal(self, model: Any) -> str | None:
+        """See the function of this name."""
+        return self.checks.once("trees", partial(tree_refusal, model, self.sample))
 
-def accelerate(model: Any, reader: Reader, *, sharded: bool = False, trees: bool = False) -> Acceleration:
+
+def accelerate(
+    model: Any, reader: Reader, *, sharded: bool = False, trees: bool = False, fingerprint: str = ""
+) -> Acceleration:
     """Determine which layers of a model can be accelerated. The model is run for this, and is not changed.
 
     Args:
@@ -93,17 +103,20 @@ def accelerate(model: Any, reader: Reader, *, sharded: bool = False, trees: bool
         sharded: Whether the base is sharded in training; then no layer can be replaced.
         trees: Whether batches must be able to share prefixes. On a CPU they are where that is possible; on a GPU
             another attention function is used then, which no measurement has shown to be as fast.
+        fingerprint: That of the base, to keep what checks find on this machine; empty to check anew.
     """
     if sharded:
         return Acceleration({ALL_LAYERS: "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
-        replace = _replace if base.device.type == "cpu" else partial(gpu.replace, trees=trees)
-        steps, fallbacks = replace(base, reader, replaced)
-        head = output_layer(base)
+        checks, is_cpu = kept_checks(model, fingerprint and f"{fingerprint} {trees}"), base.device.type == "cpu"
+        survey = masks.survey(base) if is_cpu else AttentionSurvey()
+        on_cpu = partial(_replace, survey=survey, checks=checks)
+        steps, fallbacks = (on_cpu if is_cpu else partial(gpu.replace, trees=trees))(base, reader, replaced)
+        head, sample = output_layer(base), survey.sample
     if head is None:
         reason = "the output layer is trained, or the model does something else with its output than to return it"
-        return Acceleration({**fallbacks, "loss": reason}, steps)
-    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)])
+        return Acceleration({**fallbacks, "loss": reason}, steps, sample, checks)
+    return Acceleration(fallbacks, [*steps, partial(_replace_head, *head)], sample, checks)
 
 
 @contextmanager
@@ -143,7 +156,7 @@ def set_teacher(model: Any, teacher: TeacherTargets) -> None:
         head.teacher = teacher
 
 
-def tree_refusal(model: Any) -> str | None:
+def tree_refusal(model: Any, sample: LayerSample = WHOLE_MODEL) -> str | None:
     """Check whether a batch may be a prefix tree of rows.
 
     All attention layers must be replaced, as the replacements derive from positions what each token attends to, and so
@@ -152,6 +165,7 @@ def tree_refusal(model: Any) -> str | None:
 
     Args:
         model: A `PeftModel`, while it is accelerated.
+        sample: See `Acceleration`.
 
     Returns:
         The reason if it may not, as the rest of a sentence about the model; None if it may.
@@ -161,37 +175,9 @@ def tree_refusal(model: Any) -> str | None:
         return "has attention that is not accelerated"
     if not isinstance(model.get_output_embeddings(), LossHead):
         return "has a loss that is not accelerated"
-    if any(map(_drops_out, model.modules())):
+    if any(map(masks.drops_out, model.modules())):
         return "drops out values in training (as with lora_dropout above 0), and rows would share the mask of a prefix"
-    return None if computes_trees(base) else "computes something else for rows that share a prefix"
-
-
-def _drops_out_within(attention: nn.Module) -> bool:
-    """Whether an attention layer has dropout."""
-    return any(map(_drops_out, (attention, *attention.children())))
-
-
-def _drops_out(module: nn.Module) -> bool:
-    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float) and value > 0}
-    return any("dropout" in name for name in numbers) or (isinstance(module, nn.Dropout) and "p" in numbers)
-
-
-def keep_pages() -> None:
-    """Keep freed memory in the process, if the C library is glibc.
-
-    By default, each large tensor gets fresh pages from the kernel, with a page fault each: 0.35 s of system time a GB.
-    """
-    trim_threshold, mmap_max = -1, -4  # Options of mallopt(3).
-    if platform.libc_ver()[0] == "glibc":
-        library = ctypes.CDLL(None)
-        library.mallopt(mmap_max, 0)
-        library.mallopt(trim_threshold, 2**31 - 1)
-
-
-def give_back_pages() -> None:
-    """Return free memory to the kernel, such as fragments left by loading that are too small to be reused."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    return None if computes_trees(base, sample) else "computes something else for rows that share a prefix"
 
 
 @contextmanager
@@ -207,41 +193,39 @@ def _restored(base: Any) -> Iterator[tuple[Any, Replaced]]:
         restore(base, replaced)
 
 
-def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step], dict[str, str]]:
+def _replace(
+    base: Any, reader: Reader, replaced: Replaced, survey: AttentionSurvey, checks: KeptResults
+) -> tuple[list[Step], dict[str, str]]:
     """Replace layers on a CPU.
 
     Args:
         base: A causal language model of transformers.
         reader: Function that returns the linear layer and LoRA of a module.
         replaced: Receives path and module of each replaced layer.
+        survey: The attention layers of the base.
+        checks: What checks found before.
 
     Returns:
         The steps that replace the layers again, and the `fallbacks`.
     """
-    survey, weight = masks.survey(base), base.get_input_embeddings().weight
+    weight = base.get_input_embeddings().weight
     kinds, reasons = _kinds(base, reader, survey)
     is_compiled = fused_ops(weight) is not reference
     if not is_compiled:
         kinds = []  # The model's own layers are faster than the reference.
     kinds.append(_lora(base, reader, kinds))
-    check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS)
-    if not check.runs:
-        kinds, reasons = [], dict.fromkeys(KINDS, "the model does not run on packed rows")
-    for kind in kinds:
-        replaced += kind.replace(base)
-    if kinds and not check.passes():
-        for kind in reversed(kinds):
-            kind.undo(base)
-        check.prepare()
-        equal = [kind for kind in kinds if kind.replace_if_equal(base, check, replaced)]
-        differing = (kind.name for kind in kinds if kind not in equal)
+    found = checks.once("layers", partial(_compare, base, kinds, survey))
+    if not found["runs"]:
+        reasons = dict.fromkeys(KINDS, "the model does not run on packed rows")
+    else:
+        differing = (kind.name for kind in kinds if kind.name not in found["equal"])
         reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
-        kinds = equal
+    kinds = [kind for kind in kinds if kind.name in found["equal"]]
     steps: list[Step] = [kind.replace for kind in kinds]
-    own_attention = check.runs and survey.stock_masks and not any(kind.name == "attention" for kind in kinds)
-    implementation = attn_implementation(base)
-    if own_attention and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS).passes):
-        steps.append(partial(_register_rowwise, implementation))
+    if found["by_rows"]:
+        steps.append(partial(_register_rowwise, attn_implementation(base)))
+    for step in steps:
+        replaced += step(base)
     if not is_compiled:
         return steps, dict.fromkeys(KINDS, refusal(weight))
     complete = {kind.name for kind in kinds if kind.complete}
@@ -249,6 +233,27 @@ def _replace(base: Any, reader: Reader, replaced: Replaced) -> tuple[list[Step],
         complete.add("attention")
     fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
     return steps, fallbacks
+
+
+def _compare(base: Any, kinds: "Sequence[_Kind]", survey: AttentionSurvey) -> dict[str, Any]:
+    """Compare what a model computes before and after layers are replaced. Returns `runs`: whether it runs on packed
+    rows; `equal`: the kinds of layers with whose replacements it computes the same; `by_rows`: whether it does with its
+    own attention row by row."""
+    check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS, survey.sample)
+    if not check.runs:
+        return {"runs": False, "equal": [], "by_rows": False}
+    with _restored(base) as (_, replaced):
+        for kind in kinds:
+            replaced += kind.replace(base)
+        equal = [kind.name for kind in kinds]
+        if kinds and not check.passes():
+            for kind in reversed(kinds):
+                kind.undo(base)
+            check.prepare()
+            equal = [kind.name for kind in kinds if kind.replace_if_equal(base, check, replaced)]
+        is_own = survey.stock_masks and "attention" not in equal
+        by_rows = is_own and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS, survey.sample).passes)
+    return {"runs": True, "equal": equal, "by_rows": by_rows}
 
 
 @dataclass
@@ -311,7 +316,7 @@ def _kinds(base: Any, reader: Reader, survey: AttentionSurvey) -> tuple[list[_Ki
             continue
         if factory() is not None:
             layers[kind].append((name, module, factory))
-        elif module in specs and specs[module].placed and not _drops_out_within(module):
+        elif module in specs and specs[module].placed and not masks.drops_out_within(module):
             windows[module] = specs[module].window
         elif kind_by_name or module in specs:
             others[kind_by_name or "attention"][name] = _why_not(module, specs.get(module))
@@ -347,7 +352,7 @@ def _all_fit(base: Any, survey: AttentionSurvey) -> bool:
     ending = KINDS["attention"]
     modules = [module for name, module in base.get_decoder().named_modules() if name.endswith(ending)]
     rest = [module for module in {*modules, *survey.modules} if not isinstance(module, replacements.Replacement)]
-    return bool(rest) and all(module in survey.fitting and not _drops_out_within(module) for module in rest)
+    return bool(rest) and all(module in survey.fitting and not masks.drops_out_within(module) for module in rest)
 
 
 def _why_not(module: nn.Module, spec: AttentionSpec | None) -> str:

@@ -8,13 +8,14 @@ function with positions far beyond any window, without computing a whole mask.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample, described, watched
 from loratune.kernels.parity_check import evaluating
 from loratune.kernels.upstream import attn_implementation, has_hooks
 
@@ -76,9 +77,11 @@ class _Probe:
         refused: Layers that `AttentionSpec` cannot describe.
         fitting: Layers that the kernel supports apart from the mask, which `AttentionSpec` may not describe.
         altered: Whether a layer got another mask than the one made by transformers, as in families that select keys.
+        calls: What each layer was called with, apart from values: which mask, and the other arguments.
     """
 
     def __init__(self) -> None:
+        self.calls: dict[nn.Module, list[Any]] = {}
         self.specs: dict[nn.Module, AttentionSpec] = {}
         self.refused: set[nn.Module] = set()
         self.fitting: set[nn.Module] = set()
@@ -97,6 +100,9 @@ class _Probe:
         """Records how a layer attends, and returns zeros. query: (rows, heads, length, size)."""
         rows, heads, length, _ = query.shape
         self.altered |= not isinstance(attention_mask, _Mask)
+        mask = (id(attention_mask.function), attention_mask.padded) if isinstance(attention_mask, _Mask) else None
+        call = mask, [*map(described, (query, key, value))], described(arguments)
+        self.calls.setdefault(module, []).append(call)
         spec = None
         if _fits(query, key, value) and _is_known(arguments):
             self.fitting.add(module)
@@ -210,12 +216,14 @@ class AttentionSurvey:
         modules: All layers that use the interface.
         fitting: Layers that the kernel supports apart from the mask, which `AttentionSpec` may not describe.
         stock_masks: Whether all layers get the masks made by transformers, of whatever kind.
+        sample: Layers that stand for all layers of the model.
     """
 
-    specs: dict[nn.Module, AttentionSpec]
-    modules: set[nn.Module]
-    fitting: set[nn.Module]
-    stock_masks: bool
+    specs: dict[nn.Module, AttentionSpec] = field(default_factory=dict)
+    modules: set[nn.Module] = field(default_factory=set)
+    fitting: set[nn.Module] = field(default_factory=set)
+    stock_masks: bool = False
+    sample: LayerSample = WHOLE_MODEL
 
 
 def survey(base: Any) -> AttentionSurvey:
@@ -226,16 +234,22 @@ def survey(base: Any) -> AttentionSurvey:
     probe = _Probe()
     ids = (torch.arange(8) + 8).view(1, -1).to(base.device) % base.config.get_text_config().vocab_size
     try:
-        with probing(base, probe), evaluating(base), torch.no_grad():
+        with probing(base, probe), evaluating(base), torch.no_grad(), watched(base) as returned:
             base.get_decoder()(ids, use_cache=False)
     except Exception:  # Families raise all kinds of errors where they need other inputs.
         _log.debug("attention is not understood: the model does not run on a bare row", exc_info=True)
-        return AttentionSurvey({}, set(), set(), stock_masks=False)
+        return AttentionSurvey()
     modules = {*probe.specs, *probe.refused}
     if any(map(has_hooks, modules)):
-        return AttentionSurvey({}, modules, set(), stock_masks=False)
+        return AttentionSurvey(modules=modules)
     specs = {module: spec for module, spec in probe.specs.items() if module not in probe.refused}
-    return AttentionSurvey(specs, modules, probe.fitting, stock_masks=not probe.altered)
+    sample = WHOLE_MODEL if probe.altered else LayerSample.of(base, returned, probe.calls)
+    return AttentionSurvey(specs, modules, probe.fitting, stock_masks=not probe.altered, sample=sample)
+
+
+def sample_layers(model: Any) -> LayerSample:
+    """Layers that stand for all layers of a `PeftModel`, which is run on a few tokens."""
+    return survey(model.get_base_model()).sample
 
 
 @contextmanager
@@ -249,3 +263,14 @@ def probing(base: Any, probe: _Probe) -> Iterator[None]:
         yield
     finally:
         base.set_attn_implementation(own)
+
+
+def drops_out_within(attention: nn.Module) -> bool:
+    """Whether an attention layer has dropout."""
+    return any(map(drops_out, (attention, *attention.children())))
+
+
+def drops_out(module: nn.Module) -> bool:
+    """Whether a module drops out values in training."""
+    numbers = {name: value for name, value in vars(module).items() if isinstance(value, float) and value > 0}
+    return any("dropout" in name for name in numbers) or (isinstance(module, nn.Dropout) and "p" in numbers)

@@ -10,33 +10,23 @@ from torch import Tensor, nn
 from loratune.kernels.compiled import reference
 from loratune.kernels.compiled.fused_ops import fused_ops
 from loratune.kernels.compiled.reference import FusedOps
+from loratune.kernels.layer_sample import StandIn
 from loratune.kernels.layout import Layout, PerBatch, Scoring
 from loratune.kernels.lora_linear import Projection, Reader, project
 from loratune.kernels.masks import AttentionSpec, check_known
 from loratune.kernels.sublayers import ExpertLayers, GatedLayer, HeadNorms, SelfAttention, rms_norm
 
 
-class Replacement(nn.Module):
-    """Replaces a module, with the same children and weights, so that they keep their names.
-
-    Other attributes are read from the module: some families read attributes of a layer besides calling it.
-    """
+class Replacement(StandIn):
+    """Replaces a module, with the same children and weights, so that they keep their names."""
 
     def __init__(self, original: nn.Module):
-        super().__init__()
+        nn.Module.__init__(self)
         for name, child in original.named_children():
             self.add_module(name, child)
         for name, weight in original.named_parameters(recurse=False):
             self.register_parameter(name, weight)
-        self._original = [original]  # In a list, so that it is not registered as a child.
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "_original" not in self.__dict__:
-                raise
-            return getattr(self.__dict__["_original"][0], name)
+        self._original = [original]
 
 
 def twin(layer: nn.Module, forward: Callable[[Tensor, bool], Tensor]) -> nn.Module:

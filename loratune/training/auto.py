@@ -298,6 +298,17 @@ def optimizer_steps(training: TrainingSection, items: int, size: int, processes:
     return math.ceil(decided(training.num_train_epochs) * per_epoch), per_epoch
 
 
+def writing_notes(passes: int, steps: int, training: TrainingSection) -> Iterator[str]:
+    """A line if writing the texts of `retention` may take longer than half of the training, which has three passes a
+    micro-step: a pass takes as long as reading the weights where the model is large and rows are short."""
+    of_training = 3 * steps * training.gradient_accumulation_steps
+    if training.max_minutes is None and 2 * passes > of_training:
+        yield (
+            f"retention: writing takes {passes:,} passes of the base, once for these settings, and training "
+            f"{of_training:,}; retention.kl_weight: 0 leaves it out"
+        )
+
+
 def without_rows(lora: LoraSection, start: Mapping[str, Any] = {}) -> LoraSection:
     """The section for a check or a count without rows; a rank that depends on rows is set to the lowest choice.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from loratune import kernels
 from loratune.codes import Code
+from loratune.compare import behavior
 from loratune.compare.engine import SFT, WORTH_SHARING, Engine, Objective, ScoringPass, WeightedObjective
 from loratune.compare.objectives import Formula
 from loratune.compare.preferences import ComparedRows, PreferenceObjective
@@ -20,6 +22,7 @@ from loratune.data.packing import BatchLayout, Packing, PrefixTree
 from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, DataError, ModelError, Problem
 from loratune.events import progress
+from loratune.kernels import Acceleration
 from loratune.lora import attach
 from loratune.model import load
 from loratune.system import launcher
@@ -92,7 +95,12 @@ class BatchedDatasets:
 
 @progress("trying batches on the base")
 def batch(
-    model: Any, pad_id: int, splits: Mapping[str, TokenizedDataset], run: RunConfig, group: Group = SINGLE_PROCESS
+    model: Any,
+    pad_id: int,
+    splits: Mapping[str, TokenizedDataset],
+    run: RunConfig,
+    group: Group = SINGLE_PROCESS,
+    fingerprint: str = "",
 ) -> BatchedDatasets:
     """Batch rows as configured; rows are padded instead if the model would mix packed rows.
 
@@ -102,19 +110,22 @@ def batch(
         splits: Split name → rows.
         run: The config, with packing, batch size and objective.
         group: The processes of the run.
+        fingerprint: That of the base, see `kernels.accelerate`.
 
     Raises:
         ModelError: Rows cannot be packed, and padding would change the results of the model.
     """
     section, training, train = run.data, run.training, splits["train"]
     sharded, shares = bool(launcher.sharding()), section.share_prefixes is True
-    acceleration = kernels.accelerate(model, attach.adapted_linear, sharded=sharded, trees=shares)
+    acceleration = kernels.accelerate(
+        model, attach.adapted_linear, sharded=sharded, trees=shares, fingerprint=fingerprint
+    )
     objective = objective_of(splits, run)
     with acceleration.applied(model):
         mixed = not kernels.attends_by_rows(model)
-        packing, notes = _packing(model, train, section, training, mixed=mixed)
+        packing, notes = _packing(model, train, section, training, acceleration, mixed=mixed)
         if packing == "none":
-            _check_padding(model, pad_id, training, train.rows_per_example)
+            _check_padding(model, pad_id, training, train.rows_per_example, acceleration)
         layouts = {}
         for name, split in splits.items():
             if name != "test":
@@ -122,7 +133,7 @@ def batch(
                 items = objective.training_items(split) if name == "train" else items
                 size, longest = training.per_device_train_batch_size, section.max_length
                 layouts[name] = BatchLayout(items, split.rows.lengths, packing, size, longest, pad_id, together)
-        saved, more = sharing(model, layouts["train"], section)
+        saved, more = sharing(model, layouts["train"], section, acceleration)
     if saved is not None:
         layouts = {name: layout.sharing(saved) for name, layout in layouts.items()}
     notes += [*more, *acceleration.notes(), *kernels.notes(model.get_input_embeddings().weight)]
@@ -155,7 +166,9 @@ def objective_of(splits: Mapping[str, TokenizedDataset], run: RunConfig) -> Obje
     return PreferenceObjective(Formula.of(run.training.objective, run.preferences), compared)
 
 
-def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[float | None, list[str]]:
+def sharing(
+    model: Any, batches: BatchLayout, section: DataSection, acceleration: Acceleration
+) -> tuple[float | None, list[str]]:
     """The share of tokens that shared prefixes save, None if batches do not share prefixes; and lines about it.
 
     Raises:
@@ -164,7 +177,7 @@ def sharing(model: Any, batches: BatchLayout, section: DataSection) -> tuple[flo
     saved = batches.saving() if section.share_prefixes is not False else 0.0
     if not is_sharing_asked(section, saved):
         return None, []
-    refusal = kernels.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
+    refusal = acceleration.tree_refusal(model) if batches.flat else "is trained on rows that are padded"
     if refusal is None:
         line = f"data.share_prefixes: shared prefixes are computed once: {saved:.0%} fewer tokens"
         return saved, [line]
@@ -199,7 +212,13 @@ def tree_sizes(rows: Sequence[Mapping[str, Any]]) -> tuple[list[tuple[int, int]]
 
 
 def _packing(
-    model: Any, rows: TokenizedDataset, section: DataSection, training: TrainingSection, *, mixed: bool
+    model: Any,
+    rows: TokenizedDataset,
+    section: DataSection,
+    training: TrainingSection,
+    acceleration: Acceleration,
+    *,
+    mixed: bool,
 ) -> tuple[Packing, list[str]]:
     """How rows are packed, with a line on the reason if it differs from the config.
 
@@ -214,15 +233,20 @@ def _packing(
         name = model.config.model_type
         return "none", [f"data.packing: {name} attends to all rows of a batch at once, which costs more than padding"]
     most_tokens = lengths[-size:].sum() if section.packing == "batch" else min(lengths.sum(), size * section.max_length)
-    if (reason := packing_refusal(model, int(lengths[-1]), int(most_tokens) if mixed else 0)) is None:
+    asked = int(lengths[-1]), int(most_tokens) if mixed else 0
+    refusal = partial(packing_refusal, model, *asked, acceleration.sample)
+    if (reason := acceleration.checks.once(f"packing {asked}", refusal)) is None:
         return section.packing, []
     return "none", [f"data.{reason}; rows are {'padded' if size > 1 else 'computed one by one'} instead"]
 
 
-def _check_padding(model: Any, pad_id: int, training: TrainingSection, rows_per_example: int) -> None:
+def _check_padding(
+    model: Any, pad_id: int, training: TrainingSection, rows_per_example: int, acceleration: Acceleration
+) -> None:
     """Check that a model supports padded rows, if batches have several. Raises ModelError: it does not."""
     size = training.per_device_train_batch_size
-    if size * rows_per_example == 1 or (reason := padding_refusal(model, pad_id)) is None:
+    refusal = partial(padding_refusal, model, pad_id, acceleration.sample)
+    if size * rows_per_example == 1 or (reason := acceleration.checks.once(f"padding {pad_id}", refusal)) is None:
         return
     fix = "pairs are always padded, so use another objective or another model"
     if rows_per_example == 1:
@@ -277,7 +301,10 @@ def with_retention(
         choices = {"retention.kl_weight": (0.0, unusable)}
     elif weight:
         texts = Retention.of(section, group.broadcast(given), batches.train, config.training, group.count)
-        batches = replace(batches, retention=texts, notes=[*batches.notes, str(texts)])
+        passes = behavior.passes(batches.engine, len(texts.given), section.max_new_tokens)
+        steps = auto.optimizer_steps(config.training, len(batches.train.items), batches.train.size, group.count)[0]
+        notes = [str(texts), *auto.writing_notes(passes, steps, config.training)]
+        batches = replace(batches, retention=texts, notes=[*batches.notes, *notes])
     return config.model_copy(update={"retention": section}), batches, choices
 
 

@@ -214,7 +214,7 @@ def load_rows(run: Run, group: Group = SINGLE_PROCESS) -> TokenizedDatasets:
     and as `tokenize`."""
     load.check_machine(run.config.model)
     load.check_kernels(run.config.model, gpu=load.device().type != "cpu")
-    kernels.keep_pages()
+    environment.keep_pages()
     return tokenize(run, load.load_tokenizer(run.config.model, run.config.data.chat_template), group)
 
 
@@ -262,7 +262,7 @@ def make_plan(
     lora, choices = auto.decide_lora(config.lora, known)
     dense, origin = load.dense_model(base.model, config.model), (config.model.name_or_path, config.model.revision)
     model, targets = creation.adapt(base.model, lora, dense=dense, seed=config.training.seed, origin=origin)
-    batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group)
+    batches = batching.batch(model, load.pad_id(datasets.tokenizer), datasets.splits, config, group, base.fingerprint)
     known = replace(known, rows=(items := len(batches.train.items)), rows_in_pack=datasets.train.items / items)
     config, more = auto.decide(config.model_copy(update={"lora": lora}), known)
     config, batches, kept = batching.with_retention(config, batches, run, datasets.tokenizer, model.config, group)

@@ -22,6 +22,7 @@ from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system import environment
 from loratune.system.files import make_private_directory, open_file, ownership_problem
+from loratune.system.kept_results import cache_directory
 from loratune.system.platforms import sealed_file
 
 _log = logging.getLogger(__name__)
@@ -98,13 +99,6 @@ def compiled(define: str, variant: Variant = NATIVE) -> Library:
         return Library(functions, note or None, name)
     except (OSError, subprocess.SubprocessError) as error:
         return Library(None, f"compiling the fast CPU code failed: {reason(error)}; {_INSTALL_COMPILER}")
-
-
-def cache_directory() -> Path:
-    """The cache directory. Raises RuntimeError: there is no home directory."""
-    value = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(value) if os.path.isabs(value) else Path.home() / ".cache"  # The XDG specification ignores others.
-    return cache / "loratune"
 
 
 def _cache_file(name: str) -> tuple[Path | None, str]:

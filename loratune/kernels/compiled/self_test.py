@@ -12,11 +12,13 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from loratune import __version__
 from loratune.kernels.compiled import library
 from loratune.system import accelerator, environment
 from loratune.system.files import make_private_directory, open_file, ownership_problem, write_json
+from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 PASSED, FAILED = "passed", "failed"
 OPERATIONS = "compiled operations, {}"
@@ -80,6 +82,15 @@ def _read(path: Path) -> dict[str, dict[str, str]]:
         for machine, results in (values.items() if isinstance(values, dict) else ())
         if isinstance(results, dict)
     }
+
+
+def kept_here(*parts: Any) -> KeptResults:
+    """Results that hold on this machine, for these versions of the libraries and of loratune, and for `parts`, which
+    are plain values. Nothing is kept if a package is installed without its metadata."""
+    try:
+        return KeptResults([_machine(), *parts])
+    except importlib.metadata.PackageNotFoundError:
+        return NOTHING_KEPT
 
 
 @cache
