@@ -21,7 +21,7 @@ from loratune.config import ModelSection
 from loratune.config import load as load_config
 from loratune.errors import ModelError
 from loratune.events import Event, StepEvent, TrainingEvent, listening
-from loratune.model import load
+from loratune.model import load, tensor_files
 from loratune.training import preflight
 from loratune.training.checkpoints import run_dir
 
@@ -88,6 +88,16 @@ def test_no_file_stays_memory_mapped(name: str, base_dir: Path) -> None:
         assert all(
             torch.equal(one, other) for one, other in zip(base.parameters(), tiny_llama().parameters(), strict=True)
         )
+
+
+def test_files_that_cannot_change_remain_memory_mapped(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that is read-only, which a test cannot mount."""
+    real = os.statvfs("/")
+    read_only = os.statvfs_result((*real[:8], os.ST_RDONLY, *real[9:]))
+    monkeypatch.setattr(tensor_files.os, "statvfs", lambda path: read_only if str(base_dir) in path else real)
+    base = load.load_base(ModelSection(name_or_path=str(base_dir), dtype="float32"))
+    assert mapped(base_dir) != []
+    assert all(torch.equal(one, other) for one, other in zip(base.parameters(), tiny_llama().parameters(), strict=True))
 
 
 def test_pickled_weights_are_not_memory_mapped_either(base_dir: Path) -> None:

@@ -1,6 +1,7 @@
 """Every tensor of a base contributes to its fingerprint."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,11 @@ from running import MakeConfig, stopped
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loratune.codes import Code
-from loratune.model import fingerprints
+from loratune.config import ModelSection
+from loratune.errors import ModelError
+from loratune.model import checks, fingerprints
+from loratune.model.load import load_for_run
+from loratune.system.launcher import Group
 
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-2-7B, Mistral-7B": {"num_hidden_layers": 32},
@@ -202,3 +207,41 @@ def test_a_run_resumes_only_on_the_same_base(
     moved = ("--resume", "--set", f"model.name_or_path={merged}", "--allow-change", "model.name_or_path")
     refused = cli("train", config, *moved)
     assert refused.code == 7 and f"[{Code.RESUME_CHANGED}]" in refused.err
+
+
+def test_a_base_is_hashed_once_for_each_state_of_its_files(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes, times and places of files are their state. What was changed just now may change again within a tick."""
+    base, calls = Path(shutil.copytree(tiny_dir, tmp_path / "base")), list[str]()
+    hashed = fingerprints.fingerprint
+    monkeypatch.setattr(fingerprints, "fingerprint", lambda *of: calls.append("hash") or hashed(*of))
+    checked = checks.check_finite
+    monkeypatch.setattr(checks, "check_finite", lambda *of: calls.append("check") or checked(*of))
+
+    def load(**given: Any) -> list[str]:
+        calls.clear()
+        section = ModelSection(**({"name_or_path": str(base), "dtype": "float32"} | given))
+        prints.append(load_for_run(section, Group()).fingerprint)
+        return [*calls]
+
+    prints, both = list[str](), ["check", "hash"]
+    assert load() == both == load()
+    monkeypatch.setattr(fingerprints, "_OLD", 0)
+    assert load() == both and load() == []
+    assert load(dtype="bfloat16") == both and load(dtype="bfloat16") == []
+    weights = base / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns))  # which changes the time of the last change of the inode
+    assert load() == both and load() == []
+    content = weights.read_bytes()
+    weights.unlink()
+    weights.write_bytes(content)
+    assert load() == both and load() == []
+    assert len({*prints}) == 1
+    tiny_llama(rms_norm_eps=1e-3).save_pretrained(base)
+    assert load() == both and prints[-1] != prints[0]
+    (damaged := tiny_llama()).lm_head.weight.data[0] = torch.nan
+    damaged.save_pretrained(base)
+    for _ in range(2):
+        with pytest.raises(ModelError):
+            load()

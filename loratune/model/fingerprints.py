@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem
 from loratune.events import progress
+from loratune.kernels.compiled.self_test import kept_here
 from loratune.model import upstream
 from loratune.model.source import cached_directory
+from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
 
@@ -215,6 +218,8 @@ def _bits(base: PreTrainedModel) -> str:
 
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
+_OLD = 2_000_000_000
+"""Nanoseconds after which a file that is changed again has other times; file systems count in steps of up to 2 s."""
 
 
 class FileStates:
@@ -229,7 +234,23 @@ class FileStates:
             paths = [directory / gguf]
         else:
             paths = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern))
+        self._section, self._taken = section, time.time_ns()
         self._states = {path: _state(path) for path in paths}
+
+    def kept_results(self, device: torch.device) -> KeptResults:
+        """What is known of a base that was loaded from these files, on this machine.
+
+        Nothing is kept where its code can change as well, and of files that were changed just before.
+
+        Raises:
+            ModelError: A file has changed since.
+        """
+        self.check_unchanged()
+        states = [(str(path), state) for path, state in self._states.items()]
+        newest = max((max(state[1:3]) if state else self._taken for _, state in states), default=self._taken)
+        if newest > self._taken - _OLD or self._section.trust_remote_code:
+            return NOTHING_KEPT
+        return kept_here(VERSION, self._section.model_dump(), states, str(device))
 
     def check_unchanged(self, since: str = "while it was being read", fix: str = "start again") -> None:
         """Raises ModelError: a file has changed, or is gone."""

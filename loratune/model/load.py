@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -205,12 +206,12 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     """
     files = FileStates(section)
     model = load_base(section)
-    checks.check_finite(model, section.name_or_path)
-    fingerprint = fingerprints.fingerprint(model)
+    kept = files.kept_results(model.device)
+    kept.once("finite", partial(checks.check_finite, model, section.name_or_path))
+    fingerprint: str = kept.once("fingerprint", partial(fingerprints.fingerprint, model))
     if group.broadcast(fingerprint) != fingerprint:
         what = f"the base on {launcher.host()} differs from that of the main process"
-        fix = "give all machines the same files"
-        raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, fix))
+        raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, "use the same files everywhere"))
     config = load_config(section)
     return Base(model, fingerprint, files, config, [*tensor_files.notes(section, config), *machine_notes(section)])
 

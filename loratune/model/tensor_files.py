@@ -4,6 +4,7 @@ Quantized weights are computed by their format when they are read.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -231,14 +232,37 @@ def file(section: ModelSection, name: str) -> Path | None:
 
 
 def copy_mapped(model: nn.Module) -> None:
-    """Copy all weights into memory of their own, one after another.
+    """Copy weights that are mapped into memory, one after another, unless they are on a file system that is read-only.
 
     transformers maps weights into memory instead of reading them. While such a mapping is in use, a file that is
-    overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. This takes a
-    second for some 2 GB.
+    overwritten in place changes the weights, and one that is truncated ends the process with SIGBUS. Files that cannot
+    change remain mapped, and processes that map them share their memory. A copy takes a second for some 2 GB.
     """
+    ranges = [*_changeable_ranges()]
     for tensor in {id(tensor): tensor for tensor in _weights(model) if tensor.device.type == "cpu"}.values():
-        tensor.data = tensor.data.clone()
+        if any(begin <= tensor.data_ptr() < end for begin, end in ranges):
+            tensor.data = tensor.data.clone()
+
+
+def _changeable_ranges() -> Iterator[tuple[int, int]]:
+    """The addresses of this process at which there are files that can be changed; all where that is not known."""
+    try:
+        lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text(errors="replace").splitlines()]
+    except OSError:
+        yield 0, 1 << 64
+        return
+    for place, _, _, _, inode, *path in lines:
+        if inode != "0" and not _is_read_only(*path):
+            begin, end = place.split("-")
+            yield int(begin, 16), int(end, 16)
+
+
+def _is_read_only(path: str) -> bool:
+    """Whether a file is on a file system that is mounted read-only."""
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:  # it was removed
+        return False
 
 
 def _weights(model: nn.Module) -> Iterator[torch.Tensor]:
