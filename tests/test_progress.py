@@ -41,7 +41,7 @@ def test_quick_work_is_silent(capsys: pytest.CaptureFixture[str], monkeypatch: p
     ("work", "expected"),
     [
         (lambda: events.progress("wait\x1bing"), "wait\\x1bing: 0 s"),
-        (lambda: events.counting("counting", 3), "counting: 2 of 3"),
+        (lambda: events.counting("counting", 3), "counting: 2 of 3, left 0 s"),
         (lambda: events.reading("reading", 4_000_000), "reading: 0 of 4 MB, 0.0 MB/s"),
     ],
     ids=["progress", "count", "bytes"],
@@ -109,9 +109,10 @@ BASE = ["loading the base", "hashing the base", "attaching the adapter"]
     ("command", "stages"),
     [
         (
-            "train {place}/run.yaml --set output_dir={out} --json",
+            "train {place}/run.yaml --set output_dir={out} --set retention.kl_weight=1 --json",
             ["loading the base", "checking the weights of the base", "hashing the base", "attaching LoRA",
-             "trying batches on the base", "estimating the memory", "taking the first step",
+             "trying batches on the base", "estimating the memory", "writing, in tokens of each text",
+             "taking the first step",
              "computing losses, in batches"],
         ),
         ("params {place}/run.yaml --json", ["attaching LoRA", "estimating the memory"]),

@@ -229,6 +229,18 @@ def test_short_rows_have_texts_in_some_of_the_steps(cli: Cli, run_config: MakeCo
     assert [step["step"] for step in curve if "divergence" in step] == [1, 9]
 
 
+@pytest.mark.parametrize(("steps", "is_told"), [(2, True), (400, False)])
+def test_what_writing_costs_is_told_before_a_short_run(steps: int, is_told: bool, run_config: MakeConfig) -> None:
+    """Passes of writing are one for each token of a text, and of training three for each step."""
+    path = run_config(
+        training={"max_steps": steps}, retention={"kl_weight": 1.0, "num_samples": 30, "max_new_tokens": 8}
+    )
+    plan = loratune.plan(loratune.load_config(path))
+    (line, *told) = [note for note in plan.all_notes() if note.startswith("retention: ")]
+    assert "writes 30 texts" in line and bool(told) == is_told
+    assert not is_told or ("takes 16 passes" in told[0] and "training 6" in told[0] and "kl_weight: 0" in told[0])
+
+
 def test_texts_without_room_are_left_out_by_default(cli: Cli, run_config: MakeConfig) -> None:
     path = run_config(retention={"kl_weight": "auto", "max_new_tokens": 512})
     plan = loratune.plan(loratune.load_config(path))

@@ -134,7 +134,9 @@ class _Piece:
                 speed = f"{self.done / 1e6 / seconds:,.1f} MB/s"
                 return f"{self.done / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {speed}"
             case "items":
-                return f"{self.done:,} of {self.total:,}"
+                line = f"{self.done:,} of {self.total:,}"
+                left = seconds / max(1, self.done) * (self.total - self.done)
+                return f"{line}, left {format_duration(left)}" if self.done else line
         return format_duration(seconds)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import data, kernels
 from loratune.codes import Code
@@ -26,7 +26,7 @@ from loratune.data import token_cache
 from loratune.data.batches import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
-from loratune.events import progress
+from loratune.events import Advance, counting, progress
 from loratune.model.load import context_length
 from loratune.statistics import Interval, finite, mean_ratio_interval, positive_ratio_interval
 from loratune.system import accelerator
@@ -282,21 +282,39 @@ def write(
         max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
     each, was_training = _WRITTEN_AT_ONCE if engine.padded else 1, model.training
+    writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
     model.eval()
     try:
-        with accelerator.same_random_numbers(model.device), torch.inference_mode():
+        with writing as advance, accelerator.same_random_numbers(model.device), torch.inference_mode():
             if seed is not None:
                 torch.manual_seed(seed)
             for start in range(0, len(given), each):
                 batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
                 with _as_unsupported():
-                    written = model.generate(**inputs, generation_config=settings)[:, inputs["input_ids"].shape[1] :]
+                    ids = model.generate(**inputs, generation_config=settings, stopping_criteria=[_Counted(advance)])
+                    written = ids[:, inputs["input_ids"].shape[1] :]
                 for ids in written.tolist():
                     end = next((place + 1 for place, token in enumerate(ids) if token in end_ids), len(ids))
                     yield ids[:end]
     finally:
         model.train(was_training)
+
+
+def passes(engine: Engine, texts: int, max_new_tokens: int) -> int:
+    """How many forward passes it takes to write texts, at most: one for each token of the texts in a batch."""
+    return -(-texts // (_WRITTEN_AT_ONCE if engine.padded else 1)) * max_new_tokens
+
+
+class _Counted(StoppingCriteria):
+    """Stops nothing, and counts the tokens."""
+
+    def __init__(self, advance: Advance):
+        self._advance = advance
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self._advance(1)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 @contextmanager
