@@ -11,6 +11,7 @@ from conftest import ATTENTION, Ran, check_refused
 from running import Cli, MakeConfig
 from transformers import FalconConfig, LlamaConfig, Phi3Config
 
+import loratune
 from loratune import config
 from loratune.codes import Code
 from loratune.commands import params
@@ -59,7 +60,7 @@ def test_counts_match_the_formula(cli: Cli, tiny_dir: Path) -> None:
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
     assert list(counts)[:5] == ["trainable", "total", "percent", "adapter_bytes", "targets"]
-    assert list(counts)[5:] == ["roles", "layers", "others", "memory"]
+    assert list(counts)[5:] == ["roles", "layers", "others", "memory", "rows_memory"]
     assert counts["roles"] == {role: 2 * 8 * (32 + size) for role, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()}
     assert counts["layers"] == {"0": trainable // 2, "1": trainable // 2}
     assert counts["others"] == {}
@@ -110,7 +111,8 @@ def test_model_option_counts_the_default_lora_config(cli: Cli, run_config: MakeC
     default = {"target_modules": "auto"}
     retention = {"kl_weight": "auto"}
     config = run_config(model={"name_or_path": str(tiny_dir), "dtype": "auto"}, lora=default, retention=retention)
-    assert counted(cli("params", "--model", tiny_dir, "--json")) == counted(cli("params", config, "--json"))
+    counts = counted(cli("params", config, "--json"))
+    assert counted(cli("params", "--model", tiny_dir, "--json")) == counts | {"rows_memory": None}
 
 
 @pytest.mark.usefixtures("untraced")
@@ -206,3 +208,17 @@ def test_invalid_configurations_are_model_errors(
 def test_huge_vocabulary_is_counted(tmp_path: Path) -> None:
     directory = config_only(tmp_path, LlamaConfig(**SMALL | {"vocab_size": 10**12}))
     assert params.params(config.for_model(str(directory))).count.total > 2 * 32 * 10**12
+
+
+def test_the_memory_for_the_rows_at_hand(cli: Cli, run_config: MakeConfig, tiny_dir: Path) -> None:
+    """As a dry run estimates it from the weights; rows that cannot be read change nothing else."""
+    path = run_config(training={"per_device_train_batch_size": 4})
+    found = counted(cli("params", path, "--json"))
+    planned = loratune.plan(config.load(path)).memory
+    assert found["rows_memory"]["total"] == pytest.approx(planned.total, rel=0.1)
+    assert found["rows_memory"]["activations"] < found["memory"]["activations"]
+    assert "on the rows of data.train" in cli("params", path).out
+    assert counted(cli("params", "--model", tiny_dir, "--json"))["rows_memory"] is None
+    (path.parent / "rows.jsonl").write_text("{")
+    ran = cli("params", path, "--json")
+    assert counted(ran) == found | {"rows_memory": None} and "is not known" in ran.err

@@ -74,6 +74,8 @@ def params(params: "Params") -> Iterator[str]:
     yield f"per layer: {_per_layer(params.layers)}"
     yield f"adapter file: {format_size(params.count.adapter_bytes)}"
     yield f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}"
+    if params.rows_memory is not None:
+        yield f"memory to train on the rows of data.train: {_memory(params.rows_memory)}"
 
 
 def environment(found: "Environment") -> Iterator[str]:

@@ -26,6 +26,7 @@ from loratune.training import auto
 from loratune.training.batching import tree_sizes, would_share
 from loratune.training.duration import Costs, seconds_per_operation
 from loratune.training.plan import unit_parameters
+from loratune.training.retention import mean_tokens, typical_texts
 
 _SHOWN = ("training.learning_rate", "training.num_train_epochs")
 """Keys that are written as `auto`, with a comment on the resulting value."""
@@ -221,7 +222,7 @@ def fit(
     def fitted(batch: int, weights: memory.WeightFormat, checkpointed: bool) -> Fit:
         changes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": max(1, step // batch)}
         training = run.training.model_copy(update={**changes, "activation_checkpointing": checkpointed})
-        estimate = _estimate(model, run.model_copy(update={"training": training}), rows, weights)
+        estimate = estimate_rows(model, run.model_copy(update={"training": training}), rows, weights)
         return Fit(batch, weights, checkpointed, estimate, free)
 
     for savings in itertools.product(formats, checkpointing):
@@ -232,8 +233,18 @@ def fit(
     return smallest
 
 
-def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat) -> Estimate:
-    """The memory estimate of `train --dry-run`, for batches of the measured rows."""
+def estimate_rows(
+    model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.WeightFormat, *, with_texts: bool = False
+) -> Estimate:
+    """The memory estimate of `train --dry-run`, for batches of the measured rows.
+
+    Args:
+        model: A `PeftModel` on the meta device.
+        run: The config.
+        rows: The rows.
+        weights: How the base is quantized.
+        with_texts: Whether to include the texts of retention.
+    """
     batch, length, packing = run.training.per_device_train_batch_size, run.data.max_length, run.data.packing
     each, device, tokens = rows.rows_per_example, load.device(), np.minimum(rows.tokenized.lengths, length)
     layout = BatchLayout(_CutRows(rows.tokenized, length), tokens, packing, batch, length, 0, each - 1 and each)
@@ -245,6 +256,7 @@ def _estimate(model: Any, run: RunConfig, rows: MeasuredRows, weights: memory.We
     else:
         heaviest = layout.rows(layout.heaviest())
         largest = [(len(row["labels"]), sum(label >= 0 for label in row["labels"][1:])) for row in heaviest]
+    largest = [*largest, *(typical_texts(run, round(mean_tokens(layout))) if with_texts else ())]
     return memory.estimate(
         model, largest, len(largest), run.training, packed=layout.flat, planned=memory.Planned(weights, device),
         batch_tokens=layout.total_tokens(run.training.max_steps).tolist(),

@@ -6,8 +6,11 @@ from typing import Any
 
 from loratune import memory
 from loratune.codes import Code
-from loratune.config import AUTO, RunConfig
+from loratune.commands.init import estimate_rows
+from loratune.config import AUTO, RunConfig, Source
 from loratune.config.portability import is_plain
+from loratune.data.measured_rows import fit_length, measure
+from loratune.data.rendering import Renderer
 from loratune.errors import ConfigError, LoratuneError, Problem
 from loratune.lora import adapter_files, creation, initialize, parameters, served
 from loratune.lora.adapter_files import AdapterFiles
@@ -59,6 +62,7 @@ class Params:
         memory: The estimate for a batch of `batch` rows of `length` tokens, all supervised.
         batch: Rows of a batch.
         length: Tokens of a row.
+        rows_memory: The estimate for the rows of `data.train`; None if it names no local files.
     """
 
     count: Count
@@ -70,6 +74,7 @@ class Params:
     memory: memory.Estimate
     batch: int
     length: int
+    rows_memory: memory.Estimate | None = None
 
     @property
     def roles(self) -> dict[str, int]:
@@ -91,6 +96,7 @@ class Params:
             "layers": self.layers,
             "others": self.others,
             "memory": self.memory.parts(),
+            "rows_memory": self.rows_memory and self.rows_memory.parts(),
         }
 
 
@@ -107,7 +113,7 @@ def params(run: RunConfig) -> Params:
     run, start_from = _without_rows(run)
     model_config = load.load_config(run.model)
     model, targets = creation.adapt(base := load.build_meta(model_config, run.model), run.lora, seed=0)
-    in_servers = served.servers(model_config, type(base).__name__, parameters.layers_of(model))
+    remarks = served.remarks(served.servers(model_config, type(base).__name__, parameters.layers_of(model)))
     adapter_init = creation.initialize_adapter(model, run.lora, start_from=start_from)
     batch, length = run.training.per_device_train_batch_size, run.data.max_length
     rows = [*[(length, length - 1)] * batch, *typical_texts(run, batch * length)]
@@ -116,6 +122,7 @@ def params(run: RunConfig) -> Params:
     for path, layer in parameters.layers_of(model).items():
         if (number := number_of(path)) is not None:
             layers[number] = layers.get(number, 0) + parameters.count_of(layer)
+    of_rows, unread = _of_rows(model, run, planned)
     return Params(
         count=creation.count(model, adapter_init),
         groups=_groups(model, targets),
@@ -126,11 +133,13 @@ def params(run: RunConfig) -> Params:
             *tensor_files.notes(run.model, model_config),
             *targets.notes,
             *targets.shared_lines(),
-            *served.remarks(in_servers),
+            *remarks,
+            *unread,
         ],
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,
+        rows_memory=of_rows,
     )
 
 
@@ -163,6 +172,23 @@ def servers(run: RunConfig) -> dict[str, str]:
         after = f", after `loratune export --to {client}`" if is_exported else ""
         texts[SERVERS[client]] = f"not applied: {one}" if isinstance(one, str) else f"{one}{after}"
     return texts
+
+
+def _of_rows(model: PeftModel, run: RunConfig, planned: memory.Planned) -> tuple[memory.Estimate | None, list[str]]:
+    """The memory for the largest batch of the training rows, None if they are not in local files; and why they cannot
+    be read."""
+    sources = [run.data.train] if isinstance(run.data.train, Source) else run.data.train
+    if not all(Path(source.path).expanduser().exists() for source in sources):
+        return None, []
+    vocabulary = model.config.get_text_config().vocab_size
+    try:
+        tokenizer = load.load_tokenizer(run.model, run.data.chat_template)
+        renderer = Renderer(tokenizer, vocabulary, run.data.chat_template_kwargs)
+        rows, _ = measure(run.data, renderer, vocabulary)
+        rows, _ = fit_length(rows, run.data, renderer, vocabulary)
+    except LoratuneError as error:
+        return None, [f"the memory for the rows of data.train is not known: {error.problems[0]}"]
+    return estimate_rows(model, run, rows, planned.weight_format or "none", with_texts=True), []
 
 
 def _groups(model: PeftModel, targets: Targets) -> list[ModuleGroup]:
