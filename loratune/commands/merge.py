@@ -101,7 +101,7 @@ def merge(
         locate(adapter.base)
         before = FileStates(adapter.base)
         plan = Merge(adapter, getattr(torch, dtype) if dtype else None)
-    parameters, is_loaded, loaded_how = plan.parameters, plan.is_loaded, plan.note
+    parameters, is_whole, loaded_how = plan.parameters, plan.is_whole, plan.note
     loader = checks.auto_class(plan.config).__name__
     if loaded_how:
         note(loaded_how)
@@ -116,7 +116,7 @@ def merge(
         merged_model.write_tokenizer(staging, adapter, tokenizer)
         del plan  # frees the base, if it was loaded
         computed = merged_model.dtype_that_fits(parameters, written.dtypes)
-        if computed is None and is_loaded:
+        if computed is None and is_whole:
             computed = written.dtypes[0]  # it fitted into memory before
         if computed is not None:
             comparison = merged_model.compare(adapter, staging, compared_on, computed)

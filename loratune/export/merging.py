@@ -23,10 +23,10 @@ from loratune.errors import AdapterError, Problem
 from loratune.events import reading
 from loratune.lora import merging, tensors
 from loratune.model import fingerprints, load, stored, tensor_files
-from loratune.model.quantization import dense_config, method, record_of
+from loratune.model.quantization import dense_config, held_as, method, record_of
 from loratune.model.stored import StoredBase
 from loratune.model.tensor_files import DTYPES, NotStreamableError, dense_dtype
-from loratune.model.upstream import quiet_transformers
+from loratune.model.upstream import CheckpointLayout, quiet_transformers
 from loratune.text import format_size
 
 _DEQUANTIZED = "the base is merged in its dequantized form, as {}, and not quantized again: {}"
@@ -99,6 +99,7 @@ class Merge:
         parameters: The number of parameters of the base.
         dtype: The dtype of all floating-point tensors of the merged model; None: each keeps its dtype in the base.
         note: Why and how the base was loaded; empty if it is read from its files.
+        is_whole: Whether base and merged model are in memory at once as it is written.
         untied: Whether embeddings that are tied in the base are stored separately, as the adapter changes them
             differently.
     """
@@ -116,7 +117,7 @@ class Merge:
             AdapterError: See `lora.merging.changes` and `tensors.check_copies`; the base has to be loaded and does not
                 fit in memory.
         """
-        self._source, self.dtype, self.note = source, dtype, ""
+        self._source, self.dtype, self.note, self.is_whole = source, dtype, "", False
         config = load.load_config(source.base)
         self.config = dense_config(config)
         self._base = load.build_meta(self.config)
@@ -186,7 +187,11 @@ class Merge:
     def _load(self, config: Any, reason: str) -> PreTrainedModel:
         """Load the base, if base and merged model fit in memory."""
         section, computed = self._source.base, load.compute_dtype(self._source.base)
-        needed, free = 2 * self.parameters * computed.itemsize, memory.available(torch.device("cpu"))
+        held = {"8bit": 1.0, "4bit": 0.6}.get(held_as(section, config), computed.itemsize)
+        self.is_whole = not CheckpointLayout(self._base).only_renames
+        merged = self.parameters * computed.itemsize
+        merged = merged if self.is_whole else min(merged, 2 * MOST_BYTES)
+        needed, free = int(self.parameters * held) + merged, memory.available(torch.device("cpu"))
         if needed > free:
             what = f"cannot be merged here: the base has to be loaded ({reason}), which takes about "
             what += f"{format_size(needed)} of memory, and {format_size(free)} are free"
@@ -237,12 +242,19 @@ class Merge:
 
     @quiet_transformers()
     def _save_loaded(self, staging: Path, kept: list[Kept], most: int) -> None:
-        """Merge a base that is in memory, and save the result with transformers."""
+        """Merge a base that is in memory, and save the result, tensor by tensor if transformers only renames them."""
         if self.untied:
             self.config.tie_word_embeddings = False
         model = load.build_meta(self.config)
-        values = {name: self._rounded(name, merging.dense(self._base, name), kept) for name in dict(model.state_dict())}
-        model.load_state_dict(values, assign=True)
+        if (layout := CheckpointLayout(model)).only_renames:
+            tied = {name for names in stored.tied_names(model) for name in names[1:]}
+            names = [name for name in model.state_dict() if name not in tied]
+            values = (layout.saved({one: self._rounded(one, merging.dense(self._base, one), kept)}) for one in names)
+            with reading("merging", self.size) as advance:
+                _write_files(staging, (pair for made in values for pair in made.items()), most, advance)
+            return
+        whole = {name: self._rounded(name, merging.dense(self._base, name), kept) for name in dict(model.state_dict())}
+        model.load_state_dict(whole, assign=True)
         model.tie_weights()
         model.save_pretrained(staging, max_shard_size=most)
 

@@ -141,6 +141,11 @@ class CheckpointLayout:
         self._converters = [entry for entry in mapping if isinstance(entry, loading.WeightConverter)]
         self._shapes = model.state_dict()
 
+    @property
+    def only_renames(self) -> bool:
+        """Whether each tensor of the model is one of the checkpoint."""
+        return not self._converters
+
     def target(self, stored: str) -> tuple[str, str | None]:
         """The tensor of the model that a stored one becomes, or becomes a part of; and the pattern of its conversion,
         None where it is only renamed. As `convert_and_load_state_dict_in_model` decides it."""
