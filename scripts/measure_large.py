@@ -157,13 +157,13 @@ def train(base: Path, quantization: str, out: Path, steps: int, settings: list[s
     return run(["train", str(QUICKSTART / "config.yaml"), "--overwrite", "--allow-worse", *given], log)
 
 
-def estimated(base: Path, quantization: str, settings: list[str], log: Path) -> dict[str, int]:
-    """What `params` says of the same run, in bytes."""
+def estimated(base: Path, quantization: str, settings: list[str], log: Path) -> int:
+    """What `params` says of the memory for the same rows, in bytes."""
     values = [f"model.name_or_path={base}", f"model.quantization={quantization}", *settings]
     values += [f"data.train={QUICKSTART / 'train.jsonl'}", "training.per_device_train_batch_size=2"]
     given = [part for word in values for part in ("--set", word)]
     ran = run(["params", str(QUICKSTART / "config.yaml"), "--json", *given], log)
-    found: dict[str, int] = json.loads(ran.output)["memory"]
+    found: int = json.loads(ran.output)["rows_memory"]["total"]
     return found
 
 
@@ -207,9 +207,9 @@ def main() -> None:
             steps = ran.steps
             each = (steps[-1] - steps[0]) / max(1, len(steps) - 1) if steps else 0.0
             first = steps[0] - each if steps else ran.seconds
-            memory = re.search(r"([\d.,]+) ([KMG]iB)", next((line for _, line in ran.lines if "memory" in line), ""))
+            memory = estimated(base, quantization, options.set, options.log)
             cells = [f"{first:.0f} s", f"{each:.1f} s", f"{ran.silence[0]:.0f} s after {ran.silence[1][:40]!r}"]
-            cells += [memory.group() if memory else "", f"{ran.peak / 2**30:.1f} GiB", f"{ran.seconds:.0f} s"]
+            cells += [f"{memory / 2**30:.1f} GiB", f"{ran.peak / 2**30:.1f} GiB", f"{ran.seconds:.0f} s"]
             print(
                 f"| {quantization} | {' | '.join(cells)} |{'' if ran.code == 0 else f' exit code {ran.code}'}",
                 flush=True,

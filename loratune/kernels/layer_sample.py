@@ -7,7 +7,7 @@ return the states that they receive. What reaches a layer is otherwise the model
 its number.
 """
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +69,7 @@ class LayerSample:
     left_out: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, base: Any, returned: Mapping[nn.Module, int], calls: Mapping[nn.Module, Hashable]) -> "LayerSample":
+    def of(cls, base: Any, returned: Mapping[nn.Module, int], calls: Mapping[nn.Module, Any]) -> "LayerSample":
         """The sample of a causal language model of transformers.
 
         Args:
@@ -180,7 +180,7 @@ def _shape(tensor: Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
-def _kind(base: Any, layer: nn.Module, number: int, count: int, calls: Mapping[nn.Module, Hashable]) -> str:
+def _kind(base: Any, layer: nn.Module, number: int, count: int, calls: Mapping[nn.Module, Any]) -> str:
     """A text that is equal for layers of one kind."""
     parts: list[Any] = []
     for owner in (base, base.get_decoder(), base.config, base.config.get_text_config()):
