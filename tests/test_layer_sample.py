@@ -13,12 +13,13 @@ from conftest import ROOT, tiny_llama
 from torch import nn
 
 from loratune import kernels
-from loratune.config import LoraSection
+from loratune.config import LoraSection, ModelSection
 from loratune.data.batches import packing_refusal, padding_refusal
 from loratune.kernels import acceleration, masks, parity_check
 from loratune.kernels.compiled import self_test
 from loratune.kernels.layer_sample import stack_of
 from loratune.lora import attach, creation, targets
+from loratune.model.load import load_base
 from loratune.system import kept_results
 
 sys.path.append(str(ROOT / "scripts"))
@@ -172,6 +173,19 @@ def test_a_layer_that_something_was_done_to_is_a_kind_of_its_own() -> None:
         change(stack_of(base)[3])
         sample = masks.survey(base).sample
         assert 3 not in sample.left_out, change
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_quantized_layers_are_of_one_kind(quantization: Any, tmp_path: Path) -> None:
+    """Whatever a layer keeps of the activations of a pass, which in 8 bit is which of them are outliers."""
+    base = tiny_llama(num_hidden_layers=5, hidden_size=64, intermediate_size=128)
+    for number, layer in enumerate(base.model.layers):
+        layer.input_layernorm.weight.data[: number + 1] = 100.0
+    base.save_pretrained(tmp_path)
+    loaded = load_base(ModelSection(name_or_path=str(tmp_path), quantization=quantization, dtype="float32"))
+    section = LoraSection(r=2, lora_alpha=4, target_modules=["q", "v"])
+    model = creation.attach(loaded, section, targets.find(loaded, section).peft(), seed=0)
+    assert [*masks.survey(model.get_base_model()).sample.left_out] == [1, 2, 3]
 
 
 class Mixing(nn.Module):

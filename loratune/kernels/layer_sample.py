@@ -199,7 +199,7 @@ def described_module(module: nn.Module) -> Any:
         _name(type(module)),
         id(module) if is_changed else None,
         [(name, described(value)) for name, value in sorted(plain.items())],
-        [(name, described(tensor), tensor.requires_grad, tensor.stride()) for name, tensor in tensors],
+        [(name, described(one), _shape(one), one.requires_grad, one.stride()) for name, one in tensors],
     )
 
 
@@ -209,11 +209,11 @@ _OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
 
 def described(value: Any, depth: int = _DEPTH) -> Any:
     """A value as something whose `repr` is equal for equal values: the contents of containers and of plain objects,
-    the shapes and types of tensors, the names of functions and classes, and the identity of anything else."""
+    the types of tensors, the names of functions and classes, and the identity of anything else."""
     if value is None or isinstance(value, bool | int | float | complex | str | bytes):
         return value
-    if isinstance(value, Tensor):
-        return _name(type(value)), *_shape(value)
+    if isinstance(value, Tensor):  # Of what a layer keeps between passes, such as outliers in 8 bit, the shape varies.
+        return _name(type(value)), value.dtype, value.dim()
     if isinstance(value, list | tuple | set | frozenset | dict) and depth:
         values = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
         pairs = values.items() if isinstance(values, dict) else enumerate(values)

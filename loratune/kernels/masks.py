@@ -101,7 +101,7 @@ class _Probe:
         rows, heads, length, _ = query.shape
         self.altered |= not isinstance(attention_mask, _Mask)
         mask = (id(attention_mask.function), attention_mask.padded) if isinstance(attention_mask, _Mask) else None
-        call = mask, [*map(described, (query, key, value))], described(arguments)
+        call = mask, [one.shape for one in (query, key, value)], described(arguments)
         self.calls.setdefault(module, []).append(call)
         spec = None
         if _fits(query, key, value) and _is_known(arguments):
