@@ -129,9 +129,12 @@ def test_what_failed_is_not_used_and_said(
         check_refused(cli("env", "--self-test"), 6, (Code.SYSTEM_SELF_TEST, "", ""))
     assert results.failed() == [FLOAT32]
     assert fused_ops.fused_ops(like) is reference
+    facts = {fact.name: fact.value for fact in env._program()}
+    assert facts["self-test"] == f"failed here: {FLOAT32}"
     ran = cli("train", run_config(training={"max_steps": 1}))
     assert ran.code == 0 and "self-test failed on this machine" in ran.err
     results.record({FLOAT32: env.PASSED})
+    assert {fact.name: fact.value for fact in env._program()}["self-test"] == "1 check passed here"
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
 
 

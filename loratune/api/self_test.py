@@ -121,7 +121,8 @@ class _SelfTest:
         self._tokenizer = byte_tokenizer()
         self._base = self.folder / "base"
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(self._base)
+        with quiet_transformers():
+            LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(self._base)
         self._tokenizer.save_pretrained(self._base)
         self._curves: dict[torch.dtype, list[float]] = {}
         self._seconds: dict[str, float] = {}

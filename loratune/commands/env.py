@@ -24,7 +24,7 @@ from loratune import memory
 from loratune.codes import Code
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
-from loratune.kernels.compiled import fused_ops, library
+from loratune.kernels.compiled import fused_ops, library, self_test
 from loratune.kernels.compiled.self_test import FAILED as FAILED
 from loratune.kernels.compiled.self_test import PASSED as PASSED
 from loratune.model import load
@@ -132,6 +132,12 @@ def _program() -> Iterator[Fact]:
     yield Fact("Python", f"{platform.python_version()} ({sys.executable})")
     libc = " ".join(platform.libc_ver())
     yield Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}{f', {libc}' if libc else ''}")
+    if failed := self_test.failed():
+        yield Fact("self-test", f"failed here: {', '.join(failed)}", "loratune env --self-test repeats the checks")
+    elif passed := self_test.passed():
+        yield Fact("self-test", f"{plural(len(passed), 'check')} passed here")
+    else:
+        yield Fact("self-test", "not run here", "loratune env --self-test compares tiny runs here with stock PEFT")
 
 
 def _packages() -> Iterator[Fact]:
