@@ -48,13 +48,14 @@ def write_texts(plan: Plan) -> Plan:
     Raises:
         ModelError: The model writes nothing, and the weight was given.
     """
-    if plan.retention is None:
+    retention = plan.retention
+    if retention is None:
         return plan
     identity, before = _before_training(plan)
     renderer, engine, group, failed = plan.datasets.renderer, plan.batches.engine, plan.group, False
     if group.main or launcher.sharding():  # whose forward passes all processes take part in
         try:
-            plan.retention.write(plan.model, engine, renderer, identity, before)
+            retention.write(plan.model, engine, renderer, identity, before)
         except ModelError as error:
             if not plan.decides("retention.kl_weight"):
                 raise
@@ -65,7 +66,7 @@ def write_texts(plan: Plan) -> Plan:
         plan = plan.with_config(plan.config.model_copy(update={"retention": section}))
         return replace(plan, batches=replace(plan.batches, retention=None))
     if not launcher.sharding():
-        plan.retention.set_numbers(group.broadcast(plan.retention.as_numbers() if group.main else []))
+        retention.set_numbers(group.broadcast(retention.as_numbers() if group.main else []))
     return plan
 
 
