@@ -19,6 +19,7 @@ from loratune.lora.module_names import number_of, parent, pattern
 from loratune.lora.parameters import Count
 from loratune.lora.served import SERVERS, Served
 from loratune.lora.targets import Targets
+from loratune.memory import Estimate
 from loratune.model import load, quantization, tensor_files
 from loratune.model.source import cached_directory
 from loratune.training import auto
@@ -74,7 +75,7 @@ class Params:
     memory: memory.Estimate
     batch: int
     length: int
-    rows_memory: memory.Estimate | None = None
+    rows_memory: Estimate | None = None
 
     @property
     def roles(self) -> dict[str, int]:

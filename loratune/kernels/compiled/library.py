@@ -22,7 +22,7 @@ from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system import environment
 from loratune.system.files import make_private_directory, open_file, ownership_problem
-from loratune.system.kept_results import cache_directory
+from loratune.system.kept_results import cache_directory as cache_directory
 from loratune.system.platforms import sealed_file
 
 _log = logging.getLogger(__name__)
