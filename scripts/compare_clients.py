@@ -67,8 +67,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 FAMILIES |= MIXTURES
 WRAPPED: dict[str, dict[str, Any]] = {
-    "qwen3_5": {}, "qwen3_5_moe": {}, "gemma3": {}, "gemma3n": {}, "gemma4": {"per_layer_config": {}}, "mistral3": {},
-    "qwen3_vl": {},
+    "qwen3_5": {}, "qwen3_5_moe": {}, "mistral3": {}, "qwen3_vl": {}, "gemma3": {"query_pre_attn_scalar": 32},
+    "gemma4": {"per_layer_config": {}, "vocab_size_per_layer_input": 49152},
 }  # fmt: skip
 """Models of text and images, with changes of the sizes of their language models in `families.small_config`."""
 TEXT = r"(?!.*(vision|visual|audio|image)).*\.({})"

@@ -121,7 +121,8 @@ def _convert(file: Path, *arguments: str | Path) -> None:
             what = f"llama.cpp's converter {meaning.format(next(filter(None, match.groups()), ''))}"
             raise AdapterError(Problem(Code.EXPORT_UNSUPPORTED, what, key="--to", fix=fix))
     reason = " | ".join(lines[-3:]) or f"exit code {done.returncode}, and no file was written"
-    raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to"))
+    fix = "export base and adapter as one model: --merged f16" if str(arguments[0]).endswith(LORA) else ""
+    raise AdapterError(Problem(Code.EXPORT_FAILED, f"llama.cpp's converter failed: {reason}", key="--to", fix=fix))
 
 
 def check_layers(model: Any, where: str) -> None:
@@ -245,8 +246,9 @@ class Conversion:
         with progress("merging"):
             merged = tensors.dense(self.loaded.model, self.loaded.where, merged=True)
         self._convert(merged, file, outtype, self.base_gguf)
-        vocabulary_size = merged.config.get_text_config().vocab_size if self.base_gguf else None
-        return check_model(file, merged.num_parameters(), vocabulary_size)
+        text = merged.config.get_text_config()
+        parameters = (merged if text is merged.config else merged.get_decoder()).num_parameters()  # without images
+        return check_model(file, parameters, text.vocab_size if self.base_gguf else None)
 
     def _convert(self, model: Any, file: Path, outtype: str, tokenizer: Path | None = None) -> None:
         directory = self.work / "model"
