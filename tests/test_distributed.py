@@ -119,9 +119,12 @@ def test_packs_are_distributed_among_processes(
     same(trained(processes, config, tmp_path / f"{count}", count, *shared(2, accumulated)), alone)
 
 
-@pytest.mark.parametrize(("packing", "sizes"), [("none", (8, 4)), pytest.param("full", (2, 1), marks=SLOW)])
+@pytest.mark.parametrize(
+    ("packing", "sizes"),
+    [("none", (shared(8), shared(4))), pytest.param("full", (shared(2, 4), shared(2, 2)), marks=SLOW)],
+)
 def test_blocks_are_distributed_among_processes(
-    packing: str, sizes: tuple[int, int], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
+    packing: str, sizes: tuple[tuple[str, str], ...], processes: ForkServer, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Documents of one to six blocks: the same steps, and the same scores of whole documents, which processes share."""
     texts = [{"text": f"{number} and " * (11 * number % 29 + 1)} for number in range(24)]
@@ -129,7 +132,7 @@ def test_blocks_are_distributed_among_processes(
     data |= {"max_length": 40, "stride": 8, "test": str(write_rows(tmp_path / "test.jsonl", texts[5:8]))}
     config = run_config(data=data, training={"num_train_epochs": 2, "eval_steps": 4})
     alone, two = (
-        trained(processes, config, tmp_path / f"{count}", count, *shared(size))
+        trained(processes, config, tmp_path / f"{count}", count, *size)
         for count, size in zip((1, 2), sizes, strict=True)
     )
     same(two, alone)
