@@ -12,6 +12,7 @@ from conftest import Ran, check_refused, meanings
 from releases import FORMATS, configure, tiny, write
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     FineGrainedFP8Config,
     Mxfp4Config,
@@ -23,7 +24,7 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError
 from loratune.lora.adapter_files import RECORD_FILE
-from loratune.model import fingerprints, load
+from loratune.model import checks, fingerprints, load
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -34,7 +35,7 @@ OTHERS = {
     "fp8 experts": ("fp8", "deepseek"),
     "nvfp4 experts": ("modelopt nvfp4", "deepseek"),
 }
-OTHERS |= {model_type: ("fp8", model_type) for model_type in ("qwen3_5", "qwen3_5_moe", "gemma3")}
+OTHERS |= {model_type: ("fp8", model_type) for model_type in ("qwen3_5", "qwen3_5_moe", "gemma3", "mistral3")}
 ALL = {form: (form, "llama") for form in FORMATS} | OTHERS
 TRAINED = ["gpt-oss", "gptq"]
 
@@ -133,7 +134,7 @@ def test_release_trains_generates_and_merges(
     }
     changed = [key for key in dense if not torch.equal(dense[key], tuned[key])]
     assert changed and all("self_attn" in key for key in changed)
-    AutoModelForCausalLM.from_pretrained(merged)
+    checks.auto_class(AutoConfig.from_pretrained(merged)).from_pretrained(merged)
 
 
 def test_parts_of_a_weight_may_be_in_different_files(release: Callable[[str], Release], tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def check_text(model: PreTrainedModel, name: str) -> None:
     ids = torch.ones(2, 8, dtype=torch.long, device=weight.device)
     ids[1, -1] = 2
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng([weight.device] if weight.is_cuda else []), torch.no_grad():
             model.train()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1].float()
         is_causal = float((one - other).abs().max()) <= _ROUNDING * float(one.std())
