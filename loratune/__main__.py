@@ -42,14 +42,14 @@ def _run() -> None:
     except BrokenPipeError:  # the reader of --help or similar output has closed the pipe
         sys.exit(0)
     except LoratuneError as error:
-        for problem in error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        console.print_problems(error.problems, error.exit_code)
         sys.exit(error.exit_code)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         what = "out of memory while the program was loading"
-        print(f"error: {Problem(Code.SYSTEM_OUT_OF_MEMORY, what, fix='raise ulimit -v')}", file=sys.stderr)
+        problem = Problem(Code.SYSTEM_OUT_OF_MEMORY, what, fix="raise ulimit -v")
+        console.print_problems([problem], ResourceError.exit_code)
         sys.exit(ResourceError.exit_code)
 
 

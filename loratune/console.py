@@ -8,8 +8,9 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
+from loratune.outputs import Failure
 from loratune.text import one_line, printable
 
 
@@ -221,9 +223,28 @@ def print_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
-def print_json(values: Any) -> None:
-    """Print indented JSON on stdout, with all control characters escaped: `json` does not escape DEL."""
-    print(json.dumps(values, indent=2).replace("\x7f", "\\u007f"))
+def print_json(values: Any, file: Any = None, indent: int | None = 2) -> None:
+    """Print JSON, on stdout by default, with all control characters escaped: `json` does not escape DEL."""
+    print(json.dumps(values, indent=indent).replace("\x7f", "\\u007f"), file=file, flush=True)
+
+
+def print_problems(problems: Sequence[Problem], exit_code: int, file: Any = None) -> None:
+    """Print errors, on stderr by default: a line for each, or one line of JSON if the command prints JSON."""
+    if as_json.get():
+        failure: Failure = {"exit_code": exit_code, "errors": [one.to_dict() for one in problems]}
+        print_json(failure, file or sys.stderr, None)
+        return
+    for problem in problems:
+        print(f"error: {problem}", file=file or sys.stderr, flush=True)
+
+
+as_json: ContextVar[bool] = ContextVar("as_json", default=False)
+"""Whether the command prints JSON."""
+
+
+def marked(pieces: Iterable[tuple[str, bool]]) -> str:
+    """Pieces of text in one, with supervised ones in ⟦ ⟧."""
+    return "".join(f"⟦{piece}⟧" if supervised else piece for piece, supervised in pieces)
 
 
 def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> None:
@@ -235,5 +256,4 @@ def print_marked(pieces: Iterable[tuple[str, bool]], console: Console = out) -> 
         safe = [(printable(piece), supervised) for piece, supervised in pieces]
         console.print(Text.assemble(*[(piece, "bold green" if supervised else "dim") for piece, supervised in safe]))
     else:
-        text = "".join(f"⟦{piece}⟧" if supervised else piece for piece, supervised in pieces)
-        console.print(printable(text), markup=False)
+        console.print(printable(marked(pieces)), markup=False)

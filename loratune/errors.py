@@ -23,6 +23,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from loratune import outputs
 from loratune.codes import Code
 from loratune.text import one_line
 
@@ -50,6 +51,11 @@ class Problem:
         head = ": ".join(part for part in (where, key, what) if part)
         code = f" [{self.code}]" if "." in self.code else ""
         return one_line(f"{head}{code}; {fix}" if fix else f"{head}{code}")
+
+    def to_dict(self) -> outputs.Reported:
+        """Plain values for `--json`, with long values shortened."""
+        place, key, what, fix = map(_shortened, (self.where, self.key, self.what, self.fix))
+        return {"code": self.code, "place": place, "key": key, "what": what, "fix": fix}
 
 
 _VALUE = re.compile(r"""`[^`]*`|(?<!\w)'[^']*'|(?<!\w)"[^"]*"|\S+""")

@@ -1,15 +1,39 @@
-"""Write the reference pages: configs/keys.md, every key of a config, and loratune/codes.md, every error code.
+"""Write the reference: configs/keys.md, every key of a config; loratune/codes.md, every error code; and
+loratune/cli/schemas.json, the JSON schemas of what commands print with `--json`.
 
     python scripts/write_reference.py
 
-They come from the pydantic schema and from `loratune.codes.Code`; `tests/test_packaging.py` fails where they are not
-current.
+They come from the pydantic schema, from `loratune.codes.Code` and from `loratune.outputs`; `tests/test_packaging.py`
+fails where they are not current.
 """
 
+import ast
+import dataclasses
+import inspect
+import json
+import re
+import types
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NotRequired,
+    Required,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+    is_typeddict,
+)  # fmt: skip
 
 from pydantic import BaseModel
 
+from loratune import outputs
 from loratune.codes import Code
 from loratune.config import RunConfig
 from loratune.config.keys import KeyGroup, groups, kind
@@ -62,11 +86,152 @@ def table(group: KeyGroup) -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {ROOT / "configs" / "keys.md": keys_page, ROOT / "loratune" / "codes.md": codes_page}
+# The schemas of `loratune.outputs`
+
+PRINTED: dict[str, tuple[Any, ...]] = {
+    "init": (outputs.Init,),
+    "train": (outputs.Train, outputs.DryRun),
+    "sweep": (outputs.Sweep,),
+    "params": (outputs.Params, "loratune.lora.stats.AdapterStats"),
+    "schema": (dict[str, Any],),
+    "explain": (outputs.Explain,),
+    "evaluate": (outputs.Evaluate, outputs.Scales, outputs.Tasks),
+    "report": (outputs.Report,),
+    "generate": (outputs.Generate,),
+    "merge": (outputs.Merge,),
+    "export": (outputs.Export,),
+    "push": (outputs.Push,),
+    "env": (outputs.Env,),
+    "error": (outputs.Failure,),
+}
+"""Command → what it prints, of which there may be several kinds; `error` is what every command prints if it fails."""
+Schema: TypeAlias = dict[str, Any]
+PLAIN: dict[Any, Schema] = {
+    str: {"type": "string"}, int: {"type": "integer"}, float: {"type": ["number", "null"]}, bool: {"type": "boolean"},
+    None: {"type": "null"}, types.NoneType: {"type": "null"}, Path: {"type": "string"}, Any: {},
+}  # fmt: skip
+
+
+def schemas_page() -> str:
+    """Command → the JSON schema (draft 2020-12) of what it prints."""
+    return json.dumps({name: output_schema(name, *kinds) for name, kinds in PRINTED.items()}, indent=1) + "\n"
+
+
+def output_schema(name: str, *kinds: Any) -> Schema:
+    """The schema of one command."""
+    failed = "a failed command prints as the last line of stderr"
+    what = failed if name == "error" else f"`loratune {name} --json` prints"
+    found = [about(documentation(kind)[""]) | value_schema(kind) for kind in kinds]
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"What {what}"}
+    return head | (found[0] if len(found) == 1 else {"type": "object", "anyOf": found})
+
+
+def value_schema(kind: Any) -> Schema:
+    """The schema of a type: of those that JSON has, dataclasses, typed dicts, and the combinations of `outputs`."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if isinstance(kind, str):
+        return value_schema(resolve_name(kind))
+    if origin is None:
+        return dict(PLAIN[kind]) if kind in PLAIN else combined_schema(kind, (kind,))
+    if origin is Annotated and arguments[0] == dict[str, Any]:
+        return combined_schema(kind, arguments[1:])
+    if origin in (NotRequired, Required, Annotated):
+        return value_schema(arguments[0])
+    if origin is Literal:
+        return {"enum": [*arguments]}
+    if origin in (Union, types.UnionType):
+        options = [value_schema(one) for one in arguments]
+        if PLAIN[float] in options:  # which may be null
+            options = [one for one in options if one != PLAIN[None]]
+        return options[0] if len(options) == 1 else {"anyOf": options}
+    return container_schema(origin, arguments)
+
+
+def container_schema(origin: Any, arguments: Sequence[Any]) -> Schema:
+    """The schema of a mapping, whose keys may be listed, or of a sequence."""
+    if origin not in (dict, Mapping):
+        items = [value_schema(one) for one in arguments if one is not ...]
+        return {"type": "array"} | ({"items": items[0]} if items.count(items[0]) == len(items) else {})
+    values = value_schema(arguments[1])
+    if get_origin(arguments[0]) is Literal:
+        return closed({name: values for name in get_args(arguments[0])}, get_args(arguments[0]))
+    return {"type": "object"} | ({"additionalProperties": values} if values else {})
+
+
+def combined_schema(named: Any, parts: Sequence[Any]) -> Schema:
+    """The schema of an object with the fields of some classes, some of their properties, and further keys.
+
+    Args:
+        named: The type itself, which may be documented in `outputs`.
+        parts: Classes, or their dotted paths; names of properties; mappings of further keys; and `...` for any others.
+    """
+    described, properties, required = documentation(named), dict[str, Schema](), list[str]()
+    owner: Any = None
+    fields: dict[str, Any]
+    for part in parts:
+        if part is ...:
+            continue
+        if isinstance(part, str) and "." not in part:
+            getter = getattr(owner, part).fget
+            fields, needed = {part: get_type_hints(getter)["return"]}, {part}
+            notes = {part: inspect.getdoc(getter) or ""}
+        elif isinstance(part, dict):
+            fields, notes = part, described
+            needed = {name for name, kind in part.items() if get_origin(kind) is not NotRequired}
+        else:
+            owner = resolve_name(part) if isinstance(part, str) else part
+            fields, notes, needed = fields_of(owner)
+        properties |= {name: value_schema(kind) | about(notes.get(name, "")) for name, kind in fields.items()}
+        required += [name for name in fields if name in needed]
+    summary = described.get("", "") or documentation(owner).get("", "")
+    return about(summary) | closed(properties, required, open=... in parts)
+
+
+def fields_of(owner: Any) -> tuple[dict[str, Any], dict[str, str], set[str]]:
+    """The fields of a typed dict or of a dataclass, their descriptions, and the names of those always present."""
+    hints, notes = get_type_hints(owner, include_extras=True), documentation(owner)
+    if is_typeddict(owner):
+        return hints, notes, {*owner.__required_keys__}
+    names = [one.name for one in dataclasses.fields(owner)]
+    return {name: hints[name] for name in names}, notes, {*names}
+
+
+def closed(properties: Mapping[str, Schema], required: Sequence[str], *, open: bool = False) -> Schema:
+    """An object with these properties, and no others unless it is open."""
+    return {
+        "type": "object", "properties": dict(properties), "required": [*required], "additionalProperties": open,
+    }  # fmt: skip
+
+
+def about(text: str) -> Schema:
+    """A description, without line breaks."""
+    return {"description": re.sub(r"\bNone\b", "null", " ".join(text.split()))} if text else {}
+
+
+def documentation(owner: Any) -> dict[str, str]:
+    """Field → its description in the section "Attributes" of a docstring; the empty name has the first paragraph."""
+    tree = ast.parse(inspect.getsource(outputs)).body
+    named = {id(value): name for name, value in vars(outputs).items()}
+    text = "" if is_typeddict(owner) else inspect.getdoc(owner) or "" if inspect.isclass(owner) else ""
+    for statement, following in pairwise(tree):
+        targets = getattr(statement, "targets", [getattr(statement, "target", None)])
+        is_named = any(isinstance(one, ast.Name) and one.id == named.get(id(owner)) for one in targets)
+        if is_named and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            text = inspect.cleandoc(str(following.value.value))
+    summary, _, listed = text.partition("Attributes:")
+    entries = re.findall(r"^ {4}(\w+): (.+(?:\n {5,}.+)*)", listed, re.MULTILINE)
+    return {"": summary.strip()} | dict(entries)
+
+
+PAGES = {
+    ROOT / "configs" / "keys.md": keys_page,
+    ROOT / "loratune" / "codes.md": codes_page,
+    ROOT / "loratune" / "cli" / "schemas.json": schemas_page,
+}
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write all of them."""
     for path, page in PAGES.items():
         path.write_text(page(), encoding="utf-8")
 

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 import yaml
 from fork_server import ForkServer, SharedTraces, fork_server
+from jsonschema import Draft202012Validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -67,8 +69,35 @@ class Ran:
 
     @property
     def errors(self) -> list[str]:
-        """The text after `error: ` in each line of stderr that starts with it."""
-        return [line.removeprefix("error: ") for line in self.err.splitlines() if line.startswith("error: ")]
+        """The text after `error: ` in each line of stderr that starts with it; or the same from the line of JSON."""
+        lines = self.err.splitlines()
+        told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        for one in json.loads(lines[-1])["errors"] if lines and lines[-1].startswith('{"exit_code"') else ():
+            head = ": ".join(filter(None, (one["place"], one["key"], one["what"])))
+            told.append(f"{head} [{one['code']}]; {one['fix']}")
+        return told
+
+
+@cache
+def printed_schema(name: str) -> Draft202012Validator:
+    """Validates what a command prints with `--json`, or `error`, by the schema of `loratune schema --for NAME`."""
+    schemas = json.loads((ROOT / "loratune" / "cli" / "schemas.json").read_text(encoding="utf-8"))
+    return Draft202012Validator(schemas[name])
+
+
+COMMANDS_WITH_JSON = {*json.loads((ROOT / "loratune" / "cli" / "schemas.json").read_text(encoding="utf-8"))} - {"error"}
+
+
+def check_printed(command: str, ran: Ran) -> None:
+    """Check what a command has printed with `--json`: values of its schema on stdout; if it failed, an error of its
+    schema as the last line of stderr."""
+    texts = ran.out.splitlines() if command == "generate" else [ran.out] if ran.out.strip() else []
+    for text in texts:
+        printed_schema(command).validate(json.loads(text))
+    if ran.code:
+        failure = json.loads(ran.err.splitlines()[-1])
+        printed_schema("error").validate(failure)
+        assert failure["exit_code"] == ran.code
 
 
 Expected = tuple[Code, str, str]
@@ -247,13 +276,17 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def cli() -> Callable[..., Ran]:
-    """Runs `loratune ARGS` in this process, where the libraries are already imported."""
+    """Runs `loratune ARGS` in this process, where the libraries are already imported. What it prints with `--json` is
+    checked against its schema."""
 
     def run(*arguments: object, stdin: str | None = None) -> Ran:
         result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=stdin)
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
-        return Ran(result.exit_code, result.stdout, result.stderr)
+        ran = Ran(result.exit_code, result.stdout, result.stderr)
+        if "--json" in arguments and "--" not in arguments and arguments[0] in COMMANDS_WITH_JSON:
+            check_printed(str(arguments[0]), ran)
+        return ran
 
     return run
 

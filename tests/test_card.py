@@ -1,16 +1,20 @@
 """The model card: the metrics in the format of the hub, and how the adapter is used in each client that supports it."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import Ran, write_rows
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, metadata_eval_result
 from test_preferences import config
 
+from loratune.adapter import card as cards
 from loratune.config import DataSection, LoraSection, ModelSection, RunConfig, Source
 from loratune.export import clients
 
@@ -19,14 +23,33 @@ pytestmark = pytest.mark.usefixtures("untraced_module")
 MakeConfig = Callable[..., Path]
 
 
-def test_the_card_reports_the_metrics(cli: Callable[..., Ran], run_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_card_reports_the_metrics(
+    cli: Callable[..., Ran], run_config: MakeConfig, tiny_dir: Path, tmp_path: Path
+) -> None:
     """Losses with their intervals, in the text and in the metadata, which contain file names but no paths."""
     test = str(write_rows(tmp_path / "test.jsonl", [{"prompt": f"{n} or", "completion": " 7"} for n in range(9)]))
-    ran = cli("train", run_config(data={"validation": 0.25, "test": test}, training={"max_steps": 4}))
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    (base / "README.md").write_text("---\nlicense: gemma\nlicense_link: https://a.b/c\nmodel-index: 7\n---\n# Base\n")
+    sections: dict[str, Any] = {"data": {"validation": 0.25, "test": test}, "training": {"max_steps": 4}}
+    ran = cli("train", run_config(model={"name_or_path": str(base)}, **sections))
     assert ran.code == 0, ran.err
     metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
     card = ModelCard.load(tmp_path / "out" / "README.md")
-    assert card.data.model_name == "out"
+    assert card.data.model_name == "out" and card.data.library_name == "peft" and "loratune" in card.data.tags
+    assert (card.data.license, card.data.license_link) == ("gemma", "https://a.b/c")
+    assert card.data.get("widget") == [{"text": "0 and 0 make"}] and "datasets" not in card.data.to_dict()
+    again = ModelCardData(**yaml.safe_load(card.data.to_yaml()))
+    assert again.to_dict() == card.data.to_dict() and len(again.eval_results or ()) == 2
+    of_hub = metadata_eval_result(
+        model_pretty_name="out", task_pretty_name="Text generation", task_id="text-generation",
+        metrics_pretty_name=card.data.eval_results[0].metric_name, metrics_id="loss",
+        metrics_value=card.data.eval_results[0].metric_value, dataset_pretty_name="0.25 of rows.jsonl, held out",
+        dataset_id="rows.jsonl", dataset_split="validation",
+    )["model-index"][0]  # fmt: skip
+    own = card.data.to_dict()["model-index"][0]
+    assert of_hub["name"] == own["name"] and of_hub["results"] == [
+        {**own["results"][0], "metrics": [one | {"verified": False} for one in own["results"][0]["metrics"]]}
+    ]
     losses = [(metrics["held_out_loss"], metrics["held_out_interval"])]
     losses.append((metrics["test"]["loss"], metrics["test"]["interval"]))
     names = [("validation", "0.25 of rows.jsonl, held out", "rows.jsonl"), ("test", "test.jsonl", "test.jsonl")]
@@ -83,6 +106,47 @@ def test_the_card_of_a_preference_adapter(cli: Callable[..., Ran], run_config: M
         assert "desirable_weight" not in card.text and ("label_smoothing" in card.text) == (objective == "dpo")
     assert cli("train", run_config(training={"max_steps": 1}, output_dir=str(tmp_path / "sft"))).code == 0
     assert "Objective" not in (tmp_path / "sft" / "README.md").read_text()
+
+
+def test_the_card_names_the_datasets_of_the_hub() -> None:
+    """Once each, and no files; an example prompt of a conversation as messages."""
+    sources = [Source(path="me/rows"), Source(path="/here/rows.jsonl"), Source(path="squad"), Source(path="me/rows")]
+    data = DataSection(train=sources, test=Source(path="me/test"))
+    run = RunConfig(model=ModelSection(name_or_path="/gone"), data=data, output_dir="out")
+    metrics: dict[str, Any] = {"first_loss": 2.0, "last_loss": 1.0, "steps": 1, "tokens": 9, "held_out_loss": None}
+    metrics |= {"held_out_interval": None, "gain": {"unit": "token"}}
+    messages = [{"role": "user", "content": "Hi \u202e: - {x}"}]
+    texts = dict.fromkeys(("use", "gain", "forgetting", "unrelated", "behavior"), "")
+    lines = cards.CardLines(**texts, held_out=(), formats=["text"], example={"messages": messages}, changes=())
+    card = ModelCard(cards.model_card(run.resolved(), metrics, "my out", lines))
+    assert card.data.datasets == ["me/rows", "squad", "me/test"] and card.data.get("widget") == [{"messages": messages}]
+    assert not {"base_model", "license", "model_name", "model-index"} & {*card.data.to_dict()}
+
+
+LICENCES: dict[str, tuple[str | bytes, dict[str, str]]] = {
+    "known": ("---\nlicense: mit\n---\n", {"license": "mit"}),
+    "other": (
+        "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n# X",
+        {"license": "other", "license_name": "own"},
+    ),
+    "a list": ("---\nlicense: [mit, gpl]\n---\n", {}),
+    "no metadata": ("# Base\n", {}),
+    "broken metadata": ("---\nlicense: [mit\n---\n", {}),
+    "not a mapping": ("---\n- mit\n---\n", {}),
+    "not text": (b"---\nlicense: \xff\xfe\n---\n", {}),
+    "a pipe": ("", {}),
+    "nothing": ("", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LICENCES)
+def test_the_licence_of_the_base_is_carried_over(name: str, tmp_path: Path) -> None:
+    content, expected = LICENCES[name]
+    if name == "a pipe":
+        os.mkfifo(tmp_path / "README.md")
+    elif content:
+        (tmp_path / "README.md").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert cards.base_licence({"name_or_path": str(tmp_path), "revision": None}) == expected
 
 
 VLLM = "vllm serve me/base --enable-lora --max-lora-rank {} --lora-modules 'my-out=my out'"

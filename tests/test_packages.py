@@ -18,7 +18,7 @@ from loratune.codes import Code
 
 PACKAGE = ROOT / "loratune"
 LEVELS = {
-    "codes": 0, "events": 0, "text": 0, "statistics": 0, "__init__": 0, "errors": 0, "system": 0,
+    "codes": 0, "outputs": 0, "events": 0, "text": 0, "statistics": 0, "__init__": 0, "errors": 0, "system": 0,
     "console": 0,
     "config": 1, "kernels": 1,
     "data": 2, "model": 2, "lora": 2,
@@ -28,7 +28,7 @@ LEVELS = {
     "cli": 6, "__main__": 6,
 }  # fmt: skip
 GROUPS = (
-    ("codes", "events", "text", "statistics", "__init__", "errors", "system", "console"),
+    ("codes", "outputs", "events", "text", "statistics", "__init__", "errors", "system", "console"),
     ("adapter", "compare"),
     ("study", "commands", "api"),
     ("cli", "__main__"),

@@ -187,7 +187,6 @@ def test_train_json_is_one_object(runs: tuple[Path, dict[str, Any]], run_config:
     assert printed["adapter_bytes"] == (folder / "one" / "adapter_model.safetensors").stat().st_size
     assert {name: printed[name] for name in metrics} == metrics
     assert printed["peak_memory"]["process"] > 0 and printed["tokens_per_second"] > 0
-    check_refused(cli("train", run_config(), "--json", "--dry-run"), 2, (Code.USAGE_CONFLICT, "", "--json"))
 
 
 # The loss curve in the terminal

@@ -3,18 +3,21 @@
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 
 from loratune import __version__
 from loratune.config import DEFAULT_BETA, PREFERENCE_KEYS
 from loratune.config.template_arguments import FIELD
 from loratune.data import DatasetSplit
 from loratune.data.formats import IGNORED, Conversation, Example, Plain, Single, sides
+from loratune.data.sources import GIVEN
 from loratune.system import release
 from loratune.system.files import versioned
 from loratune.text import code_block, code_span, is_printable_line, markdown, one_line, printable, shell_word
@@ -64,6 +67,7 @@ class CardLines:
         behavior: A line on the base's answers to everyday instructions.
         held_out: Results on held-out rows, as labels and lines.
         formats: The formats of the rows.
+        example: A prompt, see `example`.
         changes: Settings that were changed when the run was resumed.
         objective: A line on the training objective, for preferences.
         processes: The number of processes of the run.
@@ -76,6 +80,7 @@ class CardLines:
     behavior: str
     held_out: Sequence[tuple[str, str]]
     formats: Sequence[str]
+    example: Mapping[str, Any]
     changes: Sequence[Mapping[str, Any]]
     objective: str = ""
     processes: int = 1
@@ -96,12 +101,7 @@ def model_card(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: st
     base = model["name_or_path"]
     base_name = code_span("/".join(model[key] for key in ("name_or_path", "gguf_file") if model[key]))
     base_name += "" if model["quantization"] == "none" else f" in {model['quantization']}"
-    on_hub = not base.startswith("/")
-    tags = ["lora", "loratune", *([settings["training"]["objective"]] if lines.objective else [])]
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": tags}
-    if on_hub:
-        metadata |= {"base_model": base, "tags": [*tags, f"base_model:adapter:{base}"]}
-    metadata |= _model_index(settings, metrics, name)
+    metadata = _metadata(settings, metrics, name, lines, on_hub=not base.startswith("/"))
     held_out_lines = "".join(f"- **{label.capitalize()}:** {text}\n" for label, text in lines.held_out)
     process_note = f", on {lines.processes} processes" if lines.processes > 1 else ""
     objective_line = f"- **Objective:** {lines.objective}\n" if lines.objective else ""
@@ -142,11 +142,16 @@ def _shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: settings[name] for name in ("lora", "training")} | ({"preferences": read} if read else {})
 
 
-def example_prompt(rows: DatasetSplit, max_length: int = 200) -> str:
-    """The shortest prompt of the first rows, quoted for a `loratune generate` command; `...` if none is suitable."""
-    prompts = map(_recorded_prompt, islice(rows.examples(), 100))
-    texts = (text for text in map(_typed, prompts) if 0 < len(text) <= max_length)
-    prompt = min(texts, key=lambda text: (not is_printable_line(text), len(text)), default="...")
+def example(rows: DatasetSplit, max_length: int = 200) -> dict[str, Any]:
+    """The shortest prompt of the first rows, as in `recorded_prompts`; empty if none is suitable."""
+    prompts = (_recorded_prompt(one) for one in islice(rows.examples(), 100))
+    typed = [(text, prompt) for prompt in prompts if 0 < len(text := _typed(prompt)) <= max_length]
+    return min(typed, key=lambda one: (not is_printable_line(one[0]), len(one[0])), default=("", {}))[1]
+
+
+def example_prompt(rows: DatasetSplit) -> str:
+    """The example, quoted for a `loratune generate` command; `...` if there is none."""
+    prompt = _typed(example(rows)) or "..."
     return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--` ends the options
 
 
@@ -211,51 +216,72 @@ def _change_lines(changes: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"- **Changed on the way:** {line}\n" for line in lines)
 
 
-def _model_index(settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The losses on validation and test rows, and the reward accuracy, in the hub's format; empty if there are none.
-
-    https://github.com/huggingface/hub-docs/blob/main/modelcard.md
-    """
-    data, test = settings["data"], metrics.get("test")
-    unit, preferences = metrics["gain"]["unit"], metrics.get("preferences")
-    measure = "nats per token" if unit == "token" else f"per {unit}"
-    accuracy = preferences["reward_accuracy"] if preferences and preferences["split"] == "validation" else None
-    losses = [("validation", metrics["held_out_loss"], metrics["held_out_interval"])]
-    losses += [("test", test["loss"], test["interval"])] if test else []
-    results = [
-        {
-            "task": {"type": "text-generation", "name": "Text generation"},
-            "dataset": _dataset(data[split], data["train"]) | {"split": split},
-            "metrics": [
-                _metric("loss", loss, measure, interval),
-                *(
-                    [_metric("accuracy", accuracy["value"], "reward accuracy", accuracy["interval"])]
-                    if split == "validation" and accuracy
-                    else []
-                ),
-            ],
-        }
-        for split, loss, interval in losses
-        if loss is not None
-    ]
-    return {"model-index": [{"name": one_line(name), "results": results}]} if results else {}
+def _metadata(
+    settings: Mapping[str, Any], metrics: Mapping[str, Any], name: str, lines: CardLines, on_hub: bool
+) -> dict[str, Any]:
+    """The metadata of the card, which the hub shows and searches: those of `ModelCardData`, and an example prompt."""
+    base, data, names = settings["model"]["name_or_path"], settings["data"], {"messages": "messages", "prompt": "text"}
+    tags = ["lora", "loratune", *([settings["training"]["objective"]] if lines.objective else [])]
+    paths = dict.fromkeys(path for split in ("train", "validation", "test") for path in _paths(data[split]))
+    results = _results(settings, metrics) or None
+    metadata = ModelCardData(
+        library_name="peft", pipeline_tag="text-generation", base_model=base if on_hub else None,
+        tags=[*tags, *([f"base_model:adapter:{base}"] if on_hub else [])],
+        datasets=[path for path in paths if not path.startswith(("/", GIVEN))] or None,
+        widget=[{names[key]: value} for key, value in lines.example.items() if key in names] or None,
+        model_name=results and one_line(name), eval_results=results, **base_licence(settings["model"]),
+    )  # fmt: skip
+    return dict(metadata.to_dict())
 
 
-def _metric(kind: str, value: float, name: str, interval: Sequence[float] | None) -> dict[str, Any]:
-    """A metric in the hub's format. It has no field for an interval, which is therefore part of the name."""
-    ends = f" (95 % interval {interval[0]:.4f} to {interval[1]:.4f})" if interval else ""
-    return {"type": kind, "value": round(value, 4), "name": f"{name}{ends}"}
+def base_licence(model: Mapping[str, Any]) -> dict[str, str]:
+    """The licence in the card of the base, as metadata; empty if it is unknown. model: the section of the config."""
+    name = model["name_or_path"]
+    with suppress(Exception):  # whatever the network or somebody's card raises
+        path = Path(name, "README.md")
+        if not Path(name).is_dir():
+            path = Path(hf_hub_download(name, path.name, revision=model["revision"]))
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
+        found = {key: value for key, value in data.items() if key.startswith("license") and isinstance(value, str)}
+        return {key: text for key, text in found.items() if key != "license_link" or "://" in text}
+    return {}
 
 
-def _dataset(source: Any, train: Any) -> dict[str, str]:
+def _results(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """The losses on validation and test rows, and the reward accuracy. The hub has no field for an interval, which is
+    therefore part of the name of a metric."""
+    data, test, preferences = settings["data"], metrics.get("test"), metrics.get("preferences")
+    measure = "nats per token" if metrics["gain"]["unit"] == "token" else f"per {metrics['gain']['unit']}"
+    found = [("validation", "loss", measure, metrics["held_out_loss"], metrics["held_out_interval"])]
+    if preferences and preferences["split"] == "validation":
+        accuracy = preferences["reward_accuracy"]
+        found.append(("validation", "accuracy", "reward accuracy", accuracy["value"], accuracy["interval"]))
+    found += [("test", "loss", measure, test["loss"], test["interval"])] if test else []
+    results = []
+    for split, kind, label, value, ends in found:
+        if value is not None:
+            label += f" (95 % interval {ends[0]:.4f} to {ends[1]:.4f})" if ends else ""
+            results.append(EvalResult(
+                "text-generation", *_dataset(data[split], data["train"]), kind, round(value, 4), "Text generation",
+                dataset_split=split, metric_name=label,
+            ))  # fmt: skip
+    return results
+
+
+def _paths(sources: Any) -> list[str]:
+    """The paths or hub ids of one or several sources; none for a fraction of the training rows."""
+    listed = [sources] if isinstance(sources, Mapping) else sources if isinstance(sources, list | tuple) else ()
+    return [one["path"] for one in listed]
+
+
+def _dataset(source: Any, train: Any) -> tuple[str, str]:
     """Type and name of a dataset: its hub id, or its file names without local paths.
 
     source: one or several sources, or the fraction of the training rows that was held out.
     """
-    sources = train if isinstance(source, float) else source
-    paths = [one["path"] for one in ([sources] if isinstance(sources, Mapping) else sources)]
+    paths = _paths(train if isinstance(source, float) else source)
     names = ", ".join(one_line(Path(path).name if path.startswith("/") else path) for path in paths)
-    return {"type": names, "name": f"{source:g} of {names}, held out" if isinstance(source, float) else names}
+    return names, f"{source:g} of {names}, held out" if isinstance(source, float) else names
 
 
 def _sources(train: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
+from loratune.console import marked
 from loratune.lora.module_names import adapted_too, number_of, pattern, ranges, shape_text, shortest
 from loratune.text import block, format_duration, format_size, one_line, plural, shell_word, table
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats, Update
     from loratune.memory import Estimate
+    from loratune.outputs import DryRun, Init
     from loratune.training.plan import Plan
 
 
@@ -36,6 +38,19 @@ def plan(plan: "Plan") -> tuple[list[str], list[str]]:
     before = [*block("targets", lines), str(plan.count), *map(one_line, plan.dataset_lines())]
     size = f"adapter file: {format_size(plan.count.adapter_bytes)}"
     return before, [size, f"memory at the longest batch: {_memory(plan.memory)}"]
+
+
+def plan_values(plan: "Plan", rows: int) -> "DryRun":
+    """The plan for `train --dry-run --json`, with this many training rows."""
+    train = plan.datasets.train
+    shown = range(min(rows * train.rows_per_example, len(train.rows)))
+    return {
+        "config": plan.config.resolved(), "targets": plan.targets.entry_patterns(), "trainable": plan.count.trainable,
+        "total": plan.count.total, "adapter_bytes": plan.count.adapter_bytes, "memory": plan.memory.parts(),
+        "rows": {name: split.report.record() for name, split in plan.datasets.splits.items()},
+        "examples": [{"place": train.rows.row(one).where, "text": marked(plan.row_text(one))} for one in shown],
+        "notes": [*plan.datasets.leaks, *plan.all_notes()],
+    }  # fmt: skip
 
 
 def trained(result: "PublishedAdapter", program: str) -> Iterator[str]:
@@ -152,6 +167,17 @@ def started(started: "Started") -> list[tuple[str, str]]:
         ("memory", _memory(fit.estimate)),
         ("adapter", format_size(started.count.adapter_bytes)),
     ]
+
+
+def started_values(started: "Started", file: str | None) -> "Init":
+    """The config and the estimates for `init --json`. file: where the config was written."""
+    rows, fit = started.rows, started.fit
+    return {
+        "config": file, "text": started.text, "rows": len(rows.train), "formats": [*rows.train.formats],
+        "longest": int(rows.tokenized.lengths.max()), "steps": started.steps, "seconds": started.seconds,
+        "memory": fit.estimate.parts(), "free_memory": fit.free, "adapter_bytes": started.count.adapter_bytes,
+        "notes": started_notes(started),
+    }  # fmt: skip
 
 
 def started_notes(started: "Started") -> list[str]:

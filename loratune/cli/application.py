@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from loratune.cli.boundary import checked_output
 from loratune.codes import Code
-from loratune.console import EscapedStream, escape_output, print_json, print_lines, raw_output
+from loratune.console import EscapedStream, as_json, escape_output, print_json, print_lines, print_problems, raw_output
 from loratune.errors import ConfigError, Problem
 from loratune.system import output_file
 from loratune.system.files import path_problem
@@ -28,6 +28,9 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+_UsageError: Any = typer.BadParameter.__base__
+
+
 class _Commands(TyperGroup):
     """The command group; all output, including usage errors, is escaped for the terminal."""
 
@@ -36,9 +39,16 @@ class _Commands(TyperGroup):
         return sorted(super().list_commands(ctx), key=_COMMANDS.index)
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run a command with its output escaped."""
+        """Run a command with its output escaped. With `--json`, usage errors are JSON as all others are."""
+        words = [*keywords.get("args", sys.argv[1:])]
+        as_json.set("--json" in words[: words.index("--") if "--" in words else None])
         with escape_output():
-            return super().main(*arguments, **keywords)
+            try:
+                code = super().main(*arguments, standalone_mode=not as_json.get(), **keywords)
+            except _UsageError as error:
+                key, fix = getattr(error, "option_name", ""), "--help lists what the command accepts"
+                print_problems([Problem(Code.USAGE_BAD_VALUE, error.format_message(), key=key, fix=fix)], code := 2)
+            sys.exit(code)
 
 
 app = typer.Typer(
@@ -117,10 +127,10 @@ def needs(options: Mapping[str, object], needed: str) -> list[Problem]:
     return [Problem(Code.USAGE_CONFLICT, what, key=f"--{name}") for name, value in options.items() if value]
 
 
-def show(lines: Iterable[str], values: Any, as_json: bool) -> None:
+def show(lines: Iterable[str], values: Any) -> None:
     """Print a result after all other work is done, as lines or as JSON. Raises as `checked_output`."""
     with checked_output():
-        if as_json:
+        if as_json.get():
             print_json(values)
         else:
             print_lines(lines)

@@ -13,7 +13,7 @@ import typer
 
 from loratune.cli.terminal import Terminal
 from loratune.codes import Code
-from loratune.console import EscapedStream, log
+from loratune.console import EscapedStream, log, print_problems
 from loratune.errors import (
     ConfigError,
     Interrupted,
@@ -160,8 +160,7 @@ def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> N
     stream = sys.stderr if group.main else EscapedStream(sys.__stderr__)
     if debug:
         traceback.print_exception(error, file=stream)
-    for problem in problems:
-        print(f"error: {problem}", file=stream, flush=True)
+    print_problems(problems, exit_code, stream)
     if group.count > 1:
         os._exit(exit_code)  # at exit, torch may wait for the other processes, which have ended
     raise typer.Exit(exit_code) from None

@@ -1,5 +1,6 @@
 """The commands `init`, `params`, `schema` and `explain`, which create and explain configs, and `env`."""
 
+import json
 import shutil
 import sys
 from dataclasses import asdict
@@ -11,12 +12,14 @@ import typer
 from loratune.cli.application import STDOUT, Assignments, Debug, Json, app, check_paths, needs, program, show
 from loratune.cli.boundary import boundary, checked_output
 from loratune.codes import Code
-from loratune.console import log, print_json, print_lines
+from loratune.console import as_json, log, print_json, print_lines
 from loratune.errors import ConfigError, Problem
 from loratune.events import Event, FinishedEvent, listener
 from loratune.text import block, shell_word
 
 _YAML = (".yaml", ".yml")
+_SCHEMAS = Path(__file__).with_name("schemas.json")
+"""Command → the schema of what it prints; `scripts/write_reference.py` writes it."""
 OptionalConfig = Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file of a run.")]
 
 
@@ -30,6 +33,7 @@ def init(
         str, typer.Option("--output", metavar="FILE", help="The config to write, which must not exist; - is stdout.")
     ] = "config.yaml",
     assignments: Assignments = [],  # noqa: B006  typer copies it
+    as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Write a config for rows and a model, with reasons. No weights are loaded or downloaded."""
@@ -43,7 +47,7 @@ def init(
         def listen(event: Event) -> None:
             terminal(event)
             if isinstance(event, FinishedEvent):
-                if not to_file:
+                if not (to_file or as_json):
                     print(event.result.text, end="")
                 _show_started(event, output)
 
@@ -54,6 +58,9 @@ def _show_started(event: FinishedEvent, output: str) -> None:
     """Print the findings of `init`, on stderr if the config goes to stdout, a pipe or a device."""
     from loratune.api import display
 
+    if as_json.get():
+        show([], display.started_values(event.result, output if output != STDOUT else None))
+        return
     lines = display.started(event.result)
     with checked_output():
         if Path(output).is_file() and not output.startswith(("/dev/", "/proc/")):
@@ -95,7 +102,7 @@ def params(
 
             from loratune.api import display
 
-            show(display.stats(str(adapter), stats), asdict(stats), as_json)
+            show(display.stats(str(adapter), stats), asdict(stats))
             return
         run = config.load(config_file, assignments) if config_file else config.for_model(str(model), assignments)
         found = loratune.count_parameters(run)
@@ -103,17 +110,28 @@ def params(
         from loratune.api import display
 
         log(*found.notes)
-        show(display.params(found), found.as_json(), as_json)
+        show(display.params(found), found.as_json())
 
 
 @app.command()
-def schema(debug: Debug = False) -> None:
-    """Print the JSON schema of a config, for editors."""
+def schema(
+    command: Annotated[
+        str | None,
+        typer.Option("--for", metavar="COMMAND", help="The schema of what COMMAND prints with --json, or of `error`."),
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON schema of a config, or of what a command prints."""
     with boundary(debug):
         from loratune.config.keys import json_schema
 
+        known = json.loads(_SCHEMAS.read_text(encoding="utf-8")) if command is not None else {}
+        if command is not None and command not in known:
+            what, fix = f"no command prints JSON under the name {command!r}", f"give one of {', '.join(known)}"
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, what, key="--for", fix=fix))
         with checked_output():
-            print_json(json_schema())
+            print_json(json_schema() if command is None else known[command])
 
 
 @app.command()
@@ -165,7 +183,7 @@ def env(
 
         from loratune.api import display
 
-        show(display.environment(found), found.to_dict(), as_json)
+        show(display.environment(found), found.to_dict())
         found.check_passed()
 
 

@@ -126,7 +126,7 @@ def evaluate(
         if len(scales := parse_scales(scale)) > 1:
             _check_table({"tasks": tasks, "against": against, "require": require, "worst": worst, "output": output})
             loratune.Adapter(adapter, force=force, overrides=assignments).evaluate_scales(
-                data, scales, metrics=metrics or [], forgetting=forgetting, on_event=_Shown(None, 0, as_json)
+                data, scales, metrics=metrics or [], forgetting=forgetting, on_event=_Shown()
             )
             return
         names, required = tasks.split(",") if tasks is not None else [], require or []
@@ -135,7 +135,7 @@ def evaluate(
         file = rows_output(output, overwrite=overwrite, inputs=inputs)
         opened = loratune.Adapter(adapter, scale=scales[0], force=force, overrides=assignments)
         if data is None:
-            opened.run_tasks(names, limit=limit, require=required, on_event=_Shown(None, 0, as_json))
+            opened.run_tasks(names, limit=limit, require=required, on_event=_Shown())
             return
         other = loratune.Adapter(against, force=force) if against is not None else None
         if file is not None:
@@ -143,7 +143,7 @@ def evaluate(
         opened.evaluate(
             data, against=other, metrics=metrics or [], forgetting=forgetting, tasks=names, limit=limit,
             require=required, allow_overlap=allow_overlap, whole_answers=file is not None,
-            keep_fields=bool(file is not None or worst), on_event=_Shown(file, worst, as_json),
+            keep_fields=bool(file is not None or worst), on_event=_Shown(file, worst),
         )  # fmt: skip
 
 
@@ -160,8 +160,8 @@ class _Shown:
     Metrics are printed even if the rows cannot be written or a requirement is not met.
     """
 
-    def __init__(self, file: Output | None, worst: int, as_json: bool):
-        self._file, self._worst, self._as_json = file, worst, as_json
+    def __init__(self, file: Output | None = None, worst: int = 0):
+        self._file, self._worst = file, worst
         self._terminal = listener()
 
     def __call__(self, event: Event) -> None:
@@ -180,12 +180,12 @@ class _Shown:
 
         result, worst = event.result, self._worst
         if hasattr(result, "rows"):
-            rows = {"worst": display.worst_rows(result, worst)} if worst and self._as_json else {}
-            show(display.comparison(result, worst), result.to_dict() | rows, self._as_json)
+            rows = {"worst": display.worst_rows(result, worst)} if worst else {}
+            show(display.comparison(result, worst), result.to_dict() | rows)
         elif hasattr(result, "comparisons"):
-            show(display.scales(result), result.to_dict(), self._as_json)
+            show(display.scales(result), result.to_dict())
         else:
-            show(display.tasks(result), result.as_json(), self._as_json)
+            show(display.tasks(result), result.as_json())
 
 
 @app.command()
@@ -209,6 +209,7 @@ def report(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -239,4 +240,4 @@ def report(
             scales = parse_scales(scale) if scale else ()
             page = opened.report(target, rows=data, against=other, scales=scales, overwrite=overwrite)
         if page.is_file() and not str(page).startswith(("/dev/", "/proc/")):
-            print(target)
+            show([str(target)], {"page": str(target)})

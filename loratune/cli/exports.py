@@ -87,7 +87,7 @@ def export(
 
         from loratune.api import display
 
-        show(display.exported(result), result.as_json(), as_json)
+        show(display.exported(result), result.as_json())
 
 
 @app.command()
@@ -117,7 +117,7 @@ def merge(
         from loratune.api import display
 
         log(*display.merged_notes(result))
-        show(display.merged(result), result.as_json(), as_json)
+        show(display.merged(result), result.as_json())
 
 
 @app.command()
@@ -155,4 +155,4 @@ def push(
 
         from loratune.api import display
 
-        show(display.upload(upload), upload.as_json(), as_json)
+        show(display.upload(upload), upload.as_json())

@@ -14,6 +14,7 @@ from loratune.cli.application import (
     DataAssignments,
     Debug,
     Force,
+    Json,
     MaxNewTokens,
     Temperature,
     app,
@@ -73,6 +74,7 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Also print the base model's answer.")] = False,
     scale: AdapterScale = 1.0,
     assignments: DataAssignments = [],  # noqa: B006  typer copies it
+    as_json: Json = False,
     force: Force = False,
     debug: Debug = False,
 ) -> None:
@@ -83,6 +85,8 @@ def generate(
             raise ConfigError(Problem(Code.USAGE_CONFLICT, "give prompts or --input, not both"))
         if output is None and (problems := needs({"overwrite": overwrite}, "--output")):
             raise ConfigError(problems)
+        if as_json and output is None:
+            output = Path(STDOUT)
 
         import loratune
 

@@ -11,7 +11,7 @@ from loratune.cli.application import MAX_COUNT, Assignments, ConfigFile, Debug, 
 from loratune.cli.boundary import boundary, stop_error, unread_output
 from loratune.cli.loss_plot import loss_plot
 from loratune.codes import Code
-from loratune.console import log, print_lines, print_marked
+from loratune.console import as_json, log, print_lines, print_marked
 from loratune.errors import ConfigError, Problem
 from loratune.events import Event, FinishedEvent, listener
 from loratune.system import launcher, signals
@@ -49,7 +49,7 @@ def train(
 ) -> None:
     """Train an adapter from CONFIG, and write it to its output_dir."""
     with boundary(debug, _join, memory_fix=_MEMORY_FIX) as group:
-        _check_options(resume=resume, overwrite=overwrite, changes=changes, dry_run=dry_run, as_json=as_json)
+        _check_options(resume=resume, overwrite=overwrite, changes=changes)
 
         import loratune
 
@@ -65,7 +65,7 @@ def train(
         def listen(event: Event) -> None:
             terminal(event)
             if isinstance(event, FinishedEvent):
-                _show_adapter(event, as_json)
+                _show_adapter(event)
 
         try:
             loratune.train(
@@ -80,16 +80,13 @@ def train(
             raise stop_error(stop, fix) from None
 
 
-def _check_options(*, resume: bool, overwrite: bool, changes: list[str], dry_run: bool, as_json: bool) -> None:
+def _check_options(*, resume: bool, overwrite: bool, changes: list[str]) -> None:
     """Raises ConfigError: options of `train` contradict each other."""
     if resume and overwrite:
         what = "--resume and --overwrite contradict each other"
         raise ConfigError(Problem(Code.USAGE_CONFLICT, what, fix="give one of them"))
     if not resume and (problems := needs({"allow-change": changes}, "--resume")):
         raise ConfigError(problems)
-    if as_json and dry_run:
-        what = "--dry-run shows rows, and has no JSON"
-        raise ConfigError(Problem(Code.USAGE_CONFLICT, what, key="--json", fix="leave one of them out"))
 
 
 def _join() -> Group:
@@ -108,6 +105,9 @@ def _print_plan(plan: "Plan", rows: int) -> None:
     """Print the plan for `train --dry-run`, with this many training rows."""
     from loratune.api import display
 
+    if as_json.get():
+        show([], display.plan_values(plan, rows))
+        return
     before, behind = display.plan(plan)
     print_lines(before)
     log(*plan.all_notes())
@@ -121,13 +121,13 @@ def _print_plan(plan: "Plan", rows: int) -> None:
     print_lines(behind)
 
 
-def _show_adapter(event: FinishedEvent, as_json: bool) -> None:
+def _show_adapter(event: FinishedEvent) -> None:
     """Print the results of a run, and its loss curve."""
     from loratune.api import display
 
     result = event.result
     plot = loss_plot(result.trained.curve, sys.stdout.encoding or "ascii")
-    show([*display.trained(result, program()), *plot], result.to_dict(), as_json)
+    show([*display.trained(result, program()), *plot], result.to_dict())
 
 
 def _resume_command(config_file: Path, assignments: list[str], changes: list[str]) -> str:
@@ -189,8 +189,8 @@ def sweep(
 
         values = swept.results.as_json() | {"notes": [*swept.results.remarks(), *swept.notes]}
         if swept.stop is None:
-            show(display.study(swept, program()), values, as_json)
+            show(display.study(swept, program()), values)
             return
         with unread_output():
-            show(display.study(swept, program()), values, as_json)
+            show(display.study(swept, program()), values)
         raise stop_error(swept.stop, "rerun the same command to resume") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from loratune import data, kernels
+from loratune import data, kernels, outputs
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.generation import LoadedAdapter
@@ -171,7 +171,7 @@ class ScaleComparison:
 
     comparisons: Mapping[float, Comparison]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> outputs.Scales:
         """Plain values, without the rows."""
         return {"scales": [{"adapter_scale": scale, **found.to_dict()} for scale, found in self.comparisons.items()]}
 

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loratune import outputs
 from loratune.codes import Code
 from loratune.config import RunConfig, load_with_lines
 from loratune.config.keys import Key, KeyGroup, KeyPath, dotted, find, groups, suggestion, yaml_flow
@@ -126,10 +127,10 @@ class Explanation:
             return [(key.label if group.is_section else key.name, key.meaning)]
         return [(setting.key, str(setting)) for setting in self.settings(key)]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> outputs.Explain:
         """Plain values: the explanation of each key, by its places."""
         keys = [key for item in self.found for key in (item.keys if isinstance(item, KeyGroup) else (item,))]
-        described_keys: dict[str, dict[str, Any]] = {
+        described_keys: dict[str, outputs.ExplainedKey] = {
             place: {
                 "meaning": key.meaning,
                 "type": key.kind,

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from loratune import memory
+from loratune import memory, outputs
 from loratune.adapter import loading
 from loratune.adapter.directory import RUN_FILE, AdapterDirectory
 from loratune.data import DatasetSplit
@@ -54,7 +54,7 @@ class Exported:
     metrics: dict[str, Any]
     commands: Sequence[str]
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> outputs.Export:
         """Plain values by name."""
         return {
             "directory": str(self.directory), "client": self.client, "comparison": self.metrics,

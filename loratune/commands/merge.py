@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from loratune import outputs
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
@@ -53,7 +54,7 @@ class Merged:
         """Parameters that lose much of their change to rounding, the largest loss first."""
         return sorted((kept for kept in self.written.kept if kept.share < self.LOW_SHARE), key=lambda kept: kept.share)
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> outputs.Merge:
         """Plain values, which are also in the record."""
         written = self.written
         shares = {kept.name: round(kept.share, 6) for kept in written.kept}

@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from loratune import memory
+from loratune import memory, outputs
 from loratune.codes import Code
 from loratune.commands.init import estimate_rows
 from loratune.config import AUTO, RunConfig, Source
@@ -85,7 +84,7 @@ class Params:
             by_role[group.role] = by_role.get(group.role, 0) + group.trainable
         return by_role
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> outputs.Params:
         """Plain values for `--json`."""
         return {
             "trainable": self.count.trainable,

@@ -201,6 +201,7 @@ def _write_descriptions(plan: Plan, trained: TrainedAdapter) -> None:
         behavior=str(trained.behavior or ""),
         held_out=trained.held_out,
         formats=rows.train.formats,
+        example=card.example(rows.train),
         changes=plan.checkpoints.record.changes,
         objective=preferences.described(plan.config),
         processes=plan.group.count,

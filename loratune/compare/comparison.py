@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from loratune import statistics
+from loratune import outputs, statistics
 from loratune.codes import Code
 from loratune.compare import metrics, requirements
 from loratune.compare.answers import ComparedRow, ModelAnswer
@@ -185,9 +185,9 @@ class Comparison:
         """Each row read, including copies, with its own fields; see `with_fields`."""
         return (copy for row in self.rows for copy in row.at_places(self.own_fields))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> outputs.Evaluate:
         """Plain values, without the rows."""
-        values: dict[str, Any] = {name: score.as_json() for name, score in self.scores.items()}
+        values: Any = {name: score.as_json() for name, score in self.scores.items()}
         if self.majority is not None:
             values[metrics.MAJORITY]["answer"] = self.majority
         for model, differences in self.paired.items():

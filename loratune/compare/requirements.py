@@ -11,8 +11,9 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from loratune import outputs
 from loratune.codes import Code
 from loratune.compare import metrics
 from loratune.compare.metrics import Difference
@@ -79,7 +80,7 @@ class Judgement:
     interval: Interval | None
     reason: str = ""
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> outputs.Requirement:
         """Plain values, without the reason."""
         low, high = finite(self.interval) or (None, None)
         return {"text": self.text, "met": self.met, "value": finite(self.value), "low": low, "high": high}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from loratune import statistics
+from loratune import outputs, statistics
 from loratune.codes import Code
 from loratune.compare.metrics import ADAPTER, BASE, Difference, exp, mean_difference, score_difference, share_difference
 from loratune.compare.requirements import Judgement
@@ -86,10 +86,10 @@ class TaskResults:
         """`TASK.METRIC` → metric."""
         return {f"{task}.{name}": metric for task, metrics in self.tasks.items() for name, metric in metrics.items()}
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> outputs.Tasks:
         """Plain values, under other keys than those of an evaluation on rows."""
         tasks = {task: {name: one.as_json() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
-        values = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
+        values: Any = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
         required = [one.as_json() for one in self.requirements]
         return values | ({"requirements": required} if required else {})
 

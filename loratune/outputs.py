@@ -1,0 +1,335 @@
+"""What commands print with `--json`: a type for each command, from which `loratune schema --for COMMAND` is made.
+
+`python scripts/write_reference.py` writes the schemas to `cli/schemas.json`, with the descriptions below. A type of the
+form `Annotated[dict[str, Any], CLASS, ...]` has the fields of that dataclass or type, and those of its properties and
+the further keys that follow; with `...` at the end, also any other key. Each `float` may be null, for a value that is
+not finite.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired, Required, TypeAlias, TypedDict
+
+Interval: TypeAlias = list[float] | None
+Score: TypeAlias = dict[str, float | str | dict[str, Interval] | None]
+
+Gain = Annotated[dict[str, Any], "loratune.compare.gain.Gain", "verdict"]
+Forgetting = TypedDict("Forgetting", {
+    "not_measured": str, "split": str, "rows": int, "drawn": int, "total": int, "before": float, "after": float,
+    "change": float, "low": float | None, "high": float | None, "kinds": dict[str, float]}, total=False)  # fmt: skip
+"""The change of the loss on other rows, in nats per supervised token.
+
+Attributes:
+    not_measured: Why it was not measured; all other keys are then missing.
+    split: The split of the rows.
+    rows: The number of distinct rows.
+    drawn: The number of rows, including copies.
+    total: Rows of the split.
+    before: The loss before the first step.
+    after: The loss of the adapter.
+    change: The loss after minus the loss before: above 0 if the loss has increased.
+    low: Lower end of the 95 % interval of `change`; null for too few rows.
+    high: Upper end of that interval.
+    kinds: Kind of text → the change on it alone.
+"""
+Behavior = TypedDict("Behavior", {
+    "not_measured": str, "texts": int, "tokens": int, "divergence": float, "divergence_interval": Interval,
+    "agreement": float, "agreement_interval": Interval, "samples": list[dict[str, str]]}, total=False)  # fmt: skip
+"""How an adapter changes the base's answers to everyday instructions.
+
+Attributes:
+    not_measured: Why it was not measured; all other keys are then missing.
+    texts: The number of answers of the base that were compared.
+    tokens: Their tokens.
+    divergence: KL(base ‖ adapter), in nats per token.
+    divergence_interval: The ends of its 95 % interval; null for too few texts.
+    agreement: The share of tokens for which both would choose the same.
+    agreement_interval: The ends of its 95 % interval; null for too few texts.
+    samples: Some of the instructions, each with both answers.
+"""
+Test = TypedDict("Test", {"loss": float, "tokens": int, "rows": int, "distinct": int, "interval": Interval})
+"""The loss of the adapter on the test rows.
+
+Attributes:
+    loss: Nats per supervised token, or the objective's loss per pair or answer.
+    tokens: Supervised tokens, pairs or answers.
+    rows: Rows, including copies.
+    distinct: Rows without copies.
+    interval: The ends of the loss's 95 % interval; null for too few rows.
+"""
+Metrics = TypedDict("Metrics", {
+    "steps": int, "kept_step": int, "stopped_early": bool, "first_loss": float, "last_loss": float,
+    "held_out_loss": float | None, "best_held_out_loss": float | None, "last_held_out_loss": float | None,
+    "evaluations": int, "tokens": int, "seconds": float, "tokens_per_second": float | None,
+    "held_out_interval": Interval, "adapter_scale": NotRequired[float],
+    "adapter_scale_choice": NotRequired[dict[str, Any]], "gain": NotRequired[Gain],
+    "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting],
+    "behavior": NotRequired[Behavior], "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
+    "computed_by": dict[str, dict[str, str]]})  # fmt: skip
+"""The metrics of a run, also in `loratune.json`.
+
+Attributes:
+    steps: Optimizer steps that were taken.
+    kept_step: The step whose weights became the adapter.
+    stopped_early: Whether the run ended before its last planned step, as the held-out loss did not fall any more.
+    first_loss: The first training loss.
+    last_loss: The last training loss.
+    held_out_loss: The loss of the adapter on the validation rows; null without any.
+    best_held_out_loss: The lowest loss on the validation rows.
+    last_held_out_loss: The loss on the validation rows after the last step.
+    evaluations: How often the loss on the validation rows was computed.
+    tokens: Tokens read in training, without padding.
+    seconds: The duration of training.
+    tokens_per_second: Tokens per second in steps, without evaluations and checkpoints; null if there was no step.
+    held_out_interval: The ends of the 95 % interval of `held_out_loss`; null if unknown.
+    adapter_scale: The factor by which the update was scaled after training, if training.adapter_scale is set.
+    adapter_scale_choice: What that factor was chosen by.
+    gain: The adapter compared with its base on held-out rows. This is the verdict on the run.
+    forgetting: The change on rows of the earlier run, for lora.start_from.
+    unrelated_text: The change on text unrelated to the training rows.
+    behavior: How the base's answers to everyday instructions change.
+    preferences: Reward accuracy and other metrics of preferences.
+    test: The loss on the test rows, computed once.
+    computed_by: Metric → how it was computed: dtype, layers and batches.
+"""
+Train = Annotated[dict[str, Any], Metrics, {
+    "adapter": str, "adapter_bytes": int, "peak_memory": dict[str, int], "not_accelerated": dict[str, str],
+}]  # fmt: skip
+"""The published adapter.
+
+Attributes:
+    adapter: The adapter directory.
+    adapter_bytes: The size of its weights.
+    peak_memory: The most bytes in use at once, by kind of memory.
+    not_accelerated: Kind of layers that were not accelerated → the reason.
+"""
+DryRun = TypedDict("DryRun", {
+    "config": dict[str, Any], "targets": dict[str, list[str]], "trainable": int, "total": int, "adapter_bytes": int,
+    "memory": dict[str, int], "rows": dict[str, dict[str, Any]], "examples": list[dict[Literal["place", "text"], str]],
+    "notes": list[str]})  # fmt: skip
+"""What would be trained, for `train --dry-run --json`.
+
+Attributes:
+    config: The effective value of each key, without `auto`.
+    targets: Entry of lora.target_modules → patterns of the modules.
+    trainable: Trainable parameters.
+    total: All parameters.
+    adapter_bytes: The size of the adapter's weights.
+    memory: The estimated memory for training, in bytes: its parts and the `total`.
+    rows: Split → numbers of rows, duplicates, dropped rows with their reasons, truncated rows, tokens, and lengths.
+    examples: The first training rows: their place, and their text with the supervised parts in ⟦ ⟧.
+    notes: Choices and warnings.
+"""
+Init = TypedDict("Init", {
+    "config": str | None, "text": str, "rows": int, "formats": list[str], "longest": int, "steps": int,
+    "seconds": float, "memory": dict[str, int], "free_memory": int, "adapter_bytes": int, "notes": list[str],
+})  # fmt: skip
+"""A new config, and estimates for its run.
+
+Attributes:
+    config: The file that was written; null for `--output -`.
+    text: Its content: YAML with the reason for each choice as a comment.
+    rows: The number of training rows.
+    formats: The formats of the rows.
+    longest: The tokens of the longest row.
+    steps: Optimizer steps of training.
+    seconds: The estimated time of training with evaluations, within a factor of two.
+    memory: The estimated memory for training, in bytes: its parts and the `total`.
+    free_memory: The memory that is free, in bytes.
+    adapter_bytes: The size of the adapter's weights.
+    notes: What else should be known: truncated rows, scarce memory.
+"""
+Params = TypedDict("Params", {
+    "trainable": int, "total": int, "percent": float, "adapter_bytes": int, "targets": dict[str, list[str]],
+    "roles": dict[str, int], "layers": dict[int, int], "others": dict[str, int], "memory": dict[str, int]})  # fmt: skip
+"""Trainable parameters, and the estimated memory for training.
+
+Attributes:
+    trainable: Trainable parameters.
+    total: All parameters.
+    percent: The percentage of trainable parameters.
+    adapter_bytes: The size of the adapter's weights.
+    targets: Entry of lora.target_modules → patterns of the modules.
+    roles: Role → trainable parameters.
+    layers: Number of the layer → trainable parameters.
+    others: Pattern → trainable parameters outside the adapted modules.
+    memory: The estimated memory for training, in bytes: its parts and the `total`.
+"""
+ExplainedKey = TypedDict("ExplainedKey", {
+    "meaning": str, "type": str, "required": bool, "default": Any, "memory_and_time": str, "other_names": list[str],
+    "in_force": list[Annotated[dict[str, Any], "loratune.commands.explain.Setting"]],
+    "template_reads": NotRequired[dict[str, str]]})  # fmt: skip
+"""A key of the config.
+
+Attributes:
+    meaning: What it sets.
+    type: Its type, allowed values and range.
+    required: Whether it must be set.
+    default: Its default; null if it is required.
+    memory_and_time: Its effect on memory and time.
+    other_names: Its names in other tools.
+    in_force: Its effective values; empty without a config.
+    template_reads: Name → default of each argument that the chat template reads.
+"""
+Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey]})
+"""Keys of a config.
+
+Attributes:
+    config: The file of the config, if it was given.
+    keys: Key → its explanation.
+"""
+Requirement = TypedDict("Requirement", {
+    "text": str, "met": bool, "value": float | None, "low": float | None, "high": float | None})  # fmt: skip
+"""Whether a requirement is met.
+
+Attributes:
+    text: The requirement as written.
+    met: Whether it is met.
+    value: The metric, or its difference to a model; null if not computed.
+    low: Lower end of the 95 % interval of the value.
+    high: Upper end of that interval.
+"""
+Tasks = TypedDict("Tasks", {
+    "tasks": dict[str, dict[str, dict[str, Any]]], "limit": int | None, "chat_template": bool, "lm_eval": str,
+    "requirements": NotRequired[list[Requirement]]})  # fmt: skip
+"""The results of tasks of the lm-evaluation-harness.
+
+Attributes:
+    tasks: Task → metric → its value for `base` and `adapter`, their `intervals` or `stderr`, the `difference` with its
+        interval, the `verdict`, and the scored `rows`.
+    limit: The maximum number of documents of each task; null for all.
+    chat_template: Whether prompts were rendered with the chat template.
+    lm_eval: The version of the harness.
+    requirements: Whether each requirement is met.
+"""
+Difference = TypedDict("Difference", {
+    "value": float, "low": float | None, "high": float | None, "p": NotRequired[float],
+    "rows_needed": NotRequired[int | None]})  # fmt: skip
+"""A metric of the adapter minus that of another model, on the same rows.
+
+Attributes:
+    value: The difference.
+    low: Lower end of its 95 % interval; null for too few rows.
+    high: Upper end of that interval.
+    p: The exact p-value, for proportions.
+    rows_needed: How many rows would show a difference of this size, if it is not significant.
+"""
+Differences: TypeAlias = dict[str, Difference]
+Evaluate = TypedDict("Evaluate", {
+    "base": Required[Score], "adapter": Required[Score], "against": Score, "majority": Score,
+    "difference": Required[Differences], "difference_from_base": Differences, "difference_from_majority": Differences,
+    "forgetting": dict[str, Any], "behavior": Behavior, "metric": Required[str], "verdict": Required[str],
+    "overlap": Required[dict[Literal["exact", "folded", "rows"], int] | None], "computed_by": Required[dict[str, str]],
+    "prompt_sensitivity": Annotated[dict[str, Any], "loratune.compare.collapse.PromptSensitivity"] | None,
+    "objective": dict[str, Any], "requirements": list[Requirement], "worst": list[dict[str, Any]],
+    "tasks": dict[str, Any], "limit": int | None, "chat_template": bool, "lm_eval": str}, total=False)  # fmt: skip
+"""The comparison of an adapter with its base, or with another adapter, on the same rows.
+
+Attributes:
+    base: The metrics of the base, with `rows`, `tokens`, and the `intervals` of the metrics.
+    adapter: The metrics of the adapter.
+    against: The metrics of the second adapter.
+    majority: The metrics of always giving the most frequent expected answer, which is `answer`.
+    difference: Metric → the adapter minus the base, or minus the second adapter if there is one.
+    difference_from_base: Metric → the adapter minus the base, if there is a second adapter.
+    difference_from_majority: Metric → the adapter minus the most frequent answer.
+    forgetting: The loss of the adapter minus that of the base on other text: `value`, `low`, `high`, and by `kinds`.
+    behavior: How the base's answers to everyday instructions change.
+    metric: The metric that the verdict is about.
+    verdict: `better`, `worse` or `indistinguishable`; `collapsed` if the adapter predicts the same after every prompt.
+    overlap: Rows that are also in train, exactly or with white space folded, of all `rows`; null if unknown.
+    computed_by: How losses were computed: dtype, layers and batches.
+    prompt_sensitivity: How much the predictions depend on the prompt; null if not measured.
+    objective: The objective of preferences, and its parameters.
+    requirements: Whether each requirement is met.
+    worst: The rows with the largest increase of the loss, for `--worst`.
+    tasks: The results of tasks, as without `--data`.
+    limit: The maximum number of documents of each task; null for all.
+    chat_template: Whether the prompts of tasks were rendered with the chat template.
+    lm_eval: The version of the harness.
+"""
+Scales = TypedDict("Scales", {"scales": list[Annotated[dict[str, Any], Evaluate, {"adapter_scale": float}]]})
+"""An adapter at several scales.
+
+Attributes:
+    scales: Its comparison with the base at each scale.
+"""
+Report = TypedDict("Report", {"page": str})
+"""The page that was written.
+
+Attributes:
+    page: The HTML file.
+"""
+Generate = Annotated[dict[str, Any], {"prompt": NotRequired[str], "completion": str, "base": NotRequired[str]}, ...]
+"""One line per prompt: for `--input` or `--output`, the fields of its row, and the completion.
+
+Attributes:
+    prompt: The prompt as text; of a conversation, its last message.
+    completion: The completion of the adapter.
+    base: The completion of the base, for `--base`.
+"""
+Merge = TypedDict("Merge", {
+    "output": str, "dtypes": list[str], "bytes": int, "files": int, "untied": bool, "note": str, "compared_on": str,
+    "comparison": dict[str, Any], "kept": dict[str, Any]})  # fmt: skip
+"""The merged model.
+
+Attributes:
+    output: Its directory.
+    dtypes: The dtypes of its weights.
+    bytes: The size of its weights.
+    files: The number of their files.
+    untied: Whether the embeddings are stored apart from the output layer.
+    note: Why and how the base was loaded; empty if its files were read directly.
+    compared_on: The texts on which the model was compared with base and adapter.
+    comparison: The largest difference of logits, the KL divergence and the equal tokens, against both.
+    kept: How much of the change is left after rounding: `median`, `least`, and by `parameters`.
+"""
+Export = TypedDict("Export", {"directory": str, "client": str, "comparison": dict[str, Any], "commands": list[str]})
+"""The exported adapter.
+
+Attributes:
+    directory: Its directory.
+    client: The program that it is for.
+    comparison: The results of the comparison with the adapter, by name.
+    commands: Commands that use it.
+"""
+Push = Annotated[dict[str, Any], "loratune.export.hub.Upload", {"bytes": int, "files_equal": int}]
+"""The upload.
+
+Attributes:
+    bytes: The size of all files.
+    files_equal: How many files were downloaded again and are equal.
+"""
+Sweep = Annotated[dict[str, Any], "loratune.report.study.StudyResults", {
+    "version": int, "winner": int | None, "notes": list[str]}]  # fmt: skip
+"""The trials of a sweep.
+
+Attributes:
+    version: The version of this format.
+    winner: The number of the trial with the lowest held-out loss.
+    notes: What else should be known.
+"""
+Fact = TypedDict("Fact", {"value": str, "advice": NotRequired[str]})
+"""What was found.
+
+Attributes:
+    value: The value.
+    advice: What to do where it is slow or missing.
+"""
+Env: TypeAlias = dict[str, dict[str, Fact] | list[Annotated[dict[str, Any], "loratune.commands.env.Check"]]]
+"""Section → name → what was found; `self_test` has the results of `--self-test`."""
+Reported = TypedDict("Reported", {"code": str, "place": str, "key": str, "what": str, "fix": str})
+"""One thing that is wrong.
+
+Attributes:
+    code: Its stable code, as listed in loratune/codes.md.
+    place: A file, `file:line`, or `file:line:column`; empty if there is none.
+    key: A key of the config, or an option of the command line; empty if there is none.
+    what: What is wrong.
+    fix: What to do about it.
+"""
+Failure = TypedDict("Failure", {"exit_code": int, "errors": list[Reported]})
+"""The last line of stderr of a command that failed with `--json`.
+
+Attributes:
+    exit_code: The exit code, by the kind of error.
+    errors: Everything that is wrong.
+"""
