@@ -48,8 +48,9 @@ def _run() -> None:
         if not is_out_of_memory(error):
             raise
         what = "out of memory while the program was loading"
-        problem = Problem(Code.SYSTEM_OUT_OF_MEMORY, what, fix="raise ulimit -v")
-        console.print_problems([problem], ResourceError.exit_code)
+        console.print_problems(
+            [Problem(Code.SYSTEM_OUT_OF_MEMORY, what, fix="raise ulimit -v")], ResourceError.exit_code
+        )
         sys.exit(ResourceError.exit_code)
 
 

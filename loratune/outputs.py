@@ -9,12 +9,13 @@ not finite.
 from typing import Annotated, Any, Literal, NotRequired, Required, TypeAlias, TypedDict
 
 Interval: TypeAlias = list[float] | None
+Bytes: TypeAlias = dict[str, int]
 Score: TypeAlias = dict[str, float | str | dict[str, Interval] | None]
 
 Gain = Annotated[dict[str, Any], "loratune.compare.gain.Gain", "verdict"]
-Forgetting = TypedDict("Forgetting", {
-    "not_measured": str, "split": str, "rows": int, "drawn": int, "total": int, "before": float, "after": float,
-    "change": float, "low": float | None, "high": float | None, "kinds": dict[str, float]}, total=False)  # fmt: skip
+Forgetting = TypedDict("Forgetting", {"not_measured": str, "split": str, "rows": int, "drawn": int, "total": int,
+    "before": float, "after": float, "change": float, "low": float | None, "high": float | None,
+    "kinds": dict[str, float]}, total=False)  # fmt: skip
 """The change of the loss on other rows, in nats per supervised token.
 
 Attributes:
@@ -30,9 +31,9 @@ Attributes:
     high: Upper end of that interval.
     kinds: Kind of text → the change on it alone.
 """
-Behavior = TypedDict("Behavior", {
-    "not_measured": str, "texts": int, "tokens": int, "divergence": float, "divergence_interval": Interval,
-    "agreement": float, "agreement_interval": Interval, "samples": list[dict[str, str]]}, total=False)  # fmt: skip
+Behavior = TypedDict("Behavior", {"not_measured": str, "texts": int, "tokens": int, "divergence": float,
+    "divergence_interval": Interval, "agreement": float, "agreement_interval": Interval,
+    "samples": list[dict[str, str]]}, total=False)  # fmt: skip
 """How an adapter changes the base's answers to everyday instructions.
 
 Attributes:
@@ -55,14 +56,13 @@ Attributes:
     distinct: Rows without copies.
     interval: The ends of the loss's 95 % interval; null for too few rows.
 """
-Metrics = TypedDict("Metrics", {
-    "steps": int, "kept_step": int, "stopped_early": bool, "first_loss": float, "last_loss": float,
-    "held_out_loss": float | None, "best_held_out_loss": float | None, "last_held_out_loss": float | None,
-    "evaluations": int, "tokens": int, "seconds": float, "tokens_per_second": float | None,
-    "held_out_interval": Interval, "adapter_scale": NotRequired[float],
+Metrics = TypedDict("Metrics", {"steps": int, "kept_step": int, "stopped_early": bool, "first_loss": float,
+    "last_loss": float, "held_out_loss": float | None, "best_held_out_loss": float | None,
+    "last_held_out_loss": float | None, "evaluations": int, "tokens": int, "seconds": float,
+    "tokens_per_second": float | None, "held_out_interval": Interval, "adapter_scale": NotRequired[float],
     "adapter_scale_choice": NotRequired[dict[str, Any]], "gain": NotRequired[Gain],
-    "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting],
-    "behavior": NotRequired[Behavior], "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
+    "forgetting": NotRequired[Forgetting], "unrelated_text": NotRequired[Forgetting], "behavior": NotRequired[Behavior],
+    "preferences": NotRequired[dict[str, Any]], "test": NotRequired[Test],
     "computed_by": dict[str, dict[str, str]]})  # fmt: skip
 """The metrics of a run, also in `loratune.json`.
 
@@ -90,9 +90,8 @@ Attributes:
     test: The loss on the test rows, computed once.
     computed_by: Metric → how it was computed: dtype, layers and batches.
 """
-Train = Annotated[dict[str, Any], Metrics, {
-    "adapter": str, "adapter_bytes": int, "peak_memory": dict[str, int], "not_accelerated": dict[str, str],
-}]  # fmt: skip
+Train = Annotated[dict[str, Any], Metrics, {"adapter": str, "adapter_bytes": int, "peak_memory": Bytes,
+    "not_accelerated": dict[str, str]}]  # fmt: skip
 """The published adapter.
 
 Attributes:
@@ -101,10 +100,9 @@ Attributes:
     peak_memory: The most bytes in use at once, by kind of memory.
     not_accelerated: Kind of layers that were not accelerated → the reason.
 """
-DryRun = TypedDict("DryRun", {
-    "config": dict[str, Any], "targets": dict[str, list[str]], "trainable": int, "total": int, "adapter_bytes": int,
-    "memory": dict[str, int], "rows": dict[str, dict[str, Any]], "examples": list[dict[Literal["place", "text"], str]],
-    "notes": list[str]})  # fmt: skip
+DryRun = TypedDict("DryRun", {"config": dict[str, Any], "targets": dict[str, list[str]], "trainable": int, "total": int,
+    "adapter_bytes": int, "memory": Bytes, "rows": dict[str, dict[str, Any]],
+    "examples": list[dict[Literal["place", "text"], str]], "notes": list[str]})  # fmt: skip
 """What would be trained, for `train --dry-run --json`.
 
 Attributes:
@@ -118,10 +116,9 @@ Attributes:
     examples: The first training rows: their place, and their text with the supervised parts in ⟦ ⟧.
     notes: Choices and warnings.
 """
-Init = TypedDict("Init", {
-    "config": str | None, "text": str, "rows": int, "formats": list[str], "longest": int, "steps": int,
-    "seconds": float, "memory": dict[str, int], "free_memory": int, "adapter_bytes": int, "notes": list[str],
-})  # fmt: skip
+Init = TypedDict("Init", {"config": str | None, "text": str, "rows": int, "formats": list[str], "longest": int,
+    "steps": int, "seconds": float, "memory": Bytes, "free_memory": int, "adapter_bytes": int,
+    "notes": list[str]})  # fmt: skip
 """A new config, and estimates for its run.
 
 Attributes:
@@ -137,9 +134,9 @@ Attributes:
     adapter_bytes: The size of the adapter's weights.
     notes: What else should be known: truncated rows, scarce memory.
 """
-Params = TypedDict("Params", {
-    "trainable": int, "total": int, "percent": float, "adapter_bytes": int, "targets": dict[str, list[str]],
-    "roles": dict[str, int], "layers": dict[int, int], "others": dict[str, int], "memory": dict[str, int]})  # fmt: skip
+Params = TypedDict("Params", {"trainable": int, "total": int, "percent": float, "adapter_bytes": int,
+    "targets": dict[str, list[str]], "roles": dict[str, int], "layers": dict[int, int], "others": dict[str, int],
+    "memory": dict[str, int]})  # fmt: skip
 """Trainable parameters, and the estimated memory for training.
 
 Attributes:
@@ -153,8 +150,8 @@ Attributes:
     others: Pattern → trainable parameters outside the adapted modules.
     memory: The estimated memory for training, in bytes: its parts and the `total`.
 """
-ExplainedKey = TypedDict("ExplainedKey", {
-    "meaning": str, "type": str, "required": bool, "default": Any, "memory_and_time": str, "other_names": list[str],
+ExplainedKey = TypedDict("ExplainedKey", {"meaning": str, "type": str, "required": bool, "default": Any,
+    "memory_and_time": str, "other_names": list[str],
     "in_force": list[Annotated[dict[str, Any], "loratune.commands.explain.Setting"]],
     "template_reads": NotRequired[dict[str, str]]})  # fmt: skip
 """A key of the config.
@@ -176,8 +173,8 @@ Attributes:
     config: The file of the config, if it was given.
     keys: Key → its explanation.
 """
-Requirement = TypedDict("Requirement", {
-    "text": str, "met": bool, "value": float | None, "low": float | None, "high": float | None})  # fmt: skip
+Requirement = TypedDict("Requirement", {"text": str, "met": bool, "value": float | None, "low": float | None,
+    "high": float | None})  # fmt: skip
 """Whether a requirement is met.
 
 Attributes:
@@ -187,9 +184,8 @@ Attributes:
     low: Lower end of the 95 % interval of the value.
     high: Upper end of that interval.
 """
-Tasks = TypedDict("Tasks", {
-    "tasks": dict[str, dict[str, dict[str, Any]]], "limit": int | None, "chat_template": bool, "lm_eval": str,
-    "requirements": NotRequired[list[Requirement]]})  # fmt: skip
+Tasks = TypedDict("Tasks", {"tasks": dict[str, dict[str, dict[str, Any]]], "limit": int | None, "chat_template": bool,
+    "lm_eval": str, "requirements": NotRequired[list[Requirement]]})  # fmt: skip
 """The results of tasks of the lm-evaluation-harness.
 
 Attributes:
@@ -200,9 +196,8 @@ Attributes:
     lm_eval: The version of the harness.
     requirements: Whether each requirement is met.
 """
-Difference = TypedDict("Difference", {
-    "value": float, "low": float | None, "high": float | None, "p": NotRequired[float],
-    "rows_needed": NotRequired[int | None]})  # fmt: skip
+Difference = TypedDict("Difference", {"value": float, "low": float | None, "high": float | None,
+    "p": NotRequired[float], "rows_needed": NotRequired[int | None]})  # fmt: skip
 """A metric of the adapter minus that of another model, on the same rows.
 
 Attributes:
@@ -213,10 +208,10 @@ Attributes:
     rows_needed: How many rows would show a difference of this size, if it is not significant.
 """
 Differences: TypeAlias = dict[str, Difference]
-Evaluate = TypedDict("Evaluate", {
-    "base": Required[Score], "adapter": Required[Score], "against": Score, "majority": Score,
-    "difference": Required[Differences], "difference_from_base": Differences, "difference_from_majority": Differences,
-    "forgetting": dict[str, Any], "behavior": Behavior, "metric": Required[str], "verdict": Required[str],
+Evaluate = TypedDict("Evaluate", {"base": Required[Score], "adapter": Required[Score], "against": Score,
+    "majority": Score, "difference": Required[Differences], "difference_from_base": Differences,
+    "difference_from_majority": Differences, "forgetting": dict[str, Any], "behavior": Behavior,
+    "metric": Required[str], "verdict": Required[str],
     "overlap": Required[dict[Literal["exact", "folded", "rows"], int] | None], "computed_by": Required[dict[str, str]],
     "prompt_sensitivity": Annotated[dict[str, Any], "loratune.compare.collapse.PromptSensitivity"] | None,
     "objective": dict[str, Any], "requirements": list[Requirement], "worst": list[dict[str, Any]],
@@ -266,9 +261,8 @@ Attributes:
     completion: The completion of the adapter.
     base: The completion of the base, for `--base`.
 """
-Merge = TypedDict("Merge", {
-    "output": str, "dtypes": list[str], "bytes": int, "files": int, "untied": bool, "note": str, "compared_on": str,
-    "comparison": dict[str, Any], "kept": dict[str, Any]})  # fmt: skip
+Merge = TypedDict("Merge", {"output": str, "dtypes": list[str], "bytes": int, "files": int, "untied": bool, "note": str,
+    "compared_on": str, "comparison": dict[str, Any], "kept": dict[str, Any]})  # fmt: skip
 """The merged model.
 
 Attributes:
@@ -298,8 +292,8 @@ Attributes:
     bytes: The size of all files.
     files_equal: How many files were downloaded again and are equal.
 """
-Sweep = Annotated[dict[str, Any], "loratune.report.study.StudyResults", {
-    "version": int, "winner": int | None, "notes": list[str]}]  # fmt: skip
+Sweep = Annotated[dict[str, Any], "loratune.report.study.StudyResults", {"version": int, "winner": int | None,
+    "notes": list[str]}]  # fmt: skip
 """The trials of a sweep.
 
 Attributes:

@@ -197,10 +197,9 @@ def fields_of(owner: Any) -> tuple[dict[str, Any], dict[str, str], set[str]]:
 
 
 def closed(properties: Mapping[str, Schema], required: Sequence[str], *, open: bool = False) -> Schema:
-    """An object with these properties, and no others unless it is open."""
-    return {
-        "type": "object", "properties": dict(properties), "required": [*required], "additionalProperties": open,
-    }  # fmt: skip
+    """An object with these properties. open: it has others already; later releases may add some to any object."""
+    found = {"type": "object", "properties": dict(properties), "required": [*required]}
+    return found | ({"additionalProperties": True} if open else {})
 
 
 def about(text: str) -> Schema:

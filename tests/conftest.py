@@ -80,9 +80,22 @@ class Ran:
 
 @cache
 def printed_schema(name: str) -> Draft202012Validator:
-    """Validates what a command prints with `--json`, or `error`, by the schema of `loratune schema --for NAME`."""
+    """Validates what a command prints with `--json`, or `error`, by the schema of `loratune schema --for NAME`.
+
+    The schema allows keys that later releases may add; here, keys that it does not have are errors.
+    """
     schemas = json.loads((ROOT / "loratune" / "cli" / "schemas.json").read_text(encoding="utf-8"))
-    return Draft202012Validator(schemas[name])
+    return Draft202012Validator(closed(schemas[name]))
+
+
+def closed(schema: Any) -> Any:
+    """The schema, in which objects with listed properties have no others."""
+    if isinstance(schema, list):
+        return [closed(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {name: closed(one) for name, one in schema.items()}
+    return {"additionalProperties": False, **found} if {"type", "properties"} <= {*schema} else found
 
 
 COMMANDS_WITH_JSON = {*json.loads((ROOT / "loratune" / "cli" / "schemas.json").read_text(encoding="utf-8"))} - {"error"}
