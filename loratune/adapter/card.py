@@ -146,7 +146,7 @@ def example(rows: DatasetSplit, max_length: int = 200) -> dict[str, Any]:
     """The shortest prompt of the first rows, as in `recorded_prompts`; empty if none is suitable."""
     prompts = (_recorded_prompt(one) for one in islice(rows.examples(), 100))
     typed = [(text, prompt) for prompt in prompts if 0 < len(text := _typed(prompt)) <= max_length]
-    return min(typed, key=lambda one: (not is_printable_line(one[0]), len(one[0])), default=("", {}))[1]
+    return min(typed, key=lambda one: (not is_printable_line(one[0]), len(one[0])))[1] if typed else {}
 
 
 def example_prompt(rows: DatasetSplit) -> str:
@@ -229,12 +229,12 @@ def _metadata(
         tags=[*tags, *([f"base_model:adapter:{base}"] if on_hub else [])],
         datasets=[path for path in paths if not path.startswith(("/", GIVEN))] or None,
         widget=[{names[key]: value} for key, value in lines.example.items() if key in names] or None,
-        model_name=results and one_line(name), eval_results=results, **base_licence(settings["model"]),
+        model_name=one_line(name) if results else None, eval_results=results, **base_licence(settings["model"]),
     )  # fmt: skip
     return dict(metadata.to_dict())
 
 
-def base_licence(model: Mapping[str, Any]) -> dict[str, str]:
+def base_licence(model: Mapping[str, Any]) -> dict[str, Any]:
     """The licence in the card of the base, as metadata; empty if it is unknown. model: the section of the config."""
     name = model["name_or_path"]
     with suppress(Exception):  # whatever the network or somebody's card raises

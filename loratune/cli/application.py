@@ -28,6 +28,9 @@ _COMMANDS = (
 )  # fmt: skip
 
 
+_UsageError: Any = typer.BadParameter.__base__
+
+
 class _Commands(TyperGroup):
     """The command group; all output, including usage errors, is escaped for the terminal."""
 
@@ -42,7 +45,7 @@ class _Commands(TyperGroup):
         with escape_output():
             try:
                 code = super().main(*arguments, standalone_mode=not as_json.get(), **keywords)
-            except typer.BadParameter.__base__ as error:  # type: ignore[misc]  # the class of all usage errors
+            except _UsageError as error:
                 key, fix = getattr(error, "option_name", ""), "--help lists what the command accepts"
                 print_problems([Problem(Code.USAGE_BAD_VALUE, error.format_message(), key=key, fix=fix)], code := 2)
             sys.exit(code)

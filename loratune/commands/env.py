@@ -20,7 +20,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from loratune import memory, outputs
+from loratune import memory
 from loratune.codes import Code
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
@@ -107,9 +107,9 @@ class Environment:
             fix = "report it with the whole page; until then train does not use operations that failed"
             raise NumericError([Problem(Code.SYSTEM_SELF_TEST, f"{one.name}: {one.detail}", fix=fix) for one in failed])
 
-    def to_dict(self) -> outputs.Env:
+    def to_dict(self) -> dict[str, Any]:
         """Plain values: title → name → `value`, and `advice` where there is some; `self_test` if there was one."""
-        values: outputs.Env = {
+        values: dict[str, Any] = {
             title: {
                 fact.name: {"value": fact.value} | ({"advice": fact.advice} if fact.advice else {}) for fact in facts
             }

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -204,7 +204,7 @@ class Comparison:
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
         values |= {"requirements": [one.as_json() for one in self.requirements]} if self.requirements else {}
-        return values | (self.tasks.as_json() if self.tasks is not None else {})
+        return cast(outputs.Evaluate, values | (self.tasks.as_json() if self.tasks is not None else {}))
 
 
 def compare_rows(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +91,7 @@ class TaskResults:
         tasks = {task: {name: one.as_json() for name, one in metrics.items()} for task, metrics in self.tasks.items()}
         values: Any = {"tasks": tasks, "limit": self.limit, "chat_template": self.chat, "lm_eval": self.version}
         required = [one.as_json() for one in self.requirements]
-        return values | ({"requirements": required} if required else {})
+        return cast(outputs.Tasks, values | ({"requirements": required} if required else {}))
 
 
 def compare_metric(
