@@ -136,7 +136,7 @@ Attributes:
 """
 Params = TypedDict("Params", {"trainable": int, "total": int, "percent": float, "adapter_bytes": int,
     "targets": dict[str, list[str]], "roles": dict[str, int], "layers": dict[int, int], "others": dict[str, int],
-    "memory": dict[str, int]})  # fmt: skip
+    "memory": Bytes, "rows_memory": Bytes | None})  # fmt: skip
 """Trainable parameters, and the estimated memory for training.
 
 Attributes:
@@ -149,6 +149,7 @@ Attributes:
     layers: Number of the layer → trainable parameters.
     others: Pattern → trainable parameters outside the adapted modules.
     memory: The estimated memory for training, in bytes: its parts and the `total`.
+    rows_memory: The same for the rows of `data.train`; null if it names no local files.
 """
 ExplainedKey = TypedDict("ExplainedKey", {"meaning": str, "type": str, "required": bool, "default": Any,
     "memory_and_time": str, "other_names": list[str],
