@@ -142,7 +142,8 @@ def is_rust_panic(error: BaseException) -> bool:
 def template_error_reason(error: BaseException) -> str:
     """Why a chat template cannot be compiled.
 
-    error: Jinja's TemplateSyntaxError, or Python's SyntaxError or RecursionError for a template nested too deeply.
+    error: Jinja's TemplateSyntaxError; Python's SyntaxError or RecursionError for a template nested too deeply, or
+        ValueError for a number of too many digits.
     """
     if isinstance(error, SyntaxError | RecursionError):
         return "it is nested too deeply" + (f": {error.msg}" if isinstance(error, SyntaxError) else "")

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loratune import config, data
 from loratune.codes import Code
+from loratune.compare.engine import WeightedObjective, WeightedRows
 from loratune.compare.metrics import RowLosses
 from loratune.config import Source
 from loratune.data import TokenizedDataset, sources
@@ -71,6 +72,23 @@ def test_blocks_cover_a_row_and_supervise_each_token_once(tokens: int, stride: i
     assert len(alone) <= (1 if stride else len(found))
     for block, after in pairwise(found[:-1]):
         assert len({*block.ids} & {*after.ids}) == stride
+
+
+def test_repeated_tokens_do_not_weigh_as_prompts(renderer: Renderer, tmp_path: Path) -> None:
+    """A last block that is extended has them without a stride too; the tokens of a prompt weigh."""
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": words(90)}, {"text": words(50, 1)}, {"text": "ab"}])
+    section = config.DataSection(train=Source(path=str(path)), max_length=40, prompt_loss_weight=0.1)
+    dataset = data.prepare(data.read_datasets(section, 0).train, renderer, section, 264)
+    items = WeightedObjective(0.1).training_items(dataset)
+    found = [items[number] for number in range(len(items))]
+    weighing = [
+        [weight for weight, label in zip(row["weights"], row["labels"], strict=True) if label >= 0] for row in found
+    ]
+    assert [len(row["labels"]) for row in found] == [40, 40, 32, 40, 32, 3]
+    assert [*map(len, weighing)] == [39, 39, 11, 39, 11, 2] and {weight for row in weighing for weight in row} == {1.0}
+    rows = dataset.rows
+    asked = WeightedRows([{"input_ids": [1, 2, 3], "labels": [-100, -100, 3]}], None, 0.1, rows.owners)[0]
+    assert asked["labels"] == [-100, 2, 3] and asked["weights"][1:] == [0.1, 1.0]
 
 
 def test_spans_of_given_ids_are_divided() -> None:

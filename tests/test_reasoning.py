@@ -1,21 +1,27 @@
 """Reasoning of answers, and the arguments of chat templates: with real templates, what is trained is what is served."""
 
 import copy
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import byte_tokenizer, meanings
-from test_rendering import fetched, loaded, supervised, turn
+from conftest import byte_tokenizer, meanings, write_rows
+from test_rendering import changed, fetched, loaded, supervised, turn
+from test_template_arguments import SWITCHED
 from test_templates import CALL, TOOLS, said, templates
 from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
 
+from loratune import data
 from loratune.codes import Code
+from loratune.config import DataSection
 from loratune.config.template_variables import unread, variables
 from loratune.data.formats import Conversation, Message
-from loratune.data.formats.reasoning import dropped, end_of_reasoning, kind_of
+from loratune.data.formats.reasoning import dropped, end_of_reasoning, kind_of, reasoning_of, without
 from loratune.data.rendering import Renderer
-from loratune.errors import AdapterError, DataError
+from loratune.errors import AdapterError, DataError, ModelError
 from loratune.export import ollama
 
 GEMMA4 = ("<|turn>", "<turn|>", "<|channel>", "<channel|>", "<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>")
@@ -68,6 +74,13 @@ CHATS: dict[str, Conversation] = {
         (Q1, said("<think>\nHmm one.\n</think>\n\nAlpha"), Q2, said("<think>\nHmm two.\n</think>\n\nBeta")),
     ),
     "some": Conversation("", (Q1, said("Alpha", reasoning="Hmm one."), Q2, said("Beta"))),
+    "mixed": Conversation(
+        "",
+        (
+            *(Q1, said("Alpha", reasoning_content="Hmm one."), Q2, said("Beta")),
+            *(turn("user", "Third?"), said("Gamma", reasoning_content="Hmm three.")),
+        ),
+    ),
     "system": Conversation("", (turn("system", "Be brief."), Q1, said("Beta", thinking="Hmm two."))),
     "a tool": Conversation(
         "",
@@ -162,6 +175,135 @@ def test_what_is_trained_is_what_is_served(name: str, number: int, chat: str) ->
     assert all(text.endswith(short) for text, short in zip(texts, masked, strict=True))
 
 
+def text_of(renderer: Renderer, messages: tuple[Message, ...], *, prompt: bool, **settings: Any) -> str:
+    settings |= {"tokenize": False, "add_generation_prompt": prompt}
+    return str(renderer.tokenizer.apply_chat_template(list(messages), **settings))
+
+
+@pytest.mark.parametrize("drops", [False, True], ids=["train", "drop"])
+@pytest.mark.parametrize("chat", [*CHATS, "system, twice"])
+@pytest.mark.parametrize(("name", "number"), CASES, ids=[f"{name}, {number}" for name, number in CASES])
+def test_earlier_answers_are_trained_as_they_are_served(name: str, number: int, chat: str, drops: bool) -> None:
+    """Each answer is supervised once: after the prompt that a server renders for it, as the template ends it then."""
+    if (not drops and refusal(name, number, chat)) or (chat == "a tool" and name in WITHOUT_TOOLS):
+        return
+    system = (turn("system", "Be brief."),) if chat == "system, twice" else ()
+    known = CHATS["plain" if system else chat]
+    example = replace(known, messages=(*system, *known.messages))
+    example, renderer = dropped(example) if drops else example, renderer_of(name, number)
+    settings: dict[str, Any] = {**MODELS[name][2][number], "tools": list(example.tools) or None}
+    parts, found = renderer.parts(example, "completion"), dict[str, str]()
+    for row in renderer.rows(parts):
+        for start, end in row.spans:
+            prompt = renderer.tokenizer.decode(row.ids[:start])
+            assert prompt not in found
+            found[prompt] = renderer.tokenizer.decode(row.ids[start:end])
+    turns = example.supervised_turns("completion")
+    assert len(found) == len(turns)
+    for at in turns:
+        asked = text_of(renderer, example.messages[:at], prompt=True, **settings)
+        answered = text_of(renderer, example.messages[: at + 1], prompt=False, **settings)
+        if name != "Qwen3, marked":  # what it marks begins after the header
+            assert asked in found
+        if answered.startswith(asked) and name != "Qwen3, marked":
+            assert answered.removeprefix(asked).rstrip() == found[asked].rstrip() or name == "Gemma 4"
+    once = {"Mistral-Nemo", "Qwen3, marked", "Gemma 4"} | ({"SmolLM3"} if chat != "a tool" else set())
+    if name in once and chat == "plain":
+        assert len(parts) == 1
+    if name in ("Qwen3", "Qwen3.5", "GPT-OSS", "DeepSeek-R1") and not number:
+        assert len(parts) == len(turns)
+
+
+def test_a_template_that_renders_all_turns_alike_is_tested_once(tokenizer: PreTrainedTokenizerFast) -> None:
+    renderer, calls = Renderer(tokenizer), list[int]()
+    apply = renderer.tokenizer.apply_chat_template
+
+    def counted(messages: list[Message], **settings: Any) -> Any:
+        calls.append(len(messages))
+        return apply(messages, **settings)
+
+    tokenizer.apply_chat_template = counted
+    try:
+        assert renderer.parts(CHATS["plain"], "completion") == [CHATS["plain"]]
+        count = len(calls)
+        for chat in (CHATS["plain"], replace(CHATS["plain"], messages=CHATS["plain"].messages * 20)):
+            assert renderer.parts(chat, "completion") == [chat]
+        assert len(calls) == count < 20
+    finally:
+        del tokenizer.apply_chat_template
+
+
+@pytest.mark.parametrize(
+    ("content", "reasoning", "rest"),
+    [
+        ("<think>x</think>Write </think> to close it.", "x", "Write </think> to close it."),
+        ("<think>a</think>visible one<think>b</think>two", "a", "visible one<think>b</think>two"),
+        (" \n<think>\n4\n</think>\n\nIt is 4.", "4", "It is 4."),
+        ("Use </think> tag", "", "Use </think> tag"),
+        ("a<think>b</think>c", "", "a<think>b</think>c"),
+    ],
+)
+def test_only_a_block_at_the_beginning_is_reasoning(
+    content: str, reasoning: str, rest: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert (reasoning_of(said(content)), without(said(content))["content"]) == (reasoning, rest)
+    chat, renderer = Conversation("", (Q1, said(content))), Renderer(tokenizer)  # whose template writes the content
+    whole, masked, bare = (
+        *renderer.rows([chat]),
+        *renderer.rows([chat], masks_reasoning=True),
+        *renderer.rows([dropped(chat)]),
+    )
+    assert supervised(tokenizer, whole)[0].strip() == f"{content.strip()}<|end|>"
+    assert supervised(tokenizer, masked) == supervised(tokenizer, bare) == [f"{rest}<|end|>"]
+
+
+def test_answers_that_a_template_cuts_at_a_later_tag_are_refused() -> None:
+    """Qwen3's takes all before the last closing tag for reasoning, and writes only its beginning."""
+    chat = Conversation("rows:1", (Q1, said("<think>x</think>Write </think> to close it.")))
+    with pytest.raises(DataError) as caught:
+        renderer_of("Qwen3", 0).row(chat)
+    assert meanings(caught.value)[0][:2] == (Code.TEMPLATE_ANSWER, "rows:1")
+
+
+@pytest.mark.parametrize("reasoning", ["4", "hi", "think", "<", "n", "b", "a loratune", "</think>", " \nx\n "])
+def test_short_reasoning_is_found_where_it_is_written(reasoning: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    chat = Conversation("rows:1", (Q1, said("It is 4, hi.", reasoning_content=reasoning)))
+    renderer = Renderer(changed(tokenizer, chat_template=SWITCHED))
+    masked = renderer.rows([chat], masks_reasoning=True)[0]
+    assert supervised(tokenizer, masked) == ["It is 4, hi.<|end|>"]
+    with pytest.raises(DataError) as caught:  # by a template that does not read the field
+        Renderer(tokenizer).row(chat)
+    assert meanings(caught.value)[0][:2] == (Code.TEMPLATE_OMITS, "rows:1")
+
+
+CUT = {"role": "assistant", "content": "<think>\nA long thought that was cut"}
+ANSWERED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think></think>b"}]
+
+
+@pytest.mark.parametrize("reasoning", ["train", "mask", "drop"])
+def test_an_unclosed_reasoning_is_an_invalid_row(
+    reasoning: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = [{"messages": [*ANSWERED[:1], CUT]}, {"messages": ANSWERED}, {"messages": [*ANSWERED[:1], CUT, *ANSWERED]}]
+    path = write_rows(tmp_path / "r.jsonl", rows)
+    section = DataSection(train={"path": str(path)}, reasoning=reasoning, max_dropped=1.0)
+    split = data.read_datasets(section, 0).train
+    with pytest.raises(DataError) as caught:
+        data.prepare(split, Renderer(tokenizer), section, 264)
+    assert [(code, where) for code, where, _ in meanings(caught.value)] == [
+        (Code.DATA_FIELD, f"{path}:{line}") for line in (1, 3)
+    ]
+    section = section.model_copy(update={"invalid_rows": "drop"})
+    found = data.prepare(split, Renderer(tokenizer), section, 264)
+    assert (len(found.rows), found.report.invalid.count) == (1, 2)
+
+
+def test_a_rejected_answer_may_be_cut(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = write_rows(tmp_path / "r.jsonl", [{"prompt": ANSWERED[:1], "chosen": ANSWERED[1:], "rejected": [CUT]}])
+    section = DataSection(train={"path": str(path)})
+    assert len(data.prepare(data.read_datasets(section, 0).train, Renderer(tokenizer), section, 264).rows) == 2
+
+
 # Arguments of templates
 
 IDENTITY = '"You are ChatGPT, a large language model trained by OpenAI."'
@@ -199,6 +341,8 @@ def test_the_arguments_that_a_template_reads(name: str, expected: dict[str, str]
         ("{% macro f(a) %}{{ a }}{{ x }}{% endmacro %}{{ f(1) }}", {"x": ""}),
         ("{% if %}", {}),
         ("{{ x | nothing }}", {}),
+        ("{{ 9**99999 }}", {}),
+        ("{{ level|default(9**99999) }}", {}),
         ("", {}),
     ],
 )
@@ -270,9 +414,16 @@ def test_the_modelfile_renders_as_the_template_with_its_arguments(name: str, num
     assert text == (expected.removeprefix(renderer.tokenizer.bos_token) if renderer.starts_with_bos else expected)
 
 
+@pytest.mark.parametrize("source", ["{{ 9**99999 }}", "{{ level|default(9**99999) }}", f"{{{{ {'9' * 5000} }}}}"])
+def test_a_number_that_cannot_be_written_is_no_template(source: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ModelError) as caught:
+        Renderer(changed(tokenizer, chat_template=source)).prompt([Q1])
+    assert meanings(caught.value)[0][0] == Code.TEMPLATE_INVALID
+
+
 def test_white_space_costs_no_time() -> None:
-    assert end_of_reasoning(" \n" * 500_000 + "a", "") == 0
-    assert end_of_reasoning("\n<think>\n" + " " * 500_000 + "</think>\n\na", "") == 500_019
+    assert end_of_reasoning(" \n" * 500_000 + "a", 0, None) == 0
+    assert end_of_reasoning("\n<think>\n" + " " * 500_000 + "</think>\n\na", 0, None) == 500_019
 
 
 def test_kinds_of_conversations() -> None:

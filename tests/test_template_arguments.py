@@ -15,7 +15,7 @@ from loratune import data
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
-from loratune.config import DataSection
+from loratune.config import DataSection, template_arguments
 from loratune.data.rendering import Renderer
 from loratune.export import ollama
 
@@ -97,7 +97,10 @@ def test_generate_and_chat_render_as_training(trained: tuple[Path, Ran], cli: Cl
     asked = [{"messages": [{"role": "user", "content": "1:"}], **more} for more in ({}, {"chat_template_kwargs": ON})]
     rows = write_rows(tmp_path / "r.jsonl", asked)
     ran = cli("generate", "--adapter", path, "--input", rows, "--output", "-", "--max-new-tokens", 1)
-    assert ran.code == 0, ran.err
+    assert ran.code == 0 and "is not read" not in ran.err, ran.err
+    unread = write_rows(tmp_path / "u.jsonl", [*asked, {**asked[0], "chat_template_kwargs": {**ON, "tone": "dry"}}])
+    other = cli("generate", "--adapter", path, "--input", unread, "--output", "-", "--max-new-tokens", 1)
+    assert other.code == 0 and "`tone` is not read by the chat template" in other.err
     alone = cli("chat", "--adapter", path, "--max-new-tokens", 1, stdin="1:")
     first, second = (json.loads(line)["completion"].strip() for line in ran.out.splitlines())
     assert alone.out.strip() == first != second
@@ -133,6 +136,8 @@ def test_explain_lists_what_the_template_reads(base: Path, run_config: MakeConfi
     [
         "{messages: []}", "{tools: 1}", "{add_generation_prompt: false}", "{tokenize: true}", "{bos_token: a}",
         "{chat_template: a}", "{a b: 1}", "{1: 1}", "{'': 1}", "[1]", "5", "{x: .nan}", "{self: 1}", "{x: 'False'}",
+        "{conversations: 1}", "{documents: 5}", "{documents: [1]}", "{x: 'off'}", "{x: '0'}", "{x: none}",
+        "{x: disabled}", "{effort: 'no'}",
     ],
 )  # fmt: skip
 def test_arguments_that_cannot_be_set_are_refused(arguments: str, run_config: MakeConfig, cli: Cli) -> None:
@@ -140,8 +145,18 @@ def test_arguments_that_cannot_be_set_are_refused(arguments: str, run_config: Ma
     assert ran.code == 2 and len(ran.errors) == 1 and "data.chat_template_kwargs" in ran.errors[0]
 
 
+def test_arguments_that_can_be_set() -> None:
+    for arguments in (
+        {"reasoning_effort": "none"},
+        {"thinking_mode": "off"},
+        {"documents": [{"text": "a"}]},
+        {"x": "on"},
+    ):
+        assert template_arguments.problem(arguments) == ""
+
+
 @pytest.mark.parametrize(
-    "value", [{"messages": []}, {"a b": 1}, [OFF], "x", "[1]", 5, {"x": "\ud800"}, {"x": "a" * 200_000}]
+    "value", [{"messages": []}, {"a b": 1}, [OFF], "x", "[1]", 5, 0, [], False, {"x": "\ud800"}, {"x": "a" * 200_000}]
 )
 def test_arguments_of_a_row_that_cannot_be_set_are_refused(
     value: Any, base: Path, run_config: MakeConfig, cli: Cli, tmp_path: Path

@@ -250,7 +250,8 @@ class WeightedObjective(Objective):
     def training_items(self, dataset: TokenizedDataset) -> Items:
         """The rows with the weights of their tokens, relative to the mean of rows: in float32 small ones would be 0."""
         weights = dataset.rows.weights
-        return WeightedRows(dataset.rows, None if weights is None else weights / weights.mean(), self._prompt_weight)
+        weights = None if weights is None else weights / weights.mean()
+        return WeightedRows(dataset.rows, weights, self._prompt_weight, dataset.rows.owners)
 
     def begin_step(self, model: Any, batches: Sequence[dict[str, Any]], count: Any, group: Group) -> Any:
         """Returns the sum of the weights of the step."""
@@ -276,12 +277,15 @@ class WeightedRows:
     Attributes:
         rows: The rows.
         weights: (rows,), the factor of each row; None: 1.
-        prompt_weight: The weight of the tokens that are not supervised, whose labels are then their ids.
+        prompt_weight: The weight of the tokens that are not supervised, whose labels are then their ids. Tokens that a
+            block repeats from the block before have no label.
+        owners: As of `TokenCache`.
     """
 
     rows: Items
     weights: NDArray[np.float64] | None
     prompt_weight: float
+    owners: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -290,7 +294,11 @@ class WeightedRows:
         row = self.rows[number]
         factor = 1.0 if self.weights is None else float(self.weights[number])
         weights = [factor if label >= 0 else factor * self.prompt_weight for label in row["labels"]]
-        labels = [IGNORED, *row["input_ids"][1:]] if self.prompt_weight else row["labels"]
+        labels = row["labels"]
+        if self.prompt_weight:
+            follows = self.owners is not None and number > 0 and self.owners[number] == self.owners[number - 1]
+            new = next((place for place, label in enumerate(labels) if label >= 0), 1) if follows else 1
+            labels = [*[IGNORED] * new, *row["input_ids"][new:]]
         return {**row, "labels": labels, "weights": weights}
 
 

@@ -212,6 +212,9 @@ class DataSection(Section):
             yield InvalidSettingError(message, "format", "chat_template")
         if self.reasoning == "mask" and self.loss_on == "all":
             yield InvalidSettingError("loss_on all supervises every token", "reasoning", "loss_on")
+        if self.reasoning == "mask" and self.prompt_loss_weight:
+            message = "masked reasoning would have the weight of a prompt, and mask gives it none"
+            yield InvalidSettingError(message, "reasoning", "prompt_loss_weight", fix="choose one of the two")
         if self.loss_on == "all" and self.prompt_loss_weight:
             message = "loss_on all gives each token the weight 1"
             yield InvalidSettingError(message, "prompt_loss_weight", "loss_on", fix="choose one of the two")

@@ -1,6 +1,7 @@
 """The arguments of a chat template that a user may set, in the config and in rows: `{enable_thinking: false}`."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -14,10 +15,14 @@ WRITTEN = frozenset({
 })  # fmt: skip
 """Variables of a template that rows, commands and the tokenizer set."""
 RESERVED = WRITTEN | {
-    "chat_template", "conversation", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask",
-    "return_dict", "return_tensors", "sanitize_control_tokens", "self", "tokenize", "tokenizer_kwargs", "truncation",
+    "chat_template", "compiled_template", "continue_final_message", "conversation", "conversations", "max_length",
+    "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "self",
+    "tokenize", "tokenizer_kwargs", "truncation",
 }  # fmt: skip
 """Names that a user cannot set: those, and the parameters of `apply_chat_template`."""
+_BOOLEANS, _OFF = {"true", "false", "yes", "no"}, {"off", "0", "none", "null", "disable", "disabled"}
+_LEVEL = re.compile("effort|level|mode")
+"""In the names of arguments that are texts, such as `reasoning_effort: none`."""
 _LONGEST = 100_000
 
 
@@ -28,8 +33,11 @@ def problem(arguments: Mapping[str, Any]) -> str:
             return f"{name!r:.60} is not the name of a variable of a chat template"
         if name in RESERVED:
             return f"`{name}` is not an argument of a chat template that can be set"
-        if str(arguments[name]).lower() in ("true", "false", "yes", "no") and isinstance(arguments[name], str):
-            return f"`{name}` is the text {arguments[name]!r}, which a template takes for true: write true or false"
+        if name == "documents" and not _are_objects(arguments[name]):
+            return "`documents` must be a list of objects"
+        word = value.strip().lower() if isinstance(value := arguments[name], str) else ""
+        if word in _BOOLEANS or (word in _OFF and not _LEVEL.search(name)):
+            return f"`{name}` is the text {value!r}, which a template takes for true: write true or false"
     try:
         text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         if json.loads(text) != arguments or len(text.encode()) > _LONGEST:
@@ -37,6 +45,10 @@ def problem(arguments: Mapping[str, Any]) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # a date of YAML, a lone surrogate, NaN, a cycle
         return f"the values must be JSON: {error}"
     return ""
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def variables(source: str) -> dict[str, str]:
     try:
         tree = environment.parse(_GENERATION.sub("", source))
         names = meta.find_undeclared_variables(tree) - WRITTEN - _FUNCTIONS
-    except (TemplateError, SyntaxError, RecursionError):
+    except (TemplateError, SyntaxError, RecursionError, ValueError):  # a number of too many digits
         return {}
     first_set: dict[str, int] = {}
     for node in tree.find_all(nodes.Name):

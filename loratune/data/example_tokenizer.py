@@ -7,7 +7,7 @@ from loratune.codes import Code
 from loratune.config import DataSection
 from loratune.data import formats
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, Single, sides
-from loratune.data.formats.reasoning import kind_of, reasoning_of
+from loratune.data.formats.reasoning import cut_problem, kind_of, reasoning_of
 from loratune.data.remarks import size_of
 from loratune.data.rendering import Renderer, spans, truncation
 from loratune.data.rendering.spans import TokenizedRow
@@ -58,8 +58,7 @@ class ExampleTokenizer:
             kept.append(example)
             if isinstance(example, Conversation) and loss_on != "all":
                 report.empty_answers += len(example.selected_turns(loss_on)) - len(example.supervised_turns(loss_on))
-        checked = (formats.check_ids(example, self.vocabulary_size) for example in kept if isinstance(example, Ids))
-        if problems := [problem for problem in checked if problem]:
+        if problems := [problem for example in kept if (problem := self._problem(example, loss_on))]:
             raise DataError(reported(problems))
         parts = [self._parts(example, loss_on) for example in kept]
         masked, singles = self.section.reasoning == "mask", [one for some in parts for one in some]
@@ -80,6 +79,14 @@ class ExampleTokenizer:
                 self._count(example, before, own, report)
         return report, rows
 
+    def _problem(self, example: Example, loss_on: str) -> Problem | None:
+        """Returns why an example cannot be trained on; None if it can."""
+        if isinstance(example, Ids):
+            return formats.check_ids(example, self.vocabulary_size)
+        if isinstance(example, formats.UnpairedPreference) and not example.desirable:
+            return None
+        return cut_problem(sides(example)[0], loss_on)
+
     def _parts(self, example: Example, loss_on: str) -> Sequence[Single]:
         """Returns what is rendered for an example: both answers of a pair, or the parts of a conversation."""
         return self.renderer.parts(example, loss_on) if isinstance(example, Conversation) else sides(example)
@@ -93,12 +100,11 @@ class ExampleTokenizer:
         if isinstance(example, Conversation):
             report.add_kind(kind_of(example), report.written - 1)
             answers = example.supervised_turns(self.section.loss_on)
-            *earlier_bare, is_bare = [not reasoning_of(example.messages[at]) for at in answers] or [False]
-            template = self.renderer.template(example.arguments)
-            is_masked = self.section.reasoning == "mask"
-            report.masked += is_masked and not all((is_bare, *earlier_bare))
-            report.empty_reasoning += is_bare and not is_masked and template.empties_reasoning
-            report.rewritten += sum(earlier_bare) * template.rewrites_answers
+            have_reasoning = [bool(reasoning_of(example.messages[at])) for at in answers]
+            if self.section.reasoning == "mask":
+                report.masked += any(have_reasoning)
+            elif self.renderer.template(example.arguments).empties_reasoning:
+                report.empty_reasoning += have_reasoning.count(False)
 
     def _split(self, row: TokenizedRow, report: Report) -> list[TokenizedRow]:
         """Returns the blocks of a row that is longer than `max_length`. Raises DataError: it has a prompt."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 from itertools import islice
 
 from loratune.config import DataSection
-from loratune.config.template_variables import unread
 from loratune.data import formats
 from loratune.data.formats import Conversation, Example, Ids, Plain, Preference, sides
 from loratune.data.rendering import Renderer
@@ -71,9 +70,7 @@ def remark_on_arguments(split: DatasetSplit, rows: TokenCache, renderer: Rendere
     for example in first_examples(split, rows):
         for side in sides(example):
             arguments |= dict.fromkeys(side.arguments if isinstance(side, Conversation) else ())
-    template = renderer.tokenizer.chat_template or ""
-    sources = template.values() if isinstance(template, dict) else [template]
-    return (unread(sources, arguments) or None) if arguments else None
+    return renderer.unread(arguments) or None
 
 
 def _letters_and_digits(text: str) -> Counter[str]:

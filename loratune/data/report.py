@@ -94,10 +94,9 @@ class Report:
         repeated: Tokens of blocks that repeat those of the block before.
         cut_answers: Answers that truncation removed from rows whose last answer is trained on.
         empty_answers: Answers without content, in rows whose other answers are trained on.
-        empty_reasoning: Last answers without reasoning that begin with an empty block of it, which is supervised.
+        empty_reasoning: Answers without reasoning that begin with an empty block of it, which is supervised.
         masked: Rows whose answers have reasoning that is not supervised.
-        rewritten: Earlier answers without reasoning that are not trained as a server's prompt begins them.
-        own_rows: Earlier answers that are trained in rows of their own, after their reasoning.
+        own_rows: Earlier answers that are trained in rows of their own, as they are served.
         written: Rows of tokens that are trained on.
         kinds: What conversations have, such as `reasoning, tools` → how many rows, and the number of the first among
             the rows of tokens.
@@ -113,7 +112,7 @@ class Report:
     """The columns of the table; p50, p95 and max are lengths in tokens before truncation."""
     _COUNTS: ClassVar = (
         "rows", "tokens", "supervised", "truncated", "split_rows", "blocks", "repeated", "cut_answers",
-        "empty_answers", "empty_reasoning", "own_rows", "rewritten", "masked", "written",
+        "empty_answers", "empty_reasoning", "own_rows", "masked", "written",
     )  # fmt: skip
 
     rows: int = 0
@@ -127,7 +126,6 @@ class Report:
     empty_answers: int = 0
     empty_reasoning: int = 0
     masked: int = 0
-    rewritten: int = 0
     own_rows: int = 0
     written: int = 0
     kinds: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -252,15 +250,11 @@ class Report:
         if self.empty_answers:
             lines.append(f"{self.empty_answers:,} answers are not supervised: they are empty")
         if self.own_rows:
-            why = "the chat template leaves out their reasoning when it renders later answers"
+            why = "the chat template renders them otherwise once other messages follow"
             lines.append(f"{self.own_rows:,} earlier answers are trained in rows of their own: {why}")
         if self.masked:
             how = "not supervised, and `evaluate` generates what follows it"
             lines.append(f"{self.masked:,} rows have reasoning, which is context: {how}")
-        if self.rewritten:
-            how = "give each a row of its own to train it as it is served"
-            what = "earlier answers come without the reasoning block in which their prompts end"
-            lines.append(f"{self.rewritten:,} {what}: {how}")
         if self.empty_reasoning:
             what = "answers without reasoning begin with an empty block of it, which teaches when not to reason"
             how = "if the model is always served without reasoning, set data.chat_template_kwargs, "

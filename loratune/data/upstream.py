@@ -71,7 +71,7 @@ def chat_template_environment(source: str) -> jinja2.Environment:
     A template with marked loops must be rendered in the same environment, which transformers does not expose.
 
     Raises:
-        jinja2.TemplateSyntaxError, SyntaxError, RecursionError: The source cannot be compiled.
+        jinja2.TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source cannot be compiled.
     """
     environment: jinja2.Environment = _compile_jinja_template(source).environment
     return environment

@@ -4,7 +4,16 @@ import re
 from dataclasses import replace
 from typing import TypeVar
 
-from loratune.data.formats import Conversation, Example, Message, PreferencePair, UnpairedPreference
+from loratune.data.formats import (
+    Conversation,
+    Example,
+    Message,
+    PreferencePair,
+    RowError,
+    Single,
+    UnpairedPreference,
+)
+from loratune.errors import Problem
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
 """The fields of a message that may hold the reasoning, in the order in which transformers looks for it."""
@@ -16,7 +25,8 @@ _CLOSED = rf"\s*+(?:</(?:{_NAMES})>|<channel\|>|\[/THINK\])\s*"
 _AFTER = re.compile(_CLOSED)
 EMPTY_REASONING = re.compile(rf"\s*+(?:<(?:{_NAMES})>|<\|channel>\w*|\[THINK\])?{_CLOSED}")
 """The beginning of an answer: a reasoning without text, or the end of one that the prompt opens."""
-_IN_CONTENT = re.compile(r"\s*<think>(.*)</think>\s*", re.DOTALL)
+_IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+_CUT = re.compile(r"\s*<think>(?!.*</think>)", re.DOTALL)
 _Some = TypeVar("_Some", bound=Example)
 
 
@@ -34,28 +44,42 @@ def has_several(message: Message) -> bool:
     return len(texts) + bool(texts and _IN_CONTENT.match(message["content"])) > 1
 
 
+def cut_problem(example: Single, loss_on: str) -> Problem | None:
+    """The problem if a supervised answer opens a reasoning that it never closes, as a generation that was cut off."""
+    for number in example.supervised_turns(loss_on) if isinstance(example, Conversation) else ():
+        if _CUT.match(example.messages[number]["content"]):
+            what = f"message {number + 1} (assistant) opens <think> and never closes it, so it has no answer"
+            return RowError(what, "close it, or remove the row").at(example.where)
+    return None
+
+
 def with_mark(message: Message, mark: str) -> Message:
-    """The message with a mark at the end of its reasoning."""
-    fields = {name: message[name] + mark for name in FIELDS if message.get(name)}
+    """The message with a mark at the end of its reasoning, before white space."""
+    fields = {name: _marked(message[name], mark) for name in FIELDS if message.get(name)}
     content = message["content"]
     if not fields and (found := _IN_CONTENT.match(content)):
-        content = content[: found.end(1)] + mark + content[found.end(1) :]
+        content = _marked(content[: found.end(1)], mark) + content[found.end(1) :]
     return {**message, **fields, "content": content}
 
 
-def end_of_reasoning(answer: str, reasoning: str) -> int:
-    """Where the reasoning at the beginning of a rendered answer ends, with the tag that closes it; 0 without one.
+def _marked(text: str, mark: str) -> str:
+    end = len(text.rstrip())
+    return text[:end] + mark + text[end:]
+
+
+def end_of_reasoning(text: str, start: int, place: int | None) -> int:
+    """Where the reasoning of a rendered answer ends, with the tag that closes it; the start of the answer without one.
 
     Args:
-        answer: What is generated, without the prompt.
-        reasoning: The reasoning of the message; if it is empty, a block without text may be rendered.
+        text: The text up to the end of the answer.
+        start: Where the answer begins.
+        place: Where the text of its reasoning ends; None without text, where an empty block may be rendered.
     """
-    place = answer.find(reasoning) if reasoning else -1
-    if place >= 0:
-        closed = _AFTER.match(answer, place + len(reasoning))
-        return closed.end() if closed else place + len(reasoning)
-    empty = EMPTY_REASONING.match(answer)
-    return empty.end() if empty else 0
+    if place is None or place < start:
+        empty = EMPTY_REASONING.match(text, start)
+        return empty.end() if empty else start
+    closed = _AFTER.match(text, place)
+    return closed.end() if closed else place
 
 
 def dropped(example: _Some) -> _Some:

@@ -51,7 +51,7 @@ def parse_arguments(fields: Fields) -> dict[str, Any]:
         RowError: They are something else, or arguments that a chat template cannot get.
     """
     name = template_arguments.FIELD
-    value = fields.get(name) or {}
+    value = {} if fields.get(name) in (None, "") else fields[name]
     value = formats.parse_json(value, f"`{name}`") if isinstance(value, str) else value
     if not isinstance(value, Mapping):
         raise formats.type_error(f"`{name}`", "an object, e.g. {enable_thinking: false}", value)

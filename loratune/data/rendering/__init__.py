@@ -7,7 +7,8 @@ If the tokenizer merges characters across that boundary, prompt and answer are e
 import datetime
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, pairwise
@@ -19,8 +20,10 @@ import tokenizers
 import transformers
 
 from loratune.codes import Code
+from loratune.config.template_variables import unread
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Span
-from loratune.data.formats.reasoning import reasoning_of, with_mark
+from loratune.data.formats.reasoning import FIELDS, kind_of
+from loratune.data.rendering import samples
 from loratune.data.rendering.chat_template import ChatTemplate, TemplateInput
 from loratune.data.rendering.encoder import Encoder, TokenizerFailure
 from loratune.data.rendering.spans import (
@@ -71,10 +74,15 @@ class Renderer:
         self._check_ids([("", special)])
         self.arguments = dict(arguments)
         self._templates = lru_cache(16)(lambda own: ChatTemplate(tokenizer, self.arguments | json.loads(own)))
+        self._rewrites = lru_cache(128)(self._rewrites_answers)
 
     def template(self, arguments: Arguments = _NONE) -> ChatTemplate:
         """The chat template with the arguments of a row."""
-        return self._templates(json.dumps(dict(arguments), sort_keys=True)) if arguments else self._template
+        return self._templates(_as_key(arguments)) if arguments else self._template
+
+    def unread(self, arguments: Collection[str]) -> str:
+        """A line if the chat template does not read some of these arguments; otherwise empty."""
+        return unread(self._template.sources, arguments) if arguments else ""
 
     def rows(
         self, examples: Sequence[Example], loss_on: str = "completion", *, masks_reasoning: bool = False
@@ -109,24 +117,43 @@ class Renderer:
 
     def parts(self, chat: Conversation, loss_on: str) -> list[Conversation]:
         """The conversations that are trained on for one: itself and, before it, the beginning up to each supervised
-        answer whose reasoning the chat template leaves out once another question follows. In the conversation itself,
-        those answers are not supervised, so that each answer is trained as it is generated: after its own reasoning.
+        answer that the chat template renders otherwise once other messages follow, such as without its reasoning. In
+        the conversation itself, those answers are not supervised, so that each is trained as it is generated.
 
         Raises ModelError: There is no chat template.
         """
-        *earlier, last = (chat.supervised_turns(loss_on) if loss_on != "all" else ()) or (0,)
-        if not (numbers := [number for number in earlier if reasoning_of(chat.messages[number])]):
+        earlier = chat.supervised_turns(loss_on)[:-1] if loss_on != "all" else ()
+        in_fields = any(message.keys() & FIELDS for message in chat.messages)
+        if not earlier or not self._rewrites(_as_key(chat.arguments), kind_of(chat), in_fields):
             return [chat]
-        marks = {number: f" loratune reasoning {number}." for number in numbers}
-        messages = [with_mark(one, marks[at]) if at in marks else one for at, one in enumerate(chat.messages[:last])]
+        with suppress(DataError):  # reported when the row is rendered
+            parts = self._rewritten(chat, earlier, loss_on)
+            hidden = (len(part.messages) - 1 for part in parts)
+            return [*parts, replace(chat, zero_weight=chat.zero_weight.union(hidden))]
+        return [chat]
+
+    def _rewrites_answers(self, arguments: str, kind: str, in_fields: bool) -> bool:
+        """Whether the template renders earlier answers of such conversations otherwise than last ones; true if it
+        refuses them. arguments: as JSON; the others: see `samples.conversation`."""
+        messages, tools = samples.conversation(kind, in_fields=in_fields)
+        chat = Conversation("", messages, tools=tools, arguments=json.loads(arguments))
         try:
-            text = self.template(chat.arguments).text(TemplateInput(messages, chat.tools), prompt=True)
-        except DataError:  # reported when the row is rendered
-            return [chat]
-        hidden = [number for number in numbers if marks[number] not in text]
-        others = chat.zero_weight.union(earlier)
-        parts = [replace(chat, messages=chat.messages[: at + 1], zero_weight=others - {at}) for at in hidden]
-        return [*parts, replace(chat, zero_weight=chat.zero_weight.union(hidden))]
+            return bool(self._rewritten(chat, chat.supervised_turns("assistant")[:-1], "assistant"))
+        except DataError:
+            return True
+
+    def _rewritten(self, chat: Conversation, earlier: Sequence[int], loss_on: str) -> list[Conversation]:
+        """Returns the beginnings of a conversation up to each of these answers that is rendered otherwise there."""
+        others, found = chat.zero_weight.union(earlier), list[Conversation]()
+        whole = self._conversation(replace(chat, zero_weight=others), loss_on).text
+        for number in earlier:
+            part = replace(chat, messages=chat.messages[: number + 1], zero_weight=others - {number})
+            try:
+                is_other = not whole.startswith(self._conversation(part, loss_on).text)
+            except DataError as error:  # some templates refuse calls without results; what else is wrong is reported
+                is_other = error.problems[0].code != Code.TEMPLATE_INVALID
+            found += [part] if is_other else []
+        return found
 
     def prompt(
         self,
@@ -234,7 +261,7 @@ class Renderer:
             elif isinstance(example, Conversation):
                 try:
                     found = self._conversation(example, loss_on)
-                    texts.append(without_reasoning(found, example.messages) if masks_reasoning else found)
+                    texts.append(without_reasoning(found) if masks_reasoning else found)
                 except DataError as error:
                     problems += error.problems
         if problems:
@@ -299,6 +326,10 @@ class Renderer:
             spans = [(0, len(whole))]
         answer = prompt + len(before) if text.has_prompt else None
         return TokenizedRow(text.where, whole, tuple(span for span in spans if span[0] < span[1]), answer)
+
+
+def _as_key(arguments: Arguments) -> str:
+    return json.dumps(dict(arguments), sort_keys=True)
 
 
 def _tokenizer_error(error: TokenizerFailure, where: str) -> DataError:

@@ -22,6 +22,7 @@ from jinja2 import Template, TemplateSyntaxError, nodes
 from loratune.codes import Code
 from loratune.data.formats import Message, Span
 from loratune.data.formats.reasoning import EMPTY_REASONING, REASONING_OPENED
+from loratune.data.rendering.samples import ANSWER, CALL, QUESTION, TOOL
 from loratune.data.upstream import alias_reasoning_fields, chat_template_environment, generation_ranges
 from loratune.errors import DataError, ModelError, Problem, template_error_reason
 
@@ -36,23 +37,6 @@ MANY = 0xFFFE
 MARK = re.compile(f"[{chr(CONTENT)}-{chr(CONTENT + MANY - 1)}{chr(LOOP)}-{chr(LOOP + MANY - 1)}]")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_QUESTION = {"role": "user", "content": "loratune?"}
-_ANSWER = {"role": "assistant", "content": "loratune!"}
-_TOOL = {
-    "type": "function",
-    "function": {
-        "name": "loratune_tool",
-        "description": "loratune",
-        "parameters": {"type": "object", "properties": {"x": {"type": "string", "description": "x"}}},
-    },
-}
-_CALL = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {"type": "function", "id": "abc123XYZ", "function": {"name": "loratune_tool", "arguments": {"x": "1"}}}
-    ],
-}
 
 
 @dataclass(frozen=True)
@@ -102,6 +86,7 @@ class ChatTemplate:
 
     Attributes:
         end_tokens: The special tokens that end an answer, the one after a last answer first; empty if there are none.
+        sources: The templates; a tokenizer may have a separate one for tools.
     """
 
     def __init__(self, tokenizer: Any, arguments: Mapping[str, Any] = MappingProxyType({})):
@@ -111,12 +96,12 @@ class ChatTemplate:
         """
         self._tokenizer, self._arguments = tokenizer, dict(arguments)
         source = tokenizer.chat_template or ""
-        self._sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
+        self.sources: list[str] = [*source.values()] if isinstance(source, dict) else [source]
         self._special_tokens = sorted(map(str, tokenizer.added_tokens_decoder.values()), key=len, reverse=True)
         self._syntax_error, self._marked = "", dict[str, Template]()
         try:
-            self._marked = {source: _mark_loops(source) for source in self._sources}
-        except (TemplateSyntaxError, SyntaxError, RecursionError) as error:
+            self._marked = {source: _mark_loops(source) for source in self.sources}
+        except (TemplateSyntaxError, SyntaxError, RecursionError, ValueError) as error:  # a number of too many digits
             self._syntax_error = template_error_reason(error)
         self.end_tokens = self._find_end_tokens()
 
@@ -198,7 +183,7 @@ class ChatTemplate:
 
     def generated(self, chat: TemplateInput) -> list[Span] | None:
         """Returns the text ranges within `{% generation %}`, or None if the template has no such block."""
-        if not any(map(_GENERATION.search, self._sources)):
+        if not any(map(_GENERATION.search, self.sources)):
             return None
         values = self._tokenizer.special_tokens_map | self._arguments
         return generation_ranges(chat.messages, chat.tools, self._source(chat), values)
@@ -213,22 +198,16 @@ class ChatTemplate:
     @cached_property
     def header(self) -> str:
         """The generation prompt after a user's turn; empty if it is not known."""
-        rendered = self._probe([_QUESTION], prompt=True)
+        rendered = self._probe([QUESTION], prompt=True)
         return rendered.text[rendered.turn_ends[0] :] if rendered is not None and 0 in rendered.turn_ends else ""
 
     @cached_property
     def empties_reasoning(self) -> bool:
         """Whether an answer without reasoning begins with an empty block of it, or closes one that its prompt opens."""
-        rendered, prompt = self._probe([_QUESTION, _ANSWER]), self._probe([_QUESTION], prompt=True)
+        rendered, prompt = self._probe([QUESTION, ANSWER]), self._probe([QUESTION], prompt=True)
         if rendered is None or prompt is None or REASONING_OPENED.search(prompt.text):
             return rendered is not None and prompt is not None
         return bool(EMPTY_REASONING.match(rendered.text.removeprefix(prompt.text)))
-
-    @cached_property
-    def rewrites_answers(self) -> bool:
-        """Whether an earlier answer without reasoning is not rendered as its prompt begins it."""
-        prompt, later = self._probe([_QUESTION], prompt=True), self._probe([_QUESTION, _ANSWER, _QUESTION])
-        return prompt is not None and later is not None and not later.text.startswith(prompt.text)
 
     def split_reasoning(self, answer: str) -> tuple[str, str] | None:
         """The reasoning, which may be empty, and the rest of an answer as it was generated, with its special tokens;
@@ -243,20 +222,20 @@ class ChatTemplate:
     def _around_reasoning(self) -> tuple[str, str]:
         """What the template writes before and after the reasoning of an answer, stripped; empty if not known."""
         reasoning = "loratune reasons."
-        rendered = self._probe([_QUESTION, {**_ANSWER, "reasoning_content": reasoning}])
-        prompt = self._probe([_QUESTION], prompt=True)
+        rendered = self._probe([QUESTION, {**ANSWER, "reasoning_content": reasoning}])
+        prompt = self._probe([QUESTION], prompt=True)
         if rendered is None or prompt is None:
             return "", ""
         if (opened := REASONING_OPENED.search(prompt.text)) is not None:
             return f"<{opened[1]}>", f"</{opened[1]}>"
         before, found, after = rendered.text.removeprefix(prompt.text).partition(reasoning)
-        closed = after.partition(_ANSWER["content"])[0].strip()
+        closed = after.partition(ANSWER["content"])[0].strip()
         return (before.strip(), closed) if found and rendered.text.startswith(prompt.text) else ("", "")
 
     @cached_property
     def shows_tools(self) -> bool:
         """Whether the template renders the schemas of tools."""
-        rendered = self._probe([_QUESTION], tools=(_TOOL,))
+        rendered = self._probe([QUESTION], tools=(TOOL,))
         return rendered is None or "loratune_tool" in rendered.text
 
     def _source(self, chat: TemplateInput) -> str:
@@ -274,7 +253,7 @@ class ChatTemplate:
 
     def _find_end_tokens(self) -> tuple[str, ...]:
         """Returns `end_tokens`, from test conversations."""
-        chats = ([_QUESTION, _ANSWER] * 2, [_QUESTION, _ANSWER], [_ANSWER])
+        chats = ([QUESTION, ANSWER] * 2, [QUESTION, ANSWER], [ANSWER])
         rendered = next(filter(None, map(self._probe, chats)), None)
         answers = [number for number in sorted(rendered.content_ends, reverse=True) if number % 2] if rendered else []
         if rendered is None or not answers:
@@ -286,7 +265,7 @@ class ChatTemplate:
         for number, end in zip(answers[1:], ends[1:], strict=True):
             token = self._special_token_at_end(text[content_ends[number] : end]) if end is not None else ""
             tokens += [token] if token not in closing else []
-        if (calls := self._probe([_QUESTION, _CALL], tools=(_TOOL,))) is not None:
+        if (calls := self._probe([QUESTION, CALL], tools=(TOOL,))) is not None:
             tokens.append(self._special_token_at_end(calls.text.rstrip()))  # Gemma 4 ends calls with another token
         return tuple(dict.fromkeys(filter(None, tokens)))
 
@@ -323,7 +302,7 @@ def _mark_loops(source: str) -> Template:
     """Returns a template with marks around the iterations of its loops.
 
     Raises:
-        TemplateSyntaxError, SyntaxError, RecursionError: The source is not a template.
+        TemplateSyntaxError, SyntaxError, RecursionError, ValueError: The source is not a template.
     """
     environment = chat_template_environment(source)
     tree = environment.parse(source)
