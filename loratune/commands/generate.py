@@ -11,7 +11,6 @@ from loratune.adapter.loading import LoadedAdapters
 from loratune.adapter.options import UNNAMED, Sampling, Selection
 from loratune.codes import Code
 from loratune.data.formats.questions import Question, parse_question
-from loratune.data.rendering import Renderer
 from loratune.data.sources.rows import Row, reported, with_own_fields
 from loratune.errors import ConfigError, DataError, Problem
 from loratune.events import counting, no_advance, note
@@ -77,12 +76,9 @@ def answers(
         for adapter, question, row in zip(answering, questions, rows, strict=True)
     ]
     _check_lengths(requests, rows, max_new_tokens)
-    given: dict[Renderer, dict[str, None]] = {}
-    for adapter, question in zip(answering, questions, strict=True):
-        given.setdefault(adapter.renderer, {}).update(dict.fromkeys(question.arguments))
-    for line in dict.fromkeys(renderer.unread(arguments) for renderer, arguments in given.items()):
-        if line:
-            note(line)
+    unread = (one.renderer.unread(question.arguments) for one, question in zip(answering, questions, strict=True))
+    for line in filter(None, dict.fromkeys(unread)):
+        note(line)
     streamer = TextPieces(answering[0].tokenizer, on_text) if on_text else None
 
     def answered() -> Iterator[Answer]:

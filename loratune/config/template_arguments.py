@@ -28,13 +28,14 @@ _LONGEST = 100_000
 
 def problem(arguments: Mapping[str, Any]) -> str:
     """Why a chat template cannot get these arguments; empty if it can."""
+    documents = arguments.get("documents", [])
+    if not isinstance(documents, list) or not all(isinstance(one, Mapping) for one in documents):
+        return "`documents` must be a list of objects"
     for name in arguments:
         if not (isinstance(name, str) and name.isidentifier() and len(name) < 100):
             return f"{name!r:.60} is not the name of a variable of a chat template"
         if name in RESERVED:
             return f"`{name}` is not an argument of a chat template that can be set"
-        if name == "documents" and not _are_objects(arguments[name]):
-            return "`documents` must be a list of objects"
         word = value.strip().lower() if isinstance(value := arguments[name], str) else ""
         if word in _BOOLEANS or (word in _OFF and not _LEVEL.search(name)):
             return f"`{name}` is the text {value!r}, which a template takes for true: write true or false"
@@ -45,10 +46,6 @@ def problem(arguments: Mapping[str, Any]) -> str:
     except (TypeError, ValueError, RecursionError) as error:  # a date of YAML, a lone surrogate, NaN, a cycle
         return f"the values must be JSON: {error}"
     return ""
-
-
-def _are_objects(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(one, Mapping) for one in value)
 
 
 def _checked(arguments: dict[str, Any]) -> dict[str, Any]:

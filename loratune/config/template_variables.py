@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from jinja2 import Environment, TemplateError, meta, nodes
 
@@ -13,6 +14,7 @@ _FUNCTIONS = {"raise_exception", "strftime_now"}
 """Functions that templates call."""
 
 
+@lru_cache(16)
 def variables(source: str) -> dict[str, str]:
     """Name → default of each variable that a template reads and a user can set, in alphabetical order.
 

@@ -4,15 +4,7 @@ import re
 from dataclasses import replace
 from typing import TypeVar
 
-from loratune.data.formats import (
-    Conversation,
-    Example,
-    Message,
-    PreferencePair,
-    RowError,
-    Single,
-    UnpairedPreference,
-)
+from loratune.data.formats import Conversation, Example, Message, PreferencePair, RowError, Single, UnpairedPreference
 from loratune.errors import Problem
 
 FIELDS = ("reasoning_content", "thinking", "reasoning")
@@ -27,6 +19,7 @@ EMPTY_REASONING = re.compile(rf"\s*+(?:<(?:{_NAMES})>|<\|channel>\w*|\[THINK\])?
 """The beginning of an answer: a reasoning without text, or the end of one that the prompt opens."""
 _IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _CUT = re.compile(r"\s*<think>(?!.*</think>)", re.DOTALL)
+_END = re.compile(r"(?<!\s)(?=\s*\Z)")
 _Some = TypeVar("_Some", bound=Example)
 
 
@@ -55,16 +48,11 @@ def cut_problem(example: Single, loss_on: str) -> Problem | None:
 
 def with_mark(message: Message, mark: str) -> Message:
     """The message with a mark at the end of its reasoning, before white space."""
-    fields = {name: _marked(message[name], mark) for name in FIELDS if message.get(name)}
+    fields = {name: _END.sub(mark, message[name], 1) for name in FIELDS if message.get(name)}
     content = message["content"]
     if not fields and (found := _IN_CONTENT.match(content)):
-        content = _marked(content[: found.end(1)], mark) + content[found.end(1) :]
+        content = _END.sub(mark, content[: found.end(1)], 1) + content[found.end(1) :]
     return {**message, **fields, "content": content}
-
-
-def _marked(text: str, mark: str) -> str:
-    end = len(text.rstrip())
-    return text[:end] + mark + text[end:]
 
 
 def end_of_reasoning(text: str, start: int, place: int | None) -> int:

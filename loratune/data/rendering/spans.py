@@ -12,14 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from loratune.codes import Code
 from loratune.data.formats import IGNORED, Message, Span
-from loratune.data.formats.reasoning import (
-    CLOSING_TAG,
-    FIELDS,
-    REASONING_OPENED,
-    end_of_reasoning,
-    reasoning_of,
-    with_mark,
-)
+from loratune.data.formats.reasoning import CLOSING_TAG, REASONING_OPENED, end_of_reasoning, reasoning_of, with_mark
 from loratune.data.rendering.chat_template import ChatTemplate, RenderedMessages, TemplateInput
 from loratune.data.rendering.turns import TurnFinder, written_forms
 from loratune.errors import DataError
@@ -117,10 +110,8 @@ class RenderedText:
 
 def without_reasoning(rendered: RenderedText) -> RenderedText:
     """Returns the text with the reasoning of its answers, also an empty block of it, taken out of the spans."""
-    if not rendered.bare_starts:
-        return rendered
-    ends = [end for _, end in rendered.spans]
-    return replace(rendered, spans=tuple(zip(rendered.bare_starts, ends, strict=True)))
+    pairs = zip(rendered.bare_starts, rendered.spans, strict=True)
+    return replace(rendered, spans=tuple((start, end) for start, (_, end) in pairs))
 
 
 def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised: Sequence[int]) -> RenderedText:
@@ -147,13 +138,11 @@ def render_conversation(template: ChatTemplate, chat: TemplateInput, supervised:
     finder = TurnFinder(template, chat, whole)
     start = finder.start(last)[0] if prompt is None else len(prompt)
     found = [finder.find(number) for number in supervised[:-1]] + [finder.find(last, start)]
-    ends = _reasoning_ends(template, chat, supervised)
-    _check_reasoning(chat, last, ends, start)
+    ends = _reasoning_ends(template, chat, supervised, start)
     turns, spans = _within_generation_marks(template, chat, supervised, found)
     text = whole.text[: spans[-1][1]]
-    return RenderedText(
-        chat.where, text, start, spans, templated=True, bare_starts=_bare_starts(text, turns, spans, ends)
-    )
+    bare = _bare_starts(text, turns, spans, ends)
+    return RenderedText(chat.where, text, start, spans, templated=True, bare_starts=bare)
 
 
 def _bare_starts(text: str, turns: Sequence[int], spans: Sequence[Span], ends: Mapping[int, int]) -> tuple[int, ...]:
@@ -162,27 +151,29 @@ def _bare_starts(text: str, turns: Sequence[int], spans: Sequence[Span], ends: M
 
 
 def _reasoning_ends(
-    template: ChatTemplate, chat: TemplateInput, numbers: Sequence[int], *, prompt: bool = False
+    template: ChatTemplate, chat: TemplateInput, numbers: Sequence[int], start: int | None
 ) -> dict[int, int]:
     """Returns the number of each of these messages whose reasoning is in the text → where it ends: they are rendered
-    with a mark there. prompt: whether the text is that of a prompt. Raises as `ChatTemplate.text`."""
+    with a mark there.
+
+    start: where the last of them begins; None: the text is that of a prompt.
+
+    Raises:
+        DataError: As `ChatTemplate.text`; the reasoning of the last message is not in the text after its start.
+    """
     marks = {number: f" loratune reasoning {number}." for number in numbers if reasoning_of(chat.messages[number])}
     if not marks:
         return {}
     messages = [with_mark(one, marks[at]) if at in marks else one for at, one in enumerate(chat.messages)]
-    text = template.text(TemplateInput(messages, chat.tools, chat.where), prompt=prompt)
+    text = template.text(TemplateInput(messages, chat.tools, chat.where), prompt=start is None)
     ends, shift = dict[int, int](), 0
     for number, mark in marks.items():
         if (place := text.find(mark)) >= 0:
             ends[number], shift = place - shift, shift + len(mark)
-    return ends
-
-
-def _check_reasoning(chat: TemplateInput, number: int, ends: Mapping[int, int], start: int) -> None:
-    """Check that the reasoning of an answer is in the text from a position on. Raises DataError."""
-    if reasoning_of(chat.messages[number]) and ends.get(number, -1) < start:
-        what = f"the chat template leaves out the reasoning of {chat.name(number)}"
+    if start is not None and (last := numbers[-1]) in marks and ends.get(last, -1) < start:
+        what = f"the chat template leaves out the reasoning of {chat.name(last)}"
         raise chat.error(Code.TEMPLATE_OMITS, what, "renders it", _WITHOUT_REASONING)
+    return ends
 
 
 def check_tools_are_shown(template: ChatTemplate, chat: TemplateInput) -> None:
@@ -224,20 +215,17 @@ def _answer_after_other_prompt(
         raise chat.error(Code.TEMPLATE_OMITS, what, "opens it", _WITHOUT_REASONING)
     answer = finder.find(last, start, reasoning_closed=closed)
     text, opened = _continuation(prompt_tail, chat.messages[last], whole, answer, last)
-    border, end = len(history.text), opened
-    if opened is None:
-        in_whole = _reasoning_ends(template, chat, [last])
-        _check_reasoning(chat, last, in_whole, answer[0])
-        end = in_whole[last] - answer[0] if in_whole else None
+    border = len(history.text)
+    in_whole = {last: opened + answer[0]} if opened is not None else _reasoning_ends(template, chat, [last], answer[0])
     _, ((mark_start, _),) = _within_generation_marks(template, chat, [last], [answer])
     start_in_text = mark_start - answer[0] if text == whole.text[slice(*answer)] else 0
     turns: tuple[int, ...] = ()
     spans: tuple[Span, ...] = ()
-    ends = {} if end is None else {last: border + end}
+    ends = {number: border + place - answer[0] for number, place in in_whole.items()}
     if supervised[:-1]:
         earlier = [*map(TurnFinder(template, chat, history).find, supervised[:-1])]
         turns, spans = _within_generation_marks(template, chat.first(last), supervised[:-1], earlier)
-        ends |= _reasoning_ends(template, chat.first(last), turns, prompt=True)
+        ends |= _reasoning_ends(template, chat.first(last), turns, None)
     turns, spans = (*turns, last), (*spans, (border + start_in_text, border + len(text)))
     bare = _bare_starts(history.text + text, turns, spans, ends)
     return RenderedText(chat.where, history.text + text, border, spans, templated=True, bare_starts=bare)
@@ -279,7 +267,7 @@ def _continuation(
     if tag is None:
         return answer_text, None
     content, reasoning, closing_tag = message["content"].strip(), reasoning_of(message), f"</{tag[1]}>"
-    if closing_tag in content and number in whole.content_ends and not any(map(message.get, FIELDS)):
+    if closing_tag in content and number in whole.content_ends and not reasoning_of({**message, "content": ""}):
         inner: str = content.removeprefix(f"<{tag[1]}>").removeprefix("\n")
         text = inner + whole.text[whole.content_ends[number] : answer[1]]
     elif answer_text.lstrip().startswith(closing_tag):  # DeepSeek-V3.1 writes it before each answer
