@@ -277,8 +277,7 @@ class WeightedRows:
     Attributes:
         rows: The rows.
         weights: (rows,), the factor of each row; None: 1.
-        prompt_weight: The weight of the tokens that are not supervised, whose labels are then their ids. Tokens that a
-            block repeats from the block before have no label.
+        prompt_weight: The weight of tokens that are not supervised, whose labels are then their ids, unless repeated.
         owners: As of `TokenCache`.
     """
 
@@ -292,9 +291,8 @@ class WeightedRows:
 
     def __getitem__(self, number: int, /) -> dict[str, list[Any]]:
         row = self.rows[number]
-        factor = 1.0 if self.weights is None else float(self.weights[number])
-        weights = [factor if label >= 0 else factor * self.prompt_weight for label in row["labels"]]
-        labels = row["labels"]
+        labels, factor = row["labels"], 1.0 if self.weights is None else float(self.weights[number])
+        weights = [factor if label >= 0 else factor * self.prompt_weight for label in labels]
         if self.prompt_weight:
             follows = self.owners is not None and number > 0 and self.owners[number] == self.owners[number - 1]
             new = next((place for place, label in enumerate(labels) if label >= 0), 1) if follows else 1

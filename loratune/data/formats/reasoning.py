@@ -39,7 +39,9 @@ def has_several(message: Message) -> bool:
 
 def cut_problem(example: Single, loss_on: str) -> Problem | None:
     """The problem if a supervised answer opens a reasoning that it never closes, as a generation that was cut off."""
-    for number in example.supervised_turns(loss_on) if isinstance(example, Conversation) else ():
+    if not isinstance(example, Conversation):
+        return None
+    for number in example.supervised_turns(loss_on):
         if _CUT.match(example.messages[number]["content"]):
             what = f"message {number + 1} (assistant) opens <think> and never closes it, so it has no answer"
             return RowError(what, "close it, or remove the row").at(example.where)

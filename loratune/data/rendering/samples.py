@@ -4,8 +4,8 @@ from typing import Any
 
 from loratune.data.formats import Message
 
-QUESTION = {"role": "user", "content": "loratune?"}
-ANSWER = {"role": "assistant", "content": "loratune!"}
+QUESTION: Message = {"role": "user", "content": "loratune?"}
+ANSWER: Message = {"role": "assistant", "content": "loratune!"}
 TOOL = {
     "type": "function",
     "function": {
@@ -15,13 +15,13 @@ TOOL = {
     },
 }
 _ID = "abc123XYZ"
-CALL = {
+CALL: Message = {
     "role": "assistant",
     "content": "",
     "tool_calls": [{"type": "function", "id": _ID, "function": {"name": "loratune_tool", "arguments": {"x": "1"}}}],
 }
-_RESULT = {"role": "tool", "name": "loratune_tool", "tool_call_id": _ID, "content": "1"}
-_SYSTEM = {"role": "system", "content": "loratune."}
+_RESULT: Message = {"role": "tool", "name": "loratune_tool", "tool_call_id": _ID, "content": "1"}
+_SYSTEM: Message = {"role": "system", "content": "loratune."}
 _REASONING = "loratune reasons."
 
 
@@ -33,7 +33,7 @@ def conversation(kind: str, *, in_fields: bool) -> tuple[tuple[Message, ...], tu
         in_fields: Whether reasoning is in a field of a message, not in its content.
     """
     content = f"<think>\n{_REASONING}\n</think>\n\nloratune!"
-    given = {"reasoning_content": _REASONING} if in_fields else {"content": content}
+    given: Message = {"reasoning_content": _REASONING} if in_fields else {"content": content}
     messages: list[Message] = [_SYSTEM] if "system" in kind else []
     for more in ({}, given, {}) if "reasoning" in kind else ({}, {}):
         messages += [QUESTION, *([CALL | more, _RESULT] if "tools" in kind else []), ANSWER | more]
