@@ -89,6 +89,11 @@ def plural(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def listed(items: Sequence[str], most: int = 5, separator: str = ", ") -> str:
+    """The first items, and the number of the others: `a, b, c, d, e, and 3 more`."""
+    return separator.join([*items[:most], *([f"and {len(items) - most:,} more"] if items[most:] else [])])
+
+
 def format_size(count: int) -> str:
     """A number of bytes in the unit that reads best: `1,843,200 bytes (1.8 MB)`, `3.2 GiB`."""
     if count >= 1 << 28:

@@ -20,6 +20,7 @@ from loratune.events import note
 from loratune.model.source import is_directory
 from loratune.statistics import LEAST_ROWS
 from loratune.system.output_file import Output
+from loratune.text import listed
 from loratune.training.checkpoints import run_dir
 
 SOURCE = "init"
@@ -42,9 +43,6 @@ _WANTED_SHARE, _LEAST_SHARE_ROWS, _MOST_SHARE, _MOST_HELD_OUT, _LEAST_ROWS = 0.1
 """A tenth of the rows is held out; up to a fifth, to get 100; at most 500; and of fewer than 50 rows none."""
 BLOCK = 1024
 """The most tokens of the blocks into which longer texts are split."""
-
-_SHOWN = 5
-"""The most file names in a message."""
 
 
 def start(rows: str, model: str, assignments: Sequence[str], output: Output | None = None) -> tuple[Draft, RunConfig]:
@@ -70,16 +68,14 @@ def start(rows: str, model: str, assignments: Sequence[str], output: Output | No
         output.reading(Path(rows).expanduser())  # it would be read as rows itself
     found, others = _find_splits(rows)
     if others:
-        names = ", ".join(others[:_SHOWN]) + (f", and {len(others) - _SHOWN:,} more" if others[_SHOWN:] else "")
-        note(f"rows: left out, as the other files are named after splits: {names}")
+        note(f"rows: left out, as the other files are named after splits: {listed(others)}")
     splits = {key: paths if paths[1:] else paths[0] for key, paths in found.items()}
     values = {"model": {"name_or_path": model}, "data": splits, "output_dir": _free_directory(rows)}
     draft = config.draft(values, SOURCE, assignments)
     run = _checked(draft)
     files = [file for source in run.data.train_sources for file in text_files(source)]
     if len(files) > 1:
-        why = f"each of the {len(files):,} text files is one row; line reads each line of a file as one"
-        draft.choose("data.sample_by", "document", why)
+        draft.choose("data.sample_by", "document", "a text file is one row; line reads each of its lines as one")
         run = _checked(draft)
     run_dir.check(run.output_dir, overwrite=True, inputs=config.input_paths(output.path if output else None, run))
     for source in run.data.train_sources:

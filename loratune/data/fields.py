@@ -15,11 +15,12 @@ from loratune.data.formats.recognition import FORMATS
 from loratune.data.holding_out import MAX_LABELS, UNITS_PER_LABEL
 from loratune.data.report import RowTally
 from loratune.data.row_index import completion_key
-from loratune.data.sources import open_source
+from loratune.data.sources import format_error, open_source
 from loratune.data.sources.rows import Row
 from loratune.data.splits import DatasetSplit, RawDatasets, read_datasets
 from loratune.errors import DataError, Problem
 from loratune.events import reading
+from loratune.text import listed
 
 _MOST, _LONGEST, _LEAST_ROWS = 1_000, 80, 3
 """Limits of a field of classes: the most values, the most characters of a value, and the fewest rows per value for up
@@ -113,7 +114,8 @@ def _columns_for(error: DataError, section: DataSection, *, chat: bool) -> Colum
     known = ", or ".join(" + ".join(format.keys) for format in FORMATS)
     fix = f"rows have {known}; say which is which: {assignment('data.columns', dict.fromkeys(_keys(chat), 'YOURS'))}"
     fix += ", or with chosen and rejected for preferences"
-    raise DataError([replace(problem, fix=fix) for problem in error.problems]) from None
+    problems = [replace(problem, fix=fix) for problem in error.problems]
+    raise format_error(problems, section.train_sources[0], section.sample_by) from None
 
 
 _BY_NAMES = "the fields fit no format as they are, and their names say what they hold"
@@ -330,9 +332,8 @@ class Classes:
             return
         yield f"{len(self.counts):,} classes: {self._listed(self.counts)}"
         if groups := alike(self.counts):
-            more = f"; and {len(groups) - _SHOWN:,} more" if groups[_SHOWN:] else ""
-            listed = "; ".join(map(self._listed, groups[:_SHOWN]))
-            yield f"classes that look alike, and are learned as different ones: {listed}{more}"
+            similar = listed([*map(self._listed, groups)], _SHOWN, "; ")
+            yield f"classes that look alike, and are learned as different ones: {similar}"
         if rare := [name for name, count in self.counts.items() if count < UNITS_PER_LABEL]:
             yield f"classes of fewer than {UNITS_PER_LABEL} rows: {self._listed(rare)}"
         if self.empty.count:
@@ -340,8 +341,7 @@ class Classes:
 
     def _listed(self, names: Iterable[str]) -> str:
         ordered = sorted(names, key=lambda name: (-self.counts[name], name))
-        more = f", and {len(ordered) - _SHOWN:,} more" if ordered[_SHOWN:] else ""
-        return ", ".join(f"`{name}` {self.counts[name]:,}" for name in ordered[:_SHOWN]) + more
+        return listed([f"`{name}` {self.counts[name]:,}" for name in ordered], _SHOWN)
 
 
 def _question_and_answer(example: Example) -> tuple[str | None, str]:

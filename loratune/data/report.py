@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from loratune.data.formats import Plain, Single, quote
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import Problem
+from loratune.text import plural
 
 MAX_PLACES = 3
 """The most row places that a message lists."""
@@ -202,7 +203,7 @@ class Report:
     def reasons(self) -> list[str]:
         """Lines on why rows were dropped: `2 rows dropped: the completion is empty (rows.jsonl:3, rows.jsonl:9)`."""
         return [
-            f"{_rows(tally.count)} dropped: {reason} ({tally.places})"
+            f"{plural(tally.count, 'row')} dropped: {reason} ({tally.places})"
             for reason, tally in sorted(self.dropped.items(), key=lambda item: -item[1].count)
         ]
 
@@ -211,18 +212,19 @@ class Report:
         if not self.split_rows:
             return []
         repeated = f"; {self.repeated:,} of their tokens are repeated, without loss" if self.repeated else ""
-        return [f"{_rows(self.split_rows)} split into {self.blocks:,} blocks, as data.truncation is split{repeated}"]
+        rows = plural(self.split_rows, "row")
+        return [f"{rows} split into {self.blocks:,} blocks, as they exceed data.max_length{repeated}"]
 
     def losses(self) -> list[str]:
         """Lines on what was truncated or dropped."""
-        truncated = [f"{_rows(self.truncated)} cut to max_length"] if self.truncated else []
+        truncated = [f"{plural(self.truncated, 'row')} cut to max_length"] if self.truncated else []
         return truncated + self._cut() + self._unsupervised()
 
     def remarks(self, max_length: int, context: int | None = None) -> list[str]:
         """Lines on the rows that complement the table. context: context length of the model in tokens."""
         lines = self.splits() + self._unsupervised()
         if self.duplicates.count:
-            lines.append(f"{_rows(self.duplicates.count)} repeated: {self.duplicates.places}")
+            lines.append(f"{plural(self.duplicates.count, 'row')} repeated: {self.duplicates.places}")
         more = "raise it, or " if context is None or max_length < context else ""
         lines += self._cut(f": {more}split long rows into several")
         if self.longest > max_length:
@@ -303,10 +305,6 @@ def total(reports: Iterable[Report]) -> Report:
     for report in reports:
         merged.extend(report)
     return merged
-
-
-def _rows(count: int) -> str:
-    return f"{count:,} row" if count == 1 else f"{count:,} rows"
 
 
 # Prompts and answers that run into one word

@@ -22,7 +22,7 @@ from loratune.data import formats
 from loratune.data.formats import Conversation, Example, Ids, Message, Plain, Preference, UnpairedPreference, sides
 from loratune.data.formats.recognition import Parser
 from loratune.data.report import Report
-from loratune.data.sources import GivenRows, RowSource, no_rows_error, open_source
+from loratune.data.sources import GivenRows, RowSource, format_error, no_rows_error, open_source
 from loratune.data.sources.rows import MAX_PROBLEMS, Row, Unreadable, line_of, place_parts, reported, to_json_line
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, reading
@@ -68,12 +68,14 @@ class RowIndex:
         counts: The number of rows of each source.
         columns: (rows, 6); for the columns see `EXACT`.
         invalid: Report on the invalid rows that were dropped; None if such rows are an error.
+        empty: The names of files without rows, unless only a slice is read.
     """
 
     files: tuple[IndexedFile, ...]
     counts: tuple[int, ...]
     columns: NDArray[np.int64]
     invalid: Report | None = None
+    empty: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -130,18 +132,23 @@ def index_rows(sources: Sequence[Source | GivenRows], section: DataSection, grou
     """
     parts_by_source = [(source, open_source(source, section.sample_by)) for source in sources]
     indexer = _Indexer(section, group_by, Report() if section.invalid_rows == "drop" else None)
-    files, counts, invalid = list[IndexedFile](), list[int](), indexer.invalid
+    files, counts, empty, invalid = list[IndexedFile](), list[int](), list[str](), indexer.invalid
     with reading("reading", sum(part.size for _, parts in parts_by_source for part in parts)) as advance:
         for source, parts in parts_by_source:
-            found = [file for part in parts if (file := indexer.add_file(part, advance))]
+            try:
+                indexed = [indexer.add_file(part, advance) for part in parts]
+            except DataError as error:
+                raise format_error(error.problems, source, section.sample_by) from None
+            found = [file for file in indexed if file]
             counts.append(sum(file.rows for file in found))
             if not counts[-1]:
                 raise no_rows_error(source, "; ".join(invalid.reasons()) if invalid else "")
             files += found
+            empty += [part.name for part, file in zip(parts, indexed, strict=True) if not (file or source.split)]
     columns = np.frombuffer(indexer.numbers, dtype=np.int64).reshape(-1, 6)
     if group_by is not None and bool((columns[:, GROUP] == columns[:, FOLDED]).all()):
         raise _no_groups_error(files, group_by)
-    return RowIndex(tuple(files), tuple(counts), columns, invalid)
+    return RowIndex(tuple(files), tuple(counts), columns, invalid, tuple(empty))
 
 
 def _no_groups_error(files: Sequence[IndexedFile], name: str) -> DataError:

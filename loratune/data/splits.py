@@ -28,6 +28,7 @@ from loratune.data.sources.rows import Row, place_in_cache, to_json_line
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance
 from loratune.system.directories import ROW_HASHES
+from loratune.text import listed, plural
 
 _log = logging.getLogger(__name__)
 
@@ -109,9 +110,8 @@ class DatasetSplit:
 
     def remarks(self) -> list[str]:
         """Lines on the files if there are several, the notes, and the fields that are not read."""
-        files = [f"{file.source.name} ({file.parser.format_name}, {file.rows:,} rows)" for file in self.index.files]
-        more = f", and {len(files) - 5:,} more" if files[5:] else ""
-        several = [f"{len(files):,} files: {', '.join(files[:5])}{more}"] if files[1:] else []
+        files = [f"{one.source.name} ({one.parser.format_name}, {plural(one.rows, 'row')})" for one in self.index.files]
+        several = [f"{len(files):,} files: {listed(files)}"] if files[1:] else []
         files_by_fields: dict[frozenset[str], list[str]] = {}
         for file in self.index.files:
             if file.parser.unused_fields:
@@ -231,19 +231,16 @@ def _read_split(
     group_by: str | None = None,
 ) -> DatasetSplit:
     index = index_rows(sources, section, group_by)
-    notes, mask = (
-        [*filter(None, (left_out(source, section.sample_by) for source in sources))],
-        np.ones(len(index), dtype=np.bool_),
-    )
+    notes = [*filter(None, (left_out(source, section.sample_by) for source in sources))]
+    mask = np.ones(len(index), dtype=np.bool_)
+    if index.empty:
+        notes.append(f"{plural(len(index.empty), 'file')} without rows: {listed(index.empty)}")
     if weights := [source.weight for source in sources if source.weight is not None]:
         shares = mix_counts(index.counts, weights)
-        counts = [*zip(index.counts, shares, strict=True)]
-        notes += (
-            f"mixed: {source.path}: {share:,} of {count:,} rows"
-            for source, (count, share) in zip(sources, counts, strict=True)
-        )
+        mixed = [*zip(sources, index.counts, shares, strict=True)]
+        notes += [f"mixed: {source.path}: {share:,} of {count:,} rows" for source, count, share in mixed]
         random = np.random.default_rng(seed)
-        mask = np.concatenate([random_mask(count, share, random) for count, share in counts])
+        mask = np.concatenate([random_mask(count, share, random) for _, count, share in mixed])
     return DatasetSplit(name, index, mask, section, tuple(notes), index.invalid)
 
 

@@ -6,7 +6,7 @@ Rows are streamed: one block of a file, or one row if it is longer, is in memory
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -154,24 +154,29 @@ def open_source(source: Source | GivenRows, sample_by: str = AUTO) -> list[RowSo
 
 
 def text_files(source: Source) -> list[Path]:
-    """The files of a source that are text files, if all are. Raises DataError: as `open_source`."""
+    """The files of a source that are text files, if all data files are. Raises DataError: as `open_source`."""
     path = _local_path(source)
-    found = files.find_files(path, "document")[0] if path else []
-    return found if all(map(files.is_text, found)) else []
+    found, others = files.find_files(path, "document") if path else ([], [])
+    return found if all(files.is_text(one) for one in (*found, *others) if files.data_ending(one)) else []
 
 
 def left_out(source: Source | GivenRows, sample_by: str = AUTO) -> str:
     """A line on files of a directory or a glob that `open_source` does not read, or on a setting that has no effect on
     the source; empty if there are none."""
-    path = _local_path(source)
-    read, others = files.find_files(path, sample_by) if path and not isinstance(source, GivenRows) else ([], [])
-    if not others:
+    path = None if isinstance(source, GivenRows) else _local_path(source)
+    read, others = files.find_files(path, sample_by) if path else ([], [])
+    if not path or not others:
         is_unused = sample_by != AUTO and not any(map(files.is_text, read))
         return f"{source.path}: data.sample_by has no effect, as there is no text file" if is_unused else ""
-    known = f"files that end in {files.KNOWN_ENDINGS} are"
-    if any(map(files.is_document, others)):
-        known = "documents are not rows" if not all(map(files.is_text, read)) else "data.sample_by: document reads them"
-    return f"{source.path}: not read: {files.shown(others)} ({known})"
+    return f"{source.path}: not read: {'; '.join(files.unread(path, read, others))}"
+
+
+def format_error(problems: Sequence[Problem], source: Source | GivenRows, sample_by: str) -> DataError:
+    """The error of a source; if its rows fit no format, with the files that are not read, such as documents."""
+    first, *others = problems
+    if first.code == Code.DATA_FORMAT and (line := left_out(source, sample_by)):
+        first = replace(first, fix=f"{first.fix}; {line}")
+    return DataError([first, *others])
 
 
 def _local_path(source: Source | GivenRows) -> Path | None:

@@ -6,8 +6,10 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from loratune.data.sources.rows import BLOCK, Row, RowOrProblem, Unreadable
 from loratune.errors import DataError, Problem
 from loratune.events import Advance, no_advance, progress
 from loratune.system.files import sha256
+from loratune.text import listed
 
 ENDINGS = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 DOCUMENT_ENDINGS = (
@@ -38,8 +41,7 @@ DOCUMENT_ENDINGS = (
 GZIP_ENDINGS = tuple(f"{ending}.gz" for ending in (*ENDINGS, *DOCUMENT_ENDINGS) if ending != ".parquet")
 KNOWN_ENDINGS = f"{', '.join(ENDINGS[:-1])} (each also as .gz), .parquet, or of text such as .md, .rst, .py"
 _UNBOUNDED = sys.maxsize
-_SHOWN = 5
-"""The most file names that a message lists."""
+_ANY_DEPTH = re.compile(r"(?:^|(?<=/))\*\*(?:/|$)")
 
 _TEXT_READERS: dict[str, Callable[[BinaryIO, str], Iterator[RowOrProblem]]] = {
     ".jsonl": readers.jsonl_rows,
@@ -80,10 +82,11 @@ def looks_like_hub_id(path: str) -> bool:
 def find_files(path: Path, sample_by: str = AUTO) -> tuple[list[Path], list[Path]]:
     """The data files of a path, sorted by name, and the other files there.
 
-    Next to files of rows, documents such as README.md are other files; next to `.txt`, they are with `auto`.
+    Next to files of rows, documents such as README.md are other files; next to `.txt`, they are with `auto`. With
+    `document`, only text files are data files, if there are any. A file is read once, even if there are links to it.
 
     Args:
-        path: A file, a directory (not searched recursively), or a glob.
+        path: A file, a directory (not searched recursively), or a glob, whose `**` does not follow links.
         sample_by: As in the configuration.
 
     Returns:
@@ -97,7 +100,7 @@ def find_files(path: Path, sample_by: str = AUTO) -> tuple[list[Path], list[Path
             return _data_files(path.iterdir(), path, sample_by, "no data files in this directory")
         if not path.exists():
             if glob.has_magic(str(path)):
-                found = {*map(Path, glob.iglob(str(path), recursive=True))}
+                found = {*map(Path, _matches(str(path)))}
                 return _data_files(found, path, sample_by, "no data files match this glob")
             raise DataError(Problem(Code.DATA_NOT_FOUND, "no such file", str(path), fix="check the path"))
         if not path.is_file():
@@ -111,23 +114,63 @@ def find_files(path: Path, sample_by: str = AUTO) -> tuple[list[Path], list[Path
     return [path], []
 
 
+def _matches(pattern: str) -> Iterator[str]:
+    """The paths that a glob matches. Unlike in `glob`, `**` does not follow links to directories: they may be loops."""
+    if not (found := _ANY_DEPTH.search(pattern)):
+        yield from glob.iglob(pattern)
+        return
+    for top in glob.iglob(pattern[: found.start()] or os.curdir):
+        for directory, names, _ in os.walk(top):
+            names[:] = [name for name in names if not name.startswith(".")]
+            yield from _matches(os.path.join(glob.escape(directory), pattern[found.end() :] or "*"))
+
+
 def _data_files(paths: Iterable[Path], parent: Path, sample_by: str, otherwise: str) -> tuple[list[Path], list[Path]]:
     found = sorted(paths)
-    files = [path for path in found if data_ending(path) and path.is_file()]
-    if not all(map(is_text, files)) or (sample_by == AUTO and not all(map(is_document, files))):
+    files = [path for path in found[::-1] if data_ending(path) and path.is_file()]
+    links_first = sorted(files, key=Path.is_symlink, reverse=True)
+    files = sorted({os.path.realpath(path): path for path in links_first}.values())
+    if sample_by == "document" and any(map(is_text, files)):
+        files = [path for path in files if is_text(path)]
+    elif not all(map(is_text, files)) or (sample_by == AUTO and not all(map(is_document, files))):
         files = [path for path in files if not is_document(path)]
     read = {*files, *(directory for file in files for directory in file.parents)}
     others = [path for path in found if path not in read and not path.name.startswith(".")]
     if files:
         return files, others
     what = f"{otherwise}, only {shown(others)}" if others else otherwise
-    raise DataError(Problem(Code.DATA_NOT_FOUND, what, str(parent), fix=f"name files that end in {KNOWN_ENDINGS}"))
+    fix = f"name files that end in {KNOWN_ENDINGS}"
+    fix += f", or a glob such as {glob_of(parent, [], '**')}" if any(map(Path.is_dir, others)) else ""
+    raise DataError(Problem(Code.DATA_NOT_FOUND, what, str(parent), fix=fix))
+
+
+def glob_of(path: Path, found: Sequence[Path], *folders: str) -> str:
+    """A glob of files like most of those found in a directory, or by a glob. folders: the folders in it."""
+    ending = Counter([*map(data_ending, found)] or [".md"]).most_common(1)[0][0]
+    return str((path.parent if glob.has_magic(path.name) else path).joinpath(*folders, f"*{ending}"))
+
+
+def unread(path: Path, read: Sequence[Path], others: Sequence[Path]) -> Iterator[str]:
+    """Texts on files that are not read, by reason. path: a directory or a glob. read, others: see `find_files`."""
+    targets, reasons, is_text_only = {*map(os.path.realpath, read)}, dict[str, list[Path]](), all(map(is_text, read))
+    for other in others:
+        alone = f"documents are not rows; {glob_of(path, [other])}, or data.sample_by: document, reads them alone"
+        cases = (
+            (other.is_dir() and "**" in path.parts, "links to folders, and folders without data files"),
+            (other.is_dir(), f"subfolders are not read, except by a glob such as {glob_of(path, read, '**')}"),
+            (not other.is_file(), "broken links and special files are not read"),
+            (os.path.realpath(other) in targets, "other names of files that are read"),
+            (is_document(other), "data.sample_by: document reads them" if is_text_only else alone),
+            (data_ending(other), "data.sample_by: document reads only text files; name files of rows themselves"),
+            (True, f"files that end in {KNOWN_ENDINGS} are"),
+        )
+        reasons.setdefault(next(reason for applies, reason in cases if applies), []).append(other)
+    return (f"{shown(paths)} ({why})" for why, paths in reasons.items())
 
 
 def shown(paths: Sequence[Path]) -> str:
     """The names of the first few paths, and the number of the others."""
-    more = f", and {len(paths) - _SHOWN:,} more" if paths[_SHOWN:] else ""
-    return ", ".join(f"{path.name}{'/' if path.is_dir() else ''}" for path in paths[:_SHOWN]) + more
+    return listed([f"{path.name}{'/' if path.is_dir() else ''}" for path in paths])
 
 
 def _unreadable_error(error: OSError, path: Path) -> DataError:
