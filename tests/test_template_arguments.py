@@ -16,6 +16,7 @@ from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import DataSection, template_arguments
+from loratune.data.measured_rows import measure
 from loratune.data.rendering import Renderer
 from loratune.export import ollama
 
@@ -242,6 +243,7 @@ def test_what_becomes_of_the_reasoning(
     assert report.kinds == {kind: (1, number) for kind, number in first.items()} or reasoning == "drop"
     assert any("rows of their own" in line for line in report.remarks(1024)) == (reasoning != "drop")
     assert any("which is context" in line for line in report.losses()) == (reasoning == "mask")
+    assert measure(section, renderer, 264)[0].items_per_row == len(found) / 3, "so `init` counts the steps of `train`"
     short = section.model_copy(update={"max_length": 20, "max_dropped": 1.0})
     rows = data.prepare(data.read_datasets(section, 0).train, renderer, short, 264)
     assert not rows.report.own_rows and rows.report.written == len(rows.rows)

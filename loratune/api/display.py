@@ -148,7 +148,8 @@ def started(started: "Started") -> list[tuple[str, str]]:
     rows, fit, run = started.rows, started.fit, started.run
     lengths, paired = rows.tokenized.lengths, rows.rows_per_example > 1
     answers = f", {rows.classes.labels} labels" if rows.classes.labels else ""
-    blocks = f", in {rows.blocks_per_row * len(rows.train):,.0f} blocks" if rows.blocks_per_row > 1 else ""
+    what = "trained as {:,.0f} rows" if rows.tokenized.owners is None else "in {:,.0f} blocks"
+    blocks = f", {what.format(rows.items_per_row * len(rows.train))}" if rows.items_per_row != 1 else ""
     sampled = f", of {len(lengths) // rows.rows_per_example:,} drawn from them" if rows.is_sample else ""
     median, high = (int(value) for value in np.quantile(lengths, (0.5, 0.95), method="inverted_cdf"))
     sampled += ", of each answer with its prompt" * paired

@@ -282,7 +282,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
     """The number of training rows, or blocks, without held-out ones, and the facts that `auto` values depend on."""
     trained = max(1, len(rows.train) - held_out)
     share, (lengths, supervised) = trained / len(rows.train), rows.cut(run.data.max_length)
-    trained = round(trained * rows.blocks_per_row)
+    trained = round(trained * rows.items_per_row)
     packs = -(-round(share * int(lengths.sum())) // run.data.max_length) if run.data.packing == "full" else trained
     return trained, auto.Facts(
         hidden_size=load.hidden_size(model_config),
@@ -299,7 +299,7 @@ def _facts(run: RunConfig, rows: MeasuredRows, held_out: int, model_config: Any)
 def _duration(run: RunConfig, rows: MeasuredRows, trained: int, model: PeftModel) -> tuple[int, float]:
     """The optimizer steps of the run, and their estimated seconds, with evaluations."""
     lengths, supervised = rows.cut(run.data.max_length)
-    held_out = rows.held_out * rows.blocks_per_row or len(rows.train) * rows.blocks_per_row - trained
+    held_out = rows.held_out * rows.items_per_row or len(rows.train) * rows.items_per_row - trained
     costs = Costs.of_run(model, run, lengths, supervised, rows.saved, rows.rows_per_example)
     tokens = round(float(lengths.mean()) * held_out)
     steps, operations = costs.work(run.training, tokens, share=trained / len(lengths))

@@ -70,18 +70,16 @@ class MeasuredRows:
         return len(self.train) > MOST_ROWS
 
     @property
-    def blocks_per_row(self) -> float:
-        """The average number of blocks that a training row was split into; 1 if none was."""
-        owners = self.tokenized.owners
-        return 1.0 if owners is None else len(owners) / (int(owners[-1]) + 1)
+    def items_per_row(self) -> float:
+        """The average number of items that a training row becomes: its blocks, or rows for its earlier answers; below 1
+        if rows are dropped."""
+        return len(self.tokenized) / self.rows_per_example / len(_sample(self.train))
 
     def cut(self, max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Two arrays (rows,): the tokens and supervised tokens of each row or pair, cut to `max_length`."""
-        lengths, supervised = (
-            values.reshape(-1, self.rows_per_example).sum(1)
-            for values in (self.tokenized.lengths, self.tokenized.supervised)
-        )
-        lengths = lengths.clip(max=max_length * self.rows_per_example)
+        each, rows = self.rows_per_example, self.tokenized
+        lengths, supervised = (one.reshape(-1, each).sum(1) for one in (rows.lengths, rows.supervised))
+        lengths = lengths.clip(max=max_length * each)
         return lengths, supervised.clip(max=lengths)
 
 
