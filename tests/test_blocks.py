@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -28,6 +29,7 @@ from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.rendering.truncation import split
 from loratune.data.sources.rows import Row
 from loratune.errors import DataError
+from loratune.statistics import mean_ratio_interval
 from loratune.training import auto
 
 EOS = 256
@@ -151,7 +153,7 @@ def test_blocks_are_the_tokens_of_the_text(renderer: Renderer, tmp_path: Path) -
     assert report.tokens - report.repeated == whole.report.tokens and report.repeated == 23
     assert report.supervised == whole.report.tokens - 10  # each block begins with a token that nothing is before
     (line,) = report.splits()
-    assert line.startswith("2 rows split into 10 blocks, as data.truncation is split; 23 ")
+    assert line.startswith("2 rows split into 10 blocks, as they exceed data.max_length; 23 ")
     overlapping = prepared(renderer, path, max_length=32, stride=8)
     assert overlapping.report.supervised == whole.report.supervised
     assert overlapping.report.repeated == overlapping.report.tokens - whole.report.tokens > 23
@@ -270,6 +272,61 @@ def test_evaluate_gives_the_loss_of_documents(trained: Path, cli: Cli, tmp_path:
     assert found["base"]["tokens"] == alone["base"]["tokens"] == sum(row.supervised for row in parts)
 
 
+COPIES = {
+    "split": (40, [1.0]),
+    "split, four times": (40, [1.0] * 4),
+    "whole, with weights": (512, [3.0]),
+    "split, with weights": (40, [0.2]),
+    "whole, twice with different weights": (512, [0.01, 9.01]),
+    "split, twice with different weights": (40, [9.01, 0.01]),
+    "split, twice without weight": (40, [2.0, 0.0, 0.0]),
+}
+"""`max_length`, and the weights of the copies of each of twelve texts, each times the number of the text."""
+
+
+@pytest.mark.parametrize(("length", "weights"), COPIES.values(), ids=COPIES)
+def test_copies_of_weighted_texts_are_counted(
+    length: int, weights: list[float], run_config: MakeConfig, cli: Cli, tmp_path: Path, trained: Path
+) -> None:
+    """Gain, held-out loss, test rows and `evaluate` agree on losses, and count rows and supervised tokens."""
+    is_weighted = weights != [1.0] * len(weights)
+    held_out = [
+        {"text": words(15 + 10 * number, number), "importance": weight * (number + 1 if is_weighted else 1)}
+        for weight in weights
+        for number in range(12)
+    ]
+    path = str(write_rows(tmp_path / "held.jsonl", held_out))
+    data = {"validation": path, "test": path, "train": str(trained / "docs"), "max_length": length}
+    if is_weighted:
+        train = [{"text": words(100, number), "importance": 1} for number in range(8)]
+        data |= {"columns": {"weight": "importance"}, "train": str(write_rows(tmp_path / "train.jsonl", train))}
+    ran = cli("train", run_config(data=data, training={"max_steps": 2}), "--allow-worse")
+    assert ran.code == 0, ran.err
+    out = tmp_path / "scored.jsonl"
+    scored = cli("evaluate", "--adapter", tmp_path / "out", "--data", path, "--json", "--output", out)
+    assert scored.code == 0, scored.err
+    found = json.loads(scored.out)["adapter"]
+    metrics = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]
+    gain, test = metrics["gain"], metrics["test"]
+    weighing = [weight for weight in weights if weight]
+    count = 12 * len(weighing)
+    distinct = 12 * len(set(weighing))
+    assert (gain["rows"], gain["drawn"], gain["total"]) == (distinct, count, count)
+    assert (test["rows"], test["distinct"], found["rows"]) == (count, distinct, count)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    numbers = [number for number, row in enumerate(held_out) if row["importance"]][:distinct]
+    assert [row["number"] for row in rows] == [number for number in numbers for _ in range(count // distinct)]
+    assert found["tokens"] == test["tokens"] == sum(row["tokens"] for row in rows)
+    counts = np.array([held_out[row["number"]]["importance"] * row["tokens"] for row in rows])
+    nats = counts * [row["adapter"]["loss"] for row in rows]
+    for loss in (found["loss"], test["loss"], gain["adapter"], metrics["held_out_loss"]):
+        assert loss == pytest.approx(nats.sum() / counts.sum(), rel=1e-5)
+    nats, counts = (one.reshape(distinct, -1).sum(1) for one in (nats, counts))
+    interval = mean_ratio_interval(nats, counts)
+    assert interval is not None
+    assert gain["adapter_high"] - gain["adapter_low"] == pytest.approx(interval.high - interval.low, rel=0.1)
+
+
 def test_overlapping_and_given_documents_may_weigh(renderer: Renderer, tmp_path: Path) -> None:
     rows = [{"text": words(100), "importance": 3}, {"text": words(20)}]
     path = write_rows(tmp_path / "rows.jsonl", [row | {"importance": row.get("importance", 1)} for row in rows])
@@ -352,7 +409,8 @@ def test_invalid_bytes_are_refused_or_dropped(renderer: Renderer, tmp_path: Path
 DIRECTORIES: dict[str, tuple[list[str], str, list[str], str]] = {
     "documents": (["a.md", "b.py", "c.bin"], "auto", ["a.md", "b.py"], "c.bin"),
     "rows with a README": (["README.md", "a.jsonl", "b.txt"], "auto", ["a.jsonl", "b.txt"], "README.md"),
-    "rows with a README, documents": (["README.md", "a.jsonl"], "document", ["a.jsonl"], "documents are not rows"),
+    "rows with a README, documents": (["README.md", "a.jsonl"], "document", ["README.md"], "reads only text files"),
+    "rows with a README, lines": (["README.md", "a.jsonl"], "line", ["a.jsonl"], "documents are not rows"),
     "lines with a README": (["README.md", "a.txt"], "auto", ["a.txt"], "data.sample_by: document reads them"),
     "all texts": (["README.md", "a.txt"], "document", ["README.md", "a.txt"], ""),
 }
@@ -368,6 +426,70 @@ def test_files_of_directories(
     source = Source(path=str(tmp_path / "*") if glob else str(tmp_path))
     assert [Path(part.name).name for part in sources.open_source(source, sample_by)] == read
     assert note in sources.left_out(source, sample_by) and bool(note) == bool(sources.left_out(source, sample_by))
+
+
+def test_each_file_is_read_once_and_the_others_are_explained(tmp_path: Path) -> None:
+    """Regression: two links to their own directory took hours in a glob, and one gave 41 copies of each file."""
+    docs = tmp_path / "docs"
+    (docs / "src" / "deep").mkdir(parents=True)
+    (docs / "images").mkdir()
+    for name in ("b.md", "src/c.md", "src/deep/d.md", "logo.png"):
+        (docs / name).write_text(name)
+    for name, target in (
+        ("loop", "."),
+        ("loop2", "../docs"),
+        ("a.md", "b.md"),
+        ("broken.md", "no"),
+        ("self.md", "self.md"),
+    ):
+        (docs / name).symlink_to(target)
+    os.mkfifo(docs / "pipe.md")
+    found = {
+        str(docs): ["b.md"],
+        f"{docs}/*": ["b.md"],
+        f"{docs}/**/*.md": ["b.md", "src/c.md", "src/deep/d.md"],
+        f"{docs}/**/deep/**": ["src/deep/d.md"],
+        f"{docs}/*/b.md": ["loop/b.md"],
+        f"{tmp_path}/**/src/**/*": ["src/c.md", "src/deep/d.md"],
+    }
+    for path, names in found.items():
+        read = sources.open_source(Source(path=path))
+        assert [str(Path(part.name).relative_to(docs)) for part in read] == names, path
+    special = "broken.md, pipe.md, self.md (broken links and special files are not read)"
+    line = sources.left_out(Source(path=str(docs)), "document")
+    assert (
+        special in line
+        and "a.md (other names of files that are read)" in line
+        and "logo.png (files that end in" in line
+    )
+    assert f"images/, loop/, loop2/, src/ (subfolders are not read, except by a glob such as {docs}/**/*.md)" in line
+    line = sources.left_out(Source(path=f"{docs}/**/*"))
+    assert "images/, loop/, loop2/ (links to folders, and folders without data files)" in line
+    (only,) = sources.open_source(Source(path=f"{tmp_path}/**/b.md"))
+    assert only.name == str(docs / "b.md")
+    (docs / "b.md").unlink()
+    with pytest.raises(DataError, match=r"or a glob such as .*docs/\*\*/\*\.md"):
+        sources.open_source(Source(path=str(docs)))
+
+
+def test_documents_next_to_a_file_that_holds_no_rows(
+    tiny_dir: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    for name in ("a.md", "b.md", "c.py"):
+        (tmp_path / "docs" / name).write_text(words(100))
+    (tmp_path / "docs" / "empty.md").write_text("\n")
+    (tmp_path / "docs" / "package.json").write_text('{"name": "a", "version": "1.0"}')
+    ran = cli("init", "docs", "--model", tiny_dir)
+    assert ran.code == 4 and "fit no format" in ran.err
+    assert "docs/*.md, or data.sample_by: document, reads them alone" in ran.err
+    ran = cli("init", "docs", "--model", tiny_dir, "--set", "data.sample_by=document")
+    assert ran.code == 0, ran.err
+    assert "3 files: docs/a.md (text, 1 row), docs/b.md (text, 1 row), docs/c.py (text, 1 row)" in ran.err
+    assert "1 file without rows: docs/empty.md" in ran.err and "not read: package.json" in ran.err
+    ran = cli("train", "config.yaml", "--set", "data.sample_by=auto", "--dry-run")
+    assert ran.code == 4 and "docs/*.md, or data.sample_by: document, reads them alone" in ran.err
 
 
 def test_a_setting_for_text_files_without_any_is_reported(tmp_path: Path) -> None:

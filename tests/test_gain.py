@@ -116,6 +116,7 @@ class Made:
 
     lengths: Any
     keys: Sequence[int] | None = None
+    owners = weights = None
 
     def __len__(self) -> int:
         return len(self.lengths)

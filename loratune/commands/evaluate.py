@@ -120,7 +120,7 @@ def evaluate(
     facts |= {
         "computed_by": engine.computed_by,
         "special_tokens": tuple(first.tokenizer.all_special_tokens),
-        "sensitivity": _sensitivity(first, dataset, [row.number for row in rows.rows]),
+        "sensitivity": _sensitivity(first, dataset, [row.items[0] for row in rows.rows]),
         "tasks": tasks(first) if tasks else None,
         "overlap": overlap.as_json(),
     }

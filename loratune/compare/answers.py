@@ -62,7 +62,7 @@ class ComparedRow:
     """One distinct row, or pair of answers, and the results of each model on it.
 
     Attributes:
-        number: Its number among the rows that were not dropped, from 0; for copies, the number of the first.
+        number: Its number among the rows that were not dropped, from 0; for copies, that of the first.
         where: Its place in its file.
         copies: The number of copies, including the row itself.
         prompt: The rendered prompt as text; None if the row has none.
@@ -73,7 +73,7 @@ class ComparedRow:
         elsewhere: The places of its other copies.
         fields: The row's own fields as plain values; empty unless requested.
         weight: How often the row counts in means, if rows have weights; None: as often as it has copies.
-        blocks: How many items the row is, from `number` on: its blocks, if it was split.
+        items: The numbers of the items that the row is: of its blocks, if it was split.
     """
 
     number: int
@@ -87,7 +87,7 @@ class ComparedRow:
     elsewhere: tuple[str, ...] = ()
     fields: Mapping[str, Any] = field(default_factory=dict)
     weight: float | None = None
-    blocks: int = 1
+    items: range = range(0)
 
     @property
     def times(self) -> float:
@@ -185,13 +185,13 @@ class RowAnswers:
         nats = engine.losses(self._dataset, items_of(self.rows)).nats.tolist()
         found = self._answered(name, model) if any(row.prompt is not None for row in self.rows) else {}
         return [
-            ModelAnswer(total, *found.get(row.number, (None, {}))) for row, total in zip(self.rows, nats, strict=True)
+            ModelAnswer(total, *found.get(row.items[0], (None, {}))) for row, total in zip(self.rows, nats, strict=True)
         ]
 
     def _answered(self, name: str, model: LoadedAdapter) -> dict[int, tuple[str, dict[str, float]]]:
-        """Number of a row with a prompt → the answer and its scores."""
+        """Item of a row with a prompt → the answer and its scores."""
         context = load.context_length(model.model.config)
-        expected = {row.number: row for row in self.rows if row.expected is not None}
+        expected = {row.items[0]: row for row in self.rows if row.expected is not None}
         limits = {number: self._judging.limit(self._dataset.rows.row(number), context) for number in expected}
         found: dict[int, tuple[str, dict[str, float]]] = {}
         with counting(f"scoring {name}", len(expected)) as advance:
@@ -247,7 +247,7 @@ class PreferenceAnswers:
             for item, value in zip(items.tolist(), values.tolist(), strict=True):
                 scores[item][metric] = value
         losses = self._objective.item_losses(found)
-        return [ModelAnswer(losses[row.number], None, scores[row.number]) for row in self.rows]
+        return [ModelAnswer(losses[row.items[0]], None, scores[row.items[0]]) for row in self.rows]
 
 
 def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[ModelAnswer]:
@@ -271,21 +271,21 @@ def majority_answers(rows: Sequence[ComparedRow], judging: Judging) -> list[Mode
 
 def items_of(rows: Sequence[ComparedRow]) -> dict[int, float]:
     """The items to score for some rows, and how often each counts."""
-    return {number: row.times for row in rows for number in range(row.number, row.number + row.blocks)}
+    return {number: row.times for row in rows for number in row.items}
 
 
 def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[ComparedRow]:
     """The distinct rows, pairs or answers with supervised tokens, in the order of their first occurrence, without
     results of models. Rows that were split are whole."""
     names, rows = sides(paired=not dataset.is_unpaired), list[ComparedRow]()
-    groups = dataset.copies()
+    groups, owners = dataset.copies(), dataset.rows.owners
     weights = dataset.weighted({number: len(copies) for number, copies in groups.items()})
     for number, weight in weights.items():
         item, copies = dataset.item(number), groups[number]
         prompt, tokens = item[0].prompt, sum(row.supervised for row in item)
         if item[0].block:
-            tokens, blocks = rows[-1].tokens + tokens, rows[-1].blocks + 1
-            rows[-1] = replace(rows[-1], prompt=None, expected=None, tokens=tokens, blocks=blocks)
+            tokens, items = rows[-1].tokens + tokens, range(rows[-1].items[0], number + 1)
+            rows[-1] = replace(rows[-1], prompt=None, expected=None, tokens=tokens, items=items)
             continue
         compared = {
             names[row.side < 0]: ComparedAnswer(loaded.text(row.completion), row.supervised) for row in item if row.side
@@ -295,8 +295,9 @@ def distinct_rows(loaded: LoadedAdapter, dataset: TokenizedDataset) -> list[Comp
         expected = loaded.text(item[0].completion) if has_prompt and not compared else None
         where, *elsewhere = (dataset.item(copy)[0].where for copy in copies)
         if tokens:
-            row = ComparedRow(number, where, len(copies), text, expected, tokens, compared=compared)
-            rows.append(replace(row, elsewhere=tuple(elsewhere), weight=weight))
+            of_row = number if owners is None else int(owners[number])
+            row = ComparedRow(of_row, where, len(copies), text, expected, tokens, compared=compared)
+            rows.append(replace(row, elsewhere=tuple(elsewhere), weight=weight, items=range(number, number + 1)))
     return rows
 
 

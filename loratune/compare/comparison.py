@@ -171,9 +171,8 @@ class Comparison:
             found = None
             reason = f"the answers that the {self.item}s expect are not labels, so none is the most frequent"
         elif found is not None and (one.of_difference or isinstance(one.bound, str)):
-            metric = (
-                metrics.LOSS if one.metric == metrics.PERPLEXITY else one.metric
-            )  # the perplexity increases with the loss
+            # The perplexity increases with the loss.
+            metric = metrics.LOSS if one.metric == metrics.PERPLEXITY else one.metric
             found = self.paired[one.bound if isinstance(one.bound, str) else self.compared_with][metric]
         return requirements.judge(one, found, reason, self.collapsed)
 
@@ -224,10 +223,8 @@ def compare_rows(
     Raises:
         NumericError: The loss of an adapter is not finite.
     """
-    lines, models = (
-        [*remarks],
-        [name for name in (metrics.AGAINST, metrics.BASE, metrics.ADAPTER) if name in rows[0].answers],
-    )
+    lines = [*remarks]
+    models = [name for name in (metrics.AGAINST, metrics.BASE, metrics.ADAPTER) if name in rows[0].answers]
     for name in models:
         if what := not_finite(rows, losses_of(rows, name).nats, name):
             lines.append(f"{what}, so there is no verdict on the loss against it")
@@ -266,18 +263,14 @@ def _score(rows: Sequence[ComparedRow], model: str) -> Score:
         found[metrics.LOSS] = Difference(losses.loss, interval := losses.interval)
         if not rows[0].compared:
             ends = interval and Interval(exp(interval.low), exp(interval.high))
-            found |= {
-                metrics.PERPLEXITY: Difference(exp(losses.loss), ends),
-                metrics.EXACT_MATCH: None,
-                metrics.LABEL_ACCURACY: None,
-            }
+            found[metrics.PERPLEXITY] = Difference(exp(losses.loss), ends)
+            found |= {metrics.EXACT_MATCH: None, metrics.LABEL_ACCURACY: None}
     names = dict.fromkeys(metric for row in rows for metric in row.answers[model].scores)
     found |= {metric: _mean(rows, metric, model) for metric in names}
-    weights = _weights(rows)
-    tokens = int((weights * [row.tokens for row in rows]).sum())
+    tokens = sum(row.copies * row.tokens for row in rows)
     intervals = {metric: one.interval for metric, one in found.items() if one}
     values = {metric: None if one is None else one.value for metric, one in found.items()}
-    return Score(values, int(weights.sum()), tokens, intervals)
+    return Score(values, sum(row.copies for row in rows), tokens, intervals)
 
 
 def _mean(rows: Sequence[ComparedRow], metric: str, model: str) -> Difference:

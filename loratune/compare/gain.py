@@ -220,10 +220,12 @@ class FinalScore:
 
     Attributes:
         losses: The losses of the distinct rows.
+        tokens: Supervised tokens, pairs or answers.
         unit: The unit over which the loss is averaged, see `Objective`.
     """
 
     losses: RowLosses
+    tokens: int
     unit: str = "token"
 
     def __str__(self) -> str:
@@ -237,10 +239,10 @@ class FinalScore:
         return f"{what} (95 % interval {interval.low:.4f} to {interval.high:.4f})"
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values: `tokens` counts supervised tokens, pairs or answers; `distinct` counts rows without copies."""
+        """Plain values: `distinct` counts rows without copies."""
         found, interval = self.losses, self.losses.interval
         return {
-            "loss": found.loss, "tokens": int(found.counts.sum()), "rows": round(found.copies.sum()),
+            "loss": found.loss, "tokens": self.tokens, "rows": round(found.copies.sum()),
             "distinct": len(found), "interval": finite(interval),
         }  # fmt: skip
 
@@ -285,7 +287,7 @@ def measure(
     adapter = engine.losses(splits[split], drawn, objective)
     with other:
         base = engine.losses(splits[split], drawn, objective)
-    total = splits[split].count_rows(range(splits[split].items))
+    total = splits[split].count_rows(splits[split].weighted(dict.fromkeys(range(splits[split].items), 1)))
     return Gain.of(base, adapter, split, total=total, validation_rows=too_few, unit=objective.unit, other=compared_with)
 
 
@@ -319,7 +321,9 @@ def final_score(engine: Engine, objective: Objective, test: TokenizedDataset) ->
     if not math.isfinite(losses.loss):
         what, fix = f"the loss on the test rows is {losses.loss}", "lower training.learning_rate"
         raise NumericError(Problem(Code.TRAINING_NOT_FINITE, what, key="data.test", fix=fix))
-    return FinalScore(losses, objective.unit)
+    weights = test.rows.weights
+    tokens = losses.counts.sum() if weights is None else test.rows.supervised[weights > 0].sum()
+    return FinalScore(losses, int(tokens), objective.unit)
 
 
 def sample(splits: Mapping[str, TokenizedDataset], budget: int) -> tuple[str, dict[int, float], int | None]:
@@ -351,14 +355,13 @@ def _sample(split: TokenizedDataset, budget: int, most: int = _MOST_ROWS) -> dic
     count = split.items
     share = min(max(budget // _SHARE, _LEAST_TOKENS), _MOST_TOKENS)
     copies: dict[int, int] = {}
-    first_numbers: dict[Any, int] = {}
     tokens = 0
-    for number in np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist():
+    drawn = np.random.default_rng(0).choice(count, min(count, _MOST_DRAWN), replace=False).tolist()
+    for number, first in split.firsts(drawn):
         rows = split.item(number)
         if not all(row.supervised for row in rows):
             continue
-        first = first_numbers.setdefault(tuple((row.ids, tuple(row.labels), row.side) for row in rows), number)
-        if first == number:
+        if first not in copies:
             tokens += sum(len(row.ids) for row in rows)
             limit = max(share, budget) if len(copies) < _WANTED_ROWS else share
             if len(copies) == most or tokens > limit:

@@ -157,10 +157,8 @@ def _parse(text: str, computed: Sequence[str]) -> Requirement:
 
 def _metric(name: str, computed: Sequence[str], *, of_difference: bool) -> str:
     """The name of a metric, from the user's name for it. Raises ConfigError: it is unknown, or not computed."""
-    metric, option = (
-        _SHORT.get(name, name),
-        {metrics.FORGETTING: "--forgetting FILE", metrics.INVALID_JSON: "--metric 'json'"}.get(name),
-    )
+    metric = _SHORT.get(name, name)
+    option = {metrics.FORGETTING: "--forgetting FILE", metrics.INVALID_JSON: "--metric 'json'"}.get(name)
     try:
         metric = metrics.parse([name])[0].name
         option = f"{metrics.OPTION} '{metric}'"

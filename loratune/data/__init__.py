@@ -6,12 +6,11 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -90,41 +89,44 @@ class TokenizedDataset:
         return self.rows.fingerprint
 
     def weighted(self, copies: Mapping[int, int]) -> dict[int, float]:
-        """Number of an item → how often it counts in a mean: its copies, or with weights of rows their weight, so that
-        all items together count as often. Items of weight 0 are left out, unless all have it.
+        """Number of an item → how often it counts in a mean: its copies, or with weights of rows these times its
+        weight, scaled so that all rows together count as often. Items of weight 0 are left out, unless all have it.
 
         copies: number of an item → how often it occurs.
         """
-        if (weights := self.rows.weights) is None:
+        weights, owners = self.rows.weights, self.rows.owners
+        numbers = [number for number in copies if weights is None or weights[number]]
+        if weights is None or not numbers:
             return {number: float(count) for number, count in copies.items()}
-        found = {number: count * float(weights[number]) for number, count in copies.items()}
-        total = sum(found.values())
-        if not total:
-            return {number: float(count) for number, count in copies.items()}
-        return {number: weight * sum(copies.values()) / total for number, weight in found.items() if weight}
+        counts, factors = np.array([copies[number] for number in numbers]), weights[numbers]
+        of_rows = numbers if owners is None else owners[numbers]
+        _, rows, blocks = np.unique(of_rows, return_inverse=True, return_counts=True)
+        of_row = counts / blocks[rows]
+        factors = factors * (of_row.sum() / (of_row * factors).sum())
+        return dict(zip(numbers, (counts * factors).tolist(), strict=True))
+
+    def firsts(self, numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+        """Items, each with the number of the first of its copies among them, see `copies`; for a block, that of the
+        same block of the first row."""
+        owners, of_content, of_rows = self.rows.owners, dict[bytes, int](), dict[int, int]()
+        for number in numbers:
+            start, end = number, number + 1
+            if owners is not None:
+                start, end = (int(np.searchsorted(owners, owners[number], side)) for side in ("left", "right"))
+            if start not in of_rows:
+                rows = [row for item in range(start, end) for row in self.item(item)]
+                content = repr([(row.ids, row.spans, row.side, row.weight) for row in rows])
+                digest = hashlib.blake2b(content.encode(), digest_size=16).digest()
+                of_rows[start] = of_content.setdefault(digest, start)
+            yield number, of_rows[start] + number - start
 
     def copies(self) -> dict[int, list[int]]:
         """Groups of identical items: number of the first one → numbers of all of them, in order. Items are identical if
         their ids, supervised spans, weights and preferences are equal, and for blocks all blocks of their rows are."""
-        digests: list[bytes] = []
-        for number in range(self.items):
-            content = [(row.ids, row.spans, row.side, row.weight, row.block) for row in self.item(number)]
-            digests.append(hashlib.blake2b(repr(content).encode(), digest_size=16).digest())
-        if self.rows.owners is not None:
-            digests = _with_digest_of_row(digests, self.rows.owners.tolist())
-        firsts: dict[bytes, int] = {}
         copies: dict[int, list[int]] = {}
-        for number, digest in enumerate(digests):
-            copies.setdefault(firsts.setdefault(digest, number), []).append(number)
+        for number, first in self.firsts(range(self.items)):
+            copies.setdefault(first, []).append(number)
         return copies
-
-
-def _with_digest_of_row(digests: Sequence[bytes], owners: Sequence[int]) -> list[bytes]:
-    """Append to the digest of each block that of all blocks of its row. owners: see `TokenCache.owners`."""
-    of_rows: dict[int, Any] = {}
-    for digest, owner in zip(digests, owners, strict=True):
-        of_rows.setdefault(owner, hashlib.blake2b(digest_size=16)).update(digest)
-    return [digest + of_rows[owner].digest() for digest, owner in zip(digests, owners, strict=True)]
 
 
 def prepare(split: DatasetSplit, renderer: Renderer, section: DataSection, vocabulary_size: int) -> TokenizedDataset:

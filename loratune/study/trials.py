@@ -163,8 +163,8 @@ class TrialRunner:
         numbers = np.array([*copies])
         if len(numbers) > _MAX_ROWS:
             numbers = np.sort(np.random.default_rng(0).choice(numbers, _MAX_ROWS, replace=False))
-        self._copies = {int(number): len(copies[int(number)]) for number in numbers}
-        self.rows, self.total = len(self._copies), held_out.items
+        self._copies = held_out.weighted({int(number): len(copies[int(number)]) for number in numbers})
+        self.rows, self.total = (held_out.count_rows(items) for items in (self._copies, range(held_out.items)))
         self._seconds_per_operation: float | None = None
         self.objective = batching.objective_of({"validation": held_out}, run.config)
         self.described = preferences.described(run.config)
