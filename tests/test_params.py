@@ -173,7 +173,6 @@ def test_counting_70b_needs_less_than_a_gigabyte(tmp_path: Path) -> None:
 
 CONFIG, MODEL = Code.MODEL_UNREADABLE, Code.MODEL_UNREADABLE
 ODD = {
-    "a number as class": ({"architectures": [5]}, Code.MODEL_UNSUPPORTED, "5 (model type llama) is not a causal "),
     "labels that are text": ({"id2label": "x"}, CONFIG, ""),
     "a tie that is text": ({"tie_word_embeddings": "yes"}, CONFIG, "Field 'tie_word_embeddings' expected bool"),
     "more kinds than layers": (
@@ -189,6 +188,30 @@ ODD = {
     "an unknown rope": ({"rope_scaling": {"type": "x"}}, MODEL, "unknown: 'x'"),
     "no layers": ({"num_hidden_layers": 0}, None, "lora.target_modules: all-linear: llama has no linear layer "),
 }
+
+
+WORDS: dict[str, Any] = {
+    "architectures": [5, True, 1.5, 0, "LlamaForCausalLM", {"a": 1}, [5], [None], [["x"]]],
+    "text_config.architectures": [[["x"]], 5],
+    "num_hidden_layers": [10**9, 1e9],
+    "text_config.num_hidden_layers": [10**9],
+    "num_labels": [10**9],
+}
+"""Keys of config.json, and values by which no model can be built, or none in a lifetime."""
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in WORDS.items() for value in values])
+def test_names_and_counts_that_are_none_are_refused(
+    key: str, value: Any, tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Before transformers makes lists as long as the numbers say."""
+    path = config_only(tmp_path / "odd", LlamaConfig(**SMALL))
+    part, _, last = key.rpartition(".")
+    values = json.loads((path / "config.json").read_text())
+    values |= {part: {"model_type": "llama", last: value}} if part else {"model_type": "qwen2", key: value}
+    (path / "config.json").write_text(json.dumps(values))
+    for command in (("params", "--model", path), ("train", run_config(model={"name_or_path": str(path)}))):
+        check_refused(cli(*command), 3, (Code.MODEL_UNREADABLE, str(path / "config.json"), key))
 
 
 @pytest.mark.parametrize(("changes", "code", "text"), ODD.values(), ids=ODD)

@@ -174,6 +174,14 @@ def test_release_is_quantized_again_on_request(
 # Releases that are refused
 
 GROUP = "config_groups"
+
+
+def in_group(**changes: Any) -> dict[str, Any]:
+    """A scheme of compressed-tensors like that of "compressed int4", but for some values."""
+    known = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+    return {GROUP: {"group_0": {"weights": known | changes}}}
+
+
 SETTINGS: dict[str, tuple[str, Any, str]] = {
     "unknown method": ("fp8", {"quant_method": "alchemy"}, "alchemy"),
     "no method": ("fp8", {"quant_method": None}, "unknown"),
@@ -195,6 +203,20 @@ SETTINGS: dict[str, tuple[str, Any, str]] = {
     "two schemes": ("compressed int4", {GROUP: {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {"num_bits": 8}}}},
                     "in different ways"),
     "another format": ("compressed int4", {"format": "marlin-24"}, "format: marlin-24"),
+    "no format": ("compressed int4", {"format": None}, "not supported"),
+    "bits as fraction": ("gptq", {"bits": 4.0}, "bits: 4.0"),
+    "bits as truth": ("awq", {"bits": True}, "bits: True"),
+    "AWQ bits as fraction": ("awq", {"bits": 4.0}, "bits: 4.0"),
+    "number of bits as fraction": ("compressed int4", in_group(num_bits=4.0), "num_bits: 4.0"),
+    "number of bits as truth": ("compressed fp8", in_group(num_bits=True), "num_bits: True"),
+    "symmetric as text": ("compressed int4", in_group(symmetric="false"), "symmetric: false"),
+    "floats in integers": ("compressed int4", in_group(type="float"), "type: float"),
+    "ordered groups": ("compressed int4", in_group(actorder="group"), "actorder: group"),
+    "an empty block": ("fp8", {"weight_block_size": {}}, "not supported"),
+    "experts of 4 bits": ("fp8", {"expert_dtype": "fp4"}, "expert_dtype: fp4"),
+    "Hadamard": ("compressed int4", {"transform_config": {"config_groups": {"R1": {"type": "hadamard"}}}},
+                 "transform_config: its weights are transformed"),
+    "rotated": ("gptq", {"rotation": "hadamard"}, "rotation: its weights are transformed"),
 }  # fmt: skip
 
 
@@ -241,8 +263,8 @@ def changed(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callabl
     return apply
 
 
-def added(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.update({name: torch.ones(3)})
+def added(name: str, tensor: torch.Tensor | None = None) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.ones(3) if tensor is None else tensor})
 
 
 Q = "model.layers.0.self_attn.q_proj."
@@ -254,7 +276,7 @@ FILES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] = {
     "weights that are not quantized": (
         "fp8",
         changed("0.self_attn.q_proj.weight", lambda weight: weight.bfloat16()),
-        "values of bfloat16",
+        "q_proj.weight (values in BF16 instead of F8_E4M3)",
     ),
     "scales of another name": ("fp8", added(Q + "weight_scale"), Q + "weight_scale"),
     "no zeros": ("gptq", without("0.self_attn.q_proj.qzeros"), "q_proj.weight (without .qzeros)"),
@@ -268,6 +290,51 @@ FILES: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], None], str]] = {
     "no global scale": ("compressed nvfp4", without("q_proj.weight_global_scale"), "weight_global_scale"),
     "no blocks": ("gpt-oss", without("0.mlp.experts.down_proj_blocks"), "without _blocks"),
     "fewer blocks": ("gpt-oss", changed("experts.down_proj_blocks", lambda blocks: blocks[:, :, :-1]), "down_proj"),
+    "values as bytes": ("fp8", changed(Q + "weight", lambda values: values.view(torch.uint8)), "U8 instead of F8_E4M3"),
+    "values as int8": ("fp8", changed(Q + "weight", lambda values: values.view(torch.int8)), "I8 instead of F8_E4M3"),
+    "values as truth": ("fp8", changed(Q + "weight", lambda values: values.float() > 0), "BOOL instead of F8_E4M3"),
+    "values of E5M2": (
+        "modelopt fp8",
+        changed(Q + "weight", lambda values: values.view(torch.uint8).view(torch.float8_e5m2)),
+        Q + "weight (.weight in F8_E5M2 instead of F8_E4M3)",
+    ),
+    "scales as truth": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales > 0), "_scale_inv in BOOL"),
+    "scales in 3-D": ("fp8", changed("q_proj.weight_scale_inv", lambda scales: scales[None]), "scales of shape (1,"),
+    "bytes in compressed FP8": ("compressed fp8", changed(Q + "weight", lambda one: one.view(torch.uint8)), "in U8"),
+    "FP8 in compressed INT8": (
+        "compressed int8",
+        changed(Q + "weight", lambda one: one.view(torch.float8_e4m3fn)),
+        ".weight in F8_E4M3 instead of I8",
+    ),
+    "words as floats": (
+        "gptq",
+        changed("0.self_attn.q_proj.qweight", lambda words: words.float()),
+        Q + "weight (.qweight in F32 instead of I32)",
+    ),
+    "all as floats": (
+        "gptq",
+        lambda tensors: tensors.update({name: tensor.float() for name, tensor in tensors.items()}),
+        "14 tensors of quantized weights",
+    ),
+    "zeros as floats": ("gptq", changed("0.self_attn.q_proj.qzeros", lambda zeros: zeros.float()), ".qzeros in F32"),
+    "scales as integers": ("gptq", changed("0.self_attn.q_proj.scales", lambda scales: scales.int()), ".scales in I32"),
+    "groups as floats": ("gptq", changed("0.self_attn.q_proj.g_idx", lambda groups: groups + 0.6), ".g_idx in F32"),
+    "negative groups": ("gptq", changed("0.self_attn.q_proj.g_idx", lambda groups: groups - 1), "g_idx from -1 to 4"),
+    "short words": ("awq", changed("0.self_attn.q_proj.qweight", lambda words: words.short()), "I16 instead of I32"),
+    "long words": ("awq", changed("0.self_attn.q_proj.qweight", lambda words: words.long()), "I64 instead of I32"),
+    "packed as floats": ("compressed int4", changed("weight_packed", lambda words: words.float()), "F32 instead"),
+    "FP4 as integers": ("modelopt nvfp4", changed(Q + "weight", lambda packed: packed.view(torch.int8)), "in I8"),
+    "MXFP4 scales as floats": ("gpt-oss", changed("down_proj_scales", lambda one: one.float()), "_scales in F32"),
+    "MXFP4 scales as integers": ("gpt-oss", changed("down_proj_scales", lambda one: one.int()), "_scales in I32"),
+    "MXFP4 as truth": ("gpt-oss", changed("down_proj_blocks", lambda one: one > 0), "_blocks in BOOL instead of U8"),
+    "dense beside GPTQ": ("gptq", added(Q + "weight", torch.zeros(192, 192)), Q + "weight (.weight in F32"),
+    "dense beside AWQ": ("awq", added(Q + "weight", torch.zeros(192, 192).half()), Q + "weight (.weight in F16"),
+    "dense beside INT4": ("compressed int4", added(Q + "weight", torch.zeros(192, 192)), Q + "weight (.weight in F32"),
+    "dense beside MXFP4": (
+        "gpt-oss",
+        added("model.layers.0.mlp.experts.down_proj", torch.zeros(4, 96, 64)),
+        "experts.down_proj (values in F32",
+    ),
     "another shape": ("gptq", changed("norm.weight", lambda weight: weight[:-1]), "norm.weight"),
     "no norm": ("gptq", without("norm.weight"), "norm.weight"),
 }  # fmt: skip
@@ -296,6 +363,20 @@ def test_quantized_weights_without_a_record_are_refused(
     configure(path, quantization_config=record)
     ran = cli("train", run_config(model={"name_or_path": str(path)}))
     assert (ran.code, ran.out) == (3, ""), ran.err
+
+
+@pytest.mark.parametrize("name", ["fp8", "awq", "compressed int8", "gpt-oss"])
+def test_dense_weights_with_a_record_are_refused(
+    name: str, release: Callable[[str], Release], tmp_path: Path, cli: Cli, run_config: MakeConfig
+) -> None:
+    """Nothing says that they are dequantized."""
+    shutil.copytree(release(name).twin, path := tmp_path / "model")
+    record = json.loads((release(name).path / "config.json").read_text())["quantization_config"]
+    configure(path, quantization_config=record)
+    for command in (("train", run_config(model={"name_or_path": str(path)})), ("params", "--model", path)):
+        ran = cli(*command)
+        check_refused(ran, 3, (Code.MODEL_DAMAGED, str(path), "quantization_config"))
+        assert "dequantized" not in ran.err and "remove quantization_config" in ran.err
 
 
 def test_release_in_pickles_is_refused(release: Callable[[str], Release], tmp_path: Path) -> None:

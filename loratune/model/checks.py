@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import signature
 from itertools import chain
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -90,6 +91,39 @@ def check_present(section: ModelSection) -> None:
 
 # --- config.json
 
+_COUNT = re.compile("(layers?|blocks?|depth|experts|labels)$")
+_MOST = 30_000
+"""How many layers, experts or labels a model may have: more than any has, and few enough to be built."""
+
+
+def check_config_file(name: str, origin: Mapping[str, Any]) -> None:
+    """`check_values` for the config.json of a model, before transformers makes lists as long as it says.
+
+    Args:
+        name: The directory or the repository.
+        origin: What transformers needs to find the file. A GGUF file, which takes seconds to read, is left out.
+    """
+    if "gguf_file" not in origin:
+        check_values(PreTrainedConfig.get_config_dict(name, **origin)[0], f"{name}/config.json")
+
+
+def check_values(values: Any, file: str, *keys: str) -> None:
+    """Check the names of classes in a configuration, or in its part under `keys`, and that building it ends.
+
+    Raises:
+        ModelError: `architectures` is not a list of names, or a count is too large.
+    """
+    for key, value in values.items() if isinstance(values, dict) else ():
+        what, is_list = "", isinstance(value, list) and all(isinstance(name, str) for name in value)
+        if key == "architectures" and value is not None and not is_list:
+            what = f"{value!r:.80} is not a list of names of classes"
+        elif isinstance(value, int | float) and value > _MOST and _COUNT.search(str(key)):
+            what = f"{value} is more than {_MOST:,}"
+        if what:
+            fix = "use the config.json that belongs to the weights"
+            raise ModelError(Problem(Code.MODEL_UNREADABLE, what, file, ".".join((*keys, key)), fix))
+        check_values(value, file, *keys, str(key))
+
 
 def check_decoder(config: Any, section: ModelSection) -> None:
     """Check that a configuration is that of a decoder-only causal language model.
@@ -97,7 +131,8 @@ def check_decoder(config: Any, section: ModelSection) -> None:
     Raises:
         ModelError: It is not.
     """
-    architectures = [*map(str, config.architectures or [])]
+    check_values(config.to_dict(), section.name_or_path)
+    architectures = config.architectures or []
     known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or has_images(config) or section.trust_remote_code
     other_head = architectures and not any(
         name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for name in architectures

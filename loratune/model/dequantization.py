@@ -4,6 +4,7 @@ They are computed here for every format, so that they are the same on all machin
 read one after another. Weights have the shape (outputs, inputs), or (experts, outputs, inputs).
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,23 +25,25 @@ _AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
 """The bit at which AWQ packs each of eight neighbouring columns (github.com/casper-hansen/AutoAWQ, WQLinear_GEMM)."""
 _EXPONENT_BIAS = 127
 """Scales that are exponents in a byte are 2 ** (byte - bias)."""
+_FLOATS, _FP8, _EXPONENTS, _WORDS = ("F32", "BF16", "F16"), ("F8_E4M3",), ("U8", "F8_E8M0"), ("I32",)
+"""Dtypes, as safetensors names them: of scales, of 8-bit values, of scales that are exponents, of packed integers."""
+_TRANSFORMED = re.compile("transform|rotat|hadamard", re.IGNORECASE)
+"""Settings by which a release computes with weights other than those in its files."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PackedFormat:
     """How the files of a release hold a quantized weight: in several tensors, whose names begin alike.
 
     Attributes:
         weight: The end of the name of the dense weight.
-        packed: That of the tensor with the packed values.
-        needed: Those of the tensors without which the values have no meaning.
-        optional: Those of tensors that not every weight has.
+        dtypes: The end of the name of each tensor → the dtypes that it may have.
+        optional: The ends of the names of tensors that not every weight has.
         dequantize: Computes the weight, or several at once, in float32.
     """
 
     weight: str
-    packed: str
-    needed: tuple[str, ...]
+    dtypes: Mapping[str, tuple[str, ...]]
     optional: tuple[str, ...]
     dequantize: Callable[[Parts], Tensor]
 
@@ -58,6 +61,8 @@ def packed_format(record: Mapping[str, Any] | None, name: str) -> PackedFormat |
     if record is None or (read := _METHODS.get(method(record))) is None:
         return None
     try:
+        if found := [key for key, value in record.items() if value and _TRANSFORMED.search(key)]:
+            raise ValueError(f"{found[0]}: its weights are transformed")
         return read(record)
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
@@ -95,7 +100,7 @@ def _spread(scales: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
     grid = scales.reshape(*scales.shape, *[1] * (2 - scales.dim())) if scales.dim() < 2 else scales
     for axis in (-2, -1):
         size, step = values.shape[axis], block[axis] or values.shape[axis]
-        if grid.shape[axis] != -(-size // step):
+        if grid.dim() != values.dim() or grid.shape[axis] != -(-size // step):
             what = f"scales of shape {tuple(scales.shape)} for a weight of shape {tuple(values.shape)}"
             raise ValueError(f"{what} in blocks of {step} along dimension {axis}")
         if step < size:
@@ -108,8 +113,6 @@ def _spread(scales: Tensor, values: Tensor, block: tuple[int, int]) -> Tensor:
 
 def _by_block(parts: Parts, packed: str, scale: str, block: tuple[int, int]) -> Tensor:
     zeros = parts.get(".weight_zero_point")
-    if parts[packed].element_size() > 1:
-        raise ValueError(f"scales, and values of {str(parts[packed].dtype).removeprefix('torch.')}")
     return _scaled(parts[packed].float(), _number(parts[scale]), block, zeros if zeros is None else zeros.float())
 
 
@@ -143,6 +146,8 @@ def _by_gptq(parts: Parts, bits: int, group: int, offset: int) -> Tensor:
         return _scaled(values, scales, (1, group), zeros)
     if len(groups := parts[".g_idx"].int()) != values.shape[1]:
         raise ValueError(f"g_idx of {len(groups)} inputs for a weight of {values.shape[1]} at {bits} bits")
+    if not groups.is_meta and not 0 <= int(groups.min()) <= int(groups.max()) < scales.shape[1]:
+        raise ValueError(f"g_idx from {groups.min()} to {groups.max()} for {scales.shape[1]} groups of scales")
     return (values - zeros[:, groups]) * scales[:, groups]
 
 
@@ -159,7 +164,8 @@ def _by_awq(parts: Parts, group: int) -> Tensor:
 
 def _one_of(values: Mapping[str, Any], key: str, *known: Any) -> Any:
     """A setting that has to have one of these values, the first of which is the default."""
-    if (value := values.get(key, known[0])) not in known:
+    value = values.get(key, known[0])
+    if not any(type(value) is type(one) and value == one for one in known):  # 4.0 and True are no numbers of bits
         raise ValueError(f"{key}: {value}")
     return value
 
@@ -172,13 +178,15 @@ def _size(value: Any) -> int:
 
 
 def _sizes(value: Any) -> tuple[int, int]:
-    rows, columns = value or (None, None)
+    rows, columns = (None, None) if value is None else value
     return _size(rows), _size(columns)
 
 
 def _fp8(record: Mapping[str, Any]) -> PackedFormat:
+    _one_of(record, "expert_dtype", "fp8")
     block = _sizes(record.get("weight_block_size", (1, 32) if method(record) == "mxfp8" else (128, 128)))
-    return PackedFormat("", "", ("_scale_inv",), (), partial(_by_block, packed="", scale="_scale_inv", block=block))
+    dequantize = partial(_by_block, packed="", scale="_scale_inv", block=block)
+    return PackedFormat("", {"": _FP8, "_scale_inv": _FLOATS + _EXPONENTS}, (), dequantize)
 
 
 def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
@@ -187,45 +195,59 @@ def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
     if any(weights.get(key) != other.get(key) for other in others for key in keys):
         raise ValueError("its layers are quantized in different ways (config_groups)")
     _one_of(record.get("sparsity_config") or {}, "format", "dense")
+    _one_of(weights, "actorder", None, "weight", "static", False)
+    kind = _one_of(record, "format", None, *_COMPRESSED)
     blocks = {"tensor": (0, 0), "channel": (1, 0), "group": (1, _size(weights.get("group_size")))}
     blocks |= {"tensor_group": blocks["group"], "block": _sizes(weights.get("block_structure"))}
-    block, zero = blocks[_one_of(weights, "strategy", *blocks)], (".weight_zero_point",)
-    needed = (".weight_scale", *(() if weights.get("symmetric", True) else zero))
-    if (kind := record["format"]) in ("float-quantized", "int-quantized", "naive-quantized"):
+    block, bits = blocks[_one_of(weights, "strategy", *blocks)], _one_of(weights, "num_bits", 8, 4, 2)
+    values = {"int": ("I8",), "float": _FP8}[_one_of(weights, "type", *_COMPRESSED[kind])]
+    is_symmetric, zero = _one_of(weights, "symmetric", True, False), ".weight_zero_point"
+    if kind in ("float-quantized", "int-quantized", "naive-quantized"):
+        dtypes = {".weight": values, ".weight_scale": _FLOATS, zero: (*values, "I8")}
         dequantize = partial(_by_block, packed=".weight", scale=".weight_scale", block=block)
-        return PackedFormat(".weight", ".weight", needed, zero, dequantize)
-    _one_of(record, "format", "pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized")
+        return PackedFormat(".weight", dtypes, (zero,) if is_symmetric else (), dequantize)
+    dtypes = {".weight_packed": ("U8",), ".weight_scale": _EXPONENTS, ".weight_shape": ("I64", "I32")}
     dequantize = partial(_by_fp4, packed=".weight_packed", block=block)
+    if kind == "nvfp4-pack-quantized":
+        dtypes |= {".weight_scale": _FP8, ".weight_global_scale": _FLOATS}
     if kind == "pack-quantized":
-        dequantize = partial(_by_integers, bits=_one_of(weights, "num_bits", 8, 4, 2), block=block)
-    needed += (".weight_global_scale",) if kind == "nvfp4-pack-quantized" else ()
-    return PackedFormat(".weight", ".weight_packed", needed, (".weight_shape",), dequantize)
+        dtypes |= {".weight_packed": _WORDS, ".weight_scale": _FLOATS} | ({} if is_symmetric else {zero: _WORDS})
+        dequantize = partial(_by_integers, bits=bits, block=block)
+    return PackedFormat(".weight", dtypes, (".weight_shape",), dequantize)
 
 
 def _modelopt(record: Mapping[str, Any]) -> PackedFormat:
     if _one_of(record, "quant_algo", "NVFP4", "W4A16_NVFP4", "FP8") == "FP8":
         dequantize = partial(_by_block, packed=".weight", scale=".weight_scale", block=(0, 0))
-        return PackedFormat(".weight", ".weight", (".weight_scale",), (), dequantize)
+        return PackedFormat(".weight", {".weight": _FP8, ".weight_scale": _FLOATS}, (), dequantize)
     sizes = {group["weights"].get("group_size", 16) for group in (record.get("config_groups") or {}).values()} or {16}
     dequantize = partial(_by_fp4, packed=".weight", block=(1, _size(*sizes)))
-    return PackedFormat(".weight", ".weight", (".weight_scale", ".weight_scale_2"), (), dequantize)
+    dtypes = {".weight": ("U8",), ".weight_scale": _FP8, ".weight_scale_2": _FLOATS}
+    return PackedFormat(".weight", dtypes, (), dequantize)
 
 
 def _gptq(record: Mapping[str, Any]) -> PackedFormat:
     kind, bits = _one_of(record, "checkpoint_format", "gptq", "gptq_v2"), _one_of(record, "bits", 4, 2, 8)
     offset = 1 if _one_of(record, "format", kind) == "gptq" else 0
     dequantize = partial(_by_gptq, bits=bits, group=_size(record["group_size"]), offset=offset)
-    return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (".g_idx",), dequantize)
+    dtypes = {".qweight": _WORDS, ".qzeros": _WORDS, ".scales": _FLOATS, ".g_idx": ("I32", "I64")}
+    return PackedFormat(".weight", dtypes, (".g_idx",), dequantize)
 
 
 def _awq(record: Mapping[str, Any]) -> PackedFormat:
     _one_of(record, "bits", 4)
     _one_of(record, "version", _one_of(record, "format", "gemm"), "GEMM")
     dequantize = partial(_by_awq, group=_size(record["group_size"]))
-    return PackedFormat(".weight", ".qweight", (".qzeros", ".scales"), (), dequantize)
+    dtypes = {".qweight": _WORDS, ".qzeros": _WORDS, ".scales": _FLOATS}
+    return PackedFormat(".weight", dtypes, (), dequantize)
 
 
+_COMPRESSED = {
+    "float-quantized": ("float",), "int-quantized": ("int",), "naive-quantized": ("int", "float"),
+    "pack-quantized": ("int",), "nvfp4-pack-quantized": ("float",), "mxfp4-pack-quantized": ("float",),
+}  # fmt: skip
+"""The formats of compressed-tensors, and the types of values that each may have."""
 _METHODS: dict[str, Callable[[Mapping[str, Any]], PackedFormat]] = {
     "awq": _awq, "compressed-tensors": _compressed_tensors, "fp8": _fp8, "gptq": _gptq, "modelopt": _modelopt,
-    "mxfp4": lambda _: PackedFormat("", "_blocks", ("_scales",), (), _by_gpt_oss), "mxfp8": _fp8,
+    "mxfp4": lambda _: PackedFormat("", {"_blocks": ("U8",), "_scales": _EXPONENTS}, (), _by_gpt_oss), "mxfp8": _fp8,
 }  # fmt: skip

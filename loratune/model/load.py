@@ -54,9 +54,9 @@ def load_config(section: ModelSection, source: ModelSource | None = None) -> Any
     """
     source = source or locate(section)
     try:
-        config = AutoConfig.from_pretrained(
-            source.name, **source.gguf_unless("config.json"), **_trusted_origin(section)
-        )
+        origin = source.gguf_unless("config.json") | _trusted_origin(section)
+        checks.check_config_file(source.name, origin)
+        config = AutoConfig.from_pretrained(source.name, **origin)
     except Exception as error:  # a wrong value in config.json fails wherever it is first used
         raise checks.unreadable("configuration", section, error) from None
     checks.check_hub_kernels(config, section.name_or_path)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +88,7 @@ class DequantizedTensor(StoredTensor):
         try:
             for index, one in enumerate(values) if len(self.shape) > 2 else [(..., values)]:
                 one.copy_(self.release.dequantize({end: part[index] for end, part in parts.items()}))
-        except (RuntimeError, IndexError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             what = f"{self.name} cannot be dequantized: {summary(error)}"
             raise ModelError(Problem(Code.MODEL_DAMAGED, what, fix=_FIX)) from None
         return values
@@ -111,15 +112,19 @@ def dense_dtype(config: Any) -> torch.dtype:
 
 
 def notes(section: ModelSection, config: Any) -> list[str]:
-    """A line on a quantized release whose weights are dequantized, by its configuration; none for other bases.
+    """A line on a quantized release whose weights are dequantized, by its configuration, and by its files if the base
+    is a directory that has them; none for other bases.
 
-    Raises ModelError: as `packed_format` and `check_trainable`.
+    Raises ModelError: as `release_tensors` and `check_trainable`.
     """
     if (record := record_of(config.to_dict())) is None:
         return []
     if packed_format(record, section.name_or_path) is None:
         check_trainable(record, section.name_or_path)
         return []
+    if Path(local_or_hub(section.name_or_path)).is_dir():
+        with suppress(NotStreamableError):
+            release_tensors(section, config)
     again = f", and quantized again to {section.quantization}" if section.quantization != "none" else ""
     dtype = str(dense_dtype(config)).removeprefix("torch.")
     return [f"model: the base is a quantized release ({method(record)}); it is dequantized to {dtype}{again}"]
@@ -135,7 +140,7 @@ def release_tensors(section: ModelSection, config: Any) -> dict[str, StoredTenso
     Raises:
         NotStreamableError: The weights are not in safetensors files, or only transformers reads their quantization.
         ModelError: A file is damaged, or cannot be downloaded; as `packed_format`; tensors of quantized weights are
-            missing, unknown, or do not fit together.
+            missing, unknown, of another dtype, or do not fit together; none is quantized.
     """
     record = record_of(config.to_dict())
     release = packed_format(record, section.name_or_path)
@@ -145,7 +150,14 @@ def release_tensors(section: ModelSection, config: Any) -> dict[str, StoredTenso
     if problems := list(checks.damaged_weights(section)):
         raise ModelError(problems)
     stored = tensors(paths)
-    return stored if release is None else _dense(stored, release, dense_dtype(config), section.name_or_path)
+    if release is None:
+        return stored
+    dense = _dense(stored, release, dense_dtype(config), section.name_or_path)
+    if not any(isinstance(tensor, DequantizedTensor) for tensor in dense.values()):
+        what = "config.json says that the base is quantized, but all weights in its files are dense"
+        fix = "if they are meant to be, remove quantization_config from config.json; else get the files of the release"
+        raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, "quantization_config", fix))
+    return dense
 
 
 def _dense(
@@ -153,7 +165,7 @@ def _dense(
 ) -> dict[str, StoredTensor]:
     """The tensors of a dense release. Raises ModelError: see `release_tensors`."""
     kind = next(name for name, known in DTYPES.items() if known is dtype)
-    ends = sorted({release.packed, *release.needed, *release.optional}, key=len, reverse=True)
+    ends = sorted({*release.dtypes, release.weight}, key=len, reverse=True)
     found: dict[str, dict[str, StoredTensor]] = {}
     for name, tensor in stored.items():
         if not _ACTIVATIONS.search(name):
@@ -170,7 +182,7 @@ def _dense(
         try:
             shape = _shape(release, tuple((end, part.dtype, part.shape) for end, part in parts.items()))
             dense[name] = DequantizedTensor(None, name, kind, shape, parts, release)
-        except (ValueError, RuntimeError, IndexError, KeyError) as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             wrong.append(f"{name} ({summary(error)})")
     for name, tensor in dense.items():
         module, _, last = name.rpartition(".")
@@ -189,12 +201,15 @@ def _shape(release: PackedFormat, parts: tuple[tuple[str, str, tuple[int, ...]],
     """The shape of a weight, computed from parts without values: end of the name, dtype, shape.
 
     Raises:
-        ValueError, RuntimeError, IndexError, KeyError: A part is missing, or they do not fit together.
+        ValueError, RuntimeError, IndexError: A part is missing, or of another dtype, or they do not fit together.
     """
-    dtypes, ends = DTYPES | _FLOAT8, [end for end, _, _ in parts]
-    if lacking := [end for end in (release.packed, *release.needed) if end not in ends]:
+    all_dtypes, ends = DTYPES | _FLOAT8, [end for end, _, _ in parts]
+    if lacking := [end for end in release.dtypes if end not in (*ends, *release.optional)]:
         raise ValueError(f"without {' and '.join(end or 'values' for end in lacking)}")
-    empty = {end: torch.empty(shape, dtype=dtypes[dtype], device="meta") for end, dtype, shape in parts}
+    for end, dtype, _ in parts:
+        if dtype not in (known := release.dtypes.get(end, ())):
+            raise ValueError(f"{end or 'values'} in {dtype} instead of {' or '.join(known) or 'none'}")
+    empty = {end: torch.empty(shape, dtype=all_dtypes[dtype], device="meta") for end, dtype, shape in parts}
     return tuple(release.dequantize(empty).shape)
 
 
