@@ -203,7 +203,7 @@ def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
     values = {"int": ("I8",), "float": _FP8}[_one_of(weights, "type", *_COMPRESSED[kind])]
     is_symmetric, zero = _one_of(weights, "symmetric", True, False), ".weight_zero_point"
     if kind in ("float-quantized", "int-quantized", "naive-quantized"):
-        dtypes = {".weight": values, ".weight_scale": _FLOATS, zero: (*values, "I8")}
+        dtypes: dict[str, tuple[str, ...]] = {".weight": values, ".weight_scale": _FLOATS, zero: (*values, "I8")}
         dequantize = partial(_by_block, packed=".weight", scale=".weight_scale", block=block)
         return PackedFormat(".weight", dtypes, (zero,) if is_symmetric else (), dequantize)
     dtypes = {".weight_packed": ("U8",), ".weight_scale": _EXPONENTS, ".weight_shape": ("I64", "I32")}
@@ -211,7 +211,8 @@ def _compressed_tensors(record: Mapping[str, Any]) -> PackedFormat:
     if kind == "nvfp4-pack-quantized":
         dtypes |= {".weight_scale": _FP8, ".weight_global_scale": _FLOATS}
     if kind == "pack-quantized":
-        dtypes |= {".weight_packed": _WORDS, ".weight_scale": _FLOATS} | ({} if is_symmetric else {zero: _WORDS})
+        dtypes |= {".weight_packed": _WORDS, ".weight_scale": _FLOATS}
+        dtypes |= {} if is_symmetric else {zero: _WORDS}
         dequantize = partial(_by_integers, bits=bits, block=block)
     return PackedFormat(".weight", dtypes, (".weight_shape",), dequantize)
 
