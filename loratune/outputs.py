@@ -154,7 +154,7 @@ Attributes:
 ExplainedKey = TypedDict("ExplainedKey", {"meaning": str, "type": str, "required": bool, "default": Any,
     "memory_and_time": str, "other_names": list[str],
     "in_force": list[Annotated[dict[str, Any], "loratune.commands.explain.Setting"]],
-    "template_reads": NotRequired[dict[str, str]]})  # fmt: skip
+    "template_reads": NotRequired[dict[str, str]], "servers": NotRequired[dict[str, str]]})  # fmt: skip
 """A key of the config.
 
 Attributes:
@@ -166,6 +166,7 @@ Attributes:
     other_names: Its names in other tools.
     in_force: Its effective values; empty without a config.
     template_reads: Name → default of each argument that the chat template reads.
+    servers: Server → whether it applies the adapter, and from which release.
 """
 Explain = TypedDict("Explain", {"config": str | None, "keys": dict[str, ExplainedKey]})
 """Keys of a config.

@@ -177,7 +177,7 @@ def combined_schema(named: Any, parts: Sequence[Any]) -> Schema:
             notes = {part: inspect.getdoc(getter) or ""}
         elif isinstance(part, dict):
             fields, notes = part, described
-            needed = {name for name, kind in part.items() if get_origin(kind) is not NotRequired}
+            needed = {name for name, kind in part.items() if str(get_origin(kind)) != str(NotRequired)}
         else:
             owner = resolve_name(part) if isinstance(part, str) else part
             fields, notes, needed = fields_of(owner)

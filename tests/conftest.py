@@ -22,7 +22,7 @@ import pytest
 import torch
 import yaml
 from fork_server import ForkServer, SharedTraces, fork_server
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner

@@ -231,7 +231,7 @@ def _metadata(
         widget=[{names[key]: value} for key, value in lines.example.items() if key in names] or None,
         model_name=one_line(name) if results else None, eval_results=results, **base_licence(settings["model"]),
     )  # fmt: skip
-    return dict(metadata.to_dict())
+    return dict(metadata.to_dict())  # type: ignore[no-untyped-call]
 
 
 def base_licence(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class _Commands(TyperGroup):
         as_json.set("--json" in words[: words.index("--") if "--" in words else None])
         with escape_output():
             try:
-                code = super().main(*arguments, standalone_mode=not as_json.get(), **keywords)
+                code = super().main(*arguments, **keywords | {"standalone_mode": not as_json.get()})
             except _UsageError as error:
                 key, fix = getattr(error, "option_name", ""), "--help lists what the command accepts"
                 print_problems([Problem(Code.USAGE_BAD_VALUE, error.format_message(), key=key, fix=fix)], code := 2)

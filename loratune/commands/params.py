@@ -96,7 +96,7 @@ class Params:
             "layers": self.layers,
             "others": self.others,
             "memory": self.memory.parts(),
-            "rows_memory": self.rows_memory and self.rows_memory.parts(),
+            "rows_memory": self.rows_memory.parts() if self.rows_memory is not None else None,
         }
 
 

@@ -203,7 +203,8 @@ class Comparison:
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
         values |= {"requirements": [one.as_json() for one in self.requirements]} if self.requirements else {}
-        return cast(outputs.Evaluate, values | (self.tasks.as_json() if self.tasks is not None else {}))
+        values |= dict(self.tasks.as_json()) if self.tasks is not None else {}
+        return cast(outputs.Evaluate, values)
 
 
 def compare_rows(
