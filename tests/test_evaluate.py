@@ -432,7 +432,8 @@ def test_nonfinite_output_on_unrelated_text_is_reported(
 
 def test_metrics_are_printed_although_the_disk_is_full(cli: Callable[..., Ran], place: Path, few: Path) -> None:
     ran = cli("evaluate", "--adapter", place / "adapter", "--data", few, "--json", "--output", "/dev/full")
-    assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "verdict" in json.loads(ran.out)
+    check_refused(ran, 8, (Code.SYSTEM_DISK_FULL, "/dev/full", "--output"))
+    assert "verdict" in json.loads(ran.out)
 
 
 def test_requirements_fail_even_with_a_closed_stdout(place: Path, few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
