@@ -128,7 +128,7 @@ def run_record() -> CheckpointRecord:
     counts = {"rows": 1, "tokens": 1}
     return CheckpointRecord.model_validate(
         {
-            "config": {"lora": {}, "data": {}, "training": training}, "fingerprints": {"base": "a", "data": "b"},
-            "rows": counts, "changes": [],
+            "config": {"model": {}, "lora": {}, "data": {}, "training": training},
+            "fingerprints": {"base": "a", "data": "b"}, "rows": counts, "changes": [],
         }
     )  # fmt: skip

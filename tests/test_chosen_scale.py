@@ -214,7 +214,7 @@ def test_too_few_rows(cli: Cli, run_config: MakeConfig, tmp_path: Path) -> None:
 class Numbered:
     """Rows of ten tokens; the first two are equal."""
 
-    lengths = np.full(500, 10)
+    lengths, owners = np.full(500, 10), None
 
     def __init__(self, weights: Any = None):
         self.weights = weights

@@ -337,7 +337,8 @@ def test_a_missing_gguf_package_is_reported(pair: tuple[Path, Path], run_config:
     config = run_config(model={"name_or_path": str(pair[0]), "gguf_file": FILE})
     ran = process("train", config, PYTHONPATH=str(tmp_path / "site"))
     check_refused(ran, 3, (Code.SYSTEM_MISSING_PACKAGE, str(pair[0] / FILE), KEY))
-    assert ran.out == "" and ran.err.endswith("; pip install 'loratune[gguf]'\n") and ran.err.count("\n") == 1
+    assert ran.out == "" and ran.err.endswith("; pip install 'loratune[gguf]'\n")
+    assert [line.partition(" ")[0] for line in ran.err.splitlines()] == ["loratune", "error:"]
     assert "gguf" in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 

@@ -1,9 +1,9 @@
 """The model card (README.md) and the provenance record (loratune.json) of an adapter directory."""
 
 import json
+import logging
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from loratune.system import release
 from loratune.system.files import versioned
 from loratune.text import code_block, code_span, is_printable_line, markdown, one_line, printable, shell_word
 
+_log = logging.getLogger(__name__)
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
@@ -237,14 +238,16 @@ def _metadata(
 def base_licence(model: Mapping[str, Any]) -> dict[str, Any]:
     """The licence in the card of the base, as metadata; empty if it is unknown. model: the section of the config."""
     name = model["name_or_path"]
-    with suppress(Exception):  # whatever the network or somebody's card raises
+    try:
         path = Path(name, "README.md")
         if not Path(name).is_dir():
             path = Path(hf_hub_download(name, path.name, revision=model["revision"]))
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
         found = {key: value for key, value in data.items() if key.startswith("license") and isinstance(value, str)}
         return {key: text for key, text in found.items() if key != "license_link" or "://" in text}
-    return {}
+    except Exception:  # whatever the network or somebody's card raises
+        _log.debug("the licence of the base is unknown", exc_info=True)
+        return {}
 
 
 def _results(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[EvalResult]:

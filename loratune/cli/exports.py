@@ -141,17 +141,21 @@ def push(
     """Upload an adapter to the hub. The upload is one commit without local paths, and is verified."""
     with boundary(debug):
         check_paths(adapter=adapter)
-        from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # exported lazily
+        from huggingface_hub import utils as bars
 
         from loratune.api.functions import push
 
-        if not sys.stderr.isatty():
-            disable_progress_bars()
+        silenced = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()
+        if silenced:
+            bars.disable_progress_bars()
         try:
             upload = push(adapter, repository, public=public, base=base)
         except KeyboardInterrupt as stop:
             fix = "the repository holds the whole adapter or nothing of it; the same command completes it"
             raise stop_error(stop, fix) from None
+        finally:
+            if silenced:
+                bars.enable_progress_bars()
 
         from loratune.api import display
 
