@@ -145,9 +145,9 @@ def push(
 
         from loratune.api.functions import push
 
-        silenced = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()
+        silenced = not sys.stderr.isatty() and not bars.are_progress_bars_disabled()  # type: ignore[attr-defined]
         if silenced:
-            bars.disable_progress_bars()
+            bars.disable_progress_bars()  # type: ignore[attr-defined]
         try:
             upload = push(adapter, repository, public=public, base=base)
         except KeyboardInterrupt as stop:
@@ -155,7 +155,7 @@ def push(
             raise stop_error(stop, fix) from None
         finally:
             if silenced:
-                bars.enable_progress_bars()
+                bars.enable_progress_bars()  # type: ignore[attr-defined]
 
         from loratune.api import display
 
