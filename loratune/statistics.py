@@ -227,20 +227,19 @@ def mean_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Int
 
 
 def positive_ratio_interval(totals: Values, counts: Values, *, seed: int = 0) -> Interval | None:
-    """The interval of sum(totals) / sum(counts) over rows, for totals of at least 0 with heavy tails: that of
-    `mean_ratio_interval` for its logarithm, whose ends are above 0.
+    """The interval of sum(totals) / sum(counts) over rows, for totals of at least 0 with heavy tails.
 
-    Of lognormal rows (sigma 0.7 to 2, 12 and 24 rows, 600 draws) it covers the truth as often as `mean_ratio_interval`,
-    93 to 77 % of the time. Arguments, result and errors as there.
+    The upper end is that of `mean_ratio_interval`; the lower one is computed in the same way for the logarithm, so it
+    is above 0. With 24 lognormal rows (600 draws), the truth is outside as often as with `mean_ratio_interval`, or
+    1.7 % more often: 8 % of the time for sigma 0.7 and 1, 14 % for 1.5. Arguments, result and errors as there.
     """
     totals, counts = _checked(totals, counts)
     ratio, error = mean_ratio(totals, counts), mean_ratio_error(totals, counts)
-    if len(totals) < LEAST_ROWS or not math.isfinite(error):
-        return None
-    if error <= _ROUNDING * ratio:
-        return Interval(ratio, ratio)
-    low, high = _ends(_studentized(totals - ratio * counts, counts, seed, ratio), len(totals))
-    return Interval(ratio * math.exp(-high * error / ratio), ratio * math.exp(-low * error / ratio))
+    whole = mean_ratio_interval(totals, counts, seed=seed)
+    if whole is None or error <= _ROUNDING * ratio:
+        return whole
+    _, high = _ends(_studentized(totals - ratio * counts, counts, seed, ratio), len(totals))
+    return Interval(ratio * math.exp(-high * error / ratio), whole.high)
 
 
 def _ends(studentized: Array, rows: int) -> tuple[float, float]:

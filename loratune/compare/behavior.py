@@ -100,15 +100,15 @@ class Behavior:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        """A line with both numbers."""
+        """A line with both numbers; the interval of the divergence, whose upper end a single text can make very large, is
+        in the record only."""
         if self.unknown:
             return f"not measured: {self.unknown}"
-        near, same = self.divergence_interval, self.agreement_interval
+        same = self.agreement_interval
         return (
-            f"KL {self.divergence:.3f} nats per token"
-            f"{f' (95 % interval {near.low:.3f} to {near.high:.3f})' if near else ''} on its answers to "
-            f"{plural(self.texts, 'instruction')}; the same next token for {self.agreement:.0%}"
-            f"{f' ({same.low:.0%} to {same.high:.0%})' if same else ''}"
+            f"KL {self.divergence:.3f} nats per token on its answers to {plural(self.texts, 'instruction')}; the same "
+            f"next token for {self.agreement:.0%}"
+            f"{f' (95 % interval {same.low:.0%} to {same.high:.0%})' if same else ''}"
         )
 
     @property
