@@ -69,7 +69,7 @@ def test_the_numbers_equal_those_of_stock_peft(
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4) and found["divergence"] > 0.01
     assert found["texts"] == 24 and found["divergence_interval"][0] < found["divergence"]
     assert len(found["samples"]) == 6 and found["samples"][0]["base"] != found["samples"][0]["adapter"]
-    line = f"KL {found['divergence']:.3f} nats per token (95 % interval "
+    line = f"KL {found['divergence']:.3f} nats per token on its answers to "
     assert f"  base's answers  {line}" in ran.out
     assert f"- **Base's answers:** {line}" in (tmp_path / "out" / "README.md").read_text()
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])

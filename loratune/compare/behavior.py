@@ -100,8 +100,8 @@ class Behavior:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        """A line with both numbers; the interval of the divergence, whose upper end a single text can make very large, is
-        in the record only."""
+        """A line with both numbers. The interval of the divergence is in the record only, as a single text can make its
+        upper end very large."""
         if self.unknown:
             return f"not measured: {self.unknown}"
         same = self.agreement_interval
