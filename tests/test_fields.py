@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import Ran, meanings
+from conftest import Ran, meanings, write_rows
 from running import MakeConfig
 
 from loratune import data
@@ -123,3 +123,20 @@ def test_a_number_with_too_many_digits_is_reported(ending: str, tmp_path: Path) 
     with pytest.raises(DataError) as caught:
         count(path)
     assert "the JSON has a number of too many digits" in str(caught.value) and "set_int_max" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "remarked"),
+    [
+        ([("Is it late?", "yes")] * 8 + [("The bill of July", "billing")], True),
+        ([("Is it late?", "yes")] * 10, False),
+        ([("Is it late? ", "yes")] * 10, False),
+        ([("The bill of July", "billing"), *[("Is it late?", " yes")] * 2], False),
+        ([("七月の請求書", "請求")] * 10, False),
+    ],
+)
+def test_prompts_and_answers_that_run_together(pairs: list[tuple[str, str]], remarked: bool, tmp_path: Path) -> None:
+    """Most prompts end with a full stop or question mark, and one in nine with a word that runs into the answer."""
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": one, "completion": other} for one, other in pairs])
+    part = data.read_datasets(DataSection.model_validate({"train": str(tmp_path / "rows.jsonl")}), 0).train
+    assert any("no space between prompt and answer" in line for line in part.remarks()) == remarked

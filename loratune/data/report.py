@@ -311,6 +311,8 @@ def total(reports: Iterable[Report]) -> Report:
 
 _ROWS, _LETTERS, _WORD = 200, 1 << 24, 30
 """The most rows that are examined, the most characters of them, and the most characters of a word."""
+_RARE = 10
+"""Words that run together in fewer than one in so many rows are no reason for a remark."""
 _WITHOUT_SPACES = {"CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE", "BALINESE"}
 """Scripts without spaces between words, by the first word of the Unicode names of their characters."""
 
@@ -350,11 +352,11 @@ class Separators:
 
     @property
     def remark(self) -> str:
-        """A line if the last word of most prompts runs into the first word of the answer; otherwise empty."""
-        if 2 * self.words <= self.rows:
+        """A line if most answers follow the prompt without a space, and words run together in a tenth of the rows."""
+        if 2 * self.missing <= self.rows or _RARE * self.words <= self.rows:
             return ""
         return (
-            f"in {self.words:,} of the first {self.rows:,} rows there is no space between prompt and answer "
+            f"in {self.missing:,} of the first {self.rows:,} rows there is no space between prompt and answer "
             f"({self.example}): put white space at the end of prompts or before answers"
         )
 
