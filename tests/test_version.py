@@ -58,6 +58,34 @@ def test_without_record_git_or_compiler(record: Path, tmp_path: Path, monkeypatc
     assert release.compiled_code() == "no compiled code, as none is for Darwin"
 
 
+DAMAGED = {
+    "empty": b"",
+    "cut off": b'{"commit": "0123456789ab", "var',
+    "not UTF-8": b"\xff\xfe",
+    "nested": b"[" * 200_000,
+    "a list": b"[]",
+    "null": b"null",
+    "of something else": b'{"version": "3.1"}',
+    "a commit as number": b'{"commit": 12, "variants": {}}',
+    "a commit as list": b'{"commit": ["a"], "variants": {}}',
+    "a commit with an escape": b'{"commit": "\\u001b[31m012345", "variants": {}}',
+    "variants as list": b'{"commit": "", "variants": ["x86-64-v3"]}',
+    "features as number": b'{"commit": "", "variants": {"x86-64-v3": 3}}',
+    "features in lists": b'{"commit": "", "variants": {"x86-64-v3": [["fma"]]}}',
+    "a name of two lines": b'{"commit": "", "variants": {"x86\\n": []}}',
+    "a directory": None,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_damaged_record_is_named(case: str, record: Path, cli: Cli) -> None:
+    record.mkdir() if (content := DAMAGED[case]) is None else record.write_bytes(content)
+    ran = cli("--version")
+    expected = f"loratune {__version__} (unknown compiled code, as release.json is damaged; install loratune again)\n"
+    assert (ran.code, ran.out) == (0, expected), ran.err
+    assert release.commit() == ""
+
+
 WITHOUT = """
 import os, sys
 
