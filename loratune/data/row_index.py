@@ -93,9 +93,9 @@ class RowIndex:
             DataError: A file has changed since it was indexed.
         """
         for file in self.files:
-            lines = self.columns[file.start : file.start + file.rows, LINE].tolist()
-            wanted, found = mask[file.start : file.start + file.rows].tolist(), 0
-            if not any(wanted):
+            lines = self.columns[file.start : file.start + file.rows, LINE]
+            wanted, found = mask[file.start : file.start + file.rows], 0
+            if not wanted.any():
                 advance(file.source.size)
                 continue
             for row in file.source.rows(advance):
