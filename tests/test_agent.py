@@ -8,19 +8,22 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, ROWS, Ran, check_printed, printed_schema, write_rows
+from conftest import ROOT, ROWS, Ran, check_printed, printed_schema, tree, write_rows
 from jsonschema import Draft202012Validator, ValidationError
 from test_packaging import broken_links
 from typer.main import get_command
 
 from loratune.cli import app
 from loratune.codes import Code
+from loratune.errors import Problem
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -93,7 +96,7 @@ ERRORS: dict[str, tuple[list[str], int, str, str, str]] = {
     "an unknown option": (["train", "a.yaml", "--json", "--nope"], 2, Code.USAGE_BAD_VALUE, "", "--nope"),
     "an unknown command": (["nope", "--json"], 2, Code.USAGE_BAD_VALUE, "", ""),
     "a command without JSON": (["chat", "--adapter", "x", "--json"], 2, Code.USAGE_BAD_VALUE, "", "--json"),
-    "a wrong value": (["evaluate", "--adapter", "x", "--worst", "few", "--json"], 2, Code.USAGE_BAD_VALUE, "", ""),
+    "a wrong value": (["evaluate", "--adapter=x", "--worst=few", "--json"], 2, Code.USAGE_BAD_VALUE, "", "--worst"),
     "a combination": (["train", "a.yaml", "--resume", "--overwrite", "--json"], 2, Code.USAGE_CONFLICT, "", ""),
     "no schema": (["schema", "--for", "chat", "--json"], 2, Code.USAGE_BAD_VALUE, "", "--for"),
     "an unknown key": (["train", "wrong.yaml", "--json"], 2, Code.CONFIG_UNKNOWN_KEY, "wrong.yaml:4", "lora.rank"),
@@ -103,6 +106,81 @@ ERRORS: dict[str, tuple[list[str], int, str, str, str]] = {
     "odd characters": (["explain", "\x7f\u202e\n\udcff", "--json"], 2, Code.CONFIG_UNKNOWN_KEY, "", ""),
     "a long value": (["explain", "x" * 100_000, "--json"], 2, Code.CONFIG_UNKNOWN_KEY, "", ""),
 }
+
+
+PATHS = ["gone/no", "a.folder", "an.empty", "binary.jsonl", "binary.jsonl/in", "loop.jsonl", "n" * 300, ""]
+"""Relative to a working directory, where odd things are."""
+TAKING_A_PATH = {
+    "init": ["PATH", "--model", "BASE", "--output", "-"],
+    "init --model": ["rows.jsonl", "--model", "PATH", "--output", "-"],
+    "train": ["PATH"],
+    "train --set data.train": ["run.yaml", "--set", "data.train=PATH"],
+    "train --set model.name_or_path": ["run.yaml", "--set", "model.name_or_path=PATH"],
+    "sweep": ["PATH", "--grid", "training.learning_rate=1e-3"],
+    "params": ["PATH"],
+    "params --model": ["--model", "PATH"],
+    "explain": ["lora.r", "PATH"],
+    "evaluate": ["--adapter", "PATH", "--data", "rows.jsonl"],
+    "report": ["--adapter", "PATH"],
+    "report --study": ["--study", "PATH"],
+    "generate": ["--adapter", "PATH", "hi"],
+    "generate --input": ["--adapter", "gone", "--input", "PATH"],
+    "merge": ["--adapter", "PATH", "--output", "merged"],
+    "export": ["--adapter", "PATH", "--to", "peft", "--output", "exported"],
+    "push": ["--adapter", "PATH", "me/mine"],
+}
+
+
+@pytest.mark.parametrize("command", TAKING_A_PATH)
+def test_a_wrong_path_is_an_error_in_json(
+    command: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_dir: Path
+) -> None:
+    """With a code of its own, and a place or a key; nothing is written. The fixture validates the JSON."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("a.folder").mkdir()
+    Path("an.empty").touch()
+    Path("binary.jsonl").write_bytes(bytes(range(256)))
+    Path("loop.jsonl").symlink_to("loop.jsonl")
+    write_rows(Path("rows.jsonl"), ROWS)
+    Path("run.yaml").write_text(RUN.replace("base", str(tiny_dir)))
+    before, unclear = tree(tmp_path), []
+    for path in PATHS:
+        words = [word.replace("PATH", path).replace("BASE", str(tiny_dir)) for word in TAKING_A_PATH[command]]
+        ran = cli(command.split()[0], *words, "--json", stdin="")
+        errors = json.loads(ran.err.splitlines()[-1])["errors"] if ran.code else [{}]
+        if ran.code in (0, 1) or ran.out or not all(one["what"] and (one["place"] or one["key"]) for one in errors):
+            unclear.append((path[:20], ran.code, errors[0]))
+        assert tree(tmp_path) == before, path
+    assert unclear == []
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "chat"])
+def test_an_unknown_option_is_an_error_in_json(command: str, cli: Cli) -> None:
+    (error,) = json.loads(cli(command, "--json", "--nope").err.splitlines()[-1])["errors"]
+    assert (error["code"], error["key"]) == (Code.USAGE_BAD_VALUE, "--nope") and error["what"] and error["fix"]
+
+
+EARLY = """
+import os, sys
+from loratune.system import signals
+with signals.exit_on_signals():
+    os.kill(os.getpid(), int(sys.argv.pop(1)))
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "what"), [(2, 130, Code.INTERRUPTED), (15, 143, Code.TERMINATED)])
+def test_a_signal_while_the_program_loads_is_an_error_in_json(number: int, code: int, what: Code) -> None:
+    for words, is_json in ((["env", "--json"], True), (["generate", "--", "--json"], False)):
+        command = [sys.executable, "-c", EARLY, str(number), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (code, "")
+        if is_json:
+            failure = json.loads(done.stderr)
+            printed_schema("error").validate(failure)
+            assert failure == {"exit_code": code, "errors": [Problem(what, what).to_dict()]}
+        else:
+            assert done.stderr == f"error: {what}\n"
 
 
 RUN = "model: {name_or_path: base}\ndata: {train: rows.jsonl}\noutput_dir: out\n"

@@ -1,6 +1,7 @@
 """User options: the adapters (`--adapter [NAME=]DIR`, `--use`, `--mix`), and the sampling settings."""
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ def parse_selection(values: Sequence[str], use: str | None = None, mix: str | No
     directories: dict[str, Path] = {}
     places: dict[Path, str] = {}
     for name, path in named:
-        place = path.resolve()
+        place = Path(os.path.realpath(path))  # which takes a link to itself, too
         if name in directories or place in places:
             clash = f"the name {name}" if name in directories else f"the directory of {places[place]}"
             fix = "give each adapter once, with a name of its own"
@@ -81,7 +82,7 @@ def _split(value: str) -> tuple[str, Path]:
         what = f"{name!r} cannot be the name of an adapter" if name else "the name before = is empty"
         raise _refused(what, "--adapter", _NAME_RULE)
     if reason := path_problem(directory) or ("" if directory else "is empty"):
-        raise _refused(f"the path {reason}", "--adapter")
+        raise _refused(f"the path {reason}", "--adapter", "check the path")
     return name, Path(directory)
 
 

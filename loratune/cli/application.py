@@ -13,7 +13,7 @@ from loratune.cli.boundary import checked_output
 from loratune.codes import Code
 from loratune.console import EscapedStream, as_json, escape_output, print_json, print_lines, print_problems, raw_output
 from loratune.errors import ConfigError, Problem
-from loratune.system import output_file
+from loratune.system import output_file, signals
 from loratune.system.files import path_problem
 from loratune.system.output_file import Output
 
@@ -40,13 +40,14 @@ class _Commands(TyperGroup):
 
     def main(self, *arguments: Any, **keywords: Any) -> Any:
         """Run a command with its output escaped. With `--json`, usage errors are JSON as all others are."""
-        words = [*keywords.get("args", sys.argv[1:])]
-        as_json.set("--json" in words[: words.index("--") if "--" in words else None])
+        as_json.set(signals.asks_for_json([*keywords.get("args", sys.argv[1:])]))
         with escape_output():
             try:
                 code = super().main(*arguments, **keywords | {"standalone_mode": not as_json.get()})
             except _UsageError as error:
-                key, fix = getattr(error, "option_name", ""), "--help lists what the command accepts"
+                options = [getattr(error, "option_name", ""), *getattr(getattr(error, "param", None), "opts", ())]
+                key = next((name for name in options if name.startswith("-")), "")
+                fix = "--help lists what the command accepts"
                 print_problems([Problem(Code.USAGE_BAD_VALUE, error.format_message(), key=key, fix=fix)], code := 2)
             sys.exit(code)
 
@@ -118,7 +119,7 @@ def check_paths(**options: str | Path | None) -> None:
     for option, path in options.items():
         if path is not None and (reason := path_problem(str(path)) or ("" if str(path) else "is empty")):
             key = option if option.isupper() else f"--{option}"
-            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key))
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, f"the path {reason}", key=key, fix="check the path"))
 
 
 def needs(options: Mapping[str, object], needed: str) -> list[Problem]:

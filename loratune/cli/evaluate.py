@@ -1,6 +1,7 @@
 """The commands `evaluate` and `report`."""
 
 import glob
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -229,11 +230,11 @@ def report(
         from loratune.api.adapters import parse_scales
 
         if study is not None:
-            target = output or Path(f"{study.resolve().name}-report.html")
+            target = output or Path(f"{os.path.basename(os.path.realpath(study))}-report.html")
             page = loratune.report_study(study, target, overwrite=overwrite)
         else:
             assert adapter is not None
-            target = output or Path(f"{adapter.resolve().name}-report.html")
+            target = output or Path(f"{os.path.basename(os.path.realpath(adapter))}-report.html")
             forced = force or data is None  # the page lists what was edited
             opened = loratune.Adapter(adapter, force=forced, overrides=assignments)
             other = loratune.Adapter(against, force=forced) if against is not None else None

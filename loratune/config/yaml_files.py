@@ -82,7 +82,7 @@ def _read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         where = f"{where}:{raw.count(10, 0, error.start) + 1}"
         what = f"byte {error.start} is not UTF-8"
-    raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where))
+    raise ConfigError(Problem(Code.CONFIG_UNREADABLE, what, where, fix="name a config, a YAML file in UTF-8"))
 
 
 def parse(text: str, source: str) -> Document:

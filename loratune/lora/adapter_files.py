@@ -117,7 +117,7 @@ def inspect(path: Path) -> AdapterFiles:
             directory, or an initialization that PEFT cannot reproduce; the record is of a newer version.
     """
     if what := _missing(path):
-        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path)))
+        raise AdapterError(Problem(Code.ADAPTER_NOT_FOUND, what, str(path), fix="name a directory that `train` wrote"))
     _check_links(path)
     config = _read_config(path / CONFIG_FILE)
     shapes, file = _read_shapes(path / WEIGHTS_FILE), path / WEIGHTS_FILE

@@ -127,6 +127,11 @@ def write_line(line: str) -> None:
             os.write(handle, f"{start}{line}\n".encode())
 
 
+def asks_for_json(words: list[str]) -> bool:
+    """Whether a command line has the option `--json`, before it is parsed."""
+    return "--json" in words[: words.index("--") if "--" in words else None]
+
+
 @contextmanager
 def raise_on_signals(report: Callable[[str], None] = _silent) -> Iterator[Stop]:
     """Inside, a signal raises `Interruption` or `Termination`, so that unfinished work is cleaned up.
@@ -172,8 +177,11 @@ def exit_on_signals() -> Iterator[None]:
     """
 
     def _exit(number: int, frame: FrameType | None) -> None:
-        write_line("error: interrupted" if number == signal.SIGINT else "error: terminated")
-        os._exit(130 if number == signal.SIGINT else 143)
+        what, code = ("interrupted", 130) if number == signal.SIGINT else ("terminated", 143)
+        problem = f'{{"code": "{what}", "place": "", "key": "", "what": "{what}", "fix": ""}}'
+        is_json = asks_for_json(sys.argv[1:])
+        write_line(f'{{"exit_code": {code}, "errors": [{problem}]}}' if is_json else f"error: {what}")
+        os._exit(code)
 
     with _handled(_exit):
         yield

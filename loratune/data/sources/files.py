@@ -174,7 +174,9 @@ def shown(paths: Sequence[Path]) -> str:
 
 
 def _unreadable_error(error: OSError, path: Path) -> DataError:
-    return DataError(Problem(Code.DATA_UNREADABLE, f"cannot be read: {error.strerror}", str(path)))
+    return DataError(
+        Problem(Code.DATA_UNREADABLE, f"cannot be read: {error.strerror}", str(path), fix="check the path")
+    )
 
 
 @contextmanager
