@@ -92,7 +92,7 @@ def test_an_earlier_study_is_continued(cli: Callable[..., Ran], release: Path) -
 
 
 def accepted(schema: dict[str, Any], definitions: dict[str, Any], place: str = "") -> dict[str, set[str]]:
-    """Key of a config → what it accepts: types, and the values of enumerations."""
+    """Key of a config or an output → what it accepts: types, and the values of enumerations."""
     found: dict[str, set[str]] = {place: set()}
     for part in (schema, *schema.get("anyOf", ()), *schema.get("oneOf", ()), *schema.get("allOf", ())):
         part = definitions[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
@@ -101,7 +101,8 @@ def accepted(schema: dict[str, Any], definitions: dict[str, Any], place: str = "
         found[place] |= (
             {repr(value) for value in values} if values else {*([types] if isinstance(types, str) else types)}
         )
-        inner = part.get("properties", {}) | ({"[]": part["items"]} if isinstance(part.get("items"), dict) else {})
+        others = {"[]": part.get("items"), "*": part.get("additionalProperties")}
+        inner = part.get("properties", {}) | {name: one for name, one in others.items() if isinstance(one, dict)}
         for name, one in inner.items():
             for key, atoms in accepted(one, definitions, f"{place}.{name}".strip(".")).items():
                 found[key] = found.get(key, set()) | atoms
@@ -116,6 +117,7 @@ def broken(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
         yield from (f"the key {key} does not accept {one}" for one in sorted(lost))
         if key not in after:
             yield f"there is no key {key}"
+    yield from broken_outputs(old["outputs"], new["outputs"])
     yield from (f"there is no error code {code}" for code in sorted({*old["codes"]} - {*new["codes"]}))
     for name, number in old["exit_codes"].items():
         if new["exit_codes"].get(name) != number:
@@ -123,6 +125,27 @@ def broken(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
     for command, options in old["options"].items():
         gone = {*options} - {*new["options"].get(command, ())}
         yield from (f"{command} has no {option}" for option in sorted(gone))
+
+
+def always(schema: dict[str, Any], place: str = "") -> set[str]:
+    """The fields that an output always has."""
+    found = {f"{place}.{name}".strip(".") for name in schema.get("required", ())}
+    inner = (
+        schema.get("properties", {}) | {"[]": schema["items"]} if "items" in schema else schema.get("properties", {})
+    )
+    return found.union(*(always(one, f"{place}.{name}".strip(".")) for name, one in inner.items()))
+
+
+def broken_outputs(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    """The fields of outputs that are gone, or hold something else. Only values of enumerations may be added to one."""
+    for command, schema in old.items():
+        later = new.get(command, {})
+        before, after = accepted(schema, {}), accepted(later, {})
+        for key, kinds in before.items():
+            now = after.get(key, set())
+            if kinds - now or any(not kind.startswith("'") for kind in now - kinds):
+                yield f"{command} --json has {key} as {sorted(now)}, no longer as {sorted(kinds)}"
+        yield from (f"{command} --json may lack {key}" for key in sorted(always(schema) - always(later)))
 
 
 def promised(name: str) -> dict[str, Any]:
@@ -146,7 +169,19 @@ def test_broken_promises_are_detected() -> None:
     new["codes"].remove("config.conflict")
     new["exit_codes"]["DataError"] = 5
     new["options"]["train"].remove("--resume")
+    merge, error = new["outputs"]["merge"], new["outputs"]["error"]["properties"]["errors"]["items"]
+    merge["properties"]["note"]["type"] = "integer"
+    merge["properties"]["added"] = {"type": "string"}
+    del error["properties"]["fix"]
+    error["required"].remove("place")
+    del new["outputs"]["env"]
     found = list(broken(old, new))
     assert "there is no key lora.r" in found and "the key model.quantization does not accept '4bit'" in found
     assert "there is no error code config.conflict" in found and "train has no --resume" in found
     assert "DataError no longer ends with exit code 4" in found
+    assert [line for line in found if line.startswith(("merge", "error"))] == [
+        "merge --json has note as ['integer'], no longer as ['string']",
+        "error --json has errors.[].fix as [], no longer as ['string']",
+        "error --json may lack errors.[].place",
+    ]
+    assert any(line.startswith("env --json has") for line in found)

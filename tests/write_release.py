@@ -1,4 +1,6 @@
-"""Writes what a release leaves behind, and what it promises: `python tests/write_release.py 1` makes release_1.tar.xz.
+"""Writes what a release leaves behind, and what it promises, as release_1.tar.xz:
+
+    PYTHONPATH=scripts python tests/write_release.py 1
 
 test_earlier_releases.py reads it with later releases. A model of 17,000 parameters, an adapter, one of preferences, a
 run that was interrupted after step 4 of 6, a study with two finished trials of three, and `promises.json`. All is in
@@ -18,11 +20,12 @@ from conftest import ROWS, byte_tokenizer, tiny_llama, write_rows
 from running import before_batch
 from typer.main import get_command
 
-from loratune import errors
+from loratune import cli, errors
 from loratune.cli import app
 from loratune.codes import Code
 from loratune.config.keys import json_schema
 
+SCHEMAS = Path(cli.__file__).with_name("schemas.json")
 GRID = "training.learning_rate=1e-3,1e-2,3e-3"
 SETTINGS = """model: {name_or_path: base}
 lora: {r: 4, lora_alpha: 8, lora_dropout: 0.1, target_modules: [q, k, v, o]}
@@ -39,10 +42,12 @@ preferences: {beta: 0.2}
 
 
 def promises() -> dict[str, Any]:
-    """What does not go away before the next major release: keys and their values, codes, commands and options."""
+    """What does not go away before the next major release: keys and their values, what commands print with `--json`,
+    codes, commands and options."""
     commands = get_command(app).commands  # type: ignore[attr-defined]
     return {
         "schema": json_schema(),
+        "outputs": json.loads(SCHEMAS.read_text(encoding="utf-8")),
         "codes": sorted(Code),
         "exit_codes": {one.__name__: one.exit_code for one in errors.LoratuneError.__subclasses__()},
         "options": {
