@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import select
 import signal
 import sys
@@ -48,6 +49,12 @@ def locking(handle: int, mode: int, count: int) -> None:
         raise PermissionError(errno.EACCES, "Permission denied") from None
 
 
+def usage(who: int) -> types.SimpleNamespace:
+    found = resource.getrusage(who)
+    fields = {name: getattr(found, name) for name in dir(found) if name.startswith("ru_")}
+    return types.SimpleNamespace(**fields | {"ru_maxrss": found.ru_maxrss * 1024})  # bytes, and not KiB
+
+
 MSVCRT = types.SimpleNamespace(LK_NBLCK=2, locking=locking)
 DIFFERS: dict[str, dict[str, Any]] = {
     "platform": {"system": lambda: SYSTEM, "libc_ver": lambda: ("", ""), "processor": lambda: ""},
@@ -72,7 +79,11 @@ class Masked:
         return DIFFERS.get(module.__name__, {}).get(name) or getattr(module, name)
 
 
-MASKED = {module.__name__: Masked(module) for module in (os, signal, select, platform, sys.modules["importlib"])}
+if SYSTEM == "Darwin":
+    DIFFERS["resource"] = {"getrusage": usage}
+MASKED = {
+    module.__name__: Masked(module) for module in (os, signal, select, platform, resource, sys.modules["importlib"])
+}
 importing, import_original = sys.modules["importlib"].import_module, builtins.__import__
 
 
