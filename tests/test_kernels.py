@@ -98,6 +98,17 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(37, 80).to(dtype), normal(37, 96, seed=1).to(dtype), (normal(5, 96, seed=2) / 10).to(dtype),
         normal(5, 80, seed=3).to(dtype),
     ),
+    "dequantize": lambda dtype: (
+        torch.zeros(37, 96, dtype=dtype), (40 * normal(37, 96)).clamp(-128, 127).to(torch.int8),
+        normal(37, seed=1).abs(),
+    ),
+    **{
+        f"linear_8bit, of {tokens} tokens": lambda dtype, tokens=tokens: (
+            normal(tokens, 96).to(dtype), (40 * normal(37, 96)).clamp(-128, 127).to(torch.int8),
+            normal(37, seed=1).abs(),
+        )
+        for tokens in (1, 4, 37)
+    },
     "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
 }  # fmt: skip
 
@@ -123,7 +134,7 @@ def test_attention_of_any_size_equals_the_reference(size: int, lengths: tuple[in
             assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
 
 
-SUMMED = {"attend", "attend_backward", "add_lora"}
+SUMMED = {"attend", "attend_backward", "add_lora", "linear_8bit"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

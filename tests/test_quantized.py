@@ -17,6 +17,7 @@ from running import stopped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
+from loratune import kernels
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
@@ -24,14 +25,14 @@ from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
 from loratune.lora import creation, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
-from loratune.model import load, upstream
+from loratune.model import load
 from loratune.model.load import Machine
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
 Cli = Callable[..., Ran]
 MakeConfig = Callable[..., Path]
-LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
+LAYER = {"8bit": "DequantizedLinear", "4bit": "Linear4bit"}
 MAINLY_4BIT = ["4bit", pytest.param("8bit", marks=pytest.mark.slow)]
 
 
@@ -106,17 +107,64 @@ def test_quantized_base_trains_on_preference_pairs(
     assert losses[0] == pytest.approx(math.log(2), abs=1e-2) and losses[-1] < losses[0]
 
 
-def test_8bit_rows_do_not_depend_on_the_batch_in_training_mode() -> None:
-    """In evaluation mode, a column is an outlier, and so not rounded, if any row of the batch makes it one."""
+def eight_bit(inputs: int, outputs: int, **settings: Any) -> torch.nn.Module:
+    """A layer in 8 bit with outliers in its inputs, as transformers makes it."""
     torch.manual_seed(0)
-    layer = bitsandbytes.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False, threshold=6.0).to("cpu").eval()
-    row, outlier = torch.randn(1, 64, dtype=torch.float16), torch.full((1, 64), 20.0, dtype=torch.float16)
-    both = torch.cat([row, outlier])
+    return bitsandbytes.nn.Linear8bitLt(inputs, outputs, has_fp16_weights=False, threshold=6.0, **settings).to("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(5, 64), (2, 3, 64)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_8bit_layers_compute_what_bitsandbytes_does_in_training(
+    dtype: torch.dtype, shape: tuple[int, ...], bias: bool
+) -> None:
+    """Bit by bit, forward and backward; also in evaluation mode, where bitsandbytes rounds inputs."""
+    x, dy = torch.randn(*shape).to(dtype), torch.randn(*shape[:-1], 48).to(dtype)
+    x.view(-1, 64)[1, 3] = 20.0
+    results = []
+    for own in (False, True):
+        layer = eight_bit(64, 48, bias=bias).train(not own)
+        if own:
+            kernels.dequantize_in_use(layer)
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(dy)
+        results.append((y, given.grad))
+    for old, new in zip(*results, strict=True):
+        assert old.dtype == new.dtype == dtype and torch.equal(old, new)
     with torch.no_grad():
-        assert not torch.allclose(layer(row), layer(both)[:1], atol=1e-3)
-        with upstream.as_in_training(layer):
-            assert torch.allclose(layer(row), layer(both)[:1], atol=1e-3)
-    assert not layer.training
+        assert torch.allclose(layer(x), results[0][0], rtol=2 * torch.finfo(dtype).eps, atol=0.02)
+    assert isinstance(layer, bitsandbytes.nn.Linear8bitLt) and layer.state_dict().keys() >= {"weight", "SCB"}
+
+
+def test_8bit_layers_train_a_bias_and_keep_no_input() -> None:
+    layer = eight_bit(64, 48)
+    kernels.dequantize_in_use(layer)
+    layer.bias.requires_grad_()
+    x, kept = torch.randn(2, 3, 64, requires_grad=True), list[torch.Tensor]()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = layer(x)
+    y.sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((48,), 6.0)) and kept == [] and layer.weight.grad is None
+    unpacked = bitsandbytes.nn.Linear8bitLt(64, 48)  # has its weights in 16 bit until they are used
+    kernels.dequantize_in_use(unpacked)
+    assert type(unpacked) is bitsandbytes.nn.Linear8bitLt
+
+
+def test_8bit_rows_do_not_depend_on_the_batch(wide: Path) -> None:
+    """With bitsandbytes' own layers, a column is an outlier, and so not rounded, if any row of the batch makes it
+    one."""
+    row, outlier = torch.randn(1, 64), torch.full((1, 64), 20.0)
+    for own in (False, True):
+        layer = eight_bit(64, 64).eval()
+        if own:
+            kernels.dequantize_in_use(layer)
+        with torch.no_grad():
+            assert torch.allclose(layer(row), layer(torch.cat([row, outlier]))[:1], atol=1e-3) is own
+    section = ModelSection(name_or_path=str(wide), quantization="8bit")
+    layers = [one for one in load.load_base(section).modules() if isinstance(one, bitsandbytes.nn.Linear8bitLt)]
+    assert layers and {type(one).__name__ for one in layers} == {"DequantizedLinear"}
 
 
 def gradients_around_an_evaluation(section: ModelSection, *, repack: bool) -> list[list[torch.Tensor]]:

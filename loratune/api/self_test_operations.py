@@ -82,6 +82,13 @@ def _update(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     return [y]
 
 
+def _weight(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    y, weight = torch.zeros(37, 96, dtype=dtype), torch.arange(37 * 96).view(37, 96).to(torch.int8)
+    scales = _drawn(torch.float32, 37).abs()
+    ops.dequantize(y, weight, scales)
+    return [y, *(ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in (1, 4, 37))]
+
+
 def _loss(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
     return [ops.cross_entropy(logits, targets), logits]
@@ -89,6 +96,7 @@ def _loss(ops: Any, dtype: torch.dtype) -> list[Tensor]:
 
 _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
     "norm": _norm, "gate": _gate, "heads": _heads, "attention": _attention, "LoRA": _update, "loss": _loss,
+    "8-bit weight": _weight,
 }  # fmt: skip
 
 

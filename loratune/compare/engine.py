@@ -6,7 +6,7 @@ on the same rows, in the same dtype and on the same device.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -218,10 +218,6 @@ class Objective:
         are computed once."""
         return dataset.weighted({number: len(copies) for number, copies in dataset.copies().items()})
 
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """The context in which a model is scored, without gradients. model: as for `read`."""
-        return nullcontext()
-
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
         """Check that the model meets the assumptions of the objective before the first step. first: makes the first
         batch, on the CPU. Raises NumericError: it does not."""
@@ -309,8 +305,7 @@ def run_batch(
     lengths = given["lengths"]
     objective.set_loss_targets(model, given, by_row=True)
     labels = given.pop("labels")
-    with objective.reading(model):
-        return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)
+    return labels, lengths, kernels.row_sums(model, model(**given, use_cache=False).logits, labels, lengths)
 
 
 class Engine:

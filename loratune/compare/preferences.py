@@ -10,7 +10,6 @@ step, and cached with the rows, keyed by everything they depend on. In `evaluate
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from loratune.data.formats import KINDS, PAIRS
 from loratune.data.packing import Items
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.errors import NumericError, Problem
-from loratune.model.upstream import as_in_training, has_8bit_layers
+from loratune.model.upstream import has_8bit_layers
 from loratune.system.launcher import Group
 
 _ROUNDING = {False: 0.25, True: 1e-3}
@@ -270,10 +269,6 @@ class PreferenceObjective(Objective):
         """See `Objective`."""
         scored = self._step if of_step else self.last
         return {} if scored is None else self.metrics("", scored).logged()
-
-    def reading(self, model: Any) -> AbstractContextManager[None]:
-        """See `Objective`: the model computes as in training, so that its scores match those of the reference."""
-        return as_in_training(model)
 
     def check_start(self, model: Any, first: Callable[[], dict[str, Any]]) -> None:
         """See `Objective`: rewards must start at 0, otherwise the reference is wrong."""

@@ -204,13 +204,16 @@ def _fake_copy(model: Any, step: TracedStep) -> Any:
     return fake
 
 
+def linear_shape(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer, quantized or not."""
+    return tuple(module.weight.shape) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+
+
 class _Quantized(nn.Linear):
     """Computes in place of a linear layer in 8 or 4 bit, with the same activations."""
 
     def __init__(self, module: Any, dtype: torch.dtype, device: torch.device, *, keeps_input: bool):
-        inputs, outputs = (
-            module.weight.shape if isinstance(module, Conv1D) else (module.in_features, module.out_features)
-        )
+        inputs, outputs = linear_shape(module)
         super().__init__(inputs, outputs, module.bias is not None, device, dtype)
         self.requires_grad_(False)
         self.keeps_input = keeps_input
@@ -223,7 +226,7 @@ class _Quantized(nn.Linear):
 class _QuantizedProduct(torch.autograd.Function):
     """The product with a quantized weight, which is dequantized each time.
 
-    bitsandbytes' MatMul8bitLt keeps its input, although the weight is frozen.
+    On a GPU, bitsandbytes' MatMul8bitLt keeps its input, although the weight is frozen.
     """
 
     @staticmethod

@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
+from loratune import kernels
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
@@ -145,6 +146,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     checks.check_text(model, section.name_or_path)
     for module in model.modules():
         upstream.keep_4bit_backward(module)
+    kernels.dequantize_in_use(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 

@@ -85,30 +85,7 @@ def keep_4bit_backward(module: Any) -> None:
 
 def has_8bit_layers(model: Any) -> bool:
     """Whether a model has layers that bitsandbytes packed in 8 bits."""
-    return any(True for _ in _8bit_layers(model))
-
-
-def _8bit_layers(model: Any) -> Iterator[Any]:
-    for layer in model.modules():
-        if any(map(is_8bit, layer.parameters(recurse=False))):
-            yield layer
-
-
-@contextmanager
-def as_in_training(model: Any) -> Iterator[None]:
-    """Inside, `Linear8bitLt` layers on a CPU compute in evaluation what they compute in training.
-
-    That is with unpacked weights. In evaluation they round activations to 8 bits but for columns with outliers, which
-    all rows of a batch decide. bitsandbytes distinguishes both by the flag of the layer alone.
-    """
-    layers = [layer for layer in _8bit_layers(model) if not layer.training and layer.weight.device.type == "cpu"]
-    for layer in layers:
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.training = False
+    return any(map(is_8bit, model.parameters()))
 
 
 def bitsandbytes_lacks() -> str:

@@ -15,6 +15,8 @@ from loratune.kernels.layout import Layout, Scoring
 SILU = 1.0, 0.0
 GELU = math.sqrt(8 / math.pi), math.sqrt(8 / math.pi) * 0.044715
 """Activations x * sigmoid(linear * x + cubic * x^3), as (linear, cubic). GELU is the tanh approximation (Gemma)."""
+_ROWS = 16
+"""Rows of a weight that are dequantized at once, so that they stay in the processor's cache."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float, added: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -207,6 +209,19 @@ def add_lora(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> None:
     y: (tokens, out); x: (tokens, in); down: (r, in); up: (r, out), multiplied by the scaling.
     """
     y.addmm_(x @ down.t(), up)
+
+
+def dequantize(y: Tensor, weight: Tensor, scales: Tensor) -> None:
+    """Write a weight in 8 bit, (out, in), with the scale of each output, (out,), float32, to y: (out, in)."""
+    for part, rows, factors in zip(*(torch.split(tensor, _ROWS) for tensor in (y, weight, scales)), strict=True):
+        part.copy_(rows.float().mul_(factors[:, None]))
+
+
+def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor, dequantize: Any = dequantize) -> Tensor:
+    """The product with a weight in 8 bit, see `dequantize`. x: (tokens, in). Returns (tokens, out)."""
+    dense = x.new_empty(weight.shape)
+    dequantize(dense, weight, scales)
+    return functional.linear(x, dense)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

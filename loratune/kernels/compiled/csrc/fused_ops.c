@@ -113,6 +113,34 @@ void add_lora(real *y, const real *x, const real *down, const real *up, int64_t 
     }
 }
 
+void dequantize(real *y, const int8_t *x, const float *scales, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const int8_t *a = x + i * size;
+        real *b = y + i * size;
+        float scale = scales[i];
+        EACH for (int64_t j = 0; j < size; j++) b[j] = put(scale * a[j]);
+    }
+}
+
+/* Of up to four tokens, whose sums do not wait for each other. */
+void linear_8bit(real *y, const float *x, const int8_t *weight, const float *scales, int64_t tokens, int64_t in,
+                 int64_t out) {
+    const float *b = x, *c = tokens > 1 ? b + in : b, *d = tokens > 2 ? c + in : b, *e = tokens > 3 ? d + in : b;
+    ROWS for (int64_t i = 0; i < out; i++) {
+        const int8_t *a = weight + i * in;
+        float one = 0, two = 0, three = 0, four = 0;
+        SUM(one, two, three, four) for (int64_t j = 0; j < in; j++) {
+            float w = a[j];
+            one += w * b[j];
+            two += w * c[j];
+            three += w * d[j];
+            four += w * e[j];
+        }
+        float sums[] = {one, two, three, four};
+        for (int64_t t = 0; t < tokens; t++) y[t * out + i] = put(scales[i] * sums[t]);
+    }
+}
+
 void cross_entropy(real *logits, float *loss, const int64_t *targets, const float *weights, int64_t rows,
                    int64_t size) {
     ROWS for (int64_t i = 0; i < rows; i++) {

@@ -11,10 +11,10 @@
 
 #define ROWS _Pragma("omp parallel for schedule(static)")
 #define EACH _Pragma("omp simd")
-#define SUM(x) _Pragma(STRING(omp simd reduction(+ : x)))
+#define SUM(...) _Pragma(STRING(omp simd reduction(+ : __VA_ARGS__)))
 #define MOST(x) _Pragma(STRING(omp simd reduction(max : x)))
 #define ANY(x) _Pragma(STRING(omp simd reduction(| : x)))
-#define STRING(x) #x
+#define STRING(...) #__VA_ARGS__
 
 typedef union { uint32_t bits; float value; } word;
 /* As many numbers as a register holds: of wider vectors, each step of a sum would go through memory. */
