@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from running import MakeConfig
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loratune import kernels
 from loratune.compare import behavior
 from loratune.compare.behavior import Behavior
+from loratune.kernels.upstream import TorchDispatchMode, tree_leaves
 from loratune.statistics import Interval
 from loratune.training import time_budget
 
@@ -129,6 +132,32 @@ def test_with_a_time_budget_the_base_answers_before_steps_are_timed(
     training = {"max_minutes": 5, "max_steps": -1, "num_train_epochs": 1}
     ran = cli("train", run_config(model={"name_or_path": str(tmp_path / "base")}, training=training), "--allow-worse")
     assert ran.code == 0 and calls == [24, "timed", behavior.SHOWN], ran.err
+
+
+class Largest(TorchDispatchMode):
+    """Records how many elements the largest tensor has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [one.numel() for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        self.elements = max(self.elements, *sizes, 0)
+        return result
+
+
+def test_prompts_share_the_weights_of_the_output_layer() -> None:
+    """Without `dense_states`, torch multiplies the last state of each prompt with a copy of its own."""
+    model, prompts = tiny_llama().eval().requires_grad_(False), torch.arange(5 * 7).view(5, 7)
+    output = model.get_output_embeddings().weight.numel()
+    found = []
+    for context in (nullcontext, lambda: kernels.dense_states(model)):
+        with torch.no_grad(), Largest() as largest, context():
+            answers = model.generate(prompts, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        found.append((largest.elements, answers.tolist()))
+    (copied, old), (shared, new) = found
+    assert copied >= 5 * output and shared <= output and old == new
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_a_low_agreement_is_reported() -> None:

@@ -334,7 +334,7 @@ def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
     if len(keys) > 1:
         rows = [keys.index(adapter.key) for adapter in adapters]
         layers = kernels.InferenceLayers(first.model, *map(reader, keys), rows=rows)
-    with layers.applied():
+    with layers.applied(), kernels.dense_states(first.model):
         yield
 
 

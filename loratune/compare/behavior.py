@@ -291,7 +291,7 @@ def write(
             for start in range(0, len(given), each):
                 batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
                 inputs = {name: value.to(model.device) for name, value in batch.items()}
-                with _as_unsupported():
+                with _as_unsupported(), kernels.dense_states(model):
                     ids = model.generate(**inputs, generation_config=settings, stopping_criteria=[_Counted(advance)])
                     written = ids[:, inputs["input_ids"].shape[1] :]
                 for ids in written.tolist():

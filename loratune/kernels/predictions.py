@@ -5,7 +5,8 @@ A teacher's distribution over a vocabulary takes 200 kB a token; its 20 most pro
 outcome, take 160 bytes. With all tokens kept, this is the whole divergence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,19 @@ def logits_at(model: Any, batch: Mapping[str, Any], places: Tensor) -> Tensor:
     finally:
         hook.remove()
     return logits[0] if selected else logits.flatten(0, 1)[places]
+
+
+@contextmanager
+def dense_states(model: Any) -> Iterator[None]:
+    """Inside, the output layer of a model gets hidden states without gaps. `generate` gives it those of the last token
+    of each prompt, and for each row of such a batch torch would copy all weights of the layer on a CPU."""
+    head = model.get_output_embeddings()
+    hook = head and head.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:]))
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def most_probable(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
