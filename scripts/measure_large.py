@@ -5,7 +5,8 @@
 The base has random weights and SmolLM2's tokenizer; it is made in DIR unless it is there. Each quantization trains on
 the rows of the quickstart, two rows a batch, in a process of its own. A line of the table is printed for each: the time
 from the command to the first step, seconds a step, the memory that was estimated and the most that was in use at once.
-The latter is sampled five times a second, without pages of files, which the kernel can drop. Needs the model of the
+The latter is the most memory of the process, sampled five times a second, and the pages of files that are mapped at its
+end, those of the libraries; pages of weight files, which the kernel can drop, do not count. Needs the model of the
 quickstart (scripts/fetch_smollm2.py); 7B needs 14 GB of disk, and as much again for `--commands merge`.
 """
 
@@ -31,7 +32,7 @@ SHAPES = {
     "tiny": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 16, "num_attention_heads": 8},
 }
 VOCABULARY, POSITIONS = 49152, 4096
-STEP = re.compile(r"step +(\d+)/")
+STEP = re.compile(r"step +\d+/\d+ +loss")
 
 
 def make_base(directory: Path, shape: str) -> None:
@@ -86,6 +87,7 @@ class Ran:
         lines: Seconds since its start, and text, of each line on stderr.
         seconds: How long it took.
         peak: The most bytes of memory, without pages of files.
+        mapped: The bytes of pages of files that are in memory at the end.
         code: Its exit code.
         output: What it printed on stdout.
     """
@@ -93,6 +95,7 @@ class Ran:
     lines: list[tuple[float, str]] = field(default_factory=list)
     seconds: float = 0.0
     peak: int = 0
+    mapped: int = 0
     code: int = 0
     output: str = ""
 
@@ -122,7 +125,7 @@ def run(arguments: list[str], log: Path) -> Ran:
         assert child.stderr is not None
         for line in child.stderr:
             ran.lines.append((time.monotonic() - start, line.rstrip("\n")))
-            file.write(f"{ran.lines[-1][0]:8.1f}  {ran.peak / 1e9:5.2f} GB  {line}")
+            file.write(f"{ran.lines[-1][0]:8.1f}  {ran.peak / 1e9:5.2f} GB  {ran.mapped / 1e9:5.2f} GB  {line}")
             file.flush()
         ran.code, ran.seconds = child.wait(), time.monotonic() - start
         output.seek(0)
@@ -139,8 +142,10 @@ def sample(child: "subprocess.Popen[str]", ran: Ran) -> None:
             lines = status.read_text().splitlines()
         except OSError:
             return
-        sizes = [int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))]
-        ran.peak = max(ran.peak, sum(sizes) << 10)
+        sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.startswith("Rss")}
+        if sizes.get("RssAnon"):  # else the process has just ended
+            ran.peak = max(ran.peak, sizes["RssAnon"] + sizes["RssShmem"])
+            ran.mapped = sizes["RssFile"]
         time.sleep(0.2)
 
 
@@ -209,16 +214,14 @@ def main() -> None:
             first = steps[0] - each if steps else ran.seconds
             memory = estimated(base, quantization, options.set, options.log)
             cells = [f"{first:.0f} s", f"{each:.1f} s", f"{ran.silence[0]:.0f} s after {ran.silence[1][:40]!r}"]
-            cells += [f"{memory / 2**30:.1f} GiB", f"{ran.peak / 2**30:.1f} GiB", f"{ran.seconds:.0f} s"]
+            cells += [f"{memory / 2**30:.1f} GiB", f"{(ran.peak + ran.mapped) / 2**30:.1f} GiB", f"{ran.seconds:.0f} s"]
             print(
                 f"| {quantization} | {' | '.join(cells)} |{'' if ran.code == 0 else f' exit code {ran.code}'}",
                 flush=True,
             )
             for command, other in others(options.commands, out, options.log):
-                print(
-                    f"  {command}: {other.seconds:.0f} s, {other.peak / 2**30:.1f} GiB, exit code {other.code}",
-                    flush=True,
-                )
+                used = (other.peak + other.mapped) / 2**30
+                print(f"  {command}: {other.seconds:.0f} s, {used:.1f} GiB, exit code {other.code}", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,13 +268,28 @@ def test_meta_model_gets_the_same_estimate(
     assert loaded.weights == narrow.weights if quantization == "none" else loaded.weights < narrow.weights
 
 
-def test_eight_bit_layers_save_their_inputs() -> None:
+def test_eight_bit_layers_save_their_inputs_on_a_gpu_only() -> None:
+    """bitsandbytes keeps them there, although the weights are frozen."""
     model = deep(2)
     formats = [memory.Planned(kind) for kind in ("4bit", "8bit")]
     four, eight = (memory.estimate(model, ROWS, 2, planned=planned).activations for planned in formats)
+    assert four == eight
+    step = activations.TracedStep(tuple(ROWS), torch.device("cpu"), quantized=tuple(sorted(memory.quantizable(model))))
+    steps = (replace(step, keeps_input=keeps) for keeps in (True, False))
+    (kept, _), (four, _) = (activations.trace(model, one, attach.adapted_linear) or (0, 0) for one in steps)
     inputs = 64 + 64 + 128  # of q, k and v; of gate and up; of down; the input of o is already saved by attention
     first = 64  # the input of q, k and v of the first layer needs no gradient
-    assert eight - four == 2 * 32 * (2 * inputs - first) * 2
+    assert kept - four == 2 * 32 * (2 * inputs - first) * 2
+
+
+@pytest.mark.parametrize("kind", ["none", "8bit", "4bit"])
+def test_a_large_base_is_in_memory_once(kind: Any) -> None:
+    """While it is loaded, single matrices are quantized; files are mapped, and their pages are not counted."""
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32}
+    model = on_meta(LlamaConfig(**TINY | shape | {"num_hidden_layers": 6, "head_dim": 128}))
+    found = memory.estimate(model, ROWS, 2, planned=memory.Planned(kind))
+    beside, quantizing = found.total - found.weights - memory.RUNTIME, 4096 * 11008 * memory.QUANTIZING
+    assert (quantizing if kind != "none" else 0) <= beside < quantizing + 1e8
 
 
 def test_checkpointing_reduces_the_estimate() -> None:

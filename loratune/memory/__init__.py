@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from loratune.events import progress
 from loratune.kernels.upstream import get_keys_to_not_convert
 from loratune.lora import parameters
 from loratune.lora.attach import adapted_linear
-from loratune.memory.activations import TracedStep, trace
+from loratune.memory.activations import TracedStep, linear_shape, trace
 from loratune.system import accelerator, environment, platforms
 
 WeightFormat = Literal["none", "8bit", "4bit"]
@@ -32,8 +33,9 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 def format_of(model: nn.Module) -> WeightFormat:
     """How a loaded model is quantized."""
-    classes = {type(module) for module in model.modules()}
-    return "4bit" if Linear4bit in classes else "8bit" if Linear8bitLt in classes else "none"
+    formats: dict[WeightFormat, type] = {"4bit": Linear4bit, "8bit": Linear8bitLt}
+    kinds = {type(module) for module in model.modules()}
+    return next((name for name, kind in formats.items() if any(issubclass(one, kind) for one in kinds)), "none")
 
 
 def quantizable(model: Any) -> set[str]:
@@ -47,7 +49,7 @@ def quantizable(model: Any) -> set[str]:
     return {
         f"{prefix}.{name}"
         for name, module in base.named_modules()
-        if type(module) in (nn.Linear, Conv1D, Linear4bit, Linear8bitLt)
+        if (type(module) in (nn.Linear, Conv1D) or isinstance(module, Linear4bit | Linear8bitLt))
         and name.removesuffix(".base_layer") not in unquantized
         and not module.weight.requires_grad
         and "lora_" not in name
@@ -139,10 +141,8 @@ def peak() -> dict[str, int]:
 RUNTIME = 570 << 20
 """Bytes of the process before the base is loaded: its resident set with everything imported, SmolLM2's tokenizer loaded
 and rows rendered (torch 2.13+cpu on Linux). On a GPU torch counts nothing of the process itself."""
-ALLOCATOR_OVERHEAD, ALLOCATOR_OVERHEAD_8BIT = 0.13, 0.24
-"""What the CPU allocator holds beyond the tensors of a step, as a fraction of them (`scripts/measure_memory.py`). In 8
-bit it is more, as the inputs that are kept are between tensors that are freed: per layer of SmolLM2-135M 73.6 MiB of
-heap for 59.7 MiB of tensors with 2,048 tokens, and 36.8 for 29.8 with 1,024 (mallinfo2)."""
+ALLOCATOR_OVERHEAD = 0.13
+"""What the CPU allocator holds beyond the tensors of a step, as a fraction of them (`scripts/measure_memory.py`)."""
 PRIMITIVE_SIZE, PRIMITIVES_PER_SIZE, CHECKED_SIZES, CACHED_PRIMITIVES = 9 << 16, 22, 4, 1024
 """In 16 bit oneDNN compiles a primitive for each matrix product of other shapes, and keeps CACHED_PRIMITIVES of them.
 For SmolLM2-135M it makes PRIMITIVES_PER_SIZE for each number of tokens of a batch (`ONEDNN_VERBOSE=profile_create`):
@@ -151,6 +151,9 @@ CHECKED_SIZES such numbers."""
 HOLES = 256 << 20
 """Bytes of holes in the heap, at most, where primitives made room for others; until then, half of what these took.
 After 110 steps over uneven rows there were 237 MiB of them."""
+QUANTIZING = 24
+"""Bytes that bitsandbytes takes on a CPU for each element of the largest matrix that it quantizes, with the holes that
+remain between quantized weights: 23 in 8 bit, 25 in 4 bit (four layers of a Llama of 7 billion parameters)."""
 CHECKED_LENGTH = 384
 """Tokens of the longest row with which a model is checked for packing."""
 
@@ -245,7 +248,7 @@ def estimate(
         checkpointed=training.activation_checkpointing,
         accumulated=training.gradient_accumulation_steps > 1,
         quantized=tuple(sorted(quantizable(model))) if weight_format != "none" else (),
-        keeps_input=weight_format == "8bit",
+        keeps_input=weight_format == "8bit" and device.type != "cpu",
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     gradients = size(trainable)
@@ -263,21 +266,22 @@ def estimate(
     )
     if device.type != "cpu":
         return tensors
-    overhead = int(peak * (ALLOCATOR_OVERHEAD_8BIT if weight_format == "8bit" else ALLOCATOR_OVERHEAD))
+    overhead = int(peak * ALLOCATOR_OVERHEAD)
     return replace(tensors, runtime=_runtime(model, tensors, overhead, step, batch_tokens))
 
 
 def _runtime(model: Any, tensors: Estimate, overhead: int, step: TracedStep, batch_tokens: Sequence[int]) -> int:
     """Non-tensor memory of the process on a CPU.
 
-    Loading can need more than the steps: weights are in memory twice while they are read, and one and a half times
-    while layers are joined and logits compared.
+    Loading can need more than the steps: a matrix is quantized in QUANTIZING bytes for each of its elements, and
+    logits are compared.
     """
     vocabulary, itemsize = len(model.get_input_embeddings().weight), int(model.get_base_model().dtype.itemsize)
     code = _primitives(len(set(batch_tokens)) or 1) if itemsize <= 2 else 0
     length = min(step.length, CHECKED_LENGTH)
     logits = vocabulary * (length * 3 // 2 * itemsize + length * (itemsize + 8))
-    loading = RUNTIME + max(2 * tensors.weights, tensors.weights * 3 // 2 + logits)
+    largest = max((prod(linear_shape(model.get_submodule(name))) for name in step.quantized), default=0)
+    loading = RUNTIME + tensors.weights + max(QUANTIZING * largest, logits)
     return max(RUNTIME + overhead + code, loading - tensors.total)
 
 
