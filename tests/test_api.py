@@ -104,6 +104,8 @@ def test_events_report_the_progress_of_a_run(adapter: loratune.Adapter, events: 
     assert plan.trainable > 0 and any("train" in line for line in plan.rows)
     tasks = [event for event in events if isinstance(event, loratune.ProgressEvent)]
     assert {event.task for event in tasks if event.finished} == {event.task for event in tasks}
+    later: list[Any] = [*steps, *(event for event in tasks if event.what == "writing texts of the base")]
+    assert all(events.index(plan) < events.index(event) for event in later)  # it says how long writing takes
 
 
 def test_nothing_is_printed_and_signal_handlers_are_kept(

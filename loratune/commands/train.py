@@ -91,15 +91,17 @@ def carry_out(plan: Plan, *, began: float, allow_worse: bool = False) -> Trained
         _check_start(plan)
         stop = SharedStop(own, group)
         stop.check()  # Python ignores exceptions that a handler raises in a destructor.
+        if not (is_timed := plan.run.config.training.max_minutes is not None):
+            emit(plan.event())  # before what a large base takes minutes for
         reference.compute(plan, plan.batches.objective, stop)
         plan = reference.write_texts(plan)
-        if is_timed := plan.run.config.training.max_minutes is not None:
+        if is_timed:
             reference.answer_as_base(plan)
         with _ready_to_train(plan):
             scarce = _is_memory_scarce(plan)
             if is_timed:
                 plan = time_budget.fix_length(plan, stop, began, scarce=scarce)
-            emit(plan.event())
+                emit(plan.event())
             trained = trainer.fit(plan, stop, oom_dry_run=scarce and not is_timed)
     stop.check()  # A signal can arrive after the trainer's last check.
     trained = replace(trained, scale=scale.apply(plan, trained.held_out_loss))
@@ -126,8 +128,10 @@ def _check_start(plan: Plan) -> None:
 
 
 def _is_memory_scarce(plan: Plan) -> bool:
-    """Whether memory may be too small, so that the largest batch is tried before the first step."""
-    return any(plan.group.all_gather(_SPARE_MEMORY * plan.memory.total > memory.available(plan.model.device)))
+    """Whether memory may be too small, so that the largest batch is tried before the first step. Weights are in it
+    already."""
+    further = _SPARE_MEMORY * plan.memory.total - plan.memory.weights
+    return any(plan.group.all_gather(further > memory.available(plan.model.device)))
 
 
 @contextmanager
