@@ -29,8 +29,8 @@ Row = dict[str, Any]
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 LABELS, TOOLS, SUMMARIES, UNSEEN = 800, 240, 200, 100
 """Numbers of training rows, and of rows for scoring (of labels: all of the quickstart's)."""
-PAGES, PAGE_CHARACTERS = 39, (800, 13_000)
-"""Pages to train on; the other pages of such a length are for scoring."""
+PAGES, PAGE_CHARACTERS = 0.8, (800, 13_000)
+"""The fraction of pages to train on, and the lengths of pages; the other pages are for scoring."""
 
 
 def _read(path: Path) -> list[Row]:
@@ -54,7 +54,7 @@ def labelled(name: str, count: int) -> list[Row]:
     return found
 
 
-_FUNCTIONS = (
+_FUNCTIONS: Sequence[tuple[str, str, Sequence[str], Sequence[str]]] = (
     ("get_weather", "Get the weather of a city.", ("city",), ("What is the weather in {}?", "Do I need a coat in {}?")),
     ("set_timer", "Start a timer.", ("minutes",), ("Remind me in {} minutes.", "Set a timer for {} minutes, please.")),
     ("search_mail", "Find mails of a person.", ("sender",), ("Show me what {} has written.", "Any mail from {}?")),
@@ -87,14 +87,12 @@ def tool_row(chance: random.Random, *, unseen: bool) -> Row:
     (name, description, parameters, questions), *others = chance.sample(_FUNCTIONS, 4)
     values = {one: chance.choice(_VALUES[one][12:] if unseen else _VALUES[one][:12]) for one in parameters}
     question = {"role": "user", "content": chance.choice(questions).format(*values.values())}
-    if chance.random() < 1 / 8:
-        offered, answer = others[:2], {"role": "assistant", "content": _NO_FUNCTION}
-    else:
+    answer: Row = {"role": "assistant", "content": _NO_FUNCTION}
+    offered = others[:2]
+    if chance.random() >= 1 / 8:
         call = {"type": "function", "function": {"name": name, "arguments": json.dumps(values, ensure_ascii=False)}}
-        offered, answer = (
-            [(name, description, parameters, questions), others[0]],
-            {"role": "assistant", "tool_calls": [call]},
-        )
+        answer = {"role": "assistant", "tool_calls": [call]}
+        offered = [(name, description, parameters, questions), others[0]]
     chance.shuffle(offered)
     return {"tools": [_schema(*one[:3]) for one in offered], "messages": [question, answer]}
 
@@ -153,8 +151,9 @@ def write(dest: Path) -> None:
     _write(dest / "summaries-unseen.jsonl", summaries[SUMMARIES:])
     _write(dest / "answers.jsonl", (_chat(row["prompt"][0]["content"], row["chosen"]) for row in pairs))
     _write(dest / "skills.jsonl", skills(labels, summaries[SUMMARIES:], _read(CONFIGS / "preferences" / "eval.jsonl")))
-    for number, (name, text) in enumerate(pages()):
-        folder = dest / ("manual" if number < PAGES else "manual-unseen")
+    manual = pages()
+    for number, (name, text) in enumerate(manual):
+        folder = dest / ("manual" if number < int(PAGES * len(manual)) else "manual-unseen")
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 

@@ -49,11 +49,10 @@ ELSEWHERE = {
     "python scripts/build_recipe_data.py": "the fixture place",
     "make quickstart": "its commands are run below",
     "pip install": "test_packaging.py",
-    "[ -d": "test_the_line_for_preemptible_machines_resumes_or_starts, below",
     "ollama": "it is not in any package registry; what it is given is tried in llama.cpp by `export`",
 }
 """The beginning of a command → what runs it."""
-COMMANDS = {"loratune", "cat", "cmp", "timeout", "["} | {beginning.split()[0] for beginning in ELSEWHERE}
+COMMANDS = {"loratune", "cat", "cmp", "timeout"} | {beginning.split()[0] for beginning in ELSEWHERE}
 SLOW = {
     "Three recipes", "Chat with tools", "A style from 200 rows", "DPO after SFT", "Several skills on one base",
     "Resume on a preemptible machine", "Evaluate adapters", "Generate and chat", "Commands",
@@ -347,14 +346,14 @@ def test_python_code_works(page: str, name: str, place: Place, capsys: pytest.Ca
     (("partial/checkpoints/checkpoint-2", "partial/checkpoints/checkpoint-4"), ["train answers.yaml --resume"]),
     (("done",), []),
 ])  # fmt: skip
-def test_the_line_for_preemptible_machines_resumes_or_starts(
+def test_the_lines_for_preemptible_machines_resume_or_start(
     made: tuple[str, ...], expected: list[str], tmp_path: Path
 ) -> None:
     """The shell's part, with a command that prints its arguments in place of loratune."""
-    (line,) = re.findall(r"^ {4}(\[ -d .*)$", sections(RECIPES)["Resume on a preemptible machine"], re.MULTILINE)
+    (lines,) = re.findall(r"```bash\n(.*?)```", sections(RECIPES)["Resume on a preemptible machine"], re.DOTALL)
     for name in made:
         (tmp_path / name.replace("partial", "spot-adapter.partial").replace("done", "spot-adapter")).mkdir(parents=True)
-    script = f'loratune() {{ echo "$@"; }}\n{line}\n'
+    script = f'loratune() {{ echo "$@"; }}\n{lines}'
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert [one.replace(" --set output_dir=spot-adapter", "") for one in done.stdout.splitlines()] == expected
 
@@ -386,6 +385,8 @@ Text.
 
     $ loratune train a.yaml \\
         --set a.b=1   # why
+    loratune 1.0
+
     adapter_config.json  a
     loratune env &&
     loratune params a.yaml
