@@ -11,13 +11,15 @@ import pytest
 import torch
 from conftest import Ran, check_refused, tiny_llama
 from running import MakeConfig, stopped
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ModelError
-from loratune.model import checks, fingerprints
-from loratune.model.load import load_for_run
+from loratune.model import checks, fingerprints, tensor_files
+from loratune.model.fingerprints import FileStates
+from loratune.model.load import load_config, load_for_run
 from loratune.system.launcher import Group
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -253,3 +255,100 @@ def test_a_base_is_hashed_once_for_each_state_of_its_files(
     for _ in range(2):
         with pytest.raises(ModelError):
             load()
+
+
+LAYOUTS = {
+    "shards in a directory": ("model.safetensors.index.json", "part/w.safetensors", ""),
+    "pickles in a directory": ("pytorch_model.bin.index.json", "part/w.bin", ""),
+    "a shard of another name": ("model.safetensors.index.json", "../shards/0001.safetensors", ""),
+    "a file that config.json names": ("", "part/w.safetensors", "part/w.safetensors"),
+    "an index that config.json names": (
+        "part/a.safetensors.index.json",
+        "b/w.safetensors",
+        "part/a.safetensors.index.json",
+    ),
+}
+"""Where the weights of a base are: the index, the file that it names, and `transformers_weights` of config.json."""
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_files_of_any_name_in_any_directory_belong_to_the_state_of_a_base(
+    layout: str, tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept of a base is not used after such a file has changed, and a run notices the change."""
+    base, (index, shard, chosen) = Path(shutil.copytree(tiny_dir, tmp_path / "base")), LAYOUTS[layout]
+    (base / "model.safetensors").unlink()
+    for path in filter(None, (index, shard)):
+        (base / path).parent.mkdir(exist_ok=True)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | ({"transformers_weights": chosen} if chosen else {})))
+
+    def write(llama: LlamaForCausalLM) -> None:
+        values = llama.state_dict()
+        if index:
+            content = {"metadata": {}, "weight_map": dict.fromkeys(values, shard)}
+            (base / index).write_text(json.dumps(content))
+        if shard.endswith("bin"):
+            torch.save(values, base / shard)
+        else:
+            save_file(values, base / shard, {"format": "pt"})
+
+    monkeypatch.setattr(fingerprints, "_OLD", 0)
+    section = ModelSection(name_or_path=str(base), dtype="float32")
+    write(tiny_llama())
+    first = load_for_run(section, Group())
+    assert load_for_run(section, Group()).fingerprint == first.fingerprint
+    if not shard.endswith("bin"):
+        stored = tensor_files.release_tensors(section, load_config(section))
+        assert {*stored} == {*tiny_llama().state_dict()}
+    (other := tiny_llama()).model.layers[1].mlp.up_proj.weight.data *= -1
+    write(other)
+    with pytest.raises(ModelError, match=Path(shard).name):
+        first.files.check_unchanged_in_run()
+    assert load_for_run(section, Group()).fingerprint != first.fingerprint
+    other.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    write(other)
+    with pytest.raises(ModelError, match="hold NaN"):
+        load_for_run(section, Group())
+    (base / shard).write_bytes((base / shard).read_bytes()[:-9])
+    with pytest.raises(ModelError):
+        load_for_run(section, Group())
+
+
+STATES = {
+    "settings of a GGUF file": ({"gguf_file": "a.gguf"}, "config.json"),
+    "a GGUF file in a directory": ({"gguf_file": "b/a.gguf"}, "b/a.gguf"),
+    "an adapter in the base": ({}, "adapter_config.json"),
+    "an index that is no object": ({}, "no.index.json"),
+    "an index that is no JSON": ({}, "bad.index.json"),
+    "shards that are no texts": ({}, "odd.index.json"),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_decides_how_a_base_computes_belongs_to_its_state(name: str, tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    contents = {
+        "config.json": "{}", "a.gguf": "a", "b/a.gguf": "a", "adapter_config.json": "{}", "no.index.json": "[]",
+        "bad.index.json": "[" * 9999, "odd.index.json": json.dumps({"weight_map": {"a": 1, "b": None, "c": "x" * 999}}),
+    }  # fmt: skip
+    for file, content in contents.items():
+        (tmp_path / file).write_text(content)
+    given, changed = STATES[name]
+    files = FileStates(ModelSection(name_or_path=str(tmp_path), **given))
+    files.check_unchanged()
+    (tmp_path / changed).write_text("{ }")
+    with pytest.raises(ModelError, match=changed):
+        files.check_unchanged()
+
+
+def test_nothing_is_kept_of_a_base_whose_weights_came_after_its_state(
+    tiny_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when config.json was in the cache of the hub, and the weights are downloaded."""
+    monkeypatch.setattr(fingerprints, "_OLD", 0)
+    shutil.copy(tiny_dir / "config.json", tmp_path)
+    files = FileStates(ModelSection(name_or_path=str(tmp_path)))
+    assert files.kept_results(torch.device("cpu")).store({"fingerprint": "a"}) == ""
+    shutil.copy(tiny_dir / "model.safetensors", tmp_path)
+    assert files.kept_results(torch.device("cpu")).load() == {}

@@ -27,7 +27,7 @@ from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, template_error_reason
 from loratune.events import progress
 from loratune.model import upstream
-from loratune.model.source import LFS_START, cached_directory, lfs_pointer, local_or_hub, summary
+from loratune.model.source import LFS_START, files_of, lfs_pointer, local_or_hub, summary
 from loratune.system.environment import cache_fix
 
 _log = logging.getLogger(__name__)
@@ -56,10 +56,7 @@ def unreadable(part: str, section: ModelSection, error: BaseException) -> ModelE
 
 def damaged_weights(section: ModelSection) -> Iterator[Problem]:
     """The weight files of a model that cannot be read; the libraries' own errors do not name the file."""
-    directory = cached_directory(section)
-    if directory is None:
-        return
-    for path in sorted([*directory.glob("*.safetensors"), *directory.glob("*.bin")]):
+    for path in files_of(section):
         try:
             with path.open("rb") as file:
                 is_pointer = file.read(len(LFS_START)) == LFS_START
@@ -82,7 +79,7 @@ def check_present(section: ModelSection) -> None:
     directory = Path(local_or_hub(section.name_or_path))
     if section.gguf_file is not None or not directory.is_dir():
         return
-    if not any(any(directory.glob(pattern)) for pattern in ("*.safetensors", "*.bin")):
+    if all(path.suffix == ".json" for path in files_of(section)):
         what, fix = "the directory has no weights, neither *.safetensors nor *.bin", "get the whole model"
         raise ModelError(Problem(Code.MODEL_DAMAGED, what, section.name_or_path, fix=fix))
     if problems := list(damaged_weights(section)):

@@ -24,7 +24,7 @@ from loratune.errors import ModelError, Problem
 from loratune.events import progress
 from loratune.kernels.compiled.self_test import kept_here
 from loratune.model import upstream
-from loratune.model.source import cached_directory
+from loratune.model.source import files_of
 from loratune.system.kept_results import NOTHING_KEPT, KeptResults
 
 _log = logging.getLogger(__name__)
@@ -217,7 +217,6 @@ def _bits(base: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 _OLD = 2_000_000_000
 """Nanoseconds after which a file that is changed again has other times; file systems count in steps of up to 2 s."""
 
@@ -227,20 +226,13 @@ class FileStates:
 
     def __init__(self, section: ModelSection):
         """Record the present state. A base on the hub that is not in the cache has no files yet."""
-        directory, gguf = cached_directory(section), section.gguf_file
-        if directory is None:
-            paths = []
-        elif gguf is not None:
-            paths = [directory / gguf]
-        else:
-            paths = sorted(path for pattern in _WEIGHTS for path in directory.glob(pattern))
         self._section, self._taken = section, time.time_ns()
-        self._states = {path: _state(path) for path in paths}
+        self._states = {path: _state(path) for path in files_of(section)}
 
     def kept_results(self, device: torch.device) -> KeptResults:
         """What is known of a base that was loaded from these files, on this machine.
 
-        Nothing is kept where its code can change as well, and of files that were changed just before.
+        Nothing is kept where its code can change as well, and of files that were changed or downloaded just before.
 
         Raises:
             ModelError: A file has changed since.
@@ -248,7 +240,8 @@ class FileStates:
         self.check_unchanged()
         states = [(str(path), state) for path, state in self._states.items()]
         newest = max((max(state[1:3]) if state else self._taken for _, state in states), default=self._taken)
-        if newest > self._taken - _OLD or self._section.trust_remote_code:
+        is_complete = [*self._states] == files_of(self._section)
+        if newest > self._taken - _OLD or self._section.trust_remote_code or not is_complete:
             return NOTHING_KEPT
         return kept_here(VERSION, self._section.model_dump(), states, str(device))
 

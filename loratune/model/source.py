@@ -2,11 +2,13 @@
 transformers."""
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import Any
 
 from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
@@ -15,9 +17,6 @@ from loratune.config import ModelSection
 from loratune.errors import ModelError, Problem, missing_package
 from loratune.system.directories import TEMPLATES
 from loratune.system.environment import cache_fix
-
-if TYPE_CHECKING:
-    pass
 
 KEY = "model.name_or_path"
 GGUF_KEY = "model.gguf_file"
@@ -125,6 +124,38 @@ def cached_directory(section: ModelSection) -> Path | None:
     except errors.HFValidationError:  # a path that does not exist
         return None
     return Path(cached).parents[len(Path(file).parts) - 1 if file else 0] if isinstance(cached, str) else None
+
+
+def files_of(section: ModelSection) -> list[Path]:
+    """The files on this machine from which a base is loaded: of its weights, and those that decide what it computes.
+
+    Files of weights may have any names and be in any directory: an index names them, and `transformers_weights` in
+    config.json may name the index, or a single file.
+    """
+    directory = cached_directory(section)
+    if directory is None:
+        return []
+    chosen = section.gguf_file or str(json_object(directory / "config.json").get("transformers_weights"))
+    names = ["config.json", "adapter_config.json", chosen]
+    if section.gguf_file is None:
+        names += [str(path) for end in ("safetensors", "bin", "index.json") for path in directory.glob(f"*.{end}")]
+        for index in [name for name in names if name.endswith(".index.json")]:
+            names += shards(directory / index)
+    return sorted(path for path in {directory / name for name in names} if os.path.isfile(path))
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, relative to the directory of the model; none if it cannot be read."""
+    names = json_object(index).get("weight_map")
+    return sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if it cannot be read, or holds something else."""
+    with suppress(OSError, ValueError, RecursionError):
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    return {}
 
 
 def chat_templates(section: ModelSection) -> list[str]:

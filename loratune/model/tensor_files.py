@@ -3,7 +3,6 @@
 Quantized weights are computed by their format when they are read.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from loratune.errors import ModelError, Problem
 from loratune.model import checks, upstream
 from loratune.model.dequantization import PackedFormat, packed_format
 from loratune.model.quantization import check_trainable, method, record_of
-from loratune.model.source import local_or_hub, summary
+from loratune.model.source import local_or_hub, shards, summary
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -146,7 +145,7 @@ def release_tensors(section: ModelSection, config: Any) -> dict[str, StoredTenso
     release = packed_format(record, section.name_or_path)
     if record is not None and release is None:
         raise NotStreamableError(f"it is quantized ({method(record)})")
-    paths = _paths(section)
+    paths = _paths(section, config)
     if problems := list(checks.damaged_weights(section)):
         raise ModelError(problems)
     stored = tensors(paths)
@@ -213,19 +212,17 @@ def _shape(release: PackedFormat, parts: tuple[tuple[str, str, tuple[int, ...]],
     return tuple(release.dequantize(empty).shape)
 
 
-def _paths(section: ModelSection) -> list[Path]:
+def _paths(section: ModelSection, config: Any) -> list[Path]:
     """The files that transformers would read: one with all weights, else those of an index."""
-    if (single := file(section, _SINGLE)) is not None:
-        return [single]
-    if (index := file(section, _INDEX)) is None:
+    chosen = config.to_dict().get("transformers_weights")
+    known = (file(section, name) for name in ([str(chosen)] if chosen else [_SINGLE, _INDEX]))
+    if (index := next(filter(None, known), None)) is None:
         raise NotStreamableError("its weights are not in safetensors files")
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [file(section, name) for name in names if Path(name).name == name]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise NotStreamableError(f"{index} cannot be read ({error})") from None
-    if len(paths) < len(names) or None in paths or not paths:
-        raise NotStreamableError(f"{index} names files that do not exist")
+    if index.suffix == ".safetensors":
+        return [index]
+    paths = [file(section, name) for name in shards(index)]
+    if None in paths or not paths:
+        raise NotStreamableError(f"{index} is damaged, or names files that do not exist")
     return [path for path in paths if path is not None]
 
 
