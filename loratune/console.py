@@ -19,7 +19,7 @@ from rich.text import Text
 from loratune.codes import Code
 from loratune.errors import Problem, ResourceError, is_disk_full
 from loratune.outputs import Failure
-from loratune.text import one_line, printable
+from loratune.text import one_line, printable, without_userinfo
 
 
 def secure() -> None:
@@ -214,7 +214,7 @@ out = _Console(highlight=False, soft_wrap=True, emoji=False)
 def log(*lines: str) -> None:
     """Print status lines on stderr."""
     for line in lines:
-        err.print(one_line(line), markup=False)
+        err.print(one_line(without_userinfo(line)), markup=False)
 
 
 def print_lines(lines: Iterable[str]) -> None:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from loratune import outputs
 from loratune.codes import Code
-from loratune.text import one_line
+from loratune.text import one_line, without_userinfo
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ middle."""
 
 
 def _shortened(text: str) -> str:
-    """A part of a message, with the middle of long values left out."""
+    """A part of a message, without passwords in URLs, and with the middle of long values left out."""
+    text = without_userinfo(text)
     if len(text) <= _MOST:
         return text
     values = _VALUE.sub(lambda match: _ends(match[0], _MOST_OF_PATHS if "/" in match[0] else _MOST), text)

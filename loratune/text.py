@@ -19,6 +19,8 @@ _IN_DOUBLE_QUOTES = re.compile(r'["$`\\!]')
 """Characters that a shell interprets inside double quotes."""
 _IN_MARKDOWN = re.compile(r"[\\`*\[\]<>&#~|$]|:(?=//)|(?<=www)\.|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 """Characters that Markdown interprets in a line; `_` inside a word is literal."""
+_USERINFO = re.compile(r"(?<=://)[^\s/?#\"'<>]*@")
+"""User name and password of a URL, see RFC 3986, 3.2.1."""
 _NAMED = {"\t": "\\t", "\n": "\\n", "\r": "\\r"}
 
 
@@ -30,6 +32,11 @@ def printable(value: str) -> str:
 def one_line(value: str) -> str:
     """The text as one line: like `printable`, and tabs and line breaks are escaped too."""
     return value if value.isascii() and value.isprintable() else _IN_A_LINE.sub(_escaped, value)
+
+
+def without_userinfo(value: str) -> str:
+    """The text without the user names and passwords in its URLs."""
+    return _USERINFO.sub("", value)
 
 
 def is_printable_line(value: str) -> bool:

@@ -3,10 +3,15 @@
 import json
 import os
 import socket
+import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
-from typing import Any
+from threading import Thread
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +22,8 @@ import loratune
 from loratune.api import self_test, self_test_operations
 from loratune.codes import Code
 from loratune.commands import env
+from loratune.console import log
+from loratune.errors import ModelError, Problem
 from loratune.kernels.compiled import fused_ops, library, reference
 from loratune.kernels.compiled import self_test as results
 
@@ -51,28 +58,201 @@ def test_a_token_is_never_shown(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> No
     assert "present" in json.loads(cli("env", "--json").out)["hub"]["token"]["value"]
 
 
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client of the hub without a proxy."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setattr(env.huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    env.huggingface_hub.close_session()
+    yield
+    env.huggingface_hub.close_session()
+
+
+@pytest.mark.usefixtures("direct")
 def test_a_hub_that_accepts_and_never_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert env._reached(f"http://127.0.0.1:{server.getsockname()[1]}")
     assert env._reached("http://127.0.0.1:1").startswith("cannot be reached")
     assert env._reached("no url").startswith("cannot be reached")
 
 
+@pytest.mark.usefixtures("direct")
 def test_a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looking up an address has no timeout."""
-    slow = "import socket, time\nsocket.getaddrinfo = lambda *_, **__: time.sleep(60)\n"
-    monkeypatch.setattr(env, "_REQUEST", slow + env._REQUEST)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(5))
     monkeypatch.setattr(env, "SECONDS", 0.5)
     start = time.monotonic()
     assert env._reached("http://nowhere.invalid") == "does not answer within 0.5 s"
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 4
 
 
-def test_a_library_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_kernels.py").write_text("raise OSError('libcudart.so.12 is missing')")
+class Server(BaseHTTPRequestHandler):
+    """Answers with the status that the path names; `asked` has path and Authorization of each request."""
+
+    asked: ClassVar[list[tuple[str, str | None]]] = []
+
+    def do_HEAD(self) -> None:
+        """Called with each request."""
+        self.asked.append((self.path, self.headers["Authorization"]))
+        self.send_response(int(self.path.rpartition("/")[2]))
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def server(direct: None) -> Iterator[str]:
+    """Host and port of a `Server`."""
+    Server.asked.clear()
+    with HTTPServer(("127.0.0.1", 0), Server) as made:
+        Thread(target=made.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{made.server_port}"
+        made.shutdown()
+
+
+STATUSES = {200: "answers", 404: "answers", 503: "answers with an error (HTTP 503)", 407: "answers with an error"}
+
+
+@pytest.mark.parametrize("status", STATUSES)
+def test_what_the_hub_answers(status: int, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """User and password of its URL are sent, and not shown."""
+    monkeypatch.setattr(env.huggingface_hub.constants, "ENDPOINT", f"http://me:g%20h@{server}/{status}")
+    (fact,) = env._found("hub", env._endpoint)
+    assert fact.value.startswith(f"http://{server}/{status} {STATUSES[status]}") and "me:" not in str(fact)
+    assert bool(fact.advice) == (status > 406)
+    assert Server.asked == [(f"/{status}", f"Basic {b64encode(b'me:g h').decode()}")]
+
+
+@pytest.mark.parametrize("name", ["ALL_PROXY", "HTTP_PROXY"])
+@pytest.mark.parametrize("works", [True, False])
+def test_a_proxy_is_used_and_named(works: bool, name: str, server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, f"http://me:secret@{server if works else '127.0.0.1:1'}")
+    monkeypatch.setattr(env.huggingface_hub.constants, "ENDPOINT", "http://nowhere.invalid/200")
+    (fact,) = env._found("hub", env._endpoint)
+    assert "through the proxy http://127.0.0.1:" in fact.value and "secret" not in str(fact)
+    assert bool(fact.advice) != works and (works or name in fact.advice or "PROXY" in fact.advice)
+    assert [path for path, _ in Server.asked] == ["http://nowhere.invalid/200"] * works
+
+
+URLS = {
+    "https://me:geheim@mirror.example/a": "https://mirror.example/a",
+    "see 'http://me@host' and (socks5://a:b@c:1)": "see 'http://host' and (socks5://c:1)",
+    "https://a:p@ss@host/x@y": "https://host/x@y",
+    "https://host/a@b?c=d@e and me@host": "https://host/a@b?c=d@e and me@host",
+}
+
+
+@pytest.mark.parametrize("text", URLS)
+def test_messages_have_urls_without_passwords(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    problem = Problem(Code.MODEL_HUB_UNREACHABLE, text, text, fix=text)
+    assert str(problem).count(URLS[text]) == 3 and ("geheim" not in str(ModelError(problem)))
+    assert problem.to_dict()["what"] == URLS[text]
+    log(text)
+    assert capsys.readouterr().err.strip() == URLS[text]
+
+
+def fail(error: BaseException) -> Any:
+    """A function that raises this."""
+
+    def function(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return function
+
+
+FAILURES: dict[str, tuple[str, str, BaseException]] = {
+    "no home directory": ("env.library", "cache_directory", RuntimeError("Could not determine home directory.")),
+    "token file is a directory": ("env.huggingface_hub", "get_token", IsADirectoryError(21, "Is a directory", "/t")),
+    "token of OIDC": ("env.huggingface_hub", "get_token", ValueError("no token")),
+    "no /proc": ("env.psutil", "virtual_memory", FileNotFoundError(2, "No such file", "/proc/meminfo")),
+    "no metadata": ("env.importlib.metadata", "requires", PackageNotFoundError("loratune")),
+    "bitsandbytes exits": ("env", "bitsandbytes_lacks", SystemExit(5)),
+    "unreadable directory": ("env", "datasets_cache_dir", PermissionError(13, "Permission denied", "/c")),
+    "a driver fails": ("env.accelerator", "names", RuntimeError("CUDA error")),
+    "git fails": ("env.release", "describe", UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")),
+    "the self-test": ("env.self_test", "passed", MemoryError()),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_what_fails_becomes_a_line(name: str, monkeypatch: pytest.MonkeyPatch, cli: Cli) -> None:
+    owner, function, error = FAILURES[name]
+    monkeypatch.setattr(f"loratune.commands.{owner}.{function}", fail(error))
+    ran = cli("env", "--json")
+    assert ran.code == 0, ran.err
+    facts = [fact for section in json.loads(ran.out).values() for fact in section.values()]
+    (found,) = [fact for fact in facts if f"({type(error).__name__}:" in fact["value"]]
+    assert found["advice"]
+
+
+def test_ctrl_c_is_no_line() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        env._found("a", fail(KeyboardInterrupt()))
+
+
+MODULES = {
+    "raise OSError('libcudart.so.12 is missing')": "cannot be imported (OSError: libcudart.so.12 is missing)",
+    "import sys; sys.exit(3)": "cannot be imported (SystemExit: 3)",
+    "print('HELLO')": "installed; attention",
+}
+
+
+@pytest.mark.parametrize("source", MODULES)
+def test_a_library_that_cannot_be_imported(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken_kernels.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    assert env._imported("broken_kernels") == "installed, but cannot be imported (libcudart.so.12 is missing)"
-    assert env._imported("nothing_like_this") == "not installed" and env._imported("json") == "installed"
+    monkeypatch.setattr(env, "OPTIONAL", {"broken_kernels": "attention", "nothing_like_this": "speed"})
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "broken_kernels", raising=False)
+        facts = {fact.name: fact for fact in env.describe().sections["optional libraries"]}
+    sys.modules.pop("broken_kernels", None)
+    assert MODULES[source] in facts["broken_kernels"].value and "HELLO" not in capsys.readouterr().out
+    assert bool(facts["broken_kernels"].advice) == ("print" not in source)
+    assert facts["nothing_like_this"].value.startswith("not installed")
+
+
+COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does not work (TimeoutExpired", "": ", "}
+
+
+@pytest.mark.parametrize("script", COMPILERS)
+def test_a_compiler_that_does_not_work(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gcc").write_text(f"#!/bin/sh\nexec {script or 'echo gcc 1'}\n")
+    (tmp_path / "gcc").chmod(0o755)
+    monkeypatch.setattr(env.shutil, "which", lambda name: str(tmp_path / "gcc"))
+    monkeypatch.setattr(env, "SECONDS", 0.5)
+    compiler, *dtypes = env._compiled_code()
+    assert COMPILERS[script] in compiler.value
+    assert len(dtypes) == (0 if script else 2)
+
+
+def test_a_reason_for_all_dtypes_is_given_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORATUNE_NATIVE", "0")
+    facts = [*env._compiled_code()][1:]
+    assert all(fact.value.startswith("not in use") for fact in facts)
+    assert [bool(fact.advice) for fact in facts] == [True, False]
+
+
+def test_a_processor_that_is_hidden_and_an_xpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env.environment, "features", frozenset)
+    assert {fact.name: fact for fact in env._processor()}["instructions"].value.startswith("not known")
+    monkeypatch.setattr(torch.version, "xpu", "20250101")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert next(env._gpus()).value == "XPU 20250101"
+
+
+def test_too_few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env.platforms, "processor_count", lambda: 8)
+    monkeypatch.setattr(env.environment, "processors", lambda: 4.0)
+    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 2)
+    assert "OMP_NUM_THREADS" in env._cores().advice
+    monkeypatch.setattr(env.torch, "get_num_threads", lambda: 4)
+    assert not env._cores().advice
 
 
 def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,12 +265,20 @@ def test_a_package_that_is_too_old_or_missing(monkeypatch: pytest.MonkeyPatch) -
     assert not facts["torch"].advice
 
 
-def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(env.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(env.os, "access", lambda path, mode: Path(path) != tmp_path)
-    facts = {fact.name: fact for fact in env._memory()}
-    assert f"{tmp_path} is not writable" in facts["temporary files (TMPDIR)"].advice
-    assert not facts["bases (HF_HUB_CACHE)"].advice
+def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One below a file, one that cannot be written, one that is not there, and one whose name is too long."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(env.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr(env, "datasets_cache_dir", lambda: tmp_path / ("x" * 300))
+    monkeypatch.setattr(env.library, "cache_directory", lambda: tmp_path / "here" / "loratune")
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
+    monkeypatch.setattr(env.os, "access", lambda path, mode: Path(path) != tmp_path / "here")
+    facts = {fact.name.partition(" ")[0]: fact for fact in env._memory()}
+    assert "is not a directory" in facts["bases"].advice
+    assert "cannot be used (OSError" in facts["rows"].value and "that you can write to" in facts["rows"].advice
+    assert "is not writable" in facts["compiled"].advice
+    assert "there is no such directory" in facts["temporary"].advice and "absent" in facts["temporary"].value
 
 
 @pytest.mark.slow

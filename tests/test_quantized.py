@@ -17,12 +17,12 @@ from running import stopped
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
 
-from loratune import kernels
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.config import LoraSection, ModelSection
 from loratune.errors import ConfigError
+from loratune.kernels import quantized
 from loratune.lora import creation, tensors
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
@@ -126,7 +126,7 @@ def test_8bit_layers_compute_what_bitsandbytes_does_in_training(
     for own in (False, True):
         layer = eight_bit(64, 48, bias=bias).train(not own)
         if own:
-            kernels.dequantize_in_use(layer)
+            quantized.dequantize_in_use(layer)
         given = x.clone().requires_grad_()
         y = layer(given)
         y.backward(dy)
@@ -140,7 +140,7 @@ def test_8bit_layers_compute_what_bitsandbytes_does_in_training(
 
 def test_8bit_layers_train_a_bias_and_keep_no_input() -> None:
     layer = eight_bit(64, 48)
-    kernels.dequantize_in_use(layer)
+    quantized.dequantize_in_use(layer)
     layer.bias.requires_grad_()
     x, kept = torch.randn(2, 3, 64, requires_grad=True), list[torch.Tensor]()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
@@ -148,7 +148,7 @@ def test_8bit_layers_train_a_bias_and_keep_no_input() -> None:
     y.sum().backward()
     assert torch.equal(layer.bias.grad, torch.full((48,), 6.0)) and kept == [] and layer.weight.grad is None
     unpacked = bitsandbytes.nn.Linear8bitLt(64, 48)  # has its weights in 16 bit until they are used
-    kernels.dequantize_in_use(unpacked)
+    quantized.dequantize_in_use(unpacked)
     assert type(unpacked) is bitsandbytes.nn.Linear8bitLt
 
 
@@ -159,7 +159,7 @@ def test_8bit_rows_do_not_depend_on_the_batch(wide: Path) -> None:
     for own in (False, True):
         layer = eight_bit(64, 64).eval()
         if own:
-            kernels.dequantize_in_use(layer)
+            quantized.dequantize_in_use(layer)
         with torch.no_grad():
             assert torch.allclose(layer(row), layer(torch.cat([row, outlier]))[:1], atol=1e-3) is own
     section = ModelSection(name_or_path=str(wide), quantization="8bit")

@@ -29,6 +29,7 @@ from loratune.system import environment, launcher, platforms, signals
 from loratune.system.environment import cache_fix
 from loratune.system.launcher import Group
 from loratune.system.signals import Stop, Termination, raise_on_signals
+from loratune.text import without_userinfo
 
 _DISK_FULL = (Code.SYSTEM_DISK_FULL, 8, "make room")
 _TOO_MANY_FILES = (Code.SYSTEM_CALL_FAILED, 8, "raise ulimit -n")
@@ -159,7 +160,7 @@ def _fail(group: Group, error: BaseException, debug: bool, memory_fix: str) -> N
     problems, exit_code = group.fail(*_explain(error, memory_fix))
     stream = sys.stderr if group.main else EscapedStream(sys.__stderr__)
     if debug:
-        traceback.print_exception(error, file=stream)
+        print(without_userinfo("".join(traceback.format_exception(error))), end="", file=stream)
     print_problems(problems, exit_code, stream)
     if group.count > 1:
         os._exit(exit_code)  # at exit, torch may wait for the other processes, which have ended

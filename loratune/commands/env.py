@@ -9,18 +9,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.request import getproxies
 
 import huggingface_hub
 import psutil
 import torch
 from packaging.requirements import Requirement
 
-from loratune import memory
 from loratune.codes import Code
 from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
@@ -30,10 +33,10 @@ from loratune.kernels.compiled.self_test import PASSED as PASSED
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks
 from loratune.system import accelerator, environment, platforms, release
-from loratune.text import format_size, plural
+from loratune.text import format_size, plural, without_userinfo
 
 SECONDS = 2.0
-"""The most seconds for which the hub is waited for."""
+"""The most seconds for which the hub, or the version of a program, is waited for."""
 LOW_DISK = 5 << 30
 """Bytes; with less free space than this in a cache, a base of a few billion parameters does not fit."""
 FEATURES = {"avx512_bf16": "bf16", "amx_bf16": "AMX bf16", "amx_int8": "AMX int8", "avx512_vnni": "VNNI"}
@@ -119,84 +122,139 @@ class Environment:
 
 
 def describe() -> Environment:
-    """Find out what this machine has. Takes at most a few seconds, and never raises because something is missing."""
-    parts: dict[str, Callable[[], Iterator[Fact]]] = {
+    """Find out what this machine has. Takes at most a few seconds, and never raises because something is missing.
+
+    What imported libraries print on stdout goes to stderr.
+    """
+    parts: dict[str, Callable[[], Iterable[Fact]]] = {
         "program": _program, "packages": _packages, "processor": _processor, "compiled code": _compiled_code,
         "GPU": _gpus, "optional libraries": _libraries, "memory and disk": _memory, "hub": _hub,
     }  # fmt: skip
-    return Environment({title: [*part()] for title, part in parts.items()})
+    with redirect_stdout(sys.stderr):
+        return Environment({title: _found(title, part) for title, part in parts.items()})
+
+
+def _found(
+    name: str,
+    find: Callable[[], Iterable[Fact] | Fact | str],
+    otherwise: str = "not known",
+    advice: str = "repair what the line names; commands that need it may fail",
+) -> list[Fact]:
+    """The facts that a function returns, or one with the value that it returns; passwords in URLs are left out.
+
+    Whatever it raises becomes a fact: libraries that are imported may raise anything, and even end the process.
+
+    Args:
+        name: What the fact is about.
+        find: The function.
+        otherwise: What it means that it raises.
+        advice: What to do then.
+    """
+    facts = list[Fact]()
+    try:
+        found = find()
+        facts += [Fact(name, found)] if isinstance(found, str) else [found] if isinstance(found, Fact) else found
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        facts += [Fact(name, f"{otherwise} ({' '.join([f'{type(error).__name__}:', *str(error).split()])})", advice)]
+    return [replace(one, value=without_userinfo(one.value), advice=without_userinfo(one.advice)) for one in facts]
 
 
 def _program() -> Iterator[Fact]:
-    yield Fact("loratune", f"{release.describe()}, in {Path(__file__).resolve().parent.parent}")
+    yield from _found("loratune", lambda: f"{release.describe()}, in {Path(__file__).resolve().parent.parent}")
     yield Fact("Python", f"{platform.python_version()} ({sys.executable})")
     libc = " ".join(platform.libc_ver())
     yield Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}{f', {libc}' if libc else ''}")
+    yield from _found("self-test", _self_test)
+
+
+def _self_test() -> Fact:
     if failed := self_test.failed():
-        yield Fact("self-test", f"failed here: {', '.join(failed)}", "loratune env --self-test repeats the checks")
-    elif passed := self_test.passed():
-        yield Fact("self-test", f"{plural(len(passed), 'check')} passed here")
-    else:
-        yield Fact("self-test", "not run here", "loratune env --self-test compares tiny runs here with stock PEFT")
+        return Fact("self-test", f"failed here: {', '.join(failed)}", "loratune env --self-test repeats the checks")
+    if passed := self_test.passed():
+        return Fact("self-test", f"{plural(len(passed), 'check')} passed here")
+    return Fact("self-test", "not run here", "loratune env --self-test compares tiny runs here with stock PEFT")
 
 
 def _packages() -> Iterator[Fact]:
     """The packages that pyproject.toml requires, and those of the extras that are installed."""
     for line in importlib.metadata.requires("loratune") or ():
-        wanted = Requirement(line)
-        extra = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
-        try:
-            found = importlib.metadata.version(wanted.name)
-        except importlib.metadata.PackageNotFoundError:
-            if not extra:
-                yield Fact(wanted.name, "not installed", f"pip install '{wanted.name}{wanted.specifier}'")
-            continue
-        if wanted.specifier.contains(found, prereleases=True):
-            if not extra:
-                yield Fact(wanted.name, f"{found} (allowed: {wanted.specifier})")
-        else:
-            yield Fact(wanted.name, found, f"pip install '{wanted.name}{wanted.specifier}'")
+        yield from _found(line, partial(_package, Requirement(line)))
+
+
+def _package(wanted: Requirement) -> Iterator[Fact]:
+    extra = wanted.marker is not None and not wanted.marker.evaluate({"extra": ""})
+    found = next((one.version for one in importlib.metadata.distributions(name=wanted.name)), "")
+    is_allowed = bool(found) and wanted.specifier.contains(found, prereleases=True)
+    if is_allowed and not extra:
+        yield Fact(wanted.name, f"{found} (allowed: {wanted.specifier})")
+    elif not is_allowed and (found or not extra):
+        yield Fact(wanted.name, found or "not installed", f"pip install '{wanted.name}{wanted.specifier}'")
 
 
 def _processor() -> Iterator[Fact]:
-    seen, allowed = platforms.processor_count(), environment.processors()
+    yield Fact("processor", environment.processor_name() or platform.processor() or "not known")
+    yield from _found("cores", _cores)
+    has, dtype = environment.features(), str(load.automatic_dtype()).removeprefix("torch.")
+    names = [name for feature, name in FEATURES.items() if feature in has]
+    none = f"none of {', '.join(FEATURES.values())}" if has else "not known: /proc/cpuinfo cannot be read"
+    yield Fact("instructions", ", ".join(names) or none)
+    slow = "float32 takes twice the memory and more time; use a GPU or a processor with bf16 where you can"
+    where = "GPU" if accelerator.has_gpu() else "processor"
+    yield Fact("model.dtype: auto", f"{dtype} on this {where}", slow if dtype == "float32" else "")
+
+
+def _cores() -> Fact:
+    seen, allowed, threads = platforms.processor_count(), environment.processors(), torch.get_num_threads()
     share = f"; this container may use {allowed:g}" if allowed < seen else ""
-    yield Fact("processor", environment.processor_name() or platform.processor() or "unknown")
-    yield Fact("cores", f"{seen} of {os.cpu_count()}{share}; {plural(torch.get_num_threads(), 'thread')} of torch")
-    has = environment.features()
-    names = ", ".join(name for feature, name in FEATURES.items() if feature in has)
-    dtype = str(load.automatic_dtype()).removeprefix("torch.")
-    yield Fact("instructions", names or "none of " + ", ".join(FEATURES.values()))
-    yield Fact("model.dtype: auto", f"{dtype} on this {'GPU' if accelerator.has_gpu() else 'processor'}")
+    most = int(min(seen, allowed))
+    advice = f"OMP_NUM_THREADS={most} uses all cores, unless other work needs them" if threads < most else ""
+    return Fact("cores", f"{seen} of {os.cpu_count()}{share}; {plural(threads, 'thread')} of torch", advice)
 
 
 def _compiled_code() -> Iterator[Fact]:
-    """The compiled operations for a CPU, in each dtype that they are for."""
+    """The compiled operations for a CPU, in each dtype that they are for. A reason for both is given once."""
     compiler = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    yield Fact("C compiler", compiler or "none")
-    for dtype in fused_ops.DEFINES:
+    (fact,) = _found("C compiler", lambda: _version(compiler) if compiler else "none", "does not work")
+    yield fact
+    known = {""}
+    for dtype in () if fact.advice else fused_ops.DEFINES:
         like = torch.zeros(1, dtype=dtype)
         refusal = fused_ops.refusal(like)
-        advice = f"the reference in torch is used, which is slower: {refusal}" if refusal else ""
-        notes = "; ".join(fused_ops.notes(like))
-        yield Fact(str(dtype).removeprefix("torch."), fused_ops.variant(like), advice or notes)
+        value = "not in use; torch computes instead, which is slower" if refusal else fused_ops.variant(like)
+        advice = refusal or fused_ops.library_note(like)
+        yield Fact(str(dtype).removeprefix("torch."), value, advice if advice not in known else "")
+        known.add(advice)
+
+
+def _version(program: str) -> str:
+    """Path and version of a program. Raises OSError, SubprocessError: it fails, or takes more than `SECONDS`."""
+    command, none = [program, "--version"], subprocess.DEVNULL
+    done = subprocess.run(command, capture_output=True, text=True, stdin=none, timeout=SECONDS, check=True)
+    return f"{program}, {next(iter(done.stdout.splitlines()), '')}"
 
 
 def _gpus() -> Iterator[Fact]:
-    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else ""
-    build = build or (f"ROCm {torch.version.hip}" if torch.version.hip else "CPU only")
+    builds = {"CUDA": torch.version.cuda, "ROCm": torch.version.hip, "XPU": torch.version.xpu}
+    build = next((f"{name} {version}" for name, version in builds.items() if version), "CPU only")
     has_driver = shutil.which("nvidia-smi") is not None or Path("/proc/driver/nvidia/version").is_file()
     missing = has_driver and not torch.cuda.is_available()
     advice = "there is a driver for NVIDIA GPUs, but torch cannot use it; install torch as https://pytorch.org says"
     yield Fact("build of torch", build, advice if missing else "")
-    bf16 = "bf16" if accelerator.multiplies_bfloat16() else "no bf16"
     for number, name in enumerate(accelerator.names()):
-        known: Any = torch.get_device_module(accelerator.device()).get_device_properties(number)
-        kind = f"compute capability {known.major}.{known.minor}" if torch.cuda.is_available() else "not tested by us"
-        yield Fact(f"GPU {number}", f"{name}, {format_size(known.total_memory)}, {kind}, {bf16}{_driver()}")
+        yield from _found(f"GPU {number}", partial(_gpu, number, name))
     if not accelerator.has_gpu():
         other = torch.accelerator.current_accelerator(check_available=True)
         yield Fact("GPU", f"{other.type}, which is not used" if other else "none; training runs on the CPU")
+
+
+def _gpu(number: int, name: str) -> str:
+    device = torch.device(accelerator.device().type, number)
+    known: Any = torch.get_device_module(device).get_device_properties(number)
+    kind = f"compute capability {known.major}.{known.minor}" if torch.cuda.is_available() else "not tested by us"
+    free = f"{format_size(accelerator.free_memory(device))} free of {format_size(known.total_memory)}"
+    return f"{name}, {free}, {kind}, {'bf16' if accelerator.multiplies_bfloat16() else 'no bf16'}{_driver()}"
 
 
 def _driver() -> str:
@@ -207,77 +265,101 @@ def _driver() -> str:
 
 
 def _libraries() -> Iterator[Fact]:
-    lacks = bitsandbytes_lacks()
-    yield Fact(
-        "bitsandbytes", lacks or "its native library works", "model.quantization cannot be used" if lacks else ""
-    )
+    repair = "pip install --upgrade --force-reinstall {0}, or pip uninstall {0}".format
+    broken, lost = "installed, but cannot be imported", "model.quantization cannot be used: "
+    yield from _found("bitsandbytes", _bitsandbytes, broken, lost + repair("bitsandbytes"))
     for name, use in OPTIONAL.items():
-        yield Fact(name, f"{_imported(name)}; {use}")
+        yield from _found(name, partial(_library, name, use), broken, repair(name.replace("_", "-")))
 
 
-def _imported(name: str) -> str:
-    """Whether a module is installed, and can be imported."""
+def _bitsandbytes() -> Fact:
+    lacks = bitsandbytes_lacks()
+    advice = "model.quantization cannot be used: pip install --upgrade --force-reinstall bitsandbytes"
+    return Fact("bitsandbytes", lacks or "its native library works", advice if lacks else "")
+
+
+def _library(name: str, use: str) -> str:
+    """Whether a module is installed. Raises whatever importing it raises."""
     if find_spec(name) is None:
-        return "not installed"
-    try:
-        importlib.import_module(name)
-    except Exception as error:  # such as a library that was built for another version of CUDA or torch
-        return f"installed, but cannot be imported ({error})"
-    return "installed"
+        return f"not installed; {use}"
+    importlib.import_module(name)
+    return f"installed; {use}"
 
 
 def _memory() -> Iterator[Fact]:
-    total, free = psutil.virtual_memory().total, memory.available(torch.device("cpu"))
-    yield Fact("memory", f"{format_size(free)} available of {format_size(total)}")
-    caches = {
-        "bases (HF_HUB_CACHE)": Path(huggingface_hub.constants.HF_HUB_CACHE),
-        "rows (HF_DATASETS_CACHE)": datasets_cache_dir(),
-        "compiled code (XDG_CACHE_HOME)": library.cache_directory(),
-        "temporary files (TMPDIR)": Path(tempfile.gettempdir()),
+    yield from _found("memory", _free_memory)
+    caches: dict[str, Callable[[], Path]] = {
+        "bases (HF_HUB_CACHE)": lambda: Path(huggingface_hub.constants.HF_HUB_CACHE),
+        "rows (HF_DATASETS_CACHE)": datasets_cache_dir,
+        "compiled code (XDG_CACHE_HOME)": library.cache_directory,
+        "temporary files (TMPDIR)": lambda: Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
     }
     for name, path in caches.items():
-        place = next(one for one in (path, *path.parents) if one.exists())
-        free = shutil.disk_usage(place).free
-        advice = (
-            f"{place} is not writable; set the variable to a directory that is" if not os.access(place, os.W_OK) else ""
-        )
-        advice = advice or (f"only {format_size(free)} are free" if free < LOW_DISK else "")
-        yield Fact(name, f"{path}, {format_size(free)} free", advice)
+        yield from _found(name, partial(_directory, name, path), "cannot be used", f"{_OTHER} that you can write to")
+
+
+_OTHER = "set the variable to a directory"
+
+
+def _free_memory() -> str:
+    known = psutil.virtual_memory()
+    free = min(known.available, environment.free_memory(), platforms.memory_limit() or known.available)
+    return f"{format_size(int(free))} available of {format_size(known.total)}"
+
+
+def _directory(name: str, path: Callable[[], Path]) -> Fact:
+    """Whether a cache can be written to, and what room is there."""
+    directory = path()
+    place = next(one for one in (directory, *directory.parents) if one.exists())
+    free, advice = shutil.disk_usage(place).free, ""
+    if not place.is_dir():
+        advice = f"{place} is not a directory; {_OTHER}"
+    elif not os.access(place, os.W_OK):
+        advice = f"{place} is not writable; {_OTHER} that is"
+    elif "TMPDIR" in name and place != directory:
+        advice = f"there is no such directory, and {tempfile.gettempdir()} is used; {_OTHER} that exists"
+    elif free < LOW_DISK:
+        advice = f"only {format_size(free)} are free; make room, or {_OTHER} on another disk"
+    return Fact(name, f"{directory}, {format_size(free)} free", advice)
 
 
 def _hub() -> Iterator[Fact]:
-    endpoint = huggingface_hub.constants.ENDPOINT
+    yield from _found("hub", _endpoint)
+    file = "repair the file, or set HF_TOKEN"
+    yield from _found("token", lambda: "present" if huggingface_hub.get_token() else _NO_TOKEN, "cannot be read", file)
+
+
+_NO_TOKEN = "none; only needed for gated bases and for push"
+
+
+def _endpoint() -> Fact:
+    endpoint, proxies = huggingface_hub.constants.ENDPOINT, getproxies()
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        yield Fact("hub", f"not used (HF_HUB_OFFLINE); {endpoint}")
-    else:
-        problem = _reached(endpoint)
-        advice = "use local directories, or set HF_ENDPOINT or HTTPS_PROXY" if problem else ""
-        yield Fact("hub", f"{endpoint} {problem or 'answers'}", advice)
-    yield Fact("token", "present" if huggingface_hub.get_token() else "none; only needed for gated bases and for push")
+        return Fact("hub", f"not used (HF_HUB_OFFLINE); {endpoint}")
+    proxy = proxies.get(endpoint.partition(":")[0]) or proxies.get("all") or ""
+    through = f" through the proxy {proxy if '://' in proxy else f'http://{proxy}'}" if proxy else ""
+    advice = "correct HTTPS_PROXY or ALL_PROXY" if proxy else "set HF_ENDPOINT or HTTPS_PROXY"
+    if problem := _reached(endpoint):
+        return Fact("hub", f"{endpoint} {problem}{through}", f"use local directories, or {advice}")
+    return Fact("hub", f"{endpoint} answers{through}")
 
 
 def _reached(url: str) -> str:
-    """Why a server cannot be reached within `SECONDS`; empty if it answers.
+    """Why a server cannot be reached within `SECONDS` by the client of the hub, with the user, password and proxy that
+    are set; empty if it answers.
 
-    Another process asks, as looking up an address has no timeout.
+    A thread asks, as looking up an address has no timeout.
     """
-    command = [sys.executable, "-I", "-c", _REQUEST, url]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return f"does not answer within {SECONDS:g} s"
-    except OSError as error:
-        return f"cannot be tried ({error})"
-    reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return f"cannot be reached ({reason})" if done.returncode else ""
+    answers: list[str] = []
 
+    def ask() -> None:
+        try:
+            status = huggingface_hub.get_session().head(url, timeout=SECONDS).status_code
+            answers.append(f"answers with an error (HTTP {status})" if status == 407 or status >= 500 else "")
+        except Exception as error:  # whatever the network stack raises
+            answers.append(f"cannot be reached ({str(error) or type(error).__name__})")
 
-_REQUEST = """
-import sys, urllib.error, urllib.request
-try:
-    urllib.request.urlopen(sys.argv[1])
-except urllib.error.HTTPError:
-    pass
-except Exception as error:
-    sys.exit(str(getattr(error, "reason", error)))
-"""
+    thread = Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(SECONDS)
+    return answers[0] if answers else f"does not answer within {SECONDS:g} s"

@@ -20,11 +20,7 @@ from loratune.config.sections import WEIGHT
 from loratune.data import token_cache
 from loratune.data.example_tokenizer import BATCH_ROWS, ExampleTokenizer, in_batches
 from loratune.data.holding_out import replay_numbers
-from loratune.data.remarks import (
-    first_examples,
-    remark_on_arguments,
-    remark_on_lost_characters,
-)
+from loratune.data.remarks import first_examples, remark_on_arguments, remark_on_lost_characters
 from loratune.data.rendering import Renderer, spans
 from loratune.data.rendering.spans import TokenizedRow
 from loratune.data.report import Report, total

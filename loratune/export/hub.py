@@ -26,6 +26,7 @@ from loratune.lora import adapter_files
 from loratune.lora.adapter_files import CONFIG_FILE
 from loratune.system import directories
 from loratune.system.files import sha256
+from loratune.text import without_userinfo
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def upload(token: str, repository: str, copy: PortableCopy, *, public: bool) -> 
     """
     get_session().timeout = _SECONDS
     api = HfApi(token=token)
-    url = f"{api.endpoint}/{repository}"
+    url = without_userinfo(f"{api.endpoint}/{repository}")
     found = _info(api, repository)
     if found is None:
         api.create_repo(repository, private=not public)
@@ -275,5 +276,5 @@ def _translated(error: BaseException, said: str, where: str) -> LoratuneError:
 
 
 def without(text: str, token: str) -> str:
-    """A text with the token masked."""
-    return text.replace(token, "[token]") if token else text
+    """A text with the token masked, and without passwords in URLs."""
+    return without_userinfo(text.replace(token, "[token]") if token else text)

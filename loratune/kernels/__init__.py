@@ -36,7 +36,6 @@ from loratune.kernels.predictions import dense_states as dense_states
 from loratune.kernels.predictions import logits_at as logits_at
 from loratune.kernels.predictions import most_probable as most_probable
 from loratune.kernels.predictions import next_token_logits as next_token_logits
-from loratune.kernels.quantized import dequantize_in_use as dequantize_in_use
 from loratune.kernels.rowwise import attends_by_rows as attends_by_rows
 from loratune.kernels.transfer import on_host as on_host
 from loratune.kernels.transfer import send as send

@@ -6,22 +6,16 @@ from collections.abc import Callable
 from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_liger_kernel_available
 
-from loratune import kernels
 from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
@@ -146,7 +140,8 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     checks.check_text(model, section.name_or_path)
     for module in model.modules():
         upstream.keep_4bit_backward(module)
-    kernels.dequantize_in_use(model)
+    if upstream.has_8bit_layers(model):
+        import_module("loratune.kernels.quantized").dequantize_in_use(model)  # which imports bitsandbytes
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 

@@ -42,8 +42,12 @@ def notes(like: Tensor) -> list[str]:
     used for such tensors."""
     failed = ", ".join(self_test.failed())
     lines = [f"loratune env --self-test failed on this machine: {failed}"] if failed else []
-    note = None if refusal(like) else _library(like.dtype).note
-    return [*lines, note] if note is not None else lines
+    return [*lines, *filter(None, [library_note(like)])]
+
+
+def library_note(like: Tensor) -> str:
+    """A problem of the compiled operations that are used for such tensors; empty if there is none."""
+    return "" if refusal(like) else _library(like.dtype).note or ""
 
 
 def variant(like: Tensor) -> str:
