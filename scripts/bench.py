@@ -385,6 +385,8 @@ def main() -> None:
     names = [name for name in given.peers if CONTESTANTS[name].device in ("", bench.device)]
     fetch = [sys.executable, str(ROOT / "scripts" / "fetch_smollm2.py"), str(bench.model)]
     subprocess.run(fetch, check=True, stdin=subprocess.DEVNULL)
+    if bench.device == "cuda":  # the figures mean nothing where it computes something else
+        subprocess.run([sys.executable, "-m", "loratune", "env", "--self-test"], cwd=ROOT, check=True)
     run(bench, module(bench, "", "data", work / "data", bench.model, given.rows), work / "data.log")
     if given.shape:
         made = work / "shapes" / given.shape

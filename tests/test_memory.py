@@ -1,5 +1,6 @@
 """The memory estimate: its parts against formulas, activations against autograd, the total against a real run."""
 
+import json
 import logging
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from running import Cli, MakeConfig
 from torch import nn
 from transformers import (
     Adafactor,
@@ -28,8 +30,9 @@ from transformers import (
 )
 
 from loratune import kernels, memory
-from loratune.config import TrainingSection
-from loratune.lora import attach
+from loratune.config import LoraSection, TrainingSection
+from loratune.errors import is_out_of_memory
+from loratune.lora import attach, creation
 from loratune.memory import activations, moments
 
 ROLES = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -225,6 +228,31 @@ def test_eager_attention_is_extrapolated_quadratically(monkeypatch: pytest.Monke
     assert lengths == [96, 96, 16, 32, 48]
     assert long.activations == pytest.approx(exact.activations, rel=0.01)
     assert long.total == pytest.approx(exact.total, rel=0.01)
+
+
+def test_sizes_are_checked_before_tensors_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a billion tokens are extrapolated, as are masks of a trillion elements; too many rows are estimated by
+    the formula."""
+    model = on_meta(LlamaConfig(**TINY))
+    assert memory.estimate(model, [(10**9, 10**9)] * 8, 8).traced
+    ids = torch.arange(1 << 20)
+    for make in (lambda: torch.ones(1 << 20, 1 << 20), lambda: ids[:, None] < ids, lambda: ids.expand(1 << 20, -1) + 1):
+        with pytest.raises(activations._TooLong), activations.AllocationTracker(model, limited=True):
+            make()
+    with activations.AllocationTracker(model, limited=True):
+        assert len(ids[:9].nonzero()) == 8
+    limit(monkeypatch, MAX_TOKENS=10)
+    assert not memory.estimate(model, [(16, 16)] * 11, 11).traced
+
+
+def test_an_adapter_that_is_too_large_is_not_made(run_config: MakeConfig, cli: Cli) -> None:
+    """It is counted without values; where it needs values, memory runs out."""
+    ran = cli("params", run_config(lora={"r": 10**9}), "--json")
+    assert ran.code == 0, ran.err
+    assert json.loads(ran.out)["trainable"] > 10**10
+    with pytest.raises(RuntimeError) as failed:
+        creation.adapt(tiny_llama(), LoraSection(r=10**9, target_modules=["q"]), seed=0)
+    assert is_out_of_memory(failed.value)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import ATTENTION, Ran, check_refused
 from running import Cli, MakeConfig
 from transformers import FalconConfig, LlamaConfig, Phi3Config
@@ -245,3 +246,9 @@ def test_the_memory_for_the_rows_at_hand(cli: Cli, run_config: MakeConfig, tiny_
     (path.parent / "rows.jsonl").write_text("{")
     ran = cli("params", path, "--json")
     assert counted(ran) == found | {"rows_memory": None} and "is not known" in ran.err
+
+
+def test_settings_that_training_would_refuse_here_are_reported(cli: Cli, run_config: MakeConfig) -> None:
+    ran = cli("params", run_config(model={"use_liger_kernel": True}))
+    assert ran.code == 0, ran.err
+    assert ("train would stop here: model.use_liger_kernel" in ran.out + ran.err) != torch.accelerator.is_available()

@@ -135,6 +135,7 @@ def params(run: RunConfig) -> Params:
             *targets.shared_lines(),
             *remarks,
             *unread,
+            *_refused(run),
         ],
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
@@ -172,6 +173,15 @@ def servers(run: RunConfig) -> dict[str, str]:
         after = f", after `loratune export --to {client}`" if is_exported else ""
         texts[SERVERS[client]] = f"not applied: {one}" if isinstance(one, str) else f"{one}{after}"
     return texts
+
+
+def _refused(run: RunConfig) -> list[str]:
+    """A line on each setting with which training would not start on this machine."""
+    try:
+        load.check_kernels(run.model, gpu=load.device().type != "cpu")
+    except ConfigError as error:
+        return [f"train would stop here: {problem}" for problem in error.problems]
+    return []
 
 
 def _of_rows(model: PeftModel, run: RunConfig, planned: memory.Planned) -> tuple[memory.Estimate | None, list[str]]:

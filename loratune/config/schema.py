@@ -68,8 +68,8 @@ class ModelSection(Section):
     torch_compile: bool = Field(False, description="compile each layer with torch.compile, for training on a GPU")
     use_liger_kernel: bool | Auto = Field(
         AUTO,
-        description="Liger's norms, rotary embeddings and activations, on a GPU; auto: if `loratune env --self-test` "
-        "has found them right and faster on it",
+        description="Liger's norms, rotary embeddings and activations, on a GPU, by `pip install liger-kernel`; auto: "
+        "if `loratune env --self-test` has found them right and faster on it",
     )
 
     def _conflicts(self) -> Iterator[InvalidSettingError]:

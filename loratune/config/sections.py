@@ -175,8 +175,8 @@ class DataSection(Section):
     )
     share_prefixes: bool | Auto = Field(
         AUTO,
-        description="compute shared prefixes of a packed batch once; auto: if this saves 5 % of the tokens and the "
-        "results are the same",
+        description="compute shared prefixes of a packed batch once; auto: on a CPU, if this saves 5 % of the "
+        "tokens and the results are the same",
     )
     replay: float | None = Field(
         None,

@@ -1,6 +1,7 @@
 """Creates a LoRA adapter on a base: finds its targets, attaches and initializes it, and counts its parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +12,14 @@ from transformers import PreTrainedModel, set_seed
 
 from loratune.codes import Code
 from loratune.config import LoraSection
-from loratune.errors import ModelError, Problem
+from loratune.errors import ModelError, Problem, is_out_of_memory
 from loratune.events import progress
 from loratune.lora import initialize, parameters, targets
 from loratune.lora.adapter_files import AdapterFiles
 from loratune.lora.attach import wrap
 from loratune.lora.parameters import Count, file_bytes
 from loratune.lora.targets import Targets
-from loratune.lora.tensors import (
-    AdapterInit,
-    restore,
-    weights,
-)
+from loratune.lora.tensors import AdapterInit, restore, weights
 
 _NOT_PEFT = {"init_lora_weights", "use_lorafa", "loraplus_lr_ratio", "start_from"}
 """Keys of the section that are not fields of `peft.LoraConfig`, or are passed separately."""
@@ -93,8 +90,11 @@ def attach(
     initialize.check_layers(base, section, tuple(f".{name}" for name in targeting["target_modules"]))
     set_seed(seed)
     try:
-        model = wrap(base, config)
+        with torch.device("meta") if is_meta else nullcontext():  # else PEFT makes the tensors on the CPU first
+            model = wrap(base, config)
     except (ValueError, TypeError, AttributeError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         what = f"PEFT cannot adapt this model: {error}"
         raise ModelError(Problem(Code.LORA_UNSUPPORTED, what, key="lora")) from None
     initialize.check_ranks(model, section)

@@ -37,8 +37,9 @@ _log = logging.getLogger(__name__)
 OPERATIONS_PER_MODULE, MIN_OPERATIONS = 200, 10_000
 """A step of more operations than this, for each module of the model, goes through its rows token by token, and shorter
 rows are traced instead. The limit is never below MIN_OPERATIONS."""
-MAX_ELEMENTS = 1 << 26
-"""Shorter rows are traced as well where a tensor with data, such as a mask, would have more elements than this."""
+MAX_ELEMENTS, MAX_TOKENS = 1 << 26, 1 << 22
+"""Shorter rows are traced as well where a tensor with data, such as a mask, would have more elements than this, or a
+batch more tokens."""
 SHORT_LENGTHS = (512, 16)
 """Tokens of shorter rows: steps with one, two and three times as many are traced; for the second, without limits."""
 
@@ -165,6 +166,8 @@ def _extrapolate(fake: Any, step: TracedStep, unit: int, *, limited: bool = True
 
 def _trace(fake: Any, step: TracedStep, *, limited: bool = True) -> tuple[int, int]:
     """Forward pass, loss and backward pass. Raises _TooLong, and whatever the model raises without data."""
+    if step.tokens > MAX_TOKENS:
+        raise _TooLong
     labels, batch = step.batch()
     for parameter in fake.parameters():
         has_gradient = step.accumulated and parameter.requires_grad
@@ -258,15 +261,22 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._operations += 1
-        if self._limited and self._operations > self._limit:
+        if self._limited and (self._operations > self._limit or self._is_large(func, args, kwargs or {})):
             raise _TooLong
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                if self._limited and tensor.numel() > MAX_ELEMENTS and not is_fake(tensor):
-                    raise _TooLong
                 self._count(tensor.untyped_storage())
         return result
+
+    def _is_large(self, func: Any, args: Any, kwargs: Any) -> bool:
+        """Whether the result of an operation on tensors with data would be too large, which is found without data."""
+        if any(isinstance(one, Tensor) and is_fake(one) for one in tree_leaves((args, kwargs))):
+            return False
+        results: Any = ()
+        with suppress(RuntimeError), FakeTensorMode(allow_non_fake_inputs=True):  # some depend on the data
+            results = func(*args, **kwargs)
+        return any(isinstance(one, Tensor) and one.numel() > MAX_ELEMENTS for one in tree_leaves(results))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage_id(storage), storage.nbytes()

@@ -46,6 +46,17 @@ CONTESTANTS = {
         {"MODEL_SETTINGS": '{"use_liger_kernel": true}'},
         device="cuda",
     ),
+    **{
+        f"loratune-{bits}bit": Contestant(
+            "loratune",
+            "",
+            (),
+            f"quantization: {bits}bit",
+            {"MODEL_SETTINGS": f'{{"quantization": "{bits}bit"}}'},
+            device="cuda",
+        )
+        for bits in (8, 4)
+    },
     "loratune-trees": Contestant(
         "loratune",
         "",
