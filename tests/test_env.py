@@ -19,7 +19,7 @@ from conftest import check_refused
 from running import Cli, MakeConfig
 
 import loratune
-from loratune.api import self_test, self_test_operations
+from loratune.api import libraries, self_test, self_test_operations
 from loratune.codes import Code
 from loratune.commands import env
 from loratune.console import log
@@ -215,6 +215,12 @@ def test_a_library_that_cannot_be_imported(
     assert MODULES[source] in facts["broken_kernels"].value and "HELLO" not in capsys.readouterr().out
     assert bool(facts["broken_kernels"].advice) == ("print" not in source)
     assert facts["nothing_like_this"].value.startswith("not installed")
+
+
+def test_a_package_that_ends_the_program_as_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(ImportError, match="exit code 5"), libraries():
+        sys.exit(5)
 
 
 COMPILERS = {"exit 1": "does not work (CalledProcessError", "sleep 60": "does not work (TimeoutExpired", "": ", "}

@@ -49,6 +49,8 @@ def libraries() -> Iterator[None]:
         try:
             with progress(LIBRARIES):
                 yield
+        except SystemExit as error:
+            raise ImportError(f"a package ends the program as it is imported (exit code {error.code})") from error
         finally:
             gc.freeze()
             if was_enabled:

@@ -230,8 +230,7 @@ def _compiled_code() -> Iterator[Fact]:
 
 def _version(program: str) -> str:
     """Path and version of a program. Raises OSError, SubprocessError: it fails, or takes more than `SECONDS`."""
-    command, none = [program, "--version"], subprocess.DEVNULL
-    done = subprocess.run(command, capture_output=True, text=True, stdin=none, timeout=SECONDS, check=True)
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=SECONDS, check=True)
     return f"{program}, {next(iter(done.stdout.splitlines()), '')}"
 
 
