@@ -32,6 +32,7 @@ from loratune.cli import app, terminal
 from loratune.codes import Code
 from loratune.config import AUTO, LoraSection, TrainingSection
 from loratune.errors import LoratuneError
+from loratune.kernels.compiled import self_test
 from loratune.memory import activations
 from loratune.system import kept_results
 
@@ -164,11 +165,13 @@ def _no_kept_results_at_first(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(autouse=True)
-def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the results of checks are kept in a test: a test that breaks something must not decide others."""
     path = tmp_path_factory.getbasetemp() / f"kept-{uuid.uuid4().hex}"
     monkeypatch.setattr(kept_results, "directory", lambda: path)
-    return path
+    self_test._known.cache_clear()
+    yield path
+    self_test._known.cache_clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

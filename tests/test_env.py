@@ -1,12 +1,13 @@
 """`loratune env`: what a machine has, and whether it computes what stock transformers and PEFT compute."""
 
+import errno
 import json
-import os
 import socket
 import sys
 import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -15,29 +16,27 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import check_refused
+from conftest import check_refused, write_rows
+from peft import PeftModelForCausalLM
 from running import Cli, MakeConfig
+from transformers import LlamaForCausalLM
 
 import loratune
 from loratune.api import libraries, self_test, self_test_operations
 from loratune.codes import Code
 from loratune.commands import env
+from loratune.config import ModelSection
 from loratune.console import log
-from loratune.errors import ModelError, Problem
-from loratune.kernels.compiled import fused_ops, library, reference
+from loratune.data.batches import packing_refusal
+from loratune.data.upstream import datasets_cache_dir
+from loratune.errors import ModelError, NumericError, Problem, ResourceError
+from loratune.events import noted
+from loratune.kernels.compiled import fused_ops, reference
 from loratune.kernels.compiled import self_test as results
+from loratune.model import fingerprints, load
+from loratune.system.launcher import Group
 
 FLOAT32 = results.OPERATIONS.format("float32")
-
-
-@pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache directory in which no results are."""
-    monkeypatch.setattr(library, "cache_directory", lambda: tmp_path / "cache")
-    results.record({})
-    yield tmp_path / "cache"
-    monkeypatch.undo()
-    results._known.cache_clear()
 
 
 def test_the_page(cli: Cli) -> None:
@@ -288,7 +287,7 @@ def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_all_checks_pass_here(cli: Cli, own_cache: Path) -> None:
+def test_all_checks_pass_here(cli: Cli) -> None:
     ran = cli("env", "--self-test", "--json")
     assert ran.code == 0, ran.err
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
@@ -301,7 +300,7 @@ def test_all_checks_pass_here(cli: Cli, own_cache: Path) -> None:
     assert results.failed() == []
 
 
-def test_operations_that_compute_something_else_fail(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operations_that_compute_something_else_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == env.PASSED
     compiled = fused_ops.CompiledOps.swiglu
     monkeypatch.setattr(fused_ops.CompiledOps, "swiglu", lambda *given: compiled(*given) * 1.01)
@@ -309,9 +308,14 @@ def test_operations_that_compute_something_else_fail(own_cache: Path, monkeypatc
     assert result == env.FAILED and "(gate)" in detail and "is allowed" in detail
 
 
-def test_what_failed_is_not_used_and_said(
-    own_cache: Path, cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[env.Check]:
+    """The self-test with these checks in the place of its own. Underscores in names stand for spaces."""
+    names = {name.replace("_", " "): check for name, check in found.items()}
+    patch.setattr(self_test._SelfTest, "checks", lambda self: iter(names.items()))
+    return self_test.run()
+
+
+def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     def checks(self: Any) -> Iterator[tuple[str, Any]]:
         yield FLOAT32, lambda: 1 / 0
         yield "generate", lambda: "as expected"
@@ -328,27 +332,189 @@ def test_what_failed_is_not_used_and_said(
     ran = cli("train", run_config(training={"max_steps": 1}))
     assert ran.code == 0 and "self-test failed on this machine" in ran.err
     results.record({FLOAT32: env.PASSED})
-    assert {fact.name: fact.value for fact in env._program()}["self-test"] == "1 check passed here"
+    assert {fact.name: fact.value for fact in env._program()}["self-test"] == "2 checks passed here"
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
 
 
+SHARING = [
+    {"prompt": f"Say what these numbers are together: {n} and 1 =", "completion": f" {n + 1}"} for n in range(16)
+]
+OFF = [
+    (results.PADDED, "all layers: they failed the self-test"),
+    (
+        results.PACKED,
+        "data.packing: packed rows failed the self-test on this machine (loratune env --self-test repeats",
+    ),
+    (results.SHARED, "data.share_prefixes: off, as llama may not share prefixes, which failed the self-test"),
+    (results.SHARED_ON_GPU, "data.share_prefixes: off, as llama may not share prefixes, which failed the self-test"),
+]
+
+
+@pytest.mark.parametrize(("check", "line"), OFF, ids=[check for check, _ in OFF])
+def test_train_turns_off_what_failed_until_it_passes(
+    check: str, line: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Only in the dtype of the check."""
+    config = run_config(data={"train": str(write_rows(tmp_path / "rows.jsonl", SHARING))}, training={"max_steps": 1})
+    for result in (env.FAILED, env.PASSED):
+        results.record({check.format("float32"): result})
+        ran = cli("train", config, "--overwrite")
+        assert ran.code == 0 and (line in ran.err) == (result == env.FAILED), ran.err
+        assert ("shared prefixes are computed once" in ran.err) == (result == env.PASSED)
+    if "{}" in check:
+        results.record({check.format("bfloat16"): env.FAILED})
+        assert results.refusal(check, dtype=torch.bfloat16) and not results.refusal(check, dtype=torch.float32)
+
+
+def test_generation_is_plain_where_its_check_failed(
+    cli: Cli, run_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = list[tuple[int, bool]]()
+    assert cli("train", run_config(training={"max_steps": 1})).code == 0
+
+    def generate(self: Any, input_ids: Any, generation_config: Any, **options: Any) -> Any:
+        used.append((len(input_ids), generation_config.use_cache))
+        return own(self, input_ids=input_ids, generation_config=generation_config, **options)
+
+    own = PeftModelForCausalLM.generate
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", generate)
+    given = ("--adapter", tmp_path / "out", "1 and", "2 and", "--max-new-tokens", 3)
+    fast = cli("generate", *given)
+    assert used[-1:] == [(2, True)] and "one by one" not in fast.err
+    results.record({results.GENERATE: env.FAILED})
+    used.clear()
+    plain = cli("generate", *given)
+    assert used == [(1, False)] * 2 and plain.err.count("one by one, without a cache") == 1
+    assert plain.code == 0 and plain.out == fast.out
+
+
+def test_what_failed_in_one_process_is_turned_off_in_all(tiny_dir: Path) -> None:
+    """Processes that put rows together in different ways would wait for each other for ever."""
+
+    class Two(Group):
+        def all_gather(self, value: Any) -> list[Any]:
+            return [value, [results.PACKED.format("float32")]]
+
+    model = load.load_for_run(ModelSection(name_or_path=str(tiny_dir), dtype="float32"), Two()).model
+    assert "packed rows failed" in str(packing_refusal(model, 40))
+
+
+def test_flash_attention_that_failed_is_not_used() -> None:
+    section = ModelSection(name_or_path="x", attn_implementation="flash_attention_2")
+    assert load.machine_notes(section) == []
+    results.record({results.FLASH: env.FAILED})
+    assert "flash_attention_2 failed the self-test" in load.machine_notes(section)[0]
+    assert load.machine_notes(section.model_copy(update={"attn_implementation": "sdpa"})) == []
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_self_test_that_is_stopped_forgets_no_failure(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped() -> str:
+        raise stop
+
+    results.record({"a": env.FAILED, "b": env.FAILED, "c": env.FAILED, "d": env.PASSED})
+    with pytest.raises(stop):
+        run_checks(monkeypatch, a=lambda: "right", b=stopped, c=lambda: "right", d=lambda: 1 / 0)
+    assert results.failed() == ["b", "c"] and {"a", "d"} <= {*results.passed()}
+
+
+def test_a_failure_is_kept_until_its_check_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each check is made as if nothing had failed before, but heeds what has failed in the same self-test."""
+
+    def lacking() -> str:
+        raise MemoryError
+
+    known = list[list[str]]()
+    results.record({"a": env.FAILED, "b": env.FAILED})
+    run_checks(monkeypatch, a=lacking, b=lambda: 1 / 0, c=lambda: known.append(results.failed()) or "right")
+    assert known == [["b"]] and results.failed() == ["a", "b"]
+    run_checks(monkeypatch, a=lambda: "right", b=lambda: "right")
+    assert results.failed() == []
+
+
+OUTCOMES = [
+    (ResourceError(Problem(Code.SYSTEM_DISK_FULL, "9 bytes are needed")), env.NOT_AVAILABLE, "9 bytes are needed"),
+    (ResourceError(Problem(Code.SYSTEM_OUT_OF_MEMORY, "too large")), env.NOT_AVAILABLE, "too large"),
+    (OSError(errno.ENOSPC, "No space left on device"), env.NOT_AVAILABLE, "No space left"),
+    (OSError(errno.EDQUOT, "Disk quota exceeded"), env.NOT_AVAILABLE, "quota"),
+    (MemoryError(), env.NOT_AVAILABLE, "MemoryError"),
+    (RuntimeError("[enforce fail at inline_container.cc:672]"), env.NOT_AVAILABLE, "inline_container"),
+    (RuntimeError("CUDA error: out of memory"), env.NOT_AVAILABLE, "out of memory"),
+    (self_test_operations.NotAvailableError("there is no GPU"), env.NOT_AVAILABLE, "there is no GPU"),
+    (self_test_operations.DifferenceError("0.1 is too much"), env.FAILED, "DifferenceError: 0.1 is too much"),
+    (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), env.FAILED, "NaN"),
+    (KeyError("x"), env.FAILED, "KeyError: 'x'"),
+    (OSError(errno.ENOENT, "No such file"), env.FAILED, "No such file"),
+]
+
+
+@pytest.mark.parametrize(("error", "expected", "told"), OUTCOMES, ids=[repr(error) for error, *_ in OUTCOMES])
+def test_a_lack_of_room_is_no_wrong_result(error: Exception, expected: str, told: str) -> None:
+    def check() -> str:
+        raise error
+
+    result, detail = self_test._outcome(check)
+    assert result == expected and told in detail
+
+
+def test_checks_that_need_another_are_skipped_without_it(tmp_path: Path) -> None:
+    tests = self_test._SelfTest(tmp_path)
+    for check in (tests._resume, tests._generate, tests._liger):
+        assert self_test._outcome(check)[0] == env.NOT_AVAILABLE
+
+
+def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    results.record({"a": env.FAILED})
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
+    ran = cli("env", "--self-test")
+    assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "TMPDIR" in ran.err
+    assert results.failed() == ["a"]
+
+
+def test_a_self_test_leaves_nothing_in_the_caches(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, before = datasets_cache_dir(), [*datasets_cache_dir().rglob("*")]
+    tests = list[self_test._SelfTest]()
+
+    def checks(self: self_test._SelfTest) -> Iterator[tuple[str, Any]]:
+        tests.append(self)
+        yield results.PACKED.format("float32"), partial(self._sft, results.PACKED, torch.float32)
+
+    monkeypatch.setattr(fingerprints, "_OLD", 0)
+    monkeypatch.setattr(self_test._SelfTest, "checks", checks)
+    (check,) = self_test.run()
+    assert check.result == env.PASSED, check.detail
+    assert [*rows.rglob("*")] == before and len([*kept.iterdir()]) == 1
+    assert not tests[0].folder.exists()
+
+
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
-def test_results_that_are_damaged_are_none(content: str, own_cache: Path) -> None:
-    (own_cache / "self-test.json").write_text(content)
+def test_results_that_are_damaged_are_none(content: str, kept: Path) -> None:
+    results.record({"x": env.FAILED})
+    (path,) = kept.iterdir()
+    path.write_text(content)
     results._known.cache_clear()
     assert results.failed() == []
     assert results.record({FLOAT32: env.FAILED}) == ""
     assert results.failed() == [FLOAT32]
 
 
-def test_results_of_another_user_are_not_read(own_cache: Path) -> None:
-    results.record({FLOAT32: env.FAILED})
-    os.chmod(own_cache / "self-test.json", 0o666)
+def test_results_of_several_machines_are_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine in "AB":
+        monkeypatch.setattr(results, "_machine", lambda machine=machine: machine)
+        assert results.record({f"check of {machine}": env.FAILED}) == ""
+        assert results.failed() == [f"check of {machine}"]
+    monkeypatch.setattr(results, "_machine", lambda: "A")
     results._known.cache_clear()
-    assert results.failed() == []
+    assert results.failed() == ["check of A"]
 
 
-def test_results_that_cannot_be_kept(own_cache: Path) -> None:
-    (own_cache / "self-test.json").unlink()
-    (own_cache / "self-test.json").mkdir()
-    assert results.record({FLOAT32: env.FAILED})
+def test_results_that_cannot_be_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept.write_text("")
+    with noted() as lines:
+        run_checks(monkeypatch, a=lambda: 1 / 0)
+    assert "the results of the self-test are not kept" in lines[0]

@@ -254,9 +254,7 @@ def test_errors_of_memory_are_recognized(error: Exception, expected: bool) -> No
     (True, {results.LIGER: results.FAILED}, False),
     (False, {results.LIGER: results.PASSED, results.LIGER_FASTER: results.PASSED}, False),
 ])  # fmt: skip
-def test_liger_is_used_once_it_was_faster(
-    setting: bool | str, known: dict[str, str], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "_known", lambda: known)
+def test_liger_is_used_once_it_was_faster(setting: bool | str, known: dict[str, str], expected: bool) -> None:
+    results.record(known)
     used, lines = kernels.uses_liger(setting)
     assert used is expected and bool(lines) == (used != (setting is True))

@@ -7,7 +7,7 @@ rest, which requires correct masks and positions; before the first batch, a test
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -25,6 +25,8 @@ from loratune.data.batches import pad, padding_refusal
 from loratune.data.formats import Message
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
+from loratune.events import note
+from loratune.kernels.compiled import self_test
 from loratune.lora import attach
 from loratune.lora.attach import PeftModel
 from loratune.lora.tensors import BaseSnapshot
@@ -53,9 +55,18 @@ class SharedPrompts:
         self._tried: bool | None = None
 
     @cached_property
+    def is_plain(self) -> bool:
+        """Whether the self-test of generation failed on this machine; reported once. Then prompts are completed one by
+        one, without a cache and by PEFT's own layers."""
+        if failed := self_test.refusal(self_test.GENERATE):
+            note(f"prompts are completed one by one, without a cache: generating {failed}")
+        return bool(failed)
+
+    @cached_property
     def mixes_padding(self) -> bool:
-        """Whether padding changes the model's output for a row; tested once."""
-        return padding_refusal(self._model, self.padding, kernels.sample_layers(self._model)) is not None
+        """Whether padding changes the model's output for a row, as far as is known; tested once."""
+        sample = kernels.sample_layers(self._model)
+        return self.is_plain or padding_refusal(self._model, self.padding, sample) is not None
 
     def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
         """The keyword arguments of `generate` for a batch. The adapter must be active.
@@ -312,6 +323,7 @@ def _complete(
         top_k=sampling.top_k,
         eos_token_id=list(first.renderer.end_ids),
         pad_token_id=first.prompts.padding,
+        use_cache=not first.prompts.is_plain,
     )
     shares = all(adapter is first for adapter, _ in requests)
     with adapters_of_rows([adapter for adapter, _ in requests]):
@@ -328,13 +340,13 @@ def _complete(
 def adapters_of_rows(adapters: Sequence[LoadedAdapter]) -> Iterator[None]:
     """Compute each row of a batch inside with its adapter; several adapters must all have `mixes`."""
     first, keys = adapters[0], list(dict.fromkeys(adapter.key for adapter in adapters))
-    if not first.is_enough:
+    if first.prompts.is_plain or not first.is_enough:
         first.activate()
     layers = first.layers
     if len(keys) > 1:
         rows = [keys.index(adapter.key) for adapter in adapters]
         layers = kernels.InferenceLayers(first.model, *map(reader, keys), rows=rows)
-    with layers.applied(), kernels.dense_states(first.model):
+    with nullcontext() if first.prompts.is_plain else layers.applied(), kernels.dense_states(first.model):
         yield
 
 

@@ -139,7 +139,7 @@ def _load_base(
     with finding_base(adapters[0]):
         files, base = FileStates(section), load_base(section)
         kept = files.kept_results(base.device)
-    fingerprint = kept.once("fingerprint", partial(fingerprints.fingerprint, base))
+    fingerprint = kept.once("fingerprint", str, partial(fingerprints.fingerprint, base))
     for adapter in adapters:
         for line in attach.unknown_keys(adapter.files):
             note(line)

@@ -2,7 +2,7 @@
 
 Small models with random weights are trained, loaded and run on the device of this machine, through the functions that
 users call, and the results are compared with those of plain loops over the stock model. The results are kept in the
-cache directory; operations that failed are then not used.
+cache directory. What failed is then not used where there is another way, also not in the checks after it.
 """
 
 import json
@@ -33,7 +33,7 @@ from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
 from loratune.config import LoraSection, RunConfig
 from loratune.data.batches import flatten, pad
-from loratune.errors import LoratuneError
+from loratune.errors import LoratuneError, ResourceError, is_disk_full, is_out_of_memory
 from loratune.events import Event, StepEvent, listening, note, progress
 from loratune.kernels.compiled import fused_ops
 from loratune.kernels.compiled import self_test as results
@@ -41,6 +41,8 @@ from loratune.lora import attach, creation
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks, quiet_transformers
+from loratune.system.files import explain_full_disk
+from loratune.system.kept_results import keeping_in
 
 CURVE = {torch.float32: 1e-3, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 """The largest difference of a loss from that of the stock loop, relative to the first loss, by dtype of the base."""
@@ -57,11 +59,11 @@ TRAINING: dict[str, Any] = {
     "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
 }  # fmt: skip
 LORA: dict[str, Any] = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}
-PACKED = "packed"
 LAYOUTS: dict[str, dict[str, Any]] = {
-    "padded": {"packing": "none"}, PACKED: {"packing": "batch", "share_prefixes": False},
+    results.PADDED: {"packing": "none"}, results.PACKED: {"packing": "batch", "share_prefixes": False},
+    results.SHARED: {},
 }  # fmt: skip
-"""How rows are put together without shared prefixes → the settings for it."""
+"""The checks of how rows are put together → the settings for it."""
 ROWS = [{"prompt": f"Add the numbers. {n} + {3 * n} =", "completion": f" {4 * n}"} for n in range(1, 9)]
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completion"], "rejected": f" {n} or so"} for n, row in enumerate(ROWS)
@@ -73,18 +75,27 @@ class _StoppedError(Exception):
 
 
 def run() -> list[Check]:
-    """Run all checks, keep the results, and return them in order. It takes about half a minute on two cores."""
-    found = list[Check]()
-    results.record({})  # or an operation that has failed once would not be tested again
+    """Run all checks, keep each result, and return them in order. It takes about half a minute on two cores.
+
+    The checks know nothing of earlier runs, whose failures would not be tested again; nor do runs know of the checks'
+    rows and models.
+
+    Raises:
+        ResourceError: There is no room for the models.
+    """
+    found, why = list[Check](), ""
     with tempfile.TemporaryDirectory(prefix="loratune-self-test-") as folder:
-        tests = _SelfTest(Path(folder))
+        with explain_full_disk("the models of the self-test", 4 << 20, Path(folder), "set TMPDIR to another disk"):
+            tests = _SelfTest(Path(folder))
         for name, check in tests.checks():
             start = time.monotonic()
-            with progress(f"self-test: {name}"), listening(_ignored):
+            with progress(f"self-test: {name}"), listening(_ignored), keeping_in(Path(folder, "kept")):
                 result, detail = _outcome(check)
+                results.record({name: result})
+            faster = {results.LIGER_FASTER: PASSED if tests.is_liger_faster else NOT_AVAILABLE}
+            why = results.record({name: result} | faster)
             found.append(Check(name, result, detail, round(time.monotonic() - start, 2)))
-    faster = {results.LIGER_FASTER: PASSED} if tests.is_liger_faster else {}
-    if why := results.record({check.name: check.result for check in found} | faster):
+    if why:
         note(f"the results of the self-test are not kept: {why}")
     return found
 
@@ -94,15 +105,16 @@ def _ignored(event: Event) -> None:
 
 
 def _outcome(check: Callable[[], str]) -> tuple[str, str]:
-    """The result of a check, and a line on it. An error of any kind is a failure."""
+    """The result of a check, and a line on it. An error of any kind is a failure, unless memory or disk ran out."""
     try:
         return PASSED, check()
     except NotAvailableError as reason:
         return NOT_AVAILABLE, str(reason)
-    except LoratuneError as error:
-        return FAILED, error.problems[0].what
     except Exception as error:
-        return FAILED, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+        lacks = isinstance(error, ResourceError) or is_disk_full(error) or is_out_of_memory(error)
+        told = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}".rstrip(": ")
+        told = error.problems[0].what if isinstance(error, LoratuneError) else told
+        return NOT_AVAILABLE if lacks else FAILED, told
 
 
 @dataclass
@@ -133,17 +145,17 @@ class _SelfTest:
         for dtype in fused_ops.DEFINES:
             yield results.OPERATIONS.format(_name(dtype)), partial(checked.operations, dtype)
         for dtype in dict.fromkeys((torch.float32, self._dtype)):
-            yield f"sft with shared prefixes, {_name(dtype)}", partial(self._sft, dtype)
-        yield "padded and packed rows", self._layouts
+            for layout in LAYOUTS:
+                yield layout.format(_name(dtype)), partial(self._sft, layout, dtype)
         yield "dpo, float32", self._dpo
         yield "resume", self._resume
-        yield "generate", self._generate
+        yield results.GENERATE, self._generate
         for bits in ("8bit", "4bit"):
             yield f"quantization: {bits}", partial(self._quantized, bits)
-        yield "shared prefixes on a GPU", partial(self._on_gpu, "trees", "", data={"share_prefixes": True})
+        yield results.SHARED_ON_GPU, partial(self._on_gpu, "trees", "", data={"share_prefixes": True})
         lacks = "" if is_flash_attn_2_available() else "the package flash-attn is not installed"
         chosen = {"attn_implementation": "flash_attention_2"}
-        yield "FlashAttention 2", partial(self._on_gpu, "flash", lacks, model=chosen)
+        yield results.FLASH, partial(self._on_gpu, "flash", lacks, model=chosen)
         yield "speed", self._speed
         yield results.LIGER, self._liger
 
@@ -194,11 +206,24 @@ class _SelfTest:
 
         return loss
 
-    def _sft(self, dtype: torch.dtype) -> str:
-        name = f"sft-{_name(dtype)}"
-        ours = self._trained(name, ROWS, model={"dtype": _name(dtype)}, training={"max_steps": STEPS})
-        self._curves[dtype] = stock = self._stock(dtype, STEPS, self._sft_loss)
-        return f"{STEPS} steps, loss {stock[0]:.3f} to {stock[-1]:.3f}; {_compared(ours, stock, CURVE[dtype])}"
+    def _stock_curve(self, dtype: torch.dtype) -> list[float]:
+        if dtype not in self._curves:
+            self._curves[dtype] = self._stock(dtype, STEPS, self._sft_loss)
+        return self._curves[dtype]
+
+    def _adapter(self, layout: str) -> Path:
+        """The adapter that a check in float32 has trained. Raises NotAvailableError: it did not get that far."""
+        check = layout.format(_name(torch.float32))
+        if not (path := self.folder / check).is_dir():
+            raise NotAvailableError(f"it needs the adapter of the check of {check}, which wrote none")
+        return path
+
+    def _sft(self, layout: str, dtype: torch.dtype) -> str:
+        name, model = layout.format(_name(dtype)), {"dtype": _name(dtype)}
+        steps = STEPS if layout == results.SHARED else COMPARED_STEPS
+        ours = self._trained(name, ROWS, model=model, data=LAYOUTS[layout], training={"max_steps": steps})
+        stock = self._stock_curve(dtype)[:steps]
+        return f"{steps} steps, loss {stock[0]:.3f} to {stock[-1]:.3f}; {_compared(ours, stock, CURVE[dtype])}"
 
     def _dpo(self) -> str:
         def loss(model: Any) -> Callable[[], Tensor]:
@@ -216,31 +241,23 @@ class _SelfTest:
         ours = self._trained("dpo", PAIRS, training={"objective": "dpo"}, preferences={"beta": 0.1})
         return _compared(ours, self._stock(torch.float32, COMPARED_STEPS, loss), CURVE[torch.float32])
 
-    def _layouts(self) -> str:
-        stock, told = self._curves[torch.float32], list[str]()
-        for name, section in LAYOUTS.items():
-            try:
-                told.append(_compared(self._trained(name, ROWS, data=section), stock, CURVE[torch.float32]))
-            except DifferenceError as error:
-                raise DifferenceError(f"{name}: {error}") from None
-        return f"against rows alone, {', '.join(LAYOUTS)}: {told[-1]}"
-
     def _resume(self) -> str:
         def stop(event: Event) -> None:
             if isinstance(event, StepEvent) and event.step == 3:
                 raise _StoppedError
 
-        config = self._config("resumed", ROWS, data=LAYOUTS[PACKED], training={"save_steps": 2})
+        whole = self._adapter(results.PACKED)
+        config = self._config("resumed", ROWS, data=LAYOUTS[results.PACKED], training={"save_steps": 2})
         with suppress(_StoppedError):
             train(config, allow_worse=True, on_event=stop)
             raise DifferenceError("the run was not stopped")
         train(config, resume=True, allow_worse=True)
-        if len({(self.folder / name / WEIGHTS_FILE).read_bytes() for name in (PACKED, "resumed")}) > 1:
+        if (whole / WEIGHTS_FILE).read_bytes() != (self.folder / "resumed" / WEIGHTS_FILE).read_bytes():
             raise DifferenceError("a run that was resumed from its second step ends with other weights")
         return f"from step 2 of {COMPARED_STEPS}: the same bytes"
 
     def _generate(self) -> str:
-        loaded = loading.load(AdapterDirectory.open(self.folder / f"sft-{_name(torch.float32)}"))
+        loaded = loading.load(AdapterDirectory.open(self._adapter(results.SHARED)))
         prompts = [self._tokenizer(row["prompt"]).input_ids for row in ROWS]
         written = [*map(loaded.until_end, loaded.complete(prompts, NEW_TOKENS))]
         for prompt, answer in zip(prompts, written, strict=True):
@@ -269,7 +286,7 @@ class _SelfTest:
         if self._device.type == "cpu" or lacks:
             raise NotAvailableError(lacks if self._device.type != "cpu" else "there is no GPU")
         sections["model"] = {"dtype": _name(self._dtype)} | sections.pop("model", {})
-        return _compared(self._trained(name, ROWS, **sections), self._curves[self._dtype], CURVE[self._dtype])
+        return _compared(self._trained(name, ROWS, **sections), self._stock_curve(self._dtype), CURVE[self._dtype])
 
     def _speed(self) -> str:
         model, own = self._wide_model(), self._seconds
@@ -281,6 +298,8 @@ class _SelfTest:
     def _liger(self) -> str:
         lacks = "" if is_liger_kernel_available() else "the package liger-kernel is not installed"
         told, model = self._on_gpu("liger", lacks, model={"use_liger_kernel": True}), self._wide_model()
+        if "accelerated" not in self._seconds:
+            raise NotAvailableError("the time of a step without them is not known")
         kernels.use_liger(model)
         with kernels.accelerated(model, attach.adapted_linear):
             factor = self._seconds["accelerated"] / checked.step_seconds(model, flatten)

@@ -107,7 +107,7 @@ class Environment:
         """Raises NumericError: a check of the self-test failed."""
         failed = [check for check in self.checks if check.result == FAILED]
         if failed:
-            fix = "report it with the whole page; until then train does not use operations that failed"
+            fix = "report it with the whole page; until it passes, train turns off what it can do without, and says so"
             raise NumericError([Problem(Code.SYSTEM_SELF_TEST, f"{one.name}: {one.detail}", fix=fix) for one in failed])
 
     def to_dict(self) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from loratune.data.formats import IGNORED
 from loratune.data.packing import BatchLayout, Items, Packing, PrefixTree, common_prefix
 from loratune.events import counting
 from loratune.kernels import next_token_loss
+from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 
 BATCH_TOKENS = 2048
@@ -343,9 +344,9 @@ class Engine:
             checks, sample = acceleration.checks, acceleration.sample
             if self.flat:
                 refusal = partial(packing_refusal, model, LONGEST, sample=sample)
-                self.flat = checks.once(f"packing {LONGEST}", refusal) is None if flat is None else flat
+                self.flat = checks.once(f"packing {LONGEST}", REFUSAL, refusal) is None if flat is None else flat
             refusal = partial(padding_refusal, model, pad_id, sample)
-            self.padded = self.flat or checks.once(f"padding {pad_id}", refusal) is None
+            self.padded = self.flat or checks.once(f"padding {pad_id}", REFUSAL, refusal) is None
 
     def losses(
         self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing

@@ -18,6 +18,7 @@ from torch import Tensor
 from loratune.data.formats import IGNORED
 from loratune.errors import is_out_of_memory
 from loratune.kernels import WHOLE_MODEL, LayerSample
+from loratune.kernels.compiled import self_test
 from loratune.system.accelerator import same_random_numbers
 
 _log = logging.getLogger(__name__)
@@ -178,12 +179,14 @@ def packing_refusal(model: Any, longest: int, total: int = 0, sample: LayerSampl
 
     Returns:
         One line on why the model does not support flat batches, or None if it does. A model that raises an error on
-        flat rows gets its own reason.
+        flat rows gets its own reason, and so does a machine that failed the self-test of packed rows.
 
     Raises:
         Exception: There is not enough memory, see `errors.is_out_of_memory`.
     """
     name = model.config.model_type
+    if failed := self_test.refusal(self_test.PACKED, dtype=model.dtype):
+        return f"packing: packed rows {failed}"
     try:
         with sample.alone():
             mixing = _mixing(model, _flat, longest, total)

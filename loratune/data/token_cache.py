@@ -38,6 +38,7 @@ from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import Problem, ResourceError
 from loratune.events import progress
 from loratune.system.files import make_private_directory, ownership_problem, sha256
+from loratune.system.kept_results import elsewhere
 
 _log = logging.getLogger(__name__)
 
@@ -271,7 +272,7 @@ def remove_old_entries() -> None:
 
 
 def _root() -> Path:
-    return datasets_cache_dir() / "loratune"
+    return (elsewhere() or datasets_cache_dir()) / "loratune"
 
 
 def _cache_problem() -> str:

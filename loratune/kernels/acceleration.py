@@ -5,7 +5,6 @@ There are two safeguards. The class of a layer must be in the list of classes th
 must still compute the same, forward and backward (`parity_check`).
 """
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from loratune.kernels import gpu, masks, replacements, rowwise, sublayers
-from loratune.kernels.compiled import reference
+from loratune.kernels.compiled import reference, self_test
 from loratune.kernels.compiled.fused_ops import fused_ops, refusal
 from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
 from loratune.kernels.layout import Layout, PerBatch
@@ -27,9 +26,7 @@ from loratune.kernels.predictions import TeacherTargets
 from loratune.kernels.recognition import form_of
 from loratune.kernels.replacements import restore
 from loratune.kernels.upstream import attn_implementation, has_hooks
-from loratune.system.kept_results import NOTHING_KEPT, KeptResults
-
-_log = logging.getLogger(__name__)
+from loratune.system.kept_results import NOTHING_KEPT, REFUSAL, KeptResults
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "attention": {}, "attention without positions": {"rotary": False}, "attention whose norms add 1": {"added": 1.0},
@@ -39,11 +36,13 @@ EXPERTS: dict[str, dict[str, Any]] = {"experts": {}, "experts gated by GELU": {"
 NORM: dict[str, dict[str, Any]] = {"norm": {}, "norm that adds 1": {"added": 1.0}}
 """Form of a replacement, as named in the list of checked layers → keyword arguments of its factory."""
 ALL_LAYERS = "all layers"
-"""The kind in `fallbacks` if no process holds whole layers."""
+"""The kind in `fallbacks` if no layer may be replaced."""
 KINDS = {"attention": "attn", "feed-forward layers": "mlp", "norms": "norm"}
 """Kind of layers that can be replaced → ending of their names."""
 LORA = "LoRA"
 """The kind of linear layers with LoRA in layers that are not replaced."""
+_RUNS, _BY_ROWS = "runs on packed rows", "attends by rows"
+"""What a check of a model finds, beside the kinds."""
 
 Factory = Callable[[], nn.Module | None]
 """Function that returns the replacement of a layer, or None if there is none."""
@@ -89,7 +88,7 @@ class Acceleration:
 
     def tree_refusal(self, model: Any) -> str | None:
         """See the function of this name."""
-        return self.checks.once("trees", partial(tree_refusal, model, self.sample))
+        return self.checks.once("trees", REFUSAL, partial(tree_refusal, model, self.sample))
 
 
 def accelerate(
@@ -105,8 +104,9 @@ def accelerate(
             another attention function is used then, which no measurement has shown to be as fast.
         fingerprint: That of the base, to keep what checks find on this machine; empty to check anew.
     """
-    if sharded:
-        return Acceleration({ALL_LAYERS: "the base is spread over processes"})
+    failed = self_test.refusal(self_test.PADDED, dtype=model.dtype)
+    if sharded or failed:
+        return Acceleration({ALL_LAYERS: f"they {failed}" if failed else "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
         checks, is_cpu = kept_checks(model, fingerprint and f"{fingerprint} {trees}"), base.device.type == "cpu"
         survey = masks.survey(base) if is_cpu else AttentionSurvey()
@@ -171,6 +171,8 @@ def tree_refusal(model: Any, sample: LayerSample = WHOLE_MODEL) -> str | None:
         The reason if it may not, as the rest of a sentence about the model; None if it may.
     """
     base = model.get_base_model()
+    if failed := self_test.refusal(self_test.SHARED, self_test.SHARED_ON_GPU, dtype=base.dtype):
+        return f"may not share prefixes, which {failed}"
     if attn_implementation(base) != rowwise.UNMASKED:
         return "has attention that is not accelerated"
     if not isinstance(model.get_output_embeddings(), LossHead):
@@ -214,15 +216,15 @@ def _replace(
     if not is_compiled:
         kinds = []  # The model's own layers are faster than the reference.
     kinds.append(_lora(base, reader, kinds))
-    found = checks.once("layers", partial(_compare, base, kinds, survey))
-    if not found["runs"]:
+    found = checks.once("layers", list, partial(_compare, base, kinds, survey))
+    if _RUNS not in found:
         reasons = dict.fromkeys(KINDS, "the model does not run on packed rows")
     else:
-        differing = (kind.name for kind in kinds if kind.name not in found["equal"])
+        differing = (kind.name for kind in kinds if kind.name not in found)
         reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
-    kinds = [kind for kind in kinds if kind.name in found["equal"]]
+    kinds = [kind for kind in kinds if kind.name in found]
     steps: list[Step] = [kind.replace for kind in kinds]
-    if found["by_rows"]:
+    if _BY_ROWS in found:
         steps.append(partial(_register_rowwise, attn_implementation(base)))
     for step in steps:
         replaced += step(base)
@@ -235,13 +237,12 @@ def _replace(
     return steps, fallbacks
 
 
-def _compare(base: Any, kinds: "Sequence[_Kind]", survey: AttentionSurvey) -> dict[str, Any]:
-    """Compare what a model computes before and after layers are replaced. Returns `runs`: whether it runs on packed
-    rows; `equal`: the kinds of layers with whose replacements it computes the same; `by_rows`: whether it does with its
-    own attention row by row."""
+def _compare(base: Any, kinds: "Sequence[_Kind]", survey: AttentionSurvey) -> list[str]:
+    """Compare what a model computes before and after layers are replaced. Returns the kinds of layers with which it
+    computes the same; `_RUNS` if it runs on packed rows; `_BY_ROWS` if its own attention computes the same by rows."""
     check = ParityCheck(base, LONG_ROWS if any(kind.windows for kind in kinds) else ROWS, survey.sample)
     if not check.runs:
-        return {"runs": False, "equal": [], "by_rows": False}
+        return []
     with _restored(base) as (_, replaced):
         for kind in kinds:
             replaced += kind.replace(base)
@@ -253,7 +254,7 @@ def _compare(base: Any, kinds: "Sequence[_Kind]", survey: AttentionSurvey) -> di
             equal = [kind.name for kind in kinds if kind.replace_if_equal(base, check, replaced)]
         is_own = survey.stock_masks and "attention" not in equal
         by_rows = is_own and rowwise.attend_by_rows(base, ParityCheck(base, LONG_ROWS, survey.sample).passes)
-    return {"runs": True, "equal": equal, "by_rows": by_rows}
+    return [_RUNS, *equal, *[_BY_ROWS] * by_rows]
 
 
 @dataclass

@@ -269,8 +269,8 @@ def has_windows(config: Any) -> bool:
 def uses_liger(setting: bool | str) -> tuple[bool, list[str]]:
     """Whether Liger's kernels are used in training, and a line for the user where the self-test of this machine
     decides. setting: `model.use_liger_kernel`."""
-    if setting is True and self_test.LIGER in self_test.failed():
-        return False, ["model.use_liger_kernel: off, as Liger's kernels failed the self-test on this machine"]
+    if setting is True and (failed := self_test.refusal(self_test.LIGER)):
+        return False, [f"model.use_liger_kernel: off, as Liger's kernels {failed}"]
     if setting == "auto" and {self_test.LIGER, self_test.LIGER_FASTER} <= {*self_test.passed()}:
         return True, ["auto: model.use_liger_kernel is true (right and faster in the self-test on this GPU)"]
     return setting is True, []

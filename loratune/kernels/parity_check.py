@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from loratune.errors import is_out_of_memory
 from loratune.kernels.compiled.fused_ops import variant
-from loratune.kernels.compiled.self_test import kept_here
+from loratune.kernels.compiled.self_test import failed, kept_here
 from loratune.kernels.layer_sample import WHOLE_MODEL, LayerSample
 from loratune.kernels.upstream import attn_implementation, has_hooks, is_fake
 from loratune.system.accelerator import same_random_numbers
@@ -164,7 +164,7 @@ def kept_checks(model: Any, fingerprint: str) -> KeptResults:
     settings = [base.config.to_json_string(use_diff=False), attn_implementation(base)]
     settings += [str(sorted(map(str, config.to_dict().items()))) for config in model.peft_config.values()]
     settings.append(str(model.active_adapter))
-    code = [torch.get_num_threads(), variant(base.get_input_embeddings().weight), source_digest()]
+    code = [torch.get_num_threads(), variant(base.get_input_embeddings().weight), source_digest(), failed()]
     return kept_here(fingerprint, str(model), tensors, settings, code)
 
 

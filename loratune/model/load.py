@@ -20,6 +20,7 @@ from loratune.codes import Code
 from loratune.config import ModelSection
 from loratune.errors import ConfigError, ModelError, Problem, is_rust_panic
 from loratune.events import progress
+from loratune.kernels.compiled import self_test
 from loratune.model import checks, fingerprints, tensor_files, upstream
 from loratune.model.dequantization import packed_format
 from loratune.model.fingerprints import FileStates
@@ -123,7 +124,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
                 dtype=compute_dtype(section),
                 quantization_config=quantization_config,
                 device_map=_device_map(section, packed=is_packed),
-                attn_implementation=section.attn_implementation,
+                attn_implementation=self_test.attention(section.attn_implementation)[0],
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # `check_complete` reports them with their names
                 **origin,
@@ -201,11 +202,12 @@ def load_for_run(section: ModelSection, group: launcher.Group) -> Base:
     Raises:
         ModelError: As `load_base`; the base has weights that are not finite, or processes have loaded different bases.
     """
+    self_test.heed(group.all_gather(self_test.failed()))
     files = FileStates(section)
     model = load_base(section)
     kept = files.kept_results(model.device)
-    kept.once("finite", partial(checks.check_finite, model, section.name_or_path))
-    fingerprint: str = kept.once("fingerprint", partial(fingerprints.fingerprint, model))
+    kept.once("finite", type(None), partial(checks.check_finite, model, section.name_or_path))
+    fingerprint: str = kept.once("fingerprint", str, partial(fingerprints.fingerprint, model))
     if group.broadcast(fingerprint) != fingerprint:
         what = f"the base on {launcher.host()} differs from that of the main process"
         raise ModelError(Problem(Code.MODEL_CHANGED, what, section.name_or_path, KEY, "use the same files everywhere"))
@@ -372,6 +374,8 @@ def check_kernels(section: ModelSection, *, gpu: bool) -> None:
 
 def machine_notes(section: ModelSection, machine: Machine | None = None) -> list[str]:
     """Lines on settings that work on this machine, but not well. Arguments as in `check_machine`."""
+    if failed := self_test.attention(section.attn_implementation)[1]:
+        return [f"model.attn_implementation: chosen by transformers, as {section.attn_implementation} {failed}"]
     if section.dtype == "float16":
         return ["model.dtype: float16 overflows above 65,504; bfloat16 and float32, one of which is auto, do not"]
     if section.dtype == "bfloat16" and not (machine.bfloat16 if machine else automatic_dtype() == torch.bfloat16):

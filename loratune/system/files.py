@@ -11,6 +11,7 @@ import re
 import shutil
 import stat
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,20 @@ def sync(path: Path) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write indented JSON with a final newline; keys keep their order."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Write a file that only this user can read, whatever the umask is: as a whole, or not at all. Raises OSError."""
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    try:
+        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 VERSION_KEY, VERSION = "schema_version", 1

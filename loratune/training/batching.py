@@ -26,6 +26,7 @@ from loratune.kernels import Acceleration
 from loratune.lora import attach
 from loratune.model import load
 from loratune.system import launcher
+from loratune.system.kept_results import REFUSAL
 from loratune.system.launcher import SINGLE_PROCESS, Group
 from loratune.training import auto
 from loratune.training.preflight import Run
@@ -235,7 +236,7 @@ def _packing(
     most_tokens = lengths[-size:].sum() if section.packing == "batch" else min(lengths.sum(), size * section.max_length)
     asked = int(lengths[-1]), int(most_tokens) if mixed else 0
     refusal = partial(packing_refusal, model, *asked, acceleration.sample)
-    if (reason := acceleration.checks.once(f"packing {asked}", refusal)) is None:
+    if (reason := acceleration.checks.once(f"packing {asked}", REFUSAL, refusal)) is None:
         return section.packing, []
     return "none", [f"data.{reason}; rows are {'padded' if size > 1 else 'computed one by one'} instead"]
 
@@ -245,8 +246,8 @@ def _check_padding(
 ) -> None:
     """Check that a model supports padded rows, if batches have several. Raises ModelError: it does not."""
     size = training.per_device_train_batch_size
-    refusal = partial(padding_refusal, model, pad_id, acceleration.sample)
-    if size * rows_per_example == 1 or (reason := acceleration.checks.once(f"padding {pad_id}", refusal)) is None:
+    refusal, once = partial(padding_refusal, model, pad_id, acceleration.sample), acceleration.checks.once
+    if size * rows_per_example == 1 or (reason := once(f"padding {pad_id}", REFUSAL, refusal)) is None:
         return
     fix = "pairs are always padded, so use another objective or another model"
     if rows_per_example == 1:

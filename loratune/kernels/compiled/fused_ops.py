@@ -68,6 +68,7 @@ def refusal(like: Tensor) -> str:
 
 def _untried(like: Tensor) -> str:
     """Why compiled operations are not even loaded; empty if they are."""
+    failed = self_test.refusal(self_test.OPERATIONS, dtype=like.dtype)
     reasons = {
         f"the model is on {like.device.type}": like.device.type != "cpu",
         f"no compiled code is for {str(like.dtype).removeprefix('torch.')}: set model.dtype to bfloat16 or float32": (
@@ -75,9 +76,7 @@ def _untried(like: Tensor) -> str:
         ),
         f"no compiled code is for {platform.system()}": platform.system() != "Linux",
         "LORATUNE_NATIVE is 0: unset it": os.environ.get("LORATUNE_NATIVE") == "0",
-        "they failed the self-test on this machine: run loratune env --self-test": (
-            self_test.OPERATIONS.format(str(like.dtype).removeprefix("torch.")) in self_test.failed()
-        ),
+        f"they {failed}": bool(failed),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
 

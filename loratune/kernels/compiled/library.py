@@ -13,7 +13,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from loratune.events import progress
 from loratune.kernels.compiled import build
 from loratune.kernels.compiled.build import NATIVE, Variant, reason
 from loratune.system import environment
-from loratune.system.files import make_private_directory, open_file, ownership_problem
+from loratune.system.files import make_private_directory, open_file, ownership_problem, replace_private
 from loratune.system.kept_results import cache_directory as cache_directory
 from loratune.system.platforms import sealed_file
 
@@ -127,15 +126,9 @@ def _load_cached(path: Path, key: str) -> ctypes.CDLL | None:
 
 def _keep(path: Path, key: str, content: bytes) -> str:
     """Write a library to the cache atomically. Returns a note for the user if it cannot be written."""
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(unfinished, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-            file.write(build.sealed(key, content))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
+        replace_private(path, build.sealed(key, content))
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         return _NOT_KEPT.format(reason(error))
     return ""
 

@@ -1,4 +1,4 @@
-"""What `loratune env --self-test` found on this machine, as it is kept in the cache directory.
+"""What `loratune env --self-test` found on this machine, and thus what is not used here.
 
 The results hold for a processor or GPU, and for the versions of the libraries and of loratune; other results are kept
 beside them, as machines may share a home directory.
@@ -7,81 +7,69 @@ beside them, as machines may share a home directory.
 import hashlib
 import importlib.metadata
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from loratune import __version__
-from loratune.kernels.compiled import library
 from loratune.system import accelerator, environment
-from loratune.system.files import make_private_directory, open_file, ownership_problem, write_json
-from loratune.system.kept_results import NOTHING_KEPT, KeptResults
+from loratune.system.kept_results import NOTHING_KEPT, KeptResults, elsewhere
 
 PASSED, FAILED = "passed", "failed"
 OPERATIONS = "compiled operations, {}"
 """The name of the check of the compiled operations in a dtype."""
+PADDED, PACKED, SHARED = "padded rows, {}", "packed rows, {}", "sft with shared prefixes, {}"
+"""Those of accelerated layers on rows that are put together in these ways, in a dtype."""
+SHARED_ON_GPU, GENERATE, FLASH = "shared prefixes on a GPU", "generate", "FlashAttention 2"
 LIGER, LIGER_FASTER = "Liger's kernels", "Liger's kernels: faster"
 """The name of the check of Liger's kernels; and what is kept as passed beside it where they were faster."""
-_MAX_BYTES = 1 << 20
-_UNKNOWN = (OSError, RuntimeError, importlib.metadata.PackageNotFoundError)
-"""The cache cannot be used, there is no home directory, or a package is installed without its metadata."""
 
 
-def record(results: Mapping[str, str]) -> str:
-    """Keep the results of this machine: check → result; none forgets them. Returns why that is not possible, or an
-    empty text."""
+def record(results: dict[str, str]) -> str:
+    """Keep results of this machine: check → result. A failure is kept until its check passes. Returns why that is not
+    possible, or an empty text."""
+    kept = kept_here("self-test")
+    known = kept.load()
+    known |= {name: one for name, one in results.items() if one in (PASSED, FAILED) or known.get(name) != FAILED}
+    problem = kept.store(known)
     _known.cache_clear()
-    try:
-        path = _path()
-        make_private_directory(path.parent)
-        known = _read(path)
-        write_json(path, {**known, _machine(): dict(results)})
-    except _UNKNOWN as error:
-        return str(error)
-    return ""
+    return problem
+
+
+def heed(processes: Sequence[Sequence[str]]) -> None:
+    """Count checks as failed in this process that failed in any process of a run. processes: the `failed` of each."""
+    _known(elsewhere()).update(dict.fromkeys(chain(*processes), FAILED))
 
 
 def failed() -> list[str]:
     """The names of the checks that failed on this machine; empty if it was not tested."""
-    return [name for name, result in _known().items() if result == FAILED]
+    return [name for name, result in _known(elsewhere()).items() if result == FAILED]
 
 
 def passed() -> list[str]:
     """The names of the checks that passed on this machine; empty if it was not tested."""
-    return [name for name, result in _known().items() if result == PASSED]
+    return [name for name, result in _known(elsewhere()).items() if result == PASSED]
+
+
+def refusal(*checks: str, dtype: Any = None) -> str:
+    """That a check failed on this machine, as the rest of a sentence; empty if none did. dtype: that of the checks in
+    torch, if there is one for each."""
+    has_failed = any(check.format(str(dtype).removeprefix("torch.")) in failed() for check in checks)
+    return "failed the self-test on this machine (loratune env --self-test repeats it)" if has_failed else ""
+
+
+def attention(name: str | None) -> tuple[str | None, str]:
+    """`model.attn_implementation` as it may be used on this machine, and the `refusal` if that is another."""
+    failed = refusal(FLASH) if name == "flash_attention_2" else ""
+    return None if failed else name, failed
 
 
 @cache
-def _known() -> Mapping[str, str]:
-    try:
-        return _read(_path()).get(_machine(), {})
-    except _UNKNOWN:
-        return {}
-
-
-def _path() -> Path:
-    """Raises RuntimeError: there is no home directory."""
-    return library.cache_directory() / "self-test.json"
-
-
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Machine → its results; empty if the file is missing, damaged, or of another user. Raises OSError."""
-    if not path.exists():
-        return {}
-    with open_file(path) as file:
-        content = b"" if ownership_problem(os.fstat(file.fileno())) else file.read(_MAX_BYTES)
-    try:
-        values = json.loads(content)
-    except ValueError:
-        return {}
-    return {
-        str(machine): {str(name): str(result) for name, result in results.items()}
-        for machine, results in (values.items() if isinstance(values, dict) else ())
-        if isinstance(results, dict)
-    }
+def _known(_folder: Path | None) -> dict[str, Any]:
+    return kept_here("self-test").load()
 
 
 def kept_here(*parts: Any) -> KeptResults:
