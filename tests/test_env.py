@@ -355,7 +355,7 @@ def test_train_turns_off_what_failed_until_it_passes(
     check: str, line: str, cli: Cli, run_config: MakeConfig, tmp_path: Path
 ) -> None:
     """Only in the dtype of the check."""
-    config = run_config(data={"train": str(write_rows(tmp_path / "rows.jsonl", SHARING))}, training={"max_steps": 1})
+    config = run_config(data={"train": str(write_rows(tmp_path / "alike.jsonl", SHARING))}, training={"max_steps": 1})
     for result in (env.FAILED, env.PASSED):
         results.record({check.format("float32"): result})
         ran = cli("train", config, "--overwrite")
