@@ -113,8 +113,14 @@ class Ran:
         return max(gaps)
 
 
-def run(arguments: list[str], log: Path) -> Ran:
-    """Run `loratune` with these arguments. log: receives its lines, each with its time."""
+def run(arguments: list[str], log: Path, last: int = 0) -> Ran:
+    """Run `loratune` with these arguments.
+
+    Args:
+        arguments: Of the command line.
+        log: Receives its lines, each with its time.
+        last: The step after which it is killed; 0: none.
+    """
     ran, start = Ran(), time.monotonic()
     with log.open("a") as file, tempfile.TemporaryFile("w+") as output:
         file.write(f"$ loratune {' '.join(arguments)}\n")
@@ -127,6 +133,8 @@ def run(arguments: list[str], log: Path) -> Ran:
             ran.lines.append((time.monotonic() - start, line.rstrip("\n")))
             file.write(f"{ran.lines[-1][0]:8.1f}  {ran.peak / 1e9:5.2f} GB  {ran.mapped / 1e9:5.2f} GB  {line}")
             file.flush()
+            if last and len(ran.steps) == last:
+                child.kill()
         ran.code, ran.seconds = child.wait(), time.monotonic() - start
         output.seek(0)
         ran.output = output.read()
@@ -149,17 +157,18 @@ def sample(child: "subprocess.Popen[str]", ran: Ran) -> None:
         time.sleep(0.2)
 
 
-def train(base: Path, quantization: str, out: Path, steps: int, settings: list[str], log: Path) -> Ran:
-    """Train on the rows of the quickstart."""
+def train(base: Path, quantization: str, out: Path, options: argparse.Namespace) -> Ran:
+    """Train on the rows of the quickstart. options: those of the command line."""
     values = {
         "model.name_or_path": base, "model.quantization": quantization, "output_dir": out,
         "data.train": QUICKSTART / "train.jsonl", "data.validation": QUICKSTART / "eval.jsonl",
-        "training.per_device_train_batch_size": 2, "training.max_steps": steps, "training.logging_steps": 1,
+        "training.per_device_train_batch_size": 2, "training.max_steps": options.steps, "training.logging_steps": 1,
         "training.warmup_steps": 0,
     }  # fmt: skip
-    assignments = [f"{key}={value}" for key, value in values.items()] + settings
+    assignments = [f"{key}={value}" for key, value in values.items()] + options.set
     given = [part for word in assignments for part in ("--set", word)]
-    return run(["train", str(QUICKSTART / "config.yaml"), "--overwrite", "--allow-worse", *given], log)
+    last = options.steps if options.only_steps else 0
+    return run(["train", str(QUICKSTART / "config.yaml"), "--overwrite", "--allow-worse", *given], options.log, last)
 
 
 def estimated(base: Path, quantization: str, settings: list[str], log: Path) -> int:
@@ -194,6 +203,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7B")
     parser.add_argument("--base", type=Path, help="where the base is, or is made (default: a temporary directory)")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--only-steps", action="store_true", help="end each run after its steps, without an adapter")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of the run")
     parser.add_argument("--commands", nargs="*", default=[], choices=("generate", "evaluate", "merge"))
     parser.add_argument("--log", type=Path, default=Path("measure_large.log"), help="lines of all commands, with times")
@@ -208,17 +218,16 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|", flush=True)
         for quantization in options.quantizations or ("8bit", "4bit", "none"):
             out = Path(name, f"adapter-{quantization}")
-            ran = train(base, quantization, out, options.steps, options.set, options.log)
+            ran = train(base, quantization, out, options)
             steps = ran.steps
             each = (steps[-1] - steps[0]) / max(1, len(steps) - 1) if steps else 0.0
             first = steps[0] - each if steps else ran.seconds
             memory = estimated(base, quantization, options.set, options.log)
             cells = [f"{first:.0f} s", f"{each:.1f} s", f"{ran.silence[0]:.0f} s after {ran.silence[1][:40]!r}"]
             cells += [f"{memory / 2**30:.1f} GiB", f"{(ran.peak + ran.mapped) / 2**30:.1f} GiB", f"{ran.seconds:.0f} s"]
-            print(
-                f"| {quantization} | {' | '.join(cells)} |{'' if ran.code == 0 else f' exit code {ran.code}'}",
-                flush=True,
-            )
+            has_failed = ran.code and not options.only_steps
+            code = f" exit code {ran.code}" if has_failed else ""
+            print(f"| {quantization} | {' | '.join(cells)} |{code}", flush=True)
             for command, other in others(options.commands, out, options.log):
                 used = (other.peak + other.mapped) / 2**30
                 print(f"  {command}: {other.seconds:.0f} s, {used:.1f} GiB, exit code {other.code}", flush=True)
