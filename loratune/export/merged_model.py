@@ -104,7 +104,8 @@ def write_card(staging: Path, source: AdapterDirectory, lines: Sequence[str]) ->
         lines = [*lines, f"prompts are rendered with these arguments of the chat template: {json.dumps(arguments)}"]
     listed = "\n".join(f"- {markdown(line)}" for line in lines)
     title = markdown(f"{Path(source.files.path).resolve().name}, merged")
-    (staging / "README.md").write_text(f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{listed}\n", encoding="utf-8")
+    text = f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n# {title}\n\n{listed}\n"
+    (staging / "README.md").write_text(text, encoding="utf-8")
 
 
 def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None:
