@@ -26,6 +26,7 @@ from pathlib import Path
 from setuptools.build_meta import *  # noqa: F403  the hooks of PEP 517
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,39 @@ def write_record(folder: Path, variants: Sequence[object] = ()) -> None:
     named = {one.name: sorted(one.features) for one in variants}  # type: ignore[attr-defined]
     text = json.dumps({"commit": commit, "variants": named}, indent=1) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
+
+
+def absolute_links(text: str, repository: str = "") -> str:
+    """A page of Markdown in which the links to files of the checkout have the repository's address before them.
+
+    repository: the address of the root of the files, such as `https://github.com/me/loratune/blob/v1.0.0`; without one,
+        the texts of these links remain, as links that lead nowhere do not belong on a page.
+    """
+
+    def replaced(found: re.Match[str]) -> str:
+        if not repository:
+            return found[1]
+        return f"[{found[1]}]({repository}/{'README.md' if found[2].startswith('#') else ''}{found[2]})"
+
+    return re.sub(r"\[([^]\[]+)\]\((?!\w+:)([^)\s]+)\)", replaced, text)
+
+
+def address_of_files(urls: Mapping[str, str], version: str) -> str:
+    """The address of a release's files, from `project.urls`; empty if it names no repository."""
+    named = {re.sub(r"\W|_", "", name).lower(): url for name, url in urls.items()}
+    found = next((named[name] for name in ("repository", "source", "sourcecode", "github") if name in named), "")
+    return f"{found.removesuffix('/').removesuffix('.git')}/blob/v{version}" if found else ""
+
+
+class EggInfo(egg_info):
+    """Writes the metadata of wheels and sdists, whose description is README.md with links that work elsewhere."""
+
+    def run(self) -> None:
+        """Change the description, then write the metadata."""
+        about = self.distribution.metadata
+        address = address_of_files(about.project_urls or {}, about.get_version())
+        about.long_description = absolute_links(about.get_long_description(), address)
+        super().run()
 
 
 class BuildPy(build_py):
