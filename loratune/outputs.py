@@ -317,7 +317,7 @@ Reported = TypedDict("Reported", {"code": str, "place": str, "key": str, "what":
 """One thing that is wrong.
 
 Attributes:
-    code: Its stable code, as listed in loratune/codes.md.
+    code: Its stable code, such as `config.unknown_key`.
     place: A file, `file:line`, or `file:line:column`; empty if there is none.
     key: A key of the config, or an option of the command line; empty if there is none.
     what: What is wrong.

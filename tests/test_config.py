@@ -113,7 +113,7 @@ def test_a_file_that_is_not_a_mapping_is_refused(
     "text, fix",
     [
         ("model:\n\tname_or_path: x\n", "indent with spaces"),
-        ("", "see configs/ for examples"),
+        ("", "`loratune init` writes a config"),
         ("# rows\n- a\n", "begin with `model:`"),
         (SOUND + "lora: &a {r: 8}\ntraining: *a\n", "write the value out"),
     ],

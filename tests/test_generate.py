@@ -438,8 +438,8 @@ def test_csv_input_gives_csv_output(cli: Cli, plain: Path, tmp_path: Path) -> No
     write_rows(tmp_path / "asked.jsonl", [{"prompt": "a:", **OWN}, {"prompt": "b:", "late": "é"}])
     command = ("generate", "--adapter", plain, "--max-new-tokens", 2, "--input")
     for ending in ("csv", "jsonl"):
-        ran = cli(*command, tmp_path / f"asked.{ending}", "--output", tmp_path / f"from-{ending}.CSV")
-        assert (ran.code, ran.out, ran.err) == (0, "", "")
+        ran = cli(*command, tmp_path / f"asked.{ending}", "--output", made := tmp_path / f"from-{ending}.CSV")
+        assert (ran.code, ran.out, ran.err) == (0, "", f"the answers are in {made}\n")
     with (tmp_path / "from-csv.CSV").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert row.pop("completion") != "right"

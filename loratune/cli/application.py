@@ -87,8 +87,8 @@ AdapterScale = Annotated[
         help="Multiply the adapter's update by S, from 0 (the base) to 2; 1: as trained.",
     ),
 ]
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, max=MAX_COUNT, help="Longest completion, in tokens.")]
+Temperature = Annotated[float, typer.Option(metavar="T", min=0, help="0: greedy decoding; 0.001 to 1000: sampling.")]
 
 
 def _version(requested: bool) -> None:

@@ -25,7 +25,7 @@ from loratune.cli.application import (
 )
 from loratune.cli.boundary import boundary
 from loratune.codes import Code
-from loratune.console import raw_output
+from loratune.console import log, raw_output
 from loratune.errors import ConfigError, DataError, Problem
 
 if TYPE_CHECKING:
@@ -106,6 +106,8 @@ def generate(
         )  # fmt: skip
         if output is not None:
             write_rows((answer.to_dict() for answer in answers), file)
+            if file is not None:
+                log(f"the answers are in {file.named}")
         else:
             _print_answers(answers, base=base, streamed=streams)
 

@@ -62,7 +62,7 @@ def read(path: Path) -> Document:
     """
     document = parse(_read_text(path), str(path))
     if not document.values:
-        problem = Problem(Code.CONFIG_UNREADABLE, "the file is empty", str(path), fix="see configs/ for examples")
+        problem = Problem(Code.CONFIG_UNREADABLE, "the file is empty", str(path), fix="`loratune init` writes a config")
         raise ConfigError(problem)
     return document
 

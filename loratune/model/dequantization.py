@@ -67,7 +67,7 @@ def packed_format(record: Mapping[str, Any] | None, name: str) -> PackedFormat |
     except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         reason = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
         what = f"the base is quantized ({method(record)}) in a way that is not supported: {reason}"
-        fix = "use the release that is not quantized; configs/README.md lists what is supported"
+        fix = "use the release that is not quantized, or one that the user guide lists under Bases"
         raise ModelError(Problem(Code.MODEL_UNSUPPORTED, what, name, "quantization_config", fix)) from None
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 _KEYS = "quantization_config", "compression_config"
-_FIX = "use the release that is not quantized, or one in a format that configs/README.md lists"
+_FIX = "use the release that is not quantized, or one that the user guide lists under Bases"
 
 
 def record_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
