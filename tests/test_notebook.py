@@ -1,4 +1,4 @@
-"""The quickstart notebook: it contains the outputs of a real run, and its cells run in a Jupyter kernel."""
+"""The quickstart notebook: it has no outputs of another version, and its cells run in a Jupyter kernel."""
 
 import json
 from pathlib import Path
@@ -25,15 +25,10 @@ def printed(cell: Any) -> str:
     )
 
 
-def test_notebook_contains_the_outputs_of_a_real_run() -> None:
-    parameters, *others = cells()
-    assert parameters.outputs == [] and "parameters" in parameters.metadata.tags
-    assert [cell.execution_count for cell in cells()] == [*range(1, len(others) + 2)]
-    assert not [
-        out for cell in others for out in cell.outputs if out.output_type == "error" or out.get("name") == "stderr"
-    ]
-    assert "held-out loss" in printed(others[1]) and printed(others[-1]).rstrip().endswith("better")
-    assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
+def test_notebook_has_no_outputs() -> None:
+    """They would be those of some earlier defaults."""
+    assert "parameters" in cells()[0].metadata.tags
+    assert all(cell.outputs == [] and cell.execution_count is None for cell in cells())
 
 
 def run_here(cells: list[Any]) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
+import build_backend
 import pytest
 import typer
 import write_reference
@@ -37,6 +38,7 @@ GUIDES = (
     "loratune/codes.md", "loratune/results.md",
     "scripts/README.md", "scripts/learning/README.md", "scripts/measurements.md", "tests/README.md",
 )  # fmt: skip
+NOTEBOOKS = ("configs/quickstart/quickstart.ipynb",)
 
 
 # Dependencies
@@ -85,9 +87,17 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def page(path: Path) -> str:
+    """The text of a guide; of a notebook, that of its cells of text."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".ipynb":
+        return text
+    return "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+
+
 def broken_links(path: Path) -> Iterator[str]:
-    """The links of a Markdown file to files or headings of the checkout that do not exist."""
-    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+    """The links of a guide to files or headings of the checkout that do not exist."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page(path)):
         if link.startswith("https://"):
             continue
         name, _, anchor = link.partition("#")
@@ -96,7 +106,7 @@ def broken_links(path: Path) -> Iterator[str]:
             yield link
 
 
-@pytest.mark.parametrize("name", GUIDES)
+@pytest.mark.parametrize("name", (*GUIDES, *NOTEBOOKS))
 def test_links_are_not_broken(name: str) -> None:
     assert list(broken_links(ROOT / name)) == []
 
@@ -105,13 +115,16 @@ def test_broken_links_are_detected(tmp_path: Path) -> None:
     text = "# A b, `c`\n[1](#a-b-c) [2](#a) [3](gone.md) [4](guide.md#a-b-c) [5](guide.md#gone) [6](https://x.y)\n"
     (tmp_path / "guide.md").write_text(text, encoding="utf-8")
     assert list(broken_links(tmp_path / "guide.md")) == ["#a", "gone.md", "guide.md#gone"]
+    cells = [{"cell_type": "markdown", "source": [text]}, {"cell_type": "code", "source": ["[1](gone.py)"]}]
+    (tmp_path / "notebook.ipynb").write_text(json.dumps({"cells": cells}), encoding="utf-8")
+    assert list(broken_links(tmp_path / "notebook.ipynb")) == ["#a-b-c", "#a", "gone.md", "guide.md#gone"]
 
 
 def commands_in(text: str) -> Iterator[list[str]]:
     """The words of each loratune command of a guide, in code blocks and in running text."""
     lines = re.sub(r" \\\n\s*", " ", text)
     for line in re.findall(r"(?:^(?: {4}|\$ )+.*?|`|-m |^)loratune ([a-z]+(?: [^`\n]*)?)", lines, flags=re.MULTILINE):
-        line = re.split(r" +#| \| | >| && ?|$", line.replace("...", "X"))[0].replace("|", "-or-")
+        line = re.split(r" +#| \| | >| &&? ?|$", line.replace("...", "X"))[0].replace("|", "-or-")
         with suppress(ValueError):  # a quotation that the text ends
             yield shlex.split(line.replace("[", "").replace("]", ""))
 
@@ -143,10 +156,10 @@ def test_commands_of_guides_are_found() -> None:
 
 
 def test_all_guides_are_checked() -> None:
-    done = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", "ls-files", "*.md", "*.ipynb"], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip("not a git checkout")
-    assert sorted(done.stdout.split()) == sorted(GUIDES)
+    assert sorted(done.stdout.split()) == sorted((*GUIDES, *NOTEBOOKS))
 
 
 def test_readme_is_short_and_the_guide_lists_every_exit_code() -> None:
@@ -345,6 +358,45 @@ def test_wheel_is_pure_and_says_so_without_a_suitable_compiler(
     assert line.format(gcc=gcc) in said
     assert {name for name in names_in(path) if ".dist-info/" not in name} == source_files() | {RECORD}
     assert json.loads(ZipFile(path).read(RECORD))["variants"] == {}
+
+
+PAGE = "[A](b.md#c) **[B](loratune/)** [C](https://d.e/f) [D](#g) `[x]` [E](mailto:a@b.c)"
+TEXTS = "A **B** [C](https://d.e/f) D `[x]` [E](mailto:a@b.c)"
+LINKS = PAGE.replace("(b", "({}/b").replace("(lora", "({}/lora").replace("(#", "({}/README.md#")
+
+
+@pytest.mark.parametrize(("urls", "expected"), [
+    ({}, TEXTS),
+    ({"Documentation": "https://x.y"}, TEXTS),
+    ({"Repository": "https://x.y/z"}, LINKS),
+    ({"source-code": "https://x.y/z/"}, LINKS),
+    ({"Documentation": "https://d.y", "GitHub": "https://x.y/z.git"}, LINKS),
+])  # fmt: skip
+def test_links_of_a_page_elsewhere_are_absolute_or_their_texts(urls: dict[str, str], expected: str) -> None:
+    assert build_backend.absolute_links(PAGE, build_backend.address_of_files(urls, "1.0")) == expected.format(
+        *["https://x.y/z/blob/v1.0"] * 3
+    )
+
+
+@pytest.mark.parametrize("url", ["", "https://x.y/me/loratune"])
+def test_the_metadata_describes_the_package_with_links_that_work(url: str, source: Path, tmp_path: Path) -> None:
+    """That of wheels; an sdist's is written by the same command."""
+    copy = tmp_path / "source"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("*.egg-info", "kernels"))
+    if url:
+        text = (copy / "pyproject.toml").read_text(encoding="utf-8")
+        named = text.replace("[project.scripts]", f'[project.urls]\nRepository = "{url}"\n\n[project.scripts]')
+        (copy / "pyproject.toml").write_text(named, encoding="utf-8")
+    shutil.copytree(ROOT / "loratune" / "kernels" / "compiled", copy / "loratune" / "kernels" / "compiled")
+    code = f"import build_backend; print(build_backend.prepare_metadata_for_build_wheel({str(tmp_path)!r}))"
+    environment = os.environ | {"PYTHONPATH": str(copy / "scripts")}
+    subprocess.run([sys.executable, "-c", code], cwd=copy, env=environment, capture_output=True, check=True)
+    (metadata,) = tmp_path.glob("*.dist-info/METADATA")
+    written = metadata.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)\s]+)\)", written)
+    assert "# loratune\n" in written and links and all(link.startswith("https://") for link in links)
+    files = [link.removeprefix(f"{url}/blob/v{__version__}/") for link in links if url and link.startswith(url)]
+    assert bool(files) == bool(url) and all((ROOT / name.partition("#")[0]).exists() for name in files)
 
 
 @pytest.mark.slow
