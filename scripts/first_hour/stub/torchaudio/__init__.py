@@ -1,0 +1,1 @@
+"""Nothing: LLaMA-Factory imports torchaudio, whose build for CUDA does not load beside a build of torch for CPUs."""
