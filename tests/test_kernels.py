@@ -110,6 +110,9 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         for tokens in (1, 4, 37)
     },
     "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
+    "cross_entropy, with weights": lambda dtype: (
+        (4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27, normal(37, seed=1).abs()
+    ),
 }  # fmt: skip
 
 

@@ -1,21 +1,55 @@
-"""Operations of `loratune env --self-test` that are compared with references, and the speed of a step."""
+"""What `loratune env --self-test` compares with references: operations, accelerated layers; and the speed of a step."""
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from loratune import kernels
+from loratune.config import LoraSection
+from loratune.data.batches import Put, flatten, pad
+from loratune.data.packing import share_prefixes
+from loratune.kernels import gpu
 from loratune.kernels.compiled import fused_ops, reference
 from loratune.kernels.layout import Layout, Scoring
 from loratune.kernels.parity_check import relative_rms
+from loratune.lora import attach, creation
 from loratune.system import accelerator
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-3}
 """The largest relative difference of an operation from its reference, by dtype."""
+LAYERS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+"""The same for losses, gradients and logits of models with kernels."""
+MISCOMPUTED = "not compute the same", "computes something else"
+"""Texts of notes on layers that are not accelerated and prefixes that are not shared, where kernels are wrong."""
+SHAPE = {
+    "vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 256,
+}  # fmt: skip
+_WINDOWS = {"head_dim": 32, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+_CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0}
+_EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+LONG = 2048
+"""Tokens of a row that torch's own kernel computes in float32."""
+MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[int]]] = {
+    "Llama": ("llama", {}, {}, (40, LONG)),
+    "Llama with dropout": ("llama", {"attention_bias": True}, {"lora_dropout": 0.25}, (40, 9, 1, 70)),
+    "Gemma 2": ("gemma2", _WINDOWS | _CAPS, {}, (40, 9, 1, 70)),
+    "Qwen3 with experts": ("qwen3_moe", {"head_dim": 32, **_EXPERTS}, {}, (40, 9, 1, 70)),
+    "GPT-OSS": ("gpt_oss", _WINDOWS | _EXPERTS, {"target_modules": ["q", "k", "v", "o"]}, (40, 9, 1, 70)),
+}
+"""Models that have all kinds of layers that kernels replace → type, configuration, settings of LoRA, tokens of rows.
+Each token uses all experts, as rounding could change which."""
+BRANCHES = torch.cat([torch.arange(*span) for span in ((0, 70), (40, 60), (3, 8))])
+"""Positions of rows that share prefixes."""
+PLAIN, SPECIAL = Scoring(0.25), Scoring(1.0, 3.0, torch.linspace(-2, 2, 6))
+"""How scores of attention are computed; the second with caps and sinks."""
 SPEED_ROWS, TIMED_STEPS = (16, 32, 48, 64, 96, 128, 192, 256), 3
 """Tokens of the rows; steps that are timed, after as many that are not."""
 
@@ -33,14 +67,82 @@ def operations(dtype: torch.dtype) -> str:
     like = torch.zeros(1, dtype=dtype)
     if refusal := fused_ops.refusal(like):
         raise NotAvailableError(refusal)
-    ops, worst = fused_ops.fused_ops(like), dict[str, float]()
-    for name, compute in _OPERATIONS.items():
-        pairs = zip(compute(ops, dtype), compute(reference, dtype), strict=True)
-        worst[name] = max(relative_rms(old, now) for now, old in pairs)
-    name = max(worst, key=lambda one: worst[one])
-    told = f"{len(worst)} operations, largest relative difference {worst[name]:.1e} ({name})"
-    if not worst[name] <= TOLERANCE[dtype]:
-        raise DifferenceError(f"{told}, {TOLERANCE[dtype]:g} is allowed")
+    ops = fused_ops.fused_ops(like)
+    worst = {name: _largest(compute(reference, dtype), compute(ops, dtype)) for name, compute in _OPERATIONS.items()}
+    return _told("operations", worst, TOLERANCE[dtype])
+
+
+def layers(dtype: torch.dtype, device: torch.device) -> str:
+    """Losses, gradients and logits of `MODELS`, with random A and B, against those of stock PEFT."""
+    worst = dict[str, float]()
+    for name, (kind, changes, lora, lengths) in MODELS.items():
+        if (LONG in lengths and dtype != torch.float32) or ("lora_dropout" in lora and device.type != "cpu"):
+            continue  # The same as others then; or masks that depend on the dtype.
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SHAPE | changes | {"pad_token_id": None})).to(
+            device, dtype
+        )
+        section = LoraSection(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)
+        model = creation.adapt(base, section, seed=0)[0].train()
+        for path, weight in model.named_parameters():
+            if "lora_B" in path:
+                nn.init.normal_(weight, std=0.1)
+        worst[name] = _largest(*_with_and_without(model, lengths))
+    return _told("models", worst, LAYERS_TOLERANCE[dtype])
+
+
+def _with_and_without(model: Any, lengths: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a PEFT model computes without kernels, and with them. lengths: of rows. Raises DifferenceError: kernels are
+    not used, because they compute something else."""
+    padded, ids = partial(pad, pad_id=0), torch.arange(8, device=model.device)[None]
+    stock = _step(model, lengths, flatten) + _step(model, lengths, padded)
+    found = kernels.accelerate(model, attach.adapted_linear)
+    with found.applied(model):
+        refusal = found.tree_refusal(model) or ""
+        own = _step(model, lengths, flatten) + _step(model, lengths, padded if refusal else share_prefixes)
+    reasons = [*found.fallbacks.values(), refusal] if model.device.type == "cpu" else []  # a GPU's have no caps
+    if wrong := [reason for reason in reasons if any(text in reason for text in MISCOMPUTED)]:
+        raise DifferenceError(f"{model.config.model_type}: {wrong[0]}")
+    with torch.inference_mode():
+        stock.append(model.eval()(ids, use_cache=False).logits)
+        with kernels.inference_lora(model, attach.adapted_linear):
+            return stock, [*own, model(ids, use_cache=False).logits]
+
+
+def _step(model: Any, lengths: Sequence[int], put: Put) -> list[Tensor]:
+    """The loss of rows that begin alike, with weights of labels if they are flattened, else of rows; and the gradients
+    of all A and of all B."""
+    rows = list[dict[str, list[int]]]()
+    for factor, length in enumerate(lengths, 3):
+        ids = [place * (factor if place >= 8 else 1) % SHAPE["vocab_size"] for place in range(length)]
+        rows.append({"input_ids": ids, "labels": ids})
+    batch = kernels.to_device(put(rows), model.device)
+    labels, places, sizes = batch.pop("labels"), batch.pop("places", None), torch.tensor(lengths)
+    torch.manual_seed(0)
+    kernels.set_loss_targets(model, labels, places, None if put is flatten else sizes)
+    if put is flatten:
+        weights = 0.5 + labels % 3
+        kernels.set_loss_weights(model, weights)
+        loss, _ = kernels.next_token_loss(model, model(**batch, use_cache=False).logits, labels, weights)
+    else:
+        sums = kernels.row_sums(model, model(**batch, use_cache=False).logits, labels, sizes)
+        loss = sums @ torch.arange(1, len(rows) + 1).to(sums)
+    gradients = torch.autograd.grad(loss, [weight for weight in model.parameters() if weight.requires_grad])
+    return [loss.detach(), *(torch.cat([one.flatten() for one in gradients[side::2]]) for side in (0, 1))]
+
+
+def _largest(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    """The largest relative difference; infinite where one is not finite."""
+    differences = [relative_rms(*pair) for pair in zip(expected, found, strict=True)]
+    return max(math.inf if math.isnan(one) else one for one in differences)
+
+
+def _told(what: str, differences: dict[str, float], allowed: float) -> str:
+    """A line on the largest difference. Raises DifferenceError: it is not allowed."""
+    name, worst = max(differences.items(), key=lambda item: item[1])
+    told = f"{len(differences)} {what}, largest relative difference {worst:.1e} ({name})"
+    if not worst <= allowed:
+        raise DifferenceError(f"{told}, {allowed:g} is allowed")
     return told
 
 
@@ -48,15 +150,15 @@ def _drawn(dtype: torch.dtype, *shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def _norm(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+def _norm(ops: Any, dtype: torch.dtype, added: float = 0.0) -> list[Tensor]:
     x, weight, gradient = _drawn(dtype, 37, 96), _drawn(dtype, 96, seed=1), _drawn(dtype, 37, 96, seed=2)
-    y, inverse = ops.rms_norm(x, weight, 1e-5)
-    return [y, ops.rms_norm_backward(gradient, x, weight, inverse)]
+    y, inverse = ops.rms_norm(x, weight, 1e-5, added)
+    return [y, inverse, ops.rms_norm_backward(gradient, x, weight, inverse, added)]
 
 
-def _gate(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+def _gate(ops: Any, dtype: torch.dtype, activation: tuple[float, float] = reference.SILU) -> list[Tensor]:
     both, gradient = _drawn(dtype, 37, 192), _drawn(dtype, 37, 96, seed=1)
-    return [ops.swiglu(both), ops.swiglu_backward(gradient, both)]
+    return [ops.swiglu(both, *activation), ops.swiglu_backward(gradient, both, *activation)]
 
 
 def _heads(ops: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -66,14 +168,25 @@ def _heads(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     return [*split, ops.join_heads(*split, cosine, sine)]
 
 
-def _attention(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    positions = torch.cat([torch.arange(length) for length in (20, 5, 70)])
-    shapes = [(2, 95, 3, 16), (2, 95, 16), (2, 95, 16)]
-    inputs = tuple(_drawn(dtype, *shape, seed=seed) for seed, shape in enumerate(shapes))
-    layout, scoring = Layout.of(positions, None, 48), Scoring(0.25)
+def _inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, see `reference.attend`."""
+    return _drawn(dtype, 2, 95, 3, 16), _drawn(dtype, 2, 95, 16, seed=1), _drawn(dtype, 2, 95, 16, seed=2)
+
+
+def _attention(ops: Any, dtype: torch.dtype, window: int | None = None, scoring: Scoring = PLAIN) -> list[Tensor]:
+    inputs, layout = _inputs(dtype), Layout.of(BRANCHES, window, 48)
     outputs = ops.attend(*inputs, layout, scoring)
     gradient = _drawn(dtype, 95, 2 * 3 * 16, seed=3)
-    return [outputs[0], *ops.attend_backward(gradient, outputs, inputs, layout, scoring)]
+    return [*outputs, *ops.attend_backward(gradient, outputs, inputs, layout, scoring)]
+
+
+def _attention_of_gpu(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    """That of a GPU, forward only: it has no backward pass on a CPU."""
+    if ops is reference:
+        return _attention(ops, dtype, 9)[:1]
+    query, key, value = _inputs(dtype)
+    heads = query.transpose(1, 2).flatten(0, 1)[None], key[None], value[None]
+    return [gpu.TreeAttention().attend(*heads, BRANCHES[None], 9, PLAIN.scale).flatten(2)[0]]
 
 
 def _update(ops: Any, dtype: torch.dtype) -> list[Tensor]:
@@ -89,28 +202,27 @@ def _weight(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     return [y, *(ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in (1, 4, 37))]
 
 
-def _loss(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[Tensor]:
     logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
-    return [ops.cross_entropy(logits, targets), logits]
+    return [ops.cross_entropy(logits, targets, weights), logits]
 
 
 _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
-    "norm": _norm, "gate": _gate, "heads": _heads, "attention": _attention, "LoRA": _update, "loss": _loss,
-    "8-bit weight": _weight,
+    "norm": _norm, "norm that adds 1": partial(_norm, added=1.0),
+    "gate": _gate, "gate by GELU": partial(_gate, activation=reference.GELU),
+    "heads": _heads, "LoRA": _update, "8-bit weight": _weight,
+    "attention": _attention, "attention of a GPU": _attention_of_gpu,
+    "attention with a window, caps and sinks": partial(_attention, window=9, scoring=SPECIAL),
+    "loss": _loss, "loss with weights": partial(_loss, weights=_drawn(torch.float32, 37, seed=4).abs()),
 }  # fmt: skip
 
 
-def step_seconds(model: Any, put: Callable[[Any], dict[str, Tensor]]) -> float:
+def step_seconds(model: Any, put: Put) -> float:
     """The median time of forward and backward passes over rows of unequal length. put: collates rows."""
-    rows = [{"input_ids": [*range(length)], "labels": [*range(length)]} for length in SPEED_ROWS]
-    batch = kernels.to_device(put(rows), model.device)
-    labels, seconds = batch.pop("labels"), list[float]()
+    seconds = list[float]()
     for _ in range(2 * TIMED_STEPS):
         start = time.monotonic()
-        kernels.set_loss_targets(model, labels)
-        loss, _ = kernels.next_token_loss(model, model(**batch, use_cache=False).logits, labels)
-        torch.autograd.backward(loss)
-        model.zero_grad()
+        _step(model, SPEED_ROWS, put)
         accelerator.synchronize(model.device)
         seconds.append(time.monotonic() - start)
     return median(seconds[TIMED_STEPS:])

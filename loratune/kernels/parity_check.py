@@ -2,12 +2,12 @@
 
 Two packed rows, and a row at the last positions, are passed through the decoder, forward and backward. Of layers that
 compute alike the first and the last are enough (`layer_sample`); a model that does not run with these alone is compared
-as a whole.
+as a whole. An adapter that computes nothing yet has random weights meanwhile.
 """
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +44,8 @@ MAX_TOLERANCE = 0.7
 """The upper limit of the tolerance: a lost gradient differs by 1."""
 BRANCHES = ((0, 24), (16, 40), (40, 45), (16, 21), (0, 12))
 """For each row of a tree, the number of tokens shared with the row before, and the total number."""
+SIZE_OF_B = 0.05
+"""The standard deviation of weights in place of those that are zero, as in `scripts/check_layers.py`."""
 DRAWS = 3
 """Draws of rows before a difference counts: rounding can change the routing of a mixture of experts."""
 
@@ -261,18 +263,17 @@ def _forward_backward(
         half_unit = torch.finfo(embedded.dtype).eps / 2
         return (embeddings[-1].float() * (1 + half_unit * signs.to(embedded.device))).to(embedded.dtype)
 
-    hook = base.get_input_embeddings().register_forward_hook(replace_embeddings)
+    hook, groups = base.get_input_embeddings().register_forward_hook(replace_embeddings), _trained_weights(base, sample)
     try:
-        with evaluating(base), torch.enable_grad(), sample.recorded() as record:
+        with evaluating(base), torch.enable_grad(), sample.recorded() as record, _nonzero([*chain(*groups)]):
             output = base.get_decoder()(ids, position_ids=positions, use_cache=False)
+            states = output.logits if "logits" in output else output.last_hidden_state
+            states = states if places is None else states[:, places]
+            weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
+            inputs = [*embeddings, *chain(*record.passed), *chain(*groups)]
+            gradients = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
     finally:
         hook.remove()
-    states = output.logits if "logits" in output else output.last_hidden_state
-    states = states if places is None else states[:, places]
-    weights = torch.randn(states.shape, generator=torch.Generator().manual_seed(0)).to(states.device)
-    groups = _trained_weights(base, sample)
-    inputs = [*embeddings, *chain(*record.passed), *chain(*groups)]
-    gradients = torch.autograd.grad((states.float() * weights).sum(), inputs, allow_unused=True)
     filled = iter([torch.zeros_like(x) if dx is None else dx.detach() for x, dx in zip(inputs, gradients, strict=True)])
     of_embeddings = [_added(next(filled), shared) for _ in embeddings]
     shares = [_added(next(filled).float() - next(filled).float(), shared) for _ in record.passed]
@@ -289,6 +290,21 @@ def _trained_weights(base: Any, sample: LayerSample) -> list[list[Tensor]]:
         if weight.requires_grad and weight.numel() <= MAX_SIZE:
             groups.setdefault(owners.get(id(weight), -1), []).append(weight)
     return [*groups.values()]
+
+
+@contextmanager
+def _nonzero(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, weights that are zero have random values. B is zero at first: then LoRA computes nothing, and A has no
+    gradient. Afterwards they are the tensors of before, which are not written to."""
+    zeros = [(weight, weight.data) for weight in weights if not weight.any()]
+    drawn = torch.Generator().manual_seed(2)
+    try:
+        for weight, values in zeros:
+            weight.data = (SIZE_OF_B * torch.randn(values.shape, generator=drawn)).to(values)
+        yield
+    finally:
+        for weight, values in zeros:
+            weight.data = values
 
 
 def _added(gradient: Tensor, shared: Tensor | None) -> Tensor:
