@@ -186,7 +186,8 @@ def test_the_check_before_training_sees_lora_that_is_wrong(name: str, monkeypatc
     model = fresh()
     assert not kernels.accelerate(model, attach.adapted_linear).fallbacks
     change(monkeypatch, lora_linear.Projection, OF_LORA[name][0], OF_LORA[name][1])
-    assert {"attention", "feed-forward layers"} <= kernels.accelerate(model, attach.adapted_linear).fallbacks.keys()
+    # Attention by rows is then the model's own, which is no fallback.
+    assert "feed-forward layers" in kernels.accelerate(model, attach.adapted_linear).fallbacks
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -197,7 +198,7 @@ def test_the_check_before_training_leaves_b_as_it_was(fails: bool, monkeypatch: 
     seen = list[bool]()
 
     def forward(original: Any, *given: Any, **named: Any) -> Any:
-        seen.append(all(bool(weight.any()) for weight in given[2]))
+        seen.append(all(bool(weight.any()) for weight in given[3]))
         if fails:
             raise ValueError("this layer does not run")
         return original(*given, **named)

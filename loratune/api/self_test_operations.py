@@ -28,11 +28,11 @@ LAYERS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e
 """The same for losses, gradients and logits of models with kernels."""
 MISCOMPUTED = "not compute the same", "computes something else"
 """Texts of notes on layers that are not accelerated and prefixes that are not shared, where kernels are wrong."""
-SHAPE = {
-    "vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+SHAPE: dict[str, Any] = {
+    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 4096, "bos_token_id": None, "eos_token_id": 256,
 }  # fmt: skip
-_WINDOWS = {"head_dim": 32, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+_WINDOWS = {"head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 2.0}
 _EXPERTS = {"num_experts": 2, "num_local_experts": 2, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 LONG = 2048
@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any], Sequence[int]]] = {
     "Llama": ("llama", {}, {}, (40, LONG)),
     "Llama with dropout": ("llama", {"attention_bias": True}, {"lora_dropout": 0.25}, (40, 9, 1, 70)),
     "Gemma 2": ("gemma2", _WINDOWS | _CAPS, {}, (40, 9, 1, 70)),
-    "Qwen3 with experts": ("qwen3_moe", {"head_dim": 32, **_EXPERTS}, {}, (40, 9, 1, 70)),
+    "Qwen3 with experts": ("qwen3_moe", {"head_dim": 16, **_EXPERTS}, {}, (40, 9, 1, 70)),
     "GPT-OSS": ("gpt_oss", _WINDOWS | _EXPERTS, {"target_modules": ["q", "k", "v", "o"]}, (40, 9, 1, 70)),
 }
 """Models that have all kinds of layers that kernels replace → type, configuration, settings of LoRA, tokens of rows.
@@ -82,8 +82,8 @@ def layers(dtype: torch.dtype, device: torch.device) -> str:
         base = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SHAPE | changes | {"pad_token_id": None})).to(
             device, dtype
         )
-        section = LoraSection(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear"} | lora)
-        model = creation.adapt(base, section, seed=0)[0].train()
+        values: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+        model = creation.adapt(base, LoraSection(**values | lora), seed=0)[0].train()
         for path, weight in model.named_parameters():
             if "lora_B" in path:
                 nn.init.normal_(weight, std=0.1)
