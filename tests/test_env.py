@@ -341,6 +341,7 @@ SHARING = [
 ]
 OFF = [
     (results.PADDED, "all layers: they failed the self-test"),
+    (results.LAYERS, "all layers: they failed the self-test"),
     (
         results.PACKED,
         "data.packing: packed rows failed the self-test on this machine (loratune env --self-test repeats",

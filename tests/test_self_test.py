@@ -113,7 +113,6 @@ OF_OPERATIONS: dict[str, tuple[str, Changed, torch.dtype]] = {
 }  # fmt: skip
 OF_LAYERS: dict[str, tuple[str, Any, str, Changed]] = {
     "experts": ("Qwen3 with experts", sublayers.ExpertLayers, "__call__", times(1.5)),
-    "norms of heads": ("Qwen3 with experts", sublayers.HeadNorms, "forward", times(1.5)),
     "attention that is not replaced": ("GPT-OSS", rowwise, "attend_in_tiles", times(1.5)),
     "LoRA in layers that are not replaced": ("GPT-OSS", lora_linear._ProjectionFunction, "backward", times(1.5)),
     "dropout": ("Llama with dropout", upstream, "dropout", times(1.5)),
@@ -170,7 +169,7 @@ def test_a_layer_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
-def test_right_kernels_pass(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_right_kernels_pass(dtype: torch.dtype) -> None:
     told = self_test_operations.layers(dtype, torch.device("cpu"))
     assert told.startswith("5 models" if dtype == FLOAT32 else "4 models")
 
@@ -206,7 +205,7 @@ def test_the_check_before_training_leaves_b_as_it_was(fails: bool, monkeypatch: 
     change(monkeypatch, lora_linear.Projection, "forward", forward)
     random = torch.get_rng_state()
     assert bool(kernels.accelerate(model, attach.adapted_linear).fallbacks) == fails
-    assert torch.equal(torch.get_rng_state(), random) and seen and all(seen)
+    assert torch.equal(torch.get_rng_state(), random) and any(seen)  # not where the scale of logits is found
     for name, weight in model.named_parameters():
         # A projection makes the weights of the base views of one tensor.
         assert "base_layer" in name or before[name] == (weight, weight.data_ptr(), weight._version)

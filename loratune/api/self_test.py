@@ -145,7 +145,7 @@ class _SelfTest:
         for dtype in fused_ops.DEFINES:
             yield results.OPERATIONS.format(_name(dtype)), partial(checked.operations, dtype)
         for dtype in dict.fromkeys((torch.float32, self._dtype)):
-            yield f"accelerated layers, {_name(dtype)}", partial(checked.layers, dtype, self._device)
+            yield results.LAYERS.format(_name(dtype)), partial(checked.layers, dtype, self._device)
             for layout in LAYOUTS:
                 yield layout.format(_name(dtype)), partial(self._sft, layout, dtype)
         yield "dpo, float32", self._dpo

@@ -104,7 +104,7 @@ def accelerate(
             another attention function is used then, which no measurement has shown to be as fast.
         fingerprint: That of the base, to keep what checks find on this machine; empty to check anew.
     """
-    failed = self_test.refusal(self_test.PADDED, dtype=model.dtype)
+    failed = self_test.refusal(self_test.PADDED, self_test.LAYERS, dtype=model.dtype)
     if sharded or failed:
         return Acceleration({ALL_LAYERS: f"they {failed}" if failed else "the base is spread over processes"})
     with _restored(model.get_base_model()) as (base, replaced):
