@@ -16,8 +16,10 @@ summaries and pages depend on its version.
 import argparse
 import csv
 import hashlib
+import io
 import itertools
 import json
+import os
 import pydoc_data.topics
 import random
 import sys
@@ -45,8 +47,15 @@ def _read(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _write(path: Path, rows: Iterable[Row]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _table(rows: Iterable[Row]) -> str:
+    table = csv.DictWriter(file := io.StringIO(), ["text", "label"], lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    return file.getvalue()
 
 
 def _chat(question: str, answer: str) -> Row:
@@ -141,29 +150,37 @@ def pages() -> list[tuple[str, str]]:
     return sorted(found, key=lambda page: hashlib.sha256(page[0].encode()).digest())
 
 
-def write(dest: Path) -> None:
-    """Write all files."""
-    dest.mkdir(parents=True, exist_ok=True)
+def contents() -> dict[str, str]:
+    """The text of each file, by its path."""
     labels = labelled("eval.jsonl", 200)
-    for name, rows in (("definitions", labelled("train.jsonl", LABELS)), ("definitions-unseen", labels)):
-        with (dest / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.DictWriter(file, ["text", "label"], lineterminator="\n")
-            table.writeheader()
-            table.writerows(rows)
     summaries = [*itertools.islice(summarized(), SUMMARIES + UNSEEN)]
     random.Random(0).shuffle(summaries)
     pairs = _read(CONFIGS / "preferences" / "train.jsonl")
-    _write(dest / "tools.jsonl", tool_rows(TOOLS, unseen=False))
-    _write(dest / "tools-unseen.jsonl", tool_rows(UNSEEN, unseen=True))
-    _write(dest / "summaries.jsonl", summaries[:SUMMARIES])
-    _write(dest / "summaries-unseen.jsonl", summaries[SUMMARIES:])
-    _write(dest / "answers.jsonl", (_chat(row["prompt"][0]["content"], row["chosen"]) for row in pairs))
-    _write(dest / "skills.jsonl", skills(labels, summaries[SUMMARIES:], _read(CONFIGS / "preferences" / "eval.jsonl")))
+    questions = skills(labels, summaries[SUMMARIES:], _read(CONFIGS / "preferences" / "eval.jsonl"))
     manual = pages()
-    for number, (name, text) in enumerate(manual):
-        folder = dest / ("manual" if number < int(PAGES * len(manual)) else "manual-unseen")
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    folders = (("manual" if number < int(PAGES * len(manual)) else "manual-unseen") for number in range(len(manual)))
+    return {
+        "definitions.csv": _table(labelled("train.jsonl", LABELS)),
+        "definitions-unseen.csv": _table(labels),
+        "tools.jsonl": _lines(tool_rows(TOOLS, unseen=False)),
+        "tools-unseen.jsonl": _lines(tool_rows(UNSEEN, unseen=True)),
+        "summaries.jsonl": _lines(summaries[:SUMMARIES]),
+        "summaries-unseen.jsonl": _lines(summaries[SUMMARIES:]),
+        "answers.jsonl": _lines(_chat(row["prompt"][0]["content"], row["chosen"]) for row in pairs),
+        "skills.jsonl": _lines(questions),
+        **{f"{folder}/{name}.txt": text for folder, (name, text) in zip(folders, manual, strict=True)},
+    }
+
+
+def write(dest: Path) -> None:
+    """Write all files, unless one of them is there with other content: it may be the user's."""
+    files = {dest / name: text.encode() for name, text in contents().items()}
+    for path, content in files.items():
+        if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content):
+            sys.exit(f"{path} is there, with other content: move it, or name another directory; nothing was written")
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 import build_recipe_data
 import pytest
 import yaml
-from conftest import ROOT, Ran, byte_tokenizer, formula_for_memory, once, tiny_llama
+from conftest import ROOT, Ran, byte_tokenizer, formula_for_memory, once, tiny_llama, tree
 from fork_server import ForkServer
 from running import before_batch, checkpoints
 
@@ -127,6 +127,18 @@ def shorten(path: Path, lines: int) -> None:
     """Keep the first lines of a file of rows."""
     kept = path.read_text(encoding="utf-8").splitlines(keepends=True)[:lines]
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def test_rows_of_the_recipes_never_replace_those_of_a_user(tmp_path: Path) -> None:
+    build_recipe_data.write(tmp_path)
+    build_recipe_data.write(tmp_path)
+    (tmp_path / "tools.jsonl").unlink()
+    (tmp_path / "manual-unseen" / "own.txt").write_text("mine")
+    (tmp_path / "definitions.csv").write_text("text,label\nmine,yes\n")
+    before = tree(tmp_path)
+    with pytest.raises(SystemExit, match=r"definitions\.csv is there, with other content"):
+        build_recipe_data.write(tmp_path)
+    assert tree(tmp_path) == before
 
 
 def fill(folder: Path) -> None:
