@@ -224,7 +224,9 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def print_json(values: Any, file: Any = None, indent: int | None = 2) -> None:
-    """Print JSON, on stdout by default, with all control characters escaped: `json` does not escape DEL."""
+    """Print JSON, on stdout by default, with all control characters escaped: `json` does not escape DEL. NaN and
+    infinity, which JSON lacks, become null."""
+    values = json.loads(json.dumps(values), parse_constant=lambda _: None)
     print(json.dumps(values, indent=indent).replace("\x7f", "\\u007f"), file=file, flush=True)
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import loratune
+from loratune import console
 from loratune.adapter import loading
 from loratune.adapter.directory import AdapterDirectory
 from loratune.adapter.options import Sampling
@@ -426,6 +427,20 @@ def test_ignored_files_are_reported(cli: Cli, plain: Path, tmp_path: Path) -> No
     (tmp_path / "more.md").touch()
     ran = cli("generate", "--adapter", plain, "--max-new-tokens", 2, "--input", tmp_path)
     assert ran.code == 0 and "not read: more.md" in ran.err
+
+
+def test_numbers_that_json_lacks_are_null(cli: Cli, plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "1 and", "score": NaN, "more": {"x": [1.5, -Infinity]}}\n')
+    command = ("generate", "--adapter", plain, "--max-new-tokens", 1, "--input", tmp_path / "in.jsonl")
+    row = json.loads(cli(*command, "--json").out, parse_constant=pytest.fail)
+    assert (row["score"], row["more"]) == (None, {"x": [1.5, None]})
+    assert cli(*command, "--output", tmp_path / "out.csv").code == 0
+    assert "1 and,," in (tmp_path / "out.csv").read_text()
+
+
+def test_json_is_printed_without_nan(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_json({"a": [float("nan"), float("inf"), 1.5], "b": (1,)}, indent=None)
+    assert capsys.readouterr().out == '{"a": [null, null, 1.5], "b": [1]}\n'
 
 
 def test_csv_input_gives_csv_output(cli: Cli, plain: Path, tmp_path: Path) -> None:

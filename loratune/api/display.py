@@ -1,5 +1,6 @@
 """Formats results as lines for the command line. Each line is escaped by `one_line`."""
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -367,9 +368,10 @@ def exported(exported: "Exported") -> Iterator[str]:
 
 
 def write_rows(rows: Iterable[Mapping[str, Any]], file: TextIO, *, as_csv: bool = False) -> None:
-    """Write rows as JSON lines, or as CSV with one column per field."""
+    """Write rows as JSON lines, or as CSV with one column per field; NaN and infinity, which JSON lacks, as null."""
     from loratune.data.sources.rows import to_json_line, write_csv
 
+    rows = (json.loads(to_json_line(row), parse_constant=lambda _: None) for row in rows)
     if as_csv:
         write_csv(rows, file)
         return
