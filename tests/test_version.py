@@ -67,6 +67,9 @@ DAMAGED = {
     "null": b"null",
     "of something else": b'{"version": "3.1"}',
     "a commit as number": b'{"commit": 12, "variants": {}}',
+    "a commit as false": b'{"commit": false, "variants": {}}',
+    "a commit as 0": b'{"commit": 0, "variants": {}}',
+    "a commit as an empty list": b'{"commit": [], "variants": {}}',
     "a commit as list": b'{"commit": ["a"], "variants": {}}',
     "a commit with an escape": b'{"commit": "\\u001b[31m012345", "variants": {}}',
     "variants as list": b'{"commit": "", "variants": ["x86-64-v3"]}',
@@ -74,16 +77,69 @@ DAMAGED = {
     "features in lists": b'{"commit": "", "variants": {"x86-64-v3": [["fma"]]}}',
     "a name of two lines": b'{"commit": "", "variants": {"x86\\n": []}}',
     "a directory": None,
+    "a pipe": None,
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_a_damaged_record_is_named(case: str, record: Path, cli: Cli) -> None:
-    record.mkdir() if (content := DAMAGED[case]) is None else record.write_bytes(content)
+    content, make = DAMAGED[case], os.mkfifo if case == "a pipe" else os.mkdir
+    make(record) if content is None else record.write_bytes(content)
     ran = cli("--version")
     expected = f"loratune {__version__} (unknown compiled code, as release.json is damaged; install loratune again)\n"
     assert (ran.code, ran.out) == (0, expected), ran.err
     assert release.commit() == ""
+
+
+def test_a_record_may_be_a_link(record: Path, tmp_path: Path) -> None:
+    """As installers make them to the files of their cache."""
+    (tmp_path / "cached").write_text('{"commit": "0123456789ab-dirty", "variants": {}}')
+    record.symlink_to("cached")
+    assert release.commit() == "0123456789ab-dirty"
+
+
+SAYS = {
+    "a commit": (b"0123456789ab\n", "0123456789ab"),
+    "not UTF-8": (b"\xff\xfe", ""),
+    "an escape": (b"\x1b[31m0123456789ab", ""),
+    "lines": (b"0123456789ab\n0123456789ab\n", ""),
+    "too much": (b"0" * 3_000_000, ""),
+}
+
+
+@pytest.mark.parametrize("case", SAYS)
+def test_only_a_commit_of_our_own_repository_is_shown(
+    case: str, record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, expected = SAYS[case]
+    (tmp_path / "said").write_bytes(said)
+    git = tmp_path / "bin" / "git"
+    git.parent.mkdir()
+    git.write_text(f"#!/bin/sh\nexec /bin/cat {tmp_path / 'said'}\n")
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", str(git.parent))
+    (tmp_path / ".git").mkdir()
+    for project, shown in (("other", ""), ("loratune", expected)):
+        (tmp_path / "pyproject.toml").write_text(f'[project]\nname = "{project}"\n')
+        assert release.commit() == shown
+
+
+def test_a_damaged_repository_is_not_one_above_it(
+    record: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the one that a hook of git names."""
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message=x"], check=True)
+    inner = tmp_path / "inner"
+    (inner / ".git").mkdir(parents=True)
+    (inner / "pyproject.toml").write_text('[project]\nname = "loratune"\n')
+    monkeypatch.setenv("GIT_DIR", str(tmp_path / ".git"))
+    monkeypatch.setattr(release, "__file__", str(inner / "loratune" / "system" / "release.py"))
+    assert release.commit() == ""
+    (inner / ".git").rmdir()
+    (tmp_path / ".git").rename(inner / ".git")
+    assert len(release.commit()) == 12
 
 
 WITHOUT = """

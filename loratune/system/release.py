@@ -14,7 +14,9 @@ from typing import Any
 
 from loratune import __version__
 from loratune.system import environment
+from loratune.system.files import read_text
 
+_COMMIT = "[0-9a-f]{12,40}(-dirty)?"
 RECORD = Path(__file__).with_name("release.json")
 """What `scripts/build_backend.py` records in sdists and wheels; a checkout has no such file. `commit`: empty if it was
 not known. `variants`, in wheels with compiled code: its processor variants, the best one first, each with the required
@@ -28,13 +30,20 @@ def describe() -> str:
 
 
 def commit() -> str:
-    """The first 12 digits of the commit, as recorded by the build, or from git in a checkout; empty if not known."""
-    recorded, git = _record(), Path(__file__).parents[2] / ".git"
-    if recorded != {} or not git.exists():
+    """The first 12 digits of the commit, as recorded by the build, or from git in a checkout; empty if not known.
+
+    `-dirty` behind it: the build had files that differ from the commit's.
+    """
+    recorded, root = _record(), Path(__file__).parents[2]
+    if recorded != {} or not (root / ".git").exists():
         return str((recorded or {}).get("commit", ""))
-    command = ["git", f"--git-dir={git}", "rev-parse", "--short=12", "HEAD"]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, timeout=2, check=True).stdout.strip()
+    command = ["git", "-C", str(root), "rev-parse", "--short=12", "HEAD"]
+    variables = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    variables["GIT_CEILING_DIRECTORIES"] = str(root.parent)  # a damaged repository is not one above it
+    with suppress(OSError, ValueError, subprocess.SubprocessError):
+        if '\nname = "loratune"\n' in read_text(root / "pyproject.toml"):  # not one it was copied to
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=2, check=True)
+            return _word(done.stdout.strip(), _COMMIT)
     return ""
 
 
@@ -64,9 +73,9 @@ def _record() -> dict[str, Any] | None:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         if not RECORD.exists():
             return {}
-        found = json.loads(RECORD.read_text(encoding="utf-8"))
+        found = json.loads(read_text(RECORD.resolve()))  # installers may link to files in a cache
         variants = {_word(name): [*map(_word, needed)] for name, needed in found["variants"].items()}
-        return {"commit": found["commit"] and _word(found["commit"], "[0-9a-f]{12,40}"), "variants": variants}
+        return {"commit": _word(found["commit"], f"({_COMMIT})?"), "variants": variants}
     return None
 
 
