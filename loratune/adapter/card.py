@@ -3,6 +3,7 @@
 import json
 import logging
 import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -23,6 +24,12 @@ from loratune.system.files import versioned
 from loratune.text import code_block, code_span, is_printable_line, markdown, one_line, printable, shell_word
 
 _log = logging.getLogger(__name__)
+_README_CHARACTERS = 1 << 20
+_METADATA = re.compile(r"\s*---\n(.*?)\n---(?:\n|\Z)", re.DOTALL)
+_VALUES = {"license": r"\S.{0,199}", "license_name": r"\S.{0,199}", "license_link": r"https?://\S{1,500}"}
+"""What a card takes over from that of its base, and the values that it may have."""
+_LICENCE = re.compile(rf"^(?:{'|'.join(_VALUES)}):.*(?:\n[ -].*)*", re.MULTILINE)
+"""One of these entries. The others are not read: it can take seconds to parse thousands of tags as YAML."""
 PACKAGES = ("loratune", "torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
 
@@ -242,12 +249,21 @@ def base_licence(model: Mapping[str, Any]) -> dict[str, Any]:
         path = Path(name, "README.md")
         if not Path(name).is_dir():
             path = Path(hf_hub_download(name, path.name, revision=model["revision"]))
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.is_file() else {}
-        found = {key: value for key, value in data.items() if key.startswith("license") and isinstance(value, str)}
-        return {key: text for key, text in found.items() if key != "license_link" or "://" in text}
+        if path.is_file():
+            with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+                metadata = _METADATA.match(file.read(_README_CHARACTERS))
+            if entries := [one[0] for one in _LICENCE.finditer(metadata[1] if metadata else "") if len(one[0]) <= 1000]:
+                data = ModelCard("\n".join(["---", *entries, "---"])).data
+                return {key: text for key, one in _VALUES.items() if re.fullmatch(one, text := _only(data.get(key)))}
     except Exception:  # whatever the network or somebody's card raises
         _log.debug("the licence of the base is unknown", exc_info=True)
-        return {}
+    return {}
+
+
+def _only(value: Any) -> str:
+    """A text of one line, also as the only entry of a list; else an empty text."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
+    return value if isinstance(value, str) and is_printable_line(value) else ""
 
 
 def _results(settings: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[EvalResult]:
