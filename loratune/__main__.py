@@ -6,7 +6,9 @@ import sys
 try:
     from loratune.system import signals
 except KeyboardInterrupt:  # no handler is installed yet
-    os.write(2, b"error: interrupted\n")
+    _problem = b'{"code": "interrupted", "place": "", "key": "", "what": "interrupted", "fix": ""}'
+    _is_json = "--json" in sys.argv
+    os.write(2, b'{"exit_code": 130, "errors": [%b]}\n' % _problem if _is_json else b"error: interrupted\n")
     os._exit(130)
 
 

@@ -94,6 +94,7 @@ def test_init_without_a_file_prints_the_config_in_json(
 ERRORS: dict[str, tuple[list[str], int, str, str, str]] = {
     "no argument": (["train", "--json"], 2, Code.USAGE_BAD_VALUE, "", ""),
     "an unknown option": (["train", "a.yaml", "--json", "--nope"], 2, Code.USAGE_BAD_VALUE, "", "--nope"),
+    "a value": (["train", "a.yaml", "--json=1"], 2, Code.USAGE_BAD_VALUE, "", "--json"),
     "an unknown command": (["nope", "--json"], 2, Code.USAGE_BAD_VALUE, "", ""),
     "a command without JSON": (["chat", "--adapter", "x", "--json"], 2, Code.USAGE_BAD_VALUE, "", "--json"),
     "a wrong value": (["evaluate", "--adapter=x", "--worst=few", "--json"], 2, Code.USAGE_BAD_VALUE, "", "--worst"),
@@ -181,6 +182,30 @@ def test_a_signal_while_the_program_loads_is_an_error_in_json(number: int, code:
             assert failure == {"exit_code": code, "errors": [Problem(what, what).to_dict()]}
         else:
             assert done.stderr == f"error: {what}\n"
+
+
+EARLIER = """
+import sys
+
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "loratune.system.signals":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+import loratune.__main__
+"""
+
+
+def test_an_interrupt_before_the_handlers_are_installed_is_an_error_in_json() -> None:
+    for words in (["env", "--json"], ["env"]):
+        done = subprocess.run([sys.executable, "-c", EARLIER, *words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (130, "")
+        if "--json" in words:
+            failure = {"exit_code": 130, "errors": [Problem(Code.INTERRUPTED, "interrupted").to_dict()]}
+            assert json.loads(done.stderr) == failure
+        else:
+            assert done.stderr == "error: interrupted\n"
 
 
 RUN = "model: {name_or_path: base}\ndata: {train: rows.jsonl}\noutput_dir: out\n"

@@ -129,7 +129,7 @@ def write_line(line: str) -> None:
 
 def asks_for_json(words: list[str]) -> bool:
     """Whether a command line has the option `--json`, before it is parsed."""
-    return "--json" in words[: words.index("--") if "--" in words else None]
+    return any(word.split("=")[0] == "--json" for word in words[: words.index("--") if "--" in words else None])
 
 
 @contextmanager
