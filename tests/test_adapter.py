@@ -375,7 +375,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
     for command in (("generate", "x", "--adapter", copy), ("params", "--adapter", copy)):
         ran = cli(*command)
         check_refused(ran, 5, (Code.ADAPTER_UNSAFE, str(copy / name), ""))
-        assert ran.err.endswith(f"cp -rL {copy} NEW\n")
+        assert ran.err.endswith(f"cp -rL -- {copy} NEW\n")
 
 
 class Trap:

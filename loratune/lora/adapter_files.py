@@ -18,6 +18,7 @@ from loratune.lora.adapter_config import CONFIG_FILE as CONFIG_FILE
 from loratune.lora.adapter_config import AdapterConfig, check_values
 from loratune.system.directories import RECORD
 from loratune.system.files import MAX_TEXT_BYTES, is_incidental_file, newer, notebook_original, sha256
+from loratune.text import shell_word
 
 _log = logging.getLogger(__name__)
 
@@ -184,11 +185,11 @@ def is_read(name: str) -> bool:
 
 
 def _check_links(directory: Path) -> None:
-    root = directory.resolve()
+    root, copy = directory.resolve(), f"cp -rL -- {shell_word(str(directory))} NEW"
     for path in directory.rglob("*"):
         target = Path(os.path.realpath(path))
         if not target.is_relative_to(root):
-            what, fix = "leads out of the adapter directory", f"if it is yours, copy the files: cp -rL {directory} NEW"
+            what, fix = "leads out of the adapter directory", f"if it is yours, copy the files: {copy}"
         elif not (target.is_file() or target.is_dir()):
             what, fix = "a broken link, a pipe, a socket or a device, not a file", "remove it"
         else:
