@@ -55,8 +55,7 @@ DIST := dist
 release:
 	$(PYTHON) -m venv .venv-release
 	.venv-release/bin/python -m pip install --quiet --disable-pip-version-check --requirement scripts/release.txt
-	rm -rf $(DIST)
-	.venv-release/bin/python scripts/build_release.py $(DIST)
+	.venv-release/bin/python scripts/build_release.py "$(DIST)"
 
 # What a GPU would run, without one: torch for CUDA takes 6 GB, and pip must not take a build for CPUs that lies here.
 GPU_DRY ?= $(HOME)/.cache/loratune-gpu-dry

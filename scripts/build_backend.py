@@ -18,7 +18,7 @@ import sysconfig
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib import util
 from pathlib import Path
@@ -28,12 +28,15 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 from setuptools.command.sdist import sdist
+from setuptools.errors import OptionError
 
 ROOT = Path(__file__).parents[1]
 RECORD = Path("loratune/system/release.json")
 """What `loratune/system/release.py` reads."""
 OLDEST_GLIBC = 28
 """The oldest glibc of a wheel is 2.28, which torch's wheels need too."""
+SOURCES = ("loratune", "scripts/build_backend.py", "pyproject.toml", "README.md", "LICENSE")
+"""What a distribution is made from."""
 SPEC = util.spec_from_file_location("loratune_build", ROOT / "loratune" / "kernels" / "compiled" / "build.py")
 assert SPEC is not None and SPEC.loader is not None
 build = util.module_from_spec(SPEC)
@@ -100,14 +103,43 @@ def platform_tag(libraries: Mapping[str, bytes], default: str) -> str:
     return f"manylinux_2_{max(newest, OLDEST_GLIBC)}_{platform.machine()}"
 
 
+def checked_out() -> str:
+    """The commit of the checkout, with `-dirty` if it has other files than that; empty if git does not tell."""
+    variables = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    variables["GIT_CEILING_DIRECTORIES"] = str(ROOT.parent)
+    answers = []
+    for words in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", *SOURCES]):
+        command = ["git", "-C", str(ROOT), *words]
+        done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace", check=False)
+        answers.append("" if done.returncode else done.stdout.strip())
+    commit, changes = answers
+    return commit + "-dirty" * bool(changes) if re.fullmatch("[0-9a-f]{12,40}", commit) else ""
+
+
+def own_files(names: Iterable[str]) -> list[str]:
+    """The names, relative to the checkout. Raises OptionError: one is a link, which may lead out of the checkout."""
+    found = [*names]
+    for name in found:
+        if os.path.realpath(ROOT / name) != os.path.join(os.path.realpath(ROOT), os.path.normpath(name)):
+            raise OptionError(f"{name} is a link, or in a linked directory; replace it by what it leads to")
+    return found
+
+
+def epoch() -> int:
+    """The time of all files, in seconds. Raises OptionError: SOURCE_DATE_EPOCH is not one that archives can hold."""
+    text = os.environ.get("SOURCE_DATE_EPOCH", str(int(time.time())))
+    if not re.fullmatch("[0-9]{1,10}", text) or int(text) >= 1 << 32:
+        raise OptionError(f"SOURCE_DATE_EPOCH is {text!r}; set it to seconds since 1970, below 2^32, or unset it")
+    return int(text)
+
+
 def write_record(folder: Path, variants: Sequence[object] = ()) -> None:
     """Write the record of the release into a copy of the package. An sdist has it already, with the commit."""
     commit = ""
     if (ROOT / RECORD).is_file():
         commit = json.loads((ROOT / RECORD).read_text(encoding="utf-8"))["commit"]
     elif (ROOT / ".git").exists() and shutil.which("git"):
-        command = ["git", f"--git-dir={ROOT / '.git'}", "rev-parse", "--short=12", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        commit = checked_out()
     named = {one.name: sorted(one.features) for one in variants}  # type: ignore[attr-defined]
     text = json.dumps({"commit": commit, "variants": named}, indent=1) + "\n"
     (folder / RECORD).write_text(text, encoding="utf-8")
@@ -152,6 +184,10 @@ class BuildPy(build_py):
 
     def run(self) -> None:
         """Copy modules; for a wheel, compile and write the libraries too."""
+        epoch()
+        if not self.editable_mode:
+            data = [os.path.join(folder, name) for _, folder, _, names in self.data_files for name in names]
+            own_files([*super().get_source_files(), *data])
         super().run()
         if self.editable_mode:
             return
@@ -183,14 +219,22 @@ class Wheel(bdist_wheel):
 class Sdist(sdist):
     """An sdist with the record of the release, without tests, and with the same bytes for the same files."""
 
+    def make_distribution(self) -> None:
+        """Write the sdist. Nothing else is left behind, also if that fails."""
+        epoch()
+        try:
+            super().make_distribution()
+        finally:
+            shutil.rmtree(self.distribution.get_fullname(), ignore_errors=True)
+
     def make_release_tree(self, base_dir: str, files: list[str]) -> None:
         """Copy the files into a directory; setuptools adds the tests, but none of the files that they need."""
-        super().make_release_tree(base_dir, [name for name in files if not name.startswith("tests")])
+        super().make_release_tree(base_dir, own_files(name for name in files if not name.startswith("tests")))
         write_record(Path(base_dir))
 
     def make_archive(self, base_name: str, *arguments: object, **keywords: object) -> str:
         """Pack the directory of this name, sorted, without owners, and with the time of SOURCE_DATE_EPOCH."""
-        seconds = int(os.environ.get("SOURCE_DATE_EPOCH", time.time()))
+        seconds = epoch()
 
         def plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
             entry.uid = entry.gid = 0

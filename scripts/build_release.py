@@ -9,6 +9,7 @@ fixed permissions, and its time is the time of all files (SOURCE_DATE_EPOCH). Th
 import argparse
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -19,10 +20,19 @@ ROOT = Path(__file__).parents[1]
 COMPILED, PURE, SDIST = "-py3-none-manylinux_2_28_x86_64.whl", "-py3-none-any.whl", ".tar.gz"
 
 
-def git(*arguments: object, place: Path = ROOT) -> str:
+NEUTRAL = ("core.autocrlf=false", "core.eol=lf", "core.attributesFile=/dev/null", "core.hooksPath=/dev/null")
+"""Settings of git with which the files of a checkout have the bytes of the commit, whatever the user has set."""
+
+
+def git(*arguments: object) -> str:
     """The output of a git command."""
-    command = ["git", "-C", str(place), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    settings = [word for setting in NEUTRAL for word in ("-c", setting)]
+    command = ["git", "-C", str(ROOT), *settings, *map(str, arguments)]
+    variables = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        sys.exit(f"git {arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout.strip()
 
 
 def build(hook: str, source: Path, output: Path, **environment: str) -> None:
@@ -37,14 +47,18 @@ def build(hook: str, source: Path, output: Path, **environment: str) -> None:
 
 
 def release(output: Path) -> list[Path]:
-    """Build a release into an empty directory. Returns the files."""
+    """Build a release. Returns the files. output: a directory with nothing but, perhaps, the files of a release."""
     output.mkdir(parents=True, exist_ok=True)
-    if any(output.iterdir()):
-        sys.exit(f"{output} is not empty")
+    former = sorted(output.iterdir())
+    for path in former:
+        if not (path.is_file() and re.fullmatch(r"loratune-.+(\.whl|\.tar\.gz)", path.name)):
+            sys.exit(f"{path} is no file of a release; name another directory")
+    for path in former:
+        path.unlink()
     os.umask(0o022)
     with TemporaryDirectory() as scratch:
         checkout = Path(scratch, "checkout")
-        git("clone", "--quiet", "--depth", 1, ROOT.as_uri(), checkout)
+        git("clone", "--quiet", "--template=", "--depth", 1, ROOT.as_uri(), checkout)
         environment = {"SOURCE_DATE_EPOCH": git("log", "-1", "--format=%ct")}
         build("build_sdist", checkout, output, **environment)
         (packed,) = output.glob("*.tar.gz")
@@ -64,7 +78,7 @@ def release(output: Path) -> list[Path]:
 def main() -> None:
     """Build a release, and print what was built."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="a new or empty directory")
+    parser.add_argument("output", type=Path, help="a directory; files of an earlier release in it are replaced")
     output = parser.parse_args().output.absolute()
     if git("status", "--porcelain", "--untracked-files=no"):
         print("note: what is not committed is not part of the release", file=sys.stderr)

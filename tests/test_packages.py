@@ -472,6 +472,7 @@ def test_thirteen_options_are_detected() -> None:
 def test_every_package_is_installed() -> None:
     """pyproject.toml must find each directory with modules. A missing one would work only in a checkout."""
     rule = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    assert rule["find"].pop("namespaces") is False  # a directory without __init__.py is no package
     listed = find_packages(str(ROOT), **rule["find"])
     packages = {".".join(("loratune", *path.parts[:-1])) for path, _, _ in modules(PACKAGE)}
     assert sorted(listed) == sorted(packages)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -16,12 +17,14 @@ from typing import Any
 from zipfile import ZipFile
 
 import build_backend
+import build_release
 import pytest
 import typer
 import write_reference
 import yaml
 from conftest import ROOT
 from pydantic import Field
+from setuptools.errors import OptionError
 from typer.core import TyperGroup
 
 from loratune import __version__, errors
@@ -204,12 +207,15 @@ HAS_LIBRARIES = platform.machine() == "x86_64" and shutil.which("gcc") is not No
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clean copy of the checkout."""
+    """A copy of the checkout, with files that belong to no distribution."""
     folder = tmp_path_factory.mktemp("checkout") / "source"
     shutil.copytree(ROOT / "loratune", folder / "loratune", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "scripts").mkdir()
     for name in ("pyproject.toml", "scripts/build_backend.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / name)
+    for name in ("loratune_private/x.py", "loratune/cli/private.json", "loratune/data/private.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not ours")
     return folder
 
 
@@ -226,6 +232,77 @@ def build_wheel(source: Path, folder: Path, **environment: str) -> tuple[Path, s
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of a clean copy of the checkout."""
     return build_wheel(source, tmp_path_factory.mktemp("wheel"))[0]
+
+
+GIT = ("git", "-c", "user.name=x", "-c", "user.email=x", "-C")
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository with a file of two lines, which both build scripts take for the checkout."""
+    root = tmp_path / "repository"
+    (root / "loratune" / "system").mkdir(parents=True)
+    (root / "loratune" / "a.py").write_text("1\n2\n")
+    for words in (("init", "--quiet"), ("add", "."), ("commit", "--quiet", "--message=x")):
+        subprocess.run([*GIT, root, *words], check=True)
+    for script in (build_backend, build_release):
+        monkeypatch.setattr(script, "ROOT", root)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "is_dirty"), [("loratune/a.py", True), ("loratune/b.txt", True), ("notes.txt", False)]
+)
+def test_a_build_from_changed_files_says_so(name: str, is_dirty: bool, repository: Path, tmp_path: Path) -> None:
+    commit = build_backend.checked_out()
+    assert re.fullmatch("[0-9a-f]{12}", commit)
+    (repository / name).write_text("3\n")
+    (tmp_path / RECORD).parent.mkdir(parents=True)
+    build_backend.write_record(tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text()) == {"commit": commit + "-dirty" * is_dirty, "variants": {}}
+    (repository / ".git" / "HEAD").unlink()
+    assert build_backend.checked_out() == ""
+
+
+@pytest.mark.parametrize("name", ["loratune/link.txt", "loratune/folder/passwd", "../passwd"])
+def test_no_file_outside_the_checkout_is_packed(name: str, repository: Path) -> None:
+    (repository / "loratune" / "link.txt").symlink_to("/etc/passwd")
+    (repository / "loratune" / "folder").symlink_to("/etc")
+    assert build_backend.own_files(["loratune/a.py"]) == ["loratune/a.py"]
+    with pytest.raises(OptionError, match=re.escape(name)):
+        build_backend.own_files(["loratune/a.py", name])
+
+
+@pytest.mark.parametrize("value", ["abc", "", "1.5", "-5", "99999999999", "4294967296", "٣"])
+def test_a_time_that_archives_cannot_hold_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "4294967295")
+    assert build_backend.epoch() == 4294967295
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", value)
+    with pytest.raises(OptionError, match=re.escape(repr(value))):
+        build_backend.epoch()
+
+
+def test_a_release_has_the_bytes_of_the_commit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever git is set to. git's own words are shown if it fails."""
+    (tmp_path / "attributes").write_text("* text eol=crlf\n")
+    (tmp_path / "set").write_text(f"[core]\nautocrlf = true\neol = crlf\nattributesFile = {tmp_path}/attributes\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "set"))
+    build_release.git("clone", "--quiet", repository.as_uri(), tmp_path / "clone")
+    assert (tmp_path / "clone" / "loratune" / "a.py").read_bytes() == b"1\n2\n"
+    with pytest.raises(SystemExit, match=r"git log failed: .*nowhere"):
+        build_release.git("log", "nowhere")
+
+
+def test_a_release_replaces_nothing_but_a_release(tmp_path: Path) -> None:
+    for name in ("loratune-1.0.0.tar.gz", "thesis.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(SystemExit, match=r"thesis\.txt is no file of a release"):
+        build_release.release(tmp_path)
+    assert len([*tmp_path.iterdir()]) == 2
+    assert recipe("release", "DIST=a b; c")[-1].endswith('scripts/build_release.py "a b; c"')
+    assert not any("rm " in line for line in recipe("release"))
 
 
 ENDS = {"compiled": "-manylinux_2_28_x86_64.whl", "pure": "-any.whl", "sdist": ".tar.gz"}
@@ -400,11 +477,37 @@ def test_the_metadata_describes_the_package_with_links_that_work(url: str, sourc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hook", ["build_sdist", "build_wheel"])
+@pytest.mark.parametrize(("link", "epoch", "error"), [
+    ("data/instructions.txt", "1", "loratune/data/instructions.txt is a link"),
+    ("study/storage.py", "1", "loratune/study/storage.py is a link"),
+    ("", "abc", "SOURCE_DATE_EPOCH is 'abc'"),
+])  # fmt: skip
+def test_a_refused_build_is_one_line_and_leaves_nothing(
+    hook: str, link: str, epoch: str, error: str, source: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(source, tmp_path / "source")
+    if link:
+        (copy / "loratune" / link).unlink()
+        (copy / "loratune" / link).symlink_to("/etc/passwd")
+    code = f"import build_backend; build_backend.{hook}({str(tmp_path)!r})"
+    settings = {"PYTHONPATH": str(copy / "scripts"), "SOURCE_DATE_EPOCH": epoch, "LORATUNE_WHEEL": "pure"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, env=os.environ | settings, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {error}")
+    assert not [*tmp_path.glob("*.whl"), *tmp_path.glob("*.gz"), *copy.glob("loratune-*")]
+
+
+@pytest.mark.slow
 def test_an_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
     code = f"import build_backend; build_backend.build_sdist({str(tmp_path)!r})"
     environment = os.environ | {"PYTHONPATH": str(source / "scripts")}
     subprocess.run([sys.executable, "-c", code], cwd=source, env=environment, capture_output=True, check=True)
     (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert source_files() <= names and not [name for name in names if "private" in name or "tests" in name]
     path, _ = build_wheel(sdist, tmp_path)
     assert (path.name, names_in(path)) == (wheel.name, names_in(wheel))
     for name in names_in(wheel):
