@@ -376,6 +376,8 @@ def test_a_link_out_of_the_directory_is_not_followed(
         ran = cli(*command)
         check_refused(ran, 5, (Code.ADAPTER_UNSAFE, str(copy / name), ""))
         assert ran.err.endswith(f"cp -rL -- {copy} NEW\n")
+    odd = copy.rename(tmp_path / "an $(odd) name")
+    assert cli("params", "--adapter", odd).err.endswith(f"cp -rL -- '{odd}' NEW\n")
 
 
 class Trap:
