@@ -38,8 +38,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 GUIDES = (
     "CHANGELOG.md", "CONTRIBUTING.md", "README.md", "configs/README.md", "configs/agent/SKILL.md", "configs/keys.md",
     "configs/preferences/README.md", "configs/quickstart/README.md", "configs/recipes/README.md", "loratune/README.md",
-    "loratune/codes.md", "loratune/results.md",
-    "scripts/README.md", "scripts/first_hour/README.md", "scripts/learning/README.md", "scripts/measurements.md", "tests/README.md",
+    "loratune/codes.md", "loratune/results.md", "scripts/README.md", "scripts/first_hour/README.md",
+    "scripts/learning/README.md", "scripts/measurements.md", "tests/README.md",
 )  # fmt: skip
 NOTEBOOKS = ("configs/quickstart/quickstart.ipynb",)
 
