@@ -324,7 +324,9 @@ def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monk
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
     with monkeypatch.context() as patch:
         patch.setattr(self_test._SelfTest, "checks", checks)
-        check_refused(cli("env", "--self-test"), 6, (Code.SYSTEM_SELF_TEST, "", ""))
+        ran = cli("env", "--self-test")
+        check_refused(ran, 6, (Code.SYSTEM_SELF_TEST, "", ""))
+    assert f"failed here: {FLOAT32}" in ran.out and "not run here" not in ran.out
     assert results.failed() == [FLOAT32]
     assert fused_ops.fused_ops(like) is reference
     facts = {fact.name: fact.value for fact in env._program()}

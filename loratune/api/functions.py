@@ -250,13 +250,13 @@ def environment(*, self_test: bool = False, on_event: Listener | None = None) ->
         with libraries():
             from loratune.commands import env
 
-        found = env.describe()
-        if self_test:
-            with libraries():
-                from loratune.api import self_test as tests
+        if not self_test:
+            return env.describe()
+        with libraries():
+            from loratune.api import self_test as tests
 
-            found = replace(found, checks=tests.run())
-        return found
+        checks = tests.run()
+        return replace(env.describe(), checks=checks)  # the page names what failed now
 
 
 def push(
