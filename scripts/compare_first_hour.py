@@ -9,8 +9,8 @@
 `install` makes an empty environment for each tool and installs it with pip and no cache of its own. `train` follows the
 documentation of each (`first_hour/tools.py`) on 400 of the quickstart's rows, on a machine that does nothing else; a
 run that takes longer than the minutes is stopped, and leaves its last checkpoint. `score` scores what `train` has left,
-in stock transformers and PEFT. `faults` makes ten mistakes (`first_hour/faults.py`); it must be root, to mount a small disk.
-`table` prints the tables, and puts them into README and `first_hour/README.md`. Each result is a line of
+in stock transformers and PEFT. `faults` makes ten mistakes (`first_hour/faults.py`); it must be root, to mount a small
+disk. `table` prints the tables, and puts them into README and `first_hour/README.md`. Each result is a line of
 `scripts/first_hour/results.jsonl`; what is there is not run again.
 """
 
