@@ -50,10 +50,7 @@ LEAST_GAIN = 1.03
 """The factor from which on Liger's kernels count as faster."""
 STEPS, COMPARED_STEPS, NEW_TOKENS = 20, 5, 12
 """Steps of sft, and of dpo and of other comparisons; tokens of an answer."""
-SHAPE = {
-    "vocab_size": 264, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 256,
-}  # fmt: skip
+SHAPE = checked.SHAPE | {"hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 512}
 TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 8, "learning_rate": 5e-3, "lr_scheduler_type": "constant", "warmup_steps": 0,
     "max_grad_norm": 0.0, "logging_steps": 1, "seed": 1,
