@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROWS, Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
+from conftest import ROOT, ROWS, Ran, check_refused, config_in, meanings, tiny_llama, tree, write_rows
 from fork_server import ForkServer, fork_server
 from running import before_batch
 from safetensors.torch import load_file
@@ -317,4 +317,24 @@ def test_suggested_command_works_for_a_prompt_that_looks_like_an_option(
     assert ran.code == 0, ran.err
     line = next(line for line in ran.out.splitlines() if "try it" in line)
     again = cli(*shlex.split(line.split("loratune ")[-1]))
+    assert again.code == 0, again.err
+
+
+def test_rows_with_tools_are_tried_with_a_file_of_rows(
+    run_config: Callable[..., Path], tmp_path: Path, cli: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt on the command line has no tools. The card names the same command, and it works with such a file."""
+    function = {"name": "f", "description": "Do it.", "parameters": {"type": "object", "properties": {}}}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]}
+    row = {"tools": [{"type": "function", "function": function}], "messages": [{"role": "user", "content": "Go"}, call]}
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "calls.jsonl", [row] * 8)
+    template = str(ROOT / "configs" / "recipes" / "tools.jinja")
+    ran = cli("train", run_config(data={"train": str(rows), "chat_template": template}, training={"max_steps": 2}))
+    assert ran.code == 0, ran.err
+    (command,) = (line.partition("loratune ")[2] for line in ran.out.splitlines() if "try it" in line)
+    assert command.endswith(" --input rows.jsonl")
+    assert "`loratune generate --adapter out --input rows.jsonl`" in (tmp_path / "out" / "README.md").read_text()
+    rows.replace(tmp_path / "rows.jsonl")
+    again = cli(*shlex.split(command), "--max-new-tokens", 2)
     assert again.code == 0, again.err

@@ -158,8 +158,11 @@ def example(rows: DatasetSplit, max_length: int = 200) -> dict[str, Any]:
 
 
 def example_prompt(rows: DatasetSplit) -> str:
-    """The example, quoted for a `loratune generate` command; `...` if there is none."""
-    prompt = _typed(example(rows)) or "..."
+    """The example as an argument of `loratune generate`, quoted for a shell; a file of rows if there is none, as for
+    conversations with tools or several messages."""
+    prompt = _typed(example(rows))
+    if not prompt:
+        return "--input rows.jsonl"
     return ("-- " if prompt.startswith("-") else "") + shell_word(prompt)  # `--` ends the options
 
 

@@ -57,7 +57,7 @@ class SweepResult:
     Attributes:
         results: The trials.
         directory: The directory of the study.
-        example_prompt: A prompt to try the adapter with, quoted for a shell.
+        example_prompt: What to try the adapter with, as arguments of `loratune generate`.
         stop: The signal that ended the sweep, if any.
         notes: Lines on remaining trials and files.
     """

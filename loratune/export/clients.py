@@ -194,7 +194,7 @@ def sections(
     Args:
         run: The config of its run.
         name: The name of the adapter directory.
-        prompt: An example prompt, quoted for a shell.
+        prompt: An example prompt, or a file of rows, as arguments of `loratune generate`.
         are_layers_known: Whether llama.cpp supports adapters for the adapted kinds of layers.
         loader: The class of transformers that loads the base.
         quantized: The method by which the files of the base hold it quantized.
