@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -57,6 +58,21 @@ def test_slow_work_prints_a_line_and_later_another(
         time.sleep(0.4)
     ran = capsys.readouterr()
     assert ran.out == "" and ran.err.splitlines() == [expected] * 2
+
+
+def test_lines_between_reports_have_no_loss(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be that of an earlier step, and so would be the learning rate."""
+    monkeypatch.setattr(terminal, "_PAUSE", -1.0)
+    with events.listening(Terminal()):
+        events.emit(events.TrainingEvent(4, 0))
+        events.emit(events.StepEvent(1, 4, 10, 0.5, 1e-3, {"reward_margin": 2.0}))
+        events.emit(events.StepEvent(2, 4, 20))
+        events.emit(events.TrainingEvent(4, 2, finished=True))
+    first, second = (line.replace(",", "") for line in capsys.readouterr().err.splitlines())
+    assert re.fullmatch(r"step +1/4  loss 0\.5000  lr 1\.00e-03  \d+ tokens/s  reward margin 2\.000  left .+", first)
+    assert re.fullmatch(r"step +2/4  \d+ tokens/s  left .+", second)
 
 
 @pytest.mark.parametrize("interactive", [True, False])

@@ -175,8 +175,9 @@ class _Training:
             self.bar.update(self.task, completed=self.done, state=self._state())
         elif event.loss is not None or time.monotonic() > self.last_line + _PAUSE:
             self.last_line = time.monotonic()
-            line = f"step {event.step:>5}/{self.steps}  {self._state()}{_metrics(event.metrics)}"
-            log(f"{line}  left {self._remaining()}")
+            # Between reports, a line has no loss: the last one is that of an earlier step.
+            state = self._speed() if event.loss is None else self._state() + _metrics(event.metrics)
+            log(f"step {event.step:>5}/{self.steps}  {state}  left {self._remaining()}")
 
     def stop(self) -> None:
         """End the bar, if there is one."""
@@ -191,8 +192,11 @@ class _Training:
             self.first = None
 
     def _state(self) -> str:
-        speed = f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
-        return speed if self.loss is None else f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  {speed}"
+        loss = "" if self.loss is None else f"loss {self.loss:.4f}  lr {self.learning_rate:.2e}  "
+        return loss + self._speed()
+
+    def _speed(self) -> str:
+        return f"{self.tokens / max(time.monotonic() - self.start_time, 1e-9):,.0f} tokens/s"
 
     def _remaining(self) -> str:
         elapsed = time.monotonic() - self.start_time
