@@ -4,11 +4,12 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_llama
 
-from loratune.compare.objectives import AnswerScores, Formula, divergence
+from loratune.compare.objectives import AnswerScores, Formula, PreferenceMetrics, Side, divergence
 from loratune.config import PreferenceSection
 from loratune.data.batches import flatten, pad, put_rows
 from loratune.data.packing import share_prefixes
@@ -156,3 +157,19 @@ def test_row_sums_are_zero_without_supervised_tokens() -> None:
     logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     assert row_sums(model, logits, labels, batch["lengths"]).tolist() == [0.0] * 4
     assert row_counts(labels, batch["lengths"]).tolist() == [0] * 4
+
+
+def test_saturated_pairs_are_reported_of_a_training_only() -> None:
+    """The advice is about the next run. Less likely chosen answers are reported of every comparison."""
+
+    def warnings(margin: float, change: float, of_training: bool) -> list[str]:
+        tokens, before = np.full(20, 5.0), np.linspace(-9.0, -8.0, 20)
+        good = Side(np.arange(20), tokens, before, before + change, np.full(20, margin))
+        bad = Side(np.arange(20), tokens, before, before - 40.0, np.zeros(20))
+        return [*PreferenceMetrics("test", True, good, bad).warnings(of_training=of_training)]
+
+    assert warnings(4.0, 1.0, True) == warnings(5.0, 1.0, False) == []
+    (line,) = warnings(5.0, 1.0, True)
+    assert line.startswith("100% of the pairs have a margin above 4.6")
+    (line,) = warnings(5.0, -1.0, False)
+    assert line.startswith("chosen answers became less likely, by 1.00 nats")

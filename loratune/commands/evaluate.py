@@ -137,7 +137,8 @@ def evaluate(
         other = replace(models[-1], **asked)
         found[AGAINST] = rows.answers(AGAINST, other, engine_of(other))
     if isinstance(rows, PreferenceAnswers):
-        remarks += [*_objective_remarks(rows.formula, adapter, against), *rows.metrics[ADAPTER].warnings()]
+        remarks += _objective_remarks(rows.formula, adapter, against)
+        remarks += rows.metrics[ADAPTER].warnings(of_training=False)
         facts["objective"] = rows.formula
     comparison = replace(_compared(rows.rows, found, judging, remarks), **facts)
     return replace(comparison, collapsed=_collapsed(comparison, vocabulary))

@@ -358,8 +358,8 @@ class PreferenceMetrics:
             lengths = f"{before.preferred_length:.1f} → {self.preferred_length:.1f} tokens of the more probable answers"
             yield "length", f"{lengths} (chosen {_mean(self.good.tokens):.1f}, rejected {_mean(self.bad.tokens):.1f})"
 
-    def warnings(self) -> Iterator[str]:
-        """Warnings: chosen answers became less likely, or most pairs are saturated."""
+    def warnings(self, *, of_training: bool) -> Iterator[str]:
+        """Warnings: chosen answers became less likely; at the end of a training, also that most pairs are saturated."""
         if not self.paired:
             return
         change, margins = _measured(self.good.after - self.good.before), self.good.rewards - self.bad.rewards
@@ -369,7 +369,7 @@ class PreferenceMetrics:
                 "rejected ones only fell further; preferences.sft_weight holds them up"
             )
         saturated = _mean(margins > SATURATED)
-        if saturated > _MOST_SATURATED:
+        if of_training and saturated > _MOST_SATURATED:
             yield (
                 f"{saturated:.0%} of the pairs have a margin above {SATURATED}, and teach next to nothing any more: "
                 "fewer steps, a lower training.learning_rate or a lower preferences.beta would do"

@@ -302,6 +302,6 @@ def _measure_preferences(plan: Plan) -> PreferenceMetrics | None:
     plan.batches.engine.losses(rows, dict.fromkeys(range(count), 1), objective)
     assert objective.last is not None
     metrics = objective.metrics(split, objective.last)
-    for line in metrics.warnings():
+    for line in metrics.warnings(of_training=True):
         note(line)
     return metrics
