@@ -395,6 +395,12 @@ def test_options_that_do_not_apply_to_the_client(cli: Cli, arguments: tuple[str,
     assert ran.code == 2 and len(ran.errors) == 1 and ran.errors[0].startswith(f"{key}: ")
 
 
+def test_a_missing_gguf_file_is_reported_before_anything_is_loaded(cli: Cli, tmp_path: Path) -> None:
+    """It was an error of llama.cpp's converter, after the base had answered prompts."""
+    ran = cli("export", "--adapter", "a", "--output", "b", "--to", "ollama", "--base-gguf", tmp_path / "none.gguf")
+    check_refused(ran, 2, (Code.USAGE_BAD_VALUE, str(tmp_path / "none.gguf"), "--base-gguf"))
+
+
 def test_invalid_input_leaves_no_output(trained: Path, tmp_path: Path, cli: Cli) -> None:
     def run(adapter: Path, *more: object) -> Ran:
         return cli("export", "--adapter", adapter, "--to", "vllm", "--output", tmp_path / "out", *more)

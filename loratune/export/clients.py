@@ -58,8 +58,8 @@ class ExportOptions:
         vllm_python: The Python of an environment with vLLM; None: this one, if it has vLLM.
 
     Raises:
-        ConfigError: An option has an invalid value, or does not apply to this program; `verify` needs a program that
-            is not installed.
+        ConfigError: An option has an invalid value, names a missing file, or does not apply to this program; `verify`
+            needs a program that is not installed.
     """
 
     to: str
@@ -79,6 +79,8 @@ class ExportOptions:
         if not self.uses_llama_cpp and (wrong := [option for option, value in given.items() if value is not None]):
             raise ConfigError([Problem(Code.USAGE_CONFLICT, what, key=option) for option in wrong])
         self._check_vllm()
+        if self.base_gguf and not self.base_gguf.is_file():
+            raise ConfigError(Problem(Code.USAGE_BAD_VALUE, "no such file", str(self.base_gguf), "--base-gguf"))
         if self.uses_llama_cpp and self.verify and not is_installed():
             code, purpose = Code.SYSTEM_MISSING_PACKAGE, "runs llama.cpp"
             raise ConfigError(missing_package(code, LLAMA_CPP, purpose, "llama-cpp", key="--verify"))
