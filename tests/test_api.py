@@ -211,6 +211,13 @@ def test_a_chat_streams_the_same_answer_as_generate(adapter: loratune.Adapter) -
     )
 
 
+def test_loading_shows_no_warning_that_users_cannot_act_on(adapter: loratune.Adapter) -> None:
+    """PEFT reads an attribute that transformers deprecates: a notebook showed it at each load."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        assert loratune.Adapter(adapter.path).generate(["1 and"], max_new_tokens=1)
+
+
 def test_plan_explain_init_and_sweep(
     config: loratune.RunConfig, folder: Path, tiny_dir: Path, run_config: MakeConfig
 ) -> None:

@@ -218,6 +218,7 @@ def wrap(base: nn.Module, config: LoraConfig, name: str = "default") -> PeftMode
     with warnings.catch_warnings(), redirect_stdout(sys.stderr):  # packages of quantized bases print on import
         warnings.filterwarnings("ignore", message=".*fan_in_fan_out.*")  # PEFT corrects it for Conv1D, and warns
         warnings.filterwarnings("ignore", message=".*was renamed from.*")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing. is deprecated.*")  # PEFT reads it
         # PEFT looks for the targets of these patterns among modules alone, although they give parameters a rank too.
         warnings.filterwarnings("ignore", message=".*_pattern keys did not match any targeted module.*")
         base_name = config.base_model_name_or_path
