@@ -294,7 +294,10 @@ def _forgetting(subject: EvaluatedAdapter, engine: Engine, text: UnrelatedText, 
     longest = min(split.section.max_length, context or split.section.max_length)
     section = split.section.model_copy(update={"max_length": longest})
     dataset = data.prepare(split, loaded.renderer, section, _vocabulary_size(loaded))
-    remarks += [f"unrelated text: {line}" for line in dataset.report.losses()]
+    lines = dataset.report.losses()
+    if text.kinds and dataset.report.truncated:  # the passages of loratune may be cut: nothing is lost
+        lines = [f"the passages are cut to {longest} tokens"]
+    remarks += [f"unrelated text: {line}" for line in lines]
     rows = distinct_rows(loaded, dataset)
     copies = items_of(rows)
     loaded.activate()
