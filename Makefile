@@ -64,7 +64,7 @@ gpu-dry: $(GPU_DRY)/installed
 
 $(GPU_DRY)/installed: pyproject.toml
 	$(PYTHON) -m venv $(GPU_DRY)
-	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(GPU_DRY)/bin/python -m pip install --quiet --editable .
+	PIP_CONFIG_FILE=/dev/null PIP_FIND_LINKS= $(GPU_DRY)/bin/python -m pip install --quiet --editable . liger-kernel
 	$(GPU_DRY)/bin/python -c "import torch; assert torch.version.cuda, torch.__version__"
 	touch $@
 

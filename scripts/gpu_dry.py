@@ -2,6 +2,7 @@
 
     make gpu-dry                                        # in an environment of its own, with torch for CUDA; minutes
     python scripts/gpu_dry.py [llama qwen3 ...]         # in this environment; only these families
+    python scripts/gpu_dry.py liger                     # only Liger's kernels; needs liger-kernel and torch for CUDA
 
 Tensors have shapes and devices (`cuda:0`), but no data. Torch's autograd engine needs a real device, so the backward
 pass calls one function after the other. For every family with layers in `checked_layers.json`, the accelerated model
@@ -16,17 +17,25 @@ It prints a table, and exits with 1 if there is anything that is not allowed:
   work before. Waits in code of transformers are counted and shown, but allowed.
 - Tensors that are made on the CPU while the decoder runs, other than once a batch.
 - Copies of activations in float32 that are kept for the backward pass, but for those of transformers' own layers.
+- A kernel of Liger that Triton cannot compile for one of `GPUS` at the widths of real models, forward and backward, or
+  that computes something else than the layer of transformers, in Triton's interpreter. The interpreter cannot multiply
+  in bfloat16, so float16 stands for it there.
 """
 
 import copy
+import os
+import subprocess
 import sys
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, SimpleNamespace
@@ -38,7 +47,10 @@ import torch
 import transformers
 from families import small
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from loratune import kernels
 from loratune.compare.engine import SFT, Objective, WeightedObjective
@@ -49,6 +61,7 @@ from loratune.data.batches import flatten, pad, put_rows
 from loratune.data.packing import share_prefixes
 from loratune.errors import ModelError
 from loratune.kernels import gpu
+from loratune.kernels.parity_check import relative_rms
 from loratune.kernels.upstream import (
     FAKE_TENSOR_LOG,
     FakeTensorMode,
@@ -81,6 +94,19 @@ OUTLIERS = "bitsandbytes::int8_vectorwise_quant"
 
 MIXED_PRODUCT = "bitsandbytes::int8_mixed_scaled_mm"
 """The product with a weight in 8 bit, with the columns with outliers apart."""
+
+LIGER = "liger"
+"""The argument with which only Liger's kernels are tried."""
+GPUS = {80: "ampere_ada", 90: "hopper", 100: "blackwell"}
+"""Compute capability (A100, H100, B200) → its name in Liger, which has other kernels for some."""
+WIDTHS = {
+    "SmolLM2-135M": (576, 1536, 9, 3, 64), "Llama-3.2-1B": (2048, 8192, 32, 8, 64),
+    "Qwen3-4B": (2560, 9728, 32, 8, 128), "Llama-3.1-8B": (4096, 14336, 32, 8, 128),
+    "Gemma-7B": (3072, 24576, 16, 16, 256), "Llama-3.1-70B": (8192, 28672, 64, 8, 128),
+}  # fmt: skip
+"""Model → hidden size, size of the feed-forward layers, heads, heads of keys, size of a head."""
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
+"""The largest relative difference of Liger's kernels from transformers' layers."""
 
 
 def place() -> str:
@@ -393,13 +419,15 @@ def place_of(error: BaseException) -> str:
 def _layers(model: Any, acceleration: Any) -> str:
     """What is accelerated, with numbers."""
     modules = [*model.modules()]
-    patched = [type(one).__name__ for one in modules if "forward" in vars(one)]
+    methods = {one: str(vars(one)["forward"].__module__) for one in modules if "forward" in vars(one)}
+    patched = [type(one).__name__ for one, module in methods.items() if not module.startswith("liger")]
     norms = sum("norm" in name.lower() for name in patched)
     counts = {
         "LoRA": len(patched) - norms,
         "norms": norms + sum(type(one).__name__ == "FastNorm" for one in modules),
         "attention": int(kernels.attends_by_rows(model)),
         "loss": int(isinstance(model.get_output_embeddings(), kernels.LossHead)),
+        "of Liger": len(methods) - len(patched),
     }
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in counts.items() if count)
 
@@ -434,6 +462,137 @@ def _step(dry: DryRun, model: Any, case: Case, batch: dict[str, Any], line: Line
     line.waits = [*dry.waits]
 
 
+# Liger's kernels
+
+
+class Driver:
+    """In place of Triton's driver, which needs a GPU: kernels are compiled for one with this compute capability."""
+
+    def __init__(self, capability: int) -> None:
+        self._capability = capability
+
+    def get_current_target(self) -> Any:
+        """The GPU that is compiled for."""
+        return import_module("triton.backends.compiler").GPUTarget("cuda", self._capability, 32)
+
+    def get_current_device(self) -> int:
+        """Triton keeps compiled kernels by device."""
+        return self._capability
+
+    def get_current_stream(self, _device: int) -> int:
+        """The stream, which nothing is launched on."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Functions that Liger has kernels for: RMS norms without and with 1 added, rotary embeddings, and the gate."""
+
+    norms: Sequence[Callable[[Tensor, Tensor], Tensor]]
+    rope: Callable[..., tuple[Tensor, Tensor]] = apply_rotary_pos_emb
+    gate: Callable[[Tensor, Tensor], Tensor] = lambda gate, up: functional.silu(gate) * up
+
+    def compute(self, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """The results for five tokens, and the gradients of all inputs but the weights of norms, which are frozen.
+
+        sizes: see `WIDTHS`.
+        """
+        hidden, inner, heads, groups, size = sizes
+        shapes = (1, 5, hidden), (1, 5, heads, size), (1, 5, groups, size), (1, 5, inner), (1, 5, inner)
+        drawn = torch.Generator().manual_seed(0)
+        angles = torch.randn(1, 5, size // 2, generator=drawn).repeat(1, 1, 2)
+        weight = torch.randn(hidden, generator=drawn).to(dtype)
+        inputs = [torch.randn(*shape, generator=drawn).to(dtype).requires_grad_() for shape in shapes]
+        states, query, key, gate, up = inputs
+        turned = self.rope(query.transpose(1, 2), key.transpose(1, 2), angles.cos().to(dtype), angles.sin().to(dtype))
+        outputs = [*(norm(states, weight) for norm in self.norms), *turned, self.gate(gate, up)]
+        gradients = [torch.randn(one.shape, generator=drawn).to(dtype) for one in outputs]
+        return [*(one.detach() for one in outputs), *torch.autograd.grad(outputs, inputs, gradients)]
+
+
+def layers_of_transformers() -> Layers:
+    """Those that Liger replaces."""
+
+    def norm(kind: Any, states: Tensor, weight: Tensor) -> Tensor:
+        layer = kind(len(weight), 1e-5)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        result: Tensor = layer(states)
+        return result
+
+    return Layers([partial(norm, LlamaRMSNorm), partial(norm, GemmaRMSNorm)])
+
+
+def layers_of_liger() -> Layers:
+    """Liger's own, with the arguments that it uses in Llama and in Gemma 2."""
+    ops = import_module("liger_kernel.ops")
+
+    def norm(states: Tensor, weight: Tensor, *settings: Any) -> Tensor:
+        result: Tensor = ops.LigerRMSNormFunction.apply(states, weight, 1e-5, *settings, None)
+        return result
+
+    norms = [lambda *given: norm(*given, 0.0, "llama", True), lambda *given: norm(*given, 1.0, "gemma", False)]
+    return Layers(norms, ops.LigerRopeFunction.apply, ops.LigerSiLUMulFunction.apply)
+
+
+def compile_liger() -> str:
+    """Compile Liger's kernels for all of `GPUS`, without launching them. Returns what was compiled."""
+    jit, own = import_module("triton.runtime.jit"), import_module("triton.runtime.jit").JITFunction.run
+    names, made = set[str](), set[str]()
+
+    def run(function: Any, *given: Any, **named: Any) -> None:
+        kernel = own(function, *given, **named | {"warmup": True})
+        names.add(kernel.name)
+        made.update([kernel.hash] * bool(kernel.asm["cubin"]))
+
+    with mock.patch.object(jit.JITFunction, "run", run):
+        for capability, name in GPUS.items():
+            jit.driver.set_active(Driver(capability))
+            with mock.patch("liger_kernel.ops.swiglu.infer_device_arch", return_value=name):
+                for sizes, dtype in product(WIDTHS.values(), (torch.float32, torch.bfloat16)):
+                    layers_of_liger().compute(sizes, dtype)
+    jit.driver.set_active(None)
+    targets = ", ".join(f"sm_{capability}" for capability in GPUS)
+    return f"{len(names)} kernels compiled for {targets} and {len(WIDTHS)} models: {len(made)} binaries"
+
+
+def liger_in_interpreter() -> int:
+    """Compare Liger's kernels with transformers' layers in Triton's interpreter. Returns the exit code."""
+    language, interpreter, norms = (
+        import_module(name) for name in ("triton.language", "triton.runtime.interpreter", "liger_kernel.ops.rms_norm")
+    )
+    own = vars(interpreter)["_implicit_cvt"]
+
+    def convert(value: Any) -> Any:
+        """An argument; compiled kernels get numbers in float32, the interpreter leaves them as Python's."""
+        if not isinstance(value, float):
+            return own(value)
+        handle = interpreter.TensorHandle(np.array([value], np.float32), language.float32)
+        return language.tensor(handle, language.float32)
+
+    vars(interpreter)["_implicit_cvt"] = convert
+    vars(norms)["rsqrt"] = lambda x: language.math.rsqrt(x)  # instead of that of libdevice
+    worst, both = dict.fromkeys(TOLERANCE, 0.0), (layers_of_transformers(), layers_of_liger())
+    for sizes, dtype in product(WIDTHS.values(), TOLERANCE):
+        pairs = zip(*(layers.compute(sizes, dtype) for layers in both), strict=True)
+        worst[dtype] = float(np.max([worst[dtype], *(relative_rms(*pair) for pair in pairs)]))  # also if it is NaN
+    found = ", ".join(f"{worst[dtype]:.1e} in {str(dtype).removeprefix('torch.')}" for dtype in worst)
+    wrong = not all(worst[dtype] <= allowed for dtype, allowed in TOLERANCE.items())
+    print(f"liger, numbers | largest difference from transformers' layers {found} | {'WRONG' if wrong else 'ok'}")
+    return int(wrong)
+
+
+def liger() -> int:
+    """Try Liger's kernels, and print a line for each way. Returns how many failed."""
+    try:
+        print(f"liger, compiled | {compile_liger()} | ok", flush=True)
+        failed = 0
+    except Exception as error:
+        print(f"liger, compiled | {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
+        failed = 1
+    command = [sys.executable, "-W", "ignore", __file__, LIGER]
+    return failed + bool(subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False).returncode)
+
+
 def adapted(base: Any) -> Any:
     """A base with an adapter on all linear layers."""
     return creation.adapt(base, LoraSection(r=4, target_modules="all-linear"), seed=0)[0]
@@ -458,6 +617,12 @@ LLAMA = {
 def llama(**changes: Any) -> Any:
     """A Llama with an adapter."""
     return adapted(LlamaForCausalLM(LlamaConfig(**LLAMA)))
+
+
+def with_liger() -> Any:
+    """A Llama with an adapter and Liger's kernels. Later ones have its rotary embeddings as well."""
+    kernels.use_liger(model := llama())
+    return model
 
 
 def quantized(bits: str) -> Any:
@@ -487,6 +652,8 @@ def cases(chosen: Sequence[str]) -> Iterator[Case]:
     yield Case("llama, shared prefixes", llama, put=share_prefixes, trees=True)
     yield Case("llama, 8bit", partial(quantized, "8bit"))
     yield Case("llama, 4bit", partial(quantized, "4bit"))
+    if find_spec("liger_kernel"):
+        yield Case("llama, Liger", with_liger)
 
 
 def _weighted() -> list[dict[str, Any]]:
@@ -503,6 +670,11 @@ def without_a_device() -> Iterator[None]:
         return query + (key if enable_gqa else key * 1).mean() + value.mean()
 
     with ExitStack() as patches:
+        if find_spec("liger_kernel"):  # its kernels are not launched
+            jit, properties = import_module("triton.runtime.jit"), SimpleNamespace(multi_processor_count=132)
+            patches.enter_context(mock.patch.object(jit.JITFunction, "run", lambda *_, **__: None))
+            patches.enter_context(mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties))
+            patches.enter_context(mock.patch.object(torch.cuda, "device", nullcontext))
         patches.enter_context(mock.patch.object(gpu, "_flex_attention", lambda: attend))
         patches.enter_context(mock.patch.object(gpu, "ParityCheck", DryCheck))
         patches.enter_context(mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)))
@@ -514,6 +686,8 @@ def main(chosen: Sequence[str]) -> int:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     FAKE_TENSOR_LOG.disabled = True
+    if chosen == [LIGER]:
+        return liger_in_interpreter() if os.environ.get("TRITON_INTERPRET") == "1" else int(liger() > 0)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}. Numbers: in loratune + in libraries")
     print(" | ".join(["what", "accelerated", "waits", "waits, scoring", "on the CPU", "float32", "result"]), flush=True)
     failed = 0
@@ -522,6 +696,7 @@ def main(chosen: Sequence[str]) -> int:
             line = run(case)
             failed += bool(line.problems)
             print(" | ".join(line.cells()), flush=True)
+    failed += liger() if not chosen else 0
     print(f"{failed} failed" if failed else "all as it should be")
     return int(failed > 0)
 

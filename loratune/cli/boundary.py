@@ -61,7 +61,8 @@ def boundary(debug: bool, join: Callable[[], Group] = Group, *, memory_fix: str 
     else:
         warnings.simplefilter("ignore")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # transformers reads it on import
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        for library in ("bitsandbytes", "liger_kernel"):
+            logging.getLogger(library).setLevel(logging.ERROR)
     group: Group = Group()
     stop = Stop()
     try:
