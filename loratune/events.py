@@ -48,6 +48,7 @@ class PlanEvent:
         summary: The number of trainable parameters, as a line of text.
         trainable: The number of trainable parameters.
         memory: The estimated memory for training, in bytes.
+        device: What the process computes on, and in which dtype: `CPU, 2 threads, bfloat16`.
     """
 
     rows: tuple[str, ...]
@@ -56,6 +57,7 @@ class PlanEvent:
     summary: str
     trainable: int
     memory: int
+    device: str = ""
 
 
 @dataclass(frozen=True)

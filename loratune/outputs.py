@@ -101,7 +101,7 @@ Attributes:
     not_accelerated: Kind of layers that were not accelerated → the reason.
 """
 DryRun = TypedDict("DryRun", {"config": dict[str, Any], "targets": dict[str, list[str]], "trainable": int, "total": int,
-    "adapter_bytes": int, "memory": Bytes, "rows": dict[str, dict[str, Any]],
+    "adapter_bytes": int, "memory": Bytes, "device": str, "rows": dict[str, dict[str, Any]],
     "examples": list[dict[Literal["place", "text"], str]], "notes": list[str]})  # fmt: skip
 """What would be trained, for `train --dry-run --json`.
 
@@ -112,6 +112,7 @@ Attributes:
     total: All parameters.
     adapter_bytes: The size of the adapter's weights.
     memory: The estimated memory for training, in bytes: its parts and the `total`.
+    device: What the process computes on, and in which dtype.
     rows: Split → numbers of rows, duplicates, dropped rows with their reasons, truncated rows, tokens, and lengths.
     examples: The first training rows: their place, and their text with the supervised parts in ⟦ ⟧.
     notes: Choices and warnings.
@@ -136,7 +137,7 @@ Attributes:
 """
 Params = TypedDict("Params", {"trainable": int, "total": int, "percent": float, "adapter_bytes": int,
     "targets": dict[str, list[str]], "roles": dict[str, int], "layers": dict[int, int], "others": dict[str, int],
-    "memory": Bytes, "rows_memory": Bytes | None})  # fmt: skip
+    "memory": Bytes, "rows_memory": Bytes | None, "device": str})  # fmt: skip
 """Trainable parameters, and the estimated memory for training.
 
 Attributes:
@@ -150,6 +151,7 @@ Attributes:
     others: Pattern → trainable parameters outside the adapted modules.
     memory: The estimated memory for training, in bytes: its parts and the `total`.
     rows_memory: The same for the rows of `data.train`; null if it names no local files.
+    device: What training here computes on, and in which dtype.
 """
 ExplainedKey = TypedDict("ExplainedKey", {"meaning": str, "type": str, "required": bool, "default": Any,
     "memory_and_time": str, "other_names": list[str],

@@ -12,6 +12,7 @@ from typing import Any
 
 import optuna
 import pytest
+import torch
 import transformers
 from conftest import ROWS, write_rows
 from datasets import Dataset
@@ -20,6 +21,7 @@ from running import WEIGHTS, Cli, MakeConfig
 
 import loratune
 from loratune.codes import Code
+from loratune.system import accelerator
 
 pytestmark = pytest.mark.usefixtures("untraced_module")
 
@@ -101,6 +103,7 @@ def test_events_report_the_progress_of_a_run(adapter: loratune.Adapter, events: 
     assert [event.step for event in steps] == [1, 2, 3, 4]
     assert [event.step for event in steps if event.loss is not None] == [1, 2, 4]
     (plan,) = [event for event in events if isinstance(event, loratune.PlanEvent)]
+    assert plan.device in map(accelerator.describe, (torch.bfloat16, torch.float32))
     assert plan.trainable > 0 and any("train" in line for line in plan.rows)
     tasks = [event for event in events if isinstance(event, loratune.ProgressEvent)]
     assert {event.task for event in tasks if event.finished} == {event.task for event in tasks}

@@ -3,6 +3,7 @@
 `make gpu-dry` runs the accelerated models on tensors without data that are on a GPU.
 """
 
+import re
 from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
@@ -224,11 +225,20 @@ def test_other_attention_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> N
 def test_without_a_gpu_the_cpu_is_used() -> None:
     if torch.accelerator.is_available():
         pytest.skip("there is one")
+    assert re.fullmatch(r"CPU, (1 thread|\d+ threads), bfloat16", accelerator.describe(torch.bfloat16))
     assert accelerator.device() == CPU and not accelerator.has_gpu() and accelerator.names() == []
     torch.manual_seed(1)
     with accelerator.same_random_numbers(CPU):
         first = torch.rand(1)
     assert torch.equal(torch.rand(1), first)
+
+
+def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = SimpleNamespace(total_memory=80 << 30)
+    module = SimpleNamespace(get_device_name=lambda _: "NVIDIA H100", get_device_properties=lambda _: known)
+    monkeypatch.setattr(accelerator, "device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    assert accelerator.describe(torch.bfloat16) == "cuda:1 NVIDIA H100, 80.0 GiB, bfloat16"
 
 
 @pytest.mark.parametrize(("error", "expected"), [

@@ -1,6 +1,7 @@
 """`loratune params`: exact counts from a configuration alone, for models of any size."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_counts_match_the_formula(cli: Cli, tiny_dir: Path) -> None:
     trainable = 2 * 8 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32))  # layers x r x (in + out) of q, k, v, o
     base = 2 * 264 * 32 + 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64 + 2 * 32) + 32
     assert list(counts)[:5] == ["trainable", "total", "percent", "adapter_bytes", "targets"]
-    assert list(counts)[5:] == ["roles", "layers", "others", "memory", "rows_memory"]
+    assert list(counts)[5:] == ["roles", "layers", "others", "memory", "rows_memory", "device"]
     assert counts["roles"] == {role: 2 * 8 * (32 + size) for role, size in {"q": 32, "k": 16, "v": 16, "o": 32}.items()}
     assert counts["layers"] == {"0": trainable // 2, "1": trainable // 2}
     assert counts["others"] == {}
@@ -126,7 +127,8 @@ def test_output_starts_with_the_trainable_params_line_of_peft(cli: Cli, tmp_path
     assert lines[2].split() == ["q", *ROLES["q"], "32", "4,096", "→", "4,096", "8", "2,097,152"]
     assert lines[6] == "per layer: 262,144 in each of layers 0-31"
     assert lines[7].startswith("adapter file: 33,5")
-    assert lines[8].startswith("memory to train, 8 rows of 1,024 tokens: about ")
+    assert re.match(r"device: .*(bfloat16|float32)$", lines[8])
+    assert lines[9].startswith("memory to train, 8 rows of 1,024 tokens: about ")
 
 
 @pytest.mark.parametrize(

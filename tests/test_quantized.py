@@ -235,8 +235,9 @@ def test_no_output_of_other_libraries_is_printed(
     run = process if quantization == "4bit" else forked
     ran = run("train", run_config(model=section, data=data, training={"max_steps": 2}))
     assert ran.code == 0
-    ours = r" *(rows  duplicates|train  |validation  |40 of the validation rows|first row, |.*⟦|trainable params|step "
-    ours += "|comparing the adapter |evaluating |auto: |not accelerated, |loratune |the model no longer answers )"
+    ours = r" *(rows  duplicates|train  |validation  |40 of the validation rows|first row, |.*⟦|trainable params"
+    ours += "|device: |step |comparing the adapter |evaluating |auto: |not accelerated, |loratune "
+    ours += "|the model no longer answers )"
     foreign = [line for line in ran.err.splitlines() if not re.match(ours, line)]
     assert (foreign, ran.out.splitlines()[0]) == ([], "done")
     ran = forked("generate", "--adapter", tmp_path / "out", "--max-new-tokens", 2, "3 and 3 make")

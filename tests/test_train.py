@@ -288,6 +288,7 @@ def test_dry_run_shows_the_plan_and_leaves_no_files(cli: Cli, run_config: MakeCo
     for part in (
         "q  model.layers.*.self_attn.q_proj x 2", "trainable params: 3,584 || all params:", "train         30 ",
         "truncated", "dropped", "⟦ ", "<|endoftext|>⟧", "memory at the longest batch: about",
+        "\ndevice: ", ", float32\nmemory",
     ):  # fmt: skip
         assert part in ran.out, ran.out
 

@@ -38,7 +38,7 @@ def plan(plan: "Plan") -> tuple[list[str], list[str]]:
         lines.append((", ".join(roles), f"{module_pattern} x {count}{fused}"))
     before = [*block("targets", lines), str(plan.count), *map(one_line, plan.dataset_lines())]
     size = f"adapter file: {format_size(plan.count.adapter_bytes)}"
-    return before, [size, f"memory at the longest batch: {_memory(plan.memory)}"]
+    return before, [size, f"device: {plan.device}", f"memory at the longest batch: {_memory(plan.memory)}"]
 
 
 def plan_values(plan: "Plan", rows: int) -> "DryRun":
@@ -48,6 +48,7 @@ def plan_values(plan: "Plan", rows: int) -> "DryRun":
     return {
         "config": plan.config.resolved(), "targets": plan.targets.entry_patterns(), "trainable": plan.count.trainable,
         "total": plan.count.total, "adapter_bytes": plan.count.adapter_bytes, "memory": plan.memory.parts(),
+        "device": plan.device,
         "rows": {name: split.report.record() for name, split in plan.datasets.splits.items()},
         "examples": [{"place": train.rows.row(one).where, "text": marked(plan.row_text(one))} for one in shown],
         "notes": [*plan.datasets.leaks, *plan.all_notes()],
@@ -89,6 +90,7 @@ def params(params: "Params") -> Iterator[str]:
         yield f"  {', '.join(fused_roles)}: {module_pattern}, fused"
     yield f"per layer: {_per_layer(params.layers)}"
     yield f"adapter file: {format_size(params.count.adapter_bytes)}"
+    yield f"device: {params.device}"
     yield f"memory to train, {params.batch} rows of {params.length:,} tokens: {_memory(params.memory)}"
     if params.rows_memory is not None:
         yield f"memory to train on the rows of data.train: {_memory(params.rows_memory)}"

@@ -81,7 +81,7 @@ def _show_plan(event: PlanEvent) -> None:
     for title, pieces in event.examples:
         log(title)
         print_marked(pieces, err)
-    for line in (*event.notes, event.summary):
+    for line in (*event.notes, f"device: {event.device}", event.summary):
         log(line)
 
 

@@ -21,6 +21,7 @@ from loratune.lora.targets import Targets
 from loratune.memory import Estimate
 from loratune.model import load, quantization, tensor_files
 from loratune.model.source import cached_directory
+from loratune.system import accelerator
 from loratune.training import auto
 from loratune.training.retention import typical_texts
 
@@ -62,6 +63,7 @@ class Params:
         memory: The estimate for a batch of `batch` rows of `length` tokens, all supervised.
         batch: Rows of a batch.
         length: Tokens of a row.
+        device: What training here computes on, and in which dtype.
         rows_memory: The estimate for the rows of `data.train`; None if it names no local files.
     """
 
@@ -74,6 +76,7 @@ class Params:
     memory: memory.Estimate
     batch: int
     length: int
+    device: str
     rows_memory: Estimate | None = None
 
     @property
@@ -97,6 +100,7 @@ class Params:
             "others": self.others,
             "memory": self.memory.parts(),
             "rows_memory": self.rows_memory.parts() if self.rows_memory is not None else None,
+            "device": self.device,
         }
 
 
@@ -140,6 +144,7 @@ def params(run: RunConfig) -> Params:
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,
+        device=accelerator.describe(load.compute_dtype(run.model)),
         rows_memory=of_rows,
     )
 

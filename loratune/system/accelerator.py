@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from loratune.text import format_size, plural
+
 USED = ("cuda", "xpu")
 """The types of GPUs that are used."""
 
@@ -18,6 +20,15 @@ def device() -> torch.device:
     if found is None or found.type not in USED:
         return torch.device("cpu")
     return torch.device(found.type, torch.accelerator.current_device_index())
+
+
+def describe(dtype: torch.dtype) -> str:
+    """The device of this process and the dtype that it computes in, such as `CPU, 2 threads, bfloat16`."""
+    used, computed = device(), str(dtype).removeprefix("torch.")
+    if used.type == "cpu":
+        return f"CPU, {plural(torch.get_num_threads(), 'thread')}, {computed}"
+    size = torch.get_device_module(used).get_device_properties(used).total_memory
+    return f"{used} {name(used)}, {format_size(size)}, {computed}"
 
 
 def has_gpu() -> bool:

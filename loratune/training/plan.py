@@ -92,6 +92,11 @@ class Plan:
         return replace(self, config=config, checkpoints=replace(self.checkpoints, record=record))
 
     @property
+    def device(self) -> str:
+        """What this process computes on, and in which dtype."""
+        return accelerator.describe(self.model.dtype)
+
+    @property
     def retention(self) -> Retention | None:
         """What keeps the model near what it was; None without a weight."""
         return self.batches.retention
@@ -146,6 +151,7 @@ class Plan:
             summary=str(self.count),
             trainable=self.count.trainable,
             memory=self.memory.total,
+            device=self.device,
         )
 
     def dataset_lines(self) -> Iterator[str]:
