@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import check_refused, write_rows
+from conftest import check_refused, process, write_rows
 from peft import PeftModelForCausalLM
 from running import Cli, MakeConfig
 from transformers import LlamaForCausalLM
@@ -164,7 +164,7 @@ def fail(error: BaseException) -> Any:
 
 
 FAILURES: dict[str, tuple[str, str, BaseException]] = {
-    "no home directory": ("env.library", "cache_directory", RuntimeError("Could not determine home directory.")),
+    "no home directory": ("env", "cache_directory", RuntimeError("Could not determine home directory.")),
     "token file is a directory": ("env.huggingface_hub", "get_token", IsADirectoryError(21, "Is a directory", "/t")),
     "token of OIDC": ("env.huggingface_hub", "get_token", ValueError("no token")),
     "no /proc": ("env.psutil", "virtual_memory", FileNotFoundError(2, "No such file", "/proc/meminfo")),
@@ -214,6 +214,24 @@ def test_a_library_that_cannot_be_imported(
     assert MODULES[source] in facts["broken_kernels"].value and "HELLO" not in capsys.readouterr().out
     assert bool(facts["broken_kernels"].advice) == ("print" not in source)
     assert facts["nothing_like_this"].value.startswith("not installed")
+
+
+def test_packages_that_break_the_libraries(tmp_path: Path) -> None:
+    """PEFT imports bitsandbytes, and torch Triton."""
+    for name in ("bitsandbytes", "triton"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"raise RuntimeError('{name} is broken')")
+    ran = process("env", "--json", PYTHONPATH=f"{tmp_path}:{Path(loratune.__file__).parents[1]}")
+    assert ran.code == 0, ran.err
+    facts = json.loads(ran.out)
+    broken = facts["program"]["libraries"]
+    assert "is broken, in " in broken["value"] and str(tmp_path) in broken["value"] and broken["advice"]
+    for name in ("bitsandbytes", "triton"):
+        found = facts["optional libraries"][name]
+        assert f"{name} is broken" in found["value"] and f"--force-reinstall {name}" in found["advice"]
+    assert "torch" in facts["packages"] and "cores" in facts["processor"] and "hub" in facts["hub"]
+    advice = [fact["advice"] for section in facts.values() for fact in section.values() if "advice" in fact]
+    assert not any("repair what the line names" in one for one in advice)
 
 
 def test_a_package_that_ends_the_program_as_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +293,7 @@ def test_caches_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "file").touch()
     monkeypatch.setattr(env.huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(env, "datasets_cache_dir", lambda: tmp_path / ("x" * 300))
-    monkeypatch.setattr(env.library, "cache_directory", lambda: tmp_path / "here" / "loratune")
+    monkeypatch.setattr(env, "cache_directory", lambda: tmp_path / "here" / "loratune")
     (tmp_path / "here").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "absent"))
     monkeypatch.setattr(env.os, "access", lambda path, mode: Path(path) != tmp_path / "here")
@@ -291,9 +309,9 @@ def test_all_checks_pass_here(cli: Cli) -> None:
     ran = cli("env", "--self-test", "--json")
     assert ran.code == 0, ran.err
     checks = {check["name"]: check for check in json.loads(ran.out)["self_test"]}
-    assert [check for check in checks.values() if check["result"] == env.FAILED] == []
+    assert [check for check in checks.values() if check["result"] == results.FAILED] == []
     assert {"resume", "generate", "dpo, float32", FLOAT32} <= checks.keys()
-    assert checks["speed"]["result"] == env.PASSED and "times as fast" in checks["speed"]["detail"]
+    assert checks["speed"]["result"] == results.PASSED and "times as fast" in checks["speed"]["detail"]
     if not torch.accelerator.is_available():
         needing = {"shared prefixes on a GPU", "FlashAttention 2", results.LIGER}
         assert {name for name in needing if checks[name]["result"] == env.NOT_AVAILABLE} == needing
@@ -301,11 +319,11 @@ def test_all_checks_pass_here(cli: Cli) -> None:
 
 
 def test_operations_that_compute_something_else_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == env.PASSED
+    assert self_test._outcome(lambda: self_test_operations.operations(torch.float32))[0] == results.PASSED
     compiled = fused_ops.CompiledOps.swiglu
     monkeypatch.setattr(fused_ops.CompiledOps, "swiglu", lambda *given: compiled(*given) * 1.01)
     result, detail = self_test._outcome(lambda: self_test_operations.operations(torch.float32))
-    assert result == env.FAILED and "(gate" in detail and "is allowed" in detail
+    assert result == results.FAILED and "(gate" in detail and "is allowed" in detail
 
 
 def run_checks(patch: pytest.MonkeyPatch, **found: Callable[[], Any]) -> list[env.Check]:
@@ -333,7 +351,7 @@ def test_what_failed_is_not_used_and_said(cli: Cli, run_config: MakeConfig, monk
     assert facts["self-test"] == f"failed here: {FLOAT32}"
     ran = cli("train", run_config(training={"max_steps": 1}))
     assert ran.code == 0 and "self-test failed on this machine" in ran.err
-    results.record({FLOAT32: env.PASSED})
+    results.record({FLOAT32: results.PASSED})
     assert {fact.name: fact.value for fact in env._program()}["self-test"] == "2 checks passed here"
     assert isinstance(fused_ops.fused_ops(like), fused_ops.CompiledOps)
 
@@ -359,13 +377,13 @@ def test_train_turns_off_what_failed_until_it_passes(
 ) -> None:
     """Only in the dtype of the check."""
     config = run_config(data={"train": str(write_rows(tmp_path / "alike.jsonl", SHARING))}, training={"max_steps": 1})
-    for result in (env.FAILED, env.PASSED):
+    for result in (results.FAILED, results.PASSED):
         results.record({check.format("float32"): result})
         ran = cli("train", config, "--overwrite")
-        assert ran.code == 0 and (line in ran.err) == (result == env.FAILED), ran.err
-        assert ("shared prefixes are computed once" in ran.err) == (result == env.PASSED)
+        assert ran.code == 0 and (line in ran.err) == (result == results.FAILED), ran.err
+        assert ("shared prefixes are computed once" in ran.err) == (result == results.PASSED)
     if "{}" in check:
-        results.record({check.format("bfloat16"): env.FAILED})
+        results.record({check.format("bfloat16"): results.FAILED})
         assert results.refusal(check, dtype=torch.bfloat16) and not results.refusal(check, dtype=torch.float32)
 
 
@@ -384,7 +402,7 @@ def test_generation_is_plain_where_its_check_failed(
     given = ("--adapter", tmp_path / "out", "1 and", "2 and", "--max-new-tokens", 3)
     fast = cli("generate", *given)
     assert used[-1:] == [(2, True)] and "one by one" not in fast.err
-    results.record({results.GENERATE: env.FAILED})
+    results.record({results.GENERATE: results.FAILED})
     used.clear()
     plain = cli("generate", *given)
     assert used == [(1, False)] * 2 and plain.err.count("one by one, without a cache") == 1
@@ -405,7 +423,7 @@ def test_what_failed_in_one_process_is_turned_off_in_all(tiny_dir: Path) -> None
 def test_flash_attention_that_failed_is_not_used() -> None:
     section = ModelSection(name_or_path="x", attn_implementation="flash_attention_2")
     assert load.machine_notes(section) == []
-    results.record({results.FLASH: env.FAILED})
+    results.record({results.FLASH: results.FAILED})
     assert "flash_attention_2 failed the self-test" in load.machine_notes(section)[0]
     assert load.machine_notes(section.model_copy(update={"attn_implementation": "sdpa"})) == []
 
@@ -417,7 +435,7 @@ def test_a_self_test_that_is_stopped_forgets_no_failure(
     def stopped() -> str:
         raise stop
 
-    results.record({"a": env.FAILED, "b": env.FAILED, "c": env.FAILED, "d": env.PASSED})
+    results.record({"a": results.FAILED, "b": results.FAILED, "c": results.FAILED, "d": results.PASSED})
     with pytest.raises(stop):
         run_checks(monkeypatch, a=lambda: "right", b=stopped, c=lambda: "right", d=lambda: 1 / 0)
     assert results.failed() == ["b", "c"] and {"a", "d"} <= {*results.passed()}
@@ -430,7 +448,7 @@ def test_a_failure_is_kept_until_its_check_passes(monkeypatch: pytest.MonkeyPatc
         raise MemoryError
 
     known = list[list[str]]()
-    results.record({"a": env.FAILED, "b": env.FAILED})
+    results.record({"a": results.FAILED, "b": results.FAILED})
     run_checks(monkeypatch, a=lacking, b=lambda: 1 / 0, c=lambda: known.append(results.failed()) or "right")
     assert known == [["b"]] and results.failed() == ["a", "b"]
     run_checks(monkeypatch, a=lambda: "right", b=lambda: "right")
@@ -446,10 +464,10 @@ OUTCOMES = [
     (RuntimeError("[enforce fail at inline_container.cc:672]"), env.NOT_AVAILABLE, "inline_container"),
     (RuntimeError("CUDA error: out of memory"), env.NOT_AVAILABLE, "out of memory"),
     (self_test_operations.NotAvailableError("there is no GPU"), env.NOT_AVAILABLE, "there is no GPU"),
-    (self_test_operations.DifferenceError("0.1 is too much"), env.FAILED, "DifferenceError: 0.1 is too much"),
-    (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), env.FAILED, "NaN"),
-    (KeyError("x"), env.FAILED, "KeyError: 'x'"),
-    (OSError(errno.ENOENT, "No such file"), env.FAILED, "No such file"),
+    (self_test_operations.DifferenceError("0.1 is too much"), results.FAILED, "DifferenceError: 0.1 is too much"),
+    (NumericError(Problem(Code.SYSTEM_SELF_TEST, "NaN")), results.FAILED, "NaN"),
+    (KeyError("x"), results.FAILED, "KeyError: 'x'"),
+    (OSError(errno.ENOENT, "No such file"), results.FAILED, "No such file"),
 ]
 
 
@@ -472,7 +490,7 @@ def test_no_room_for_the_models_of_the_self_test(cli: Cli, monkeypatch: pytest.M
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    results.record({"a": env.FAILED})
+    results.record({"a": results.FAILED})
     monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full)
     ran = cli("env", "--self-test")
     assert ran.code == 8 and f"[{Code.SYSTEM_DISK_FULL}]" in ran.err and "TMPDIR" in ran.err
@@ -490,26 +508,26 @@ def test_a_self_test_leaves_nothing_in_the_caches(kept: Path, monkeypatch: pytes
     monkeypatch.setattr(fingerprints, "_OLD", 0)
     monkeypatch.setattr(self_test._SelfTest, "checks", checks)
     (check,) = self_test.run()
-    assert check.result == env.PASSED, check.detail
+    assert check.result == results.PASSED, check.detail
     assert [*rows.rglob("*")] == before and len([*kept.iterdir()]) == 1
     assert not tests[0].folder.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", '{"a": 1}', '{"a": {"b": 1}}'])
 def test_results_that_are_damaged_are_none(content: str, kept: Path) -> None:
-    results.record({"x": env.FAILED})
+    results.record({"x": results.FAILED})
     (path,) = kept.iterdir()
     path.write_text(content)
     results._known.cache_clear()
     assert results.failed() == []
-    assert results.record({FLOAT32: env.FAILED}) == ""
+    assert results.record({FLOAT32: results.FAILED}) == ""
     assert results.failed() == [FLOAT32]
 
 
 def test_results_of_several_machines_are_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     for machine in "AB":
         monkeypatch.setattr(results, "_machine", lambda machine=machine: machine)
-        assert results.record({f"check of {machine}": env.FAILED}) == ""
+        assert results.record({f"check of {machine}": results.FAILED}) == ""
         assert results.failed() == [f"check of {machine}"]
     monkeypatch.setattr(results, "_machine", lambda: "A")
     results._known.cache_clear()

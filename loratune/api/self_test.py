@@ -30,13 +30,14 @@ from loratune.api import self_test_operations as checked
 from loratune.api.adapter import Adapter
 from loratune.api.functions import load_config, train
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
-from loratune.commands.env import FAILED, NOT_AVAILABLE, PASSED, Check
+from loratune.commands.env import NOT_AVAILABLE, Check
 from loratune.config import LoraSection, RunConfig
 from loratune.data.batches import flatten, pad
 from loratune.errors import LoratuneError, ResourceError, is_disk_full, is_out_of_memory
 from loratune.events import Event, StepEvent, listening, note, progress
 from loratune.kernels.compiled import fused_ops
 from loratune.kernels.compiled import self_test as results
+from loratune.kernels.compiled.self_test import FAILED, PASSED
 from loratune.lora import attach, creation
 from loratune.lora.adapter_files import WEIGHTS_FILE
 from loratune.model import load

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
@@ -25,15 +26,20 @@ import torch
 from packaging.requirements import Requirement
 
 from loratune.codes import Code
-from loratune.data.upstream import datasets_cache_dir
 from loratune.errors import NumericError, Problem
-from loratune.kernels.compiled import fused_ops, library, self_test
-from loratune.kernels.compiled.self_test import FAILED as FAILED
-from loratune.kernels.compiled.self_test import PASSED as PASSED
-from loratune.model import load
 from loratune.model.upstream import bitsandbytes_lacks
 from loratune.system import accelerator, environment, platforms, release
+from loratune.system.kept_results import cache_directory
 from loratune.text import format_size, plural, without_userinfo
+
+BROKEN = ""
+"""Why loratune's own modules cannot be imported: torch or PEFT import a package that is broken. The page then has all
+facts that do not need them; a function that does raises NameError."""
+try:
+    from loratune.data.upstream import datasets_cache_dir
+    from loratune.kernels.compiled import fused_ops, self_test
+except (Exception, SystemExit) as error:
+    BROKEN = f"{type(error).__name__}: {error}, in {traceback.extract_tb(error.__traceback__)[-1].filename}"
 
 SECONDS = 2.0
 """The most seconds for which the hub, or the version of a program, is waited for."""
@@ -66,7 +72,7 @@ class Fact:
 
 
 NOT_AVAILABLE = "not available"
-"""The result of a check of the self-test, beside `PASSED` and `FAILED`."""
+"""The result of a check of the self-test, beside `self_test.PASSED` and `FAILED`."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Check:
 
     Attributes:
         name: What was checked.
-        result: `PASSED`, `FAILED` or `NOT_AVAILABLE`.
+        result: `passed`, `failed` or `not available`.
         detail: What was found, or what is missing.
         seconds: How long it took.
     """
@@ -105,7 +111,7 @@ class Environment:
 
     def check_passed(self) -> None:
         """Raises NumericError: a check of the self-test failed."""
-        failed = [check for check in self.checks if check.result == FAILED]
+        failed = [check for check in self.checks if check.result == self_test.FAILED]
         if failed:
             fix = "report it with the whole page; until it passes, train turns off what it can do without, and says so"
             raise NumericError([Problem(Code.SYSTEM_SELF_TEST, f"{one.name}: {one.detail}", fix=fix) for one in failed])
@@ -157,6 +163,8 @@ def _found(
     except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if BROKEN and isinstance(error, NameError):
+            error, advice = ImportError("see libraries"), ""
         facts += [Fact(name, f"{otherwise} ({' '.join([f'{type(error).__name__}:', *str(error).split()])})", advice)]
     return [replace(one, value=without_userinfo(one.value), advice=without_userinfo(one.advice)) for one in facts]
 
@@ -166,6 +174,9 @@ def _program() -> Iterator[Fact]:
     yield Fact("Python", f"{platform.python_version()} ({sys.executable})")
     libc = " ".join(platform.libc_ver())
     yield Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}{f', {libc}' if libc else ''}")
+    if BROKEN:
+        advice = "repair the package that this file belongs to, or uninstall it; until then, other commands fail"
+        yield Fact("libraries", f"cannot be imported ({BROKEN})", advice)
     yield from _found("self-test", _self_test)
 
 
@@ -196,7 +207,7 @@ def _package(wanted: Requirement) -> Iterator[Fact]:
 def _processor() -> Iterator[Fact]:
     yield Fact("processor", environment.processor_name() or platform.processor() or "not known")
     yield from _found("cores", _cores)
-    has, dtype = environment.features(), str(load.automatic_dtype()).removeprefix("torch.")
+    has, dtype = environment.features(), "bfloat16" if accelerator.multiplies_bfloat16() else "float32"
     names = [name for feature, name in FEATURES.items() if feature in has]
     none = f"none of {', '.join(FEATURES.values())}" if has else "not known: /proc/cpuinfo cannot be read"
     yield Fact("instructions", ", ".join(names) or none)
@@ -289,8 +300,8 @@ def _memory() -> Iterator[Fact]:
     yield from _found("memory", _free_memory)
     caches: dict[str, Callable[[], Path]] = {
         "bases (HF_HUB_CACHE)": lambda: Path(huggingface_hub.constants.HF_HUB_CACHE),
-        "rows (HF_DATASETS_CACHE)": datasets_cache_dir,
-        "compiled code (XDG_CACHE_HOME)": library.cache_directory,
+        "rows (HF_DATASETS_CACHE)": lambda: datasets_cache_dir(),
+        "compiled code (XDG_CACHE_HOME)": cache_directory,
         "temporary files (TMPDIR)": lambda: Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
     }
     for name, path in caches.items():
