@@ -24,6 +24,7 @@ DEFINES = ("-DBFLOAT16", "-DFLOAT32")
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 _MAX_SECONDS = 120  # For the compiler, which needs about three.
+_hanging = set[str]()  # Compilers that took longer; they are not waited for again, for another dtype or variant.
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> N
     """
     sources = [str(source) for source in SOURCES if source.suffix == ".c"]
     command = [compiler, *FLAGS, *variant.options, define, *sources, "-o", "library.so", "-lm"]
+    if compiler in _hanging:
+        raise subprocess.TimeoutExpired(command, _MAX_SECONDS)
     with subprocess.Popen(
         command,
         cwd=cwd,
@@ -109,7 +112,9 @@ def compile_library(compiler: str, variant: Variant, define: str, cwd: str) -> N
     ) as process:
         try:
             output, errors = process.communicate(timeout=_MAX_SECONDS)
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, subprocess.TimeoutExpired):
+                _hanging.add(compiler)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             raise
