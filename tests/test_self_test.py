@@ -115,6 +115,8 @@ OF_LAYERS: dict[str, tuple[str, Any, str, Changed]] = {
     "experts": ("Qwen3 with experts", sublayers.ExpertLayers, "__call__", times(1.5)),
     "attention that is not replaced": ("GPT-OSS", rowwise, "attend_in_tiles", times(1.5)),
     "LoRA in layers that are not replaced": ("GPT-OSS", lora_linear._ProjectionFunction, "backward", times(1.5)),
+    "norms of heads": ("Qwen3 with experts", sublayers.HeadNorms, "forward", times(1.5)),
+    "the gradient of norms of heads": ("Qwen3 with experts", sublayers.HeadNorms, "backward", times(1.5)),
     "dropout": ("Llama with dropout", upstream, "dropout", times(1.5)),
     "whole rows": ("Llama", sublayers, "attend_whole_rows", whole_rows),
     "the gradient of whole rows": ("Llama", sublayers, "attend_whole_rows_backward", whole_rows_backward),
@@ -185,8 +187,8 @@ def test_the_check_before_training_sees_lora_that_is_wrong(name: str, monkeypatc
     model = fresh()
     assert not kernels.accelerate(model, attach.adapted_linear).fallbacks
     change(monkeypatch, lora_linear.Projection, OF_LORA[name][0], OF_LORA[name][1])
-    # Attention by rows is then the model's own, which is no fallback.
-    assert "feed-forward layers" in kernels.accelerate(model, attach.adapted_linear).fallbacks
+    refused = kernels.accelerate(model, attach.adapted_linear).fallbacks
+    assert {"attention", "feed-forward layers"} <= refused.keys()  # also where its own attention goes by rows
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -217,11 +217,10 @@ def _replace(
         kinds = []  # The model's own layers are faster than the reference.
     kinds.append(_lora(base, reader, kinds))
     found = checks.once("layers", list, partial(_compare, base, kinds, survey))
+    differing = {kind.name: bool(kind.layers) for kind in kinds if kind.name not in found and _RUNS in found}
+    reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
     if _RUNS not in found:
         reasons = dict.fromkeys(KINDS, "the model does not run on packed rows")
-    else:
-        differing = (kind.name for kind in kinds if kind.name not in found)
-        reasons |= dict.fromkeys(differing, "with their kernels the model does not compute the same")
     kinds = [kind for kind in kinds if kind.name in found]
     steps: list[Step] = [kind.replace for kind in kinds]
     if _BY_ROWS in found:
@@ -231,7 +230,7 @@ def _replace(
     if not is_compiled:
         return steps, dict.fromkeys(KINDS, refusal(weight))
     complete = {kind.name for kind in kinds if kind.complete}
-    if rowwise.attends_by_rows(base) and _all_fit(base, survey):
+    if rowwise.attends_by_rows(base) and _all_fit(base, survey) and not differing.get("attention"):
         complete.add("attention")
     fallbacks = {name: reason for name, reason in reasons.items() if name not in complete}
     return steps, fallbacks
