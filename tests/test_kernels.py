@@ -102,6 +102,14 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         torch.zeros(37, 96, dtype=dtype), (40 * normal(37, 96)).clamp(-128, 127).to(torch.int8),
         normal(37, seed=1).abs(),
     ),
+    "dequantize_4bit": lambda dtype: (
+        torch.zeros(37 * 64, dtype=dtype), (40 * normal(37 * 32)).to(torch.int8).view(torch.uint8),
+        normal(37, seed=1).abs(), normal(16, seed=2),
+    ),
+    "quantize_8bit": lambda dtype: (normal(37, 96).to(dtype),),
+    "quantize_4bit": lambda dtype: (
+        normal(37, 64).to(dtype), torch.linspace(-0.9, 0.9, 15), torch.arange(15, -1, -1, dtype=torch.uint8)
+    ),
     **{
         f"linear_8bit, of {tokens} tokens": lambda dtype, tokens=tokens: (
             normal(tokens, 96).to(dtype), (40 * normal(37, 96)).clamp(-128, 127).to(torch.int8),

@@ -305,7 +305,7 @@ def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
     assert loaded(dtype=MODEL["dtype"]) == ("torch.bfloat16", *default[1:])
     assert loaded(attn_implementation=MODEL["attn_implementation"]) == (*default[:2], "eager")
     assert loaded(quantization=MODEL["quantization"])[1] == "Linear4bit"
-    assert loaded(quantization="8bit")[1] == "DequantizedLinear"
+    assert loaded(quantization="8bit")[1] == "Dequantized8bit"
 
 
 def test_model_device_map(tiny_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

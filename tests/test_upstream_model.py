@@ -1,6 +1,5 @@
 """What loratune/model/upstream.py uses of other libraries still exists and behaves as expected."""
 
-import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -74,17 +73,6 @@ def test_is_quant_state(packed: dict[str, PreTrainedModel]) -> None:
     assert upstream.is_quant_state(weight.quant_state)
     assert isinstance(weight.quant_state.absmax, torch.Tensor)
     assert not upstream.is_quant_state(weight)
-
-
-def test_keep_4bit_backward() -> None:
-    layer = bitsandbytes.nn.Linear4bit(64, 64)
-    assert layer.support_avx512bf16_for_cpu in (False, True)
-    layer.support_avx512bf16_for_cpu = True
-    upstream.keep_4bit_backward(layer)
-    assert layer.support_avx512bf16_for_cpu is False
-    plain = torch.nn.Linear(2, 2)
-    upstream.keep_4bit_backward(plain)
-    assert not hasattr(plain, "support_avx512bf16_for_cpu")
 
 
 def test_bitsandbytes_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

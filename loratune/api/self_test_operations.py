@@ -199,7 +199,19 @@ def _weight(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     y, weight = torch.zeros(37, 96, dtype=dtype), torch.arange(37 * 96).view(37, 96).to(torch.int8)
     scales = _drawn(torch.float32, 37).abs()
     ops.dequantize(y, weight, scales)
-    return [y, *(ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in (1, 4, 37))]
+    numbers, most = ops.quantize_8bit(_drawn(dtype, 37, 96))
+    products = (ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in (1, 4, 37))
+    return [y, numbers.to(dtype), most, *products]
+
+
+def _weight_4bit(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    code = torch.linspace(-1, 1, 16)
+    numbers, most = ops.quantize_4bit(
+        _drawn(dtype, 37, 64), (code[1:] + code[:-1]) / 2, torch.arange(16).to(torch.uint8)
+    )
+    y = torch.zeros(37 * 64, dtype=dtype)
+    ops.dequantize_4bit(y, numbers, most, code)
+    return [y, numbers.to(dtype), most]
 
 
 def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[Tensor]:
@@ -210,7 +222,7 @@ def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[T
 _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
     "norm": _norm, "norm that adds 1": partial(_norm, added=1.0),
     "gate": _gate, "gate by GELU": partial(_gate, activation=reference.GELU),
-    "heads": _heads, "LoRA": _update, "8-bit weight": _weight,
+    "heads": _heads, "LoRA": _update, "8-bit weight": _weight, "4-bit weight": _weight_4bit,
     "attention": _attention, "attention of a GPU": _attention_of_gpu,
     "attention with a window, caps and sinks": partial(_attention, window=9, scoring=SPECIAL),
     "loss": _loss, "loss with weights": partial(_loss, weights=_drawn(torch.float32, 37, seed=4).abs()),

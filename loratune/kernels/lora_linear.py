@@ -17,6 +17,10 @@ from torch.nn import functional
 
 from loratune.kernels import upstream
 from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.system import environment
+
+_LARGE = 64 << 20
+"""Bytes of a joined weight after which the pages of its parts are given back: they are too small for the next one."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,8 @@ class Projection:
             self.weight = torch.cat([part.weight.detach() for part in parts])
             for part, rows in zip(parts, torch.split(self.weight, [part.out_features for part in parts]), strict=True):
                 part.weight = nn.Parameter(rows, requires_grad=False)
+            if self.weight.nbytes >= _LARGE:
+                environment.give_back_pages()
         self.bias: Tensor | None = None
         if any(part.bias is not None for part in parts):
             zeros = self.weight.new_zeros

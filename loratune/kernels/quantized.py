@@ -1,24 +1,34 @@
-"""Linear layers in 8 bit on a CPU, which multiply with dequantized weights, in training and in evaluation alike.
+"""Linear layers of bitsandbytes on a CPU: faster quantization, and products with dequantized weights, in training and
+in evaluation alike.
 
-In evaluation, bitsandbytes rounds activations to 8 bits but for columns with outliers, which all rows of a batch
-decide; on a CPU that takes longer, and what a row gives depends on the others. In training it dequantizes as well, in
-several passes over memory, and keeps the inputs, which nothing needs.
+In evaluation, bitsandbytes rounds activations of 8-bit layers to 8 bits but for columns with outliers, which all rows
+of a batch decide; on a CPU that takes longer, and what a row gives depends on the others. In training it dequantizes as
+well, in several passes over memory, and keeps the inputs, which nothing needs. On processors with AVX512-BF16, it
+repacks 4-bit layers at their first evaluation, for which there is no backward pass.
 """
 
+import threading
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear8bitLt
+from bitsandbytes.functional import dequantize_blockwise, get_4bit_type
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loratune.kernels import upstream
 from loratune.kernels.compiled.fused_ops import fused_ops
 
 _LARGEST = 127
 """The 8-bit number that stands for the largest weight of an output."""
+_KEPT = threading.local()
+"""Has the `tensor` of `_scratch`."""
+_AT_ONCE = 1 << 22
+"""As many weights are quantized at once, so that their copies in float32 stay small."""
 
 
-class DequantizedLinear(Linear8bitLt):
+class Dequantized8bit(Linear8bitLt):
     """The layer of bitsandbytes, computed in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -26,37 +36,120 @@ class DequantizedLinear(Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         weight, scales = self.state.CB, self.state.SCB * (1 / _LARGEST)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
         if torch.is_grad_enabled():
-            result: Tensor = _Product.apply(x, weight, scales, bias)  # type: ignore[no-untyped-call]
-            return result
+            return _product(x, self.bias, lambda like: _of_8bit(like, weight, scales))
         y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales).view(*x.shape[:-1], -1)
-        return y if bias is None else y.add_(bias)
+        return y if self.bias is None else y.add_(self.bias.to(x.dtype))
+
+
+class Dequantized4bit(Linear4bit):
+    """The layer of bitsandbytes, computed in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., in). Returns (..., out)."""
+        return _product(
+            x, self.bias, lambda like: _of_4bit(like, self.weight.data, self.weight.quant_state or self.quant_state)
+        )
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.weight = weight, scales
-        return functional.linear(x, _dequantized(x, weight, scales), bias)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, dequantized: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.dequantized = dequantized
+        return functional.linear(x, dequantized(x), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
-        dx = dy @ _dequantized(dy, *ctx.weight) if ctx.needs_input_grad[0] else None
-        return dx, None, None, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+        dx = dy @ ctx.dequantized(dy) if ctx.needs_input_grad[0] else None
+        return dx, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
-def _dequantized(like: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
+def _product(x: Tensor, bias: Tensor | None, dequantized: Callable[[Tensor], Tensor]) -> Tensor:
+    """dequantized: gives the weight in the dtype of a tensor."""
+    y: Tensor = _Product.apply(x, None if bias is None else bias.to(x.dtype), dequantized)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _scratch(like: Tensor, count: int) -> Tensor:
+    """A tensor of this thread, (count,), with the dtype of another one, until the next call.
+
+    To get the pages of a new one from the kernel takes as long as to fill them.
+    """
+    kept = getattr(_KEPT, "tensor", None)
+    if kept is None or kept.dtype != like.dtype or len(kept) < count or upstream.is_fake(like):
+        with torch.inference_mode(False):  # also written to outside of it
+            kept = torch.empty(count, dtype=like.dtype)
+        if not upstream.is_fake(kept):
+            _KEPT.tensor = kept
+    return kept[:count]
+
+
+def _of_8bit(like: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """A weight in the dtype of a tensor. weight: (out, in), int8; scales: (out,), float32."""
-    result = like.new_empty(weight.shape)
+    result = _scratch(like, weight.numel()).view(weight.shape)
     fused_ops(like).dequantize(result, weight, scales)
     return result
 
 
+def _of_4bit(like: Tensor, weight: Tensor, state: Any) -> Tensor:
+    """A weight in the dtype of a tensor. weight: its bytes; state: the `QuantState` of bitsandbytes."""
+    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    padded = _scratch(like, len(scales) * state.blocksize)
+    numbers = weight.view(torch.uint8).view(-1)
+    numbers = functional.pad(numbers, (0, len(padded) // 2 - len(numbers)))
+    fused_ops(like).dequantize_4bit(padded, numbers, scales, state.code)
+    return padded[: state.shape.numel()].view(state.shape)
+
+
+def _quantized_8bit(weight: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """bitsandbytes' `int8_vectorwise_quant`: the numbers, the largest magnitude of each row, and columns of outliers.
+
+    weight: (rows, in), any dtype. A column with a magnitude of the threshold or more becomes 0, and such magnitudes are
+    not counted; 0: there is none.
+    """
+    columns = None
+    if threshold:
+        outliers = weight.abs() >= threshold
+        columns, weight = outliers.any(0).nonzero().view(-1), weight.masked_fill(outliers, 0)
+    parts = torch.split(weight, max(1, _AT_ONCE // max(1, weight.shape[1])))
+    numbers, most = _joined(fused_ops(part).quantize_8bit(part) for part in map(Tensor.float, parts))
+    if columns is not None and len(weight) > 1:
+        numbers[:, columns] = 0
+    return numbers, most, columns
+
+
+def _quantized_4bit(
+    weight: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """bitsandbytes' `quantize_4bit`: two numbers a byte, (bytes, 1), and the largest magnitude of each block."""
+    code = get_4bit_type(quant_type, device="cpu")
+    values, order = code.sort()
+    count = weight.numel()
+    blocks = functional.pad(weight.reshape(-1), (0, -count % blocksize)).view(-1, blocksize)
+    bounds = (values[:-1] + values[1:]) / 2
+    parts, numbered = torch.split(blocks, _AT_ONCE // blocksize), order.to(torch.uint8)
+    numbers, most = _joined(fused_ops(part).quantize_4bit(part, bounds, numbered) for part in map(Tensor.float, parts))
+    return numbers[: (count + 1) // 2].view(quant_storage)[:, None], most
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    numbers, most = zip(*parts, strict=True)
+    return torch.cat(numbers), torch.cat(most)
+
+
+def quantize_faster() -> None:
+    """Let bitsandbytes quantize on the CPU by compiled operations, with the same results."""
+    upstream.register_kernel("bitsandbytes::int8_vectorwise_quant", _quantized_8bit)
+    upstream.register_kernel("bitsandbytes::quantize_4bit", _quantized_4bit)
+
+
 def dequantize_in_use(model: nn.Module) -> None:
-    """Make the 8-bit layers of a model that are on a CPU `DequantizedLinear`s. Their weights stay as they are."""
-    layers: list[Any] = [module for module in model.modules() if type(module) is Linear8bitLt]
+    """Give the quantized layers of a model that are on a CPU the classes of this module. Their weights stay as they
+    are."""
+    layers: list[Any] = [one for one in model.modules() if type(one) in (Linear8bitLt, Linear4bit)]
     for layer in layers:
-        if layer.weight.device.type == "cpu" and not layer.state.has_fp16_weights:
-            layer.__class__ = DequantizedLinear
+        if layer.weight.device.type == "cpu" and getattr(layer.weight, "bnb_quantized", False):
+            layer.__class__ = Dequantized4bit
+        elif layer.weight.device.type == "cpu" and isinstance(layer, Linear8bitLt) and not layer.state.has_fp16_weights:
+            layer.__class__ = Dequantized8bit

@@ -116,6 +116,10 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     from_pretrained, config, origin = _loader(section, source, config)
     quantization_config = loading_config(section, config, compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
+    if section.quantization != "none":
+        import_module(
+            "loratune.kernels.quantized"
+        ).quantize_faster()  # it imports bitsandbytes, which others do not need
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
@@ -139,10 +143,8 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     model.name_or_path = model.config.name_or_path = source.name
     checks.check_complete(model, info, section.name_or_path)
     checks.check_text(model, section.name_or_path)
-    for module in model.modules():
-        upstream.keep_4bit_backward(module)
-    if upstream.has_8bit_layers(model):
-        import_module("loratune.kernels.quantized").dequantize_in_use(model)  # which imports bitsandbytes
+    if any(map(upstream.is_packed, model.parameters())):
+        import_module("loratune.kernels.quantized").dequantize_in_use(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 

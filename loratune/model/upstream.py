@@ -74,15 +74,6 @@ def is_quant_state(value: Any) -> bool:
     return type(value).__name__ == "QuantState"
 
 
-def keep_4bit_backward(module: Any) -> None:
-    """Keep a `Linear4bit` from repacking its weight for AVX512-BF16 at its first evaluation.
-
-    There is no backward for the repacked form, and bitsandbytes has no setting for it.
-    """
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
-
-
 def has_8bit_layers(model: Any) -> bool:
     """Whether a model has layers that bitsandbytes packed in 8 bits."""
     return any(map(is_8bit, model.parameters()))

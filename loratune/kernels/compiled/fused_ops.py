@@ -212,6 +212,25 @@ class CompiledOps:
         if dense is not y:
             y.copy_(dense)
 
+    def dequantize_4bit(self, y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> None:
+        """See `reference.dequantize_4bit`."""
+        weight, (scales, code) = _checked(weight, torch.uint8), (_checked(one, torch.float32) for one in (scales, code))
+        self._call("dequantize_4bit", self._contiguous(y), weight, scales, code, len(scales), len(y) // len(scales))
+
+    def quantize_8bit(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See `reference.quantize_8bit`."""
+        (x,) = self._contiguous(x)
+        y, most = x.new_empty(x.shape, dtype=torch.int8), x.new_empty(len(x), dtype=torch.float32)
+        self._call("quantize_8bit", [y, most], x, *x.shape)
+        return y, most
+
+    def quantize_4bit(self, x: Tensor, bounds: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        """See `reference.quantize_4bit`."""
+        (x,), bounds, order = self._contiguous(x), _checked(bounds, torch.float32), _checked(order, torch.uint8)
+        y, most = x.new_empty(x.numel() // 2, dtype=torch.uint8), x.new_empty(len(x), dtype=torch.float32)
+        self._call("quantize_4bit", [y, most], x, bounds, order, *x.shape)
+        return y, most
+
     def linear_8bit(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """See `reference.linear_8bit`; the weight is dequantized for many tokens only."""
         if len(x) > FEW_TOKENS_8BIT:

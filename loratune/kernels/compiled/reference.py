@@ -217,6 +217,33 @@ def dequantize(y: Tensor, weight: Tensor, scales: Tensor) -> None:
         part.copy_(rows.float().mul_(factors[:, None]))
 
 
+def dequantize_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> None:
+    """Write a weight in 4 bit to y: (numbers,).
+
+    weight: (numbers / 2,), uint8, the first of two numbers in the upper half of a byte; scales: (blocks,), float32;
+    code: the values of the numbers, (16,), float32.
+    """
+    numbers = torch.stack((weight >> 4, weight & 15), -1).view(len(scales), -1)
+    y.copy_((code[numbers.int()] * scales[:, None]).view(-1))
+
+
+def quantize_8bit(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in 8 bit, see `dequantize`, and the largest magnitude of each output, (out,), float32. x: (out, in)."""
+    most = x.abs().amax(1).float()
+    return (x.float() * torch.where(most > 0, 127 / most, 0)[:, None]).round_().to(torch.int8), most
+
+
+def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight in 4 bit, see `dequantize_4bit`, and the largest magnitude of each block, (blocks,), float32.
+
+    x: (blocks, size); bounds: between the values of the numbers, ascending, (15,), float32; order: the numbers between
+    these bounds, (16,), uint8.
+    """
+    most = x.abs().amax(1).float()
+    numbers = order[torch.bucketize(x.float() * (1 / most.clamp(min=1e-38))[:, None], bounds, out_int32=True)].view(-1)
+    return numbers[::2] << 4 | numbers[1::2], most
+
+
 def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor, dequantize: Any = dequantize) -> Tensor:
     """The product with a weight in 8 bit, see `dequantize`. x: (tokens, in). Returns (tokens, out)."""
     dense = x.new_empty(weight.shape)

@@ -122,6 +122,59 @@ void dequantize(real *y, const int8_t *x, const float *scales, int64_t rows, int
     }
 }
 
+/* `code`: the values of the 16 numbers of 4 bits, of which each byte has two. size is a multiple of 16. */
+void dequantize_4bit(real *y, const uint8_t *x, const float *scales, const float *code, int64_t blocks, int64_t size) {
+    ROWS for (int64_t i = 0; i < blocks; i++) {
+        sixteen values, found;
+        pairs wanted;
+        for (int64_t k = 0; k < 16; k++) {
+            real value = put(code[k] * scales[i]);
+            memcpy((bits *)&values + k, &value, sizeof value);
+        }
+        for (int64_t j = 0; j < size; j += 16) {
+            const uint8_t *a = x + (i * size + j) / 2;
+            for (int64_t k = 0; k < 8; k++) wanted[k] = a[k] >> 4 | (pair)(a[k] & 15) << 8 * sizeof(real);
+            found = __builtin_shuffle(values, (sixteen)wanted);
+            memcpy(y + i * size + j, &found, sizeof found);
+        }
+    }
+}
+
+static float magnitude(const real *x, int64_t size) {
+    float most = 0;
+    MOST(most) for (int64_t j = 0; j < size; j++) most = fabsf(get(x[j])) > most ? fabsf(get(x[j])) : most;
+    return most;
+}
+
+void quantize_8bit(int8_t *y, float *most, const real *x, int64_t rows, int64_t size) {
+    ROWS for (int64_t i = 0; i < rows; i++) {
+        const real *a = x + i * size;
+        int8_t *b = y + i * size;
+        most[i] = magnitude(a, size);
+        float scale = most[i] > 0 ? 127 * (1 / most[i]) : 0;
+        EACH for (int64_t j = 0; j < size; j++) b[j] = (int8_t)(int32_t)rintf(get(a[j]) * scale);
+    }
+}
+
+/* A number is the count of `bounds` below it, of 15; `order`: what is written for each count. */
+void quantize_4bit(uint8_t *y, float *most, const real *x, const float *bounds, const uint8_t *order, int64_t blocks,
+                   int64_t size) {
+    ROWS for (int64_t i = 0; i < blocks; i++) {
+        const real *a = x + i * size;
+        uint8_t *b = y + i * size / 2;
+        most[i] = magnitude(a, size);
+        float scale = 1 / (most[i] > 1e-38f ? most[i] : 1e-38f);
+        int32_t counts[size];
+        EACH for (int64_t j = 0; j < size; j++) {
+            float scaled = get(a[j]) * scale;
+            int32_t count = 0;
+            for (int64_t k = 0; k < 15; k++) count += scaled > bounds[k];
+            counts[j] = count;
+        }
+        for (int64_t j = 0; j < size / 2; j++) b[j] = order[counts[2 * j]] << 4 | order[counts[2 * j + 1]];
+    }
+}
+
 /* Of up to four tokens, whose sums do not wait for each other. */
 void linear_8bit(real *y, const float *x, const int8_t *weight, const float *scales, int64_t tokens, int64_t in,
                  int64_t out) {
@@ -129,7 +182,9 @@ void linear_8bit(real *y, const float *x, const int8_t *weight, const float *sca
     ROWS for (int64_t i = 0; i < out; i++) {
         const int8_t *a = weight + i * in;
         float one = 0, two = 0, three = 0, four = 0;
-        SUM(one, two, three, four) for (int64_t j = 0; j < in; j++) {
+        if (tokens == 1)
+            SUM(one) for (int64_t j = 0; j < in; j++) one += a[j] * b[j];
+        else SUM(one, two, three, four) for (int64_t j = 0; j < in; j++) {
             float w = a[j];
             one += w * b[j];
             two += w * c[j];

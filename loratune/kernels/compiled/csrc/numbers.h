@@ -30,7 +30,8 @@ typedef uint32_t unit __attribute__((may_alias));
 typedef uint32_t units __attribute__((vector_size(4 * WIDTH), may_alias));
 
 #ifdef BFLOAT16
-typedef uint16_t real;
+typedef uint16_t real, bits;
+typedef uint32_t pair;
 static inline float get(real x) { word w = {.bits = (uint32_t)x << 16}; return w.value; }
 static inline real put(float x) {
     word w = {.value = x};
@@ -40,10 +41,14 @@ static inline real put(float x) {
 static inline int is_lost(real x) { return (x & 0x7f80) == 0x7f80; }
 #else
 typedef float real;
+typedef uint32_t bits;
+typedef uint64_t pair;
 static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
 static inline int is_lost(real x) { word w = {.value = x}; return (w.bits & 0x7f800000) == 0x7f800000; }
 #endif
+typedef bits sixteen __attribute__((vector_size(16 * sizeof(real))));
+typedef pair pairs __attribute__((vector_size(16 * sizeof(real))));
 /* `is_lost`: NaN or infinite. Where a sum goes over more than it should, with weights of 0 for the rest, such numbers
    would get into it, as 0 times NaN is NaN: they are kept out, and added where they belong. */
 static inline real kept(real x) { return is_lost(x) ? 0 : x; }
