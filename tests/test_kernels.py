@@ -117,6 +117,13 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         )
         for tokens in (1, 4, 37)
     },
+    **{
+        f"linear_4bit, of {tokens} tokens": lambda dtype, tokens=tokens: (
+            normal(tokens, 192).to(dtype), (40 * normal(37 * 96)).to(torch.int8).view(torch.uint8),
+            normal(37 * 3, seed=1).abs(), normal(16, seed=2),
+        )
+        for tokens in (1, 3, 37)
+    },
     "cross_entropy": lambda dtype: ((4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27),
     "cross_entropy, with weights": lambda dtype: (
         (4 * normal(37, 1000)).to(dtype), torch.arange(37) * 27, normal(37, seed=1).abs()
@@ -145,7 +152,7 @@ def test_attention_of_any_size_equals_the_reference(size: int, lengths: tuple[in
             assert float((old.float() - new.float()).norm()) <= loose * float(old.float().norm()) + 1e-4
 
 
-SUMMED = {"attend", "attend_backward", "add_lora", "linear_8bit"}
+SUMMED = {"attend", "attend_backward", "add_lora", "linear_8bit", "linear_4bit"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -211,7 +211,8 @@ def _weight_4bit(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     )
     y = torch.zeros(37 * 64, dtype=dtype)
     ops.dequantize_4bit(y, numbers, most, code)
-    return [y, numbers.to(dtype), most]
+    products = (ops.linear_4bit(_drawn(dtype, tokens, 64), numbers, most, code) for tokens in (1, 4, 37))
+    return [y, numbers.to(dtype), most, *products]
 
 
 def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[Tensor]:

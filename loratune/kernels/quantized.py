@@ -38,8 +38,8 @@ class Dequantized8bit(Linear8bitLt):
         weight, scales = self.state.CB, self.state.SCB * (1 / _LARGEST)
         if torch.is_grad_enabled():
             return _product(x, self.bias, lambda like: _of_8bit(like, weight, scales))
-        y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales).view(*x.shape[:-1], -1)
-        return y if self.bias is None else y.add_(self.bias.to(x.dtype))
+        y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales)
+        return _with_bias(y.view(*x.shape[:-1], -1), self.bias)
 
 
 class Dequantized4bit(Linear4bit):
@@ -47,9 +47,12 @@ class Dequantized4bit(Linear4bit):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        return _product(
-            x, self.bias, lambda like: _of_4bit(like, self.weight.data, self.weight.quant_state or self.quant_state)
-        )
+        weight, state = self.weight.data, self.weight.quant_state or self.quant_state
+        if torch.is_grad_enabled() or x.shape[-1] % state.blocksize:
+            return _product(x, self.bias, lambda like: _of_4bit(like, weight, state))
+        packed, scales = weight.view(torch.uint8).view(-1), _scales_of_4bit(state)
+        y: Tensor = fused_ops(x).linear_4bit(x.reshape(-1, x.shape[-1]), packed, scales, state.code)
+        return _with_bias(y.view(*x.shape[:-1], -1), self.bias)
 
 
 class _Product(torch.autograd.Function):
@@ -71,6 +74,10 @@ def _product(x: Tensor, bias: Tensor | None, dequantized: Callable[[Tensor], Ten
     return y
 
 
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y.add_(bias.to(y.dtype))
+
+
 def _scratch(like: Tensor, count: int) -> Tensor:
     """A tensor of this thread, (count,), with the dtype of another one, until the next call.
 
@@ -79,7 +86,7 @@ def _scratch(like: Tensor, count: int) -> Tensor:
     kept = getattr(_KEPT, "tensor", None)
     if kept is None or kept.dtype != like.dtype or len(kept) < count or upstream.is_fake(like):
         with torch.inference_mode(False):  # also written to outside of it
-            kept = torch.empty(count, dtype=like.dtype)
+            kept = like.new_empty(count)
         if not upstream.is_fake(kept):
             _KEPT.tensor = kept
     return kept[:count]
@@ -94,12 +101,19 @@ def _of_8bit(like: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 def _of_4bit(like: Tensor, weight: Tensor, state: Any) -> Tensor:
     """A weight in the dtype of a tensor. weight: its bytes; state: the `QuantState` of bitsandbytes."""
-    scales = dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+    scales, packed = _scales_of_4bit(state), weight.view(torch.uint8).view(-1)
     padded = _scratch(like, len(scales) * state.blocksize)
-    numbers = weight.view(torch.uint8).view(-1)
-    numbers = functional.pad(numbers, (0, len(padded) // 2 - len(numbers)))
-    fused_ops(like).dequantize_4bit(padded, numbers, scales, state.code)
+    if missing := len(padded) // 2 - len(packed):
+        packed = functional.pad(packed, (0, missing))
+    fused_ops(like).dequantize_4bit(padded, packed, scales, state.code)
     return padded[: state.shape.numel()].view(state.shape)
+
+
+def _scales_of_4bit(state: Any) -> Tensor:
+    """The largest magnitude of each block, (blocks,), float32. state: see `_of_4bit`."""
+    if not state.nested:
+        return torch.as_tensor(state.absmax)
+    return torch.as_tensor(dequantize_blockwise(state.absmax, state.state2)).add_(state.offset)
 
 
 def _quantized_8bit(weight: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -126,7 +140,8 @@ def _quantized_4bit(
     code = get_4bit_type(quant_type, device="cpu")
     values, order = code.sort()
     count = weight.numel()
-    blocks = functional.pad(weight.reshape(-1), (0, -count % blocksize)).view(-1, blocksize)
+    whole = functional.pad(weight.reshape(-1), (0, -count % blocksize)) if count % blocksize else weight
+    blocks = whole.reshape(-1, blocksize)
     bounds = (values[:-1] + values[1:]) / 2
     parts, numbered = torch.split(blocks, _AT_ONCE // blocksize), order.to(torch.uint8)
     numbers, most = _joined(fused_ops(part).quantize_4bit(part, bounds, numbered) for part in map(Tensor.float, parts))

@@ -22,9 +22,9 @@ DEFINES = dict(zip((torch.bfloat16, torch.float32), build.DEFINES, strict=True))
 
 FEW_TOKENS = 64
 """LoRA on at most this many tokens is one fused operation: launching two matrix products would take longer."""
-FEW_TOKENS_8BIT = 4
-"""The product of at most this many tokens with a weight in 8 bit does not dequantize it: 10 ms instead of 21 for
-11,008 x 4,096 weights. For more tokens, that would take longer."""
+FEW_TOKENS_QUANTIZED = 4
+"""The product of at most this many tokens with a quantized weight does not dequantize it: 10 ms instead of 21 for
+11,008 x 4,096 weights in 8 bit. For more tokens, that would take longer."""
 
 
 def fused_ops(like: Tensor) -> reference.FusedOps:
@@ -233,11 +233,22 @@ class CompiledOps:
 
     def linear_8bit(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """See `reference.linear_8bit`; the weight is dequantized for many tokens only."""
-        if len(x) > FEW_TOKENS_8BIT:
+        if len(x) > FEW_TOKENS_QUANTIZED:
             return reference.linear_8bit(x, weight, scales, self.dequantize)
         (x,), weight, scales = self._contiguous(x), _checked(weight, torch.int8), _checked(scales, torch.float32)
         y = x.new_empty(len(x), len(weight))
         self._call("linear_8bit", [y], x.float(), weight, scales, *x.shape, len(weight))
+        return y
+
+    def linear_4bit(self, x: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> Tensor:
+        """See `reference.linear_4bit`; the weight is dequantized for many tokens only."""
+        if len(x) > FEW_TOKENS_QUANTIZED:
+            return reference.linear_4bit(x, weight, scales, code, self.dequantize_4bit)
+        (x,), weight = self._contiguous(x), _checked(weight, torch.uint8)
+        scales, code = _checked(scales, torch.float32), _checked(code, torch.float32)
+        y = x.new_empty(len(x), 2 * weight.numel() // x.shape[1])
+        sizes = *x.shape, y.shape[1], 2 * weight.numel() // len(scales)
+        self._call("linear_4bit", [y], x.float(), weight, scales, code, *sizes)
         return y
 
     def cross_entropy(self, logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:

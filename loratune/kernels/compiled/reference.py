@@ -251,6 +251,16 @@ def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor, dequantize: Any = deq
     return functional.linear(x, dense)
 
 
+def linear_4bit(x: Tensor, weight: Tensor, scales: Tensor, code: Tensor, dequantize: Any = dequantize_4bit) -> Tensor:
+    """The product with a weight in 4 bit whose rows begin with a block, see `dequantize_4bit`.
+
+    x: (tokens, in). Returns (tokens, out).
+    """
+    dense = x.new_empty(2 * weight.numel())
+    dequantize(dense, weight, scales, code)
+    return functional.linear(x, dense.view(-1, x.shape[1]))
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """The loss of each row in nats: (rows,), float32. The logits are overwritten with its gradient.
 

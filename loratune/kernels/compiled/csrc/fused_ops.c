@@ -126,15 +126,14 @@ void dequantize(real *y, const int8_t *x, const float *scales, int64_t rows, int
 void dequantize_4bit(real *y, const uint8_t *x, const float *scales, const float *code, int64_t blocks, int64_t size) {
     ROWS for (int64_t i = 0; i < blocks; i++) {
         sixteen values, found;
-        pairs wanted;
+        sixteen_words numbers;
         for (int64_t k = 0; k < 16; k++) {
             real value = put(code[k] * scales[i]);
             memcpy((bits *)&values + k, &value, sizeof value);
         }
         for (int64_t j = 0; j < size; j += 16) {
-            const uint8_t *a = x + (i * size + j) / 2;
-            for (int64_t k = 0; k < 8; k++) wanted[k] = a[k] >> 4 | (pair)(a[k] & 15) << 8 * sizeof(real);
-            found = __builtin_shuffle(values, (sixteen)wanted);
+            unpack(&numbers, x + (i * size + j) / 2);
+            found = __builtin_shuffle(values, __builtin_convertvector(numbers, sixteen));
             memcpy(y + i * size + j, &found, sizeof found);
         }
     }
@@ -193,6 +192,46 @@ void linear_8bit(real *y, const float *x, const int8_t *weight, const float *sca
         }
         float sums[] = {one, two, three, four};
         for (int64_t t = 0; t < tokens; t++) y[t * out + i] = put(scales[i] * sums[t]);
+    }
+}
+
+/* An output of `tokens` tokens, which the compiler knows: one, or four. */
+static inline void output_4bit(float *sums, const float *const *x, const uint8_t *weight, const float *scales,
+                               const sixteen_floats *code, int64_t in, int64_t size, const int64_t tokens) {
+    sixteen_floats all[4] = {0};
+    for (int64_t start = 0; start < in; start += size) {
+        sixteen_floats some[4] = {0}, states;
+        sixteen_words numbers;
+        for (int64_t j = start; j < start + size; j += 16) {
+            unpack(&numbers, weight + j / 2);
+            sixteen_floats w = __builtin_shuffle(*code, numbers);
+            for (int64_t t = 0; t < tokens; t++) {
+                memcpy(&states, x[t] + j, sizeof states);
+                some[t] += w * states;
+            }
+        }
+        for (int64_t t = 0; t < tokens; t++) all[t] += some[t] * scales[start / size];
+    }
+    for (int64_t t = 0; t < tokens; t++) {
+        sums[t] = 0;
+        for (int64_t k = 0; k < 16; k++) sums[t] += all[t][k];
+    }
+}
+
+/* Of up to four tokens, see `linear_8bit`; rows begin with a block, of `size` numbers. */
+void linear_4bit(real *y, const float *x, const uint8_t *weight, const float *scales, const float *code, int64_t tokens,
+                 int64_t in, int64_t out, int64_t size) {
+    const float *states[4];
+    sixteen_floats values;
+    for (int64_t t = 0; t < 4; t++) states[t] = x + (t < tokens ? t : 0) * in;
+    memcpy(&values, code, sizeof values);
+    ROWS for (int64_t i = 0; i < out; i++) {
+        const uint8_t *a = weight + i * in / 2;
+        const float *factors = scales + i * in / size;
+        float sums[4];
+        if (tokens == 1) output_4bit(sums, states, a, factors, &values, in, size, 1);
+        else output_4bit(sums, states, a, factors, &values, in, size, 4);
+        for (int64_t t = 0; t < tokens; t++) y[t * out + i] = put(sums[t]);
     }
 }
 

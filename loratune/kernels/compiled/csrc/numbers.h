@@ -31,7 +31,6 @@ typedef uint32_t units __attribute__((vector_size(4 * WIDTH), may_alias));
 
 #ifdef BFLOAT16
 typedef uint16_t real, bits;
-typedef uint32_t pair;
 static inline float get(real x) { word w = {.bits = (uint32_t)x << 16}; return w.value; }
 static inline real put(float x) {
     word w = {.value = x};
@@ -42,13 +41,20 @@ static inline int is_lost(real x) { return (x & 0x7f80) == 0x7f80; }
 #else
 typedef float real;
 typedef uint32_t bits;
-typedef uint64_t pair;
 static inline float get(real x) { return x; }
 static inline real put(float x) { return x; }
 static inline int is_lost(real x) { word w = {.value = x}; return (w.bits & 0x7f800000) == 0x7f800000; }
 #endif
 typedef bits sixteen __attribute__((vector_size(16 * sizeof(real))));
-typedef pair pairs __attribute__((vector_size(16 * sizeof(real))));
+typedef float sixteen_floats __attribute__((vector_size(64)));
+typedef uint32_t sixteen_words __attribute__((vector_size(64)));
+typedef uint64_t eight_longs __attribute__((vector_size(64)));
+/* The 16 numbers of 4 bits in 8 bytes, the first of a byte in its upper half. */
+static inline void unpack(sixteen_words *numbers, const uint8_t *bytes) {
+    eight_longs pairs;
+    for (int64_t k = 0; k < 8; k++) pairs[k] = bytes[k] >> 4 | (uint64_t)(bytes[k] & 15) << 32;
+    *numbers = (sixteen_words)pairs;
+}
 /* `is_lost`: NaN or infinite. Where a sum goes over more than it should, with weights of 0 for the rest, such numbers
    would get into it, as 0 times NaN is NaN: they are kept out, and added where they belong. */
 static inline real kept(real x) { return is_lost(x) ? 0 : x; }
