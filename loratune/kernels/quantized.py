@@ -7,8 +7,10 @@ well, in several passes over memory, and keeps the inputs, which nothing needs. 
 repacks 4-bit layers at their first evaluation, for which there is no backward pass.
 """
 
+import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -101,12 +103,18 @@ def _of_8bit(like: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
 
 def _of_4bit(like: Tensor, weight: Tensor, state: Any) -> Tensor:
     """A weight in the dtype of a tensor. weight: its bytes; state: the `QuantState` of bitsandbytes."""
-    scales, packed = _scales_of_4bit(state), weight.view(torch.uint8).view(-1)
+    scales = _scales_of_4bit(state)
     padded = _scratch(like, len(scales) * state.blocksize)
-    if missing := len(padded) // 2 - len(packed):
-        packed = functional.pad(packed, (0, missing))
-    fused_ops(like).dequantize_4bit(padded, packed, scales, state.code)
+    _fill_from_4bit(padded, weight, scales, state.code)
     return padded[: state.shape.numel()].view(state.shape)
+
+
+def _fill_from_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> None:
+    """y: (blocks * size,); the last block may have fewer numbers than that. code: the values of the numbers, (16,)."""
+    packed = weight.view(torch.uint8).view(-1)
+    if missing := len(y) // 2 - len(packed):
+        packed = functional.pad(packed, (0, missing))
+    fused_ops(y).dequantize_4bit(y, packed, scales, code)
 
 
 def _scales_of_4bit(state: Any) -> Tensor:
@@ -114,6 +122,15 @@ def _scales_of_4bit(state: Any) -> Tensor:
     if not state.nested:
         return torch.as_tensor(state.absmax)
     return torch.as_tensor(dequantize_blockwise(state.absmax, state.state2)).add_(state.offset)
+
+
+def _dequantized_4bit(
+    weight: Tensor, absmax: Tensor, blocksize: int, quant_type: str, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """bitsandbytes' `dequantize_4bit`: a weight of this shape and dtype."""
+    y = torch.empty(len(absmax) * blocksize, dtype=torch.float32 if dtype == torch.float16 else dtype)
+    _fill_from_4bit(y, weight, absmax.float(), get_4bit_type(quant_type, device="cpu"))
+    return y[: math.prod(shape)].view(*shape).to(dtype)
 
 
 def _quantized_8bit(weight: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -153,10 +170,20 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat(numbers), torch.cat(most)
 
 
-def quantize_faster() -> None:
-    """Let bitsandbytes quantize on the CPU by compiled operations, with the same results."""
-    upstream.register_kernel("bitsandbytes::int8_vectorwise_quant", _quantized_8bit)
-    upstream.register_kernel("bitsandbytes::quantize_4bit", _quantized_4bit)
+@cache
+def use_operations() -> Any:
+    """Let bitsandbytes, and so transformers and PEFT, quantize and dequantize on the CPU by compiled operations.
+
+    The results are the same, except that bitsandbytes dequantizes 4-bit rows that end within a block with wrong scales.
+    What is returned holds the operations.
+    """
+    kernels = {
+        "int8_vectorwise_quant": _quantized_8bit, "quantize_4bit": _quantized_4bit, "dequantize_4bit": _dequantized_4bit
+    }  # fmt: skip
+    operations: Any = torch.library.Library("bitsandbytes", "IMPL")  # type: ignore[no-untyped-call]
+    for name, kernel in kernels.items():
+        operations.impl(name, kernel, "CPU", allow_override=True)
+    return operations
 
 
 def dequantize_in_use(model: nn.Module) -> None:

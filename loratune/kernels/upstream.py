@@ -5,7 +5,6 @@ if a release removes one.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,15 +50,6 @@ def is_fake(tensor: Tensor) -> bool:
 def storage_id(storage: torch.UntypedStorage) -> int:
     """The identity of a storage. The documented address of its data is the same for all fake tensors."""
     return int(storage._cdata)
-
-
-def register_kernel(name: str, kernel: Callable[..., Any]) -> None:
-    """Register the kernel of an operation on the CPU, unless its library or an earlier call has registered one.
-
-    torch documents `register_kernel`, which refuses a second one, but not how to ask.
-    """
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU"):
-        torch.library.register_kernel(name, "cpu", kernel)
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -24,7 +24,15 @@ from loratune.kernels.compiled import self_test
 from loratune.model import checks, fingerprints, tensor_files, upstream
 from loratune.model.dequantization import packed_format
 from loratune.model.fingerprints import FileStates
-from loratune.model.quantization import check_bitsandbytes, check_known, dense_config, loading_config, method, record_of
+from loratune.model.quantization import (
+    check_bitsandbytes,
+    check_known,
+    dense_config,
+    held_as,
+    loading_config,
+    method,
+    record_of,
+)
 from loratune.model.source import KEY, QUANTIZATION_KEY, ModelSource, local_or_hub, locate
 from loratune.system import accelerator, launcher
 from loratune.system.accelerator import device as device
@@ -116,10 +124,8 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     from_pretrained, config, origin = _loader(section, source, config)
     quantization_config = loading_config(section, config, compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
-    if section.quantization != "none":
-        import_module(
-            "loratune.kernels.quantized"
-        ).quantize_faster()  # it imports bitsandbytes, which others do not need
+    if held_as(section, config) != "none":
+        import_module("loratune.kernels.quantized").use_operations()  # imports bitsandbytes, which few bases need
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
