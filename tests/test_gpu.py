@@ -239,7 +239,9 @@ def test_a_gpu_is_named_with_its_memory(monkeypatch: pytest.MonkeyPatch) -> None
     module = SimpleNamespace(get_device_name=lambda _: "NVIDIA H100", get_device_properties=lambda _: known)
     monkeypatch.setattr(accelerator, "device", lambda: torch.device("cuda", 1))
     monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     assert accelerator.describe(torch.bfloat16) == "cuda:1 NVIDIA H100, 80.0 GiB, bfloat16"
+    assert accelerator.describe(torch.bfloat16, spread=True) == "cuda:1 NVIDIA H100, 80.0 GiB and 3 more, bfloat16"
 
 
 @pytest.mark.parametrize(("error", "expected"), [

@@ -144,7 +144,7 @@ def params(run: RunConfig) -> Params:
         memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
         batch=batch,
         length=length,
-        device=accelerator.describe(load.compute_dtype(run.model)),
+        device=accelerator.describe(load.compute_dtype(run.model), spread=run.model.device_map is not None),
         rows_memory=of_rows,
     )
 

@@ -22,13 +22,17 @@ def device() -> torch.device:
     return torch.device(found.type, torch.accelerator.current_device_index())
 
 
-def describe(dtype: torch.dtype) -> str:
-    """The device of this process and the dtype that it computes in, such as `CPU, 2 threads, bfloat16`."""
+def describe(dtype: torch.dtype, *, spread: bool = False) -> str:
+    """The device of this process and the dtype that it computes in, such as `CPU, 2 threads, bfloat16`.
+
+    spread: whether the model is spread over all GPUs.
+    """
     used, computed = device(), str(dtype).removeprefix("torch.")
     if used.type == "cpu":
         return f"CPU, {plural(torch.get_num_threads(), 'thread')}, {computed}"
     size = torch.get_device_module(used).get_device_properties(used).total_memory
-    return f"{used} {name(used)}, {format_size(size)}, {computed}"
+    others = f" and {len(names()) - 1} more" if spread and len(names()) > 1 else ""
+    return f"{used} {name(used)}, {format_size(size)}{others}, {computed}"
 
 
 def has_gpu() -> bool:

@@ -94,7 +94,7 @@ class Plan:
     @property
     def device(self) -> str:
         """What this process computes on, and in which dtype."""
-        return accelerator.describe(self.model.dtype)
+        return accelerator.describe(self.model.dtype, spread=self.config.model.device_map is not None)
 
     @property
     def retention(self) -> Retention | None:
