@@ -60,6 +60,27 @@ def test_slow_work_prints_a_line_and_later_another(
     assert ran.out == "" and ran.err.splitlines() == [expected] * 2
 
 
+def test_a_task_is_not_shown_while_one_within_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both would say how long the same work takes."""
+    monkeypatch.setattr(terminal, "PATIENCE", 1.0)
+    monkeypatch.setattr(terminal, "_PAUSE", 0.1)
+
+    def shown(what: str) -> str:
+        told = ""
+        while f"{what}: " not in told:
+            time.sleep(0.05)
+            told += capsys.readouterr().err
+        return told
+
+    with events.listening(Terminal()), events.progress("outside"):
+        with events.counting("inside", 3):
+            told = shown("inside")
+        assert "outside" not in told
+        shown("outside")
+
+
 def test_lines_between_reports_have_no_loss(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,9 +69,13 @@ class Terminal:
         if event.finished:
             if (piece := self._pieces.pop(event.task, None)) is not None:
                 piece.end()
+            for task, outer in self._pieces.items():
+                outer.has_inner = task != max(self._pieces)
         elif event.task in self._pieces:
             self._pieces[event.task].done = event.done
         else:
+            for outer in self._pieces.values():
+                outer.has_inner = True
             self._pieces[event.task] = _Piece(event.what, event.total, event.unit)
 
 
@@ -87,10 +91,10 @@ def _show_plan(event: PlanEvent) -> None:
 
 class _Piece:
     """A task that is shown once it takes longer than `PATIENCE`: in a terminal as a transient bar, elsewhere as a line
-    every half minute. A separate thread draws both."""
+    every half minute, but not while a task within it is shown. A separate thread draws both."""
 
     def __init__(self, what: str, total: int, unit: Unit) -> None:
-        self.what, self.total, self.unit, self.done = what, total, unit, 0
+        self.what, self.total, self.unit, self.done, self.has_inner = what, total, unit, 0, False
         self._start, self._ended = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         with suppress(RuntimeError):  # the thread limit is reached
@@ -106,10 +110,11 @@ class _Piece:
         if self._ended.wait(PATIENCE):
             return
         if not err.is_interactive:
-            log(f"{self.what}: {self._line()}")
-            while not self._ended.wait(_PAUSE):
-                log(f"{self.what}: {self._line()}")
-            return
+            while True:
+                if not self.has_inner:
+                    log(f"{self.what}: {self._line()}")
+                if self._ended.wait(_PAUSE):
+                    return
         label = TextColumn(one_line(self.what), markup=False)
         with Progress(
             label, *self._columns(), console=err, transient=True, refresh_per_second=2, **_NO_REDIRECT
