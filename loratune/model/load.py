@@ -360,11 +360,7 @@ def check_machine(section: ModelSection, machine: Machine | None = None) -> None
 
 
 def check_kernels(section: ModelSection, *, gpu: bool) -> None:
-    """Check that this machine supports the settings of training.
-
-    Raises:
-        ConfigError: A setting needs a GPU, or a package that is not installed.
-    """
+    """Raises ConfigError: a setting of training needs a GPU, and there is none, or a package that is not installed."""
     settings = section.model_dump(include={"device_map", "torch_compile"})
     settings["use_liger_kernel"] = section.use_liger_kernel is True
     what, fix = "needs a GPU, and this machine has none", "leave it out"
