@@ -1,5 +1,7 @@
 """The entry point of `loratune` and `python -m loratune`. `accelerate launch -m` and `torchrun -m` can start it too."""
 
+import atexit
+import gc
 import os
 import sys
 
@@ -24,6 +26,17 @@ def main() -> None:
         signals.ignore_signals()  # all work is done, and the handlers that report signals are removed
 
 
+def _end_quickly() -> None:
+    """Leave the last collection out, which takes 2 s, and discard what native code prints after it.
+
+    nanobind, with which Triton 3.9 is made, then lists what is left, although nobody uses this program any more.
+    """
+    from loratune import console
+
+    gc.freeze()
+    console.discard_stderr()
+
+
 def _run() -> None:
     from loratune import console
     from loratune.codes import Code
@@ -31,6 +44,8 @@ def _run() -> None:
     from loratune.system import launcher
 
     console.secure()
+    if "--debug" not in sys.argv:
+        atexit.register(_end_quickly)  # the first that is registered is the last that runs
     if launcher.rank() > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the process ends
     try:

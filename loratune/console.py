@@ -37,6 +37,13 @@ def secure() -> None:
     sys.stdout = _output(sys.stdout)
 
 
+def discard_stderr() -> None:
+    """Discard what is written to stderr from here on, by native code too."""
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
 def _is_open(number: int) -> bool:
     try:
         os.fstat(number)

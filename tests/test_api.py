@@ -63,6 +63,17 @@ def test_importing_loratune_does_not_import_torch() -> None:
     assert done.stdout == "[]\n"
 
 
+def test_what_was_frozen_is_collected_at_the_end_of_a_program(folder: Path, config: loratune.RunConfig) -> None:
+    """Native code, such as nanobind in Triton 3.9, would otherwise report it as leaked."""
+    told = "print(gc.get_freeze_count() > 100_000, flush=True)"
+    code = (
+        f"import atexit, gc, loratune; atexit.register(lambda: {told});"  # called last
+        f"loratune.count_parameters(loratune.load_config({str(folder / 'run.yaml')!r})); {told}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\nFalse\n"
+
+
 def test_all_exported_names_exist() -> None:
     assert all(getattr(loratune, name) is not None for name in loratune.__all__)
     with pytest.raises(AttributeError):

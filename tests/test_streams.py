@@ -127,6 +127,33 @@ def test_descriptors_of_closed_streams_are_not_reused_for_files(tmp_path: Path) 
     assert path.read_text() == "3 ''\n"
 
 
+ENDING = """
+import atexit, ctypes, gc, sys
+from loratune.__main__ import main
+
+atexit.register(lambda: sys.stdout.write(f"{gc.get_freeze_count() > 0}\\n"))  # called last
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).malloc_stats)  # called when Python has ended; writes to stderr, in C
+try:
+    main()
+finally:
+    atexit.register(print, "a summary", file=sys.stderr)  # as trackers print one
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc has malloc_stats")
+@pytest.mark.parametrize("debug", [False, True])
+def test_stderr_ends_before_native_code_reports_on_itself(debug: bool) -> None:
+    """As nanobind does in Triton 3.9. What libraries print before that is shown, and all of it with --debug.
+
+    Nor is anything collected then, which takes 2 s with all libraries.
+    """
+    command = [sys.executable, "-c", ENDING, "params", "no.yaml", *["--debug"] * debug]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    error, _, rest = done.stderr.partition("a summary\n")
+    assert (done.returncode, done.stdout) == (2, f"{not debug}\n") and error.count("error: no.yaml: ") == 1
+    assert ("Arena 0:" in rest) is debug and bool(rest) is debug
+
+
 @pytest.mark.parametrize("encoding", ["utf-8:strict", "utf-8:surrogateescape"])
 def test_undecodable_prompt_on_stdin_is_refused(encoding: str) -> None:
     ran = shell("generate", "--adapter", "x", redirected="", stdin=b"caf\xe9 \n", PYTHONIOENCODING=encoding)

@@ -8,6 +8,7 @@ Modules of this package import torch and other large libraries inside functions,
 are found without them.
 """
 
+import atexit
 import gc
 import json
 import sys
@@ -53,5 +54,6 @@ def libraries() -> Iterator[None]:
             raise ImportError(f"a package ends the program as it is imported (exit code {error.code})") from error
         finally:
             gc.freeze()
+            atexit.register(gc.unfreeze)  # at its end, Python collects all: nanobind would report what is left as leaks
             if was_enabled:
                 gc.enable()
