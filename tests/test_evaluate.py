@@ -208,6 +208,8 @@ def test_rows_without_a_prompt_have_no_exact_match(
     ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", path, "--json")
     score = json.loads(ran.out)["adapter"]
     assert (score["exact_match"], score["label_accuracy"], score["rows"], score["tokens"]) == (None, None, 3, 27)
+    ran = cli("evaluate", "--adapter", tmp_path / "out", "--data", path)
+    assert "perplexity" in ran.out and "exact match" not in ran.out and "label accuracy" not in ran.out
 
 
 @pytest.mark.parametrize(

@@ -76,13 +76,18 @@ def p_value(p: float) -> str:
 
 
 def scores_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one row per metric, one column per model."""
+    """Header and rows: one row per metric that these rows have, one column per model."""
     models = comparison.scores
+    known = [
+        metric
+        for metric in models[metrics.ADAPTER].metrics
+        if any(one.metrics.get(metric) is not None for one in models.values())
+    ]
 
     def cells(metric: str) -> Iterator[str]:
         return (with_interval(metric, one.metrics.get(metric), one.intervals.get(metric)) for one in models.values())
 
-    return ["", *models], [[name(metric), *cells(metric)] for metric in models[metrics.ADAPTER].metrics]
+    return ["", *models], [[name(metric), *cells(metric)] for metric in known]
 
 
 def differences_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
