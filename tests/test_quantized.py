@@ -205,6 +205,41 @@ def test_weights_are_quantized_as_by_bitsandbytes(dtype: torch.dtype, shape: tup
             assert (old is None and new is None) or (old.dtype == new.dtype and torch.equal(old, new)), name
 
 
+@pytest.mark.parametrize("native", ["1", "0"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("quantization", LAYER)
+def test_weights_that_are_not_finite_stay_so(
+    quantization: str, value: float, native: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a damaged base would train."""
+    monkeypatch.setenv("LORATUNE_NATIVE", native)
+    weight = torch.randn(4, 128)
+    weight[2, 70] = value
+    quantized.use_operations()
+    if quantization == "8bit":
+        numbers, most, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.half())
+        dense = quantized._of_8bit(weight, numbers, most / 127)
+    else:
+        dense = quantized._of_4bit(weight, *bitsandbytes.functional.quantize_4bit(weight, compress_statistics=False))
+    assert not dense[2, 70].isfinite() and dense[[0, 1, 3]].isfinite().all()
+
+
+@pytest.mark.parametrize("quantization", LAYER)
+def test_quantized_layers_take_no_tokens_and_refuse_a_second_derivative(quantization: str) -> None:
+    """The scratch has another weight by then, so that the second derivative would be wrong."""
+    kinds: dict[str, Any] = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}
+    layer = kinds[quantization](128, 48, **({"has_fp16_weights": False} if quantization == "8bit" else {})).to("cpu")
+    quantized.dequantize_in_use(layer)
+    assert type(layer).__name__ == LAYER[quantization]
+    for context in (torch.no_grad(), torch.enable_grad()):
+        with context:
+            assert layer(torch.zeros(0, 128)).shape == (0, 48) and layer(torch.zeros(2, 0, 128)).shape == (2, 0, 48)
+    x = torch.randn(3, 128, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_a_stored_dtype_of_4bit_weights_is_kept() -> None:
     """FSDP shards floats only."""
     for storage in (torch.uint8, torch.bfloat16, torch.float32):

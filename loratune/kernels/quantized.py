@@ -17,6 +17,7 @@ import torch
 from bitsandbytes.functional import dequantize_blockwise, get_4bit_type
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from loratune.kernels import upstream
@@ -41,20 +42,21 @@ class Dequantized8bit(Linear8bitLt):
         if torch.is_grad_enabled():
             return _product(x, self.bias, lambda like: _of_8bit(like, weight, scales))
         y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales)
-        return _with_bias(y.view(*x.shape[:-1], -1), self.bias)
+        return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
 
 
 class Dequantized4bit(Linear4bit):
-    """The layer of bitsandbytes, computed in the dtype of its input."""
+    """The layer of bitsandbytes, computed in the dtype of its input, whatever the compute dtype of a saved base is."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., in). Returns (..., out)."""
-        weight, state = self.weight.data, self.weight.quant_state or self.quant_state
+        weight = self.weight.data
+        state = getattr(self.weight, "quant_state", None) or self.quant_state  # FSDP's weight has none
         if torch.is_grad_enabled() or x.shape[-1] % state.blocksize:
             return _product(x, self.bias, lambda like: _of_4bit(like, weight, state))
         packed, scales = weight.view(torch.uint8).view(-1), _scales_of_4bit(state)
         y: Tensor = fused_ops(x).linear_4bit(x.reshape(-1, x.shape[-1]), packed, scales, state.code)
-        return _with_bias(y.view(*x.shape[:-1], -1), self.bias)
+        return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
 
 
 class _Product(torch.autograd.Function):
@@ -64,6 +66,7 @@ class _Product(torch.autograd.Function):
         return functional.linear(x, dequantized(x), bias)
 
     @staticmethod
+    @once_differentiable  # the scratch has another weight by then
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
         dx = dy @ ctx.dequantized(dy) if ctx.needs_input_grad[0] else None
@@ -86,7 +89,8 @@ def _scratch(like: Tensor, count: int) -> Tensor:
     To get the pages of a new one from the kernel takes as long as to fill them.
     """
     kept = getattr(_KEPT, "tensor", None)
-    if kept is None or kept.dtype != like.dtype or len(kept) < count or upstream.is_fake(like):
+    is_of_kind = kept is not None and (kept.dtype, kept.device) == (like.dtype, like.device)
+    if not is_of_kind or len(kept) < count or upstream.is_fake(like):
         with torch.inference_mode(False):  # also written to outside of it
             kept = like.new_empty(count)
         if not upstream.is_fake(kept):
@@ -120,7 +124,7 @@ def _fill_from_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> 
 def _scales_of_4bit(state: Any) -> Tensor:
     """The largest magnitude of each block, (blocks,), float32. state: see `_of_4bit`."""
     if not state.nested:
-        return torch.as_tensor(state.absmax)
+        return torch.as_tensor(state.absmax).float()
     return torch.as_tensor(dequantize_blockwise(state.absmax, state.state2)).add_(state.offset)
 
 
@@ -174,7 +178,8 @@ def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def use_operations() -> Any:
     """Let bitsandbytes, and so transformers and PEFT, quantize and dequantize on the CPU by compiled operations.
 
-    The results are the same, except that bitsandbytes dequantizes 4-bit rows that end within a block with wrong scales.
+    The results are the same, but for the last block of a weight where it is incomplete, which may be rounded otherwise;
+    and bitsandbytes dequantizes 4-bit rows that end within a block with wrong scales.
     What is returned holds the operations.
     """
     kernels = {

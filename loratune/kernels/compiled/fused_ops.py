@@ -215,6 +215,8 @@ class CompiledOps:
     def dequantize_4bit(self, y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> None:
         """See `reference.dequantize_4bit`."""
         weight, (scales, code) = _checked(weight, torch.uint8), (_checked(one, torch.float32) for one in (scales, code))
+        if not len(scales):
+            return
         self._call("dequantize_4bit", self._contiguous(y), weight, scales, code, len(scales), len(y) // len(scales))
 
     def quantize_8bit(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +235,7 @@ class CompiledOps:
 
     def linear_8bit(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
         """See `reference.linear_8bit`; the weight is dequantized for many tokens only."""
-        if len(x) > FEW_TOKENS_QUANTIZED:
+        if not 0 < len(x) <= FEW_TOKENS_QUANTIZED:
             return reference.linear_8bit(x, weight, scales, self.dequantize)
         (x,), weight, scales = self._contiguous(x), _checked(weight, torch.int8), _checked(scales, torch.float32)
         y = x.new_empty(len(x), len(weight))
@@ -242,7 +244,7 @@ class CompiledOps:
 
     def linear_4bit(self, x: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> Tensor:
         """See `reference.linear_4bit`; the weight is dequantized for many tokens only."""
-        if len(x) > FEW_TOKENS_QUANTIZED:
+        if not 0 < len(x) <= FEW_TOKENS_QUANTIZED:
             return reference.linear_4bit(x, weight, scales, code, self.dequantize_4bit)
         (x,), weight = self._contiguous(x), _checked(weight, torch.uint8)
         scales, code = _checked(scales, torch.float32), _checked(code, torch.float32)

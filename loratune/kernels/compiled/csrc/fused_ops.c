@@ -133,16 +133,22 @@ void dequantize_4bit(real *y, const uint8_t *x, const float *scales, const float
         }
         for (int64_t j = 0; j < size; j += 16) {
             unpack(&numbers, x + (i * size + j) / 2);
-            found = __builtin_shuffle(values, __builtin_convertvector(numbers, sixteen));
+            SHUFFLE(found, values, __builtin_convertvector(numbers, sixteen));
             memcpy(y + i * size + j, &found, sizeof found);
         }
     }
 }
 
+/* The largest magnitude, by the bits, whose order is the same; NaN, if there is one, is above all. */
 static float magnitude(const real *x, int64_t size) {
-    float most = 0;
-    MOST(most) for (int64_t j = 0; j < size; j++) most = fabsf(get(x[j])) > most ? fabsf(get(x[j])) : most;
-    return most;
+    word most = {.bits = 0};
+    uint32_t bits = 0;
+    MOST(bits) for (int64_t j = 0; j < size; j++) {
+        word w = {.value = fabsf(get(x[j]))};
+        bits = w.bits > bits ? w.bits : bits;
+    }
+    most.bits = bits;
+    return most.value;
 }
 
 void quantize_8bit(int8_t *y, float *most, const real *x, int64_t rows, int64_t size) {
@@ -167,7 +173,7 @@ void quantize_4bit(uint8_t *y, float *most, const real *x, const float *bounds, 
         EACH for (int64_t j = 0; j < size; j++) {
             float scaled = get(a[j]) * scale;
             int32_t count = 0;
-            for (int64_t k = 0; k < 15; k++) count += scaled > bounds[k];
+            for (int64_t k = 0; k < 15; k++) count += !(scaled <= bounds[k]);
             counts[j] = count;
         }
         for (int64_t j = 0; j < size / 2; j++) b[j] = order[counts[2 * j]] << 4 | order[counts[2 * j + 1]];
@@ -200,11 +206,11 @@ static inline void output_4bit(float *sums, const float *const *x, const uint8_t
                                const sixteen_floats *code, int64_t in, int64_t size, const int64_t tokens) {
     sixteen_floats all[4] = {0};
     for (int64_t start = 0; start < in; start += size) {
-        sixteen_floats some[4] = {0}, states;
+        sixteen_floats some[4] = {0}, states, w;
         sixteen_words numbers;
         for (int64_t j = start; j < start + size; j += 16) {
             unpack(&numbers, weight + j / 2);
-            sixteen_floats w = __builtin_shuffle(*code, numbers);
+            SHUFFLE(w, *code, numbers);
             for (int64_t t = 0; t < tokens; t++) {
                 memcpy(&states, x[t] + j, sizeof states);
                 some[t] += w * states;

@@ -49,6 +49,11 @@ typedef bits sixteen __attribute__((vector_size(16 * sizeof(real))));
 typedef float sixteen_floats __attribute__((vector_size(64)));
 typedef uint32_t sixteen_words __attribute__((vector_size(64)));
 typedef uint64_t eight_longs __attribute__((vector_size(64)));
+#ifdef __clang__
+#define SHUFFLE(to, from, places) for (int64_t k = 0; k < 16; k++) (to)[k] = (from)[(places)[k]]
+#else
+#define SHUFFLE(to, from, places) to = __builtin_shuffle(from, places)
+#endif
 /* The 16 numbers of 4 bits in 8 bytes, the first of a byte in its upper half. */
 static inline void unpack(sixteen_words *numbers, const uint8_t *bytes) {
     eight_longs pairs;
