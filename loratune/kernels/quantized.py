@@ -88,13 +88,12 @@ def _scratch(like: Tensor, count: int) -> Tensor:
 
     To get the pages of a new one from the kernel takes as long as to fill them.
     """
-    kept = getattr(_KEPT, "tensor", None)
-    is_of_kind = kept is not None and (kept.dtype, kept.device) == (like.dtype, like.device)
-    if not is_of_kind or len(kept) < count or upstream.is_fake(like):
+    if upstream.is_fake(like):
+        return like.new_empty(count)
+    kept: Tensor | None = getattr(_KEPT, "tensor", None)
+    if kept is None or (kept.dtype, kept.device) != (like.dtype, like.device) or len(kept) < count:
         with torch.inference_mode(False):  # also written to outside of it
-            kept = like.new_empty(count)
-        if not upstream.is_fake(kept):
-            _KEPT.tensor = kept
+            kept = _KEPT.tensor = like.new_empty(count)
     return kept[:count]
 
 
