@@ -215,7 +215,7 @@ Differences: TypeAlias = dict[str, Difference]
 Evaluate = TypedDict("Evaluate", {"base": Required[Score], "adapter": Required[Score], "against": Score,
     "majority": Score, "difference": Required[Differences], "difference_from_base": Differences,
     "difference_from_majority": Differences, "forgetting": dict[str, Any], "behavior": Behavior,
-    "metric": Required[str], "verdict": Required[str | None],
+    "metric": Required[str], "verdict": Required[str | None], "notes": list[str],
     "overlap": Required[dict[Literal["exact", "folded", "rows"], int] | None], "computed_by": Required[dict[str, str]],
     "prompt_sensitivity": Annotated[dict[str, Any], "loratune.compare.collapse.PromptSensitivity"] | None,
     "objective": dict[str, Any], "requirements": list[Requirement], "worst": list[dict[str, Any]],
@@ -235,6 +235,7 @@ Attributes:
     metric: The metric that the verdict is about.
     verdict: `better`, `worse` or `indistinguishable`; `collapsed` if the adapter predicts the same after every prompt;
         null for too few rows.
+    notes: Rows that were cut or dropped, or are also in train; too few rows.
     overlap: Rows that are also in train, exactly or with white space folded, of all `rows`; null if unknown.
     computed_by: How losses were computed: dtype, layers and batches.
     prompt_sensitivity: How much the predictions depend on the prompt; null if not measured.

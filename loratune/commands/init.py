@@ -160,7 +160,7 @@ def _choose_data(draft: Draft, run: RunConfig, rows: MeasuredRows, context: int 
 
 def _choose_validation(draft: Draft, run: RunConfig, rows: MeasuredRows, blocks: int) -> int:
     """Choose the fraction of held-out rows, unless there are validation files. Returns the number of held-out rows."""
-    best = "the step with the lowest loss on them is kept"
+    best = "they measure the gain, and choose the step if there are several evaluations"
     fraction = run.data.validation if draft.has("data.validation") else init_start.validation(len(rows.train), blocks)
     if rows.held_out:
         draft.reasons["data.validation"] = f"{rows.held_out:,} rows; {best}"

@@ -199,7 +199,7 @@ class Comparison:
             values["behavior"] = self.behavior.as_json()
         verdict = "collapsed" if self.collapsed else self.verdict
         values |= {"metric": self.metric, "verdict": verdict, "overlap": self.overlap}
-        values |= {"computed_by": dict(self.computed_by)}
+        values |= {"computed_by": dict(self.computed_by), "notes": [*self.remarks]}
         values |= {"prompt_sensitivity": self.sensitivity and self.sensitivity.as_json()}
         values |= {"objective": self.objective.numbers()} if self.objective else {}
         values |= {"requirements": [one.as_json() for one in self.requirements]} if self.requirements else {}

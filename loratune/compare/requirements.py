@@ -282,8 +282,9 @@ def _unmet(requirement: Requirement, found: Difference) -> str:
 
 def check_met(judgements: Sequence[Judgement]) -> None:
     """Raises RequirementError: some are not met."""
+    fix = "if the measured value meets the bound, use more held-out rows; otherwise train on more or better rows"
     if problems := [
-        Problem(Code.EVALUATE_REQUIREMENT, f"`{one.text}` is not met: {one.reason}", key=OPTION)
+        Problem(Code.EVALUATE_REQUIREMENT, f"`{one.text}` is not met: {one.reason}", key=OPTION, fix=fix)
         for one in judgements
         if not one.met
     ]:
