@@ -103,7 +103,7 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
         normal(37, seed=1).abs(),
     ),
     "dequantize_4bit": lambda dtype: (
-        torch.zeros(37 * 64, dtype=dtype), (40 * normal(37 * 32)).to(torch.int8).view(torch.uint8),
+        torch.zeros(37, 64, dtype=dtype), (40 * normal(37, 32)).to(torch.int8).view(torch.uint8),
         normal(37, seed=1).abs(), normal(16, seed=2),
     ),
     "quantize_8bit": lambda dtype: (normal(37, 96).to(dtype),),
@@ -119,7 +119,7 @@ FUSED_OPS: dict[str, Callable[[torch.dtype], tuple[Any, ...]]] = {
     },
     **{
         f"linear_4bit, of {tokens} tokens": lambda dtype, tokens=tokens: (
-            normal(tokens, 192).to(dtype), (40 * normal(37 * 96)).to(torch.int8).view(torch.uint8),
+            normal(tokens, 192).to(dtype), (40 * normal(37, 96)).to(torch.int8).view(torch.uint8),
             normal(37 * 3, seed=1).abs(), normal(16, seed=2),
         )
         for tokens in (1, 3, 37)

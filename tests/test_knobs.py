@@ -304,7 +304,7 @@ def test_model_dtype_quantization_and_attention(tiny_dir: Path) -> None:
     assert default == ("torch.float32", "Linear", "sdpa")
     assert loaded(dtype=MODEL["dtype"]) == ("torch.bfloat16", *default[1:])
     assert loaded(attn_implementation=MODEL["attn_implementation"]) == (*default[:2], "eager")
-    assert loaded(quantization=MODEL["quantization"])[1] == "Linear4bit"
+    assert loaded(quantization=MODEL["quantization"])[1] == "Dequantized4bit"
     assert loaded(quantization="8bit")[1] == "Dequantized8bit"
 
 

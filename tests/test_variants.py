@@ -277,7 +277,7 @@ def test_loftq_on_the_command_line(cli: Cli, run_config: MakeConfig, tmp_path: P
     losses = {}
     for start in ("loftq", "true"):
         path = run_config(model=quantized, training={"max_steps": 2, "learning_rate": 1e-6})
-        ran = cli("train", path, "--overwrite", "--set", f"lora.init_lora_weights={start}")
+        ran = cli("train", path, "--overwrite", "--allow-worse", "--set", f"lora.init_lora_weights={start}")
         assert ran.code == 0, ran.err
         losses[start] = json.loads((tmp_path / "out" / "loratune.json").read_text())["metrics"]["first_loss"]
         assert cli("generate", "--adapter", tmp_path / "out", "1 and 1 make", "--max-new-tokens", "2").code == 0

@@ -209,7 +209,7 @@ def _weight_4bit(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     numbers, most = ops.quantize_4bit(
         _drawn(dtype, 37, 64), (code[1:] + code[:-1]) / 2, torch.arange(16).to(torch.uint8)
     )
-    y = torch.zeros(37 * 64, dtype=dtype)
+    y, numbers = torch.zeros(37, 64, dtype=dtype), numbers.view(37, 32)
     ops.dequantize_4bit(y, numbers, most, code)
     products = (ops.linear_4bit(_drawn(dtype, tokens, 64), numbers, most, code) for tokens in (1, 4, 37))
     return [y, numbers.to(dtype), most, *products]

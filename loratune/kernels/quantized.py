@@ -54,7 +54,7 @@ class Dequantized4bit(Linear4bit):
         state = getattr(self.weight, "quant_state", None) or self.quant_state  # FSDP's weight has none
         if torch.is_grad_enabled() or x.shape[-1] % state.blocksize:
             return _product(x, self.bias, lambda like: _of_4bit(like, weight, state))
-        packed, scales = weight.view(torch.uint8).view(-1), _scales_of_4bit(state)
+        packed, scales = weight.view(torch.uint8).view(-1, x.shape[-1] // 2), _scales_of_4bit(state)
         y: Tensor = fused_ops(x).linear_4bit(x.reshape(-1, x.shape[-1]), packed, scales, state.code)
         return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
 
@@ -117,7 +117,8 @@ def _fill_from_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> 
     packed = weight.view(torch.uint8).view(-1)
     if missing := len(y) // 2 - len(packed):
         packed = functional.pad(packed, (0, missing))
-    fused_ops(y).dequantize_4bit(y, packed, scales, code)
+    blocks = (tensor.view(len(scales), -1) if len(scales) else tensor[None] for tensor in (y, packed))
+    fused_ops(y).dequantize_4bit(*blocks, scales, code)
 
 
 def _scales_of_4bit(state: Any) -> Tensor:

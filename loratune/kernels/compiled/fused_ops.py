@@ -217,7 +217,10 @@ class CompiledOps:
         weight, (scales, code) = _checked(weight, torch.uint8), (_checked(one, torch.float32) for one in (scales, code))
         if not len(scales):
             return
-        self._call("dequantize_4bit", self._contiguous(y), weight, scales, code, len(scales), len(y) // len(scales))
+        (dense,) = self._contiguous(y)
+        self._call("dequantize_4bit", [dense], weight, scales, code, *y.shape)
+        if dense is not y:
+            y.copy_(dense)
 
     def quantize_8bit(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See `reference.quantize_8bit`."""
@@ -248,8 +251,8 @@ class CompiledOps:
             return reference.linear_4bit(x, weight, scales, code, self.dequantize_4bit)
         (x,), weight = self._contiguous(x), _checked(weight, torch.uint8)
         scales, code = _checked(scales, torch.float32), _checked(code, torch.float32)
-        y = x.new_empty(len(x), 2 * weight.numel() // x.shape[1])
-        sizes = *x.shape, y.shape[1], 2 * weight.numel() // len(scales)
+        y = x.new_empty(len(x), len(weight))
+        sizes = *x.shape, len(weight), 2 * weight.numel() // len(scales)
         self._call("linear_4bit", [y], x.float(), weight, scales, code, *sizes)
         return y
 

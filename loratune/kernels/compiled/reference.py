@@ -218,13 +218,13 @@ def dequantize(y: Tensor, weight: Tensor, scales: Tensor) -> None:
 
 
 def dequantize_4bit(y: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> None:
-    """Write a weight in 4 bit to y: (numbers,).
+    """Write the blocks of a weight in 4 bit to y: (blocks, size).
 
-    weight: (numbers / 2,), uint8, the first of two numbers in the upper half of a byte; scales: (blocks,), float32;
+    weight: (blocks, size / 2), uint8, the first of two numbers in the upper half of a byte; scales: (blocks,), float32;
     code: the values of the numbers, (16,), float32.
     """
     numbers = torch.stack((weight >> 4, weight & 15), -1).view(len(scales), -1)
-    y.copy_((code[numbers.int()] * scales[:, None]).view(-1))
+    y.copy_(code[numbers.int()] * scales[:, None])
 
 
 def quantize_8bit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -254,11 +254,12 @@ def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor, dequantize: Any = deq
 def linear_4bit(x: Tensor, weight: Tensor, scales: Tensor, code: Tensor, dequantize: Any = dequantize_4bit) -> Tensor:
     """The product with a weight in 4 bit whose rows begin with a block, see `dequantize_4bit`.
 
-    x: (tokens, in). Returns (tokens, out).
+    x: (tokens, in); weight: (out, in / 2). Returns (tokens, out).
     """
-    dense = x.new_empty(2 * weight.numel())
-    dequantize(dense, weight, scales, code)
-    return functional.linear(x, dense.view(-1, x.shape[1]))
+    blocks = weight.reshape(len(scales), -1)
+    dense = x.new_empty(len(blocks), 2 * blocks.shape[1])
+    dequantize(dense, blocks, scales, code)
+    return functional.linear(x.contiguous(), dense.view(-1, x.shape[1]))
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
