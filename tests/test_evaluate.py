@@ -146,7 +146,7 @@ def test_scores_equal_an_independent_computation(
 
 def test_the_scores_distinguish_base_and_adapter(scores: dict[str, Any]) -> None:
     models = {"base", "adapter", "difference", "majority", "difference_from_majority"}
-    assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap", "computed_by"}
+    assert set(scores) == models | {"metric", "verdict", "prompt_sensitivity", "overlap", "computed_by", "notes"}
     assert scores["computed_by"] == {"dtype": "float32", "layers": "accelerated", "batches": "packed"}
     assert scores["adapter"]["loss"] < scores["base"]["loss"] - 0.1
     assert scores["base"]["exact_match"] == 0
@@ -294,7 +294,7 @@ def test_against_another_adapter(cli: Callable[..., Ran], place: Path, few: Path
     assert other == "early" or f"{place / 'pissa'}: was trained with another " in ran.err  # it records no conversations
     found = json.loads(ran.out)
     keys = ["base", "adapter", "against", "difference", "difference_from_base", "metric", "verdict"]
-    keys += ["overlap", "computed_by", "prompt_sensitivity"]
+    keys += ["overlap", "computed_by", "notes", "prompt_sensitivity"]
     assert [*found] == keys
     assert [*found["difference_from_base"]] == [*found["difference"]] == [*own["difference"]]
     for figure, one in found["difference_from_base"].items():  # as without the other adapter
