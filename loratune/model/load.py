@@ -124,8 +124,9 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     from_pretrained, config, origin = _loader(section, source, config)
     quantization_config = loading_config(section, config, compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
-    if held_as(section, config) != "none":
-        import_module("loratune.kernels.quantized").use_operations()  # imports bitsandbytes, which few bases need
+    quantized = import_module("loratune.kernels.quantized") if held_as(section, config) != "none" else None
+    if quantized is not None:  # it imports bitsandbytes, which few bases need
+        quantized.use_operations()
     try:
         # Libraries of quantized bases print to stdout, and transformers shows bars for a GGUF file.
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
@@ -149,8 +150,8 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     model.name_or_path = model.config.name_or_path = source.name
     checks.check_complete(model, info, section.name_or_path)
     checks.check_text(model, section.name_or_path)
-    if any(map(upstream.is_packed, model.parameters())):
-        import_module("loratune.kernels.quantized").dequantize_in_use(model)
+    if quantized is not None:
+        quantized.dequantize_in_use(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
 
