@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import socket
 import sys
 import time
@@ -232,6 +233,31 @@ def test_packages_that_break_the_libraries(tmp_path: Path) -> None:
     assert "torch" in facts["packages"] and "cores" in facts["processor"] and "hub" in facts["hub"]
     advice = [fact["advice"] for section in facts.values() for fact in section.values() if "advice" in fact]
     assert not any("repair what the line names" in one for one in advice)
+
+
+VARIABLES = {
+    "HF_ENDPOINT": ("gopher://[::1", "hub", "Invalid IPv6 URL"),
+    "HF_HUB_DOWNLOAD_TIMEOUT": ("soon", "hub", "invalid literal for int()"),
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": ("much", "libraries", "could not convert string to float"),
+    "TORCH_LOGS": ("x=y=", "libraries", "Invalid log settings"),
+    "HF_TOKEN_PATH": ("{pipe}", "token", "does not answer within 2 s"),
+    "HF_HOME": ("{pipe}", "token", "NotADirectoryError"),
+    "HF_HUB_CACHE": ("{pipe}", "bases (HF_HUB_CACHE)", ""),
+    "SSL_CERT_FILE": ("{pipe}", "hub", "does not answer within 2 s"),
+}
+"""Variable → its value, the fact that names what is wrong, and with what words."""
+
+
+@pytest.mark.parametrize("variable", VARIABLES)
+def test_variables_that_libraries_cannot_use(variable: str, tmp_path: Path) -> None:
+    """Most are read as a library is imported."""
+    os.mkfifo(tmp_path / "pipe")
+    value, name, told = VARIABLES[variable]
+    ran = process("env", "--json", **{variable: value.format(pipe=tmp_path / "pipe"), "HF_HUB_OFFLINE": "0"})
+    assert ran.code == 0, ran.err
+    facts = {name: fact for section in json.loads(ran.out).values() for name, fact in section.items()}
+    assert told in facts[name]["value"] and facts[name]["advice"], facts[name]
+    assert {"torch", "cores", "token", "temporary files (TMPDIR)"} <= facts.keys()
 
 
 def test_a_package_that_ends_the_program_as_it_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,6 @@ from loratune import __version__
 from loratune import config as configs
 from loratune.api import Overrides, Rows, StrPath, assignments, libraries
 from loratune.codes import Code
-from loratune.commands.explain import Explanation
-from loratune.commands.explain import explain as explain_keys
 from loratune.config import RunConfig
 from loratune.errors import ConfigError, Problem
 from loratune.events import FinishedEvent, Listener, emit, listening, note
@@ -25,6 +23,7 @@ from loratune.text import shell_word
 if TYPE_CHECKING:
     from loratune.api.adapter import Adapter
     from loratune.commands.env import Environment
+    from loratune.commands.explain import Explanation
     from loratune.commands.params import Params
     from loratune.export.hub import Upload
     from loratune.lora.stats import AdapterStats
@@ -67,7 +66,7 @@ def load_config(source: StrPath | Mapping[str, Any], overrides: Overrides = ()) 
     return configs.load(Path(source), assignments(overrides))
 
 
-def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> Explanation:
+def explain(key: str | None = None, path: StrPath | None = None, overrides: Overrides = ()) -> "Explanation":
     """Explain keys of a config: meaning, cost, and with a config file the effective values.
 
     Args:
@@ -78,6 +77,8 @@ def explain(key: str | None = None, path: StrPath | None = None, overrides: Over
     Raises:
         ConfigError: The key is unknown, or the config is not valid.
     """
+    from loratune.commands.explain import explain as explain_keys
+
     found = explain_keys(key, None if path is None else Path(path), assignments(overrides))
     if found.config and found.decides_servers:
         with libraries():

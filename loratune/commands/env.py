@@ -11,6 +11,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,27 +23,31 @@ from urllib.request import getproxies
 
 import huggingface_hub
 import psutil
-import torch
 from packaging.requirements import Requirement
 
 from loratune.codes import Code
 from loratune.errors import NumericError, Problem
-from loratune.model.upstream import bitsandbytes_lacks
-from loratune.system import accelerator, environment, platforms, release
+from loratune.system import environment, platforms, release
 from loratune.system.kept_results import cache_directory
 from loratune.text import format_size, plural, without_userinfo
 
 BROKEN = ""
-"""Why loratune's own modules cannot be imported: torch or PEFT import a package that is broken. The page then has all
-facts that do not need them; a function that does raises NameError."""
+"""Why torch or loratune's own modules cannot be imported: a library imports a package that is broken, or reads an
+environment variable that is. The page then has all facts that do not need them; a function that does raises
+NameError."""
 try:
+    import torch
+
+    from loratune.model.upstream import bitsandbytes_lacks  # isort: skip  # needs less than what follows
+    from loratune.system import accelerator  # isort: skip
+
     from loratune.data.upstream import datasets_cache_dir
     from loratune.kernels.compiled import fused_ops, self_test
 except (Exception, SystemExit) as error:
     BROKEN = f"{type(error).__name__}: {error}, in {traceback.extract_tb(error.__traceback__)[-1].filename}"
 
 SECONDS = 2.0
-"""The most seconds for which the hub, or the version of a program, is waited for."""
+"""The most seconds for which the hub, a file or directory, or the version of a program is waited for."""
 LOW_DISK = 5 << 30
 """Bytes; with less free space than this in a cache, a base of a few billion parameters does not fit."""
 FEATURES = {"avx512_bf16": "bf16", "amx_bf16": "AMX bf16", "amx_int8": "AMX int8", "avx512_vnni": "VNNI"}
@@ -175,7 +180,8 @@ def _program() -> Iterator[Fact]:
     libc = " ".join(platform.libc_ver())
     yield Fact("system", f"{platform.system()} {platform.release()}, {platform.machine()}{f', {libc}' if libc else ''}")
     if BROKEN:
-        advice = "repair the package that this file belongs to, or uninstall it; until then, other commands fail"
+        repair = "repair or uninstall the package of this file, or correct the environment variable that it reads"
+        advice = f"{repair}; until then, other commands fail"
         yield Fact("libraries", f"cannot be imported ({BROKEN})", advice)
     yield from _found("self-test", _self_test)
 
@@ -299,13 +305,14 @@ def _library(name: str, use: str) -> str:
 def _memory() -> Iterator[Fact]:
     yield from _found("memory", _free_memory)
     caches: dict[str, Callable[[], Path]] = {
-        "bases (HF_HUB_CACHE)": lambda: Path(huggingface_hub.constants.HF_HUB_CACHE),
+        "bases (HF_HUB_CACHE)": lambda: Path(_hub_constants().HF_HUB_CACHE),
         "rows (HF_DATASETS_CACHE)": lambda: datasets_cache_dir(),
         "compiled code (XDG_CACHE_HOME)": cache_directory,
         "temporary files (TMPDIR)": lambda: Path(os.environ.get("TMPDIR") or tempfile.gettempdir()),
     }
     for name, path in caches.items():
-        yield from _found(name, partial(_directory, name, path), "cannot be used", f"{_OTHER} that you can write to")
+        found = partial(_in_time, partial(_directory, name, path))
+        yield from _found(name, found, "cannot be used", f"{_OTHER} that you can write to")
 
 
 _OTHER = "set the variable to a directory"
@@ -333,18 +340,27 @@ def _directory(name: str, path: Callable[[], Path]) -> Fact:
     return Fact(name, f"{directory}, {format_size(free)} free", advice)
 
 
+def _hub_constants() -> Any:
+    """The module with what the hub's client reads from the environment, as it is imported. Raises ValueError."""
+    return importlib.import_module("huggingface_hub.constants")
+
+
 def _hub() -> Iterator[Fact]:
-    yield from _found("hub", _endpoint)
-    file = "repair the file, or set HF_TOKEN"
-    yield from _found("token", lambda: "present" if huggingface_hub.get_token() else _NO_TOKEN, "cannot be read", file)
+    yield from _found("hub", _endpoint, "cannot be used", "correct HF_ENDPOINT, or what else the line names")
+    file = "repair the file that HF_TOKEN_PATH or HF_HOME names, or set HF_TOKEN"
+    yield from _found("token", partial(_in_time, _token), "cannot be read", file)
+
+
+def _token() -> str:
+    return "present" if huggingface_hub.get_token() else _NO_TOKEN
 
 
 _NO_TOKEN = "none; only needed for gated bases and for push"
 
 
 def _endpoint() -> Fact:
-    endpoint, proxies = huggingface_hub.constants.ENDPOINT, getproxies()
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    endpoint, proxies = _hub_constants().ENDPOINT, getproxies()
+    if _hub_constants().HF_HUB_OFFLINE:
         return Fact("hub", f"not used (HF_HUB_OFFLINE); {endpoint}")
     proxy = proxies.get(endpoint.partition(":")[0]) or proxies.get("all") or ""
     through = f" through the proxy {proxy if '://' in proxy else f'http://{proxy}'}" if proxy else ""
@@ -356,20 +372,29 @@ def _endpoint() -> Fact:
 
 def _reached(url: str) -> str:
     """Why a server cannot be reached within `SECONDS` by the client of the hub, with the user, password and proxy that
-    are set; empty if it answers.
+    are set; empty if it answers."""
+    try:
+        status = _in_time(lambda: huggingface_hub.get_session().head(url, timeout=SECONDS).status_code)
+    except TimeoutError as error:
+        return str(error)
+    except Exception as error:  # whatever the network stack raises
+        return f"cannot be reached ({str(error) or type(error).__name__})"
+    return f"answers with an error (HTTP {status})" if status == 407 or status >= 500 else ""
 
-    A thread asks, as looking up an address has no timeout.
-    """
-    answers: list[str] = []
 
-    def ask() -> None:
+def _in_time(function: Callable[[], Any]) -> Any:
+    """What a function returns or raises. It runs in a thread, as looking up an address, opening a named pipe, and using
+    a network drive that is gone have no timeout. Raises TimeoutError: it takes more than `SECONDS`."""
+    result = Future[Any]()
+
+    def run() -> None:
         try:
-            status = huggingface_hub.get_session().head(url, timeout=SECONDS).status_code
-            answers.append(f"answers with an error (HTTP {status})" if status == 407 or status >= 500 else "")
-        except Exception as error:  # whatever the network stack raises
-            answers.append(f"cannot be reached ({str(error) or type(error).__name__})")
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
 
-    thread = Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(SECONDS)
-    return answers[0] if answers else f"does not answer within {SECONDS:g} s"
+    Thread(target=run, daemon=True).start()
+    wait([result], SECONDS)
+    if not result.done():
+        raise TimeoutError(f"does not answer within {SECONDS:g} s")
+    return result.result()
