@@ -224,13 +224,18 @@ def test_weights_that_are_not_finite_stay_so(
     assert not dense[2, 70].isfinite() and dense[[0, 1, 3]].isfinite().all()
 
 
+def quantized_layer(quantization: str, inputs: int, outputs: int) -> Any:
+    """A layer with the class of this package."""
+    layer = eight_bit(inputs, outputs) if quantization == "8bit" else bitsandbytes.nn.Linear4bit(inputs, outputs)
+    quantized.dequantize_in_use(layer.to("cpu"))
+    assert type(layer).__name__ == LAYER[quantization]
+    return layer
+
+
 @pytest.mark.parametrize("quantization", LAYER)
 def test_quantized_layers_take_no_tokens_and_refuse_a_second_derivative(quantization: str) -> None:
     """The scratch has another weight by then, so that the second derivative would be wrong."""
-    kinds: dict[str, Any] = {"8bit": bitsandbytes.nn.Linear8bitLt, "4bit": bitsandbytes.nn.Linear4bit}
-    layer = kinds[quantization](128, 48, **({"has_fp16_weights": False} if quantization == "8bit" else {})).to("cpu")
-    quantized.dequantize_in_use(layer)
-    assert type(layer).__name__ == LAYER[quantization]
+    layer = quantized_layer(quantization, 128, 48)
     for context in (torch.no_grad(), torch.enable_grad()):
         with context:
             assert layer(torch.zeros(0, 128)).shape == (0, 48) and layer(torch.zeros(2, 0, 128)).shape == (2, 0, 48)
@@ -238,6 +243,27 @@ def test_quantized_layers_take_no_tokens_and_refuse_a_second_derivative(quantiza
     (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (1, 64), (4, 127), (5, 129), (2, 2, 256), (3, 1)], ids=str)
+@pytest.mark.parametrize("quantization", LAYER)
+def test_inputs_of_another_width_are_refused_as_by_a_linear_layer(quantization: str, shape: tuple[int, ...]) -> None:
+    layer, x = quantized_layer(quantization, 128, 48), torch.randn(shape)
+    with pytest.raises(RuntimeError) as expected:
+        torch.nn.Linear(128, 48)(x)
+    for context in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with context, pytest.raises(RuntimeError) as caught:
+            layer(x)
+        assert str(caught.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("shape", [(128,), (0, 128), (1, 128), (2, 3, 128)], ids=str)
+@pytest.mark.parametrize("quantization", LAYER)
+def test_gradient_of_a_bias_for_inputs_of_any_shape(quantization: str, shape: tuple[int, ...]) -> None:
+    layer, x = quantized_layer(quantization, 128, 48), torch.randn(shape, requires_grad=True)
+    layer.bias.requires_grad_()
+    layer(x).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((48,), float(math.prod(shape[:-1])))) and x.grad.shape == shape
 
 
 def test_a_stored_dtype_of_4bit_weights_is_kept() -> None:

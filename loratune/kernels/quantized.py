@@ -39,7 +39,7 @@ class Dequantized8bit(Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         weight, scales = self.state.CB, self.state.SCB * (1 / _LARGEST)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.shape[-1:] != weight.shape[1:]:  # an error of torch
             return _product(x, self.bias, lambda like: _of_8bit(like, weight, scales))
         y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales)
         return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
@@ -52,7 +52,8 @@ class Dequantized4bit(Linear4bit):
         """x: (..., in). Returns (..., out)."""
         weight = self.weight.data
         state = getattr(self.weight, "quant_state", None) or self.quant_state  # FSDP's weight has none
-        if torch.is_grad_enabled() or x.shape[-1] % state.blocksize:
+        is_odd = x.shape[-1:] != state.shape[1:] or x.shape[-1] % state.blocksize  # the first is an error of torch
+        if torch.is_grad_enabled() or is_odd:
             return _product(x, self.bias, lambda like: _of_4bit(like, weight, state))
         packed, scales = weight.view(torch.uint8).view(-1, x.shape[-1] // 2), _scales_of_4bit(state)
         y: Tensor = fused_ops(x).linear_4bit(x.reshape(-1, x.shape[-1]), packed, scales, state.code)
@@ -70,7 +71,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dy = grads[0].contiguous()
         dx = dy @ ctx.dequantized(dy) if ctx.needs_input_grad[0] else None
-        return dx, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+        return dx, dy.sum_to_size(dy.shape[-1]) if ctx.needs_input_grad[1] else None, None
 
 
 def _product(x: Tensor, bias: Tensor | None, dequantized: Callable[[Tensor], Tensor]) -> Tensor:
