@@ -98,6 +98,66 @@ def test_a_link_in_the_place_of_results_is_replaced(kept: Path, tmp_path: Path) 
     assert (tmp_path / "precious").read_text() == '{"a": 3}' and not (tmp_path / "missing").exists()
 
 
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a digit of a value": lambda content: content.replace(b"2:a5", b"2:a7"),
+    "a lone surrogate": lambda content: content.replace(b"2:a5", rb"2:\ud800"),
+    "a name": lambda content: content.replace(b"print", b"prinz"),
+    "the digest": lambda content: content.replace(b'"sha256": "', b'"sha256": "0')[:-3] + b'"}',
+    "no digest": lambda content: content[: content.index(b', "sha256"')] + b"}",
+    "results alone": lambda content: b'{"fingerprint": "2:a5"}',
+    "cut": lambda content: content[:-1],
+    "a byte more": lambda content: content + b" ",
+    "another key twice": lambda content: content.replace(b'{"results"', b'{"results": {}, "results"'),
+    "a list": lambda content: b"[" + content + b"]",
+    "a number": lambda content: b"1",
+    "no object": lambda content: content.replace(b'{"fingerprint": "2:a5"}', b"null"),
+    "deep": lambda content: b"[" * 100_000,
+    "bytes": lambda content: b"\xff" + content,
+    "empty": lambda content: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_not_kept(damage: str, kept: Path) -> None:
+    results = KeptResults("a")
+    results.store({"fingerprint": "2:a5"})
+    (path,) = kept.iterdir()
+    content = path.read_bytes()
+    assert DAMAGE[damage](content) != content
+    path.write_bytes(DAMAGE[damage](content))
+    assert results.load() == {}
+    assert results.once("fingerprint", str, lambda: "2:a5") == "2:a5" and path.read_bytes() == content
+
+
+def test_results_of_something_else_are_not_kept(kept: Path) -> None:
+    KeptResults("a").store({"a": 1})
+    (path,) = kept.iterdir()
+    KeptResults("b").store({"a": 2})
+    (other,) = {*kept.iterdir()} - {path}
+    other.write_bytes(path.read_bytes())
+    assert KeptResults("b").load() == {} and KeptResults("a").load() == {"a": 1}
+
+
+@pytest.mark.parametrize("place", ["results", "loratune"])
+@pytest.mark.parametrize("problem", ["belongs to another user", "can be written to by others"])
+def test_nothing_is_kept_where_another_user_can_write(
+    problem: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the directory above, in which they could put another one in its place; compiled code is refused there."""
+    folder = tmp_path / "loratune" / "results"
+    monkeypatch.setattr(kept_results, "directory", lambda: folder)
+    results, changed = KeptResults("a"), folder if place == "results" else folder.parent
+    assert results.store({"a": 1}) == "" and results.load() == {"a": 1}
+    if problem.startswith("can"):
+        changed.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(changed, 4242, -1)
+    else:
+        pytest.skip("only root can give a directory to another user")
+    assert results.load() == {} and results.store({"a": 2}) == f"{changed} {problem}"
+    assert results.once("a", int, lambda: 3) == 3
+
+
 TYPES: list[tuple[type | UnionType, Any, tuple[Any, ...]]] = [
     (str, "2:a", (None, 1, ["2:a"], {})),
     (NoneType, None, ("", False, [])),

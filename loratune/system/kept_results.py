@@ -1,8 +1,8 @@
 """Results that are the same each time, such as those of checks, kept in the cache directory of this user.
 
 Whoever keeps a result names everything that it depends on. The results of one set of such values are a small file,
-`results/<hash>.json`. There are no locks: a file is replaced as a whole, and processes that keep a result at the same
-time may keep one of them only.
+`results/<hash>.json`, with a digest that detects damage. There are no locks: a file is replaced as a whole, and
+processes that keep a result at the same time may keep one of them only.
 """
 
 import hashlib
@@ -95,15 +95,15 @@ class KeptResults:
 
     def load(self) -> dict[str, Any]:
         """All results; empty if there are none, or if the file is damaged or can be written by another user."""
-        with suppress(OSError, ValueError, RuntimeError):
-            if self._name:
-                path = (elsewhere() or directory()) / self._name
+        with suppress(OSError, ValueError, RuntimeError, KeyError, TypeError):
+            if self._name and not _problem(folder := elsewhere() or directory()):
+                path = folder / self._name
                 with open_file(path) as file:
                     content = b"" if ownership_problem(os.fstat(file.fileno())) else file.read(_MAX_BYTES)
                 with suppress(OSError):  # such as a file system that is read-only
                     os.utime(path)
-                values = json.loads(content)
-                return values if isinstance(values, dict) else {}
+                values: dict[str, Any] = json.loads(content)["results"]
+                return values if content == self._sealed(values) else {}
         return {}
 
     def store(self, results: dict[str, Any]) -> str:
@@ -113,17 +113,32 @@ class KeptResults:
         try:
             folder = elsewhere() or directory()
             make_private_directory(folder)
-            if problem := ownership_problem(folder.lstat()):
-                return f"{folder} {problem}"
+            if problem := _problem(folder):
+                return problem
             for path in folder.iterdir():
                 with suppress(OSError):
                     is_ours = _NAME.fullmatch(path.name) and is_file(path)
                     if is_ours and path.stat().st_mtime < time.time() - _DAYS * 86400:
                         path.unlink()
-            replace_private(folder / self._name, json.dumps(results).encode())
+            replace_private(folder / self._name, self._sealed(results))
         except (OSError, RuntimeError) as error:
             return str(error)
         return ""
+
+    def _sealed(self, results: dict[str, Any]) -> bytes:
+        """The content of the file, with a digest of what the results depend on and of the results."""
+        digest = hashlib.sha256(f"{self._name} {json.dumps(results)}".encode()).hexdigest()
+        return json.dumps({"results": results, "sha256": digest}).encode()
+
+
+def _problem(folder: Path) -> str:
+    """Why somebody else can write to a directory or replace it, in words; empty if only this user can. Raises OSError:
+    it cannot be read.
+
+    The one above it may be a link: to make that, one must own what is above.
+    """
+    found = {folder: folder.lstat(), folder.parent: folder.parent.stat()}
+    return next((f"{path} {why}" for path, status in found.items() if (why := ownership_problem(status))), "")
 
 
 NOTHING_KEPT = KeptResults()
