@@ -227,6 +227,16 @@ def test_rows_are_isolated_from_other_adapters() -> None:
         assert not InferenceLinear(layer, [good, bad], rows=[0, 1])(x)[1].isfinite().all()
 
 
+def test_fast_layers_have_the_attributes_of_the_layer() -> None:
+    """As PEFT's layers have: Jamba multiplies by `dt_proj.weight` itself, past the adapter."""
+    layer = nn.Linear(8, 6)
+    fast = InferenceLinear(layer, [Adapted(layer, nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(6, 3)))])
+    assert fast.weight is layer.weight and fast.bias is layer.bias and fast.out_features == 6
+    assert [*fast.parameters()] == []
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = fast.nothing
+
+
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (3, 4, 8), (2, 2, 4, 8)])
 def test_layer_with_unexpected_batch_shape_raises_rows_mixed_error(shape: tuple[int, ...]) -> None:
     layer = nn.Linear(8, 6)

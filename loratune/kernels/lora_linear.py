@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from loratune.kernels import upstream
 from loratune.kernels.compiled.fused_ops import fused_ops
+from loratune.kernels.layer_sample import StandIn
 from loratune.system import environment
 
 _LARGE = 64 << 20
@@ -241,16 +242,18 @@ class RowsMixedError(ValueError):
     """A layer does not receive the rows of a batch separately, such as an expert that gets tokens from a router."""
 
 
-class InferenceLinear(nn.Module):
+class InferenceLinear(StandIn):
     """y = W x + b + scaling * up (down x), without dropout and gradients: two thin products in the dtype of W.
 
     Several adapters are concatenated in `down` and `up`. Between the two products, each row of a batch keeps the values
     of its own adapter, and the others are set to zero: with few adapters, this is faster than separate products.
+
+    Other attributes are those of the layer, as in PEFT: Jamba multiplies by `dt_proj.weight` itself.
     """
 
     def __init__(self, layer: nn.Linear, adapters: Sequence[Adapted], rows: Sequence[int] = (0,)):
         """rows: the index of the adapter of each row of a batch, if there are several adapters."""
-        super().__init__()
+        super().__init__(layer)
         self._weight, self._bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
         present = [(number, part.down, part.up, part) for number, part in enumerate(adapters)]
         ranks, downs, ups = [], [], []
