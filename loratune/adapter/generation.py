@@ -6,22 +6,22 @@ rest, which requires correct masks and positions; before the first batch, a test
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from loratune import kernels
 from loratune.adapter.options import GREEDY, Sampling
+from loratune.adapter.padding import pad_left, same_logits, writes_padded
 from loratune.codes import Code
 from loratune.config import DataSection
-from loratune.data.batches import pad, padding_refusal
+from loratune.data.batches import padding_refusal
 from loratune.data.formats import Message
 from loratune.data.rendering import Renderer
 from loratune.errors import AdapterError, Problem
@@ -34,8 +34,6 @@ from loratune.model.fingerprints import Sampled
 
 _WORTHWHILE, _FEWEST = 0.05, 64
 """The fraction and the number of a batch's tokens that must be saved: the prefix costs an extra forward pass."""
-_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
-"""The largest accepted difference from the logits without a shared prefix, relative to the largest logit."""
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +62,9 @@ class SharedPrompts:
 
     @cached_property
     def mixes_padding(self) -> bool:
-        """Whether padding changes the model's output for a row, as far as is known; tested once."""
-        sample = kernels.sample_layers(self._model)
-        return self.is_plain or padding_refusal(self._model, self.padding, sample) is not None
+        """Whether padding changes what the model computes or writes for a row; tested once."""
+        given = self._model, self.padding, kernels.sample_layers(self._model)
+        return self.is_plain or padding_refusal(*given) is not None or not writes_padded(*given)
 
     def batch(self, rows: Sequence[Ids], more: int) -> dict[str, Any]:
         """The keyword arguments of `generate` for a batch. The adapter must be active.
@@ -88,8 +86,7 @@ class SharedPrompts:
 
     def plain(self, rows: Sequence[Ids]) -> dict[str, Any]:
         """Like `batch`, without a shared prefix."""
-        batch = pad([{"input_ids": ids} for ids in rows], self.padding, "left")
-        return {name: tensor.to(self._model.device) for name, tensor in batch.items()}
+        return pad_left(self._model, rows, self.padding)
 
     def _with_cache(self, rows: Sequence[Ids], length: int) -> dict[str, Any]:
         prefix = torch.tensor([list(rows[0][:length])], device=self._model.device)
@@ -121,23 +118,12 @@ class SharedPrompts:
         if self._tried is None:
             short, padded_to = longest[: length + 1], [*longest, longest[-1]]
             try:
-                found = [self._next_logits(self._with_cache([short, padded_to], length))]
-                found += [self._next_logits(self.plain([short]))]
+                batches = self._with_cache([short, padded_to], length), self.plain([short])
+                self._tried = same_logits(self._model, *batches, self.padding, new=1)
             except (AssertionError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
                 _log.debug("prefixes are not shared", exc_info=error)
-                found = [torch.zeros(1), torch.ones(1)]
-            difference = float((found[0] - found[1]).abs().max() / found[1].abs().max())
-            self._tried = difference <= _TOLERANCE.get(self._model.dtype, 0.0)
-            _log.debug("shared prefixes: logits differ by %.1e", difference)
+                self._tried = False
         return self._tried
-
-    def _next_logits(self, batch: Mapping[str, Any]) -> Tensor:
-        """The next-token logits of the first row."""
-        settings = GenerationConfig(
-            max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.padding
-        )
-        found: Any = self._model.generate(**batch, generation_config=settings)
-        return found.logits[0][0].float()  # type: ignore[no-any-return]
 
 
 BATCH = 32

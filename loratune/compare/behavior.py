@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, StoppingCriteria
 
 from loratune import data, kernels
+from loratune.adapter.padding import NO_STOP, pad_left
 from loratune.codes import Code
 from loratune.compare.engine import Engine, ScoringLayout
 from loratune.data import token_cache
-from loratune.data.batches import pad
 from loratune.data.rendering import Renderer
 from loratune.errors import LoratuneError, ModelError, Problem, is_out_of_memory
 from loratune.events import Advance, counting, progress
@@ -38,8 +38,6 @@ ANSWER_TOKENS = 48
 """The maximum number of tokens of an answer."""
 SHOWN = 6
 """The number of instructions whose answers are kept, to be shown side by side."""
-NO_STOP = -1
-"""An end token that no vocabulary has."""
 _WRITTEN_AT_ONCE = 24
 """The number of texts that are written in one batch."""
 _BATCH_TOKENS = 512
@@ -265,7 +263,7 @@ def write(
 
     Args:
         model: A `PeftModel`.
-        engine: Says whether its rows can be padded, and with which token.
+        engine: Says whether prompts can be padded, and with which token.
         given: The prompts.
         max_new_tokens: The maximum number of tokens per text.
         end_ids: Tokens that end a text; none for texts that all have `max_new_tokens`.
@@ -281,7 +279,7 @@ def write(
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens, eos_token_id=[*end_ids] or [NO_STOP], pad_token_id=engine.pad_id, **draw
     )
-    each, was_training = _WRITTEN_AT_ONCE if engine.padded else 1, model.training
+    each, was_training = _WRITTEN_AT_ONCE if engine.writes_padded else 1, model.training
     writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
     model.eval()
     try:
@@ -289,8 +287,7 @@ def write(
             if seed is not None:
                 torch.manual_seed(seed)
             for start in range(0, len(given), each):
-                batch = pad([{"input_ids": ids} for ids in given[start : start + each]], engine.pad_id, "left")
-                inputs = {name: value.to(model.device) for name, value in batch.items()}
+                inputs = pad_left(model, given[start : start + each], engine.pad_id)
                 with _as_unsupported(), kernels.dense_states(model):
                     ids = model.generate(**inputs, generation_config=settings, stopping_criteria=[_Counted(advance)])
                     written = ids[:, inputs["input_ids"].shape[1] :]
@@ -303,7 +300,7 @@ def write(
 
 def passes(engine: Engine, texts: int, max_new_tokens: int) -> int:
     """How many forward passes it takes to write texts, at most: one for each token of the texts in a batch."""
-    return -(-texts // (_WRITTEN_AT_ONCE if engine.padded else 1)) * max_new_tokens
+    return -(-texts // (_WRITTEN_AT_ONCE if engine.writes_padded else 1)) * max_new_tokens
 
 
 class _Counted(StoppingCriteria):

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from loratune import kernels
+from loratune.adapter.padding import writes_padded
 from loratune.compare.metrics import RowLosses
 from loratune.config import DataSection
 from loratune.data import TokenizedDataset
@@ -316,6 +317,7 @@ class Engine:
         acceleration: The layers that kernels compute.
         flat: Whether rows are packed.
         padded: Whether rows can be padded, if they are not packed; if False, each row is a batch by itself.
+        writes_padded: Whether prompts that the model continues can be padded in a batch.
         pad_id: The id of the padding token.
     """
 
@@ -347,6 +349,8 @@ class Engine:
                 self.flat = checks.once(f"packing {LONGEST}", REFUSAL, refusal) is None if flat is None else flat
             refusal = partial(padding_refusal, model, pad_id, sample)
             self.padded = self.flat or checks.once(f"padding {pad_id}", REFUSAL, refusal) is None
+        test = partial(writes_padded, model, pad_id, sample)  # in all processes alike, before weights are sharded
+        self.writes_padded: bool = self.padded and checks.once(f"writing {pad_id}", bool, test)
 
     def losses(
         self, dataset: TokenizedDataset, copies: Copies, objective: Objective = SFT, before_batch: BeforeBatch = nothing

@@ -234,10 +234,10 @@ def _mixing(model: Any, layout: Layout, longest: int, total: int = 0) -> str:
 
     longest, total: as in `packing_refusal`.
     """
-    with _evaluating(model):
+    with evaluating(model):
         text_config = model.config.get_text_config()  # on a GPU, a position past its table ends the process
         longest = min(longest, getattr(text_config, "max_position_embeddings", None) or longest)
-        rows = _random_rows(model, min(longest, GRADIENT_LONGEST))
+        rows = random_rows(model, min(longest, GRADIENT_LONGEST))
         if not bool(_alone(model, rows[0]).isfinite().all()):
             return ""
         if _leaks(model, layout, rows):
@@ -278,7 +278,7 @@ def padding_is_cheaper(lengths: NDArray[np.integer[Any]], size: int, width: int)
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode; the mode of every module and the random state are restored afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     with same_random_numbers(model.device), torch.inference_mode(False):
@@ -290,7 +290,7 @@ def _evaluating(model: Any) -> Iterator[None]:
                 module.training = mode
 
 
-def _random_rows(model: Any, longest: int, seed: int = 0) -> list[Row]:
+def random_rows(model: Any, longest: int, seed: int = 0) -> list[Row]:
     """Returns three random rows, a short one, a long one and one in between, of text tokens."""
     special = _special_ids(model.config.to_dict())
     ids = [token for token in range(model.config.get_text_config().vocab_size) if token not in special]
@@ -358,10 +358,10 @@ def _leaks(model: Any, layout: Layout, rows: list[Row]) -> bool:
 
 def _smallest_difference(model: Any, layout: Layout, longest: int, total: int) -> float:
     """Returns the largest difference over the rows, each row by its smallest over the draws (`_differences`)."""
-    best = _differences(model, layout, _random_rows(model, min(longest, LONGEST)), longest, total)
+    best = _differences(model, layout, random_rows(model, min(longest, LONGEST)), longest, total)
     for seed in range(1, DRAWS):
         if not bool((best <= _tolerance(model)).all()):
-            rows = _random_rows(model, min(longest, LONGEST), seed)
+            rows = random_rows(model, min(longest, LONGEST), seed)
             best = best.minimum(_differences(model, layout, rows, longest, total))
     return float(best.max())
 

@@ -32,7 +32,7 @@ def _before_training(plan: Plan) -> tuple[dict[str, Any], Callable[[], AbstractC
     identity: dict[str, Any] = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
     identity |= {"start": start, "lora": plan.config.lora.model_dump() if starts_elsewhere else {}}
     identity |= {"seed": plan.config.training.seed, "shares": plan.config.data.share_prefixes}
-    identity |= {"flat": plan.batches.engine.flat, "padded": plan.batches.engine.padded}
+    identity |= {"flat": plan.batches.engine.flat, "padded": plan.batches.engine.writes_padded}
     if starts_elsewhere:  # it is the model with the adapter that it starts from
         return identity, nullcontext
     weights = tensors.full_weights(plan.model)
@@ -121,7 +121,8 @@ def answering(plan: Plan) -> tuple[behavior.Answer, dict[str, Any]]:
     def answer(given: Sequence[behavior.Ids]) -> list[list[int]]:
         return [*behavior.write(model, engine, given, behavior.ANSWER_TOKENS, end_ids=ends)]
 
-    return answer, {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
+    identity = {"base": plan.base.fingerprint, "conditions": plan.checkpoints.record.conditions}
+    return answer, identity if engine.writes_padded else {**identity, "padded": False}
 
 
 def answer_as_base(plan: Plan) -> None:
