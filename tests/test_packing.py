@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loratune.data.batches import flatten, packing_refusal, padding_refusal
+from loratune.data.batches import flatten, packing_refusal, padding_refusal, random_rows
 from loratune.data.packing import BatchLayout, best_fit
 from loratune.kernels import next_token_loss
 
@@ -281,6 +281,37 @@ def test_padding_that_affects_rows_is_detected() -> None:
         assert refusal == f"gpt2 computes something else for rows that are padded: {MIXES}"
     refusal = str(padding_refusal(Counting(transformers.GPT2Config(**GPT2)), 3))
     assert refusal.startswith("gpt2 computes something else for rows that are padded: logits differ by ")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38], ids=str)
+def test_a_base_that_is_not_finite_for_some_rows_is_not_reported_as_mixing(value: float) -> None:
+    """Also where only the first row is finite, or only logits and not their gradient. Training reports the loss."""
+    for row, longest in ((1, 12), (2, 12), (1, 24), (1, 40)):
+        model = built(SUPPORTED["llama"])
+        first, *others = random_rows(model, longest)
+        (token, *_) = {*others[row - 1]["input_ids"]} - {*first["input_ids"]}
+        model.get_input_embeddings().weight.data[token] = value
+        assert packing_refusal(model, 40) is None and padding_refusal(model, 0) is None
+
+
+def test_a_base_whose_logits_are_all_zero_is_not_reported_as_mixing() -> None:
+    model = built(SUPPORTED["llama"])
+    model.get_output_embeddings().weight.data.zero_()
+    assert packing_refusal(model, 40) is None and padding_refusal(model, 0) is None
+
+
+class FiniteAlone(transformers.GPT2LMHeadModel):
+    """Returns NaN for batches of several rows."""
+
+    def forward(self, input_ids: Tensor, **inputs: Any) -> Any:
+        output = super().forward(input_ids, **inputs)
+        output.logits = output.logits.masked_fill(torch.tensor(len(input_ids) > 1), torch.nan)
+        return output
+
+
+def test_batches_that_are_not_finite_as_rows_alone_are_detected() -> None:
+    refusal = str(padding_refusal(FiniteAlone(transformers.GPT2Config(**GPT2)), 3))
+    assert refusal.endswith("padded: logits do not differ by a finite number from those of a row alone")
 
 
 def test_failure_on_padded_rows_is_not_reported_as_mixing() -> None:
