@@ -241,16 +241,18 @@ def compare_tokens(
     values = np.zeros((len(texts), 2))
     was_training = model.training
     model.eval()
-    for numbers, batch, at in batches(engine, texts):
-        with engine.acceleration.applied(model):
-            ours = kernels.logits_at(model, batch, at).float().log_softmax(-1)
-        with base(), engine.acceleration.applied(model):
-            its = kernels.logits_at(model, batch, at).float().log_softmax(-1)
-        same = (ours.argmax(-1) == its.argmax(-1)).double()
-        nats = its.sub(ours).mul_(its.exp_()).sum(-1, dtype=torch.float64)
-        counts = [len(texts[number][1]) for number in numbers]
-        for column, part in enumerate((nats, same)):
-            values[[*numbers], column] = [float(one.sum()) for one in torch.split(part.cpu(), counts)]
+    with counting("comparing predictions, in answers", len(texts)) as advance:
+        for numbers, batch, at in batches(engine, texts):
+            with engine.acceleration.applied(model):
+                ours = kernels.logits_at(model, batch, at).float().log_softmax(-1)
+            with base(), engine.acceleration.applied(model):
+                its = kernels.logits_at(model, batch, at).float().log_softmax(-1)
+            same = (ours.argmax(-1) == its.argmax(-1)).double()
+            nats = its.sub(ours).mul_(its.exp_()).sum(-1, dtype=torch.float64)
+            counts = [len(texts[number][1]) for number in numbers]
+            for column, part in enumerate((nats, same)):
+                values[[*numbers], column] = [float(one.sum()) for one in torch.split(part.cpu(), counts)]
+            advance(len(numbers))
     model.train(was_training)
     return values[:, 0], values[:, 1], np.array([len(answer) for _, answer in texts], np.float64)
 

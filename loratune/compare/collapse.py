@@ -16,6 +16,7 @@ import torch
 
 from loratune import kernels
 from loratune.data.rendering.spans import TokenizedRow
+from loratune.events import Advance, counting
 from loratune.lora.attach import PeftModel
 
 PROMPTS = 8
@@ -111,9 +112,10 @@ def measure(
     """
     if not (found := prompts(rows)):
         return None
-    adapter = _predictions(model, found)
-    with without_adapter:
-        base = _predictions(model, found)
+    with counting("comparing predictions after different prompts", 2 * len(found)) as advance:
+        adapter = _predictions(model, found, advance)
+        with without_adapter:
+            base = _predictions(model, found, advance)
     return PromptSensitivity.of(base, adapter, [*found.values()])
 
 
@@ -137,10 +139,12 @@ def prompts(rows: Sequence[TokenizedRow]) -> dict[tuple[int, ...], int]:
     return {}
 
 
-def _predictions(model: PeftModel, found: Iterable[Sequence[int]]) -> list[torch.Tensor]:
-    was_training = model.training
+def _predictions(model: PeftModel, found: Iterable[Sequence[int]], advance: Advance) -> list[torch.Tensor]:
+    was_training, predictions = model.training, list[torch.Tensor]()
     model.eval()
-    predictions = [kernels.next_token_logits(model, ids).log_softmax(-1) for ids in found]
+    for ids in found:
+        predictions.append(kernels.next_token_logits(model, ids).log_softmax(-1))
+        advance(1)
     model.train(was_training)
     return predictions
 

@@ -180,7 +180,7 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
         ]
     prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
     with progress("answering prompts"):
-        answers = [loaded.complete([prompt], _LONGEST_ANSWER)[0] for _, prompt in prompts]
+        answers = loaded.complete([prompt for _, prompt in prompts], _LONGEST_ANSWER)
         pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
         adapted = [_log_probabilities(loaded, *pair) for pair in pairs]
         with loaded.without_adapter():

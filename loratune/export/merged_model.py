@@ -16,7 +16,7 @@ from loratune.adapter.card import base_licence
 from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
-from loratune.events import progress
+from loratune.events import counting, progress
 from loratune.export.comparison import Texts, agreement, logits, shortened
 from loratune.export.merging import Merge, name_of
 from loratune.model import checks, load, tensor_files
@@ -123,7 +123,6 @@ def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None
     return next((name for name, width in widths.items() if parameters * width < free), None)
 
 
-@progress("comparing the merged model")
 @torch.inference_mode()
 @quiet_transformers()
 def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
@@ -143,19 +142,32 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     ids = [list(text)[: min(_MOST_TOKENS, context)] for text in texts.ids]
     if not texts.complete:
         prompts = [text[: max(1, context - _NEW_TOKENS)] for text in ids]
-        ids = [text + answer for text in prompts for answer in loaded.complete([text], _NEW_TOKENS)]
+        with progress("answering prompts"):
+            answers = loaded.complete(prompts, _NEW_TOKENS)
+        ids = [text + answer for text, answer in zip(prompts, answers, strict=True)]
     ids = list(shortened(ids, max(1, _LOGITS // (8 * loaded.model.config.get_text_config().vocab_size))))
-    adapter = [logits(loaded.model, text) for text in ids]
+    adapter = _logits(loaded.model, ids, "base and adapter")
     with loaded.without_adapter():
-        base = [logits(loaded.model, text) for text in ids]
+        base = _logits(loaded.model, ids, "the base")
     loader, attention = checks.auto_class(loaded.model.config), source.base.attn_implementation
     del loaded
-    merged = loader.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
-    merged = merged.eval().to(device)
-    found = [logits(merged, text) for text in ids]
+    with progress("loading the merged model"):
+        merged = loader.from_pretrained(staging, dtype=getattr(torch, dtype), attn_implementation=attention)
+        merged = merged.eval().to(device)
+    found = _logits(merged, ids, "the merged model")
     return {
         "adapter": agreement(zip(adapter, found, strict=True)).as_json(),
         "base": agreement(zip(base, found, strict=True)).as_json(),
         "dtype": dtype,
         "texts": len(ids),
     }
+
+
+def _logits(model: Any, ids: Sequence[Sequence[int]], what: str) -> list[torch.Tensor]:
+    """The logits of texts, see `logits`. what: the model in words, for the progress."""
+    found = []
+    with counting(f"computing the predictions of {what}, in texts", len(ids)) as advance:
+        for text in ids:
+            found.append(logits(model, text))
+            advance(1)
+    return found

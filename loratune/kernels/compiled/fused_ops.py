@@ -237,18 +237,18 @@ class CompiledOps:
         return y, most
 
     def linear_8bit(self, x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
-        """See `reference.linear_8bit`; the weight is dequantized for many tokens only."""
+        """See `reference.linear_8bit`; many tokens are multiplied as there."""
         if not 0 < len(x) <= FEW_TOKENS_QUANTIZED:
-            return reference.linear_8bit(x, weight, scales, self.dequantize)
+            return reference.linear_8bit(x, weight, scales)
         (x,), weight, scales = self._contiguous(x), _checked(weight, torch.int8), _checked(scales, torch.float32)
         y = x.new_empty(len(x), len(weight))
         self._call("linear_8bit", [y], x.float(), weight, scales, *x.shape, len(weight))
         return y
 
     def linear_4bit(self, x: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> Tensor:
-        """See `reference.linear_4bit`; the weight is dequantized for many tokens only."""
+        """See `reference.linear_4bit`; many tokens are multiplied as there."""
         if not 0 < len(x) <= FEW_TOKENS_QUANTIZED:
-            return reference.linear_4bit(x, weight, scales, code, self.dequantize_4bit)
+            return reference.linear_4bit(x, weight, scales, code)
         (x,), weight = self._contiguous(x), _checked(weight, torch.uint8)
         scales, code = _checked(scales, torch.float32), _checked(code, torch.float32)
         y = x.new_empty(len(x), len(weight))

@@ -244,21 +244,21 @@ def quantize_4bit(x: Tensor, bounds: Tensor, order: Tensor) -> tuple[Tensor, Ten
     return numbers[::2] << 4 | numbers[1::2], most
 
 
-def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor, dequantize: Any = dequantize) -> Tensor:
+def linear_8bit(x: Tensor, weight: Tensor, scales: Tensor) -> Tensor:
     """The product with a weight in 8 bit, see `dequantize`. x: (tokens, in). Returns (tokens, out)."""
     dense = x.new_empty(weight.shape)
     dequantize(dense, weight, scales)
     return functional.linear(x, dense)
 
 
-def linear_4bit(x: Tensor, weight: Tensor, scales: Tensor, code: Tensor, dequantize: Any = dequantize_4bit) -> Tensor:
+def linear_4bit(x: Tensor, weight: Tensor, scales: Tensor, code: Tensor) -> Tensor:
     """The product with a weight in 4 bit whose rows begin with a block, see `dequantize_4bit`.
 
     x: (tokens, in); weight: (out, in / 2). Returns (tokens, out).
     """
     blocks = weight.reshape(len(scales), -1)
     dense = x.new_empty(len(blocks), 2 * blocks.shape[1])
-    dequantize(dense, blocks, scales, code)
+    dequantize_4bit(dense, blocks, scales, code)
     return functional.linear(x.contiguous(), dense.view(-1, x.shape[1]))
 
 
