@@ -364,7 +364,10 @@ def options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="of the results (default: in the work directory)")
     parser.add_argument("--add", action="store_true", help="keep what results.json holds of other sets and losses")
     parser.add_argument("--table", action="store_true", help="only make table and plot anew from results.json")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch finds no GPU here")
+    return options
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -203,6 +204,8 @@ def main() -> None:
         parser.error(f"no such shape: {', '.join(sorted(unknown))}")
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not import_module("torch").cuda.is_available():
+        parser.error("torch finds no GPU here")
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     print("| rows x tokens | estimated, MiB | measured, MiB | measured / estimated |\n|---|---|---|---|", flush=True)
     for name in options.shapes or SHAPES:

@@ -265,6 +265,32 @@ def test_quantized_base_is_dequantized_before_merging(
         assert (merged(IDS).logits - adapted(IDS).logits).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_a_merged_model_is_compared_with_the_base_as_it_was_quantized(
+    tmp_path: Path, quantization: Any, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """From weights in the dtype of training, although files and comparison are in float32."""
+    case = make(tmp_path, "llama", {"target_modules": ["q_proj"]})
+    base = AutoModelForCausalLM.from_pretrained(case.base, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in base.parameters():
+            weight.mul_(1 + 0.003 * torch.randn_like(weight))
+    shutil.rmtree(case.base)
+    base.save_pretrained(case.base)
+    tokenizer.save_pretrained(case.base)
+    info = case.info
+    section = info.base.model_copy(update={"quantization": quantization, "dtype": "bfloat16"})
+    info = replace(info, base=section)
+    merge = Merge(info)
+    (tmp_path / "out").mkdir()
+    written = merge.write(tmp_path / "out")
+    merged_model.write_configs(tmp_path / "out", info, merge, (256,))
+    texts = Texts("a test", ((1, 2, 3, 5, 8, 13, 21),), complete=True)
+    found = merged_model.compare(info, tmp_path / "out", texts, "float32")
+    assert written.dtypes == ("float32",) and found["dtype"] == "float32"
+    assert found["adapter"]["divergence"] < 0.01 * found["base"]["divergence"], found
+
+
 def test_gguf_base_is_dequantized_before_merging(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     llama = tiny_llama(vocab_size=len(tokenizer))
     (tmp_path / "base").mkdir()

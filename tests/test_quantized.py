@@ -405,6 +405,16 @@ def ready(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return make
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", LAYER)
+def test_weights_that_are_not_quantized_get_the_dtype_of_the_config(quantization: str, dtype: str, ready: Any) -> None:
+    """transformers would leave them as they are in the files, here in bfloat16."""
+    base = load.load_base(ModelSection(name_or_path=str(ready(quantization)), dtype=dtype))
+    found = {weight.dtype for weight in base.parameters() if weight.is_floating_point()}
+    assert found == {getattr(torch, dtype)}
+    assert base(torch.arange(5)[None]).logits.dtype == getattr(torch, dtype)
+
+
 @pytest.mark.parametrize("quantization", MAINLY_4BIT)
 def test_saved_quantized_base_trains_like_one_quantized_on_loading(
     quantization: str, wide: Path, ready: Callable[[str], Path], tmp_path: Path, cli: Cli, run_config: MakeConfig

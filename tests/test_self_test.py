@@ -1,6 +1,7 @@
 """`loratune env --self-test` finds kernels that are wrong by a factor, and so does the check before training."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ from conftest import tiny_llama
 from peft import LoraConfig, get_peft_model
 
 from loratune import kernels
-from loratune.api import self_test_operations
+from loratune.api import self_test, self_test_operations
 from loratune.api.self_test_operations import DifferenceError
-from loratune.kernels import gpu, lora_linear, loss, rowwise, sublayers, upstream
+from loratune.kernels import gpu, lora_linear, loss, predictions, quantized, rowwise, sublayers, upstream
 from loratune.kernels.compiled.fused_ops import CompiledOps
 from loratune.lora import attach
+from loratune.model import load
 
 Changed = Callable[..., Any]
 """Function of the original function and its arguments."""
@@ -35,6 +37,10 @@ def times(factor: float, *, where: Callable[..., Any] = lambda *_: True, which: 
 
 def of_bfloat16(ops: Any, *_: Any) -> bool:
     return bool(ops._dtype == torch.bfloat16)
+
+
+def of_tokens(count: int) -> Callable[..., Any]:
+    return lambda _, x, *others: len(x) == count
 
 
 def last(value: Any) -> Callable[..., Any]:
@@ -110,6 +116,8 @@ OF_OPERATIONS: dict[str, tuple[str, Changed, torch.dtype]] = {
     "attention in bfloat16": ("attend", times(1.015, where=of_bfloat16), BFLOAT16),
     "the loss in bfloat16": ("cross_entropy", times(1.015, where=of_bfloat16), BFLOAT16),
     "rotary embeddings": ("split_heads", times(1.001, which=1), FLOAT32),
+    "two tokens times an 8-bit weight": ("linear_8bit", times(1.001, where=of_tokens(2)), FLOAT32),
+    "three tokens times a 4-bit weight": ("linear_4bit", times(1.001, where=of_tokens(3)), FLOAT32),
 }  # fmt: skip
 OF_LAYERS: dict[str, tuple[str, Any, str, Changed]] = {
     "experts": ("Qwen3 with experts", sublayers.ExpertLayers, "__call__", times(1.5)),
@@ -153,6 +161,35 @@ def test_an_operation_that_is_wrong(name: str, monkeypatch: pytest.MonkeyPatch) 
     change(monkeypatch, CompiledOps, function, changed)
     with pytest.raises(DifferenceError, match="is allowed"):
         self_test_operations.operations(dtype)
+
+
+def test_a_scale_of_the_wrong_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def first_scales(original: Any, ops: Any, x: Any, weight: Any, scales: Any, code: Any) -> Any:
+        rows = scales.view(len(weight), -1)
+        return original(ops, x, weight, rows[:, :1].expand_as(rows).reshape(-1), code)
+
+    change(monkeypatch, CompiledOps, "linear_4bit", first_scales)
+    with pytest.raises(DifferenceError, match="4-bit weight"):
+        self_test_operations.operations(FLOAT32)
+
+
+def test_a_divergence_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    change(monkeypatch, predictions._Divergence, "backward", times(1.02))
+    with pytest.raises(DifferenceError, match="divergence"):
+        self_test_operations.operations(FLOAT32)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("bits", ["8bit", "4bit"])
+def test_quantized_layers_that_are_wrong(
+    bits: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "automatic_dtype", lambda: dtype)
+    checks = self_test._SelfTest(tmp_path)
+    assert "largest difference" in checks._quantized(bits)
+    change(monkeypatch, quantized, f"_of_{bits}", times(1.5, where=lambda like, *_: like.dtype == dtype))
+    with pytest.raises(DifferenceError, match="is allowed"):
+        checks._quantized(bits)
 
 
 def test_attention_of_a_gpu_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,6 +49,17 @@ class LoadedAdapters:
 def load(adapter: AdapterDirectory) -> LoadedAdapter:
     """Load the base of an adapter directory and attach the adapter. Raises as `load_all` does."""
     return load_all([adapter])[0]
+
+
+def load_computing_in(dtype: torch.dtype, adapter: AdapterDirectory) -> LoadedAdapter:
+    """As `load`, with the same base, but computed in another dtype than in training: a base that is quantized as it is
+    loaded is quantized from weights in the dtype of training. Raises as `load_all` does."""
+    if adapter.base.quantization == "none":
+        base = adapter.base.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        return load(replace(adapter, base=base, forced=True))
+    model, fingerprint, check = _load_base([adapter], adapter.base)
+    import_module("loratune.kernels.quantized").cast_dense_weights(model, dtype)
+    return _attach_all(model, fingerprint, [(adapter, adapter.files)], check)[0]
 
 
 def load_selection(adapters: Mapping[str, AdapterDirectory], selection: Selection) -> LoadedAdapters:

@@ -11,6 +11,7 @@ are found without them.
 import atexit
 import gc
 import json
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -36,12 +37,24 @@ def assignments(overrides: Overrides) -> list[str]:
 
 
 @contextmanager
+def _silenced(library: str) -> Iterator[None]:
+    """Inside, a library does not log what is missing for features that loratune does not use."""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def libraries() -> Iterator[None]:
     """A context for importing libraries. Their stdout goes to stderr; transformers prints if WANDB_MODE is offline.
 
     The garbage collector is disabled inside, and afterwards ignores the million permanent objects that imports create.
     """
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _silenced("bitsandbytes"):
         if "transformers" in sys.modules:  # little is left to import
             yield
             return

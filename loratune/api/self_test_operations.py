@@ -50,6 +50,8 @@ BRANCHES = torch.cat([torch.arange(*span) for span in ((0, 70), (40, 60), (3, 8)
 """Positions of rows that share prefixes."""
 PLAIN, SPECIAL = Scoring(0.25), Scoring(1.0, 3.0, torch.linspace(-2, 2, 6))
 """How scores of attention are computed; the second with caps and sinks."""
+TOKENS = 1, 2, 3, 4, 5, 37
+"""Tokens of products with quantized weights, which are computed in another way for few tokens."""
 SPEED_ROWS, TIMED_STEPS = (16, 32, 48, 64, 96, 128, 192, 256), 3
 """Tokens of the rows; steps that are timed, after as many that are not."""
 
@@ -200,24 +202,40 @@ def _weight(ops: Any, dtype: torch.dtype) -> list[Tensor]:
     scales = _drawn(torch.float32, 37).abs()
     ops.dequantize(y, weight, scales)
     numbers, most = ops.quantize_8bit(_drawn(dtype, 37, 96))
-    products = (ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in (1, 4, 37))
+    products = (ops.linear_8bit(_drawn(dtype, tokens, 96), weight, scales) for tokens in TOKENS)
     return [y, numbers.to(dtype), most, *products]
 
 
 def _weight_4bit(ops: Any, dtype: torch.dtype) -> list[Tensor]:
-    code = torch.linspace(-1, 1, 16)
-    numbers, most = ops.quantize_4bit(
-        _drawn(dtype, 37, 64), (code[1:] + code[:-1]) / 2, torch.arange(16).to(torch.uint8)
-    )
-    y, numbers = torch.zeros(37, 64, dtype=dtype), numbers.view(37, 32)
+    """Of 37 outputs, with three blocks of 64 weights each."""
+    code, blocks = torch.linspace(-1, 1, 16), _drawn(dtype, 111, 64)
+    numbers, most = ops.quantize_4bit(blocks, (code[1:] + code[:-1]) / 2, torch.arange(16).to(torch.uint8))
+    y, numbers = torch.zeros(111, 64, dtype=dtype), numbers.view(111, 32)
     ops.dequantize_4bit(y, numbers, most, code)
-    products = (ops.linear_4bit(_drawn(dtype, tokens, 64), numbers, most, code) for tokens in (1, 4, 37))
+    rows = numbers.view(37, 96)
+    products = (ops.linear_4bit(_drawn(dtype, tokens, 192), rows, most, code) for tokens in TOKENS)
     return [y, numbers.to(dtype), most, *products]
 
 
 def _loss(ops: Any, dtype: torch.dtype, weights: Tensor | None = None) -> list[Tensor]:
     logits, targets = _drawn(dtype, 37, 264), torch.arange(37)
     return [ops.cross_entropy(logits, targets, weights), logits]
+
+
+def _retention(ops: Any, dtype: torch.dtype) -> list[Tensor]:
+    """The divergence from the most probable tokens of a teacher, where all others are one outcome; and its gradient."""
+    scores, teacher = _drawn(dtype, 37, 264).float().requires_grad_(), _drawn(torch.float32, 37, 264, seed=1)
+    ids, top = kernels.most_probable(teacher, 20)
+    if ops is reference:
+
+        def merged(logits: Tensor) -> Tensor:
+            shares = logits.double().softmax(-1)
+            return torch.cat([shares.gather(1, ids), 1 - shares.gather(1, ids).sum(1, keepdim=True)], 1)
+
+        found = (merged(teacher) * (merged(teacher).log() - merged(scores).log())).sum(1)
+    else:
+        found = kernels.divergence(scores, ids, top)
+    return [found.detach(), *torch.autograd.grad(found.sum(), scores)]
 
 
 _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
@@ -227,7 +245,30 @@ _OPERATIONS: dict[str, Callable[[Any, torch.dtype], list[Tensor]]] = {
     "attention": _attention, "attention of a GPU": _attention_of_gpu,
     "attention with a window, caps and sinks": partial(_attention, window=9, scoring=SPECIAL),
     "loss": _loss, "loss with weights": partial(_loss, weights=_drawn(torch.float32, 37, seed=4).abs()),
+    "divergence from a teacher": _retention,
 }  # fmt: skip
+
+
+def dequantized(model: Any) -> dict[str, Tensor]:
+    """The weights of the quantized layers of a model, computed by plain torch: name → (out, in), float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    found = dict[str, Tensor]()
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear8bitLt):
+            held = layer.weight if layer.weight.CB is not None else layer.state
+            found[name] = held.CB.float() * (held.SCB / 127)[:, None]
+        elif isinstance(layer, Linear4bit):
+            state = layer.weight.quant_state
+            scales = state.absmax.float()
+            if state.nested:
+                scales = dequantize_blockwise(state.absmax, state.state2) + state.offset
+            blocks = scales.new_empty(len(scales), state.blocksize)
+            packed = layer.weight.data.view(torch.uint8).view(len(scales), -1)
+            reference.dequantize_4bit(blocks, packed, scales, state.code)
+            found[name] = blocks.view(state.shape)
+    return found
 
 
 def step_seconds(model: Any, put: Put) -> float:

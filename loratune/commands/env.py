@@ -188,7 +188,7 @@ def _program() -> Iterator[Fact]:
 
 def _self_test() -> Fact:
     if failed := self_test.failed():
-        return Fact("self-test", f"failed here: {', '.join(failed)}", "loratune env --self-test repeats the checks")
+        return Fact("self-test", f"failed here: {'; '.join(failed)}", "loratune env --self-test repeats the checks")
     if passed := self_test.passed():
         return Fact("self-test", f"{plural(len(passed), 'check')} passed here")
     return Fact("self-test", "not run here", "loratune env --self-test compares tiny runs here with stock PEFT")

@@ -141,7 +141,9 @@ def params(run: RunConfig) -> Params:
             *unread,
             *_refused(run),
         ],
-        memory=memory.estimate(model, rows, len(rows), run.training, planned=planned),
+        memory=memory.estimate(
+            model, rows, len(rows), run.training, packed=run.data.packing != "none", planned=planned
+        ),
         batch=batch,
         length=length,
         device=accelerator.describe(load.compute_dtype(run.model), spread=run.model.device_map is not None),

@@ -40,7 +40,7 @@ SHOWN = 6
 """The number of instructions whose answers are kept, to be shown side by side."""
 _WRITTEN_AT_ONCE = 24
 """The number of texts that are written in one batch."""
-_BATCH_TOKENS = 512
+_BATCH_TOKENS = 128
 """Tokens per batch; the logits of its answers are in memory at once, those of base and adapter."""
 _WORTH_TELLING = 0.8
 """An agreement that is significantly below this share is reported."""

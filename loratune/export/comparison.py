@@ -7,7 +7,7 @@ ignore `rank_pattern`, `alpha_pattern` and `use_rslora` without a warning.
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,10 @@ FIXED = (
 )
 """Texts for adapters whose training rows are not known."""
 
+_AT_ONCE = 64
+"""Positions whose logits are in memory in float64, with what is computed of them."""
+_BATCH_TOKENS = 2048
+"""The most tokens of a batch of prompts and answers, with padding."""
 _LONGEST_ANSWER = 16
 """The maximum number of tokens of a scored answer."""
 
@@ -110,6 +114,18 @@ def logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
     return result
 
 
+def answered(loaded: LoadedAdapter, prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """The adapter's answers of at most `most` tokens, in batches of limited memory; a long prompt is one by itself."""
+    answers, batch = list[list[int]](), list[Sequence[int]]()
+    for number, prompt in enumerate(prompts):
+        batch.append(prompt)
+        following = prompts[number + 1 : number + 2]
+        if not following or (len(batch) + 1) * (max(map(len, [*batch, *following])) + most) > _BATCH_TOKENS:
+            answers += loaded.complete(batch, most)
+            batch = []
+    return answers
+
+
 def shortened(ids: Iterable[list[int]], most: int) -> Iterator[list[int]]:
     """The first texts, the last one truncated, with at most `most` tokens in total."""
     for text in ids:
@@ -148,7 +164,8 @@ def agreement(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Agreement:
         pairs: For each text the logits of both models, of shape (tokens, vocabulary).
     """
     positions, largest, divergence, same = 0, 0.0, 0.0, 0
-    for first, other in pairs:
+    parts = (zip(*(torch.split(one, _AT_ONCE) for one in pair), strict=True) for pair in pairs)
+    for first, other in chain.from_iterable(parts):
         one, two = first.double(), other.double()
         largest = max(largest, float((one - two).abs().max()))
         log_one, log_two = one.log_softmax(-1), two.log_softmax(-1)
@@ -180,7 +197,7 @@ def scored_answers(loaded: LoadedAdapter, source: AdapterDirectory, split: Datas
         ]
     prompts += [(row, _prompt_ids(row, loaded.renderer)) for row in rows]
     with progress("answering prompts"):
-        answers = loaded.complete([prompt for _, prompt in prompts], _LONGEST_ANSWER)
+        answers = answered(loaded, [prompt for _, prompt in prompts], _LONGEST_ANSWER)
         pairs = [(prompt, answer) for (_, prompt), answer in zip(prompts, answers, strict=True)]
         adapted = [_log_probabilities(loaded, *pair) for pair in pairs]
         with loaded.without_adapter():

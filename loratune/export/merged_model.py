@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from loratune.adapter.directory import AdapterDirectory
 from loratune.codes import Code
 from loratune.errors import ModelError, Problem
 from loratune.events import counting, progress
-from loratune.export.comparison import Texts, agreement, logits, shortened
+from loratune.export.comparison import Texts, agreement, answered, logits, shortened
 from loratune.export.merging import Merge, name_of
 from loratune.model import checks, load, tensor_files
 from loratune.model.quantization import remove_record
@@ -137,13 +136,13 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     Returns:
         `adapter` and `base`: the `Agreement` of the merged model with each; `dtype`; `texts`: the number of texts.
     """
-    loaded = loading.load(replace(source, base=source.base.model_copy(update={"dtype": dtype}), forced=True))
+    loaded = loading.load_computing_in(getattr(torch, dtype), source)
     device, context = loaded.model.device, load.context_length(loaded.model.config) or _MOST_TOKENS
     ids = [list(text)[: min(_MOST_TOKENS, context)] for text in texts.ids]
     if not texts.complete:
         prompts = [text[: max(1, context - _NEW_TOKENS)] for text in ids]
         with progress("answering prompts"):
-            answers = loaded.complete(prompts, _NEW_TOKENS)
+            answers = answered(loaded, prompts, _NEW_TOKENS)
         ids = [text + answer for text, answer in zip(prompts, answers, strict=True)]
     ids = list(shortened(ids, max(1, _LOGITS // (8 * loaded.model.config.get_text_config().vocab_size))))
     adapter = _logits(loaded.model, ids, "base and adapter")

@@ -33,6 +33,7 @@ from loratune.kernels.loss_targets import row_counts as row_counts
 from loratune.kernels.masks import sample_layers as sample_layers
 from loratune.kernels.predictions import TeacherTargets as TeacherTargets
 from loratune.kernels.predictions import dense_states as dense_states
+from loratune.kernels.predictions import divergence as divergence
 from loratune.kernels.predictions import logits_at as logits_at
 from loratune.kernels.predictions import most_probable as most_probable
 from loratune.kernels.predictions import next_token_logits as next_token_logits

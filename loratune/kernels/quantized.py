@@ -197,6 +197,15 @@ def use_operations() -> Any:
     return operations
 
 
+def cast_dense_weights(model: Any, dtype: torch.dtype) -> None:
+    """Give the weights of a model that are not quantized a dtype, but for those that transformers keeps in float32:
+    where files hold a quantized base, it leaves all of them in the dtype of the files."""
+    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    for name, weight in model.named_parameters():
+        if type(weight) is nn.Parameter and weight.is_floating_point():
+            weight.data = weight.data.to(next((kept[part] for part in kept if part in name), dtype))
+
+
 def dequantize_in_use(model: nn.Module) -> None:
     """Give the quantized layers of a model that are on a CPU the classes of this module. Their weights stay as they
     are."""

@@ -122,7 +122,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     config = load_config(section, source)
     before = FileStates(section)
     from_pretrained, config, origin = _loader(section, source, config)
-    quantization_config = loading_config(section, config, compute_dtype(section))
+    quantization_config = loading_config(section, config, dtype := compute_dtype(section))
     is_packed = quantization_config is not None or record_of(config.to_dict()) is not None
     quantized = import_module("loratune.kernels.quantized") if held_as(section, config) != "none" else None
     if quantized is not None:  # it imports bitsandbytes, which few bases need
@@ -132,7 +132,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) if source.gguf_file else nullcontext():
             model, info = from_pretrained(
                 config=config,
-                dtype=compute_dtype(section),
+                dtype=dtype,
                 quantization_config=quantization_config,
                 device_map=_device_map(section, packed=is_packed),
                 attn_implementation=self_test.attention(section.attn_implementation)[0],
@@ -151,6 +151,7 @@ def load_base(section: ModelSection) -> PreTrainedModel:
     checks.check_complete(model, info, section.name_or_path)
     checks.check_text(model, section.name_or_path)
     if quantized is not None:
+        quantized.cast_dense_weights(model, dtype)
         quantized.dequantize_in_use(model)
     model.generation_config = GenerationConfig()  # a base's own sampling defaults would change greedy decoding
     return model.eval()
@@ -390,9 +391,8 @@ def machine_notes(section: ModelSection, machine: Machine | None = None) -> list
 
 def compute_dtype(section: ModelSection) -> torch.dtype:
     """The dtype of the frozen weights."""
-    if section.dtype != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[section.dtype]
-    return automatic_dtype()
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    return named.get(section.dtype) or automatic_dtype()
 
 
 def automatic_dtype() -> torch.dtype:

@@ -40,7 +40,7 @@ def fused_ops(like: Tensor) -> reference.FusedOps:
 def notes(like: Tensor) -> list[str]:
     """Lines for the user: what failed the self-test on this machine, and a problem of the compiled operations that are
     used for such tensors."""
-    failed = ", ".join(self_test.failed())
+    failed = "; ".join(self_test.failed())
     lines = [f"loratune env --self-test failed on this machine: {failed}"] if failed else []
     return [*lines, *filter(None, [library_note(like)])]
 
