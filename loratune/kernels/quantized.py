@@ -39,7 +39,7 @@ class Dequantized8bit(Linear8bitLt):
         if self.weight.CB is not None:
             self.init_8bit_state()
         weight, scales = self.state.CB, self.state.SCB * (1 / _LARGEST)
-        if _is_large(x, weight.shape[1]):
+        if _needs_dense_weight(x, weight.shape[1]):
             return _product(x, self.bias, lambda like: _of_8bit(like, weight, scales))
         y: Tensor = fused_ops(x).linear_8bit(x.reshape(-1, x.shape[-1]), weight, scales)
         return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
@@ -52,15 +52,15 @@ class Dequantized4bit(Linear4bit):
         """x: (..., in). Returns (..., out)."""
         weight = self.weight.data
         state = getattr(self.weight, "quant_state", None) or self.quant_state  # FSDP's weight has none
-        if _is_large(x, state.shape[1]) or x.shape[-1] % state.blocksize:
+        if _needs_dense_weight(x, state.shape[1]) or x.shape[-1] % state.blocksize:
             return _product(x, self.bias, lambda like: _of_4bit(like, weight, state))
         packed, scales = weight.view(torch.uint8).view(-1, x.shape[-1] // 2), _scales_of_4bit(state)
         y: Tensor = fused_ops(x).linear_4bit(x.reshape(-1, x.shape[-1]), packed, scales, state.code)
         return _with_bias(y.view(*x.shape[:-1], y.shape[-1]), self.bias)
 
 
-def _is_large(x: Tensor, width: int) -> bool:
-    """Whether a weight is dequantized for this input: for many tokens, a backward pass, and another width than that of
+def _needs_dense_weight(x: Tensor, width: int) -> bool:
+    """Whether a weight is dequantized for an input: for many tokens, a backward pass, or another width than that of
     the weight, which is an error of torch."""
     return torch.is_grad_enabled() or x.shape[-1:] != (width,) or x.numel() > FEW_TOKENS_QUANTIZED * width
 
