@@ -112,11 +112,7 @@ def accelerate(
         survey = masks.survey(base) if is_cpu else AttentionSurvey()
         on_cpu = partial(_replace, survey=survey, checks=checks)
         steps, fallbacks = (on_cpu if is_cpu else partial(gpu.replace, trees=trees))(base, reader, replaced)
-        sample = survey.sample
-        with sample.alone():
-            head = output_layer(base)
-        if head is None and sample.left_out:  # it may be that the model does not run with the sample alone
-            head = output_layer(base)
+        head, sample = survey.sample.examined(partial(output_layer, base)), survey.sample
     if head is None:
         reason = "the output layer is trained, or the model does something else with its output than to return it"
         return Acceleration({**fallbacks, "loss": reason}, steps, sample, checks)

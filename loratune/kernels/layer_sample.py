@@ -7,11 +7,11 @@ return the states that they receive. What reaches a layer is otherwise the model
 its number.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -23,6 +23,9 @@ NUMBERS = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "ta
 of its own."""
 _DEPTH = 6
 """How deep the attributes of other objects are compared; below that, by identity."""
+
+
+Found = TypeVar("Found")
 
 
 class StandIn(nn.Module):
@@ -112,6 +115,13 @@ class LayerSample:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def examined(self, look: Callable[[], Found | None]) -> Found | None:
+        """What a function finds with the sample alone; if that is nothing, as the model may not run so, with all
+        layers."""
+        with self.alone():
+            found = look()
+        return look() if found is None and self.left_out else found
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -200,7 +200,7 @@ def use_operations() -> Any:
 def cast_dense_weights(model: Any, dtype: torch.dtype) -> None:
     """Give the weights of a model that are not quantized a dtype, but for those that transformers keeps in float32:
     where files hold a quantized base, it leaves all of them in the dtype of the files."""
-    kept: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    kept = upstream.kept_dtypes(model, dtype)
     for name, weight in model.named_parameters():
         if type(weight) is nn.Parameter and weight.is_floating_point():
             weight.data = weight.data.to(next((kept[part] for part in kept if part in name), dtype))

@@ -39,6 +39,12 @@ def attn_implementation(model: Any) -> str:
     return str(model.config._attn_implementation)
 
 
+def kept_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Part of the names of weights → the dtype that they keep in a model of another one. transformers documents only
+    the attributes of classes that this depends on."""
+    return dict(model._get_dtype_plan(dtype))
+
+
 def is_fake(tensor: Tensor) -> bool:
     """Whether a tensor has a shape and a dtype but no data, as in the memory estimate.
 
