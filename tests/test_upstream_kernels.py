@@ -8,7 +8,12 @@ import pytest
 import torch
 from conftest import tiny_llama
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from loratune.kernels import upstream
 
@@ -145,3 +150,12 @@ def test_tree_leaves() -> None:
 
 def test_get_keys_to_not_convert() -> None:
     assert upstream.get_keys_to_not_convert(tiny_llama()) == ["lm_head"]
+
+
+def test_kept_dtypes() -> None:
+    """T5's wo is kept in float32 in half precision, and nothing of Llama."""
+    with torch.device("meta"):
+        kept = T5ForConditionalGeneration(T5Config(num_layers=1, d_model=8, d_ff=8, vocab_size=8))
+        other = tiny_llama()
+    assert upstream.kept_dtypes(kept, torch.float16) == {"wo": torch.float32}
+    assert upstream.kept_dtypes(other, torch.float16) == upstream.kept_dtypes(kept, torch.float32) == {}

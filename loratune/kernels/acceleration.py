@@ -362,9 +362,8 @@ def _why_not(module: nn.Module, spec: AttentionSpec | None) -> str:
         return f"{name}, as this model sets it up, was not compared with a kernel"
     if form in ATTENTION and spec is None:
         return f"{name} has a mask, or an attention function, that no kernel knows"
-    if any(not weight.is_floating_point() for weight in module.parameters()):
-        return f"{name} is quantized"
-    return f"{name} has weights, or an adapter, that no kernel knows"
+    is_quantized = any(not weight.is_floating_point() for weight in module.parameters())
+    return f"{name} {'is quantized' if is_quantized else 'has weights, or an adapter, that no kernel knows'}"
 
 
 def _decoder_path(base: Any) -> str:
