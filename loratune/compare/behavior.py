@@ -222,7 +222,7 @@ def batches(
         yield numbers, batch, places[:, 0] * labels.shape[1] + places[:, 1]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # weights that are gathered from other processes must not be tensors of inference mode
 def compare_tokens(
     model: Any, engine: Engine, base: Base, texts: Sequence[tuple[Ids, Ids]]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
@@ -285,7 +285,7 @@ def write(
     writing = counting("writing, in tokens of each text", passes(engine, len(given), max_new_tokens))
     model.eval()
     try:
-        with writing as advance, accelerator.same_random_numbers(model.device), torch.inference_mode():
+        with writing as advance, accelerator.same_random_numbers(model.device), torch.no_grad():
             if seed is not None:
                 torch.manual_seed(seed)
             for start in range(0, len(given), each):

@@ -353,7 +353,7 @@ def read_predictions(model: Any, engine: Engine, written: Sequence[tuple[Ids, Id
     found = dict[int, RetentionText]()
     was_training = model.training
     model.eval()
-    with engine.acceleration.applied(model), torch.inference_mode():
+    with engine.acceleration.applied(model), torch.no_grad():
         for numbers, batch, at in behavior.batches(engine, written):
             logits = kernels.logits_at(model, batch, at)
             counts = [len(written[number][1]) for number in numbers]
