@@ -174,6 +174,7 @@ def test_rows_of_plain_adapters_share_a_batch(adapters: dict[str, Path]) -> None
 def test_plain_adapters_need_one_generate_call(adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch for all plain adapters, and one for each other adapter."""
     loaded = opened(adapters, "chat", "raw", "ranks", "dora")
+    assert not any(adapter.prompts.mixes_padding for adapter in loaded)  # found by calls that are not counted
     sizes: list[int] = []
     generate = loaded[0].model.generate
 
