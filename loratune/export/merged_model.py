@@ -122,6 +122,7 @@ def dtype_that_fits(parameters: int, stored_dtypes: Sequence[str]) -> str | None
     return next((name for name, width in widths.items() if parameters * width < free), None)
 
 
+@progress("comparing the merged model")
 @torch.inference_mode()
 @quiet_transformers()
 def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -> dict[str, Any]:
