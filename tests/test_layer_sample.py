@@ -263,6 +263,20 @@ def test_a_check_is_not_repeated_while_nothing_has_changed(kept: Path, monkeypat
         assert [checked(adapted(), monkeypatch)[1] for _ in range(2)] == [1, 1]
 
 
+def test_the_order_of_a_set_of_targets_makes_no_other_check(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It differs from process to process, as hashes of strings do."""
+
+    class Backwards(set[str]):
+        def __repr__(self) -> str:
+            return f"{{{', '.join(sorted(map(repr, self), reverse=True))}}}"
+
+    model, names = built("layers that are alike"), []
+    for kind in (set, Backwards):
+        model.peft_config["default"].target_modules = kind(["q_proj", "v_proj"])
+        names.append(parity_check.kept_checks(model, "base")._name)
+    assert names[0] == names[1] != ""
+
+
 def test_what_a_check_found_is_kept_as_well(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     with monkeypatch.context() as patch:
