@@ -9,7 +9,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from loratune.api.adapter import Adapter
 from loratune.api.functions import load_config, train
 from loratune.api.self_test_operations import DifferenceError, NotAvailableError
 from loratune.commands.env import NOT_AVAILABLE, Check
-from loratune.config import LoraSection, RunConfig
+from loratune.config import LoraSection, ModelSection, RunConfig
 from loratune.data.batches import flatten, pad
 from loratune.errors import LoratuneError, ResourceError, is_disk_full, is_out_of_memory
 from loratune.events import Event, StepEvent, listening, note, progress
@@ -177,7 +177,7 @@ class _SelfTest:
 
     def _stock(
         self, dtype: torch.dtype, steps: int, loss: Callable[[Any], Callable[[], Tensor]],
-        weights: Mapping[str, Tensor] | None = None,
+        base: Any = None,
     ) -> list[float]:  # fmt: skip
         """The loss of each step of a plain loop over PEFT's model.
 
@@ -185,12 +185,9 @@ class _SelfTest:
             dtype: Of the base.
             steps: The number of steps.
             loss: Returns the loss of a model as a function.
-            weights: Name of a layer of the base → its weight, instead of that in the files.
+            base: Another base than that of the files.
         """
-        with quiet_transformers():
-            base = AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype).to(self._device)
-        for name, weight in (weights or {}).items():
-            base.get_submodule(name).weight.data = weight.to(dtype)
+        base = self._dense_base(dtype) if base is None else base
         model = creation.adapt(base, LoraSection(**LORA), seed=TRAINING["seed"])[0]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=TRAINING["learning_rate"], weight_decay=0.0)
@@ -202,6 +199,21 @@ class _SelfTest:
             optimizer.step()
             losses.append(float(value.detach()))
         return losses
+
+    def _dense_base(self, dtype: torch.dtype) -> Any:
+        with quiet_transformers():
+            return AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype).to(self._device)
+
+    def _quantized_base(self, section: ModelSection) -> Any:
+        """What stock PEFT computes with: the layers of bitsandbytes on a GPU, which round activations too; dequantized
+        weights on a CPU, as in training there."""
+        quantized = load.load_base(section)
+        if self._device.type != "cpu":
+            return quantized
+        base = self._dense_base(quantized.dtype)
+        for name, weight in checked.dequantized(quantized).items():
+            base.get_submodule(name).weight.data = weight.to(base.dtype)
+        return base
 
     def _log_probability(self, model: Any, prompt: str, answer: str) -> tuple[Tensor, int]:
         """That of an answer with its end token, and its tokens; the row alone, without a mask."""
@@ -286,16 +298,16 @@ class _SelfTest:
         if lacks := bitsandbytes_lacks():
             raise NotAvailableError(lacks)
         told = dict[str, str]()
-        for dtype in dict.fromkeys((torch.float32, self._dtype)):
-            model = {"quantization": bits, "dtype": _name(dtype)}
+        for dtype in dict.fromkeys((torch.float32, self._dtype) if self._device.type == "cpu" else (self._dtype,)):
+            model: dict[str, Any] = {"quantization": bits, "dtype": _name(dtype)}
             losses = self._trained(bits, ROWS, model=model)
-            weights = checked.dequantized(load.load_base(self._config(bits, ROWS, model=model).model))
-            stock = self._stock(dtype, len(losses), self._sft_loss, weights)
+            base = self._quantized_base(ModelSection(name_or_path=str(self._base), **model))
+            stock = self._stock(dtype, len(losses), self._sft_loss, base)
             told[_name(dtype)] = _compared(losses, stock, CURVE[dtype])
             answer = Adapter(self.folder / bits).generate([ROWS[0]["prompt"]], max_new_tokens=4)[0]
             shutil.rmtree(self.folder / bits)
         lines = "; ".join(f"{name}: {line}" for name, line in told.items())
-        return f"{lines}, with dequantized weights; saved, loaded, answers {answer!r}"
+        return f"{lines}; saved, loaded, answers {answer!r}"
 
     def _on_gpu(self, name: str, lacks: str, **sections: dict[str, Any]) -> str:
         """A run on a GPU with other settings against stock PEFT. lacks: what is missing for it; empty if nothing is."""
