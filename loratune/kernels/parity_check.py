@@ -5,7 +5,6 @@ compute alike the first and the last are enough (`layer_sample`); a model that d
 as a whole. An adapter that computes nothing yet has random weights meanwhile.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -165,15 +164,10 @@ def kept_checks(model: Any, fingerprint: str) -> KeptResults:
         return NOTHING_KEPT
     tensors = [(name, str(one.dtype), [*one.shape], one.requires_grad) for name, one in model.named_parameters()]
     settings = [base.config.to_json_string(use_diff=False), attn_implementation(base)]
-    settings += [json.dumps(config.to_dict(), sort_keys=True, default=_plain) for config in model.peft_config.values()]
     settings.append(str(model.active_adapter))
+    adapters = [config.to_dict() for config in model.peft_config.values()]
     code = [torch.get_num_threads(), variant(base.get_input_embeddings().weight), source_digest(), failed()]
-    return kept_here(fingerprint, str(model), tensors, settings, code)
-
-
-def _plain(value: Any) -> Any:
-    """A value for JSON. The order of a set differs from process to process."""
-    return sorted(value) if isinstance(value, set) else str(value)
+    return kept_here(fingerprint, str(model), tensors, settings, adapters, code)
 
 
 def computes_trees(base: Any, sample: LayerSample = WHOLE_MODEL) -> bool:

@@ -79,7 +79,7 @@ class KeptResults:
     """
 
     def __init__(self, parts: Any = None):
-        text = json.dumps(parts, sort_keys=True, default=str)
+        text = json.dumps(parts, sort_keys=True, default=_plain)
         self._name = f"{hashlib.sha256(text.encode()).hexdigest()}.json" if parts is not None else ""
 
     def once(self, name: str, kind: type | UnionType, compute: Callable[[], Value]) -> Value:
@@ -129,6 +129,11 @@ class KeptResults:
         """The content of the file, with a digest of what the results depend on and of the results."""
         digest = hashlib.sha256(f"{self._name} {json.dumps(results)}".encode()).hexdigest()
         return json.dumps({"results": results, "sha256": digest}).encode()
+
+
+def _plain(value: Any) -> Any:
+    """A value for JSON. The order of a set differs from process to process."""
+    return sorted(value, key=str) if isinstance(value, set) else str(value)
 
 
 def _problem(folder: Path) -> str:
