@@ -51,14 +51,14 @@ def load(adapter: AdapterDirectory) -> LoadedAdapter:
     return load_all([adapter])[0]
 
 
-def load_computing_in(dtype: torch.dtype, adapter: AdapterDirectory) -> LoadedAdapter:
+def load_computing_in(dtype: str, adapter: AdapterDirectory) -> LoadedAdapter:
     """As `load`, with the same base, but computed in another dtype than in training: a base that is quantized as it is
     loaded is quantized from weights in the dtype of training. Raises as `load_all` does."""
     if adapter.base.quantization == "none":
-        base = adapter.base.model_copy(update={"dtype": str(dtype).removeprefix("torch.")})
+        base = adapter.base.model_copy(update={"dtype": dtype})
         return load(replace(adapter, base=base, forced=True))
     model, fingerprint, check = _load_base([adapter], adapter.base)
-    import_module("loratune.kernels.quantized").cast_dense_weights(model, dtype)
+    import_module("loratune.kernels.quantized").cast_dense_weights(model, getattr(torch, dtype))
     return _attach_all(model, fingerprint, [(adapter, adapter.files)], check)[0]
 
 

@@ -137,7 +137,7 @@ def compare(source: AdapterDirectory, staging: Path, texts: Texts, dtype: str) -
     Returns:
         `adapter` and `base`: the `Agreement` of the merged model with each; `dtype`; `texts`: the number of texts.
     """
-    loaded = loading.load_computing_in(getattr(torch, dtype), source)
+    loaded = loading.load_computing_in(dtype, source)
     device, context = loaded.model.device, load.context_length(loaded.model.config) or _MOST_TOKENS
     ids = [list(text)[: min(_MOST_TOKENS, context)] for text in texts.ids]
     if not texts.complete:
