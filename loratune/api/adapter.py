@@ -19,7 +19,6 @@ from loratune.api.adapters import (
     scaled,
     source_of,
 )
-from loratune.api.functions import push
 from loratune.codes import Code
 from loratune.config import DataSection, RunConfig, Source
 from loratune.errors import ConfigError, Problem
@@ -75,11 +74,11 @@ class Adapter(Adapters):
     def _noted(self) -> tuple[AdapterDirectory, tuple[str, ...]]:
         with noted() as notes:
             opened = AdapterDirectory.open(self.path, forced=self._force, assignments=self._overrides)
-        return scaled(opened, self.scale), tuple(notes)
+        return opened, tuple(notes)
 
-    @property
+    @cached_property
     def _directory(self) -> AdapterDirectory:
-        return self._noted[0]
+        return scaled(self._noted[0], self.scale)
 
     @cached_property
     def _opened(self) -> Mapping[str, AdapterDirectory]:
@@ -202,7 +201,8 @@ class Adapter(Adapters):
             opened = open_tasks(tasks, limit, required) if tasks else None
             split = read_held_out(rows, self._directory.data)
             if any(not one.of_task for one in required):
-                overlap = splits.find_overlap(split, self.path)
+                with self._directory.files.reading() as path:
+                    overlap = splits.find_overlap(split, path)
                 requirements.check_rows(required, split, overlap, allow_overlap=allow_overlap)
                 if overlap.unknown:
                     note(overlap.unknown)
@@ -315,7 +315,11 @@ class Adapter(Adapters):
             AdapterError: Its files have changed, or contain a local path.
             ConfigError, ModelError, ResourceError, LockedError: The hub refuses the upload or cannot be reached.
         """
-        return push(self.path, repository, public=public, base=base, on_event=on_event)
+        with listening(on_event):
+            with libraries():
+                from loratune.commands import push
+
+            return push.push(self._noted[0].files, repository, public=public, base=base)
 
     def report(
         self,

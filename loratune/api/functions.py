@@ -267,8 +267,11 @@ def push(
     with listening(on_event):
         with libraries():
             from loratune.commands import push
+            from loratune.export import hub
+            from loratune.lora import adapter_files
 
-        return push.push(Path(path), repository, public=public, base=base)
+        hub.check_name(repository)
+        return push.push(adapter_files.inspect(Path(path)), repository, public=public, base=base)
 
 
 def adapter_stats(path: StrPath) -> "AdapterStats":
